@@ -1,0 +1,117 @@
+"""The contract's argument checks, one a kind of mistake; both backends call them, so both raise the same.
+
+Each message names the argument, what was seen and what is allowed.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}; allowed: a number from {low} to {high}")
+
+
+def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
+    """Raise TypeError unless the tensor's dtype is one of those allowed."""
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}")
+
+
+def shape(name: str, tensor: Tensor, allowed: Sequence[int], meaning: str) -> None:
+    """Raise ValueError unless the tensor has exactly this shape; meaning says where the shape comes from."""
+    if tuple(tensor.shape) != tuple(allowed):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; allowed: {list(allowed)}, {meaning}")
+
+
+def dimensions(name: str, tensor: Tensor, count: int, letters: str) -> None:
+    """Raise ValueError unless the tensor has this many dimensions; letters names them, as in "[T, V]"."""
+    if tensor.ndim != count:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; allowed: {letters}")
+
+
+def has_rows(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a 0-dimensional tensor, which has no last dimension to work along."""
+    if tensor.ndim == 0:
+        raise ValueError(f"{name}: got a 0-dimensional tensor; allowed: at least one dimension")
+
+
+def same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors have the same shape (ValueError), dtype (TypeError) and device (ValueError)."""
+    shape(name, tensor, other.shape, f"the shape of {other_name}")
+    dtype(name, tensor, (other.dtype,))
+    same_device(name, tensor, other_name, other)
+
+
+def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless two tensors are on the same device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got device {tensor.device}; allowed: {other.device}, where {other_name} is")
+
+
+def labels_in_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError for a label outside [0, vocab) that is not ignore_index. Reads the labels: syncs on a GPU."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        index = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"labels: got {int(labels[index])} at index {index}; allowed: 0 to {vocab - 1}, or ignore_index {ignore_index}"
+        )
+
+
+def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
+    """What every norm asks: float rows x [..., H], one float weight per column, an eps that is not negative."""
+    has_rows("x", x)
+    dtype("x", x)
+    dtype("weight", weight)
+    shape("weight", weight, x.shape[-1:], "one entry a column of x")
+    same_device("weight", weight, "x", x)
+    in_range("eps", eps, 0.0)
+
+
+def gated_arguments(gate: Tensor, up: Tensor) -> None:
+    """What every gated activation asks: two float tensors [..., F] of the same shape, dtype and device."""
+    has_rows("gate", gate)
+    dtype("gate", gate)
+    same("up", up, "gate", gate)
+
+
+def loss_arguments(
+    logits: Tensor, labels: Tensor, softcap: float, label_smoothing: float, z_loss: float, reduction: str, num_items: object
+) -> None:
+    """What every cross entropy asks of logits [T, V], labels [T] and its options."""
+    dimensions("logits", logits, 2, "[T, V]")
+    dtype("logits", logits)
+    shape("labels", labels, logits.shape[:1], "one label a row of logits")
+    dtype("labels", labels, INTEGERS)
+    same_device("labels", labels, "logits", logits)
+    in_range("softcap", softcap, 0.0)
+    in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    in_range("z_loss", z_loss, 0.0)
+    one_of("reduction", reduction, ("mean", "sum", "none"))
+    if num_items is not None:
+        if reduction == "none":
+            raise ValueError(f"num_items: got {num_items!r} with reduction='none'; allowed: with 'mean' or 'sum'")
+        if not isinstance(num_items, Tensor):
+            in_range("num_items", num_items, 0)  # type: ignore[arg-type]
+
+
+def must_read_labels(labels: Tensor) -> bool:
+    """Whether labels are checked by value: always on a CPU, on CUDA (where that waits for the device) if UNSLOTH_DEBUG=1.
+
+    Never while compiling, where reading a value would break the graph.
+    """
+    return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or os.environ.get("UNSLOTH_DEBUG") == "1")

@@ -1,0 +1,10 @@
+"""The operations. `__all__` is their list: each has a twin in `unsloth_fast.kernels` and a spec in `conformance.specs`.
+
+Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, V vocabulary.
+"""
+
+from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.rms_norm import rms_norm
+from unsloth_ref.kernels.swiglu import swiglu
+
+__all__ = ["cross_entropy", "rms_norm", "swiglu"]

@@ -1,0 +1,79 @@
+"""Cross entropy of logits against integer labels, with every option that language models use.
+
+    z = softcap * tanh(logit_scale * x / softcap)        (softcap 0: z = logit_scale * x)
+    lse = log(sum over V of exp(z))                      p = exp(z - lse)
+    loss = (1 - s) * (lse - z[label]) + s * (lse - mean(z)) + z_loss * lse^2          s: label_smoothing
+    dz = dloss * (p * (1 + 2 * z_loss * lse) - (1 - s) * onehot - s / V)
+    dx = dz * (1 - (z / softcap)^2) * logit_scale
+
+Sources: label smoothing, Szegedy 2015, arXiv:1512.00567; z-loss, Chowdhery 2022, arXiv:2204.02311; softcap, Gemma 2,
+arXiv:2408.00118. Everything is float32 whatever the logits are; float64 stays float64.
+"""
+
+import torch
+from torch import Tensor
+
+from unsloth_ref import checks
+from unsloth_ref.types import Reduction
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+) -> Tensor:
+    """Negative log likelihood of each label under the softmax of its row of logits.
+
+    An ignored row gives exactly 0 loss and gradient, even where its logits are NaN; with no target at all the loss is 0.
+
+    Args:
+        logits: [T, V], any float dtype.
+        labels: [T], int32 or int64: the class of each row, or ignore_index.
+        ignore_index: the label of a row that does not count.
+        logit_scale: multiplies the logits first.
+        softcap: bounds the scaled logits to (-softcap, softcap); 0 for none.
+        label_smoothing: the share, 0 to 1, of the target spread evenly over the vocabulary.
+        z_loss: weight of the squared log-sum-exp.
+        reduction: "mean" over this call's targets, "sum", or "none".
+        num_items: divides the summed loss in place of this call's number of targets (less than 1 counts as 1): the
+            targets of the whole batch, when this call sees one part of it. Not with "none".
+
+    Returns:
+        A scalar, or [T] for "none", in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: wrong shapes, devices or options; a label outside [0, V) that is not ignore_index, on a CPU. On CUDA,
+            and in compiled code, such a row has NaN loss and gradient instead, unless UNSLOTH_DEBUG=1 asks for the check.
+        TypeError: logits not of a float dtype, labels not int32 or int64.
+    """
+    checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss, reduction, num_items)
+    if checks.must_read_labels(labels):
+        checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
+    ignored = labels == ignore_index
+    outside = ~ignored & ((labels < 0) | (labels >= logits.shape[1]))
+
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z = logits.to(wide).masked_fill(ignored[:, None], 0.0) * logit_scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    lse = torch.logsumexp(z, -1)
+    target = labels.masked_fill(ignored | outside, 0).long()
+    losses = lse - z.gather(1, target[:, None])[:, 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    losses = losses.masked_fill(ignored, 0.0) * torch.ones_like(losses).masked_fill(outside, float("nan"))
+
+    if reduction == "none":
+        return losses
+    if num_items is None:
+        num_items = (~ignored).sum() if reduction == "mean" else 1
+    return losses.sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
