@@ -20,9 +20,9 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}; allowed: a number from {low} to {high}")
+    """Raise ValueError unless value is finite and low <= value <= high."""
+    if not low <= value <= high or value == float("inf"):
+        raise ValueError(f"{name}: got {value!r}; allowed: a finite number from {low} to {high}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
@@ -94,6 +94,8 @@ def loss_arguments(
 ) -> None:
     """What every cross entropy asks of logits [T, V], labels [T] and its options."""
     dimensions("logits", logits, 2, "[T, V]")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: got shape {list(logits.shape)}; allowed: [T, V] with V at least 1")
     dtype("logits", logits)
     shape("labels", labels, logits.shape[:1], "one label a row of logits")
     dtype("labels", labels, INTEGERS)
@@ -105,7 +107,9 @@ def loss_arguments(
     if num_items is not None:
         if reduction == "none":
             raise ValueError(f"num_items: got {num_items!r} with reduction='none'; allowed: with 'mean' or 'sum'")
-        if not isinstance(num_items, Tensor):
+        if isinstance(num_items, Tensor):
+            dimensions("num_items", num_items, 0, "a number or a 0-dimensional tensor")
+        else:
             in_range("num_items", num_items, 0)  # type: ignore[arg-type]
 
 

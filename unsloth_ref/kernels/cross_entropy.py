@@ -76,4 +76,4 @@ def cross_entropy(
         return losses
     if num_items is None:
         num_items = (~ignored).sum() if reduction == "mean" else 1
-    return losses.sum() / torch.as_tensor(num_items, device=logits.device).clamp(min=1)
+    return losses.sum() / torch.as_tensor(num_items, dtype=wide, device=logits.device).clamp(min=1)

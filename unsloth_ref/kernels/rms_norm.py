@@ -33,7 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     checks.norm_arguments(x, weight, eps)
     checks.one_of("casting", casting, ("llama", "gemma"))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    normed = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    rows = x.to(wide)  # once: two casts would round the gradient of x twice and add in x.dtype
+    normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     if casting == "llama":
         normed = normed.to(x.dtype)
     return (normed.to(wide) * (weight.to(wide) + offset)).to(x.dtype)

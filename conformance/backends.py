@@ -1,0 +1,84 @@
+"""Who is judged: a name, or any dotted path to a module (or an object in one) that defines some of the contract's names."""
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import unsloth_ref.kernels
+from conformance.trial import Function
+
+OPERATIONS = tuple(unsloth_ref.kernels.__all__)
+PEERS = ("liger",)
+NAMES = ("fast", "reference", "compile", *PEERS)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A backend under judgement.
+
+    Attributes:
+        name: as given on the command line.
+        functions: its operations by name; what it does not define is absent.
+        description: its name, and what it runs on.
+        truncates: whether its casts to bfloat16 truncate, as Triton's interpreter's do.
+    """
+
+    name: str
+    functions: dict[str, Function]
+    description: str
+    truncates: bool
+
+
+def load(name: str, device: str) -> Judged:
+    """Import a backend.
+
+    Args:
+        name: one of NAMES, or a dotted path.
+        device: "cpu" runs Triton kernels in its interpreter, which is chosen here, before triton is imported.
+
+    Raises:
+        LookupError: there is no such backend, or it defines no operation.
+    """
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    functions = {op: getattr(namespace, op) for namespace in [_namespace(name)] for op in OPERATIONS if hasattr(namespace, op)}
+    if not functions:
+        raise LookupError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
+    interpreted = device == "cpu" and name not in ("reference", "compile")
+    return Judged(name, functions, f"{name}{_runs_on(name, interpreted)}", interpreted)
+
+
+def _namespace(name: str) -> Any:
+    if name == "reference":
+        return unsloth_ref.kernels
+    if name == "fast":
+        return importlib.import_module("unsloth_fast.kernels")
+    if name == "compile":
+        # The reference has a size or an option in every call: each is worth a graph of its own.
+        torch._dynamo.config.recompile_limit = 10_000
+        return SimpleNamespace(**{op: _compiled(getattr(unsloth_ref.kernels, op)) for op in OPERATIONS})
+    if name in PEERS:
+        return importlib.import_module(f"conformance.peers.{name}")
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
+        raise LookupError(f"backend: got {name!r}, which cannot be imported ({error}); allowed: {allowed}") from error
+
+
+def _compiled(function: Function) -> Function:
+    compiled: Any = torch.compile(function)
+    compiled.__wrapped__ = function  # for its signature
+    return compiled
+
+
+def _runs_on(name: str, interpreted: bool) -> str:
+    if name in ("reference", "compile") or importlib.util.find_spec("triton") is None:
+        return ""
+    return f" (Triton {importlib.import_module('triton').__version__}{', interpreter' if interpreted else ''})"

@@ -1,0 +1,193 @@
+"""What is drawn: a small frozen case, and the tensors built from it.
+
+A case holds sizes, options and names, never elements, so that it shrinks to something a person can read. Its tensors come
+from a seeded CPU generator in float64, are rounded to the dtype under test, laid out in memory, and only then moved, so
+that every device sees the same bits.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """One drawn input.
+
+    Attributes:
+        sizes: (name, value) of each dimension, in the order of the spec.
+        options: (name, value) of each keyword that differs from its default.
+        fill: what the elements are like, a name in FILLS.
+        layout: how rows lie in memory, a name in LAYOUTS.
+        seed: seeds the elements.
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    fill: str = "randn"
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """The case as `conformance repro` reads it: "rows=4 hidden=129 fill=tiny seed=0"."""
+        words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
+        return " ".join(f"{name}={value}" for name, value in words)
+
+    def __repr__(self) -> str:
+        """The case as a call, for messages."""
+        words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in words)})"
+
+    def size(self, name: str) -> int:
+        """The size of one dimension."""
+        return dict(self.sizes)[name]
+
+    def resized(self, **sizes: int) -> Case:
+        """The same case with other sizes."""
+        return replace(self, sizes=tuple((name, sizes.get(name, size)) for name, size in self.sizes))
+
+    def with_options(self, options: Mapping[str, Any]) -> Case:
+        """The same case with these options on top of its own."""
+        return replace(self, options=tuple({**dict(self.options), **options}.items()))
+
+    @classmethod
+    def parse(cls, line: str, size_names: tuple[str, ...], option_names: tuple[str, ...]) -> Case:
+        """Read what `str(case)` wrote.
+
+        Raises:
+            ValueError: a word is not name=value, a name is unknown, or a size is missing.
+        """
+        words: dict[str, Any] = {}
+        for word in line.split():
+            name, equals, value = word.partition("=")
+            allowed = [*size_names, *option_names, *(f.name for f in fields(cls) if f.default is not f.default_factory)]
+            allowed = [a for a in allowed if a not in ("sizes", "options")]
+            if not equals or name not in allowed:
+                raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(allowed)}")
+            try:
+                words[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                words[name] = value
+        missing = [name for name in size_names if name not in words]
+        if missing:
+            raise ValueError(f"case: got {line!r}; missing: {', '.join(missing)}")
+        return cls(
+            sizes=tuple((name, int(words.pop(name))) for name in size_names),
+            options=tuple((name, words.pop(name)) for name in option_names if name in words),
+            **words,
+        )
+
+
+def _randn(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _outlier(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    values = _randn(generator, shape)
+    values[..., ::2, :] *= 64  # whole rows
+    values[..., :, -1:] *= 16  # and the last column, where a tail bug shows
+    return values
+
+
+def _saturated(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    return _randn(generator, shape).sign() * 1e4
+
+
+def _confident(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    values = _randn(generator, shape)
+    if shape[-1]:
+        values.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1), generator=generator), 20.0)
+    return values
+
+
+FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
+    "randn": _randn,
+    "ones": lambda generator, shape: torch.ones(shape, dtype=torch.float64),
+    "zeros": lambda generator, shape: torch.zeros(shape, dtype=torch.float64),
+    "tiny": lambda generator, shape: 1e-3 * _randn(generator, shape),
+    "wide": lambda generator, shape: 8 * _randn(generator, shape),
+    "outlier": _outlier,
+    "saturated": _saturated,
+    "confident": _confident,
+}
+
+
+def _offset(values: Tensor) -> Tensor:
+    """One element off the start of its storage: breaks 16-byte alignment."""
+    return torch.cat([values.new_zeros(1), values.reshape(-1)])[1:].view(values.shape)
+
+
+def _step(values: Tensor) -> Tensor:
+    """Every second row and column of a larger tensor."""
+    larger = values.new_zeros([2 * size for size in values.shape])
+    view = larger[tuple(slice(None, None, 2) for _ in values.shape)]
+    return view.copy_(values)
+
+
+def _halves(values: Tensor) -> Tensor:
+    """The left half of rows twice as long, as a split of one gate_up tensor gives."""
+    return torch.cat([values, values], -1)[..., : values.shape[-1]] if values.ndim else values
+
+
+LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda values: values,
+    "offset": _offset,
+    "step": _step,
+    "halves": _halves,
+    "transposed": lambda values: values.T.contiguous().T if values.ndim == 2 else values,
+    "expanded": lambda values: values[:1].expand(values.shape) if values.ndim and len(values) else values,
+}
+
+
+class Draw:
+    """Builds the tensors of one case; the argument of a spec's `build`.
+
+    Every tensor has a generator of its own, so that adding one leaves the others' bits alone.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
+        """Tensors of this dtype, on this device."""
+        self.case, self.dtype, self.device = case, dtype, device
+        self._count = 0
+
+    def _generator(self) -> Generator:
+        self._count += 1
+        return Generator().manual_seed(1000 * self.case.seed + self._count)
+
+    def place(self, values: Tensor) -> Tensor:
+        """Round to the dtype, lay out as the case asks, move to the device."""
+        rounded = values.to(self.dtype)
+        if self.device == "cpu":
+            return LAYOUTS[self.case.layout](rounded)
+        return LAYOUTS[self.case.layout](rounded.to(self.device))
+
+    def rows(self, *shape: int) -> Tensor:
+        """[..., columns] filled and laid out as the case asks."""
+        return self.place(FILLS[self.case.fill](self._generator(), shape))
+
+    def weight(self, size: int) -> Tensor:
+        """[size] around 1, never all alike: a weight of ones would hide a wrong index."""
+        return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
+
+    def grad_output(self, like: Tensor) -> Tensor:
+        """Standard normal, in the dtype of an output, contiguous."""
+        return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
+
+    def labels(self, tokens: int, classes: int) -> Tensor:
+        """[tokens] int64 in [0, classes): first, last and both sides of every likely tile edge, then random; some ignored."""
+        generator = self._generator()
+        labels = torch.randint(max(classes, 1), (tokens,), generator=generator)
+        edges = [0, classes - 1, *(edge + side for edge in (128, 1024, 4096, 8192, 32768, 65536) for side in (-1, 0))]
+        edges = [edge for edge in edges if 0 <= edge < classes]
+        where = torch.randperm(tokens, generator=generator)[: len(edges)]
+        labels[where] = torch.tensor(edges[: len(where)], dtype=torch.int64)
+        labels[torch.rand(tokens, generator=generator) < 0.2] = IGNORE_INDEX
+        return labels.to(self.device)

@@ -1,0 +1,181 @@
+"""The command line: run, list, repro, bench.
+
+Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run. A usage error is one line.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from conformance import backends, report
+from conformance.backends import Judged
+from conformance.bench.sampler import copy_rate
+from conformance.bench.table import heading, measure, text
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.runner import Check, run
+from conformance.search import DTYPES, Result, replay
+from conformance.spec import specs
+from conformance.trial import Trial
+
+
+class UsageError(Exception):
+    """Something on the command line that cannot be done; its text says what was seen and what is allowed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line an error, instead of the usage text."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.verb(arguments)
+    except (UsageError, LookupError) as error:
+        print(f"conformance: {error.args[0]}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="conformance", description="Judge kernels against the reference.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+
+    judge = verbs.add_parser("run", help="judge a backend's operations")
+    judge.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    judge.add_argument("--profile", default="dev", choices=PROFILES, help="how long to look (dev)")
+    judge.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
+    judge.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties (all; see list)")
+    judge.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    judge.add_argument("--jobs", type=int, metavar="N", help="processes (one a core, at most 4)")
+    judge.add_argument("-x", "--stop", action="store_true", help="leave an operation at its first failure")
+    judge.set_defaults(verb=_run)
+
+    listing = verbs.add_parser("list", help="what can be judged, by which properties")
+    listing.set_defaults(verb=_list)
+
+    repro = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
+    repro.add_argument("line", help="'OP DTYPE [PROPERTY] NAME=VALUE ...'")
+    repro.set_defaults(verb=_repro)
+
+    bench = verbs.add_parser("bench", help="time backends against each other on a GPU")
+    bench.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    bench.add_argument("--backend", default="reference,compile,fast", help="comma-separated (reference,compile,fast)")
+    bench.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the times here")
+    bench.set_defaults(verb=_bench)
+
+    for verb in (judge, repro):
+        verb.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
+        verb.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    ops = _known("operation", arguments.ops, list(backends.OPERATIONS))
+    dtypes = _known("dtype", arguments.dtype, list(DTYPES))
+    laws = _known("property", arguments.property, list(PROPERTIES))
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
+    device, judged = _judged(arguments)
+    specs()
+    checks = [
+        Check(arguments.backend, op, law, dtype, device, arguments.profile)
+        for op in ops
+        if op in judged.functions
+        for law in laws
+        for dtype in dtypes
+    ]
+    if not checks:
+        raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
+    print(report.heading(judged, device, arguments.profile), flush=True)
+    with report.progress() as progress:
+        task = progress.add_task("judging", total=len(checks))
+        done = run(checks, lambda _, result: progress.advance(task), jobs=arguments.jobs, stop_at_failure=arguments.stop)
+    results = [result for _, result in done]
+    print(report.table(results, ops, dtypes), "", sep="\n")
+    if any(result.verdict == "fail" for result in results):
+        print(report.failures(results, arguments.backend, device))
+    print(report.closing(results))
+    if arguments.json:
+        report.write_json(arguments.json, results, judged, device, arguments.profile)
+    return _status(results)
+
+
+def _status(results: Sequence[Result]) -> int:
+    if any(result.verdict == "fail" for result in results):
+        return 1
+    return 0 if any(result.verdict == "pass" for result in results) else 2
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    print("operations:", *(f"  {op:<20}{(s.reference.__doc__ or '').splitlines()[0]}" for op, s in specs().items()), sep="\n")
+    print("properties:", *(f"  {name:<20}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()), sep="\n")
+    print("backends:", f"  {', '.join(backends.NAMES)}, or the dotted path of a module", sep="\n")
+    print("profiles:", *(f"  {name:<20}{profile.examples} examples" for name, profile in PROFILES.items()), sep="\n")
+    return 0
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    op, dtype, *words = [*arguments.line.split(), ""][:-1] if len(arguments.line.split()) > 1 else ("", "")
+    _known("operation", [op], list(backends.OPERATIONS))
+    _known("dtype", [dtype], list(DTYPES))
+    law = words.pop(0) if words and "=" not in words[0] else "gradients"
+    _known("property", [law], list(PROPERTIES))
+    try:
+        case = specs()[op].parse(" ".join(words))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    device, judged = _judged(arguments)
+    if op not in judged.functions:
+        raise UsageError(f"backend {arguments.backend} does not define {op}")
+    trial = Trial(specs()[op], judged.functions[op], DTYPES[dtype], device, judged.truncates)
+    result = replay(trial, PROPERTIES[law], case, dtype)
+    if result.verdict == "fail":
+        print(report.failures([result], arguments.backend, device))
+        return 1
+    used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
+    print(f"ok   {op} / {law} / {dtype}: {case!r}{used}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    ops = _known("operation", arguments.ops, list(backends.OPERATIONS))
+    _known("dtype", [arguments.dtype], list(DTYPES))
+    if not torch.cuda.is_available():
+        raise UsageError("bench: torch finds no CUDA device, and times without one say nothing about these kernels")
+    names = arguments.backend.split(",")
+    for name in names:
+        backends.load(name, "cuda")
+    copy = copy_rate()
+    print(heading(copy), flush=True)
+    rows = []
+    for shape in measure(ops, names, arguments.dtype, copy):
+        print(text(shape), flush=True)
+        rows += shape
+    if arguments.json:
+        arguments.json.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+    return 1 if any(row.full is None for row in rows) else 0
+
+
+def _judged(arguments: argparse.Namespace) -> tuple[str, Judged]:
+    """The device and the backend asked for."""
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    return device, backends.load(arguments.backend, device)
+
+
+def _known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
+    """The names, or all that are allowed; raises UsageError for one that is not."""
+    for name in names or []:
+        if name not in allowed:
+            raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")
+    return list(dict.fromkeys(names or allowed))

@@ -1,0 +1,183 @@
+"""When a result is right: four gates between the judged tensor y and the truth r, and one number out.
+
+    G0  shape, dtype, NaN and infinity where the truth, rounded, has them
+    G1  |y - r| <= u |r| + roundings u (1 + u) S + log2(n) 2^-24 S + tiny                       every element
+    G2  ||y - r|| <= 1.5 max(||p - r||, floor), and 2 x for the largest element                 at least 64 elements
+    G3  |mean of (y - r) sign(r) / (u |r|)| <= 0.25                                             at least 1000 random ones, 16-bit dtypes
+
+r is the reference in float64 on the inputs already rounded; p, the peer, is the reference in the dtype of y on the same
+device; u the unit roundoff of that dtype; n the number of elements that enter; S the size of the terms that were added up
+(|r| where nothing cancels), so that S = 0 demands the exact value. G1's first term is the last rounding, the second the
+roundings that the contract allows on the way, the third float32 arithmetic: pairwise sums (Higham 2002, section 4.2) and
+elementary functions. G2 holds a kernel to the accuracy of plain PyTorch; its floor, 0.3 u ||r|| + 2^-24 ||S||, keeps a
+peer that happens to be exact from making it impossible. G3 finds truncation and drift. Its mean is over distinct values of
+y, since elements that are all alike share one rounding error; and it grants the peer's own, since a row times a factor near
+1 has rounding errors that all lean one way.
+
+Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and G2 and
+G3, which see nothing else, are left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIT_FLOAT32 = 2.0**-24
+G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
+G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
+
+
+class Failure(Exception):
+    """A property that does not hold; its text says what was measured and what was allowed."""
+
+    def __init__(self, message: str, used: float | None = None) -> None:
+        """Used is the share of the error budget, where one was measured."""
+        super().__init__(message)
+        self.used = used
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the gates need beside y, r and p.
+
+    Attributes:
+        terms: S, broadcastable to r, float64.
+        elements: n.
+        roundings: roundings to the dtype of y that the contract allows before the last one.
+        random: whether the elements differ, so that their rounding errors can be expected to cancel.
+        truncates: whether casts to bfloat16 truncate (Triton's interpreter).
+    """
+
+    terms: Tensor
+    elements: int
+    roundings: int
+    random: bool = True
+    truncates: bool = False
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
+
+
+def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float:
+    """Hold y against the truth r and the peer p.
+
+    Args:
+        name: what y is, for the message: "output loss", "gradient of x".
+        y: the judged tensor.
+        r: the truth, float64, on the device of y.
+        p: the peer, in the dtype that y must have.
+        measure: terms, elements and roundings.
+
+    Returns:
+        The budget used: the largest measured / allowed over all gates, at most 1.
+
+    Raises:
+        Failure: a gate is broken.
+    """
+    _structure(name, y, r, p)
+    finite = r.isfinite() & y.isfinite()
+    if not finite.any():
+        return 0.0
+    truncates = measure.truncates and y.dtype == torch.bfloat16
+    unit = unit_roundoff(y.dtype) * (2 if truncates else 1)
+    wide, truth = y.double()[finite], r[finite]
+    peer = torch.where(p.isfinite(), p.double(), r)[finite]
+    terms = measure.terms.expand(r.shape)[finite]
+    used = _componentwise(name, wide, truth, terms, unit, measure, y.dtype, finite)
+    if not truncates:
+        used = max(used, _against_peer(name, wide, truth, peer, terms, unit))
+        if y.dtype != torch.float32 and measure.random:
+            used = max(used, _bias(name, wide, truth, peer, terms, unit, y.dtype))
+    return used
+
+
+def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
+    if y.shape != r.shape:
+        raise Failure(f"gate G0: {name} has shape {list(y.shape)}, should be {list(r.shape)}")
+    if y.dtype != p.dtype:
+        raise Failure(f"gate G0: {name} has dtype {y.dtype}, should be {p.dtype}")
+    rounded = r.to(y.dtype)
+    # At the very edge of overflow one more rounding may fall on either side of it.
+    edge = (r.abs() > 0.99 * torch.finfo(y.dtype).max) & r.isfinite()
+    for kind, seen, wanted in (("NaN", y.isnan(), rounded.isnan()), ("infinite", y.isinf(), rounded.isinf())):
+        wrong = (seen != wanted) & ~edge
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            verb = "is" if bool(seen[index]) else "is not"
+            raise Failure(
+                f"gate G0: {name} {verb} {kind} at index {index}\n"
+                f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}, got {float(y[index])!r}"
+            )
+
+
+def _componentwise(
+    name: str, y: Tensor, r: Tensor, terms: Tensor, unit: float, measure: Measure, dtype: torch.dtype, finite: Tensor
+) -> float:
+    tiny = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
+    depth = max(1.0, math.log2(max(measure.elements, 1)))
+    allowed = unit * r.abs() + (measure.roundings * unit * (1 + unit) + depth * UNIT_FLOAT32) * terms
+    allowed += tiny * (terms > 0)
+    error = (y - r).abs()
+    ratio = torch.where(error == 0, 0.0, error / allowed)
+    worst = int(ratio.argmax())
+    used = float(ratio[worst])
+    if used > 1:
+        index = tuple(finite.nonzero()[worst].tolist())
+        raise Failure(
+            f"gate G1 used {used:.3g} of the budget in {name} at index {index}\n"
+            f"measured {float(error[worst]):.2g}, allowed {float(allowed[worst]):.2g};"
+            f" reference {float(r[worst])!r}, got {float(y[worst])!r}",
+            used,
+        )
+    return used
+
+
+def _against_peer(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float) -> float:
+    square = r.square().sum()
+    # Elements that carry weight: a norm that a few large ones dominate is no statistic.
+    if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
+        return 0.0
+    rms, peer_rms = float((y - r).norm()), float((p - r).norm())
+    floor = float(0.3 * unit * r.norm() + UNIT_FLOAT32 * terms.norm())
+    high, peer_high = float((y - r).abs().max()), float((p - r).abs().max())
+    high_floor = float(unit * r.abs().max() + UNIT_FLOAT32 * terms.max())
+    used = 0.0
+    for kind, factor, measured, other, least in (
+        ("root mean square", G2_RMS, rms, peer_rms, floor),
+        ("largest", G2_MAX, high, peer_high, high_floor),
+    ):
+        allowed = factor * max(other, least)
+        used = max(used, measured / allowed)
+        if measured > allowed:
+            raise Failure(
+                f"gate G2 used {measured / allowed:.3g} of the budget in {name}: {kind} error over {r.numel()} elements\n"
+                f"measured {measured:.3g}, allowed {allowed:.3g}, {factor} times the error of plain PyTorch, {other:.3g}",
+                measured / allowed,
+            )
+    return used
+
+
+def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float, dtype: torch.dtype) -> float:
+    normal = r.abs() >= torch.finfo(dtype).smallest_normal
+    y, r, p, terms = y[normal], r[normal], p[normal], terms[normal]
+    distinct, group = y.unique(return_inverse=True)
+    if r.numel() < G3_ELEMENTS or distinct.numel() < G3_DISTINCT:
+        return 0.0
+
+    def lean(value: Tensor) -> float:
+        errors = (value - r) * r.sign() / (unit * torch.maximum(r.abs(), terms))
+        sums = torch.zeros_like(distinct).index_add_(0, group, errors)
+        return float((sums / group.bincount()).mean().abs())
+
+    bias, allowed = lean(y), G3_BIAS + lean(p)
+    if bias > allowed:
+        raise Failure(
+            f"gate G3 used {bias / allowed:.3g} of the budget in {name}: results lean to one side\n"
+            f"mean error {bias:.2g} unit roundoffs over {distinct.numel()} distinct values, allowed {allowed:.2g}",
+            bias / allowed,
+        )
+    return bias / allowed

@@ -1,0 +1,68 @@
+"""The laws. One file a law: a docstring that says it, and `check(trial, case)`, which raises Failure where it does not hold.
+
+A check returns the share of the error budget it used, or None where that has no meaning. Beside it a file may define
+`SHARE`, the part of the profile's examples worth spending on it; `cases(spec, profile)`, a fixed list in place of drawn
+cases; and `CUDA_ONLY = True`. A law is about what a user can suffer from, never about how an implementation is built: plain
+PyTorch that is right passes them all.
+"""
+
+from types import ModuleType
+
+from conformance.properties import (
+    autocast,
+    checkpoint,
+    compiles,
+    cuda_graph,
+    determinism,
+    double_backward,
+    error_parity,
+    extents,
+    gradients,
+    guard_reads,
+    guard_writes,
+    inputs_untouched,
+    int64_offsets,
+    layouts,
+    metadata,
+    no_grad,
+    no_sync,
+    opcheck,
+    retained_backward,
+    row_independence,
+    side_stream,
+    signature_parity,
+    special_values,
+    uninitialised,
+    value,
+)
+
+# In the order in which they run: what is cheap and says most comes first.
+_MODULES = (
+    signature_parity,
+    error_parity,
+    metadata,
+    value,
+    gradients,
+    extents,
+    layouts,
+    special_values,
+    inputs_untouched,
+    row_independence,
+    guard_writes,
+    guard_reads,
+    uninitialised,
+    int64_offsets,
+    determinism,
+    retained_backward,
+    double_backward,
+    no_grad,
+    autocast,
+    checkpoint,
+    opcheck,
+    compiles,
+    side_stream,
+    cuda_graph,
+    no_sync,
+)
+
+PROPERTIES: dict[str, ModuleType] = {module.__name__.rsplit(".", 1)[-1]: module for module in _MODULES}

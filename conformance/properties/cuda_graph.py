@@ -1,0 +1,32 @@
+"""A captured CUDA graph, replayed on new inputs in the same memory, gives what a plain call on them gives."""
+
+from dataclasses import replace
+
+import torch
+
+from conformance.case import Case
+from conformance.trial import Trial, demand_same_bits
+
+CUDA_ONLY = True
+SHARE = 0.3
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Capture on one seed, replay on another."""
+    other = replace(case, seed=case.seed + 1)
+    static, fresh = trial.inputs(case), trial.inputs(other)
+    grad_outputs = trial.grad_outputs(case, trial.run(case, static).outputs)  # also compiles
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        trial.run(case, static, grad_outputs=grad_outputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = trial.run(case, static, grad_outputs=grad_outputs)
+    for name, tensor in static.items():
+        tensor.copy_(fresh[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    plain = trial.run(case, fresh, grad_outputs=grad_outputs)
+    demand_same_bits(trial.spec, plain, captured, "a replayed CUDA graph differs from a plain call")

@@ -1,0 +1,13 @@
+"""The same call gives the same bits, every time."""
+
+from conformance.case import Case
+from conformance.trial import Trial, demand_same_bits
+
+SHARE = 0.4
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Three runs on fresh copies of the same input."""
+    first = trial.run(case)
+    for _ in range(2):
+        demand_same_bits(trial.spec, first, trial.run(case), "two runs on the same input differ")

@@ -1,0 +1,41 @@
+"""Differentiating twice gives the right second derivative, or an error: never a wrong one."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.trial import Function, Raised, Trial, leaf, widen
+
+SHARE = 0.2
+TOLERANCE = 0.05  # of the largest entry: tells a missing term from rounding, in every dtype
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Differentiate the outputs plus the squares of their gradients, by every input that gets one."""
+    case = replace(case, fill="randn")
+    with Raised() as raised:
+        seen = _second_derivatives(trial, case, trial.function, wide=False)
+        right = _second_derivatives(trial, case, trial.spec.reference, wide=True)
+        for name, y, r in zip(trial.spec.grads, seen, right, strict=True):
+            error = (y.double() - r).abs().max() if r.numel() else r.sum()
+            if not error <= TOLERANCE * r.abs().max().clamp(min=1e-3):
+                raise Failure(
+                    f"the second derivative by {name} is wrong: off by {float(error):.2g},"
+                    f" where the largest entry is {float(r.abs().max()):.2g}; an operation without one must raise"
+                )
+    assert raised.error is None or isinstance(raised.error, RuntimeError | NotImplementedError), raised.error
+
+
+def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool) -> list[Tensor]:
+    inputs = {n: widen(t) if wide else t for n, t in trial.inputs(case).items()}
+    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
+    leaves = [inputs[name] for name in trial.spec.grads]
+    outputs = function(*inputs.values(), **trial.options(case))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], create_graph=True)
+    # As a gradient penalty does it: beside the loss, so that gradients cut off from the graph go unnoticed by autograd.
+    penalty = sum(gradient.double().square().sum() for gradient in grads)
+    return list(torch.autograd.grad(sum(output.double().sum() for output in outputs) + penalty, leaves))

@@ -1,0 +1,23 @@
+"""Every size is right: 0, 1, primes, both sides of a tile's edge, more than 65536 columns, more rows than a grid axis has."""
+
+from conformance.case import Case
+from conformance.profiles import Profile
+from conformance.spec import Spec
+from conformance.trial import Trial
+
+SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (17, 31), (5, 127), (5, 128), (5, 129))
+WIDE = (1021, 1024, 1025, 4096, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
+MANY_ROWS = 70_001  # beyond the 65535 of a grid's second and third axis
+
+
+def cases(spec: Spec, profile: Profile) -> list[Case]:
+    """The simplest first."""
+    sizes = [*SMALL, *((2, columns) for columns in WIDE)]
+    if profile.elements >= 4 * MANY_ROWS:
+        sizes += [(MANY_ROWS, 4), (3, 300_007)]
+    return [Case(tuple(zip(spec.sizes, pair, strict=True))) for pair in sizes]
+
+
+def check(trial: Trial, case: Case) -> float:
+    """Forward and backward within the gates."""
+    return trial.judge(case, trial.run(case))

@@ -1,0 +1,20 @@
+"""Nothing is written outside: canaries on both sides of every input and every allocation survive both passes."""
+
+from conformance.case import Case
+from conformance.memory import Allocations, Fence, demand_unbroken
+from conformance.trial import Trial
+
+SHARE = 0.4
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Fence everything, run, look at the fences."""
+    fences = {name: Fence(tensor) for name, tensor in trial.inputs(case).items()}
+    inputs = {name: fence.tensor for name, fence in fences.items()}
+    grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)
+    grad_fences = [Fence(gradient) for gradient in grad_outputs]
+    with Allocations() as allocations:
+        trial.run(case, inputs, grad_outputs=[fence.tensor for fence in grad_fences])
+    allocations.demand_unbroken()
+    for name, fence in [*fences.items(), *(("grad_output", fence) for fence in grad_fences)]:
+        demand_unbroken(name, fence)

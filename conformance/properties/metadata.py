@@ -1,0 +1,25 @@
+"""Outputs and gradients have the contract's structure, shape, dtype and device, and share no memory with the inputs."""
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.trial import Run, Trial, leaf
+
+SHARE = 0.3
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Compare with the reference, and look for aliases."""
+    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    outputs = trial.call(inputs, trial.options(case))
+    wanted = trial.run(case, inputs, function=trial.spec.reference)
+    if len(outputs) != len(wanted.outputs):
+        raise Failure(f"{len(outputs)} outputs, should be {len(wanted.outputs)}")
+    grad_outputs = trial.grad_outputs(case, wanted.outputs)
+    run = Run(outputs, trial.backward(outputs, inputs, trial.spec.grads, grad_outputs))
+    for (_, name, seen), (_, _, right) in zip(run.named(trial.spec), wanted.named(trial.spec), strict=True):
+        for what in ("shape", "dtype", "device"):
+            if getattr(seen, what) != getattr(right, what):
+                raise Failure(f"{name} has {what} {getattr(seen, what)}, should be {getattr(right, what)}")
+        for other_name, other in [*inputs.items(), *zip(("grad_output",) * len(grad_outputs), grad_outputs, strict=True)]:
+            if seen.numel() and seen.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+                raise Failure(f"{name} shares the memory of {other_name}")

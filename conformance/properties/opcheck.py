@@ -1,0 +1,46 @@
+"""Every custom operator that the function calls passes `torch.library.opcheck`: schema, fakes, tracing, autograd."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.profiles import Profile
+from conformance.spec import Spec
+from conformance.trial import Raised, Trial
+
+BUILT_IN = ("aten", "prim", "prims", "c10d", "inductor", "debugprims", "profiler", "quantized")
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the calls of custom operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in BUILT_IN:
+            self.calls.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def cases(spec: Spec, profile: Profile) -> list[Case]:
+    """One case with every option at its default, one with every option set."""
+    sizes = tuple(zip(spec.sizes, (3, 70), strict=True))
+    options = {name: values[-1] for name, values in spec.options.items()}
+    return [Case(sizes), *([Case(sizes).with_options(options)] if options and spec.consistent(options) else [])]
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Record forward and backward, check what was recorded."""
+    with _Recorder() as recorder:
+        trial.run(case)
+    for operator, (args, kwargs) in recorder.calls.items():
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        with Raised() as raised:
+            torch.library.opcheck(operator, tuple(args), kwargs)
+        if raised.error is not None:
+            raise Failure(f"opcheck of {operator}: {str(raised.error).strip()[:400]}") from raised.error

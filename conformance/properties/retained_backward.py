@@ -1,0 +1,20 @@
+"""A graph that is retained gives the same gradients again: nothing it saved was used up or overwritten."""
+
+from conformance.case import Case
+from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+
+SHARE = 0.4
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Two backward passes through one forward pass."""
+    names = trial.spec.grads
+    inputs = {name: leaf(tensor, name in names) for name, tensor in trial.inputs(case).items()}
+    outputs = trial.call(inputs, trial.options(case))
+    grad_outputs = trial.grad_outputs(case, outputs)
+    first = trial.backward(outputs, inputs, names, grad_outputs, keep=True)
+    first = {name: gradient.clone() for name, gradient in first.items()}
+    second = trial.backward(outputs, inputs, names, grad_outputs)
+    demand_same_bits(
+        trial.spec, Run(detached(outputs), first), Run(detached(outputs), second), "a second backward pass differs"
+    )

@@ -1,0 +1,36 @@
+"""A row's output and gradient depend on that row alone: their bits stay when every other row changes, to NaN even."""
+
+from math import nan
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.trial import Trial, bits
+
+SHARE = 0.4
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Keep the first, the middle and the last row in turn, and change all others."""
+    case = trial.rowwise(case)
+    count = case.size(trial.spec.rows)
+    case = case.resized(**{trial.spec.rows: max(2, count)})
+    inputs = trial.inputs(case)
+    outputs = trial.run(case, inputs, grads=()).outputs
+    if any(output.ndim == 0 for output in outputs):
+        raise Failure(f"output is a scalar under {trial.spec.row_options}, should be a row a token")
+    grad_outputs = trial.grad_outputs(case, outputs)
+    first = trial.run(case, inputs, grad_outputs=grad_outputs)
+    for kept in sorted({0, max(2, count) // 2, max(2, count) - 1}):
+        for change in (lambda t: t.flip(0) * 2, lambda t: t * nan):
+            changed = dict(inputs)
+            for name in trial.spec.rowwise:
+                if inputs[name].is_floating_point():
+                    changed[name] = change(inputs[name])
+                    changed[name][kept] = inputs[name][kept]
+            _demand_same_row(trial, first, trial.run(case, changed, grad_outputs=grad_outputs), kept)
+
+
+def _demand_same_row(trial: Trial, first: object, second: object, kept: int) -> None:
+    for (key, name, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
+        if key in (*trial.spec.outputs, *trial.spec.rowwise) and not bits(one[kept]).equal(bits(other[kept])):
+            raise Failure(f"row {kept} of {name} changed with the other rows")

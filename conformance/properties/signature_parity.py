@@ -1,0 +1,38 @@
+"""A backend's function takes what the contract's takes: same names, kinds, order and defaults.
+
+It may add keywords of its own, if they have defaults.
+"""
+
+import inspect
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.profiles import Profile
+from conformance.spec import Spec
+from conformance.trial import Trial
+
+
+def cases(spec: Spec, profile: Profile) -> list[Case]:
+    """A signature needs no tensors."""
+    return [Case(tuple((name, 1) for name in spec.sizes))]
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Compare parameter by parameter."""
+    wanted = inspect.signature(trial.spec.reference).parameters
+    seen = inspect.signature(trial.function).parameters
+    for name, parameter in wanted.items():
+        if name not in seen:
+            raise Failure(f"parameter {name} is missing; the contract has {', '.join(wanted)}")
+        if (seen[name].kind, seen[name].default) != (parameter.kind, parameter.default):
+            raise Failure(f"parameter {name} is {_words(seen[name])}, should be {_words(parameter)}")
+    if [name for name in seen if name in wanted] != list(wanted):
+        raise Failure(f"parameters are in the order {', '.join(seen)}, should be {', '.join(wanted)}")
+    for name, parameter in seen.items():
+        if name not in wanted and (parameter.default is parameter.empty or parameter.kind is not parameter.KEYWORD_ONLY):
+            raise Failure(f"parameter {name} is not in the contract, and no keyword with a default")
+
+
+def _words(parameter: inspect.Parameter) -> str:
+    default = "without a default" if parameter.default is parameter.empty else f"with default {parameter.default!r}"
+    return f"{parameter.kind.description} {default}"

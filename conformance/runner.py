@@ -1,0 +1,148 @@
+"""Runs many checks in worker processes, so that a kernel that kills its process is a finding and not the end."""
+
+import multiprocessing
+import os
+import signal
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from conformance import backends
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.search import DTYPES, Result, search
+from conformance.spec import specs
+from conformance.trial import Trial
+
+
+@dataclass(frozen=True)
+class Check:
+    """One law on one operation of one backend in one dtype."""
+
+    backend: str
+    op: str
+    property: str
+    dtype: str
+    device: str
+    profile: str
+
+    def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
+        """Run it in this process."""
+        judged = backends.load(self.backend, self.device)
+        trial = Trial(specs()[self.op], judged.functions[self.op], DTYPES[self.dtype], self.device, judged.truncates)
+        return search(trial, PROPERTIES[self.property], PROFILES[self.profile], self.dtype, notify)
+
+
+@dataclass
+class _Worker:
+    """A process, our end of its pipe, and what it is doing."""
+
+    process: BaseProcess
+    pipe: Connection
+    check: Check | None = None
+    case: str = ""
+
+
+def run(
+    checks: Iterable[Check],
+    report: Callable[[Check, Result], None],
+    *,
+    jobs: int | None = None,
+    stop_at_failure: bool = False,
+) -> list[tuple[Check, Result]]:
+    """Run checks in worker processes.
+
+    Args:
+        checks: in the order in which they are begun.
+        report: told each result as it comes.
+        jobs: how many processes; by default one a core, at most 4.
+        stop_at_failure: leave out the checks of a backend's operation after its first failure.
+
+    Returns:
+        The results, in the order of the checks.
+    """
+    queue, done, failed = deque(checks), {}, set()
+    order = {check: index for index, check in enumerate(queue)}
+    workers = [_start() for _ in range(min(jobs or min(os.cpu_count() or 1, 4), len(queue)))]
+    try:
+        idle = deque(workers)
+        while queue or any(worker.check for worker in workers):
+            while queue and idle:
+                check = queue.popleft()
+                if not (stop_at_failure and (check.backend, check.op) in failed):
+                    worker = idle.popleft()
+                    worker.check = check
+                    worker.pipe.send(check)
+            for worker in _ready(workers):
+                check, result = worker.check, _receive(worker)
+                if result is None or check is None:
+                    continue
+                done[check] = result
+                report(check, result)
+                if result.verdict == "fail":
+                    failed.add((check.backend, check.op))
+                if not worker.process.is_alive():
+                    workers.remove(worker)
+                    workers.append(worker := _start())
+                worker.check = None
+                idle.append(worker)
+    finally:
+        for worker in workers:
+            worker.pipe.close()
+            if worker.check:
+                worker.process.kill()
+            worker.process.join()
+    return sorted(done.items(), key=lambda item: order[item[0]])
+
+
+def _start() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer checks with results until the pipe closes; each case is announced before it runs."""
+    torch.set_num_threads(1)
+    # Triton's interpreter computes with NumPy, which warns of every NaN and infinity that a case puts in on purpose.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+    while True:
+        try:
+            check = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(check(pipe.send))
+
+
+def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
+    pipes = {worker.pipe: worker for worker in workers if worker.check}
+    return [pipes[pipe] for pipe in wait(list(pipes)) if isinstance(pipe, Connection)]
+
+
+def _receive(worker: _Worker) -> Result | None:
+    """The result of the worker's check, or None while it is still at it."""
+    try:
+        message = worker.pipe.recv()
+    except EOFError:
+        worker.process.join()
+        return _death(worker)
+    if isinstance(message, str):
+        worker.case = message
+        return None
+    return message
+
+
+def _death(worker: _Worker) -> Result:
+    code, check = worker.process.exitcode or 0, worker.check
+    assert check is not None
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    message = f"the process died ({how}) in this case: memory outside the tensors was touched, or it was killed"
+    return Result(check.op, check.property, check.dtype, "fail", case=worker.case, message=message)

@@ -1,0 +1,184 @@
+"""What is declared: one Spec an operation, from which tests, benchmarks and tables all follow.
+
+`conformance/specs/<operation>.py` holds a module-level `spec`.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+import unsloth_ref.kernels
+from conformance.case import Case, Draw
+
+Inputs = dict[str, Tensor]
+Options = dict[str, Any]
+
+# Tile edges, primes and vocabulary sizes: where kernels break.
+COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
+
+
+def rows(budget: int) -> st.SearchStrategy[int]:
+    """A number of rows, few first."""
+    return st.integers(1, max(1, min(budget, 64)))
+
+
+def columns(budget: int) -> st.SearchStrategy[int]:
+    """A number of columns: any small one, or one beside a tile's edge."""
+    return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """A call that must be refused.
+
+    Attributes:
+        what: the mistake, in words.
+        change: from right inputs and options to wrong ones.
+        raises: the type that the contract asks for.
+        names: the argument that the message must name.
+        device: "cpu" where only a CPU can afford to look.
+    """
+
+    what: str
+    change: Callable[[Inputs, Options], tuple[Inputs, Options]]
+    raises: type[Exception]
+    names: str
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call as the terms of a spec see it: everything in float64.
+
+    Attributes:
+        inputs: by name.
+        options: keywords that differ from their default.
+        grad_outputs: one for each output; empty when only the forward pass is judged.
+        smallest: the smallest normal number of the dtype under test: below it, errors are absolute.
+    """
+
+    inputs: Inputs
+    options: Options
+    grad_outputs: Sequence[Tensor]
+    smallest: float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything the judge knows about one operation.
+
+    Attributes:
+        op: its name in `unsloth_ref.kernels`.
+        sizes: for each dimension, a strategy from an element budget; the last one is drawn first.
+        options: for each keyword, the values to draw, the default first.
+        fills: names in `conformance.case.FILLS`, the simplest first.
+        build: the input tensors of a case.
+        outputs: a name for each output.
+        grads: the inputs that get a gradient.
+        rowwise: the inputs whose first dimension counts rows that must not see each other.
+        row_options: options under which the outputs are rows too.
+        roundings: roundings to the dtype of an output or gradient that the contract's order makes before the last one.
+        terms: for an output or gradient that cancels, the size S of what is added up; others use their own magnitude.
+        consistent: whether options may stand together.
+        bytes: fewest bytes that (forward, backward) move, from the inputs.
+        bench: sizes worth timing, by name.
+        errors: calls that must be refused.
+        wide: the size that may exceed any tile.
+    """
+
+    op: str
+    sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
+    build: Callable[..., Inputs]
+    outputs: Sequence[str]
+    grads: Sequence[str]
+    rowwise: Sequence[str]
+    roundings: int
+    bytes: Callable[[Inputs], tuple[int, int]]
+    bench: Mapping[str, Mapping[str, int]]
+    errors: Sequence[ErrorCase]
+    wide: str
+    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
+    row_options: Options = field(default_factory=dict)
+    consistent: Callable[[Options], bool] = lambda options: True
+    terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The contract."""
+        return getattr(unsloth_ref.kernels, self.op)
+
+    @property
+    def rows(self) -> str:
+        """The name of the first dimension, which counts rows."""
+        return next(iter(self.sizes))
+
+    def inputs(self, case: Case, dtype: torch.dtype, device: str) -> Inputs:
+        """The tensors of a case."""
+        return self.build(Draw(case, dtype, device), **dict(case.sizes))
+
+    def parse(self, line: str) -> Case:
+        """Read a case of this operation from one line; raises ValueError."""
+        return Case.parse(line, tuple(self.sizes), tuple(self.options))
+
+    def cases(self, elements: int, options: Sequence[str] | None = None) -> st.SearchStrategy[Case]:
+        """Cases of at most this many elements; of the options only those named, where names are given."""
+        drawn = {name: values for name, values in self.options.items() if options is None or name in options}
+
+        @st.composite
+        def draw_case(draw: st.DrawFn) -> Case:
+            budget, sizes = elements, {}
+            for name, strategy in reversed(self.sizes.items()):
+                sizes[name] = draw(strategy(budget), label=name)
+                budget = max(1, budget // sizes[name])
+            chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}
+            assume(self.consistent(chosen))
+            return Case(
+                sizes=tuple((name, sizes[name]) for name in self.sizes),
+                options=tuple((name, value) for name, value in chosen.items() if value != self.options[name][0]),
+                fill=draw(st.sampled_from(self.fills), label="fill"),
+                seed=draw(st.integers(0, 3), label="seed"),
+            )
+
+        return draw_case()
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of the elements of these tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@cache
+def specs() -> Mapping[str, Spec]:
+    """The spec of every operation, by name.
+
+    Raises:
+        LookupError: an operation has no spec, or a spec names another operation than its file.
+    """
+    found: dict[str, Spec] = {}
+    for op in unsloth_ref.kernels.__all__:
+        try:
+            module: ModuleType = importlib.import_module(f"conformance.specs.{op}")
+        except ModuleNotFoundError as missing:
+            raise LookupError(f"operation {op} has no spec: conformance/specs/{op}.py is missing") from missing
+        if module.spec.op != op:
+            raise LookupError(f"conformance/specs/{op}.py: its spec names {module.spec.op}")
+        found[op] = module.spec
+    return found
+
+
+def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
+    """The spec's options that a function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return list(spec.options)
+    return [name for name in spec.options if name in parameters]

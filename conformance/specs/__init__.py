@@ -1,0 +1,1 @@
+"""One file an operation, each with a module-level `spec`."""

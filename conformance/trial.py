@@ -1,0 +1,208 @@
+"""One operation of one backend, in one dtype on one device: what a property is given to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.case import Case, Draw
+from conformance.gates import Failure, Measure, judge
+from conformance.spec import Call, Inputs, Options, Spec, accepted_options
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call gave: its outputs, and the gradients of the inputs asked for."""
+
+    outputs: tuple[Tensor, ...]
+    grads: dict[str, Tensor]
+
+    def named(self, spec: Spec) -> list[tuple[str, str, Tensor]]:
+        """(key in the spec, name for a message, tensor) of everything in it."""
+        outputs = [(name, f"output {name}", value) for name, value in zip(spec.outputs, self.outputs, strict=True)]
+        return outputs + [(name, f"gradient of {name}", value) for name, value in self.grads.items()]
+
+
+class Raised:
+    """Catches whatever judged code raises: to the judge it is a finding, not an error of its own."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> Raised:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        """Keep the error; let failures and interruptions through."""
+        if isinstance(error, Exception) and not isinstance(error, Failure):
+            self.error = error
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a property works with.
+
+    Attributes:
+        spec: the operation's.
+        function: the judged implementation.
+        dtype: of the float inputs.
+        device: "cpu" or "cuda".
+        truncates: whether casts to bfloat16 truncate, as in Triton's interpreter.
+    """
+
+    spec: Spec
+    function: Function
+    dtype: torch.dtype
+    device: str
+    truncates: bool = False
+
+    def inputs(self, case: Case) -> Inputs:
+        """The tensors of a case."""
+        return self.spec.inputs(case, self.dtype, self.device)
+
+    def options(self, case: Case) -> Options:
+        """The keywords of a case, without those that the judged function does not take."""
+        accepted = accepted_options(self.function, self.spec)
+        return {name: value for name, value in case.options if name in accepted}
+
+    def rowwise(self, case: Case) -> Case:
+        """The case under options that make every output a row."""
+        accepted = accepted_options(self.function, self.spec)
+        return case.with_options({name: v for name, v in self.spec.row_options.items() if name in accepted})
+
+    def grad_outputs(self, case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """A gradient for each output, the same on every device."""
+        draw = Draw(replace(case, seed=case.seed + 100), self.dtype, self.device)
+        return [draw.grad_output(output) for output in outputs]
+
+    def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
+        """The outputs as a tuple; whatever is raised becomes a Failure."""
+        with Raised() as raised:
+            outputs = (function or self.function)(*inputs.values(), **options)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+        raise Failure(f"raised {_describe(raised.error)}") from raised.error
+
+    def run(
+        self,
+        case: Case,
+        inputs: Inputs | None = None,
+        *,
+        function: Function | None = None,
+        grads: Sequence[str] | None = None,
+        grad_outputs: Sequence[Tensor] | None = None,
+    ) -> Run:
+        """Call forward and backward.
+
+        Args:
+            case: names the options and seeds the gradients of the outputs.
+            inputs: the case's own by default.
+            function: the judged one by default.
+            grads: inputs to differentiate by; the spec's by default, none for forward alone.
+            grad_outputs: drawn by default.
+
+        Raises:
+            Failure: the call raised, or a gradient is missing.
+        """
+        grads = self.spec.grads if grads is None else grads
+        leaves = {name: leaf(tensor, name in grads) for name, tensor in (inputs or self.inputs(case)).items()}
+        outputs = self.call(leaves, self.options(case), function)
+        if not grads:
+            return Run(outputs, {})
+        if grad_outputs is None:
+            grad_outputs = self.grad_outputs(case, outputs)
+        return Run(detached(outputs), self.backward(outputs, leaves, grads, grad_outputs))
+
+    def backward(
+        self, outputs: Sequence[Tensor], leaves: Inputs, grads: Sequence[str], grad_outputs: Sequence[Tensor], keep: bool = False
+    ) -> dict[str, Tensor]:
+        """Gradients by name; keep retains the graph."""
+        for name, output in zip(self.spec.outputs, outputs, strict=True):
+            if not output.requires_grad:
+                raise Failure(f"output {name} carries no gradient, though {' and '.join(grads)} require one")
+        for name in grads:
+            leaves[name].grad = None
+        with Raised() as raised:
+            torch.autograd.backward(outputs, grad_outputs, retain_graph=keep)
+        if raised.error is not None:
+            raise Failure(f"backward raised {_describe(raised.error)}") from raised.error
+        missing = [name for name in grads if leaves[name].grad is None]
+        if missing:
+            raise Failure(f"gradient of {missing[0]} is missing (None)")
+        return {name: leaves[name].grad for name in grads}
+
+    def judge(
+        self, case: Case, run: Run, inputs: Inputs | None = None, grad_outputs: Sequence[Tensor] | None = None
+    ) -> float:
+        """Hold a run against the truth; returns the budget used, raises Failure."""
+        inputs = inputs or self.inputs(case)
+        if len(run.outputs) != len(self.spec.outputs):
+            raise Failure(f"gate G0: {len(run.outputs)} outputs, should be {len(self.spec.outputs)}")
+        names = list(run.grads)
+        peer = self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
+        if grad_outputs is None:
+            grad_outputs = self.grad_outputs(case, peer.outputs)
+        wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
+        wide_grads = [widen(gradient) for gradient in grad_outputs]
+        truth = self.run(case, wide_inputs, function=self.spec.reference, grads=names, grad_outputs=wide_grads)
+        call = Call(wide_inputs, self.options(case), wide_grads, torch.finfo(self.dtype).smallest_normal)
+        elements = max(tensor.numel() for tensor in inputs.values())
+        used = 0.0
+        for (key, name, y), (_, _, p), (_, _, r) in zip(
+            run.named(self.spec), peer.named(self.spec), truth.named(self.spec), strict=True
+        ):
+            measure = Measure(
+                terms=(self.spec.terms[key](call) if key in self.spec.terms else r.abs()).nan_to_num(posinf=0.0),
+                elements=elements,
+                roundings=self.spec.roundings,
+                random=case.fill not in ("ones", "zeros"),
+                truncates=self.truncates,
+            )
+            used = max(used, judge(name, y, r, p, measure))
+        return used
+
+
+def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """The same memory as a leaf of a new graph."""
+    return tensor.detach().requires_grad_(requires_grad)
+
+
+def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same memory outside any graph."""
+    return tuple(tensor.detach() for tensor in tensors)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Float tensors in float64, others as they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The elements as integers, so that NaN equals NaN and -0 differs from 0."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer)
+
+
+def demand_same_bits(spec: Spec, first: Run, second: Run, law: str) -> None:
+    """Raise Failure where two runs differ in any bit; law says why they must not."""
+    for (_, name, one), (_, _, other) in zip(first.named(spec), second.named(spec), strict=True):
+        differs = bits(one) != bits(other) if one.shape == other.shape else torch.ones(1, dtype=torch.bool)
+        if differs.any():
+            index = tuple(differs.nonzero()[0].tolist())
+            raise Failure(
+                f"{law}: {name} differs in {int(differs.sum())} of {differs.numel()} elements, first at index {index}\n"
+                + (f"once {float(one[index])!r}, then {float(other[index])!r}" if one.shape == other.shape else "shapes")
+            )
+
+
+def _describe(error: Exception | None) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

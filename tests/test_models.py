@@ -1,0 +1,163 @@
+"""Placing operations under Hugging Face models: the untouched model is the truth."""
+
+import copy
+import types
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests import tiny
+from unsloth_fast import backends
+from unsloth_fast.models import place, remove
+
+REFERENCE = backends.resolve("reference")
+TOKENS = torch.arange(40).reshape(2, 20)
+
+# Of a model with two layers: norms, and MLPs that gate with SiLU (Gemma's gate with GELU).
+COUNTS = {
+    "llama": {"rms_norm": 5, "swiglu": 2},
+    "mistral": {"rms_norm": 5, "swiglu": 2},
+    "qwen2": {"rms_norm": 5, "swiglu": 2},
+    "qwen3": {"rms_norm": 9, "swiglu": 2},
+    "gemma": {"rms_norm": 5},
+    "gemma2": {"rms_norm": 9},
+    "gemma3": {"rms_norm": 13},
+}
+
+
+def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the gradients of the model's own loss."""
+    model.zero_grad()
+    outputs = model(TOKENS, labels=TOKENS)
+    outputs.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs.logits.detach(), gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_reference_gives_the_bits_of_hugging_face(family: str, dtype: torch.dtype) -> None:
+    """Logits in every dtype, as the order of casts is the same; the parameters and their names stay as they are."""
+    model = tiny.model(family, dtype)
+    expected, _ = run(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert place(model, REFERENCE) == COUNTS[family]
+    logits, _ = run(model)
+    assert torch.equal(logits, expected)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_gradients_equal_hugging_face_in_float64(family: str) -> None:
+    """To the bit as well: autograd sees the same steps."""
+    model = tiny.model(family, torch.float64)
+    with tiny.KeepFloat64():
+        expected_logits, expected = run(model)
+        place(model, REFERENCE)
+        logits, gradients = run(model)
+    assert logits.dtype == torch.float64
+    assert torch.equal(logits, expected_logits)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+
+
+def counting_backend(calls: list[str]) -> backends.Backend:
+    """The reference, writing down each call."""
+
+    def counted(name: str) -> object:
+        def call(*args: object, **options: object) -> Tensor:
+            calls.append(name)
+            return getattr(REFERENCE.kernels, name)(*args, **options)
+
+        return call
+
+    kernels = types.SimpleNamespace(**{name: counted(name) for name in vars(REFERENCE.kernels)})
+    return backends.Backend("counting", kernels, REFERENCE.training, "a test")
+
+
+def test_each_placed_module_calls_the_operation_until_removed() -> None:
+    """Once a module and forward; none after `remove`; placing twice is placing once."""
+    calls: list[str] = []
+    model = tiny.model()
+    place(model, counting_backend(calls))
+    place(model, counting_backend(calls))
+    model(TOKENS)
+    assert (calls.count("rms_norm"), calls.count("swiglu"), len(calls)) == (5, 2, 7)
+    remove(model)
+    model(TOKENS)
+    assert len(calls) == 7
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_deep_copy_uses_its_own_weights() -> None:
+    """And is placed like the original."""
+    calls: list[str] = []
+    model = tiny.model()
+    place(model, counting_backend(calls))
+    twin = copy.deepcopy(model)
+    expected = model(TOKENS).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    calls.clear()
+    assert torch.equal(twin(TOKENS).logits, expected)
+    assert len(calls) == 7
+
+
+@pytest.mark.parametrize("placed_first", [False, True])
+def test_under_peft(placed_first: bool) -> None:
+    """LoRA on the projections of the MLP and norms under modules_to_save, whichever comes first."""
+
+    def adapted(model: PreTrainedModel) -> torch.nn.Module:
+        torch.manual_seed(1)
+        config = LoraConfig(
+            r=2, target_modules=["gate_proj", "up_proj", "down_proj"], modules_to_save=["norm"], init_lora_weights=False
+        )
+        return get_peft_model(model, config, adapter_name="cpt")
+
+    expected, expected_gradients = run(adapted(tiny.model()))
+    calls: list[str] = []
+    model = tiny.model()
+    if placed_first:
+        place(model, counting_backend(calls))
+        model = adapted(model)
+    else:
+        model = adapted(model)
+        # Each norm is there twice, the frozen one and the one that is trained and called.
+        assert place(model, counting_backend(calls)) == {"rms_norm": 10, "swiglu": 2}
+    logits, gradients = run(model)
+    assert (calls.count("rms_norm"), calls.count("swiglu")) == (5, 2)
+    assert torch.equal(logits, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    assert all(torch.equal(gradient, expected_gradients[name]) for name, gradient in gradients.items())
+
+
+def test_compiles_whole() -> None:
+    """No graph break in a placed model."""
+    model = tiny.model()
+    place(model, REFERENCE)
+    expected = model(TOKENS).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(TOKENS).logits, expected)
+
+
+def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An MLP with another activation, a LayerNorm, and a module whose forward somebody has replaced."""
+    model = tiny.model("gemma")
+    model.extra = torch.nn.LayerNorm(4)
+    replaced = model.model.norm
+    own = type(replaced).forward.__get__(replaced)
+    replaced.forward = own
+    with caplog.at_level("INFO"):
+        assert place(model, REFERENCE) == {"rms_norm": 4}
+    assert replaced.forward is own
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend reference placed under {'rms_norm': 4}; "
+        "left as they are: {'GemmaMLP': 2, 'GemmaRMSNorm': 1, 'LayerNorm': 1}"
+    ]
+    remove(model)
+    assert replaced.forward is own

@@ -1,0 +1,141 @@
+"""`unsloth-fast sft`: a run from a configuration file, and one line for every usage error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests import tiny
+from unsloth_fast import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A configuration that runs: a model, a tokenizer and a data set on disk."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 8), ("test", 3)):
+        lines = [json.dumps({"text": text}) for text in tiny.texts(count)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "backend": "reference",
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "embedding_learning_rate": 1e-4,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def run(folder: Path, config: dict[str, Any] | str, *options: str) -> int:
+    """The exit status with this configuration file and these options."""
+    path = folder / "run.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return cli.main(["sft", "--config", str(path), *options])
+
+
+def test_trains_and_saves(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The options win over the file; both splits are used; what is saved loads and has changed."""
+    assert run(tmp_path, config, "--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1") == 0
+    printed = capsys.readouterr().out
+    assert "'embedding_learning_rate': '0.0001'" in printed
+    assert "eval_loss" in printed
+    assert f"Model saved to {config['output_dir']}." in printed
+    start = tiny.model().state_dict()
+    saved = type(tiny.model()).from_pretrained(tmp_path / "out").state_dict()
+    assert saved.keys() == start.keys()
+    assert not any(torch.equal(saved[name], start[name]) for name in start)
+
+
+def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> None:
+    """`datasets` in the file and LoRA from the model's options; the adapter is what is saved."""
+    del config["dataset_name"]
+    mixture = [{"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl"), "split": "train"}]
+    status = run(tmp_path, config | {"datasets": mixture, "use_peft": True, "lora_r": 2, "max_steps": 1})
+    assert status == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"model_name_or_path": None}, [], "model_name_or_path: got nothing"),
+        ({"model_name_or_path": "/no/such/model"}, [], "model_name_or_path: "),
+        ({"dataset_name": None}, [], "dataset_name: got nothing"),
+        ({"dataset_name": "/no/such/data"}, [], "data set: "),
+        ({"dataset_train_split": "trian"}, [], "data set: got no split 'trian'; allowed: 'train', 'test'"),
+        ({"eval_strategy": "epoch", "dataset_test_split": "val"}, [], "data set: got no split 'val'"),
+        ({"backend": "quick"}, [], "backend: got 'quick'; allowed: 'auto', 'fast', 'reference'"),
+        ({}, ["--backend", "fast,rop=fast"], "operation: got 'rop'; allowed"),
+        ({"embedding_learning_rate": -1.0}, [], "embedding_learning_rate: got -1.0; allowed"),
+        ({"no_such_option": 1}, [], "no_such_option"),
+        ({}, ["--no_such_option", "1"], "no_such_option"),
+        ({}, ["--learning_rate", "much"], "invalid float value: 'much'"),
+        ({}, ["--max_steps"], "expected one argument"),
+    ],
+)
+def test_a_usage_error_is_one_line(
+    tmp_path: Path,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    options: list[str],
+    message: str,
+) -> None:
+    """Exit 2, and the last line of stderr says what is wrong; no traceback."""
+    changed = {name: value for name, value in (config | change).items() if value is not None}
+    assert run(tmp_path, changed, *options) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    errors = [line for line in printed.splitlines() if line.startswith("unsloth-fast: error: ")]
+    assert len(errors) == 1
+    assert errors == printed.splitlines()[-1:]
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "subcommand: got nothing; allowed: sft"),
+        (["train"], "subcommand: got train; allowed: sft"),
+        (["sft", "--config"], "--config: got nothing"),
+        (["sft", "--config", "/no/such.yaml"], "/no/such.yaml"),
+    ],
+)
+def test_what_cannot_be_started(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any configuration is read."""
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("unsloth-fast: error: ") and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a list"])
+def test_a_broken_configuration_file(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No YAML, or no mapping."""
+    assert run(tmp_path, text) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("unsloth-fast: error: ")
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 0: the usage, and for the subcommand every option."""
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: unsloth-fast sft")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sft", "--help"])
+    assert stop.value.code == 0
+    assert "--embedding_learning_rate" in capsys.readouterr().out

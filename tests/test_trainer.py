@@ -1,0 +1,404 @@
+"""The trainer against plain TRL on the untouched model, and against arithmetic done by hand."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import HfArgumentParser, TrainingArguments
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from tests import tiny
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
+
+datasets.disable_progress_bars()
+
+# TRL warns of what it deprecates and peft of tied weights; Trainer of its own gathering of scalars.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# One step that takes off the gradient itself.
+SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+
+LORA = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "norm"]}
+
+
+def arguments(folder: Path, kind: type = UnslothTrainingArguments, **options: Any) -> Any:
+    """Arguments for six steps of two texts each on the CPU, every step logged."""
+    if kind is UnslothTrainingArguments:
+        options = {"backend": "reference"} | options
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+    }
+    return kind(**defaults | options)
+
+
+def build(kind: type, args: Any, dtype: torch.dtype = torch.float64, lora: bool = False, **options: Any) -> Any:
+    """A trainer that keeps the loss of every microbatch in `losses`."""
+
+    class Recording(kind):
+        losses: list[float] = []  # noqa: RUF012  # one list a trainer, as the class is its own
+
+        def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
+            result = super().compute_loss(*positional, **keywords)
+            self.losses.append((result[0] if isinstance(result, tuple) else result).item())
+            return result
+
+    return Recording(
+        model=options.pop("model", None) or tiny.model(dtype=dtype),
+        args=args,
+        train_dataset=Dataset.from_dict({"text": tiny.texts(options.pop("texts", 18))}),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=4, **LORA) if lora else None,
+        **options,
+    )
+
+
+def textbook(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """Cross entropy of the next token, by torch."""
+    logits = outputs.logits[:, :-1].reshape(-1, len(tiny.WORDS))
+    return cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_losses_equal_plain_trl_in_float64(tmp_path: Path, packing: bool, lora: bool, accumulation: int) -> None:
+    """Every microbatch of six steps over texts of 1 to 20 words; of nine microbatches an epoch, one is left over.
+
+    Float64 rounding is 1e-16. Where a gradient is nothing but rounding, 1e-17, AdamW divides it by its eps, 1e-8, and
+    moves the parameter by 1e-9 of the learning rate 1e-3: losses agree to 1e-12, and 1e-9 leaves room for sums.
+    """
+    options = {"gradient_accumulation_steps": accumulation, "packing": packing, "max_length": 24}
+    with tiny.KeepFloat64():
+        ours = build(UnslothTrainer, arguments(tmp_path, **options), lora=lora)
+        ours.train()
+        theirs = build(SFTTrainer, arguments(tmp_path, SFTConfig, **options), lora=lora, compute_loss_func=textbook)
+        theirs.train()
+    assert len(ours.losses) >= 6
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
+
+
+def test_losses_equal_the_fused_head_of_trl(tmp_path: Path) -> None:
+    """TRL's default is in float32: a sum over 48 words is six roundings deep; exp, log and two differences are four."""
+    options = {"gradient_accumulation_steps": 4}
+    with tiny.KeepFloat64():
+        ours = build(UnslothTrainer, arguments(tmp_path, **options))
+        ours.train()
+        theirs = build(SFTTrainer, arguments(tmp_path, SFTConfig, **options))
+        theirs.train()
+    assert ours.losses == pytest.approx(theirs.losses, rel=10 * 2.0**-24)
+    for our_log, their_log in list(zip(ours.state.log_history, theirs.state.log_history, strict=True))[:6]:
+        # A logged loss is a sum in float32 over the 4 microbatches: four roundings more.
+        for name in ("loss", "learning_rate", "num_tokens", "epoch"):
+            assert our_log[name] == pytest.approx(their_log[name], rel=14 * 2.0**-24)
+
+
+@pytest.mark.slow
+def test_fast_is_as_near_to_float64_as_the_reference(tmp_path: Path) -> None:
+    """Three steps in float32: at most twice the reference's own error, and one spacing of float32 at the loss."""
+    losses = {}
+    for spec, dtype in (("reference", torch.float64), ("reference", torch.float32), ("fast", torch.float32)):
+        args = arguments(tmp_path, backend=spec, max_steps=3, use_cpu=not torch.cuda.is_available())
+        with tiny.KeepFloat64():
+            trainer = build(UnslothTrainer, args, dtype)
+            trainer.train()
+        placed = trainer.model.model.norm.forward.__func__.__closure__
+        assert trainer.backend.kernels.rms_norm in [cell.cell_contents for cell in placed]
+        losses[spec, dtype] = torch.tensor(trainer.losses, dtype=torch.float64)
+    truth = losses["reference", torch.float64]
+    allowed = 2 * (losses["reference", torch.float32] - truth).abs().max() + truth.max() * 2.0**-23
+    assert (losses["fast", torch.float32] - truth).abs().max() <= allowed
+    assert not torch.equal(losses["fast", torch.float32], truth)  # it did compute in float32
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4), (1, 8), (3, 3)])
+def test_any_cut_into_microbatches_gives_the_same_step(tmp_path: Path, size: int, accumulation: int) -> None:
+    """Eight texts in one step of SGD at rate 1: what it takes off is the gradient of the mean over all targets."""
+    options = SGD | {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    with tiny.KeepFloat64():
+        trainer = build(UnslothTrainer, arguments(tmp_path, **options), texts=8)
+        trainer.train()
+    assert len(trainer.losses) == accumulation
+    assert_one_step_of_the_mean(trainer, trainer.model.state_dict(), sum(trainer.losses))
+
+
+def assert_one_step_of_the_mean(trainer: Any, after: dict[str, Tensor], loss: float) -> None:
+    """The loss is the mean over all targets of the trainer's texts, and its gradient is what the step took off.
+
+    A gradient sums the terms of some 100 targets, behind two layers of sums of 40: fewer than 4000 roundings, while one
+    target weighed otherwise would change 1 in 100.
+    """
+    with tiny.KeepFloat64():
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        labels = batch.pop("labels")
+        model = tiny.model(dtype=torch.float64)
+        expected = textbook(model(**batch), labels, (labels[:, 1:] != -100).sum())
+        expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=4000 * 2.0**-53)
+    for name, before in model.named_parameters():
+        torch.testing.assert_close((before - after[name]).detach(), before.grad, rtol=0, atol=4000 * 2.0**-53)
+
+
+RANK = """
+import sys, torch
+from unsloth_fast import UnslothTrainer
+from tests import tiny
+from tests.test_trainer import SGD, arguments, build
+options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "average_tokens_across_devices": True}
+with tiny.KeepFloat64():
+    trainer = build(UnslothTrainer, arguments(sys.argv[1], **SGD | options), texts=8)
+    trainer.train()
+rank = trainer.args.process_index
+torch.save((trainer.model.state_dict(), sum(trainer.losses), trainer.state.log_history), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_step(tmp_path: Path) -> None:
+    """Two microbatches of two texts on each: the processes' losses average to the mean over all eight texts."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [*command, str(tmp_path / "rank.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    trainer = build(UnslothTrainer, arguments(tmp_path), texts=8)
+    for after, _, history in ranks:
+        assert_one_step_of_the_mean(trainer, after, (ranks[0][1] + ranks[1][1]) / 2)
+        assert history[0]["num_tokens"] == sum(map(len, trainer.train_dataset["input_ids"]))
+
+
+def test_a_batch_without_target_is_zero(tmp_path: Path) -> None:
+    """Texts of one token and no end: loss 0, and nothing moves."""
+    rows = Dataset.from_dict({"input_ids": [[5], [6]], "labels": [[5], [6]]})
+    trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1, weight_decay=0.0))
+    trainer.train_dataset = rows
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.losses == [0.0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    """The mean over the targets of the batch, the accuracy, and the logits for `compute_metrics`."""
+    texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
+    seen = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction)
+        return {"rows": float(len(prediction.predictions))}
+
+    with tiny.KeepFloat64():
+        args = arguments(tmp_path, per_device_eval_batch_size=5)
+        trainer = build(UnslothTrainer, args, eval_dataset=texts, compute_metrics=metrics)
+        logged = trainer.evaluate()
+        batch = trainer.data_collator(list(trainer.eval_dataset))
+        labels = batch.pop("labels")
+        model = tiny.model(dtype=torch.float64)
+        outputs = model(**batch)
+        targets = labels[:, 1:]
+        expected = textbook(outputs, labels, (targets != -100).sum())
+    accuracy = (outputs.logits[:, :-1].argmax(-1) == targets)[targets != -100].double().mean()
+    assert trainer.losses == [pytest.approx(expected.item(), rel=1e-13)]
+    assert logged["eval_loss"] == pytest.approx(expected.item(), rel=2.0**-23)  # transformers gathers it in float32
+    assert trainer.state.log_history[-1]["eval_mean_token_accuracy"] == pytest.approx(accuracy.item())
+    assert logged["eval_rows"] == 5
+    torch.testing.assert_close(
+        torch.as_tensor(seen[0].predictions), outputs.logits.detach().to(torch.as_tensor(seen[0].predictions).dtype)
+    )
+
+
+def test_the_log_counts_tokens_and_right_predictions(tmp_path: Path) -> None:
+    """Over the four microbatches of a step, weighted by their targets."""
+    trainer = build(UnslothTrainer, arguments(tmp_path, gradient_accumulation_steps=4, max_steps=1), texts=8)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    targets = batch["labels"][:, 1:]
+    logits = tiny.model(dtype=torch.float64)(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    right = ((logits[:, :-1].argmax(-1) == targets) & (targets != -100)).sum() / (targets != -100).sum()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["num_tokens"] == batch["attention_mask"].sum()
+    assert log["mean_token_accuracy"] == pytest.approx(right.item())
+    assert right > 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_without_an_embedding_rate_the_groups_are_hugging_faces(tmp_path: Path, lora: bool) -> None:
+    """The optimizer's groups, empty ones aside, are those of `param_groups` on the same names."""
+    trainer = build(UnslothTrainer, arguments(tmp_path), lora=lora)
+    optimizer = trainer.create_optimizer()
+    names = trainer.get_decay_parameter_names(trainer.model)
+    ours = trainer.backend.training.param_groups(trainer.model, lr=1e-3, weight_decay=0.1, decay_names=names)
+    theirs = [group for group in optimizer.param_groups if group["params"]]
+    assert [(list(map(id, group.params)), group.lr, group.weight_decay) for group in ours] == [
+        (list(map(id, group["params"])), group["lr"], group["weight_decay"]) for group in theirs
+    ]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_embedding_rate(tmp_path: Path, lora: bool) -> None:
+    """The role's parameters have it, through the schedule; decay and the optimizer's options stay as configured."""
+    args = arguments(tmp_path, embedding_learning_rate=1e-4, adam_beta2=0.9, warmup_steps=2)
+    trainer = build(UnslothTrainer, args, lora=lora)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    decaying = trainer.get_decay_parameter_names(trainer.model)
+    assert trainer.optimizer.defaults["betas"] == (0.9, 0.9)
+    assert trainer.optimizer_cls_and_kwargs is None
+    for group in trainer.optimizer.param_groups:
+        assert group["params"]
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert (group["role"] == "embedding") == ("embed_tokens" in name or "lm_head" in name)
+            assert group["initial_lr"] == (1e-4 if group["role"] == "embedding" else 1e-3)
+            assert group["weight_decay"] == (0.1 if name in decaying else 0.0)
+    logs = trainer.state.log_history[:6]
+    for log in logs:
+        assert log["embedding_learning_rate"] == pytest.approx(log["learning_rate"] / 10)
+    assert logs[1]["learning_rate"] == 5e-4 and logs[2]["learning_rate"] == 1e-3
+
+
+def test_a_given_optimizer_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And the log says that the rate has no effect."""
+    model = tiny.model()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = arguments(tmp_path, embedding_learning_rate=1e-4)
+    trainer = build(UnslothTrainer, args, model=model, optimizers=(mine, None))
+    assert trainer.create_optimizer(trainer.model) is mine
+    assert "embedding_learning_rate=0.0001 has no effect: an optimizer was given" in caplog.text
+
+
+def test_an_optimizer_that_groups_itself_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As GaLore does, through the key "params"."""
+    model = tiny.model()
+    groups = [{"params": [model.lm_head.weight], "lr": 0.5}]
+    args = arguments(tmp_path, embedding_learning_rate=1e-4)
+    kind = (torch.optim.SGD, {"lr": 0.1, "params": groups})
+    trainer = build(UnslothTrainer, args, model=model, optimizer_cls_and_kwargs=kind)
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.5]
+    assert "has no effect" in caplog.text
+
+
+def test_a_given_class_and_options_get_the_groups(tmp_path: Path) -> None:
+    """`optimizer_cls_and_kwargs` is kept for the next call."""
+    kind = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5})
+    args = arguments(tmp_path, embedding_learning_rate=1e-4)
+    trainer = build(UnslothTrainer, args, optimizer_cls_and_kwargs=kind)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert {(group["role"], group["lr"], group["momentum"]) for group in optimizer.param_groups} == {
+        ("base", 0.1, 0.5),
+        ("embedding", 1e-4, 0.5),
+    }
+    assert trainer.optimizer_cls_and_kwargs == (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5})
+
+
+def test_resuming_continues_to_the_bit(tmp_path: Path) -> None:
+    """Six steps at once, and three from the checkpoint after three."""
+    options = {"embedding_learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 3}
+    whole = build(UnslothTrainer, arguments(tmp_path, **options), lora=True)
+    whole.train()
+    resumed = build(UnslothTrainer, arguments(tmp_path, **options), lora=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.losses == whole.losses[3:]
+
+
+def test_a_saved_model_is_a_hugging_face_model(tmp_path: Path) -> None:
+    """Loaded without this package, it gives the logits that it had."""
+    trainer = build(UnslothTrainer, arguments(tmp_path), torch.float32)
+    trainer.train()
+    trainer.save_model()
+    loaded = type(tiny.model()).from_pretrained(tmp_path)
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"compute_loss_func": textbook}], ids=["dft", "function"])
+def test_another_loss_is_left_to_trl_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+) -> None:
+    """The losses are TRL's own, its scaling under gradient accumulation too."""
+    function = {name: value for name, value in options.items() if name == "compute_loss_func"}
+    options = {name: value for name, value in options.items() if name not in function} | {"max_steps": 2}
+    options["gradient_accumulation_steps"] = 2
+    with tiny.KeepFloat64():
+        ours = build(UnslothTrainer, arguments(tmp_path, **options), **function)
+        ours.train()
+        theirs = build(SFTTrainer, arguments(tmp_path, SFTConfig, **options), **function)
+        theirs.train()
+    assert ours.losses == theirs.losses
+    assert [log.get("grad_norm") for log in ours.state.log_history] == [
+        log.get("grad_norm") for log in theirs.state.log_history
+    ]
+    assert "loss: TRL's own, not the backend's" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments], ids=lambda kind: kind.__name__)
+def test_plain_arguments_take_the_backend_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """They have no field for it."""
+    monkeypatch.setenv("UNSLOTH_BACKEND", "reference,swiglu=reference")
+    trainer = build(UnslothTrainer, arguments(tmp_path, kind, max_steps=1))
+    assert trainer.backend.name == "reference,swiglu=reference"
+    trainer.train()
+    assert "embedding_learning_rate" not in trainer.state.log_history[0]
+
+
+def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
+    """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; the output folder stays first."""
+    assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
+    args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
+    ours = {"embedding_learning_rate": 5e-5, "backend": "fast,rms_norm=reference"}
+    assert ours.items() <= args.to_dict().items()
+    assert ours.items() <= json.loads(args.to_json_string()).items()
+    replaced = dataclasses.replace(args, learning_rate=0.5)
+    assert (replaced.embedding_learning_rate, replaced.backend, replaced.learning_rate) == (*ours.values(), 0.5)
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--embedding_learning_rate", "5e-5"]
+    for parser in (HfArgumentParser(UnslothTrainingArguments), TrlParser(UnslothTrainingArguments)):
+        (parsed,) = parser.parse_args_into_dataclasses([*line, "--backend", ours["backend"]])
+        assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
+        (parsed,) = parser.parse_args_into_dataclasses(line)
+        assert parsed.backend is None
+
+
+@pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf, "5e-5"])
+def test_a_wrong_embedding_rate_is_named(tmp_path: Path, rate: Any) -> None:
+    """Finite and not negative; 0 is a rate."""
+    with pytest.raises(ValueError, match=r"^embedding_learning_rate: got"):
+        arguments(tmp_path, embedding_learning_rate=rate)
+    assert arguments(tmp_path, embedding_learning_rate=0).embedding_learning_rate == 0
+
+
+def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """In the arguments."""
+    with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
+        arguments(tmp_path, backend="quick")

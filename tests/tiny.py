@@ -1,0 +1,95 @@
+"""Models and a tokenizer small enough to build in each test, and Hugging Face's code in float64."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(45))]
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+
+
+def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A model of two layers, hidden size 32, vocabulary of `WORDS`; norm weights random, so that they matter."""
+    config_class, model_class = FAMILIES[family]
+    sizes = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(seed)
+    made = model_class(config_class(**sizes | config))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return made.to(dtype)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of `WORDS`, split at spaces."""
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Sentences of 1 to 20 words."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 21, (count,), generator=generator).tolist()
+    return [" ".join(f"w{i}" for i in torch.randint(0, 45, (length,), generator=generator)) for length in lengths]
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Leaves float64 tensors as they are where code casts them to float32.
+
+    transformers' norms and losses cast to float32 whatever the model is, which hides every difference below 1e-7.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Skip `.float()`, `.to(torch.float32)` and dtype=torch.float32 on float64 tensors."""
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            to_float32 = kwargs.get("dtype") == torch.float32 or torch.float32 in args[1:]
+            if func is torch.Tensor.float or (func is torch.Tensor.to and to_float32):
+                return args[0]
+            if kwargs.get("dtype") == torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

@@ -1,0 +1,123 @@
+"""The backend flag: which implementation of the operations and of the training pieces a run uses.
+
+A specification is "auto", "fast" or "reference", then single operations set apart: "fast,rms_norm=reference". It is
+resolved once, when a trainer is built, never per call: a switch that is read at run time would break torch.compile.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference_kernels
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = {"fast": "unsloth_fast", "reference": "unsloth_ref"}
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """An implementation that was chosen.
+
+    Attributes:
+        name: "fast" or "reference", then the operations set apart, as in "fast,rms_norm=reference".
+        kernels: the operations, by name: `backend.kernels.rms_norm`.
+        training: the module of training pieces, `unsloth_fast.training` or `unsloth_ref.training`.
+        reason: why this one.
+    """
+
+    name: str
+    kernels: SimpleNamespace
+    training: ModuleType
+    reason: str
+
+
+def resolve(spec: str | None = None) -> Backend:
+    """The backend that a specification asks for, on this machine, now.
+
+    Args:
+        spec: "auto", "fast" or "reference", with operations set apart or not, as in "fast,rms_norm=reference". None for
+            the environment variable UNSLOTH_BACKEND, or "auto" where that is not set. "auto" takes fast where there are
+            a CUDA device and triton, and says once in the log what it took.
+
+    Raises:
+        ValueError: an unknown backend or operation.
+        RuntimeError: "fast" was asked for by name and cannot run here; the message says what is missing.
+    """
+    if spec is None:
+        spec = os.environ.get("UNSLOTH_BACKEND") or "auto"
+    base, overrides = parse(spec)
+    reason = f"asked for as {spec!r}"
+    if base == "auto":
+        missing = _missing_for_auto()
+        base = "reference" if missing else "fast"
+        reason = f"auto: {missing or 'a CUDA device and triton are there'}"
+        _log_choice(base, reason)
+    if "fast" in (base, *overrides.values()):
+        missing = _missing_for_fast()
+        if missing:
+            raise RuntimeError(f"backend: {spec!r} cannot run here: {missing}")
+
+    chosen = {operation: overrides.get(operation, base) for operation in reference_kernels.__all__}
+    modules = {name: import_module(f"{_PACKAGES[name]}.kernels") for name in set(chosen.values())}
+    return Backend(
+        name=",".join([base, *(f"{operation}={name}" for operation, name in overrides.items())]),
+        kernels=SimpleNamespace(**{operation: getattr(modules[name], operation) for operation, name in chosen.items()}),
+        training=import_module(f"{_PACKAGES[base]}.training"),
+        reason=reason,
+    )
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """The backend and the operations set apart that a specification names; looks at no hardware.
+
+    Raises:
+        ValueError: the specification is no string, or names an unknown backend or operation.
+    """
+    if not isinstance(spec, str):
+        raise ValueError(f"backend: got {spec!r}; allowed: a string such as 'auto' or 'fast,rms_norm=reference'")
+    base, *settings = [part.strip() for part in spec.split(",")]
+    checks.one_of("backend", base, ("auto", "fast", "reference"))
+    overrides = {}
+    for setting in settings:
+        operation, _, name = setting.partition("=")
+        checks.one_of(f"backend {spec!r}, operation", operation, reference_kernels.__all__)
+        checks.one_of(f"backend {spec!r}, {operation}", name, ("fast", "reference"))
+        overrides[operation] = name
+    return base, overrides
+
+
+def _missing_for_auto() -> str:
+    """What keeps "auto" from taking fast; empty if nothing does."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if find_spec("triton") else "triton is not installed"
+
+
+def _missing_for_fast() -> str:
+    """What keeps the fast kernels from running at all, on a GPU or in Triton's interpreter; empty if nothing does."""
+    if not find_spec("triton"):
+        return "triton is not installed"
+    if torch.cuda.is_available():
+        return ""
+    from triton import JITFunction, knobs, language
+
+    if not knobs.runtime.interpret:
+        return "no CUDA device (to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before triton is imported)"
+    # Triton decides when a kernel is defined, its own library's when triton is imported.
+    if isinstance(language.sum, JITFunction):
+        return "no CUDA device, and TRITON_INTERPRET=1 was set after triton was imported; set it before"
+    return ""
+
+
+@cache
+def _log_choice(base: str, reason: str) -> None:
+    level = logging.INFO if base == "fast" else logging.WARNING
+    logger.log(level, "backend %s (%s)", base, reason)

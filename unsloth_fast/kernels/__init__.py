@@ -1,0 +1,10 @@
+"""The operations of `unsloth_ref.kernels` as Triton kernels: the same names, parameters and meaning, for CUDA.
+
+With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU.
+"""
+
+from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.rms_norm import rms_norm
+from unsloth_fast.kernels.swiglu import swiglu
+
+__all__ = ["cross_entropy", "rms_norm", "swiglu"]

@@ -1,0 +1,110 @@
+"""What the kernel files share: op registration, the choice of tiles and warps, views as rows, and the launch itself."""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LIBRARY = torch.library.Library("unsloth_fast", "DEF")
+
+# tl.max is itself a Triton function: what it became tells whether TRITON_INTERPRET=1 was set when triton was imported.
+INTERPRETED = not isinstance(tl.max, triton.JITFunction)
+
+
+class Tile(NamedTuple):
+    """The part of a matrix that one step of a program works on: rows x columns (powers of two), by this many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@lru_cache(maxsize=1024)
+def tile(columns: int, *, elements: int, widest: int, per_thread: int) -> Tile:
+    """The tile for rows of this many columns; the number of rows has no say, so that no row's bits depend on it.
+
+    Args:
+        columns: of the matrix, at least 1.
+        elements: the fewest elements in a tile; short rows share a tile to make it up.
+        widest: the most columns in a tile, a power of two; longer rows take several.
+        per_thread: elements of the tile for each thread, which bounds registers; 32 in bfloat16 are four 16-byte loads.
+    """
+    width = min(triton.next_power_of_2(columns), widest)
+    height = max(1, elements // width)
+    return Tile(height, width, min(32, max(1, height * width // (32 * per_thread))))
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The tensor [..., H], not empty, as [rows, H]: a view whenever strides can express it."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: object, **options: object) -> None:
+    """Run a kernel on the tensor's device, in a one-dimensional grid of programs."""
+    options["enable_fp_fusion"] = True  # multiply and add in one rounding: Triton's default to 3.9, not from 3.10
+    index = tensor.get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            kernel[(programs,)](*arguments, **options)
+    else:
+        kernel[(programs,)](*arguments, **options)
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an op of the unsloth_fast namespace, opaque to torch.compile, and return it."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"unsloth_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.unsloth_fast, name).default
+
+
+def check_runnable(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"{name}: got dtype torch.float64; allowed: torch.float16, torch.bfloat16, torch.float32; "
+            "the reference backend computes in float64"
+        )
+    if not (tensor.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"{name}: got device {tensor.device}; allowed: a CUDA device, or any with TRITON_INTERPRET=1 set in the "
+            "environment before triton is imported"
+        )
+
+
+class Undifferentiable(torch.autograd.Function):
+    """A gradient, tied to the tensors that it was computed from by a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        """The gradient itself."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        """Raise RuntimeError."""
+        raise RuntimeError("this operation of unsloth_fast has no second derivative; the reference backend has")
+
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Make a function of ctx, grad_output and the saved tensors the backward of a once differentiable Function.
+
+    torch's once_differentiable raises only where grad_output itself requires a gradient. In a gradient penalty it does
+    not, and the penalty's own gradient would silently be zero.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results = backward(ctx, grad_output, *saved)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        return tuple(None if r is None else Undifferentiable.apply(r, grad_output, *saved) for r in results)
+
+    return checked

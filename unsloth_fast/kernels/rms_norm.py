@@ -1,0 +1,279 @@
+"""Root-mean-square normalisation.
+
+    r = 1 / sqrt(mean(x^2) + eps)      n = x * r      y = (offset + weight) * n
+    g = dy * (offset + weight)         dx = r * (g - n * mean(g * n))         dweight = sum over rows of dy * n
+
+Saved: x, weight and r [rows] in float32. All arithmetic is float32; "llama" casting rounds n to x.dtype where it meets
+the weight, in y and in dweight. Bytes moved, for M x H elements of b bytes: 2MHb forward (x; y), 3MHb backward (dy, x;
+dx). dweight is summed without atomics, in a fixed order: each program sums its own block of rows into one row of
+partial sums, which a second kernel adds up (8 * PROGRAMS * H bytes, most of them in L2).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import Tile, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_ref import checks
+from unsloth_ref.types import Casting
+
+PROGRAMS = 256  # of the backward, two for each of an H200's 132 processors; a constant: dweight's bits are every card's
+
+
+@triton.jit
+def load_tile(pointer, row, column, rows, columns, row_stride, column_stride):
+    """A tile in float32, 0 outside the matrix."""
+    inside = (row < rows) & (column < columns)
+    return tl.load(pointer + row * row_stride + column * column_stride, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_scale(weight_ptr, column, columns, weight_stride, offset):
+    """offset + weight, [1, COLUMNS]."""
+    weight = tl.load(weight_ptr + column * weight_stride, column < columns, other=0.0).to(tl.float32)
+    return weight + offset
+
+
+@triton.jit
+def rounded(normed, dtype: tl.constexpr, LLAMA: tl.constexpr):
+    """The normalised value as the weight meets it."""
+    return normed.to(dtype).to(tl.float32) if LLAMA else normed
+
+
+@triton.jit
+def rms_norm_forward_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, rows, columns, x_row, x_column, weight_stride, eps, offset,
+    LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program; WHOLE: a tile holds whole rows, otherwise they are read twice, the second time from L2."""
+    dtype = y_ptr.dtype.element_ty
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
+    squares = x * x
+    if not WHOLE:
+        for start in range(COLUMNS, columns, COLUMNS):
+            x = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)
+            squares += x * x
+    mean = tl.sum(squares, 1, keep_dims=True) / columns
+    rstd = 1.0 / tl.sqrt_rn(mean + eps)
+    tl.store(rstd_ptr + row, rstd, row < rows)
+    if WHOLE:
+        scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
+        y = rounded(x * rstd, dtype, LLAMA) * scale
+        tl.store(y_ptr + row * columns + column, y.to(dtype), (row < rows) & (column < columns))
+    else:
+        for start in range(0, columns, COLUMNS):
+            x = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)
+            scale = load_scale(weight_ptr, start + column, columns, weight_stride, offset)
+            y = rounded(x * rstd, dtype, LLAMA) * scale
+            tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride, offset,
+    LLAMA: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows that fit a tile: `tiles` consecutive tiles a program, the loads of the next one in flight under this one."""
+    dtype = x_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
+    dweight = tl.zeros([1, COLUMNS], tl.float32)
+    for index in tl.range(0, tiles, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        row = ((program * tiles + index) * ROWS + tl.arange(0, ROWS))[:, None]
+        dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
+        x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
+        rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
+        normed = x * rstd
+        if NEED_DWEIGHT:  # before dx, so that dy need not outlive the sum over the row
+            dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)
+        if NEED_DX:
+            g = dy * scale
+            mean = tl.sum(g * normed, 1, keep_dims=True) / columns
+            dx = rstd * (g - normed * mean)
+            tl.store(dx_ptr + row * columns + column, dx.to(dtype), (row < rows) & (column < columns))
+    if NEED_DWEIGHT:
+        tl.store(partial_ptr + program * columns + column, dweight, column < columns)
+
+
+@triton.jit
+def rms_norm_backward_long_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride, offset,
+    LLAMA: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Longer rows, one at a time in two passes; the program's row of partial sums is kept in memory, for it alone."""
+    dtype = x_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    for index in range(0, tiles):
+        row = (program * tiles + index + tl.arange(0, 1))[:, None]
+        rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
+        products = tl.zeros([1, COLUMNS], tl.float32)
+        if NEED_DX:
+            for start in range(0, columns, COLUMNS):
+                dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
+                x = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)
+                products += dy * load_scale(weight_ptr, start + column, columns, weight_stride, offset) * (x * rstd)
+        mean = tl.sum(products, 1, keep_dims=True) / columns
+        for start in range(0, columns, COLUMNS):
+            inside = start + column < columns
+            dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
+            normed = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column) * rstd
+            if NEED_DX:
+                g = dy * load_scale(weight_ptr, start + column, columns, weight_stride, offset)
+                dx = rstd * (g - normed * mean)
+                tl.store(dx_ptr + row * columns + start + column, dx.to(dtype), inside & (row < rows))
+            if NEED_DWEIGHT:
+                partial = partial_ptr + program * columns + start + column
+                before = tl.load(partial, inside & (row > program * tiles), other=0.0)
+                tl.store(partial, before + dy * rounded(normed, dtype, LLAMA), inside)
+        tl.debug_barrier()  # the next row reads the partial sums that this one wrote
+
+
+@triton.jit
+def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum all rows of partial [rows, columns], which ROWS holds at once, for COLUMNS of its columns."""
+    row = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    column = (tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    total = tl.sum(load_tile(partial_ptr, row, column, rows, columns, columns, 1), 0, keep_dims=True)
+    tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), column < columns)
+
+
+def backward_tile(columns: int) -> Tile:
+    """Up to 16384 columns stay in registers; longer rows go in tiles of 4096.
+
+    x, dy, the weight and dweight in float32 are four registers a column: 16 columns a thread leave room for two
+    programs of 4096 columns on a processor.
+    """
+    shape = tile(columns, elements=4096, widest=16384, per_thread=16)
+    return shape if columns <= shape.columns else tile(columns, elements=4096, widest=4096, per_thread=16)
+
+
+def backward_stages(shape: Tile, itemsize: int) -> int:
+    """Stages of the pipeline, at most 3, whose buffers of x and dy take no more than 96 KiB of shared memory."""
+    return 1 + min(2, 96 * 1024 // (2 * shape.rows * shape.columns * itemsize))
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:
+    """y and r, new and contiguous."""
+    y, rstd = rms_norm_forward_fake(x, weight, eps, offset, llama)
+    if x.numel() == 0:
+        return y, rstd
+    x = rows_of(x)
+    rows, columns = x.shape
+    shape = tile(columns, elements=4096, widest=16384, per_thread=32)
+    launch(
+        rms_norm_forward_kernel, triton.cdiv(rows, shape.rows), x,
+        x, weight, y, rstd, rows, columns, *x.stride(), *weight.stride(), eps, offset,
+        LLAMA=llama, ROWS=shape.rows, COLUMNS=shape.columns, WHOLE=columns <= shape.columns, num_warps=shape.warps,
+    )  # fmt: skip
+    return y, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, llama: bool, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight, new and contiguous; one that is not needed is empty."""
+    dx, dweight = rms_norm_backward_fake(dy, x, weight, rstd, offset, llama, need_dx, need_dweight)
+    if x.numel() == 0:
+        return dx, dweight.zero_()
+    dy, x = rows_of(dy), rows_of(x)
+    rows, columns = x.shape
+    shape = backward_tile(columns)
+    tiles = triton.cdiv(rows, shape.rows)
+    each = triton.cdiv(tiles, PROGRAMS) if need_dweight else 1
+    programs = triton.cdiv(tiles, each)
+    partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
+    strides = (*dy.stride(), *x.stride(), *weight.stride())
+    arguments = (dy, x, weight, rstd, dx, partial, rows, columns, each, *strides, offset)
+    flags: dict[str, Any] = {"LLAMA": llama, "NEED_DX": need_dx, "NEED_DWEIGHT": need_dweight}
+    flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
+    if columns <= shape.columns:
+        stages = backward_stages(shape, x.element_size()) if need_dweight else 1  # a single tile has no next one
+        launch(rms_norm_backward_kernel, programs, x, *arguments, ROWS=shape.rows, STAGES=stages, **flags)
+    else:
+        launch(rms_norm_backward_long_kernel, programs, x, *arguments, **flags)
+    if need_dweight:
+        height = triton.next_power_of_2(programs)
+        width = 8192 // height
+        sums = triton.cdiv(columns, width)
+        launch(column_sum_kernel, sums, x, partial, dweight, programs, columns, ROWS=height, COLUMNS=width, num_warps=8)
+    return dx, dweight
+
+
+def rms_norm_forward_fake(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:
+    """y and r, unfilled."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def rms_norm_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, llama: bool, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight, unfilled."""
+    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+forward_op = register(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps, float offset, bool llama) -> (Tensor, Tensor)",
+    rms_norm_forward,
+    rms_norm_forward_fake,
+)
+backward_op = register(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool llama, bool need_dx, "
+    "bool need_dweight) -> (Tensor, Tensor)",
+    rms_norm_backward,
+    rms_norm_backward_fake,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> Tensor:
+        y, rstd = forward_op(x, weight, eps, offset, llama)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset, ctx.llama = offset, llama
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx, need_dweight = ctx.needs_input_grad[:2]
+        dx, dweight = backward_op(dy, x, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
+        return dx if need_dx else None, dweight if need_dweight else None, None, None, None
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
+) -> Tensor:
+    """Scale each row of x to unit root mean square, then by the weight.
+
+    Args:
+        x: [..., H], float16, bfloat16 or float32; computed in float32.
+        weight: [H], float16, bfloat16 or float32.
+        eps: added to the mean square; not negative.
+        offset: added to the weight; 1.0 for Gemma, which stores weight - 1.
+        casting: "llama" rounds the normalised row to x.dtype before the product, "gemma" rounds once, at the end.
+
+    Returns:
+        [..., H] in x.dtype, contiguous.
+
+    Raises:
+        ValueError: weight is not one row of x or on another device, eps is negative, or casting is unknown.
+        TypeError: x or weight is not of a float dtype, or is float64.
+        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: transformers' LlamaRMSNorm and GemmaRMSNorm.
+    """
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    check_runnable("x", x)
+    check_runnable("weight", weight)
+    return _RMSNorm.apply(x, weight, eps, offset, casting == "llama")
