@@ -1,4 +1,4 @@
-"""Who is judged: a name, or any dotted path to a module (or an object in one) that defines some of the contract's names."""
+"""Who is judged: a name, or the dotted path of a module (or an object in one) that defines some of the operations."""
 
 import importlib
 import importlib.util
@@ -47,7 +47,9 @@ def load(name: str, device: str) -> Judged:
     """
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    functions = {op: getattr(namespace, op) for namespace in [_namespace(name)] for op in OPERATIONS if hasattr(namespace, op)}
+    functions = {
+        op: getattr(namespace, op) for namespace in [_namespace(name)] for op in OPERATIONS if hasattr(namespace, op)
+    }
     if not functions:
         raise LookupError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
     interpreted = device == "cpu" and name not in ("reference", "compile")

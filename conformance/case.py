@@ -1,8 +1,8 @@
 """What is drawn: a small frozen case, and the tensors built from it.
 
-A case holds sizes, options and names, never elements, so that it shrinks to something a person can read. Its tensors come
-from a seeded CPU generator in float64, are rounded to the dtype under test, laid out in memory, and only then moved, so
-that every device sees the same bits.
+A case holds sizes, options and names, never elements, so that it shrinks to something a person can read. Its tensors
+come from a seeded CPU generator in float64, are rounded to the dtype under test and moved, so that every device sees
+the same bits, and are laid out in memory there.
 """
 
 from __future__ import annotations
@@ -163,11 +163,8 @@ class Draw:
         return Generator().manual_seed(1000 * self.case.seed + self._count)
 
     def place(self, values: Tensor) -> Tensor:
-        """Round to the dtype, lay out as the case asks, move to the device."""
-        rounded = values.to(self.dtype)
-        if self.device == "cpu":
-            return LAYOUTS[self.case.layout](rounded)
-        return LAYOUTS[self.case.layout](rounded.to(self.device))
+        """Round to the dtype, move to the device, lay out as the case asks."""
+        return LAYOUTS[self.case.layout](values.to(self.dtype).to(self.device))
 
     def rows(self, *shape: int) -> Tensor:
         """[..., columns] filled and laid out as the case asks."""
@@ -182,7 +179,7 @@ class Draw:
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
 
     def labels(self, tokens: int, classes: int) -> Tensor:
-        """[tokens] int64 in [0, classes): first, last and both sides of every likely tile edge, then random; some ignored."""
+        """[tokens] int64 in [0, classes): both ends, both sides of likely tile edges, then random; some ignored."""
         generator = self._generator()
         labels = torch.randint(max(classes, 1), (tokens,), generator=generator)
         edges = [0, classes - 1, *(edge + side for edge in (128, 1024, 4096, 8192, 32768, 65536) for side in (-1, 0))]

@@ -98,7 +98,9 @@ def _run(arguments: argparse.Namespace) -> int:
     print(report.heading(judged, device, arguments.profile), flush=True)
     with report.progress() as progress:
         task = progress.add_task("judging", total=len(checks))
-        done = run(checks, lambda _, result: progress.advance(task), jobs=arguments.jobs, stop_at_failure=arguments.stop)
+        done = run(
+            checks, lambda _, result: progress.advance(task), jobs=arguments.jobs, stop_at_failure=arguments.stop
+        )
     results = [result for _, result in done]
     print(report.table(results, ops, dtypes), "", sep="\n")
     if any(result.verdict == "fail" for result in results):
@@ -116,8 +118,16 @@ def _status(results: Sequence[Result]) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    print("operations:", *(f"  {op:<20}{(s.reference.__doc__ or '').splitlines()[0]}" for op, s in specs().items()), sep="\n")
-    print("properties:", *(f"  {name:<20}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()), sep="\n")
+    print(
+        "operations:",
+        *(f"  {op:<20}{(s.reference.__doc__ or '').splitlines()[0]}" for op, s in specs().items()),
+        sep="\n",
+    )
+    print(
+        "properties:",
+        *(f"  {name:<20}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()),
+        sep="\n",
+    )
     print("backends:", f"  {', '.join(backends.NAMES)}, or the dotted path of a module", sep="\n")
     print("profiles:", *(f"  {name:<20}{profile.examples} examples" for name, profile in PROFILES.items()), sep="\n")
     return 0

@@ -1,21 +1,21 @@
 """When a result is right: four gates between the judged tensor y and the truth r, and one number out.
 
     G0  shape, dtype, NaN and infinity where the truth, rounded, has them
-    G1  |y - r| <= u |r| + roundings u (1 + u) S + log2(n) 2^-24 S + tiny                       every element
-    G2  ||y - r|| <= 1.5 max(||p - r||, floor), and 2 x for the largest element                 at least 64 elements
-    G3  |mean of (y - r) sign(r) / (u |r|)| <= 0.25                                             at least 1000 random ones, 16-bit dtypes
+    G1  |y - r| <= u |r| + roundings u (1 + u) S + log2(n) 2^-24 S + tiny        every element
+    G2  ||y - r|| <= 1.5 max(||p - r||, floor); 2 x for the largest element      of at least 64 elements
+    G3  |mean of (y - r) sign(r) / (u max(|r|, S))| <= 0.25 + the same of p      of at least 1000 random ones, 16-bit
 
 r is the reference in float64 on the inputs already rounded; p, the peer, is the reference in the dtype of y on the same
-device; u the unit roundoff of that dtype; n the number of elements that enter; S the size of the terms that were added up
-(|r| where nothing cancels), so that S = 0 demands the exact value. G1's first term is the last rounding, the second the
-roundings that the contract allows on the way, the third float32 arithmetic: pairwise sums (Higham 2002, section 4.2) and
-elementary functions. G2 holds a kernel to the accuracy of plain PyTorch; its floor, 0.3 u ||r|| + 2^-24 ||S||, keeps a
-peer that happens to be exact from making it impossible. G3 finds truncation and drift. Its mean is over distinct values of
-y, since elements that are all alike share one rounding error; and it grants the peer's own, since a row times a factor near
-1 has rounding errors that all lean one way.
+device; u the unit roundoff of that dtype; n the number of elements that enter; S the size of the terms that were added
+up (|r| where nothing cancels), so that S = 0 demands the exact value. G1's first term is the last rounding, the second
+the roundings that the contract allows on the way, the third float32 arithmetic: pairwise sums (Higham 2002, section
+4.2) and elementary functions. G2 holds a kernel to the accuracy of plain PyTorch; its floor, 0.3 u ||r|| + 2^-24 ||S||,
+keeps a peer that happens to be exact from making it impossible. G3 finds truncation and drift. Its mean is over
+distinct values of y, since elements that are all alike share one rounding error; and it grants the peer's own, since a
+row times a factor near 1 has rounding errors that all lean one way.
 
-Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and G2 and
-G3, which see nothing else, are left out.
+Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and
+G2 and G3, which see nothing else, are left out.
 """
 
 import math
@@ -110,7 +110,8 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
             verb = "is" if bool(seen[index]) else "is not"
             raise Failure(
                 f"gate G0: {name} {verb} {kind} at index {index}\n"
-                f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}, got {float(y[index])!r}"
+                f"{int(wrong.sum())} of {wrong.numel()} elements;"
+                f" reference {float(r[index])!r}, got {float(y[index])!r}"
             )
 
 
@@ -154,8 +155,8 @@ def _against_peer(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, uni
         used = max(used, measured / allowed)
         if measured > allowed:
             raise Failure(
-                f"gate G2 used {measured / allowed:.3g} of the budget in {name}: {kind} error over {r.numel()} elements\n"
-                f"measured {measured:.3g}, allowed {allowed:.3g}, {factor} times the error of plain PyTorch, {other:.3g}",
+                f"gate G2 used {measured / allowed:.3g} of the budget in {name}: {kind} error of {r.numel()} elements\n"
+                f"measured {measured:.3g}, allowed {allowed:.3g}; {factor} times plain PyTorch, {other:.3g}",
                 measured / allowed,
             )
     return used

@@ -1,7 +1,8 @@
 """Fences around tensors: guard bands, poisoned allocations, bit snapshots.
 
-Python code allocates through a few functions of torch; `Allocations` puts fences around what they return while judged code
-runs, and puts the functions back afterwards. What compiled operators of torch allocate inside themselves is left alone.
+Python code allocates through a few functions of torch; `Allocations` puts fences around what they return while judged
+code runs, and puts the functions back afterwards. What compiled operators of torch allocate inside themselves is left
+alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Allocations:
                 setattr(owner, name, self._fenced(getattr(owner, name), "empty" in name))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Put torch's own functions back."""
         for owner, name, original in self._originals:
             if original is None:  # inherited

@@ -31,7 +31,7 @@ class Profile:
             database=None,
             deadline=None,
             phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
             report_multiple_bugs=False,
             print_blob=False,
         )

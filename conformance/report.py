@@ -27,7 +27,8 @@ def progress() -> Progress:
 def heading(judged: Judged, device: str, profile: str) -> str:
     """One line: who is judged, against what, on what."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"backend {judged.description} against reference, torch {torch.__version__.split('+')[0]}{where}, profile {profile}"
+    version = torch.__version__.split("+")[0]
+    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
 
 
 def table(results: Sequence[Result], ops: Sequence[str], dtypes: Sequence[str]) -> str:
@@ -37,7 +38,9 @@ def table(results: Sequence[Result], ops: Sequence[str], dtypes: Sequence[str]) 
         own = [result for result in results if result.op == op and result.verdict != "skip"]
         if not own:
             defined = any(result.op == op for result in results)
-            lines.append(f"{op:<{NAME_WIDTH}}-  {'every property skipped' if defined else 'not defined by this backend'}")
+            lines.append(
+                f"{op:<{NAME_WIDTH}}-  {'every property skipped' if defined else 'not defined by this backend'}"
+            )
             continue
         cells = "".join(f"{_cell([r for r in own if r.dtype == dtype]):<{CELL_WIDTH}}" for dtype in dtypes)
         laws = {result.property for result in own}
@@ -114,4 +117,4 @@ def _commit() -> str | None:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -137,7 +137,7 @@ class Spec:
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
             budget, sizes = elements, {}
-            for name, strategy in reversed(self.sizes.items()):
+            for name, strategy in reversed(list(self.sizes.items())):
                 sizes[name] = draw(strategy(budget), label=name)
                 budget = max(1, budget // sizes[name])
             chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}

@@ -39,7 +39,9 @@ class Raised:
         """Begin."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         """Keep the error; let failures and interruptions through."""
         if isinstance(error, Exception) and not isinstance(error, Failure):
             self.error = error
@@ -122,7 +124,12 @@ class Trial:
         return Run(detached(outputs), self.backward(outputs, leaves, grads, grad_outputs))
 
     def backward(
-        self, outputs: Sequence[Tensor], leaves: Inputs, grads: Sequence[str], grad_outputs: Sequence[Tensor], keep: bool = False
+        self,
+        outputs: Sequence[Tensor],
+        leaves: Inputs,
+        grads: Sequence[str],
+        grad_outputs: Sequence[Tensor],
+        keep: bool = False,
     ) -> dict[str, Tensor]:
         """Gradients by name; keep retains the graph."""
         for name, output in zip(self.spec.outputs, outputs, strict=True):
@@ -134,10 +141,11 @@ class Trial:
             torch.autograd.backward(outputs, grad_outputs, retain_graph=keep)
         if raised.error is not None:
             raise Failure(f"backward raised {_describe(raised.error)}") from raised.error
-        missing = [name for name in grads if leaves[name].grad is None]
-        if missing:
-            raise Failure(f"gradient of {missing[0]} is missing (None)")
-        return {name: leaves[name].grad for name in grads}
+        found = {name: gradient for name in grads if (gradient := leaves[name].grad) is not None}
+        for name in grads:
+            if name not in found:
+                raise Failure(f"gradient of {name} is missing (None)")
+        return found
 
     def judge(
         self, case: Case, run: Run, inputs: Inputs | None = None, grad_outputs: Sequence[Tensor] | None = None
@@ -199,7 +207,11 @@ def demand_same_bits(spec: Spec, first: Run, second: Run, law: str) -> None:
             index = tuple(differs.nonzero()[0].tolist())
             raise Failure(
                 f"{law}: {name} differs in {int(differs.sum())} of {differs.numel()} elements, first at index {index}\n"
-                + (f"once {float(one[index])!r}, then {float(other[index])!r}" if one.shape == other.shape else "shapes")
+                + (
+                    f"once {float(one[index])!r}, then {float(other[index])!r}"
+                    if one.shape == other.shape
+                    else "shapes"
+                )
             )
 
 

@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import resource
+import statistics
 import sysconfig
 import tempfile
 import textwrap
@@ -34,7 +35,6 @@ from typing import Any
 SEEDS = 4
 MARGIN = 4  # of independent normal errors of one size, one is over 4 times the largest of 4 others in 0.4 % of cases
 LOSS_ULP = 2.0**-23  # relative; losses are float32 whatever the model is
-WARMUP = 3  # steps before the clock starts: the first ones compile the kernels
 
 # The interpreter takes about 1 ms a Triton program, and cross entropy is one program a token: about 200 tokens a step.
 SMALL = {
@@ -54,8 +54,8 @@ LARGE = {
     "model": {"vocab_size": 16384, "hidden_size": 1536, "num_hidden_layers": 14, "num_attention_heads": 12},
     "batch": 16,
     "max_length": 512,
-    "learning_rate": 4e-3,
-    "embedding_learning_rate": 2e-3,
+    "learning_rate": 1e-3,
+    "embedding_learning_rate": 5e-4,
 }
 
 
@@ -182,11 +182,14 @@ def train(folder: str, settings: dict[str, Any], backend: str, seed: int, dtype:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    first, last = min(WARMUP, len(logs) - 1) - 1, len(logs) - 1
+    counts = [entry["num_tokens"] for entry in logs]
+    pairs = itertools.pairwise(zip(counts, times, strict=False))  # training's end is logged, too
+    # The median: a step of a new shape may compile a kernel, which takes longer than ten steps.
+    rate = statistics.median((count - count_before) / (at - before) for (count_before, before), (count, at) in pairs)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "losses": [entry["loss"] for entry in logs],
-        "tokens_per_second": (logs[last]["num_tokens"] - logs[first]["num_tokens"]) / (times[last] - times[first]),
+        "tokens_per_second": rate,
         "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else kibibytes / 2**10,
         "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
         "groups": [
@@ -305,7 +308,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-        os.environ.update(HF_HOME=folder, TRITON_CACHE_DIR=folder, MPLCONFIGDIR=folder)  # to leave nothing behind
+        # The caches go with the folder: the run leaves nothing behind but what it wrote to options.out.
+        os.environ.update(HF_HOME=folder, TRITON_CACHE_DIR=folder, CUDA_CACHE_PATH=folder, MPLCONFIGDIR=folder)
         report = compare(folder, options.steps, options.backends)
         show(report)
         options.out.mkdir(parents=True, exist_ok=True)

@@ -1,84 +1,25 @@
 """The trainer against plain TRL on the untouched model, and against arithmetic done by hand."""
 
-import dataclasses
-import json
-import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import HfArgumentParser, TrainingArguments
-from trl import SFTConfig, SFTTrainer, TrlParser
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
+from tests.runs import SGD, arguments, build, textbook
+from unsloth_fast import UnslothTrainer
 
-datasets.disable_progress_bars()
-
-# TRL warns of what it deprecates and peft of tied weights; Trainer of its own gathering of scalars.
+# TRL warns of what it deprecates and peft of tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-# One step that takes off the gradient itself.
-SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
-
-LORA = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "norm"]}
-
-
-def arguments(folder: Path, kind: type = UnslothTrainingArguments, **options: Any) -> Any:
-    """Arguments for six steps of two texts each on the CPU, every step logged."""
-    if kind is UnslothTrainingArguments:
-        options = {"backend": "reference"} | options
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-    }
-    return kind(**defaults | options)
-
-
-def build(kind: type, args: Any, dtype: torch.dtype = torch.float64, lora: bool = False, **options: Any) -> Any:
-    """A trainer that keeps the loss of every microbatch in `losses`."""
-
-    class Recording(kind):
-        losses: list[float] = []  # noqa: RUF012  # one list a trainer, as the class is its own
-
-        def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
-            result = super().compute_loss(*positional, **keywords)
-            self.losses.append((result[0] if isinstance(result, tuple) else result).item())
-            return result
-
-    return Recording(
-        model=options.pop("model", None) or tiny.model(dtype=dtype),
-        args=args,
-        train_dataset=Dataset.from_dict({"text": tiny.texts(options.pop("texts", 18))}),
-        processing_class=tiny.tokenizer(),
-        peft_config=LoraConfig(r=4, **LORA) if lora else None,
-        **options,
-    )
-
-
-def textbook(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """Cross entropy of the next token, by torch."""
-    logits = outputs.logits[:, :-1].reshape(-1, len(tiny.WORDS))
-    return cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -115,13 +56,12 @@ def test_losses_equal_the_fused_head_of_trl(tmp_path: Path) -> None:
             assert our_log[name] == pytest.approx(their_log[name], rel=14 * 2.0**-24)
 
 
-@pytest.mark.slow
 def test_fast_is_as_near_to_float64_as_the_reference(tmp_path: Path) -> None:
     """Three steps in float32: at most twice the reference's own error, and one spacing of float32 at the loss."""
     losses = {}
     for spec, dtype in (("reference", torch.float64), ("reference", torch.float32), ("fast", torch.float32)):
         args = arguments(tmp_path, backend=spec, max_steps=3, use_cpu=not torch.cuda.is_available())
-        with tiny.KeepFloat64():
+        with tiny.KeepFloat64() if dtype == torch.float64 else nullcontext():
             trainer = build(UnslothTrainer, args, dtype)
             trainer.train()
         placed = trainer.model.model.norm.forward.__func__.__closure__
@@ -165,7 +105,7 @@ RANK = """
 import sys, torch
 from unsloth_fast import UnslothTrainer
 from tests import tiny
-from tests.test_trainer import SGD, arguments, build
+from tests.runs import SGD, arguments, build
 options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "average_tokens_across_devices": True}
 with tiny.KeepFloat64():
     trainer = build(UnslothTrainer, arguments(sys.argv[1], **SGD | options), texts=8)
@@ -250,77 +190,6 @@ def test_the_log_counts_tokens_and_right_predictions(tmp_path: Path) -> None:
     assert right > 0
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_without_an_embedding_rate_the_groups_are_hugging_faces(tmp_path: Path, lora: bool) -> None:
-    """The optimizer's groups, empty ones aside, are those of `param_groups` on the same names."""
-    trainer = build(UnslothTrainer, arguments(tmp_path), lora=lora)
-    optimizer = trainer.create_optimizer()
-    names = trainer.get_decay_parameter_names(trainer.model)
-    ours = trainer.backend.training.param_groups(trainer.model, lr=1e-3, weight_decay=0.1, decay_names=names)
-    theirs = [group for group in optimizer.param_groups if group["params"]]
-    assert [(list(map(id, group.params)), group.lr, group.weight_decay) for group in ours] == [
-        (list(map(id, group["params"])), group["lr"], group["weight_decay"]) for group in theirs
-    ]
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_embedding_rate(tmp_path: Path, lora: bool) -> None:
-    """The role's parameters have it, through the schedule; decay and the optimizer's options stay as configured."""
-    args = arguments(tmp_path, embedding_learning_rate=1e-4, adam_beta2=0.9, warmup_steps=2)
-    trainer = build(UnslothTrainer, args, lora=lora)
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    decaying = trainer.get_decay_parameter_names(trainer.model)
-    assert trainer.optimizer.defaults["betas"] == (0.9, 0.9)
-    assert trainer.optimizer_cls_and_kwargs is None
-    for group in trainer.optimizer.param_groups:
-        assert group["params"]
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            assert (group["role"] == "embedding") == ("embed_tokens" in name or "lm_head" in name)
-            assert group["initial_lr"] == (1e-4 if group["role"] == "embedding" else 1e-3)
-            assert group["weight_decay"] == (0.1 if name in decaying else 0.0)
-    logs = trainer.state.log_history[:6]
-    for log in logs:
-        assert log["embedding_learning_rate"] == pytest.approx(log["learning_rate"] / 10)
-    assert logs[1]["learning_rate"] == 5e-4 and logs[2]["learning_rate"] == 1e-3
-
-
-def test_a_given_optimizer_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And the log says that the rate has no effect."""
-    model = tiny.model()
-    mine = torch.optim.SGD(model.parameters(), lr=0.1)
-    args = arguments(tmp_path, embedding_learning_rate=1e-4)
-    trainer = build(UnslothTrainer, args, model=model, optimizers=(mine, None))
-    assert trainer.create_optimizer(trainer.model) is mine
-    assert "embedding_learning_rate=0.0001 has no effect: an optimizer was given" in caplog.text
-
-
-def test_an_optimizer_that_groups_itself_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As GaLore does, through the key "params"."""
-    model = tiny.model()
-    groups = [{"params": [model.lm_head.weight], "lr": 0.5}]
-    args = arguments(tmp_path, embedding_learning_rate=1e-4)
-    kind = (torch.optim.SGD, {"lr": 0.1, "params": groups})
-    trainer = build(UnslothTrainer, args, model=model, optimizer_cls_and_kwargs=kind)
-    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.5]
-    assert "has no effect" in caplog.text
-
-
-def test_a_given_class_and_options_get_the_groups(tmp_path: Path) -> None:
-    """`optimizer_cls_and_kwargs` is kept for the next call."""
-    kind = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5})
-    args = arguments(tmp_path, embedding_learning_rate=1e-4)
-    trainer = build(UnslothTrainer, args, optimizer_cls_and_kwargs=kind)
-    optimizer = trainer.create_optimizer()
-    assert type(optimizer) is torch.optim.SGD
-    assert {(group["role"], group["lr"], group["momentum"]) for group in optimizer.param_groups} == {
-        ("base", 0.1, 0.5),
-        ("embedding", 1e-4, 0.5),
-    }
-    assert trainer.optimizer_cls_and_kwargs == (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5})
-
-
 def test_resuming_continues_to_the_bit(tmp_path: Path) -> None:
     """Six steps at once, and three from the checkpoint after three."""
     options = {"embedding_learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 3}
@@ -371,34 +240,3 @@ def test_plain_arguments_take_the_backend_from_the_environment(
     assert trainer.backend.name == "reference,swiglu=reference"
     trainer.train()
     assert "embedding_learning_rate" not in trainer.state.log_history[0]
-
-
-def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
-    """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; the output folder stays first."""
-    assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
-    args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
-    ours = {"embedding_learning_rate": 5e-5, "backend": "fast,rms_norm=reference"}
-    assert ours.items() <= args.to_dict().items()
-    assert ours.items() <= json.loads(args.to_json_string()).items()
-    replaced = dataclasses.replace(args, learning_rate=0.5)
-    assert (replaced.embedding_learning_rate, replaced.backend, replaced.learning_rate) == (*ours.values(), 0.5)
-    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--embedding_learning_rate", "5e-5"]
-    for parser in (HfArgumentParser(UnslothTrainingArguments), TrlParser(UnslothTrainingArguments)):
-        (parsed,) = parser.parse_args_into_dataclasses([*line, "--backend", ours["backend"]])
-        assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
-        (parsed,) = parser.parse_args_into_dataclasses(line)
-        assert parsed.backend is None
-
-
-@pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf, "5e-5"])
-def test_a_wrong_embedding_rate_is_named(tmp_path: Path, rate: Any) -> None:
-    """Finite and not negative; 0 is a rate."""
-    with pytest.raises(ValueError, match=r"^embedding_learning_rate: got"):
-        arguments(tmp_path, embedding_learning_rate=rate)
-    assert arguments(tmp_path, embedding_learning_rate=0).embedding_learning_rate == 0
-
-
-def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
-    """In the arguments."""
-    with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
-        arguments(tmp_path, backend="quick")

@@ -78,18 +78,17 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Leaves float64 tensors as they are where code casts them to float32.
+    """Makes every cast of a float64 or an integer tensor to float32 one to float64.
 
-    transformers' norms and losses cast to float32 whatever the model is, which hides every difference below 1e-7.
+    transformers' norms, losses and positions are float32 whatever the model is, which hides differences below 1e-7.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Skip `.float()`, `.to(torch.float32)` and dtype=torch.float32 on float64 tensors."""
+        """Replace `.float()` by `.double()`, and float32 by float64 in the arguments of anything else."""
         kwargs = kwargs or {}
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            to_float32 = kwargs.get("dtype") == torch.float32 or torch.float32 in args[1:]
-            if func is torch.Tensor.float or (func is torch.Tensor.to and to_float32):
-                return args[0]
-            if kwargs.get("dtype") == torch.float32:
-                kwargs = {**kwargs, "dtype": torch.float64}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype in (torch.float64, torch.int64):
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return func(*args, **kwargs)

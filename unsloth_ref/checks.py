@@ -68,7 +68,8 @@ def labels_in_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> None:
     if wrong.any():
         index = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"labels: got {int(labels[index])} at index {index}; allowed: 0 to {vocab - 1}, or ignore_index {ignore_index}"
+            f"labels: got {int(labels[index])} at index {index};"
+            f" allowed: 0 to {vocab - 1}, or ignore_index {ignore_index}"
         )
 
 
@@ -90,7 +91,13 @@ def gated_arguments(gate: Tensor, up: Tensor) -> None:
 
 
 def loss_arguments(
-    logits: Tensor, labels: Tensor, softcap: float, label_smoothing: float, z_loss: float, reduction: str, num_items: object
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    num_items: object,
 ) -> None:
     """What every cross entropy asks of logits [T, V], labels [T] and its options."""
     dimensions("logits", logits, 2, "[T, V]")
@@ -114,7 +121,7 @@ def loss_arguments(
 
 
 def must_read_labels(labels: Tensor) -> bool:
-    """Whether labels are checked by value: always on a CPU, on CUDA (where that waits for the device) if UNSLOTH_DEBUG=1.
+    """Whether labels are checked by value: on a CPU; on CUDA, where that waits for the device, if UNSLOTH_DEBUG=1.
 
     Never while compiling, where reading a value would break the graph.
     """

@@ -36,8 +36,8 @@ class Times:
 def interleave(contenders: Mapping[str, Callable[[], object]], seconds: float = 0.3) -> dict[str, Times]:
     """Time each contender once a round, until one of them has taken this many seconds, at least 20 rounds.
 
-    As in `triton.testing.do_bench`, nothing is waited for between calls: the time of a launch shows where the device would
-    have been done sooner.
+    As in `triton.testing.do_bench`, nothing is waited for between calls: the time of a launch shows where the device
+    would have been done sooner.
 
     Args:
         contenders: calls to time, by name; each has run before, so that nothing is compiled here.

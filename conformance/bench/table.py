@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from conformance import backends
-from conformance.bench.sampler import Times, copy_rate, interleave, matmul_rate, peak_mebibytes
+from conformance.bench.sampler import Times, interleave, matmul_rate, peak_mebibytes
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.search import DTYPES

@@ -8,14 +8,16 @@ from torch import Tensor
 from unsloth_ref.types import Casting, Reduction
 
 try:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 except ImportError as missing:
     raise LookupError("backend: liger needs the package liger-kernel, which is not installed") from missing
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama") -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
+) -> Tensor:
     """As LigerRMSNorm: the backward pass writes over grad_output."""
     return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, True)
 

@@ -1,9 +1,9 @@
-"""The laws. One file a law: a docstring that says it, and `check(trial, case)`, which raises Failure where it does not hold.
+"""The laws. One file a law: a docstring that says it, and `check(trial, case)`, which raises Failure where it fails.
 
 A check returns the share of the error budget it used, or None where that has no meaning. Beside it a file may define
 `SHARE`, the part of the profile's examples worth spending on it; `cases(spec, profile)`, a fixed list in place of drawn
-cases; and `CUDA_ONLY = True`. A law is about what a user can suffer from, never about how an implementation is built: plain
-PyTorch that is right passes them all.
+cases; and `CUDA_ONLY = True`. A law is about what a user can suffer from, never about how an implementation is built:
+plain PyTorch that is right passes them all.
 """
 
 from types import ModuleType

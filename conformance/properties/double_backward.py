@@ -37,5 +37,5 @@ def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], create_graph=True)
     # As a gradient penalty does it: beside the loss, so that gradients cut off from the graph go unnoticed by autograd.
-    penalty = sum(gradient.double().square().sum() for gradient in grads)
-    return list(torch.autograd.grad(sum(output.double().sum() for output in outputs) + penalty, leaves))
+    total = torch.stack([o.double().sum() for o in outputs] + [g.double().square().sum() for g in grads]).sum()
+    return list(torch.autograd.grad(total, leaves))

@@ -1,4 +1,4 @@
-"""Every size is right: 0, 1, primes, both sides of a tile's edge, more than 65536 columns, more rows than a grid axis has."""
+"""Every size is right: 0, 1, primes, both sides of a tile's edge, over 65536 columns, more rows than a grid axis."""
 
 from conformance.case import Case
 from conformance.profiles import Profile

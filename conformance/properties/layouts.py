@@ -1,4 +1,4 @@
-"""Strides and storage offsets do not matter: of the inputs, nor of the gradient that comes back, which `sum` expands."""
+"""Strides and storage offsets do not matter: of the inputs, nor of the gradient that comes back, which sum expands."""
 
 from dataclasses import replace
 

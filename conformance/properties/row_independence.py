@@ -4,7 +4,7 @@ from math import nan
 
 from conformance.case import Case
 from conformance.gates import Failure
-from conformance.trial import Trial, bits
+from conformance.trial import Run, Trial, bits
 
 SHARE = 0.4
 
@@ -30,7 +30,7 @@ def check(trial: Trial, case: Case) -> None:
             _demand_same_row(trial, first, trial.run(case, changed, grad_outputs=grad_outputs), kept)
 
 
-def _demand_same_row(trial: Trial, first: object, second: object, kept: int) -> None:
+def _demand_same_row(trial: Trial, first: Run, second: Run, kept: int) -> None:
     for (key, name, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
         if key in (*trial.spec.outputs, *trial.spec.rowwise) and not bits(one[kept]).equal(bits(other[kept])):
             raise Failure(f"row {kept} of {name} changed with the other rows")

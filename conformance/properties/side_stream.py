@@ -1,4 +1,4 @@
-"""Work goes to the current stream: on a side stream, behind a long wait, the results are those of the default stream."""
+"""Work goes to the current stream: on a side stream, behind a long wait, the results are the default stream's."""
 
 import torch
 

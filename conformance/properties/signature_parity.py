@@ -29,7 +29,9 @@ def check(trial: Trial, case: Case) -> None:
     if [name for name in seen if name in wanted] != list(wanted):
         raise Failure(f"parameters are in the order {', '.join(seen)}, should be {', '.join(wanted)}")
     for name, parameter in seen.items():
-        if name not in wanted and (parameter.default is parameter.empty or parameter.kind is not parameter.KEYWORD_ONLY):
+        if name not in wanted and (
+            parameter.default is parameter.empty or parameter.kind is not parameter.KEYWORD_ONLY
+        ):
             raise Failure(f"parameter {name} is not in the contract, and no keyword with a default")
 
 

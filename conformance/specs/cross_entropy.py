@@ -52,7 +52,6 @@ def _logits_terms(call: Call) -> Tensor:
     return torch.where(counts, (size + onehot) * dloss, 0.0) * call.options.get("logit_scale", 1.0)
 
 
-
 spec = Spec(
     op="cross_entropy",
     sizes={"tokens": rows, "vocab": columns},

@@ -18,7 +18,9 @@ def _normed(call: Call) -> tuple[Tensor, Tensor]:
 
 def _y_terms(call: Call) -> Tensor:
     """With an offset, offset + weight may cancel: |n| (|weight| + offset)."""
-    return (_normed(call)[0].abs() + 2 * call.smallest) * (call.inputs["weight"].abs() + call.options.get("offset", 0.0))
+    return (_normed(call)[0].abs() + 2 * call.smallest) * (
+        call.inputs["weight"].abs() + call.options.get("offset", 0.0)
+    )
 
 
 def _x_terms(call: Call) -> Tensor:

@@ -268,7 +268,7 @@ def cross_entropy(
     if reduction == "none":
         return losses
     if num_items is None:
-        num_items = (labels != ignore_index).sum() if reduction == "mean" else 1
+        num_items = (labels.long() != ignore_index).sum() if reduction == "mean" else 1
     if isinstance(num_items, Tensor):
-        return losses.sum() / num_items.to(logits.device).clamp(min=1)
+        return losses.sum() / num_items.to(losses).clamp(min=1)
     return losses.sum() / max(num_items, 1)  # a plain number needs no copy to the device

@@ -31,7 +31,8 @@ def cross_entropy(
 ) -> Tensor:
     """Negative log likelihood of each label under the softmax of its row of logits.
 
-    An ignored row gives exactly 0 loss and gradient, even where its logits are NaN; with no target at all the loss is 0.
+    An ignored row gives exactly 0 loss and gradient, even where its logits are NaN; with no target at all the loss
+    is 0.
 
     Args:
         logits: [T, V], any float dtype.
@@ -49,13 +50,15 @@ def cross_entropy(
         A scalar, or [T] for "none", in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shapes, devices or options; a label outside [0, V) that is not ignore_index, on a CPU. On CUDA,
-            and in compiled code, such a row has NaN loss and gradient instead, unless UNSLOTH_DEBUG=1 asks for the check.
+        ValueError: wrong shapes, devices or options; a label outside [0, V) that is not ignore_index, on a CPU. On
+            CUDA, and in compiled code, such a row has NaN loss and gradient instead, unless UNSLOTH_DEBUG=1 asks for
+            the check.
         TypeError: logits not of a float dtype, labels not int32 or int64.
     """
     checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss, reduction, num_items)
     if checks.must_read_labels(labels):
         checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
+    labels = labels.long()  # an int32 comparison would wrap an ignore_index beyond it
     ignored = labels == ignore_index
     outside = ~ignored & ((labels < 0) | (labels >= logits.shape[1]))
 
@@ -64,7 +67,7 @@ def cross_entropy(
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     lse = torch.logsumexp(z, -1)
-    target = labels.masked_fill(ignored | outside, 0).long()
+    target = labels.masked_fill(ignored | outside, 0)
     losses = lse - z.gather(1, target[:, None])[:, 0]
     if label_smoothing:
         losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))

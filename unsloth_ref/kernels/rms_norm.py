@@ -3,7 +3,8 @@
     r = 1 / sqrt(mean(x^2) + eps)      n = x * r      y = (offset + weight) * n
     g = dy * (offset + weight)         dx = r * (g - n * mean(g * n))         dweight = sum over rows of dy * n
 
-Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: "llama" as transformers' LlamaRMSNorm, "gemma" as GemmaRMSNorm.
+Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: "llama" as transformers' LlamaRMSNorm, "gemma" as its
+GemmaRMSNorm.
 """
 
 import torch
@@ -13,7 +14,9 @@ from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama") -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
+) -> Tensor:
     """Scale each row of x to unit root mean square, then by the weight.
 
     Args:

@@ -1,0 +1,51 @@
+# make demo     judge every fast operation, then fine-tune a small model on both backends
+# make test     everything: lint, types, import floors, tests
+#
+# Both set themselves up in a virtual environment in .venv. To use an interpreter that has everything already:
+#     make test VENV=0 PYTHON=python3
+# To choose the build of torch, such as one for another CUDA: make demo TORCH='torch==2.11.0'
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned: a range would let pip replace a build for the CPU by several gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+
+ifeq ($(VENV),0)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test lint types floors conformance bench
+
+demo: $(READY)
+	$(PY) -m conformance run --profile ci
+	$(PY) examples/first_run.py
+
+test: lint types floors $(READY)
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m pyright
+
+floors: $(READY)
+	$(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
+
+conformance: $(READY)
+	$(PY) -m conformance run --profile ci
+
+bench: $(READY)
+	$(PY) -m conformance bench
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q -e '.[demo]' --group dev
+	touch $@

@@ -1,0 +1,45 @@
+"""The trainer's arguments: a dataclass like any other, and checked."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from tests.runs import arguments
+from unsloth_fast import UnslothTrainingArguments
+
+
+def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
+    """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; the output folder stays first."""
+    assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
+    args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
+    ours = {"embedding_learning_rate": 5e-5, "backend": "fast,rms_norm=reference"}
+    assert ours.items() <= args.to_dict().items()
+    assert ours.items() <= json.loads(args.to_json_string()).items()
+    replaced = dataclasses.replace(args, learning_rate=0.5)
+    assert (replaced.embedding_learning_rate, replaced.backend, replaced.learning_rate) == (*ours.values(), 0.5)
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--embedding_learning_rate", "5e-5"]
+    for parser in (HfArgumentParser(UnslothTrainingArguments), TrlParser(UnslothTrainingArguments)):
+        (parsed,) = parser.parse_args_into_dataclasses([*line, "--backend", ours["backend"]])
+        assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
+        (parsed,) = parser.parse_args_into_dataclasses(line)
+        assert parsed.backend is None
+
+
+@pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf, "5e-5"])
+def test_a_wrong_embedding_rate_is_named(tmp_path: Path, rate: Any) -> None:
+    """Finite and not negative; 0 is a rate."""
+    with pytest.raises(ValueError, match=r"^embedding_learning_rate: got"):
+        arguments(tmp_path, embedding_learning_rate=rate)
+    assert arguments(tmp_path, embedding_learning_rate=0).embedding_learning_rate == 0
+
+
+def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """In the arguments."""
+    with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
+        arguments(tmp_path, backend="quick")
