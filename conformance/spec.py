@@ -31,6 +31,11 @@ def rows(budget: int) -> st.SearchStrategy[int]:
     return st.integers(1, max(1, min(budget, 64)))
 
 
+def few_rows(budget: int) -> st.SearchStrategy[int]:
+    """A number of rows for an operation that takes each row by itself: more of them would say nothing new."""
+    return st.integers(1, min(budget, 12))
+
+
 def columns(budget: int) -> st.SearchStrategy[int]:
     """A number of columns: any small one, or one beside a tile's edge."""
     return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))

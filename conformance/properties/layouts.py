@@ -6,7 +6,7 @@ from conformance.case import LAYOUTS, Case
 from conformance.gates import Failure
 from conformance.trial import Trial
 
-SHARE = 0.3
+SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:

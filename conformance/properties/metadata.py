@@ -4,7 +4,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.trial import Run, Trial, leaf
 
-SHARE = 0.3
+SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> None:

@@ -6,7 +6,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.trial import Run, Trial, bits
 
-SHARE = 0.4
+SHARE = 0.25
 
 
 def check(trial: Trial, case: Case) -> None:

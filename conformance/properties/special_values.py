@@ -5,7 +5,7 @@ from math import inf, nan
 from conformance.case import Case
 from conformance.trial import Trial
 
-SHARE = 0.3
+SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:

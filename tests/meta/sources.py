@@ -1,0 +1,56 @@
+"""The project's Triton kernels with lines of their source changed, as modules of their own."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import ExecutionLoader
+from pathlib import Path
+from types import ModuleType
+
+KERNELS = Path(__file__).parents[2] / "unsloth_fast" / "kernels"
+Edit = tuple[str, str]  # old text, which must occur exactly once in the operation's file and _launch.py together, and new
+
+
+class _Text(ExecutionLoader):
+    """Imports source held in memory; Triton, which reads the source of its kernels, finds it through this loader."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def get_source(self, fullname: str) -> str:
+        """The source."""
+        return self._text
+
+    def get_filename(self, fullname: str) -> str:
+        """No such file exists; the name keeps the modules apart in tracebacks and caches."""
+        return f"{fullname}.py"
+
+
+def _module(name: str, text: str) -> ModuleType:
+    spec = importlib.util.spec_from_loader(name, _Text(text))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
+    """The module `unsloth_fast.kernels.<op>`, changed, under this name and with operators in a namespace of this name.
+
+    Args:
+        op: the operation.
+        name: a Python identifier, unique in the process.
+        edits: what to replace by what.
+
+    Raises:
+        ValueError: an edit's old text does not occur exactly once.
+    """
+    texts = [(KERNELS / file).read_text() for file in ("_launch.py", f"{op}.py")]
+    for old, new in edits:
+        count = sum(text.count(old) for text in texts)
+        if count != 1:
+            raise ValueError(f"edits of {name}: {old!r} occurs {count} times in _launch.py and {op}.py; allowed: once")
+        texts = [text.replace(old, new) for text in texts]
+    launch, kernels = texts
+    _module(f"{name}_launch", launch.replace("unsloth_fast", name))
+    return _module(name, kernels.replace("unsloth_fast.kernels._launch", f"{name}_launch"))

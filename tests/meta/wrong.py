@@ -1,0 +1,225 @@
+"""Wrong implementations that are wrong around the formulas, not in them; most wrap the reference.
+
+Each is a backend: `tests.meta.wrong.rms_norm_writes_over_x`.
+"""
+
+import itertools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.meta.contract import Function, as_backend
+from unsloth_ref import kernels as reference
+
+WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties that may find it, dtype
+
+
+def wrong(op: str, *laws: str, dtype: str = "float32", contract: bool = True) -> Callable[[Function], SimpleNamespace]:
+    """Make a function a wrong backend; unless contract, its signature is its own."""
+
+    def register(function: Function) -> SimpleNamespace:
+        WRONG[function.__name__] = op, laws, dtype
+        return as_backend(op, function) if contract else SimpleNamespace(**{op: function})
+
+    return register
+
+
+class _Gradient(torch.autograd.Function):
+    """The identity, with something done to the gradient on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, change: Function) -> Tensor:
+        ctx.change = change
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grad_output), None
+
+
+@wrong("rms_norm", "inputs_untouched")
+def rms_norm_writes_over_x(x: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Normalises where x lies, as fused kernels that reuse memory do."""
+    y = reference.rms_norm(x.clone(), *others, **options)
+    x.detach().copy_(y.detach())
+    return y
+
+
+@wrong("rms_norm", "inputs_untouched")
+def rms_norm_writes_over_grad_output(*inputs: Any, **options: Any) -> Tensor:
+    """Uses grad_output as scratch memory."""
+    return _Gradient.apply(reference.rms_norm(*inputs, **options), lambda gradient: gradient.clone() + gradient.zero_())
+
+
+@wrong("rms_norm", "signature_parity", contract=False)
+def rms_norm_another_default(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """The eps of another model family."""
+    return reference.rms_norm(x, weight, eps, offset=offset, casting=casting)
+
+
+def _added_in_any_order(rows: Tensor) -> Tensor:
+    total = torch.zeros_like(rows)
+    for row in torch.randperm(len(rows)).tolist():
+        total[0] += rows[row]
+    return total
+
+
+@wrong("rms_norm", "determinism")
+def rms_norm_sums_in_any_order(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """The gradient of the weight is added up as rows arrive, as by atomics."""
+    normed = reference.rms_norm(x, torch.ones_like(weight), eps, casting=casting)
+    scale = _Gradient.apply(weight.expand(len(x), -1), _added_in_any_order) + offset
+    return normed * scale
+
+
+@wrong("rms_norm", "error_parity")
+def rms_norm_takes_any_eps(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """torch's own, without the contract's checks."""
+    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+
+@wrong("rms_norm", "compiles")
+def rms_norm_reads_a_value(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Looks at its weight before it starts: waits for the device, and breaks the graph."""
+    if bool(weight.isinf().any()):
+        raise ValueError("weight: got an infinity; allowed: finite numbers")
+    return reference.rms_norm(x, weight, *others, **options)
+
+
+@wrong("rms_norm", "autocast")
+def rms_norm_by_matmul(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """The mean as a product with a vector, which autocast computes in 16 bits."""
+    mean = x.square() @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
+    return x * torch.rsqrt(mean + eps) * (weight + offset)
+
+
+@wrong("swiglu", "error_parity")
+def swiglu_broadcasts(gate: Tensor, up: Tensor) -> Tensor:
+    """The formula without the contract's checks."""
+    return F.silu(gate) * up
+
+
+@wrong("swiglu", "inputs_untouched")
+def swiglu_activates_in_place(gate: Tensor, up: Tensor) -> Tensor:
+    """Activates the gate where it lies."""
+    y = reference.swiglu(gate.clone(), up)
+    F.silu(gate.detach(), inplace=True)
+    return y
+
+
+@wrong("swiglu", "metadata")
+def swiglu_returns_the_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """The output lies where the gate was."""
+    return torch.Tensor.set_(torch.empty_like(gate), gate.detach()).copy_(reference.swiglu(gate.clone(), up))
+
+
+@wrong("swiglu", "signature_parity", contract=False)
+def swiglu_other_names(x: Tensor, y: Tensor) -> Tensor:
+    """Names of its own, which keyword arguments do not find."""
+    return reference.swiglu(x, y)
+
+
+@wrong("swiglu", "no_grad")
+def swiglu_cheaper_without_gradients(gate: Tensor, up: Tensor) -> Tensor:
+    """Rounds more at inference than in training."""
+    if torch.is_grad_enabled():
+        return reference.swiglu(gate, up)
+    return F.silu(gate).bfloat16().to(gate.dtype) * up
+
+
+CALLS = itertools.count()
+
+
+@wrong("swiglu", "determinism")
+def swiglu_remembers_calls(gate: Tensor, up: Tensor) -> Tensor:
+    """State kept between calls shows in the last bit."""
+    return reference.swiglu(gate, up) * (1 + torch.finfo(gate.dtype).eps * (next(CALLS) % 2))
+
+
+@wrong("swiglu", "autocast")
+def swiglu_half_under_autocast(gate: Tensor, up: Tensor) -> Tensor:
+    """Takes autocast for a wish to round the inputs."""
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(gate.device.type) else gate.dtype
+    return reference.swiglu(gate.to(dtype), up.to(dtype)).to(gate.dtype)
+
+
+@wrong("swiglu", "gradients")
+def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
+    """One input gets no gradient."""
+    return reference.swiglu(gate, up.detach())
+
+
+@wrong("swiglu", "checkpoint")
+def swiglu_drops_some(gate: Tensor, up: Tensor) -> Tensor:
+    """Numbers that no generator of torch knows of, and so no recomputation repeats."""
+    return reference.swiglu(gate, up) * (1.0 + int.from_bytes(os.urandom(2)) * torch.finfo(gate.dtype).eps)
+
+
+@wrong("cross_entropy", "signature_parity", contract=False)
+def cross_entropy_without_num_items(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Fewer keywords than the contract."""
+    return reference.cross_entropy(logits, labels, ignore_index=ignore_index)
+
+
+@wrong("cross_entropy", "inputs_untouched")
+def cross_entropy_gradient_over_the_logits(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Leaves the gradient where the logits were, to save memory."""
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reference.cross_entropy(leaf, labels, **options).sum(), leaf)
+    loss = reference.cross_entropy(logits.clone(), labels, **options)
+    logits.detach().copy_(gradient)
+    return loss
+
+
+@wrong("cross_entropy", "value")
+def cross_entropy_of_torch_alone(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    **others: Any,
+) -> Tensor:
+    """torch's own: NaN where no target is left, and the options it lacks ignored."""
+    return F.cross_entropy(
+        logits.float(), labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
+
+
+@wrong("cross_entropy", "metadata", dtype="float16")
+def cross_entropy_in_the_dtype_of_the_logits(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """A 16-bit loss."""
+    return reference.cross_entropy(logits, labels, **options).to(logits.dtype)
+
+
+@wrong("cross_entropy", "metadata")
+def cross_entropy_of_shape_one(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """A vector of one loss where the contract has a scalar."""
+    loss = reference.cross_entropy(logits, labels, **options)
+    return loss if loss.ndim else loss[None]
+
+
+@wrong("cross_entropy", "row_independence", "special_values")
+def cross_entropy_masks_by_product(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """An ignored row multiplied by 0, which leaves NaN as it is."""
+    options, reduction, num_items = dict(options), options.pop("reduction", "mean"), options.pop("num_items", None)
+    counts = labels != options.get("ignore_index", -100)
+    losses = reference.cross_entropy(logits, labels.where(counts, 0), **options, reduction="none") * counts
+    if reduction == "none":
+        return losses
+    return losses.sum() / max(int(counts.sum()) if reduction == "mean" else 1, 1) if num_items is None else losses.sum() / num_items
