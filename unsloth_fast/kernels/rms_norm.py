@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import Tile, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._launch import (
+    Tile,
+    cdiv,
+    check_runnable,
+    first_order,
+    launch,
+    next_power_of_2,
+    register,
+    rows_of,
+    tile,
+)
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
@@ -171,7 +181,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama
     rows, columns = x.shape
     shape = tile(columns, elements=4096, widest=16384, per_thread=32)
     launch(
-        rms_norm_forward_kernel, triton.cdiv(rows, shape.rows), x,
+        rms_norm_forward_kernel, cdiv(rows, shape.rows), x,
         x, weight, y, rstd, rows, columns, *x.stride(), *weight.stride(), eps, offset,
         LLAMA=llama, ROWS=shape.rows, COLUMNS=shape.columns, WHOLE=columns <= shape.columns, num_warps=shape.warps,
     )  # fmt: skip
@@ -188,9 +198,9 @@ def rms_norm_backward(
     dy, x = rows_of(dy), rows_of(x)
     rows, columns = x.shape
     shape = backward_tile(columns)
-    tiles = triton.cdiv(rows, shape.rows)
-    each = triton.cdiv(tiles, PROGRAMS) if need_dweight else 1
-    programs = triton.cdiv(tiles, each)
+    tiles = cdiv(rows, shape.rows)
+    each = cdiv(tiles, PROGRAMS) if need_dweight else 1
+    programs = cdiv(tiles, each)
     partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
     strides = (*dy.stride(), *x.stride(), *weight.stride())
     arguments = (dy, x, weight, rstd, dx, partial, rows, columns, each, *strides, offset)
@@ -202,9 +212,9 @@ def rms_norm_backward(
     else:
         launch(rms_norm_backward_long_kernel, programs, x, *arguments, **flags)
     if need_dweight:
-        height = triton.next_power_of_2(programs)
+        height = next_power_of_2(programs)
         width = 8192 // height
-        sums = triton.cdiv(columns, width)
+        sums = cdiv(columns, width)
         launch(column_sum_kernel, sums, x, partial, dweight, programs, columns, ROWS=height, COLUMNS=width, num_warps=8)
     return dx, dweight
 

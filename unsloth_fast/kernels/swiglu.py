@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import Tile, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._launch import Tile, cdiv, check_runnable, first_order, launch, register, rows_of, tile
 from unsloth_ref import checks
 
 
@@ -93,8 +93,8 @@ def as_matrices(*tensors: Tensor) -> list[Tensor]:
 def tiling(matrix: Tensor) -> tuple[Tile, int, int]:
     """The tile for a matrix, and how many cover a row and all of it. 16 elements a thread are two 16-byte loads."""
     shape = tile(matrix.shape[1], elements=4096, widest=4096, per_thread=16)
-    tiles_a_row = triton.cdiv(matrix.shape[1], shape.columns)
-    return shape, tiles_a_row, triton.cdiv(matrix.shape[0], shape.rows) * tiles_a_row
+    tiles_a_row = cdiv(matrix.shape[1], shape.columns)
+    return shape, tiles_a_row, cdiv(matrix.shape[0], shape.rows) * tiles_a_row
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
