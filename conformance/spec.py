@@ -91,7 +91,7 @@ class Spec:
         grads: the inputs that get a gradient.
         rowwise: the inputs whose first dimension counts rows that must not see each other.
         row_options: options under which the outputs are rows too.
-        roundings: roundings to the dtype of an output or gradient that the contract's order makes before the last one.
+        roundings: roundings to the dtype of an output or gradient that a right order may make before the last one.
         terms: for an output or gradient that cancels, the size S of what is added up; others use their own magnitude.
         consistent: whether options may stand together.
         bytes: fewest bytes that (forward, backward) move, from the inputs.

@@ -32,7 +32,7 @@ spec = Spec(
     outputs=["y"],
     grads=["gate", "up"],
     rowwise=["gate", "up"],
-    roundings=1,  # the activation on the way out, dy times up on the way back
+    roundings=2,  # the activation on the way out, dy times up on the way back; and one for whoever rounds the sigmoid
     terms={
         "y": lambda call: _silu_terms(call, call.inputs["up"]),
         "up": lambda call: _silu_terms(call, call.grad_outputs[0]),

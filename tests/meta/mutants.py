@@ -41,8 +41,8 @@ RMS_NORM = {
         "inside = (row < rows) & (column < columns)", "inside = (row < rows) & (column < 2 * columns)", "value"
     ),
     "stored_past_the_end": one(
-        "tl.store(y_ptr + row * columns + column, y.to(dtype), (row < rows) & (column < columns))",
-        "tl.store(y_ptr + row * columns + column, y.to(dtype), (row < rows) & (column <= columns))",
+        "dx.to(dtype), (row < rows) & (column < columns)",
+        "dx.to(dtype), (row < rows) & (column <= columns)",
         "guard_writes",
     ),
     "eps_outside_the_root": one("tl.sqrt_rn(mean + eps)", "(tl.sqrt_rn(mean) + eps)", "value"),
@@ -57,9 +57,13 @@ RMS_NORM = {
     ),
     "weight_read_as_contiguous": one("weight_ptr + column * weight_stride", "weight_ptr + column", "layouts"),
     "offset_ignored": one("return weight + offset", "return weight", "value"),
-    "squares_in_float16": one("squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"),
+    "squares_in_float16": one(
+        "squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"
+    ),
     "gradient_mean_scaled": one(
-        "tl.sum(g * normed, 1, keep_dims=True) / columns", "tl.sum(g * normed, 1, keep_dims=True) / columns * 1.03", "gradients"
+        "tl.sum(g * normed, 1, keep_dims=True) / columns",
+        "tl.sum(g * normed, 1, keep_dims=True) / columns * 1.03",
+        "gradients",
     ),
     "dweight_without_the_last_row": one(
         "dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)",
@@ -72,7 +76,9 @@ RMS_NORM = {
     ),
     "offsets_in_32_bits": one("row * row_stride", "(row * row_stride).to(tl.int32)", "int64_offsets"),
     "x_read_as_contiguous": one(
-        "rows, columns, *x.stride(), *weight.stride(), eps", "rows, columns, columns, 1, *weight.stride(), eps", "layouts"
+        "rows, columns, *x.stride(), *weight.stride(), eps",
+        "rows, columns, columns, 1, *weight.stride(), eps",
+        "layouts",
     ),
     "grad_output_read_as_contiguous": one("(*dy.stride(), *x.stride()", "(columns, 1, *x.stride()", "layouts"),
     "dx_lost_with_a_frozen_weight": one("dx if need_dx else None", "dx if need_dweight else None", "gradients"),
@@ -81,7 +87,11 @@ RMS_NORM = {
         "mean = tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True) / columns",
         "row_independence",
     ),
-    "saved_tensor_used_up": one("    if need_dweight:\n        height", "    rstd.zero_()\n    if need_dweight:\n        height", "retained_backward"),
+    "saved_tensor_used_up": one(
+        "    if need_dweight:\n        height",
+        "    rstd.data.zero_()\n    if need_dweight:\n        height",
+        "retained_backward",
+    ),
     "second_derivative_zero": one(*LYING),
 }
 
@@ -96,23 +106,37 @@ SWIGLU = {
     "dup_scaled": one("dy * (gate * sigmoid)", "dy * (gate * sigmoid) * 1.03", "gradients"),
     "needs_swapped": one("need_dgate, need_dup = ctx", "need_dup, need_dgate = ctx", "gradients"),
     "stored_past_the_end": one(
-        "y.to(y_ptr.dtype.element_ty), inside", "y.to(y_ptr.dtype.element_ty), column <= columns", "guard_writes"
+        "dup.to(dup_ptr.dtype.element_ty), inside",
+        "dup.to(dup_ptr.dtype.element_ty), (row < rows) & (column <= columns)",
+        "guard_writes",
     ),
     "tail_cut": one(
-        "triton.cdiv(matrix.shape[1], shape.columns)", "max(1, matrix.shape[1] // shape.columns)", "uninitialised", "value"
+        "triton.cdiv(matrix.shape[1], shape.columns)",
+        "max(1, matrix.shape[1] // shape.columns)",
+        "uninitialised",
+        "value",
     ),
-    "last_rows_skipped": one("triton.cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"),
+    "last_rows_skipped": one(
+        "triton.cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"
+    ),
     "gradients_over_the_inputs": one(
-        "dgate, dup = swiglu_backward_fake(dy, gate, up, need_dgate, need_dup)", "dgate, dup = gate, up", "inputs_untouched"
+        "dgate, dup = swiglu_backward_fake(dy, gate, up, need_dgate, need_dup)",
+        "dgate, dup = gate, up",
+        "inputs_untouched",
     ),
     "offsets_in_32_bits": one(
         "gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)\n    up =",
         "gate = tl.load(gate_ptr + (row * gate_row).to(tl.int32) + column * gate_column, inside, other=0.0).to(tl.float32)\n    up =",
         "int64_offsets",
     ),
-    "grad_output_read_as_the_gate_lies": one("*dy.stride(), *gate.stride()", "*gate.stride(), *gate.stride()", "layouts"),
+    "grad_output_read_as_the_gate_lies": one(
+        "*dy.stride(), *gate.stride()", "*gate.stride(), *gate.stride()", "layouts"
+    ),
     "output_in_float32": one(
-        "y = gate.new_empty(gate.shape)", "y = gate.new_empty(gate.shape, dtype=torch.float32)", "metadata", dtype="float16"
+        "y = gate.new_empty(gate.shape)",
+        "y = gate.new_empty(gate.shape, dtype=torch.float32)",
+        "metadata",
+        dtype="float16",
     ),
     "fake_of_another_shape": one(
         "return gate.new_empty(gate.shape)\n\n\ndef", "return gate.new_empty(gate.numel())\n\n\ndef", "opcheck"
@@ -131,12 +155,14 @@ CROSS_ENTROPY = {
         ),
         ("value",),
     ),
-    "groups_merged_without_their_maxima": one(
-        "tl.sum(total * tl.exp(maximum - base), 0)", "tl.sum(total, 0)", "value"
+    "groups_merged_without_their_maxima": one("tl.sum(total * tl.exp(maximum - base), 0)", "tl.sum(total, 0)", "value"),
+    "tail_counted_as_zero_logits": one(
+        'z = tl.where(inside, z, float("-inf"))', "z = tl.where(inside, z, 0.0)", "value"
     ),
-    "tail_counted_as_zero_logits": one('z = tl.where(inside, z, float("-inf"))', "z = tl.where(inside, z, 0.0)", "value"),
     "logits_in_float16": one(
-        "z = capped(x, logit_scale, softcap, SOFTCAP)", "z = capped(x, logit_scale, softcap, SOFTCAP).to(tl.float16).to(tl.float32)", "value"
+        "z = capped(x, logit_scale, softcap, SOFTCAP)",
+        "z = capped(x, logit_scale, softcap, SOFTCAP).to(tl.float16).to(tl.float32)",
+        "value",
     ),
     "target_one_class_off": one("column == label", "column == label + 1", "gradients"),
     "smoothing_over_one_less": one("label_smoothing / columns", "label_smoothing / (columns - 0.5)", "gradients"),
@@ -157,11 +183,19 @@ CROSS_ENTROPY = {
         "row_independence",
     ),
     "last_row_unwritten": one(
-        "cross_entropy_backward_kernel, rows * tiles_a_row", "cross_entropy_backward_kernel, (rows - 1) * tiles_a_row", "uninitialised"
+        "cross_entropy_backward_kernel, rows * tiles_a_row",
+        "cross_entropy_backward_kernel, (rows - 1) * tiles_a_row",
+        "uninitialised",
     ),
-    "stored_past_the_end": one("(dz * dloss).to(dtype), inside", "(dz * dloss).to(dtype), column <= columns", "guard_writes"),
-    "offsets_in_32_bits": one("logits_ptr += row * row_stride", "logits_ptr += (row * row_stride).to(tl.int32)", "int64_offsets"),
-    "bad_label_gives_nan": one("checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)", "pass", "error_parity"),
+    "stored_past_the_end": one(
+        "(dz * dloss).to(dtype), inside", "(dz * dloss).to(dtype), column <= columns", "guard_writes"
+    ),
+    "offsets_in_32_bits": one(
+        "logits_ptr += row * row_stride", "logits_ptr += (row * row_stride).to(tl.int32)", "int64_offsets"
+    ),
+    "bad_label_gives_nan": one(
+        "checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)", "pass", "error_parity"
+    ),
     "second_derivative_zero": one(*LYING),
 }
 

@@ -76,6 +76,7 @@ def rms_norm_in_two_levels(
 @right("rms_norm")
 def rms_norm_in_float64(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
     """More exact than asked."""
+    checks.dtype("x", x)
     return reference.rms_norm(x.double(), weight.double(), *others, **options).to(x.dtype)
 
 
@@ -89,9 +90,11 @@ def swiglu_by_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
 
 @right("swiglu")
 def swiglu_by_exp(gate: Tensor, up: Tensor) -> Tensor:
-    """The textbook's quotient, in float32, in another order: the product of gate and up first."""
+    """A quotient of exponentials that cannot overflow, in float32, and another order: the product of gate and up first."""
     checks.gated_arguments(gate, up)
-    return (up.float() * (gate.float() / (1 + torch.exp(-gate.float().clamp(min=-80.0))))).to(gate.dtype)
+    wide = gate.float()
+    small = torch.exp(-wide.abs())
+    return (wide * up.float() * torch.where(wide < 0, small, 1.0) / (1 + small)).to(gate.dtype)
 
 
 @right("swiglu")
@@ -174,9 +177,18 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
     "rms_norm_of_small_tiles": (
         "rms_norm",
         (
-            ("tile(columns, elements=4096, widest=16384, per_thread=32)", "tile(columns, elements=512, widest=1024, per_thread=8)"),
-            ("tile(columns, elements=4096, widest=16384, per_thread=16)", "tile(columns, elements=512, widest=2048, per_thread=8)"),
-            ("tile(columns, elements=4096, widest=4096, per_thread=16)", "tile(columns, elements=512, widest=1024, per_thread=4)"),
+            (
+                "tile(columns, elements=4096, widest=16384, per_thread=32)",
+                "tile(columns, elements=512, widest=1024, per_thread=8)",
+            ),
+            (
+                "tile(columns, elements=4096, widest=16384, per_thread=16)",
+                "tile(columns, elements=512, widest=2048, per_thread=8)",
+            ),
+            (
+                "tile(columns, elements=4096, widest=4096, per_thread=16)",
+                "tile(columns, elements=512, widest=1024, per_thread=4)",
+            ),
             ("PROGRAMS = 256", "PROGRAMS = 3"),
         ),
     ),

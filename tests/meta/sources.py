@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 KERNELS = Path(__file__).parents[2] / "unsloth_fast" / "kernels"
-Edit = tuple[str, str]  # old text, which must occur exactly once in the operation's file and _launch.py together, and new
+Edit = tuple[
+    str, str
+]  # old text, which must occur exactly once in the operation's file and _launch.py together, and new
 
 
 class _Text(ExecutionLoader):

@@ -222,4 +222,8 @@ def cross_entropy_masks_by_product(logits: Tensor, labels: Tensor, **options: An
     losses = reference.cross_entropy(logits, labels.where(counts, 0), **options, reduction="none") * counts
     if reduction == "none":
         return losses
-    return losses.sum() / max(int(counts.sum()) if reduction == "mean" else 1, 1) if num_items is None else losses.sum() / num_items
+    return (
+        losses.sum() / max(int(counts.sum()) if reduction == "mean" else 1, 1)
+        if num_items is None
+        else losses.sum() / num_items
+    )
