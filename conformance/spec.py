@@ -43,13 +43,15 @@ def columns(budget: int) -> st.SearchStrategy[int]:
 
 @dataclass(frozen=True)
 class ErrorCase:
-    """A call that must be refused.
+    """A call that the contract refuses.
 
     Attributes:
         what: the mistake, in words.
         change: from right inputs and options to wrong ones.
-        raises: the type that the contract asks for.
-        names: the argument that the message must name.
+        raises: the type that `unsloth_ref` and `unsloth_fast` raise.
+        names: the argument that their message names.
+        senseless: whether there is nothing to compute, so that whoever gives a result gives a wrong one. What plain
+            PyTorch would broadcast, promote or take for a default is not.
         device: "cpu" where only a CPU can afford to look.
     """
 
@@ -57,6 +59,7 @@ class ErrorCase:
     change: Callable[[Inputs, Options], tuple[Inputs, Options]]
     raises: type[Exception]
     names: str
+    senseless: bool = False
     device: str | None = None
 
 
@@ -96,7 +99,7 @@ class Spec:
         consistent: whether options may stand together.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         bench: sizes worth timing, by name.
-        errors: calls that must be refused.
+        errors: calls that the contract refuses.
         wide: the size that may exceed any tile.
     """
 
