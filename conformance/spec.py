@@ -5,6 +5,7 @@
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
+import conformance.specs
 import unsloth_ref.kernels
 from conformance.case import Case, Draw
 
@@ -170,9 +172,12 @@ def specs() -> Mapping[str, Spec]:
     """The spec of every operation, by name.
 
     Raises:
-        LookupError: an operation has no spec, or a spec names another operation than its file.
+        LookupError: an operation has no spec, a spec has no operation, or names another than its file.
     """
     found: dict[str, Spec] = {}
+    for info in pkgutil.iter_modules(conformance.specs.__path__):
+        if info.name not in unsloth_ref.kernels.__all__:
+            raise LookupError(f"conformance/specs/{info.name}.py: unsloth_ref.kernels has no operation {info.name}")
     for op in unsloth_ref.kernels.__all__:
         try:
             module: ModuleType = importlib.import_module(f"conformance.specs.{op}")

@@ -87,6 +87,7 @@ RMS_NORM = {
         "mean = tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True) / columns",
         "row_independence",
     ),
+    "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),
     "saved_tensor_used_up": one(
         "    if need_dweight:\n        height",
         "    rstd.data.zero_()\n    if need_dweight:\n        height",
@@ -104,6 +105,7 @@ SWIGLU = {
     "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * sigmoid)", "gradients"),
     "dup_without_gate": one("dy * (gate * sigmoid)", "dy * sigmoid", "gradients"),
     "dup_scaled": one("dy * (gate * sigmoid)", "dy * (gate * sigmoid) * 1.03", "gradients"),
+    "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
     "needs_swapped": one("need_dgate, need_dup = ctx", "need_dup, need_dgate = ctx", "gradients"),
     "stored_past_the_end": one(
         "dup.to(dup_ptr.dtype.element_ty), inside",
@@ -111,14 +113,12 @@ SWIGLU = {
         "guard_writes",
     ),
     "tail_cut": one(
-        "triton.cdiv(matrix.shape[1], shape.columns)",
+        "cdiv(matrix.shape[1], shape.columns)",
         "max(1, matrix.shape[1] // shape.columns)",
         "uninitialised",
         "value",
     ),
-    "last_rows_skipped": one(
-        "triton.cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"
-    ),
+    "last_rows_skipped": one("cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"),
     "gradients_over_the_inputs": one(
         "dgate, dup = swiglu_backward_fake(dy, gate, up, need_dgate, need_dup)",
         "dgate, dup = gate, up",
@@ -126,7 +126,8 @@ SWIGLU = {
     ),
     "offsets_in_32_bits": one(
         "gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)\n    up =",
-        "gate = tl.load(gate_ptr + (row * gate_row).to(tl.int32) + column * gate_column, inside, other=0.0).to(tl.float32)\n    up =",
+        "gate = tl.load(gate_ptr + (row * gate_row).to(tl.int32) + column * gate_column, "
+        "inside, other=0.0).to(tl.float32)\n    up =",
         "int64_offsets",
     ),
     "grad_output_read_as_the_gate_lies": one(
@@ -153,7 +154,7 @@ CROSS_ENTROPY = {
             ("total * tl.exp(maximum - base) +", "total +"),
             ("base + tl.log(tl.sum(total * tl.exp(maximum - base), 0))", "tl.log(tl.sum(total, 0))"),
         ),
-        ("value",),
+        ("value", "gradients"),
     ),
     "groups_merged_without_their_maxima": one("tl.sum(total * tl.exp(maximum - base), 0)", "tl.sum(total, 0)", "value"),
     "tail_counted_as_zero_logits": one(
@@ -175,12 +176,11 @@ CROSS_ENTROPY = {
     "gradient_without_the_scale": one("row * dloss_stride) * logit_scale", "row * dloss_stride)", "gradients"),
     "dloss_read_as_contiguous": one("row * dloss_stride", "row", "gradients"),
     "ignored_rows_in_the_mean": one("(labels.long() != ignore_index).sum()", "labels.numel()", "value"),
-    "no_target_divides_by_zero": one(".clamp(min=1)", "", "value"),
+    "no_target_divides_by_zero": one(".clamp(min=1)", "", "extents"),
     "ignored_row_leaks_nan": one(
         "tl.zeros([COLUMNS], dtype), inside)",
         "(0.0 * tl.load(logits_ptr + row * row_stride + column * column_stride, inside, other=0.0)).to(dtype), inside)",
         "special_values",
-        "row_independence",
     ),
     "last_row_unwritten": one(
         "cross_entropy_backward_kernel, rows * tiles_a_row",

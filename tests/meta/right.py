@@ -90,7 +90,7 @@ def swiglu_by_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
 
 @right("swiglu")
 def swiglu_by_exp(gate: Tensor, up: Tensor) -> Tensor:
-    """A quotient of exponentials that cannot overflow, in float32, and another order: the product of gate and up first."""
+    """A quotient of exponentials that cannot overflow; gate times up comes first."""
     checks.gated_arguments(gate, up)
     wide = gate.float()
     small = torch.exp(-wide.abs())
@@ -112,7 +112,7 @@ def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> 
 
 
 def _cross_entropy(rowwise: Function) -> Function:
-    """What every one here shares: checks, the transformed logits, ignored rows, the reduction. Rows never see each other."""
+    """The contract around the losses of rows: checks, options on the logits, ignored rows, the reduction."""
 
     def cross_entropy(
         logits: Tensor,
@@ -174,31 +174,26 @@ def cross_entropy_in_float64(logits: Tensor, labels: Tensor, **options: Any) -> 
 
 
 TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
-    "rms_norm_of_small_tiles": (
+    "rms_norm_in_other_tiles": (
         "rms_norm",
         (
-            (
-                "tile(columns, elements=4096, widest=16384, per_thread=32)",
-                "tile(columns, elements=512, widest=1024, per_thread=8)",
-            ),
-            (
-                "tile(columns, elements=4096, widest=16384, per_thread=16)",
-                "tile(columns, elements=512, widest=2048, per_thread=8)",
-            ),
-            (
-                "tile(columns, elements=4096, widest=4096, per_thread=16)",
-                "tile(columns, elements=512, widest=1024, per_thread=4)",
-            ),
-            ("PROGRAMS = 256", "PROGRAMS = 3"),
+            ("elements=4096, widest=16384, per_thread=32", "elements=8192, widest=8192, per_thread=8"),
+            ("elements=4096, widest=16384, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
+            ("elements=4096, widest=4096, per_thread=16", "elements=4096, widest=8192, per_thread=4"),
+            ("PROGRAMS = 256", "PROGRAMS = 3"),  # so that a program adds up several tiles
         ),
     ),
-    "swiglu_of_small_tiles": (
+    "swiglu_in_other_tiles": (
         "swiglu",
-        (("elements=4096, widest=4096, per_thread=16", "elements=1024, widest=512, per_thread=4"),),
+        (("elements=4096, widest=4096, per_thread=16", "elements=16384, widest=8192, per_thread=4"),),
     ),
-    "cross_entropy_of_small_tiles": (
+    "cross_entropy_in_other_tiles": (
         "cross_entropy",
-        (("widest=8192", "widest=1024"), ("tl.constexpr(8)", "tl.constexpr(2)")),
+        (
+            ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
+            ("widest=4096, per_thread=16", "widest=8192, per_thread=8"),
+            ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
+        ),
     ),
 }
 RIGHT |= {name: op for name, (op, _) in TILES.items()}

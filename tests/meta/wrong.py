@@ -81,14 +81,6 @@ def rms_norm_sums_in_any_order(
     return normed * scale
 
 
-@wrong("rms_norm", "error_parity")
-def rms_norm_takes_any_eps(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
-) -> Tensor:
-    """torch's own, without the contract's checks."""
-    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
-
-
 @wrong("rms_norm", "compiles")
 def rms_norm_reads_a_value(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
     """Looks at its weight before it starts: waits for the device, and breaks the graph."""
@@ -104,12 +96,6 @@ def rms_norm_by_matmul(
     """The mean as a product with a vector, which autocast computes in 16 bits."""
     mean = x.square() @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
     return x * torch.rsqrt(mean + eps) * (weight + offset)
-
-
-@wrong("swiglu", "error_parity")
-def swiglu_broadcasts(gate: Tensor, up: Tensor) -> Tensor:
-    """The formula without the contract's checks."""
-    return F.silu(gate) * up
 
 
 @wrong("swiglu", "inputs_untouched")
@@ -207,23 +193,14 @@ def cross_entropy_in_the_dtype_of_the_logits(logits: Tensor, labels: Tensor, **o
     return reference.cross_entropy(logits, labels, **options).to(logits.dtype)
 
 
-@wrong("cross_entropy", "metadata")
-def cross_entropy_of_shape_one(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """A vector of one loss where the contract has a scalar."""
-    loss = reference.cross_entropy(logits, labels, **options)
-    return loss if loss.ndim else loss[None]
-
-
-@wrong("cross_entropy", "row_independence", "special_values")
-def cross_entropy_masks_by_product(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """An ignored row multiplied by 0, which leaves NaN as it is."""
-    options, reduction, num_items = dict(options), options.pop("reduction", "mean"), options.pop("num_items", None)
+@wrong("cross_entropy", "special_values")
+def cross_entropy_masks_by_product(
+    logits: Tensor, labels: Tensor, *, reduction: str = "mean", num_items: Any = None, **options: Any
+) -> Tensor:
+    """An ignored row is multiplied by 0, which leaves NaN as it is."""
     counts = labels != options.get("ignore_index", -100)
     losses = reference.cross_entropy(logits, labels.where(counts, 0), **options, reduction="none") * counts
     if reduction == "none":
         return losses
-    return (
-        losses.sum() / max(int(counts.sum()) if reduction == "mean" else 1, 1)
-        if num_items is None
-        else losses.sum() / num_items
-    )
+    total = num_items if num_items is not None else counts.sum() if reduction == "mean" else 1
+    return losses.sum() / torch.as_tensor(total).clamp(min=1)
