@@ -87,7 +87,7 @@ class Case:
 
 
 def _randn(generator: Generator, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def _outlier(generator: Generator, shape: tuple[int, ...]) -> Tensor:
@@ -104,7 +104,8 @@ def _saturated(generator: Generator, shape: tuple[int, ...]) -> Tensor:
 def _confident(generator: Generator, shape: tuple[int, ...]) -> Tensor:
     values = _randn(generator, shape)
     if shape[-1]:
-        values.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1), generator=generator), 20.0)
+        likely = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator, device=generator.device)
+        values.scatter_(-1, likely, 20.0)
     return values
 
 
@@ -153,14 +154,17 @@ class Draw:
     Every tensor has a generator of its own, so that adding one leaves the others' bits alone.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
-        """Tensors of this dtype, on this device."""
-        self.case, self.dtype, self.device = case, dtype, device
+    def __init__(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> None:
+        """Tensors of this dtype, on this device.
+
+        Source is the device that draws: a CPU gives every device the same bits, a GPU draws a benchmark's 10^9 at once.
+        """
+        self.case, self.dtype, self.device, self._source = case, dtype, device, source
         self._count = 0
 
     def _generator(self) -> Generator:
         self._count += 1
-        return Generator().manual_seed(1000 * self.case.seed + self._count)
+        return Generator(self._source).manual_seed(1000 * self.case.seed + self._count)
 
     def place(self, values: Tensor) -> Tensor:
         """Round to the dtype, move to the device, lay out as the case asks."""
@@ -180,7 +184,7 @@ class Draw:
 
     def labels(self, tokens: int, classes: int) -> Tensor:
         """[tokens] int64 in [0, classes): both ends, both sides of likely tile edges, then random; some ignored."""
-        generator = self._generator()
+        generator = Generator().manual_seed(self.case.seed)
         labels = torch.randint(max(classes, 1), (tokens,), generator=generator)
         edges = [0, classes - 1, *(edge + side for edge in (128, 1024, 4096, 8192, 32768, 65536) for side in (-1, 0))]
         edges = [edge for edge in edges if 0 <= edge < classes]

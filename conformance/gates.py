@@ -9,10 +9,11 @@ r is the reference in float64 on the inputs already rounded; p, the peer, is the
 device; u the unit roundoff of that dtype; n the number of elements that enter; S the size of the terms that were added
 up (|r| where nothing cancels), so that S = 0 demands the exact value. G1's first term is the last rounding, the second
 the roundings that the contract allows on the way, the third float32 arithmetic: pairwise sums (Higham 2002, section
-4.2) and elementary functions. G2 holds a kernel to the accuracy of plain PyTorch; its floor, 0.3 u ||r|| + 2^-24 ||S||,
-keeps a peer that happens to be exact from making it impossible. G3 finds truncation and drift. Its mean is over
-distinct values of y, since elements that are all alike share one rounding error; and it grants the peer's own, since a
-row times a factor near 1 has rounding errors that all lean one way.
+4.2) and elementary functions. G2 holds a kernel to the accuracy of plain PyTorch; its floor, 0.3 u ||r|| + 2^-23 ||S||,
+keeps a peer that happens to be exact from making it impossible: four float32 roundings that a whole row shares (a mean,
+a root, a reciprocal, a product) average out nowhere. G3 finds truncation and drift. Its mean is over distinct values of
+y, since elements that are all alike share one rounding error; and it grants the peer's own, since a row times a factor
+near 1 has rounding errors that all lean one way.
 
 Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and
 G2 and G3, which see nothing else, are left out.
@@ -143,9 +144,9 @@ def _against_peer(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, uni
     if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
         return 0.0
     rms, peer_rms = float((y - r).norm()), float((p - r).norm())
-    floor = float(0.3 * unit * r.norm() + UNIT_FLOAT32 * terms.norm())
+    floor = float(0.3 * unit * r.norm() + 2 * UNIT_FLOAT32 * terms.norm())
     high, peer_high = float((y - r).abs().max()), float((p - r).abs().max())
-    high_floor = float(unit * r.abs().max() + UNIT_FLOAT32 * terms.max())
+    high_floor = float(unit * r.abs().max() + 2 * UNIT_FLOAT32 * terms.max())
     used = 0.0
     for kind, factor, measured, other, least in (
         ("root mean square", G2_RMS, rms, peer_rms, floor),

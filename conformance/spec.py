@@ -132,9 +132,9 @@ class Spec:
         """The name of the first dimension, which counts rows."""
         return next(iter(self.sizes))
 
-    def inputs(self, case: Case, dtype: torch.dtype, device: str) -> Inputs:
-        """The tensors of a case."""
-        return self.build(Draw(case, dtype, device), **dict(case.sizes))
+    def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
+        """The tensors of a case, drawn on the source device."""
+        return self.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
     def parse(self, line: str) -> Case:
         """Read a case of this operation from one line; raises ValueError."""

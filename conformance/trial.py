@@ -59,6 +59,7 @@ class Trial:
         dtype: of the float inputs.
         device: "cpu" or "cuda".
         truncates: whether casts to bfloat16 truncate, as in Triton's interpreter.
+        source: the device that draws the elements.
     """
 
     spec: Spec
@@ -66,10 +67,11 @@ class Trial:
     dtype: torch.dtype
     device: str
     truncates: bool = False
+    source: str = "cpu"
 
     def inputs(self, case: Case) -> Inputs:
         """The tensors of a case."""
-        return self.spec.inputs(case, self.dtype, self.device)
+        return self.spec.inputs(case, self.dtype, self.device, self.source)
 
     def options(self, case: Case) -> Options:
         """The keywords of a case, without those that the judged function does not take."""
@@ -83,7 +85,7 @@ class Trial:
 
     def grad_outputs(self, case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
         """A gradient for each output, the same on every device."""
-        draw = Draw(replace(case, seed=case.seed + 100), self.dtype, self.device)
+        draw = Draw(replace(case, seed=case.seed + 100), self.dtype, self.device, self.source)
         return [draw.grad_output(output) for output in outputs]
 
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:

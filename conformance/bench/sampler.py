@@ -3,7 +3,7 @@
 Sequential measurement turns a warming card into a difference between contenders; interleaved, all see the same card.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import quantiles
 
@@ -11,8 +11,6 @@ import torch
 
 FLUSH_BYTES = 2**28  # over four times an H200's L2
 COPY_BYTES = 2**30
-
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -36,35 +34,32 @@ class Times:
 def interleave(contenders: Mapping[str, Callable[[], object]], seconds: float = 0.3) -> dict[str, Times]:
     """Time each contender once a round, until one of them has taken this many seconds, at least 20 rounds.
 
-    As in `triton.testing.do_bench`, nothing is waited for between calls: the time of a launch shows where the device
-    would have been done sooner.
+    Every call begins on an idle device, behind the flush, so that the time of its launch shows where the device would
+    have been done sooner: queued behind a slow contender it would be hidden, by as much as that one was slow.
 
     Args:
         contenders: calls to time, by name; each has run before, so that nothing is compiled here.
         seconds: of device time for the slowest.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    slowest = max(_read([_record(call, flush)])[0] for call in contenders.values())
+    slowest = max(_sample(call, flush) for call in contenders.values())
     rounds = max(20, min(500, int(seconds * 1e3 / max(slowest, 1e-3))))
-    events: dict[str, list[Span]] = {name: [] for name in contenders}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            events[name].append(_record(call, flush))
-    return {name: Times(tuple(_read(spans))) for name, spans in events.items()}
+            samples[name].append(_sample(call, flush))
+    return {name: Times(tuple(values)) for name, values in samples.items()}
 
 
-def _record(call: Callable[[], object], flush: torch.Tensor) -> Span:
+def _sample(call: Callable[[], object], flush: torch.Tensor) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
     flush.zero_()
     start.record()
     call()
     stop.record()
-    return start, stop
-
-
-def _read(spans: Sequence[Span]) -> list[float]:
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in spans]
+    stop.synchronize()
+    return start.elapsed_time(stop)
 
 
 def peak_mebibytes(call: Callable[[], object]) -> float:

@@ -65,7 +65,7 @@ def measure(ops: Sequence[str], names: Sequence[str], dtype: str, copy: float) -
     for op in ops:
         spec = specs()[op]
         trials = {
-            name: Trial(spec, backend.functions[op], DTYPES[dtype], "cuda")
+            name: Trial(spec, backend.functions[op], DTYPES[dtype], "cuda", source="cuda")
             for name, backend in judged.items()
             if op in backend.functions
         }
@@ -76,7 +76,7 @@ def measure(ops: Sequence[str], names: Sequence[str], dtype: str, copy: float) -
 
 def _rows(spec: Spec, shape: str, case: Case, dtype: str, trials: dict[str, Trial], copy: float) -> list[Row]:
     shape = f"{shape} {'x'.join(str(size) for _, size in case.sizes)}"
-    inputs = spec.inputs(case, DTYPES[dtype], "cuda")
+    inputs = spec.inputs(case, DTYPES[dtype], "cuda", source="cuda")
     rows = {name: _judge(Row(spec.op, shape, dtype, name), trial, case, inputs) for name, trial in trials.items()}
     timed = {name: trial for name, trial in trials.items() if rows[name].red is None or name in backends.PEERS}
     calls = {name: _calls(trial, case, inputs) for name, trial in timed.items()}
