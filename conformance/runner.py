@@ -114,6 +114,7 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     # Triton's interpreter computes with NumPy, which warns of every NaN and infinity that a case puts in on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
     while True:
         try:
             check = pipe.recv()

@@ -154,7 +154,7 @@ CROSS_ENTROPY = {
             ("total * tl.exp(maximum - base) +", "total +"),
             ("base + tl.log(tl.sum(total * tl.exp(maximum - base), 0))", "tl.log(tl.sum(total, 0))"),
         ),
-        ("value", "gradients"),
+        ("one_at_a_time",),
     ),
     "groups_merged_without_their_maxima": one("tl.sum(total * tl.exp(maximum - base), 0)", "tl.sum(total, 0)", "value"),
     "tail_counted_as_zero_logits": one(
@@ -204,6 +204,9 @@ MUTANTS = {
     for op, table in (("rms_norm", RMS_NORM), ("swiglu", SWIGLU), ("cross_entropy", CROSS_ENTROPY))
     for name, mutant in table.items()
 }
+
+# What the cases of ci do not find: in none of the few of double_backward are the gradients large beside the loss.
+MISSED = ("cross_entropy_second_derivative_zero",)
 
 
 def __getattr__(name: str) -> ModuleType:
