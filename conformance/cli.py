@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = verbs.add_parser("run", help="judge a backend's operations")
     judge.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
-    judge.add_argument("--profile", default="dev", choices=PROFILES, help="how long to look (dev)")
+    judge.add_argument("--profile", default="ci", choices=PROFILES, help="how long to look (ci)")
     judge.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
     judge.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties (all; see list)")
     judge.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
@@ -96,13 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if not checks:
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
     print(report.heading(judged, device, arguments.profile), flush=True)
-    with report.progress() as progress:
-        task = progress.add_task("judging", total=len(checks))
-        done = run(
-            checks, lambda _, result: progress.advance(task), jobs=arguments.jobs, stop_at_failure=arguments.stop
-        )
+    with report.Table(checks, ops, dtypes) as table:
+        done = run(checks, table.add, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [result for _, result in done]
-    print(report.table(results, ops, dtypes), "", sep="\n")
+    print()
     if any(result.verdict == "fail" for result in results):
         print(report.failures(results, arguments.backend, device))
     print(report.closing(results))

@@ -1,27 +1,24 @@
 """What a run shows: a progress bar, a table, failures with a line that reproduces them, JSON for machines."""
 
+from __future__ import annotations
+
 import json
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance.backends import OPERATIONS, Judged
+from conformance.runner import Check
 from conformance.search import Result
 
 NAME_WIDTH, CELL_WIDTH = 20, 17
-
-
-def progress() -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def heading(judged: Judged, device: str, profile: str) -> str:
@@ -31,23 +28,52 @@ def heading(judged: Judged, device: str, profile: str) -> str:
     return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
 
 
-def table(results: Sequence[Result], ops: Sequence[str], dtypes: Sequence[str]) -> str:
-    """One row an operation: worst budget use a dtype, laws that hold, cases run."""
-    lines = [" " * NAME_WIDTH + "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in dtypes) + f"{'properties':<13}cases"]
-    for op in ops:
-        own = [result for result in results if result.op == op and result.verdict != "skip"]
-        if not own:
-            defined = any(result.op == op for result in results)
-            lines.append(
-                f"{op:<{NAME_WIDTH}}-  {'every property skipped' if defined else 'not defined by this backend'}"
-            )
-            continue
-        cells = "".join(f"{_cell([r for r in own if r.dtype == dtype]):<{CELL_WIDTH}}" for dtype in dtypes)
-        laws = {result.property for result in own}
-        held = laws - {result.property for result in own if result.verdict == "fail"}
-        cases = f"{sum(result.examples for result in own):,}".replace(",", " ")
-        lines.append(f"{op:<{NAME_WIDTH}}{cells}{f'{len(held)}/{len(laws)}':<13}{cases}")
-    return "\n".join(lines)
+class Table:
+    """One row an operation, as soon as all its checks are done; on a terminal a progress bar below."""
+
+    def __init__(self, checks: Sequence[Check], ops: Sequence[str], dtypes: Sequence[str]) -> None:
+        """Rows for these operations, in any order; a column a dtype."""
+        self._left, self._ops, self._dtypes = Counter(check.op for check in checks), list(ops), dtypes
+        self._results: dict[str, list[Result]] = {op: [] for op in ops}
+        columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
+        self._task = self._bar.add_task("", total=len(checks))
+
+    def __enter__(self) -> Table:
+        """Print the column heads."""
+        dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
+        self._print(" " * NAME_WIDTH + f"{dtypes}{'properties':<13}cases")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Take the bar away, print the rows that are left."""
+        self._bar.stop()
+        for op in [op for op in self._ops if self._left[op] >= 0]:
+            self._print(self._row(op))
+
+    def add(self, check: Check, result: Result) -> None:
+        """Take in the result of a check."""
+        self._bar.advance(self._task)
+        self._results[check.op].append(result)
+        self._left[check.op] -= 1
+        if self._left[check.op] == 0:
+            self._left[check.op] = -1  # printed
+            self._print(self._row(check.op))
+
+    def _print(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _row(self, op: str) -> str:
+        results = [result for result in self._results[op] if result.verdict != "skip"]
+        if not results:
+            why = "every property skipped" if self._results[op] else "not defined by this backend"
+            return f"{op:<{NAME_WIDTH}}-  {why}"
+        cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
+        laws = {result.property for result in results}
+        held = laws - {result.property for result in results if result.verdict == "fail"}
+        cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
+        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(held)}/{len(laws)}':<13}{cases}"
 
 
 def _cell(results: Sequence[Result]) -> str:
@@ -91,8 +117,9 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
     """The same for machines."""
     meta = {
         "versions": versions(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "backend": judged.description,
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "backend": judged.name,
         "profile": profile,
         "commit": _commit(),
         "not_defined": [op for op in OPERATIONS if op not in judged.functions],

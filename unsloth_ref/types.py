@@ -12,7 +12,7 @@ Reduction = Literal["mean", "sum", "none"]
 Role = Literal["base", "embedding"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no ==
 class ParamGroup:
     """Parameters that one optimizer treats alike.
 
