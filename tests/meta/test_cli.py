@@ -1,0 +1,127 @@
+"""The command line: what it writes for machines, and one line on stderr for whatever cannot be done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import unsloth_ref.kernels
+from conformance import spec
+from conformance.cli import main
+from conformance.properties import PROPERTIES
+
+RIGHT = "tests.meta.right.swiglu_by_sigmoid"
+here = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="judging on the CPU chooses Triton's interpreter for this process, and so for others",
+)
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a usage error prints."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("conformance: ")
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen", "allowed"),
+    [
+        (("run", "soup"), "operation: got 'soup'", "rms_norm"),
+        (("run", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),
+        (("run", "--property", "beauty"), "property: got 'beauty'", "gradients"),
+        (("run", "--backend", "no.such.module"), "backend: got 'no.such.module'", "reference"),
+        (("run", "--backend", "json"), "json defines no operation", "swiglu"),
+        (("run", "--backend", RIGHT, "rms_norm"), f"backend {RIGHT} defines none of rms_norm", "nothing to run"),
+        (("run", "--profile", "lazy"), "invalid choice: 'lazy'", "nightly"),
+        (("run", "--device", "tpu"), "invalid choice: 'tpu'", "cuda"),
+        (("run", "--jobs", "0"), "--jobs: got 0", "1 or more"),
+        (("run", "--no-such-flag"), "--no-such-flag", "unrecognized"),
+        (("judge",), "'judge'", "run"),
+        ((), "VERB", "required"),
+        (("repro", "swiglu float32 rows=1"), "missing: hidden", "case"),
+        (("repro", "swiglu float32 rows=1 hidden=2 shape=3"), "got 'shape=3'", "hidden"),
+        (("repro", "swiglu"), "operation: got ''", "swiglu"),
+        (("repro", f"rms_norm float32 rows=1 hidden=2 --backend {RIGHT}"), "--backend", "allowed"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_status_2(
+    arguments: tuple[str, ...], seen: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = usage_error(capsys, *arguments)
+    assert seen in line
+    assert allowed in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without CUDA")
+@pytest.mark.parametrize("arguments", [("run", "--device", "cuda"), ("bench",)])
+def test_cuda_without_cuda(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no CUDA device" in usage_error(capsys, *arguments)
+
+
+@here
+def test_an_operation_without_a_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(unsloth_ref.kernels, "__all__", [*unsloth_ref.kernels.__all__, "soup"])
+    spec.specs.cache_clear()
+    try:
+        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
+    finally:
+        monkeypatch.undo()
+        spec.specs.cache_clear()
+    assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
+
+
+@here
+def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One passing check, one failing and one that needs CUDA."""
+    file = tmp_path / "new" / "results.json"
+    backend = "tests.meta.wrong.swiglu_forgets_up"
+    laws = ("value", "gradients", "no_sync")
+    arguments = ("--device", "cpu", "--dtype", "float32", "--property", *laws, "--json", str(file), "--jobs", "1")
+    assert main(["run", "swiglu", "--backend", backend, "--profile", "ci", *arguments]) == 1
+    written = json.loads(file.read_text())
+    assert set(written) == {"meta", "results"}
+    assert {"versions", "device", "backend", "profile", "commit", "not_defined"} <= set(written["meta"])
+    assert written["meta"]["device"] == "cpu"
+    assert written["meta"]["profile"] == "ci"
+    assert written["meta"]["backend"].startswith(backend)
+    assert sorted(written["meta"]["not_defined"]) == ["cross_entropy", "rms_norm"]
+    results = {result["property"]: result for result in written["results"]}
+    keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message"}
+    assert all(set(result) == keys for result in results.values())
+    assert [results[law]["verdict"] for law in laws] == ["pass", "fail", "skip"]
+    assert 0 <= results["value"]["budget_use"] <= 1
+    assert results["value"]["examples"] > 0
+    assert results["value"]["case"] is results["value"]["message"] is None
+    assert results["gradients"]["message"] == "gradient of up is missing (None)"
+    assert results["gradients"]["case"] == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"
+    assert "reproduce:" in capsys.readouterr().out
+
+
+@here
+def test_status_2_when_every_check_was_skipped() -> None:
+    assert main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu", "--property", "no_sync", "--jobs", "1"]) == 2
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*unsloth_ref.kernels.__all__, *PROPERTIES, "nightly", "reference"))
+
+
+@here
+@pytest.mark.parametrize(
+    ("law", "status", "verdict"),
+    [
+        ("value", 0, "ok   swiglu / value / float16"),
+        ("gradients", 1, "FAIL swiglu / gradients / float16: gradient of up"),
+    ],
+)
+def test_repro_runs_one_case(law: str, status: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"swiglu float16 {law} rows=2 hidden=3 fill=tiny seed=1"
+    assert main(["repro", line, "--backend", "tests.meta.wrong.swiglu_forgets_up", "--device", "cpu"]) == status
+    assert capsys.readouterr().out.startswith(verdict)

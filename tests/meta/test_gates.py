@@ -1,0 +1,151 @@
+"""Each gate passes an error just below its bound and fails one just above; the bounds are those of its own formula."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance.gates import G2_ELEMENTS, G2_MAX, G2_RMS, G3_BIAS, G3_ELEMENTS, Failure, Measure, judge, unit_roundoff
+
+HALF = torch.float16
+MARGIN = 0.01  # of a bound: well above the rounding of the float64 arithmetic that computes it
+
+
+def measure(r: Tensor, *, terms: Tensor | None = None, roundings: int = 0, truncates: bool = False) -> Measure:
+    """What the gates need for a truth whose elements do not cancel."""
+    return Measure(r.abs() if terms is None else terms, r.numel(), roundings, truncates=truncates)
+
+
+def bound(dtype: torch.dtype, roundings: int = 0, units: int = 1) -> float:
+    """The bound of G1 as a share of |r|, for two elements of which S = |r|."""
+    unit = units * unit_roundoff(dtype)
+    return unit + roundings * unit * (1 + unit) + 2.0**-24
+
+
+def off_by(error: float, dtype: torch.dtype, roundings: int = 0, truncates: bool = False) -> float:
+    """The budget used by a result that is off by this share of the truth, behind one that is exact."""
+    y = torch.tensor([2.0, 1.5], dtype=dtype)
+    r = y.double() / torch.tensor([1.0, 1 + error], dtype=torch.float64)
+    return judge("output y", y, r, y, measure(r, roundings=roundings, truncates=truncates))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("roundings", [0, 2])
+def test_g1_just_below_and_just_above(dtype: torch.dtype, roundings: int) -> None:
+    most = bound(dtype, roundings)
+    # The gate's absolute allowance for tiny numbers, 6e-8 in float16, is under 1e-4 of the bound here.
+    assert off_by(most * (1 - MARGIN), dtype, roundings) == pytest.approx(1 - MARGIN, rel=1e-4)
+    with pytest.raises(Failure, match=r"gate G1 used 1\.01 of the budget in output y at index \(1,\)"):
+        off_by(most * (1 + MARGIN), dtype, roundings)
+
+
+def test_g1_demands_the_exact_value_where_nothing_is_added_up() -> None:
+    y, nothing = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    judge("loss", y, nothing, y, measure(nothing))
+    least = torch.tensor([torch.finfo(torch.float32).tiny, 1.0])
+    with pytest.raises(Failure, match=r"gate G1 used inf .* at index \(0,\)"):
+        judge("loss", least, nothing, y, measure(nothing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("truncates", [False, True])
+def test_truncation_is_allowed_in_bfloat16_under_the_interpreter_alone(dtype: torch.dtype, truncates: bool) -> None:
+    error = bound(dtype, units=2) * (1 - MARGIN)
+    if truncates and dtype == torch.bfloat16:
+        assert off_by(error, dtype, truncates=truncates) <= 1
+    else:
+        with pytest.raises(Failure, match="gate G1"):
+            off_by(error, dtype, truncates=truncates)
+
+
+def g2(error: Tensor, peer_error: Tensor) -> float:
+    """The budget used by these errors against those of a peer, with G1 far away; the truth is 1 everywhere."""
+    r = torch.ones_like(error)
+    return judge(
+        "output y", (1 + error).float(), r, (1 + peer_error).float(), measure(r, terms=1000 * r, roundings=1000)
+    )
+
+
+def test_g2_root_mean_square() -> None:
+    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)  # 16 times its floor, 1000 float32 roundings
+    assert 0.95 < g2(peer * G2_RMS * (1 - MARGIN), peer) <= 1
+    with pytest.raises(Failure, match=r"gate G2 used 1\.0.* root mean square"):
+        g2(peer * G2_RMS * (1 + MARGIN), peer)
+
+
+def test_g2_largest() -> None:
+    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)
+    one = torch.zeros_like(peer)
+    one[7] = peer[7] * G2_MAX
+    assert 0.95 < g2(one * (1 - MARGIN), peer) <= 1
+    with pytest.raises(Failure, match=r"gate G2 used 1\.0.* largest"):
+        g2(one * (1 + MARGIN), peer)
+
+
+def test_g2_wants_enough_elements() -> None:
+    peer = torch.full((G2_ELEMENTS - 1,), 2.0**-10, dtype=torch.float64)
+    assert g2(peer * 2 * G2_RMS, peer) <= 1
+
+
+def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Results, truth and peer: truths half-way between float16 numbers, the first `count` of each binade rounded up.
+
+    All others are rounded down; the peer rounds up and down in turn. No two results are alike.
+    """
+    steps = torch.arange(0, 1024, 2, dtype=torch.float64)
+    up = torch.arange(512) < count
+    y, r, p = ((1024 + steps + part) / 1024 for part in (up, 0.5, torch.arange(512) % 2))
+    y, r, p = (torch.cat([values, 2 * values]) for values in (y, r, p))
+    assert r.numel() >= G3_ELEMENTS
+    return y.to(HALF), r, p.to(HALF)
+
+
+def test_g3_results_that_lean() -> None:
+    def lean(y: Tensor, r: Tensor) -> float:
+        return float(((y.double() - r) / (unit_roundoff(HALF) * r)).mean().abs())
+
+    def holds(count: int) -> bool:
+        y, r, p = rounded_up(count)
+        return lean(y, r) <= G3_BIAS + lean(p, r)
+
+    half = int(512 * (math.sqrt(2) - 1))  # where the leans 1 / r of those rounded up and down cancel
+    last = max(count for count in range(half, 512) if holds(count))
+    y, r, p = rounded_up(last)
+    assert judge("y", y, r, p, measure(r)) <= 1
+    y, r, p = rounded_up(last + 1)
+    with pytest.raises(Failure, match=r"gate G3 .*lean to one side"):
+        judge("y", y, r, p, measure(r))
+    judge("y", y, r, p, Measure(r, r.numel(), 0, random=False))  # elements that are all alike may lean
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_g0_special_values_stand_where_the_truth_has_them(value: float) -> None:
+    y, r = torch.tensor([1.0, value]), torch.tensor([1.0, value], dtype=torch.float64)
+    assert judge("y", y, r, y, measure(r.nan_to_num())) == 0
+    for wrong, truth in ((y, r.new_ones(2)), (torch.ones(2), r)):
+        with pytest.raises(Failure, match=r"gate G0: y is( not)? (NaN|infinite) at index \(1,\)"):
+            judge("y", wrong, truth, wrong, measure(truth.nan_to_num()))
+
+
+def test_g0_overflow_of_the_dtype_is_infinite_in_the_truth_too() -> None:
+    r = torch.tensor([1e6], dtype=torch.float64)
+    assert judge("y", torch.tensor([math.inf], dtype=HALF), r, r.to(HALF), measure(r)) == 0
+    with pytest.raises(Failure, match="gate G"):
+        judge("y", torch.tensor([65504.0], dtype=HALF), r, r.to(HALF), measure(r))
+
+
+@pytest.mark.xfail(strict=True, reason="G0 compares neither signs of infinities nor NaN beyond the edge of overflow")
+@pytest.mark.parametrize(("seen", "truth"), [(-math.inf, math.inf), (math.nan, 1e6), (-math.inf, 1e6)])
+def test_g0_an_infinity_is_not_the_other_one_and_not_nan(seen: float, truth: float) -> None:
+    y, r = torch.tensor([1.0, seen], dtype=HALF), torch.tensor([1.0, truth], dtype=torch.float64)
+    with pytest.raises(Failure, match="gate G0"):
+        judge("y", y, r, r.to(HALF), measure(r.nan_to_num(posinf=0.0)))
+
+
+def test_g0_shape_and_dtype() -> None:
+    r = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(Failure, match=r"gate G0: y has shape \[2, 1\], should be \[2\]"):
+        judge("y", torch.ones(2, 1), r, torch.ones(2), measure(r))
+    with pytest.raises(Failure, match=r"gate G0: y has dtype torch.float32, should be torch.float16"):
+        judge("y", torch.ones(2), r, torch.ones(2, dtype=HALF), measure(r))

@@ -1,0 +1,136 @@
+"""The judge fails every wrong kernel, by a property that says what is wrong, and passes every right one.
+
+Both sets run once, in two worker processes; the tests share the results.
+"""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.runner import Check, run
+from conformance.search import DTYPES, Result
+from tests.meta.mutants import MISSED, MUTANTS
+from tests.meta.right import RIGHT
+from tests.meta.wrong import WRONG
+
+pytestmark = pytest.mark.xdist_group("meta")  # one process, so that each set runs once
+ROOT = Path(__file__).parents[2]
+OPERATIONS = ("rms_norm", "swiglu", "cross_entropy")
+EXPECTED = {f"tests.meta.mutants.{name}": (op, mutant.laws, mutant.dtype) for name, (op, mutant) in MUTANTS.items()}
+EXPECTED |= {f"tests.meta.wrong.{name}": expected for name, expected in WRONG.items()}
+CORRECT = {f"tests.meta.right.{name}": op for name, op in RIGHT.items()}
+# The cases of ci, without ten seconds spent on making each failing one smaller.
+BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
+Results = dict[str, list[Result]]
+
+
+class Brief(Check):
+    """A check in the profile above, which a worker process does not know."""
+
+    def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
+        PROFILES[BRIEF.name] = BRIEF
+        return super().__call__(notify)
+
+
+def judged(checks: list[Check], stop_at_failure: bool) -> Results:
+    """The results of each backend."""
+    results: Results = {check.backend: [] for check in checks}
+    for check, result in run(checks, lambda *_: None, jobs=2, stop_at_failure=stop_at_failure):
+        results[check.backend].append(result)
+    return results
+
+
+@pytest.fixture(scope="session")
+def of_wrong() -> Results:
+    """Each wrong kernel under the properties that may find it."""
+    return judged(
+        [
+            Brief(backend, op, law, dtype, "cpu", BRIEF.name)
+            for backend, (op, laws, dtype) in EXPECTED.items()
+            for law in laws
+        ],
+        stop_at_failure=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def of_right() -> Results:
+    """Each right kernel under all properties, in all dtypes."""
+    return judged(
+        [
+            Brief(backend, op, law, dtype, "cpu", BRIEF.name)
+            for backend, op in CORRECT.items()
+            for law in PROPERTIES
+            for dtype in DTYPES
+        ],
+        stop_at_failure=False,
+    )
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_there_are_enough_of_both(op: str) -> None:
+    assert sum(expected[0] == op for expected in EXPECTED.values()) >= 12
+    assert sum(own == op for own in CORRECT.values()) >= 4
+
+
+def missed(backend: str) -> object:
+    """The parameter, marked if the judge is known to miss it."""
+    known = backend.rpartition(".")[2] in MISSED
+    return pytest.param(backend, marks=[pytest.mark.xfail(strict=True, reason="not found by ci")] if known else [])
+
+
+@pytest.mark.parametrize("backend", [missed(backend) for backend in EXPECTED])
+def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
+    last = of_wrong[backend][-1]
+    assert last.verdict == "fail"
+    assert last.case and last.message
+    if last.property != "compiles":  # where failing to compile is the finding
+        assert not last.message.startswith(("raised", "backward raised", "LookupError", "ImportError")), last.message
+
+
+@pytest.mark.parametrize("backend", CORRECT)
+def test_a_right_kernel_passes(backend: str, of_right: Results) -> None:
+    failed = [f"{r.property} / {r.dtype}: {r.message} ({r.case})" for r in of_right[backend] if r.verdict == "fail"]
+    assert not failed, "\n".join(failed)
+    assert len(of_right[backend]) == len(PROPERTIES) * len(DTYPES)
+
+
+def test_a_mutant_whose_line_is_gone_says_so() -> None:
+    sources = importlib.import_module("tests.meta.sources")
+    with pytest.raises(ValueError, match=r"edits of stale: 'no such line' occurs 0 times"):
+        sources.changed("swiglu", "stale", [("no such line", "")])
+
+
+def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m conformance`, in the project's root."""
+    return subprocess.run(
+        [sys.executable, "-m", "conformance", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_line_fails_a_wrong_kernel_and_the_printed_line_fails_again() -> None:
+    backend = "tests.meta.mutants.rms_norm_eps_hard_coded"
+    arguments = ("--device", "cpu", "--dtype", "float32", "--property", "value", "--profile", "ci")
+    ran = conformance("run", "rms_norm", "--backend", backend, *arguments)
+    assert ran.returncode == 1, ran.stderr
+    assert "FAIL rms_norm / value / float32: gate G" in ran.stdout
+    assert "smallest case: rows=1 hidden=1 eps=" in ran.stdout
+    (line,) = [line for line in ran.stdout.splitlines() if "reproduce:" in line]
+    command, case = line.partition("conformance ")[2].rstrip("'").split(" '")
+    again = conformance(*command.split(), case, "--device", "cpu")
+    assert again.returncode == 1, again.stderr
+    assert "FAIL rms_norm / value / float32: gate G" in again.stdout
+
+
+def test_the_command_line_passes_a_right_kernel() -> None:
+    arguments = ("swiglu", "--backend", "tests.meta.right.swiglu_by_sigmoid", "--device", "cpu", "--property", "value")
+    ran = conformance("run", *arguments)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "none of 3 checks failed" in ran.stdout
