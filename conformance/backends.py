@@ -1,10 +1,11 @@
 """Who is judged: a name, or the dotted path of a module (or an object in one) that defines some of the operations."""
 
 import importlib
-import importlib.util
 import os
 import pkgutil
+import sys
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,8 @@ class Judged:
         name: as given on the command line.
         functions: its operations by name; what it does not define is absent.
         description: its name, and what it runs on.
-        truncates: whether its casts to bfloat16 truncate, as Triton's interpreter's do.
+        truncates: whether its casts to bfloat16 may truncate, as Triton's interpreter's do: whether triton was loaded
+            with it, or before it.
     """
 
     name: str
@@ -35,8 +37,9 @@ class Judged:
     truncates: bool
 
 
+@cache
 def load(name: str, device: str) -> Judged:
-    """Import a backend.
+    """Import a backend, once.
 
     Args:
         name: one of NAMES, or a dotted path.
@@ -52,8 +55,8 @@ def load(name: str, device: str) -> Judged:
     }
     if not functions:
         raise LookupError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
-    interpreted = device == "cpu" and name not in ("reference", "compile")
-    return Judged(name, functions, f"{name}{_runs_on(name, interpreted)}", interpreted)
+    interpreted = device == "cpu" and "triton" in sys.modules
+    return Judged(name, functions, f"{name}{_runs_on(interpreted)}", interpreted)
 
 
 def _namespace(name: str) -> Any:
@@ -80,7 +83,7 @@ def _compiled(function: Function) -> Function:
     return compiled
 
 
-def _runs_on(name: str, interpreted: bool) -> str:
-    if name in ("reference", "compile") or importlib.util.find_spec("triton") is None:
+def _runs_on(interpreted: bool) -> str:
+    if "triton" not in sys.modules:
         return ""
-    return f" (Triton {importlib.import_module('triton').__version__}{', interpreter' if interpreted else ''})"
+    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if interpreted else ''})"

@@ -118,6 +118,7 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "outlier": _outlier,
     "saturated": _saturated,
     "confident": _confident,
+    "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
 }
 
 
@@ -190,5 +191,7 @@ class Draw:
         edges = [edge for edge in edges if 0 <= edge < classes]
         where = torch.randperm(tokens, generator=generator)[: len(edges)]
         labels[where] = torch.tensor(edges[: len(where)], dtype=torch.int64)
-        labels[torch.rand(tokens, generator=generator) < 0.2] = IGNORE_INDEX
-        return labels.to(self.device)
+        ignored = torch.rand(tokens, generator=generator) < 0.2
+        ignored[tokens // 2 : tokens // 2 + (tokens > 2)] = True  # always one, where there are others
+        labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
+        return LAYOUTS[self.case.layout](labels.to(self.device))

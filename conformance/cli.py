@@ -17,7 +17,7 @@ from conformance.bench.sampler import copy_rate
 from conformance.bench.table import heading, measure, text
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Check, run
+from conformance.runner import Check, quiet, run
 from conformance.search import DTYPES, Result, replay
 from conformance.spec import specs
 from conformance.trial import Trial
@@ -140,6 +140,7 @@ def _repro(arguments: argparse.Namespace) -> int:
         case = specs()[op].parse(" ".join(words))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    quiet()
     device, judged = _judged(arguments)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")

@@ -109,12 +109,17 @@ def _start() -> _Worker:
     return _Worker(process, ours)
 
 
-def _serve(pipe: Connection) -> None:
-    """Answer checks with results until the pipe closes; each case is announced before it runs."""
-    torch.set_num_threads(1)
+def quiet() -> None:
+    """Keep this process from warning of what is meant."""
     # Triton's interpreter computes with NumPy, which warns of every NaN and infinity that a case puts in on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer checks with results until the pipe closes; each case is announced before it runs."""
+    torch.set_num_threads(1)
+    quiet()
     while True:
         try:
             check = pipe.recv()

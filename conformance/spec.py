@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf, nan
 from types import ModuleType
 from typing import Any
 
@@ -98,7 +99,9 @@ class Spec:
         row_options: options under which the outputs are rows too.
         roundings: roundings to the dtype of an output or gradient that a right order may make before the last one.
         terms: for an output or gradient that cancels, the size S of what is added up; others use their own magnitude.
+        kinds: other kinds of arguments that are as right, by name: from inputs and options to changed ones.
         consistent: whether options may stand together.
+        specials: special values that an input may hold.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         bench: sizes worth timing, by name.
         errors: calls that the contract refuses.
@@ -119,7 +122,9 @@ class Spec:
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     row_options: Options = field(default_factory=dict)
+    kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
+    specials: Sequence[float] = (nan, inf, -inf)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
 
     @property

@@ -9,6 +9,7 @@ plain PyTorch that is right passes them all.
 from types import ModuleType
 
 from conformance.properties import (
+    argument_kinds,
     autocast,
     checkpoint,
     compiles,
@@ -43,6 +44,7 @@ _MODULES = (
     value,
     gradients,
     one_at_a_time,
+    argument_kinds,
     extents,
     layouts,
     special_values,

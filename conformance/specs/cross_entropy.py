@@ -1,5 +1,7 @@
 """Cross entropy of logits against labels."""
 
+from math import inf, nan
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,17 @@ def _build(draw: Draw, tokens: int, vocab: int) -> Inputs:
     return {"logits": draw.rows(tokens, vocab), "labels": draw.labels(tokens, vocab)}
 
 
+def _counted(call: Call) -> Tensor:
+    """Which rows count."""
+    return call.inputs["labels"] != call.options.get("ignore_index", IGNORE_INDEX)
+
+
 def _capped(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Capped logits z, their log-sum-exp, and which rows count."""
     z = call.inputs["logits"].nan_to_num() * call.options.get("logit_scale", 1.0)
     cap = call.options.get("softcap", 0.0)
     z = cap * torch.tanh(z / cap) if cap else z
-    return z, torch.logsumexp(z, -1, keepdim=True), (call.inputs["labels"] != IGNORE_INDEX)[:, None]
+    return z, torch.logsumexp(z, -1, keepdim=True), _counted(call)[:, None]
 
 
 def _share(call: Call) -> float | Tensor:
@@ -25,7 +32,7 @@ def _share(call: Call) -> float | Tensor:
         return 1.0
     if call.options.get("num_items") is not None:
         return 1.0 / call.options["num_items"]
-    valid = (call.inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
+    valid = _counted(call).sum().clamp(min=1)
     return 1.0 / valid if call.options.get("reduction", "mean") == "mean" else 1.0
 
 
@@ -57,6 +64,7 @@ spec = Spec(
     sizes={"tokens": few_rows, "vocab": columns},
     options={
         "reduction": ["mean", "none", "sum"],
+        "ignore_index": [IGNORE_INDEX, 2],
         "logit_scale": [1.0, 0.0625],
         "softcap": [0.0, 30.0, 5.0],
         "label_smoothing": [0.0, 0.1],
@@ -70,8 +78,12 @@ spec = Spec(
     rowwise=["logits", "labels"],
     row_options={"reduction": "none", "num_items": None},
     consistent=lambda options: options.get("reduction") != "none" or options.get("num_items") is None,
+    specials=[nan, -inf],  # a class ruled out is -inf; a +inf gives inf or NaN, as the log-sum-exp is written
     roundings=0,  # float32 up to the one rounding of the gradient
     terms={"loss": _loss_terms, "logits": _logits_terms},
+    kinds={
+        "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
+    },
     bytes=lambda inputs: (nbytes(inputs["logits"]), 2 * nbytes(inputs["logits"])),
     bench={
         "llama-2-7b": {"tokens": 8192, "vocab": 32000},

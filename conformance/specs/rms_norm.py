@@ -32,7 +32,8 @@ def _x_terms(call: Call) -> Tensor:
 
 def _weight_terms(call: Call) -> Tensor:
     """The gradient of the weight adds up over rows: sum |dy n|."""
-    return ((_normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()).sum(0)
+    terms = (_normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
+    return terms.reshape(-1, terms.shape[-1]).sum(0)
 
 
 spec = Spec(
@@ -45,6 +46,10 @@ spec = Spec(
     rowwise=["x"],
     roundings=2,  # the normalised row on the way out, dy times weight on the way back; and one for another order
     terms={"y": _y_terms, "x": _x_terms, "weight": _weight_terms},
+    kinds={
+        "no leading dimension": lambda i, o: ({**i, "x": i["x"][0]}, o),
+        "two leading dimensions": lambda i, o: ({**i, "x": i["x"].unflatten(0, (2, -1))}, o),
+    },
     bytes=lambda inputs: (
         2 * nbytes(inputs["x"]) + nbytes(inputs["weight"]),
         3 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]),

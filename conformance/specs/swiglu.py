@@ -27,7 +27,8 @@ def _gate_terms(call: Call) -> Tensor:
 spec = Spec(
     op="swiglu",
     sizes={"rows": rows, "hidden": columns},
-    fills=["randn", "ones", "zeros", "tiny", "wide"],  # a gate of -88 overflows exp(-gate) in float32, and gives 0
+    # Between wide and far, near a gate of -88, exp(-gate) overflows in float32 and gives 0 for 1e-36.
+    fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
     build=_build,
     outputs=["y"],
     grads=["gate", "up"],
@@ -37,6 +38,10 @@ spec = Spec(
         "y": lambda call: _silu_terms(call, call.inputs["up"]),
         "up": lambda call: _silu_terms(call, call.grad_outputs[0]),
         "gate": _gate_terms,
+    },
+    kinds={
+        "no leading dimension": lambda i, o: ({n: t[0] for n, t in i.items()}, o),
+        "two leading dimensions": lambda i, o: ({n: t.unflatten(0, (2, -1)) for n, t in i.items()}, o),
     },
     bytes=lambda inputs: (3 * nbytes(inputs["gate"]), 5 * nbytes(inputs["gate"])),
     bench={

@@ -16,7 +16,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Check, run
 from conformance.search import DTYPES, Result
-from tests.meta.mutants import MISSED, MUTANTS
+from tests.meta.mutants import MUTANTS
 from tests.meta.right import RIGHT
 from tests.meta.wrong import WRONG
 
@@ -80,13 +80,7 @@ def test_there_are_enough_of_both(op: str) -> None:
     assert sum(own == op for own in CORRECT.values()) >= 4
 
 
-def missed(backend: str) -> object:
-    """The parameter, marked if the judge is known to miss it."""
-    known = backend.rpartition(".")[2] in MISSED
-    return pytest.param(backend, marks=[pytest.mark.xfail(strict=True, reason="not found by ci")] if known else [])
-
-
-@pytest.mark.parametrize("backend", [missed(backend) for backend in EXPECTED])
+@pytest.mark.parametrize("backend", EXPECTED)
 def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
     last = of_wrong[backend][-1]
     assert last.verdict == "fail"
