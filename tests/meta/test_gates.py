@@ -20,7 +20,7 @@ def measure(r: Tensor, *, terms: Tensor | None = None, roundings: int = 0, trunc
 def bound(dtype: torch.dtype, roundings: int = 0, units: int = 1) -> float:
     """The bound of G1 as a share of |r|, for two elements of which S = |r|."""
     unit = units * unit_roundoff(dtype)
-    return unit + roundings * unit * (1 + unit) + 2.0**-24
+    return unit + roundings * unit * (1 + unit) + 2 * 2.0**-24
 
 
 def off_by(error: float, dtype: torch.dtype, roundings: int = 0, truncates: bool = False) -> float:
