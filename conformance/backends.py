@@ -1,6 +1,7 @@
 """Who is judged: a name, or the dotted path of a module (or an object in one) that defines some of the operations."""
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 import unsloth_ref.kernels
-from conformance.trial import Function
+from conformance.trial import BackendError, Function, Raised, describe
 
 OPERATIONS = tuple(unsloth_ref.kernels.__all__)
 PEERS = ("liger",)
@@ -46,7 +47,7 @@ def load(name: str, device: str) -> Judged:
         device: "cpu" runs Triton kernels in its interpreter, which is chosen here, before triton is imported.
 
     Raises:
-        LookupError: there is no such backend, or it defines no operation.
+        BackendError: it cannot be imported, or defines no operation.
     """
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -54,7 +55,12 @@ def load(name: str, device: str) -> Judged:
         op: getattr(namespace, op) for namespace in [_namespace(name)] for op in OPERATIONS if hasattr(namespace, op)
     }
     if not functions:
-        raise LookupError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
+        raise BackendError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
+    for op, function in functions.items():
+        with Raised() as raised:
+            inspect.signature(function)
+        if raised.error is not None:
+            raise BackendError(f"backend: {name}.{op} is no function with a signature: {describe(raised.error)}")
     interpreted = device == "cpu" and "triton" in sys.modules
     return Judged(name, functions, f"{name}{_runs_on(interpreted)}", interpreted)
 
@@ -70,11 +76,11 @@ def _namespace(name: str) -> Any:
         return SimpleNamespace(**{op: _compiled(getattr(unsloth_ref.kernels, op)) for op in OPERATIONS})
     if name in PEERS:
         return importlib.import_module(f"conformance.peers.{name}")
-    try:
+    with Raised(SystemExit) as raised:
         return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
-        raise LookupError(f"backend: got {name!r}, which cannot be imported ({error}); allowed: {allowed}") from error
+    allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
+    why = describe(raised.error)
+    raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from raised.error
 
 
 def _compiled(function: Function) -> Function:

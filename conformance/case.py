@@ -79,6 +79,12 @@ class Case:
         missing = [name for name in size_names if name not in words]
         if missing:
             raise ValueError(f"case: got {line!r}; missing: {', '.join(missing)}")
+        for name in (*size_names, "seed"):
+            if not isinstance(words.get(name, 0), int) or words.get(name, 0) < 0:
+                raise ValueError(f"case: got {name}={words[name]}; allowed: a whole number from 0")
+        for name, allowed in (("fill", FILLS), ("layout", LAYOUTS)):
+            if name in words and words[name] not in allowed:
+                raise ValueError(f"case: got {name}={words[name]}; allowed: {', '.join(allowed)}")
         return cls(
             sizes=tuple((name, int(words.pop(name))) for name in size_names),
             options=tuple((name, words.pop(name)) for name in option_names if name in words),

@@ -5,8 +5,10 @@ Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,10 +19,10 @@ from conformance.bench.sampler import copy_rate
 from conformance.bench.table import heading, measure, text
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Check, quiet, run
-from conformance.search import DTYPES, Result, replay
-from conformance.spec import specs
-from conformance.trial import Trial
+from conformance.runner import Check, run
+from conformance.search import DTYPES, Result
+from conformance.spec import SpecError, specs
+from conformance.trial import BackendError
 
 
 class UsageError(Exception):
@@ -36,12 +38,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a backend may lie in the current folder
     try:
         arguments = _parser().parse_args(argv)
         return arguments.verb(arguments)
-    except (UsageError, LookupError) as error:
-        print(f"conformance: {error.args[0]}", file=sys.stderr)
+    except (UsageError, BackendError, SpecError) as error:
+        print(f"conformance: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
     device, judged = _judged(arguments)
     specs()
+    _demand_writable(arguments.json)
     checks = [
         Check(arguments.backend, op, law, dtype, device, arguments.profile)
         for op in ops
@@ -140,15 +147,16 @@ def _repro(arguments: argparse.Namespace) -> int:
         case = specs()[op].parse(" ".join(words))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    quiet()
     device, judged = _judged(arguments)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
-    trial = Trial(specs()[op], judged.functions[op], DTYPES[dtype], device, judged.truncates)
-    result = replay(trial, PROPERTIES[law], case, dtype)
+    check = Check(arguments.backend, op, law, dtype, device, case=case)
+    ((_, result),) = run([check], lambda *_: None)
     if result.verdict == "fail":
-        print(report.failures([result], arguments.backend, device))
+        print(report.failures([replace(result, case=str(case))], arguments.backend, device))
         return 1
+    if result.verdict == "skip":
+        raise UsageError(f"{law}: {result.message}")
     used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
     print(f"ok   {op} / {law} / {dtype}: {case!r}{used}")
     return 0
@@ -159,6 +167,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     _known("dtype", [arguments.dtype], list(DTYPES))
     if not torch.cuda.is_available():
         raise UsageError("bench: torch finds no CUDA device, and times without one say nothing about these kernels")
+    _demand_writable(arguments.json)
     names = arguments.backend.split(",")
     for name in names:
         backends.load(name, "cuda")
@@ -179,6 +188,16 @@ def _judged(arguments: argparse.Namespace) -> tuple[str, Judged]:
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
     return device, backends.load(arguments.backend, device)
+
+
+def _demand_writable(path: Path | None) -> None:
+    """Raise UsageError before any work if results could not be written."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--json: got {path}; it cannot be written: {error.strerror}") from error
 
 
 def _known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:

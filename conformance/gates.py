@@ -20,6 +20,7 @@ G2 and G3, which see nothing else, are left out.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +124,7 @@ def _componentwise(
     error = (y - r).abs()
     ratio = torch.where(error == 0, 0.0, error / allowed)
     worst = int(ratio.argmax())
-    used = float(ratio[worst])
+    used = min(float(ratio[worst]), sys.float_info.max)  # where nothing is allowed, any error is infinitely too much
     if used > 1:
         index = tuple(finite.nonzero()[worst].tolist())
         raise Failure(

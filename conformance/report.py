@@ -90,15 +90,18 @@ def failures(results: Sequence[Result], backend: str, device: str) -> str:
         if result.verdict != "fail":
             continue
         first, *rest = (result.message or "").split("\n")
-        where = f" --backend {backend}" * (backend != "fast") + f" --device {device}" * (device != "cpu")
+        where = f" --backend {backend}" * (backend != "fast") + f" --device {device}"
         line = f"{result.op} {result.dtype} {result.property} {result.case}"
+        again = [
+            f"  smallest case: {result.case}",
+            f"  reproduce:     python -m conformance repro{where} '{line}'",
+        ]
         paragraphs.append(
             "\n".join(
                 [
                     f"FAIL {result.op} / {result.property} / {result.dtype}: {first}",
                     *(f"  {text}" for text in rest),
-                    f"  smallest case: {result.case}",
-                    f"  reproduce:     python -m conformance repro{where} '{line}'",
+                    *(again if result.case else ()),
                 ]
             )
         )
@@ -124,8 +127,10 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
         "commit": _commit(),
         "not_defined": [op for op in OPERATIONS if op not in judged.functions],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": meta, "results": [result.as_dict() for result in results]}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"meta": meta, "results": [result.as_dict() for result in results]}, indent=1, allow_nan=False)
+        + "\n"
+    )
 
 
 def versions() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +14,14 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from conformance import backends
+from conformance.case import Case
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import DTYPES, Result, search
+from conformance.search import DTYPES, Result, replay, search
 from conformance.spec import specs
 from conformance.trial import Trial
+
+PATIENCE = 300  # seconds for one case; compiling one takes under 60
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,15 @@ class Check:
     property: str
     dtype: str
     device: str
-    profile: str
+    profile: str = "ci"
+    case: Case | None = None  # this one alone
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run it in this process."""
         judged = backends.load(self.backend, self.device)
         trial = Trial(specs()[self.op], judged.functions[self.op], DTYPES[self.dtype], self.device, judged.truncates)
+        if self.case is not None:
+            return replay(trial, PROPERTIES[self.property], self.case, self.dtype)
         return search(trial, PROPERTIES[self.property], PROFILES[self.profile], self.dtype, notify)
 
 
@@ -46,6 +53,8 @@ class _Worker:
     pipe: Connection
     check: Check | None = None
     case: str = ""
+    heard: float = 0.0
+    timed_out: bool = False
 
 
 def run(
@@ -76,7 +85,7 @@ def run(
                 check = queue.popleft()
                 if not (stop_at_failure and (check.backend, check.op) in failed):
                     worker = idle.popleft()
-                    worker.check = check
+                    worker.check, worker.case, worker.heard = check, "", time.monotonic()
                     worker.pipe.send(check)
             for worker in _ready(workers):
                 check, result = worker.check, _receive(worker)
@@ -86,17 +95,15 @@ def run(
                 report(check, result)
                 if result.verdict == "fail":
                     failed.add((check.backend, check.op))
-                if not worker.process.is_alive():
-                    workers.remove(worker)
-                    workers.append(worker := _start())
+                # After a failure on a GPU its context may be broken for good: an illegal access outlives the launch.
+                if not worker.process.is_alive() or (check.device == "cuda" and result.verdict == "fail"):
+                    _end(worker)
+                    workers[workers.index(worker)] = worker = _start()
                 worker.check = None
                 idle.append(worker)
     finally:
         for worker in workers:
-            worker.pipe.close()
-            if worker.check:
-                worker.process.kill()
-            worker.process.join()
+            _end(worker)
     return sorted(done.items(), key=lambda item: order[item[0]])
 
 
@@ -106,7 +113,7 @@ def _start() -> _Worker:
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, heard=time.monotonic())
 
 
 def quiet() -> None:
@@ -114,6 +121,13 @@ def quiet() -> None:
     # Triton's interpreter computes with NumPy, which warns of every NaN and infinity that a case puts in on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+
+
+def _end(worker: _Worker) -> None:
+    worker.pipe.close()
+    worker.process.join(0 if worker.check else 5)
+    worker.process.kill()
+    worker.process.join()
 
 
 def _serve(pipe: Connection) -> None:
@@ -129,8 +143,16 @@ def _serve(pipe: Connection) -> None:
 
 
 def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
+    """The workers that have something to say; one that was silent for too long is stopped, and says so by its end."""
     pipes = {worker.pipe: worker for worker in workers if worker.check}
-    return [pipes[pipe] for pipe in wait(list(pipes)) if isinstance(pipe, Connection)]
+    ready = [pipes[pipe] for pipe in wait(list(pipes), timeout=1.0) if isinstance(pipe, Connection)]
+    for worker in pipes.values():
+        if worker in ready:
+            worker.heard = time.monotonic()
+        elif time.monotonic() - worker.heard > PATIENCE:
+            worker.timed_out = True
+            worker.process.kill()
+    return ready
 
 
 def _receive(worker: _Worker) -> Result | None:
@@ -149,6 +171,12 @@ def _receive(worker: _Worker) -> Result | None:
 def _death(worker: _Worker) -> Result:
     code, check = worker.process.exitcode or 0, worker.check
     assert check is not None
-    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    message = f"the process died ({how}) in this case: memory outside the tensors was touched, or it was killed"
-    return Result(check.op, check.property, check.dtype, "fail", case=worker.case, message=message)
+    if worker.timed_out:
+        how = f"no result in {PATIENCE} s: the process was stopped"
+    elif code < 0:
+        how = (
+            f"the process died ({signal.Signals(-code).name}): memory outside the tensors was touched, or it was killed"
+        )
+    else:
+        how = f"the process ended itself (exit status {code})"
+    return Result(check.op, check.property, check.dtype, "fail", case=worker.case or None, message=how)

@@ -15,7 +15,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.spec import accepted_options
-from conformance.trial import Raised, Trial
+from conformance.trial import Raised, Trial, describe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -111,7 +111,7 @@ class _Attempts:
                 return None
         except Failure as failure:
             return failure
-        return Failure(f"{type(raised.error).__name__}: {raised.error}")
+        return Failure(describe(raised.error))
 
 
 def search(
@@ -139,4 +139,6 @@ def search(
 
 def replay(trial: Trial, law: ModuleType, case: Case, dtype: str) -> Result:
     """Check one case."""
+    if getattr(law, "CUDA_ONLY", False) and trial.device != "cuda":
+        return Result(trial.spec.op, law.__name__.rsplit(".", 1)[-1], dtype, "skip", message="needs CUDA")
     return _Attempts(trial, law, 0.0, lambda case: None).over([case], dtype)

@@ -44,6 +44,10 @@ def columns(budget: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
 
 
+class SpecError(Exception):
+    """Specs and operations that do not belong together; its text says which."""
+
+
 @dataclass(frozen=True)
 class ErrorCase:
     """A call that the contract refuses.
@@ -105,7 +109,6 @@ class Spec:
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         bench: sizes worth timing, by name.
         errors: calls that the contract refuses.
-        wide: the size that may exceed any tile.
     """
 
     op: str
@@ -118,7 +121,6 @@ class Spec:
     bytes: Callable[[Inputs], tuple[int, int]]
     bench: Mapping[str, Mapping[str, int]]
     errors: Sequence[ErrorCase]
-    wide: str
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     row_options: Options = field(default_factory=dict)
@@ -177,26 +179,26 @@ def specs() -> Mapping[str, Spec]:
     """The spec of every operation, by name.
 
     Raises:
-        LookupError: an operation has no spec, a spec has no operation, or names another than its file.
+        SpecError: an operation has no spec, a spec has no operation, or names another than its file.
     """
     found: dict[str, Spec] = {}
     for info in pkgutil.iter_modules(conformance.specs.__path__):
         if info.name not in unsloth_ref.kernels.__all__:
-            raise LookupError(f"conformance/specs/{info.name}.py: unsloth_ref.kernels has no operation {info.name}")
+            raise SpecError(f"conformance/specs/{info.name}.py: unsloth_ref.kernels has no operation {info.name}")
     for op in unsloth_ref.kernels.__all__:
         try:
             module: ModuleType = importlib.import_module(f"conformance.specs.{op}")
         except ModuleNotFoundError as missing:
-            raise LookupError(f"operation {op} has no spec: conformance/specs/{op}.py is missing") from missing
+            raise SpecError(f"operation {op} has no spec: conformance/specs/{op}.py is missing") from missing
         if module.spec.op != op:
-            raise LookupError(f"conformance/specs/{op}.py: its spec names {module.spec.op}")
+            raise SpecError(f"conformance/specs/{op}.py: its spec names {module.spec.op}")
         found[op] = module.spec
     return found
 
 
 def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
     """The spec's options that a function takes."""
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters  # a torch.nn.Module's own
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return list(spec.options)
     return [name for name in spec.options if name in parameters]

@@ -30,10 +30,17 @@ class Run:
         return outputs + [(name, f"gradient of {name}", value) for name, value in self.grads.items()]
 
 
+class BackendError(Exception):
+    """A backend that cannot be judged; its text says why, in one line."""
+
+
 class Raised:
     """Catches whatever judged code raises: to the judge it is a finding, not an error of its own."""
 
-    error: Exception | None = None
+    def __init__(self, *others: type[BaseException]) -> None:
+        """Catch exceptions, and these others."""
+        self._kinds = (Exception, *others)
+        self.error: BaseException | None = None
 
     def __enter__(self) -> Raised:
         """Begin."""
@@ -43,7 +50,7 @@ class Raised:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Keep the error; let failures and interruptions through."""
-        if isinstance(error, Exception) and not isinstance(error, Failure):
+        if isinstance(error, self._kinds) and not isinstance(error, Failure):
             self.error = error
             return True
         return False
@@ -91,9 +98,14 @@ class Trial:
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
         """The outputs as a tuple; whatever is raised becomes a Failure."""
         with Raised() as raised:
-            outputs = (function or self.function)(*inputs.values(), **options)
-            return outputs if isinstance(outputs, tuple) else (outputs,)
-        raise Failure(f"raised {_describe(raised.error)}") from raised.error
+            found = (function or self.function)(*inputs.values(), **options)
+            outputs = found if isinstance(found, tuple) else (found,)
+            wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
+            if wrong or len(outputs) != len(self.spec.outputs):
+                seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
+                raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
+            return outputs
+        raise Failure(f"raised {describe(raised.error)}") from raised.error
 
     def run(
         self,
@@ -142,7 +154,7 @@ class Trial:
         with Raised() as raised:
             torch.autograd.backward(outputs, grad_outputs, retain_graph=keep)
         if raised.error is not None:
-            raise Failure(f"backward raised {_describe(raised.error)}") from raised.error
+            raise Failure(f"backward raised {describe(raised.error)}") from raised.error
         found = {name: gradient for name in grads if (gradient := leaves[name].grad) is not None}
         for name in grads:
             if name not in found:
@@ -154,8 +166,6 @@ class Trial:
     ) -> float:
         """Hold a run against the truth; returns the budget used, raises Failure."""
         inputs = inputs or self.inputs(case)
-        if len(run.outputs) != len(self.spec.outputs):
-            raise Failure(f"gate G0: {len(run.outputs)} outputs, should be {len(self.spec.outputs)}")
         names = list(run.grads)
         peer = self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
         if grad_outputs is None:
@@ -217,6 +227,7 @@ def demand_same_bits(spec: Spec, first: Run, second: Run, law: str) -> None:
             )
 
 
-def _describe(error: Exception | None) -> str:
+def describe(error: BaseException | None) -> str:
+    """An exception in one line."""
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

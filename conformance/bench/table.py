@@ -125,7 +125,7 @@ def _timed(row: Row, forward: Times, full: Times, peak: float, least: float, cop
     share = least / (full.median * 1e-3)
     cached = 2 * torch.cuda.get_device_properties(0).L2_cache_size / copy  # what a pass may leave there for the next
     if full.median * 1e-3 < least - cached:
-        raise Failure(f"{row.op} {row.shape} {row.backend}: {share:.2f} of the roofline: not all the work was done")
+        return replace(row, red=f"{share:.2f} of the roofline: not all the work was done")
     return replace(row, forward=forward.spread, full=full.spread, peak_mebibytes=peak, roofline=share)
 
 

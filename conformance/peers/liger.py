@@ -5,6 +5,7 @@ What it cannot express raises NotImplementedError, and shows as a failure of the
 
 from torch import Tensor
 
+from conformance.trial import BackendError
 from unsloth_ref.types import Casting, Reduction
 
 try:
@@ -12,7 +13,7 @@ try:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 except ImportError as missing:
-    raise LookupError("backend: liger needs the package liger-kernel, which is not installed") from missing
+    raise BackendError("backend: liger needs the package liger-kernel, which is not installed") from missing
 
 
 def rms_norm(

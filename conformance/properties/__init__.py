@@ -11,6 +11,7 @@ from types import ModuleType
 from conformance.properties import (
     argument_kinds,
     autocast,
+    calls_apart,
     checkpoint,
     compiles,
     cuda_graph,
@@ -51,6 +52,7 @@ _MODULES = (
     signature_parity,
     error_parity,
     inputs_untouched,
+    calls_apart,
     row_independence,
     guard_writes,
     guard_reads,
@@ -61,6 +63,7 @@ _MODULES = (
     double_backward,
     no_grad,
     autocast,
+    calls_apart,
     checkpoint,
     opcheck,
     compiles,

@@ -20,11 +20,12 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 def check(trial: Trial, case: Case) -> None:
     """Compare parameter by parameter."""
     wanted = inspect.signature(trial.spec.reference).parameters
-    seen = inspect.signature(trial.function).parameters
+    seen = inspect.signature(getattr(trial.function, "forward", trial.function)).parameters
     for name, parameter in wanted.items():
         if name not in seen:
             raise Failure(f"parameter {name} is missing; the contract has {', '.join(wanted)}")
-        if (seen[name].kind, seen[name].default) != (parameter.kind, parameter.default):
+        kinds = (parameter.kind, parameter.POSITIONAL_OR_KEYWORD)  # which takes keywords too
+        if seen[name].kind not in kinds or seen[name].default != parameter.default:
             raise Failure(f"parameter {name} is {_words(seen[name])}, should be {_words(parameter)}")
     if [name for name in seen if name in wanted] != list(wanted):
         raise Failure(f"parameters are in the order {', '.join(seen)}, should be {', '.join(wanted)}")

@@ -148,5 +148,4 @@ spec = Spec(
             "num_items",
         ),
     ],
-    wide="vocab",
 )

@@ -75,5 +75,4 @@ spec = Spec(
         ErrorCase("casting is unknown", lambda i, o: (i, {**o, "casting": "lama"}), ValueError, "casting"),
         ErrorCase("eps is negative", lambda i, o: (i, {**o, "eps": -1.0}), ValueError, "eps"),
     ],
-    wide="hidden",
 )

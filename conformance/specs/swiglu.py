@@ -56,5 +56,4 @@ spec = Spec(
         ErrorCase("up has another dtype", lambda i, o: ({**i, "up": i["up"].double()}, o), TypeError, "up"),
         ErrorCase("gate is integer", lambda i, o: ({n: t.long() for n, t in i.items()}, o), TypeError, "gate"),
     ],
-    wide="hidden",
 )
