@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tests.runs import arguments, build
@@ -27,7 +28,7 @@ def test_without_an_embedding_rate_the_groups_are_hugging_faces(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_embedding_rate(tmp_path: Path, lora: bool) -> None:
+def test_the_embedding_rate(tmp_path: Path, lora: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The role's parameters have it, through the schedule; decay and the optimizer's options stay as configured."""
     args = arguments(tmp_path, embedding_learning_rate=1e-4, adam_beta2=0.9, warmup_steps=2)
     trainer = build(UnslothTrainer, args, lora=lora)
@@ -47,6 +48,16 @@ def test_the_embedding_rate(tmp_path: Path, lora: bool) -> None:
     for log in logs:
         assert log["embedding_learning_rate"] == pytest.approx(log["learning_rate"] / 10)
     assert logs[1]["learning_rate"] == 5e-4 and logs[2]["learning_rate"] == 1e-3
+    assert "has no effect" not in caplog.text
+
+
+def test_a_rate_without_a_trained_embedding_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA on projections alone."""
+    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = build(UnslothTrainer, arguments(tmp_path, embedding_learning_rate=1e-4), model=model)
+    assert {group["role"] for group in trainer.create_optimizer().param_groups} == {"base"}
+    assert "embedding_learning_rate=0.0001 has no effect: neither" in caplog.text
+    assert 'modules_to_save=["embed_tokens", "lm_head"]' in caplog.text
 
 
 def test_a_given_optimizer_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

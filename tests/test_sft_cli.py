@@ -1,6 +1,7 @@
-"""`unsloth-fast sft`: a run from a configuration file, and one line for every usage error."""
+"""`unsloth-fast sft`: a run from a configuration file, and one line for every usage error; the example's, too."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
     ("change", "options", "message"),
     [
         ({"model_name_or_path": None}, [], "model_name_or_path: got nothing"),
-        ({"model_name_or_path": "/no/such/model"}, [], "model_name_or_path: "),
+        ({"model_name_or_path": "/no/such/model"}, [], "/no/such/model"),
         ({"dataset_name": None}, [], "dataset_name: got nothing"),
         ({"dataset_name": "/no/such/data"}, [], "data set: "),
         ({"dataset_train_split": "trian"}, [], "data set: got no split 'trian'; allowed: 'train', 'test'"),
@@ -87,6 +88,17 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ({}, ["--no_such_option", "1"], "no_such_option"),
         ({}, ["--learning_rate", "much"], "invalid float value: 'much'"),
         ({}, ["--max_steps"], "expected one argument"),
+        ({"loss_type": "foo"}, [], "`loss_type` foo"),
+        ({"dtype": "float99"}, [], "float99"),
+        ({"attn_implementation": "foo"}, [], '`attn_implementation="foo"`'),
+        ({"use_peft": True, "lora_target_modules": ["nosuch"]}, [], "Target modules nosuch"),
+        ({"output_dir": "/dev/null/out"}, [], "error: [Errno 20] Not a directory: '/dev/null/out'"),
+        ({"per_device_train_batch_size": 0}, [], "per_device_train_batch_size: got 0; allowed: an integer from 1"),
+        ({"per_device_eval_batch_size": 2.5}, [], "per_device_eval_batch_size: got 2.5; allowed"),
+        ({"gradient_accumulation_steps": 0}, [], "gradient_accumulation_steps: got 0; allowed"),
+        ({"dataset_text_field": "body"}, [], "data set: got no column 'body', only 'text'; allowed: 'body'"),
+        ({"resume_from_checkpoint": True}, [], "resume_from_checkpoint: got True; allowed"),
+        ({"resume_from_checkpoint": "/no/such"}, [], "resume_from_checkpoint: got '/no/such'; allowed"),
     ],
 )
 def test_a_usage_error_is_one_line(
@@ -122,6 +134,53 @@ def test_what_cannot_be_started(arguments: list[str], message: str, capsys: pyte
     assert cli.main(arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("unsloth-fast: error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_resumes_from_the_last_checkpoint(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The second run does the one step that is left."""
+    config = config | {"save_strategy": "steps", "save_steps": 1}
+    assert run(tmp_path, config, "--max_steps", "1") == 0
+    assert run(tmp_path, config | {"resume_from_checkpoint": True}) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2]
+
+
+def test_errors_of_the_training_keep_their_traceback(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no usage errors, of whatever type."""
+
+    def train(*_: Any, **__: Any) -> None:
+        raise ValueError("in training")
+
+    monkeypatch.setattr("unsloth_fast.UnslothTrainer.train", train)
+    with pytest.raises(ValueError, match="in training"):
+        run(tmp_path, config)
+
+
+def test_a_key_error_of_anything_but_columns_keeps_its_traceback(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not put down to the data set."""
+
+    def build(*_: Any, **__: Any) -> None:
+        raise KeyError("other")
+
+    monkeypatch.setattr("unsloth_fast.UnslothTrainer.__init__", build)
+    with pytest.raises(KeyError, match="other"):
+        run(tmp_path, config)
+
+
+def test_the_example_names_an_unknown_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2 before any work."""
+    example = Path(__file__).parents[1] / "examples" / "first_run.py"
+    monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(example), run_name="__main__")
+    assert stop.value.code == 2
+    assert "error: argument --backends: backend: got 'foo'; allowed: 'auto'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])

@@ -154,7 +154,7 @@ def cross_entropy_by_log_softmax(z: Tensor, labels: Tensor, label_smoothing: flo
     """A one-hot target, smoothed, times the log-probabilities."""
     target = torch.full_like(z, label_smoothing / z.shape[1])
     target = target.scatter_add(1, labels[:, None], torch.full_like(z[:, :1], 1 - label_smoothing))
-    losses = -(target * torch.log_softmax(z, -1)).sum(-1)
+    losses = -torch.where(target > 0, target * torch.log_softmax(z, -1), 0.0).sum(-1)  # 0 times -inf is NaN
     return losses + z_loss * torch.logsumexp(z, -1).square()
 
 
@@ -163,7 +163,9 @@ def cross_entropy_by_log_softmax(z: Tensor, labels: Tensor, label_smoothing: flo
 def cross_entropy_in_chunks(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
     """The log-sum-exp of the log-sum-exps of 1000 classes each."""
     lse = torch.logsumexp(torch.stack([torch.logsumexp(chunk, -1) for chunk in z.split(1000, -1)], -1), -1)
-    losses = (1 - label_smoothing) * (lse - z.gather(1, labels[:, None])[:, 0]) + label_smoothing * (lse - z.mean(-1))
+    losses = lse - z.gather(1, labels[:, None])[:, 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))
     return losses + z_loss * lse * lse
 
 
