@@ -305,6 +305,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps < 2:
         parser.error(f"argument --steps: {options.steps} is not at least 2")
+    from unsloth_fast import backends
+
+    for name in options.backends:
+        try:
+            backends.parse(name)
+        except ValueError as error:
+            parser.error(f"argument --backends: {error}")
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

@@ -76,7 +76,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
     ("change", "options", "message"),
     [
         ({"model_name_or_path": None}, [], "model_name_or_path: got nothing"),
-        ({"model_name_or_path": "/no/such/model"}, [], "/no/such/model"),
+        ({"model_name_or_path": "/no/such/model"}, [], "error: model_name_or_path '/no/such/model': "),
         ({"dataset_name": None}, [], "dataset_name: got nothing"),
         ({"dataset_name": "/no/such/data"}, [], "data set: "),
         ({"dataset_train_split": "trian"}, [], "data set: got no split 'trian'; allowed: 'train', 'test'"),
@@ -137,12 +137,14 @@ def test_what_cannot_be_started(arguments: list[str], message: str, capsys: pyte
 
 
 def test_resumes_from_the_last_checkpoint(tmp_path: Path, config: dict[str, Any]) -> None:
-    """The second run does the one step that is left."""
+    """The second run does the one step that is left, and goes on with the log of the first."""
     config = config | {"save_strategy": "steps", "save_steps": 1}
-    assert run(tmp_path, config, "--max_steps", "1") == 0
+    assert run(tmp_path, config, "--max_steps", "1", "--learning_rate", "0.5") == 0
     assert run(tmp_path, config | {"resume_from_checkpoint": True}) == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2]
+    logs = [log for log in state["log_history"] if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2]
+    assert logs[0]["learning_rate"] == 0.5  # of the first run; that of the second is 1e-3
 
 
 def test_errors_of_the_training_keep_their_traceback(

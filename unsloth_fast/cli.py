@@ -6,6 +6,7 @@ Every field of the arguments is an option, as in `trl sft`; a configuration file
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,18 @@ def sft(arguments: Sequence[str]) -> None:
         if split not in dataset:
             raise UsageError(f"data set: got no split {split!r}; allowed: {', '.join(map(repr, dataset))}")
 
+    trainer = _build_trainer(training_args, model_args, *(dataset[split] for split in splits))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if hasattr(trainer, "end"):  # since transformers 5.18: finishes the trackers and the process group
+        trainer.end()
+
+
+def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval_dataset: Any = None) -> Any:
+    """The trainer, with its model loaded and its data tokenized."""
     from trl import get_peft_config, get_quantization_config
 
     from unsloth_fast.trainer import UnslothTrainer
@@ -71,23 +84,27 @@ def sft(arguments: Sequence[str]) -> None:
         **(training_args.model_init_kwargs or {}),
     }
     try:
-        trainer = UnslothTrainer(
+        return UnslothTrainer(
             model=model_args.model_name_or_path,
             args=training_args,
-            train_dataset=dataset[splits[0]],
-            eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except OSError as error:  # what transformers raises for a model or tokenizer that is not there
-        raise UsageError(f"model_name_or_path: {error}") from error
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if hasattr(trainer, "end"):  # since transformers 5.18: finishes the trackers and the process group
-        trainer.end()
+    except KeyError as error:  # TRL reads the data set's columns without looking whether they are there
+        column, columns, text = error.args[0], list(next(iter(train_dataset))), training_args.dataset_text_field
+        if column in columns or column not in (text, "messages", "completion"):
+            raise
+        raise UsageError(
+            f"data set: got no column {column!r}, only {', '.join(map(repr, columns))}; allowed: {text!r} (the name is "
+            "dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
+        ) from error
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an option needs a package that is not installed
+        # transformers raises a bare OSError for files of a model; offline, its message does not name the model.
+        of_model = type(error) is OSError and error.errno is None
+        prefix = f"model_name_or_path {model_args.model_name_or_path!r}: " if of_model else ""
+        raise UsageError(f"{prefix}{error}") from error
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -109,11 +126,30 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)
+        _check_numbers_and_checkpoint(parsed[1])
     except (ValueError, TypeError, OSError, RuntimeError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
         raise UsageError("model_name_or_path: got nothing; allowed: the name or path of a model")
     return parsed
+
+
+def _check_numbers_and_checkpoint(training_args: Any) -> None:
+    """Raise ValueError for what transformers notices only when training starts."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = getattr(training_args, name)
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name}: got {value!r}; allowed: an integer from 1")
+
+    checkpoint, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: got True; allowed: False, as {folder!r} holds no checkpoint")
+    if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint: got {checkpoint!r}; allowed: a folder with a trainer_state.json")
 
 
 def _load_dataset(script_args: Any, mixture: Any) -> Any:

@@ -180,6 +180,12 @@ class UnslothTrainer(SFTTrainer):
             weight_decay=self.args.weight_decay,
             decay_names=self.get_decay_parameter_names(trained),
         )
+        if all(group.role != "embedding" for group in groups):
+            logger.warning(
+                "embedding_learning_rate=%s has no effect: neither the token embedding nor the output head is trained; "
+                'with LoRA, modules_to_save=["embed_tokens", "lm_head"] trains both',
+                embedding_lr,
+            )
         # transformers takes the groups from "params" and does the rest, such as bitsandbytes' 32-bit embeddings.
         self.optimizer_cls_and_kwargs = optimizer_class, {**options, "params": [group.as_dict() for group in groups]}
         try:
