@@ -25,7 +25,7 @@ demo: $(READY)
 	$(PY) examples/first_run.py
 
 test: lint types floors $(READY)
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .

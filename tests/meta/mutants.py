@@ -70,7 +70,7 @@ RMS_NORM = {
         "dweight += tl.sum(tl.where(row < rows - 1, dy * rounded(normed, dtype, LLAMA), 0.0), 0, keep_dims=True)",
         "gradients",
     ),
-    "dweight_tail_unwritten": one("sums = triton.cdiv(columns, width)", "sums = columns // width", "uninitialised"),
+    "dweight_tail_unwritten": one("sums = cdiv(columns, width)", "sums = columns // width", "uninitialised"),
     "long_rows_cut_short": one(
         "range(COLUMNS, columns, COLUMNS)", "range(COLUMNS, columns - COLUMNS + 1, COLUMNS)", "extents"
     ),

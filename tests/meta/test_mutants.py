@@ -1,6 +1,6 @@
 """The judge fails every wrong kernel, by a property that says what is wrong, and passes every right one.
 
-Both sets run once, in two worker processes; the tests share the results.
+Both sets run once, in two worker processes; the tests share the results (under `pytest -n`, with `--dist loadfile`).
 """
 
 import importlib
@@ -20,7 +20,6 @@ from tests.meta.mutants import MUTANTS
 from tests.meta.right import RIGHT
 from tests.meta.wrong import WRONG
 
-pytestmark = pytest.mark.xdist_group("meta")  # one process, so that each set runs once
 ROOT = Path(__file__).parents[2]
 OPERATIONS = ("rms_norm", "swiglu", "cross_entropy")
 EXPECTED = {f"tests.meta.mutants.{name}": (op, mutant.laws, mutant.dtype) for name, (op, mutant) in MUTANTS.items()}
