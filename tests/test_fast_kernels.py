@@ -163,3 +163,21 @@ def test_a_cpu_without_the_interpreter_is_refused() -> None:
     assert done.returncode == 1
     assert "RuntimeError: gate: got device cpu; allowed: a CUDA device" in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr
+
+
+@pytest.mark.parametrize("casting", ["llama", "gemma"])
+def test_a_weight_may_be_wider_than_x(casting: str) -> None:
+    x, weight = random(5, 70).half(), random(70)
+    found = fast.rms_norm(x, weight, casting=casting)
+    assert found.dtype == torch.float16
+    # Rounding the weight to x's dtype first would be off by another unit roundoff of float16.
+    exact = reference.rms_norm(x.double(), weight.double(), casting=casting)
+    roundings = 2 if casting == "llama" else 1
+    assert ((found.double() - exact).abs() <= roundings * 1.001 * 2.0**-11 * exact.abs() + 2.0**-24).all()
+
+
+def test_labels_of_32_bits_give_the_bits_of_64() -> None:
+    logits, labels = random(6, 70), torch.tensor([0, 69, -100, 3, 5, 7], device=DEVICE)
+    for reduction in ("mean", "none"):
+        wide = fast.cross_entropy(logits, labels, reduction=reduction)
+        assert wide.equal(fast.cross_entropy(logits, labels.int(), reduction=reduction))
