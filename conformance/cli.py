@@ -138,7 +138,10 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _repro(arguments: argparse.Namespace) -> int:
-    op, dtype, *words = [*arguments.line.split(), ""][:-1] if len(arguments.line.split()) > 1 else ("", "")
+    words = arguments.line.split()
+    if len(words) < 2:
+        raise UsageError(f"repro: got {arguments.line!r}; allowed: 'OP DTYPE [PROPERTY] NAME=VALUE ...'")
+    op, dtype, *words = words
     _known("operation", [op], list(backends.OPERATIONS))
     _known("dtype", [dtype], list(DTYPES))
     law = words.pop(0) if words and "=" not in words[0] else "gradients"

@@ -85,6 +85,8 @@ def run(
                 check = queue.popleft()
                 if not (stop_at_failure and (check.backend, check.op) in failed):
                     worker = idle.popleft()
+                    if not worker.process.is_alive():  # what its last check left behind
+                        worker = _replaced(workers, worker)
                     worker.check, worker.case, worker.heard = check, "", time.monotonic()
                     worker.pipe.send(check)
             for worker in _ready(workers):
@@ -97,8 +99,7 @@ def run(
                     failed.add((check.backend, check.op))
                 # After a failure on a GPU its context may be broken for good: an illegal access outlives the launch.
                 if not worker.process.is_alive() or (check.device == "cuda" and result.verdict == "fail"):
-                    _end(worker)
-                    workers[workers.index(worker)] = worker = _start()
+                    worker = _replaced(workers, worker)
                 worker.check = None
                 idle.append(worker)
     finally:
@@ -114,6 +115,13 @@ def _start() -> _Worker:
     process.start()
     theirs.close()
     return _Worker(process, ours, heard=time.monotonic())
+
+
+def _replaced(workers: list[_Worker], worker: _Worker) -> _Worker:
+    """A new worker in the place of this one, which is ended."""
+    _end(worker)
+    workers[workers.index(worker)] = new = _start()
+    return new
 
 
 def quiet() -> None:
@@ -159,7 +167,7 @@ def _receive(worker: _Worker) -> Result | None:
     """The result of the worker's check, or None while it is still at it."""
     try:
         message = worker.pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where it died with something unread
         worker.process.join()
         return _death(worker)
     if isinstance(message, str):

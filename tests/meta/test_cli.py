@@ -45,7 +45,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ((), "VERB", "required"),
         (("repro", "swiglu float32 rows=1"), "missing: hidden", "case"),
         (("repro", "swiglu float32 rows=1 hidden=2 shape=3"), "got 'shape=3'", "hidden"),
-        (("repro", "swiglu"), "operation: got ''", "swiglu"),
+        (("repro", "swiglu"), "repro: got 'swiglu'", "OP DTYPE"),
         (("repro", f"rms_norm float32 rows=1 hidden=2 --backend {RIGHT}"), "--backend", "allowed"),
     ],
 )
