@@ -1,6 +1,7 @@
 """The project's Triton kernels with lines of their source changed, as modules of their own."""
 
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from importlib.abc import ExecutionLoader
@@ -8,9 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 KERNELS = Path(__file__).parents[2] / "unsloth_fast" / "kernels"
-Edit = tuple[
-    str, str
-]  # old text, which must occur exactly once in the operation's file and _launch.py together, and new
+Edit = tuple[str, str]  # old text, which must occur exactly once in the operation's file and those it imports, and new
 
 
 class _Text(ExecutionLoader):
@@ -47,12 +46,23 @@ def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
     Raises:
         ValueError: an edit's old text does not occur exactly once.
     """
-    texts = [(KERNELS / file).read_text() for file in ("_launch.py", f"{op}.py")]
+    texts = _with_imports(op)
     for old, new in edits:
-        count = sum(text.count(old) for text in texts)
+        count = sum(text.count(old) for text in texts.values())
         if count != 1:
-            raise ValueError(f"edits of {name}: {old!r} occurs {count} times in _launch.py and {op}.py; allowed: once")
-        texts = [text.replace(old, new) for text in texts]
-    launch, kernels = texts
-    _module(f"{name}_launch", launch.replace("unsloth_fast", name))
-    return _module(name, kernels.replace("unsloth_fast.kernels._launch", f"{name}_launch"))
+            raise ValueError(f"edits of {name}: {old!r} occurs {count} times in {', '.join(texts)}; allowed: once")
+        texts = {file: text.replace(old, new) for file, text in texts.items()}
+    for file, text in texts.items():
+        for other in texts:
+            text = text.replace(f"unsloth_fast.kernels.{other} ", f"{name}_{other} ")
+        module = _module(name if file == op else f"{name}_{file}", text.replace("unsloth_fast", name))
+    return module
+
+
+def _with_imports(op: str) -> dict[str, str]:
+    """The sources of an operation and of all kernel files that it imports, each behind those it imports itself."""
+    text = (KERNELS / f"{op}.py").read_text()
+    found: dict[str, str] = {}
+    for other in re.findall(r"^from unsloth_fast\.kernels\.(\w+) import", text, re.MULTILINE):
+        found |= _with_imports(other)
+    return found | {op: text}

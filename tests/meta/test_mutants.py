@@ -19,9 +19,10 @@ from conformance.search import DTYPES, Result
 from tests.meta.mutants import MUTANTS
 from tests.meta.right import RIGHT
 from tests.meta.wrong import WRONG
+from unsloth_ref import kernels as reference
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = ("rms_norm", "swiglu", "cross_entropy")
+OPERATIONS = tuple(reference.__all__)
 EXPECTED = {f"tests.meta.mutants.{name}": (op, mutant.laws, mutant.dtype) for name, (op, mutant) in MUTANTS.items()}
 EXPECTED |= {f"tests.meta.wrong.{name}": expected for name, expected in WRONG.items()}
 CORRECT = {f"tests.meta.right.{name}": op for name, op in RIGHT.items()}

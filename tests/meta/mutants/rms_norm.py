@@ -1,0 +1,63 @@
+"""Root-mean-square norms that are wrong."""
+
+from tests.meta.mutants.mutant import LYING, one
+
+TABLE = {
+    "neighbours_columns_read": one(
+        "inside = (row < rows) & (column < columns)", "inside = (row < rows) & (column < 2 * columns)", "value"
+    ),
+    "stored_past_the_end": one(
+        "dx.to(dtype), (row < rows) & (column < columns)",
+        "dx.to(dtype), (row < rows) & (column <= columns)",
+        "guard_writes",
+    ),
+    "eps_outside_the_root": one("tl.sqrt_rn(mean + eps)", "(tl.sqrt_rn(mean) + eps)", "value"),
+    "eps_hard_coded": one("mean + eps", "mean + 1e-6", "value"),
+    "mean_over_one_less": one(
+        "tl.sum(squares, 1, keep_dims=True) / columns", "tl.sum(squares, 1, keep_dims=True) / (columns - 1)", "value"
+    ),
+    "weight_one_column_off": one(
+        "weight_ptr + column * weight_stride, column < columns",
+        "weight_ptr + (column + 1) * weight_stride, column + 1 < columns",
+        "value",
+    ),
+    "weight_read_as_contiguous": one("weight_ptr + column * weight_stride", "weight_ptr + column", "layouts"),
+    "offset_ignored": one("return weight + offset", "return weight", "value"),
+    "squares_in_float16": one(
+        "squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"
+    ),
+    "gradient_mean_scaled": one(
+        "tl.sum(g * normed, 1, keep_dims=True) / columns",
+        "tl.sum(g * normed, 1, keep_dims=True) / columns * 1.03",
+        "gradients",
+    ),
+    "dweight_without_the_last_row": one(
+        "dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)",
+        "dweight += tl.sum(tl.where(row < rows - 1, dy * rounded(normed, dtype, LLAMA), 0.0), 0, keep_dims=True)",
+        "gradients",
+    ),
+    "dweight_tail_unwritten": one("sums = cdiv(columns, width)", "sums = columns // width", "uninitialised"),
+    "long_rows_cut_short": one(
+        "range(COLUMNS, columns, COLUMNS)", "range(COLUMNS, columns - COLUMNS + 1, COLUMNS)", "extents"
+    ),
+    "offsets_in_32_bits": one("row * row_stride", "(row * row_stride).to(tl.int32)", "int64_offsets"),
+    "x_read_as_contiguous": one(
+        "rows, columns, *x.stride(), *weight.stride(), eps",
+        "rows, columns, columns, 1, *weight.stride(), eps",
+        "layouts",
+    ),
+    "grad_output_read_as_contiguous": one("(*dy.stride(), *x.stride()", "(columns, 1, *x.stride()", "layouts"),
+    "dx_lost_with_a_frozen_weight": one("dx if need_dx else None", "dx if need_dweight else None", "gradients"),
+    "rows_mixed": one(
+        "mean = tl.sum(g * normed, 1, keep_dims=True) / columns",
+        "mean = tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True) / columns",
+        "row_independence",
+    ),
+    "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),
+    "saved_tensor_used_up": one(
+        "    if need_dweight:\n        height",
+        "    rstd.data.zero_()\n    if need_dweight:\n        height",
+        "retained_backward",
+    ),
+    "second_derivative_zero": one(*LYING),
+}

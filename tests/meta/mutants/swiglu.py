@@ -1,0 +1,52 @@
+"""Gated activations with SiLU that are wrong."""
+
+from tests.meta.mutants.mutant import LYING, one
+
+TABLE = {
+    "up_for_gate_in_the_sigmoid": one("sigmoid, _ = sigmoids(gate)", "sigmoid, _ = sigmoids(up)", "value"),
+    "gelu_constant": one("sigmoid, _ = sigmoids(gate)", "sigmoid, _ = sigmoids(1.702 * gate)", "value"),
+    "activation_in_float16": one("gate * sigmoid * up", "(gate * sigmoid).to(tl.float16).to(tl.float32) * up", "value"),
+    "ln2_in_three_digits": one("x - whole * 0.693359375", "x - whole * 0.693", "value"),
+    "dgate_without_the_derivative_of_the_sigmoid": one("(1.0 + gate * complement)", "1.0", "gradients"),
+    "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * sigmoid)", "gradients"),
+    "dup_without_gate": one("dy * (gate * sigmoid)", "dy * sigmoid", "gradients"),
+    "dup_scaled": one("dy * (gate * sigmoid)", "dy * (gate * sigmoid) * 1.03", "gradients"),
+    "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
+    "needs_swapped": one("need_dgate, need_dup = ctx", "need_dup, need_dgate = ctx", "gradients"),
+    "stored_past_the_end": one(
+        "dup.to(dup_ptr.dtype.element_ty), inside",
+        "dup.to(dup_ptr.dtype.element_ty), (row < rows) & (column <= columns)",
+        "guard_writes",
+    ),
+    "tail_cut": one(
+        "cdiv(matrix.shape[1], shape.columns)",
+        "max(1, matrix.shape[1] // shape.columns)",
+        "uninitialised",
+        "value",
+    ),
+    "last_rows_skipped": one("cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"),
+    "gradients_over_the_inputs": one(
+        "dgate, dup = swiglu_backward_fake(dy, gate, up, need_dgate, need_dup)",
+        "dgate, dup = gate, up",
+        "inputs_untouched",
+    ),
+    "offsets_in_32_bits": one(
+        "gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)\n    up =",
+        "gate = tl.load(gate_ptr + (row * gate_row).to(tl.int32) + column * gate_column, "
+        "inside, other=0.0).to(tl.float32)\n    up =",
+        "int64_offsets",
+    ),
+    "grad_output_read_as_the_gate_lies": one(
+        "*dy.stride(), *gate.stride()", "*gate.stride(), *gate.stride()", "layouts"
+    ),
+    "output_in_float32": one(
+        "y = gate.new_empty(gate.shape)",
+        "y = gate.new_empty(gate.shape, dtype=torch.float32)",
+        "metadata",
+        dtype="float16",
+    ),
+    "fake_of_another_shape": one(
+        "return gate.new_empty(gate.shape)\n\n\ndef", "return gate.new_empty(gate.numel())\n\n\ndef", "opcheck"
+    ),
+    "second_derivative_zero": one(*LYING),
+}
