@@ -1,6 +1,6 @@
 """When a result is right: four gates between the judged tensor y and the truth r, and one number out.
 
-    G0  shape, dtype, NaN and infinity where the truth, rounded, has them
+    G0  shape, dtype, NaN and infinity where the truth, rounded, has them, or where p has the same
     G1  |y - r| <= u |r| + roundings u (1 + u) S + 2 log2(n) 2^-24 S + tiny      every element
     G2  ||y - r|| <= 1.5 max(||p - r||, floor); 2 x for the largest element      of at least 64 elements
     G3  |mean of (y - r) sign(r) / (u max(|r|, S))| <= 0.25 + the same of p      of at least 1000 random ones, 16-bit
@@ -106,6 +106,8 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
     # At the very edge of overflow one more rounding may fall on either side of it.
     edge = ((r.abs() / torch.finfo(y.dtype).max - 1).abs() < 0.01) & ~y.isnan() & (y.sign() == r.sign())
     wrong = (y.isnan() != rounded.isnan()) | ((y.isinf() | rounded.isinf()) & (y != rounded) & ~rounded.isnan() & ~edge)
+    # An infinity times what float64 still holds and float32 does not: inf there, NaN in float32 for anybody.
+    wrong &= ~((y.isnan() & p.isnan()) | (y.isinf() & (y == p)))
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         raise Failure(

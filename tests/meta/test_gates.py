@@ -125,7 +125,15 @@ def test_g0_special_values_stand_where_the_truth_has_them(value: float) -> None:
     assert judge("y", y, r, y, measure(r.nan_to_num())) == 0
     for wrong, truth in ((y, r.new_ones(2)), (torch.ones(2), r)):
         with pytest.raises(Failure, match=r"gate G0: y is (nan|inf|-inf|1.0) at index \(1,\), should be"):
-            judge("y", wrong, truth, wrong, measure(truth.nan_to_num()))
+            judge("y", wrong, truth, truth.float(), measure(truth.nan_to_num()))
+
+
+def test_g0_grants_what_plain_pytorch_gives_in_the_same_dtype() -> None:
+    r, p = torch.tensor([1.0, -math.inf], dtype=torch.float64), torch.tensor([1.0, math.nan])
+    for y in (p, r.float()):
+        assert judge("y", y, r, p, measure(r.nan_to_num(neginf=0.0))) == 0
+    with pytest.raises(Failure, match="gate G0"):
+        judge("y", torch.tensor([1.0, math.inf]), r, p, measure(r.nan_to_num(neginf=0.0)))
 
 
 def test_g0_overflow_of_the_dtype_is_infinite_in_the_truth_too() -> None:
