@@ -67,32 +67,38 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(kernel, programs, tensor, *arguments, **options)
-    if INTERPRETED or torch.version.hip:  # on HIP triton specialises on more than specialization() says
+    if INTERPRETED or torch.version.hip:  # on HIP triton specialises on more than the key below
         kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
         return None
-    # Triton binds and keys every launch anew, 30 us; looking the compiled kernel up here takes a third of that.
-    key = (id(kernel), index, *map(specialization, arguments), *options.values())
+    # Triton binds and keys every launch anew, 9 to 30 us on the host; looking the compiled kernel up here takes 3.
+    key = (
+        id(kernel),
+        index,
+        *[
+            (argument.dtype, argument.data_ptr() & 15 == 0)
+            if isinstance(argument, Tensor)
+            else (argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31)
+            if isinstance(argument, int)
+            else float
+            for argument in arguments
+        ],  # all that the choice of machine code depends on (on CUDA)
+        *options.values(),
+    )
     found = _compiled.get(key)
     if found is None:
         # Multiply and add in one rounding: Triton's default up to 3.9, not from 3.10.
         compiled = kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
-        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+        constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
     else:
-        compiled, constants = found
-        compiled[(programs, 1, 1)](*arguments, *constants)
+        run, function, metadata, constants = found
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        # Without Triton's own hooks, which its profiler Proton sets; those of CUDA see every launch.
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
     return None
 
 
-def specialization(argument: Any) -> object:
-    """All of an argument that Triton's choice of machine code depends on (on CUDA)."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
-    return type(argument)
-
-
-_compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[object, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,10 +113,14 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     op = getattr(torch.ops.unsloth_fast, name).default
 
     def call(*arguments: Any) -> Any:
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        return op(*arguments) if traced else implementation(*arguments)
+        return op(*arguments) if traced() else implementation(*arguments)
 
     return call
+
+
+def traced() -> bool:
+    """Whether something traces or records ops: torch.compile, a fake tensor mode, a profiler of operators."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def check_runnable(name: str, tensor: Tensor) -> None:
@@ -142,19 +152,19 @@ class Undifferentiable(torch.autograd.Function):
 
 
 def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Make a function of ctx, grad_output and the saved tensors the backward of a once differentiable Function.
+    """Make a function of ctx, the grad_outputs and the saved tensors the backward of a once differentiable Function.
 
-    torch's once_differentiable raises only where grad_output itself requires a gradient. In a gradient penalty it does
-    not, and the penalty's own gradient would silently be zero.
+    torch's once_differentiable raises only where a grad_output itself requires a gradient. In a gradient penalty none
+    does, and the penalty's own gradient would silently be zero.
     """
 
     @wraps(backward)
-    def checked(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def checked(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, grad_output, *saved)
+            return backward(ctx, *grad_outputs, *saved)
         with torch.no_grad():
-            results = backward(ctx, grad_output, *saved)
-        return tuple(None if r is None else Undifferentiable.apply(r, grad_output, *saved) for r in results)
+            results = backward(ctx, *grad_outputs, *saved)
+        return tuple(None if r is None else Undifferentiable.apply(r, *grad_outputs, *saved) for r in results)
 
     return checked
