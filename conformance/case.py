@@ -125,6 +125,7 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "saturated": _saturated,
     "confident": _confident,
     "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
+    "level": lambda generator, shape: 512 + _randn(generator, shape),
 }
 
 
@@ -145,12 +146,20 @@ def _halves(values: Tensor) -> Tensor:
     return torch.cat([values, values], -1)[..., : values.shape[-1]] if values.ndim else values
 
 
+def _transposed(values: Tensor) -> Tensor:
+    """A matrix column by column; of more dimensions, the third before the second, as attention sees its heads."""
+    if values.ndim < 2:
+        return values
+    first, second = (0, 1) if values.ndim == 2 else (1, 2)
+    return values.transpose(first, second).contiguous().transpose(first, second)
+
+
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda values: values,
     "offset": _offset,
     "step": _step,
     "halves": _halves,
-    "transposed": lambda values: values.T.contiguous().T if values.ndim == 2 else values,
+    "transposed": _transposed,
     "expanded": lambda values: values[:1].expand(values.shape) if values.ndim and len(values) else values,
 }
 
@@ -177,6 +186,10 @@ class Draw:
         """Round to the dtype, move to the device, lay out as the case asks."""
         return LAYOUTS[self.case.layout](values.to(self.dtype).to(self.device))
 
+    def lay_out(self, integers: Tensor) -> Tensor:
+        """Move integers to the device, lay them out as the case asks."""
+        return LAYOUTS[self.case.layout](integers.to(self.device))
+
     def rows(self, *shape: int) -> Tensor:
         """[..., columns] filled and laid out as the case asks."""
         return self.place(FILLS[self.case.fill](self._generator(), shape))
@@ -186,7 +199,9 @@ class Draw:
         return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
 
     def grad_output(self, like: Tensor) -> Tensor:
-        """Standard normal, in the dtype of an output, contiguous."""
+        """Standard normal, in the dtype of an output, contiguous; for a scalar 1 as well, as backward() gives."""
+        if like.ndim == 0 and self.case.seed % 2 == 0:
+            return torch.ones_like(like)
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
 
     def labels(self, tokens: int, classes: int) -> Tensor:
@@ -200,4 +215,4 @@ class Draw:
         ignored = torch.rand(tokens, generator=generator) < 0.2
         ignored[tokens // 2 : tokens // 2 + (tokens > 2)] = True  # always one, where there are others
         labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
-        return LAYOUTS[self.case.layout](labels.to(self.device))
+        return self.lay_out(labels)

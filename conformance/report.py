@@ -124,7 +124,7 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "backend": judged.name,
         "profile": profile,
-        "commit": _commit(),
+        "commit": commit(),
         "not_defined": [op for op in OPERATIONS if op not in judged.functions],
     }
     path.write_text(
@@ -144,7 +144,8 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit in the current folder, if it is a repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -103,8 +103,7 @@ def run(
                 worker.check = None
                 idle.append(worker)
     finally:
-        for worker in workers:
-            _end(worker)
+        _end(workers)
     return sorted(done.items(), key=lambda item: order[item[0]])
 
 
@@ -119,7 +118,7 @@ def _start() -> _Worker:
 
 def _replaced(workers: list[_Worker], worker: _Worker) -> _Worker:
     """A new worker in the place of this one, which is ended."""
-    _end(worker)
+    _end([worker])
     workers[workers.index(worker)] = new = _start()
     return new
 
@@ -131,11 +130,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
 
 
-def _end(worker: _Worker) -> None:
-    worker.pipe.close()
-    worker.process.join(0 if worker.check else 5)
-    worker.process.kill()
-    worker.process.join()
+def _end(workers: Sequence[_Worker]) -> None:
+    """End workers, all at once: one with a CUDA context and compilers of its own takes seconds to leave by itself."""
+    for worker in workers:
+        worker.pipe.close()
+    deadline = time.monotonic() + 5
+    for worker in workers:
+        worker.process.join(0 if worker.check else max(0, deadline - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
 
 
 def _serve(pipe: Connection) -> None:

@@ -79,12 +79,14 @@ class Call:
         options: keywords that differ from their default.
         grad_outputs: one for each output; empty when only the forward pass is judged.
         smallest: the smallest normal number of the dtype under test: below it, errors are absolute.
+        unit: the unit roundoff of the dtype under test: 2^-24 / unit of a term is one rounding of it to float32.
     """
 
     inputs: Inputs
     options: Options
     grad_outputs: Sequence[Tensor]
     smallest: float
+    unit: float
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ class Spec:
         kinds: other kinds of arguments that are as right, by name: from inputs and options to changed ones.
         consistent: whether options may stand together.
         specials: special values that an input may hold.
+        shape: its sizes for a law that asks for so many rows of about so many columns.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
-        bench: sizes worth timing, by name.
+        bench: sizes worth timing, and options beside them, by name.
         errors: calls that the contract refuses.
     """
 
@@ -119,7 +122,7 @@ class Spec:
     rowwise: Sequence[str]
     roundings: int
     bytes: Callable[[Inputs], tuple[int, int]]
-    bench: Mapping[str, Mapping[str, int]]
+    bench: Mapping[str, Mapping[str, Any]]
     errors: Sequence[ErrorCase]
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
@@ -127,6 +130,7 @@ class Spec:
     kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
     specials: Sequence[float] = (nan, inf, -inf)
+    shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
 
     @property
@@ -138,6 +142,10 @@ class Spec:
     def rows(self) -> str:
         """The name of the first dimension, which counts rows."""
         return next(iter(self.sizes))
+
+    def case(self, rows: int, columns: int) -> Case:
+        """The plainest case of so many rows of about so many columns."""
+        return Case(tuple(zip(self.sizes, self.shape(rows, columns), strict=True)))
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
         """The tensors of a case, drawn on the source device."""
@@ -156,7 +164,7 @@ class Spec:
             budget, sizes = elements, {}
             for name, strategy in reversed(list(self.sizes.items())):
                 sizes[name] = draw(strategy(budget), label=name)
-                budget = max(1, budget // sizes[name])
+                budget = max(1, budget // max(1, sizes[name]))
             chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}
             assume(self.consistent(chosen))
             return Case(

@@ -146,13 +146,15 @@ class Trial:
         keep: bool = False,
     ) -> dict[str, Tensor]:
         """Gradients by name; keep retains the graph."""
-        for name, output in zip(self.spec.outputs, outputs, strict=True):
-            if not output.requires_grad:
-                raise Failure(f"output {name} carries no gradient, though {' and '.join(grads)} require one")
+        if not any(output.requires_grad for output in outputs):
+            names = " and ".join(self.spec.outputs)
+            raise Failure(f"output {names} carries no gradient, though {' and '.join(grads)} require one")
+        # An output that depends on none of these inputs carries none; one that should is missed in their gradients.
+        pairs = [pair for pair in zip(outputs, grad_outputs, strict=True) if pair[0].requires_grad]
         for name in grads:
             leaves[name].grad = None
         with Raised() as raised:
-            torch.autograd.backward(outputs, grad_outputs, retain_graph=keep)
+            torch.autograd.backward(*zip(*pairs, strict=True), retain_graph=keep)
         if raised.error is not None:
             raise Failure(f"backward raised {describe(raised.error)}") from raised.error
         found = {name: gradient for name in grads if (gradient := leaves[name].grad) is not None}
@@ -173,7 +175,8 @@ class Trial:
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
         truth = self.run(case, wide_inputs, function=self.spec.reference, grads=names, grad_outputs=wide_grads)
-        call = Call(wide_inputs, self.options(case), wide_grads, torch.finfo(self.dtype).smallest_normal)
+        info = torch.finfo(self.dtype)
+        call = Call(wide_inputs, self.options(case), wide_grads, info.smallest_normal, info.eps / 2)
         elements = max(tensor.numel() for tensor in inputs.values())
         used = 0.0
         for (key, name, y), (_, _, p), (_, _, r) in zip(

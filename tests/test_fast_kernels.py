@@ -33,13 +33,24 @@ def rms_norm(x: Tensor) -> Tensor:
     return fast.rms_norm(x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE))
 
 
+def add_rms_norm(x: Tensor) -> Tensor:
+    """Of the rows and of twice the rows: the sum on top of its norm."""
+    return sum(fast.add_rms_norm(x, 2 * x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)), torch.zeros_like(x))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """With a weight and a bias that differ from column to column."""
+    columns = torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)
+    return fast.layer_norm(x, columns, -columns)
+
+
 def cross_entropy(x: Tensor) -> Tensor:
     """Of each row, with every option that changes the kernel."""
     labels = torch.full(x.shape[:1], x.shape[1] // 2, device=DEVICE)
     return fast.cross_entropy(x, labels, softcap=5.0, label_smoothing=0.1, z_loss=0.01, reduction="none")
 
 
-OPERATIONS = [rms_norm, swiglu, cross_entropy]
+OPERATIONS = [rms_norm, add_rms_norm, layer_norm, swiglu, cross_entropy]
 
 
 @pytest.mark.parametrize("columns", [3, 96, 5000])
@@ -81,6 +92,63 @@ def test_rms_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
     assert_within(dweight, exact_dweight, down, (doubles[0].abs() * normed).sum(0))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2049, 512), (2, 8193), (2, 16384), (3, 16385)])
+def test_layer_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
+    """y and all gradients against float64, on a level that a difference of squares would not survive."""
+    x, weight, bias, dy = (
+        100 + random(rows, columns),
+        random(columns),
+        random(columns),
+        random(rows, columns + 1)[:, 1:],
+    )
+    found = with_gradients(fast.layer_norm, dy, x, weight, bias)
+    dy, x, weight, bias = (tensor.double() for tensor in (dy, x, weight, bias))
+    exact = with_gradients(reference.layer_norm, dy, x, weight, bias)
+
+    rstd = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
+    normed, g = rstd * (x.abs() + x.abs().mean(-1, keepdim=True)), (dy * weight).abs()
+    along, down = log2(columns) + 8, log2(rows) + log2(columns) + 8
+    assert_within(found[0], exact[0], along, normed * weight.abs() + bias.abs())
+    dx_terms = rstd * (g + g.mean(-1, keepdim=True) + normed * (g * normed).mean(-1, keepdim=True))
+    assert_within(found[1], exact[1], 2 * along, dx_terms)
+    assert_within(found[2], exact[2], down, (dy.abs() * normed).sum(0))
+    assert_within(found[3], exact[3], down, dy.abs().sum(0))
+
+
+@pytest.mark.parametrize("columns", [96, 16385])
+@pytest.mark.parametrize("used", ["normed", "sum"])
+def test_an_output_that_is_not_used_costs_no_gradient(used: str, columns: int) -> None:
+    """The same bits as with zeros for it; of the sum alone the gradient goes through as it is."""
+    leaves = [random(3, columns), random(3, columns) + 1, random(columns)]
+    results = []
+    for dropped in (None, torch.zeros(3, columns, device=DEVICE)):
+        x, residual, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        normed, total = fast.add_rms_norm(x, residual, weight)
+        pairs = {"normed": (normed, random(3, columns)), "sum": (total, random(3, columns))}
+        if dropped is not None:
+            other = {"normed": "sum", "sum": "normed"}[used]
+            pairs[other] = pairs[other][0], dropped
+        outputs, gradients = zip(*(pairs.values() if dropped is not None else [pairs[used]]), strict=True)
+        results.append(torch.autograd.grad(outputs, (x, residual, weight), gradients, allow_unused=True))
+    alone, beside_zeros = results
+    assert torch.equal(alone[0], beside_zeros[0])
+    assert torch.equal(alone[1], beside_zeros[1])
+    if used == "sum":
+        assert alone[2] is None
+        assert not beside_zeros[2].any()
+    else:
+        assert torch.equal(alone[2], beside_zeros[2])
+
+
+@pytest.mark.parametrize("frozen", ["x", "residual", "both", "weight"])
+def test_the_sum_carries_a_gradient_where_it_depends_on_one(frozen: str) -> None:
+    """As the reference's: not on account of the weight."""
+    x, residual = (random(2, 8).requires_grad_(frozen not in (name, "both")) for name in ("x", "residual"))
+    weight = random(8).requires_grad_(frozen != "weight")
+    ours, theirs = (kernels.add_rms_norm(x, residual, weight) for kernels in (fast, reference))
+    assert [output.requires_grad for output in ours] == [output.requires_grad for output in theirs]
+
+
 @pytest.mark.parametrize("columns", [1, 7, 9, 8191, 8192, 8193])
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> None:
@@ -108,6 +176,48 @@ def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
     by_strides = with_gradients(fast.swiglu, dy.t().contiguous().t(), *halves.chunk(2, -1))
     as_one_row = with_gradients(fast.swiglu, dy, gate.contiguous(), up.contiguous())
     assert all(map(torch.equal, by_strides, as_one_row))
+
+
+@pytest.mark.parametrize("operation", ["swiglu", "geglu", "geglu tanh"])
+def test_gated_activations_are_exact_far_into_the_tail(operation: str) -> None:
+    """Relative to the value itself, where (1 + erf) / 2 in float32 has long been 0; the exponent x^2 / 2 is rounded."""
+    gate = torch.linspace(-12, 12, 4001).to(DEVICE)
+    x, up = gate.double(), torch.ones_like(gate)
+    if operation == "geglu":
+        exact, exponent, found = x * torch.special.erfc(-x / 2**0.5) / 2, x.square() / 2, fast.geglu(gate, up)
+    elif operation == "swiglu":
+        exact, exponent, found = x * torch.sigmoid(x), x.abs(), fast.swiglu(gate, up)
+    else:
+        gate = gate / 3  # the exponent grows with the cube
+        x, up = gate.double(), torch.ones_like(gate)
+        twice = 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+        exact, exponent, found = x * torch.sigmoid(twice), twice.abs(), fast.geglu(gate, up, approximate="tanh")
+    assert_within(found, exact, 12, exact.abs() * (1 + exponent))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rope_lies_in_memory_as_its_queries_do(transposed: bool) -> None:
+    """So that a view that swaps heads and tokens is undone without a copy; in the gradients too."""
+    q, k, cos, sin = random(2, 3, 5, 8), random(2, 1, 5, 8), random(1, 5, 8), random(1, 5, 8)
+    if transposed:
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    q, k = q.requires_grad_(), k.requires_grad_()
+    outputs = fast.rope(q, k, cos, sin)
+    grads = torch.autograd.grad(outputs, (q, k), [torch.ones(o.shape, device=DEVICE) for o in outputs])
+    for tensor in (*outputs, *grads):
+        assert (tensor.transpose(1, 2) if transposed else tensor).is_contiguous()
+
+
+def test_rope_has_a_second_derivative_through_its_gradients() -> None:
+    """It is linear: the gradient of the gradient is a rotation again."""
+    q, k, cos, sin = random(1, 2, 3, 8).requires_grad_(), random(1, 1, 3, 8), random(1, 3, 8), random(1, 3, 8) + 1
+    dq = random(1, 2, 3, 8).requires_grad_()
+    found = []
+    for rope in (fast.rope, reference.rope):
+        turned, _ = rope(q, k, cos, sin)
+        (gradient,) = torch.autograd.grad(turned, q, dq, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), dq)
+    torch.testing.assert_close(*found)
 
 
 def test_a_label_outside_the_vocabulary_gives_nan_where_it_is_not_read() -> None:

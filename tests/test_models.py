@@ -16,15 +16,15 @@ from unsloth_fast.models import place, remove
 REFERENCE = backends.resolve("reference")
 TOKENS = torch.arange(40).reshape(2, 20)
 
-# Of a model with two layers: norms, and MLPs that gate with SiLU (Gemma's gate with GELU).
+# Of a model with two layers: norms, and MLPs that gate with SiLU or, in Gemma, with GELU.
 COUNTS = {
     "llama": {"rms_norm": 5, "swiglu": 2},
     "mistral": {"rms_norm": 5, "swiglu": 2},
     "qwen2": {"rms_norm": 5, "swiglu": 2},
     "qwen3": {"rms_norm": 9, "swiglu": 2},
-    "gemma": {"rms_norm": 5},
-    "gemma2": {"rms_norm": 9},
-    "gemma3": {"rms_norm": 13},
+    "gemma": {"rms_norm": 5, "geglu": 2},
+    "gemma2": {"rms_norm": 9, "geglu": 2},
+    "gemma3": {"rms_norm": 13, "geglu": 2},
 }
 
 
@@ -147,7 +147,7 @@ def test_compiles_whole() -> None:
 
 def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     """An MLP with another activation, a LayerNorm, and a module whose forward somebody has replaced."""
-    model = tiny.model("gemma")
+    model = tiny.model("gemma", hidden_act="relu")
     model.extra = torch.nn.LayerNorm(4)
     replaced = model.model.norm
     own = type(replaced).forward.__get__(replaced)

@@ -62,6 +62,13 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name}: got device {tensor.device}; allowed: {other.device}, where {other_name} is")
 
 
+def column_vector(name: str, tensor: Tensor, rows_name: str, rows: Tensor) -> None:
+    """Raise unless a tensor is of a float dtype (TypeError), with one entry a column of rows, where those are."""
+    dtype(name, tensor)
+    shape(name, tensor, rows.shape[-1:], f"one entry a column of {rows_name}")
+    same_device(name, tensor, rows_name, rows)
+
+
 def labels_in_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Raise ValueError for a label outside [0, vocab) that is not ignore_index. Reads the labels: syncs on a GPU."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
@@ -77,9 +84,7 @@ def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
     """What every norm asks: float rows x [..., H], one float weight per column, an eps that is not negative."""
     has_rows("x", x)
     dtype("x", x)
-    dtype("weight", weight)
-    shape("weight", weight, x.shape[-1:], "one entry a column of x")
-    same_device("weight", weight, "x", x)
+    column_vector("weight", weight, "x", x)
     in_range("eps", eps, 0.0)
 
 
@@ -118,6 +123,45 @@ def loss_arguments(
             dimensions("num_items", num_items, 0, "a number or a 0-dimensional tensor")
         else:
             in_range("num_items", num_items, 0)  # type: ignore[arg-type]
+
+
+def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    """What rotary embedding asks of q [B, N, S, D], k [B, K, S, D], cos, sin and positions."""
+    dimensions("q", q, 4, "[B, N, S, D]")
+    dtype("q", q)
+    dimensions("k", k, 4, "[B, K, S, D]")
+    batch, _, length, width = q.shape
+    shape("k", k, (batch, k.shape[1], length, width), "[B, K, S, D] with B, S and D of q")
+    dtype("k", k, (q.dtype,))
+    same_device("k", k, "q", q)
+    if positions is None:
+        dimensions("cos", cos, 3, "[B or 1, S, D'], or a table [P, D'] with positions")
+        if cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+            raise ValueError(f"cos: got shape {list(cos.shape)}; allowed: [{batch} or 1, {length}, D'], B and S of q")
+    else:
+        dimensions("cos", cos, 2, "a table [P, D'], with positions")
+        dimensions("positions", positions, 2, "[B or 1, S]")
+        if positions.shape[0] not in (1, batch) or positions.shape[1] != length:
+            seen = list(positions.shape)
+            raise ValueError(f"positions: got shape {seen}; allowed: [{batch} or 1, {length}], B and S of q")
+        dtype("positions", positions, INTEGERS)
+        same_device("positions", positions, "q", q)
+    if cos.shape[-1] % 2 or not 0 < cos.shape[-1] <= width:
+        raise ValueError(f"cos: got {cos.shape[-1]} columns; allowed: an even number from 2 to {width}, the D of q")
+    dtype("cos", cos, (q.dtype, torch.float32))
+    same_device("cos", cos, "q", q)
+    same("sin", sin, "cos", cos)
+    for name, constant in (("cos", cos), ("sin", sin)):
+        if constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant, as by detach()")
+
+
+def positions_in_table(positions: Tensor, rows: int) -> None:
+    """Raise ValueError for a position outside [0, rows). Reads the positions: syncs on a GPU."""
+    wrong = (positions < 0) | (positions >= rows)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"positions: got {int(positions[index])} at index {index}; allowed: 0 to {rows - 1}")
 
 
 def must_read_labels(labels: Tensor) -> bool:

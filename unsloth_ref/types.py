@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Parameter
 
+Approximate = Literal["none", "tanh"]
 Casting = Literal["llama", "gemma"]
 Reduction = Literal["mean", "sum", "none"]
 Role = Literal["base", "embedding"]

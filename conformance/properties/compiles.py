@@ -15,7 +15,7 @@ from conformance.trial import Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Every option at its default, then every option set."""
+    """Every option at its default, the same laid out otherwise, then every option set."""
     return opcheck.cases(spec, profile)
 
 

@@ -19,7 +19,7 @@ TOLERANCE = 0.05  # of the largest entry: tells a missing term from rounding
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """Few elements, so that the second derivatives stand out beside the first; every option by itself."""
-    plain = Case(tuple(zip(spec.sizes, (2, 5), strict=True)))
+    plain = spec.case(2, 5)
     return [plain, *(plain.with_options({name: v}) for name, values in spec.options.items() for v in values[1:])]
 
 

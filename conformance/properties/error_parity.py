@@ -15,7 +15,7 @@ REFUSALS = (ValueError, TypeError, IndexError, RuntimeError)
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """One right input, to be made wrong in every senseless way of the spec."""
-    return [Case(tuple(zip(spec.sizes, (3, 8), strict=True)))]
+    return [spec.case(3, 8)]
 
 
 def check(trial: Trial, case: Case) -> None:

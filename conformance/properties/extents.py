@@ -15,7 +15,7 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
     sizes = [*SMALL, *((2, columns) for columns in WIDE)]
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
-    return [Case(tuple(zip(spec.sizes, pair, strict=True))) for pair in sizes]
+    return [spec.case(rows, columns) for rows, columns in sizes]
 
 
 def check(trial: Trial, case: Case) -> float:

@@ -10,7 +10,7 @@ SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Every layout of each input by itself, then every layout of the gradients of the outputs."""
+    """Every layout of each input by itself, and of the gradient of each output."""
     inputs, used = trial.inputs(case), 0.0
     outputs = trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs
     for layout in LAYOUTS:
@@ -19,9 +19,11 @@ def check(trial: Trial, case: Case) -> float:
             mixed = {**inputs, name: laid_out[name]}
             with _naming(f"{name} {layout}"):
                 used = max(used, trial.judge(case, trial.run(case, mixed), mixed))
-        grad_outputs = [LAYOUTS[layout](gradient) for gradient in trial.grad_outputs(case, outputs)]
-        with _naming(f"grad_output {layout}"):
-            used = max(used, trial.judge(case, trial.run(case, grad_outputs=grad_outputs), inputs, grad_outputs))
+        for index, name in enumerate(trial.spec.outputs):
+            grad_outputs = trial.grad_outputs(case, outputs)
+            grad_outputs[index] = LAYOUTS[layout](grad_outputs[index])
+            with _naming(f"grad_output of {name} {layout}"):
+                used = max(used, trial.judge(case, trial.run(case, grad_outputs=grad_outputs), inputs, grad_outputs))
     return used
 
 

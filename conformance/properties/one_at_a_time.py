@@ -8,7 +8,7 @@ from conformance.trial import Trial
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """Each fill with every option at its default, then each option's other values on standard normal elements."""
-    plain = Case(tuple(zip(spec.sizes, (5, 130), strict=True)))
+    plain = spec.case(5, 130)
     fills = [Case(plain.sizes, fill=fill) for fill in spec.fills]
     return fills + [plain.with_options({name: v}) for name, values in spec.options.items() for v in values[1:]]
 

@@ -1,5 +1,6 @@
 """Every custom operator that the function calls passes `torch.library.opcheck`: schema, fakes, tracing, autograd."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class _Recorder(TorchDispatchMode):
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """One case with every option at its default, one with every option set."""
-    sizes = tuple(zip(spec.sizes, (3, 70), strict=True))
+    """One case with every option at its default, one of them laid out otherwise, and one with every option set."""
+    plain = spec.case(3, 70)
     options = {name: values[-1] for name, values in spec.options.items()}
-    return [Case(sizes), *([Case(sizes).with_options(options)] if options and spec.consistent(options) else [])]
+    return [
+        plain,
+        replace(plain, layout="transposed"),
+        *([plain.with_options(options)] if options and spec.consistent(options) else []),
+    ]
 
 
 def check(trial: Trial, case: Case) -> None:

@@ -52,7 +52,8 @@ def _logits_terms(call: Call) -> Tensor:
     """dz adds probability, target and smoothing; the probability carries |z| + |lse| roundings of its exponent."""
     z, lse, counts = _capped(call)
     smoothing, z_loss = call.options.get("label_smoothing", 0.0), call.options.get("z_loss", 0.0)
-    size = torch.exp(z - lse) * (1 + z.abs() + lse.abs()) * (1 + 2 * z_loss * lse.abs()) + smoothing / z.shape[1]
+    p = torch.exp(z - lse) + 2.0**-102  # may be 0 below float32's normal numbers: 2^-126 is one rounding of 2^-102
+    size = p * (1 + z.abs() + lse.abs()) * (1 + 2 * z_loss * lse.abs()) + smoothing / z.shape[1]
     onehot = torch.zeros_like(z).scatter_(1, call.inputs["labels"].clamp(0, z.shape[1] - 1)[:, None], 1 - smoothing)
     dloss = call.grad_outputs[0].abs() * _share(call)
     dloss = dloss[:, None] if dloss.ndim else dloss
@@ -84,7 +85,7 @@ spec = Spec(
     kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
     },
-    bytes=lambda inputs: (nbytes(inputs["logits"]), 2 * nbytes(inputs["logits"])),
+    bytes=lambda inputs: (nbytes(inputs["logits"]), nbytes(inputs["logits"])),  # read once, the gradient written once
     bench={
         "llama-2-7b": {"tokens": 8192, "vocab": 32000},
         "llama-3.1-8b": {"tokens": 4096, "vocab": 128256},

@@ -11,28 +11,27 @@ def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
     return {"x": draw.rows(rows, hidden), "weight": draw.weight(hidden)}
 
 
-def _normed(call: Call) -> tuple[Tensor, Tensor]:
+def normed(call: Call) -> tuple[Tensor, Tensor]:
+    """The normalised rows, and r."""
     r = torch.rsqrt(call.inputs["x"].square().mean(-1, keepdim=True) + call.options.get("eps", 1e-6))
     return call.inputs["x"] * r, r
 
 
 def _y_terms(call: Call) -> Tensor:
     """With an offset, offset + weight may cancel: |n| (|weight| + offset)."""
-    return (_normed(call)[0].abs() + 2 * call.smallest) * (
-        call.inputs["weight"].abs() + call.options.get("offset", 0.0)
-    )
+    return (normed(call)[0].abs() + 2 * call.smallest) * (call.inputs["weight"].abs() + call.options.get("offset", 0.0))
 
 
 def _x_terms(call: Call) -> Tensor:
     """The gradient of x subtracts the part of g along the normalised row: r (|g| + |n| mean |g n|)."""
-    n, r = _normed(call)
+    n, r = normed(call)
     g = call.grad_outputs[0] * (call.inputs["weight"] + call.options.get("offset", 0.0))
     return r * (g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest)
 
 
 def _weight_terms(call: Call) -> Tensor:
     """The gradient of the weight adds up over rows: sum |dy n|."""
-    terms = (_normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
+    terms = (normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
     return terms.reshape(-1, terms.shape[-1]).sum(0)
 
 

@@ -3,9 +3,10 @@
 Each is a backend: `tests.meta.right.rms_norm_of_torch`.
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +81,91 @@ def rms_norm_in_float64(x: Tensor, weight: Tensor, *others: Any, **options: Any)
     return reference.rms_norm(x.double(), weight.double(), *others, **options).to(x.dtype)
 
 
+def _add_rms_norm(normalise: Function) -> Function:
+    """The contract around a norm in float32 of the sum: checks, the offset, the roundings of casting."""
+
+    def add_rms_norm(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float = 1e-6,
+        *,
+        offset: float = 0.0,
+        casting: str = "llama",
+    ) -> tuple[Tensor, Tensor]:
+        checks.norm_arguments(x, weight, eps)
+        checks.same("residual", residual, "x", x)
+        checks.one_of("casting", casting, ("llama", "gemma"))
+        total = x + residual
+        normed = normalise(x, residual, total, eps)
+        if casting == "llama":
+            normed = normed.to(x.dtype).float()
+        return (normed * (weight.float() + offset)).to(x.dtype), total
+
+    add_rms_norm.__name__ = normalise.__name__
+    return add_rms_norm
+
+
+@right("add_rms_norm")
+@_add_rms_norm
+def add_rms_norm_of_torch(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Tensor:
+    """torch's own operator; the gradients of both outputs meet in the dtype of x."""
+    return F.rms_norm(total.float(), total.shape[-1:], None, eps)
+
+
+@right("add_rms_norm")
+@_add_rms_norm
+def add_rms_norm_in_two_levels(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Tensor:
+    """Another order of summation."""
+    wide = total.float()
+    return wide / torch.sqrt(_in_two_levels(wide.square()) / max(x.shape[-1], 1) + eps)
+
+
+@right("add_rms_norm")
+@_add_rms_norm
+def add_rms_norm_of_the_exact_sum(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Tensor:
+    """What is normalised has not been rounded yet."""
+    wide = x.float() + residual.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+@right("add_rms_norm")
+def add_rms_norm_in_float64(
+    x: Tensor, residual: Tensor, weight: Tensor, *others: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """More exact than asked."""
+    checks.norm_arguments(x, weight, 0.0)
+    checks.same("residual", residual, "x", x)
+    normed, total = reference.add_rms_norm(x.double(), residual.double(), weight.double(), *others, **options)
+    return normed.to(x.dtype), total.to(x.dtype)
+
+
+@right("layer_norm")
+def layer_norm_of_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """torch's own operator, in float32; weight and bias apart, whose gradients it adds up row after row on a CPU."""
+    checks.norm_arguments(x, weight, eps)
+    checks.column_vector("bias", bias, "x", x)
+    return (F.layer_norm(x.float(), weight.shape, eps=eps) * weight.float() + bias.float()).to(x.dtype)
+
+
+@right("layer_norm")
+def layer_norm_in_two_levels(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Another order of summation, and the mean of g times the deviation instead of a gradient through the mean."""
+    checks.norm_arguments(x, weight, eps)
+    checks.column_vector("bias", bias, "x", x)
+    wide, columns = x.float(), max(x.shape[-1], 1)
+    centred = wide - _in_two_levels(wide) / columns
+    normed = centred / torch.sqrt(_in_two_levels(centred.square()) / columns + eps)
+    return (normed * weight.float() + bias.float()).to(x.dtype)
+
+
+@right("layer_norm")
+def layer_norm_in_float64(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """More exact than asked."""
+    checks.norm_arguments(x, weight, eps)
+    return reference.layer_norm(x.double(), weight.double(), bias.double(), eps).to(x.dtype)
+
+
 @right("swiglu")
 def swiglu_by_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
     """In float32, rounded once."""
@@ -102,6 +188,84 @@ def swiglu_in_float64(gate: Tensor, up: Tensor) -> Tensor:
     """More exact than asked."""
     checks.gated_arguments(gate, up)
     return reference.swiglu(gate.double(), up.double()).to(gate.dtype)
+
+
+@right("geglu")
+def geglu_by_erfc(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+    """Without cancellation, in float32, rounded once."""
+    checks.gated_arguments(gate, up)
+    checks.one_of("approximate", approximate, ("none", "tanh"))
+    wide = gate.float()
+    twice = 2 * math.sqrt(2 / math.pi) * wide * (1 + 0.044715 * wide * wide)
+    share = torch.sigmoid(twice) if approximate == "tanh" else torch.special.erfc(-wide / math.sqrt(2)) / 2
+    return (wide * share * up.float()).to(gate.dtype)
+
+
+@right("geglu")
+def geglu_by_erf(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+    """As the formulas are written, with their cancellation; up comes first."""
+    checks.gated_arguments(gate, up)
+    checks.one_of("approximate", approximate, ("none", "tanh"))
+    wide = gate.float()
+    z = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    odd = torch.tanh(z) if approximate == "tanh" else torch.erf(wide / math.sqrt(2))
+    return (0.5 * wide * up.float() * (1 + odd)).to(gate.dtype)
+
+
+@right("geglu")
+def geglu_in_float64(gate: Tensor, up: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
+    """More exact than asked."""
+    checks.gated_arguments(gate, up)
+    return reference.geglu(gate.double(), up.double(), approximate=approximate).to(gate.dtype)
+
+
+def _with_rope_checks(rotate: Function) -> Function:
+    """The contract around cos and sin of each token: checks, rows of the table."""
+
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        checks.rope_arguments(q, k, cos, sin, positions)
+        if positions is not None:
+            if checks.must_read_labels(positions):
+                checks.positions_in_table(positions, len(cos))
+            cos, sin = cos[positions.long()], sin[positions.long()]
+        return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
+
+    rope.__name__ = rotate.__name__
+    return rope
+
+
+@right("rope")
+@_with_rope_checks
+def rope_of_transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """By rotate_half; what does not turn goes through a product with 1."""
+    rest = x.shape[-1] - cos.shape[-1]
+    first, second = x[..., : cos.shape[-1] // 2], x[..., cos.shape[-1] // 2 : cos.shape[-1]]
+    with torch.autocast(x.device.type, enabled=False):  # to which a CPU's takes no float16
+        other = torch.cat((-second, first, torch.zeros_like(x[..., cos.shape[-1] :])), -1)
+    return (x * F.pad(cos, (0, rest), value=1.0) + other * F.pad(sin, (0, rest))).to(x.dtype)
+
+
+@right("rope")
+@_with_rope_checks
+def rope_by_fused_products(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float32, rounded once, half by half."""
+    half = cos.shape[-1] // 2
+    first, second = x[..., : 2 * half].float().chunk(2, -1)
+    (cos1, cos2), (sin1, sin2) = cos.float().chunk(2, -1), sin.float().chunk(2, -1)
+    y = x.clone()
+    y[..., :half] = torch.addcmul(first * cos1, second, sin1, value=-1.0).to(x.dtype)
+    y[..., half : 2 * half] = torch.addcmul(second * cos2, first, sin2).to(x.dtype)
+    return y
+
+
+@right("rope")
+def rope_in_float64(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """More exact than asked."""
+    checks.rope_arguments(q, k, cos, sin, positions)
+    turned_q, turned_k = reference.rope(q.double(), k.double(), cos.double(), sin.double(), positions)
+    return turned_q.to(q.dtype), turned_k.to(q.dtype)
 
 
 def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> Tensor:
@@ -180,20 +344,50 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
         "rms_norm",
         (
             ("elements=4096, widest=16384, per_thread=32", "elements=8192, widest=8192, per_thread=8"),
-            ("elements=4096, widest=16384, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
+            ("elements=4096, widest=8192, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
             ("elements=4096, widest=4096, per_thread=16", "elements=4096, widest=8192, per_thread=4"),
-            ("PROGRAMS = 256", "PROGRAMS = 3"),  # so that a program adds up several tiles
+            ("PROGRAMS = 256, 128", "PROGRAMS = 3, 2"),  # so that a program adds up several tiles
+        ),
+    ),
+    "add_rms_norm_in_other_tiles": (
+        "add_rms_norm",
+        (
+            ("elements=4096, widest=16384, per_thread=16", "elements=8192, widest=8192, per_thread=8"),
+            ("elements=4096, widest=8192, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
+            ("elements=4096, widest=4096, per_thread=16", "elements=4096, widest=8192, per_thread=4"),
+            ("PROGRAMS = 256, 128", "PROGRAMS = 3, 2"),
+        ),
+    ),
+    "layer_norm_in_other_tiles": (
+        "layer_norm",
+        (
+            (
+                "elements=4096, widest=16384, per_thread=32)\n    launch(\n        layer",
+                "elements=8192, widest=8192, per_thread=8)\n    launch(\n        layer",
+            ),
+            ("elements=4096, widest=8192, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
+            ("elements=4096, widest=4096, per_thread=16", "elements=4096, widest=8192, per_thread=4"),
+            ("PROGRAMS = 256, 128", "PROGRAMS = 3, 2"),
         ),
     ),
     "swiglu_in_other_tiles": (
         "swiglu",
-        (("elements=4096, widest=4096, per_thread=16", "elements=16384, widest=8192, per_thread=4"),),
+        (("elements=2048, widest=2048, per_thread=16", "elements=16384, widest=8192, per_thread=4"),),
+    ),
+    "geglu_in_other_tiles": (
+        "geglu",
+        (("elements=2048, widest=2048, per_thread=16", "elements=16384, widest=8192, per_thread=8"),),
+    ),
+    "rope_in_other_tiles": (
+        "rope",
+        (("max(1, 4096 // half)", "max(1, 128 // half)"), ("unit = 8 if half % 8 == 0 else 1", "unit = 1")),
     ),
     "cross_entropy_in_other_tiles": (
         "cross_entropy",
         (
             ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
-            ("widest=4096, per_thread=16", "widest=8192, per_thread=8"),
+            ("widest=4096, per_thread=16)\n    group", "widest=1024, per_thread=8)\n    group"),
+            ("SEGMENT = 20480", "SEGMENT = 8192"),
             ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
         ),
     ),

@@ -98,6 +98,61 @@ def rms_norm_by_matmul(
     return x * torch.rsqrt(mean + eps) * (weight + offset)
 
 
+@wrong("add_rms_norm", "inputs_untouched")
+def add_rms_norm_adds_in_place(x: Tensor, residual: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The residual stream is updated where it lies, as inference engines do."""
+    normed, total = reference.add_rms_norm(x, residual.clone(), *others, **options)
+    residual.detach().copy_(total.detach())
+    return normed, total
+
+
+@wrong("add_rms_norm", "gradients")
+def add_rms_norm_detaches_the_sum(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Only the norm sends a gradient back."""
+    normed, total = reference.add_rms_norm(*inputs, **options)
+    return normed, total.detach()
+
+
+@wrong("add_rms_norm", "gradients", "one_at_a_time")
+def add_rms_norm_adds_rounded_gradients(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Each output's gradient passes through bfloat16."""
+    normed, total = reference.add_rms_norm(x, *others, **options)
+    return tuple(_Gradient.apply(y, lambda gradient: gradient.bfloat16().to(x.dtype)) for y in (normed, total))
+
+
+@wrong("add_rms_norm", "value", "metadata")
+def add_rms_norm_the_other_way_round(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The sum before the norm."""
+    return reference.add_rms_norm(*inputs, **options)[::-1]
+
+
+@wrong("layer_norm", "gradients")
+def layer_norm_forgets_the_bias(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """The bias gets no gradient."""
+    return reference.layer_norm(x, weight, bias.detach(), eps)
+
+
+@wrong("layer_norm", "signature_parity", contract=False)
+def layer_norm_another_order(x: Tensor, bias: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """Bias before weight."""
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+@wrong("layer_norm", "argument_kinds", "gradients", dtype="bfloat16")
+def layer_norm_rounds_the_normalised_row(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """As Llama's norm does; a weight in float32 has a gradient that shows it."""
+    normed = reference.layer_norm(x, torch.ones_like(weight), torch.zeros_like(bias), eps)
+    return (normed.float() * weight.float() + bias.float()).to(x.dtype)
+
+
+@wrong("layer_norm", "one_at_a_time", "value", dtype="float16")
+def layer_norm_mean_in_the_dtype_of_x(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """A 16-bit mean."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.float().square().mean(-1, keepdim=True)
+    return (centred.float() * torch.rsqrt(variance + eps) * weight + bias).to(x.dtype)
+
+
 @wrong("swiglu", "inputs_untouched")
 def swiglu_activates_in_place(gate: Tensor, up: Tensor) -> Tensor:
     """Activates the gate where it lies."""
@@ -204,6 +259,47 @@ def cross_entropy_masks_by_product(
         return losses
     total = num_items if num_items is not None else counts.sum() if reduction == "mean" else 1
     return losses.sum() / torch.as_tensor(total).clamp(min=1)
+
+
+@wrong("geglu", "no_grad")
+def geglu_by_tanh_without_gradients(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+    """The approximation at inference, whatever was asked."""
+    exact = approximate == "none" and torch.is_grad_enabled()
+    return reference.geglu(gate, up, approximate="none" if exact else "tanh")
+
+
+@wrong("rope", "inputs_untouched")
+def rope_in_place(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates q where it lies, as kernels that save memory do."""
+    turned_q, turned_k = reference.rope(q.clone(), k.clone(), *angles)
+    q.detach().copy_(turned_q.detach())
+    return turned_q, turned_k
+
+
+@wrong("rope", "value")
+def rope_of_interleaved_pairs(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring columns are a pair, as in GPT-J."""
+    if q.shape[-1] % 2:
+        return reference.rope(q, k, *angles)
+    q, k = (torch.cat([x[..., ::2], x[..., 1::2]], -1) for x in (q, k))
+    return reference.rope(q, k, *angles)
+
+
+@wrong("rope", "row_independence", "value")
+def rope_one_angle_for_all(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the first sequence, as where a batch is known to be padded alike."""
+    return (
+        reference.rope(q, k, cos, sin, *(p[:1] for p in positions))
+        if positions
+        else reference.rope(q, k, cos[:1], sin[:1])
+    )
+
+
+@wrong("rope", "metadata", dtype="float16")
+def rope_in_the_dtype_of_float32_angles(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Not rounded back."""
+    turned_q, turned_k = reference.rope(q, k, *angles)
+    return turned_q.float(), turned_k.float()
 
 
 class _IntoOneBuffer(torch.autograd.Function):

@@ -3,8 +3,12 @@
 With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU.
 """
 
+from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.geglu import geglu
+from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.rms_norm import rms_norm
+from unsloth_fast.kernels.rope import rope
 from unsloth_fast.kernels.swiglu import swiglu
 
-__all__ = ["cross_entropy", "rms_norm", "swiglu"]
+__all__ = ["add_rms_norm", "cross_entropy", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]

@@ -3,140 +3,57 @@
     z = softcap * tanh(logit_scale * x / softcap)        (softcap 0: z = logit_scale * x)
     lse = log(sum over V of exp(z))                      p = exp(z - lse)
     loss = (1 - s) * (lse - z[label]) + s * (lse - mean(z)) + z_loss * lse^2          s: label_smoothing
-    dz = dloss * (p * (1 + 2 * z_loss * lse) - (1 - s) * onehot - s / V)
+    dz = dloss / items * (p * (1 + 2 * z_loss * lse) - (1 - s) * onehot - s / V)
     dx = dz * (1 - (z / softcap)^2) * logit_scale
 
-Saved: logits, labels and lse [T] in float32. All arithmetic is float32. Bytes moved, for T x V logits of b bytes: TVb
-forward, 2TVb backward (logits; dlogits). An ignored row costs no read: 0 forward, TVb backward, for its zeros.
-A label outside [0, V) addresses nothing; its row's loss and gradient are NaN.
+Saved: logits, labels, lse [T] in float32 and the number of items. All arithmetic is float32. Bytes moved, for T x V
+logits of b bytes: TVb forward, 2TVb backward (logits; dlogits). A total that is to be differentiated takes one pass
+less: its gradient for dloss = 1 is written during the forward pass, while a row is still in L2. The backward pass hands
+it out; where dloss is not 1 after all, and for a second time, it is computed again. An ignored row costs no read. A
+label outside [0, V) addresses nothing; its row's loss and gradient are NaN.
 """
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, first_order, launch, register, tile
+from unsloth_fast.kernels._cross_entropy import (
+    GROUP,
+    cross_entropy_backward_kernel,
+    cross_entropy_forward_kernel,
+    cross_entropy_total_kernel,
+    prepare_kernel,
+)
+from unsloth_fast.kernels._launch import (
+    cdiv,
+    check_runnable,
+    first_order,
+    launch,
+    next_power_of_2,
+    register,
+    tile,
+    traced,
+)
 from unsloth_ref import checks
 from unsloth_ref.types import Reduction
 
-# Logits that share a running maximum. Eight are one 16-byte load of bfloat16: the maximum never leaves its thread, and
-# rescaling the sum adds one exp to eight.
-GROUP = tl.constexpr(8)
-
-
-@triton.jit
-def tanh(x):
-    """tanh(x) to a few ulp."""
-    small = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - small) / (1.0 + small)  # exact to a few ulp where small is not near 1
-    square = x * x  # below 1/4 the next term of the series, 1382/155925 x^10, is under 1e-8 of the sum
-    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def tanh_derivative(x):
-    """1 - tanh(x)^2, without the cancellation where tanh(x) is near 1."""
-    small = tl.exp(-2.0 * tl.abs(x))
-    return 4.0 * small / ((1.0 + small) * (1.0 + small))
-
-
-@triton.jit
-def capped(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """The logit that the softmax sees."""
-    return softcap * tanh(x * (logit_scale / softcap)) if SOFTCAP else x * logit_scale
-
-
-@triton.jit
-def finite_or_zero(x):
-    """What to subtract before exp: an infinite maximum would make inf - inf."""
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
-
-
-@triton.jit
-def cross_entropy_forward_kernel(
-    logits_ptr, labels_ptr, loss_ptr, lse_ptr, columns, row_stride, column_stride, label_stride,
-    ignore_index, logit_scale, softcap, label_smoothing, z_loss,
-    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One row a program. Each group of columns has its own maximum and sum, merged after the loop: no barrier in it."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
-    if (label == ignore_index) | (label < 0) | (label >= columns):
-        nothing = tl.where(label == ignore_index, 0.0, float("nan"))
-        tl.store(loss_ptr + row, nothing)
-        tl.store(lse_ptr + row, nothing)
-        return
-
-    logits_ptr += row * row_stride
-    GROUPS: tl.constexpr = COLUMNS // GROUP
-    offset = tl.arange(0, GROUPS).to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    maximum = tl.full([GROUPS], float("-inf"), tl.float32)
-    total = tl.zeros([GROUPS], tl.float32)
-    z_total = tl.zeros([GROUPS], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        inside = start + offset < columns
-        x = tl.load(logits_ptr + (start + offset) * column_stride, inside, other=0.0).to(tl.float32)
-        z = capped(x, logit_scale, softcap, SOFTCAP)
-        if SMOOTHING:
-            z_total += tl.sum(tl.where(inside, z, 0.0), 1)
-        z = tl.where(inside, z, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(z, 1))
-        base = finite_or_zero(higher)
-        total = total * tl.exp(maximum - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        maximum = higher
-
-    base = finite_or_zero(tl.max(maximum, 0))
-    lse = base + tl.log(tl.sum(total * tl.exp(maximum - base), 0))
-    target = tl.load(logits_ptr + label * column_stride).to(tl.float32)
-    loss = lse - capped(target, logit_scale, softcap, SOFTCAP)
-    if SMOOTHING:
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - tl.sum(z_total, 0) / columns)
-    if Z_LOSS:
-        loss += z_loss * lse * lse
-    tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
-
-
-@triton.jit
-def cross_entropy_backward_kernel(
-    dloss_ptr, logits_ptr, labels_ptr, lse_ptr, dlogits_ptr, columns, tiles_a_row,
-    dloss_stride, row_stride, column_stride, label_stride,
-    ignore_index, logit_scale, softcap, label_smoothing, z_loss,
-    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One tile of one row a program. A row whose label is outside [0, V) has a NaN lse, and so a NaN gradient."""
-    dtype = dlogits_ptr.dtype.element_ty
-    program = tl.program_id(0)
-    row = (program // tiles_a_row).to(tl.int64)
-    column = (program % tiles_a_row).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
-    dlogits_ptr += row * columns
-    label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
-    if label == ignore_index:
-        tl.store(dlogits_ptr + column, tl.zeros([COLUMNS], dtype), inside)
-        return
-
-    lse = tl.load(lse_ptr + row)
-    dloss = tl.load(dloss_ptr + row * dloss_stride) * logit_scale
-    x = tl.load(logits_ptr + row * row_stride + column * column_stride, inside, other=0.0).to(tl.float32)
-    dz = tl.exp(capped(x, logit_scale, softcap, SOFTCAP) - lse)
-    if Z_LOSS:
-        dz *= 1.0 + 2.0 * z_loss * lse
-    share = label_smoothing / columns
-    dz -= tl.where(column == label, 1.0 - label_smoothing + share, share)
-    if SOFTCAP:
-        dz *= tanh_derivative(x * (logit_scale / softcap))
-    tl.store(dlogits_ptr + column, (dz * dloss).to(dtype), inside)
+PROGRAMS = 2048  # of a backward pass that the forward pass made needless, which finds that out in each of them
+SEGMENT = 20480  # columns; of 4096 to 32768, and GROUP_BYTES of 3 to 16 million, the fastest on an H200
+GROUP_BYTES = 2**23  # of logits: two groups being summed up and one being differentiated fit L2
 
 
 def vocabulary_tile(columns: int, widest: int, per_thread: int) -> tuple[int, int]:
-    """Columns and warps. Four warps were the fastest on an H200, of 4, 8 and 16 and tiles of 1024 to 16384 columns."""
+    """Columns and warps; the fastest on an H200 of 4, 8 and 16 warps and 1024 to 16384 columns."""
     shape = tile(max(columns, GROUP.value), elements=GROUP.value, widest=widest, per_thread=per_thread)
     return shape.columns, shape.warps
+
+
+def flags(logit_scale: float, softcap: float, label_smoothing: float, z_loss: float) -> dict[str, Any]:
+    """Which options are in use, as the constexpr parameters of the kernels."""
+    return {
+        "SCALED": logit_scale != 1, "SOFTCAP": softcap != 0, "SMOOTHING": label_smoothing != 0, "Z_LOSS": z_loss != 0
+    }  # fmt: skip
 
 
 def cross_entropy_forward(
@@ -144,8 +61,8 @@ def cross_entropy_forward(
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss and lse of each row, [T] in float32."""
+    losses, lse = cross_entropy_forward_fake(logits)
     rows, columns = logits.shape
-    losses, lse = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return losses, lse
     width, warps = vocabulary_tile(columns, widest=2048, per_thread=16)
@@ -153,30 +70,74 @@ def cross_entropy_forward(
         cross_entropy_forward_kernel, rows, logits,
         logits, labels, losses, lse, columns, *logits.stride(), *labels.stride(),
         ignore_index, logit_scale, softcap, label_smoothing, z_loss,
-        SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0, Z_LOSS=z_loss != 0, COLUMNS=width, num_warps=warps,
+        **flags(logit_scale, softcap, label_smoothing, z_loss), COLUMNS=width, num_warps=warps,
     )  # fmt: skip
     return losses, lse
+
+
+def cross_entropy_total(
+    logits: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int, logit_scale: float,
+    softcap: float, label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses and lse [T], the number of items (num_items or, if that is None, counted) and dlogits for dloss = 1."""
+    losses, lse = cross_entropy_forward_fake(logits)
+    items, dlogits = losses.new_empty(()), logits.new_empty(logits.shape)
+    rows, columns = logits.shape
+    segments = cdiv(columns, SEGMENT)
+    done = labels.new_empty(rows, dtype=torch.int32)
+    given = isinstance(num_items, Tensor)
+    launch(
+        prepare_kernel, 1, logits,
+        labels, items, num_items if given else items, done, rows, *labels.stride(), ignore_index,
+        1.0 if given or num_items is None else float(num_items),
+        COUNT=num_items is None, GIVEN=given, ROWS=4096, num_warps=8,
+    )  # fmt: skip
+    if rows == 0:
+        return losses, lse, items, dlogits
+    sums = losses.new_empty(rows * segments * 3)
+    width, warps = vocabulary_tile(columns, widest=4096, per_thread=16)
+    group = max(1, min(rows, GROUP_BYTES // (columns * logits.element_size())))
+    launch(
+        cross_entropy_total_kernel, (2 * cdiv(rows, group) + 1) * group * segments, logits,
+        logits, labels, items, done, sums, losses, lse, dlogits,
+        rows, columns, segments, group, *logits.stride(), *labels.stride(),
+        ignore_index, logit_scale, softcap, label_smoothing, z_loss,
+        **flags(logit_scale, softcap, label_smoothing, z_loss),
+        SEGMENT=SEGMENT, SEGMENTS=next_power_of_2(segments), COLUMNS=width, num_warps=warps,
+    )  # fmt: skip
+    return losses, lse, items, dlogits
 
 
 def cross_entropy_backward(
     dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, logit_scale: float, softcap: float,
     label_smoothing: float, z_loss: float,
 ) -> Tensor:  # fmt: skip
-    """dlogits, new and contiguous."""
+    """dlogits, new and contiguous, for dlosses [T]."""
     dlogits = logits.new_empty(logits.shape)
+    options = ignore_index, logit_scale, softcap, label_smoothing, z_loss
+    fill_gradient(dlogits, False, dlosses, logits, labels, lse, None, *options)
+    return dlogits
+
+
+def fill_gradient(
+    dlogits: Tensor, unless_one: bool, dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
+    items: Tensor | None, ignore_index: int, logit_scale: float, softcap: float, label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """Write dlogits; unless_one: only if dlosses, a single one, is not 1, which the device finds out."""
     if logits.numel() == 0:
-        return dlogits
+        return
     rows, columns = logits.shape
     width, warps = vocabulary_tile(columns, widest=4096, per_thread=16 if softcap else 32)  # the cap needs registers
     tiles_a_row = cdiv(columns, width)
+    tiles = rows * tiles_a_row
     launch(
-        cross_entropy_backward_kernel, rows * tiles_a_row, logits,
-        dlosses, logits, labels, lse, dlogits, columns, tiles_a_row,
-        *dlosses.stride(), *logits.stride(), *labels.stride(),
+        cross_entropy_backward_kernel, min(tiles, PROGRAMS) if unless_one else tiles, logits,
+        dlosses, logits, labels, lse, lse if items is None else items, dlogits, columns, tiles_a_row, tiles,
+        dlosses.stride(0) if dlosses.ndim else 0, *logits.stride(), *labels.stride(),
         ignore_index, logit_scale, softcap, label_smoothing, z_loss,
-        SOFTCAP=softcap != 0, Z_LOSS=z_loss != 0, COLUMNS=width, num_warps=warps,
+        **flags(logit_scale, softcap, label_smoothing, z_loss),
+        DIVIDE=items is not None, UNLESS_ONE=unless_one, COLUMNS=width, num_warps=warps,
     )  # fmt: skip
-    return dlogits
 
 
 def cross_entropy_forward_fake(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
@@ -204,6 +165,8 @@ backward_op = register(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The loss of each row."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, *options: int | float) -> Tensor:
         losses, lse = forward_op(logits, labels, *options)
@@ -215,6 +178,27 @@ class _CrossEntropy(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
         return backward_op(dlosses, logits, labels, lse, *ctx.options), None, *[None] * len(ctx.options)
+
+
+class _Total(torch.autograd.Function):
+    """The total over the number of items; its gradient is there before it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, num_items: float | Tensor | None, *options: Any) -> Tensor:
+        losses, lse, items, ctx.dlogits = cross_entropy_total(logits, labels, num_items, *options)
+        ctx.save_for_backward(logits, labels, lse, items)
+        ctx.options = options
+        return losses.sum() / items
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dloss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        dlogits, ctx.dlogits = ctx.dlogits, None  # handed out, it is the caller's
+        first = dlogits is not None
+        if not first:
+            dlogits = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
+        fill_gradient(dlogits, first, dloss, *saved, *ctx.options)
+        return dlogits, None, None, *[None] * len(ctx.options)
 
 
 def cross_entropy(
@@ -264,11 +248,18 @@ def cross_entropy(
         checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
     check_runnable("logits", logits)
 
-    losses = _CrossEntropy.apply(logits, labels, ignore_index, logit_scale, softcap, label_smoothing, z_loss)
+    options = ignore_index, logit_scale, softcap, label_smoothing, z_loss
+    if num_items is None and reduction == "sum":
+        num_items = 1
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(logits.device)
+    if reduction != "none" and logits.requires_grad and torch.is_grad_enabled() and not traced():
+        return _Total.apply(logits, labels, num_items, *options)
+    losses = _CrossEntropy.apply(logits, labels, *options)
     if reduction == "none":
         return losses
     if num_items is None:
-        num_items = (labels.long() != ignore_index).sum() if reduction == "mean" else 1
+        num_items = (labels.long() != ignore_index).sum()
     if isinstance(num_items, Tensor):
         return losses.sum() / num_items.to(losses).clamp(min=1)
-    return losses.sum() / max(num_items, 1)  # a plain number needs no copy to the device
+    return losses.sum() / max(num_items, 1)

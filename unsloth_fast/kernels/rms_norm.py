@@ -6,7 +6,7 @@
 Saved: x, weight and r [rows] in float32. All arithmetic is float32; "llama" casting rounds n to x.dtype where it meets
 the weight, in y and in dweight. Bytes moved, for M x H elements of b bytes: 2MHb forward (x; y), 3MHb backward (dy, x;
 dx). dweight is summed without atomics, in a fixed order: each program sums its own block of rows into one row of
-partial sums, which a second kernel adds up (8 * PROGRAMS * H bytes, most of them in L2).
+partial sums, which a second kernel adds up (8 * programs * H bytes, most of them in L2).
 """
 
 from typing import Any
@@ -30,7 +30,9 @@ from unsloth_fast.kernels._launch import (
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
-PROGRAMS = 256  # of the backward, two for each of an H200's 132 processors; a constant: dweight's bits are every card's
+# Of the backward: two for each of an H200's 132 processors; one where wide rows leave no registers for a second.
+# Constants, so that dweight's bits are every card's.
+PROGRAMS, WIDE_PROGRAMS = 256, 128
 
 
 @triton.jit
@@ -45,6 +47,12 @@ def load_scale(weight_ptr, column, columns, weight_stride, offset):
     """offset + weight, [1, COLUMNS]."""
     weight = tl.load(weight_ptr + column * weight_stride, column < columns, other=0.0).to(tl.float32)
     return weight + offset
+
+
+@triton.jit
+def quotient(total, count):
+    """total / count, correctly rounded: `/` is off by up to two units on a GPU, and a whole row would share that."""
+    return tl.div_rn(total, tl.cast(count, tl.float32))
 
 
 @triton.jit
@@ -68,8 +76,8 @@ def rms_norm_forward_kernel(
         for start in range(COLUMNS, columns, COLUMNS):
             x = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)
             squares += x * x
-    mean = tl.sum(squares, 1, keep_dims=True) / columns
-    rstd = 1.0 / tl.sqrt_rn(mean + eps)
+    mean = quotient(tl.sum(squares, 1, keep_dims=True), columns)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     tl.store(rstd_ptr + row, rstd, row < rows)
     if WHOLE:
         scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
@@ -85,19 +93,24 @@ def rms_norm_forward_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride, offset,
-    LLAMA: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    rows, columns, tiles, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
+    LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile: `tiles` consecutive tiles a program, the loads of the next one in flight under this one."""
+    """Rows that fit a tile: `tiles` consecutive tiles a program, the loads of the next one in flight under this one.
+
+    ADD: dsum is added to dx. HELD: the weight stays in registers; otherwise each tile reads it again, from L1.
+    """
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
+    if HELD:
+        scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
     dweight = tl.zeros([1, COLUMNS], tl.float32)
     for index in tl.range(0, tiles, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        row = ((program * tiles + index) * ROWS + tl.arange(0, ROWS))[:, None]
+        first = (program * tiles + index) * ROWS
+        row = (first + tl.arange(0, ROWS))[:, None]
         dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
         x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
         rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
@@ -105,9 +118,17 @@ def rms_norm_backward_kernel(
         if NEED_DWEIGHT:  # before dx, so that dy need not outlive the sum over the row
             dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)
         if NEED_DX:
-            g = dy * scale
-            mean = tl.sum(g * normed, 1, keep_dims=True) / columns
+            if HELD:
+                g = dy * scale  # pyright: ignore[reportPossiblyUnboundVariable]
+            else:
+                again = tl.zeros([1, COLUMNS], tl.float32)
+                if first < rows:  # in a branch: beside the load of x it would take a share of the pipeline's buffers
+                    again = load_scale(weight_ptr, column, columns, weight_stride, offset)
+                g = dy * again
+            mean = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)
             dx = rstd * (g - normed * mean)
+            if ADD:
+                dx += load_tile(dsum_ptr, row, column, rows, columns, dsum_row, dsum_column)
             tl.store(dx_ptr + row * columns + column, dx.to(dtype), (row < rows) & (column < columns))
     if NEED_DWEIGHT:
         tl.store(partial_ptr + program * columns + column, dweight, column < columns)
@@ -115,9 +136,9 @@ def rms_norm_backward_kernel(
 
 @triton.jit
 def rms_norm_backward_long_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride, offset,
-    LLAMA: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    rows, columns, tiles, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
+    LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Longer rows, one at a time in two passes; the program's row of partial sums is kept in memory, for it alone."""
     dtype = x_ptr.dtype.element_ty
@@ -132,7 +153,7 @@ def rms_norm_backward_long_kernel(
                 dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
                 x = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)
                 products += dy * load_scale(weight_ptr, start + column, columns, weight_stride, offset) * (x * rstd)
-        mean = tl.sum(products, 1, keep_dims=True) / columns
+        mean = quotient(tl.sum(products, 1, keep_dims=True), columns)
         for start in range(0, columns, COLUMNS):
             inside = start + column < columns
             dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
@@ -140,6 +161,8 @@ def rms_norm_backward_long_kernel(
             if NEED_DX:
                 g = dy * load_scale(weight_ptr, start + column, columns, weight_stride, offset)
                 dx = rstd * (g - normed * mean)
+                if ADD:
+                    dx += load_tile(dsum_ptr, row, start + column, rows, columns, dsum_row, dsum_column)
                 tl.store(dx_ptr + row * columns + start + column, dx.to(dtype), inside & (row < rows))
             if NEED_DWEIGHT:
                 partial = partial_ptr + program * columns + start + column
@@ -149,27 +172,51 @@ def rms_norm_backward_long_kernel(
 
 
 @triton.jit
-def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum all rows of partial [rows, columns], which ROWS holds at once, for COLUMNS of its columns."""
+def column_sum(partial_ptr, sum_ptr, block, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum all rows of partial [rows, columns], which ROWS holds at once, for one block of COLUMNS columns."""
     row = tl.arange(0, ROWS).to(tl.int64)[:, None]
-    column = (tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    total = tl.sum(load_tile(partial_ptr, row, column, rows, columns, columns, 1), 0, keep_dims=True)
+    column = (block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    total = tl.sum(load_tile(partial_ptr, row, column, rows, columns, row_stride, 1), 0, keep_dims=True)
     tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), column < columns)
 
 
-def backward_tile(columns: int) -> Tile:
-    """Up to 16384 columns stay in registers; longer rows go in tiles of 4096.
+@triton.jit
+def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of columns a program."""
+    column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)
+
+
+def backward_tile(columns: int, widest: int) -> Tile:
+    """Whole rows of up to `widest` columns, a power of two, stay in registers; longer ones go in tiles of 4096.
 
     x, dy, the weight and dweight in float32 are four registers a column: 16 columns a thread leave room for two
-    programs of 4096 columns on a processor.
+    programs of 4096 columns on a processor. 16 warps of 32 columns a thread hold 16384 columns, the weight apart; with
+    twice the warps, 64 registers a thread are too few.
     """
-    shape = tile(columns, elements=4096, widest=16384, per_thread=16)
-    return shape if columns <= shape.columns else tile(columns, elements=4096, widest=4096, per_thread=16)
+    if columns <= 8192:
+        return tile(columns, elements=4096, widest=8192, per_thread=16)
+    if columns <= widest:
+        return tile(columns, elements=4096, widest=widest, per_thread=32)
+    return tile(columns, elements=4096, widest=4096, per_thread=16)
 
 
-def backward_stages(shape: Tile, itemsize: int) -> int:
-    """Stages of the pipeline, at most 3, whose buffers of x and dy take no more than 96 KiB of shared memory."""
-    return 1 + min(2, 96 * 1024 // (2 * shape.rows * shape.columns * itemsize))
+def backward_programs(shape: Tile, tiles: int, summing: bool) -> tuple[int, int]:
+    """How many consecutive tiles each program takes (one where nothing is summed up), and the number of programs."""
+    each = cdiv(tiles, PROGRAMS if shape.columns <= 4096 else WIDE_PROGRAMS) if summing else 1
+    return each, cdiv(tiles, each)
+
+
+def backward_stages(shape: Tile, streams: int, itemsize: int) -> int:
+    """Stages of the pipeline, at most 3, whose buffers leave a processor's shared memory room for all its programs."""
+    memory = (96 if shape.columns <= 4096 else 192) * 1024
+    return 1 + min(2, memory // (streams * shape.rows * shape.columns * itemsize))
+
+
+def summing(programs: int, columns: int) -> tuple[int, dict[str, int]]:
+    """Programs and options for a kernel that calls column_sum: 4096 elements a program, at least 64 bytes a row."""
+    height = next_power_of_2(programs)
+    width = max(16, 4096 // height)
+    return cdiv(columns, width), {"ROWS": height, "COLUMNS": width, "num_warps": 8}
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:
@@ -189,33 +236,33 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, llama: bool, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx and dweight, new and contiguous; one that is not needed is empty."""
-    dx, dweight = rms_norm_backward_fake(dy, x, weight, rstd, offset, llama, need_dx, need_dweight)
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
+    offset: float, llama: bool, need_dx: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx, to which dsum is added, and dweight, new and contiguous; one that is not needed is empty."""
+    dx, dweight = rms_norm_backward_fake(dy, dsum, x, weight, rstd, offset, llama, need_dx, need_dweight)
     if x.numel() == 0:
         return dx, dweight.zero_()
-    dy, x = rows_of(dy), rows_of(x)
+    add = dsum is not None
+    dy, x, dsum = rows_of(dy), rows_of(x), rows_of(dsum if add else dy)
     rows, columns = x.shape
-    shape = backward_tile(columns)
-    tiles = cdiv(rows, shape.rows)
-    each = cdiv(tiles, PROGRAMS) if need_dweight else 1
-    programs = cdiv(tiles, each)
+    shape = backward_tile(columns, 16384)
+    each, programs = backward_programs(shape, cdiv(rows, shape.rows), need_dweight)
     partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
-    strides = (*dy.stride(), *x.stride(), *weight.stride())
-    arguments = (dy, x, weight, rstd, dx, partial, rows, columns, each, *strides, offset)
-    flags: dict[str, Any] = {"LLAMA": llama, "NEED_DX": need_dx, "NEED_DWEIGHT": need_dweight}
+    strides = (*dy.stride(), *dsum.stride(), *x.stride(), *weight.stride())
+    arguments = (dy, dsum, x, weight, rstd, dx, partial, rows, columns, each, *strides, offset)
+    flags: dict[str, Any] = {"LLAMA": llama, "ADD": add, "NEED_DX": need_dx, "NEED_DWEIGHT": need_dweight}
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
     if columns <= shape.columns:
-        stages = backward_stages(shape, x.element_size()) if need_dweight else 1  # a single tile has no next one
-        launch(rms_norm_backward_kernel, programs, x, *arguments, ROWS=shape.rows, STAGES=stages, **flags)
+        # A program that sums nothing has a single tile, and no next one to load.
+        stages = backward_stages(shape, 3 if add else 2, x.element_size()) if need_dweight else 1
+        flags |= {"ROWS": shape.rows, "STAGES": stages, "HELD": columns <= 8192}
+        launch(rms_norm_backward_kernel, programs, x, *arguments, **flags)
     else:
         launch(rms_norm_backward_long_kernel, programs, x, *arguments, **flags)
     if need_dweight:
-        height = next_power_of_2(programs)
-        width = 8192 // height
-        sums = cdiv(columns, width)
-        launch(column_sum_kernel, sums, x, partial, dweight, programs, columns, ROWS=height, COLUMNS=width, num_warps=8)
+        sums, options = summing(programs, columns)
+        launch(column_sum_kernel, sums, x, partial, dweight, programs, columns, **options)
     return dx, dweight
 
 
@@ -225,8 +272,9 @@ def rms_norm_forward_fake(x: Tensor, weight: Tensor, eps: float, offset: float, 
 
 
 def rms_norm_backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, llama: bool, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
+    offset: float, llama: bool, need_dx: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx and dweight, unfilled."""
     return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
@@ -237,8 +285,8 @@ forward_op = register(
     rms_norm_forward_fake,
 )
 backward_op = register(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool llama, bool need_dx, "
-    "bool need_dweight) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd, float offset, bool llama, "
+    "bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
     rms_norm_backward,
     rms_norm_backward_fake,
 )
@@ -256,7 +304,7 @@ class _RMSNorm(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, need_dweight = ctx.needs_input_grad[:2]
-        dx, dweight = backward_op(dy, x, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
+        dx, dweight = backward_op(dy, None, x, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
         return dx if need_dx else None, dweight if need_dweight else None, None, None, None
 
 

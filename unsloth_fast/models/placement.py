@@ -29,9 +29,9 @@ def _norm_forward(rms_norm: Callable[..., Tensor], eps_name: str, offset: float,
     return forward
 
 
-def _gated_forward(swiglu: Callable[..., Tensor]) -> Forward:
+def _gated_forward(gated: Callable[..., Tensor], **options: Any) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        return self.down_proj(gated(self.gate_proj(hidden_states), self.up_proj(hidden_states), **options))
 
     return forward
 
@@ -49,15 +49,22 @@ _NORMS: dict[str, tuple[str, float, Casting]] = {
     "Gemma3RMSNorm": _GEMMA_NORM,
 }
 _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
-_SILU = ("SiLU", "SiLUActivation")
+# How an activation's class is gated: the operation and its options.
+_GATES: dict[str, tuple[str, dict[str, str]]] = {
+    "SiLU": ("swiglu", {}),
+    "SiLUActivation": ("swiglu", {}),
+    "GELUActivation": ("geglu", {"approximate": "none"}),
+    "GELUTanh": ("geglu", {"approximate": "tanh"}),
+}
 
 
 def place(model: Module, backend: Backend) -> dict[str, int]:
     """Give every module of a known kind a forward that calls the backend's operation; log what was done.
 
     Known kinds are the RMSNorm of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, and their MLP where it gates with
-    SiLU, under peft's wrappers too. All other modules keep their forward, and so does one whose forward somebody else
-    has replaced; those that look like a norm or an MLP are named in the log. Placing again replaces what was placed.
+    SiLU or GELU, under peft's wrappers too. All other modules keep their forward, and so does one whose forward
+    somebody else has replaced; those that look like a norm or an MLP are named in the log. Placing again replaces what
+    was placed.
 
     Args:
         model: the model; changed in place, its parameters and their names not.
@@ -94,6 +101,7 @@ def _forward_for(module: Module, backend: Backend) -> tuple[str, Forward | None]
     name = type(module).__name__
     if name in _NORMS:
         return "rms_norm", _norm_forward(backend.kernels.rms_norm, *_NORMS[name])
-    if name in _GATED_MLPS and type(module.act_fn).__name__ in _SILU:
-        return "swiglu", _gated_forward(backend.kernels.swiglu)
+    if name in _GATED_MLPS and type(module.act_fn).__name__ in _GATES:
+        operation, options = _GATES[type(module.act_fn).__name__]
+        return operation, _gated_forward(getattr(backend.kernels, operation), **options)
     return "", None

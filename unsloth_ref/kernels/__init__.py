@@ -3,8 +3,12 @@
 Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, V vocabulary.
 """
 
+from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.geglu import geglu
+from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.rms_norm import rms_norm
+from unsloth_ref.kernels.rope import rope
 from unsloth_ref.kernels.swiglu import swiglu
 
-__all__ = ["cross_entropy", "rms_norm", "swiglu"]
+__all__ = ["add_rms_norm", "cross_entropy", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]

@@ -35,9 +35,17 @@ def rms_norm(
     """
     checks.norm_arguments(x, weight, eps)
     checks.one_of("casting", casting, ("llama", "gemma"))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.to(wide)  # once: two casts would round the gradient of x twice and add in x.dtype
+    return normalised(widened(x), weight, eps, offset, casting, x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """X in the dtype that it is computed in; called once a tensor, as each cast rounds its own part of a gradient."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def normalised(rows: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting, dtype: torch.dtype) -> Tensor:
+    """The norm of rows of this dtype, widened."""
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     if casting == "llama":
-        normed = normed.to(x.dtype)
-    return (normed.to(wide) * (weight.to(wide) + offset)).to(x.dtype)
+        normed = normed.to(dtype)
+    return (normed.to(rows.dtype) * (weight.to(rows.dtype) + offset)).to(dtype)

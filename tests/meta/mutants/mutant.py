@@ -27,7 +27,7 @@ def one(old: str, new: str, *laws: str, dtype: str = "float32") -> Mutant:
 
 # Without its guard, a derivative of the gradient is silently zero.
 LYING = (
-    "return tuple(None if r is None else Undifferentiable.apply(r, grad_output, *saved) for r in results)",
+    "return tuple(None if r is None else Undifferentiable.apply(r, *grad_outputs, *saved) for r in results)",
     "return results",
     "double_backward",
 )

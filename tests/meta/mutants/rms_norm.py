@@ -14,7 +14,9 @@ TABLE = {
     "eps_outside_the_root": one("tl.sqrt_rn(mean + eps)", "(tl.sqrt_rn(mean) + eps)", "value"),
     "eps_hard_coded": one("mean + eps", "mean + 1e-6", "value"),
     "mean_over_one_less": one(
-        "tl.sum(squares, 1, keep_dims=True) / columns", "tl.sum(squares, 1, keep_dims=True) / (columns - 1)", "value"
+        "quotient(tl.sum(squares, 1, keep_dims=True), columns)",
+        "quotient(tl.sum(squares, 1, keep_dims=True), columns - 1)",
+        "value",
     ),
     "weight_one_column_off": one(
         "weight_ptr + column * weight_stride, column < columns",
@@ -27,8 +29,8 @@ TABLE = {
         "squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"
     ),
     "gradient_mean_scaled": one(
-        "tl.sum(g * normed, 1, keep_dims=True) / columns",
-        "tl.sum(g * normed, 1, keep_dims=True) / columns * 1.03",
+        "quotient(tl.sum(g * normed, 1, keep_dims=True), columns)",
+        "quotient(tl.sum(g * normed, 1, keep_dims=True), columns) * 1.03",
         "gradients",
     ),
     "dweight_without_the_last_row": one(
@@ -36,7 +38,7 @@ TABLE = {
         "dweight += tl.sum(tl.where(row < rows - 1, dy * rounded(normed, dtype, LLAMA), 0.0), 0, keep_dims=True)",
         "gradients",
     ),
-    "dweight_tail_unwritten": one("sums = cdiv(columns, width)", "sums = columns // width", "uninitialised"),
+    "dweight_tail_unwritten": one("return cdiv(columns, width)", "return columns // width", "uninitialised"),
     "long_rows_cut_short": one(
         "range(COLUMNS, columns, COLUMNS)", "range(COLUMNS, columns - COLUMNS + 1, COLUMNS)", "extents"
     ),
@@ -46,17 +48,17 @@ TABLE = {
         "rows, columns, columns, 1, *weight.stride(), eps",
         "layouts",
     ),
-    "grad_output_read_as_contiguous": one("(*dy.stride(), *x.stride()", "(columns, 1, *x.stride()", "layouts"),
+    "grad_output_read_as_contiguous": one("(*dy.stride(), *dsum.stride()", "(columns, 1, *dsum.stride()", "layouts"),
     "dx_lost_with_a_frozen_weight": one("dx if need_dx else None", "dx if need_dweight else None", "gradients"),
     "rows_mixed": one(
-        "mean = tl.sum(g * normed, 1, keep_dims=True) / columns",
-        "mean = tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True) / columns",
+        "mean = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)",
+        "mean = quotient(tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True), columns)",
         "row_independence",
     ),
     "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),
     "saved_tensor_used_up": one(
-        "    if need_dweight:\n        height",
-        "    rstd.data.zero_()\n    if need_dweight:\n        height",
+        "    if need_dweight:\n        sums",
+        "    rstd.data.zero_()\n    if need_dweight:\n        sums",
         "retained_backward",
     ),
     "second_derivative_zero": one(*LYING),

@@ -3,16 +3,17 @@
 from tests.meta.mutants.mutant import LYING, one
 
 TABLE = {
-    "up_for_gate_in_the_sigmoid": one("sigmoid, _ = sigmoids(gate)", "sigmoid, _ = sigmoids(up)", "value"),
-    "gelu_constant": one("sigmoid, _ = sigmoids(gate)", "sigmoid, _ = sigmoids(1.702 * gate)", "value"),
-    "activation_in_float16": one("gate * sigmoid * up", "(gate * sigmoid).to(tl.float16).to(tl.float32) * up", "value"),
-    "ln2_in_three_digits": one("x - whole * 0.693359375", "x - whole * 0.693", "value"),
+    "up_for_gate_in_the_sigmoid": one("share, _ = share_and_slope(gate,", "share, _ = share_and_slope(up,", "value"),
+    "gelu_constant": one("sigmoids(gate)", "sigmoids(1.702 * gate)", "value"),
+    "activation_in_float16": one("gate * share * up", "(gate * share).to(tl.float16).to(tl.float32) * up", "value"),
+    "ln2_in_three_digits": one("bounded - whole * 0.693359375", "bounded - whole * 0.693", "value"),
     "dgate_without_the_derivative_of_the_sigmoid": one("(1.0 + gate * complement)", "1.0", "gradients"),
-    "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * sigmoid)", "gradients"),
-    "dup_without_gate": one("dy * (gate * sigmoid)", "dy * sigmoid", "gradients"),
-    "dup_scaled": one("dy * (gate * sigmoid)", "dy * (gate * sigmoid) * 1.03", "gradients"),
+    "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * share)", "gradients"),
+    "dup_without_gate": one("dy * (gate * share)", "dy * share", "gradients"),
+    "dup_scaled": one("dy * (gate * share)", "dy * (gate * share) * 1.03", "gradients"),
+    "reciprocal_of_one_step": one("return found + found * (1.0 - x * found)", "return found", "value"),
     "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
-    "needs_swapped": one("need_dgate, need_dup = ctx", "need_dup, need_dgate = ctx", "gradients"),
+    "needs_swapped": one("need_dgate, need_dup, _ = ctx", "need_dup, need_dgate, _ = ctx", "gradients"),
     "stored_past_the_end": one(
         "dup.to(dup_ptr.dtype.element_ty), inside",
         "dup.to(dup_ptr.dtype.element_ty), (row < rows) & (column <= columns)",
@@ -26,7 +27,7 @@ TABLE = {
     ),
     "last_rows_skipped": one("cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"),
     "gradients_over_the_inputs": one(
-        "dgate, dup = swiglu_backward_fake(dy, gate, up, need_dgate, need_dup)",
+        "dgate, dup = gated_backward_fake(dy, gate, up, activation, need_dgate, need_dup)",
         "dgate, dup = gate, up",
         "inputs_untouched",
     ),

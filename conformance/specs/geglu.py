@@ -1,0 +1,89 @@
+"""Gated activation with GELU."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from conformance.case import Draw
+from conformance.gates import UNIT_FLOAT32
+from conformance.spec import Call, ErrorCase, Inputs, Spec, columns, nbytes, rows
+
+
+def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
+    return {"gate": draw.rows(rows, hidden), "up": draw.rows(rows, hidden)}
+
+
+def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the gate that passes, how it grows with the gate, and |exponent|, whose roundings both carry."""
+    x = call.inputs["gate"]
+    if call.options.get("approximate", "none") == "none":
+        share = torch.special.erfc(-x / math.sqrt(2)) / 2
+        return share, torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
+    twice = 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x.square())
+    share = torch.sigmoid(twice)
+    growth = share * torch.sigmoid(-twice) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
+    return share, growth, twice.abs()
+
+
+def _cancelled(call: Call, value: Tensor) -> Tensor:
+    """What float32 leaves of a small value that is 1 - something, whatever the dtype: one rounding of 1, or nothing."""
+    return torch.clamp(value / UNIT_FLOAT32, max=1.0) * (UNIT_FLOAT32 / call.unit)
+
+
+def _activation_terms(call: Call, factor: Tensor) -> Tensor:
+    """The share is written as (1 + erf) / 2 or (1 + tanh) / 2, and the activation may lie below the normal numbers."""
+    x = call.inputs["gate"]
+    share, _, exponent = _curve(call)
+    size = share * (1 + exponent) + _cancelled(call, share)
+    return (x * size * factor).abs() + 2 * call.smallest * factor.abs()
+
+
+def _gate_terms(call: Call) -> Tensor:
+    """The derivative changes sign: (1 + erf) / 2 + gate growth, in any order; a growth is written with 1 - tanh^2."""
+    x = call.inputs["gate"]
+    share, growth, exponent = _curve(call)
+    size = share + x.abs() * growth
+    size = size * (1 + exponent) + _cancelled(call, size)
+    if call.options.get("approximate", "none") == "tanh":
+        square = torch.sigmoid(2 * math.sqrt(2 / math.pi) * x.abs() * (1 + 0.044715 * x.square()))
+        square = 4 * square * (1 - square)  # 1 - tanh^2
+        size = size + _cancelled(call, square) * x.abs() * (1 + 3 * 0.044715 * x.square())
+    return ((call.grad_outputs[0] * call.inputs["up"]).abs() + 2 * call.smallest) * size
+
+
+spec = Spec(
+    op="geglu",
+    sizes={"rows": rows, "hidden": columns},
+    options={"approximate": ["none", "tanh"]},
+    fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
+    build=_build,
+    outputs=["y"],
+    grads=["gate", "up"],
+    rowwise=["gate", "up"],
+    roundings=2,  # the activation on the way out, dy times up on the way back; and one for whoever rounds the share
+    terms={
+        "y": lambda call: _activation_terms(call, call.inputs["up"]),
+        "up": lambda call: _activation_terms(call, call.grad_outputs[0]),
+        "gate": _gate_terms,
+    },
+    kinds={
+        "no leading dimension": lambda i, o: ({n: t[0] for n, t in i.items()}, o),
+        "two leading dimensions": lambda i, o: ({n: t.unflatten(0, (2, -1)) for n, t in i.items()}, o),
+    },
+    bytes=lambda inputs: (3 * nbytes(inputs["gate"]), 5 * nbytes(inputs["gate"])),
+    bench={
+        "tanh": {"rows": 8192, "hidden": 8192, "approximate": "tanh"},
+        "none": {"rows": 8192, "hidden": 8192},
+        "gemma-2-9b": {"rows": 8192, "hidden": 14336, "approximate": "tanh"},
+    },
+    errors=[
+        ErrorCase(
+            "up is one column short", lambda i, o: ({**i, "up": i["up"][..., :-1]}, o), ValueError, "up", senseless=True
+        ),
+        ErrorCase("up would broadcast", lambda i, o: ({**i, "up": i["up"][:1]}, o), ValueError, "up"),
+        ErrorCase("up has another dtype", lambda i, o: ({**i, "up": i["up"].double()}, o), TypeError, "up"),
+        ErrorCase("gate is integer", lambda i, o: ({n: t.long() for n, t in i.items()}, o), TypeError, "gate"),
+        ErrorCase("approximate is unknown", lambda i, o: (i, {**o, "approximate": "erf"}), ValueError, "approximate"),
+    ],
+)

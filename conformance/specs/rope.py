@@ -1,0 +1,201 @@
+"""Rotary position embedding of queries and keys."""
+
+from collections.abc import Callable
+from math import pi
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from conformance.case import Draw
+from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, nbytes
+
+ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
+
+
+def _build(
+    draw: Draw, batch: int, heads: int, kv_heads: int, length: int, rotary: int, rest: int, table: int
+) -> Inputs:
+    """Angles of every size, one for two columns; without a table (table=0) each token of each sequence has its own."""
+    generator = Generator().manual_seed(draw.case.seed)
+    rows = (table,) if table else (batch, length)
+    angles = 2 * pi * torch.rand((*rows, rotary // 2), generator=generator, dtype=torch.float64)
+    angles = torch.cat([angles, angles], -1)
+    inputs = {
+        "q": draw.rows(batch, heads, length, rotary + rest),
+        "k": draw.rows(batch, kv_heads, length, rotary + rest),
+    }
+    inputs |= {"cos": draw.place(angles.cos()), "sin": draw.place(angles.sin())}
+    if table:
+        positions = torch.randint(table, (batch, length), generator=generator)
+        positions.view(-1)[:2] = torch.tensor([table - 1, 0])[: positions.numel()]
+        inputs["positions"] = draw.lay_out(positions)
+    return inputs
+
+
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Columns as the width of heads up to 256, then as the length of a sequence; heads in every ratio."""
+    rotary = max(2, min(columns, 256) // 2 * 2)
+    rest = columns % 2 if columns > 2 else 0
+    return rows, 1 + columns % 4, 1 + columns % 3, 1 + min(columns // 64, 2), rotary, rest, 0
+
+
+def _angles(call: Call, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token, 1 and 0 for the columns that do not turn, without their signs."""
+    cos, sin = call.inputs["cos"], call.inputs["sin"]
+    if "positions" in call.inputs:
+        cos, sin = cos[call.inputs["positions"]], sin[call.inputs["positions"]]
+    rest = like.shape[-1] - cos.shape[-1]
+    pad = torch.nn.functional.pad
+    return pad(cos, (0, rest), value=1.0)[:, None].abs(), pad(sin, (0, rest))[:, None].abs()
+
+
+def _other_half(values: Tensor, rotary: int) -> Tensor:
+    """The halves of the columns that turn, exchanged."""
+    first, second, rest = values.split([rotary // 2, rotary // 2, values.shape[-1] - rotary], -1)
+    return torch.cat([second, first, rest], -1)
+
+
+def _forward_terms(call: Call, x: Tensor) -> Tensor:
+    """A sum of two products: |x cos| + |x' sin|, x' the other half."""
+    cos, sin = _angles(call, x)
+    return x.abs() * cos + _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin
+
+
+def _backward_terms(call: Call, dy: Tensor) -> Tensor:
+    """|dy cos| + |(dy sin)'|."""
+    cos, sin = _angles(call, dy)
+    return dy.abs() * cos + _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1])
+
+
+def _halves_that_differ(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """The second halves of cos and sin turn by another angle."""
+    return {**inputs, **{name: inputs[name].cumsum(-1).cos() for name in ("cos", "sin")}}, options
+
+
+def _by_table(
+    inputs: Inputs, options: Options, batch: int | None = None, dtype: torch.dtype = torch.int64
+) -> tuple[Inputs, Options]:
+    """Every token has the row of its position, last positions first."""
+    sequences, _, length, _ = inputs["q"].shape
+    positions = torch.arange(length, device=inputs["q"].device, dtype=dtype).flip(0).expand(batch or sequences, length)
+    return {**inputs, "cos": inputs["cos"][0], "sin": inputs["sin"][0], "positions": positions}, options
+
+
+def _change(**changes: Any) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """A mistake: other tensors, made from the right ones."""
+    return lambda i, o: ({**i, **{name: change(i) for name, change in changes.items()}}, o)
+
+
+def _bench(batch: int, length: int, width: int) -> dict[str, int]:
+    return {
+        "batch": batch, "heads": 32, "kv_heads": 8, "length": length, "rotary": width, "rest": 0, "table": 0,
+    }  # fmt: skip
+
+
+spec = Spec(
+    op="rope",
+    sizes={
+        "batch": lambda budget: st.integers(1, max(1, min(budget, 3))),
+        "heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
+        "kv_heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
+        "length": lambda budget: st.integers(1, max(1, min(budget, 2))),
+        "rotary": lambda budget: st.sampled_from(ROTARY),
+        "rest": lambda budget: st.sampled_from([0, 0, 1, 16, 33]),
+        "table": lambda budget: st.sampled_from([0, 1, 7, 40]),
+    },
+    shape=_shape,
+    fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+    build=_build,
+    outputs=["rotated_q", "rotated_k"],
+    grads=["q", "k"],
+    rowwise=["q", "k"],
+    roundings=1,  # each product, before their sum
+    terms={
+        "rotated_q": lambda call: _forward_terms(call, call.inputs["q"]),
+        "rotated_k": lambda call: _forward_terms(call, call.inputs["k"]),
+        "q": lambda call: _backward_terms(call, call.grad_outputs[0]),
+        "k": lambda call: _backward_terms(call, call.grad_outputs[1]),
+    },
+    kinds={
+        "halves that differ": _halves_that_differ,
+        "one cos and sin for all sequences": lambda i, o: ({**i, "cos": i["cos"][:1], "sin": i["sin"][:1]}, o),
+        "cos and sin in float32": lambda i, o: ({**i, "cos": i["cos"].float(), "sin": i["sin"].float()}, o),
+        "a table": _by_table,
+        "a table and one row of positions": lambda i, o: _by_table(i, o, batch=1),
+        "positions of 32 bits": lambda i, o: _by_table(i, o, dtype=torch.int32),
+    },
+    bytes=lambda inputs: (
+        2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
+        2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
+    ),
+    bench={
+        "llama-3.1-8b": _bench(4, 2048, 128),
+        "llama-3.2-1b": _bench(4, 2048, 64),
+        "long": _bench(1, 16384, 128),
+    },
+    errors=[
+        ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", senseless=True),
+        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", senseless=True),
+        ErrorCase("q is a cube", _change(q=lambda i: i["q"][0]), ValueError, "q"),
+        ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
+        ErrorCase("q is integer", _change(q=lambda i: i["q"].long(), k=lambda i: i["k"].long()), TypeError, "q"),
+        ErrorCase(
+            "cos is wider than q",
+            _change(cos=lambda i: i["cos"].repeat(1, 1, 2), sin=lambda i: i["sin"].repeat(1, 1, 2)),
+            ValueError,
+            "cos",
+            senseless=True,
+        ),
+        ErrorCase(
+            "cos has an odd number of columns",
+            _change(cos=lambda i: i["cos"][..., 1:], sin=lambda i: i["sin"][..., 1:]),
+            ValueError,
+            "cos",
+            senseless=True,
+        ),
+        ErrorCase(
+            "cos is of another length",
+            _change(cos=lambda i: i["cos"].repeat(1, 3, 1), sin=lambda i: i["sin"].repeat(1, 3, 1)),
+            ValueError,
+            "cos",
+            senseless=True,
+        ),
+        ErrorCase(
+            "sin is narrower than cos", _change(sin=lambda i: i["sin"][..., :-2]), ValueError, "sin", senseless=True
+        ),
+        ErrorCase("cos is integer", _change(cos=lambda i: i["cos"].long()), TypeError, "cos"),
+        ErrorCase("cos is a table without positions", _change(cos=lambda i: i["cos"][0]), ValueError, "cos"),
+        ErrorCase("cos is trained", _change(cos=lambda i: i["cos"].clone().requires_grad_()), ValueError, "cos"),
+        ErrorCase(
+            "a position is the table's length",
+            lambda i, o: _change(positions=lambda j: j["positions"] + 1)(*_by_table(i, o)),
+            ValueError,
+            "positions",
+            senseless=True,
+            device="cpu",
+        ),
+        ErrorCase(
+            "a position is negative",
+            lambda i, o: _change(positions=lambda j: j["positions"] - 1 - j["positions"].max())(*_by_table(i, o)),
+            ValueError,
+            "positions",
+            device="cpu",
+        ),
+        ErrorCase(
+            "positions are floats",
+            lambda i, o: _change(positions=lambda j: j["positions"].float())(*_by_table(i, o)),
+            TypeError,
+            "positions",
+            senseless=True,
+        ),
+        ErrorCase(
+            "positions are too many",
+            lambda i, o: _change(positions=lambda j: j["positions"].repeat(1, 3))(*_by_table(i, o)),
+            ValueError,
+            "positions",
+            senseless=True,
+        ),
+    ],
+)

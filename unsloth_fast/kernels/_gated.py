@@ -1,0 +1,228 @@
+"""Gated activations: what swiglu and geglu share, which is all but the curve.
+
+    y = a * up      dgate = dy * up * a'      dup = dy * a      with a = gate * share(gate)
+
+    silu    share = sigmoid(gate)                                   a' = share * (1 + gate * (1 - share))
+    gelu    share = Phi(gate), the normal distribution              a' = share + gate * exp(-gate^2 / 2) / sqrt(2 pi)
+    tanh    share = sigmoid(2 z), z = c (gate + 0.044715 gate^3)    a' = share * (1 + gate * (1 - share) * 2 z')
+
+c = sqrt(2 / pi); sigmoid(2 z) is (1 + tanh z) / 2 without its cancellation, and so is the tail of the normal
+distribution that Phi is computed from. Saved: gate and up. All arithmetic is float32, with one rounding at each store.
+Bytes moved, for M x F elements of b bytes: 3MFb forward (gate, up; y), 5MFb backward (dy, gate, up; dgate, dup).
+Contiguous tensors are one long row; others, such as the two halves of one projection, are read by their strides.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import Tile, cdiv, first_order, launch, register, rows_of, tile
+
+
+@triton.jit
+def exp_of_negative(x):
+    """exp(x) for x <= 0 to a few ulp, 0 below the normal numbers.
+
+    exp2(x * log2(e)) alone would lose |x| ulp to the rounding of its argument. Splitting it with a floor and a second
+    exp2 would not, but these run at an eighth of the rate of a product, and would take as long as the memory does.
+    """
+    bounded = tl.maximum(x, -87.0)
+    shifted = bounded * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23 leaves the nearest whole number in the low bits
+    whole = shifted - 12582912.0
+    # ln 2 = 0.693359375 - 2.1219444e-4; the first has 10 bits, so its product with a small integer is exact
+    rest = (bounded - whole * 0.693359375) + whole * 2.1219444005469057e-4
+    power = tl.exp2(rest * 1.4426950408889634)
+    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)  # power * 2^whole
+    return tl.where(x < -87.0, 0.0, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for 1 <= x <= 2 in six products; a division, which looks after the whole range, takes eight and a rcp.
+
+    Off by T3(2x - 3) / 99, the least for a parabola (T3: Chebyshev's polynomial), then 1e-4 and 1e-8 by Newton's steps.
+    """
+    found = (0.32323232323232326 * x - 1.4545454545454546) * x + 2.121212121212121
+    found += found * (1.0 - x * found)
+    return found + found * (1.0 - x * found)
+
+
+@triton.jit
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), each without cancellation."""
+    small = exp_of_negative(-tl.abs(x))
+    larger = reciprocal(1.0 + small)
+    smaller = small * larger
+    return tl.where(x >= 0, larger, smaller), tl.where(x >= 0, smaller, larger)
+
+
+@triton.jit
+def normal_distribution(x):
+    """Phi(x), the share of a standard normal below x, and exp(-x^2 / 2).
+
+    The tail Phi(-|x|) is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |x|), fitted by least relative error on
+    |x| <= 13.3, where the exponential ends: off by 6e-8, and with the roundings of float32 by 4e-7.
+    """
+    density = exp_of_negative(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.3 * tl.abs(x))
+    tail = 0.03831204026937485 * t - 0.16884352266788483
+    tail = tail * t + 0.22799241542816162
+    tail = tail * t - 0.0757412388920784
+    tail = tail * t + 0.14200572669506073
+    tail = tail * t + 0.09490979462862015
+    tail = tail * t + 0.12186227738857269
+    tail = tail * t + 0.11949585378170013
+    tail = (tail * t + 6.687763743684627e-06) * density
+    return tl.where(x >= 0, 1.0 - tail, tail), density
+
+
+@triton.jit
+def share_and_slope(gate, ACTIVATION: tl.constexpr):
+    """a / gate and a'; what is not used is not computed."""
+    if ACTIVATION == "gelu":
+        share, density = normal_distribution(gate)
+        slope = share + gate * (density * 0.3989422804014327)
+    elif ACTIVATION == "silu":
+        share, complement = sigmoids(gate)
+        slope = share * (1.0 + gate * complement)
+    else:
+        square = tl.minimum(gate * gate, 1e9)  # above it the sigmoids are 0 and 1; its cube is still finite
+        share, complement = sigmoids(gate * (1.5957691216057308 + 0.07135481282052102 * square))
+        slope = share * (1.0 + gate * complement * (1.5957691216057308 + 0.21406443846156306 * square))
+    return share, slope
+
+
+@triton.jit
+def tile_indices(tiles_a_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows [ROWS, 1] and columns [1, COLUMNS], int64, of this program's tile, tiles counted row by row."""
+    program = tl.program_id(0)
+    row = (program // tiles_a_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (program % tiles_a_row).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    return row[:, None], column[None, :]
+
+
+@triton.jit
+def gated_forward_kernel(
+    gate_ptr, up_ptr, y_ptr, rows, columns, tiles_a_row, gate_row, gate_column, up_row, up_column,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y for one tile."""
+    row, column = tile_indices(tiles_a_row, ROWS, COLUMNS)
+    inside = (row < rows) & (column < columns)
+    gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row + column * up_column, inside, other=0.0).to(tl.float32)
+    share, _ = share_and_slope(gate, ACTIVATION)
+    y = gate * share * up
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def gated_backward_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
+    rows, columns, tiles_a_row, dy_row, dy_column, gate_row, gate_column, up_row, up_column,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NEED_DGATE: tl.constexpr, NEED_DUP: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are needed, for one tile."""
+    row, column = tile_indices(tiles_a_row, ROWS, COLUMNS)
+    inside = (row < rows) & (column < columns)
+    dy = tl.load(dy_ptr + row * dy_row + column * dy_column, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)
+    share, slope = share_and_slope(gate, ACTIVATION)
+    if NEED_DGATE:
+        up = tl.load(up_ptr + row * up_row + column * up_column, inside, other=0.0).to(tl.float32)
+        dgate = dy * up * slope
+        tl.store(dgate_ptr + row * columns + column, dgate.to(dgate_ptr.dtype.element_ty), inside)
+    if NEED_DUP:
+        dup = dy * (gate * share)
+        tl.store(dup_ptr + row * columns + column, dup.to(dup_ptr.dtype.element_ty), inside)
+
+
+def as_matrices(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as matrices of one shape: a single row if all are contiguous, else [rows, F]."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(1, -1) for tensor in tensors]
+    return [rows_of(tensor) for tensor in tensors]
+
+
+def tiling(matrix: Tensor) -> tuple[Tile, int, int]:
+    """The tile for a matrix, and how many cover a row and all of it. 16 elements a thread are two 16-byte loads."""
+    shape = tile(matrix.shape[1], elements=2048, widest=2048, per_thread=16)
+    tiles_a_row = cdiv(matrix.shape[1], shape.columns)
+    return shape, tiles_a_row, cdiv(matrix.shape[0], shape.rows) * tiles_a_row
+
+
+def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y, new and contiguous."""
+    y = gate.new_empty(gate.shape)
+    if gate.numel() == 0:
+        return y
+    gate, up = as_matrices(gate, up)
+    shape, tiles_a_row, programs = tiling(gate)
+    launch(
+        gated_forward_kernel, programs, gate, gate, up, y, *gate.shape, tiles_a_row, *gate.stride(), *up.stride(),
+        ACTIVATION=activation, ROWS=shape.rows, COLUMNS=shape.columns, num_warps=shape.warps,
+    )  # fmt: skip
+    return y
+
+
+def gated_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """dgate and dup, new and contiguous; one that is not needed is empty."""
+    dgate, dup = gated_backward_fake(dy, gate, up, activation, need_dgate, need_dup)
+    if gate.numel() == 0:
+        return dgate, dup
+    dy, gate, up = as_matrices(dy, gate, up)
+    shape, tiles_a_row, programs = tiling(gate)
+    launch(
+        gated_backward_kernel, programs, gate, dy, gate, up, dgate, dup,
+        *gate.shape, tiles_a_row, *dy.stride(), *gate.stride(), *up.stride(), ACTIVATION=activation,
+        ROWS=shape.rows, COLUMNS=shape.columns, NEED_DGATE=need_dgate, NEED_DUP=need_dup, num_warps=shape.warps,
+    )  # fmt: skip
+    return dgate, dup
+
+
+def gated_forward_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y, unfilled."""
+    return gate.new_empty(gate.shape)
+
+
+def gated_backward_fake(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """dgate and dup, unfilled."""
+    return gate.new_empty(gate.shape if need_dgate else 0), up.new_empty(up.shape if need_dup else 0)
+
+
+forward_op = register(
+    "gated_forward(Tensor gate, Tensor up, str activation) -> Tensor", gated_forward, gated_forward_fake
+)
+backward_op = register(
+    "gated_backward(Tensor dy, Tensor gate, Tensor up, str activation, bool need_dgate, bool need_dup) "
+    "-> (Tensor, Tensor)",
+    gated_backward,
+    gated_backward_fake,
+)
+
+
+class Gated(torch.autograd.Function):
+    """Of gate, up, and the activation's name: "silu", "gelu" or "tanh"."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """y."""
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return forward_op(gate, up, activation)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """dgate and dup."""
+        need_dgate, need_dup, _ = ctx.needs_input_grad
+        dgate, dup = backward_op(dy, gate, up, ctx.activation, need_dgate, need_dup)
+        return dgate if need_dgate else None, dup if need_dup else None, None

@@ -1,0 +1,245 @@
+"""Rotary position embedding of queries and keys, the two halves of a head rotated against each other.
+
+    y1 = x1 * cos1 - x2 * sin1      y2 = x2 * cos2 + x1 * sin2
+    dx1 = dy1 * cos1 + dy2 * sin2   dx2 = dy2 * cos2 - dy1 * sin1
+
+One launch rotates q and k: a program takes a token with all of its heads, and reads its row of cos and sin once. The
+backward pass is the same kernel with sin1 and sin2 exchanged and negated, so it can itself be differentiated. Saved:
+cos, sin and positions. All arithmetic is float32, with one rounding at the store. Bytes moved, for M tokens of N + K
+heads of D elements of b bytes: 2M(N+K)Db either way, and cos and sin once.
+
+Results lie in memory as q does, token by token or head by head, so that what follows a transposed view stays a view.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_ref import checks
+
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+@triton.jit
+def load_halves(row_ptr, inside, column, column_stride, half, other):
+    """Both halves of a row [1, HALF] in float32, or of the heads [HEADS, HALF] of a token as they are stored."""
+    first = tl.load(row_ptr + column * column_stride, inside, other=other)
+    return first, tl.load(row_ptr + (half + column) * column_stride, inside, other=other)
+
+
+@triton.jit
+def store_rotated(out_ptr, first, second, inside, column, half, cos1, cos2, sin1, sin2):
+    """The rotated halves of the heads of a token, with one rounding."""
+    dtype = out_ptr.dtype.element_ty
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    tl.store(out_ptr + column, (first * cos1 - second * sin1).to(dtype), inside)
+    tl.store(out_ptr + half + column, (second * cos2 + first * sin2).to(dtype), inside)
+
+
+@triton.jit
+def copy_rest(out_ptr, row_ptr, head_inside, column_stride, rotary, rest, REST: tl.constexpr):
+    """The columns that do not turn."""
+    column = tl.arange(0, REST).to(tl.int64)[None, :]
+    inside = head_inside & (column < rest)
+    tl.store(out_ptr + rotary + column, tl.load(row_ptr + (rotary + column) * column_stride, inside), inside)
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
+    length, q_heads, k_heads, steps, units, rest, table,
+    q_batch, q_head, q_token, q_column, k_batch, k_head, k_token, k_column,
+    cos_batch, cos_row, cos_column, sin_batch, sin_row, sin_column, positions_batch, positions_token,
+    TRANSPOSED: tl.constexpr, POSITIONS: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    UNIT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token, Q_HEADS of q and K_HEADS of k a step; 0 of them where they are not asked for.
+
+    Half a head is `units` times UNIT columns: so Triton sees that masks and the second half begin at whole vectors.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // length
+    token = program % length
+    half = units * UNIT
+    width = 2 * half + rest
+    column = tl.arange(0, HALF).to(tl.int64)[None, :]
+    turning = column // UNIT < units
+    row = token
+    known = turning
+    if POSITIONS:
+        row = tl.load(positions_ptr + batch * positions_batch + token * positions_token).to(tl.int64)
+        known = column // UNIT < tl.where((row >= 0) & (row < table), units, 0)  # none of a row outside the table
+    cos_ptr += batch * cos_batch + row * cos_row
+    sin_ptr += batch * sin_batch + row * sin_row
+    cos1, cos2 = load_halves(cos_ptr, known, column, cos_column, half, float("nan"))
+    sin1, sin2 = load_halves(sin_ptr, known, column, sin_column, half, float("nan"))
+    cos1, cos2, sin1, sin2 = cos1.to(tl.float32), cos2.to(tl.float32), sin1.to(tl.float32), sin2.to(tl.float32)
+    if TRANSPOSED:
+        sin1, sin2 = -sin2, -sin1
+    q_ptr += batch * q_batch + token * q_token
+    k_ptr += batch * k_batch + token * k_token
+    if TOKEN_MAJOR:
+        q_out_ptr += program * q_heads * width
+        k_out_ptr += program * k_heads * width
+        spacing = 1
+    else:
+        q_out_ptr += (batch * q_heads * length + token) * width
+        k_out_ptr += (batch * k_heads * length + token) * width
+        spacing = length
+    for step in range(0, steps):
+        # All loads before the first store, behind which the compiler cannot move them.
+        if Q_HEADS:
+            head = (step * Q_HEADS + tl.arange(0, Q_HEADS)).to(tl.int64)[:, None]
+            q_known = head < q_heads
+            q_rows, q_outs = q_ptr + head * q_head, q_out_ptr + head * width * spacing
+            q1, q2 = load_halves(q_rows, q_known & turning, column, q_column, half, 0.0)
+        if K_HEADS:
+            head = (step * K_HEADS + tl.arange(0, K_HEADS)).to(tl.int64)[:, None]
+            k_known = head < k_heads
+            k_rows, k_outs = k_ptr + head * k_head, k_out_ptr + head * width * spacing
+            k1, k2 = load_halves(k_rows, k_known & turning, column, k_column, half, 0.0)
+        if Q_HEADS:
+            store_rotated(q_outs, q1, q2, q_known & turning, column, half, cos1, cos2, sin1, sin2)
+            if REST:
+                copy_rest(q_outs, q_rows, q_known, q_column, 2 * half, rest, REST)
+        if K_HEADS:
+            store_rotated(k_outs, k1, k2, k_known & turning, column, half, cos1, cos2, sin1, sin2)
+            if REST:
+                copy_rest(k_outs, k_rows, k_known, k_column, 2 * half, rest, REST)
+
+
+def heads_a_step(x: Tensor | None, half: int) -> int:
+    """Heads of x that a program loads at once, a power of two: all of them, up to 8192 elements."""
+    return 0 if x is None else min(next_power_of_2(x.shape[1]), max(1, 4096 // half))
+
+
+def rope_rotate(
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    transposed: bool,
+    token_major: bool,
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated, or rotated back; empty for None, of which there is at most one."""
+    q_out, k_out = rope_rotate_fake(q, k, cos, sin, positions, transposed, token_major)
+    x = q if q is not None else k
+    assert x is not None
+    if q_out.numel() + k_out.numel() == 0:
+        return q_out, k_out
+    batches, _, length, width = x.shape
+    half = cos.shape[-1] // 2
+    unit = 8 if half % 8 == 0 else 1
+    half_tile = next_power_of_2(half)
+    q_tile, k_tile = heads_a_step(q, half_tile), heads_a_step(k, half_tile)
+    q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
+    warps = max(1, (q_tile + k_tile) * 2 * half_tile // 2048)  # 64 elements a thread: 16 bytes each of k
+    steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
+    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
+    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
+    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
+    launch(
+        rope_kernel, batches * length, x,
+        x if q is None else q, x if k is None else k, cos, sin, cos if positions is None else positions, q_out, k_out,
+        length, q_heads, k_heads, steps, half // unit, width - 2 * half, len(cos),
+        *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
+        TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, UNIT=unit, HALF=half_tile,
+        REST=next_power_of_2(width - 2 * half) if width > 2 * half else 0, Q_HEADS=q_tile, K_HEADS=k_tile,
+        num_warps=min(8, next_power_of_2(warps)),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def rope_rotate_fake(
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    transposed: bool,
+    token_major: bool,
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated, unfilled."""
+
+    def unfilled(x: Tensor | None) -> Tensor:
+        if x is None:
+            return cos.new_empty(0)
+        batches, heads, length, width = x.shape
+        if token_major:
+            return x.new_empty((batches, length, heads, width)).transpose(1, 2)
+        return x.new_empty(x.shape)
+
+    return unfilled(q), unfilled(k)
+
+
+rotate_op = register(
+    "rope_rotate(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool transposed, bool token_major) "
+    "-> (Tensor, Tensor)",
+    rope_rotate,
+    rope_rotate_fake,
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        transposed: bool,
+        token_major: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.set_materialize_grads(False)
+        ctx.transposed, ctx.token_major = transposed, token_major
+        return rotate_op(q, k, cos, sin, positions, transposed, token_major)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        dq, dk = (dq if ctx.needs_input_grad[0] else None), (dk if ctx.needs_input_grad[1] else None)
+        if dq is None and dk is None:
+            return (None,) * 7
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        rotate = _Rope.apply if recorded else rotate_op  # the former can be differentiated again
+        q_grad, k_grad = rotate(dq, dk, cos, sin, positions, not ctx.transposed, ctx.token_major)
+        return None if dq is None else q_grad, None if dk is None else k_grad, *(None,) * 5
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by the angles of their positions.
+
+    Args:
+        q: [B, N, S, D], float16, bfloat16 or float32; computed in float32.
+        k: [B, K, S, D], as q; K has no need to divide N.
+        cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D. A
+            constant: it gets no gradient.
+        sin: as cos.
+        positions: [B or 1, S], int32 or int64: the row of the table for each token.
+
+    Returns:
+        q and k rotated, each in its own shape and dtype; in memory token by token if q is, else contiguous.
+
+    Raises:
+        ValueError: wrong shapes or devices; cos or sin requires a gradient; a position outside the table, on a CPU. On
+            CUDA, and in compiled code, what such a position rotates is NaN instead, unless UNSLOTH_DEBUG=1 asks for
+            the check.
+        TypeError: q is not of a float dtype or is float64, k not of the same, cos or sin neither of that nor float32,
+            positions not int32 or int64.
+        RuntimeError: on a CPU without Triton's interpreter.
+
+    Source: Su 2021, arXiv:2104.09864. Rounded once, where transformers rounds the products too.
+    """
+    checks.rope_arguments(q, k, cos, sin, positions)
+    check_runnable("q", q)
+    if positions is not None and checks.must_read_labels(positions):
+        checks.positions_in_table(positions, len(cos))
+    return _Rope.apply(q, k, cos, sin, positions, False, q.stride(1) < q.stride(2))
