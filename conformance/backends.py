@@ -7,17 +7,16 @@ import pkgutil
 import sys
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 import unsloth_ref.kernels
+from conformance.peers import Absent
 from conformance.trial import BackendError, Function, Raised, describe
 
 OPERATIONS = tuple(unsloth_ref.kernels.__all__)
-PEERS = ("liger",)
-NAMES = ("fast", "reference", "compile", *PEERS)
+PEERS = ("compile", "torch", "liger", "unsloth", "cce")
+NAMES = ("fast", "reference", *PEERS)
+COMPILED_OR_EAGER = ("reference", "compile", "torch")  # no Triton of their own: on a CPU torch.compile writes C++
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ def load(name: str, device: str) -> Judged:
         device: "cpu" runs Triton kernels in its interpreter, which is chosen here, before triton is imported.
 
     Raises:
+        Absent: a peer's package is not installed.
         BackendError: it cannot be imported, or defines no operation.
     """
     if device == "cpu":
@@ -55,14 +55,15 @@ def load(name: str, device: str) -> Judged:
         op: getattr(namespace, op) for namespace in [_namespace(name)] for op in OPERATIONS if hasattr(namespace, op)
     }
     if not functions:
-        raise BackendError(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
+        kind = Absent if name in PEERS else BackendError  # whose operation the contract has not got yet
+        raise kind(f"backend: {name} defines no operation; the contract has {', '.join(OPERATIONS)}")
     for op, function in functions.items():
         with Raised() as raised:
             inspect.signature(function)
         if raised.error is not None:
             raise BackendError(f"backend: {name}.{op} is no function with a signature: {describe(raised.error)}")
-    # Dynamo imports triton too, but on a CPU what it compiles is C++.
-    interpreted = device == "cpu" and name not in ("reference", "compile") and "triton" in sys.modules
+    # Dynamo imports triton too.
+    interpreted = device == "cpu" and name not in COMPILED_OR_EAGER and "triton" in sys.modules
     return Judged(name, functions, f"{name}{_runs_on(interpreted)}", interpreted)
 
 
@@ -71,23 +72,16 @@ def _namespace(name: str) -> Any:
         return unsloth_ref.kernels
     if name == "fast":
         return importlib.import_module("unsloth_fast.kernels")
-    if name == "compile":
-        # The reference has a size or an option in every call: each is worth a graph of its own.
-        torch._dynamo.config.recompile_limit = 10_000
-        return SimpleNamespace(**{op: _compiled(getattr(unsloth_ref.kernels, op)) for op in OPERATIONS})
     if name in PEERS:
-        return importlib.import_module(f"conformance.peers.{name}")
+        try:
+            return importlib.import_module(f"conformance.peers.{name}")
+        except Absent as absent:
+            raise Absent(f"backend: {name} {absent}") from absent
     with Raised(SystemExit) as raised:
         return pkgutil.resolve_name(name)
     allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
     why = describe(raised.error)
     raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from raised.error
-
-
-def _compiled(function: Function) -> Function:
-    compiled: Any = torch.compile(function)
-    compiled.__wrapped__ = function  # for its signature
-    return compiled
 
 
 def _runs_on(interpreted: bool) -> str:

@@ -4,7 +4,6 @@ Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,14 +14,18 @@ import torch
 
 from conformance import backends, report
 from conformance.backends import Judged
-from conformance.bench.sampler import copy_rate
-from conformance.bench.table import heading, measure, text
+from conformance.bench.card import Card
+from conformance.bench.measure import Bench
+from conformance.bench.table import heading, text, write_json
+from conformance.peers import Absent
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Check, run
 from conformance.search import DTYPES, Result
 from conformance.spec import SpecError, specs
 from conformance.trial import BackendError
+
+BENCHED = "reference,compile,torch,fast"
 
 
 class UsageError(Exception):
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verbs.add_parser("bench", help="time backends against each other on a GPU")
     bench.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
-    bench.add_argument("--backend", default="reference,compile,fast", help="comma-separated (reference,compile,fast)")
+    bench.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"({BENCHED})")
     bench.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the times here")
     bench.set_defaults(verb=_bench)
@@ -103,8 +106,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if not checks:
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
     print(report.heading(judged, device, arguments.profile), flush=True)
+    results: list[Result] = []
+
+    def told(check: Check, result: Result) -> None:
+        table.add(check, result)
+        results.append(result)
+        if arguments.json:  # at every result: a run that is stopped leaves what it found
+            report.write_json(arguments.json, results, judged, device, arguments.profile)
+
     with report.Table(checks, ops, dtypes) as table:
-        done = run(checks, table.add, jobs=arguments.jobs, stop_at_failure=arguments.stop)
+        done = run(checks, told, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [result for _, result in done]
     print()
     if any(result.verdict == "fail" for result in results):
@@ -170,19 +181,37 @@ def _bench(arguments: argparse.Namespace) -> int:
     _known("dtype", [arguments.dtype], list(DTYPES))
     if not torch.cuda.is_available():
         raise UsageError("bench: torch finds no CUDA device, and times without one say nothing about these kernels")
+    specs()
     _demand_writable(arguments.json)
-    names = arguments.backend.split(",")
-    for name in names:
-        backends.load(name, "cuda")
-    copy = copy_rate()
-    print(heading(copy), flush=True)
+    card = Card()  # first: a peer that is imported before CUDA is in use may choose how all others' memory is managed
+    names, absent = _present(arguments.backend.split(","), "cuda")
+    rates, state = card.rates(), card.state()
+    print(heading(card, rates, state), flush=True)
     rows = []
-    for shape in measure(ops, names, arguments.dtype, copy):
+    for shape in Bench(card, rates, names, arguments.dtype).shapes(ops):
         print(text(shape), flush=True)
         rows += shape
-    if arguments.json:
-        arguments.json.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
-    return 1 if any(row.full is None for row in rows) else 0
+        if arguments.json:
+            write_json(arguments.json, rows, card, rates, state, absent)
+    if not rows:
+        raise UsageError(f"backend: none of {', '.join(names)} defines any of {', '.join(ops)}: nothing to time")
+    return 1 if any(row.failed for row in rows) else 0
+
+
+def _present(names: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """The backends that are here, and why others are not: peers may be absent, if not all that was asked for is."""
+    present, absent = [], {}
+    for name in dict.fromkeys(names):
+        try:
+            backends.load(name, device)
+            present.append(name)
+        except Absent as error:
+            absent[name] = str(error)
+    if not present:
+        raise BackendError("; ".join(absent.values()))
+    for why in absent.values():
+        print(f"conformance: {why}: left out", file=sys.stderr)
+    return present, absent
 
 
 def _judged(arguments: argparse.Namespace) -> tuple[str, Judged]:

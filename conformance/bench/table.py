@@ -1,150 +1,138 @@
-"""The table of speeds: every contender on every shape of a spec, judged on the very inputs that are timed."""
+"""What a bench shows: one table a shape, and the same for machines."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-import torch
+from conformance.bench.card import Card, Rates
+from conformance.bench.sampler import Times
+from conformance.report import commit, versions
 
-from conformance import backends
-from conformance.bench.sampler import Times, interleave, matmul_rate, peak_mebibytes
-from conformance.case import Case
-from conformance.gates import Failure
-from conformance.search import DTYPES
-from conformance.spec import Inputs, Spec, specs
-from conformance.trial import Trial, leaf
+Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds
+PACKAGES = ("liger-kernel", "unsloth", "cut-cross-entropy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one shape.
+    """One contender on one shape; times are None where none can be given.
 
     Attributes:
-        forward, full: (20 %, 50 %, 80 %) quantiles in milliseconds; None where the result is not right, except for
-            peers: they are timed as they are, and their deviation is shown.
+        forward, full: of one call, launch included; full is forward and all gradients.
+        device_forward, device_full: of the device alone; None too where a call cannot be held in a CUDA graph.
+        device_backward: what the gradients add: median of device_full less that of device_forward.
         peak_mebibytes: memory at the peak of a full call, above its inputs.
         error_use: share of the error budget used on these inputs.
-        roofline: bytes that must move / copy rate / full time.
-        red: the gate that was broken.
+        roofline: for forward, full, device_forward, device_full and device_backward, bytes that must move over those
+            that the card's copy moves in this time.
+        red: the gate that was broken, on the judged inputs or in the last timed result; or a time below what the bytes
+            need. Only other people's results are timed all the same, and never an impossible time.
+        note: what is unlike the contract although the values are right; or why there is no CUDA graph.
+        failed: whether this is an error of the bench: red and ours, or an impossible time.
+        samples: the times themselves.
     """
 
     op: str
     shape: str
     dtype: str
     backend: str
-    forward: tuple[float, float, float] | None = None
-    full: tuple[float, float, float] | None = None
+    forward: Spread | None = None
+    full: Spread | None = None
+    device_forward: Spread | None = None
+    device_full: Spread | None = None
+    device_backward: float | None = None
     peak_mebibytes: float | None = None
     error_use: float | None = None
-    roofline: float | None = None
+    roofline: dict[str, float] = field(default_factory=dict)
     red: str | None = None
+    note: str | None = None
+    failed: bool = False
+    samples: dict[str, Times] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """As written to JSON."""
-        return asdict(self)
+        """As written to JSON: all but the samples."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
 
 
-def heading(copy: float) -> str:
-    """The card, its two rates, and how times were taken."""
+def heading(card: Card, rates: Rates, state: dict[str, Any]) -> str:
+    """The card, what it does at best, and how times were taken."""
+    clock = f", SM clock {state['sm_clock_mhz']} MHz" if state["sm_clock_mhz"] else ""
     return (
-        f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul_rate() / 1e12:.0f} TFLOP/s,"
-        " cold L2, host launch included, median of interleaved rounds [20 %, 80 %]"
+        f"{card.name}, copy {rates.copy / 1e12:.2f} TB/s, "
+        f"bf16 matmul {rates.matmul / 1e12:.0f} TFLOP/s{clock}\n"
+        "ms, cold L2, median of interleaved rounds [20 %, 80 %]; one call, launch included; device: CUDA graph; "
+        "%: bytes that must move, of the copy's rate"
     )
 
 
-def measure(ops: Sequence[str], names: Sequence[str], dtype: str, copy: float) -> Iterator[list[Row]]:
-    """Time backends against each other, one list of rows a shape.
-
-    Args:
-        ops: operations.
-        names: backends; what one does not define is left out.
-        dtype: of the inputs.
-        copy: bytes a second of the card.
-    """
-    judged = {name: backends.load(name, "cuda") for name in names}
-    for op in ops:
-        spec = specs()[op]
-        trials = {
-            name: Trial(spec, backend.functions[op], DTYPES[dtype], "cuda", source="cuda")
-            for name, backend in judged.items()
-            if op in backend.functions
-        }
-        for shape, sizes in spec.bench.items():
-            case = Case(tuple((name, sizes[name]) for name in spec.sizes))
-            yield _rows(spec, shape, case, dtype, trials, copy)
-
-
-def _rows(spec: Spec, shape: str, case: Case, dtype: str, trials: dict[str, Trial], copy: float) -> list[Row]:
-    shape = f"{shape} {'x'.join(str(size) for _, size in case.sizes)}"
-    inputs = spec.inputs(case, DTYPES[dtype], "cuda", source="cuda")
-    rows = {name: _judge(Row(spec.op, shape, dtype, name), trial, case, inputs) for name, trial in trials.items()}
-    timed = {name: trial for name, trial in trials.items() if rows[name].red is None or name in backends.PEERS}
-    calls = {name: _calls(trial, case, inputs) for name, trial in timed.items()}
-    for forward, full in calls.values():
-        for call in (forward, full, full):
-            call()
-    forward = interleave({name: call for name, (call, _) in calls.items()})
-    full = interleave({name: call for name, (_, call) in calls.items()})
-    least = sum(spec.bytes(inputs)) / copy
-    return [
-        _timed(row, forward[name], full[name], peak_mebibytes(calls[name][1]), least, copy) if name in timed else row
-        for name, row in rows.items()
-    ]
-
-
-def _copies(inputs: Inputs) -> Inputs:
-    """Copies, for a contender that may write over them."""
-    return {name: tensor.clone() for name, tensor in inputs.items()}
-
-
-def _judge(row: Row, trial: Trial, case: Case, inputs: Inputs) -> Row:
-    try:
-        return replace(row, error_use=trial.judge(case, trial.run(case, _copies(inputs)), inputs))
-    except Failure as failure:
-        return replace(row, red=str(failure).split("\n")[0])
-
-
-def _calls(trial: Trial, case: Case, inputs: Inputs) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward pass alone, and with all gradients; inputs are made once and kept."""
-    plain = _copies(inputs)
-    leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in _copies(inputs).items()}
-    wanted = [leaves[name] for name in trial.spec.grads]
-    grad_outputs = trial.grad_outputs(case, trial.call(leaves, {}))
-
-    def forward() -> object:
-        with torch.no_grad():
-            return trial.function(*plain.values())
-
-    def full() -> object:
-        return torch.autograd.grad(trial.function(*leaves.values()), wanted, grad_outputs)
-
-    return forward, full
-
-
-def _timed(row: Row, forward: Times, full: Times, peak: float, least: float, copy: float) -> Row:
-    share = least / (full.median * 1e-3)
-    cached = 2 * torch.cuda.get_device_properties(0).L2_cache_size / copy  # what a pass may leave there for the next
-    if full.median * 1e-3 < least - cached:
-        return replace(row, red=f"{share:.2f} of the roofline: not all the work was done")
-    return replace(row, forward=forward.spread, full=full.spread, peak_mebibytes=peak, roofline=share)
+COLUMNS = (
+    ("forward", 24),
+    ("forward + backward", 29),
+    ("device forward", 16),
+    ("device backward", 17),
+    ("peak MiB", 10),
+    ("error use", 11),
+)
+NAME_WIDTH = 56
 
 
 def text(rows: Sequence[Row]) -> str:
     """One shape as a table."""
+    heads = "".join(f"{name:<{width}}" for name, width in COLUMNS)
     title = f"{rows[0].op} {rows[0].shape} {rows[0].dtype}"
-    lines = [f"{title:<50}{'forward':<24}{'forward + backward':<24}{'peak MiB':<11}{'error use':<12}of roofline"]
-    for row in rows:
-        if row.full is None:
-            lines.append(f"  {row.backend:<48}not timed: {row.red}")
-            continue
-        error = "red" if row.red else f"{100 * (row.error_use or 0):.0f} %"
-        lines.append(
-            f"  {row.backend:<48}{_spread(row.forward):<24}{_spread(row.full):<24}{row.peak_mebibytes or 0:<11.0f}"
-            f"{error:<12}{100 * (row.roofline or 0):.0f} %" + (f"   {row.red}" if row.red else "")
-        )
-    return "\n".join(lines)
+    return "\n".join([f"{title:<{NAME_WIDTH}}{heads}".rstrip(), *(_line(row) for row in rows)])
 
 
-def _spread(times: tuple[float, float, float] | None) -> str:
+def _line(row: Row) -> str:
+    if row.full is None:
+        return f"  {row.backend:<{NAME_WIDTH - 2}}not timed: {row.red}"
+    cells = (
+        _spread(row.forward),
+        f"{_spread(row.full)} {_percent(row, 'full')}",
+        _device(row, "device_forward", row.device_forward and row.device_forward[1]),
+        _device(row, "device_backward", row.device_backward),
+        f"{row.peak_mebibytes or 0:.0f}",
+        "red" if row.red else f"{100 * (row.error_use or 0):.0f} %",
+    )
+    padded = "".join(f"{cell:<{width - 1}} " for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+    return f"  {row.backend:<{NAME_WIDTH - 2}}{padded}{'; '.join(filter(None, (row.red, row.note)))}".rstrip()
+
+
+def _spread(times: Spread | None) -> str:
     low, middle, high = times or (0.0, 0.0, 0.0)
     return f"{middle:.3f} [{low:.3f} {high:.3f}]"
+
+
+def _device(row: Row, key: str, milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.3f} {_percent(row, key)}"
+
+
+def _percent(row: Row, key: str) -> str:
+    """Nothing where the gradients take less than their bytes because the forward pass has done their work."""
+    share = row.roofline.get(key)
+    return "" if share is None else f"{100 * share:3.0f} %"
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], card: Card, rates: Rates, state: dict[str, Any], absent: dict[str, str]
+) -> None:
+    """The same for machines: {"meta": {...}, "results": [a row, ...]}."""
+    meta = {
+        "versions": versions() | {package: _version(package) for package in PACKAGES},
+        "gpu": card.name,
+        **state,
+        "copy_bytes_per_second": rates.copy,
+        "matmul_flops_per_second": rates.matmul,
+        "absent": absent,
+        "commit": commit(),
+    }
+    path.write_text(json.dumps({"meta": meta, "results": [row.as_dict() for row in rows]}, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

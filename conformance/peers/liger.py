@@ -1,31 +1,64 @@
-"""liger-kernel, as its users call it: its own defaults, in place where it is in place.
-
-What it cannot express raises NotImplementedError, and shows as a failure of the law that asked for it.
-"""
+"""liger-kernel."""
 
 from torch import Tensor
 
-from conformance.trial import BackendError
-from unsloth_ref.types import Casting, Reduction
+from conformance.peers import kernels
+from unsloth_ref.types import Approximate, Casting, Reduction
 
-try:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
-except ImportError as missing:
-    raise BackendError("backend: liger needs the package liger-kernel, which is not installed") from missing
+_rms_norm, _add_rms_norm, _layer_norm, _rope, _swiglu, _geglu, _cross_entropy = kernels(
+    "liger-kernel",
+    "liger_kernel.ops.rms_norm:LigerRMSNormFunction",
+    "liger_kernel.ops.fused_add_rms_norm:LigerFusedAddRMSNormFunction",
+    "liger_kernel.ops.layer_norm:LigerLayerNormFunction",
+    "liger_kernel.ops.rope:LigerRopeFunction",
+    "liger_kernel.ops.swiglu:LigerSiLUMulFunction",
+    "liger_kernel.ops.geglu:LigerGELUMulFunction",
+    "liger_kernel.ops.cross_entropy:LigerCrossEntropyFunction",
+)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> Tensor:
     """As LigerRMSNorm: the backward pass writes over grad_output."""
-    return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, True)
+    return _rms_norm.apply(x, weight, eps, offset, casting, True)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Casting = "llama",
+) -> tuple[Tensor, Tensor]:
+    """As LigerFusedAddRMSNorm."""
+    return _add_rms_norm.apply(x, residual, weight, eps, offset, casting, False)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """As LigerLayerNorm."""
+    return _layer_norm.apply(x, weight, bias, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As liger_rotary_pos_emb: both passes write over what they are given, where it lies as they want it."""
+    if positions is not None:
+        raise NotImplementedError("liger-kernel takes no table with positions")
+    return _rope.apply(q, k, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As LigerSwiGLUMLP: the backward pass writes over gate and up."""
-    return LigerSiLUMulFunction.apply(gate, up)
+    return _swiglu.apply(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:
+    """As LigerGEGLUMLP: the backward pass writes over gate and up."""
+    if approximate != "tanh":
+        raise NotImplementedError("liger-kernel has the approximation by tanh alone")
+    return _geglu.apply(gate, up)
 
 
 def cross_entropy(
@@ -43,7 +76,7 @@ def cross_entropy(
     """As LigerCrossEntropyLoss: the forward pass writes the gradient over the logits."""
     if logit_scale != 1.0 or num_items is not None:
         raise NotImplementedError("liger-kernel has neither logit_scale nor num_items")
-    found = LigerCrossEntropyFunction.apply(
+    found = _cross_entropy.apply(
         logits, labels, None, ignore_index, z_loss, label_smoothing, reduction, softcap or None
     )
     return found[0]

@@ -1,0 +1,85 @@
+"""Times of every backend on every shape under pytest-benchmark, for its storage and its comparisons.
+
+    pytest conformance/bench --benchmark-only --benchmark-autosave
+    pytest conformance/bench --benchmark-only --benchmark-compare --benchmark-compare-fail=median:5%
+
+The backends of one shape are timed together, in turns, when the first of their tests asks.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from conformance import backends
+from conformance.bench.card import Card, Rates
+from conformance.bench.measure import Bench
+from conformance.bench.replay import ReplayTimer
+from conformance.bench.table import Row
+from conformance.peers import Absent
+from conformance.spec import specs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+KINDS = ("forward", "full", "device_forward", "device_full")
+TIMER = ReplayTimer()
+
+
+def named(config: pytest.Config) -> list[str]:
+    """The backends asked for."""
+    return str(config.getoption("--backend")).split(",")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test an operation, shape, backend and kind of time; shapes outermost, so that one is done before the next."""
+    shapes = [(op, shape) for op, spec in specs().items() for shape in spec.bench]
+    names = named(metafunc.config)
+    metafunc.parametrize(
+        ("op", "shape", "backend", "kind"),
+        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in KINDS],
+    )
+
+
+@cache
+def measured(bench: Bench, op: str, shape: str) -> dict[str, Row]:
+    """Every backend on one shape, once a process."""
+    return {row.backend: row for row in bench.rows(op, shape)}
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest, card: tuple[Card, Rates, dict[str, Any]]) -> Bench:
+    """The backends that are here."""
+    present = []
+    for name in named(request.config):
+        try:
+            backends.load(name, "cuda")
+            present.append(name)
+        except Absent:
+            continue  # its tests say so
+    return Bench(*card[:2], tuple(present), str(request.config.getoption("--dtype")))
+
+
+@pytest.mark.benchmark(timer=TIMER)
+def test_speed(
+    benchmark: Any,
+    bench: Bench,
+    card: tuple[Card, Rates, dict[str, Any]],
+    op: str,
+    shape: str,
+    backend: str,
+    kind: str,
+) -> None:
+    """Plays the samples; fails where ours are not right, or faster than their bytes can move."""
+    if backend not in bench.names:
+        pytest.skip(f"{backend} is not installed")
+    row = measured(bench, op, shape).get(backend)
+    if row is None:
+        pytest.skip(f"{backend} does not define {op}")
+    if row.failed:
+        pytest.fail(row.red or "not timed")
+    if kind not in row.samples:
+        pytest.skip(row.note or row.red or "not timed")
+    benchmark.group = f"{op} {row.shape} {row.dtype} {kind}"
+    extra = row.as_dict() | {"copy_bytes_per_second": card[1].copy, "sm_clock_mhz": card[2]["sm_clock_mhz"]}
+    benchmark.extra_info.update({key: value for key, value in extra.items() if value is not None})
+    TIMER.play(benchmark, row.samples[kind])

@@ -1,0 +1,68 @@
+"""PyTorch's own operators, without torch.compile: fused where it has a fused one."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unsloth_ref.types import Approximate, Casting, Reduction
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
+) -> Tensor:
+    """As torch.nn.RMSNorm, which rounds once."""
+    if offset or casting != "llama":
+        raise NotImplementedError("torch has neither an offset nor another casting")
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Casting = "llama",
+) -> tuple[Tensor, Tensor]:
+    """A sum, then torch.nn.RMSNorm."""
+    added = x + residual
+    return rms_norm(added, weight, eps, offset=offset, casting=casting), added
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """As torch.nn.LayerNorm."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As transformers' MLP with SiLU."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:
+    """As transformers' MLP with GELU."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+) -> Tensor:
+    """As transformers' loss: in float32; without a valid target the mean is NaN."""
+    if logit_scale != 1.0 or softcap or z_loss:
+        raise NotImplementedError("torch has neither logit_scale nor softcap nor z_loss")
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    how = reduction if num_items is None else "sum"
+    loss = F.cross_entropy(
+        logits.to(wide), labels, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing
+    )
+    return loss if num_items is None else loss / num_items
