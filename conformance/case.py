@@ -199,7 +199,7 @@ class Draw:
         return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
 
     def grad_output(self, like: Tensor) -> Tensor:
-        """Standard normal in the dtype of an output, contiguous; 1 for a scalar under every other seed, as backward() has."""
+        """Standard normal in the dtype of an output, contiguous; for a scalar, under every other seed, 1."""
         if like.ndim == 0 and self.case.seed % 2 == 0:
             return torch.ones_like(like)
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
