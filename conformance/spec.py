@@ -108,6 +108,7 @@ class Spec:
         kinds: other kinds of arguments that are as right, by name: from inputs and options to changed ones.
         consistent: whether options may stand together.
         specials: special values that an input may hold.
+        same_bits: whether outputs have the bits that they have in training where no gradient is wanted.
         shape: its sizes for a law that asks for so many rows of about so many columns.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         bench: sizes worth timing, and options beside them, by name.
@@ -130,6 +131,7 @@ class Spec:
     kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
     specials: Sequence[float] = (nan, inf, -inf)
+    same_bits: bool = True
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
 

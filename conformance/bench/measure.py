@@ -21,7 +21,7 @@ from conformance.trial import Trial
 CACHES = 4  # sets of inputs hold at least this many times the L2 cache, so that none is there when its turn comes
 FEWEST_SETS, MOST_SETS = 2, 16
 NOISE = 1.03  # a median may lie this far from the truth: the copy's own, from run to run on an idle H200, 2 %
-# Reading alone is faster than copying, which turns the bus around: by 1.11 as seen on an H200; its pins could do 1.16.
+# Reading alone may be faster than copying, which turns the bus around: an H200's pins could do 1.16 times as much.
 READING = 1.16
 
 

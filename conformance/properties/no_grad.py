@@ -1,10 +1,10 @@
-"""Under `no_grad` and `inference_mode` results are as right as in training, and nothing is recorded."""
+"""Under `no_grad` and `inference_mode` results are right, with the bits of training, and nothing is recorded."""
 
 import torch
 
 from conformance.case import Case
 from conformance.gates import Failure
-from conformance.trial import Run, Trial, leaf
+from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
 
 SHARE = 0.3
 
@@ -12,11 +12,13 @@ SHARE = 0.3
 def check(trial: Trial, case: Case) -> float:
     """Same inputs, all requiring gradients."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
-    used = 0.0
+    trained, used = Run(detached(trial.call(inputs, trial.options(case))), {}), 0.0
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             outputs = trial.call(inputs, trial.options(case))
         if any(output.requires_grad for output in outputs):
             raise Failure(f"an output requires a gradient under {type(context).__name__}")
+        if trial.spec.same_bits:
+            demand_same_bits(trial.spec, trained, Run(outputs, {}), f"{type(context).__name__} changes the results")
         used = max(used, trial.judge(case, Run(outputs, {})))
     return used

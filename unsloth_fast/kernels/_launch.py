@@ -53,6 +53,14 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H200's where there is no GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
+
+
 def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the tensor's device, in a one-dimensional grid of programs.
 
@@ -89,16 +97,17 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         # Multiply and add in one rounding: Triton's default up to 3.9, not from 3.10.
         compiled = kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
     else:
-        run, function, metadata, constants = found
+        _, run, function, metadata, constants = found
         stream = torch._C._cuda_getCurrentRawStream(index)
         # Without Triton's own hooks, which its profiler Proton sets; those of CUDA see every launch.
         run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
     return None
 
 
-_compiled: dict[tuple[object, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}
+# The kernel itself stands first: it unloads its machine code when nothing holds it.
+_compiled: dict[tuple[object, ...], tuple[Any, Any, Any, Any, tuple[Any, ...]]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +128,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def traced() -> bool:
-    """Whether something traces or records ops: torch.compile, a fake tensor mode, a profiler of operators."""
+    """Whether something traces or records ops: torch.compile, a fake tensor mode, any other TorchDispatchMode."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -7,10 +7,11 @@
     dx = dz * (1 - (z / softcap)^2) * logit_scale
 
 Saved: logits, labels, lse [T] in float32 and the number of items. All arithmetic is float32. Bytes moved, for T x V
-logits of b bytes: TVb forward, 2TVb backward (logits; dlogits). A total that is to be differentiated takes one pass
-less: its gradient for dloss = 1 is written during the forward pass, while a row is still in L2. The backward pass hands
-it out; where dloss is not 1 after all, and for a second time, it is computed again. An ignored row costs no read. A
-label outside [0, V) addresses nothing; its row's loss and gradient are NaN.
+logits of b bytes: TVb forward, 2TVb backward (logits; dlogits). Outside torch.compile a total that is to be
+differentiated takes one pass less, 2TVb in all: its gradient for dloss = 1 is written during the forward pass, while a
+row is still in L2, and held until the backward pass hands it out. Where dloss is not 1 after all, and for a second
+time, the gradient is computed again, for 2TVb more. An ignored row costs no read. A label outside [0, V) addresses
+nothing; its row's loss and gradient are NaN.
 """
 
 from typing import Any
@@ -194,11 +195,26 @@ class _Total(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dloss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
         dlogits, ctx.dlogits = ctx.dlogits, None  # handed out, it is the caller's
+        if traced():
+            logits, labels, lse, items = saved
+            dlosses = (dloss / items).expand(labels.shape)
+            return backward_op(dlosses, logits, labels, lse, *ctx.options), None, None, *[None] * len(ctx.options)
         first = dlogits is not None
         if not first:
             dlogits = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
         fill_gradient(dlogits, first, dloss, *saved, *ctx.options)
         return dlogits, None, None, *[None] * len(ctx.options)
+
+
+def early_gradient(logits: Tensor, num_items: float | Tensor | None) -> bool:
+    """Whether a total computes its gradient with it: where one is wanted, and of the logits alone.
+
+    Not where saved tensors are packed (checkpoints, offloading): what a graph holds early could not be.
+    """
+    if traced() or not (logits.requires_grad and torch.is_grad_enabled()):
+        return False
+    packing = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return packing(False) is None and not (isinstance(num_items, Tensor) and num_items.requires_grad)
 
 
 def cross_entropy(
@@ -253,7 +269,7 @@ def cross_entropy(
         num_items = 1
     if isinstance(num_items, Tensor):
         num_items = num_items.to(logits.device)
-    if reduction != "none" and logits.requires_grad and torch.is_grad_enabled() and not traced():
+    if reduction != "none" and early_gradient(logits, num_items):
         return _Total.apply(logits, labels, num_items, *options)
     losses = _CrossEntropy.apply(logits, labels, *options)
     if reduction == "none":

@@ -215,7 +215,7 @@ def layer_norm_backward(
     flags: dict[str, Any] = {"NEED_DX": need_dx, "NEED_SUMS": need_sums}
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
     if columns <= shape.columns:
-        stages = backward_stages(shape, 2, x.element_size()) if each > 1 else 1  # a single tile has no next one
+        stages = backward_stages(shape, 2, x) if each > 1 else 1  # a single tile has no next one
         flags |= {"ROWS": shape.rows, "STAGES": stages, "HELD": columns <= 4096}
         launch(layer_norm_backward_kernel, programs, x, *arguments, **flags)
     else:

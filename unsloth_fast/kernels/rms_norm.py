@@ -25,6 +25,7 @@ from unsloth_fast.kernels._launch import (
     next_power_of_2,
     register,
     rows_of,
+    shared_memory,
     tile,
 )
 from unsloth_ref import checks
@@ -206,10 +207,10 @@ def backward_programs(shape: Tile, tiles: int, summing: bool) -> tuple[int, int]
     return each, cdiv(tiles, each)
 
 
-def backward_stages(shape: Tile, streams: int, itemsize: int) -> int:
+def backward_stages(shape: Tile, streams: int, x: Tensor) -> int:
     """Stages of the pipeline, at most 3, whose buffers leave a processor's shared memory room for all its programs."""
-    memory = (96 if shape.columns <= 4096 else 192) * 1024
-    return 1 + min(2, memory // (streams * shape.rows * shape.columns * itemsize))
+    memory = min((96 if shape.columns <= 4096 else 192) * 1024, shared_memory(x.device) - 4096)
+    return 1 + min(2, memory // (streams * shape.rows * shape.columns * x.element_size()))
 
 
 def summing(programs: int, columns: int) -> tuple[int, dict[str, int]]:
@@ -255,7 +256,7 @@ def rms_norm_backward(
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
     if columns <= shape.columns:
         # A program that sums nothing has a single tile, and no next one to load.
-        stages = backward_stages(shape, 3 if add else 2, x.element_size()) if need_dweight else 1
+        stages = backward_stages(shape, 3 if add else 2, x) if need_dweight else 1
         flags |= {"ROWS": shape.rows, "STAGES": stages, "HELD": columns <= 8192}
         launch(rms_norm_backward_kernel, programs, x, *arguments, **flags)
     else:

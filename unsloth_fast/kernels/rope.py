@@ -200,7 +200,9 @@ class _Rope(torch.autograd.Function):
         ctx.save_for_backward(cos, sin, positions)
         ctx.set_materialize_grads(False)
         ctx.transposed, ctx.token_major = transposed, token_major
-        return rotate_op(q, k, cos, sin, positions, transposed, token_major)
+        rotated = rotate_op(q, k, cos, sin, positions, transposed, token_major)
+        ctx.mark_non_differentiable(*[r for r, need in zip(rotated, ctx.needs_input_grad, strict=False) if not need])
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:

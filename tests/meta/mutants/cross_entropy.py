@@ -32,7 +32,8 @@ TABLE = {
     "gradient_without_the_scale": one("dz * (dloss * logit_scale)", "dz * dloss", "gradients"),
     "dloss_read_as_contiguous": one("row * dloss_stride", "row", "gradients"),
     "ignored_rows_in_the_mean": one("(labels.long() != ignore_index).sum()", "labels.numel()", "value"),
-    "no_target_divides_by_zero": one("tl.maximum(number, 1.0)", "number", "extents"),
+    "ignored_rows_in_the_early_mean": one("((row < rows) & (label != ignore_index))", "(row < rows)", "gradients"),
+    "no_target_divides_by_zero": one("tl.where(number < 1.0, 1.0, number)", "number", "extents"),
     "ignored_row_leaks_nan": one(
         'value = tl.where(label == ignore_index, 0.0, float("nan"))',
         "value = 0.0 * tl.load(logits_ptr + columns // 2).to(tl.float32)",

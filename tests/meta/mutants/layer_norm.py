@@ -50,11 +50,8 @@ TABLE = {
     "dweight_in_the_place_of_dbias": one("column_sum(partial_ptr + columns,", "column_sum(partial_ptr,", "gradients"),
     "dbias_lost_with_a_frozen_weight": one("need_dweight or need_dbias", "need_dweight", "gradients"),
     "stats_overlap": one("tl.store(stats_ptr + rows + row", "tl.store(stats_ptr + rows - 1 + row", "gradients"),
-    "sums_of_long_rows_from_what_lay_there": one(
-        "before = tl.load(partial, earlier, other=0.0)",
-        "before = tl.load(partial, inside, other=0.0)",
-        "extents",
-        "uninitialised",
+    "sums_of_long_rows_from_one": one(
+        "before = tl.load(partial, earlier, other=0.0)", "before = tl.load(partial, earlier, other=1.0)", "extents"
     ),
     "bias_of_any_size": one('checks.column_vector("bias", bias, "x", x)', "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
