@@ -299,7 +299,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Run, show, write the plot and the numbers; 1 if a backend is off by more than rounding explains."""
     parser = argparse.ArgumentParser(description="Fine-tune a small Llama on each backend and compare the losses.")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps, at least 2 (default: 30)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, at least 2 (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of plot and numbers (default: out)")
     parser.add_argument("--backends", nargs="+", default=["reference", "fast"], help="default: reference fast")
     options = parser.parse_args()
