@@ -112,6 +112,7 @@ class Spec:
         shape: its sizes for a law that asks for so many rows of about so many columns.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         bench: sizes worth timing, and options beside them, by name.
+        bench_layout: how models lay out the inputs that get a gradient, a name in `conformance.case.LAYOUTS`.
         errors: calls that the contract refuses.
     """
 
@@ -132,6 +133,7 @@ class Spec:
     consistent: Callable[[Options], bool] = lambda options: True
     specials: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
+    bench_layout: str = "contiguous"
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
 

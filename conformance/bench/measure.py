@@ -13,7 +13,7 @@ from conformance.bench.card import Card, Rates
 from conformance.bench.contender import Contender
 from conformance.bench.sampler import Times, interleave
 from conformance.bench.table import Row
-from conformance.case import Case
+from conformance.case import LAYOUTS, Case
 from conformance.search import DTYPES
 from conformance.spec import Spec, specs
 from conformance.trial import Trial
@@ -65,6 +65,7 @@ class Bench:
     def _measure(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
         card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
+        inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads}
         least: dict[str, int] = dict(zip(("forward", "backward"), spec.bytes(inputs), strict=True))
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
         card.tidy()

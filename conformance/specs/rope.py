@@ -17,9 +17,12 @@ ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
 def _build(
     draw: Draw, batch: int, heads: int, kv_heads: int, length: int, rotary: int, rest: int, table: int
 ) -> Inputs:
-    """Angles of every size, one for two columns; without a table (table=0) each token of each sequence has its own."""
+    """Angles of every size, one for two columns.
+
+    Without a table (table=0) they are those of each token, for all sequences alike or, under odd seeds, for each one.
+    """
     generator = Generator().manual_seed(draw.case.seed)
-    rows = (table,) if table else (batch, length)
+    rows = (table,) if table else (batch if draw.case.seed % 2 else 1, length)
     angles = 2 * pi * torch.rand((*rows, rotary // 2), generator=generator, dtype=torch.float64)
     angles = torch.cat([angles, angles], -1)
     inputs = {
@@ -120,7 +123,10 @@ spec = Spec(
     },
     kinds={
         "halves that differ": _halves_that_differ,
-        "one cos and sin for all sequences": lambda i, o: ({**i, "cos": i["cos"][:1], "sin": i["sin"][:1]}, o),
+        "each sequence its own cos and sin": lambda i, o: (
+            {**i, "cos": i["cos"].expand(len(i["q"]), -1, -1), "sin": i["sin"].expand(len(i["q"]), -1, -1)},
+            o,
+        ),
         "cos and sin in float32": lambda i, o: ({**i, "cos": i["cos"].float(), "sin": i["sin"].float()}, o),
         "a table": _by_table,
         "a table and one row of positions": lambda i, o: _by_table(i, o, batch=1),
@@ -135,6 +141,7 @@ spec = Spec(
         "llama-3.2-1b": _bench(4, 2048, 64),
         "long": _bench(1, 16384, 128),
     },
+    bench_layout="transposed",  # token by token, as projections leave them
     errors=[
         ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", senseless=True),
         ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", senseless=True),
