@@ -1,17 +1,14 @@
-"""Gated activation with GELU."""
+"""Gated activation with GELU: what is drawn, and most of what is refused, is swiglu's."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from conformance.case import Draw
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Call, ErrorCase, Inputs, Spec, columns, nbytes, rows
-
-
-def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
-    return {"gate": draw.rows(rows, hidden), "up": draw.rows(rows, hidden)}
+from conformance.spec import Call, ErrorCase
+from conformance.specs import swiglu
 
 
 def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,38 +49,22 @@ def _gate_terms(call: Call) -> Tensor:
     return ((call.grad_outputs[0] * call.inputs["up"]).abs() + 2 * call.smallest) * size
 
 
-spec = Spec(
+spec = replace(
+    swiglu.spec,
     op="geglu",
-    sizes={"rows": rows, "hidden": columns},
     options={"approximate": ["none", "tanh"]},
-    fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
-    build=_build,
-    outputs=["y"],
-    grads=["gate", "up"],
-    rowwise=["gate", "up"],
-    roundings=2,  # the activation on the way out, dy times up on the way back; and one for whoever rounds the share
     terms={
         "y": lambda call: _activation_terms(call, call.inputs["up"]),
         "up": lambda call: _activation_terms(call, call.grad_outputs[0]),
         "gate": _gate_terms,
     },
-    kinds={
-        "no leading dimension": lambda i, o: ({n: t[0] for n, t in i.items()}, o),
-        "two leading dimensions": lambda i, o: ({n: t.unflatten(0, (2, -1)) for n, t in i.items()}, o),
-    },
-    bytes=lambda inputs: (3 * nbytes(inputs["gate"]), 5 * nbytes(inputs["gate"])),
     bench={
         "tanh": {"rows": 8192, "hidden": 8192, "approximate": "tanh"},
         "none": {"rows": 8192, "hidden": 8192},
         "gemma-2-9b": {"rows": 8192, "hidden": 14336, "approximate": "tanh"},
     },
     errors=[
-        ErrorCase(
-            "up is one column short", lambda i, o: ({**i, "up": i["up"][..., :-1]}, o), ValueError, "up", senseless=True
-        ),
-        ErrorCase("up would broadcast", lambda i, o: ({**i, "up": i["up"][:1]}, o), ValueError, "up"),
-        ErrorCase("up has another dtype", lambda i, o: ({**i, "up": i["up"].double()}, o), TypeError, "up"),
-        ErrorCase("gate is integer", lambda i, o: ({n: t.long() for n, t in i.items()}, o), TypeError, "gate"),
+        *swiglu.spec.errors,
         ErrorCase("approximate is unknown", lambda i, o: (i, {**o, "approximate": "erf"}), ValueError, "approximate"),
     ],
 )
