@@ -21,7 +21,7 @@ endif
 .PHONY: demo test lint types floors conformance bench
 
 demo: $(READY)
-	$(PY) -m conformance run --profile ci
+	$(PY) -m conformance run --profile dev
 	$(PY) examples/first_run.py
 
 test: lint types floors $(READY)
