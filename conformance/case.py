@@ -198,21 +198,25 @@ class Draw:
         """[size] around 1, never all alike: a weight of ones would hide a wrong index."""
         return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
 
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] normal, whatever the fill, so small that a product keeps the size of what it multiplies."""
+        return self.place(_randn(self._generator(), (rows, columns)) / max(1, columns) ** 0.5)
+
     def grad_output(self, like: Tensor) -> Tensor:
         """Standard normal in the dtype of an output, contiguous; for a scalar, under every other seed, 1."""
         if like.ndim == 0 and self.case.seed % 2 == 0:
             return torch.ones_like(like)
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
 
-    def labels(self, tokens: int, classes: int) -> Tensor:
-        """[tokens] int64 in [0, classes): both ends, both sides of likely tile edges, then random; some ignored."""
+    def labels(self, tokens: int, classes: int, share: float = 0.2) -> Tensor:
+        """[tokens] int64 in [0, classes): both ends, both sides of likely tile edges, then random; a share ignored."""
         generator = Generator().manual_seed(self.case.seed)
         labels = torch.randint(max(classes, 1), (tokens,), generator=generator)
         edges = [0, classes - 1, *(edge + side for edge in (128, 1024, 4096, 8192, 32768, 65536) for side in (-1, 0))]
         edges = [edge for edge in edges if 0 <= edge < classes]
         where = torch.randperm(tokens, generator=generator)[: len(edges)]
         labels[where] = torch.tensor(edges[: len(where)], dtype=torch.int64)
-        ignored = torch.rand(tokens, generator=generator) < 0.2
-        ignored[tokens // 2 : tokens // 2 + (tokens > 2)] = True  # always one, where there are others
+        ignored = torch.rand(tokens, generator=generator) < share
+        ignored[tokens // 2 : tokens // 2 + (tokens > 2 and share > 0)] = True  # always one, where there are others
         labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
         return self.lay_out(labels)

@@ -6,7 +6,7 @@ Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.table import heading, text, write_json
 from conformance.peers import Absent
+from conformance.piece import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Check, run
@@ -26,6 +27,7 @@ from conformance.spec import SpecError, specs
 from conformance.trial import BackendError
 
 BENCHED = "reference,compile,torch,fast"
+LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
 
 
 class UsageError(Exception):
@@ -57,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="conformance", description="Judge kernels against the reference.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
 
-    judge = verbs.add_parser("run", help="judge a backend's operations")
-    judge.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    judge = verbs.add_parser("run", help="judge a backend's operations and training pieces")
+    judge.add_argument("ops", nargs="*", metavar="OP", help="operations and pieces (all)")
     judge.add_argument("--profile", default="ci", choices=PROFILES, help="how long to look (ci)")
     judge.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
     judge.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties (all; see list)")
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(verb=_list)
 
     repro = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
-    repro.add_argument("line", help="'OP DTYPE [PROPERTY] NAME=VALUE ...'")
+    repro.add_argument("line", help=f"'{LINE}'")
     repro.set_defaults(verb=_repro)
 
     bench = verbs.add_parser("bench", help="time backends against each other on a GPU")
@@ -88,22 +90,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    ops = _known("operation", arguments.ops, list(backends.OPERATIONS))
+    ops = _known("operation", arguments.ops, [*backends.OPERATIONS, *backends.PIECES])
     dtypes = _known("dtype", arguments.dtype, list(DTYPES))
-    laws = _known("property", arguments.property, list(PROPERTIES))
+    specs()
+    laws = _known("property", arguments.property, _laws())
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
     device, judged = _judged(arguments)
-    specs()
     _demand_writable(arguments.json)
+    if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
+        ops = list(backends.OPERATIONS)  # kernels alone, as most backends are
     checks = [
         Check(arguments.backend, op, law, dtype, device, arguments.profile)
         for op in ops
         if op in judged.functions
         for law in laws
-        for dtype in dtypes
+        for dtype in (dtypes if op in backends.OPERATIONS else [None])
+        if law in _laws_of(op)
     ]
     if not checks:
+        defined = [op for op in ops if op in judged.functions]
+        if defined:
+            raise UsageError(f"{', '.join(defined)}: no property of {', '.join(laws)}: nothing to run")
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
     print(report.heading(judged, device, arguments.profile), flush=True)
     results: list[Result] = []
@@ -114,7 +122,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.json:  # at every result: a run that is stopped leaves what it found
             report.write_json(arguments.json, results, judged, device, arguments.profile)
 
-    with report.Table(checks, ops, dtypes) as table:
+    asked = {check.op for check in checks}
+    shown = [op for op in ops if op in asked or op not in judged.functions]
+    with report.Table(checks, shown, dtypes) as table:
         done = run(checks, told, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [result for _, result in done]
     print()
@@ -124,6 +134,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report.write_json(arguments.json, results, judged, device, arguments.profile)
     return _status(results)
+
+
+def _laws_of(op: str) -> Collection[str]:
+    return PROPERTIES if op in backends.OPERATIONS else pieces()[op].properties
+
+
+def _laws() -> list[str]:
+    """Every property, of operations and of pieces, once."""
+    return list(dict.fromkeys([*PROPERTIES, *(law for piece in pieces().values() for law in piece.properties)]))
 
 
 def _status(results: Sequence[Result]) -> int:
@@ -143,22 +162,20 @@ def _list(arguments: argparse.Namespace) -> int:
         *(f"  {name:<20}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()),
         sep="\n",
     )
+    print("training pieces, with properties of their own:")
+    for op, piece in pieces().items():
+        print(f"  {op:<20}{(piece.reference.__doc__ or '').splitlines()[0]}")
+        for law in piece.laws:
+            print(f"    {law.__name__:<30}{(law.__doc__ or '').splitlines()[0]}")
     print("backends:", f"  {', '.join(backends.NAMES)}, or the dotted path of a module", sep="\n")
     print("profiles:", *(f"  {name:<20}{profile.examples} examples" for name, profile in PROFILES.items()), sep="\n")
     return 0
 
 
 def _repro(arguments: argparse.Namespace) -> int:
-    words = arguments.line.split()
-    if len(words) < 2:
-        raise UsageError(f"repro: got {arguments.line!r}; allowed: 'OP DTYPE [PROPERTY] NAME=VALUE ...'")
-    op, dtype, *words = words
-    _known("operation", [op], list(backends.OPERATIONS))
-    _known("dtype", [dtype], list(DTYPES))
-    law = words.pop(0) if words and "=" not in words[0] else "gradients"
-    _known("property", [law], list(PROPERTIES))
+    op, dtype, law, line = _parsed(arguments.line)
     try:
-        case = specs()[op].parse(" ".join(words))
+        case = pieces()[op].parse(line) if dtype is None else specs()[op].parse(line)
     except ValueError as error:
         raise UsageError(str(error)) from error
     device, judged = _judged(arguments)
@@ -172,8 +189,24 @@ def _repro(arguments: argparse.Namespace) -> int:
     if result.verdict == "skip":
         raise UsageError(f"{law}: {result.message}")
     used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
-    print(f"ok   {op} / {law} / {dtype}: {case!r}{used}")
+    print(f"ok   {' / '.join((op, law, *((dtype,) if dtype else ())))}: {case!r}{used}")
     return 0
+
+
+def _parsed(line: str) -> tuple[str, str | None, str, str]:
+    """Operation or piece, dtype, property and case of a line that a failure printed."""
+    op, *words = line.split() or [""]
+    wanted = 1 if op in backends.PIECES else 0
+    if len(words) < 1 + wanted:
+        raise UsageError(f"repro: got {line!r}; allowed: '{LINE}'")
+    _known("operation", [op], [*backends.OPERATIONS, *backends.PIECES])
+    dtype = None
+    if op in backends.OPERATIONS:
+        dtype = words.pop(0)
+        _known("dtype", [dtype], list(DTYPES))
+    law = words.pop(0) if words and "=" not in words[0] else "gradients"
+    _known("property", [law], list(_laws_of(op)))
+    return op, dtype, law, " ".join(words)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

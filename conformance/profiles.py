@@ -14,7 +14,7 @@ class Profile:
         examples: cases for a law whose SHARE is 1.
         elements: the largest input, in elements.
         derandomize: whether the same cases come every time.
-        shrink_seconds: how long to look for a smaller failing case.
+        shrink_seconds: how long to look for a smaller failing case; 0 for not at all.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Profile:
             derandomize=self.derandomize,
             database=None,
             deadline=None,
-            phases=(Phase.generate, Phase.shrink),
+            phases=(Phase.generate, Phase.shrink) if self.shrink_seconds else (Phase.generate,),
             suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
             report_multiple_bugs=False,
             print_blob=False,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conformance.backends import OPERATIONS, Judged
+from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.runner import Check
 from conformance.search import Result
 
@@ -29,10 +29,10 @@ def heading(judged: Judged, device: str, profile: str) -> str:
 
 
 class Table:
-    """One row an operation, as soon as all its checks are done; on a terminal a progress bar below."""
+    """One row an operation or piece, as soon as all its checks are done; on a terminal a progress bar below."""
 
     def __init__(self, checks: Sequence[Check], ops: Sequence[str], dtypes: Sequence[str]) -> None:
-        """Rows for these operations, in any order; a column a dtype."""
+        """Rows for these, in any order; a column a dtype."""
         self._left, self._ops, self._dtypes = Counter(check.op for check in checks), list(ops), dtypes
         self._results: dict[str, list[Result]] = {op: [] for op in ops}
         columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -69,7 +69,10 @@ class Table:
         if not results:
             why = "every property skipped" if self._results[op] else "not defined by this backend"
             return f"{op:<{NAME_WIDTH}}-  {why}"
-        cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
+        if results[0].dtype is None:
+            cells = f"{_cell(results):<{CELL_WIDTH * len(self._dtypes)}}"
+        else:
+            cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         laws = {result.property for result in results}
         held = laws - {result.property for result in results if result.verdict == "fail"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
@@ -91,7 +94,8 @@ def failures(results: Sequence[Result], backend: str, device: str) -> str:
             continue
         first, *rest = (result.message or "").split("\n")
         where = f" --backend {backend}" * (backend != "fast") + f" --device {device}"
-        line = f"{result.op} {result.dtype} {result.property} {result.case}"
+        dtype = (result.dtype,) if result.dtype else ()
+        line = " ".join((result.op, *dtype, result.property, str(result.case)))
         again = [
             f"  smallest case: {result.case}",
             f"  reproduce:     python -m conformance repro{where} '{line}'",
@@ -99,7 +103,7 @@ def failures(results: Sequence[Result], backend: str, device: str) -> str:
         paragraphs.append(
             "\n".join(
                 [
-                    f"FAIL {result.op} / {result.property} / {result.dtype}: {first}",
+                    f"FAIL {' / '.join((result.op, result.property, *dtype))}: {first}",
                     *(f"  {text}" for text in rest),
                     *(again if result.case else ()),
                 ]
@@ -125,7 +129,7 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
         "backend": judged.name,
         "profile": profile,
         "commit": commit(),
-        "not_defined": [op for op in OPERATIONS if op not in judged.functions],
+        "not_defined": [op for op in (*OPERATIONS, *PIECES) if op not in judged.functions],
     }
     path.write_text(
         json.dumps({"meta": meta, "results": [result.as_dict() for result in results]}, indent=1, allow_nan=False)

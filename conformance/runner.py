@@ -14,10 +14,10 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from conformance import backends
-from conformance.case import Case
+from conformance.piece import PieceTrial, pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import DTYPES, Result, replay, search
+from conformance.search import DTYPES, AnyCase, AnyLaw, AnyTrial, Result, replay, search
 from conformance.spec import specs
 from conformance.trial import Trial
 
@@ -26,23 +26,31 @@ PATIENCE = 300  # seconds for one case; compiling one takes under 60
 
 @dataclass(frozen=True)
 class Check:
-    """One law on one operation of one backend in one dtype."""
+    """One law on one operation of one backend in one dtype, or on one training piece, which has none."""
 
     backend: str
     op: str
     property: str
-    dtype: str
+    dtype: str | None
     device: str
     profile: str = "ci"
-    case: Case | None = None  # this one alone
+    case: AnyCase | None = None  # this one alone
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run it in this process."""
-        judged = backends.load(self.backend, self.device)
-        trial = Trial(specs()[self.op], judged.functions[self.op], DTYPES[self.dtype], self.device, judged.truncates)
+        trial, law = self._trial_and_law()
         if self.case is not None:
-            return replay(trial, PROPERTIES[self.property], self.case, self.dtype)
-        return search(trial, PROPERTIES[self.property], PROFILES[self.profile], self.dtype, notify)
+            return replay(trial, law, self.case, self.dtype)
+        return search(trial, law, PROFILES[self.profile], self.dtype, notify)
+
+    def _trial_and_law(self) -> tuple[AnyTrial, AnyLaw]:
+        judged = backends.load(self.backend, self.device)
+        function = judged.functions[self.op]
+        if self.dtype is None:
+            piece = pieces()[self.op]
+            return PieceTrial(piece, function, self.device), piece.properties[self.property]
+        trial = Trial(specs()[self.op], function, DTYPES[self.dtype], self.device, judged.truncates)
+        return trial, PROPERTIES[self.property]
 
 
 @dataclass

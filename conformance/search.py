@@ -1,4 +1,4 @@
-"""Drives one law on one operation in one dtype: draws cases, stops at the first failure, shrinks it, reports."""
+"""Drives one law on one operation or piece: draws cases, stops at the first failure, shrinks it, reports."""
 
 import time
 import zlib
@@ -13,11 +13,15 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.piece import PieceCase, PieceLaw, PieceTrial
 from conformance.profiles import Profile
-from conformance.spec import accepted_options
 from conformance.trial import Raised, Trial, describe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+AnyCase = Case | PieceCase
+AnyTrial = Trial | PieceTrial
+AnyLaw = ModuleType | PieceLaw  # a module of `conformance.properties`, or a law of a piece
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Result:
     """The verdict on one law, operation and dtype.
 
     Attributes:
+        dtype: the dtype's name; None for a piece.
         verdict: "pass", "fail" or "skip".
         budget_use: largest share of the error budget used, 1.0 the whole; None where it has no meaning.
         examples: cases run.
@@ -34,7 +39,7 @@ class Result:
 
     op: str
     property: str
-    dtype: str
+    dtype: str | None
     verdict: Literal["pass", "fail", "skip"]
     budget_use: float | None = None
     examples: int = 0
@@ -49,48 +54,51 @@ class Result:
 class _Attempts:
     """Checks case after case; remembers what failed, so that shrinking can end on time."""
 
-    def __init__(self, trial: Trial, law: ModuleType, shrink_seconds: float, notify: Callable[[str], None]) -> None:
-        self._trial, self._law, self._seconds, self._notify = trial, law, shrink_seconds, notify
-        self._failed: dict[Case, Failure] = {}
+    def __init__(
+        self, trial: AnyTrial, law: AnyLaw, dtype: str | None, shrink_seconds: float, notify: Callable[[str], None]
+    ) -> None:
+        self._trial, self._law, self._dtype, self._seconds, self._notify = trial, law, dtype, shrink_seconds, notify
+        self._failed: dict[AnyCase, Failure] = {}
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
 
-    def over(self, cases: Iterable[Case], dtype: str) -> Result:
+    def over(self, cases: Iterable[AnyCase]) -> Result:
         """Try these cases in turn."""
         for case in cases:
             try:
                 self._attempt(case)
             except Failure as failure:
-                return self._result(dtype, case, failure)
-        return self._result(dtype)
+                return self._result(case, failure)
+        return self._result()
 
-    def drawn(self, cases: SearchStrategy[Case], how: settings, dtype: str) -> Result:
+    def drawn(self, cases: SearchStrategy[Any], how: settings) -> Result:
         """Let Hypothesis draw; the last case that fails is the smallest."""
-        last: list[Case] = []
+        last: list[AnyCase] = []
         # The same cases every time, but other ones for every check.
-        stream = zlib.crc32(f"{self._trial.spec.op} {self._law.__name__} {dtype}".encode()) if how.derandomize else None
+        name = f"{self._trial.spec.op} {name_of(self._law)} {self._dtype}"
+        stream = zlib.crc32(name.encode()) if how.derandomize else None
 
         @(lambda test: test if stream is None else seed(stream)(test))
         @how
         @given(cases)
-        def attempt(case: Case) -> None:
+        def attempt(case: AnyCase) -> None:
             last[:] = [case]
             self._attempt(case)
 
         try:
             attempt()
         except Failure as failure:
-            return self._result(dtype, last[0], failure)
-        return self._result(dtype)
+            return self._result(last[0], failure)
+        return self._result()
 
-    def _result(self, dtype: str, case: Case | None = None, failure: Failure | None = None) -> Result:
-        name = self._law.__name__.rsplit(".", 1)[-1]
+    def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
+        who = self._trial.spec.op, name_of(self._law), self._dtype
         if failure is None:
-            return Result(self._trial.spec.op, name, dtype, "pass", self._used, self._count)
-        return Result(self._trial.spec.op, name, dtype, "fail", failure.used, self._count, str(case), str(failure))
+            return Result(*who, "pass", self._used, self._count)
+        return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
 
-    def _attempt(self, case: Case) -> None:
+    def _attempt(self, case: AnyCase) -> None:
         if case not in self._failed and time.monotonic() > self._deadline:
             return  # shrinking has had its time: only what is known to fail goes on failing
         self._count += 1
@@ -102,10 +110,11 @@ class _Attempts:
             self._failed[case] = failure
             raise failure
 
-    def _check(self, case: Case) -> Failure | None:
+    def _check(self, case: AnyCase) -> Failure | None:
         try:
             with Raised() as raised:
-                used = self._law.check(self._trial, case)
+                check: Callable[..., float | None] = self._law.check
+                used = check(self._trial, case)
                 if used is not None:
                     self._used = max(used, self._used or 0.0)
                 return None
@@ -114,31 +123,39 @@ class _Attempts:
         return Failure(describe(raised.error))
 
 
+def name_of(law: AnyLaw) -> str:
+    """The name of the property."""
+    return law.name if isinstance(law, PieceLaw) else law.__name__.rsplit(".", 1)[-1]
+
+
 def search(
-    trial: Trial, law: ModuleType, profile: Profile, dtype: str, notify: Callable[[str], None] = lambda case: None
+    trial: AnyTrial,
+    law: AnyLaw,
+    profile: Profile,
+    dtype: str | None,
+    notify: Callable[[str], None] = lambda case: None,
 ) -> Result:
     """Look for a case in which a law does not hold.
 
     Args:
-        trial: operation, backend, dtype and device.
-        law: a module of `conformance.properties`.
+        trial: operation or piece, backend and device.
+        law: a module of `conformance.properties`, or a law of the piece.
         profile: how long to look.
-        dtype: the dtype's name, for the result.
+        dtype: the dtype's name, for the result; None for a piece.
         notify: told each case before it runs.
     """
-    name = law.__name__.rsplit(".", 1)[-1]
     if getattr(law, "CUDA_ONLY", False) and trial.device != "cuda":
-        return Result(trial.spec.op, name, dtype, "skip", message="needs CUDA")
-    attempts = _Attempts(trial, law, profile.shrink_seconds, notify)
-    if hasattr(law, "cases"):
-        cases = law.cases(trial.spec, profile)
-        return attempts.over(cases, dtype) if cases else Result(trial.spec.op, name, dtype, "skip", message="no cases")
-    cases = trial.spec.cases(profile.elements, accepted_options(trial.function, trial.spec))
-    return attempts.drawn(cases, profile.settings(getattr(law, "SHARE", 1.0)), dtype)
+        return Result(trial.spec.op, name_of(law), dtype, "skip", message="needs CUDA")
+    attempts = _Attempts(trial, law, dtype, profile.shrink_seconds, notify)
+    cases = law.cases(trial.spec, profile) if hasattr(law, "cases") else None
+    if cases is not None:
+        no_cases = Result(trial.spec.op, name_of(law), dtype, "skip", message="no cases")
+        return attempts.over(cases) if cases else no_cases
+    return attempts.drawn(trial.cases(profile), profile.settings(getattr(law, "SHARE", 1.0)))
 
 
-def replay(trial: Trial, law: ModuleType, case: Case, dtype: str) -> Result:
+def replay(trial: AnyTrial, law: AnyLaw, case: AnyCase, dtype: str | None) -> Result:
     """Check one case."""
     if getattr(law, "CUDA_ONLY", False) and trial.device != "cuda":
-        return Result(trial.spec.op, law.__name__.rsplit(".", 1)[-1], dtype, "skip", message="needs CUDA")
-    return _Attempts(trial, law, 0.0, lambda case: None).over([case], dtype)
+        return Result(trial.spec.op, name_of(law), dtype, "skip", message="needs CUDA")
+    return _Attempts(trial, law, dtype, 0.0, lambda case: None).over([case])

@@ -97,10 +97,11 @@ class Spec:
         op: its name in `unsloth_ref.kernels`.
         sizes: for each dimension, a strategy from an element budget; the last one is drawn first.
         options: for each keyword, the values to draw, the default first.
+        required: arguments beside the inputs that have no default, from a case, as keywords.
         fills: names in `conformance.case.FILLS`, the simplest first.
         build: the input tensors of a case.
         outputs: a name for each output.
-        grads: the inputs that get a gradient.
+        grads: the inputs that get a gradient, where a case has them.
         rowwise: the inputs whose first dimension counts rows that must not see each other.
         row_options: options under which the outputs are rows too.
         roundings: roundings to the dtype of an output or gradient that a right order may make before the last one.
@@ -110,8 +111,10 @@ class Spec:
         specials: special values that an input may hold.
         same_bits: whether outputs have the bits that they have in training where no gradient is wanted.
         shape: its sizes for a law that asks for so many rows of about so many columns.
+        waits: how often a pass may wait for the device: for the count that a matmul's size depends on, say. Where it
+            must not, in a CUDA graph, its results may have other bits.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
-        bench: sizes worth timing, and options beside them, by name.
+        bench: sizes worth timing, and options beside them, by name; under "grads", which inputs get a gradient there.
         bench_layout: how models lay out the inputs that get a gradient, a name in `conformance.case.LAYOUTS`.
         errors: calls that the contract refuses.
     """
@@ -127,12 +130,14 @@ class Spec:
     bench: Mapping[str, Mapping[str, Any]]
     errors: Sequence[ErrorCase]
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    required: Callable[[Case], Options] = lambda case: {}
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     row_options: Options = field(default_factory=dict)
     kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
     specials: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
+    waits: int = 0
     bench_layout: str = "contiguous"
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
 import torch
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance.case import Case, Draw
 from conformance.gates import Failure, Measure, judge
+from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 
 Function = Callable[..., Any]
@@ -76,14 +79,19 @@ class Trial:
     truncates: bool = False
     source: str = "cpu"
 
+    def cases(self, profile: Profile) -> SearchStrategy[Case]:
+        """What is drawn: cases with the options that the judged function takes."""
+        return self.spec.cases(profile.elements, accepted_options(self.function, self.spec))
+
     def inputs(self, case: Case) -> Inputs:
         """The tensors of a case."""
         return self.spec.inputs(case, self.dtype, self.device, self.source)
 
     def options(self, case: Case) -> Options:
         """The keywords of a case, without those that the judged function does not take."""
-        accepted = accepted_options(self.function, self.spec)
-        return {name: value for name, value in case.options if name in accepted}
+        required = self.spec.required(case)
+        accepted = {*accepted_options(self.function, self.spec), *required}
+        return required | {name: value for name, value in case.options if name in accepted}
 
     def rowwise(self, case: Case) -> Case:
         """The case under options that make every output a row."""
@@ -98,7 +106,10 @@ class Trial:
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
         """The outputs as a tuple; whatever is raised becomes a Failure."""
         with Raised() as raised:
-            found = (function or self.function)(*inputs.values(), **options)
+            first = list(signature(self.spec.reference).parameters)[: len(inputs)]
+            leading = [tensor for name, tensor in inputs.items() if name in first]
+            behind = {name: tensor for name, tensor in inputs.items() if name not in first}  # options: by name
+            found = (function or self.function)(*leading, **behind, **options)
             outputs = found if isinstance(found, tuple) else (found,)
             wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
             if wrong or len(outputs) != len(self.spec.outputs):
@@ -128,8 +139,9 @@ class Trial:
         Raises:
             Failure: the call raised, or a gradient is missing.
         """
-        grads = self.spec.grads if grads is None else grads
-        leaves = {name: leaf(tensor, name in grads) for name, tensor in (inputs or self.inputs(case)).items()}
+        inputs = inputs or self.inputs(case)
+        grads = [name for name in (self.spec.grads if grads is None else grads) if name in inputs]
+        leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
         outputs = self.call(leaves, self.options(case), function)
         if not grads:
             return Run(outputs, {})
@@ -145,7 +157,8 @@ class Trial:
         grad_outputs: Sequence[Tensor],
         keep: bool = False,
     ) -> dict[str, Tensor]:
-        """Gradients by name; keep retains the graph."""
+        """Gradients by name, of those asked for that are here; keep retains the graph."""
+        grads = [name for name in grads if name in leaves]
         if not any(output.requires_grad for output in outputs):
             names = " and ".join(self.spec.outputs)
             raise Failure(f"output {names} carries no gradient, though {' and '.join(grads)} require one")

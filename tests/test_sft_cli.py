@@ -1,6 +1,7 @@
 """`unsloth-fast sft`: a run from a configuration file, and one line for every usage error; the example's, too."""
 
 import json
+import platform
 import runpy
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 from tests import tiny
 from unsloth_fast import cli
@@ -79,6 +81,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ({"model_name_or_path": "/no/such/model"}, [], "error: model_name_or_path '/no/such/model': "),
         ({"dataset_name": None}, [], "dataset_name: got nothing"),
         ({"dataset_name": "/no/such/data"}, [], "data set: "),
+        ({"dataset_name": __file__}, [], "allowed: a file that ends in .jsonl, .json, .parquet, .csv"),
         ({"dataset_train_split": "trian"}, [], "data set: got no split 'trian'; allowed: 'train', 'test'"),
         ({"eval_strategy": "epoch", "dataset_test_split": "val"}, [], "data set: got no split 'val'"),
         ({"backend": "quick"}, [], "backend: got 'quick'; allowed: 'auto', 'fast', 'reference'"),
@@ -96,7 +99,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ({"per_device_train_batch_size": 0}, [], "per_device_train_batch_size: got 0; allowed: an integer from 1"),
         ({"per_device_eval_batch_size": 2.5}, [], "per_device_eval_batch_size: got 2.5; allowed"),
         ({"gradient_accumulation_steps": 0}, [], "gradient_accumulation_steps: got 0; allowed"),
-        ({"dataset_text_field": "body"}, [], "data set: got no column 'body', only 'text'; allowed: 'body'"),
+        ({"dataset_text_field": "body"}, [], "train_dataset: got no column 'body', only 'text'; allowed: 'body'"),
         ({"resume_from_checkpoint": True}, [], "resume_from_checkpoint: got True; allowed"),
         ({"resume_from_checkpoint": "/no/such"}, [], "resume_from_checkpoint: got '/no/such'; allowed"),
     ],
@@ -123,8 +126,9 @@ def test_a_usage_error_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "subcommand: got nothing; allowed: sft"),
-        (["train"], "subcommand: got train; allowed: sft"),
+        ([], "subcommand: got nothing; allowed: sft, env"),
+        (["train"], "subcommand: got train; allowed: sft, env"),
+        (["env", "--all"], "env: got '--all'; allowed: no argument"),
         (["sft", "--config"], "--config: got nothing"),
         (["sft", "--config", "/no/such.yaml"], "/no/such.yaml"),
     ],
@@ -160,19 +164,6 @@ def test_errors_of_the_training_keep_their_traceback(
         run(tmp_path, config)
 
 
-def test_a_key_error_of_anything_but_columns_keeps_its_traceback(
-    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is not put down to the data set."""
-
-    def build(*_: Any, **__: Any) -> None:
-        raise KeyError("other")
-
-    monkeypatch.setattr("unsloth_fast.UnslothTrainer.__init__", build)
-    with pytest.raises(KeyError, match="other"):
-        run(tmp_path, config)
-
-
 def test_the_example_names_an_unknown_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,3 +191,62 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["sft", "--help"])
     assert stop.value.code == 0
     assert "--embedding_learning_rate" in capsys.readouterr().out
+
+
+CHATS = [
+    [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}],
+    [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5 w6 w7"}],
+] * 2
+COLUMNS: dict[str, dict[str, Any]] = {
+    "text": {"text": ["w1 w2 w3", "w4 w5", "w6", "w7 w8"]},
+    "prompt-completion": {"prompt": ["w1 ", "w2 w3 ", "w4 ", "w5 "], "completion": ["w6 w7", "w8", "w9", "w1 w2"]},
+    "messages": {"messages": CHATS},
+}
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
+def test_trains_on_a_file(tmp_path: Path, config: dict[str, Any], ending: str, columns: str) -> None:
+    """Of every kind and in every layout that a table can hold."""
+    if (ending, columns) == ("csv", "messages"):
+        pytest.skip("a table of text holds no lists")
+    data = Dataset.from_dict(COLUMNS[columns])
+    path = tmp_path / f"data.{ending}"
+    if ending in ("jsonl", "json"):
+        data.to_json(path, lines=ending == "jsonl")
+    else:
+        getattr(data, f"to_{ending}")(path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run(tmp_path, config | {"dataset_name": str(path), "packing": True, "max_length": 16}) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each version, the driver, each GPU, and the backend with its reason, in two columns."""
+    monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
+    assert cli.main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:12].strip(): line[14:] for line in lines}
+    assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
+    assert {
+        "unsloth-fast",
+        "triton",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "driver",
+    } <= found.keys()
+    if not torch.cuda.is_available():
+        assert (found["GPU"], found["backend"]) == ("none", "reference (auto: no CUDA device)")
+    assert all(line[12:14] == "  " and line[14] != " " for line in lines)
+
+
+def test_env_without_a_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong is said where the backend would be."""
+    monkeypatch.setenv("UNSLOTH_BACKEND", "quick")
+    assert cli.main(["env"]) == 0
+    assert "backend       none: backend: got 'quick'; allowed: 'auto'" in capsys.readouterr().out

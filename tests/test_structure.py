@@ -39,6 +39,15 @@ def test_every_operation_has_a_spec_and_every_spec_an_operation() -> None:
         assert import_module(f"conformance.specs.{name}").spec.op == name
 
 
+def test_every_training_piece_is_declared_and_every_declaration_a_piece() -> None:
+    """conformance/pieces/<piece>.py declares that piece; files that begin with _ are what several share."""
+    files = {path.stem for path in (ROOT / "conformance" / "pieces").glob("*.py")}
+    assert {name for name in files if not name.startswith("_")} == set(import_module("unsloth_ref.training").__all__)
+    for name, piece in import_module("conformance.piece").pieces().items():
+        assert piece.op == name
+        assert all(first_line(law) for law in piece.laws)
+
+
 def run_fresh(code: str) -> str:
     """What the code prints in a new interpreter, started in the project's root."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unsloth_fast.config import UnslothTrainingArguments
+    from unsloth_fast.language_model import FastLanguageModel
     from unsloth_fast.trainer import UnslothTrainer
 
-__all__ = ["UnslothTrainer", "UnslothTrainingArguments"]
+__all__ = ["FastLanguageModel", "UnslothTrainer", "UnslothTrainingArguments"]
 
-_MODULES = {"UnslothTrainer": "unsloth_fast.trainer", "UnslothTrainingArguments": "unsloth_fast.config"}
+_MODULES = {
+    "FastLanguageModel": "unsloth_fast.language_model",
+    "UnslothTrainer": "unsloth_fast.trainer",
+    "UnslothTrainingArguments": "unsloth_fast.config",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,19 +1,29 @@
-"""The command line: `unsloth-fast sft --config run.yaml [--backend fast] [...]`.
+"""The command line: `unsloth-fast sft --config run.yaml [--backend fast] [...]`, and `unsloth-fast env`.
 
 Every field of the arguments is an option, as in `trl sft`; a configuration file gives defaults, options override them.
 """
 
 import logging
+import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
 USAGE = """usage: unsloth-fast sft --model_name_or_path MODEL --dataset_name DATASET [--config FILE] [--backend B] [...]
+       unsloth-fast env
 
-Fine-tunes a language model. `unsloth-fast sft --help` lists every option."""
+sft: fine-tunes a language model. DATASET is the name of a data set, a .jsonl, .json, .parquet or .csv file, or a folder
+of them, with a column "text", "messages", or "prompt" and "completion". `unsloth-fast sft --help` lists every option.
+env: says which versions are installed, which GPU is there, and which backend would run and why."""
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+PACKAGES = ("unsloth-fast", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 class UsageError(Exception):
@@ -34,9 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        if arguments[:1] != ["sft"]:
-            raise UsageError(f"subcommand: got {arguments[0] if arguments else 'nothing'}; allowed: sft")
-        sft(arguments[1:])
+        if arguments[:1] == ["sft"]:
+            sft(arguments[1:])
+        elif arguments == ["env"]:
+            env()
+        elif arguments[:1] == ["env"]:
+            raise UsageError(f"env: got {arguments[1]!r}; allowed: no argument")
+        else:
+            raise UsageError(f"subcommand: got {arguments[0] if arguments else 'nothing'}; allowed: sft, env")
     except UsageError as error:
         print(f"unsloth-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -70,17 +85,64 @@ def sft(arguments: Sequence[str]) -> None:
         trainer.end()
 
 
+def env() -> None:
+    """Print the versions of what takes part in a run, the GPUs, and the backend that "auto" takes here."""
+    import torch
+
+    from unsloth_fast import backends
+
+    logging.disable(logging.WARNING)  # what "auto" took is said below
+    lines = [("python", platform.python_version()), *((package, _version(package)) for package in PACKAGES)]
+    lines.append(("CUDA", torch.version.cuda or "not in this build of torch"))
+    lines.append(("driver", _driver()))
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        size = f"{gpu.total_memory / 2**30:.1f} GiB"
+        lines.append((f"GPU {index}", f"{gpu.name}, {size}, compute capability {gpu.major}.{gpu.minor}"))
+    if not torch.cuda.device_count():
+        lines.append(("GPU", "none"))
+    try:
+        chosen = backends.resolve()
+        lines.append(("backend", f"{chosen.name} ({chosen.reason})"))
+    except (RuntimeError, ValueError) as error:  # of UNSLOTH_BACKEND
+        lines.append(("backend", f"none: {error}"))
+    finally:
+        logging.disable(logging.NOTSET)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, as its own tool says it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "no nvidia-smi"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().split("\n")[0] or "unknown"
+
+
 def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval_dataset: Any = None) -> Any:
     """The trainer, with its model loaded and its data tokenized."""
     from trl import get_peft_config, get_quantization_config
 
     from unsloth_fast.trainer import UnslothTrainer
 
+    where = training_args if hasattr(training_args, "trust_remote_code") else model_args  # the former since TRL 1.6
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
+        "trust_remote_code": where.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
         **(training_args.model_init_kwargs or {}),
     }
     try:
@@ -89,17 +151,8 @@ def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except KeyError as error:  # TRL reads the data set's columns without looking whether they are there
-        column, columns, text = error.args[0], list(next(iter(train_dataset))), training_args.dataset_text_field
-        if column in columns or column not in (text, "messages", "completion"):
-            raise
-        raise UsageError(
-            f"data set: got no column {column!r}, only {', '.join(map(repr, columns))}; allowed: {text!r} (the name is "
-            "dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
-        ) from error
     except (OSError, ValueError, ImportError) as error:  # ImportError: an option needs a package that is not installed
         # transformers raises a bare OSError for files of a model; offline, its message does not name the model.
         of_model = type(error) is OSError and error.errno is None
@@ -136,7 +189,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
 
 def _check_numbers_and_checkpoint(training_args: Any) -> None:
     """Raise ValueError for what transformers notices only when training starts."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from unsloth_fast.checkpoints import last_checkpoint
 
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = getattr(training_args, name)
@@ -145,7 +198,7 @@ def _check_numbers_and_checkpoint(training_args: Any) -> None:
 
     checkpoint, folder = training_args.resume_from_checkpoint, training_args.output_dir
     if checkpoint is True:
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        checkpoint = last_checkpoint(folder)
         if checkpoint is None:
             raise ValueError(f"resume_from_checkpoint: got True; allowed: False, as {folder!r} holds no checkpoint")
     if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
@@ -164,9 +217,12 @@ def _load_dataset(script_args: Any, mixture: Any) -> Any:
     try:
         if mixture.datasets:
             return get_dataset(mixture)
-        return load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+        name, streaming = script_args.dataset_name, script_args.dataset_streaming
+        if not Path(name).is_file():
+            return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+        if Path(name).suffix not in FORMATS:
+            raise UsageError(f"dataset_name: got {name!r}; allowed: a file that ends in {', '.join(FORMATS)}")
+        return load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
     except (ValueError, OSError) as error:
         raise UsageError(f"data set: {error}") from error
 

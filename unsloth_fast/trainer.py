@@ -1,15 +1,26 @@
-"""`trl.SFTTrainer` on a backend of operations, with exact loss normalisation and a learning rate for the embeddings."""
+"""`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
+import copy
+import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
-from unsloth_fast import backends
+from unsloth_fast import backends, batches
+from unsloth_fast.checkpoints import last_checkpoint
+from unsloth_fast.config import UnslothTrainingArguments, migrated, settled
 from unsloth_fast.models import place
+from unsloth_fast.models.head import add_loss, head_without_adapter, without_adapter
+from unsloth_fast.optimizer import check_what_is_trained, grouped_optimizer
+from unsloth_fast.packed_dataset import pack_dataset
+
+__all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,47 +28,115 @@ logger = logging.getLogger(__name__)
 class UnslothTrainer(SFTTrainer):
     """`trl.SFTTrainer` on a backend's operations, with `UnslothTrainingArguments`' embedding learning rate.
 
-    The backend is resolved once, here, and put under the model. The loss is the backend's cross entropy of the model's
-    logits, summed and divided once by the number of targets of the whole batch: gradient accumulation and data
-    parallelism change nothing but rounding. Logged beside the loss: `mean_token_accuracy` over the targets since the
-    last log, `num_tokens` since the start, and `embedding_learning_rate`; not TRL's `entropy`, which costs another pass
-    over the logits.
+    The backend is resolved once, here, and put under the model.
+
+    Batches: where the model and the data allow it, and unless `padding_free=False` says otherwise, the documents of a
+    batch are laid end to end in one row; with `packing=True` they are first packed to rows of `max_length` tokens, over
+    the whole data set at once (a stream is packed by TRL). What was decided and why is logged. A plain `trl.SFTConfig`
+    is taken at its word, which is `padding_free=False` without packing. A data collator of your own makes the batches
+    itself: then neither happens.
+
+    Loss: the backend's cross entropy, of the hidden states and the output head in one operation where the head is a
+    plain linear layer, summed and divided once by the number of targets of the whole batch: gradient accumulation and
+    data parallelism change nothing but rounding. Logged beside the loss: `num_tokens` since training began,
+    `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and `mean_token_accuracy`,
+    which cost another pass over logits that are never made. An evaluation with `compute_metrics` needs the logits, and
+    logs the accuracy.
 
     Args:
         model: a model, or the name or path of one.
         args: `UnslothTrainingArguments`, or the `trl.SFTConfig` or `transformers.TrainingArguments` that TRL takes;
-            with those the backend comes from UNSLOTH_BACKEND.
+            the trainer keeps a copy and never changes yours. Where they name no backend it is that which
+            `FastLanguageModel` put under the model, or else of UNSLOTH_BACKEND; where max_length is TRL's default and
+            the model was loaded with a `max_seq_length`, that is taken.
         *positional: the further arguments of `trl.SFTTrainer`.
-        **keywords: the further arguments of `trl.SFTTrainer`.
+        **keywords: the further arguments of `trl.SFTTrainer`, and what older releases took: `tokenizer`,
+            `max_seq_length`, and any field of the arguments, such as `packing` and `dataset_text_field`.
 
     Raises:
-        ValueError: an unknown backend, or what `trl.SFTTrainer` raises.
+        ValueError: an unknown backend; a data set that is empty, has no known column, or in which no token is a target;
+            a packed row longer than `max_length`; nothing to train; bfloat16 on a card without it; or what
+            `trl.SFTTrainer` raises.
+        TypeError: an unknown keyword.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
 
     # transformers types these as unions that include what they are before and outside of training.
     model: Any
     args: Any
+    data_collator: Any
+    eval_dataset: Any
     optimizer: Any
     accelerator: Any
 
     def __init__(self, model: Any, args: Any = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and put the backend under its model."""
-        self.backend = backends.resolve(getattr(args, "backend", None))
-        super().__init__(model, args, *positional, **keywords)
+        _, _, *names = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
+        settings = settled(args, model)
+        self.backend = backends.resolve(getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None))
+        keywords, updates = migrated(settings, keywords, names, self.backend.training.migrate_keywords)
+        given = dict(zip(names, positional, strict=False)) | keywords
+        batches.take_length(settings, model, asked="max_length" in updates)
+        batches.check_columns(given, settings)
+        plan = batches.plan(model, settings, given, self.backend.training.batching_plan)
+        asked = settings.packing or settings.padding_free
+        logger.log(
+            logging.WARNING if asked and plan.reasons else logging.INFO,
+            "batching: packing %s, padding-free %s%s",
+            *("on" if on else "off" for on in (plan.packing, plan.padding_free)),
+            f", because {'; '.join(plan.reasons)}" if plan.reasons else "",
+        )
+        # TRL refuses padding-free rows with a maximum length, which it would not enforce on them. Prepared as for
+        # padding they are cut, and only then laid end to end.
+        settings.packing, settings.padding_free = plan.packing, False
+        if plan.padding_free:
+            # Reading for all processes in one, accelerate would cut every tensor at the first dimension of a batch, 1.
+            accelerator: Any = copy.copy(settings.accelerator_config)
+            if accelerator.dispatch_batches:
+                logger.warning("dispatch_batches=True has no effect: rows without padding are read by each process")
+            accelerator.dispatch_batches = False
+            settings.accelerator_config = accelerator
+        first = next(iter(given["train_dataset"])) if given.get("train_dataset") is not None else {}
+        only = settings.completion_only_loss
+        self._completion_only = {"prompt", "completion"} <= first.keys() if only is None else only  # as TRL decides
+        with head_without_adapter(model):
+            super().__init__(model, settings, *positional, **keywords)
+        self.padding_free = self.args.padding_free = plan.padding_free
+        self._padding_collator = self.data_collator
+        if plan.padding_free:
+            self._padding_collator = copy.copy(self.data_collator)
+            self._padding_collator.padding_free = False  # with packing TRL's is padding-free
+            self.data_collator = batches.PackedCollator(
+                pad_token_id=self._padding_collator.pad_token_id,
+                padding_free=True,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+                collate=self.backend.training.collate,
+                vocab_size=self.model.config.get_text_config().vocab_size,
+                completion_only=self._completion_only,
+            )
+        check_what_is_trained(self.model, self.args)
         place(self.model, self.backend)
+        self._choose_loss()
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # since the last log
+        self._right = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # predictions, of how many targets
+        self._embedding_rate: float | None = None
+
+    def _choose_loss(self) -> None:
         reason = self._needs_trl_loss()
         self._own_loss = reason is None
-        if self._own_loss:
-            # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.
-            self.loss_is_scaled_for_ga = True
-            self.model_accepts_loss_kwargs = True
-        else:
+        inner = without_adapter(self.model)
+        if reason is not None:
+            if isinstance(inner.get_output_embeddings(), BaseTunerLayer):
+                raise ValueError(
+                    "target_modules: got an adapter on the output head, which TRL's own loss does not train; allowed: "
+                    f"modules_to_save=['lm_head'] ({reason})"
+                )
             logger.warning("loss: TRL's own, not the backend's: %s", reason)
-        self._counts = {  # by mode: correct predictions, targets, tokens since the last log
-            mode: torch.zeros(3, dtype=torch.int64, device=self.args.device) for mode in ("train", "eval")
-        }
-        self._embedding_rate: float | None = None
+            return
+        add_loss(inner, self.backend, label_smoothing=self.args.label_smoothing_factor)
+        # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
 
     def _needs_trl_loss(self) -> str | None:
         """What this run asks of the loss that the backend's does not do; None if nothing."""
@@ -74,6 +153,82 @@ class UnslothTrainer(SFTTrainer):
             return "the sequence is split across devices"
         return None
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Tokens and labels by TRL; cut, checked and packed here, a map-style data set as a whole."""
+
+        def prepare(dataset: Any, args: Any, packing: bool = False, function: Any = None) -> Any:
+            rest = (processing_class, args, packing, function, dataset_name)
+            return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
+
+        if not isinstance(dataset, Dataset):
+            return prepare(dataset, args, packing, formatting_func)
+        if batches.has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
+            batches.check_packed_rows(dataset, dataset_name, args.max_length)
+            return prepare(dataset, batches.uncut(args))
+        if packing and args.max_length is None:
+            raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
+        dataset = batches.labelled(
+            prepare(dataset, batches.uncut(args), function=formatting_func), self._completion_only
+        )
+        strategy = args.packing_strategy if packing else None
+        if dataset_name == "train" and batches.has_lists(dataset, "labels"):
+            keeps_starts = getattr(args, "truncation_mode", "keep_start") == "keep_start"  # TRL asks since 1.0
+            cuts_ends = strategy == "bfd" or (not packing and keeps_starts)
+            apart = strategy in ("bfd", "bfd_split")
+            cut = args.max_length if cuts_ends else None
+            dataset = batches.with_targets(dataset, "train", max_length=cut, drop=apart)
+        if strategy is None:
+            return prepare(dataset, args)
+        dataset = dataset.select_columns(["input_ids", "labels"])
+        shuffled = getattr(args, "shuffle_dataset", False)  # TRL asks since 0.26
+        if shuffled:
+            dataset = dataset.shuffle(seed=args.seed)
+        packed = pack_dataset(dataset, args.max_length, strategy, self.backend.training)
+        batches.log_packing(dataset, packed, dataset_name, args.max_length)
+        return packed.shuffle(seed=args.seed) if shuffled else packed
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
+        """Train; True resumes from the last checkpoint in the output folder that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: got True; allowed: False, as {self.args.output_dir!r} holds no checkpoint"
+                )
+        return super().train(resume_from_checkpoint, *positional, **keywords)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The batches of an evaluation; with `compute_metrics`, which takes rows, a row a document."""
+        if self.compute_metrics is None:
+            return super().get_eval_dataloader(eval_dataset)
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        return self._row_a_document(chosen, lambda: super(UnslothTrainer, self).get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The batches of `predict`, a row a document, as its result has it."""
+        return self._row_a_document(test_dataset, lambda: super(UnslothTrainer, self).get_test_dataloader(test_dataset))
+
+    def _row_a_document(self, dataset: Any, make: Callable[[], Any]) -> Any:
+        """The batches with padding, unless their rows are packed already."""
+        usual = self.data_collator
+        if not batches.has_lists(dataset, "seq_lengths"):
+            self.data_collator = self._padding_collator
+        try:
+            return make()
+        finally:
+            self.data_collator = usual
+
+    def training_step(self, *positional: Any, **keywords: Any) -> Tensor:
+        """Forward and backward of one microbatch."""
+        if len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1:
+            return super().training_step(*positional, **keywords)
+        # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
+        with torch.autograd.set_multithreading_enabled(False):
+            return super().training_step(*positional, **keywords)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -86,7 +241,7 @@ class UnslothTrainer(SFTTrainer):
         Args:
             model: the model as accelerate prepared it.
             inputs: what the collator made: input_ids and labels [B, S] and whatever else the model takes.
-            return_outputs: whether to return the model's outputs too.
+            return_outputs: whether to return the model's outputs, with its logits, too.
             num_items_in_batch: the targets of all microbatches of the step on all devices.
 
         Returns:
@@ -94,54 +249,71 @@ class UnslothTrainer(SFTTrainer):
         """
         if not self._own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Without `fused_lm_head=True` the forward that TRL installs is the model's own and returns logits.
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-        labels = inputs["labels"].to(outputs.logits.device)  # the last device of a model that is split over several
-        loss = self.backend.training.next_token_loss(
-            outputs.logits,
-            labels,
-            cross_entropy=self.backend.kernels.cross_entropy,
-            num_items=num_items_in_batch,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
+        outputs = None
+        if return_outputs:
+            # Without a keyword of TRL's or ours the forward is the model's own and returns logits.
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+            labels = inputs["labels"].to(outputs.logits.device)  # the last device of a model that is split over several
+            loss = self.backend.training.next_token_loss(
+                outputs.logits,
+                labels,
+                cross_entropy=self.backend.kernels.cross_entropy,
+                num_items=num_items_in_batch,
+                label_smoothing=self.args.label_smoothing_factor,
+            )
+            self._count_right(outputs.logits, labels)
+        else:
+            loss = model(**inputs, use_cache=False, backend_loss=True, num_items=num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and data parallelism averages the gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._count(outputs.logits, labels, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
         """The targets of all microbatches on all devices, as 0-dim int64."""
         if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        count = self.backend.training.count_targets(batch["labels"] for batch in batch_samples).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum() // self.get_tp_size()  # tensor-parallel ranks share a batch
-        return count
+        targets = self.backend.training.count_targets(batch["labels"] for batch in batch_samples).to(device)
+        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batch_samples)
+        tokens = torch.stack([mask.sum() for mask in masks]).sum().to(device)
+        own = torch.stack([targets, tokens])
+        # Tensor-parallel ranks share a batch.
+        total = self.accelerator.reduce(own, "sum") // self.get_tp_size() if self.args.world_size > 1 else own
+        self._tokens += total[1]
+        return (total if self.args.average_tokens_across_devices else own)[0]
 
     @torch.no_grad()
-    def _count(self, logits: Tensor, labels: Tensor, inputs: dict[str, Any]) -> None:
+    def _count_right(self, logits: Tensor, labels: Tensor) -> None:
         """Add up on the device what `log` reports: reading numbers back in each microbatch would wait for it."""
         targets = labels[:, 1:]
         valid = targets != -100
         correct = (logits[:, :-1].argmax(-1) == targets) & valid
-        tokens = inputs.get("attention_mask", torch.ones_like(labels))
-        counts = torch.stack([correct.sum(), valid.sum(), tokens.sum()]).to(self.args.device)
-        mode = "train" if self.model.training else "eval"
-        self._counts[mode] += self.accelerator.reduce(counts, "sum") // self._tp_size
+        counts = torch.stack([correct.sum(), valid.sum()]).to(self.args.device)
+        self._right += self.accelerator.reduce(counts, "sum") // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the accuracy since the last log, the tokens since the start, and the embeddings' learning rate."""
+        """Log, with the tokens since training began, the embeddings' learning rate, and the accuracy where known."""
         mode = "train" if self.model.training else "eval"
-        correct, targets, tokens = self._counts[mode].tolist()
-        if tokens:
-            self._counts[mode].zero_()
-            self._total_train_tokens += tokens if mode == "train" else 0
-            self._metrics[mode]["mean_token_accuracy"] = [correct / max(targets, 1)]
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._own_loss:
+            self._metrics[mode]["num_tokens"] = [self._tokens_so_far()]
+            correct, targets = self._right.tolist()
+            if targets:
+                self._right.zero_()
+                self._metrics[mode]["mean_token_accuracy"] = [correct / targets]
         if "learning_rate" in logs and self._embedding_rate is not None:
             logs["embedding_learning_rate"] = self._embedding_rate
         super().log(logs, start_time)
+
+    def _tokens_so_far(self) -> int:
+        """The tokens since training began, of a resumed run too: they are kept in the state that checkpoints hold."""
+        if self.args.include_num_input_tokens_seen == "no":  # else transformers counts there itself
+            self.state.num_input_tokens_seen += int(self._tokens)
+        self._tokens.zero_()
+        return self.state.num_input_tokens_seen
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._tokens_so_far()
+        super()._save_checkpoint(model, trial)
 
     def _get_learning_rate(self) -> float:
         # transformers asks just before the scheduler moves on, and logs the answer after it.
@@ -161,34 +333,17 @@ class UnslothTrainer(SFTTrainer):
         Returns:
             The optimizer, which is also kept as `self.optimizer`.
         """
-        embedding_lr = getattr(self.args, "embedding_learning_rate", None)
-        if embedding_lr is None:
+        grouped = grouped_optimizer(self, self.model if model is None else model)
+        if grouped is None:
             return super().create_optimizer(model)
-        if self.optimizer is not None:
-            logger.warning("embedding_learning_rate=%s has no effect: an optimizer was given", embedding_lr)
-            return super().create_optimizer(model)
-        trained: Any = self.model if model is None else model
-        given = self.optimizer_cls_and_kwargs
-        optimizer_class, options = given or self.get_optimizer_cls_and_kwargs(self.args, trained)
-        if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
-            logger.warning("embedding_learning_rate=%s has no effect: %s groups itself", embedding_lr, self.args.optim)
-            return super().create_optimizer(model)
-        groups = self.backend.training.param_groups(
-            trained,
-            lr=options.get("lr", self.args.learning_rate),
-            embedding_lr=embedding_lr,
-            weight_decay=self.args.weight_decay,
-            decay_names=self.get_decay_parameter_names(trained),
-        )
-        if all(group.role != "embedding" for group in groups):
-            logger.warning(
-                "embedding_learning_rate=%s has no effect: neither the token embedding nor the output head is trained; "
-                'with LoRA, modules_to_save=["embed_tokens", "lm_head"] trains both',
-                embedding_lr,
-            )
         # transformers takes the groups from "params" and does the rest, such as bitsandbytes' 32-bit embeddings.
-        self.optimizer_cls_and_kwargs = optimizer_class, {**options, "params": [group.as_dict() for group in groups]}
+        given, self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs, grouped
         try:
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+
+
+def unsloth_train(trainer: Any, *positional: Any, **keywords: Any) -> Any:
+    """Train: `trainer.train(...)`, whose gradient accumulation is exact, for scripts that call it by this name."""
+    return trainer.train(*positional, **keywords)

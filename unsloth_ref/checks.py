@@ -5,6 +5,7 @@ Each message names the argument, what was seen and what is allowed.
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -109,9 +110,45 @@ def loss_arguments(
     if logits.shape[1] == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}; allowed: [T, V] with V at least 1")
     dtype("logits", logits)
-    shape("labels", labels, logits.shape[:1], "one label a row of logits")
+    _label_arguments("logits", logits, labels)
+    _loss_options(softcap, label_smoothing, z_loss, reduction, num_items)
+
+
+def linear_loss_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    num_items: object,
+) -> None:
+    """What a cross entropy of a linear layer asks of hidden [T, H], weight [V, H], labels [T], bias [V] and options."""
+    dimensions("hidden", hidden, 2, "[T, H]")
+    dtype("hidden", hidden)
+    dimensions("weight", weight, 2, "[V, H]")
+    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        seen = list(weight.shape)
+        raise ValueError(f"weight: got shape {seen}; allowed: [V, {hidden.shape[1]}], the H of hidden, V at least 1")
+    dtype("weight", weight, (hidden.dtype,))
+    same_device("weight", weight, "hidden", hidden)
+    _label_arguments("hidden", hidden, labels)
+    if bias is not None:
+        shape("bias", bias, weight.shape[:1], "one entry a row of weight")
+        dtype("bias", bias, (hidden.dtype,))
+        same_device("bias", bias, "hidden", hidden)
+    _loss_options(softcap, label_smoothing, z_loss, reduction, num_items)
+
+
+def _label_arguments(rows_name: str, rows: Tensor, labels: Tensor) -> None:
+    shape("labels", labels, rows.shape[:1], f"one label a row of {rows_name}")
     dtype("labels", labels, INTEGERS)
-    same_device("labels", labels, "logits", logits)
+    same_device("labels", labels, rows_name, rows)
+
+
+def _loss_options(softcap: float, label_smoothing: float, z_loss: float, reduction: str, num_items: object) -> None:
     in_range("softcap", softcap, 0.0)
     in_range("label_smoothing", label_smoothing, 0.0, 1.0)
     in_range("z_loss", z_loss, 0.0)
@@ -162,6 +199,76 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"positions: got {int(positions[index])} at index {index}; allowed: 0 to {rows - 1}")
+
+
+def lora_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    """What an adapter asks of x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O]."""
+    if x.ndim == 0:
+        raise ValueError("x: got shape []; allowed: [..., I]")
+    dtype("x", x)
+    dimensions("weight", weight, 2, "[O, I]")
+    shape("weight", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
+    dtype("weight", weight, (x.dtype,))
+    dimensions("lora_a", lora_a, 2, "[R, I]")
+    shape("lora_a", lora_a, (lora_a.shape[0], x.shape[-1]), "[R, I], the last dimension of x")
+    wider = [kind for kind in FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
+    dtype("lora_a", lora_a, wider)
+    shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]), "[O, R], the rows of weight and of lora_a")
+    dtype("lora_b", lora_b, (lora_a.dtype,))
+    others = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    if bias is not None:
+        shape("bias", bias, weight.shape[:1], "one entry a row of weight")
+        dtype("bias", bias, (x.dtype,))
+        others["bias"] = bias
+    for name, tensor in others.items():
+        same_device(name, tensor, "x", x)
+
+
+def packed_attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float,
+) -> None:
+    """What packed attention asks of q [T, N, D], k and v [T, K, D], cu_seqlens [documents + 1] and its options."""
+    dimensions("q", q, 3, "[T, N, D]")
+    dtype("q", q)
+    dimensions("k", k, 3, "[T, K, D]")
+    tokens, heads, width = q.shape
+    shape("k", k, (tokens, k.shape[1], width), "[T, K, D] with T and D of q")
+    if heads == 0 or width == 0:
+        raise ValueError(f"q: got shape {list(q.shape)}; allowed: [T, N, D] with N and D at least 1")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"k: got shape {list(k.shape)}; allowed: [T, K, D] with a K that divides {heads}, the N of q")
+    dtype("k", k, (q.dtype,))
+    same_device("k", k, "q", q)
+    same("v", v, "k", k)
+    dimensions("cu_seqlens", cu_seqlens, 1, "[documents + 1]")
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: got shape [0]; allowed: [documents + 1]")
+    dtype("cu_seqlens", cu_seqlens, (torch.int32,))
+    same_device("cu_seqlens", cu_seqlens, "q", q)
+    in_range("max_seqlen", max_seqlen, 0)
+    in_range("softcap", softcap, 0.0)
+    if scale is not None:
+        in_range("scale", scale, 0.0)
+    if window is not None:
+        in_range("window", window, 1)
+
+
+def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
+    """Raise ValueError unless cu_seqlens rises from 0 to tokens by at most max_seqlen. Reads it: syncs on a GPU."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+        seen = bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-4:]}"
+        raise ValueError(f"cu_seqlens: got {seen}; allowed: from 0 to {tokens}, the T of q, never falling")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen: got {max_seqlen}; allowed: at least {max(lengths)}, the longest document")
 
 
 def must_read_labels(labels: Tensor) -> bool:

@@ -53,6 +53,7 @@ class Bench:
         """Measure one shape."""
         spec = specs()[op]
         case = bench_case(spec, shape)
+        spec = replace(spec, grads=spec.bench[shape].get("grads", spec.grads))
         judged = {name: backends.load(name, self.card.device) for name in self.names}
         trials = {
             name: Trial(spec, one.functions[op], DTYPES[self.dtype], self.card.device, one.truncates, self.card.device)
@@ -160,7 +161,7 @@ class Bench:
 
 def bench_case(spec: Spec, shape: str) -> Case:
     """A shape of a spec's bench as a case: its sizes, and options where it names any."""
-    values = dict(spec.bench[shape])
+    values = {name: value for name, value in spec.bench[shape].items() if name != "grads"}
     sizes = tuple((name, values.pop(name)) for name in spec.sizes)
     return Case(sizes).with_options(values)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from conformance.peers import kernels
 from unsloth_ref.types import Approximate, Casting, Reduction
 
-_rms_norm, _add_rms_norm, _layer_norm, _rope, _swiglu, _geglu, _cross_entropy = kernels(
+_rms_norm, _add_rms_norm, _layer_norm, _rope, _swiglu, _geglu, _cross_entropy, _linear_cross_entropy = kernels(
     "liger-kernel",
     "liger_kernel.ops.rms_norm:LigerRMSNormFunction",
     "liger_kernel.ops.fused_add_rms_norm:LigerFusedAddRMSNormFunction",
@@ -14,6 +14,7 @@ _rms_norm, _add_rms_norm, _layer_norm, _rope, _swiglu, _geglu, _cross_entropy = 
     "liger_kernel.ops.swiglu:LigerSiLUMulFunction",
     "liger_kernel.ops.geglu:LigerGELUMulFunction",
     "liger_kernel.ops.cross_entropy:LigerCrossEntropyFunction",
+    "liger_kernel.transformers.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyLoss",
 )
 
 
@@ -80,3 +81,30 @@ def cross_entropy(
         logits, labels, None, ignore_index, z_loss, label_smoothing, reduction, softcap or None
     )
     return found[0]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+) -> Tensor:
+    """As LigerFusedLinearCrossEntropyLoss: gradients in the forward pass, that of weight added up in its own dtype."""
+    if logit_scale != 1.0 or num_items is not None:
+        raise NotImplementedError("liger-kernel has neither logit_scale nor num_items")
+    loss = _linear_cross_entropy(
+        ignore_index=ignore_index,
+        lse_square_scale=z_loss,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        softcap=softcap or None,
+    )
+    return loss(weight, hidden, labels, bias)

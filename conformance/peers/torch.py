@@ -66,3 +66,55 @@ def cross_entropy(
         logits.to(wide), labels, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing
     )
     return loss if num_items is None else loss / num_items
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Scaled dot product attention of all tokens at once, under a dense mask of one block a document."""
+    if softcap:
+        raise NotImplementedError("torch has no softcap")
+    position = torch.arange(len(q), device=q.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    mask = (document == document[:, None]) & (position <= position[:, None])
+    if window is not None:
+        mask &= position > position[:, None] - window
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+) -> Tensor:
+    """A linear layer, then the loss of its logits, whole and in float32."""
+    return cross_entropy(
+        F.linear(hidden, weight, bias),
+        labels,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_items=num_items,
+    )

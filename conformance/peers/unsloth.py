@@ -8,7 +8,7 @@ from torch import Tensor
 from conformance.peers import kernels
 from unsloth_ref.types import Casting, Reduction
 
-_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss = kernels(
+_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = kernels(
     "unsloth",
     "unsloth.kernels.rms_layernorm:Fast_RMS_Layernorm",
     "unsloth.kernels.layernorm:Fast_Layernorm",
@@ -16,6 +16,7 @@ _rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss = kernels(
     "unsloth.kernels.rope_embedding:Fast_RoPE_Embedding_QK",
     "unsloth.kernels.cross_entropy_loss:Fast_CrossEntropyLoss",
     "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
+    "unsloth_zoo.fused_losses:unsloth_fused_ce_loss",
 )
 
 
@@ -62,4 +63,36 @@ def cross_entropy(
         return _losses.apply(logits, labels, softcap, scale)
     return _loss(
         logits[None], labels[None], softcap, scale, 1 if reduction == "sum" and num_items is None else num_items
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: int | float | Tensor | None = None,
+) -> Tensor:
+    """As unsloth_fused_ce_loss without a trainer: gradients in the forward pass, chunks by the memory that is free."""
+    if z_loss or reduction == "none":
+        raise NotImplementedError("unsloth has neither z_loss nor the losses of rows")
+    return _linear_loss(
+        None,
+        hidden[None],
+        weight,
+        bias,
+        labels[None],
+        n_items=1 if reduction == "sum" and num_items is None else num_items,
+        shift_labels=False,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale_multiply=0 if logit_scale == 1.0 else logit_scale,  # 0 stands for none
+        logit_softcapping=softcap,
     )

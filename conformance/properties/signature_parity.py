@@ -9,7 +9,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.spec import Spec
-from conformance.trial import Trial
+from conformance.trial import Function, Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
@@ -19,8 +19,13 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 
 def check(trial: Trial, case: Case) -> None:
     """Compare parameter by parameter."""
-    wanted = inspect.signature(trial.spec.reference).parameters
-    seen = inspect.signature(getattr(trial.function, "forward", trial.function)).parameters
+    demand_signature(trial.function, trial.spec.reference)
+
+
+def demand_signature(function: Function, reference: Function) -> None:
+    """Raise Failure unless the function takes what the reference takes."""
+    wanted = inspect.signature(reference).parameters
+    seen = inspect.signature(getattr(function, "forward", function)).parameters
     for name, parameter in wanted.items():
         if name not in seen:
             raise Failure(f"parameter {name} is missing; the contract has {', '.join(wanted)}")

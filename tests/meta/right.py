@@ -5,6 +5,7 @@ Each is a backend: `tests.meta.right.rms_norm_of_torch`.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -339,6 +340,198 @@ def cross_entropy_in_float64(logits: Tensor, labels: Tensor, **options: Any) -> 
     return reference.cross_entropy(logits.double(), labels, **options).float()
 
 
+def _linear_checks(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Any:
+    """The contract's checks; returns which rows count."""
+    names = ("softcap", "label_smoothing", "z_loss", "reduction", "num_items")
+    defaults = {"softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0, "reduction": "mean", "num_items": None}
+    checks.linear_loss_arguments(hidden, weight, labels, bias, *({**defaults, **options}[name] for name in names))
+    ignore_index = options.get("ignore_index", -100)
+    if checks.must_read_labels(labels):
+        checks.labels_in_vocabulary(labels, len(weight), ignore_index)
+    return labels != ignore_index
+
+
+@right("linear_cross_entropy")
+def linear_cross_entropy_of_torch(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """torch's own operators, one after the other."""
+    counts = _linear_checks(hidden, weight, labels, bias, options)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.where(counts[:, None], 0.0), weight, bias)
+    return cross_entropy_of_torch.cross_entropy(logits, labels.long(), **options)
+
+
+@right("linear_cross_entropy")
+def linear_cross_entropy_of_wide_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Neither logits nor their gradient are rounded."""
+    counts = _linear_checks(hidden, weight, labels, bias, options)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.float().where(counts[:, None], 0.0) @ weight.float().t()
+        logits = logits if bias is None else logits + bias.float()
+    return reference.cross_entropy(logits, labels, **options)
+
+
+@right("linear_cross_entropy")
+def linear_cross_entropy_of_the_rows_that_count(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The others take no part; the bias is added to rounded products."""
+    counts = _linear_checks(hidden, weight, labels, bias, options)
+    every = counts
+    if not torch.compiler.is_compiling():  # in a graph their number must not matter
+        hidden, labels, counts = hidden[counts], labels[counts], counts[counts]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.where(counts[:, None], 0.0) @ weight.t()
+        logits = logits if bias is None else logits + bias
+    found = reference.cross_entropy(logits, labels, **options)
+    if options.get("reduction", "mean") != "none" or torch.compiler.is_compiling():
+        return found
+    return found.new_zeros(every.shape).masked_scatter(every, found)
+
+
+@right("linear_cross_entropy")
+def linear_cross_entropy_in_float64(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """More exact than asked."""
+    _linear_checks(hidden, weight, labels, bias, options)
+    wide = None if bias is None else bias.double()
+    return reference.linear_cross_entropy(hidden.double(), weight.double(), labels, wide, **options).float()
+
+
+def _packed_attention(attend: Function) -> Function:
+    """The contract around one document's values of z and v: checks, documents, grouped heads, what is seen, softcap."""
+
+    def scored(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        heads_q, heads_k, heads_v = (x.transpose(0, 1).float() for x in (q, k, v))
+        heads_k, heads_v = heads_k.repeat_interleave(group, 0), heads_v.repeat_interleave(group, 0)
+        z = heads_q @ heads_k.mT * scale
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        return attend(z.masked_fill(~seen, -torch.inf), heads_v).transpose(0, 1).to(q.dtype)
+
+    def packed_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        place = torch.arange(len(q), device=q.device)
+        seen = (place <= place[:, None]) & (place > place[:, None] - (window or len(q)))
+        if torch.compiler.is_compiling():
+            document = torch.searchsorted(cu_seqlens[1:], place, right=True)
+            with torch.autocast(q.device.type, enabled=False):
+                return scored(q, k, v, seen & (document == document[:, None]), scale, softcap)
+        checks.documents_fit(cu_seqlens, len(q), max_seqlen)
+        parts = [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
+        with torch.autocast(q.device.type, enabled=False):  # whose torch.cat takes no float16 on a CPU
+            return torch.cat([scored(q[p], k[p], v[p], seen[p, p], scale, softcap) for p in parts])
+
+    packed_attention.__name__ = attend.__name__
+    return packed_attention
+
+
+@right("packed_attention")
+@_packed_attention
+def packed_attention_divided_last(z: Tensor, v: Tensor) -> Tensor:
+    """The sum of exponentials divides the output, not each of them."""
+    weights = torch.exp(z - z.detach().amax(-1, keepdim=True)) if z.numel() else z
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+@right("packed_attention")
+@_packed_attention
+def packed_attention_by_log_sum_exp(z: Tensor, v: Tensor) -> Tensor:
+    """The log-sum-exp is taken off before the exponential."""
+    return torch.exp(z - torch.logsumexp(z, -1, keepdim=True)) @ v if z.numel() else z @ v
+
+
+@right("packed_attention")
+@_packed_attention
+def packed_attention_of_torch(z: Tensor, v: Tensor) -> Tensor:
+    """torch's softmax, and the product key by key."""
+    return (torch.softmax(z, -1)[..., None] * v[:, None]).sum(2)
+
+
+@right("packed_attention")
+def packed_attention_in_float64(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any
+) -> Tensor:
+    """More exact than asked."""
+    wide = (x.double() for x in (q, k, v))
+    return reference.packed_attention(*wide, cu_seqlens, max_seqlen, **options).to(q.dtype)
+
+
+def _lora_linear(product: Function) -> Function:
+    """The contract around an adapter's layer in no order of its own: checks, autocast left out."""
+
+    def lora_linear(
+        x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+    ) -> Tensor:
+        checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, weight, lora_a, lora_b, scaling, bias)
+
+    lora_linear.__name__ = product.__name__
+    return lora_linear
+
+
+@right("lora_linear")
+@_lora_linear
+def lora_linear_of_peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """What the adapter adds stays in its own dtype."""
+    return (F.linear(x, weight, bias) + F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(x.dtype)
+
+
+@right("lora_linear")
+@_lora_linear
+def lora_linear_scaled_first(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """Scaling meets x @ lora_a^T."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+
+
+@right("lora_linear")
+@_lora_linear
+def lora_linear_of_the_merged_weight(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """One product, in float32 and rounded once, with what the layer would be after training."""
+    merged = weight.float() + scaling * b.float() @ a.float()
+    return F.linear(x.float(), merged, None if bias is None else bias.float()).to(x.dtype)
+
+
+@right("lora_linear")
+@_lora_linear
+def lora_linear_side_by_side(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """One product of x beside x @ lora_a^T with weight beside lora_b."""
+    low = F.linear(x, a.to(x.dtype))
+    return F.linear(torch.cat((x, low), -1), torch.cat((weight, scaling * b.to(x.dtype)), 1), bias)
+
+
+@right("lora_linear")
+def lora_linear_in_float64(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """More exact than asked."""
+    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    wide = [t.double() for t in (x, weight, lora_a, lora_b)]
+    return reference.lora_linear(*wide, scaling, None if bias is None else bias.double()).to(x.dtype)
+
+
 TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
     "rms_norm_in_other_tiles": (
         "rms_norm",
@@ -382,6 +575,14 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
         "rope",
         (("max(1, 4096 // half)", "max(1, 128 // half)"), ("unit = 8 if half % 8 == 0 else 1", "unit = 1")),
     ),
+    "packed_attention_in_other_tiles": (
+        "packed_attention",
+        (
+            ("size = 32 if width <= 64 else 16", "size = 64"),
+            ("size = 64 if width <= 128 else 32", "size = 128"),
+            ('"COLUMNS": 32, "num_warps": 8', '"COLUMNS": 16, "num_warps": 8'),
+        ),
+    ),
     "cross_entropy_in_other_tiles": (
         "cross_entropy",
         (
@@ -389,6 +590,13 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
             ("widest=4096, per_thread=16)\n    group", "widest=1024, per_thread=8)\n    group"),
             ("SEGMENT = 20480", "SEGMENT = 8192"),
             ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
+        ),
+    ),
+    "linear_cross_entropy_in_other_chunks": (
+        "linear_cross_entropy",
+        (
+            ("UNIT_ROWS = 128 ", "UNIT_ROWS = 2 "),  # so that a few rows take several
+            ("ROOM = 500 * 2**20", "ROOM = 1"),
         ),
     ),
 }

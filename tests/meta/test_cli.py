@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import unsloth_ref.kernels
+import unsloth_ref.training
 from conformance import spec
 from conformance.cli import main
 from conformance.properties import PROPERTIES
@@ -48,6 +49,9 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("repro", "swiglu float32 rows=1"), "missing: hidden", "case"),
         (("repro", "swiglu float32 rows=1 hidden=2 shape=3"), "got 'shape=3'", "hidden"),
         (("repro", "swiglu"), "repro: got 'swiglu'", "OP DTYPE"),
+        (("repro", "pack lengths=[1]"), "repro: got 'pack lengths=[1]'", "PIECE PROPERTY"),
+        (("repro", "pack order lengths=[1]"), "missing: capacity", "case"),
+        (("run", "pack", "--property", "gradients"), "no property of gradients", "nothing to run"),
         (("repro", f"rms_norm float32 rows=1 hidden=2 --backend {RIGHT}"), "--backend", "allowed"),
     ],
 )
@@ -91,7 +95,8 @@ def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixt
     assert written["meta"]["device"] == "cpu"
     assert written["meta"]["profile"] == "ci"
     assert written["meta"]["backend"].startswith(backend)
-    assert set(written["meta"]["not_defined"]) == set(unsloth_ref.kernels.__all__) - {"swiglu"}
+    contract = {*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__}
+    assert set(written["meta"]["not_defined"]) == contract - {"swiglu"}
     results = {result["property"]: result for result in written["results"]}
     keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message"}
     assert all(set(result) == keys for result in results.values())
@@ -112,7 +117,8 @@ def test_status_2_when_every_check_was_skipped() -> None:
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*unsloth_ref.kernels.__all__, *PROPERTIES, "nightly", "reference"))
+    contract = (*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__)
+    assert all(name in printed for name in (*contract, *PROPERTIES, "tokens_kept", "nightly", "reference"))
 
 
 @here

@@ -7,8 +7,22 @@ from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.cross_entropy import cross_entropy
 from unsloth_fast.kernels.geglu import geglu
 from unsloth_fast.kernels.layer_norm import layer_norm
+from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from unsloth_fast.kernels.lora_linear import lora_linear
+from unsloth_fast.kernels.packed_attention import packed_attention
 from unsloth_fast.kernels.rms_norm import rms_norm
 from unsloth_fast.kernels.rope import rope
 from unsloth_fast.kernels.swiglu import swiglu
 
-__all__ = ["add_rms_norm", "cross_entropy", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "packed_attention",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

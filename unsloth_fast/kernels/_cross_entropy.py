@@ -102,11 +102,11 @@ def merge_segments(sums_ptr, columns, SMOOTHING: tl.constexpr, SEGMENT: tl.const
 
 @triton.jit
 def store_loss(
-    loss_ptr, lse_ptr, label_logit_ptr, lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
+    loss_ptr, lse_ptr, label_logit, lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
     """The loss and lse of one row."""
-    loss = lse - capped(tl.load(label_logit_ptr).to(tl.float32), logit_scale, softcap, SCALED, SOFTCAP)
+    loss = lse - capped(label_logit, logit_scale, softcap, SCALED, SOFTCAP)
     if SMOOTHING:
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - z_total / columns)
     if Z_LOSS:
@@ -138,9 +138,16 @@ def store_gradient(
     logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of one row from column begin to end; the label's own is written over what all others get."""
+    """dlogits of one row from column begin to end; the label's own is written over what all others get.
+
+    They may be the logits' own memory: each is read before anything is written there.
+    """
     dtype = dlogits_ptr.dtype.element_ty
     offset = tl.arange(0, COLUMNS).to(tl.int64)
+    own = 0.0
+    if (begin <= label) & (label < end):
+        own = tl.load(logits_ptr + label * column_stride).to(tl.float32)
+        tl.debug_barrier()  # no thread stores before all have read
     for start in range(begin, end, COLUMNS):
         inside = start + offset < end
         pointer = logits_ptr + (start + offset) * column_stride
@@ -152,9 +159,8 @@ def store_gradient(
         tl.store(dlogits_ptr + start + offset, dx.to(dtype), inside, eviction_policy="evict_first")
     if (begin <= label) & (label < end):
         tl.debug_barrier()  # which orders the two stores
-        x = tl.load(logits_ptr + label * column_stride).to(tl.float32)
         dx = gradient(
-            x, 1.0 - label_smoothing, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
+            own, 1.0 - label_smoothing, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
         tl.store(dlogits_ptr + label, dx.to(dtype))
@@ -190,7 +196,7 @@ def cross_entropy_forward_kernel(
             logits_ptr, 0, columns, column_stride, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING, COLUMNS, KEEP=False
         )
         store_loss(
-            loss_ptr + row, lse_ptr + row, logits_ptr + label * column_stride,
+            loss_ptr + row, lse_ptr + row, tl.load(logits_ptr + label * column_stride).to(tl.float32),
             finite_or_zero(maximum) + tl.log(total), z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
@@ -228,7 +234,8 @@ def cross_entropy_total_kernel(
 
     Rows go in groups that fit L2. Programs are numbered: sums of the first group, sums of the second, gradients of the
     first, sums of the third, gradients of the second, and so on. A program waits for programs of lower numbers alone,
-    which every device so far starts first, and which have ended unless they were among the very last.
+    which every device so far starts first, and which have ended unless they were among the very last. dlogits may be
+    the logits' own memory: those of a row are written when its sums and the logit of its label are known.
     """
     block = tl.program_id(0) // (group * segments)
     within = tl.program_id(0) % (group * segments)
@@ -253,6 +260,9 @@ def cross_entropy_total_kernel(
         tl.store(sums_ptr + segment * 3, maximum)
         tl.store(sums_ptr + segment * 3 + 1, total)
         tl.store(sums_ptr + segment * 3 + 2, z_total)
+        if (begin <= label) & (label < end):
+            # For the loss, whose program may come after the one that writes dlogits there.
+            tl.store(loss_ptr + row, tl.load(logits_ptr + label * column_stride).to(tl.float32))
         tl.debug_barrier()
         tl.atomic_add(done_ptr + row, 1, sem="release")
         return
@@ -270,7 +280,7 @@ def cross_entropy_total_kernel(
     lse, z_total = merge_segments(sums_ptr, columns, SMOOTHING, SEGMENT, SEGMENTS)
     if segment == 0:
         store_loss(
-            loss_ptr + row, lse_ptr + row, logits_ptr + label * column_stride,
+            loss_ptr + row, lse_ptr + row, tl.load(loss_ptr + row, cache_modifier=".cg"),
             lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
     dloss = tl.div_rn(1.0, tl.load(items_ptr))

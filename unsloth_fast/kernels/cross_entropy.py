@@ -78,11 +78,14 @@ def cross_entropy_forward(
 
 def cross_entropy_total(
     logits: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int, logit_scale: float,
-    softcap: float, label_smoothing: float, z_loss: float,
+    softcap: float, label_smoothing: float, z_loss: float, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses and lse [T], the number of items (num_items or, if that is None, counted) and dlogits for dloss = 1."""
+    """Losses and lse [T], the number of items (num_items or, if that is None, counted) and dlogits for dloss = 1.
+
+    In place: dlogits are written over logits, which are contiguous.
+    """
     losses, lse = cross_entropy_forward_fake(logits)
-    items, dlogits = losses.new_empty(()), logits.new_empty(logits.shape)
+    items, dlogits = losses.new_empty(()), logits if in_place else logits.new_empty(logits.shape)
     rows, columns = logits.shape
     segments = cdiv(columns, SEGMENT)
     done = labels.new_empty(rows, dtype=torch.int32)

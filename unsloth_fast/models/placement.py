@@ -8,18 +8,21 @@ old module.
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models import attention, lora
+from unsloth_fast.models.attention import Forward
+from unsloth_fast.models.remade import remade
 from unsloth_ref.types import Casting
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[Any, Tensor], Tensor]
 
 
 def _norm_forward(rms_norm: Callable[..., Tensor], eps_name: str, offset: float, casting: Casting) -> Forward:
@@ -31,7 +34,13 @@ def _norm_forward(rms_norm: Callable[..., Tensor], eps_name: str, offset: float,
 
 def _gated_forward(gated: Callable[..., Tensor], **options: Any) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(hidden_states), self.up_proj(hidden_states), **options))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        hidden = gated(gate, up, **options)
+        if torch.compiler.is_compiling():  # the compiler decides for itself what to make again
+            return self.down_proj(hidden)
+        # The widest activation of a layer: a quarter of what training would keep of it.
+        with remade(hidden, partial(gated, gate.detach(), up.detach(), **options)):
+            return self.down_proj(hidden)
 
     return forward
 
@@ -59,31 +68,36 @@ _GATES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def place(model: Module, backend: Backend) -> dict[str, int]:
-    """Give every module of a known kind a forward that calls the backend's operation; log what was done.
+    """Give every module of a known kind a forward that calls the backend's operations; log what was done.
 
-    Known kinds are the RMSNorm of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, and their MLP where it gates with
-    SiLU or GELU, under peft's wrappers too. All other modules keep their forward, and so does one whose forward
-    somebody else has replaced; those that look like a norm or an MLP are named in the log. Placing again replaces what
-    was placed.
+    Known kinds are the RMSNorm and the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, and their MLP where
+    it gates with SiLU or GELU, under peft's wrappers too. An attention takes rope and, for packed batches (see
+    `unsloth_fast.models.attention`), packed_attention; all other batches are left to the model's attn_implementation,
+    and so are packed ones where there is dropout on the attention or where another implementation than sdpa or eager
+    was chosen. All other modules keep their forward, and so does one whose forward somebody else has replaced; those
+    that look like a norm, an MLP or an attention are named in the log. Placing again replaces what was placed.
 
     Args:
-        model: the model; changed in place, its parameters and their names not.
+        model: the model; changed in place, its parameters, their names and its config not.
         backend: of `unsloth_fast.backends.resolve`.
 
     Returns:
-        How many modules each operation was placed under, as {"rms_norm": 33, "swiglu": 16}.
+        How many modules each operation was placed under, as {"rms_norm": 33, "swiglu": 16, "rope": 16,
+        "packed_attention": 16}.
     """
     remove(model)
     placed: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for module in model.modules():
         name = type(module).__name__
-        operation, forward = _forward_for(module, backend)
+        operations, forward = _forward_for(module, backend)
         if forward is not None and "forward" not in vars(module):
-            forward.operation = operation  # type: ignore[attr-defined]  # what `remove` knows ours by
+            forward.operations = operations  # type: ignore[attr-defined]  # what `remove` knows ours by
             module.forward = MethodType(forward, module)
-            placed[operation] += 1
-        elif name.endswith(("Norm", "MLP")):
+            placed.update(operations)
+            if attention.is_known(module) and "packed_attention" not in operations:
+                left[f"packed {name} ({attention.packing_refusal(module)})"] += 1
+        elif name.endswith(("Norm", "MLP", "Attention")):
             left[name] += 1
     logger.info("backend %s placed under %s; left as they are: %s", backend.name, dict(placed), dict(left) or "none")
     return dict(placed)
@@ -92,16 +106,20 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
 def remove(model: Module) -> None:
     """Give every module that `place` changed its own forward back."""
     for module in model.modules():
-        if hasattr(vars(module).get("forward"), "operation"):
+        if hasattr(vars(module).get("forward"), "operations"):
             del module.forward
 
 
-def _forward_for(module: Module, backend: Backend) -> tuple[str, Forward | None]:
-    """The operation and the forward for a module of a known kind; ("", None) for any other."""
+def _forward_for(module: Module, backend: Backend) -> tuple[tuple[str, ...], Forward | None]:
+    """The operations and the forward for a module of a known kind; no forward for any other."""
     name = type(module).__name__
     if name in _NORMS:
-        return "rms_norm", _norm_forward(backend.kernels.rms_norm, *_NORMS[name])
+        return ("rms_norm",), _norm_forward(backend.kernels.rms_norm, *_NORMS[name])
     if name in _GATED_MLPS and type(module.act_fn).__name__ in _GATES:
         operation, options = _GATES[type(module.act_fn).__name__]
-        return operation, _gated_forward(getattr(backend.kernels, operation), **options)
-    return "", None
+        return (operation,), _gated_forward(getattr(backend.kernels, operation), **options)
+    if attention.is_known(module):
+        refused = attention.packing_refusal(module)
+        return ("rope",) if refused else ("rope", "packed_attention"), attention.forward_for(module, backend)
+    operations, forward = lora.forward_for(module, backend)
+    return operations, forward or attention.stack_forward_for(module)

@@ -7,8 +7,22 @@ from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.cross_entropy import cross_entropy
 from unsloth_ref.kernels.geglu import geglu
 from unsloth_ref.kernels.layer_norm import layer_norm
+from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
+from unsloth_ref.kernels.lora_linear import lora_linear
+from unsloth_ref.kernels.packed_attention import packed_attention
 from unsloth_ref.kernels.rms_norm import rms_norm
 from unsloth_ref.kernels.rope import rope
 from unsloth_ref.kernels.swiglu import swiglu
 
-__all__ = ["add_rms_norm", "cross_entropy", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "packed_attention",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

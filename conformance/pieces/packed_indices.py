@@ -1,0 +1,47 @@
+"""Where the tokens of packed rows come from."""
+
+from itertools import accumulate
+
+import torch
+
+from conformance.gates import Failure
+from conformance.piece import Mistake, Piece, PieceTrial
+from conformance.pieces import pack
+from conformance.pieces._shared import Arguments, equal, inputs_untouched
+from conformance.pieces.pack import PackCase
+from unsloth_ref import training
+
+
+def arguments(case: PackCase, device: str) -> Arguments:
+    """The reference's plan, and offsets in either integer dtype."""
+    plan = training.pack(case.lengths, case.capacity, strategy=case.strategy)  # type: ignore[arg-type]
+    dtype = torch.int32 if len(case.lengths) % 2 else torch.int64
+    return (plan, torch.tensor([0, *accumulate(case.lengths)], dtype=dtype)), {}
+
+
+def rows_of_documents(trial: PieceTrial, case: PackCase) -> None:
+    """Each row taken from the flat column is its documents' tokens, one document after the other."""
+    (plan, offsets), _ = arguments(case, trial.device)
+    flat = [(document, token) for document, length in enumerate(case.lengths) for token in range(length)]
+    packed = [flat[index] for index in trial.function(plan, offsets).tolist()]
+    spans = zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
+    wanted = [(document, start + token) for document, start, length in spans for token in range(length)]
+    if packed != wanted:
+        raise Failure(f"packed tokens (document, token) are {packed}, should be {wanted}")
+
+
+def _call(lengths: list[int], offsets: torch.Tensor) -> Arguments:
+    return (training.pack(lengths, 4), offsets), {}
+
+
+piece = Piece(
+    op="packed_indices",
+    draw=pack.draw,
+    laws=(rows_of_documents, equal(arguments), inputs_untouched(arguments)),
+    plain=PackCase((3, 2), 4),
+    mistakes=(
+        Mistake("a document too few", lambda: _call([3, 2], torch.tensor([0, 3])), ValueError, "offsets"),
+        Mistake("a shorter document", lambda: _call([3, 2], torch.tensor([0, 3, 4])), ValueError, "offsets"),
+        Mistake("offsets in two dimensions", lambda: _call([1], torch.tensor([[0, 1]])), ValueError, "offsets"),
+    ),
+)

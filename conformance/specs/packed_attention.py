@@ -1,0 +1,311 @@
+"""Causal attention of packed documents.
+
+No input is row-wise: a row depends on all of its document before it, and gradients on all of it. That documents do not
+see each other is asked by the kinds of arguments that fill one of them with NaN.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log2, nan
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from conformance.case import Case, Draw
+from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, nbytes
+
+WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
+ROUNDINGS = 3  # to a gradient: of dp, of ds or of the output in delta, of one head's part in that of its group
+
+
+def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
+    """Where documents begin, and the number of tokens: lengths like those of text, some of them 0 where tokens are few.
+
+    Log-normal, as lengths of web pages are: half of the tokens lie in a sixth of the documents.
+    """
+    weights = torch.exp(1.1 * torch.randn(documents, generator=Generator().manual_seed(seed), dtype=torch.float64))
+    ends = (weights.cumsum(0) / weights.sum() * tokens).round().long().tolist()
+    return [0, *ends[:-1], tokens]
+
+
+def _longest(bounds: list[int]) -> int:
+    return max(end - begin for begin, end in pairwise(bounds))
+
+
+def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
+    cu_seqlens = torch.tensor(_bounds(tokens, documents, draw.case.seed), dtype=torch.int32)
+    return {
+        "q": draw.rows(tokens, kv_heads * group, width),
+        "k": draw.rows(tokens, kv_heads, width),
+        "v": draw.rows(tokens, kv_heads, width),
+        # Expanded, the bounds would be other ones.
+        "cu_seqlens": cu_seqlens.to(draw.device) if draw.case.layout == "expanded" else draw.lay_out(cu_seqlens),
+    }
+
+
+def _required(case: Case) -> Options:
+    """The longest document's length, no more."""
+    return {"max_seqlen": _longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
+
+
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Columns as tokens, both sides of a tile's edge among them; rows as documents, up to two of long ones.
+
+    Only of very many rows there are very many documents: an interpreter takes a hundredth of a second a document.
+    """
+    if rows >= 10_000:
+        return 2000 * columns if columns < 131 else columns, 2000, 1, 2, 64
+    length = columns if columns < 131 else 1 + columns % 131
+    if length < 16:
+        return min(rows, 3) * length, max(1, min(rows, 3)), 1 + (rows == 3), 1 + columns % 2, WIDTHS[columns % 11]
+    return length, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 2]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the terms need of one document and one key head, queries [G, L, D], keys [L, D], scores [G, L, L]."""
+
+    rows: slice
+    head: int
+    heads: slice
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    p: Tensor  # with the smallest number that the dtype of p holds in full, 0 where nothing is seen
+    doubt: Tensor  # roundings of float32 that p carries, counted in its own size
+
+
+def _parts(call: Call) -> Iterator[_Part]:
+    """One document and key head after the other: all at once a long one would not fit any memory."""
+    q, k, v, cu_seqlens = (call.inputs[name] for name in ("q", "k", "v", "cu_seqlens"))
+    group, options = q.shape[1] // k.shape[1], call.options
+    scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
+    window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        place = torch.arange(end - begin, device=q.device)
+        seen = (place <= place[:, None]) & (place > place[:, None] - window)
+        for head in range(k.shape[1] if end > begin else 0):
+            rows, heads = slice(begin, end), slice(head * group, (head + 1) * group)
+            part_q, part_k, part_v = q[rows, heads].transpose(0, 1), k[rows, head], v[rows, head]
+            z = part_q @ part_k.mT * scale
+            z = cap * torch.tanh(z / cap) if cap else z
+            p = torch.softmax(z.masked_fill(~seen, -torch.inf), -1)
+            # A score is off by its sum's roundings; p by those, its log-sum-exp's, and the mean of its row's.
+            score = 1 + z.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True).abs()
+            score = score + part_q.abs() @ part_k.abs().mT * scale
+            doubt = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
+            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + call.smallest).where(seen, 0.0), doubt)
+
+
+def _float32(call: Call) -> float:
+    """What a rounding of float32 counts for: the gates grant 16 bits ROUNDINGS of their own, not log2(n) of these."""
+    if call.unit == 2.0**-24:
+        return 1.0
+    elements = max(tensor.numel() for tensor in call.inputs.values())
+    return 2 * max(1.0, log2(max(elements, 1))) / ROUNDINGS * 2.0**-24 / call.unit
+
+
+def _out_terms(call: Call) -> Tensor:
+    """p |v|, summed; p carries a rounding to v's dtype, and the doubt about its score."""
+    terms, share = torch.zeros_like(call.inputs["q"]), _float32(call)
+    for part in _parts(call):
+        terms[part.rows, part.heads] = (part.p * (1 + share * part.doubt) @ part.v.abs()).transpose(0, 1)
+    return terms
+
+
+def _dv_terms(call: Call) -> Tensor:
+    """p |do|, summed over queries and the heads of the group."""
+    terms, share = torch.zeros_like(call.inputs["v"]), _float32(call)
+    for part in _parts(call):
+        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
+        terms[part.rows, part.head] = ((part.p * (1 + share * part.doubt)).mT @ do).sum(0)
+    return terms
+
+
+def _ds_terms(call: Call, part: _Part) -> Tensor:
+    """p (|dp| + |delta|), each by the terms of its own sum, of which the one over keys carries their doubts too."""
+    cap, share = call.options.get("softcap", 0.0), _float32(call)
+    do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
+    dp = do @ part.v.abs().mT
+    delta = (part.p * dp).sum(-1, keepdim=True)
+    doubtful = (part.p * part.doubt * dp).sum(-1, keepdim=True)
+    slope: Tensor | float = 1.0
+    if cap:
+        scale = call.options.get("scale") or part.q.shape[2] ** -0.5
+        slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
+    in_float32 = (1 + part.doubt) * (dp + delta) + doubtful
+    return part.p * (slope * (dp + delta) + share * in_float32) + (part.p > 0) * call.smallest
+
+
+def _dq_terms(call: Call) -> Tensor:
+    """scale |ds| |k|, summed over keys."""
+    terms = torch.zeros_like(call.inputs["q"])
+    for part in _parts(call):
+        terms[part.rows, part.heads] = (_ds_terms(call, part) @ part.k.abs()).transpose(0, 1)
+    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+
+
+def _dk_terms(call: Call) -> Tensor:
+    """scale |ds| |q|, summed over queries and the heads of the group."""
+    terms = torch.zeros_like(call.inputs["k"])
+    for part in _parts(call):
+        terms[part.rows, part.head] = (_ds_terms(call, part).mT @ part.q.abs()).sum(0)
+    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+
+
+def _cut(cut: Callable[[int], list[int]]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """Other documents, from the number of tokens."""
+
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        bounds = cut(len(inputs["q"]))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=inputs["q"].device)
+        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": _longest(bounds)}
+
+    return change
+
+
+def _nan_in(document: int) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """Three documents, one of them all NaN: a tile that reads on into its neighbour shows."""
+
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        inputs, options = _cut(lambda tokens: [0, tokens // 3, tokens // 2, tokens])(inputs, options)
+        bounds = inputs["cu_seqlens"].tolist()
+        inputs |= {name: inputs[name].clone() for name in ("q", "k", "v")}
+        for name in ("q", "k", "v"):
+            inputs[name][bounds[document] : bounds[document + 1]] = nan
+        return inputs, options
+
+    return change
+
+
+def _change(**changes: Any) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """A mistake: other tensors and options, made from the right inputs."""
+
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        options = {"max_seqlen": _longest(inputs["cu_seqlens"].tolist()), **options}
+        made = {name: make(inputs) for name, make in changes.items()}
+        wrong = {name: value for name, value in made.items() if name in inputs}
+        return {**inputs, **wrong}, {**options, **{name: v for name, v in made.items() if name not in inputs}}
+
+    return change
+
+
+def _bench(tokens: int, documents: int, width: int) -> dict[str, int]:
+    return {"tokens": tokens, "documents": documents, "kv_heads": 8, "group": 4, "width": width}
+
+
+spec = Spec(
+    op="packed_attention",
+    sizes={
+        "tokens": lambda budget: st.integers(1, max(1, min(budget, max(32, budget // 64), 600))),
+        "documents": lambda budget: st.integers(1, 6 if budget > 2**15 else 2),
+        "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 1, 2]),
+        "group": lambda budget: st.sampled_from([1, 2, 3, 4] if budget > 2**15 else [1, 1, 2]),
+        "width": lambda budget: st.sampled_from(WIDTHS),
+    },
+    options={
+        "scale": [None, 0.05],
+        "window": [None, 1, 5, 100],
+        "softcap": [0.0, 30.0, 2.0],
+    },
+    required=_required,
+    shape=_shape,
+    fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+    build=_build,
+    outputs=["out"],
+    grads=["q", "k", "v"],
+    rowwise=[],
+    roundings=ROUNDINGS,
+    terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
+    kinds={
+        "one document": _cut(lambda tokens: [0, tokens]),
+        "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
+        "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens]),
+        "a longer max_seqlen": lambda i, o: (i, {**o, "max_seqlen": 10_000}),
+        "NaN before": _nan_in(0),
+        "NaN in between": _nan_in(1),
+        "NaN behind": _nan_in(2),
+    },
+    bytes=lambda inputs: (
+        2 * nbytes(inputs["q"]) + nbytes(inputs["k"], inputs["v"]),
+        4 * nbytes(inputs["q"]) + 2 * nbytes(inputs["k"], inputs["v"]),
+    ),
+    bench={
+        "text-mix-16k-d64": _bench(16384, 41, 64),
+        "text-mix-16k-d128": _bench(16384, 41, 128),
+        "long-16k-d64": _bench(16384, 1, 64),
+        "long-16k-d128": _bench(16384, 1, 128),
+    },
+    errors=[
+        ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", senseless=True),
+        ErrorCase("k has another length", _change(k=lambda i: i["k"][:-1]), ValueError, "k", senseless=True),
+        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", senseless=True),
+        ErrorCase("v has another length", _change(v=lambda i: i["v"][:-1]), ValueError, "v", senseless=True),
+        ErrorCase(
+            "heads of k do not divide those of q",
+            _change(**{n: lambda i: i["k"].repeat(1, 2 + i["q"].shape[1], 1) for n in ("k", "v")}),
+            ValueError,
+            "k",
+            senseless=True,
+        ),
+        ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
+        ErrorCase("v has another dtype", _change(v=lambda i: i["v"].double()), TypeError, "v"),
+        ErrorCase("q is integer", _change(**{n: lambda i, n=n: i[n].long() for n in "qkv"}), TypeError, "q"),
+        ErrorCase(
+            "cu_seqlens is a matrix", _change(cu_seqlens=lambda i: i["cu_seqlens"][None]), ValueError, "cu_seqlens"
+        ),
+        ErrorCase(
+            "cu_seqlens are floats", _change(cu_seqlens=lambda i: i["cu_seqlens"].float()), TypeError, "cu_seqlens"
+        ),
+        ErrorCase(
+            "cu_seqlens is of 64 bits", _change(cu_seqlens=lambda i: i["cu_seqlens"].long()), TypeError, "cu_seqlens"
+        ),
+        ErrorCase("cu_seqlens is empty", _change(cu_seqlens=lambda i: i["cu_seqlens"][:0]), ValueError, "cu_seqlens"),
+        ErrorCase(
+            "cu_seqlens ends early",
+            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(max=len(i["q"]) - 1)),
+            ValueError,
+            "cu_seqlens",
+            senseless=True,
+            device="cpu",
+        ),
+        ErrorCase(
+            "cu_seqlens ends late",
+            _change(cu_seqlens=lambda i: i["cu_seqlens"] + (i["cu_seqlens"] == len(i["q"])).int()),
+            ValueError,
+            "cu_seqlens",
+            senseless=True,
+            device="cpu",
+        ),
+        ErrorCase(
+            "cu_seqlens begins late",
+            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(min=1)),
+            ValueError,
+            "cu_seqlens",
+            senseless=True,
+            device="cpu",
+        ),
+        ErrorCase(
+            "cu_seqlens falls",
+            _change(cu_seqlens=lambda i: i["cu_seqlens"].new_tensor([0, 2, 1, len(i["q"])])),
+            ValueError,
+            "cu_seqlens",
+            senseless=True,
+            device="cpu",
+        ),
+        ErrorCase(
+            "max_seqlen is short of the longest document",
+            _change(max_seqlen=lambda i: _longest(i["cu_seqlens"].tolist()) - 1),
+            ValueError,
+            "max_seqlen",
+            device="cpu",
+        ),
+        ErrorCase("max_seqlen is negative", _change(max_seqlen=lambda i: -1), ValueError, "max_seqlen"),
+        ErrorCase("a window of nothing", _change(window=lambda i: 0), ValueError, "window"),
+        ErrorCase("softcap is negative", _change(softcap=lambda i: -1.0), ValueError, "softcap"),
+        ErrorCase("scale is infinite", _change(scale=lambda i: float("inf")), ValueError, "scale"),
+    ],
+)

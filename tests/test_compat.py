@@ -1,0 +1,360 @@
+"""Code written for Unsloth, and for older releases of TRL, runs as it stands."""
+
+import inspect
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+import unsloth_fast.trainer
+from tests import tiny
+from tests.runs import arguments
+from unsloth_fast import UnslothTrainer, compat
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EMBEDDING_RATE = """
+from unsloth import FastLanguageModel
+from unsloth.trainer import UnslothTrainer, UnslothTrainingArguments
+from datasets import load_dataset
+
+# Load model with embedding training
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Llama-3.2-1B-Instruct",
+    load_in_4bit=True,
+)
+
+# Include embeddings in training
+model = FastLanguageModel.get_peft_model(
+    model,
+    r=16,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj",
+                    "gate_proj", "up_proj", "down_proj",
+                    "embed_tokens", "lm_head"],  # Train embeddings
+)
+
+# Configure with separate embedding learning rate
+args = UnslothTrainingArguments(
+    output_dir="outputs",
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=4,
+    learning_rate=2e-4,              # For LoRA parameters
+    embedding_learning_rate=5e-5,    # Lower rate for embeddings
+    num_train_epochs=1,
+    fp16=True,
+    logging_steps=10,
+)
+
+# Create trainer
+trainer = UnslothTrainer(
+    model=model,
+    tokenizer=tokenizer,
+    train_dataset=dataset,
+    args=args,
+)
+
+# Train
+trainer.train()
+"""
+STANDARD = """
+from unsloth import FastLanguageModel
+from trl import SFTTrainer, SFTConfig
+from datasets import load_dataset
+
+# Load and configure model
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Llama-3.2-1B-Instruct",
+    load_in_4bit=True,
+)
+
+model = FastLanguageModel.get_peft_model(model, r=16)
+
+# Standard SFTTrainer works with Unsloth patches
+trainer = SFTTrainer(
+    model=model,
+    tokenizer=tokenizer,
+    train_dataset=dataset,
+    dataset_text_field="text",
+    max_seq_length=2048,
+    args=SFTConfig(
+        output_dir="outputs",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        learning_rate=2e-4,
+        num_train_epochs=1,
+        fp16=True,
+    ),
+)
+
+trainer.train()
+"""
+PACKING = """
+from unsloth import FastLanguageModel
+from trl import SFTTrainer, SFTConfig
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Llama-3.2-1B-Instruct",
+    load_in_4bit=True,
+)
+model = FastLanguageModel.get_peft_model(model, r=16)
+
+# Enable sample packing in SFTConfig
+trainer = SFTTrainer(
+    model=model,
+    tokenizer=tokenizer,
+    train_dataset=dataset,
+    args=SFTConfig(
+        output_dir="outputs",
+        packing=True,  # Enable sample packing
+        per_device_train_batch_size=2,
+        learning_rate=2e-4,
+        max_steps=100,
+    ),
+)
+
+# Unsloth auto-enables padding-free if packing is set
+trainer.train()
+"""
+OWN_OPTIMIZER = """
+from unsloth.trainer import UnslothTrainer, UnslothTrainingArguments
+
+# The UnslothTrainer internally creates optimizer like this:
+# (shown for understanding, not typical usage)
+
+def _create_unsloth_optimizer(
+    model,
+    optimizer_cls,
+    optimizer_kwargs,
+    embedding_lr=5e-5,
+):
+    lr = optimizer_kwargs["lr"]
+    weight_decay = optimizer_kwargs.get("weight_decay", 0.0)
+
+    param_groups = {"non_embeddings": {}, "embeddings": {}}
+
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if name.endswith("modules_to_save.default.weight"):
+            param_groups["embeddings"][name] = param
+        else:
+            param_groups["non_embeddings"][name] = param
+
+    optimizer_grouped_parameters = [
+        {"params": list(param_groups["non_embeddings"].values()),
+         "weight_decay": weight_decay, "lr": lr},
+        {"params": list(param_groups["embeddings"].values()),
+         "weight_decay": weight_decay, "lr": embedding_lr},
+    ]
+
+    return optimizer_cls(optimizer_grouped_parameters, **optimizer_kwargs)
+"""
+TRAIN = """
+from unsloth.trainer import unsloth_train
+
+# For older transformers versions with gradient accumulation bug
+# This function provides a fixed training loop
+
+# Note: For transformers > 4.45.2, this just calls trainer.train()
+trainer_stats = unsloth_train(trainer)
+"""
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    """TRL as it is, before and after."""
+    compat.unpatch_trl()
+    yield
+    compat.unpatch_trl()
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs an example as it stands, but for the model's name, halves on a CPU, and three steps for a hundred."""
+    monkeypatch.setenv("UNSLOTH_BACKEND", "reference")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth_fast)
+    monkeypatch.setitem(sys.modules, "unsloth.trainer", unsloth_fast.trainer)
+    folder = tiny.folder(tmp_path / "model", max_position_embeddings=4096)
+    names: dict[str, Any] = {"dataset": Dataset.from_dict({"text": tiny.texts(12)})}
+
+    def run(code: str) -> Any:
+        code = code.replace("unsloth/Llama-3.2-1B-Instruct", folder).replace("max_steps=100", "max_steps=3")
+        if not torch.cuda.is_available():  # where transformers refuses both halves
+            code = code.replace("fp16=True", "fp16=False")
+            code = code.replace('output_dir="outputs"', 'output_dir="outputs", use_cpu=True, bf16=False')
+        exec(compile(code, "<example>", "exec"), names)
+        return types.SimpleNamespace(**{name: value for name, value in names.items() if name.isidentifier()})
+
+    return run
+
+
+def losses(trainer: Any) -> list[float]:
+    """What was logged."""
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_the_example_with_an_embedding_rate(example: Any) -> None:
+    """The embeddings train in full at their rate, everything else of the adapter at its own."""
+    trainer = example(EMBEDDING_RATE).trainer
+    assert trainer.model.get_base_model().is_loaded_in_4bit
+    rates = {group["role"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"base": 2e-4, "embedding": 5e-5}
+    assert trainer.state.global_step == 2 and trainer.padding_free
+    assert json.loads(Path("outputs/checkpoint-2/adapter_config.json").read_text())["modules_to_save"] == [
+        "embed_tokens",
+        "lm_head",
+    ]
+
+
+def test_the_example_with_the_standard_trainer(example: Any) -> None:
+    """Old keywords and all; as TRL's own configuration says nothing of padding-free batches, they are padded."""
+    trainer = example(STANDARD).trainer
+    assert isinstance(trainer, SFTTrainer) and type(trainer) is UnslothTrainer
+    assert (trainer.args.max_length, trainer.args.dataset_text_field) == (2048, "text")
+    assert (trainer.args.packing, trainer.args.padding_free) == (False, False)
+    assert trainer.state.global_step == 2 and trainer.backend.name == "reference"
+
+
+def test_the_example_with_packing(example: Any) -> None:
+    """Padding-free by itself, on packed rows, through the backend's attention."""
+    trainer = example(PACKING).trainer
+    assert trainer.args.packing and trainer.args.padding_free
+    assert "seq_lengths" in trainer.train_dataset.column_names
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["cu_seq_lens_q"][-1] == batch["input_ids"].numel() and "attention_mask" not in batch
+    assert trainer.state.global_step == 3
+
+
+def test_the_example_with_an_own_optimizer(example: Any) -> None:
+    """An optimizer of the user's wins over ours."""
+    code = EMBEDDING_RATE.replace("trainer.train()", "")
+    names = example(OWN_OPTIMIZER + code)
+    mine = names._create_unsloth_optimizer(names.model, torch.optim.AdamW, {"lr": 2e-4})
+    trainer = UnslothTrainer(names.model, names.args, train_dataset=names.dataset, optimizers=(mine, None))
+    assert trainer.create_optimizer() is mine
+    assert len(mine.param_groups[1]["params"]) == 2
+
+
+def test_the_example_with_unsloth_train(example: Any) -> None:
+    """It trains, and returns what `train` returns."""
+    names = example(PACKING.replace("trainer.train()", "") + TRAIN)
+    assert names.trainer_stats.global_step == names.trainer.state.global_step == 3
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    """A model, its data and its arguments, for any trainer."""
+    made: dict[str, Any] = {
+        "model": tiny.model(),
+        "args": arguments(folder, SFTConfig, max_steps=2),
+        "train_dataset": Dataset.from_dict({"words": tiny.texts(6)}),
+        "processing_class": tiny.tokenizer(),
+        "dataset_text_field": "words",
+    }
+    return made | more
+
+
+def test_patching_is_idempotent_and_can_be_undone(tmp_path: Path) -> None:
+    """The class keeps its signature, for those who look at it."""
+    own, signature = SFTTrainer.__init__, inspect.signature(SFTTrainer)
+    compat.patch_trl()
+    patched = SFTTrainer.__init__
+    compat.patch_trl()
+    assert SFTTrainer.__init__ is patched is not own
+    assert inspect.signature(SFTTrainer) == signature
+    assert type(SFTTrainer(**options(tmp_path))) is UnslothTrainer
+    compat.unpatch_trl()
+    compat.unpatch_trl()
+    assert SFTTrainer.__init__ is own
+    with pytest.raises(TypeError, match="dataset_text_field"):
+        SFTTrainer(**options(tmp_path))
+
+
+def test_a_class_derived_from_trls_keeps_its_ways(tmp_path: Path) -> None:
+    """It only takes the older call styles."""
+
+    class Mine(SFTTrainer):
+        pass
+
+    compat.patch_trl()
+    given = options(tmp_path, max_seq_length=17)
+    tokenizer = given.pop("processing_class")
+    trainer = Mine(
+        given.pop("model"), given.pop("args"), None, given.pop("train_dataset"), tokenizer=tokenizer, **given
+    )
+    assert type(trainer) is Mine and trainer.args.max_length == 17
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        Mine(**options(tmp_path, max_sequence_length=17))
+
+
+def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:
+    """Keywords in today's names or in older ones, on the trainer or in the arguments, which stay as they are."""
+    data = Dataset.from_dict({"words": tiny.texts(18)})
+    new = arguments(tmp_path, max_steps=3, dataset_text_field="words", max_length=24, packing=True)
+    old = arguments(tmp_path, max_steps=3)
+    trainers = [
+        UnslothTrainer(tiny.model(), new, None, data, processing_class=tiny.tokenizer()),
+        UnslothTrainer(
+            model=tiny.model(),
+            args=old,
+            train_dataset=data,
+            tokenizer=tiny.tokenizer(),
+            dataset_text_field="words",
+            max_seq_length=24,
+            packing=True,
+        ),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert len(losses(trainers[0])) == 3
+    assert losses(trainers[0]) == losses(trainers[1])
+    assert (old.packing, old.max_length, old.padding_free) == (False, 1024, None)
+
+
+def test_a_keyword_that_nobody_knows(tmp_path: Path) -> None:
+    """It is not dropped without a word."""
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        UnslothTrainer(**options(tmp_path, max_sequence_length=17))
+
+
+@pytest.mark.parametrize(
+    ("model_length", "given", "taken"),
+    [
+        (48, {}, 48),  # TRL's default is 1024
+        (48, {"max_length": 24}, 24),
+        (48, {"max_length": 60}, 48),
+        (48, {"max_length": None}, 48),
+        (64, {}, 1024),  # as many as the model has positions: nothing was said
+        (None, {}, 1024),
+    ],
+)
+def test_the_length_that_the_model_was_loaded_for(
+    tmp_path: Path, model_length: int | None, given: dict[str, Any], taken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is taken where the arguments say nothing, and never exceeded."""
+    model = tiny.model()
+    if model_length:
+        model.max_seq_length = model_length
+    args = arguments(tmp_path, SFTConfig, dataset_text_field="words", **given)
+    trainer = UnslothTrainer(**options(tmp_path, model=model, args=args))
+    assert trainer.args.max_length == taken
+    assert ("for which the model was loaded" in caplog.text) == (taken != given.get("max_length", 1024))
+
+
+def test_the_models_backend_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain trainer on a model that was loaded with one."""
+    monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
+    model = tiny.model()
+    model.unsloth_backend = "reference,rope=reference"
+    assert UnslothTrainer(**options(tmp_path, model=model)).backend.name == "reference,rope=reference"
+    args = arguments(tmp_path, backend="reference")
+    assert UnslothTrainer(**options(tmp_path, model=model, args=args)).backend.name == "reference"

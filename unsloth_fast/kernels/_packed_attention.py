@@ -1,0 +1,205 @@
+"""The kernels of packed attention; packed_attention.py says what they compute and launches them."""
+
+# A constexpr is written as a plain value:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from unsloth_fast.kernels._cross_entropy import tanh, tanh_derivative
+from unsloth_fast.kernels._launch import INTERPRETED
+
+LOG2E = tl.constexpr(1.4426950408889634)
+EMULATED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS: tl.constexpr):
+    """Where a tile's document begins, how long it is, and at which of its tokens the tile begins.
+
+    Document d has the tiles from cu_seqlens[d] // ROWS + d on: at least as many as it takes, one more at most.
+    """
+    low = 0
+    high = documents - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        reached = tl.load(cu_seqlens_ptr + middle) // ROWS + middle <= tile
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    begin = tl.load(cu_seqlens_ptr + low)
+    first = begin // ROWS + low
+    begin = tl.minimum(tl.maximum(begin, 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1), 0), tokens)
+    return begin.to(tl.int64), end - begin, (tile - first) * ROWS
+
+
+@triton.jit
+def load_rows(pointer, row, length, column, width, row_stride, column_stride):
+    """Rows of a document [ROWS, WIDTH], ready for tl.dot, 0 outside of it."""
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    values = tl.load(pointer + offset, (row < length)[:, None] & (column < width)[None, :], other=0.0)
+    return values.to(tl.float32) if EMULATED else values  # the interpreter multiplies the bits of bfloat16
+
+
+@triton.jit
+def store_rows(pointer, values, row, length, column, width, row_stride):
+    """Rows of a document, rounded."""
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
+    inside = (row < length)[:, None] & (column < width)[None, :]
+    tl.store(pointer + offset, values.to(pointer.dtype.element_ty), inside)
+
+
+@triton.jit
+def exponents(dots, scale, softcap, SOFTCAP: tl.constexpr):
+    """z times log2(e), for exp2, of q . k."""
+    if SOFTCAP:
+        return tanh(dots * (scale / softcap)) * (softcap * LOG2E)
+    return dots * (scale * LOG2E)
+
+
+@triton.jit
+def weights_and_slopes(
+    q, k, v, do, lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """p and ds, [queries, keys], with the scores of q against k computed again."""
+    dots = tl.dot(q, tl.trans(k), input_precision="ieee")
+    # Of what is not seen both are 0, whatever lies there.
+    p = tl.where(seen, tl.exp2(exponents(dots, scale, softcap, SOFTCAP) - lse), 0.0)
+    ds = tl.where(seen, p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta), 0.0)
+    if SOFTCAP:
+        ds = tl.where(seen, ds * tanh_derivative(dots * (scale / softcap)), 0.0)
+    return p, ds
+
+
+@triton.jit
+def packed_attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
+    tokens, documents, tiles, heads, group, width,
+    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column,
+    scale, softcap, window,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head a program, those with the most keys first."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) // heads
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    if start >= length:
+        return
+    q_ptr += begin * q_token + head * q_head
+    k_ptr += begin * k_token + head // group * k_head
+    v_ptr += begin * v_token + head // group * v_head
+    query = start + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    q = load_rows(q_ptr, query, length, column, width, q_token, q_column)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    out = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+    first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
+    for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):
+        key = key_start + tl.arange(0, COLUMNS)
+        k = load_rows(k_ptr, key, length, column, width, k_token, k_column)
+        z = exponents(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
+        if WINDOW:
+            seen &= key[None, :] > query[:, None] - window
+        z = tl.where(seen, z, float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing yet
+        p = tl.exp2(z - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_rows(v_ptr, key, length, column, width, v_token, v_column)
+        out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = higher
+    total = tl.where(query < length, total, 1.0)  # other rows have seen nothing
+    out_ptr += (begin * heads + head) * width
+    store_rows(out_ptr, out / total[:, None], query, length, column, width, heads * width)
+    tl.store(lse_ptr + head * tokens + begin + query, highest + tl.log2(total), query < length)
+
+
+@triton.jit
+def packed_attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
+    tokens, documents, tiles, heads, group, width,
+    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column, do_token, do_head, do_column,
+    scale, softcap, window,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dq of ROWS queries of one head a program, and their delta, the sum over D of out * do."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) // heads
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    if start >= length:
+        return
+    q_ptr += begin * q_token + head * q_head
+    k_ptr += begin * k_token + head // group * k_head
+    v_ptr += begin * v_token + head // group * v_head
+    do_ptr += begin * do_token + head * do_head
+    row_stride = heads * width
+    mine = (begin * heads + head) * width
+    query = start + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    q = load_rows(q_ptr, query, length, column, width, q_token, q_column)
+    do = load_rows(do_ptr, query, length, column, width, do_token, do_column)
+    out = load_rows(out_ptr + mine, query, length, column, width, row_stride, 1)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + head * tokens + begin + query, delta, query < length)
+    lse = tl.load(lse_ptr + head * tokens + begin + query, query < length, other=0.0)
+    dq = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+    first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
+    for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):
+        key = key_start + tl.arange(0, COLUMNS)
+        k = load_rows(k_ptr, key, length, column, width, k_token, k_column)
+        v = load_rows(v_ptr, key, length, column, width, v_token, v_column)
+        seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
+        if WINDOW:
+            seen &= key[None, :] > query[:, None] - window
+        _, ds = weights_and_slopes(q, k, v, do, lse[:, None], delta[:, None], seen, scale, softcap, SOFTCAP)
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    store_rows(dq_ptr + mine, dq * scale, query, length, column, width, row_stride)
+
+
+@triton.jit
+def packed_attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
+    tokens, documents, tiles, heads, group, width,
+    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column, do_token, do_head, do_column,
+    scale, softcap, window,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of COLUMNS keys of one head a program, over its group of query heads and then their queries."""
+    kv_heads = heads // group
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    tile = tl.program_id(0) // kv_heads
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, COLUMNS)
+    if start >= length:
+        return
+    key = start + tl.arange(0, COLUMNS)
+    column = tl.arange(0, WIDTH)
+    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, key, length, column, width, k_token, k_column)
+    v = load_rows(v_ptr + begin * v_token + kv_head * v_head, key, length, column, width, v_token, v_column)
+    end = length
+    if WINDOW:
+        end = tl.minimum(length, start + COLUMNS + window - 1)
+    dk = tl.full([COLUMNS, WIDTH], 0.0, tl.float32)
+    dv = tl.full([COLUMNS, WIDTH], 0.0, tl.float32)
+    for index in range(0, group):
+        head = kv_head * group + index
+        q_rows = q_ptr + begin * q_token + head * q_head
+        do_rows = do_ptr + begin * do_token + head * do_head
+        statistics = head * tokens + begin
+        for query_start in range(start // ROWS * ROWS, end, ROWS):
+            query = query_start + tl.arange(0, ROWS)
+            q = load_rows(q_rows, query, length, column, width, q_token, q_column)
+            do = load_rows(do_rows, query, length, column, width, do_token, do_column)
+            lse = tl.load(lse_ptr + statistics + query, query < length, other=0.0)
+            delta = tl.load(delta_ptr + statistics + query, query < length, other=0.0)
+            seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
+            if WINDOW:
+                seen &= key[None, :] > query[:, None] - window
+            p, ds = weights_and_slopes(q, k, v, do, lse[:, None], delta[:, None], seen, scale, softcap, SOFTCAP)
+            dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
+    mine, row_stride = (begin * kv_heads + kv_head) * width, kv_heads * width
+    store_rows(dk_ptr + mine, dk * scale, key, length, column, width, row_stride)
+    store_rows(dv_ptr + mine, dv, key, length, column, width, row_stride)

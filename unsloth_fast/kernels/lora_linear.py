@@ -1,0 +1,166 @@
+"""A linear layer with a low-rank adapter beside it.
+
+    y = x @ weight^T + bias + scaling * low @ lora_b^T            low = x @ lora_a^T
+    dlow = scaling * dy @ lora_b           dx = dy @ weight + dlow @ lora_a
+    dlora_a = dlow^T @ x    dlora_b = scaling * dy^T @ low    dweight = dy^T @ x    dbias = sum over rows of dy
+
+All products are the library's; those of the adapter are added in place to what the layer's own have written, so that
+no tensor as large as x or y is read or written for the adapter's sake but by products. Saved: x, weight, lora_a, lora_b
+and low. Adapters are rounded to the dtype of x for each product, their gradients come in float32 and are rounded to
+their own dtype: float32 master weights stay exact. low, dlow and y before the adapter is added are rounded to x.dtype.
+Operations, for T rows: 2TIO forward and 2TIO backward (4TIO with a trained weight), 2TR(I + O) and 4TR(I + O) beside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import check_runnable, first_order, register
+from unsloth_ref import checks
+
+Needs = tuple[bool, bool, bool, bool, bool]
+
+
+def matrix(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor [..., C] as [rows, C]: a view where strides can express it, and the library's 32 bits hold those."""
+    flat = tensor.reshape(rows, tensor.shape[-1])
+    return flat if max(flat.stride()) < 2**31 else flat.contiguous()
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """scaling * left^T @ right in this dtype, added up and scaled in float32: scaled only then, it cannot overflow.
+
+    Like all products with an `out`, autocast leaves it alone.
+    """
+    shape = left.shape[1], right.shape[1]
+    if left.dtype == dtype and scaling == 1.0:
+        return torch.mm(left.t(), right, out=left.new_empty(shape))
+    total = left.new_empty(shape, dtype=torch.float32)
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.ops.aten.mm.dtype_out(left.t(), right, torch.float32, out=total)
+    else:
+        torch.mm(left.t().float(), right.float(), out=total)
+    return total.mul_(scaling).to(dtype)
+
+
+def lora_linear_forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """y and low, new and contiguous."""
+    y, low = lora_linear_forward_fake(x, weight, lora_a)
+    rows, out = matrix(x, low.shape[0]), y.view(low.shape[0], y.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    torch.mm(rows, lora_a.to(x.dtype).t(), out=low)
+    out.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
+    return y, low
+
+
+def lora_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, scaling: float, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, lora_a, lora_b and bias; those that are not needed are empty."""
+    dx, dweight, da, db, dbias = lora_linear_backward_fake(dy, x, weight, lora_a, lora_b, low, scaling, *needs)
+    needs_x, needs_weight, needs_a, needs_b, needs_bias = needs
+    if dy.numel() == 0:
+        return dx.zero_(), dweight.zero_(), da.zero_(), db.zero_(), dbias.zero_()
+    rows, dy = matrix(x, low.shape[0]), matrix(dy, low.shape[0])
+    if needs_x or needs_a:
+        dlow = torch.empty_like(low).addmm_(dy, lora_b.to(x.dtype), beta=0, alpha=scaling)
+        if needs_x:
+            flat = dx.view(rows.shape)
+            torch.mm(dy, weight, out=flat)
+            flat.addmm_(dlow, lora_a.to(x.dtype))
+        if needs_a:
+            da = product(dlow, rows, lora_a.dtype)
+    if needs_b:
+        db = product(dy, low, lora_b.dtype, scaling)
+    if needs_weight:
+        dweight = product(dy, rows, weight.dtype)
+    if needs_bias:
+        dbias = dy.sum(0, dtype=torch.float32).to(x.dtype)
+    return dx, dweight, da, db, dbias
+
+
+def lora_linear_forward_fake(x: Tensor, weight: Tensor, lora_a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """y and low, unfilled."""
+    lead = x.shape[:-1]
+    return x.new_empty((*lead, weight.shape[0])), x.new_empty((lead.numel(), lora_a.shape[0]))
+
+
+def lora_linear_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, scaling: float, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All gradients, unfilled."""
+    needs_x, needs_weight, needs_a, needs_b, needs_bias = needs
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        lora_a.new_empty(lora_a.shape if needs_a else 0),
+        lora_b.new_empty(lora_b.shape if needs_b else 0),
+        x.new_empty(weight.shape[:1] if needs_bias else 0),
+    )
+
+
+forward_op = register(
+    "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling)"
+    " -> (Tensor, Tensor)",
+    lora_linear_forward,
+    lora_linear_forward_fake,
+)
+backward_op = register(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor low, float scaling,"
+    " bool needs_x, bool needs_weight, bool needs_a, bool needs_b, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lora_linear_backward,
+    lora_linear_backward_fake,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+    ) -> Tensor:
+        y, low = forward_op(x, weight, lora_a, lora_b, bias, scaling)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:5]
+        gradients = backward_op(dy, *saved, ctx.scaling, *needs)
+        return *[gradient if need else None for gradient, need in zip(gradients, needs, strict=True)], None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Apply a linear layer and its adapter. Autocast changes nothing.
+
+    Args:
+        x: [..., I], float16, bfloat16 or float32.
+        weight: [O, I], in the dtype of x.
+        lora_a: [R, I], in the dtype of x or a wider one.
+        lora_b: [O, R], in the dtype of lora_a.
+        scaling: multiplies what the adapter adds.
+        bias: [O], in the dtype of x; None for none.
+
+    Returns:
+        [..., O] in x.dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: x is not of a float dtype, or is float64; weight or bias not of the same; an adapter of a narrower
+            one, or of float64.
+        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+    """
+    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    for name, tensor in (("x", x), ("lora_a", lora_a)):
+        check_runnable(name, tensor)
+    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)

@@ -1,0 +1,187 @@
+"""Causal attention of documents packed one behind the other, each seen by itself alone.
+
+    s_ij = scale * q_i . k_j      z_ij = softcap * tanh(s_ij / softcap)        (softcap 0: z = s)
+    p_ij = exp(z_ij) / sum over l of exp(z_il)       o_i = sum over j of p_ij * v_j
+    dv_j = sum over i of p_ij * do_i                 dp_ij = do_i . v_j        delta_i = o_i . do_i
+    ds_ij = p_ij * (dp_ij - delta_i) * (1 - (z_ij / softcap)^2)
+    dq_i = scale * sum over j of ds_ij * k_j         dk_j = scale * sum over i of ds_ij * q_i
+
+j runs over what query i sees: the tokens of its own document up to itself, the last `window` of them.
+
+A program takes a tile of one document's queries, which it finds by bisection: there are no more programs than tiles and
+documents, however uneven the lengths. Scores are computed tile by tile and again in the backward pass: once for dq, by
+queries, once for dk and dv, by keys, which go over a group's query heads in turn. No atomics anywhere: dq, dk and dv
+are sums in a fixed order. PyTorch's flash attention adds dq up in any order, or takes twice as long to do it in one.
+
+Saved: q, k, v, cu_seqlens, the output, and the log-sum-exp of z to base 2 [N, T] in float32.
+Scores, softmax and sums are float32; p and ds are rounded to the dtype of the inputs before their products with v, do,
+k and q. Bytes moved, for b bytes an element: (2N + 2K)TDb forward, (4N + 4K)TDb backward, and k, v, q and do once more
+for each tile on the other side. Multiplications: 2D a pair of query and key forward, 7D backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import check_runnable, first_order, launch, next_power_of_2, register
+from unsloth_fast.kernels._packed_attention import (
+    packed_attention_dkdv_kernel,
+    packed_attention_dq_kernel,
+    packed_attention_forward_kernel,
+)
+from unsloth_ref import checks
+
+
+def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Queries and keys a tile, warps and stages, forward and backward: by width and dtype, so that lengths have no say.
+
+    Tiles of 64 x 64 and four warps were the fastest of eleven on an H200 for 64 and 128 columns of bfloat16. float32 is
+    multiplied without tensor cores, from registers: smaller tiles.
+    """
+    width, wide = max(16, next_power_of_2(q.shape[2])), q.dtype == torch.float32
+    rows = 32 if width > 128 or (wide and width == 128) else 64
+    tile = {"ROWS": rows, "COLUMNS": rows, "WIDTH": width}
+    forward = {**tile, "num_warps": 4, "num_stages": 2 if wide or width > 128 else 3}
+    many = width > 128 or (wide and width == 128)
+    return forward, {**tile, "num_warps": 8 if many else 4, "num_stages": 2 if wide or width > 64 else 3}
+
+
+def options_of(scale: float, softcap: float, window: int) -> tuple[tuple[float | int, ...], dict[str, bool]]:
+    """The kernels' parameters, and which are in use."""
+    return (scale, softcap, window), {"SOFTCAP": softcap != 0, "WINDOW": window != 0}
+
+
+def packed_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exps; window 0 is none."""
+    tokens, heads, width = q.shape
+    documents = len(cu_seqlens) - 1
+    if tokens == 0 or documents == 0:
+        return packed_attention_forward_fake(q)
+    cu_seqlens = cu_seqlens.contiguous()
+    out, lse = packed_attention_forward_fake(q)
+    tile, _ = tiles_of(q)
+    tiles = tokens // tile["ROWS"] + documents
+    values, flags = options_of(scale, softcap, window)
+    launch(
+        packed_attention_forward_kernel, tiles * heads, q,
+        q, k, v, out, lse, cu_seqlens, tokens, documents, tiles, heads, heads // k.shape[1], width,
+        *q.stride(), *k.stride(), *v.stride(), *values, **flags, **tile,
+    )  # fmt: skip
+    return out, lse
+
+
+def packed_attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor, max_seqlen: int,
+    scale: float, window: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv, new and contiguous."""
+    tokens, heads, width = q.shape
+    documents = len(cu_seqlens) - 1
+    if tokens == 0 or documents == 0:
+        return packed_attention_backward_fake(do, q, k, v)
+    cu_seqlens = cu_seqlens.contiguous()
+    dq, dk, dv = packed_attention_backward_fake(do, q, k, v)
+    delta, (_, tile) = torch.empty_like(lse), tiles_of(q)
+    values, flags = options_of(scale, softcap, window)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
+    for kernel, tensors, size, programs_a_tile in (
+        (packed_attention_dq_kernel, (q, k, v, out, do, lse, delta, dq), "ROWS", heads),
+        (packed_attention_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv), "COLUMNS", k.shape[1]),
+    ):
+        tiles = tokens // tile[size] + documents
+        launch(
+            kernel, tiles * programs_a_tile, q,
+            *tensors, cu_seqlens, tokens, documents, tiles, heads, heads // k.shape[1], width, *strides, *values,
+            **flags, **tile,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def packed_attention_forward_fake(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exps, unfilled."""
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def packed_attention_backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, unfilled."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+OPTIONS = "SymInt max_seqlen, float scale, int window, float softcap"
+forward_op = register(
+    f"packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {OPTIONS}) -> (Tensor, Tensor)",
+    packed_attention_forward,
+    packed_attention_forward_fake,
+)
+backward_op = register(
+    "packed_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, Tensor lse, "
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    packed_attention_backward,
+    packed_attention_backward_fake,
+)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> Tensor:
+        out, lse = forward_op(q, k, v, cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, do: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        return *backward_op(do, *saved, *ctx.options), None, *[None] * len(ctx.options)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention within each of the documents that q, k and v hold one behind the other.
+
+    Nothing passes between documents: the output and the gradients of one keep their bits whatever another holds, NaN
+    even. A NaN within a document may reach every row of it.
+
+    Args:
+        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are read where they lie.
+        k: [T, K, D], as q; K divides N, and head h of q meets head h // (N / K) of k and v.
+        v: [T, K, D], as q.
+        cu_seqlens: [documents + 1], int32: where each document begins, and T. Documents may be empty.
+        max_seqlen: tokens of the longest document, or more.
+        scale: multiplies the scores; by default 1 / sqrt(D).
+        window: how many tokens a query sees, itself included; None for all before it.
+        softcap: bounds the scaled scores to (-softcap, softcap); 0 for none.
+
+    Returns:
+        [T, N, D] in q.dtype, contiguous.
+
+    Raises:
+        ValueError: wrong shapes, devices or options; on a CPU, cu_seqlens that does not rise from 0 to T, or a
+            document longer than max_seqlen. On CUDA, and in compiled code, rows that no document so bounded holds are
+            undefined instead, unless UNSLOTH_DEBUG=1 asks for the check; nothing outside the tensors is touched.
+        TypeError: q is not of a float dtype or is float64, k or v not of the same, cu_seqlens not int32.
+        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+
+    Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; tiles, Dao 2022,
+    arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118.
+    """
+    checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    check_runnable("q", q)
+    if checks.must_read_labels(cu_seqlens):
+        checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window or 0, softcap)

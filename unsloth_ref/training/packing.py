@@ -1,0 +1,125 @@
+"""Packing: documents of many lengths laid into rows of one capacity.
+
+    bfd         best fit decreasing: the longest document first, each into the row with the least room that suffices
+    bfd_split   the same, after documents longer than a row have been cut into pieces of a row
+    wrapped     all documents one after the other, cut every `capacity` tokens
+
+Best fit decreasing needs at most 11/9 of the fewest rows possible, plus 4 (Johnson et al. 1974, SIAM J. Comput. 3(4)).
+For language models: Ding et al. 2024, arXiv:2404.10830. A plan is made over the whole data set.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unsloth_ref import batch_checks, checks
+from unsloth_ref.types import PackingPlan, Strategy
+
+Span = tuple[int, int, int]  # document, start, length
+
+
+def pack(lengths: Sequence[int] | Tensor, capacity: int, *, strategy: Strategy = "bfd") -> PackingPlan:
+    """Lay documents into rows of at most `capacity` tokens.
+
+    With "bfd" a document longer than a row loses its end; with "bfd_split" it is first cut into pieces of `capacity`
+    tokens and a shorter last one; both take the longest piece first, the earlier one of two alike, and put it into the
+    row with the least free space that suffices: of two alike, the one that has had this free space for longer. With
+    "wrapped" the documents are laid one after the other in their own order and cut wherever a row is full.
+
+    Args:
+        lengths: tokens of each document, whole numbers from 0, [documents] if a tensor (int32 or int64). Documents
+            without tokens are left out.
+        capacity: tokens of a row, at least 1.
+        strategy: "bfd", "bfd_split" or "wrapped".
+
+    Returns:
+        The plan: rows in the order in which they were begun, spans within a row in the order in which they were laid.
+
+    Raises:
+        ValueError: a negative length, a capacity below 1, an unknown strategy, or lengths that are not [documents].
+        TypeError: lengths or capacity are not whole numbers.
+    """
+    batch_checks.at_least_one("capacity", capacity)
+    checks.one_of("strategy", strategy, batch_checks.STRATEGIES)
+    documents = batch_checks.lengths_tensor(lengths).tolist()
+    if strategy == "wrapped":
+        return _plan(_wrapped(documents, capacity))
+    if strategy == "bfd":
+        pieces = [(document, 0, min(length, capacity)) for document, length in enumerate(documents) if length]
+    else:
+        pieces = [
+            (document, start, min(length - start, capacity))
+            for document, length in enumerate(documents)
+            for start in range(0, length, capacity)
+        ]
+    return _plan(_best_fit(sorted(pieces, key=lambda piece: -piece[2]), capacity))
+
+
+def packed_indices(plan: PackingPlan, offsets: Tensor) -> Tensor:
+    """Where each token of the packed rows comes from: packed = flat[packed_indices(plan, offsets)] for any column.
+
+    Args:
+        plan: of the same documents.
+        offsets: [documents + 1] int32 or int64, the first token of each document in the flat column, then its size.
+
+    Returns:
+        [tokens in the plan] int64, row after row.
+
+    Raises:
+        ValueError: offsets is not one-dimensional, or the plan takes tokens that a document has not.
+        TypeError: offsets is not int32 or int64.
+    """
+    batch_checks.plan_fits(plan, offsets)
+    indices = []
+    for document, start, length in zip(*_lists(plan), strict=True):
+        first = int(offsets[document]) + start
+        indices.extend(range(first, first + length))
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+def _best_fit(pieces: list[Span], capacity: int) -> list[list[Span]]:
+    rows: list[list[Span]] = []
+    free: list[int] = []
+    since: list[int] = []  # when a row came to its free space
+    for time, piece in enumerate(pieces):
+        fitting = [row for row in range(len(rows)) if free[row] >= piece[2]]
+        if fitting:
+            best = min(fitting, key=lambda row: (free[row], since[row]))
+        else:
+            best = len(rows)
+            rows.append([])
+            free.append(capacity)
+            since.append(time)
+        rows[best].append(piece)
+        free[best] -= piece[2]
+        since[best] = time
+    return rows
+
+
+def _wrapped(documents: list[int], capacity: int) -> list[list[Span]]:
+    rows: list[list[Span]] = []
+    room = 0
+    for document, length in enumerate(documents):
+        start = 0
+        while start < length:
+            if room == 0:
+                rows.append([])
+                room = capacity
+            taken = min(room, length - start)
+            rows[-1].append((document, start, taken))
+            start, room = start + taken, room - taken
+    return rows
+
+
+def _plan(rows: list[list[Span]]) -> PackingPlan:
+    spans = [span for row in rows for span in row]
+    offsets = [0]
+    for row in rows:
+        offsets.append(offsets[-1] + len(row))
+    documents, starts, lengths = (torch.tensor([span[part] for span in spans], dtype=torch.int64) for part in range(3))
+    return PackingPlan(documents, starts, lengths, torch.tensor(offsets, dtype=torch.int64))
+
+
+def _lists(plan: PackingPlan) -> tuple[list[int], list[int], list[int]]:
+    return plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist()
