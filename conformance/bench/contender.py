@@ -32,6 +32,7 @@ class Contender:
         self.note: str | None = None
         self.runs = False
         self._trial, self._case, self._inputs, self._options = trial, case, inputs, trial.options(case)
+        self._grads = [name for name in trial.spec.grads if name in inputs]
         self._judged: Run | None = None
         try:
             self._judge()
@@ -59,8 +60,8 @@ class Contender:
         self._sets = []
         for _ in range(sets):
             plain = copies(self._inputs)
-            leaves = {name: leaf(tensor, name in self._trial.spec.grads) for name, tensor in plain.items()}
-            wanted = [leaves[name] for name in self._trial.spec.grads]
+            leaves = {name: leaf(tensor, name in self._grads) for name, tensor in plain.items()}
+            wanted = [leaves[name] for name in self._grads]
             grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
             self._sets.append((tuple(plain.values()), tuple(leaves.values()), wanted, grad_outputs))
         self._turn = cycle(self._sets)
@@ -105,7 +106,7 @@ class Contender:
             return
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         found = Run(tuple(output.detach() for output in outputs), {})
-        for name, gradient in zip(self._trial.spec.grads, gradients, strict=False):
+        for name, gradient in zip(self._grads, gradients, strict=False):
             if gradient is None:
                 self.red = f"{what}: gradient of {name} is missing (None)"
                 return

@@ -66,7 +66,7 @@ class Bench:
     def _measure(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
         card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
-        inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads}
+        inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
         least: dict[str, int] = dict(zip(("forward", "backward"), spec.bytes(inputs), strict=True))
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
         card.tidy()

@@ -69,14 +69,16 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         programs: size of the grid.
         tensor: names the device.
         *arguments: all parameters that are not constexpr, in order.
-        **options: the constexpr parameters and num_warps, always the same ones in the same order.
+        **options: the constexpr parameters and Triton's own such as num_warps, always the same ones in the same order.
     """
     index = tensor.get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(kernel, programs, tensor, *arguments, **options)
+    # Multiply and add in one rounding, unless options say otherwise: Triton's default up to 3.9, not from 3.10.
+    options = {"enable_fp_fusion": True, **options}
     if INTERPRETED or torch.version.hip:  # on HIP triton specialises on more than the key below
-        kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
+        kernel[(programs,)](*arguments, **options)
         return None
     # Triton binds and keys every launch anew, 9 to 30 us on the host; looking the compiled kernel up here takes 3.
     key = (
@@ -94,8 +96,7 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
     )
     found = _compiled.get(key)
     if found is None:
-        # Multiply and add in one rounding: Triton's default up to 3.9, not from 3.10.
-        compiled = kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
+        compiled = kernel[(programs,)](*arguments, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
     else:

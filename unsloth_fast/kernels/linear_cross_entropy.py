@@ -3,7 +3,7 @@
     x = hidden @ weight^T + bias, rounded to the dtype of hidden        loss = cross_entropy(x, labels)
     dhidden = dx @ weight        dweight = dx^T @ hidden        dbias = sum over T of dx
 
-Rows that are ignored take no part in any product. Those that count go in equal chunks through one buffer of logits:
+Rows that are ignored take no part in any product. Those that count go in chunks through one buffer of logits:
 the library's product, the kernels of cross_entropy, which write dx over the logits, and the library's products with dx.
 dx is rounded to the dtype of hidden; dweight and dbias are added up in float32 over all chunks.
 
@@ -65,7 +65,7 @@ def linear_cross_entropy_total(
 
     Items are those given as a tensor, else the number, else the rows that count; less than 1 counts as 1.
     """
-    work = Work(hidden, weight, bias, labels, ignore_index)
+    work = Work(hidden, weight, bias, labels, ignore_index, needs_weight)
     gradients = Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias))
     items = work.count if given is None and number is None else number if given is None else given
     sums = []
@@ -84,7 +84,7 @@ def linear_cross_entropy_backward(
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, ignore_index: int, *options: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden, dweight and dbias, in the dtype of hidden, for dlosses [T]."""
-    work = Work(hidden, weight, bias, labels, ignore_index)
+    work = Work(hidden, weight, bias, labels, ignore_index, needs_weight)
     gradients = Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias))
     for chunk in work:
         fill_gradient(

@@ -11,6 +11,8 @@ their own dtype: float32 master weights stay exact. low, dlow and y before the a
 Operations, for T rows: 2TIO forward and 2TIO backward (4TIO with a trained weight), 2TR(I + O) and 4TR(I + O) beside.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,7 +21,23 @@ from torch import Tensor
 from unsloth_fast.kernels._launch import check_runnable, first_order, register
 from unsloth_ref import checks
 
-Needs = tuple[bool, bool, bool, bool, bool]
+
+def summed_in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep cuBLAS from adding up parts of a sum in 16 bits, which PyTorch allows it by default."""
+    matmul = torch.backends.cuda.matmul
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+        if before == (False, False):
+            return function(*arguments)
+        matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+        try:
+            return function(*arguments)
+        finally:
+            matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
+
+    return wrapped
 
 
 def matrix(tensor: Tensor, rows: int) -> Tensor:
@@ -44,6 +62,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
     return total.mul_(scaling).to(dtype)
 
 
+@summed_in_float32
 def lora_linear_forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -59,6 +78,7 @@ def lora_linear_forward(
     return y, low
 
 
+@summed_in_float32
 def lora_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, scaling: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

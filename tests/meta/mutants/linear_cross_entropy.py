@@ -3,7 +3,7 @@
 from tests.meta.mutants.mutant import LYING, Mutant, one
 
 # Two rows a chunk, so that a few rows take several.
-SMALL_CHUNKS = ("UNIT_ROWS = 128 ", "UNIT_ROWS = 2 "), ("ROOM = 500 * 2**20", "ROOM = 1")
+SMALL_CHUNKS = ("(4096, 2048, 1536, 1280, 1024, 512, 256, 128)", "(2,)"), ("ROOM = 500 * 2**20", "ROOM = 1")
 
 
 def chunked(old: str, new: str, *laws: str, dtype: str = "float32") -> Mutant:
