@@ -565,11 +565,11 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
     ),
     "swiglu_in_other_tiles": (
         "swiglu",
-        (("elements=2048, widest=2048, per_thread=16", "elements=16384, widest=8192, per_thread=4"),),
+        (("FORWARD_TILE, BACKWARD_TILE = 1024, 2048", "FORWARD_TILE, BACKWARD_TILE = 8192, 512"),),
     ),
     "geglu_in_other_tiles": (
         "geglu",
-        (("elements=2048, widest=2048, per_thread=16", "elements=16384, widest=8192, per_thread=8"),),
+        (("FORWARD_TILE, BACKWARD_TILE = 1024, 2048", "FORWARD_TILE, BACKWARD_TILE = 256, 4096"),),
     ),
     "rope_in_other_tiles": (
         "rope",
@@ -578,9 +578,8 @@ TILES: dict[str, tuple[str, tuple[Edit, ...]]] = {
     "packed_attention_in_other_tiles": (
         "packed_attention",
         (
-            ("size = 32 if width <= 64 else 16", "size = 64"),
-            ("size = 64 if width <= 128 else 32", "size = 128"),
-            ('"COLUMNS": 32, "num_warps": 8', '"COLUMNS": 16, "num_warps": 8'),
+            ("rows = 32 if width > 128 or (wide and width == 128) else 64", "rows = 32 if wide else 128"),
+            ('"COLUMNS": rows, "WIDTH"', '"COLUMNS": 16, "WIDTH"'),
         ),
     ),
     "cross_entropy_in_other_tiles": (
