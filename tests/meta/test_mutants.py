@@ -83,11 +83,14 @@ def test_there_are_enough_of_both(op: str) -> None:
 
 @pytest.mark.parametrize("backend", EXPECTED)
 def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
-    last = of_wrong[backend][-1]
-    assert last.verdict == "fail"
-    assert last.case and last.message
-    if last.property != "compiles":  # where failing to compile is the finding
-        assert not last.message.startswith(("raised", "backward raised", "LookupError", "ImportError")), last.message
+    # A law that was under way when another failed may end after it.
+    found = [result for result in of_wrong[backend] if result.verdict == "fail"]
+    assert found
+    for result in found:
+        assert result.case and result.message
+        if result.property != "compiles":  # where failing to compile is the finding
+            crashed = result.message.startswith(("raised", "backward raised", "LookupError", "ImportError"))
+            assert not crashed, result.message
 
 
 @pytest.mark.parametrize("backend", CORRECT)
