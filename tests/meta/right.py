@@ -308,19 +308,12 @@ def _cross_entropy(rowwise: Function) -> Function:
 @right("cross_entropy")
 @_cross_entropy
 def cross_entropy_of_torch(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """torch's own operator."""
-    losses = F.cross_entropy(z, labels, label_smoothing=label_smoothing, reduction="none")
-    return losses + z_loss * torch.logsumexp(z, -1).square() if z_loss else losses
-
-
-@right("cross_entropy")
-@_cross_entropy
-def cross_entropy_by_log_softmax(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """A one-hot target, smoothed, times the log-probabilities."""
-    target = torch.full_like(z, label_smoothing / z.shape[1])
-    target = target.scatter_add(1, labels[:, None], torch.full_like(z[:, :1], 1 - label_smoothing))
-    losses = -torch.where(target > 0, target * torch.log_softmax(z, -1), 0.0).sum(-1)  # 0 times -inf is NaN
-    return losses + z_loss * torch.logsumexp(z, -1).square()
+    """torch's own operator; not its smoothing, whose backward adds label_smoothing / vocab one after the other."""
+    losses = F.cross_entropy(z, labels, reduction="none")
+    lse = torch.logsumexp(z, -1)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))
+    return losses + z_loss * lse * lse
 
 
 @right("cross_entropy")
