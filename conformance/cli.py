@@ -1,4 +1,4 @@
-"""The command line: run, list, repro, bench.
+"""The command line: run, list, repro, bench, fingerprint.
 
 Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run. A usage error is one line.
 """
@@ -17,6 +17,7 @@ from conformance.backends import Judged
 from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.table import heading, text, write_json
+from conformance.gates import Failure
 from conformance.peers import Absent
 from conformance.piece import pieces
 from conformance.profiles import PROFILES
@@ -47,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a backend may lie in the current folder
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.verb(arguments)
+        status = arguments.verb(arguments)
+        sys.stdout.flush()
+        return status
     except (UsageError, BackendError, SpecError) as error:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the times here")
     bench.set_defaults(verb=_bench)
+
+    prints = verbs.add_parser("fingerprint", help="registers, spills and the like of Triton kernels; needs no GPU")
+    prints.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    prints.add_argument("--target", nargs="+", action="extend", metavar="T", help="sm_80, sm_90, sm_100, gfx942 (all)")
+    prints.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
+    prints.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
+    prints.add_argument("--json", type=Path, metavar="FILE", help="also write them here")
+    prints.set_defaults(verb=_fingerprint)
 
     for verb in (judge, repro):
         verb.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
@@ -124,7 +138,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     asked = {check.op for check in checks}
     shown = [op for op in ops if op in asked or op not in judged.functions]
-    with report.Table(checks, shown, dtypes) as table:
+    columns = dtypes if any(op in backends.OPERATIONS for op in shown) else [""]  # pieces have no dtype
+    with report.Table(checks, shown, columns) as table:
         done = run(checks, told, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [result for _, result in done]
     print()
@@ -154,21 +169,25 @@ def _status(results: Sequence[Result]) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     print(
         "operations:",
-        *(f"  {op:<20}{(s.reference.__doc__ or '').splitlines()[0]}" for op, s in specs().items()),
+        *(f"  {op:<{report.NAME_WIDTH}}{(s.reference.__doc__ or '').splitlines()[0]}" for op, s in specs().items()),
         sep="\n",
     )
     print(
         "properties:",
-        *(f"  {name:<20}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()),
+        *(f"  {name:<{report.NAME_WIDTH}}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()),
         sep="\n",
     )
     print("training pieces, with properties of their own:")
     for op, piece in pieces().items():
-        print(f"  {op:<20}{(piece.reference.__doc__ or '').splitlines()[0]}")
-        for law in piece.laws:
-            print(f"    {law.__name__:<30}{(law.__doc__ or '').splitlines()[0]}")
+        print(f"  {op:<{report.NAME_WIDTH}}{(piece.reference.__doc__ or '').splitlines()[0]}")
+        for law in piece.properties.values():
+            print(f"    {law.name:<30}{(law.check.__doc__ or '').splitlines()[0]}")
     print("backends:", f"  {', '.join(backends.NAMES)}, or the dotted path of a module", sep="\n")
-    print("profiles:", *(f"  {name:<20}{profile.examples} examples" for name, profile in PROFILES.items()), sep="\n")
+    print(
+        "profiles:",
+        *(f"  {name:<{report.NAME_WIDTH}}{profile.examples} examples" for name, profile in PROFILES.items()),
+        sep="\n",
+    )
     return 0
 
 
@@ -196,8 +215,8 @@ def _repro(arguments: argparse.Namespace) -> int:
 def _parsed(line: str) -> tuple[str, str | None, str, str]:
     """Operation or piece, dtype, property and case of a line that a failure printed."""
     op, *words = line.split() or [""]
-    wanted = 1 if op in backends.PIECES else 0
-    if len(words) < 1 + wanted:
+    by_name = [word for word in words if "=" not in word]  # dtype and property; a piece has no dtype
+    if not words or (op in backends.PIECES and len(by_name) != 1):
         raise UsageError(f"repro: got {line!r}; allowed: '{LINE}'")
     _known("operation", [op], [*backends.OPERATIONS, *backends.PIECES])
     dtype = None
@@ -229,6 +248,30 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not rows:
         raise UsageError(f"backend: none of {', '.join(names)} defines any of {', '.join(ops)}: nothing to time")
     return 1 if any(row.failed for row in rows) else 0
+
+
+def _fingerprint(arguments: argparse.Namespace) -> int:
+    ops = _known("operation", arguments.ops, list(backends.OPERATIONS))
+    _known("dtype", [arguments.dtype], list(DTYPES))
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+    from conformance import fingerprint
+
+    targets = _known("target", arguments.target, list(fingerprint.TARGETS))
+    judged = backends.load(arguments.backend, "cuda")
+    _demand_writable(arguments.json)
+    print(fingerprint.heading(judged, targets, arguments.dtype), flush=True)
+    found = []
+    try:
+        for prints in fingerprint.fingerprints(judged, ops, targets, arguments.dtype):
+            print(fingerprint.text(prints), flush=True)
+            found += prints
+    except Failure as failure:
+        raise UsageError(f"backend {arguments.backend} {failure}, on a CPU: nothing to compile") from failure
+    if not found:
+        raise UsageError(f"backend {arguments.backend} launches no Triton kernel for {', '.join(ops)}")
+    if arguments.json:
+        fingerprint.write_json(arguments.json, found, judged)
+    return 1 if any(one.problem for one in found) else 0
 
 
 def _present(names: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
@@ -40,8 +40,10 @@ class PieceCase:
         """Read what `str(case)` wrote.
 
         Raises:
-            ValueError: a word is not name=value, a name is unknown, or one without a default is missing.
+            ValueError: a word is not name=value, a name is unknown or, without a default, missing, or a value is of
+                another kind.
         """
+        kinds = get_type_hints(cls)
         allowed = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for word in line.split():
@@ -49,6 +51,10 @@ class PieceCase:
             if not equals or name not in allowed:
                 raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(allowed)}")
             values[name] = _value(value)
+            listed = get_origin(kinds[name]) is tuple
+            if not isinstance(values[name], tuple if listed else kinds[name]):
+                kind = "a list" if listed else getattr(kinds[name], "__name__", kinds[name])
+                raise ValueError(f"case: got {word}; allowed: {kind}")
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise ValueError(f"case: got {line!r}; missing: {', '.join(missing)}")
@@ -201,8 +207,13 @@ def pieces() -> Mapping[str, Piece]:
         try:
             module = importlib.import_module(f"conformance.pieces.{name}")
         except ModuleNotFoundError as missing:
+            if missing.name != f"conformance.pieces.{name}":
+                raise
             raise SpecError(f"piece {name} is not declared: conformance/pieces/{name}.py is missing") from missing
-        if module.piece.op != name:
-            raise SpecError(f"conformance/pieces/{name}.py: its piece names {module.piece.op}")
-        found[name] = module.piece
+        piece = getattr(module, "piece", None)
+        if not isinstance(piece, Piece):
+            raise SpecError(f"conformance/pieces/{name}.py: got piece = {piece!r}; allowed: a Piece")
+        if piece.op != name:
+            raise SpecError(f"conformance/pieces/{name}.py: its piece names {piece.op}")
+        found[name] = piece
     return found

@@ -18,7 +18,7 @@ from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.runner import Check
 from conformance.search import Result
 
-NAME_WIDTH, CELL_WIDTH = 20, 17
+NAME_WIDTH, CELL_WIDTH = 1 + max(map(len, (*OPERATIONS, *PIECES))), 17
 
 
 def heading(judged: Judged, device: str, profile: str) -> str:

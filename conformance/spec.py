@@ -6,10 +6,11 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf, nan
+from numbers import Number
 from types import ModuleType
 from typing import Any
 
@@ -111,9 +112,12 @@ class Spec:
         specials: special values that an input may hold.
         same_bits: whether outputs have the bits that they have in training where no gradient is wanted.
         shape: its sizes for a law that asks for so many rows of about so many columns.
+        truth: the contract in pieces, for inputs on which its own intermediates would fit no memory; itself by default.
         waits: how often a pass may wait for the device: for the count that a matmul's size depends on, say. Where it
             must not, in a CUDA graph, its results may have other bits.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
+        flops: floating-point operations of the matrix products of (forward, backward), from the inputs, the options
+            and the names of the inputs that get a gradient; none by default.
         bench: sizes worth timing, and options beside them, by name; under "grads", which inputs get a gradient there.
         bench_layout: how models lay out the inputs that get a gradient, a name in `conformance.case.LAYOUTS`.
         errors: calls that the contract refuses.
@@ -131,6 +135,8 @@ class Spec:
     errors: Sequence[ErrorCase]
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     required: Callable[[Case], Options] = lambda case: {}
+    flops: Callable[[Inputs, Options, Collection[str]], tuple[int, int]] = lambda inputs, options, grads: (0, 0)
+    truth: Callable[..., Any] | None = None
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     row_options: Options = field(default_factory=dict)
     kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
@@ -161,8 +167,14 @@ class Spec:
         return self.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
     def parse(self, line: str) -> Case:
-        """Read a case of this operation from one line; raises ValueError."""
-        return Case.parse(line, tuple(self.sizes), tuple(self.options))
+        """Read a case of this operation from one line; raises ValueError, for an option of another kind too."""
+        case = Case.parse(line, tuple(self.sizes), tuple(self.options))
+        for name, value in case.options:
+            numbers = any(isinstance(one, Number) for one in self.options[name])
+            if value not in self.options[name] and not (numbers and isinstance(value, Number)):
+                allowed = ", ".join(map(str, self.options[name])) + (", or another number" if numbers else "")
+                raise ValueError(f"case: got {name}={value}; allowed: {allowed}")
+        return case
 
     def cases(self, elements: int, options: Sequence[str] | None = None) -> st.SearchStrategy[Case]:
         """Cases of at most this many elements; of the options only those named, where names are given."""
@@ -206,10 +218,15 @@ def specs() -> Mapping[str, Spec]:
         try:
             module: ModuleType = importlib.import_module(f"conformance.specs.{op}")
         except ModuleNotFoundError as missing:
+            if missing.name != f"conformance.specs.{op}":
+                raise
             raise SpecError(f"operation {op} has no spec: conformance/specs/{op}.py is missing") from missing
-        if module.spec.op != op:
-            raise SpecError(f"conformance/specs/{op}.py: its spec names {module.spec.op}")
-        found[op] = module.spec
+        spec = getattr(module, "spec", None)
+        if not isinstance(spec, Spec):
+            raise SpecError(f"conformance/specs/{op}.py: got spec = {spec!r}; allowed: a Spec")
+        if spec.op != op:
+            raise SpecError(f"conformance/specs/{op}.py: its spec names {spec.op}")
+        found[op] = spec
     return found
 
 

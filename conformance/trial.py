@@ -187,7 +187,8 @@ class Trial:
             grad_outputs = self.grad_outputs(case, peer.outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
-        truth = self.run(case, wide_inputs, function=self.spec.reference, grads=names, grad_outputs=wide_grads)
+        contract = self.spec.truth or self.spec.reference
+        truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
         info = torch.finfo(self.dtype)
         call = Call(wide_inputs, self.options(case), wide_grads, info.smallest_normal, info.eps / 2)
         elements = max(tensor.numel() for tensor in inputs.values())

@@ -28,7 +28,7 @@ class Rates:
     """What the card does at best, measured in this process.
 
     Attributes:
-        copy: bytes a second, read and written, of a large copy: the roof in the tables.
+        copy: bytes a second, read and written, of a large copy.
         matmul: floating-point operations a second of a large bfloat16 matrix product, on random data.
     """
 

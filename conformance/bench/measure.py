@@ -1,5 +1,7 @@
 """Backends against each other on the shapes of the specs, all on one shape at a time, judged before and after."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,26 @@ FEWEST_SETS, MOST_SETS = 2, 16
 NOISE = 1.03  # a median may lie this far from the truth: the copy's own, from run to run on an idle H200, 2 %
 # Reading alone may be faster than copying, which turns the bus around: an H200's pins could do 1.16 times as much.
 READING = 1.16
+# On paper the tensor cores of an H200 do 989 TFLOP/s, of which its power leaves a product of random numbers 705; other
+# numbers take less.
+UNTHROTTLED = 1.4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass cannot do without.
+
+    Attributes:
+        bytes: that must move.
+        flops: floating-point operations of its matrix products.
+    """
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Work) -> Work:
+        """Of both."""
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
@@ -67,11 +89,13 @@ class Bench:
         card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
         inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
-        least: dict[str, int] = dict(zip(("forward", "backward"), spec.bytes(inputs), strict=True))
+        passes = zip(spec.bytes(inputs), spec.flops(inputs, dict(case.options), spec.grads), strict=True)
+        forward, backward = (Work(*needed) for needed in passes)
+        least = {"forward": forward, "backward": backward, "full": forward + backward}
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
         card.tidy()
         timed = {n: c for n, c in contenders.items() if c.runs and not (c.red and is_ours(n))}
-        sets = max(FEWEST_SETS, min(MOST_SETS, math.ceil(CACHES * card.cache_bytes / least["forward"])))
+        sets = max(FEWEST_SETS, min(MOST_SETS, math.ceil(CACHES * card.cache_bytes / forward.bytes)))
         for contender in timed.values():
             contender.prepare(sets)
         timed = {name: contender for name, contender in timed.items() if contender.runs}
@@ -122,20 +146,21 @@ class Bench:
                 timed[name].check("replayed", *(last if what == "device_full" else (last,)))
         return refused
 
-    def _row(self, row: Row, samples: dict[str, Times], least: Mapping[str, int], note: str | None) -> Row:
+    def _row(self, row: Row, samples: dict[str, Times], least: Mapping[str, Work], note: str | None) -> Row:
         if not samples or (row.red and is_ours(row.backend)):
             return replace(row, note=note, failed=is_ours(row.backend))
         medians = {what: times.median for what, times in samples.items()}
         if {"device_forward", "device_full"} <= medians.keys():
             medians["device_backward"] = max(0.0, medians["device_full"] - medians["device_forward"])
-        bytes_of = {what: _bytes_of(what, least) for what in medians}
-        shares = {w: bytes_of[w] / (self.rates.copy * 1e-3 * max(t, 1e-9)) for w, t in medians.items()}
-        impossible = [w for w in samples if medians[w] < 1e3 * self._floor(bytes_of[w], cached="device" not in w)]
+        works = {what: least[what.removeprefix("device_")] for what in medians}
+        shares = {what: self._roofline(works[what]) / (1e-3 * max(t, 1e-9)) for what, t in medians.items()}
+        floors = {what: 1e3 * self._floor(works[what], cached="device" not in what) for what in medians}
+        impossible = [what for what in samples if medians[what] < floors[what]]
         if impossible:
             worst = max(impossible, key=lambda what: shares[what])
             red = f"{worst}: {100 * shares[worst]:.0f} % of the roofline: not all the work was done"
             return replace(row, red=red, note=note, peak_mebibytes=None, failed=True)
-        if shares.get("device_backward", 0) > self._limit / self.rates.copy * NOISE:
+        if "device_backward" in floors and medians["device_backward"] < floors["device_backward"]:
             del shares["device_backward"]  # the forward pass did its work: the sum has been looked at
         return replace(
             row,
@@ -146,17 +171,18 @@ class Bench:
             samples=samples,
         )
 
-    @property
-    def _limit(self) -> float:
-        return READING * self.rates.copy
+    def _roofline(self, least: Work) -> float:
+        """Seconds that the card's copy takes for the bytes, or its matrix product for the operations: the longer."""
+        return max(least.bytes / self.rates.copy, least.flops / self.rates.matmul)
 
-    def _floor(self, least: int, cached: bool) -> float:
-        """Seconds below which not all the bytes can have moved.
+    def _floor(self, least: Work, cached: bool) -> float:
+        """Seconds below which not all the work can have been done.
 
         Where one call is timed by itself, what it leaves in the L2 cache is never written back, and its gradients may
         find there what its forward pass read: cached grants both.
         """
-        return (least - 2 * self.card.cache_bytes * cached) / (self._limit * NOISE)
+        moved = least.bytes - 2 * self.card.cache_bytes * cached
+        return max(moved / (READING * self.rates.copy), least.flops / (UNTHROTTLED * self.rates.matmul)) / NOISE
 
 
 def bench_case(spec: Spec, shape: str) -> Case:
@@ -174,11 +200,6 @@ def is_ours(name: str) -> bool:
 def _words(case: Case) -> str:
     sizes = "x".join(str(size) for _, size in case.sizes)
     return " ".join([sizes, *(f"{name}={value}" for name, value in case.options)])
-
-
-def _bytes_of(what: str, least: Mapping[str, int]) -> int:
-    what = what.removeprefix("device_")
-    return sum(least.values()) if what == "full" else least[what]
 
 
 @contextmanager

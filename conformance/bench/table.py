@@ -25,10 +25,11 @@ class Row:
         device_backward: what the gradients add: median of device_full less that of device_forward.
         peak_mebibytes: memory at the peak of a full call, above its inputs.
         error_use: share of the error budget used on these inputs.
-        roofline: for forward, full, device_forward, device_full and device_backward, bytes that must move over those
-            that the card's copy moves in this time.
-        red: the gate that was broken, on the judged inputs or in the last timed result; or a time below what the bytes
-            need. Only other people's results are timed all the same, and never an impossible time.
+        roofline: for forward, full, device_forward, device_full and device_backward, the time that the card's copy
+            takes for the bytes that must move, or its matrix product for the operations, whichever is longer, over
+            this time.
+        red: the gate that was broken, on the judged inputs or in the last timed result; or a time below what the work
+            needs. Only other people's results are timed all the same, and never an impossible time.
         note: what is unlike the contract although the values are right; or why there is no CUDA graph.
         failed: whether this is an error of the bench: red and ours, or an impossible time.
         samples: the times themselves.
@@ -63,7 +64,7 @@ def heading(card: Card, rates: Rates, state: dict[str, Any]) -> str:
         f"{card.name}, copy {rates.copy / 1e12:.2f} TB/s, "
         f"bf16 matmul {rates.matmul / 1e12:.0f} TFLOP/s{clock}\n"
         "ms, cold L2, median of interleaved rounds [20 %, 80 %]; one call, launch included; device: CUDA graph; "
-        "%: bytes that must move, of the copy's rate"
+        "%: of the roofline: bytes at the copy's rate or matrix products at the matmul's, whichever takes longer"
     )
 
 
@@ -110,7 +111,7 @@ def _device(row: Row, key: str, milliseconds: float | None) -> str:
 
 
 def _percent(row: Row, key: str) -> str:
-    """Nothing where the gradients take less than their bytes because the forward pass has done their work."""
+    """Nothing where the gradients take less than their work because the forward pass has done their work."""
     share = row.roofline.get(key)
     return "" if share is None else f"{100 * share:3.0f} %"
 

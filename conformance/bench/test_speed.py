@@ -69,7 +69,7 @@ def test_speed(
     backend: str,
     kind: str,
 ) -> None:
-    """Plays the samples; fails where ours are not right, or faster than their bytes can move."""
+    """Plays the samples; fails where ours are not right, or faster than their work can be done."""
     if backend not in bench.names:
         pytest.skip(f"{backend} is not installed")
     row = measured(bench, op, shape).get(backend)
@@ -80,6 +80,10 @@ def test_speed(
     if kind not in row.samples:
         pytest.skip(row.note or row.red or "not timed")
     benchmark.group = f"{op} {row.shape} {row.dtype} {kind}"
-    extra = row.as_dict() | {"copy_bytes_per_second": card[1].copy, "sm_clock_mhz": card[2]["sm_clock_mhz"]}
+    extra = row.as_dict() | {
+        "copy_bytes_per_second": card[1].copy,
+        "matmul_flops_per_second": card[1].matmul,
+        "sm_clock_mhz": card[2]["sm_clock_mhz"],
+    }
     benchmark.extra_info.update({key: value for key, value in extra.items() if value is not None})
     TIMER.play(benchmark, row.samples[kind])

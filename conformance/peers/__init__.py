@@ -14,9 +14,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch._dynamo import config as dynamo  # not `import torch`: in this package that is the peer
-from torch._inductor import config as inductor
-
 from conformance.trial import BackendError, Raised, describe
 
 
@@ -64,6 +61,10 @@ def kernels(package: str, *names: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _compiler_settings_kept() -> Iterator[None]:
+    # Here, for they take 3 s and load triton; not as `torch._dynamo`, for `torch` is the peer in this package.
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
     configs: tuple[Any, ...] = (dynamo, inductor)
     before = [config.get_config_copy() for config in configs]
     yield

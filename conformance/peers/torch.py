@@ -92,6 +92,14 @@ def packed_attention(
     return out[0].transpose(0, 1)
 
 
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Three linear layers and a sum, with adapters of other bits cast to those of x."""
+    low = F.linear(x, lora_a.to(x.dtype))
+    return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -1,15 +1,18 @@
 """Cross entropy of a linear layer's output against labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import log2, nan
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from conformance.case import IGNORE_INDEX, Draw
 from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, columns, nbytes
+from unsloth_ref.kernels import linear_cross_entropy
 
 ROUNDINGS = 1
 FLOAT32 = 2.0**-24
@@ -36,6 +39,20 @@ def _hidden(budget: int) -> st.SearchStrategy[int]:
     """A number of columns of hidden, mostly so few that the vocabulary gets its share of the elements."""
     wide = [size for size in (96, 129, 512, 1024, 2048, 4096) if size <= budget // 256]
     return st.sampled_from([1, 2, 5, 16, 33, 48, *wide])
+
+
+def truth(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """The contract, some rows at a time where there are many logits; each time computed again on the way back."""
+    size = max(1, AT_ONCE // max(1, len(weight)))
+    if len(labels) <= size:
+        return linear_cross_entropy(hidden, weight, labels, bias, **options)
+    if options.get("reduction", "mean") == "mean" and options.get("num_items") is None:
+        options["num_items"] = (labels != options.get("ignore_index", IGNORE_INDEX)).sum()
+    losses = [
+        checkpoint(linear_cross_entropy, *rows, use_reentrant=False, **options)
+        for rows in ((hidden[i : i + size], weight, labels[i : i + size], bias) for i in range(0, len(labels), size))
+    ]
+    return torch.cat(losses) if options.get("reduction") == "none" else torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,13 @@ def _bytes(inputs: Inputs) -> tuple[int, int]:
     return nbytes(inputs["weight"]) + hidden * int((labels != IGNORE_INDEX).sum()) // max(1, len(labels)), hidden
 
 
+def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
+    """Of rows that count: the logits, then a product each for the gradients of hidden and weight."""
+    counted = int((inputs["labels"] != options.get("ignore_index", IGNORE_INDEX)).sum())
+    product = 2 * counted * inputs["weight"].numel()
+    return product, product * len({"hidden", "weight"}.intersection(grads))
+
+
 def _every_second_ignored(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
     """From the first one on, so that each row that counts has another place among those that do; row by row."""
     labels = torch.arange(len(inputs["labels"]), device=inputs["labels"].device) % len(inputs["weight"])
@@ -247,6 +271,8 @@ spec = Spec(
         "labels are int32": lambda i, o: ({**i, "labels": i["labels"].int()}, o),
     },
     bytes=_bytes,
+    flops=_flops,
+    truth=truth,
     bench={
         "llama-3.2-1b, head frozen": {
             "tokens": 8192,

@@ -1,6 +1,6 @@
 """A linear layer with a low-rank adapter beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass
 from math import log2, nan
@@ -165,6 +165,21 @@ def _bytes(inputs: Inputs) -> tuple[int, int]:
     return read + y, read + y + nbytes(x) + adapters
 
 
+def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
+    """The product with the weight and the two of the adapter; on the way back those that the gradients need."""
+    x, (out, columns), rank = inputs["x"], inputs["weight"].shape, len(inputs["lora_a"])
+    tokens = 2 * x[..., 0].numel()
+    whole, narrow_in, narrow_out = tokens * out * columns, tokens * rank * columns, tokens * rank * out
+    needs = {
+        "x": whole + narrow_in,  # dy @ weight, dlow @ lora_a
+        "weight": whole,
+        "lora_a": narrow_in,
+        "lora_b": narrow_out,
+    }
+    dlow = narrow_out if {"x", "lora_a"}.intersection(grads) else 0
+    return whole + narrow_in + narrow_out, dlow + sum(needs.get(name, 0) for name in grads)
+
+
 def _kind(change: Callable[[Inputs], Inputs]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
     """Other tensors."""
     return lambda inputs, options: ({**inputs, **change(inputs)}, options)
@@ -227,6 +242,7 @@ spec = Spec(
         "no output": _kind(lambda i: {n: i[n][:0] for n in ("weight", "lora_b")}),
     },
     bytes=_bytes,
+    flops=_flops,
     bench={
         "llama-3.2-1b q, o": _bench(2048, 2048),
         "llama-3.2-1b gate, up": _bench(2048, 8192),

@@ -4,7 +4,7 @@ No input is row-wise: a row depends on all of its document before it, and gradie
 see each other is asked by the kinds of arguments that fill one of them with NaN.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log2, nan
@@ -156,6 +156,19 @@ def _dk_terms(call: Call) -> Tensor:
     return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
 
 
+def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
+    """Of each pair of a query and a key that it sees, two products on the way out and five on the way back.
+
+    Those of flash attention, which computes the scores again: to keep them would take memory that nobody has.
+    """
+    pairs = 0
+    for begin, end in pairwise(inputs["cu_seqlens"].tolist()):
+        seen = min(end - begin, options.get("window") or end - begin)  # by all queries but the first ones
+        pairs += seen * (seen + 1) // 2 + (end - begin - seen) * seen
+    product = 2 * pairs * inputs["q"][0].numel()
+    return 2 * product, 5 * product if grads else 0
+
+
 def _cut(cut: Callable[[int], list[int]]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
     """Other documents, from the number of tokens."""
 
@@ -233,6 +246,7 @@ spec = Spec(
         2 * nbytes(inputs["q"]) + nbytes(inputs["k"], inputs["v"]),
         4 * nbytes(inputs["q"]) + 2 * nbytes(inputs["k"], inputs["v"]),
     ),
+    flops=_flops,
     bench={
         "text-mix-16k-d64": _bench(16384, 41, 64),
         "text-mix-16k-d128": _bench(16384, 41, 128),

@@ -1,74 +1,27 @@
-"""The bench, on a card that is played: what is timed, checked and shown, without a GPU."""
+"""The bench on a card that is played: what is timed, checked and held to the roofline, without a GPU."""
 
-import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import unsloth_ref.kernels
-from conformance import backends, cli
-from conformance.bench import conftest
+from conformance import backends
 from conformance.bench.card import Card, Rates
 from conformance.bench.contender import Contender
 from conformance.bench.measure import Bench, bench_case
-from conformance.bench.replay import ReplayTimer
 from conformance.bench.sampler import FEWEST_ROUNDS, MOST_ROUNDS, Times, interleave
-from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
+from conformance.bench.table import Row
 from conformance.case import Case
-from conformance.peers import Absent, kernels
 from conformance.spec import Spec, specs
 from conformance.trial import Trial
+from tests.meta.played import RATES, Played
 
-ROOT = Path(__file__).parents[2]
-RATES = Rates(copy=4e12, matmul=7e14)
-STATE = {"driver": "1.2", "sm_clock_mhz": 1980}
 SHAPE = {"rows": 4, "hidden": 64}
-
-
-class Played:
-    """A card whose calls take what the test says, and whose graphs call again."""
-
-    device = "cpu"
-    name = "Played"
-    cache_bytes = 0
-
-    def __init__(self, milliseconds: float = 1.0, graphs: bool = True) -> None:
-        self.milliseconds, self.graphs = milliseconds, graphs
-
-    def host(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        return self.milliseconds, call()
-
-    queued = host
-
-    def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], Any], Any] | str:
-        if not self.graphs:
-            return "it waits"
-        found = body()
-
-        def replay() -> None:
-            for old, new in zip(flat(found), flat(body()), strict=True):
-                old.detach().copy_(new.detach())
-
-        return replay, found
-
-    def peak_mebibytes(self, call: Callable[[], Any]) -> float:
-        call()
-        return 3.0
-
-    def tidy(self) -> None:
-        pass
-
-
-def flat(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else [tensor for part in found for tensor in flat(part)]
 
 
 def right(gate: Tensor, up: Tensor) -> Tensor:
@@ -118,9 +71,10 @@ def cannot(gate: Tensor, up: Tensor) -> Tensor:
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
     """Rows by backend of swiglu on one small shape; `liger` stands for other people's."""
-    spec = replace(specs()["swiglu"], bench={"small": SHAPE})
 
-    def rows(card: Any, **functions: Callable[..., Any]) -> dict[str, Row]:
+    def rows(card: Any, flops: tuple[int, int] = (0, 0), **functions: Callable[..., Any]) -> dict[str, Row]:
+        spec = replace(specs()["swiglu"], bench={"small": SHAPE}, flops=lambda *_: flops)
+
         def load(name: str, device: str) -> backends.Judged:
             return backends.Judged(name, {"swiglu": functions[name]}, name, False)
 
@@ -196,6 +150,35 @@ def test_a_time_above_the_roofline_is_an_error(name: str, measure: Callable[...,
     assert row.failed
 
 
+def test_the_roofline_is_the_longer_of_bytes_and_products(measure: Callable[..., dict[str, Row]]) -> None:
+    forward, backward = 7 * 10**11, 1  # a millisecond of products, and hardly any
+    row = measure(Played(milliseconds=2.0), (forward, backward), fast=right)["fast"]
+    assert row.red is None
+    assert row.roofline["forward"] == pytest.approx(0.5)
+    assert row.roofline["device_forward"] == pytest.approx(1.0)
+    assert row.roofline["full"] == pytest.approx((forward + backward) / RATES.matmul / 2e-3)
+    assert row.roofline["full"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("flops", "what"), [((2 * 10**12, 0), "device_forward: 286 %"), ((0, 2 * 10**12), "device_full: 286 %")]
+)
+def test_products_that_were_not_done_are_an_error(
+    flops: tuple[int, int], what: str, measure: Callable[..., dict[str, Row]]
+) -> None:
+    """Bytes alone would have passed it."""
+    row = measure(Played(milliseconds=2.0), flops, fast=right)["fast"]
+    assert row.red == f"{what} of the roofline: not all the work was done"
+    assert row.full is None
+    assert row.failed
+
+
+def test_products_may_be_faster_than_those_of_random_numbers(measure: Callable[..., dict[str, Row]]) -> None:
+    row = measure(Played(milliseconds=2.0), (9 * 10**11, 0), fast=right)["fast"]
+    assert row.roofline["device_forward"] == pytest.approx(9 / 7)
+    assert not row.failed
+
+
 def test_what_one_call_leaves_in_the_cache_is_granted(measure: Callable[..., dict[str, Row]]) -> None:
     """In a graph it is not: there each call writes back what the one before left."""
     card = Played(milliseconds=1e-7)
@@ -255,6 +238,45 @@ def test_every_spec_can_be_timed(op: str) -> None:
         assert (contender.red, contender.note) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (op, shape)
+        for op, spec in specs().items()
+        for shape in spec.bench
+        if op != "packed_attention" and "ignored" not in shape
+    ],
+)
+def test_matrix_products_are_counted(op: str, shape: str) -> None:
+    """As torch counts those of the reference, which computes what is ignored or unseen as well."""
+    spec = small(specs()[op])
+    case, grads = bench_case(spec, shape), spec.bench[shape].get("grads", spec.grads)
+    trial = Trial(spec, spec.reference, torch.float32, "cpu")
+    inputs = spec.inputs(case, torch.float32, "cpu")
+    if "labels" in inputs:
+        inputs["labels"].clamp_(min=0)
+    with FlopCounterMode(display=False) as forward:
+        trial.run(case, inputs, grads=())
+    with FlopCounterMode(display=False) as full:
+        trial.run(case, inputs, grads=grads)
+    counted = forward.get_total_flops(), full.get_total_flops() - forward.get_total_flops()
+    assert spec.flops(inputs, trial.options(case), grads) == counted
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_products_of_attention_are_those_of_what_is_seen(window: int | None) -> None:
+    spec = specs()["packed_attention"]
+    case = Case((("tokens", 29), ("documents", 3), ("kv_heads", 2), ("group", 3), ("width", 5)), (("window", window),))
+    inputs = spec.inputs(case, torch.float32, "cpu")
+    bounds = inputs["cu_seqlens"].tolist()
+    document = [sum(end <= i for end in bounds[1:]) for i in range(29)]
+    pairs = sum(document[i] == document[j] and i - j < (window or 29) for i in range(29) for j in range(i + 1))
+    products = pairs * 2 * 3 * 5  # of each query head and element
+    options = dict(case.options)
+    assert spec.flops(inputs, options, spec.grads) == (4 * products, 10 * products)
+    assert spec.flops(inputs, options, ()) == (4 * products, 0)
+
+
 def on_gpu(test: Callable[..., None]) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
@@ -300,153 +322,8 @@ def test_the_fast_kernels_on_a_card(op: str, card: Card, monkeypatch: pytest.Mon
         bench={"s": {k: min(v, 256) if k in spec.sizes else v for k, v in next(iter(spec.bench.values())).items()}},
     )
     monkeypatch.setattr("conformance.bench.measure.specs", lambda: {op: spec})
-    unlimited = Rates(1e18, 1e18, 1e18)  # what is this small lies in the cache
+    unlimited = Rates(1e18, 1e18)  # what is this small lies in the cache
     rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").rows(op, "s")}
     for row in rows.values():
         assert (row.red, row.note, row.failed) == (None, None, False)
         assert set(row.samples) == {"forward", "full", "device_forward", "device_full"}
-
-
-FAST = Row(
-    op="swiglu",
-    shape="small 4x64",
-    dtype="bfloat16",
-    backend="fast",
-    forward=(0.1, 0.2, 0.3),
-    full=(0.4, 0.5, 0.6),
-    device_forward=(0.1, 0.15, 0.2),
-    device_full=(0.3, 0.35, 0.4),
-    device_backward=0.2,
-    peak_mebibytes=12.0,
-    error_use=0.31,
-    roofline={"forward": 0.5, "full": 0.55, "device_forward": 0.92, "device_backward": 0.86},
-)
-ROWS = [
-    FAST,
-    replace(FAST, backend="liger", device_full=None, device_backward=None, red="gate G1", note="writes over gate"),
-    Row("swiglu", "small 4x64", "bfloat16", "reference", red="gate G2 used 3", failed=True),
-]
-
-
-def test_the_table() -> None:
-    head, fast, liger, reference = text(ROWS).split("\n")
-    assert head.split("  ")[0] == "swiglu small 4x64 bfloat16"
-    shown = "fast 0.200 [0.100 0.300] 0.500 [0.400 0.600] 55 % 0.150 92 % 0.200 86 % 12 31 %"
-    assert " ".join(fast.split()) == shown
-    shown = "liger 0.200 [0.100 0.300] 0.500 [0.400 0.600] 55 % 0.150 92 % - 12 red gate G1; writes over gate"
-    assert " ".join(liger.split()) == shown
-    assert reference.split(None, 1) == ["reference", "not timed: gate G2 used 3"]
-    start = NAME_WIDTH
-    for name, width in COLUMNS:
-        assert head[start:].startswith(name)
-        assert fast[start - 1] == " " != fast[start]
-        start += width
-    assert max(map(len, (head, fast))) < 170
-
-
-def test_the_heading_names_the_card_and_its_rates() -> None:
-    line = heading(Played(), RATES, STATE)  # type: ignore[arg-type]
-    assert line.startswith("Played, copy 4.00 TB/s, bf16 matmul 700 TFLOP/s, SM clock 1980 MHz\n")
-    assert "SM clock" not in heading(Played(), RATES, {"driver": None, "sm_clock_mhz": None})  # type: ignore[arg-type]
-
-
-def test_what_is_written_for_machines(tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    write_json(file, ROWS, Played(), RATES, STATE, {"liger": "it is absent"})  # type: ignore[arg-type]
-    written = json.loads(file.read_text())
-    assert {"versions", "gpu", "driver", "sm_clock_mhz", "copy_bytes_per_second", "absent", "commit"} <= set(
-        written["meta"]
-    )
-    assert written["meta"]["gpu"] == "Played"
-    fast = written["results"][0]
-    assert fast["device_full"] == [0.3, 0.35, 0.4]
-    assert fast["roofline"]["device_forward"] == 0.92
-    assert "samples" not in fast
-
-
-def test_an_absent_peer_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, device: str) -> None:
-        if name == "liger":
-            raise Absent("backend: liger needs the package liger-kernel, which is not installed")
-
-    monkeypatch.setattr(backends, "load", load)
-    line = "conformance: backend: liger needs the package liger-kernel, which is not installed"
-    assert cli._present(["fast", "liger", "fast"], "cpu")[0] == ["fast"]
-    assert capsys.readouterr().err == f"{line}: left out\n"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "Card", Played)
-    assert cli.main(["bench", "--backend", "liger"]) == 2
-    assert capsys.readouterr().err == f"{line}\n"
-
-
-def test_a_package_that_is_not_there() -> None:
-    with pytest.raises(Absent, match="needs the package no-such-package, which is not installed"):
-        kernels("no-such-package", "no_such_package:thing")
-    with pytest.raises(Absent, match="has its package rich, but rich:no_such_thing cannot be imported"):
-        kernels("rich", "rich:no_such_thing")
-    there, missing = kernels("rich", "rich:get_console", "rich:no_such_thing")
-    assert callable(there)
-    for use in (lambda: missing.apply(1), lambda: missing(1)):
-        with pytest.raises(ImportError, match="rich:no_such_thing cannot be imported"):
-            use()
-
-
-def test_importing_a_peer_leaves_the_compiler_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And what it prints is no part of a table."""
-    code = "import torch._inductor.config as c; c.dce = not c.dce; print('hello')\ndef thing(): return c.dce"
-    (tmp_path / "meddling_peer.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = torch._inductor.config.dce
-    (thing,) = kernels("meddling-peer", "meddling_peer:thing")
-    assert thing() == torch._inductor.config.dce == before
-    assert capsys.readouterr() == ("", "hello\n")
-
-
-def test_stored_times_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a baseline of one card would silently be compared with a run of another."""
-    monkeypatch.setattr(conftest, "the_card", lambda: (Played(), RATES, STATE))
-    info: dict[str, Any] = {}
-    conftest.pytest_benchmark_update_machine_info(None, info)  # type: ignore[arg-type]
-    assert {"torch", "triton", "cuda"} <= set(info)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    conftest.pytest_benchmark_update_machine_info(None, info)  # type: ignore[arg-type]
-    assert info["gpu"] == "Played"
-    assert info["driver"] == "1.2"
-    assert "sm_clock_mhz" not in info  # another in every run, and each difference is a warning
-
-
-STORED = """
-import pytest
-from conformance.bench.replay import ReplayTimer
-from conformance.bench.sampler import Times
-
-TIMER = ReplayTimer()
-
-
-@pytest.mark.benchmark(timer=TIMER)
-@pytest.mark.parametrize("scale", [1, 2])
-def test_played(benchmark, scale):
-    TIMER.play(benchmark, Times(tuple(scale * (0.1 + 0.01 * n) for n in range(21))))
-"""
-
-
-def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
-    """Its statistics are those of the milliseconds played."""
-    (tmp_path / "test_stored.py").write_text(STORED)
-    python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [*python, "-c", "/dev/null", "--benchmark-json=out.json", "test_stored.py"],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, textwrap.indent(done.stdout + done.stderr, "  ")
-    stats = [benchmark["stats"] for benchmark in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]
-    assert [s["rounds"] for s in stats] == [21, 21]
-    assert [s["median"] for s in stats] == [pytest.approx(0.2e-3), pytest.approx(0.4e-3)]
-    assert [s["min"] for s in stats] == [pytest.approx(0.1e-3), pytest.approx(0.2e-3)]
-
-
-def test_the_replay_timer_runs_from_sample_to_sample() -> None:
-    timer = ReplayTimer()
-    assert timer() == timer() == 0.0  # nothing loaded

@@ -1,6 +1,9 @@
 """The command line: what it writes for machines, and one line on stderr for whatever cannot be done."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from conformance import spec
 from conformance.cli import main
 from conformance.properties import PROPERTIES
 
+ROOT = Path(__file__).parents[2]
 RIGHT = "tests.meta.right.swiglu_by_sigmoid"
 here = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -51,6 +55,11 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("repro", "swiglu"), "repro: got 'swiglu'", "OP DTYPE"),
         (("repro", "pack lengths=[1]"), "repro: got 'pack lengths=[1]'", "PIECE PROPERTY"),
         (("repro", "pack order lengths=[1]"), "missing: capacity", "case"),
+        (("repro", "pack order lengths=1 capacity=4"), "got lengths=1", "a list"),
+        (("repro", "pack order lengths=[1] capacity=x"), "got capacity=x", "int"),
+        (("repro", "pack lengths=[1] capacity=4"), "repro: got 'pack lengths=[1] capacity=4'", "PIECE PROPERTY"),
+        (("repro", "geglu float32 rows=1 hidden=2 approximate=sin"), "got approximate=sin", "tanh"),
+        (("repro", "rms_norm float32 rows=1 hidden=2 eps=x"), "got eps=x", "or another number"),
         (("run", "pack", "--property", "gradients"), "no property of gradients", "nothing to run"),
         (("repro", f"rms_norm float32 rows=1 hidden=2 --backend {RIGHT}"), "--backend", "allowed"),
     ],
@@ -79,6 +88,31 @@ def test_an_operation_without_a_spec(monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.undo()
         spec.specs.cache_clear()
     assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
+
+
+@here
+def test_a_spec_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delattr("conformance.specs.swiglu.spec")
+    spec.specs.cache_clear()
+    try:
+        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
+    finally:
+        monkeypatch.undo()
+        spec.specs.cache_clear()
+    assert "conformance/specs/swiglu.py: got spec = None; allowed: a Spec" in line
+
+
+@here
+def test_a_spec_that_imports_what_is_not_there_is_no_missing_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'soup'", name="soup")
+
+    monkeypatch.setattr(spec.importlib, "import_module", import_module)
+    spec.specs.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="soup"):
+        main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu"])
+    monkeypatch.undo()
+    spec.specs.cache_clear()
 
 
 @here
@@ -118,7 +152,25 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     contract = (*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__)
-    assert all(name in printed for name in (*contract, *PROPERTIES, "tokens_kept", "nightly", "reference"))
+    words = printed.split()
+    assert all(name in words for name in (*contract, *PROPERTIES, "tokens_kept", "nightly", "fast,"))
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "conformance", "list"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@here
+def test_pieces_stand_under_no_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("shift_labels", "--backend", "reference", "--device", "cpu", "--property", "signature_parity")
+    assert main(["run", *arguments, "--jobs", "1"]) == 0
+    assert "float32" not in capsys.readouterr().out
 
 
 @here

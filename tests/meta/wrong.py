@@ -203,6 +203,15 @@ def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up.detach())
 
 
+def swiglu_truncates(gate: Tensor, up: Tensor) -> Tensor:
+    """To bfloat16, in place of rounding; found wherever Triton's interpreter, which does so too, is not loaded."""
+    y = reference.swiglu(gate.float(), up.float())
+    return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
+
+
+swiglu_truncates = as_backend("swiglu", swiglu_truncates)
+
+
 @wrong("swiglu", "checkpoint")
 def swiglu_drops_some(gate: Tensor, up: Tensor) -> Tensor:
     """Numbers that no generator of torch knows of, and so no recomputation repeats."""

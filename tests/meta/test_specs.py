@@ -1,0 +1,74 @@
+"""What specs say beside the contract is the contract's: the truth in pieces."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance.case import Case
+from conformance.specs import linear_cross_entropy as linear
+from conformance.trial import Run, Trial, widen
+from unsloth_ref import kernels as reference
+
+PIECES = {"tokens": 23, "ignored": 3, "vocab": 31, "hidden": 7}
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+def run(function: Any, case: Case) -> Run:
+    trial = Trial(linear.spec, function, torch.float64, "cpu")
+    return trial.run(case, {name: widen(tensor) for name, tensor in trial.inputs(case).items()})
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"reduction": "sum", "softcap": 5.0}, {"num_items": 7}, {"ignore_index": 2}]
+)
+def test_the_truth_in_pieces_is_the_contract(
+    options: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tuple({**PIECES, "tokens": tokens}.items()), tuple(options.items()), seed=1)
+    monkeypatch.setattr(linear, "AT_ONCE", 4 * PIECES["vocab"])
+    whole, pieces = run(reference.linear_cross_entropy, case), run(linear.truth, case)
+    assert {"hidden", "weight", "bias"} == set(whole.grads)
+    for (_, name, one), (_, _, other) in zip(whole.named(linear.spec), pieces.named(linear.spec), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-13, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_truth_in_pieces_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tuple({**PIECES, "tokens": 400}.items()))
+    monkeypatch.setattr(linear, "AT_ONCE", 4 * PIECES["vocab"])
+    with _Largest() as whole:
+        run(reference.linear_cross_entropy, case)
+    with _Largest() as pieces:
+        run(linear.truth, case)
+    assert whole.elements == 400 * PIECES["vocab"]
+    assert pieces.elements == 400 * PIECES["hidden"]
+
+
+def test_the_judge_takes_the_truth_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, taken = Case(tuple(PIECES.items())), []
+    spec = linear.spec
+
+    def noted(*inputs: Any, **options: Any) -> Tensor:
+        taken.append(inputs[0].dtype)
+        return linear.truth(*inputs, **options)
+
+    trial = Trial(replace(spec, truth=noted), spec.reference, torch.float32, "cpu")
+    trial.judge(case, trial.run(case))
+    assert taken == [torch.float64]
