@@ -1,6 +1,7 @@
 """The backend flag: what each specification takes, on this machine and on others played by a subprocess."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,14 @@ def test_an_explicit_fast_never_falls_back(before: str, environment: dict[str, s
     printed = python(f"{before}\nfrom unsloth_fast import backends\n{RESOLVE_FAST}", **environment)
     assert printed == "fast" if expected == "fast" else expected in printed
     assert printed == "fast" or printed.startswith("backend: 'fast' cannot run here: ")
+
+
+def test_a_backend_is_pickled_by_its_name() -> None:
+    """The same functions and modules come back, and none is copied."""
+    backend = backends.resolve("reference,rope=reference")
+    again = pickle.loads(pickle.dumps(backend))
+    assert (again.name, again.reason) == (backend.name, backend.reason)
+    assert again.kernels == backend.kernels and again.training is backend.training
 
 
 def test_importing_the_fast_package_loads_nothing_heavy() -> None:

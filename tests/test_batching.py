@@ -1,5 +1,6 @@
 """Batching plans and keyword migration: every combination of facts, every obstacle, every way of naming."""
 
+import inspect
 from dataclasses import replace
 from itertools import product
 from types import ModuleType
@@ -151,7 +152,7 @@ def test_what_cannot_be_meant_is_named(
 @each_package
 def test_today_s_trl_takes_what_comes_out(package: ModuleType) -> None:
     """The names are those of the installed trainer and config."""
-    parameters = SFTTrainer.__init__.__code__.co_varnames
+    parameters = inspect.signature(SFTTrainer).parameters
     fields = [name for name in SFTConfig.__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__]
     trainer, config = package.migrate_keywords(
         parameters, fields, {"tokenizer": 1, "max_seq_length": 2, "packing": True}

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 import unsloth_fast.trainer
 from tests import tiny
 from tests.runs import arguments
-from unsloth_fast import UnslothTrainer, compat
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, compat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -294,6 +294,19 @@ def test_a_class_derived_from_trls_keeps_its_ways(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
     with pytest.raises(TypeError, match="max_sequence_length"):
         Mine(**options(tmp_path, max_sequence_length=17))
+
+
+def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> None:
+    """Where the arguments are ours and say nothing of it, in an older call style."""
+
+    class Mine(SFTTrainer):
+        pass
+
+    compat.patch_trl()
+    given = options(tmp_path, max_seq_length=17)
+    given["args"] = UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False)
+    assert Mine(**given).args.gradient_checkpointing is True
+    assert Mine(**given | {"model": tiny.model(), "gradient_checkpointing": False}).args.gradient_checkpointing is False
 
 
 def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:

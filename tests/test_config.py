@@ -10,12 +10,15 @@ import pytest
 from transformers import HfArgumentParser
 from trl import TrlParser
 
+from tests import tiny
 from tests.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast.config import settled
 
 
 def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
     """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; the output folder stays first."""
+    plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
     args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
     ours = {"embedding_learning_rate": 5e-5, "backend": "fast,rms_norm=reference"}
@@ -28,7 +31,11 @@ def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
         (parsed,) = parser.parse_args_into_dataclasses([*line, "--backend", ours["backend"]])
         assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
         (parsed,) = parser.parse_args_into_dataclasses(line)
-        assert parsed.backend is None
+        assert parsed.backend is None and parsed.gradient_checkpointing is None
+        for value in (True, False):
+            (parsed,) = parser.parse_args_into_dataclasses([*line, "--gradient_checkpointing", str(value)])
+            assert parsed.gradient_checkpointing is value
+    assert UnslothTrainingArguments(**UnslothTrainingArguments(**plain).to_dict()).gradient_checkpointing is None
 
 
 @pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf, "5e-5"])
@@ -43,3 +50,18 @@ def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> No
     """In the arguments."""
     with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
         arguments(tmp_path, backend="quick")
+
+
+@pytest.mark.parametrize(
+    "name", ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+)
+def test_a_wrong_count_is_named(tmp_path: Path, name: str) -> None:
+    """Before transformers divides by it."""
+    with pytest.raises(ValueError, match=f"^{name}: got 0; allowed: an integer from 1"):
+        arguments(tmp_path, **{name: 0})
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    """A dictionary, for one."""
+    with pytest.raises(TypeError, match=r"^args: got dict; allowed"):
+        settled({"output_dir": str(tmp_path)}, tiny.model())  # type: ignore[arg-type]

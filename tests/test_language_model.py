@@ -9,13 +9,16 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import SFTConfig
 
 from tests import tiny
-from unsloth_fast import FastLanguageModel, compat
+from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments, compat
 from unsloth_fast.models import checkpointing, loading
+from unsloth_fast.models.head import without_adapter
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 # Where there is a GPU, a model would be loaded onto it.
@@ -281,7 +284,7 @@ def test_a_second_adapter_is_refused() -> None:
 
 
 def layers_of(model: Any) -> Any:
-    return model.get_base_model().model.layers
+    return without_adapter(model).model.layers
 
 
 @pytest.mark.parametrize("how", [True, "unsloth"])
@@ -366,3 +369,55 @@ def test_inference_and_training_are_turned_to_and_back(tmp_path: Path) -> None:
         assert model.training and not model.config.use_cache
         assert all(layer.gradient_checkpointing for layer in layers_of(model))
     assert "_set_gradient_checkpointing" in vars(model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "said", "expected"),
+    [
+        (False, UnslothTrainingArguments, {}, False),
+        (True, UnslothTrainingArguments, {}, True),
+        ("unsloth", UnslothTrainingArguments, {}, True),
+        (None, UnslothTrainingArguments, {}, True),
+        (False, UnslothTrainingArguments, {"gradient_checkpointing": True}, True),
+        ("unsloth", UnslothTrainingArguments, {"gradient_checkpointing": False}, False),
+        ("unsloth", UnslothTrainingArguments, {"activation_checkpointing": False}, False),
+        (None, UnslothTrainingArguments, {"gradient_checkpointing": False}, False),
+        (False, SFTConfig, {}, False),
+        (None, SFTConfig, {}, True),
+        ("unsloth", SFTConfig, {"gradient_checkpointing": False}, False),
+        ("unsloth", TrainingArguments, {}, True),
+        (False, TrainingArguments, {"gradient_checkpointing": True}, True),
+        (None, TrainingArguments, {}, False),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_checkpointing_is_as_the_arguments_say_or_else_the_model(
+    tmp_path: Path, asked: bool | str | None, kind: type, said: dict[str, bool], expected: bool, adapted: bool
+) -> None:
+    """Where training has begun; the user's arguments stay as they are."""
+    if "activation_checkpointing" in said and not hasattr(TrainingArguments, "activation_checkpointing"):
+        pytest.skip("an older transformers")
+    folder = tiny.folder(tmp_path)
+    model, tokenizer = load(folder, **({} if asked is None else {"use_gradient_checkpointing": asked}))
+    if adapted and asked is not None:
+        model = FastLanguageModel.get_peft_model(model)
+    plain = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 1}
+    args = kind(str(tmp_path), **plain | said)
+    before = args.to_dict()
+    texts = Dataset.from_dict({"text": tiny.texts(4)})
+    trainer = UnslothTrainer(model, args, train_dataset=texts, processing_class=tokenizer)
+    trainer.train()
+    assert {layer.gradient_checkpointing for layer in layers_of(trainer.model)} == {expected}
+    assert args.to_dict() == before
+    assert ("_set_gradient_checkpointing" in vars(without_adapter(model))) == (asked == "unsloth")
+
+
+def test_checkpointing_said_to_the_trainer_itself(tmp_path: Path) -> None:
+    """As older trainers took their arguments."""
+    model, tokenizer = load(tiny.folder(tmp_path))
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1)
+    texts = Dataset.from_dict({"text": tiny.texts(4)})
+    options = {"train_dataset": texts, "processing_class": tokenizer, "gradient_checkpointing": False}
+    trainer = UnslothTrainer(model, args, **options)
+    trainer.train()
+    assert not any(layer.gradient_checkpointing for layer in layers_of(trainer.model))

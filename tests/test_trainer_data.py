@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from trl import SFTConfig
@@ -64,7 +64,20 @@ def make(folder: Path, data: Any, kind: type = UnslothTrainer, **options: Any) -
             {"packing": True, "max_length": 8},
             "train data set: got a packed row of 9 tokens; allowed: up to max_length=8",
         ),
+        (
+            Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[-100, -100]], "seq_lengths": [[1, 1]]}),
+            {},
+            "train data set: got no target in 1 documents",
+        ),
+        (
+            tokens(3),
+            {"eval_dataset": Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[-100, -100]]})},
+            "eval data set: got no target in 1 documents",
+        ),
+        (tokens(3), {"eval_dataset": {"a": tokens(3), "b": tokens(1, 1)}}, "b data set: got no target in 2 documents"),
         (tokens(3), {"packing": True, "max_length": None}, "max_length: got None with packing=True; allowed"),
+        (tokens(3), {"packing": True, "max_length": -3}, "max_length: got -3; allowed"),
+        (tokens(3), {"max_length": 0}, "max_length: got 0; allowed"),
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path: Path, data: Any, options: dict[str, Any], message: str) -> None:
@@ -72,6 +85,12 @@ def test_data_that_cannot_be_trained_on(tmp_path: Path, data: Any, options: dict
     with pytest.raises(ValueError) as error:
         make(tmp_path, data, **options)
     assert message in str(error.value)
+
+
+def test_several_data_sets_to_train_on(tmp_path: Path) -> None:
+    """What `load_dataset` returns without a split."""
+    with pytest.raises(TypeError, match=r"^train_dataset: got a DatasetDict of 'train', 'test'; allowed: one data set"):
+        make(tmp_path, DatasetDict({"train": tokens(3), "test": tokens(3)}))
 
 
 def test_a_run_that_would_train_nothing(tmp_path: Path) -> None:
@@ -206,6 +225,13 @@ def test_a_stream_is_packed_by_trl(tmp_path: Path) -> None:
     assert trainer.train().global_step == 3
 
 
+def test_data_are_prepared_by_several_processes(tmp_path: Path) -> None:
+    """The rows are those of one process."""
+    text = Dataset.from_dict({"text": tiny.texts(6)})
+    one, two = (make(tmp_path, text, dataset_num_proc=count).train_dataset for count in (None, 2))
+    assert one["input_ids"] == two["input_ids"] and len(one) == 6
+
+
 def test_batches_are_read_by_each_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever was asked for: cut at the size of a row's first dimension, a packed batch would lose its documents."""
     given = arguments(tmp_path, accelerator_config={"dispatch_batches": True}, max_steps=1)
@@ -214,6 +240,16 @@ def test_batches_are_read_by_each_process(tmp_path: Path, caplog: pytest.LogCapt
     assert batch["cu_seq_lens_q"].numel() == 3
     assert given.accelerator_config.dispatch_batches
     assert "dispatch_batches=True has no effect" in caplog.text
+
+
+def test_a_stream_to_evaluate_is_read_by_each_process(tmp_path: Path) -> None:
+    """Its batches are padded to different lengths, which accelerate cannot put together."""
+    stream = IterableDataset.from_generator(lambda: ({"text": text} for text in tiny.texts(5)))
+    for padding_free in (False, True):
+        trainer = make(tmp_path, tokens(3), eval_dataset={"a": stream, "b": tokens(3)}, padding_free=padding_free)
+        assert trainer.accelerator.dataloader_config.dispatch_batches is False
+        assert trainer.evaluate().keys() >= {"eval_a_loss", "eval_b_loss"}
+    assert make(tmp_path, tokens(3), padding_free=False).accelerator.dataloader_config.dispatch_batches is None
 
 
 def test_rows_that_were_packed_before_are_kept(tmp_path: Path) -> None:
@@ -241,7 +277,7 @@ def test_evaluation_of_several_data_sets_padded_or_not(tmp_path: Path) -> None:
             trainer = make(tmp_path, tokens(3), model=model, eval_dataset=data, max_length=20, **options)
             logged = trainer.evaluate()
         found.append([logged["eval_a_loss"], logged["eval_b_loss"]])
-    assert np.ptp(found, axis=0).max() < 1e-6  # evaluation gathers in float32
+    assert np.ptp(found, axis=0).max() < 1e-12
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

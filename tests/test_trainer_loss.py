@@ -1,5 +1,7 @@
 """The loss inside the model's forward: for which heads the logits are never made, and that it is the same loss."""
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,24 @@ def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "an unknown kind"])
+def test_a_copy_of_a_trained_model_is_a_model_of_its_own(tmp_path: Path, family: str) -> None:
+    """With its own weights, as a model to compare with needs it: of zeros, all words are as likely."""
+    model = tiny.model() if family == "llama" else StableLmForCausalLM(StableLmConfig(**SIZES))
+    trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1), model=model)
+    trainer.train()
+    tokens = torch.arange(3, 20)[None]
+    before = trainer.model.eval()(tokens).logits
+    zeros = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for parameter in zeros.parameters():
+            parameter.zero_()
+    assert not zeros(tokens).logits.any()
+    loss = zeros(input_ids=tokens, labels=tokens, backend_loss=True)
+    assert loss.item() == pytest.approx(math.log(len(tiny.WORDS)), rel=1e-6)
+    assert torch.equal(trainer.model(tokens).logits, before)
 
 
 def test_a_quantised_head_keeps_its_products() -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -37,6 +38,10 @@ class Backend:
     kernels: SimpleNamespace
     training: ModuleType
     reason: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its name: older releases of TRL send the trainer, and so this, to the processes that prepare data."""
+        return _chosen, (self.name, self.reason)
 
 
 def resolve(spec: str | None = None) -> Backend:
@@ -65,10 +70,16 @@ def resolve(spec: str | None = None) -> Backend:
         if missing:
             raise RuntimeError(f"backend: {spec!r} cannot run here: {missing}")
 
+    return _chosen(",".join([base, *(f"{operation}={name}" for operation, name in overrides.items())]), reason)
+
+
+def _chosen(name: str, reason: str) -> Backend:
+    """The backend of that name, whatever can run here: a process that prepares data may not see the GPU."""
+    base, overrides = parse(name)
     chosen = {operation: overrides.get(operation, base) for operation in reference_kernels.__all__}
     modules = {name: import_module(f"{_PACKAGES[name]}.kernels") for name in set(chosen.values())}
     return Backend(
-        name=",".join([base, *(f"{operation}={name}" for operation, name in overrides.items())]),
+        name=name,
         kernels=SimpleNamespace(**{operation: getattr(modules[name], operation) for operation, name in chosen.items()}),
         training=import_module(f"{_PACKAGES[base]}.training"),
         reason=reason,

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_ref import checks
 from unsloth_ref.types import BatchingPlan, ConfigFacts, ModelFacts, PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ _VISION_COLUMNS = frozenset(
     )
 )
 _OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_index", "projector_config")
+EXAMPLE_ENDS = "example_ends"  # the key, in a batch of an evaluation, of where each example ends in the row
 _ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 
 
@@ -38,21 +42,42 @@ class PackedCollator(DataCollatorForLanguageModeling):
         collate: the training piece of that name.
         vocab_size: tokens and labels must be below it.
         completion_only: whether a completion_mask counts, where the examples have no labels yet.
+        say_ends: whether the batch says where each example ends, too; no model takes that.
     """
 
     collate: Callable[..., PackedBatch] | None = None
     vocab_size: int | None = None
     completion_only: bool = False
+    say_ends: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch as the model's keyword arguments."""
         assert self.collate is not None
-        return self.collate(
+        batch = self.collate(
             [example | labels_of(example, self.completion_only) for example in examples],
             pad_to_multiple_of=self.pad_to_multiple_of,
             pad_token_id=self.pad_token_id,
             vocab_size=self.vocab_size,
         ).as_dict()
+        if self.say_ends:
+            batch[EXAMPLE_ENDS] = torch.tensor([len(example["input_ids"]) for example in examples]).cumsum(0)
+        return batch
+
+
+def without_repeated(labels: Tensor, ends: Tensor | None, new: int) -> Tensor:
+    """The labels of a batch without targets in its last examples, which were in another batch before.
+
+    Args:
+        labels: [B, S].
+        ends: [examples] int64: where each ends, if they are laid end to end in one row; None for a row an example.
+        new: how many examples are in this batch alone; may be less than none, or more than all.
+    """
+    labels, new = labels.clone(), max(new, 0)
+    if ends is None:
+        labels[new:] = -100
+    elif new < len(ends):
+        labels[:, ends[new - 1] if new else 0 :] = -100
+    return labels
 
 
 def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:
@@ -147,7 +172,12 @@ def take_length(args: SFTConfig, model: Any, asked: bool) -> None:
         args: changed in place: max_length becomes the model's where it is TRL's default, or more than the model's.
         model: the model, or the name or path of one.
         asked: whether max_length was said to the trainer itself, and so is not just TRL's default.
+
+    Raises:
+        ValueError: a max_length below 1.
     """
+    if args.max_length is not None:
+        checks.in_range("max_length", args.max_length, 1)
     length = getattr(model, "max_seq_length", None)
     if length is None or length == getattr(model.config.get_text_config(), "max_position_embeddings", None):
         return
@@ -163,7 +193,13 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
+        TypeError: several data sets to train on.
     """
+    if isinstance(train := given.get("train_dataset"), dict):
+        names = ", ".join(map(repr, train))
+        raise TypeError(
+            f"train_dataset: got a {type(train).__name__} of {names}; allowed: one data set, such as one of them"
+        )
     options: Any = args.dataset_kwargs or {}
     skip = options.get("skip_prepare_dataset", False)
     text = args.dataset_text_field
@@ -182,7 +218,7 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
 
 
 def with_targets(dataset: Dataset, name: str, *, max_length: int | None = None, drop: bool = False) -> Dataset:
-    """The data set, once it is sure that there is something to train on.
+    """The data set, once it is sure that there is something to train on or to evaluate.
 
     The first token of a document is no target: nothing foretells it.
 
@@ -211,7 +247,7 @@ def with_targets(dataset: Dataset, name: str, *, max_length: int | None = None, 
     if trains.all():
         return dataset
     logger.warning(
-        "%s data set: %d of %d documents have no target and train nothing", name, (~trains).sum(), len(trains)
+        "%s data set: %d of %d documents have no target and count for nothing", name, (~trains).sum(), len(trains)
     )
     return dataset.select(np.flatnonzero(trains)) if drop else dataset
 
@@ -269,6 +305,11 @@ def has_lists(dataset: Any, name: str) -> bool:
         return False
     kind = dataset.data.schema.field(name).type
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+
+def has_stream(given: Mapping[str, Any]) -> bool:
+    """Whether a data set that was given to the trainer can only be read from its start."""
+    return any(isinstance(dataset, IterableDataset) for _, dataset in _datasets(given))
 
 
 def _datasets(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -179,7 +179,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)
-        _check_numbers_and_checkpoint(parsed[1])
+        _check_checkpoint(parsed[1])
     except (ValueError, TypeError, OSError, RuntimeError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
@@ -187,14 +187,9 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     return parsed
 
 
-def _check_numbers_and_checkpoint(training_args: Any) -> None:
+def _check_checkpoint(training_args: Any) -> None:
     """Raise ValueError for what transformers notices only when training starts."""
     from unsloth_fast.checkpoints import last_checkpoint
-
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        value = getattr(training_args, name)
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name}: got {value!r}; allowed: an integer from 1")
 
     checkpoint, folder = training_args.resume_from_checkpoint, training_args.output_dir
     if checkpoint is True:

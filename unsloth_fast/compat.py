@@ -12,7 +12,7 @@ from typing import Any
 from trl import SFTTrainer
 
 from unsloth_fast import training
-from unsloth_fast.config import migrated, settled
+from unsloth_fast.config import migrated, settle_checkpointing, settled
 from unsloth_fast.trainer import UnslothTrainer
 
 
@@ -50,9 +50,11 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
             return
         given = dict(zip(names, positional, strict=False)) | keywords
         if set(given) - set(names):
-            args = settled(given.pop("args", None), given["model"])
-            given, _ = migrated(args, given, names, training.migrate_keywords)
-            given["args"] = args
+            args = given.pop("args", None)
+            settings = settled(args, given["model"])
+            given, updates = migrated(settings, given, names, training.migrate_keywords)
+            settle_checkpointing(settings, args, given["model"], updates)
+            given["args"] = settings
         original(self, **given)
 
     __init__.unsloth_fast = True  # type: ignore[attr-defined]  # what `is_patched` knows it by

@@ -21,6 +21,7 @@ from unsloth_ref import checks
 logger = logging.getLogger(__name__)
 
 _LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CHECKPOINTING = (None, True, False, "unsloth")
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
@@ -35,6 +36,7 @@ class FastLanguageModel:
         dtype: torch.dtype | None = None,
         load_in_4bit: bool | None = None,
         full_finetuning: bool = False,
+        use_gradient_checkpointing: bool | str | None = None,
         backend: str | None = None,
         device_map: Any = None,
         token: str | None = None,
@@ -53,6 +55,7 @@ class FastLanguageModel:
             load_in_4bit: whether to keep the weights of linear layers in 4 bits (bitsandbytes' NF4, nested scales).
                 None for True where bitsandbytes is installed, unless full_finetuning.
             full_finetuning: whether all weights are to be trained, which 4-bit ones cannot be.
+            use_gradient_checkpointing: as in `get_peft_model`; None to leave it to that, or to the trainer's arguments.
             backend: "auto", "fast" or "reference", as in `unsloth_fast.backends.resolve`; its name is kept as the
                 model's `unsloth_backend`. A trainer puts its own under the model.
             device_map: as transformers takes it; None for this process's GPU (by LOCAL_RANK) where there is one.
@@ -73,6 +76,7 @@ class FastLanguageModel:
         """
         from unsloth_fast.compat import patch_trl  # loads trl
 
+        checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
         chosen = backends.resolve(backend)
         hub = {name: kwargs.pop(name) for name in loading.HUB_KEYWORDS if name in kwargs}
         hub |= {"token": token, "trust_remote_code": trust_remote_code}
@@ -107,7 +111,9 @@ class FastLanguageModel:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, **adapter_hub)
         place(model, chosen)
         patch_trl()
-        return model.train(), tokenizer
+        if use_gradient_checkpointing is None:
+            return model.train(), tokenizer
+        return FastLanguageModel.for_training(model, use_gradient_checkpointing), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -119,7 +125,7 @@ class FastLanguageModel:
         bias: str = "none",
         layers_to_transform: list[int] | int | None = None,
         layers_pattern: list[str] | str | None = None,
-        use_gradient_checkpointing: bool | str = True,
+        use_gradient_checkpointing: bool | str | None = None,
         random_state: int = 3407,
         max_seq_length: int | None = None,
         use_rslora: bool = False,
@@ -143,7 +149,8 @@ class FastLanguageModel:
             layers_to_transform: the indices of the layers that get the adapter; None for all.
             layers_pattern: the name of the list of layers, where peft does not know it.
             use_gradient_checkpointing: False, True, or "unsloth", with which the layers' inputs wait in pinned host
-                memory for the backward pass. A trainer's own `gradient_checkpointing` argument is applied after this.
+                memory for the backward pass. None for what was said to `from_pretrained`, or True. A trainer's
+                `gradient_checkpointing` wins over this only where it is not the default of its arguments' class.
             random_state: the seed of the adapter's first weights; the global generators stay as they are.
             max_seq_length: replaces the model's `max_seq_length`.
             use_rslora: see lora_alpha.
@@ -190,8 +197,9 @@ class FastLanguageModel:
             torch.manual_seed(random_state)
             adapted: Any = peft_model(model, config)
         _widen_float16(adapted, quantized=getattr(model, "is_loaded_in_4bit", False))
-        model.unsloth_gradient_checkpointing = use_gradient_checkpointing
-        return FastLanguageModel.for_training(adapted)
+        if use_gradient_checkpointing is None:
+            use_gradient_checkpointing = getattr(model, "unsloth_gradient_checkpointing", True)
+        return FastLanguageModel.for_training(adapted, use_gradient_checkpointing)
 
     @staticmethod
     def for_inference(model: Any) -> Any:
@@ -201,7 +209,7 @@ class FastLanguageModel:
             The model.
         """
         base = _base(model)
-        _enable_checkpointing(base, False)
+        checkpointing.enable_checkpointing(base, False)
         base.config.use_cache = True
         return model.eval()
 
@@ -222,10 +230,10 @@ class FastLanguageModel:
         base = _base(model)
         if use_gradient_checkpointing is None:
             use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", False)
-        checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, (True, False, "unsloth"))
+        checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING[1:])
         base.unsloth_gradient_checkpointing = use_gradient_checkpointing
         (checkpointing.offload if use_gradient_checkpointing == "unsloth" else checkpointing.keep)(base)
-        _enable_checkpointing(base, bool(use_gradient_checkpointing))
+        checkpointing.enable_checkpointing(base, bool(use_gradient_checkpointing))
         base.config.use_cache = False
         return model.train()
 
@@ -234,20 +242,12 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _enable_checkpointing(base: Any, enable: bool) -> None:
-    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"  # its name since 5.2x
-    if enable:
-        getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    elif getattr(base, f"is_{kind}_checkpointing"):
-        getattr(base, f"{kind}_checkpointing_disable")()
-
-
-def _check_adapter(r: int, dropout: float, bias: str, checkpoint: bool | str, kwargs: dict[str, Any]) -> None:
+def _check_adapter(r: int, dropout: float, bias: str, checkpoint: bool | str | None, kwargs: dict[str, Any]) -> None:
     checks.in_range("r", r, 1)
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout: got {dropout!r}; allowed: at least 0 and below 1")
     checks.one_of("bias", bias, ("none", "all", "lora_only"))
-    checks.one_of("use_gradient_checkpointing", checkpoint, (True, False, "unsloth"))
+    checks.one_of("use_gradient_checkpointing", checkpoint, _CHECKPOINTING)
     for name in kwargs:
         if name not in LoraConfig.__dataclass_fields__ or name in ("peft_type", "task_type"):
             raise TypeError(f"get_peft_model: got keyword {name!r}; allowed: its own and the fields of peft.LoraConfig")

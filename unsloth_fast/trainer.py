@@ -3,18 +3,20 @@
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTTrainer
 
 from unsloth_fast import backends, batches
 from unsloth_fast.checkpoints import last_checkpoint
-from unsloth_fast.config import UnslothTrainingArguments, migrated, settled
+from unsloth_fast.config import UnslothTrainingArguments, migrated, settle_checkpointing, settled
+from unsloth_fast.evaluation import EvaluatingTrainer
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, head_without_adapter, without_adapter
 from unsloth_fast.optimizer import check_what_is_trained, grouped_optimizer
@@ -25,7 +27,7 @@ __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
 logger = logging.getLogger(__name__)
 
 
-class UnslothTrainer(SFTTrainer):
+class UnslothTrainer(EvaluatingTrainer):
     """`trl.SFTTrainer` on a backend's operations, with `UnslothTrainingArguments`' embedding learning rate.
 
     The backend is resolved once, here, and put under the model.
@@ -38,7 +40,9 @@ class UnslothTrainer(SFTTrainer):
 
     Loss: the backend's cross entropy, of the hidden states and the output head in one operation where the head is a
     plain linear layer, summed and divided once by the number of targets of the whole batch: gradient accumulation and
-    data parallelism change nothing but rounding. Logged beside the loss: `num_tokens` since training began,
+    data parallelism change nothing but rounding. So is that of an evaluation or a prediction, by the targets of all its
+    batches; but a stream on several processes, whose end no process knows, counts again the documents with which
+    accelerate fills up the last batch. Logged beside the loss: `num_tokens` since training began,
     `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and `mean_token_accuracy`,
     which cost another pass over logits that are never made. An evaluation with `compute_metrics` needs the logits, and
     logs the accuracy.
@@ -48,7 +52,8 @@ class UnslothTrainer(SFTTrainer):
         args: `UnslothTrainingArguments`, or the `trl.SFTConfig` or `transformers.TrainingArguments` that TRL takes;
             the trainer keeps a copy and never changes yours. Where they name no backend it is that which
             `FastLanguageModel` put under the model, or else of UNSLOTH_BACKEND; where max_length is TRL's default and
-            the model was loaded with a `max_seq_length`, that is taken.
+            the model was loaded with a `max_seq_length`, that is taken; where gradient_checkpointing is the default of
+            their class, what was said to `FastLanguageModel` as `use_gradient_checkpointing`.
         *positional: the further arguments of `trl.SFTTrainer`.
         **keywords: the further arguments of `trl.SFTTrainer`, and what older releases took: `tokenizer`,
             `max_seq_length`, and any field of the arguments, such as `packing` and `dataset_text_field`.
@@ -61,14 +66,6 @@ class UnslothTrainer(SFTTrainer):
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
 
-    # transformers types these as unions that include what they are before and outside of training.
-    model: Any
-    args: Any
-    data_collator: Any
-    eval_dataset: Any
-    optimizer: Any
-    accelerator: Any
-
     def __init__(self, model: Any, args: Any = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and put the backend under its model."""
         _, _, *names = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
@@ -76,6 +73,7 @@ class UnslothTrainer(SFTTrainer):
         self.backend = backends.resolve(getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None))
         keywords, updates = migrated(settings, keywords, names, self.backend.training.migrate_keywords)
         given = dict(zip(names, positional, strict=False)) | keywords
+        settle_checkpointing(settings, args, model, updates)
         batches.take_length(settings, model, asked="max_length" in updates)
         batches.check_columns(given, settings)
         plan = batches.plan(model, settings, given, self.backend.training.batching_plan)
@@ -89,11 +87,12 @@ class UnslothTrainer(SFTTrainer):
         # TRL refuses padding-free rows with a maximum length, which it would not enforce on them. Prepared as for
         # padding they are cut, and only then laid end to end.
         settings.packing, settings.padding_free = plan.packing, False
-        if plan.padding_free:
-            # Reading for all processes in one, accelerate would cut every tensor at the first dimension of a batch, 1.
+        if plan.padding_free or batches.has_stream(given):
+            # Reading for all processes in one, accelerate would cut every tensor at the first dimension of a batch, 1,
+            # and can put no batches together that are padded to different lengths.
             accelerator: Any = copy.copy(settings.accelerator_config)
             if accelerator.dispatch_batches:
-                logger.warning("dispatch_batches=True has no effect: rows without padding are read by each process")
+                logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
             accelerator.dispatch_batches = False
             settings.accelerator_config = accelerator
         first = next(iter(given["train_dataset"])) if given.get("train_dataset") is not None else {}
@@ -134,6 +133,11 @@ class UnslothTrainer(SFTTrainer):
             logger.warning("loss: TRL's own, not the backend's: %s", reason)
             return
         add_loss(inner, self.backend, label_smoothing=self.args.label_smoothing_factor)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):
+            # Under FSDP2 accelerate has every output rounded to the computing dtype: the loss, too, to 3 digits.
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -166,19 +170,20 @@ class UnslothTrainer(SFTTrainer):
             return prepare(dataset, args, packing, formatting_func)
         if batches.has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
             batches.check_packed_rows(dataset, dataset_name, args.max_length)
-            return prepare(dataset, batches.uncut(args))
+            dataset = prepare(dataset, batches.uncut(args))
+            return batches.with_targets(dataset, dataset_name) if batches.has_lists(dataset, "labels") else dataset
         if packing and args.max_length is None:
             raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
         dataset = batches.labelled(
             prepare(dataset, batches.uncut(args), function=formatting_func), self._completion_only
         )
         strategy = args.packing_strategy if packing else None
-        if dataset_name == "train" and batches.has_lists(dataset, "labels"):
+        if batches.has_lists(dataset, "labels"):
             keeps_starts = getattr(args, "truncation_mode", "keep_start") == "keep_start"  # TRL asks since 1.0
             cuts_ends = strategy == "bfd" or (not packing and keeps_starts)
             apart = strategy in ("bfd", "bfd_split")
             cut = args.max_length if cuts_ends else None
-            dataset = batches.with_targets(dataset, "train", max_length=cut, drop=apart)
+            dataset = batches.with_targets(dataset, dataset_name, max_length=cut, drop=apart)
         if strategy is None:
             return prepare(dataset, args)
         dataset = dataset.select_columns(["input_ids", "labels"])
@@ -198,28 +203,6 @@ class UnslothTrainer(SFTTrainer):
                     f"resume_from_checkpoint: got True; allowed: False, as {self.args.output_dir!r} holds no checkpoint"
                 )
         return super().train(resume_from_checkpoint, *positional, **keywords)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The batches of an evaluation; with `compute_metrics`, which takes rows, a row a document."""
-        if self.compute_metrics is None:
-            return super().get_eval_dataloader(eval_dataset)
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        return self._row_a_document(chosen, lambda: super(UnslothTrainer, self).get_eval_dataloader(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The batches of `predict`, a row a document, as its result has it."""
-        return self._row_a_document(test_dataset, lambda: super(UnslothTrainer, self).get_test_dataloader(test_dataset))
-
-    def _row_a_document(self, dataset: Any, make: Callable[[], Any]) -> Any:
-        """The batches with padding, unless their rows are packed already."""
-        usual = self.data_collator
-        if not batches.has_lists(dataset, "seq_lengths"):
-            self.data_collator = self._padding_collator
-        try:
-            return make()
-        finally:
-            self.data_collator = usual
 
     def training_step(self, *positional: Any, **keywords: Any) -> Tensor:
         """Forward and backward of one microbatch."""
@@ -281,15 +264,6 @@ class UnslothTrainer(SFTTrainer):
         total = self.accelerator.reduce(own, "sum") // self.get_tp_size() if self.args.world_size > 1 else own
         self._tokens += total[1]
         return (total if self.args.average_tokens_across_devices else own)[0]
-
-    @torch.no_grad()
-    def _count_right(self, logits: Tensor, labels: Tensor) -> None:
-        """Add up on the device what `log` reports: reading numbers back in each microbatch would wait for it."""
-        targets = labels[:, 1:]
-        valid = targets != -100
-        correct = (logits[:, :-1].argmax(-1) == targets) & valid
-        counts = torch.stack([correct.sum(), valid.sum()]).to(self.args.device)
-        self._right += self.accelerator.reduce(counts, "sum") // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the tokens since training began, the embeddings' learning rate, and the accuracy where known."""

@@ -17,6 +17,15 @@ from torch.autograd.graph import saved_tensors_hooks
 Packed = tuple[Tensor, Any, torch.device] | Tensor  # in the middle the event after the copy
 
 
+def enable_checkpointing(model: Any, enable: bool) -> None:
+    """Turn a model's gradient checkpointing on or off."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its name since 5.2x
+    if enable:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    elif getattr(model, f"is_{kind}_checkpointing"):
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 def offload(model: Any) -> None:
     """Make the model's gradient checkpointing, whenever it is enabled, keep the layers' inputs in pinned host memory.
 

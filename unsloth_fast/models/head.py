@@ -5,13 +5,14 @@ what lets DistributedDataParallel, FSDP and autocast see an ordinary forward, wi
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from unsloth_fast.backends import Backend
@@ -38,7 +39,8 @@ def add_loss(model: Any, backend: Backend, *, label_smoothing: float = 0.0) -> N
 
     Without `backend_loss=True` the forward stays what it is. With it, the head and the cross entropy are the backend's
     `linear_cross_entropy` where the head is a plain linear layer of a known kind of model, trained or not, tied or not;
-    elsewhere (an adapter on the head, a quantised or a sharded head, an unknown kind) the logits are made first.
+    elsewhere (an adapter on the head, a quantised head, one in tensor parallelism, an unknown kind) the logits are made
+    first.
 
     Args:
         model: the language model itself, inside of any adapter; its `forward` is replaced on the instance. Labels are
@@ -52,12 +54,14 @@ def add_loss(model: Any, backend: Backend, *, label_smoothing: float = 0.0) -> N
 
     @functools.wraps(type(model).forward)  # `generate` looks at the parameters
     def forward(self: Any, *positional: Any, backend_loss: bool = False, **keywords: Any) -> Any:
+        # A deep copy has this function, too, but TRL's fused head under it would run the model that was copied.
+        own = original if self is model else functools.partial(type(self).forward, self)
         if not backend_loss:
-            return original(*positional, **keywords)
+            return own(*positional, **keywords)
         labels, num_items = keywords.pop("labels"), keywords.pop("num_items", None)
         head = None if options is None else plain_head(self)
-        if options is None or head is None:
-            logits = original(*positional, **keywords).logits
+        if head is None:
+            logits = own(*positional, **keywords).logits
             return backend.training.next_token_loss(
                 logits,
                 labels.to(logits.device),  # the last device of a model that is split over several
@@ -65,16 +69,30 @@ def add_loss(model: Any, backend: Backend, *, label_smoothing: float = 0.0) -> N
                 num_items=num_items,
                 label_smoothing=label_smoothing,
             )
-        hidden = self.base_model(*positional, **keywords).last_hidden_state.to(head.weight.device)
-        return backend.kernels.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head.weight,
-            backend.training.shift_labels(labels.to(hidden.device)).flatten(),
-            head.bias,
-            num_items=num_items,
-            label_smoothing=label_smoothing,
-            **options,
-        )
+        targets = backend.training.shift_labels(labels).flatten()
+
+        def loss_of(input: Tensor) -> Tensor:
+            hidden = input.to(head.weight.device)
+            return backend.kernels.linear_cross_entropy(
+                hidden.flatten(0, 1),
+                head.weight,
+                targets.to(hidden.device),
+                head.bias,
+                num_items=num_items,
+                label_smoothing=label_smoothing,
+                **(options or {}),
+            )
+
+        hidden = self.base_model(*positional, **keywords).last_hidden_state
+        outer = self.get_output_embeddings()
+        if not _gathers(outer, head):
+            return loss_of(hidden)
+        # FSDP gathers a weight for a call of its module, and takes in the gradient after the call's backward.
+        head.forward = loss_of
+        try:
+            return outer(hidden)
+        finally:
+            del head.forward
 
     model.forward = MethodType(forward, model)
 
@@ -82,21 +100,36 @@ def add_loss(model: Any, backend: Backend, *, label_smoothing: float = 0.0) -> N
 def plain_head(model: Any) -> nn.Linear | None:
     """The linear layer whose weight and bias alone make the logits of the hidden states; None if they do not.
 
-    peft's copy under `modules_to_save` counts; an adapter on the head, a quantised one, one that is sharded at the
-    moment, one on no device and one with hooks do not.
+    peft's copy under `modules_to_save` counts, and one that FSDP gathers when it is called; an adapter on the head, a
+    quantised one, one that is sharded otherwise, one on no device and one with hooks do not.
     """
-    head = model.get_output_embeddings()
+    outer = head = model.get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
     if copies is not None:
         off = head.disable_adapters or not head.active_adapters
         head = head.original_module if off else copies[head.active_adapters[0]]
+    # fully_shard derives a class.
+    kind = type(head).__bases__[-1] if issubclass(type(head), FSDPModule) else type(head)
     plain = (
-        type(head) is nn.Linear
-        and not isinstance(head.weight, DTensor)
+        kind is nn.Linear
+        and (_gathers(outer, head) or not isinstance(head.weight, DTensor))
         and head.weight.device.type != "meta"
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not any(_is_foreign(hook) for module in (outer, head) for hook in _hooks(module))
     )
     return head if plain else None
+
+
+def _gathers(*modules: nn.Module) -> bool:
+    """Whether a call of one of the modules gathers a sharded weight."""
+    return any(isinstance(module, FSDPModule) for module in modules)
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+
+
+def _is_foreign(hook: Any) -> bool:
+    return not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
 
 
 def _logit_options(model: Any) -> dict[str, float] | None:

@@ -71,7 +71,8 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     """Give every module of a known kind a forward that calls the backend's operations; log what was done.
 
     Known kinds are the RMSNorm and the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, and their MLP where
-    it gates with SiLU or GELU, under peft's wrappers too. An attention takes rope and, for packed batches (see
+    it gates with SiLU or GELU, under peft's wrappers too; and peft's linear layers with LoRA, plain or of 4 bits (see
+    `unsloth_fast.models.lora`). An attention takes rope and, for packed batches (see
     `unsloth_fast.models.attention`), packed_attention; all other batches are left to the model's attn_implementation,
     and so are packed ones where there is dropout on the attention or where another implementation than sdpa or eager
     was chosen. All other modules keep their forward, and so does one whose forward somebody else has replaced; those
