@@ -103,8 +103,7 @@ def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dty
 
 def _run(trial: Trial, spec: Spec, shape: str) -> None:
     case = bench_case(spec, shape)
-    rows = next(iter(spec.sizes))
-    case = case.resized(**{rows: min(ROWS, case.size(rows))})
+    case = case.resized(**{spec.rows: min(ROWS, case.size(spec.rows))})
     inputs = trial.inputs(case)
     inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
     trial.run(case, inputs, grads=spec.bench[shape].get("grads"))

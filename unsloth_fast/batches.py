@@ -292,6 +292,19 @@ def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([nothing, *values]), np.concatenate([nothing, *lengths])
 
 
+def let_each_process_read(args: SFTConfig) -> None:
+    """Keep accelerate from reading for all processes in one, as it does with a stream; args is changed in place.
+
+    It would cut every tensor of a row without padding at the first dimension of the batch, 1, and can put no batches
+    together that are padded to different lengths.
+    """
+    accelerator: Any = copy.copy(args.accelerator_config)
+    if accelerator.dispatch_batches:
+        logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
+    accelerator.dispatch_batches = False
+    args.accelerator_config = accelerator
+
+
 def uncut(args: SFTConfig) -> SFTConfig:
     """The arguments for preparing data that are cut, packed and shuffled later, or have been."""
     args = copy.copy(args)

@@ -88,13 +88,7 @@ class UnslothTrainer(EvaluatingTrainer):
         # padding they are cut, and only then laid end to end.
         settings.packing, settings.padding_free = plan.packing, False
         if plan.padding_free or batches.has_stream(given):
-            # Reading for all processes in one, accelerate would cut every tensor at the first dimension of a batch, 1,
-            # and can put no batches together that are padded to different lengths.
-            accelerator: Any = copy.copy(settings.accelerator_config)
-            if accelerator.dispatch_batches:
-                logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
-            accelerator.dispatch_batches = False
-            settings.accelerator_config = accelerator
+            batches.let_each_process_read(settings)
         first = next(iter(given["train_dataset"])) if given.get("train_dataset") is not None else {}
         only = settings.completion_only_loss
         self._completion_only = {"prompt", "completion"} <= first.keys() if only is None else only  # as TRL decides
