@@ -61,6 +61,15 @@ def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, si
         assert trainer.predict(trainer.eval_dataset["a"]).metrics["test_loss"] == expected["a"]
 
 
+def test_a_step_may_be_taken_by_itself(tmp_path: Path) -> None:
+    """Before any evaluation, as a script of one's own does."""
+    trainer = build(UnslothTrainer, arguments(tmp_path, per_device_eval_batch_size=7), eval_dataset=texts())
+    (batch,) = trainer.get_eval_dataloader()
+    loss, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    assert loss.item() == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    assert logits is None and labels is None
+
+
 RANK = """
 import sys, torch
 from tests import tiny

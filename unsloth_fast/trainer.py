@@ -112,6 +112,7 @@ class UnslothTrainer(EvaluatingTrainer):
         self._choose_loss()
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # since the last log
         self._right = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # predictions, of how many targets
+        self._evaluated = []
         self._embedding_rate: float | None = None
 
     def _choose_loss(self) -> None:

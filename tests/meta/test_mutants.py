@@ -78,7 +78,7 @@ def checks_of_right(backend: str) -> list[Check]:
 
 @pytest.fixture(scope="session")
 def of_right() -> Results:
-    """Each right kernel under all properties, in all dtypes."""
+    """Each right kernel under all properties, in all dtypes but for what is LONG in the interpreter."""
     return judged([check for backend in CORRECT for check in checks_of_right(backend)], stop_at_failure=False)
 
 
