@@ -11,9 +11,12 @@ added up (|r| where nothing cancels), so that S = 0 demands the exact value. G1'
 second the roundings that the contract allows on the way, the third float32 arithmetic: pairwise sums (Higham 2002,
 section 4.2) and elementary functions, twice over for whoever sums in longer runs. G2 holds a kernel to the accuracy of
 plain PyTorch; its floor, 0.3 u ||r|| + 2^-23 ||S||, keeps a peer that happens to be exact from making it impossible:
-four float32 roundings that a whole row shares (a mean, a root, a reciprocal, a product) average out nowhere. G3 finds
-truncation and drift. Its mean is over distinct values of y, since elements that are all alike share one rounding
-error; and it grants the peer's own, since a row times a factor near 1 has rounding errors that all lean one way.
+four float32 roundings that a whole row shares (a mean, a root, a reciprocal, a product) average out nowhere. Nor does
+one of the roundings that the contract allows on the way: where a row is a multiple of one number, as the gradient by
+the only logit that counts is, it moves the row by a factor, and which way is luck. So far as roundings u explain it,
+G2 takes the factor of each row out of both errors first; G1 bounds it. G3 finds truncation and drift. Its mean is over
+distinct values of y, since elements that are all alike share one rounding error; and it grants the peer's own, since a
+row times a factor near 1 has rounding errors that all lean one way.
 
 Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and
 G2 and G3, which see nothing else, are left out.
@@ -91,7 +94,11 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float
     terms = measure.terms.expand(r.shape)[finite]
     used = _componentwise(name, wide, truth, terms, unit, measure, y.dtype, finite)
     if not truncates:
-        used = max(used, _against_peer(name, wide, truth, peer, terms, unit))
+        errors = [wide - truth, peer - truth]
+        if measure.roundings:
+            row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
+            errors = [_without_factor(error, truth, row, measure.roundings * unit) for error in errors]
+        used = max(used, _against_peer(name, *errors, truth, terms, unit))
         if y.dtype != torch.float32 and measure.random:
             used = max(used, _bias(name, wide, truth, peer, terms, unit, y.dtype))
     return used
@@ -138,14 +145,21 @@ def _componentwise(
     return used
 
 
-def _against_peer(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float) -> float:
+def _without_factor(error: Tensor, r: Tensor, row: Tensor, most: float) -> Tensor:
+    """Errors, less that multiple of each row of r, at most this large, that fits them best."""
+    along, square = (r.new_zeros(int(row[-1]) + 1).index_add_(0, row, r * value) for value in (error, r))
+    factor = torch.where(square > 0, along / square, 0.0).clamp(-most, most)
+    return error - factor[row] * r
+
+
+def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms: Tensor, unit: float) -> float:
     square = r.square().sum()
     # Elements that carry weight: a norm that a few large ones dominate is no statistic.
     if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
         return 0.0
-    rms, peer_rms = float((y - r).norm()), float((p - r).norm())
+    rms, peer_rms = float(error.norm()), float(peer_error.norm())
     floor = float(0.3 * unit * r.norm() + 2 * UNIT_FLOAT32 * terms.norm())
-    high, peer_high = float((y - r).abs().max()), float((p - r).abs().max())
+    high, peer_high = float(error.abs().max()), float(peer_error.abs().max())
     high_floor = float(unit * r.abs().max() + 2 * UNIT_FLOAT32 * terms.max())
     used = 0.0
     for kind, factor, measured, other, least in (

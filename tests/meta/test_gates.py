@@ -62,13 +62,11 @@ def test_truncation_is_allowed_in_bfloat16_under_the_interpreter_alone(dtype: to
 def g2(error: Tensor, peer_error: Tensor) -> float:
     """The budget used by these errors against those of a peer, with G1 far away; the truth is 1 everywhere."""
     r = torch.ones_like(error)
-    return judge(
-        "output y", (1 + error).float(), r, (1 + peer_error).float(), measure(r, terms=1000 * r, roundings=1000)
-    )
+    return judge("output y", (1 + error).float(), r, (1 + peer_error).float(), Measure(1000 * r, 2**30, roundings=0))
 
 
 def test_g2_root_mean_square() -> None:
-    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)  # 16 times its floor, 1000 float32 roundings
+    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)  # 8 times its floor, 2000 float32 roundings
     assert 0.95 < g2(peer * G2_RMS * (1 - MARGIN), peer) <= 1
     with pytest.raises(Failure, match=r"gate G2 used 1\.0.* root mean square"):
         g2(peer * G2_RMS * (1 + MARGIN), peer)
@@ -86,6 +84,16 @@ def test_g2_largest() -> None:
 def test_g2_wants_enough_elements() -> None:
     peer = torch.full((G2_ELEMENTS - 1,), 2.0**-10, dtype=torch.float64)
     assert g2(peer * 2 * G2_RMS, peer) <= 1
+
+
+def test_g2_grants_a_row_the_factor_that_roundings_explain() -> None:
+    two = 2 * unit_roundoff(HALF)
+    r = torch.ones(2, G2_ELEMENTS, dtype=torch.float64)
+    moved = torch.stack([r[0] + two, r[1] - two]).to(HALF)
+    judge("output y", moved, r, r.to(HALF), measure(r, roundings=2))
+    for y, roundings in ((moved, 1), (moved.t().reshape(r.shape), 2)):  # too far; each row with both
+        with pytest.raises(Failure, match="gate G2"):
+            judge("output y", y, r, r.to(HALF), measure(r, roundings=roundings))
 
 
 def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,8 @@ from unsloth_fast.kernels._launch import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EMULATED = tl.constexpr(INTERPRETED)
+# Each batch has others: machine code for every kind of them would be compiled in the middle of a training.
+COUNTS = ["tokens", "documents", "tiles", "heads", "group", "window"]
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def weights_and_slopes(
     return p, ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def packed_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
@@ -117,7 +119,7 @@ def packed_attention_forward_kernel(
     tl.store(lse_ptr + head * tokens + begin + query, highest + tl.log2(total), query < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def packed_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
@@ -159,7 +161,7 @@ def packed_attention_dq_kernel(
     store_rows(dq_ptr + mine, dq * scale, query, length, column, width, row_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def packed_attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
