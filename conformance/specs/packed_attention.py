@@ -18,6 +18,8 @@ from conformance.case import Case, Draw
 from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, nbytes
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
+# What float32 makes 0 of, 2^-126, is one rounding of this.
+FLUSHED = 2.0**-102
 ROUNDINGS = 3  # to a gradient: of dp, of ds or of the output in delta, of one head's part in that of its group
 
 
@@ -74,8 +76,13 @@ class _Part:
     q: Tensor
     k: Tensor
     v: Tensor
-    p: Tensor  # with the smallest number that the dtype of p holds in full, 0 where nothing is seen
+    p: Tensor  # with the smallest number that is rounded like others, 0 where nothing is seen
     doubt: Tensor  # roundings of float32 that p carries, counted in its own size
+
+
+def _smallest(call: Call) -> float:
+    """Numbers below this have absolute errors."""
+    return max(call.smallest, FLUSHED)
 
 
 def _parts(call: Call) -> Iterator[_Part]:
@@ -97,7 +104,7 @@ def _parts(call: Call) -> Iterator[_Part]:
             score = 1 + z.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True).abs()
             score = score + part_q.abs() @ part_k.abs().mT * scale
             doubt = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
-            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + call.smallest).where(seen, 0.0), doubt)
+            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), doubt)
 
 
 def _float32(call: Call) -> float:
@@ -137,7 +144,7 @@ def _ds_terms(call: Call, part: _Part) -> Tensor:
         scale = call.options.get("scale") or part.q.shape[2] ** -0.5
         slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
     in_float32 = (1 + part.doubt) * (dp + delta) + doubtful
-    return part.p * (slope * (dp + delta) + share * in_float32) + (part.p > 0) * call.smallest
+    return part.p * (slope * (dp + delta) + share * in_float32) + (part.p > 0) * _smallest(call)
 
 
 def _dq_terms(call: Call) -> Tensor:

@@ -36,9 +36,9 @@ def find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, row, length, column, width, row_stride, column_stride):
+def load_rows(pointer, row, length, column, width, row_stride):
     """Rows of a document [ROWS, WIDTH], ready for tl.dot, 0 outside of it."""
-    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
     values = tl.load(pointer + offset, (row < length)[:, None] & (column < width)[None, :], other=0.0)
     return values.to(tl.float32) if EMULATED else values  # the interpreter multiplies the bits of bfloat16
 
@@ -77,7 +77,7 @@ def weights_and_slopes(
 def packed_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
-    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column,
+    q_token, q_head, k_token, k_head, v_token, v_head,
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -92,14 +92,14 @@ def packed_attention_forward_kernel(
     v_ptr += begin * v_token + head // group * v_head
     query = start + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    q = load_rows(q_ptr, query, length, column, width, q_token, q_column)
+    q = load_rows(q_ptr, query, length, column, width, q_token)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
     out = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
     for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):
         key = key_start + tl.arange(0, COLUMNS)
-        k = load_rows(k_ptr, key, length, column, width, k_token, k_column)
+        k = load_rows(k_ptr, key, length, column, width, k_token)
         z = exponents(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
         seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
         if WINDOW:
@@ -110,7 +110,7 @@ def packed_attention_forward_kernel(
         p = tl.exp2(z - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(p, 1)
-        v = load_rows(v_ptr, key, length, column, width, v_token, v_column)
+        v = load_rows(v_ptr, key, length, column, width, v_token)
         out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = higher
     total = tl.where(query < length, total, 1.0)  # other rows have seen nothing
@@ -123,7 +123,7 @@ def packed_attention_forward_kernel(
 def packed_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
-    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column, do_token, do_head, do_column,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head,
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -141,9 +141,9 @@ def packed_attention_dq_kernel(
     mine = (begin * heads + head) * width
     query = start + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    q = load_rows(q_ptr, query, length, column, width, q_token, q_column)
-    do = load_rows(do_ptr, query, length, column, width, do_token, do_column)
-    out = load_rows(out_ptr + mine, query, length, column, width, row_stride, 1)
+    q = load_rows(q_ptr, query, length, column, width, q_token)
+    do = load_rows(do_ptr, query, length, column, width, do_token)
+    out = load_rows(out_ptr + mine, query, length, column, width, row_stride)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + head * tokens + begin + query, delta, query < length)
     lse = tl.load(lse_ptr + head * tokens + begin + query, query < length, other=0.0)
@@ -151,8 +151,8 @@ def packed_attention_dq_kernel(
     first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
     for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):
         key = key_start + tl.arange(0, COLUMNS)
-        k = load_rows(k_ptr, key, length, column, width, k_token, k_column)
-        v = load_rows(v_ptr, key, length, column, width, v_token, v_column)
+        k = load_rows(k_ptr, key, length, column, width, k_token)
+        v = load_rows(v_ptr, key, length, column, width, v_token)
         seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
         if WINDOW:
             seen &= key[None, :] > query[:, None] - window
@@ -165,7 +165,7 @@ def packed_attention_dq_kernel(
 def packed_attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
-    q_token, q_head, q_column, k_token, k_head, k_column, v_token, v_head, v_column, do_token, do_head, do_column,
+    q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head,
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +178,8 @@ def packed_attention_dkdv_kernel(
         return
     key = start + tl.arange(0, COLUMNS)
     column = tl.arange(0, WIDTH)
-    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, key, length, column, width, k_token, k_column)
-    v = load_rows(v_ptr + begin * v_token + kv_head * v_head, key, length, column, width, v_token, v_column)
+    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, key, length, column, width, k_token)
+    v = load_rows(v_ptr + begin * v_token + kv_head * v_head, key, length, column, width, v_token)
     end = length
     if WINDOW:
         end = tl.minimum(length, start + COLUMNS + window - 1)
@@ -192,8 +192,8 @@ def packed_attention_dkdv_kernel(
         statistics = head * tokens + begin
         for query_start in range(start // ROWS * ROWS, end, ROWS):
             query = query_start + tl.arange(0, ROWS)
-            q = load_rows(q_rows, query, length, column, width, q_token, q_column)
-            do = load_rows(do_rows, query, length, column, width, do_token, do_column)
+            q = load_rows(q_rows, query, length, column, width, q_token)
+            do = load_rows(do_rows, query, length, column, width, do_token)
             lse = tl.load(lse_ptr + statistics + query, query < length, other=0.0)
             delta = tl.load(delta_ptr + statistics + query, query < length, other=0.0)
             seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]

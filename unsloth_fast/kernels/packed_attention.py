@@ -19,6 +19,7 @@ k and q. Bytes moved, for b bytes an element: (2N + 2K)TDb forward, (4N + 4K)TDb
 for each tile on the other side. Multiplications: 2D a pair of query and key forward, 7D backward.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,20 +38,31 @@ def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Queries and keys a tile, warps and stages, forward and backward: by width and dtype, so that lengths have no say.
 
     Tiles of 64 x 64 and four warps were the fastest of eleven on an H200 for 64 and 128 columns of bfloat16. float32 is
-    multiplied without tensor cores, from registers: smaller tiles.
+    multiplied without tensor cores, from registers: in tiles of 64 they spilled by up to 8 KB a thread.
     """
     width, wide = max(16, next_power_of_2(q.shape[2])), q.dtype == torch.float32
-    rows = 32 if width > 128 or (wide and width == 128) else 64
+    rows = (32 if width <= 64 else 16) if wide else 64 if width <= 128 else 32
     # A score that the backward pass did not round as the forward pass has would not fit its log-sum-exp: no fusion.
     tile = {"ROWS": rows, "COLUMNS": rows, "WIDTH": width, "enable_fp_fusion": False}
-    forward = {**tile, "num_warps": 4, "num_stages": 2 if wide or width > 128 else 3}
-    many = width > 128 or (wide and width == 128)
-    return forward, {**tile, "num_warps": 8 if many else 4, "num_stages": 2 if wide or width > 64 else 3}
+    warps = 8 if wide else 4
+    forward = {**tile, "num_warps": warps, "num_stages": 2 if wide or width > 128 else 3}
+    backward = {**tile, "num_warps": 8 if width > 128 else warps, "num_stages": 2 if wide or width > 64 else 3}
+    return forward, backward
 
 
 def options_of(scale: float, softcap: float, window: int) -> tuple[tuple[float | int, ...], dict[str, bool]]:
     """The kernels' parameters, and which are in use."""
     return (scale, softcap, window), {"SOFTCAP": softcap != 0, "WINDOW": window != 0}
+
+
+def rows_in_one_piece(*tensors: Tensor) -> Iterator[Tensor]:
+    """Tensors whose last stride is 1: copies of those whose is not."""
+    return (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors)
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """From token to token and from head to head, of each."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
 def packed_attention_forward(
@@ -62,6 +74,7 @@ def packed_attention_forward(
     if tokens == 0 or documents == 0:
         return packed_attention_forward_fake(q)
     cu_seqlens = cu_seqlens.contiguous()
+    q, k, v = rows_in_one_piece(q, k, v)
     out, lse = packed_attention_forward_fake(q)
     tile, _ = tiles_of(q)
     tiles = tokens // tile["ROWS"] + documents
@@ -69,7 +82,7 @@ def packed_attention_forward(
     launch(
         packed_attention_forward_kernel, tiles * heads, q,
         q, k, v, out, lse, cu_seqlens, tokens, documents, tiles, heads, heads // k.shape[1], width,
-        *q.stride(), *k.stride(), *v.stride(), *values, **flags, **tile,
+        *strides_of(q, k, v), *values, **flags, **tile,
     )  # fmt: skip
     return out, lse
 
@@ -84,10 +97,11 @@ def packed_attention_backward(
     if tokens == 0 or documents == 0:
         return packed_attention_backward_fake(do, q, k, v)
     cu_seqlens = cu_seqlens.contiguous()
+    q, k, v, do = rows_in_one_piece(q, k, v, do)
     dq, dk, dv = packed_attention_backward_fake(do, q, k, v)
     delta, (_, tile) = torch.empty_like(lse), tiles_of(q)
     values, flags = options_of(scale, softcap, window)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
+    strides = strides_of(q, k, v, do)
     for kernel, tensors, size, programs_a_tile in (
         (packed_attention_dq_kernel, (q, k, v, out, do, lse, delta, dq), "ROWS", heads),
         (packed_attention_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv), "COLUMNS", k.shape[1]),
@@ -158,7 +172,7 @@ def packed_attention(
     even. A NaN within a document may reach every row of it.
 
     Args:
-        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are read where they lie.
+        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are read where they lie, others copied.
         k: [T, K, D], as q; K divides N, and head h of q meets head h // (N / K) of k and v.
         v: [T, K, D], as q.
         cu_seqlens: [documents + 1], int32: where each document begins, and T. Documents may be empty.
