@@ -94,11 +94,13 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float
     terms = measure.terms.expand(r.shape)[finite]
     used = _componentwise(name, wide, truth, terms, unit, measure, y.dtype, finite)
     if not truncates:
-        errors = [wide - truth, peer - truth]
+        error, peer_error = wide - truth, peer - truth
         if measure.roundings:
             row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
-            errors = [_without_factor(error, truth, row, measure.roundings * unit) for error in errors]
-        used = max(used, _against_peer(name, *errors, truth, terms, unit))
+            most = measure.roundings * unit
+            error = _without_factor(error, truth, row, most)
+            peer_error = _without_factor(peer_error, truth, row, most)
+        used = max(used, _against_peer(name, error, peer_error, truth, terms, unit))
         if y.dtype != torch.float32 and measure.random:
             used = max(used, _bias(name, wide, truth, peer, terms, unit, y.dtype))
     return used
