@@ -15,7 +15,7 @@ STEPS, ORDERS = 200, 3
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "head_dim": 64,
     "max_position_embeddings": 256,
 }
@@ -56,7 +56,7 @@ def losses(folder: str, backend: str, order: int | None = None) -> torch.Tensor:
     if order is not None:
         reorder(model, order)
     arguments = UnslothTrainingArguments(
-        f"{folder}/{backend}-{order}", max_steps=STEPS, per_device_train_batch_size=4, packing=True, max_length=256,
+        f"{folder}/{backend}-{order}", max_steps=STEPS, per_device_train_batch_size=2, packing=True, max_length=256,
         learning_rate=1e-3, lr_scheduler_type="constant", bf16=True, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, backend=backend,
     )  # fmt: skip
