@@ -86,10 +86,13 @@ def test_every_obstacle_is_said(package: ModuleType) -> None:
     assert len(plan.reasons) == 3
 
 
-@pytest.mark.parametrize(("kind", "leaks"), [("llama", False), ("opt", True), ("falcon", True)])
+@pytest.mark.parametrize(("kind", "leaks"), [("llama", False), ("opt", True), ("falcon", None)])
 @each_package
-def test_models_that_leak_are_known(package: ModuleType, kind: str, leaks: bool) -> None:
-    """Another first document changes the logits of the second, although positions restart: such rows are refused."""
+def test_models_that_leak_are_known(package: ModuleType, kind: str, leaks: bool | None) -> None:
+    """Another first document changes the logits of the second, although positions restart: such rows are refused.
+
+    Falcon's have leaked until transformers 5.23, and are refused with every release.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 32}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
@@ -100,8 +103,8 @@ def test_models_that_leak_are_known(package: ModuleType, kind: str, leaks: bool)
         one, two = (
             model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:] for ids in (tokens, other)
         )
-    assert torch.equal(one, two) != leaks
-    assert bool(package.batching_plan(ModelFacts(kind), ConfigFacts()).reasons) == leaks
+    assert leaks is None or torch.equal(one, two) != leaks
+    assert bool(package.batching_plan(ModelFacts(kind), ConfigFacts()).reasons) == (leaks is not False)
 
 
 TODAY = (["model", "args", "processing_class"], ["packing", "max_length", "dataset_text_field"])

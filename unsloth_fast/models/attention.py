@@ -117,6 +117,7 @@ def _attention_forward(
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         rows = hidden_states.shape[:-1]
@@ -128,7 +129,9 @@ def _attention_forward(
         # Under autocast the angles can be of a dtype that the projections are not of.
         cos, sin = (angle if angle.dtype == q.dtype else angle.float() for angle in position_embeddings)
         q, k = rope(q, k, cos, sin)
-        if past_key_values is not None:
+        if cache is not None:  # its name since transformers 5.24
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+        elif past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         window, softcap = window_of(self), softcap_of(self)
         if packed_attention is not None and kwargs.get("cu_seq_lens_q") is not None:
