@@ -13,10 +13,10 @@ section 4.2) and elementary functions, twice over for whoever sums in longer run
 plain PyTorch; its floor, 0.3 u ||r|| + 2^-23 ||S||, keeps a peer that happens to be exact from making it impossible:
 four float32 roundings that a whole row shares (a mean, a root, a reciprocal, a product) average out nowhere. Nor does
 one of the roundings that the contract allows on the way: where a row is a multiple of one number, as the gradient by
-the only logit that counts is, it moves the row by a factor, and which way is luck. So far as roundings u explain it,
-G2 takes the factor of each row out of both errors first; G1 bounds it. G3 finds truncation and drift. Its mean is over
-distinct values of y, since elements that are all alike share one rounding error; and it grants the peer's own, since a
-row times a factor near 1 has rounding errors that all lean one way.
+the only logit that counts is, it moves the row by a factor, and which way is luck. So what fails G2 as it is may pass
+with the factor of each row, so far as roundings u explain it, taken out of both errors; G1 bounds it. G3 finds
+truncation and drift. Its mean is over distinct values of y, since elements that are all alike share one rounding error;
+and it grants the peer's own, since a row times a factor near 1 has rounding errors that all lean one way.
 
 Triton's interpreter truncates float32 to bfloat16 instead of rounding to nearest: there u is 2^-7, twice as much, and
 G2 and G3, which see nothing else, are left out.
@@ -95,12 +95,17 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float
     used = _componentwise(name, wide, truth, terms, unit, measure, y.dtype, finite)
     if not truncates:
         error, peer_error = wide - truth, peer - truth
-        if measure.roundings:
+        try:
+            against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
+        except Failure:
+            if not measure.roundings:
+                raise
             row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
             most = measure.roundings * unit
             error = _without_factor(error, truth, row, most)
             peer_error = _without_factor(peer_error, truth, row, most)
-        used = max(used, _against_peer(name, error, peer_error, truth, terms, unit))
+            against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
+        used = max(used, against_peer)
         if y.dtype != torch.float32 and measure.random:
             used = max(used, _bias(name, wide, truth, peer, terms, unit, y.dtype))
     return used

@@ -96,6 +96,15 @@ def test_g2_grants_a_row_the_factor_that_roundings_explain() -> None:
             judge("output y", y, r, r.to(HALF), measure(r, roundings=roundings))
 
 
+def test_g2_takes_no_factor_out_of_a_peer_that_was_no_better() -> None:
+    two = 2 * unit_roundoff(HALF)
+    r = torch.ones(2, G2_ELEMENTS, dtype=torch.float64)
+    y = r + two * torch.tensor([1, -1]).repeat(G2_ELEMENTS // 2)
+    assert judge("output y", y.to(HALF), r, (r + two).to(HALF), measure(r, roundings=2)) <= 1
+    with pytest.raises(Failure, match="gate G2"):
+        judge("output y", y.to(HALF), r, r.to(HALF), measure(r, roundings=2))
+
+
 def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Results, truth and peer: truths half-way between float16 numbers, the first `count` of each binade rounded up.
 
