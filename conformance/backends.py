@@ -17,9 +17,10 @@ from conformance.trial import BackendError, Function, Raised, describe
 
 OPERATIONS = tuple(unsloth_ref.kernels.__all__)
 PIECES = tuple(unsloth_ref.training.__all__)
-PEERS = ("compile", "torch", "liger", "unsloth", "cce")
+PEERS = ("compile", "torch", "varlen", "liger", "unsloth", "cce")
 NAMES = ("fast", "reference", *PEERS)
-COMPILED_OR_EAGER = ("reference", "compile", "torch")  # no Triton of their own: on a CPU torch.compile writes C++
+# No Triton of their own: on a CPU torch.compile writes C++.
+COMPILED_OR_EAGER = ("reference", "compile", "torch", "varlen")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from unsloth_fast.kernels._launch import COUNTS
+
 # Logits that share a running maximum. Eight are one 16-byte load of bfloat16: the maximum never leaves its thread, and
 # rescaling the sum adds one exp to eight.
 GROUP = tl.constexpr(8)
@@ -177,7 +179,7 @@ def store_value(dlogits_ptr, value, begin, end, COLUMNS: tl.constexpr):
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_entropy_forward_kernel(
     logits_ptr, labels_ptr, loss_ptr, lse_ptr, columns, row_stride, column_stride, label_stride,
     ignore_index, logit_scale, softcap, label_smoothing, z_loss,
@@ -202,7 +204,7 @@ def cross_entropy_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def prepare_kernel(
     labels_ptr, items_ptr, number_ptr, done_ptr, rows, label_stride, ignore_index, number,
     COUNT: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
@@ -222,7 +224,7 @@ def prepare_kernel(
     tl.store(items_ptr, tl.where(number < 1.0, 1.0, number))  # a NaN stays one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_entropy_total_kernel(
     logits_ptr, labels_ptr, items_ptr, done_ptr, sums_ptr, loss_ptr, lse_ptr, dlogits_ptr,
     rows, columns, segments, group, row_stride, column_stride, label_stride,
@@ -290,7 +292,7 @@ def cross_entropy_total_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_entropy_backward_kernel(
     dloss_ptr, logits_ptr, labels_ptr, lse_ptr, items_ptr, dlogits_ptr, columns, tiles_a_row, tiles,
     dloss_stride, row_stride, column_stride, label_stride,

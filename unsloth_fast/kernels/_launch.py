@@ -1,7 +1,7 @@
 """What the kernel files share: op registration, the choice of tiles and warps, views as rows, and the launch itself."""
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 LIBRARY = torch.library.Library("unsloth_fast", "DEF")
+
+# Integers whose alignment tells the compiler nothing. Batches differ in most of them: machine code of its own for each
+# kind would be compiled in the middle of a training.
+COUNTS = [
+    "rows", "tiles", "tiles_a_row", "segments", "tokens", "documents", "length", "heads", "q_heads", "k_heads", "group",
+    "units", "rest", "table", "window", "ignore_index",
+]  # fmt: skip
 
 # tl.max is itself a Triton function: what it became tells whether TRITON_INTERPRET=1 was set when triton was imported.
 INTERPRETED = not isinstance(tl.max, triton.JITFunction)
@@ -61,6 +68,27 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
 
 
+@cache
+def specialised(kernel: Any) -> list[tuple[bool, bool]]:
+    """For each parameter, whether Triton makes a constant of a 1, and machine code of its own for what 16 divides."""
+    return [
+        (not parameter.do_not_specialize, not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment))
+        for parameter in kernel.params
+    ]
+
+
+@cache
+def unaligned(kernel: Any) -> Any:
+    """The kernel for arguments of which one is not aligned: nothing is known of any.
+
+    A wide access takes all of its strides and its pointer. Left to itself Triton would tell each of them apart: of
+    attention, a quarter of 980 kernels is left that drawn layouts made it compile, at about a second each.
+    """
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    twin = triton.jit(do_not_specialize=kernel.do_not_specialize, do_not_specialize_on_alignment=names)
+    return twin(kernel.fn)
+
+
 def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the tensor's device, in a one-dimensional grid of programs.
 
@@ -81,22 +109,22 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         kernel[(programs,)](*arguments, **options)
         return None
     # Triton binds and keys every launch anew, 9 to 30 us on the host; looking the compiled kernel up here takes 3.
-    key = (
-        id(kernel),
-        index,
-        *[
-            (argument.dtype, argument.data_ptr() & 15 == 0)
-            if isinstance(argument, Tensor)
-            else (argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31)
-            if isinstance(argument, int)
-            else float
-            for argument in arguments
-        ],  # all that the choice of machine code depends on (on CUDA)
-        *options.values(),
-    )
+    bits, kinds = 0, []  # all that the choice of machine code depends on (on CUDA)
+    for argument, (constant, aligned) in zip(arguments, specialised(kernel), strict=False):
+        if isinstance(argument, Tensor):
+            kinds.append(argument.dtype)
+            bits |= argument.data_ptr()
+        elif not isinstance(argument, int):
+            kinds.append(float)
+        elif argument == 1 and constant:
+            kinds.append(None)
+        else:
+            kinds.append(-(2**31) <= argument < 2**31)
+            bits |= argument * aligned
+    key = (id(kernel), index, bits & 15 == 0, *kinds, *options.values())
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*arguments, **options)
+        compiled = (unaligned(kernel) if bits & 15 else kernel)[(programs,)](*arguments, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
     else:

@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 
 from unsloth_fast.kernels._cross_entropy import tanh, tanh_derivative
-from unsloth_fast.kernels._launch import INTERPRETED
+from unsloth_fast.kernels._launch import COUNTS, INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EMULATED = tl.constexpr(INTERPRETED)
-# Each batch has others: machine code for every kind of them would be compiled in the middle of a training.
-COUNTS = ["tokens", "documents", "tiles", "heads", "group", "window"]
 
 
 @triton.jit

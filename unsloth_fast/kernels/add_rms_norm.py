@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
 from unsloth_fast.kernels.rms_norm import backward_op, load_scale, load_tile, quotient, rounded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
@@ -34,7 +34,7 @@ def load_sum(
     return (x + residual).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def add_rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr,
     rows, columns, x_row, x_column, residual_row, residual_column, weight_stride, eps, offset,

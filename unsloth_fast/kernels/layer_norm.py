@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
 from unsloth_fast.kernels.rms_norm import (
     backward_programs,
     backward_stages,
@@ -41,7 +41,7 @@ def centred(x, mean, row, column, rows, columns):
     return tl.where((row < rows) & (column < columns), x - mean, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr,
     rows, columns, x_row, x_column, weight_stride, bias_stride, eps,
@@ -80,14 +80,14 @@ def layer_norm_forward_kernel(
             tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride,
+    rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile: `tiles` consecutive tiles a program, the loads of the next one in flight under this one.
+    """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next one in flight under this one.
 
     HELD: the weight stays in registers; otherwise each tile reads it again, from L1.
     """
@@ -98,8 +98,8 @@ def layer_norm_backward_kernel(
         weight = load_vector(weight_ptr, column, columns, weight_stride)
     dweight = tl.zeros([1, COLUMNS], tl.float32)
     dbias = tl.zeros([1, COLUMNS], tl.float32)
-    for index in tl.range(0, tiles, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        first = (program * tiles + index) * ROWS
+    for index in tl.range(0, each, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        first = (program * each + index) * ROWS
         row = (first + tl.arange(0, ROWS))[:, None]
         dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
         x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
@@ -126,18 +126,18 @@ def layer_norm_backward_kernel(
         tl.store(partial_ptr + (2 * program + 1) * columns + column, dbias, column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def layer_norm_backward_long_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, x_row, x_column, weight_stride,
+    rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Longer rows, one at a time in two passes; the program's two rows of partial sums are kept in memory."""
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    for index in range(0, tiles):
-        row = (program * tiles + index + tl.arange(0, 1))[:, None]
+    for index in range(0, each):
+        row = (program * each + index + tl.arange(0, 1))[:, None]
         mean = tl.load(stats_ptr + row, row < rows, other=0.0)
         rstd = tl.load(stats_ptr + rows + row, row < rows, other=0.0)
         sums = tl.zeros([1, COLUMNS], tl.float32)
@@ -160,7 +160,7 @@ def layer_norm_backward_long_kernel(
                 dx = rstd * (g - shift - normed * slope)
                 tl.store(dx_ptr + row * columns + start + column, dx.to(dtype), inside & (row < rows))
             if NEED_SUMS:
-                earlier = inside & (row > program * tiles)
+                earlier = inside & (row > program * each)
                 partial = partial_ptr + 2 * program * columns + start + column
                 before = tl.load(partial, earlier, other=0.0)
                 tl.store(partial, before + dy * normed, inside)
@@ -169,7 +169,7 @@ def layer_norm_backward_long_kernel(
         tl.debug_barrier()  # the next row reads the partial sums that this one wrote
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def layer_norm_sums_kernel(
     partial_ptr, dweight_ptr, dbias_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import (
+    COUNTS,
     Tile,
     cdiv,
     check_runnable,
@@ -62,7 +63,7 @@ def rounded(normed, dtype: tl.constexpr, LLAMA: tl.constexpr):
     return normed.to(dtype).to(tl.float32) if LLAMA else normed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rms_norm_forward_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, rows, columns, x_row, x_column, weight_stride, eps, offset,
     LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
@@ -92,14 +93,14 @@ def rms_norm_forward_kernel(
             tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def rms_norm_backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
+    rows, columns, each, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
     LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile: `tiles` consecutive tiles a program, the loads of the next one in flight under this one.
+    """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next one in flight under this one.
 
     ADD: dsum is added to dx. HELD: the weight stays in registers; otherwise each tile reads it again, from L1.
     """
@@ -109,8 +110,8 @@ def rms_norm_backward_kernel(
     if HELD:
         scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
     dweight = tl.zeros([1, COLUMNS], tl.float32)
-    for index in tl.range(0, tiles, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        first = (program * tiles + index) * ROWS
+    for index in tl.range(0, each, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        first = (program * each + index) * ROWS
         row = (first + tl.arange(0, ROWS))[:, None]
         dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
         x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
@@ -135,18 +136,18 @@ def rms_norm_backward_kernel(
         tl.store(partial_ptr + program * columns + column, dweight, column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def rms_norm_backward_long_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
-    rows, columns, tiles, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
+    rows, columns, each, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride, offset,
     LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Longer rows, one at a time in two passes; the program's row of partial sums is kept in memory, for it alone."""
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    for index in range(0, tiles):
-        row = (program * tiles + index + tl.arange(0, 1))[:, None]
+    for index in range(0, each):
+        row = (program * each + index + tl.arange(0, 1))[:, None]
         rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
         products = tl.zeros([1, COLUMNS], tl.float32)
         if NEED_DX:
@@ -167,7 +168,7 @@ def rms_norm_backward_long_kernel(
                 tl.store(dx_ptr + row * columns + start + column, dx.to(dtype), inside & (row < rows))
             if NEED_DWEIGHT:
                 partial = partial_ptr + program * columns + start + column
-                before = tl.load(partial, inside & (row > program * tiles), other=0.0)
+                before = tl.load(partial, inside & (row > program * each), other=0.0)
                 tl.store(partial, before + dy * rounded(normed, dtype, LLAMA), inside)
         tl.debug_barrier()  # the next row reads the partial sums that this one wrote
 
@@ -181,7 +182,7 @@ def column_sum(partial_ptr, sum_ptr, block, rows, columns, row_stride, ROWS: tl.
     tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A block of columns a program."""
     column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)

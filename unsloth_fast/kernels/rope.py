@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, launch, next_power_of_2, register
 from unsloth_ref import checks
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -48,7 +48,7 @@ def copy_rest(out_ptr, row_ptr, head_inside, column_stride, rotary, rest, REST: 
     tl.store(out_ptr + rotary + column, tl.load(row_ptr + (rotary + column) * column_stride, inside), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["steps"])
 def rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     length, q_heads, k_heads, steps, units, rest, table,
