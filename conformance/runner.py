@@ -83,14 +83,14 @@ def run(
     Returns:
         The results, in the order of the checks.
     """
-    queue, done, failed = deque(checks), {}, set()
+    queue, done, failed = list(checks), {}, set()
     order = {check: index for index, check in enumerate(queue)}
     workers = [_start() for _ in range(min(jobs or min(os.cpu_count() or 1, 4), len(queue)))]
     try:
         idle = deque(workers)
         while queue or any(worker.check for worker in workers):
-            while queue and idle:
-                check = queue.popleft()
+            while idle and (check := next_check(queue, [worker.check for worker in workers if worker.check])):
+                queue.remove(check)
                 if not (stop_at_failure and (check.backend, check.op) in failed):
                     worker = idle.popleft()
                     if not worker.process.is_alive():  # what its last check left behind
@@ -113,6 +113,16 @@ def run(
     finally:
         _end(workers)
     return sorted(done.items(), key=lambda item: order[item[0]])
+
+
+def next_check(queue: Iterable[Check], running: Iterable[Check]) -> Check | None:
+    """The first check that may run beside these, if there is one: of those that take gigabytes only one at a time."""
+    crowded = any(map(_is_large, running))
+    return next((check for check in queue if not (crowded and _is_large(check))), None)
+
+
+def _is_large(check: Check) -> bool:
+    return getattr(PROPERTIES.get(check.property), "LARGE", False)
 
 
 def _start() -> _Worker:
@@ -158,7 +168,10 @@ def _serve(pipe: Connection) -> None:
             check = pipe.recv()
         except EOFError:
             return
-        pipe.send(check(pipe.send))
+        result = check(pipe.send)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the other processes share the card
+        pipe.send(result)
 
 
 def _ready(workers: Sequence[_Worker]) -> list[_Worker]:

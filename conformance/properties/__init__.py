@@ -2,8 +2,9 @@
 
 A check returns the share of the error budget it used, or None where that has no meaning. Beside it a file may define
 `SHARE`, the part of the profile's examples worth spending on it; `cases(spec, profile)`, a fixed list in place of drawn
-cases; and `CUDA_ONLY = True`. A law is about what a user can suffer from, never about how an implementation is built:
-plain PyTorch that is right passes them all.
+cases; `CUDA_ONLY = True`; and `LARGE = True` where a case takes gigabytes: such checks run one at a time. A law is
+about what a user can suffer from, never about how an implementation is built: plain PyTorch that is right passes them
+all.
 """
 
 from types import ModuleType

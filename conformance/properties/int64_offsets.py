@@ -11,6 +11,7 @@ from conformance.profiles import Profile
 from conformance.spec import Spec
 from conformance.trial import Trial
 
+LARGE = True
 STRIDE = 2**31
 
 

@@ -1,5 +1,6 @@
 """Fences see every write outside, and torch's functions come back whatever happens."""
 
+from dataclasses import replace
 from math import nan
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from conformance import memory
 from conformance.gates import Failure
 from conformance.memory import Allocations, Fence, demand_unbroken
-from conformance.runner import Check, run
+from conformance.runner import Check, next_check, run
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
@@ -101,3 +102,12 @@ def test_a_process_that_dies_is_a_failure_and_the_next_check_runs() -> None:
     assert "the process died (SIGABRT)" in (died.message or "")
     assert died.case == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"
     assert next_one.verdict == "pass"
+
+
+def test_checks_that_take_gigabytes_run_one_at_a_time() -> None:
+    one, other = (Check("fast", op, "int64_offsets", "float32", "cuda") for op in ("rope", "swiglu"))
+    small = replace(one, property="value")
+    assert next_check([other, small], []) is other
+    assert next_check([other, small], [small]) is other
+    assert next_check([other, small], [one]) is small
+    assert next_check([other], [small, one]) is None
