@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unsloth_fast.kernels._launch import COUNTS, cdiv, first_order, launch, register, rows_of, tile
 
-FORWARD_TILE, BACKWARD_TILE = 1024, 2048  # elements: one 16-byte load a thread and tensor, two in the backward
+TILE = 1024  # elements: one 16-byte load of 16 bits a thread and tensor. On an H100, 2048 took 1.2 % longer backward
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def normal_distribution(x, WIDE: tl.constexpr):
 def share_and_slope(gate, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
     """a / gate and a'; what is not used is not computed.
 
-    WIDE: to float32's own precision; otherwise to that of 16 bits, for half the instructions.
+    WIDE: to float32's own precision; otherwise to that of 16 bits. Then silu takes 16 instructions an element forward,
+    not 28, and tanh 21, not 33; in the time that an H200 takes to move an element it issues about 40.
     """
     if ACTIVATION == "gelu":
         share, density = normal_distribution(gate, WIDE)
@@ -173,9 +174,9 @@ def as_matrices(*tensors: Tensor) -> list[Tensor]:
     return [rows_of(tensor) for tensor in tensors]
 
 
-def tiling(matrix: Tensor, elements: int) -> tuple[dict[str, Any], int, int]:
-    """Options of a kernel with tiles of so many elements, four warps each, and how many cover a row and all of it."""
-    shape = tile(matrix.shape[1], elements=elements, widest=elements, per_thread=elements // 128)
+def tiling(matrix: Tensor) -> tuple[dict[str, Any], int, int]:
+    """Options of a kernel, and how many tiles, of four warps each, cover a row and the whole matrix."""
+    shape = tile(matrix.shape[1], elements=TILE, widest=TILE, per_thread=8)
     tiles_a_row = cdiv(matrix.shape[1], shape.columns)
     options = {"FLAT": matrix.shape[0] == 1, "ROWS": shape.rows, "COLUMNS": shape.columns, "num_warps": shape.warps}
     return options, tiles_a_row, cdiv(matrix.shape[0], shape.rows) * tiles_a_row
@@ -187,7 +188,7 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.numel() == 0:
         return y
     gate, up = as_matrices(gate, up)
-    options, tiles_a_row, programs = tiling(gate, FORWARD_TILE)
+    options, tiles_a_row, programs = tiling(gate)
     launch(
         gated_forward_kernel, programs, gate, gate, up, y, *gate.shape, tiles_a_row, *gate.stride(), *up.stride(),
         ACTIVATION=activation, **options,
@@ -203,7 +204,7 @@ def gated_backward(
     if gate.numel() == 0:
         return dgate, dup
     dy, gate, up = as_matrices(dy, gate, up)
-    options, tiles_a_row, programs = tiling(gate, BACKWARD_TILE)
+    options, tiles_a_row, programs = tiling(gate)
     launch(
         gated_backward_kernel, programs, gate, dy, gate, up, dgate, dup,
         *gate.shape, tiles_a_row, *dy.stride(), *gate.stride(), *up.stride(),
