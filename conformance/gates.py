@@ -32,6 +32,7 @@ from torch import Tensor
 UNIT_FLOAT32 = 2.0**-24
 G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
+SLICE = 2**26  # elements that G3 looks at together: there may be more than memory for several copies of them
 
 
 class Failure(Exception):
@@ -89,9 +90,13 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float
         return 0.0
     truncates = measure.truncates and y.dtype == torch.bfloat16
     unit = unit_roundoff(y.dtype) * (2 if truncates else 1)
-    wide, truth = y.double()[finite], r[finite]
-    peer = torch.where(p.isfinite(), p.double(), r)[finite]
-    terms = measure.terms.expand(r.shape)[finite]
+    everything = bool(finite.all())
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1) if everything else tensor[finite]  # a copy of 2^29 elements would take 4 GiB
+
+    wide, truth, terms = kept(y).double(), kept(r), kept(measure.terms.expand(r.shape))
+    peer = kept(torch.where(p.isfinite(), p.double(), r))
     used = _componentwise(name, wide, truth, terms, unit, measure, y.dtype, finite)
     if not truncates:
         error, peer_error = wide - truth, peer - truth
@@ -106,8 +111,9 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, measure: Measure) -> float
             peer_error = _without_factor(peer_error, truth, row, most)
             against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
         used = max(used, against_peer)
+        del error, peer_error
         if y.dtype != torch.float32 and measure.random:
-            used = max(used, _bias(name, wide, truth, peer, terms, unit, y.dtype))
+            used = max(used, _bias(name, kept(y), truth, peer, terms, unit))
     return used
 
 
@@ -184,23 +190,26 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
     return used
 
 
-def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float, dtype: torch.dtype) -> float:
-    normal = r.abs() >= torch.finfo(dtype).smallest_normal
-    y, r, p, terms = y[normal], r[normal], p[normal], terms[normal]
-    distinct, group = y.unique(return_inverse=True)
-    if r.numel() < G3_ELEMENTS or distinct.numel() < G3_DISTINCT:
+def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float) -> float:
+    smallest = torch.finfo(y.dtype).smallest_normal
+    sums, peer_sums, counts = (r.new_zeros(2**16) for _ in range(3))  # of each value that 16 bits can hold
+    slices = zip(*(tensor.split(SLICE) for tensor in (y, r, p, terms)), strict=True)
+    for y, r, p, terms in slices:
+        normal = r.abs() >= smallest
+        value = y.view(torch.int16)[normal].int() + 2**15
+        scale = r.sign() / (unit * torch.maximum(r.abs(), terms))
+        for total, one in ((sums, y), (peer_sums, p)):
+            total.index_add_(0, value, ((one.double() - r) * scale)[normal])
+        counts += value.bincount(minlength=2**16)
+    distinct = counts > 0
+    if counts.sum() < G3_ELEMENTS or distinct.sum() < G3_DISTINCT:
         return 0.0
-
-    def lean(value: Tensor) -> float:
-        errors = (value - r) * r.sign() / (unit * torch.maximum(r.abs(), terms))
-        sums = torch.zeros_like(distinct).index_add_(0, group, errors)
-        return float((sums / group.bincount()).mean().abs())
-
-    bias, allowed = lean(y), G3_BIAS + lean(p)
+    lean, peer_lean = (float((total[distinct] / counts[distinct]).mean().abs()) for total in (sums, peer_sums))
+    bias, allowed = lean, G3_BIAS + peer_lean
     if bias > allowed:
         raise Failure(
             f"gate G3 used {bias / allowed:.3g} of the budget in {name}: results lean to one side\n"
-            f"mean error {bias:.2g} unit roundoffs over {distinct.numel()} distinct values, allowed {allowed:.2g}",
+            f"mean error {bias:.2g} unit roundoffs over {int(distinct.sum())} distinct values, allowed {allowed:.2g}",
             bias / allowed,
         )
     return bias / allowed
