@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig
 
 from tests import tiny
+from tests.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments, compat
 from unsloth_fast.models import checkpointing, loading
 from unsloth_fast.models.head import without_adapter
@@ -76,10 +77,13 @@ def test_by_default_it_is_as_long_as_the_model(tmp_path: Path) -> None:
     assert tokenizer.model_max_length > 10**9  # the folder says nothing
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(True, True), (None, True), (False, False)])
-def test_4_bits(tmp_path: Path, asked: bool | None, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("asked", "sixteen", "expected"),
+    [(True, False, True), (None, False, True), (False, False, False), (None, True, False)],
+)
+def test_4_bits(tmp_path: Path, asked: bool | None, sixteen: bool, expected: bool) -> None:
     """Linear layers in NF4 with nested scales, but for the head; None is True where bitsandbytes is installed."""
-    model, _ = load(tiny.folder(tmp_path), load_in_4bit=asked)
+    model, _ = load(tiny.folder(tmp_path), load_in_4bit=asked, load_in_16bit=sixteen)
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == (14 if expected else 0)
     assert type(model.lm_head) is nn.Linear
@@ -91,9 +95,16 @@ def test_4_bits(tmp_path: Path, asked: bool | None, expected: bool) -> None:
 def test_without_bitsandbytes_4_bits_are_refused_or_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     config = transformers.LlamaConfig()
-    assert not loading.wants_4bit(None, False, config)
+    assert not loading.wants_4bit(None, False, False, config)
     with pytest.raises(RuntimeError, match="bitsandbytes is not installed"):
-        loading.wants_4bit(True, False, config)
+        loading.wants_4bit(True, False, False, config)
+
+
+def test_a_model_that_is_stored_in_4_bits_is_not_in_16() -> None:
+    config = transformers.LlamaConfig(quantization_config={"load_in_4bit": True})
+    assert not loading.wants_4bit(True, False, False, config)
+    with pytest.raises(ValueError, match="load_in_16bit: got True and a quantised model"):
+        loading.wants_4bit(None, True, False, config)
 
 
 def test_a_cap_on_the_scores_is_kept(tmp_path: Path) -> None:
@@ -117,7 +128,15 @@ def test_full_finetuning_trains_every_weight_as_it_is(tmp_path: Path) -> None:
         ({"load_in_4bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_4bit"),
         ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
         ({"backend": "slow"}, ValueError, "backend: got 'slow'"),
-        ({"load_in_8bit": True}, ValueError, "load_in_8bit: got True; allowed: False"),
+        ({"load_in_4bit": True, "load_in_16bit": True}, ValueError, "load_in_16bit: got True and load_in_4bit"),
+        ({"load_in_8bit": True}, ValueError, "load_in_8bit: got True; allowed: False, None, as there is no such"),
+        (
+            {"offload_embedding": True},
+            ValueError,
+            "offload_embedding: got True; allowed: False, None, 'auto', as there",
+        ),
+        ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None, as there is no such feature"),
+        ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling: got .*; allowed: None, as rope_parameters is its"),
         ({"max_sequence_length": 32}, TypeError, "from_pretrained: got keyword 'max_sequence_length'"),
     ],
 )
@@ -126,10 +145,48 @@ def test_wrong_loading_is_refused(tmp_path: Path, options: dict[str, Any], error
         load(tiny.folder(tmp_path), **options)
 
 
-def test_fields_of_the_config_and_features_turned_off_are_taken(tmp_path: Path) -> None:
-    options = {"max_position_embeddings": 128, "max_seq_length": 100, "load_in_8bit": False, "fast_inference": False}
-    model, _ = load(tiny.folder(tmp_path), **options)
+def test_fields_of_the_config_are_taken(tmp_path: Path) -> None:
+    model, _ = load(tiny.folder(tmp_path), max_position_embeddings=128, max_seq_length=100)
     assert model.config.max_position_embeddings == 128
+
+
+# What Unsloth's own parameters are by default, but for those that are parameters here.
+UNSLOTH_DEFAULTS = {
+    "load_in_8bit": False,
+    "device_map_planner_kwargs": None,
+    "rope_scaling": None,
+    "fix_tokenizer": True,
+    "resize_model_vocab": None,
+    "revision": None,
+    "use_exact_model_name": False,
+    "offload_embedding": "auto",
+    "float32_mixed_precision": None,
+    "fast_inference": False,
+    "gpu_memory_utilization": 0.5,
+    "float8_kv_cache": False,
+    "random_state": 3407,
+    "max_lora_rank": 64,
+    "disable_log_stats": True,
+    "qat_scheme": None,
+    "load_in_fp8": False,
+    "unsloth_tiled_mlp": False,
+    "unsloth_vllm_standby": False,
+    "text_only": False,
+}
+
+
+def test_code_for_unsloth_loads(tmp_path: Path) -> None:
+    """Four arguments by position, and all keywords that ask for nothing; they leave the config as it is."""
+    folder = tiny.folder(tmp_path)
+    options = {name: PLAIN[name] for name in ("backend", "device_map")} | UNSLOTH_DEFAULTS
+    model, _ = FastLanguageModel.from_pretrained(folder, 32, torch.float64, False, **options)
+    assert (model.max_seq_length, model.dtype, type(model.model.layers[0].mlp.up_proj)) == (
+        32,
+        torch.float64,
+        nn.Linear,
+    )
+    plain, _ = load(folder, dtype=torch.float64)
+    assert model.config.to_dict() == plain.config.to_dict()
 
 
 def test_the_dtype_on_a_cpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +250,7 @@ def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
 def test_embeddings_among_the_targets_are_trained_in_full_and_stay_tied(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, tied: bool
 ) -> None:
@@ -254,6 +311,23 @@ def test_an_adapter_is_loaded_with_its_base_and_can_be_trained_on(tmp_path: Path
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
+def test_an_adapter_on_4_bits_is_the_same_when_loaded_here_and_in_plain_peft(tmp_path: Path) -> None:
+    """To float32's rounding, in training mode: in evaluation mode bitsandbytes may repack the weights on a CPU."""
+    folder = tiny.folder(tmp_path / "base")
+    model, _ = load(folder, load_in_4bit=True)
+    before, quantization = model(TOKENS).logits, model.config.quantization_config
+    model = stepped(FastLanguageModel.get_peft_model(model)).train()
+    model.save_pretrained(tmp_path / "adapter")
+    options = {"quantization_config": quantization, "dtype": torch.float32, "device_map": "cpu"}
+    plain = AutoModelForCausalLM.from_pretrained(folder, **options)
+    plain = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    own, _ = load(str(tmp_path / "adapter"), load_in_4bit=True)
+    logits = model(TOKENS).logits
+    assert (logits - before).abs().max() > 1e-2
+    for loaded in (plain, own):
+        torch.testing.assert_close(loaded.train()(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -265,6 +339,7 @@ def test_an_adapter_is_loaded_with_its_base_and_can_be_trained_on(tmp_path: Path
         ({"target_modules": ["lm_head"]}, ValueError, r"target_modules: got \['lm_head'\] alone; allowed: .*q_proj"),
         ({"modules_to_save": ["score"]}, ValueError, "modules_to_save: got 'score'"),
         ({"max_seq_length": 100}, ValueError, "max_seq_length: got 100; allowed: 1 to 64"),
+        ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None"),
         ({"rank": 8}, TypeError, "get_peft_model: got keyword 'rank'"),
         ({"peft_type": "PREFIX_TUNING"}, TypeError, "get_peft_model: got keyword 'peft_type'"),
     ],
@@ -275,6 +350,13 @@ def test_wrong_adapters_are_refused(options: dict[str, Any], error: type, messag
     with pytest.raises(error, match=message):
         FastLanguageModel.get_peft_model(model, **options)
     assert [name for name, _ in model.named_modules()] == before
+
+
+def test_unsloths_parameters_of_adapters_are_taken_in_its_order(tmp_path: Path) -> None:
+    rest = (0.0, "none", None, None, "unsloth", 3407, 64, False, None, True, {}, str(tmp_path / "temporary"), None)
+    model = FastLanguageModel.get_peft_model(tiny.model(), 8, ["q_proj"], 16, *rest)
+    assert {parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name} == {8}
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_adapter_is_refused() -> None:
@@ -421,3 +503,15 @@ def test_checkpointing_said_to_the_trainer_itself(tmp_path: Path) -> None:
     trainer = UnslothTrainer(model, args, **options)
     trainer.train()
     assert not any(layer.gradient_checkpointing for layer in layers_of(trainer.model))
+
+
+def test_what_is_left_is_named_once_from_loading_to_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Though the adapter has a second copy of it trained."""
+    caplog.set_level(logging.INFO)
+    model, tokenizer = load(tiny.folder(tmp_path, hidden_act="relu"))
+    model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"], modules_to_save=["mlp"])
+    texts = Dataset.from_dict({"text": tiny.texts(4)})
+    UnslothTrainer(model, arguments(tmp_path), train_dataset=texts, processing_class=tokenizer)
+    loaded, trained = (line for line in caplog.messages if "placed under" in line)
+    assert loaded.endswith("; left as they are: {'LlamaMLP': 2}")
+    assert "'lora_linear': 2" in trained and "left as they are" not in trained

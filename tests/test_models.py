@@ -2,15 +2,19 @@
 
 import copy
 import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from unsloth_fast import backends
+from tests.runs import arguments, build, textbook
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, backends
 from unsloth_fast.models import place, remove
 
 REFERENCE = backends.resolve("reference")
@@ -142,6 +146,39 @@ def test_under_peft(placed_first: bool) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=2.0**-20 * gradient.abs().max().item())
 
 
+# Below the longest text of 20 words.
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    # Before transformers 5.23 its default, sdpa, leaves the cap on the scores out.
+    "gemma2": {"sliding_window": 8, "attn_implementation": "eager"},
+    "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_lora_trains_as_with_plain_trl_in_float64(tmp_path: Path, family: str) -> None:
+    """Three steps, documents end to end against padded ones, the head tied where the family ties it by default.
+
+    Rounding is 1e-16; AdamW makes of it at most 1e-12, as test_trainer.py explains.
+    """
+    tied = tiny.FAMILIES[family][0]().tie_word_embeddings
+    losses = []
+    for trainer_kind, args_kind in ((UnslothTrainer, UnslothTrainingArguments), (SFTTrainer, SFTConfig)):
+        model = tiny.model(family, torch.float64, tie_word_embeddings=tied, **WINDOWS.get(family, {}))
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        own_loss = {"compute_loss_func": textbook} if trainer_kind is SFTTrainer else {}
+        with tiny.KeepFloat64():
+            args = arguments(tmp_path, args_kind, max_steps=3)
+            trainer = build(trainer_kind, args, model=get_peft_model(model, config), **own_loss)
+            trainer.train()
+        assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+        losses.append(trainer.losses)
+    assert len(losses[0]) == 3 and len(set(losses[0])) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def test_compiles_whole() -> None:
     """No graph break in a placed model."""
     model = tiny.model()
@@ -152,7 +189,10 @@ def test_compiles_whole() -> None:
 
 
 def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    """An MLP with another activation, a LayerNorm, an attention, and a module whose forward somebody has replaced."""
+    """An MLP with another activation, a LayerNorm, an attention, and a module whose forward somebody has replaced.
+
+    Placing once more says nothing, another backend what is placed, and a kind that is new is named alone.
+    """
     model = tiny.model("gemma", hidden_act="relu")
     model.extra = torch.nn.LayerNorm(4)
     model.other = torch.nn.MultiheadAttention(4, 1)
@@ -166,5 +206,13 @@ def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
         "backend reference placed under {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}; "
         "left as they are: {'GemmaMLP': 2, 'GemmaRMSNorm': 1, 'LayerNorm': 1, 'MultiheadAttention': 1}"
     ]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        place(model, REFERENCE)
+        place(model, counting_backend([]))
+        model.more = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.GroupNorm(1, 4)])
+        place(model, counting_backend([]))
+    placed = "backend counting placed under {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}"
+    assert caplog.messages == [placed, f"{placed}; left as they are: {{'GroupNorm': 1}}"]
     remove(model)
     assert replaced.forward is own

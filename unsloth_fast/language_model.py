@@ -31,10 +31,11 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        *,
         max_seq_length: int | None = None,
         dtype: torch.dtype | None = None,
         load_in_4bit: bool | None = None,
+        *,
+        load_in_16bit: bool = False,
         full_finetuning: bool = False,
         use_gradient_checkpointing: bool | str | None = None,
         backend: str | None = None,
@@ -53,7 +54,8 @@ class FastLanguageModel:
             dtype: of the weights, and with 4 bits of the products. None for bfloat16 on a GPU that has it, float16 on
                 any other, float32 on a CPU.
             load_in_4bit: whether to keep the weights of linear layers in 4 bits (bitsandbytes' NF4, nested scales).
-                None for True where bitsandbytes is installed, unless full_finetuning.
+                None for True where bitsandbytes is installed, unless load_in_16bit or full_finetuning.
+            load_in_16bit: True is load_in_4bit=False: weights that are not quantised, of `dtype`.
             full_finetuning: whether all weights are to be trained, which 4-bit ones cannot be.
             use_gradient_checkpointing: as in `get_peft_model`; None to leave it to that, or to the trainer's arguments.
             backend: "auto", "fast" or "reference", as in `unsloth_fast.backends.resolve`; its name is kept as the
@@ -63,7 +65,7 @@ class FastLanguageModel:
             trust_remote_code: whether code from the model's repository may run.
             **kwargs: revision, cache_dir, local_files_only, force_download, subfolder; attn_implementation, max_memory,
                 offload_folder, quantization_config, use_safetensors, variant; and fields of the model's config, which
-                they replace.
+                they replace. Unsloth's further keywords may be there where they ask for nothing, as load_in_8bit=False.
 
         Returns:
             The model, in training mode, and the tokenizer, which pads on the right and has a pad token.
@@ -71,7 +73,7 @@ class FastLanguageModel:
         Raises:
             TypeError: an unknown keyword.
             ValueError: an unknown backend; max_seq_length beyond the model's positions; a dtype that the GPU does not
-                have; 4 bits and full fine-tuning; a feature that does not exist here.
+                have; 4 bits beside load_in_16bit or full_finetuning; a feature that does not exist here.
             RuntimeError: the fast backend was asked for by name and cannot run here, or 4 bits without bitsandbytes.
         """
         from unsloth_fast.compat import patch_trl  # loads trl
@@ -89,7 +91,9 @@ class FastLanguageModel:
         limit = loading.position_limit(config, kwargs)
         loading.check_length(max_seq_length, limit)
         dtype = loading.supported_dtype(dtype)
-        if "quantization_config" not in kwargs and loading.wants_4bit(load_in_4bit, full_finetuning, config):
+        if "quantization_config" not in kwargs and loading.wants_4bit(
+            load_in_4bit, load_in_16bit, full_finetuning, config
+        ):
             kwargs["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -132,6 +136,8 @@ class FastLanguageModel:
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
         loftq_config: dict[str, Any] | None = None,
+        temporary_location: str | None = None,
+        qat_scheme: None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a LoRA adapter on a model, whose own weights no longer train; all but the named ones stay as they are.
@@ -157,6 +163,8 @@ class FastLanguageModel:
             modules_to_save: names of further modules that are trained in full.
             init_lora_weights: as in `peft.LoraConfig`.
             loftq_config: as in `peft.LoraConfig`.
+            temporary_location: ignored, as nothing is written to disk; code for Unsloth may name a folder.
+            qat_scheme: None, as there is no quantisation-aware training.
             **kwargs: further fields of `peft.LoraConfig`.
 
         Returns:
@@ -167,6 +175,7 @@ class FastLanguageModel:
             ValueError: a value that is not allowed, a name that the model does not have, or a model with an adapter.
         """
         _check_adapter(r, lora_dropout, bias, use_gradient_checkpointing, kwargs)
+        checks.one_of("qat_scheme", qat_scheme, (None,))
         if isinstance(model, PeftModel):
             names = list(model.peft_config)
             raise ValueError(

@@ -23,7 +23,30 @@ _LOADING_KEYWORDS = (
     "use_safetensors",
     "variant",
 )
-_ABSENT = ("load_in_8bit", "fast_inference")  # known to Unsloth's users; may be passed, as off
+# Unsloth's keywords without an effect here: the values that ask for nothing, or None where all do: those for vLLM, for
+# names that Unsloth would replace, and for tokenizers that it would repair.
+_OFF = (False, None)
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    "load_in_8bit": _OFF,
+    "load_in_fp8": _OFF,
+    "fast_inference": _OFF,
+    "float8_kv_cache": _OFF,
+    "unsloth_vllm_standby": _OFF,
+    "unsloth_tiled_mlp": _OFF,
+    "text_only": _OFF,
+    "float32_mixed_precision": _OFF,
+    "offload_embedding": (*_OFF, "auto"),
+    "rope_scaling": (None,),
+    "resize_model_vocab": (None,),
+    "qat_scheme": (None,),
+    "device_map_planner_kwargs": (None,),
+    "gpu_memory_utilization": None,
+    "max_lora_rank": None,
+    "disable_log_stats": None,
+    "random_state": None,
+    "use_exact_model_name": None,
+    "fix_tokenizer": None,
+}
 _DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PAD_TOKENS = (
     "<|finetune_right_pad_id|>",
@@ -58,19 +81,23 @@ def tokenizer_name(name: str, base_name: str, hub: dict[str, Any]) -> str:
 
 
 def known_keywords(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The keywords for transformers: all but those that turn off what does not exist here.
+    """The keywords for transformers: all but those of Unsloth that have no effect here.
 
     Raises:
         TypeError: a keyword that is neither of loading nor a field of the config.
         ValueError: one that turns on what does not exist here.
     """
-    for name in _ABSENT:
-        if kwargs.get(name):
-            raise ValueError(f"{name}: got {kwargs[name]!r}; allowed: False, there is no such feature")
-    fields = config.to_dict()
-    known = {name: value for name, value in kwargs.items() if name not in _ABSENT}
-    for name in known:
-        if name not in _LOADING_KEYWORDS and name not in fields:
+    fields, known = config.to_dict(), {}
+    for name, value in kwargs.items():
+        off = _WITHOUT_EFFECT.get(name, ())
+        if off is None or value in off:
+            continue
+        if name in _LOADING_KEYWORDS or name in fields:
+            known[name] = value
+        elif off:
+            why = "rope_parameters is its name here" if name == "rope_scaling" else "there is no such feature"
+            raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, off))}, as {why}")
+        else:
             own = ", ".join((*HUB_KEYWORDS, *_LOADING_KEYWORDS))
             raise TypeError(
                 f"from_pretrained: got keyword {name!r}; allowed: {own}, a field of {type(config).__name__}"
@@ -112,18 +139,19 @@ def supported_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.bfloat16 if has_bfloat16 else torch.float16)
 
 
-def wants_4bit(load_in_4bit: bool | None, full_finetuning: bool, config: Any) -> bool:
+def wants_4bit(load_in_4bit: bool | None, load_in_16bit: bool, full_finetuning: bool, config: Any) -> bool:
     """Whether the weights are to be quantised while they are loaded.
 
     Raises:
-        ValueError: weights in 4 bits that are to be trained.
+        ValueError: weights in 4 bits that are to be in 16, or trained.
         RuntimeError: 4 bits without bitsandbytes.
     """
     stored = getattr(config, "quantization_config", None)
-    if full_finetuning and (load_in_4bit or stored):
+    plain = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
+    if plain and (load_in_4bit or stored):
         seen = "load_in_4bit=True" if load_in_4bit else "a quantised model"
-        raise ValueError(f"full_finetuning: got True and {seen}; allowed: one of the two, such weights are not trained")
-    if stored or full_finetuning or load_in_4bit is False:
+        raise ValueError(f"{plain}: got True and {seen}; allowed: one of the two")
+    if stored or plain or load_in_4bit is False:
         return False
     installed = find_spec("bitsandbytes") is not None
     if load_in_4bit and not installed:

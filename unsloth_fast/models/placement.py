@@ -76,7 +76,8 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     `unsloth_fast.models.attention`), packed_attention; all other batches are left to the model's attn_implementation,
     and so are packed ones where there is dropout on the attention or where another implementation than sdpa or eager
     was chosen. All other modules keep their forward, and so does one whose forward somebody else has replaced; those
-    that look like a norm, an MLP or an attention are named in the log. Placing again replaces what was placed.
+    that look like a norm, an MLP or an attention are named in the log, each kind once a model. Placing again replaces
+    what was placed.
 
     Args:
         model: the model; changed in place, its parameters, their names and its config not.
@@ -100,8 +101,17 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
                 left[f"packed {name} ({attention.packing_refusal(module)})"] += 1
         elif name.endswith(("Norm", "MLP", "Attention")):
             left[name] += 1
-    logger.info("backend %s placed under %s; left as they are: %s", backend.name, dict(placed), dict(left) or "none")
+    _log(model, f"backend {backend.name} placed under {dict(placed)}", left)
     return dict(placed)
+
+
+def _log(model: Any, placed: str, left: Counter[str]) -> None:
+    """Log what was placed unless that was the last thing logged for the model, and what is left that it never named."""
+    last, named = getattr(model, "unsloth_placed", ("", frozenset()))  # peft's models have their base model's
+    new = {name: count for name, count in left.items() if name not in named}
+    if new or placed != last:
+        logger.info(f"{placed}; left as they are: {new}" if new else placed)
+    model.unsloth_placed = placed, named | new.keys()
 
 
 def remove(model: Module) -> None:
