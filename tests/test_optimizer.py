@@ -170,6 +170,26 @@ def test_optimizers_of_bitsandbytes_get_the_groups(tmp_path: Path, optim: str) -
         assert any(module is embedding.original_module for module, _, _ in overrides)
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_step_of_bitsandbytes_keeps_the_groups(tmp_path: Path, optim: str) -> None:
+    """State in 8 bits but for the embeddings; each weight goes by the rate of its group, which is 0 for embeddings."""
+    args = arguments(tmp_path, optim=optim, max_steps=1, embedding_learning_rate=0.0, lr_scheduler_type="constant")
+    model = tiny.model(hidden_size=96, intermediate_size=128)  # fewer than 4096 weights have state in 32 bits
+    trainer = build(UnslothTrainer, args, model=model)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    groups = {(group["role"], group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    assert groups == {("base", 1e-3, 0.1), ("base", 1e-3, 0.0), ("embedding", 0.0, 0.1)}
+    grouped = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    for name, parameter in model.named_parameters():
+        embedding = "embed_tokens" in name or "lm_head" in name
+        assert torch.equal(parameter, start[name]) == embedding, name
+        assert (parameter - start[name]).abs().max() < 2e-3  # a first step of Adam is the rate, and decay 1e-4 of it
+        bits = trainer.optimizer.state[parameter]["state1"].dtype
+        assert bits == (torch.uint8 if parameter.numel() >= 4096 and "embed_tokens" not in name else torch.float32)
+
+
 def test_trackers_get_the_rate_of_each_group(tmp_path: Path) -> None:
     """As the callbacks that `report_to` names are given it."""
     seen: list[dict[str, float]] = []

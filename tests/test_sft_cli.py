@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tests import tiny
 from unsloth_fast import cli
@@ -121,6 +121,57 @@ def test_a_usage_error_is_one_line(
     assert len(errors) == 1
     assert errors == printed.splitlines()[-1:]
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.jsonl", "", "data set: got an empty file; allowed: one with at least one row"),
+        ("empty.csv", "", "No columns to parse from file"),
+        ("blank.jsonl", "\n", None),
+        ("half.jsonl", '{"text": "w1"}\n{"text": \n', "JSON parse error: Invalid value. in row 1"),
+        ("half.parquet", "PAR1", "Parquet file size is 4 bytes"),
+        ("mixed.jsonl", '{"text": "w1"}\n{"text": 3}\n', "in row 1"),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "stream", "mixture"])
+def test_a_file_that_holds_no_data(
+    tmp_path: Path,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    message: str | None,
+    way: str,
+) -> None:
+    """Exit 2 and one line with the cause, whoever finds it."""
+    if (name, way) == ("mixed.jsonl", "stream"):
+        pytest.skip("of a stream the first row is looked at")
+    path = tmp_path / name
+    path.write_text(text)
+    data: dict[str, Any] = {"dataset_name": str(path), "dataset_streaming": way == "stream"}
+    if way == "mixture":
+        kind = cli.FORMATS[path.suffix]
+        data = {"dataset_name": None, "datasets": [{"path": kind, "data_files": str(path), "split": "train"}]}
+    changed = {key: value for key, value in (config | data).items() if value is not None}
+    assert run(tmp_path, changed) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("unsloth-fast: error: ") and (message or "error: ") in last
+
+
+def test_a_data_set_by_name(tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It and its configuration are given on to `datasets`, its splits are trained on and evaluated."""
+    asked: list[Any] = []
+
+    def load_dataset(*positional: Any, **keywords: Any) -> DatasetDict:
+        asked.append((positional, keywords))
+        return DatasetDict({split: Dataset.from_dict({"text": tiny.texts(4)}) for split in ("train", "validation")})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    named = {"dataset_name": "someone/texts", "dataset_config": "en", "dataset_test_split": "validation"}
+    assert run(tmp_path, config | named | {"eval_strategy": "steps", "eval_steps": 2}) == 0
+    assert asked == [(("someone/texts",), {"name": "en", "streaming": False})]
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

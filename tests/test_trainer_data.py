@@ -9,12 +9,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig
+from torch.utils.data import SequentialSampler
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
 from tests import tiny
 from tests.runs import arguments
-from unsloth_fast import UnslothTrainer, batches
+from unsloth_fast import UnslothTrainer, packed_dataset
 from unsloth_fast.optimizer import check_what_is_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -24,6 +25,25 @@ def tokens(*lengths: int, **columns: Any) -> Dataset:
     """Documents of these lengths, every token a target."""
     rows = [list(range(3, 3 + length)) for length in lengths]
     return Dataset.from_dict({"input_ids": rows, "labels": rows} | columns)
+
+
+def masked(*rows: list[int], **columns: Any) -> Dataset:
+    """Documents with these labels."""
+    return Dataset.from_dict({"input_ids": [[3] * len(row) for row in rows], "labels": list(rows)} | columns)
+
+
+def stream(data: Dataset) -> IterableDataset:
+    """The same rows, of which only the first can be asked for, as from a hub."""
+    return IterableDataset.from_generator(lambda: iter(data.to_list()))
+
+
+def text(*rows: Any) -> Dataset:
+    """A column of these values."""
+    return Dataset.from_dict({"text": list(rows)})
+
+
+SKIP = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+CHAT = [{"role": "user", "content": "w1"}]
 
 
 def make(folder: Path, data: Any, kind: type = UnslothTrainer, **options: Any) -> Any:
@@ -50,14 +70,48 @@ def make(folder: Path, data: Any, kind: type = UnslothTrainer, **options: Any) -
         (tokens(1, 1), {}, "train data set: got no target in 2 documents within max_length=1024 tokens; allowed: at"),
         (tokens(1, 1), {"packing": True, "max_length": 8}, "got no target in 2 documents within max_length=8 tokens"),
         (
-            Dataset.from_dict({"input_ids": [[3, 4], [5, 6, 7]], "labels": [[-100, -100], [5, -100, -100]]}),
+            masked([-100, -100], [5, -100, -100]),
             {},
             "train data set: got no target in 2 documents",
         ),
         (
-            Dataset.from_dict({"input_ids": [[3, 4, 5]], "labels": [[-100, -100, 5]]}),
+            masked([-100, -100, 5]),
             {"packing": True, "max_length": 2},
             "got no target in 1 documents within max_length=2 tokens",
+        ),
+        (
+            stream(masked([-100, -100], [5, -100, -100])),
+            {},
+            "train data set: got no target in 2 documents within max_length=1024 tokens; allowed: at least one label",
+        ),
+        (stream(masked([-100, -100, 5])), {"max_length": 2}, "got no target in 1 documents within max_length=2 tokens"),
+        (stream(masked([-100] * 3)), {"packing": True, "packing_strategy": "wrapped"}, "got no target in 1 documents;"),
+        pytest.param(
+            masked([3, 4, -100, -100]),
+            {"max_length": 2, "truncation_mode": "keep_end"},
+            "got no target in 1 documents within max_length=2 tokens",
+            marks=pytest.mark.skipif(not hasattr(SFTConfig, "truncation_mode"), reason="of TRL since 1.0"),
+        ),
+        (masked([-100, -100], [5]), SKIP, "train_dataset: got no target in 2 documents; allowed: at least one label"),
+        (stream(masked([-100, -100], [5])), SKIP, "train_dataset: got no target in 2 documents; allowed"),
+        (tokens(3), SKIP | {"eval_dataset": {"a": masked([5])}}, "eval_dataset['a']: got no target in 1 documents"),
+        (text("w1", None), {}, "train_dataset: got None in row 1 of column 'text'; allowed: a string in every row"),
+        (text("w1", "w2", None).select([2, 0]), {}, "got None in row 0 of column 'text'"),
+        (text(None, None), {}, "got None in row 0 of column 'text'"),
+        (text(1, 2), {}, "train_dataset: got 1 in row 0 of column 'text'; allowed: a string in every row (leave"),
+        (text(["w1", "w2"]), {}, "got ['w1', 'w2'] in row 0 of column 'text'; allowed: a string"),
+        (stream(text(None)), {}, "got None in row 0 of column 'text'"),
+        (tokens(3), {"eval_dataset": {"a": text(1.5)}}, "eval_dataset['a']: got 1.5 in row 0 of column 'text'"),
+        (
+            Dataset.from_dict({"prompt": ["w1", "w2"], "completion": ["w3", None]}),
+            {},
+            "got None in row 1 of column 'completion'; allowed: a string or a list in every row",
+        ),
+        (Dataset.from_dict({"messages": [CHAT, None]}), {}, "row 1 of column 'messages'; allowed: a list in every row"),
+        (
+            Dataset.from_dict({"input_ids": [[3, 4], None]}),
+            {},
+            "got None in row 1 of column 'input_ids'; allowed: a li",
         ),
         (
             tokens(9, seq_lengths=[[4, 5]]),
@@ -65,13 +119,13 @@ def make(folder: Path, data: Any, kind: type = UnslothTrainer, **options: Any) -
             "train data set: got a packed row of 9 tokens; allowed: up to max_length=8",
         ),
         (
-            Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[-100, -100]], "seq_lengths": [[1, 1]]}),
+            masked([-100, -100], seq_lengths=[[1, 1]]),
             {},
             "train data set: got no target in 1 documents",
         ),
         (
             tokens(3),
-            {"eval_dataset": Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[-100, -100]]})},
+            {"eval_dataset": masked([-100, -100])},
             "eval data set: got no target in 1 documents",
         ),
         (tokens(3), {"eval_dataset": {"a": tokens(3), "b": tokens(1, 1)}}, "b data set: got no target in 2 documents"),
@@ -85,6 +139,45 @@ def test_data_that_cannot_be_trained_on(tmp_path: Path, data: Any, options: dict
     with pytest.raises(ValueError) as error:
         make(tmp_path, data, **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_that_are_not_taken_may_hold_anything(tmp_path: Path, streamed: bool) -> None:
+    """Nulls that were filtered out, or in a column that is not read."""
+    data = Dataset.from_dict({"text": ["w1 w2", None, "w3 w4"], "note": [None, "a", None]}).select([0, 2])
+    assert make(tmp_path, stream(data) if streamed else data).train().global_step == 6
+    rows = tokens(3, 4, text=["w1", None])
+    assert make(tmp_path, stream(rows) if streamed else rows).train().global_step == 6
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_that_begins_without_a_target(
+    tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have some later, so that is said, once, and no row is lost; one target in time, and nothing is."""
+    monkeypatch.setattr(packed_dataset, "LOOK", 2)
+    late, early = masked([5, -100], [6, -100], [7, 8]), masked([5, -100], [7, 8], [6, -100])
+    for data, lines in ((late, 1), (early, 0)):
+        caplog.clear()
+        trainer = make(tmp_path, stream(data), packing=packing, max_length=8)
+        said = [
+            record for record in caplog.records if "no target in the first 2 documents within max" in record.message
+        ]
+        assert [record.levelno for record in said] == [logging.WARNING] * lines
+        assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == 6
+    assert trainer.train().global_step == 6
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_batches_without_a_target_are_said(tmp_path: Path, blind: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """By the first step, once; what a collator does to the labels is seen nowhere else."""
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pad(examples)
+        return batch | {"labels": torch.full_like(batch["labels"], -100)} if blind else batch
+
+    make(tmp_path, tokens(3, 4), data_collator=collate).train()
+    assert caplog.text.count("the first step's batches have no target") == blind
 
 
 def test_several_data_sets_to_train_on(tmp_path: Path) -> None:
@@ -199,7 +292,7 @@ def test_packing_is_over_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCa
     assert sorted(map(tuple, rows["seq_lengths"])) == [(9, 7)] * 1000 + [(16,)]
     assert rows[1]["input_ids"] == [*range(3, 12), *range(3, 10)]
     assert "1 of 2002 documents have no target" in caplog.text
-    assert "4 tokens were cut off 1 documents of more than 16 tokens" in caplog.text
+    assert "4 tokens are cut off 1 documents of more than max_length=16 tokens; a larger" in caplog.text
     assert "2001 documents of 16020 tokens packed into 1001 rows of 16, 100.0 % full" in caplog.text
 
 
@@ -325,9 +418,31 @@ def test_targets_are_those_that_something_foretells() -> None:
     """Cut at a length or not; documents without any are left out where that is asked for."""
     rows = [[5, -100, 7], [6, -100], [], [8], [-100, 9]]
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    assert batches.with_targets(data, "train", drop=True)["labels"] == [[5, -100, 7], [-100, 9]]
-    assert batches.with_targets(data, "train", max_length=2, drop=True)["labels"] == [[-100, 9]]
-    assert batches.with_targets(data, "train") is data
+    with_targets = packed_dataset.with_targets
+    assert with_targets(data, "train", drop=True)["labels"] == [[5, -100, 7], [-100, 9]]
+    assert with_targets(data, "train", max_length=2, drop=True)["labels"] == [[-100, 9]]
+    assert with_targets(data, "train", max_length=2, keep_end=True, drop=True)["labels"] == [[5, -100, 7], [-100, 9]]
+    assert with_targets(data, "train") is data
+    with pytest.raises(ValueError, match=r"^train: got no target in 1 documents within max_length=2 tokens"):
+        with_targets(masked([3, 4, -100, -100]), "train", max_length=2, keep_end=True)
+    packed_dataset.check_stream(masked([3, -100, 4]), "train", max_length=2, keep_end=True)
+    with pytest.raises(ValueError, match=r"^train: got no target in 1 documents within max_length=2 tokens"):
+        packed_dataset.check_stream(masked([3, 4, -100, -100]), "train", max_length=2, keep_end=True)
+
+
+@pytest.mark.parametrize("options", [{"padding_free": False}, {"padding_free": True}, {"packing": True}])
+@pytest.mark.parametrize("longest", [8, 12])
+def test_what_is_cut_off_is_said(
+    tmp_path: Path, options: dict[str, Any], longest: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How much, at which length and what to do, padded, padding-free and packed alike."""
+    trainer = make(tmp_path, tokens(3, longest, longest), max_length=8, **options)
+    assert sum(len(row) for row in trainer.train_dataset["input_ids"]) == 19
+    line = (
+        "train data set: 8 tokens are cut off 2 documents of more than max_length=8 tokens; a larger max_length keeps "
+        "them whole, packing=True with packing_strategy='bfd_split' in pieces"
+    )
+    assert [record.message for record in caplog.records if "cut off" in record.message] == [line] * (longest > 8)
 
 
 def test_lora_by_name_of_the_model(tmp_path: Path) -> None:
@@ -337,3 +452,22 @@ def test_lora_by_name_of_the_model(tmp_path: Path) -> None:
     args = arguments(tmp_path, model_init_kwargs={"dtype": "float32"})
     trainer = UnslothTrainer(folder, args, train_dataset=tokens(3, 4), peft_config=lora)
     assert trainer.args.padding_free and trainer.train().global_step == 6
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_stream_that_ends_within_a_step_trains_as_other_data_do(tmp_path: Path, padding_free: bool) -> None:
+    """Three documents, two a step: the pass ends with a step of one, as with data whose length is known."""
+
+    class InOrder(UnslothTrainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    data, logs = tokens(5, 9, 3), []
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5}
+    for rows in (data, stream(data)):
+        model = tiny.model(dtype=torch.float64)
+        trainer = make(tmp_path, rows, kind=InOrder, model=model, padding_free=padding_free, **options)
+        trainer.train()
+        logs.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
+    assert len(logs[0]) == 5
+    assert logs[0] == logs[1]

@@ -3,12 +3,11 @@
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -18,6 +17,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_fast.packed_dataset import check_stream, has_lists, labels_of, with_targets
 from unsloth_ref import checks
 from unsloth_ref.types import BatchingPlan, ConfigFacts, ModelFacts, PackedBatch
 
@@ -78,24 +78,6 @@ def without_repeated(labels: Tensor, ends: Tensor | None, new: int) -> Tensor:
     elif new < len(ends):
         labels[:, ends[new - 1] if new else 0 :] = -100
     return labels
-
-
-def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:
-    """The labels of an example that has none: its tokens, -100 where a mask of it is 0. TRL makes them since 1.8."""
-    if "labels" in example:
-        return {}
-    names = (*(("completion_mask",) if completion_only else ()), "assistant_masks")
-    masks = [example[name] for name in names if name in example]
-    columns = zip(example["input_ids"], *masks, strict=True)
-    return {"labels": [token if all(mask) else -100 for token, *mask in columns]}
-
-
-def labelled(dataset: Dataset, completion_only: bool) -> Dataset:
-    """The data set with a column of labels; its masks are in them."""
-    if not has_lists(dataset, "input_ids") or "labels" in dataset.column_names:
-        return dataset
-    masks = [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]
-    return dataset.map(labels_of, fn_kwargs={"completion_only": completion_only}, remove_columns=masks)
 
 
 def plan(
@@ -189,7 +171,7 @@ def take_length(args: SFTConfig, model: Any, asked: bool) -> None:
 
 
 def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
-    """Raise before any work is done if a data set is empty or has no column that can be trained on.
+    """Raise before any work is done if a data set is empty or has nothing that can be trained on.
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
@@ -203,93 +185,47 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
     options: Any = args.dataset_kwargs or {}
     skip = options.get("skip_prepare_dataset", False)
     text = args.dataset_text_field
+    layouts = (  # what is allowed in which columns, in the order in which TRL looks for them
+        ("a list", "input_ids"),
+        ("a string or a list", "prompt", "completion"),
+        ("a list", "messages"),
+        ("a list", "conversations"),
+        ("a string", text),
+    )
     for name, dataset in _datasets(given):
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{name}: got no row; allowed: at least one (look at its path, split and filters)")
+        if skip and has_lists(dataset, "labels"):
+            with_targets(dataset, name)
+        elif skip and isinstance(dataset, IterableDataset) and isinstance(first.get("labels"), Sized):
+            check_stream(dataset, name)
         if skip or given.get("formatting_func") is not None or _VISION_COLUMNS & first.keys():
             continue
-        trainable = first.keys() & {text, "messages", "conversations", "input_ids"}
-        if not trainable and not {"prompt", "completion"} <= first.keys():
+        allowed, *columns = next((layout for layout in layouts if first.keys() >= set(layout[1:])), ("",))
+        if not columns:
             raise ValueError(
                 f"{name}: got no column {text!r}, only {', '.join(map(repr, first))}; allowed: {text!r} (the name is "
                 "dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
             )
+        for column in columns:
+            _check_values(dataset, name, column, first, allowed)
 
 
-def with_targets(dataset: Dataset, name: str, *, max_length: int | None = None, drop: bool = False) -> Dataset:
-    """The data set, once it is sure that there is something to train on or to evaluate.
-
-    The first token of a document is no target: nothing foretells it.
-
-    Args:
-        dataset: with a column "labels" of lists of integers, a document each.
-        name: of the data set, for messages.
-        max_length: what lies behind so many tokens will be cut off; None for nothing.
-        drop: whether to leave out the documents without target, which change nothing where documents are kept apart.
-
-    Raises:
-        ValueError: no token is a target.
-    """
-    labels, lengths = flat_column(dataset, "labels")
-    starts = lengths.cumsum() - lengths
-    targets = labels != -100
-    targets[starts[lengths > 0]] = False
-    before = np.concatenate(([0], targets.cumsum()))  # targets before each token
-    kept = lengths if max_length is None else np.minimum(lengths, max_length)
-    trains = before[starts + kept] > before[starts]
-    if not trains.any():
-        cut = "" if max_length is None else f" within max_length={max_length} tokens"
-        raise ValueError(
-            f"{name} data set: got no target in {len(lengths)} documents{cut}; allowed: at least one label that is not "
-            "-100 after a document's first token (look at labels, completion_mask and assistant_masks)"
-        )
-    if trains.all():
-        return dataset
-    logger.warning(
-        "%s data set: %d of %d documents have no target and count for nothing", name, (~trains).sum(), len(trains)
-    )
-    return dataset.select(np.flatnonzero(trains)) if drop else dataset
-
-
-def check_packed_rows(dataset: Dataset, name: str, max_length: int | None) -> None:
-    """Raise for rows that were packed before and are longer than a row may be: cutting one would cut documents apart.
-
-    Raises:
-        ValueError: the longest row, and what is allowed.
-    """
-    longest = flat_column(dataset, "input_ids")[1].max(initial=0)
-    if max_length is not None and longest > max_length:
-        raise ValueError(
-            f"{name} data set: got a packed row of {longest} tokens; allowed: up to max_length={max_length} (raise it, "
-            "or pack the documents anew without the column 'seq_lengths')"
-        )
-
-
-def log_packing(dataset: Dataset, packed: Dataset, name: str, max_length: int) -> None:
-    """Log how full the rows are, and how many tokens were cut off."""
-    lengths, kept = flat_column(dataset, "input_ids")[1], int(flat_column(packed, "input_ids")[1].sum())
-    lost = int(lengths.sum()) - kept
-    logger.info(
-        "%s data set: %d documents of %d tokens packed into %d rows of %d, %.1f %% full",
-        *(name, len(lengths), lengths.sum(), len(packed), max_length, 100 * kept / (len(packed) * max_length)),
-    )
-    if lost:
-        logger.warning(
-            "%s data set: %d tokens were cut off %d documents of more than %d tokens; packing_strategy='bfd_split' "
-            "keeps them, in pieces",
-            *(name, lost, (lengths > max_length).sum(), max_length),
-        )
-
-
-def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of a column of lists one after the other, and the length of each list."""
-    table: Any = dataset.select_columns([name]).with_format("arrow")[:]
-    column = table.column(name)
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    nothing = np.zeros(0, dtype=np.int64)
-    return np.concatenate([nothing, *values]), np.concatenate([nothing, *lengths])
+def _check_values(dataset: Any, name: str, column: str, first: Mapping[str, Any], allowed: str) -> None:
+    """Raise for a value that is none of what is allowed; of a stream only the first row is looked at."""
+    rows: Any = [first]
+    # A column has one type, which is that of its first value, but for nulls and where it is JSON of any kind.
+    if isinstance(dataset, Dataset) and column in dataset.column_names:
+        mixed = type(dataset.features[column]).__name__ == "Json"  # not in every release of datasets
+        if mixed or dataset.data.column(column).null_count:
+            rows = dataset.select_columns([column]).with_format(None)
+    for index, row in enumerate(rows):
+        if not isinstance(row[column], str if allowed == "a string" else Sized):
+            raise ValueError(
+                f"{name}: got {reprlib.repr(row[column])} in row {index} of column {column!r}; allowed: {allowed} in "
+                "every row (leave the others out with the data set's `filter`)"
+            )
 
 
 def let_each_process_read(args: SFTConfig) -> None:
@@ -310,14 +246,6 @@ def uncut(args: SFTConfig) -> SFTConfig:
     args = copy.copy(args)
     args.max_length, args.shuffle_dataset = None, False
     return args
-
-
-def has_lists(dataset: Any, name: str) -> bool:
-    """Whether it is a map-style data set with a column of that name that holds lists of integers."""
-    if not isinstance(dataset, Dataset) or name not in dataset.column_names:
-        return False
-    kind = dataset.data.schema.field(name).type
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
 def has_stream(given: Mapping[str, Any]) -> bool:

@@ -166,6 +166,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     from yaml import YAMLError
 
     from unsloth_fast import backends
+    from unsloth_fast.checkpoints import checked_checkpoint
     from unsloth_fast.config import UnslothTrainingArguments
 
     class Parser(TrlParser):
@@ -179,7 +180,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)
-        _check_checkpoint(parsed[1])
+        checked_checkpoint(parsed[1].resume_from_checkpoint, parsed[1].output_dir)
     except (ValueError, TypeError, OSError, RuntimeError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
@@ -187,22 +188,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     return parsed
 
 
-def _check_checkpoint(training_args: Any) -> None:
-    """Raise ValueError for what transformers notices only when training starts."""
-    from unsloth_fast.checkpoints import last_checkpoint
-
-    checkpoint, folder = training_args.resume_from_checkpoint, training_args.output_dir
-    if checkpoint is True:
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint: got True; allowed: False, as {folder!r} holds no checkpoint")
-    if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint: got {checkpoint!r}; allowed: a folder with a trainer_state.json")
-
-
 def _load_dataset(script_args: Any, mixture: Any) -> Any:
     """The data set by split."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
     from trl import get_dataset
 
     if not mixture.datasets and not script_args.dataset_name:
@@ -218,7 +207,11 @@ def _load_dataset(script_args: Any, mixture: Any) -> Any:
         if Path(name).suffix not in FORMATS:
             raise UsageError(f"dataset_name: got {name!r}; allowed: a file that ends in {', '.join(FORMATS)}")
         return load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
-    except (ValueError, OSError) as error:
+    except StopIteration as error:  # of datasets, whose reader of JSON finds no file that is not empty
+        raise UsageError("data set: got an empty file; allowed: one with at least one row") from error
+    except DatasetGenerationError as error:
+        raise UsageError(f"data set: {error}: {error.__cause__}") from error
+    except (ValueError, OSError, DatasetsError) as error:
         raise UsageError(f"data set: {error}") from error
 
 

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from unsloth_fast import batches
 from unsloth_fast.backends import Backend
+from unsloth_fast.packed_dataset import has_lists
 
 
 class EvaluatingTrainer(SFTTrainer):
@@ -51,7 +52,7 @@ class EvaluatingTrainer(SFTTrainer):
         """Collate with padding where rows are asked for that are not packed already, else say where examples end."""
         usual = self.data_collator
         if isinstance(usual, batches.PackedCollator):
-            padded = row_a_document and not batches.has_lists(dataset, "seq_lengths")
+            padded = row_a_document and not has_lists(dataset, "seq_lengths")
             self.data_collator = self._padding_collator if padded else replace(usual, say_ends=True)
         try:
             yield

@@ -1,6 +1,8 @@
-"""A data set of documents packed as a whole: every column cut alike, by the plan of a backend's `pack`."""
+"""A data set of documents: its labels and what of it trains; packed as a whole by the plan of a backend's `pack`."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +14,119 @@ from datasets.fingerprint import Hasher
 
 from unsloth_ref.types import PackingPlan, Strategy
 
+logger = logging.getLogger(__name__)
+
+LOOK = 1000  # documents of a stream that are looked at for a target
 CHUNK = 2**24  # tokens copied at a time; also keeps Arrow's 32-bit offsets from overflowing
+
+
+def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:
+    """The labels of an example that has none: its tokens, -100 where a mask of it is 0. TRL makes them since 1.8."""
+    if "labels" in example:
+        return {}
+    names = (*(("completion_mask",) if completion_only else ()), "assistant_masks")
+    masks = [example[name] for name in names if name in example]
+    columns = zip(example["input_ids"], *masks, strict=True)
+    return {"labels": [token if all(mask) else -100 for token, *mask in columns]}
+
+
+def labelled(dataset: Dataset, completion_only: bool) -> Dataset:
+    """The data set with a column of labels; its masks are in them."""
+    if not has_lists(dataset, "input_ids") or "labels" in dataset.column_names:
+        return dataset
+    masks = [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]
+    return dataset.map(labels_of, fn_kwargs={"completion_only": completion_only}, remove_columns=masks)
+
+
+def with_targets(
+    dataset: Dataset, name: str, *, max_length: int | None = None, keep_end: bool = False, drop: bool = False
+) -> Dataset:
+    """The data set, once it is sure that there is something to train on or to evaluate; what is cut off is logged.
+
+    The first token of a document is no target: nothing foretells it.
+
+    Args:
+        dataset: with a column "labels" of lists of integers, a document each.
+        name: of the data set, for messages.
+        max_length: what a document has beyond so many tokens will be cut off; None for nothing.
+        keep_end: whether its first tokens will be, rather than its last.
+        drop: whether to leave out the documents without target, which change nothing where documents are kept apart.
+
+    Raises:
+        ValueError: no token is a target.
+    """
+    labels, lengths = _flat(dataset, "labels")
+    targets = labels.to_numpy(zero_copy_only=False) != -100
+    before = np.concatenate(([0], targets.cumsum()))  # targets before each token
+    kept = lengths if max_length is None else np.minimum(lengths, max_length)
+    ends = lengths.cumsum() - (0 if keep_end else lengths - kept)
+    trains = before[ends] > before[np.minimum(ends - kept + 1, ends)]
+    if not trains.any():
+        raise ValueError(_no_target(name, f"{len(lengths)}", max_length))
+    if (lost := lengths - kept).any():
+        logger.warning(
+            "%s: %d tokens are cut off %d documents of more than max_length=%d tokens; a larger max_length keeps them "
+            "whole, packing=True with packing_strategy='bfd_split' in pieces",
+            *(name, lost.sum(), np.count_nonzero(lost), max_length),
+        )
+    if trains.all():
+        return dataset
+    logger.warning("%s: %d of %d documents have no target and count for nothing", name, (~trains).sum(), len(trains))
+    return dataset.select(np.flatnonzero(trains)) if drop else dataset
+
+
+def check_stream(
+    rows: Iterable[Mapping[str, Any]],
+    name: str,
+    *,
+    completion_only: bool = False,
+    max_length: int | None = None,
+    keep_end: bool = False,
+) -> None:
+    """Look for a target in the first documents of a stream, which is read again from its start to train.
+
+    Args:
+        rows: tokenized, with or without labels.
+        name: of the data set, for messages.
+        completion_only: whether a completion_mask counts, where the rows have no labels yet.
+        max_length: as in `with_targets`; None for documents that are cut nowhere.
+        keep_end: as in `with_targets`.
+
+    Raises:
+        ValueError: the stream ends without a target; where it only begins so, that is logged.
+    """
+    count = 0
+    for row in islice(rows, LOOK):
+        count += 1
+        labels = (dict(row) | labels_of(row, completion_only))["labels"]
+        kept = labels[-max_length:] if max_length and keep_end else labels[:max_length]
+        if any(label != -100 for label in kept[1:]):
+            return
+    if count < LOOK:
+        raise ValueError(_no_target(name, f"{count}", max_length))
+    logger.warning(_no_target(name, f"the first {count}", max_length))
+
+
+def _no_target(name: str, count: str, max_length: int | None) -> str:
+    cut = "" if max_length is None else f" within max_length={max_length} tokens"
+    return (
+        f"{name}: got no target in {count} documents{cut}; allowed: at least one label that is not -100 after a "
+        "document's first token (look at labels, completion_mask and assistant_masks)"
+    )
+
+
+def check_packed_rows(dataset: Dataset, name: str, max_length: int | None) -> None:
+    """Raise for rows that were packed before and are longer than a row may be: cutting one would cut documents apart.
+
+    Raises:
+        ValueError: the longest row, and what is allowed.
+    """
+    longest = _flat(dataset, "input_ids")[1].max(initial=0)
+    if max_length is not None and longest > max_length:
+        raise ValueError(
+            f"{name}: got a packed row of {longest} tokens; allowed: up to max_length={max_length} (raise it, "
+            "or pack the documents anew without the column 'seq_lengths')"
+        )
 
 
 def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: ModuleType) -> Dataset:
@@ -32,7 +146,7 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
     Raises:
         ValueError: a column that is no list of numbers, or of other lengths than the first; or what `pack` raises.
     """
-    columns = {name: _flat(name, column) for name, column in _table(dataset).items()}
+    columns = {name: _flat(dataset, name) for name in dataset.column_names}
     if not columns:
         raise ValueError("dataset: got no column; allowed: at least one, such as input_ids")
     (first, (_, lengths)), *others = columns.items()
@@ -61,14 +175,27 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
     return Dataset(pa.table(packed), split=dataset.split, fingerprint=fingerprint)
 
 
-def _table(dataset: Dataset) -> dict[str, pa.ChunkedArray]:
-    """The columns as Arrow holds them, in the order of a selection or shuffle."""
-    table: Any = dataset.with_format("arrow")[:]
-    return {name: table.column(name) for name in table.column_names}
+def has_lists(dataset: Any, name: str) -> bool:
+    """Whether it is a map-style data set with a column of that name that holds lists of integers."""
+    if not isinstance(dataset, Dataset) or name not in dataset.column_names:
+        return False
+    kind = dataset.data.schema.field(name).type
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
-def _flat(name: str, column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+def log_packing(dataset: Dataset, packed: Dataset, name: str, max_length: int) -> None:
+    """Log how full the rows are."""
+    lengths, rows = (_flat(data, "input_ids")[1] for data in (dataset, packed))
+    logger.info(
+        "%s: %d documents of %d tokens packed into %d rows of %d, %.1f %% full",
+        *(name, len(lengths), lengths.sum(), len(rows), max_length, 100 * rows.mean() / max_length),
+    )
+
+
+def _flat(dataset: Dataset, name: str) -> tuple[pa.Array, np.ndarray]:
     """All values of a column of lists one after the other, and how many each list holds."""
+    table: Any = dataset.select_columns([name]).with_format("arrow")[:]  # in the order of a selection or shuffle
+    column = table.column(name)
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _plain(kind.value_type):
         raise ValueError(f"dataset: got a column {name} of {kind}; allowed: lists of numbers, one value a token")

@@ -11,16 +11,16 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
-from unsloth_fast import backends, batches
-from unsloth_fast.checkpoints import last_checkpoint
+from unsloth_fast import backends, batches, packed_dataset
+from unsloth_fast.checkpoints import checked_checkpoint, passes_of_stream
 from unsloth_fast.config import UnslothTrainingArguments, migrated, settle_checkpointing, settled
 from unsloth_fast.evaluation import EvaluatingTrainer
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, head_without_adapter, without_adapter
 from unsloth_fast.optimizer import check_what_is_trained, grouped_optimizer
-from unsloth_fast.packed_dataset import pack_dataset
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
 
@@ -59,9 +59,9 @@ class UnslothTrainer(EvaluatingTrainer):
             `max_seq_length`, and any field of the arguments, such as `packing` and `dataset_text_field`.
 
     Raises:
-        ValueError: an unknown backend; a data set that is empty, has no known column, or in which no token is a target;
-            a packed row longer than `max_length`; nothing to train; bfloat16 on a card without it; or what
-            `trl.SFTTrainer` raises.
+        ValueError: an unknown backend; a data set that is empty, has no known column or a row without text, or in
+            which no token is a target; a packed row longer than `max_length`; nothing to train; bfloat16 on a card
+            without it; or what `trl.SFTTrainer` raises.
         TypeError: an unknown keyword.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
@@ -112,6 +112,7 @@ class UnslothTrainer(EvaluatingTrainer):
         self._choose_loss()
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # since the last log
         self._right = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # predictions, of how many targets
+        self._looked_for_targets = False
         self._evaluated = []
         self._embedding_rate: float | None = None
 
@@ -161,43 +162,59 @@ class UnslothTrainer(EvaluatingTrainer):
             rest = (processing_class, args, packing, function, dataset_name)
             return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
 
-        if not isinstance(dataset, Dataset):
-            return prepare(dataset, args, packing, formatting_func)
-        if batches.has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
-            batches.check_packed_rows(dataset, dataset_name, args.max_length)
+        name, has_lists = f"{dataset_name} data set", packed_dataset.has_lists
+        if has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
+            packed_dataset.check_packed_rows(dataset, name, args.max_length)
             dataset = prepare(dataset, batches.uncut(args))
-            return batches.with_targets(dataset, dataset_name) if batches.has_lists(dataset, "labels") else dataset
+            return packed_dataset.with_targets(dataset, name) if has_lists(dataset, "labels") else dataset
         if packing and args.max_length is None:
             raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
-        dataset = batches.labelled(
-            prepare(dataset, batches.uncut(args), function=formatting_func), self._completion_only
-        )
+        dataset = prepare(dataset, batches.uncut(args), function=formatting_func)
         strategy = args.packing_strategy if packing else None
-        if batches.has_lists(dataset, "labels"):
-            keeps_starts = getattr(args, "truncation_mode", "keep_start") == "keep_start"  # TRL asks since 1.0
-            cuts_ends = strategy == "bfd" or (not packing and keeps_starts)
+        keep_end = not packing and getattr(args, "truncation_mode", "keep_start") == "keep_end"  # TRL asks since 1.0
+        cut = args.max_length if strategy in (None, "bfd") else None
+        if not isinstance(dataset, Dataset):
+            cuts = {"max_length": cut, "keep_end": keep_end}
+            packed_dataset.check_stream(dataset, name, completion_only=self._completion_only, **cuts)
+            return prepare(dataset, args, packing)
+        dataset = packed_dataset.labelled(dataset, self._completion_only)
+        if has_lists(dataset, "labels"):
             apart = strategy in ("bfd", "bfd_split")
-            cut = args.max_length if cuts_ends else None
-            dataset = batches.with_targets(dataset, dataset_name, max_length=cut, drop=apart)
+            dataset = packed_dataset.with_targets(dataset, name, max_length=cut, keep_end=keep_end, drop=apart)
         if strategy is None:
             return prepare(dataset, args)
         dataset = dataset.select_columns(["input_ids", "labels"])
         shuffled = getattr(args, "shuffle_dataset", False)  # TRL asks since 0.26
         if shuffled:
             dataset = dataset.shuffle(seed=args.seed)
-        packed = pack_dataset(dataset, args.max_length, strategy, self.backend.training)
-        batches.log_packing(dataset, packed, dataset_name, args.max_length)
+        packed = packed_dataset.pack_dataset(dataset, args.max_length, strategy, self.backend.training)
+        packed_dataset.log_packing(dataset, packed, name, args.max_length)
         return packed.shuffle(seed=args.seed) if shuffled else packed
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
         """Train; True resumes from the last checkpoint in the output folder that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: got True; allowed: False, as {self.args.output_dir!r} holds no checkpoint"
-                )
-        return super().train(resume_from_checkpoint, *positional, **keywords)
+        self._checkpoint = checked_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self._checkpoint, *positional, **keywords)
+
+    def _init_training_state(self, *positional: Any, **keywords: Any) -> tuple[int, int]:
+        """The pass over the data to go on with, and how many of its batches are done."""
+        found = super()._init_training_state(*positional, **keywords)
+        if self._checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
+            return found
+        passes, steps = passes_of_stream(self._checkpoint)  # transformers takes max_steps for the length of a pass
+        return passes, steps * self.args.gradient_accumulation_steps
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The microbatches of a step, and their targets on all devices.
+
+        A stream that ends within a step is filled up with batches without targets: transformers, which cannot foresee
+        its end, would take no step and leave the gradients to the next one.
+        """
+        samples, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples and self._own_loss and "labels" in samples[-1] and not has_length(self.train_dataset):
+            blank = {**samples[-1], "labels": torch.full_like(samples[-1]["labels"], -100)}
+            samples += [blank] * (num_batches - len(samples))
+        return samples, targets
 
     def training_step(self, *positional: Any, **keywords: Any) -> Tensor:
         """Forward and backward of one microbatch."""
@@ -258,6 +275,13 @@ class UnslothTrainer(EvaluatingTrainer):
         # Tensor-parallel ranks share a batch.
         total = self.accelerator.reduce(own, "sum") // self.get_tp_size() if self.args.world_size > 1 else own
         self._tokens += total[1]
+        if not self._looked_for_targets:  # in the first step only: reading the number waits for the device
+            self._looked_for_targets = True
+            if not total[0]:
+                logger.warning(
+                    "the first step's batches have no target: their loss is 0 and trains nothing; look at labels, "
+                    "completion_mask and assistant_masks, and at what the data collator does to them"
+                )
         return (total if self.args.average_tokens_across_devices else own)[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
