@@ -53,12 +53,40 @@ def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+    ("name", "least"),
+    [
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("dataloader_prefetch_factor", 1),
+        ("pad_to_multiple_of", 1),
+    ],
 )
-def test_a_wrong_count_is_named(tmp_path: Path, name: str) -> None:
-    """Before transformers divides by it."""
-    with pytest.raises(ValueError, match=f"^{name}: got 0; allowed: an integer from 1"):
-        arguments(tmp_path, **{name: 0})
+def test_a_wrong_count_is_named(tmp_path: Path, name: str, least: int) -> None:
+    """Before transformers divides by it, or torch makes as many processes."""
+    workers = {"dataloader_num_workers": 1} if name == "dataloader_prefetch_factor" else {}
+    for value in (least - 1, least + 0.5):
+        with pytest.raises(ValueError, match=f"^{name}: got {value}; allowed: an integer from {least}"):
+            arguments(tmp_path, **workers | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        *((name, [-1.0, math.nan, math.inf, "1e-3"], 0.0) for name in ("learning_rate", "weight_decay")),
+        ("adam_epsilon", [-1e-8, math.nan], 0.0),
+        ("neftune_noise_alpha", [-5.0], 5.0),
+        *((name, [-0.1, 1.0, 2, math.nan], 0.99) for name in ("adam_beta1", "adam_beta2")),
+        ("label_smoothing_factor", [-0.1, 1.5, math.nan], 1.0),
+    ],
+)
+def test_a_wrong_number_is_named(tmp_path: Path, name: str, wrong: list[Any], right: float) -> None:
+    """Before an optimizer or a loss is made of it."""
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: got {value!r}; allowed: a"):
+            arguments(tmp_path, **{name: value})
+    assert getattr(arguments(tmp_path, **{name: right}), name) == right
 
 
 def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`unsloth-fast sft`: a run from a configuration file, and one line for every usage error; the example's, too."""
 
 import json
+import logging
+import math
 import platform
 import runpy
 from pathlib import Path
@@ -102,6 +104,27 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ({"dataset_text_field": "body"}, [], "train_dataset: got no column 'body', only 'text'; allowed: 'body'"),
         ({"resume_from_checkpoint": True}, [], "resume_from_checkpoint: got True; allowed"),
         ({"resume_from_checkpoint": "/no/such"}, [], "resume_from_checkpoint: got '/no/such'; allowed"),
+        ({}, ["--resume_from_checkpoint", "True"], "resume_from_checkpoint: got True; allowed"),
+        ({"learning_rate": math.nan}, [], "learning_rate: got nan; allowed: a finite number from 0"),
+        ({}, ["--learning_rate", "inf"], "learning_rate: got inf; allowed"),
+        ({}, ["--adam_beta1", "2"], "adam_beta1: got 2.0; allowed: a number from 0 to less than 1"),
+        ({"label_smoothing_factor": 2.0}, [], "label_smoothing_factor: got 2.0; allowed: a number from 0 to 1"),
+        ({"dataloader_num_workers": -1}, [], "dataloader_num_workers: got -1; allowed: an integer from 0"),
+        ({}, ["--deepspeed", "/no/such.json"], "deepspeed"),
+        ({"use_liger_kernel": True}, [], "use_liger_kernel: got True; allowed: False, as the package liger-kernel"),
+        (
+            {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+            [],
+            "optim: got 'galore_adamw' with optim_args=None: ",
+        ),
+        ({}, ["--optim", "adamw_torch_8bit"], "optim: got 'adamw_torch_8bit' with optim_args=None: "),
+        ({"optim_args": "nonsense"}, [], " with optim_args='nonsense': "),
+        ({"report_to": "wandb"}, [], "report_to: WandbCallback requires wandb to be installed"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, [], "lr_scheduler_kwargs: got None: "),
+        ({"lr_scheduler_kwargs": {"no_such": 1}}, [], "lr_scheduler_kwargs: got {'no_such': 1}: "),
+        ({"activation_offloading": True}, [], "activation_offloading: got True on a CPU; allowed: False"),
+        ({"chat_template_path": "/no/such/template"}, [], "chat_template_path: got '/no/such/template'; allowed: a "),
+        ({"chat_template_path": "/no/such.jinja"}, [], "chat_template_path: got '/no/such.jinja'; allowed: a .jinja"),
     ],
 )
 def test_a_usage_error_is_one_line(
@@ -132,6 +155,11 @@ def test_a_usage_error_is_one_line(
         ("half.jsonl", '{"text": "w1"}\n{"text": \n', "JSON parse error: Invalid value. in row 1"),
         ("half.parquet", "PAR1", "Parquet file size is 4 bytes"),
         ("mixed.jsonl", '{"text": "w1"}\n{"text": 3}\n', "in row 1"),
+        (
+            "ids.jsonl",
+            '{"input_ids": [3, 48]}\n',
+            "train data set: got 48 in row 0 of column 'input_ids'; allowed: 0 to",
+        ),
     ],
 )
 @pytest.mark.parametrize("way", ["file", "stream", "mixture"])
@@ -195,7 +223,7 @@ def test_resumes_from_the_last_checkpoint(tmp_path: Path, config: dict[str, Any]
     """The second run does the one step that is left, and goes on with the log of the first."""
     config = config | {"save_strategy": "steps", "save_steps": 1}
     assert run(tmp_path, config, "--max_steps", "1", "--learning_rate", "0.5") == 0
-    assert run(tmp_path, config | {"resume_from_checkpoint": True}) == 0
+    assert run(tmp_path, config, "--resume_from_checkpoint", "True") == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "loss" in log]
     assert [log["step"] for log in logs] == [1, 2]
@@ -225,6 +253,27 @@ def test_the_example_names_an_unknown_backend(
         runpy.run_path(str(example), run_name="__main__")
     assert stop.value.code == 2
     assert "error: argument --backends: backend: got 'foo'; allowed: 'auto'" in capsys.readouterr().err
+
+
+def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Named as such; one that is whole does."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
+    path = tmp_path / "chat.jinja"
+    config = config | {"dataset_name": str(tmp_path / "chats.jsonl"), "chat_template_path": str(path)}
+    path.write_text("{% for %}")
+    assert run(tmp_path, config) == 2
+    assert "error: chat template: Expected an expression" in capsys.readouterr().err
+    path.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    assert run(tmp_path, config) == 0
+
+
+def test_bitsandbytes_says_nothing_of_a_kernel_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That message alone is left out."""
+    assert run(tmp_path, "- a list") == 2
+    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    said = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
+    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in said]
+    assert [bool(theirs.filter(record)) for record in records] == [False, True]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])

@@ -32,6 +32,11 @@ def masked(*rows: list[int], **columns: Any) -> Dataset:
     return Dataset.from_dict({"input_ids": [[3] * len(row) for row in rows], "labels": list(rows)} | columns)
 
 
+def ids(*rows: list[int], **columns: Any) -> Dataset:
+    """Documents of these tokens, without labels."""
+    return Dataset.from_dict({"input_ids": list(rows)} | columns)
+
+
 def stream(data: Dataset) -> IterableDataset:
     """The same rows, of which only the first can be asked for, as from a hub."""
     return IterableDataset.from_generator(lambda: iter(data.to_list()))
@@ -132,6 +137,27 @@ def make(folder: Path, data: Any, kind: type = UnslothTrainer, **options: Any) -
         (tokens(3), {"packing": True, "max_length": None}, "max_length: got None with packing=True; allowed"),
         (tokens(3), {"packing": True, "max_length": -3}, "max_length: got -3; allowed"),
         (tokens(3), {"max_length": 0}, "max_length: got 0; allowed"),
+        (
+            ids([3, 4], [5, 6, 48, 49]),
+            {},
+            "train data set: got 48 in row 1 of column 'input_ids'; allowed: 0 to 47, the model's tokens",
+        ),
+        (ids([], [3, 4], [-1]), {"padding_free": False}, "got -1 in row 2 of column 'input_ids'; allowed: 0 to 47"),
+        (ids([3, -100]), {"packing": True, "max_length": 8}, "got -100 in row 0 of column 'input_ids'"),
+        (
+            masked([-100, 4], [-100, 5], [48, -100]),
+            {"packing": True, "max_length": 8},
+            "got 48 in row 2 of column 'labels'; allowed: 0 to 47, the model's tokens, or -100",
+        ),
+        (masked([3, 4], [5, 6], [-1, 7]).select([2, 0]), {}, "got -1 in row 0 of column 'labels'"),
+        (ids([3, 48], seq_lengths=[[1, 1]]), {}, "train data set: got 48 in row 0 of column 'input_ids'"),
+        (tokens(3), {"eval_dataset": {"a": ids([3, 48])}}, "a data set: got 48 in row 0 of column 'input_ids'"),
+        (ids([3, 4], [48]), SKIP, "train_dataset: got 48 in row 1 of column 'input_ids'"),
+        (masked([3, 4], [48]), SKIP | {"padding_free": False}, "train_dataset: got 48 in row 1 of column 'labels'"),
+        (stream(ids([3, 48])), {}, "train data set: got 48 in row 0 of column 'input_ids'"),
+        (stream(masked([-100, -100], [-100, 50])), {}, "train data set: got 50 in row 1 of column 'labels'"),
+        (stream(masked([-100, 48])), SKIP, "train_dataset: got 48 in row 0 of column 'labels'"),
+        (tokens(3), {"activation_offloading": True}, "activation_offloading: got True on a CPU; allowed: False"),
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path: Path, data: Any, options: dict[str, Any], message: str) -> None:
@@ -407,11 +433,19 @@ def test_pad_to_multiple_of(tmp_path: Path) -> None:
     assert trainer.train().global_step == 1
 
 
-def test_labels_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
-    """On the CPU, when the batch is made."""
-    data = Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 48]]})
-    with pytest.raises(ValueError, match="48"):
-        make(tmp_path, data).train()
+@pytest.mark.parametrize("rows", [([3, 4], [48, 5]), ([3, 4], [5, -1])])
+def test_what_a_stream_brings_later_is_looked_at_in_the_batch(tmp_path: Path, rows: tuple[list[int]]) -> None:
+    """On the CPU, too."""
+    with pytest.raises(ValueError, match=r"^input_ids: got (48|-1) .* allowed: 0 to 47"):
+        make(tmp_path, stream(ids(*rows))).train()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_named(tmp_path: Path) -> None:
+    """What is tokenized here is looked at as well; a collator of one's own may make something else of it."""
+    model = {"model": tiny.model(vocab_size=40)}
+    with pytest.raises(ValueError, match=r"^train data set: got 42 in row 1 of column 'input_ids'; allowed: 0 to 39"):
+        make(tmp_path, text("w1 w2", "w3 w39"), **model)
+    make(tmp_path, text("w1 w2", "w3 w39"), data_collator=lambda examples: {}, **model)
 
 
 def test_targets_are_those_that_something_foretells() -> None:

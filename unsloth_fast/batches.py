@@ -17,7 +17,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.packed_dataset import check_stream, has_lists, labels_of, with_targets
+from unsloth_fast.packed_dataset import check_stream, check_vocabulary, has_lists, labels_of, with_targets
 from unsloth_ref import checks
 from unsloth_ref.types import BatchingPlan, ConfigFacts, ModelFacts, PackedBatch
 
@@ -170,8 +170,27 @@ def take_length(args: SFTConfig, model: Any, asked: bool) -> None:
         args.max_length = length
 
 
-def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
+def vocabulary(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
+    """How many tokens the model has; None where data may hold others: for a collator, or tokens that TRL will add.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: the run's arguments.
+        given: the trainer's other keywords.
+    """
+    template = args.chat_template_path  # of another model, whose tokens are added, or a file
+    if given.get("data_collator") is not None or (template and not template.endswith((".jinja", ".j2"))):
+        return None
+    return getattr(_config_and_class(model, args)[0].get_text_config(), "vocab_size", None)
+
+
+def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None) -> None:
     """Raise before any work is done if a data set is empty or has nothing that can be trained on.
+
+    Args:
+        given: the trainer's keywords.
+        args: the run's arguments.
+        vocabulary: as in `check_vocabulary`; looked at here where nothing is prepared.
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
@@ -196,10 +215,12 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig) -> None:
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{name}: got no row; allowed: at least one (look at its path, split and filters)")
+        if skip:
+            check_vocabulary(dataset, name, vocabulary)
         if skip and has_lists(dataset, "labels"):
             with_targets(dataset, name)
         elif skip and isinstance(dataset, IterableDataset) and isinstance(first.get("labels"), Sized):
-            check_stream(dataset, name)
+            check_stream(dataset, name, vocabulary=vocabulary)
         if skip or given.get("formatting_func") is not None or _VISION_COLUMNS & first.keys():
             continue
         allowed, *columns = next((layout for layout in layouts if first.keys() >= set(layout[1:])), ("",))

@@ -65,6 +65,7 @@ def sft(arguments: Sequence[str]) -> None:
         UsageError: an argument, the configuration file, the data set or the model is not as it must be.
     """
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_of_our_concern)
     logging.getLogger("unsloth_fast").setLevel(logging.INFO)  # which backend runs, and under what
     script_args, training_args, model_args, mixture = _parse(arguments)
     dataset = _load_dataset(script_args, mixture)
@@ -83,6 +84,11 @@ def sft(arguments: Sequence[str]) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # since transformers 5.18: finishes the trackers and the process group
         trainer.end()
+
+
+def _of_our_concern(record: logging.LogRecord) -> bool:
+    """Not that bitsandbytes lacks a kernel for 4 bits on a CPU, which it says whenever it is imported on some."""
+    return "gemm_4bit_forward" not in record.msg
 
 
 def env() -> None:
@@ -131,7 +137,8 @@ def _driver() -> str:
 
 
 def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval_dataset: Any = None) -> Any:
-    """The trainer, with its model loaded and its data tokenized."""
+    """The trainer, with its model loaded and its data tokenized, once what its training needs is known to be there."""
+    from jinja2 import TemplateError
     from trl import get_peft_config, get_quantization_config
 
     from unsloth_fast.trainer import UnslothTrainer
@@ -146,18 +153,67 @@ def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval
         **(training_args.model_init_kwargs or {}),
     }
     try:
-        return UnslothTrainer(
+        trainer = UnslothTrainer(
             model=model_args.model_name_or_path,
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             peft_config=get_peft_config(model_args),
         )
+        _check_start(trainer)
+        return trainer
+    except TemplateError as error:
+        raise UsageError(f"chat template: {error}") from error
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # by which transformers' trackers ask for their packages
+            raise
+        raise UsageError(f"report_to: {error}") from error
     except (OSError, ValueError, ImportError) as error:  # ImportError: an option needs a package that is not installed
         # transformers raises a bare OSError for files of a model; offline, its message does not name the model.
         of_model = type(error) is OSError and error.errno is None
         prefix = f"model_name_or_path {model_args.model_name_or_path!r}: " if of_model else ""
         raise UsageError(f"{prefix}{error}") from error
+
+
+def _check_start(trainer: Any) -> None:
+    """Raise for what `train` would only find out once it has begun.
+
+    Raises:
+        UsageError: a package that is not installed, or options of the optimizer or of the learning rate's schedule that
+            do not fit together.
+    """
+    import torch
+    from transformers import get_scheduler
+    from transformers.utils import is_liger_kernel_available
+
+    args = trainer.args
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"optim: got {args.optim.value!r} with optim_args={args.optim_args!r}: {error}") from error
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise UsageError("use_liger_kernel: got True; allowed: False, as the package liger-kernel is not installed")
+    some = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, some, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"lr_scheduler_kwargs: got {args.lr_scheduler_kwargs}: {error}") from error
+
+
+def _check_template(path: str | None) -> None:
+    """Raise for a chat template that TRL will not find: a file of its own, or that of a model's tokenizer.
+
+    Raises:
+        UsageError: what its loading raised, which does not say what the path was for.
+    """
+    from transformers import AutoTokenizer
+
+    if not path or (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
+        return
+    try:
+        AutoTokenizer.from_pretrained(path).get_chat_template()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"chat_template_path: got {path!r}; allowed: a .jinja file, or a model ({error})") from error
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -180,11 +236,14 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)
+        asked = parsed[1].resume_from_checkpoint  # a path, but on a command line a truth value is text, too
+        parsed[1].resume_from_checkpoint = {"true": True, "false": False}.get(str(asked).lower(), asked)
         checked_checkpoint(parsed[1].resume_from_checkpoint, parsed[1].output_dir)
-    except (ValueError, TypeError, OSError, RuntimeError, YAMLError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
         raise UsageError("model_name_or_path: got nothing; allowed: the name or path of a model")
+    _check_template(parsed[1].chat_template_path)
     return parsed
 
 

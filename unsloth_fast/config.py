@@ -14,7 +14,21 @@ from unsloth_fast import backends
 from unsloth_fast.models.checkpointing import enable_checkpointing
 from unsloth_fast.models.head import without_adapter
 
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_COUNTS = {  # from
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "pad_to_multiple_of": 1,
+}
+_RATES = ("learning_rate", "embedding_learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha")
+_SHARES = {  # up to, and in words
+    "adam_beta1": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
+    "adam_beta2": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
+    "label_smoothing_factor": (1.0, "a number from 0 to 1"),
+}
+_OPTIONAL = ("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha")
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # of transformers, the latter since 5.2x
 
 
@@ -34,8 +48,8 @@ class UnslothTrainingArguments(SFTConfig):
             for the environment variable UNSLOTH_BACKEND, or "auto" where that is not set.
 
     Raises:
-        ValueError: embedding_learning_rate is no finite number from 0, backend names something unknown, a batch size
-            or the number of accumulation steps is below 1, or what `trl.SFTConfig` raises.
+        ValueError: a field that transformers does not check is no count, no finite number from 0, or no number up
+            to 1, as it has to be; backend names something unknown; or what `trl.SFTConfig` raises.
     """
 
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's has no third state
@@ -69,16 +83,18 @@ class UnslothTrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check the fields, TRL's and ours."""
-        for name in _COUNTS:
-            if not (isinstance(value := getattr(self, name), int) and value >= 1):
-                raise ValueError(f"{name}: got {value!r}; allowed: an integer from 1")
         says_nothing = all(getattr(self, name, None) is None for name in _CHECKPOINTING)
         super().__post_init__()
         if says_nothing:  # transformers made it False
             _set_checkpointing(self, None)
-        rate = self.embedding_learning_rate
-        if rate is not None and not (isinstance(rate, Real) and math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"embedding_learning_rate: got {rate!r}; allowed: a finite number from 0, or None")
+        values: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_RATES, *_SHARES)}
+        for name, least in _COUNTS.items():
+            fits = isinstance(values[name], int) and values[name] >= least
+            _check(name, values[name], fits, f"an integer from {least}")
+        for name in _RATES:
+            _check(name, values[name], _is_rate(values[name]), "a finite number from 0")
+        for name, (most, words) in _SHARES.items():
+            _check(name, values[name], _is_rate(values[name]) and values[name] <= most, words)
         if self.backend is not None:
             backends.parse(self.backend)
 
@@ -155,6 +171,27 @@ def settle_checkpointing(
     _set_checkpointing(args, default if said is None else said)
     if asked and not args.gradient_checkpointing:
         enable_checkpointing(without_adapter(model), False)
+
+
+def check_device(args: TrainingArguments) -> None:
+    """Raise for what the run's device cannot do.
+
+    Raises:
+        ValueError: activation_offloading on a CPU, where TRL finds no device to take activations from.
+    """
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ValueError("activation_offloading: got True on a CPU; allowed: False, as there is no GPU to relieve")
+
+
+def _check(name: str, value: object, fits: bool, allowed: str) -> None:
+    """Raise for a field that does not fit; None does where it is optional."""
+    optional = name in _OPTIONAL
+    if not (fits or (optional and value is None)):
+        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}{', or None' if optional else ''}")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
 def _set_checkpointing(args: SFTConfig, value: bool | None) -> None:

@@ -75,10 +75,42 @@ def with_targets(
     return dataset.select(np.flatnonzero(trains)) if drop else dataset
 
 
+def check_vocabulary(dataset: Any, name: str, vocabulary: int | None) -> None:
+    """Raise for a token or a label that the model does not have, of which a GPU would only say that it failed.
+
+    Args:
+        dataset: one whose columns "input_ids" and "labels", where it has them, are looked at as a whole.
+        name: of the data set, for messages.
+        vocabulary: how many tokens the model has; None if that is not known.
+
+    Raises:
+        ValueError: the first value that is none of them, and its row.
+    """
+    for column in ("input_ids", "labels"):
+        if vocabulary is not None and has_lists(dataset, column):
+            values, lengths = _flat(dataset, column)
+            _check_tokens(name, column, values.to_numpy(zero_copy_only=False), vocabulary, lengths.cumsum())
+
+
+def _check_tokens(name: str, column: str, values: np.ndarray, vocabulary: int, ends: np.ndarray, row: int = 0) -> None:
+    """Raise for a value outside the vocabulary; rows end at `ends` among the values, and are counted from `row`."""
+    wrong = (values < 0) | (values >= vocabulary)
+    if column == "labels":
+        wrong &= values != -100
+    if wrong.any():
+        at = int(wrong.argmax())
+        row += int(np.searchsorted(ends, at, side="right"))
+        raise ValueError(
+            f"{name}: got {int(values[at])} in row {row} of column {column!r}; allowed: 0 to {vocabulary - 1}, the "
+            f"model's tokens{', or -100' if column == 'labels' else ''}"
+        )
+
+
 def check_stream(
     rows: Iterable[Mapping[str, Any]],
     name: str,
     *,
+    vocabulary: int | None = None,
     completion_only: bool = False,
     max_length: int | None = None,
     keep_end: bool = False,
@@ -88,17 +120,22 @@ def check_stream(
     Args:
         rows: tokenized, with or without labels.
         name: of the data set, for messages.
+        vocabulary: as in `check_vocabulary`, for the documents up to the first with a target.
         completion_only: whether a completion_mask counts, where the rows have no labels yet.
         max_length: as in `with_targets`; None for documents that are cut nowhere.
         keep_end: as in `with_targets`.
 
     Raises:
-        ValueError: the stream ends without a target; where it only begins so, that is logged.
+        ValueError: the stream ends without a target; where it only begins so, that is logged. Or a value is outside
+            the vocabulary.
     """
     count = 0
     for row in islice(rows, LOOK):
-        count += 1
         labels = (dict(row) | labels_of(row, completion_only))["labels"]
+        for column, values in (("input_ids", row.get("input_ids", ())), ("labels", labels)):
+            if vocabulary is not None:
+                _check_tokens(name, column, np.asarray(values), vocabulary, np.array([len(values)]), count)
+        count += 1
         kept = labels[-max_length:] if max_length and keep_end else labels[:max_length]
         if any(label != -100 for label in kept[1:]):
             return

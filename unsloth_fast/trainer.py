@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from unsloth_fast import backends, batches, packed_dataset
 from unsloth_fast.checkpoints import checked_checkpoint, passes_of_stream
-from unsloth_fast.config import UnslothTrainingArguments, migrated, settle_checkpointing, settled
+from unsloth_fast.config import UnslothTrainingArguments, check_device, migrated, settle_checkpointing, settled
 from unsloth_fast.evaluation import EvaluatingTrainer
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, head_without_adapter, without_adapter
@@ -59,9 +59,9 @@ class UnslothTrainer(EvaluatingTrainer):
             `max_seq_length`, and any field of the arguments, such as `packing` and `dataset_text_field`.
 
     Raises:
-        ValueError: an unknown backend; a data set that is empty, has no known column or a row without text, or in
-            which no token is a target; a packed row longer than `max_length`; nothing to train; bfloat16 on a card
-            without it; or what `trl.SFTTrainer` raises.
+        ValueError: an unknown backend; a data set that is empty, has no known column, a row without text or a token
+            outside the vocabulary, or in which no token is a target; a packed row longer than `max_length`; nothing to
+            train; bfloat16 on a card without it, activation_offloading on a CPU; or what `trl.SFTTrainer` raises.
         TypeError: an unknown keyword.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
@@ -75,7 +75,9 @@ class UnslothTrainer(EvaluatingTrainer):
         given = dict(zip(names, positional, strict=False)) | keywords
         settle_checkpointing(settings, args, model, updates)
         batches.take_length(settings, model, asked="max_length" in updates)
-        batches.check_columns(given, settings)
+        check_device(settings)
+        self._vocabulary = batches.vocabulary(model, settings, given)
+        batches.check_columns(given, settings, self._vocabulary)
         plan = batches.plan(model, settings, given, self.backend.training.batching_plan)
         asked = settings.packing or settings.padding_free
         logger.log(
@@ -166,6 +168,7 @@ class UnslothTrainer(EvaluatingTrainer):
         if has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
             packed_dataset.check_packed_rows(dataset, name, args.max_length)
             dataset = prepare(dataset, batches.uncut(args))
+            packed_dataset.check_vocabulary(dataset, name, self._vocabulary)
             return packed_dataset.with_targets(dataset, name) if has_lists(dataset, "labels") else dataset
         if packing and args.max_length is None:
             raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
@@ -175,9 +178,11 @@ class UnslothTrainer(EvaluatingTrainer):
         cut = args.max_length if strategy in (None, "bfd") else None
         if not isinstance(dataset, Dataset):
             cuts = {"max_length": cut, "keep_end": keep_end}
-            packed_dataset.check_stream(dataset, name, completion_only=self._completion_only, **cuts)
+            looks = {"vocabulary": self._vocabulary, "completion_only": self._completion_only}
+            packed_dataset.check_stream(dataset, name, **looks, **cuts)
             return prepare(dataset, args, packing)
         dataset = packed_dataset.labelled(dataset, self._completion_only)
+        packed_dataset.check_vocabulary(dataset, name, self._vocabulary)
         if has_lists(dataset, "labels"):
             apart = strategy in ("bfd", "bfd_split")
             dataset = packed_dataset.with_targets(dataset, name, max_length=cut, keep_end=keep_end, drop=apart)
