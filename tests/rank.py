@@ -1,12 +1,12 @@
-"""A training run for one process or one of several: `python -m tests.rank FOLDER KIND ROWS`; the trace goes to FOLDER.
+"""Training runs of one process or of one of several: `python -m tests.rank FOLDER RUNS`, the runs as JSON.
 
-KIND is "ddp" for data parallelism, or "fsdp2" for parameters that are sharded, too; with one process it is neither.
-"fsdp2-bf16" computes in bfloat16, all others in float64.
-ROWS is the number of packed rows in a microbatch of this process.
+What this process found in each run goes to FOLDER.
 """
 
+import json
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,43 @@ from datasets import Dataset
 from torch import nn
 
 from tests import tiny
-from tests.runs import arguments, build
+from tests.runs import BATCHINGS, TRAINED, arguments, build
 from unsloth_fast import UnslothTrainer
 
 
-def run(folder: str, kind: str, rows: int) -> None:
-    """Four steps of two microbatches each, packed, and an evaluation of five documents."""
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
-        "packing": True,
-        "eval_packing": False,
-        "max_length": 24,
-        "embedding_learning_rate": 1e-4,
-    }
-    sharded = kind.startswith("fsdp2")
-    if sharded:
+@dataclass(frozen=True)
+class Run:
+    """What is trained and how, in 20 steps where `options`, which are arguments, do not say otherwise.
+
+    `sharded` shards the parameters over the processes (FSDP2), `resumed` goes on from the checkpoint of the tenth step
+    once more.
+    """
+
+    batching: str
+    trained: str
+    accumulation: int
+    options: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
+    resumed: bool = False
+    dtype: str = "float64"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that plain TRL takes, too."""
+        return {"gradient_accumulation_steps": self.accumulation, "max_length": 24, "max_steps": 20} | self.options
+
+
+def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
+    """What this process finds with so many texts or packed rows in a microbatch, and an evaluation of five texts."""
+    options = BATCHINGS[run.batching] | TRAINED[run.trained] | run.given
+    options |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 1, "eval_packing": False}
+    if run.sharded:
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    args = arguments(Path(folder), bf16=kind == "fsdp2-bf16", **options)
-    if sharded:
-        # accelerate shards on several GPUs only, and takes several CPUs for data parallelism without a word.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if run.resumed:
+        options |= {"save_strategy": "steps", "save_steps": 10}
     items: list[int] = []
     seen: list[int] = []
+    logits: list[bool] = []
 
     class Counting(UnslothTrainer):
         def _get_num_items_in_batch(self, *positional: Any) -> Any:
@@ -51,7 +63,15 @@ def run(folder: str, kind: str, rows: int) -> None:
         seen.append(len(prediction.predictions))
         return {}
 
-    logits: list[bool] = []
+    def made() -> Any:
+        args = arguments(folder, **options)
+        if run.sharded:
+            # accelerate shards on several GPUs only, and takes several CPUs for data parallelism without a word.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
+        more = {"eval_dataset": texts, "compute_metrics": metrics}
+        return build(Counting, args, getattr(torch, run.dtype), lora=run.trained == "lora", **more)
+
     linear = nn.Linear.forward
 
     def watched(self: nn.Linear, *inputs: torch.Tensor) -> torch.Tensor:
@@ -59,24 +79,35 @@ def run(folder: str, kind: str, rows: int) -> None:
         return linear(self, *inputs)
 
     nn.Linear.forward = watched
-    with nullcontext() if args.bf16 else tiny.KeepFloat64():
-        texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
-        dtype = torch.float32 if args.bf16 else torch.float64
-        trainer = build(Counting, args, dtype, texts=40, eval_dataset=texts, compute_metrics=metrics)
+    with tiny.KeepFloat64() if run.dtype == "float64" else nullcontext():
+        trainer = made()
         trainer.train()
-        losses = trainer.losses[:]
-        evaluated = trainer.evaluate()["eval_loss"]
+        trace = {"losses": trainer.losses[:], "items": items[:], "log": trainer.state.log_history}
+        if run.resumed:
+            again = made()
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+            trace["again"] = again.losses
+        trace |= {"eval_loss": trainer.evaluate()["eval_loss"], "eval_rows": seen, "logits": any(logits)}
     nn.Linear.forward = linear
     groups = [
-        (group["role"], sum(map(torch.numel, group["params"])), group["initial_lr"], group["weight_decay"])
+        (group.get("role"), sum(map(torch.numel, group["params"])), group["initial_lr"], group["weight_decay"])
         for group in trainer.optimizer.param_groups
     ]
     shards = sum(type(entry).__name__ == "DTensor" for entry in trainer.model.parameters())
-    trace = {"losses": losses, "items": items, "groups": groups, "shards": shards, "log": trainer.state.log_history}
-    trace |= {"eval_loss": evaluated, "eval_rows": seen, "logits": any(logits)}
-    torch.save(trace, Path(folder) / f"{args.process_index}-of-{args.world_size}.pt")
+    return trace | {"groups": groups, "shards": shards}
+
+
+def main(folder: str, runs: str) -> None:
+    """Each run in turn, and what this process found in all."""
+    found = [train(Path(folder) / str(index), Run(**run), rows=1) for index, run in enumerate(json.loads(runs))]
+    torch.save(found, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def as_json(runs: list[Run]) -> str:
+    """For the command line."""
+    return json.dumps([asdict(run) for run in runs])
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    torch.distributed.destroy_process_group()
+    main(*sys.argv[1:])

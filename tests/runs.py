@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from unsloth_fast import UnslothTrainingArguments
@@ -17,6 +18,15 @@ datasets.disable_progress_bars()
 
 # One step that takes off the gradient itself.
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+
+BATCHINGS: dict[str, dict[str, Any]] = {
+    "padded": {"padding_free": False},
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True},
+}
+
+# "lora" is an argument of `build`.
+TRAINED: dict[str, dict[str, Any]] = {"full": {}, "embedding rate": {"embedding_learning_rate": 1e-4}, "lora": {}}
 
 LORA = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "norm"]}
 
@@ -67,3 +77,33 @@ def textbook(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor
     """Cross entropy of the next token, by torch."""
     logits = outputs.logits[:, :-1].reshape(-1, len(tiny.WORDS))
     return cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+
+
+def plain_trl(folder: Path, batching: str, trained: str, texts: int = 18, **options: Any) -> Any:
+    """TRL's trainer on Hugging Face's own model in float64, after training.
+
+    Its batches are padded, or packed by TRL; its loss is torch's cross entropy of the logits; its optimizer was grouped
+    by name.
+    """
+    with tiny.KeepFloat64():
+        model, more = tiny.model(dtype=torch.float64), {}
+        if trained == "embedding rate":
+            more["optimizers"] = (grouped_by_name(model), None)
+        args = arguments(folder, SFTConfig, packing=batching == "packed", **options)
+        theirs = build(
+            SFTTrainer, args, model=model, lora=trained == "lora", texts=texts, compute_loss_func=textbook, **more
+        )
+        theirs.train()
+    assert not hasattr(theirs, "backend")
+    return theirs
+
+
+def grouped_by_name(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the arguments' rate and decay, a tenth of the rate for embeddings, no decay for norms."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        rate = 1e-4 if "embed_tokens" in name or "lm_head" in name else 1e-3
+        groups.setdefault((rate, 0.0 if "norm" in name else 0.1), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    )

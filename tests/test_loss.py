@@ -116,10 +116,12 @@ def test_a_mean_of_means_is_wrong() -> None:
 
 @each_package
 def test_no_target_gives_zero(package: ModuleType) -> None:
-    """All ignored: loss 0 and gradient 0, whether counted here or before."""
+    """All ignored: loss 0 and gradient 0, whether counted here or before. Torch's mean of none is no number."""
     logits, labels = batch([1, 1, 3])
     labels[:] = -100
     logits.requires_grad_()
+    assert torch_cross_entropy(logits.flatten(0, 1), labels.flatten()).isnan()
+    assert (torch_cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 0).isnan()
     for num_items in (None, package.count_targets([labels])):
         loss = package.next_token_loss(logits, labels, cross_entropy=cross_entropy, num_items=num_items)
         (gradient,) = torch.autograd.grad(loss, logits)
