@@ -40,12 +40,12 @@ class UnslothTrainer(EvaluatingTrainer):
 
     Loss: the backend's cross entropy, of the hidden states and the output head in one operation where the head is a
     plain linear layer, summed and divided once by the number of targets of the whole batch: gradient accumulation and
-    data parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). So is that of an evaluation or a prediction, by the targets of all its
-    batches; but a stream on several processes, whose end no process knows, counts again the documents with which
-    accelerate fills up the last batch. Logged beside the loss: `num_tokens` since training began,
-    `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and `mean_token_accuracy`,
-    which cost another pass over logits that are never made. An evaluation with `compute_metrics` needs the logits, and
-    logs the accuracy.
+    data parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). So is that of
+    an evaluation or a prediction, by the targets of all its batches; but a stream on several processes, whose end no
+    process knows, counts again the documents with which accelerate fills up the last batch. Logged beside the loss:
+    `num_tokens` since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's
+    `entropy` and `mean_token_accuracy`, which cost another pass over logits that are never made. An evaluation with
+    `compute_metrics` needs the logits, and logs the accuracy.
 
     Args:
         model: a model, or the name or path of one.
