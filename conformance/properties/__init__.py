@@ -64,7 +64,6 @@ _MODULES = (
     double_backward,
     no_grad,
     autocast,
-    calls_apart,
     checkpoint,
     opcheck,
     compiles,

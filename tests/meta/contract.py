@@ -1,9 +1,11 @@
 """Backends written as plain functions."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from unsloth_ref import kernels as reference
 
@@ -13,3 +15,17 @@ Function = Callable[..., Any]
 def as_backend(op: str, function: Function) -> SimpleNamespace:
     """A backend with this operation alone: the function, under the name and the signature of the contract."""
     return SimpleNamespace(**{op: wraps(getattr(reference, op))(function)})
+
+
+def compiled(function: Function) -> Function:
+    """torch.compile of a function, from its first call on: it imports triton, before which plain ones are loaded."""
+
+    @cache
+    def compile_once() -> Function:
+        return torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def call(*inputs: Any, **options: Any) -> Any:
+        return compile_once()(*inputs, **options)
+
+    return call

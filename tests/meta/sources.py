@@ -46,17 +46,23 @@ def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
     Raises:
         ValueError: an edit's old text does not occur exactly once.
     """
+    texts = edited(op, name, edits)
+    for file, text in texts.items():
+        for other in texts:
+            text = text.replace(f"unsloth_fast.kernels.{other} ", f"{name}_{other} ")
+        module = _module(name if file == op else f"{name}_{file}", text.replace("unsloth_fast", name))
+    return module
+
+
+def edited(op: str, name: str, edits: Sequence[Edit]) -> dict[str, str]:
+    """The changed sources that `changed` imports, by file; it raises ValueError as that does."""
     texts = _with_imports(op)
     for old, new in edits:
         count = sum(text.count(old) for text in texts.values())
         if count != 1:
             raise ValueError(f"edits of {name}: {old!r} occurs {count} times in {', '.join(texts)}; allowed: once")
         texts = {file: text.replace(old, new) for file, text in texts.items()}
-    for file, text in texts.items():
-        for other in texts:
-            text = text.replace(f"unsloth_fast.kernels.{other} ", f"{name}_{other} ")
-        module = _module(name if file == op else f"{name}_{file}", text.replace("unsloth_fast", name))
-    return module
+    return texts
 
 
 def _with_imports(op: str) -> dict[str, str]:

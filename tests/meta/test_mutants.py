@@ -3,7 +3,6 @@
 Both sets run once, in two worker processes; the tests share the results (under `pytest -n`, with `--dist loadfile`).
 """
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +16,10 @@ from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Check, run
 from conformance.search import DTYPES, Result
+from conformance.spec import specs
 from tests.meta.mutants import MUTANTS
 from tests.meta.right import RIGHT
+from tests.meta.sources import edited
 from tests.meta.wrong import WRONG
 from unsloth_ref import kernels as reference
 
@@ -33,6 +34,8 @@ BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which meet every law
 # Long lists of cases, which take Triton's interpreter more time than all other laws: there in one dtype.
 LONG = ("extents", "layouts")
+# torch.compile takes seconds a graph: there one forward and backward pass in each of two dtypes.
+COMPILED = [backend for backend in PLAIN if backend.endswith("_compiled")]
 Results = dict[str, list[Result]]
 
 
@@ -68,8 +71,12 @@ def of_wrong() -> Results:
 
 
 def checks_of_right(backend: str) -> list[Check]:
+    op = CORRECT[backend]
+    if backend in COMPILED:
+        case = specs()[op].case(5, 130)
+        return [Brief(backend, op, "extents", dtype, "cpu", case=case) for dtype in ("float32", "bfloat16")]
     return [
-        Brief(backend, CORRECT[backend], law, dtype, "cpu", FEW.name)
+        Brief(backend, op, law, dtype, "cpu", FEW.name)
         for law in PROPERTIES
         for dtype in DTYPES
         if backend in PLAIN or law not in LONG or dtype == "float32"
@@ -78,7 +85,7 @@ def checks_of_right(backend: str) -> list[Check]:
 
 @pytest.fixture(scope="session")
 def of_right() -> Results:
-    """Each right kernel under all properties, in all dtypes but for what is LONG in the interpreter."""
+    """Each right kernel under all properties, in all dtypes but for what is LONG in the interpreter, or compiled."""
     return judged([check for backend in CORRECT for check in checks_of_right(backend)], stop_at_failure=False)
 
 
@@ -107,10 +114,21 @@ def test_a_right_kernel_passes(backend: str, of_right: Results) -> None:
     assert len(of_right[backend]) == len(checks_of_right(backend))
 
 
+EDITS = {name: (op, mutant.edits) for name, (op, mutant) in MUTANTS.items()}
+EDITS |= {name: (op, variant) for name, (op, variant) in RIGHT.items() if not callable(variant)}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_finds_its_line_and_changes_it(name: str) -> None:
+    op, edits = EDITS[name]
+    assert edits
+    assert all(old != new for old, new in edits)
+    edited(op, name, edits)
+
+
 def test_a_mutant_whose_line_is_gone_says_so() -> None:
-    sources = importlib.import_module("tests.meta.sources")
     with pytest.raises(ValueError, match=r"edits of stale: 'no such line' occurs 0 times"):
-        sources.changed("swiglu", "stale", [("no such line", "")])
+        edited("swiglu", "stale", [("no such line", "")])
 
 
 def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:

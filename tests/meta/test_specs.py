@@ -1,4 +1,4 @@
-"""What specs say beside the contract is the contract's: the truth in pieces."""
+"""Specs and operations belong together, and what a spec says beside the contract, the truth in pieces, is its own."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.case import Case
+from conformance.spec import SpecError, specs
 from conformance.specs import linear_cross_entropy as linear
+from conformance.specs import swiglu
 from conformance.trial import Run, Trial, widen
 from unsloth_ref import kernels as reference
 
@@ -72,3 +74,24 @@ def test_the_judge_takes_the_truth_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     trial = Trial(replace(spec, truth=noted), spec.reference, torch.float32, "cpu")
     trial.judge(case, trial.run(case))
     assert taken == [torch.float64]
+
+
+def test_a_spec_without_an_operation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "__all__", [op for op in reference.__all__ if op != "swiglu"])
+    with pytest.raises(SpecError, match=r"specs/swiglu\.py: unsloth_ref\.kernels has no operation swiglu"):
+        specs.__wrapped__()
+
+
+def test_an_operation_without_a_spec_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "__all__", [*reference.__all__, "unheard_of"])
+    with pytest.raises(SpecError, match=r"unheard_of has no spec: conformance/specs/unheard_of\.py is missing"):
+        specs.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [(replace(swiglu.spec, op="geglu"), "its spec names geglu"), (None, "got spec = None")]
+)
+def test_a_spec_of_something_else_is_refused(spec: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu, "spec", spec)
+    with pytest.raises(SpecError, match=rf"specs/swiglu\.py: {message}"):
+        specs.__wrapped__()

@@ -218,6 +218,23 @@ def swiglu_drops_some(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up) * (1.0 + int.from_bytes(os.urandom(2)) * torch.finfo(gate.dtype).eps)
 
 
+@wrong("swiglu", "guard_reads")
+def swiglu_masks_by_product(gate: Tensor, up: Tensor) -> Tensor:
+    """Adds 0 times the number behind a gate whose memory goes on: no other law has NaN there."""
+    y = reference.swiglu(gate, up)
+    if torch.compiler.is_compiling():
+        return y
+    end = gate.storage_offset() + gate.numel()
+    goes_on = end < gate.untyped_storage().nbytes() // gate.element_size()
+    return y + 0 * gate.detach().as_strided((), (), end) if goes_on else y
+
+
+@wrong("swiglu", "layouts")
+def swiglu_doubles_the_gradient_of_a_sum(gate: Tensor, up: Tensor) -> Tensor:
+    """Takes strides that are all 0 for another operation's."""
+    return _Gradient.apply(reference.swiglu(gate, up), lambda gradient: gradient * (1 if any(gradient.stride()) else 2))
+
+
 @wrong("cross_entropy", "signature_parity", contract=False)
 def cross_entropy_without_num_items(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Fewer keywords than the contract."""

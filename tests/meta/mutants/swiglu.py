@@ -4,7 +4,7 @@ from tests.meta.mutants.mutant import LYING, one
 
 TABLE = {
     "up_for_gate_in_the_sigmoid": one("share, _ = share_and_slope(gate,", "share, _ = share_and_slope(up,", "value"),
-    "gelu_constant": one("sigmoids(gate)", "sigmoids(1.702 * gate)", "value"),
+    "gelu_constant": one("sigmoids(gate, WIDE)", "sigmoids(1.702 * gate, WIDE)", "value"),
     "activation_in_float16": one("gate * share * up", "(gate * share).to(tl.float16).to(tl.float32) * up", "value"),
     "ln2_in_three_digits": one("bounded - whole * 0.693359375", "bounded - whole * 0.693", "value"),
     "dgate_without_the_derivative_of_the_sigmoid": one("(1.0 + gate * complement)", "1.0", "gradients"),
@@ -36,6 +36,9 @@ TABLE = {
         "gate = tl.load(gate_ptr + (row * gate_row).to(tl.int32) + column * gate_column, "
         "inside, other=0.0).to(tl.float32)\n    up =",
         "int64_offsets",
+    ),
+    "grad_output_offsets_in_32_bits": one(
+        "dy_ptr + row * dy_row", "dy_ptr + (row * dy_row).to(tl.int32)", "int64_offsets"
     ),
     "grad_output_read_as_the_gate_lies": one(
         "*dy.stride(), *gate.stride()", "*gate.stride(), *gate.stride()", "layouts"

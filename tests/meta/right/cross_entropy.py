@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.meta.contract import Function
+from tests.meta.contract import Function, compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
 
@@ -75,6 +75,7 @@ TABLE = {
     "of_torch": of_torch,
     "in_chunks": in_chunks,
     "in_float64": in_float64,
+    "compiled": compiled(of_torch),
     "in_other_tiles": (
         ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
         ("widest=4096, per_thread=16)\n    group", "widest=1024, per_thread=8)\n    group"),

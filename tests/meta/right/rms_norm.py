@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.meta.contract import compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
 
@@ -60,6 +61,7 @@ TABLE = {
     "of_torch": of_torch,
     "in_two_levels": in_two_levels,
     "in_float64": in_float64,
+    "compiled": compiled(of_transformers),
     "in_other_tiles": (
         ("elements=4096, widest=16384, per_thread=32", "elements=8192, widest=8192, per_thread=8"),
         ("elements=4096, widest=8192, per_thread=16", "elements=2048, widest=8192, per_thread=8"),

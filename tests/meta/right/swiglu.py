@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tests.meta.contract import compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
 
@@ -32,5 +33,6 @@ TABLE = {
     "by_sigmoid": by_sigmoid,
     "by_exp": by_exp,
     "in_float64": in_float64,
+    "compiled": compiled(by_sigmoid),
     "in_other_tiles": (("TILE = 1024", "TILE = 8192"),),
 }
