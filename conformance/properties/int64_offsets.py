@@ -45,7 +45,7 @@ def check(trial: Trial, case: Case) -> float:
 
 def _spread(rows: Tensor) -> Tensor:
     """The same rows, the last one FAR from the first."""
-    gaps = len(rows) - 1
+    gaps = max(1, len(rows) - 1)
     stride = -(-FAR // gaps)
     buffer = torch.empty(gaps * stride + rows[0].numel(), dtype=rows.dtype, device=rows.device)
     far = buffer.as_strided(rows.shape, (stride, *rows.stride()[1:]))
