@@ -41,6 +41,13 @@ def centred(x, mean, row, column, rows, columns):
     return tl.where((row < rows) & (column < columns), x - mean, 0.0)
 
 
+@triton.jit
+def two_means(first, second, columns):
+    """The means of both over each row, [ROWS, 1]: summed together, all threads wait for each other half as often."""
+    first, second = tl.split(tl.sum(tl.join(first, second), 1))
+    return quotient(first[:, None], columns), quotient(second[:, None], columns)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr,
@@ -85,22 +92,17 @@ def layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next one in flight under this one.
-
-    HELD: the weight stays in registers; otherwise each tile reads it again, from L1.
-    """
+    """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next ones in flight under this one."""
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    if HELD:
-        weight = load_vector(weight_ptr, column, columns, weight_stride)
+    weight = load_vector(weight_ptr, column, columns, weight_stride)
     dweight = tl.zeros([1, COLUMNS], tl.float32)
     dbias = tl.zeros([1, COLUMNS], tl.float32)
     for index in tl.range(0, each, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        first = (program * each + index) * ROWS
-        row = (first + tl.arange(0, ROWS))[:, None]
+        row = ((program * each + index) * ROWS + tl.arange(0, ROWS))[:, None]
         dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
         x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
         mean = tl.load(stats_ptr + row, row < rows, other=0.0)
@@ -110,15 +112,8 @@ def layer_norm_backward_kernel(
             dweight += tl.sum(dy * normed, 0, keep_dims=True)
             dbias += tl.sum(dy, 0, keep_dims=True)
         if NEED_DX:
-            if HELD:
-                g = dy * weight  # pyright: ignore[reportPossiblyUnboundVariable]
-            else:
-                again = tl.zeros([1, COLUMNS], tl.float32)
-                if first < rows:  # in a branch: beside the load of x it would take a share of the pipeline's buffers
-                    again = load_vector(weight_ptr, column, columns, weight_stride)
-                g = dy * again
-            shift = quotient(tl.sum(g, 1, keep_dims=True), columns)
-            slope = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)
+            g = dy * weight
+            shift, slope = two_means(g, g * normed, columns)
             dx = rstd * (g - shift - normed * slope)
             tl.store(dx_ptr + row * columns + column, dx.to(dtype), (row < rows) & (column < columns))
     if NEED_SUMS:
@@ -149,8 +144,7 @@ def layer_norm_backward_long_kernel(
                 g = dy * load_vector(weight_ptr, start + column, columns, weight_stride)
                 sums += g
                 products += g * ((x - mean) * rstd)
-        shift = quotient(tl.sum(sums, 1, keep_dims=True), columns)
-        slope = quotient(tl.sum(products, 1, keep_dims=True), columns)
+        shift, slope = two_means(sums, products, columns)
         for start in range(0, columns, COLUMNS):
             inside = start + column < columns
             dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
@@ -216,7 +210,7 @@ def layer_norm_backward(
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
     if columns <= shape.columns:
         stages = backward_stages(shape, 2, x) if each > 1 else 1  # a single tile has no next one
-        flags |= {"ROWS": shape.rows, "STAGES": stages, "HELD": columns <= 4096}
+        flags |= {"ROWS": shape.rows, "STAGES": stages}
         launch(layer_norm_backward_kernel, programs, x, *arguments, **flags)
     else:
         launch(layer_norm_backward_long_kernel, programs, x, *arguments, **flags)

@@ -138,7 +138,7 @@ def rope_rotate(
     half_tile = next_power_of_2(half)
     q_tile, k_tile = heads_a_step(q, half_tile), heads_a_step(k, half_tile)
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
-    warps = max(1, (q_tile + k_tile) * 2 * half_tile // 2048)  # 64 elements a thread: 16 bytes each of k
+    warps = next_power_of_2((q_tile + k_tile) * 2 * half_tile // 2048 + 1)  # 32 to 64 elements a thread
     steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
     tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
     strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
@@ -150,7 +150,7 @@ def rope_rotate(
         *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
         TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, UNIT=unit, HALF=half_tile,
         REST=next_power_of_2(width - 2 * half) if width > 2 * half else 0, Q_HEADS=q_tile, K_HEADS=k_tile,
-        num_warps=min(8, next_power_of_2(warps)),
+        num_warps=min(8, warps),
     )  # fmt: skip
     return q_out, k_out
 
