@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
 from tests.test_language_model import TOKENS, load, loss_and_gradients, stepped, trained_names
-from tests.test_language_model import unpatched as unpatched  # used by every test
 from unsloth_fast import FastLanguageModel
+
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:

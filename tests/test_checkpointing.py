@@ -11,10 +11,11 @@ from trl import SFTConfig
 
 from tests import tiny
 from tests.test_language_model import layers_of, load, loss_and_gradients
-from tests.test_language_model import unpatched as unpatched  # used by every test
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.models import checkpointing
 from unsloth_fast.models.head import without_adapter
+
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 @pytest.mark.parametrize("how", [True, "unsloth"])

@@ -1,7 +1,6 @@
 """FastLanguageModel: loading, adapters, checkpointing; what it saves is loaded by transformers and peft alone."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,11 @@ from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
 from unsloth_fast.models import loading
 from unsloth_fast.models.head import without_adapter
 
+pytestmark = pytest.mark.usefixtures("unpatched")
+
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 # Where there is a GPU, a model would be loaded onto it.
 PLAIN: dict[str, Any] = {"load_in_4bit": False, "backend": "reference", "device_map": "cpu", "dtype": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def unpatched() -> Iterator[None]:
-    yield
-    compat.unpatch_trl()
 
 
 def load(folder: str, **options: Any) -> tuple[Any, Any]:

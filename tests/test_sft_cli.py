@@ -119,6 +119,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ),
         ({}, ["--optim", "adamw_torch_8bit"], "optim: got 'adamw_torch_8bit' with optim_args=None: "),
         ({"optim_args": "nonsense"}, [], " with optim_args='nonsense': "),
+        ({"torch_compile_mode": "banana"}, [], "torch_compile_mode: got 'banana': Unrecognized mode=banana, should be"),
         ({"report_to": "wandb"}, [], "report_to: WandbCallback requires wandb to be installed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, [], "lr_scheduler_kwargs: got None: "),
         ({"lr_scheduler_kwargs": {"no_such": 1}}, [], "lr_scheduler_kwargs: got {'no_such': 1}: "),

@@ -179,8 +179,8 @@ def _check_start(trainer: Any) -> None:
     """Raise for what `train` would only find out once it has begun.
 
     Raises:
-        UsageError: a package that is not installed, or options of the optimizer or of the learning rate's schedule that
-            do not fit together.
+        UsageError: a package that is not installed, a mode that torch.compile does not know, or options of the
+            optimizer or of the learning rate's schedule that do not fit together.
     """
     import torch
     from transformers import get_scheduler
@@ -193,6 +193,11 @@ def _check_start(trainer: Any) -> None:
         raise UsageError(f"optim: got {args.optim.value!r} with optim_args={args.optim_args!r}: {error}") from error
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise UsageError("use_liger_kernel: got True; allowed: False, as the package liger-kernel is not installed")
+    if args.torch_compile_mode is not None:
+        try:  # compiles nothing yet
+            torch.compile(trainer.model, backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
+        except RuntimeError as error:
+            raise UsageError(f"torch_compile_mode: got {args.torch_compile_mode!r}: {error}") from error
     some = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
         get_scheduler(args.lr_scheduler_type, some, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
