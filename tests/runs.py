@@ -5,7 +5,9 @@ from typing import Any
 
 import datasets
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,6 +17,8 @@ from tests import tiny
 from unsloth_fast import UnslothTrainingArguments
 
 datasets.disable_progress_bars()
+
+LOSES_LABELS = Version(trl.__version__) < Version("1.7")  # of a stream that TRL packs
 
 # One step that takes off the gradient itself.
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}

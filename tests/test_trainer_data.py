@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
 from tests import tiny
-from tests.runs import arguments
+from tests.runs import LOSES_LABELS, arguments
 from unsloth_fast import UnslothTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -153,6 +153,17 @@ def test_a_stream_is_packed_by_trl(tmp_path: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == 1 and batch["cu_seq_lens_q"].numel() > 3
     assert trainer.train().global_step == 3
+
+
+def test_the_labels_of_a_stream_are_packed_or_it_is_refused(tmp_path: Path) -> None:
+    """TRL before 1.7 packs the tokens alone."""
+    data = stream(Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 6, "labels": [[-100, -100, 5, 6]] * 6}))
+    if LOSES_LABELS:
+        with pytest.raises(ValueError, match="train data set: got a stream with labels to pack, which the installed"):
+            make(tmp_path, data, packing=True, max_length=8, max_steps=1)
+    else:
+        trainer = make(tmp_path, data, packing=True, max_length=8, max_steps=1)
+        assert next(iter(trainer.get_train_dataloader()))["labels"][0, :8].tolist() == 2 * [-100, -100, 5, 6]
 
 
 def test_data_are_prepared_by_several_processes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from trl import SFTConfig
 
 from tests import tiny
+from tests.runs import LOSES_LABELS
 from tests.test_trainer_data import make, pad, stream, tokens
 from unsloth_fast import packed_dataset
 from unsloth_fast.optimizer import check_what_is_trained
@@ -152,7 +153,9 @@ def test_rows_that_are_not_taken_may_hold_anything(tmp_path: Path, streamed: boo
     assert make(tmp_path, stream(rows) if streamed else rows).train().global_step == 6
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "packing", [False, pytest.param(True, marks=pytest.mark.skipif(LOSES_LABELS, reason="refused by now"))]
+)
 def test_a_stream_that_begins_without_a_target(
     tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,11 +208,14 @@ def test_bfloat16_on_a_card_without_it(tmp_path: Path, monkeypatch: pytest.Monke
         check_what_is_trained(trainer.model, trainer.args)
 
 
+@pytest.mark.parametrize("options", [{}, {"padding_free": False}, {"packing": True, "max_length": 8}])
 @pytest.mark.parametrize("rows", [([3, 4], [48, 5]), ([3, 4], [5, -1])])
-def test_what_a_stream_brings_later_is_looked_at_in_the_batch(tmp_path: Path, rows: tuple[list[int]]) -> None:
-    """On the CPU, too."""
-    with pytest.raises(ValueError, match=r"^input_ids: got (48|-1) .* allowed: 0 to 47"):
-        make(tmp_path, stream(ids(*rows))).train()
+def test_what_a_stream_brings_later_is_looked_at_as_it_is_read(
+    tmp_path: Path, rows: tuple[list[int]], options: dict[str, Any]
+) -> None:
+    """Before a GPU would only say that it failed."""
+    with pytest.raises(ValueError, match=r"^train data set: got (48|-1) in row 1 of column 'input_ids'; allowed: 0 to"):
+        make(tmp_path, stream(ids(*rows)), **options).train()
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.packed_dataset import check_stream, check_vocabulary, has_lists, labels_of, with_targets
+from unsloth_fast.packed_dataset import (
+    check_as_read,
+    check_stream,
+    check_vocabulary,
+    has_lists,
+    labels_of,
+    with_targets,
+)
 from unsloth_ref import checks
 from unsloth_ref.types import BatchingPlan, ConfigFacts, ModelFacts, PackedBatch
 
@@ -220,7 +227,7 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
         if skip and has_lists(dataset, "labels"):
             with_targets(dataset, name)
         elif skip and isinstance(dataset, IterableDataset) and isinstance(first.get("labels"), Sized):
-            check_stream(dataset, name, vocabulary=vocabulary)
+            check_stream(check_as_read(dataset, name, vocabulary), name)
         if skip or given.get("formatting_func") is not None or _VISION_COLUMNS & first.keys():
             continue
         allowed, *columns = next((layout for layout in layouts if first.keys() >= set(layout[1:])), ("",))

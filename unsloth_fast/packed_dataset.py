@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
 from unsloth_ref.types import PackingPlan, Strategy
@@ -21,7 +21,7 @@ CHUNK = 2**24  # tokens copied at a time; also keeps Arrow's 32-bit offsets from
 
 
 def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:
-    """The labels of an example that has none: its tokens, -100 where a mask of it is 0. TRL makes them since 1.8."""
+    """The labels of an example that has none: its tokens, -100 where a mask of it is 0. TRL makes them since 1.7."""
     if "labels" in example:
         return {}
     names = (*(("completion_mask",) if completion_only else ()), "assistant_masks")
@@ -106,11 +106,24 @@ def _check_tokens(name: str, column: str, values: np.ndarray, vocabulary: int, e
         )
 
 
+def check_as_read(dataset: IterableDataset, name: str, vocabulary: int | None) -> IterableDataset:
+    """The stream, which raises as `check_vocabulary` does where such a row is read."""
+    if vocabulary is None:
+        return dataset
+    return dataset.map(_checked, with_indices=True, fn_kwargs={"name": name, "vocabulary": vocabulary})
+
+
+def _checked(row: dict[str, Any], index: int, name: str, vocabulary: int) -> dict[str, Any]:
+    for column in ("input_ids", "labels"):
+        values = np.asarray(row.get(column, ()))
+        _check_tokens(name, column, values, vocabulary, np.array([len(values)]), index)
+    return row
+
+
 def check_stream(
     rows: Iterable[Mapping[str, Any]],
     name: str,
     *,
-    vocabulary: int | None = None,
     completion_only: bool = False,
     max_length: int | None = None,
     keep_end: bool = False,
@@ -120,21 +133,16 @@ def check_stream(
     Args:
         rows: tokenized, with or without labels.
         name: of the data set, for messages.
-        vocabulary: as in `check_vocabulary`, for the documents up to the first with a target.
         completion_only: whether a completion_mask counts, where the rows have no labels yet.
         max_length: as in `with_targets`; None for documents that are cut nowhere.
         keep_end: as in `with_targets`.
 
     Raises:
-        ValueError: the stream ends without a target; where it only begins so, that is logged. Or a value is outside
-            the vocabulary.
+        ValueError: the stream ends without a target; where it only begins so, that is logged.
     """
     count = 0
     for row in islice(rows, LOOK):
         labels = (dict(row) | labels_of(row, completion_only))["labels"]
-        for column, values in (("input_ids", row.get("input_ids", ())), ("labels", labels)):
-            if vocabulary is not None:
-                _check_tokens(name, column, np.asarray(values), vocabulary, np.array([len(values)]), count)
         count += 1
         kept = labels[-max_length:] if max_length and keep_end else labels[:max_length]
         if any(label != -100 for label in kept[1:]):
@@ -142,6 +150,19 @@ def check_stream(
     if count < LOOK:
         raise ValueError(_no_target(name, f"{count}", max_length))
     logger.warning(_no_target(name, f"the first {count}", max_length))
+
+
+def check_kept(given: Iterable[Mapping[str, Any]], prepared: Iterable[Mapping[str, Any]], name: str) -> None:
+    """Raise if the rows of a stream had labels before they were prepared and have none since.
+
+    Raises:
+        ValueError: so they are; TRL before 1.7 packs the tokens alone, and would train on every one.
+    """
+    if "labels" in next(iter(given)) and "labels" not in next(iter(prepared), ("labels",)):
+        raise ValueError(
+            f"{name}: got a stream with labels to pack, which the installed trl loses; allowed: a data set that is "
+            "held as a whole, packing=False, or a newer trl"
+        )
 
 
 def _no_target(name: str, count: str, max_length: int | None) -> str:

@@ -178,9 +178,11 @@ class UnslothTrainer(EvaluatingTrainer):
         cut = args.max_length if strategy in (None, "bfd") else None
         if not isinstance(dataset, Dataset):
             cuts = {"max_length": cut, "keep_end": keep_end}
-            looks = {"vocabulary": self._vocabulary, "completion_only": self._completion_only}
-            packed_dataset.check_stream(dataset, name, **looks, **cuts)
-            return prepare(dataset, args, packing)
+            dataset = packed_dataset.check_as_read(dataset, name, self._vocabulary)
+            packed_dataset.check_stream(dataset, name, completion_only=self._completion_only, **cuts)
+            prepared = prepare(dataset, args, packing)
+            packed_dataset.check_kept(dataset, prepared, name)
+            return prepared
         dataset = packed_dataset.labelled(dataset, self._completion_only)
         packed_dataset.check_vocabulary(dataset, name, self._vocabulary)
         if has_lists(dataset, "labels"):
