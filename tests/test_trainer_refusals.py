@@ -154,7 +154,7 @@ def test_rows_that_are_not_taken_may_hold_anything(tmp_path: Path, streamed: boo
 
 
 @pytest.mark.parametrize(
-    "packing", [False, pytest.param(True, marks=pytest.mark.skipif(LOSES_LABELS, reason="refused by now"))]
+    "packing", [False, pytest.param(True, marks=pytest.mark.skipif(LOSES_LABELS, reason="TRL before 1.7: refused"))]
 )
 def test_a_stream_that_begins_without_a_target(
     tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -216,6 +216,13 @@ def test_what_a_stream_brings_later_is_looked_at_as_it_is_read(
     """Before a GPU would only say that it failed."""
     with pytest.raises(ValueError, match=r"^train data set: got (48|-1) in row 1 of column 'input_ids'; allowed: 0 to"):
         make(tmp_path, stream(ids(*rows)), **options).train()
+
+
+def test_what_a_prepared_stream_brings_later_is_looked_at_in_the_batch(tmp_path: Path) -> None:
+    """Nothing of it is looked at as it is read, past the first document with a target."""
+    data = tokens(2, 2, labels=[[3, 4], [3, 48]])
+    with pytest.raises(ValueError, match=r"^labels: got 48 .* allowed: 0 to 47, or -100"):
+        make(tmp_path, stream(data), dataset_kwargs={"skip_prepare_dataset": True}).train()
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_named(tmp_path: Path) -> None:
