@@ -41,13 +41,6 @@ def centred(x, mean, row, column, rows, columns):
     return tl.where((row < rows) & (column < columns), x - mean, 0.0)
 
 
-@triton.jit
-def two_means(first, second, columns):
-    """The means of both over each row, [ROWS, 1]: summed together, all threads wait for each other half as often."""
-    first, second = tl.split(tl.sum(tl.join(first, second), 1))
-    return quotient(first[:, None], columns), quotient(second[:, None], columns)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr,
@@ -113,7 +106,8 @@ def layer_norm_backward_kernel(
             dbias += tl.sum(dy, 0, keep_dims=True)
         if NEED_DX:
             g = dy * weight
-            shift, slope = two_means(g, g * normed, columns)
+            shift = quotient(tl.sum(g, 1, keep_dims=True), columns)
+            slope = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)
             dx = rstd * (g - shift - normed * slope)
             tl.store(dx_ptr + row * columns + column, dx.to(dtype), (row < rows) & (column < columns))
     if NEED_SUMS:
@@ -144,7 +138,8 @@ def layer_norm_backward_long_kernel(
                 g = dy * load_vector(weight_ptr, start + column, columns, weight_stride)
                 sums += g
                 products += g * ((x - mean) * rstd)
-        shift, slope = two_means(sums, products, columns)
+        shift = quotient(tl.sum(sums, 1, keep_dims=True), columns)
+        slope = quotient(tl.sum(products, 1, keep_dims=True), columns)
         for start in range(0, columns, COLUMNS):
             inside = start + column < columns
             dy = load_tile(dy_ptr, row, start + column, rows, columns, dy_row, dy_column)
