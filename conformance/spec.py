@@ -112,7 +112,8 @@ class Spec:
         specials: special values that an input may hold.
         same_bits: whether outputs have the bits that they have in training where no gradient is wanted.
         shape: its sizes for a law that asks for so many rows of about so many columns.
-        truth: the contract in pieces, for inputs on which its own intermediates would fit no memory; itself by default.
+        truth: the contract written otherwise, for inputs on which its own intermediates would fit no memory or cancel
+            even in float64; itself by default.
         waits: how often a pass may wait for the device: for the count that a matmul's size depends on, say. Where it
             must not, in a CUDA graph, its results may have other bits.
         bytes: fewest bytes that (forward, backward) move, from the inputs.

@@ -9,16 +9,31 @@ from torch import Tensor
 from conformance.gates import UNIT_FLOAT32
 from conformance.spec import Call, ErrorCase
 from conformance.specs import swiglu
+from unsloth_ref.types import Approximate
+
+
+def _twice(x: Tensor) -> Tensor:
+    """2 z, of which (1 + tanh z) / 2 is the sigmoid."""
+    return 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x.square())
+
+
+def _share(x: Tensor, approximate: Approximate) -> Tensor:
+    """The share of the gate that passes, without the cancellation of (1 + erf) / 2 and (1 + tanh) / 2."""
+    return torch.special.erfc(-x / math.sqrt(2)) / 2 if approximate == "none" else torch.sigmoid(_twice(x))
+
+
+def truth(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:
+    """The contract, also where float64 cancels: at a gate of -9 an infinite up gives -inf, not the NaN of 0 inf."""
+    return gate * _share(gate, approximate) * up
 
 
 def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The share of the gate that passes, how it grows with the gate, and |exponent|, whose roundings both carry."""
-    x = call.inputs["gate"]
-    if call.options.get("approximate", "none") == "none":
-        share = torch.special.erfc(-x / math.sqrt(2)) / 2
+    x, approximate = call.inputs["gate"], call.options.get("approximate", "none")
+    share = _share(x, approximate)
+    if approximate == "none":
         return share, torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
-    twice = 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x.square())
-    share = torch.sigmoid(twice)
+    twice = _twice(x)
     growth = share * torch.sigmoid(-twice) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
     return share, growth, twice.abs()
 
@@ -53,6 +68,7 @@ spec = replace(
     swiglu.spec,
     op="geglu",
     options={"approximate": ["none", "tanh"]},
+    truth=truth,
     terms={
         "y": lambda call: _activation_terms(call, call.inputs["up"]),
         "up": lambda call: _activation_terms(call, call.grad_outputs[0]),

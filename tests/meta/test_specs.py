@@ -1,4 +1,4 @@
-"""Specs and operations belong together, and what a spec says beside the contract, the truth in pieces, is its own."""
+"""Specs and operations belong together, and the truths that specs write otherwise are the contract's."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.case import Case
+from conformance.properties import special_values
 from conformance.spec import SpecError, specs
+from conformance.specs import geglu, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.specs import swiglu
 from conformance.trial import Run, Trial, widen
+from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import Approximate
 
 PIECES = {"tokens": 23, "ignored": 3, "vocab": 31, "hidden": 7}
 
@@ -74,6 +77,30 @@ def test_the_judge_takes_the_truth_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     trial = Trial(replace(spec, truth=noted), spec.reference, torch.float32, "cpu")
     trial.judge(case, trial.run(case))
     assert taken == [torch.float64]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_truth_of_geglu_is_the_contract_and_holds_where_float64_cancels(approximate: Approximate) -> None:
+    gate = torch.linspace(-8, 8, 1001, dtype=torch.float64, requires_grad=True)
+    up = torch.ones_like(gate)
+    whole, exact = (function(gate, up, approximate=approximate) for function in (reference.geglu, geglu.truth))
+    torch.testing.assert_close(exact, whole, rtol=0, atol=1e-14)
+    for one, other in zip(*(torch.autograd.grad(y.sum(), gate) for y in (exact, whole)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    below = torch.tensor([[-9.0]], dtype=torch.float64), torch.tensor([[torch.inf]], dtype=torch.float64)
+    assert reference.geglu(*below, approximate=approximate).isnan().all()  # -9 times 0, times infinity
+    assert geglu.truth(*below, approximate=approximate).isneginf().all()
+
+
+@pytest.mark.parametrize("backend", [fast, reference])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_infinity_at_a_cancelled_gate_may_be_itself_or_what_plain_pytorch_gives(
+    backend: Any, dtype: torch.dtype
+) -> None:
+    case = geglu.spec.parse("rows=1 hidden=3 fill=wide seed=1")
+    trial = Trial(geglu.spec, backend.geglu, dtype, "cpu")
+    assert trial.inputs(case)["gate"][0, 2] < -8.3  # where 1 + erf is 0 in float64
+    special_values.check(trial, case)
 
 
 def test_a_spec_without_an_operation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
