@@ -167,6 +167,59 @@ def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> No
     assert_within(dlogits, exact[1], roundings, size * dloss.double().abs()[:, None])
 
 
+@pytest.mark.parametrize("columns", [8191, 8192, 8193, 16_385, 50_257])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
+    """Loss and gradient against float64, where the gradient is written with the loss; labels at the segments' ends."""
+    places = [0, columns // 2 - 1, columns // 2, 8191 % columns, 8192 % columns, columns - 1, -100]
+    logits, labels = 4 * random(len(places), columns), torch.tensor(places, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    (loss, dlogits), exact = (
+        with_gradients(lambda x, f=f: f(x, labels, label_smoothing=smoothing, z_loss=1e-3), one, logits.to(dtype))
+        for f, dtype in ((fast.cross_entropy, torch.float32), (reference.cross_entropy, torch.float64))
+    )
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(dlogits.double(), exact[1], rtol=1e-4, atol=1e-9)
+    assert not dlogits[-1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_segments_that_wait_for_each_other_and_those_that_wait_for_twins_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many segments as the largest vocabularies have, written over the logits too."""
+    module = import_module("unsloth_fast.kernels.cross_entropy")
+    logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
+    options = None, -100, 1.0, 0.0, 0.1, 1e-3
+    found = []
+    for processors in (132, 0):
+        monkeypatch.setattr(module, "processors", lambda device, processors=processors: processors)
+        found.append(module.cross_entropy_total(logits, labels, *options))
+        found.append(module.cross_entropy_total(logits.clone(), labels, *options, in_place=True))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_rows_on_several_streams_do_not_keep_each_other_waiting() -> None:
+    """Each holds part of the card with programs that wait for the rest of their row."""
+    module = import_module("unsloth_fast.kernels.cross_entropy")
+    logits, labels = random(500, 256_000).bfloat16(), torch.arange(500, device=DEVICE) * 511
+    alone = module.cross_entropy_total(logits, labels, None, -100, 1.0, 0.0, 0.0, 0.0)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(8):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(module.cross_entropy_total(logits, labels, None, -100, 1.0, 0.0, 0.0, 0.0))
+    torch.cuda.synchronize()
+    for other in found:
+        assert all(map(torch.equal, alone, other))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4097), (65, 63), (2, 4097)])
 def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
     """As one long row, and by the strides of two halves of one tensor: the same bits."""

@@ -54,52 +54,55 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def sum_columns(
-    logits_ptr, begin, end, column_stride, logit_scale, softcap,
-    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """The maximum of z over columns begin to end of a row, the sum of exp(z - maximum), and that of z if SMOOTHING.
-
-    Each group of columns has its own maximum and sum, merged after the loop: no barrier in it. KEEP the logits in L2.
-    """
-    GROUPS: tl.constexpr = COLUMNS // GROUP
-    PLAIN: tl.constexpr = not (SCALED or SOFTCAP or SMOOTHING)
-    beyond: tl.constexpr = float("-inf") if PLAIN else 0.0
-    offset = tl.arange(0, GROUPS).to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    maximum = tl.full([GROUPS], float("-inf"), tl.float32)
-    total = tl.zeros([GROUPS], tl.float32)
-    z_total = tl.zeros([GROUPS], tl.float32)
-    for start in range(begin, end, COLUMNS):
-        inside = start + offset < end
-        pointer = logits_ptr + (start + offset) * column_stride
-        policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
-        x = tl.load(pointer, inside, other=beyond, eviction_policy=policy).to(tl.float32)
-        z = capped(x, logit_scale, softcap, SCALED, SOFTCAP)
-        if SMOOTHING:
-            z_total += tl.sum(tl.where(inside, z, 0.0), 1)
-        if not PLAIN:
-            z = tl.where(inside, z, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(z, 1))
-        base = finite_or_zero(higher)
-        total = total * exp(maximum - base) + tl.sum(exp(z - base[:, None]), 1)
-        maximum = higher
-    highest = tl.max(maximum, 0)
-    return highest, tl.sum(total * exp(maximum - finite_or_zero(highest)), 0), tl.sum(z_total, 0)
+def grouped(COLUMNS: tl.constexpr):
+    """0 to COLUMNS - 1 in groups, [COLUMNS / GROUP, GROUP]."""
+    return tl.arange(0, COLUMNS // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
 
 
 @triton.jit
-def merge_segments(sums_ptr, columns, SMOOTHING: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The log-sum-exp of a row and its sum of z. Loads go past L1: another processor may have stored the sums since."""
+def seen(x, inside, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr):
+    """z of logits in groups, which are -inf outside and stay it, and their sum in each group if SMOOTHING."""
+    z = capped(x, logit_scale, softcap, SCALED, SOFTCAP)
+    z_total = tl.sum(tl.where(inside, z, 0.0), 1) if SMOOTHING else tl.zeros([x.shape[0]], tl.float32)
+    if SCALED or SOFTCAP:
+        z = tl.where(inside, z, float("-inf"))
+    return z, z_total
+
+
+@triton.jit
+def merged(maximum, total):
+    """The maximum and the sum of exp(z - maximum) of a whole, from those of its parts."""
+    highest = tl.max(maximum, 0)
+    return highest, tl.sum(total * exp(maximum - finite_or_zero(highest)), 0)
+
+
+@triton.jit
+def log_sum_exp(maximum, total):
+    """Of a row."""
+    return finite_or_zero(maximum) + tl.log(total)
+
+
+@triton.jit
+def pair(high, low):
+    """Two float32 in one int64, which whoever reads it gets both of. It is 0 only if both are."""
+    high = tl.cast(high, tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+    low = tl.cast(low, tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
+    return (high << 32) | low
+
+
+@triton.jit
+def awaited(pairs_ptr, segments, SEGMENTS: tl.constexpr):
+    """The two float32 of each of a row's segments, when all are there; zeros beyond."""
     segment = tl.arange(0, SEGMENTS)
-    inside = segment < tl.cdiv(columns, SEGMENT)
-    maximum = tl.load(sums_ptr + segment * 3, inside, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(sums_ptr + segment * 3 + 1, inside, other=0.0, cache_modifier=".cg")
-    z_total = 0.0
-    if SMOOTHING:
-        z_total = tl.sum(tl.load(sums_ptr + segment * 3 + 2, inside, other=0.0, cache_modifier=".cg"), 0)
-    base = finite_or_zero(tl.max(maximum, 0))
-    # The select keeps the products from being fused into the sums, in which every thread would round another one.
-    return base + tl.log(tl.sum(tl.where(inside, total * exp(maximum - base), 0.0), 0)), z_total
+    inside = segment < segments
+    pairs = tl.zeros([SEGMENTS], tl.int64)
+    missing = segments
+    while missing > 0:
+        pairs = tl.load(pairs_ptr + segment, inside, other=0, volatile=True)
+        missing = tl.sum((inside & (pairs == 0)).to(tl.int32), 0)
+    high = (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    low = pairs.to(tl.int32).to(tl.float32, bitcast=True)
+    return high, low
 
 
 @triton.jit
@@ -135,37 +138,47 @@ def gradient(
 
 
 @triton.jit
-def store_gradient(
-    logits_ptr, dlogits_ptr, label, lse, dloss, begin, end, columns, column_stride,
-    logit_scale, softcap, label_smoothing, z_loss,
-    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """dlogits of one row from column begin to end; the label's own is written over what all others get.
+def to_float32(x):
+    """x in float32, in other words than x.to(tl.float32) where there are any.
 
-    They may be the logits' own memory: each is read before anything is written there.
+    The compiler, which would see that both are the same, keeps a tile in the registers of one of them until the other
+    is needed: twice as many as the 16 bits take.
     """
-    dtype = dlogits_ptr.dtype.element_ty
-    offset = tl.arange(0, COLUMNS).to(tl.int64)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_own(logits_ptr, label, column_stride, mine):
+    """The label's logit if it is mine. No thread writes, in place, before all have read."""
     own = 0.0
-    if (begin <= label) & (label < end):
+    if mine:
         own = tl.load(logits_ptr + label * column_stride).to(tl.float32)
-        tl.debug_barrier()  # no thread stores before all have read
-    for start in range(begin, end, COLUMNS):
-        inside = start + offset < end
-        pointer = logits_ptr + (start + offset) * column_stride
-        x = tl.load(pointer, inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dx = gradient(
-            x, 0.0, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
-            SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
-        )  # fmt: skip
-        tl.store(dlogits_ptr + start + offset, dx.to(dtype), inside, eviction_policy="evict_first")
-    if (begin <= label) & (label < end):
+        tl.debug_barrier()
+    return own
+
+
+@triton.jit
+def store_gradient(
+    dlogits_ptr, x, own, label, mine, column, inside, lse, dloss, columns,
+    logit_scale, softcap, label_smoothing, z_loss,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """dlogits of these columns of a row; the label's own is written over what all others get."""
+    dtype = dlogits_ptr.dtype.element_ty
+    dx = gradient(
+        to_float32(x), 0.0, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
+        SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
+    )  # fmt: skip
+    tl.store(dlogits_ptr + column, dx.to(dtype), inside, eviction_policy="evict_first")
+    if mine:
         tl.debug_barrier()  # which orders the two stores
-        dx = gradient(
+        own_dx = gradient(
             own, 1.0 - label_smoothing, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
-        tl.store(dlogits_ptr + label, dx.to(dtype))
+        tl.store(dlogits_ptr + label, own_dx.to(dtype))
 
 
 @triton.jit
@@ -185,7 +198,7 @@ def cross_entropy_forward_kernel(
     ignore_index, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """One row a program. Each group of columns has its own maximum and sum: there is no barrier in the loop."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
     if (label == ignore_index) | (label < 0) | (label >= columns):
@@ -194,82 +207,100 @@ def cross_entropy_forward_kernel(
         tl.store(lse_ptr + row, nothing)
     else:
         logits_ptr += row * row_stride
-        maximum, total, z_total = sum_columns(
-            logits_ptr, 0, columns, column_stride, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING, COLUMNS, KEEP=False
-        )
+        offset = grouped(COLUMNS).to(tl.int64)
+        maximum = tl.full([COLUMNS // GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([COLUMNS // GROUP], tl.float32)
+        z_total = tl.zeros([COLUMNS // GROUP], tl.float32)
+        for start in range(0, columns, COLUMNS):
+            inside = start + offset < columns
+            pointer = logits_ptr + (start + offset) * column_stride
+            x = tl.load(pointer, inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+            z, z_sum = seen(x, inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
+            z_total += z_sum
+            higher = tl.maximum(maximum, tl.max(z, 1))
+            base = finite_or_zero(higher)
+            total = total * exp(maximum - base) + tl.sum(exp(z - base[:, None]), 1)
+            maximum = higher
+        highest, sum_exp = merged(maximum, total)
         store_loss(
             loss_ptr + row, lse_ptr + row, tl.load(logits_ptr + label * column_stride).to(tl.float32),
-            finite_or_zero(maximum) + tl.log(total), z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
+            log_sum_exp(highest, sum_exp), tl.sum(z_total, 0), columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def prepare_kernel(
-    labels_ptr, items_ptr, number_ptr, done_ptr, rows, label_stride, ignore_index, number,
-    COUNT: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def divisor(
+    labels_ptr, number_ptr, rows, label_stride, ignore_index, number,
+    COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """What the total is divided by, and a zero for each row. One program."""
-    count = tl.zeros([ROWS], tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS).to(tl.int64)
-        tl.store(done_ptr + row, tl.zeros([ROWS], tl.int32), row < rows)
-        if COUNT:
+    """What a total is divided by: the targets if COUNT, the number pointed to if GIVEN, or number; at least 1."""
+    if COUNT:
+        count = tl.zeros([EACH], tl.float32)
+        for start in range(0, rows, EACH):
+            row = start + tl.arange(0, EACH).to(tl.int64)
             label = tl.load(labels_ptr + row * label_stride, row < rows, other=0).to(tl.int64)
             count += ((row < rows) & (label != ignore_index)).to(tl.float32)
-    if COUNT:
         number = tl.sum(count, 0)
     if GIVEN:
         number = tl.load(number_ptr).to(tl.float32)
-    tl.store(items_ptr, tl.where(number < 1.0, 1.0, number))  # a NaN stays one
+    return tl.where(number < 1.0, 1.0, number)  # a NaN stays one
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def prepare_kernel(
+    labels_ptr, number_ptr, items_ptr, words_ptr, rows, words, label_stride, ignore_index, number,
+    COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The divisor, from the first program, and zeros in all words, EACH a program."""
+    word = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
+    tl.store(words_ptr + word, tl.zeros([EACH], tl.int64), word < words)
+    if tl.program_id(0) == 0:
+        items = divisor(labels_ptr, number_ptr, rows, label_stride, ignore_index, number, COUNT, GIVEN, EACH)
+        tl.store(items_ptr, items)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def quotient_kernel(
+    losses_ptr, labels_ptr, number_ptr, loss_ptr, rows, label_stride, ignore_index, number,
+    COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The sum of the rows' losses over the divisor. One program."""
+    total = tl.zeros([EACH], tl.float32)
+    for start in range(0, rows, EACH):
+        row = start + tl.arange(0, EACH).to(tl.int64)
+        total += tl.load(losses_ptr + row, row < rows, other=0.0)
+    items = divisor(labels_ptr, number_ptr, rows, label_stride, ignore_index, number, COUNT, GIVEN, EACH)
+    tl.store(loss_ptr, tl.div_rn(tl.sum(total, 0), items))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def cross_entropy_total_kernel(
-    logits_ptr, labels_ptr, items_ptr, done_ptr, sums_ptr, loss_ptr, lse_ptr, dlogits_ptr,
-    rows, columns, segments, group, row_stride, column_stride, label_stride,
+    logits_ptr, labels_ptr, items_ptr, words_ptr, loss_ptr, lse_ptr, dlogits_ptr,
+    columns, segments, width, row_stride, column_stride, label_stride,
     ignore_index, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one row a program, which either sums it up or, once all of the row is summed up, writes dlogits.
+    """A segment of a row a program, read once: sums, from all segments' sums the lse, and with it dlogits.
 
-    Rows go in groups that fit L2. Programs are numbered: sums of the first group, sums of the second, gradients of the
-    first, sums of the third, gradients of the second, and so on. A program waits for programs of lower numbers alone,
-    which every device so far starts first, and which have ended unless they were among the very last. dlogits may be
-    the logits' own memory: those of a row are written when its sums and the logit of its label are known.
+    A row has a count of the segments that are summed up, then their maxima and sums in pairs, then their sums of z.
+    None of them orders any other: a pair that is not 0 is there. A load finds that out, but takes the processor's time
+    from the others if it is repeated; what waits repeats the atomic addition of 0, by one thread, to the count.
+
+    The programs of a row are neighbours and wait for each other, while the device holds them all. APART: it need not;
+    each has a twin in front that sums up, and waits for twins alone, which every device so far starts first.
+    dlogits may be the logits' own memory: nobody else reads a segment, and its twin has before any program writes.
     """
-    block = tl.program_id(0) // (group * segments)
-    within = tl.program_id(0) % (group * segments)
-    sums = (block == 0) | (block % 2 == 1)
-    segment = within % segments
-    row = (tl.where(sums, (block + 1) // 2, block // 2 - 1) * group + within // segments).to(tl.int64)
-    if row >= rows:
-        return
+    turn = tl.program_id(0) // segments
+    segment = tl.program_id(0) % segments
+    row = (turn // 2 if APART else turn).to(tl.int64)
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
-    nothing = (label == ignore_index) | (label < 0) | (label >= columns)
-    if sums & nothing:
-        return
     logits_ptr += row * row_stride
     dlogits_ptr += row * columns
-    sums_ptr += row * segments * 3
-    begin = segment * SEGMENT
-    end = tl.minimum(columns, begin + SEGMENT)
-    if sums:
-        maximum, total, z_total = sum_columns(
-            logits_ptr, begin, end, column_stride, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING, COLUMNS, KEEP=True
-        )
-        tl.store(sums_ptr + segment * 3, maximum)
-        tl.store(sums_ptr + segment * 3 + 1, total)
-        tl.store(sums_ptr + segment * 3 + 2, z_total)
-        if (begin <= label) & (label < end):
-            # For the loss, whose program may come after the one that writes dlogits there.
-            tl.store(loss_ptr + row, tl.load(logits_ptr + label * column_stride).to(tl.float32))
-        tl.debug_barrier()
-        tl.atomic_add(done_ptr + row, 1, sem="release")
-        return
-
-    if nothing:
+    begin = segment * width
+    end = tl.minimum(columns, begin + width)
+    if (label == ignore_index) | (label < 0) | (label >= columns):
         value = tl.where(label == ignore_index, 0.0, float("nan"))
         if segment == 0:
             tl.store(loss_ptr + row, value)
@@ -277,18 +308,46 @@ def cross_entropy_total_kernel(
         store_value(dlogits_ptr, value, begin, end, COLUMNS)
         return
 
-    while tl.atomic_add(done_ptr + row, 0, sem="acquire") < segments:
-        pass
-    lse, z_total = merge_segments(sums_ptr, columns, SMOOTHING, SEGMENT, SEGMENTS)
-    if segment == 0:
+    column = begin + grouped(COLUMNS)
+    inside = column < end
+    pointer = logits_ptr + column.to(tl.int64) * column_stride
+    x = tl.load(pointer, inside, other=float("-inf"), eviction_policy="evict_first")
+    mine = (begin <= label) & (label < end)
+    own = load_own(logits_ptr, label, column_stride, mine)
+    items = tl.load(items_ptr)
+
+    z, z_sum = seen(x.to(tl.float32), inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
+    maxima = tl.max(z, 1)
+    sums = tl.sum(exp(z - finite_or_zero(maxima)[:, None]), 1)
+    maximum, total = merged(maxima, sums)
+    z_total = tl.sum(z_sum, 0)
+    if SEGMENTS > 1:
+        words_ptr += row * (1 + (1 + SMOOTHING) * segments)
+        pairs_ptr = words_ptr + 1
+        if (turn % 2 == 0) | (not APART):
+            tl.atomic_xchg(pairs_ptr + segment, pair(maximum, total), sem="relaxed")
+            if SMOOTHING:
+                tl.atomic_xchg(pairs_ptr + segments + segment, pair(z_total, 1.0), sem="relaxed")
+            tl.atomic_add(words_ptr, 1, sem="relaxed")
+        if (turn % 2 == 0) & APART:
+            return
+        while tl.atomic_add(words_ptr, 0, sem="relaxed") < segments:
+            pass
+        maxima, sums = awaited(pairs_ptr, segments, SEGMENTS)
+        maximum, total = merged(tl.where(sums == 0.0, float("-inf"), maxima), sums)
+        if SMOOTHING:
+            z_sums, _ = awaited(pairs_ptr + segments, segments, SEGMENTS)
+            z_total = tl.sum(z_sums, 0)
+    lse = log_sum_exp(maximum, total)
+    if mine:
         store_loss(
-            loss_ptr + row, lse_ptr + row, tl.load(loss_ptr + row, cache_modifier=".cg"),
-            lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
+            loss_ptr + row, lse_ptr + row, own, lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
+            SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
-    dloss = tl.div_rn(1.0, tl.load(items_ptr))
+    dloss = tl.div_rn(1.0, items)
     store_gradient(
-        logits_ptr, dlogits_ptr, label, lse, dloss, begin, end, columns, column_stride,
-        logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS, COLUMNS,
+        dlogits_ptr, x, own, label, mine, column, inside, lse, dloss, columns,
+        logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
     )  # fmt: skip
 
 
@@ -318,8 +377,14 @@ def cross_entropy_backward_kernel(
             dloss = tl.load(dloss_ptr + row * dloss_stride)
             if DIVIDE:
                 dloss = tl.div_rn(dloss, tl.load(items_ptr))
+            logits = logits_ptr + row * row_stride
+            column = begin + tl.arange(0, COLUMNS)
+            inside = column < end
+            x = tl.load(logits + column.to(tl.int64) * column_stride, inside, other=0.0, eviction_policy="evict_first")
+            mine = (begin <= label) & (label < end)
+            own = load_own(logits, label, column_stride, mine)
+            lse = tl.load(lse_ptr + row)
             store_gradient(
-                logits_ptr + row * row_stride, dlogits_ptr + row * columns, label, tl.load(lse_ptr + row), dloss,
-                begin, end, columns, column_stride, logit_scale, softcap, label_smoothing, z_loss,
-                SCALED, SOFTCAP, SMOOTHING, Z_LOSS, COLUMNS,
+                dlogits_ptr + row * columns, x, own, label, mine, column, inside, lse, dloss, columns,
+                logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
             )  # fmt: skip

@@ -15,7 +15,7 @@ LIBRARY = torch.library.Library("unsloth_fast", "DEF")
 # kind would be compiled in the middle of a training.
 COUNTS = [
     "rows", "tiles", "tiles_a_row", "segments", "tokens", "documents", "length", "heads", "q_heads", "k_heads", "group",
-    "units", "rest", "table", "window", "ignore_index",
+    "units", "rest", "table", "window", "ignore_index", "words",
 ]  # fmt: skip
 
 # tl.max is itself a Triton function: what it became tells whether TRITON_INTERPRET=1 was set when triton was imported.
@@ -66,6 +66,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * 1024
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H200's where there is none."""
+    return 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

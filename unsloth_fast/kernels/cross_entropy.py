@@ -8,10 +8,10 @@
 
 Saved: logits, labels, lse [T] in float32 and the number of items. All arithmetic is float32. Bytes moved, for T x V
 logits of b bytes: TVb forward, 2TVb backward (logits; dlogits). Outside torch.compile a total that is to be
-differentiated takes one pass less, 2TVb in all: its gradient for dloss = 1 is written during the forward pass, while a
-row is still in L2, and held until the backward pass hands it out. Where dloss is not 1 after all, and for a second
-time, the gradient is computed again, for 2TVb more. An ignored row costs no read. A label outside [0, V) addresses
-nothing; its row's loss and gradient are NaN.
+differentiated takes one pass less, 2TVb in all: its gradient for dloss = 1 is written during the forward pass, from the
+registers that still hold the row, and kept until the backward pass hands it out. Where dloss is not 1 after all, and
+for a second time, the gradient is computed again, for 2TVb more. An ignored row costs no read. A label outside [0, V)
+addresses nothing; its row's loss and gradient are NaN.
 """
 
 from typing import Any
@@ -25,13 +25,16 @@ from unsloth_fast.kernels._cross_entropy import (
     cross_entropy_forward_kernel,
     cross_entropy_total_kernel,
     prepare_kernel,
+    quotient_kernel,
 )
 from unsloth_fast.kernels._launch import (
+    INTERPRETED,
     cdiv,
     check_runnable,
     first_order,
     launch,
     next_power_of_2,
+    processors,
     register,
     tile,
     traced,
@@ -40,8 +43,10 @@ from unsloth_ref import checks
 from unsloth_ref.types import Reduction
 
 PROGRAMS = 2048  # of a backward pass that the forward pass made needless, which finds that out in each of them
-SEGMENT = 20480  # columns; of 4096 to 32768, and GROUP_BYTES of 3 to 16 million, the fastest on an H200
-GROUP_BYTES = 2**23  # of logits: two groups being summed up and one being differentiated fit L2
+SEGMENT = 8192  # columns, the most that a program holds; of 4096 to 32768 the fastest on an H100
+# A second backward pass computes again what the forward pass has: products are added as they are written, in neither
+# kernel in one rounding, of which the compiler chooses others where an intermediate result is needed once more.
+SAME_BITS = {"enable_fp_fusion": False}
 
 
 def vocabulary_tile(columns: int, widest: int, per_thread: int) -> tuple[int, int]:
@@ -76,6 +81,25 @@ def cross_entropy_forward(
     return losses, lse
 
 
+def divided_by(num_items: float | Tensor | None, losses: Tensor) -> tuple[Tensor, float, dict[str, Any]]:
+    """The pointer (of losses, if it is not to be read), the number and the options of kernels that call divisor."""
+    given = isinstance(num_items, Tensor)
+    number = 1.0 if given or num_items is None else float(num_items)
+    options = {"COUNT": num_items is None, "GIVEN": given, "EACH": 4096, "num_warps": 8}
+    return num_items if given else losses, number, options
+
+
+def quotient(losses: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int) -> Tensor:
+    """The sum of the losses [T] over num_items, or over the number of targets if that is None."""
+    loss = losses.new_empty(())
+    number_ptr, number, options = divided_by(num_items, losses)
+    launch(
+        quotient_kernel, 1, losses,
+        losses, labels, number_ptr, loss, losses.shape[0], *labels.stride(), ignore_index, number, **options,
+    )  # fmt: skip
+    return loss
+
+
 def cross_entropy_total(
     logits: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int, logit_scale: float,
     softcap: float, label_smoothing: float, z_loss: float, *, in_place: bool = False,
@@ -87,27 +111,26 @@ def cross_entropy_total(
     losses, lse = cross_entropy_forward_fake(logits)
     items, dlogits = losses.new_empty(()), logits if in_place else logits.new_empty(logits.shape)
     rows, columns = logits.shape
-    segments = cdiv(columns, SEGMENT)
-    done = labels.new_empty(rows, dtype=torch.int32)
-    given = isinstance(num_items, Tensor)
+    tile_width, warps = vocabulary_tile(columns, widest=SEGMENT, per_thread=16 if softcap else 32)
+    segments = cdiv(columns, tile_width)
+    each = 1 + (1 + (label_smoothing != 0)) * segments
+    words = labels.new_empty(rows * each if segments > 1 else 0, dtype=torch.int64)
+    number_ptr, number, options = divided_by(num_items, items)
     launch(
-        prepare_kernel, 1, logits,
-        labels, items, num_items if given else items, done, rows, *labels.stride(), ignore_index,
-        1.0 if given or num_items is None else float(num_items),
-        COUNT=num_items is None, GIVEN=given, ROWS=4096, num_warps=8,
+        prepare_kernel, max(1, cdiv(words.numel(), options["EACH"])), logits,
+        labels, number_ptr, items, words, rows, words.numel(), *labels.stride(), ignore_index, number, **options,
     )  # fmt: skip
     if rows == 0:
         return losses, lse, items, dlogits
-    sums = losses.new_empty(rows * segments * 3)
-    width, warps = vocabulary_tile(columns, widest=4096, per_thread=16)
-    group = max(1, min(rows, GROUP_BYTES // (columns * logits.element_size())))
+    # All programs of a row fit the device at once, though others of its processors wait for another such row.
+    apart = segments > 1 and (INTERPRETED or 2 * segments > processors(logits.device))
     launch(
-        cross_entropy_total_kernel, (2 * cdiv(rows, group) + 1) * group * segments, logits,
-        logits, labels, items, done, sums, losses, lse, dlogits,
-        rows, columns, segments, group, *logits.stride(), *labels.stride(),
+        cross_entropy_total_kernel, rows * segments * (1 + apart), logits,
+        logits, labels, items, words, losses, lse, dlogits,
+        columns, segments, 64 * cdiv(columns, 64 * segments), *logits.stride(), *labels.stride(),
         ignore_index, logit_scale, softcap, label_smoothing, z_loss,
         **flags(logit_scale, softcap, label_smoothing, z_loss),
-        SEGMENT=SEGMENT, SEGMENTS=next_power_of_2(segments), COLUMNS=width, num_warps=warps,
+        SEGMENTS=next_power_of_2(segments), COLUMNS=tile_width, APART=apart, num_warps=warps, **SAME_BITS,
     )  # fmt: skip
     return losses, lse, items, dlogits
 
@@ -140,7 +163,7 @@ def fill_gradient(
         dlosses.stride(0) if dlosses.ndim else 0, *logits.stride(), *labels.stride(),
         ignore_index, logit_scale, softcap, label_smoothing, z_loss,
         **flags(logit_scale, softcap, label_smoothing, z_loss),
-        DIVIDE=items is not None, UNLESS_ONE=unless_one, COLUMNS=width, num_warps=warps,
+        DIVIDE=items is not None, UNLESS_ONE=unless_one, COLUMNS=width, num_warps=warps, **SAME_BITS,
     )  # fmt: skip
 
 
@@ -192,7 +215,7 @@ class _Total(torch.autograd.Function):
         losses, lse, items, ctx.dlogits = cross_entropy_total(logits, labels, num_items, *options)
         ctx.save_for_backward(logits, labels, lse, items)
         ctx.options = options
-        return losses.sum() / items
+        return quotient(losses, labels, items, options[0])
 
     @staticmethod
     @first_order
@@ -209,15 +232,26 @@ class _Total(torch.autograd.Function):
         return dlogits, None, None, *[None] * len(ctx.options)
 
 
-def early_gradient(logits: Tensor, num_items: float | Tensor | None) -> bool:
-    """Whether a total computes its gradient with it: where one is wanted, and of the logits alone.
+def packing() -> bool:
+    """Whether saved tensors are packed (checkpoints, offloading): what a graph holds early could not be."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return top(False) is not None
 
-    Not where saved tensors are packed (checkpoints, offloading): what a graph holds early could not be.
-    """
-    if traced() or not (logits.requires_grad and torch.is_grad_enabled()):
-        return False
-    packing = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return packing(False) is None and not (isinstance(num_items, Tensor) and num_items.requires_grad)
+
+def differentiated(*inputs: Any) -> bool:
+    """Whether a gradient of any of these is wanted."""
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+
+
+def total(losses: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int) -> Tensor:
+    """The sum of the losses [T] over num_items, or over the number of targets if that is None."""
+    if not (traced() or differentiated(losses, num_items)):
+        return quotient(losses, labels, num_items, ignore_index)
+    if num_items is None:
+        num_items = (labels.long() != ignore_index).sum()
+    if isinstance(num_items, Tensor):
+        return losses.sum() / num_items.to(losses).clamp(min=1)
+    return losses.sum() / max(num_items, 1)
 
 
 def cross_entropy(
@@ -272,13 +306,8 @@ def cross_entropy(
         num_items = 1
     if isinstance(num_items, Tensor):
         num_items = num_items.to(logits.device)
-    if reduction != "none" and early_gradient(logits, num_items):
+    early = differentiated(logits) and not (differentiated(num_items) or traced() or packing())
+    if reduction != "none" and early:
         return _Total.apply(logits, labels, num_items, *options)
     losses = _CrossEntropy.apply(logits, labels, *options)
-    if reduction == "none":
-        return losses
-    if num_items is None:
-        num_items = (labels.long() != ignore_index).sum()
-    if isinstance(num_items, Tensor):
-        return losses.sum() / num_items.to(losses).clamp(min=1)
-    return losses.sum() / max(num_items, 1)
+    return losses if reduction == "none" else total(losses, labels, num_items, ignore_index)

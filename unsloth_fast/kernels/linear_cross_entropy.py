@@ -24,7 +24,16 @@ from torch import Tensor
 
 from unsloth_fast.kernels._launch import cdiv, check_runnable, first_order, launch, register, traced
 from unsloth_fast.kernels._linear_cross_entropy import Gradients, Work
-from unsloth_fast.kernels.cross_entropy import OPTIONS, cross_entropy_forward, cross_entropy_total, fill_gradient
+from unsloth_fast.kernels.cross_entropy import (
+    OPTIONS,
+    cross_entropy_forward,
+    cross_entropy_total,
+    differentiated,
+    fill_gradient,
+    packing,
+    quotient,
+    total,
+)
 from unsloth_ref import checks
 from unsloth_ref.types import Reduction
 
@@ -73,7 +82,7 @@ def linear_cross_entropy_total(
         losses, _, divisor, dlogits = cross_entropy_total(
             chunk.logits, chunk.labels, items, ignore_index, *options, in_place=True
         )
-        sums.append(losses.sum() / divisor)
+        sums.append(quotient(losses, chunk.labels, divisor, ignore_index))
         gradients.add(chunk, dlogits)
     loss = torch.stack(sums).sum() if sums else hidden.new_zeros((), dtype=torch.float32)
     return loss, *gradients.finish(work.ignored)
@@ -196,13 +205,9 @@ class _Total(torch.autograd.Function):
 
 def early_gradients(hidden: Tensor, needs: tuple[bool, bool, bool], num_items: float | Tensor | None) -> bool:
     """Whether a total computes its gradients with it: see the docstring of this module."""
-    if not (any(needs) and torch.is_grad_enabled()) or hidden.dtype == torch.float16:
+    if not (any(needs) and torch.is_grad_enabled()) or hidden.dtype == torch.float16 or differentiated(num_items):
         return False
-    if isinstance(num_items, Tensor) and num_items.requires_grad:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.compiler.is_compiling() or not packing()
 
 
 def linear_cross_entropy(
@@ -264,9 +269,4 @@ def linear_cross_entropy(
     if reduction != "none" and early_gradients(hidden, needs, num_items):
         return _Total.apply(hidden, weight, bias, labels, needs, given, number, *options)
     losses = _Losses.apply(hidden, weight, bias, labels, *options)
-    if reduction == "none":
-        return losses
-    if number is not None:
-        return losses.sum() / number
-    items = (labels.long() != ignore_index).sum() if given is None else given
-    return losses.sum() / items.to(losses).clamp(min=1)
+    return losses if reduction == "none" else total(losses, labels, number if given is None else given, ignore_index)

@@ -23,13 +23,8 @@ TABLE = {
     "chunks_of_rows_before_compaction": chunked("self._index[span]", "span", "value", "gradients"),
     "label_read_after_it_is_overwritten": one(
         "            own, 1.0 - label_smoothing",
-        "            tl.load(logits_ptr + label * column_stride).to(tl.float32), 1.0 - label_smoothing",
+        "            tl.load(dlogits_ptr + label).to(tl.float32), 1.0 - label_smoothing",
         "gradients",
-    ),
-    "loss_read_after_it_is_overwritten": one(
-        'tl.load(loss_ptr + row, cache_modifier=".cg")',
-        "tl.load(logits_ptr + label * column_stride).to(tl.float32) * (segments == 1)",
-        "extents",
     ),
     "ignored_rows_in_the_mean": one("self.count = float(rows)", "self.count = float(len(labels))", "one_at_a_time"),
     "no_target_divides_by_zero": one(

@@ -78,8 +78,7 @@ TABLE = {
     "compiled": compiled(of_torch),
     "in_other_tiles": (
         ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
-        ("widest=4096, per_thread=16)\n    group", "widest=1024, per_thread=8)\n    group"),
-        ("SEGMENT = 20480", "SEGMENT = 8192"),
+        ("SEGMENT = 8192", "SEGMENT = 1024"),
         ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
     ),
 }
