@@ -23,10 +23,9 @@ from unsloth_fast.kernels._cross_entropy import (
     GROUP,
     cross_entropy_backward_kernel,
     cross_entropy_forward_kernel,
-    cross_entropy_total_kernel,
-    prepare_kernel,
     quotient_kernel,
 )
+from unsloth_fast.kernels._cross_entropy_total import cross_entropy_total_kernel, prepare_kernel
 from unsloth_fast.kernels._launch import (
     INTERPRETED,
     cdiv,
