@@ -2,7 +2,7 @@
 
     G0  shape, dtype, NaN and infinity where the truth, rounded, has them, or where p has the same
     G1  |y - r| <= u |r| + roundings u (1 + u) S + 2 log2(n) 2^-24 S + tiny      every element
-    G2  ||y - r|| <= 1.5 max(||p - r||, floor); 2 x for the largest element      of at least 64 elements
+    G2  ||y - r|| <= 1.5 max(||p - r||, floor); 2 x for the largest element      of at least 64 that differ
     G3  |mean of (y - r) sign(r) / (u max(|r|, S))| <= 0.25 + the same of p      of at least 1000 random ones, 16-bit
 
 r is the reference in float64 on the inputs already rounded; p, the peer, is the reference in the dtype of y on the
@@ -31,6 +31,7 @@ from torch import Tensor
 
 UNIT_FLOAT32 = 2.0**-24
 G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
+G2_SAMPLE = 2**16  # elements among which different ones are counted
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
 SLICE = 2**26  # elements that G3 looks at together: there may be more than memory for several copies of them
 
@@ -169,6 +170,10 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
     square = r.square().sum()
     # Elements that carry weight: a norm that a few large ones dominate is no statistic.
     if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
+        return 0.0
+    # Nor is one of a few values over and over, such as the sums of equal columns: they share their rounding errors too.
+    every = math.ceil(r.numel() / G2_SAMPLE)
+    if all(values[::every].float().unique().numel() < G2_ELEMENTS for values in (r, error)):
         return 0.0
     rms, peer_rms = float(error.norm()), float(peer_error.norm())
     floor = float(0.3 * unit * r.norm() + 2 * UNIT_FLOAT32 * terms.norm())

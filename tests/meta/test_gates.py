@@ -59,21 +59,26 @@ def test_truncation_is_allowed_in_bfloat16_under_the_interpreter_alone(dtype: to
             off_by(error, dtype, truncates=truncates)
 
 
+TWO = 2 * unit_roundoff(HALF)
+ROWS = (1 + torch.arange(2 * G2_ELEMENTS, dtype=torch.float64) / 1024).view(2, -1)  # of HALF, all different
+BOTH = TWO * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(G2_ELEMENTS // 2)
+
+
 def g2(error: Tensor, peer_error: Tensor) -> float:
-    """The budget used by these errors against those of a peer, with G1 far away; the truth is 1 everywhere."""
-    r = torch.ones_like(error)
-    return judge("output y", (1 + error).float(), r, (1 + peer_error).float(), Measure(1000 * r, 2**30, roundings=0))
+    """The budget used by these errors against those of a peer, with G1 far away; the truth is about 1 everywhere."""
+    r = 1 + torch.arange(len(error), dtype=torch.float64) * 2**-20
+    return judge("output y", (r + error).float(), r, (r + peer_error).float(), Measure(1000 * r, 2**30, roundings=0))
 
 
 def test_g2_root_mean_square() -> None:
-    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)  # 8 times its floor, 2000 float32 roundings
+    peer = torch.full((G2_ELEMENTS + 1,), 2.0**-10, dtype=torch.float64)  # 8 times its floor, 2000 float32 roundings
     assert 0.95 < g2(peer * G2_RMS * (1 - MARGIN), peer) <= 1
     with pytest.raises(Failure, match=r"gate G2 used 1\.0.* root mean square"):
         g2(peer * G2_RMS * (1 + MARGIN), peer)
 
 
 def test_g2_largest() -> None:
-    peer = torch.full((G2_ELEMENTS,), 2.0**-10, dtype=torch.float64)
+    peer = torch.full((G2_ELEMENTS + 1,), 2.0**-10, dtype=torch.float64)
     one = torch.zeros_like(peer)
     one[7] = peer[7] * G2_MAX
     assert 0.95 < g2(one * (1 - MARGIN), peer) <= 1
@@ -87,22 +92,33 @@ def test_g2_wants_enough_elements() -> None:
 
 
 def test_g2_grants_a_row_the_factor_that_roundings_explain() -> None:
-    two = 2 * unit_roundoff(HALF)
-    r = torch.ones(2, G2_ELEMENTS, dtype=torch.float64)
-    moved = torch.stack([r[0] + two, r[1] - two]).to(HALF)
-    judge("output y", moved, r, r.to(HALF), measure(r, roundings=2))
-    for y, roundings in ((moved, 1), (moved.t().reshape(r.shape), 2)):  # too far; each row with both
+    moved = torch.stack([ROWS[0] + TWO, ROWS[1] - TWO]).to(HALF)
+    judge("output y", moved, ROWS, ROWS.to(HALF), measure(ROWS, roundings=2))
+    for y, roundings in ((moved, 1), ((ROWS + BOTH).to(HALF), 2)):  # too far; each row with both
         with pytest.raises(Failure, match="gate G2"):
-            judge("output y", y, r, r.to(HALF), measure(r, roundings=roundings))
+            judge("output y", y, ROWS, ROWS.to(HALF), measure(ROWS, roundings=roundings))
 
 
 def test_g2_takes_no_factor_out_of_a_peer_that_was_no_better() -> None:
-    two = 2 * unit_roundoff(HALF)
-    r = torch.ones(2, G2_ELEMENTS, dtype=torch.float64)
-    y = r + two * torch.tensor([1, -1]).repeat(G2_ELEMENTS // 2)
-    assert judge("output y", y.to(HALF), r, (r + two).to(HALF), measure(r, roundings=2)) <= 1
+    y = (ROWS + BOTH).to(HALF)
+    assert judge("output y", y, ROWS, (ROWS + TWO).to(HALF), measure(ROWS, roundings=2)) <= 1
     with pytest.raises(Failure, match="gate G2"):
-        judge("output y", y.to(HALF), r, r.to(HALF), measure(r, roundings=2))
+        judge("output y", y, ROWS, ROWS.to(HALF), measure(ROWS, roundings=2))
+
+
+@pytest.mark.parametrize(("different", "judged"), [(G2_ELEMENTS, True), (G2_ELEMENTS - 1, False)])
+def test_g2_looks_at_elements_that_differ(different: int, judged: bool) -> None:
+    """One value over and over has one rounding error: as often as it stands there, it is one."""
+    r = (1 + torch.arange(different, dtype=torch.float64) / 1024).repeat(G2_ELEMENTS)
+    off = (r + 2.0**-10).float()
+    if judged:
+        with pytest.raises(Failure, match="gate G2"):
+            judge("output y", off, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
+    else:
+        judge("output y", off, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
+    noisy = off + 1e-4 * torch.rand(r.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Failure, match="gate G2"):
+        judge("output y", noisy, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
 
 
 def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
