@@ -172,7 +172,7 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
     if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
         return 0.0
     # Nor is one of a few values over and over, such as the sums of equal columns: they share their rounding errors too.
-    every = math.ceil(r.numel() / G2_SAMPLE)
+    every = math.ceil(r.numel() / G2_SAMPLE) | 1  # odd, so as not to look at one column alone
     if all(values[::every].float().unique().numel() < G2_ELEMENTS for values in (r, error)):
         return 0.0
     rms, peer_rms = float(error.norm()), float(peer_error.norm())

@@ -42,7 +42,7 @@ def test_kernels_fit_an_h200_and_read_sixteen_bytes_at_a_time(tmp_path: Path) ->
     assert {one["op"] for one in found} == set(OPERATIONS)
     for one in found:
         assert one["problem"] is None
-        assert one["width"] == 16 or one["kernel"] in ("prepare_kernel", "quotient_kernel"), one  # a number a row
+        assert one["width"] == 16 or one["kernel"] in ("prepare_kernel", "divided_sum_kernel"), one  # a number a row
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255
 

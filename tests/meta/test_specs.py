@@ -98,7 +98,8 @@ def test_an_infinity_at_a_cancelled_gate_may_be_itself_or_what_plain_pytorch_giv
     backend: Any, dtype: torch.dtype
 ) -> None:
     case = geglu.spec.parse("rows=1 hidden=3 fill=wide seed=1")
-    trial = Trial(geglu.spec, backend.geglu, dtype, "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trial = Trial(geglu.spec, backend.geglu, dtype, device)
     assert trial.inputs(case)["gate"][0, 2] < -8.3  # where 1 + erf is 0 in float64
     special_values.check(trial, case)
 

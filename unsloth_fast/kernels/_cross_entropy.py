@@ -60,7 +60,7 @@ def grouped(COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def seen(x, inside, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr):
+def masked(x, inside, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr):
     """z of logits in groups, which are -inf outside and stay it, and their sum in each group if SMOOTHING."""
     z = capped(x, logit_scale, softcap, SCALED, SOFTCAP)
     z_total = tl.sum(tl.where(inside, z, 0.0), 1) if SMOOTHING else tl.zeros([x.shape[0]], tl.float32)
@@ -192,7 +192,7 @@ def cross_entropy_forward_kernel(
             inside = start + offset < columns
             pointer = logits_ptr + (start + offset) * column_stride
             x = tl.load(pointer, inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            z, z_sum = seen(x, inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
+            z, z_sum = masked(x, inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
             z_total += z_sum
             higher = tl.maximum(maximum, tl.max(z, 1))
             base = finite_or_zero(higher)
@@ -225,7 +225,7 @@ def divisor(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def quotient_kernel(
+def divided_sum_kernel(
     losses_ptr, labels_ptr, number_ptr, loss_ptr, rows, label_stride, ignore_index, number,
     COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip

@@ -13,8 +13,8 @@ from unsloth_fast.kernels._cross_entropy import (
     grouped,
     load_own,
     log_sum_exp,
+    masked,
     merged,
-    seen,
     store_gradient,
     store_loss,
     store_value,
@@ -100,7 +100,7 @@ def cross_entropy_total_kernel(
     own = load_own(logits_ptr, label, column_stride, mine)
     items = tl.load(items_ptr)
 
-    z, z_sum = seen(x.to(tl.float32), inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
+    z, z_sum = masked(x.to(tl.float32), inside, logit_scale, softcap, SCALED, SOFTCAP, SMOOTHING)
     maxima = tl.max(z, 1)
     sums = tl.sum(exp(z - finite_or_zero(maxima)[:, None]), 1)
     maximum, total = merged(maxima, sums)

@@ -23,7 +23,7 @@ from unsloth_fast.kernels._cross_entropy import (
     GROUP,
     cross_entropy_backward_kernel,
     cross_entropy_forward_kernel,
-    quotient_kernel,
+    divided_sum_kernel,
 )
 from unsloth_fast.kernels._cross_entropy_total import cross_entropy_total_kernel, prepare_kernel
 from unsloth_fast.kernels._launch import (
@@ -49,7 +49,7 @@ SAME_BITS = {"enable_fp_fusion": False}
 
 
 def vocabulary_tile(columns: int, widest: int, per_thread: int) -> tuple[int, int]:
-    """Columns and warps; the fastest on an H200 of 4, 8 and 16 warps and 1024 to 16384 columns."""
+    """Columns and warps of a tile. Of 4, 8 and 16 warps and 1024 to 16384 columns those given here were the fastest."""
     shape = tile(max(columns, GROUP.value), elements=GROUP.value, widest=widest, per_thread=per_thread)
     return shape.columns, shape.warps
 
@@ -80,7 +80,7 @@ def cross_entropy_forward(
     return losses, lse
 
 
-def divided_by(num_items: float | Tensor | None, losses: Tensor) -> tuple[Tensor, float, dict[str, Any]]:
+def divisor_arguments(num_items: float | Tensor | None, losses: Tensor) -> tuple[Tensor, float, dict[str, Any]]:
     """The pointer (of losses, if it is not to be read), the number and the options of kernels that call divisor."""
     given = isinstance(num_items, Tensor)
     number = 1.0 if given or num_items is None else float(num_items)
@@ -88,12 +88,12 @@ def divided_by(num_items: float | Tensor | None, losses: Tensor) -> tuple[Tensor
     return num_items if given else losses, number, options
 
 
-def quotient(losses: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int) -> Tensor:
+def divided_sum(losses: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int) -> Tensor:
     """The sum of the losses [T] over num_items, or over the number of targets if that is None."""
     loss = losses.new_empty(())
-    number_ptr, number, options = divided_by(num_items, losses)
+    number_ptr, number, options = divisor_arguments(num_items, losses)
     launch(
-        quotient_kernel, 1, losses,
+        divided_sum_kernel, 1, losses,
         losses, labels, number_ptr, loss, losses.shape[0], *labels.stride(), ignore_index, number, **options,
     )  # fmt: skip
     return loss
@@ -114,7 +114,7 @@ def cross_entropy_total(
     segments = cdiv(columns, tile_width)
     each = 1 + (1 + (label_smoothing != 0)) * segments
     words = labels.new_empty(rows * each if segments > 1 else 0, dtype=torch.int64)
-    number_ptr, number, options = divided_by(num_items, items)
+    number_ptr, number, options = divisor_arguments(num_items, items)
     launch(
         prepare_kernel, max(1, cdiv(words.numel(), options["EACH"])), logits,
         labels, number_ptr, items, words, rows, words.numel(), *labels.stride(), ignore_index, number, **options,
@@ -214,7 +214,7 @@ class _Total(torch.autograd.Function):
         losses, lse, items, ctx.dlogits = cross_entropy_total(logits, labels, num_items, *options)
         ctx.save_for_backward(logits, labels, lse, items)
         ctx.options = options
-        return quotient(losses, labels, items, options[0])
+        return divided_sum(losses, labels, items, options[0])
 
     @staticmethod
     @first_order
@@ -231,8 +231,8 @@ class _Total(torch.autograd.Function):
         return dlogits, None, None, *[None] * len(ctx.options)
 
 
-def packing() -> bool:
-    """Whether saved tensors are packed (checkpoints, offloading): what a graph holds early could not be."""
+def saved_tensors_hooked() -> bool:
+    """Whether hooks take what a graph saves (checkpoints, offloading): what it holds early they would not get."""
     top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
     return top(False) is not None
 
@@ -245,7 +245,7 @@ def differentiated(*inputs: Any) -> bool:
 def total(losses: Tensor, labels: Tensor, num_items: float | Tensor | None, ignore_index: int) -> Tensor:
     """The sum of the losses [T] over num_items, or over the number of targets if that is None."""
     if not (traced() or differentiated(losses, num_items)):
-        return quotient(losses, labels, num_items, ignore_index)
+        return divided_sum(losses, labels, num_items, ignore_index)
     if num_items is None:
         num_items = (labels.long() != ignore_index).sum()
     if isinstance(num_items, Tensor):
@@ -305,7 +305,7 @@ def cross_entropy(
         num_items = 1
     if isinstance(num_items, Tensor):
         num_items = num_items.to(logits.device)
-    early = differentiated(logits) and not (differentiated(num_items) or traced() or packing())
+    early = differentiated(logits) and not (differentiated(num_items) or traced() or saved_tensors_hooked())
     if reduction != "none" and early:
         return _Total.apply(logits, labels, num_items, *options)
     losses = _CrossEntropy.apply(logits, labels, *options)

@@ -29,9 +29,9 @@ from unsloth_fast.kernels.cross_entropy import (
     cross_entropy_forward,
     cross_entropy_total,
     differentiated,
+    divided_sum,
     fill_gradient,
-    packing,
-    quotient,
+    saved_tensors_hooked,
     total,
 )
 from unsloth_ref import checks
@@ -82,7 +82,7 @@ def linear_cross_entropy_total(
         losses, _, divisor, dlogits = cross_entropy_total(
             chunk.logits, chunk.labels, items, ignore_index, *options, in_place=True
         )
-        sums.append(quotient(losses, chunk.labels, divisor, ignore_index))
+        sums.append(divided_sum(losses, chunk.labels, divisor, ignore_index))
         gradients.add(chunk, dlogits)
     loss = torch.stack(sums).sum() if sums else hidden.new_zeros((), dtype=torch.float32)
     return loss, *gradients.finish(work.ignored)
@@ -207,7 +207,7 @@ def early_gradients(hidden: Tensor, needs: tuple[bool, bool, bool], num_items: f
     """Whether a total computes its gradients with it: see the docstring of this module."""
     if not (any(needs) and torch.is_grad_enabled()) or hidden.dtype == torch.float16 or differentiated(num_items):
         return False
-    return torch.compiler.is_compiling() or not packing()
+    return torch.compiler.is_compiling() or not saved_tensors_hooked()
 
 
 def linear_cross_entropy(
