@@ -1,7 +1,10 @@
 """Linear layers under LoRA, and what the backward pass makes again: peft's own forward is the truth."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests import tiny
 from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import place
-from unsloth_fast.models.remade import remade
+from unsloth_fast.models.remade import remade, remakeable
 
 REFERENCE = backends.resolve("reference")
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -125,35 +128,68 @@ def test_four_bits(tmp_path: Any) -> None:
 
 
 @pytest.fixture
-def gated() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x, what is made from it, and a weight."""
+def sources() -> list[Tensor]:
+    """x, and two weights that what is made from it meets."""
     torch.manual_seed(0)
-    x = torch.randn(3, 5, requires_grad=True)
-    yield x, x.sigmoid() * 2, torch.randn(5, 4, requires_grad=True)
+    return [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (5, 4), (5, 4))]
 
 
-def test_what_can_be_made_again_is_not_saved(gated: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The gradients keep their bits; a product saves the recipe, and itself saves its other factor."""
-    x, made, weight = gated
-    calls = []
+def doubled(x: Tensor, calls: list[None] | None = None) -> Tensor:
+    """What is made from x, and its recipe, which notes its calls."""
 
     def make() -> Tensor:
-        calls.append(None)
+        (calls if calls is not None else []).append(None)
         return x.detach().sigmoid() * 2
 
-    expected = torch.autograd.grad((made @ weight).sum(), [x, weight], retain_graph=True)
-    with remade(made, make):
-        product = made.view(3, 5) @ weight
-    assert isinstance(product.grad_fn._raw_saved_self.data, torch.Size)  # pyright: ignore
-    found = torch.autograd.grad(product.sum(), [x, weight])
-    assert len(calls) == 1
-    assert all(map(torch.equal, found, expected))
+    return remakeable(x.sigmoid() * 2, make)
 
 
-def test_hooks_that_are_there_keep_the_tensors(gated: tuple[Tensor, Tensor, Tensor]) -> None:
-    """A checkpoint or an offload decides for itself."""
-    _, made, weight = gated
-    seen = []
-    with saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor), remade(made, list):
-        (made @ weight).sum().backward()
-    assert any(tensor.data_ptr() == made.data_ptr() for tensor in seen)
+def test_what_can_be_made_again_is_not_saved(sources: list[Tensor]) -> None:
+    """Products save the recipe, and their other factors themselves; it is made once for all, and the bits stay."""
+    x, left, right = sources
+    made = doubled(x)
+    expected = torch.autograd.grad((made @ left + made @ right).sum(), sources)
+    calls: list[None] = []
+    made = doubled(x, calls)
+    with remade(made):
+        products = made.view(3, 5) @ left, made @ right
+    assert all(isinstance(product.grad_fn._raw_saved_self.data, torch.Size) for product in products)  # type: ignore
+    for passes in (1, 2):
+        found = torch.autograd.grad(sum(products).sum(), sources, retain_graph=True)  # type: ignore
+        assert len(calls) == passes
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_is_kept(sources: list[Tensor], hooked: bool) -> None:
+    """What has no recipe, and what somebody else's hooks save: a checkpoint or an offload decides for itself."""
+    x, left, _ = sources
+    made = doubled(x) if hooked else x.sigmoid() * 2
+    seen: list[Tensor] = []
+    keep = saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor)
+    with keep if hooked else nullcontext(), remade(made):
+        product = made @ left
+    assert torch.equal(product.grad_fn._saved_self, made)  # type: ignore
+    assert hooked == any(tensor.data_ptr() == made.data_ptr() for tensor in seen)
+
+
+def test_norms_and_activations_are_made_again() -> None:
+    """Once a backward pass each, as projections share it; not the first norm, as no gradient is for its input."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            calls[name] += 1
+            return getattr(REFERENCE.kernels, name)(*arguments, **options)
+
+        return call
+
+    names = ("rms_norm", "swiglu")
+    kernels = SimpleNamespace(**vars(REFERENCE.kernels) | {name: counted(name) for name in names})
+    model = adapted()
+    place(model, replace(REFERENCE, kernels=kernels))
+    layers = model.config.num_hidden_layers
+    loss = model(TOKENS).logits.sum()
+    assert calls == {"rms_norm": 2 * layers + 1, "swiglu": layers}
+    loss.backward()
+    assert calls == {"rms_norm": 4 * layers, "swiglu": 2 * layers}

@@ -115,18 +115,24 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         kernel[(programs,)](*arguments, **options)
         return None
     # Triton binds and keys every launch anew, 9 to 30 us on the host; looking the compiled kernel up here takes 3.
-    bits, kinds = 0, []  # all that the choice of machine code depends on (on CUDA)
-    for argument, (constant, aligned) in zip(arguments, specialised(kernel), strict=False):
-        if isinstance(argument, Tensor):
-            kinds.append(argument.dtype)
-            bits |= argument.data_ptr()
-        elif not isinstance(argument, int):
+    facts = _specialised.get(id(kernel))  # a kernel's own hash is a property under a lock
+    if facts is None:
+        facts = _specialised[id(kernel)] = specialised(kernel)
+    bits, kinds, values = 0, [], []  # all that the choice of machine code depends on (on CUDA), and what it is given
+    for argument, (constant, aligned) in zip(arguments, facts, strict=False):
+        if isinstance(argument, int):
+            if argument == 1 and constant:
+                kinds.append(None)
+            else:
+                kinds.append(-(2**31) <= argument < 2**31)
+                bits |= argument * aligned
+        elif isinstance(argument, float):
             kinds.append(float)
-        elif argument == 1 and constant:
-            kinds.append(None)
         else:
-            kinds.append(-(2**31) <= argument < 2**31)
-            bits |= argument * aligned
+            kinds.append(argument.dtype)
+            argument = argument.data_ptr()  # Triton would ask for it again, and then the driver whether it is one
+            bits |= argument
+        values.append(argument)
     key = (id(kernel), index, bits & 15 == 0, *kinds, *options.values())
     found = _compiled.get(key)
     if found is None:
@@ -137,12 +143,13 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         _, run, function, metadata, constants = found
         stream = torch._C._cuda_getCurrentRawStream(index)
         # Without Triton's own hooks, which its profiler Proton sets; those of CUDA see every launch.
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
     return None
 
 
 # The kernel itself stands first: it unloads its machine code when nothing holds it.
 _compiled: dict[tuple[object, ...], tuple[Any, Any, Any, Any, tuple[Any, ...]]] = {}
+_specialised: dict[int, list[tuple[bool, bool]]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from torch.nn import Module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models.remade import remade
 
 Forward = Callable[..., Any]
 
@@ -122,7 +123,8 @@ def _attention_forward(
     ) -> tuple[Tensor, Tensor | None]:
         rows = hidden_states.shape[:-1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (projection(hidden_states).view(*rows, -1, self.head_dim) for projection in projections)
+        with remade(hidden_states):
+            q, k, v = (projection(hidden_states).view(*rows, -1, self.head_dim) for projection in projections)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]

@@ -12,14 +12,13 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import attention, lora
 from unsloth_fast.models.attention import Forward
-from unsloth_fast.models.remade import remade
+from unsloth_fast.models.remade import remade, remakeable
 from unsloth_ref.types import Casting
 
 logger = logging.getLogger(__name__)
@@ -27,19 +26,20 @@ logger = logging.getLogger(__name__)
 
 def _norm_forward(rms_norm: Callable[..., Tensor], eps_name: str, offset: float, casting: Casting) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, getattr(self, eps_name), offset=offset, casting=casting)
+        norm = partial(rms_norm, eps=getattr(self, eps_name), offset=offset, casting=casting)
+        normed = norm(hidden_states, self.weight)
+        return remakeable(normed, partial(norm, hidden_states.detach(), self.weight.detach()))
 
     return forward
 
 
 def _gated_forward(gated: Callable[..., Tensor], **options: Any) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        hidden = gated(gate, up, **options)
-        if torch.compiler.is_compiling():  # the compiler decides for itself what to make again
-            return self.down_proj(hidden)
+        with remade(hidden_states):
+            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         # The widest activation of a layer: a quarter of what training would keep of it.
-        with remade(hidden, partial(gated, gate.detach(), up.detach(), **options)):
+        hidden = remakeable(gated(gate, up, **options), partial(gated, gate.detach(), up.detach(), **options))
+        with remade(hidden):
             return self.down_proj(hidden)
 
     return forward

@@ -1,39 +1,53 @@
 """Tensors that are made again for the backward pass instead of being kept for it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-@contextmanager
-def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
-    """Where operations under this context save the tensor, save instead how to make it.
-
-    Under hooks that are there already (a checkpoint keeps nothing at all, an offload keeps it elsewhere) and without
-    gradients nothing changes. Not for compiled code.
+def remakeable(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor, which now knows how it is made.
 
     Args:
-        tensor: contiguous; what is saved may be a view of all of it.
-        make: gives it once more, with the same bits, from what is kept anyway.
+        tensor: contiguous.
+        make: gives it once more, with the same bits, from what is kept for the backward pass anyway.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooked is not None or not tensor.requires_grad:
-        yield
-        return
+    if tensor.requires_grad and not torch.compiler.is_compiling():  # the compiler decides for itself
+        tensor.remake = make  # type: ignore[attr-defined]
+    return tensor
+
+
+def remade(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where operations under this context save the tensor, which may be as a view of all of it, nothing is kept.
+
+    All of them get the one that is made for the first. Nothing changes for a tensor that is not `remakeable`, and under
+    hooks that are there already: a checkpoint keeps nothing at all, an offload keeps it elsewhere.
+    """
+    make = None if torch.compiler.is_compiling() else getattr(tensor, "remake", None)
+    if make is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+        return nullcontext()
+    start, size, dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype  # the tensor itself is not held
+    saves = uses = 0
+    made: Tensor | None = None
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        whole = saved.data_ptr() == tensor_start and saved.numel() == size and saved.is_contiguous()
-        return saved.shape if whole and saved.dtype == dtype else saved
+        nonlocal saves
+        if not (saved.data_ptr() == start and saved.numel() == size and saved.dtype == dtype and saved.is_contiguous()):
+            return saved
+        saves += 1
+        return saved.shape
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
+        nonlocal uses, made
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
-            return make().view(packed)
+            whole = make() if made is None else made
+        uses += 1
+        made = None if uses % saves == 0 else whole  # until the last of those that saved it has used it
+        return whole.view(packed)
 
-    tensor_start, size, dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype  # the tensor itself is not held
-    with saved_tensors_hooks(pack, unpack):
-        yield
+    return saved_tensors_hooks(pack, unpack)
