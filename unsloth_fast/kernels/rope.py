@@ -41,10 +41,10 @@ def store_rotated(out_ptr, first, second, inside, column, half, cos1, cos2, sin1
 
 
 @triton.jit
-def copy_rest(out_ptr, row_ptr, head_inside, column_stride, rotary, rest, REST: tl.constexpr):
-    """The columns that do not turn."""
+def copy_rest(out_ptr, row_ptr, head_inside, column_stride, rotary, rest, UNIT: tl.constexpr, REST: tl.constexpr):
+    """The `rest` times UNIT columns that do not turn."""
     column = tl.arange(0, REST).to(tl.int64)[None, :]
-    inside = head_inside & (column < rest)
+    inside = head_inside & (column // UNIT < rest)
     tl.store(out_ptr + rotary + column, tl.load(row_ptr + (rotary + column) * column_stride, inside), inside)
 
 
@@ -59,13 +59,14 @@ def rope_kernel(
 ):  # fmt: skip
     """All heads of one token, Q_HEADS of q and K_HEADS of k a step; 0 of them where they are not asked for.
 
-    Half a head is `units` times UNIT columns: so Triton sees that masks and the second half begin at whole vectors.
+    Half of what turns of a head is `units` times UNIT columns, and the rest of it `rest` times: so Triton sees that
+    masks, second halves and heads begin at whole vectors.
     """
     program = tl.program_id(0).to(tl.int64)
     batch = program // length
     token = program % length
     half = units * UNIT
-    width = 2 * half + rest
+    width = (2 * units + rest) * UNIT
     column = tl.arange(0, HALF).to(tl.int64)[None, :]
     turning = column // UNIT < units
     row = token
@@ -105,11 +106,11 @@ def rope_kernel(
         if Q_HEADS:
             store_rotated(q_outs, q1, q2, q_known & turning, column, half, cos1, cos2, sin1, sin2)
             if REST:
-                copy_rest(q_outs, q_rows, q_known, q_column, 2 * half, rest, REST)
+                copy_rest(q_outs, q_rows, q_known, q_column, 2 * half, rest, UNIT, REST)
         if K_HEADS:
             store_rotated(k_outs, k1, k2, k_known & turning, column, half, cos1, cos2, sin1, sin2)
             if REST:
-                copy_rest(k_outs, k_rows, k_known, k_column, 2 * half, rest, REST)
+                copy_rest(k_outs, k_rows, k_known, k_column, 2 * half, rest, UNIT, REST)
 
 
 def heads_a_step(x: Tensor | None, half: int) -> int:
@@ -134,7 +135,8 @@ def rope_rotate(
         return q_out, k_out
     batches, _, length, width = x.shape
     half = cos.shape[-1] // 2
-    unit = 8 if half % 8 == 0 else 1
+    rest = width - 2 * half
+    unit = 8 if half % 8 == rest % 8 == 0 else 1
     half_tile = next_power_of_2(half)
     q_tile, k_tile = heads_a_step(q, half_tile), heads_a_step(k, half_tile)
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
@@ -146,10 +148,10 @@ def rope_rotate(
     launch(
         rope_kernel, batches * length, x,
         x if q is None else q, x if k is None else k, cos, sin, cos if positions is None else positions, q_out, k_out,
-        length, q_heads, k_heads, steps, half // unit, width - 2 * half, len(cos),
+        length, q_heads, k_heads, steps, half // unit, rest // unit, len(cos),
         *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
         TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, UNIT=unit, HALF=half_tile,
-        REST=next_power_of_2(width - 2 * half) if width > 2 * half else 0, Q_HEADS=q_tile, K_HEADS=k_tile,
+        REST=next_power_of_2(rest) if rest else 0, Q_HEADS=q_tile, K_HEADS=k_tile,
         num_warps=min(8, warps),
     )  # fmt: skip
     return q_out, k_out
