@@ -6,7 +6,7 @@ from conformance.spec import Spec
 from conformance.trial import Trial
 
 SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (17, 31), (5, 127), (5, 128), (5, 129), (129, 3))
-WIDE = (1021, 1024, 1025, 4096, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
+WIDE = (1021, 1024, 1025, 2560, 4096, 5120, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
 MANY_ROWS = 70_001  # beyond the 65535 of a grid's second and third axis
 
 

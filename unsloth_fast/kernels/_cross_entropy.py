@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from unsloth_fast.kernels._gated import reciprocal
 from unsloth_fast.kernels._launch import COUNTS
 
 # Logits that share a running maximum. Eight are one 16-byte load of bfloat16: the maximum never leaves its thread, and
@@ -23,20 +24,25 @@ def exp(x):
 
 
 @triton.jit
+def halves(x):
+    """exp(-2 |x|) = small and 1 / (1 + small), of which tanh and its derivative are made."""
+    small = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    return small, reciprocal(1.0 + small)
+
+
+@triton.jit
 def tanh(x):
-    """tanh(x) to a few ulp."""
-    small = exp(-2.0 * tl.abs(x))
-    large = (1.0 - small) / (1.0 + small)  # exact to a few ulp where small is not near 1
-    square = x * x  # below 1/4 the next term of the series, 1382/155925 x^10, is under 1e-8 of the sum
-    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -large, large))
+    """tanh(x), off by an ulp of 1 even where it is small: a logit's share depends on the difference to others."""
+    small, share = halves(x)
+    large = (1.0 - small) * share
+    return tl.where(x < 0, -large, large)
 
 
 @triton.jit
 def tanh_derivative(x):
     """1 - tanh(x)^2, without the cancellation where tanh(x) is near 1."""
-    small = exp(-2.0 * tl.abs(x))
-    return 4.0 * small / ((1.0 + small) * (1.0 + small))
+    small, share = halves(x)
+    return 4.0 * small * share * share
 
 
 @triton.jit

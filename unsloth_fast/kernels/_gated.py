@@ -47,9 +47,9 @@ def reciprocal(x):
 
     Off by T3(2x - 3) / 99, the least for a parabola (T3: Chebyshev's polynomial), then 1e-4 and 1e-8 by Newton's steps.
     """
-    found = (0.32323232323232326 * x - 1.4545454545454546) * x + 2.121212121212121
-    found += found * (1.0 - x * found)
-    return found + found * (1.0 - x * found)
+    found = tl.fma(tl.fma(0.32323232323232326, x, -1.4545454545454546), x, 2.121212121212121)
+    found = tl.fma(found, tl.fma(-x, found, 1.0), found)
+    return tl.fma(found, tl.fma(-x, found, 1.0), found)
 
 
 @triton.jit

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
-from unsloth_fast.kernels.rms_norm import backward_op, load_scale, load_tile, quotient, rounded
+from unsloth_fast.kernels._norms import load_scale, load_tile, quotient, rounded
+from unsloth_fast.kernels.rms_norm import backward_op
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
@@ -37,8 +38,8 @@ def load_sum(
 @triton.jit(do_not_specialize=COUNTS)
 def add_rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr,
-    rows, columns, x_row, x_column, residual_row, residual_column, weight_stride, eps, offset,
-    LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    rows, columns, x_row, x_column, residual_row, residual_column, weight_stride, eps,
+    OFFSET: tl.constexpr, LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program; WHOLE: a tile holds whole rows, otherwise they are read twice, the second time from L2."""
     dtype = normed_ptr.dtype.element_ty
@@ -61,7 +62,7 @@ def add_rms_norm_forward_kernel(
     if WHOLE:
         inside = (row < rows) & (column < columns)
         tl.store(sum_ptr + row * columns + column, total.to(dtype), inside)
-        scale = load_scale(weight_ptr, column, columns, weight_stride, offset)
+        scale = load_scale(weight_ptr, column, columns, weight_stride, OFFSET)
         normed = rounded(total * rstd, dtype, LLAMA) * scale
         tl.store(normed_ptr + row * columns + column, normed.to(dtype), inside)
     else:
@@ -72,7 +73,7 @@ def add_rms_norm_forward_kernel(
                 residual_column, dtype,
             )  # fmt: skip
             tl.store(sum_ptr + row * columns + start + column, total.to(dtype), inside)
-            scale = load_scale(weight_ptr, start + column, columns, weight_stride, offset)
+            scale = load_scale(weight_ptr, start + column, columns, weight_stride, OFFSET)
             normed = rounded(total * rstd, dtype, LLAMA) * scale
             tl.store(normed_ptr + row * columns + start + column, normed.to(dtype), inside)
 
@@ -86,13 +87,13 @@ def add_rms_norm_forward(
         return normed, total, rstd
     x, residual = rows_of(x), rows_of(residual)
     rows, columns = x.shape
-    # 16 elements a thread are two 16-byte loads of each input; wider rows than 16384 have no more threads to go to.
-    shape = tile(columns, elements=4096, widest=16384, per_thread=16)
+    shape = tile(columns, elements=2048, widest=16384, per_thread=32 if columns <= 8192 else 16)
     launch(
         add_rms_norm_forward_kernel, cdiv(rows, shape.rows), x,
         x, residual, weight, normed, total, rstd,
-        rows, columns, *x.stride(), *residual.stride(), *weight.stride(), eps, offset,
-        LLAMA=llama, ROWS=shape.rows, COLUMNS=shape.columns, WHOLE=columns <= shape.columns, num_warps=shape.warps,
+        rows, columns, *x.stride(), *residual.stride(), *weight.stride(), eps,
+        OFFSET=offset, LLAMA=llama, ROWS=shape.rows, COLUMNS=shape.columns, WHOLE=columns <= shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
     return normed, total, rstd
 

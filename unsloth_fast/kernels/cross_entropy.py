@@ -70,7 +70,7 @@ def cross_entropy_forward(
     rows, columns = logits.shape
     if rows == 0:
         return losses, lse
-    width, warps = vocabulary_tile(columns, widest=2048, per_thread=16)
+    width, warps = vocabulary_tile(columns, widest=8192, per_thread=16)
     launch(
         cross_entropy_forward_kernel, rows, logits,
         logits, labels, losses, lse, columns, *logits.stride(), *labels.stride(),
@@ -110,7 +110,9 @@ def cross_entropy_total(
     losses, lse = cross_entropy_forward_fake(logits)
     items, dlogits = losses.new_empty(()), logits if in_place else logits.new_empty(logits.shape)
     rows, columns = logits.shape
-    tile_width, warps = vocabulary_tile(columns, widest=SEGMENT, per_thread=16 if softcap else 32)
+    # The more logits a thread holds, the more of them are on their way to a processor; the cap needs registers.
+    per_thread = (64 if softcap else 128) // logits.element_size()
+    tile_width, warps = vocabulary_tile(columns, widest=SEGMENT, per_thread=per_thread)
     segments = cdiv(columns, tile_width)
     each = 1 + (1 + (label_smoothing != 0)) * segments
     words = labels.new_empty(rows * each if segments > 1 else 0, dtype=torch.int64)
@@ -153,7 +155,7 @@ def fill_gradient(
     if logits.numel() == 0:
         return
     rows, columns = logits.shape
-    width, warps = vocabulary_tile(columns, widest=4096, per_thread=16 if softcap else 32)  # the cap needs registers
+    width, warps = vocabulary_tile(columns, widest=2048, per_thread=16)
     tiles_a_row = cdiv(columns, width)
     tiles = rows * tiles_a_row
     launch(

@@ -9,6 +9,9 @@ variance is a mean of squares around m, never a difference. Bytes moved, for M x
 y), 3MHb backward (dy, x; dx). dweight and dbias are summed in a fixed order, as rms_norm's dweight.
 """
 
+# What only REST defines, only it uses:
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
-from unsloth_fast.kernels.rms_norm import (
+from unsloth_fast.kernels._norms import (
     backward_programs,
     backward_stages,
     backward_tile,
@@ -80,20 +83,32 @@ def layer_norm_forward_kernel(
             tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
 
 
+@triton.jit
+def store_dx(dx_ptr, g, normed, shift, slope, rstd, row, column, rows, columns):
+    """A tile of dx."""
+    dx = rstd * (g - shift - normed * slope)
+    inside = (row < rows) & (column < columns)
+    tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next ones in flight under this one."""
-    dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     weight = load_vector(weight_ptr, column, columns, weight_stride)
     dweight = tl.zeros([1, COLUMNS], tl.float32)
     dbias = tl.zeros([1, COLUMNS], tl.float32)
+    if REST:
+        column_2 = COLUMNS + tl.arange(0, REST).to(tl.int64)[None, :]
+        weight_2 = load_vector(weight_ptr, column_2, columns, weight_stride)
+        dweight_2 = tl.zeros([1, REST], tl.float32)
+        dbias_2 = tl.zeros([1, REST], tl.float32)
     for index in tl.range(0, each, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         row = ((program * each + index) * ROWS + tl.arange(0, ROWS))[:, None]
         dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
@@ -101,18 +116,33 @@ def layer_norm_backward_kernel(
         mean = tl.load(stats_ptr + row, row < rows, other=0.0)
         rstd = tl.load(stats_ptr + rows + row, row < rows, other=0.0)
         normed = (x - mean) * rstd  # outside the matrix it meets only zeros of dy
+        if REST:
+            dy_2 = load_tile(dy_ptr, row, column_2, rows, columns, dy_row, dy_column)
+            normed_2 = (load_tile(x_ptr, row, column_2, rows, columns, x_row, x_column) - mean) * rstd
         if NEED_SUMS:  # before dx, so that dy need not outlive the sums over the row
             dweight += tl.sum(dy * normed, 0, keep_dims=True)
             dbias += tl.sum(dy, 0, keep_dims=True)
+            if REST:
+                dweight_2 += tl.sum(dy_2 * normed_2, 0, keep_dims=True)
+                dbias_2 += tl.sum(dy_2, 0, keep_dims=True)
         if NEED_DX:
             g = dy * weight
-            shift = quotient(tl.sum(g, 1, keep_dims=True), columns)
-            slope = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)
-            dx = rstd * (g - shift - normed * slope)
-            tl.store(dx_ptr + row * columns + column, dx.to(dtype), (row < rows) & (column < columns))
+            sums, products = tl.sum(g, 1, keep_dims=True), tl.sum(g * normed, 1, keep_dims=True)
+            if REST:
+                g_2 = dy_2 * weight_2
+                sums += tl.sum(g_2, 1, keep_dims=True)
+                products += tl.sum(g_2 * normed_2, 1, keep_dims=True)
+            shift, slope = quotient(sums, columns), quotient(products, columns)
+            store_dx(dx_ptr, g, normed, shift, slope, rstd, row, column, rows, columns)
+            if REST:
+                store_dx(dx_ptr, g_2, normed_2, shift, slope, rstd, row, column_2, rows, columns)
     if NEED_SUMS:
-        tl.store(partial_ptr + 2 * program * columns + column, dweight, column < columns)
-        tl.store(partial_ptr + (2 * program + 1) * columns + column, dbias, column < columns)
+        partial_ptr += 2 * program * columns
+        tl.store(partial_ptr + column, dweight, column < columns)
+        tl.store(partial_ptr + columns + column, dbias, column < columns)
+        if REST:
+            tl.store(partial_ptr + column_2, dweight_2, column_2 < columns)
+            tl.store(partial_ptr + columns + column_2, dbias_2, column_2 < columns)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
@@ -177,7 +207,8 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
         return y, stats
     x = rows_of(x)
     rows, columns = x.shape
-    shape = tile(columns, elements=4096, widest=16384, per_thread=32)
+    # Of rows above 8192 columns 16 warps would fill a processor: while one waits for its sums nothing is loaded.
+    shape = tile(columns, elements=2048, widest=16384, per_thread=32 if columns <= 8192 else 64)
     launch(
         layer_norm_forward_kernel, cdiv(rows, shape.rows), x,
         x, weight, bias, y, stats, rows, columns, *x.stride(), *weight.stride(), *bias.stride(), eps,
@@ -203,9 +234,9 @@ def layer_norm_backward(
     arguments = (dy, x, weight, stats, dx, partial, rows, columns, each, *strides)
     flags: dict[str, Any] = {"NEED_DX": need_dx, "NEED_SUMS": need_sums}
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
-    if columns <= shape.columns:
+    if columns <= shape.columns + shape.rest:
         stages = backward_stages(shape, 2, x) if each > 1 else 1  # a single tile has no next one
-        flags |= {"ROWS": shape.rows, "STAGES": stages}
+        flags |= {"ROWS": shape.rows, "REST": shape.rest, "STAGES": stages}
         launch(layer_norm_backward_kernel, programs, x, *arguments, **flags)
     else:
         launch(layer_norm_backward_long_kernel, programs, x, *arguments, **flags)

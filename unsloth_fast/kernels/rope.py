@@ -140,7 +140,7 @@ def rope_rotate(
     half_tile = next_power_of_2(half)
     q_tile, k_tile = heads_a_step(q, half_tile), heads_a_step(k, half_tile)
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
-    warps = next_power_of_2((q_tile + k_tile) * 2 * half_tile // 2048 + 1)  # 32 to 64 elements a thread
+    warps = next_power_of_2(max(1, (q_tile + k_tile) * half_tile // 512))  # about 32 elements a thread
     steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
     tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
     strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]

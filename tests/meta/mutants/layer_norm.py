@@ -31,18 +31,24 @@ TABLE = {
         "*weight.stride(), *bias.stride(), eps", "*weight.stride(), *weight.stride(), eps", "layouts"
     ),
     "dx_without_the_mean_of_g": one(
-        "dx = rstd * (g - shift - normed * slope)\n            tl.store(dx_ptr + row * columns + column, dx",
-        "dx = rstd * (g - normed * slope)\n            tl.store(dx_ptr + row * columns + column, dx",
+        "dx = rstd * (g - shift - normed * slope)\n    inside",
+        "dx = rstd * (g - normed * slope)\n    inside",
         "gradients",
     ),
     "dx_without_the_part_along_the_row": one(
-        "dx = rstd * (g - shift - normed * slope)\n            tl.store(dx_ptr + row * columns + column, dx",
-        "dx = rstd * (g - shift)\n            tl.store(dx_ptr + row * columns + column, dx",
+        "dx = rstd * (g - shift - normed * slope)\n    inside",
+        "dx = rstd * (g - shift)\n    inside",
         "gradients",
+    ),
+    "mean_of_g_without_the_rest": one("sums += tl.sum(g_2, 1, keep_dims=True)", "pass", "extents"),
+    "normed_of_the_rest_not_centred": one(
+        "x_row, x_column) - mean) * rstd\n        if NEED_SUMS",
+        "x_row, x_column)) * rstd\n        if NEED_SUMS",
+        "extents",
     ),
     "dbias_of_the_last_tile": Mutant(
         (
-            ("PROGRAMS, WIDE_PROGRAMS = 256, 128", "PROGRAMS, WIDE_PROGRAMS = 1, 1"),
+            ("128 * held", "1"),
             ("dbias += tl.sum(dy, 0,", "dbias = tl.sum(dy, 0,"),
         ),
         ("extents",),

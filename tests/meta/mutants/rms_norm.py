@@ -1,14 +1,16 @@
 """Root-mean-square norms that are wrong."""
 
-from tests.meta.mutants.mutant import LYING, one
+from tests.meta.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "neighbours_columns_read": one(
-        "inside = (row < rows) & (column < columns)", "inside = (row < rows) & (column < 2 * columns)", "value"
+        "inside = (row < rows) & (column < columns)\n    return",
+        "inside = (row < rows) & (column < 2 * columns)\n    return",
+        "value",
     ),
     "stored_past_the_end": one(
-        "dx.to(dtype), (row < rows) & (column < columns)",
-        "dx.to(dtype), (row < rows) & (column <= columns)",
+        "dx.to(dx_ptr.dtype.element_ty), inside)",
+        "dx.to(dx_ptr.dtype.element_ty), (row < rows) & (column <= columns))",
         "guard_writes",
     ),
     "one_row_too_many_read": one(  # it meets zeros of dy: NaN alone shows
@@ -29,14 +31,16 @@ TABLE = {
         "value",
     ),
     "weight_read_as_contiguous": one("weight_ptr + column * weight_stride", "weight_ptr + column", "layouts"),
-    "offset_ignored": one("return weight + offset", "return weight", "value"),
+    "offset_ignored": one("weight + OFFSET if OFFSET != 0 else weight", "weight", "value"),
     "squares_in_float16": one(
         "squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"
     ),
     "gradient_mean_scaled": one(
-        "quotient(tl.sum(g * normed, 1, keep_dims=True), columns)",
-        "quotient(tl.sum(g * normed, 1, keep_dims=True), columns) * 1.03",
-        "gradients",
+        "mean = quotient(total, columns)", "mean = quotient(total, columns) * 1.03", "gradients"
+    ),
+    "gradient_mean_without_the_rest": one("total += tl.sum(g_2 * normed_2, 1, keep_dims=True)", "pass", "extents"),
+    "dweight_of_the_last_rest": Mutant(
+        (("128 * held", "1"), ("dweight_2 += tl.sum(", "dweight_2 = tl.sum(")), ("extents",)
     ),
     "dweight_without_the_last_row": one(
         "dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)",
@@ -56,8 +60,8 @@ TABLE = {
     "grad_output_read_as_contiguous": one("(*dy.stride(), *dsum.stride()", "(columns, 1, *dsum.stride()", "layouts"),
     "dx_lost_with_a_frozen_weight": one("dx if need_dx else None", "dx if need_dweight else None", "gradients"),
     "rows_mixed": one(
-        "mean = quotient(tl.sum(g * normed, 1, keep_dims=True), columns)",
-        "mean = quotient(tl.sum(tl.sum(g * normed, 1, keep_dims=True), 0, keep_dims=True), columns)",
+        "mean = quotient(total, columns)",
+        "mean = quotient(tl.sum(total, 0, keep_dims=True), columns)",
         "row_independence",
     ),
     "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),

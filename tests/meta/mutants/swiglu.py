@@ -11,7 +11,7 @@ TABLE = {
     "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * share)", "gradients"),
     "dup_without_gate": one("dy * (gate * share)", "dy * share", "gradients"),
     "dup_scaled": one("dy * (gate * share)", "dy * (gate * share) * 1.03", "gradients"),
-    "reciprocal_of_one_step": one("return found + found * (1.0 - x * found)", "return found", "value"),
+    "reciprocal_of_one_step": one("return tl.fma(found, tl.fma(-x, found, 1.0), found)", "return found", "value"),
     "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
     "needs_swapped": one("need_dgate, need_dup, _ = ctx", "need_dup, need_dgate, _ = ctx", "gradients"),
     "stored_past_the_end": one(

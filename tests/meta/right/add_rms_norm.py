@@ -70,9 +70,9 @@ TABLE = {
     "of_the_exact_sum": of_the_exact_sum,
     "in_float64": in_float64,
     "in_other_tiles": (
-        ("elements=4096, widest=16384, per_thread=16", "elements=8192, widest=8192, per_thread=8"),
-        ("elements=4096, widest=8192, per_thread=16", "elements=2048, widest=8192, per_thread=8"),
-        ("elements=4096, widest=4096, per_thread=16", "elements=4096, widest=8192, per_thread=4"),
-        ("PROGRAMS = 256, 128", "PROGRAMS = 3, 2"),
+        ("elements=2048, widest=16384, per_thread=32 if", "elements=8192, widest=8192, per_thread=8 if"),
+        ("rows = max(1, 2048 // width)", "rows = max(1, 4096 // width)"),
+        ("4096 <= width <= 8192 and left < width // 4", "64 <= width and left < width // 2"),
+        ("128 * held", "3 * held"),
     ),
 }

@@ -77,6 +77,7 @@ TABLE = {
     "in_float64": in_float64,
     "compiled": compiled(of_torch),
     "in_other_tiles": (
+        ("widest=8192, per_thread=16", "widest=16384, per_thread=8"),
         ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
         ("SEGMENT = 8192", "SEGMENT = 1024"),
         ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),

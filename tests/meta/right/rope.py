@@ -60,6 +60,6 @@ TABLE = {
     "in_float64": in_float64,
     "in_other_tiles": (
         ("max(1, 4096 // half)", "max(1, 1024 // half)"),
-        ("unit = 8 if half % 8 == 0 else 1", "unit = 1"),
+        ("unit = 8 if half % 8 == rest % 8 == 0 else 1", "unit = 1"),
     ),
 }
