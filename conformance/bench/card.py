@@ -5,6 +5,7 @@ calls held in one CUDA graph, where no launch shows. Either begins behind a flus
 that a call finds there what it finds in training: other data, some of it still to be written back.
 """
 
+import gc
 import subprocess
 import time
 from collections.abc import Callable
@@ -110,7 +111,8 @@ class Card:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def tidy(self) -> None:
-        """Give back memory that nothing holds."""
+        """Give back memory that nothing holds, not even an exception whose traceback holds itself."""
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

@@ -57,18 +57,19 @@ class Contender:
 
     def prepare(self, sets: int) -> None:
         """Make this many sets of inputs, which calls take in turn, and call once, so that everything is compiled."""
-        self._sets = []
-        for _ in range(sets):
-            plain = copies(self._inputs)
-            leaves = {name: leaf(tensor, name in self._grads) for name, tensor in plain.items()}
-            wanted = [leaves[name] for name in self._grads]
-            grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
-            self._sets.append((tuple(plain.values()), tuple(leaves.values()), wanted, grad_outputs))
-        self._turn = cycle(self._sets)
+        self._sets: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor], list[Tensor]]] = []
         with Raised() as raised:
+            for _ in range(sets):
+                plain = copies(self._inputs)
+                leaves = {name: leaf(tensor, name in self._grads) for name, tensor in plain.items()}
+                wanted = [leaves[name] for name in self._grads]
+                grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
+                self._sets.append((tuple(plain.values()), tuple(leaves.values()), wanted, grad_outputs))
+            self._turn = cycle(self._sets)
             for call in (self.forward, self.full, self.full):
                 call()
         if raised.error is not None:
+            self._sets.clear()
             self.runs = False
             self.red = self.red or f"raised {describe(raised.error)}"
 
