@@ -27,7 +27,7 @@ from conformance.search import DTYPES
 from conformance.spec import Spec, specs
 from conformance.trial import Raised, Trial, describe
 
-NAME_WIDTH, CELL_WIDTH = 36, 22
+NAME_WIDTH, CELL_WIDTH = 36, 24
 ROWS = 64  # launch parameters that depended on the number of rows would change a row's bits with it
 
 
@@ -62,7 +62,8 @@ class Print:
         registers: of a thread.
         stack: bytes of memory of a thread, into which registers spill.
         shared: bytes of shared memory of a program.
-        width: bytes of the widest load or store.
+        load: bytes of the widest load from global memory.
+        store: bytes of the widest store to it.
         problem: why there is no such kernel, or why it cannot be launched there; None if nothing is wrong.
     """
 
@@ -74,7 +75,8 @@ class Print:
     registers: int = 0
     stack: int = 0
     shared: int = 0
-    width: int = 0
+    load: int = 0
+    store: int = 0
     problem: str | None = None
 
 
@@ -149,31 +151,36 @@ def _compiled_not_launched(blanks: Sequence[Print], tell: Callable[[tuple[Print,
 def _read(compiled: Any, blank: Print) -> Print:
     """The print of a compiled kernel."""
     target, shared = TARGETS[blank.target], compiled.metadata.shared
-    registers, stack, width = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
+    registers, stack, load, store = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
     problem = None
     if shared > target.shared:
         problem = f"takes {shared} bytes of shared memory; {blank.target} has {target.shared}"
-    return replace(blank, registers=registers, stack=stack, shared=shared, width=width, problem=problem)
+    return replace(blank, registers=registers, stack=stack, shared=shared, load=load, store=store, problem=problem)
 
 
-def _of_nvidia(code: Any) -> tuple[int, int, int]:
-    """Registers, bytes of stack, and bytes of the widest access of a thread."""
+def _of_nvidia(code: Any) -> tuple[int, int, int, int]:
+    """Registers, bytes of stack, and bytes of the widest load and store of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(number) for number in re.findall(r"(?:REG|STACK):(\d+)", usage))
-    accesses = re.findall(r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", code["ptx"])
-    return registers, stack, max((int(count or 1) * int(bits) // 8 for count, bits in accesses), default=0)
+    widest = {"ld": 0, "st": 0}
+    for kind, count, bits in re.findall(r"(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", code["ptx"]):
+        widest[kind] = max(widest[kind], int(count or 1) * int(bits) // 8)
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global .*?\], \[.*?\], 0x(\w+)", code["ptx"])
+    return registers, stack, max(widest["ld"], *(int(copied, 16) for copied in copies), 0), widest["st"]
 
 
-def _of_amd(code: Any) -> tuple[int, int, int]:
-    """Registers (of vectors), bytes of stack, and bytes of the widest access of a thread."""
+def _of_amd(code: Any) -> tuple[int, int, int, int]:
+    """Registers (of vectors), bytes of stack, and bytes of the widest load and store of a thread."""
     (registers,) = re.findall(r"\.vgpr_count: +(\d+)", code["amdgcn"])
     (stack,) = re.findall(r"\.private_segment_fixed_size: +(\d+)", code["amdgcn"])
-    accesses = re.findall(r"(?:global|buffer)_(?:load|store)_dword(?:x(\d))?", code["amdgcn"])
-    return int(registers), int(stack), max((4 * int(count or 1) for count in accesses), default=0)
+    widest = {"load": 0, "store": 0}
+    for kind, count in re.findall(r"(?:global|buffer)_(load|store)_dword(?:x(\d))?", code["amdgcn"]):
+        widest[kind] = max(widest[kind], 4 * int(count or 1))
+    return int(registers), int(stack), widest["load"], widest["store"]
 
 
 def heading(judged: Judged, targets: Sequence[str], dtype: str) -> str:
@@ -181,7 +188,7 @@ def heading(judged: Judged, targets: Sequence[str], dtype: str) -> str:
     return "\n".join(
         (
             f"backend {judged.name}, {dtype}, Triton {versions()['triton']}",
-            "registers of a thread + bytes of its stack, KiB of shared memory, bytes of the widest load or store",
+            "registers of a thread + bytes of its stack, KiB of shared memory, bytes of the widest load / store",
             " " * NAME_WIDTH + "".join(f"{target:<{CELL_WIDTH}}" for target in targets).rstrip(),
         )
     )
@@ -201,7 +208,7 @@ def text(prints: Sequence[Print]) -> str:
 def _cell(one: Print) -> str:
     if one.problem:
         return "FAIL"
-    return f"{one.registers:>3} + {one.stack:<4}{one.shared / 1024:>4.0f} K {one.width:>3}"
+    return f"{one.registers:>3} + {one.stack:<4}{one.shared / 1024:>4.0f} K {one.load:>3} /{one.store:>3}"
 
 
 def write_json(path: Path, prints: Sequence[Print], judged: Judged) -> None:

@@ -16,6 +16,8 @@ OPERATIONS = (
     *("rms_norm", "add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy"),
     "packed_attention",
 )
+NUMBERS = {"prepare_kernel", "divided_sum_kernel"}  # these read a number a row
+SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write a number a row, or a column
 # Bytes of a thread's stack on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and for dv,
 # and two floats each for 16 columns of 16384. In these tiles they were the fastest all the same.
 SPILLS = {
@@ -36,13 +38,14 @@ def prints(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return ran, json.loads((tmp_path / "prints.json").read_text())["results"]
 
 
-def test_kernels_fit_an_h200_and_read_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
     ran, found = prints(tmp_path, *OPERATIONS, "--target", "sm_90")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {one["op"] for one in found} == set(OPERATIONS)
     for one in found:
         assert one["problem"] is None
-        assert one["width"] == 16 or one["kernel"] in ("prepare_kernel", "divided_sum_kernel"), one  # a number a row
+        assert one["load"] == 16 or one["kernel"] in NUMBERS, one
+        assert one["store"] == 16 or one["kernel"] in SUMS, one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255
 
@@ -53,7 +56,7 @@ def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert {one["target"] for one in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
-        assert all(one["width"] == 16 and one["registers"] for one in found)
+        assert all(one["load"] == 16 and one["registers"] for one in found)
 
 
 def test_registers_that_spill_are_seen(tmp_path: Path) -> None:
