@@ -160,17 +160,24 @@ def test_what_can_be_made_again_is_not_saved(sources: list[Tensor]) -> None:
         assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
-def test_what_is_kept(sources: list[Tensor], hooked: bool) -> None:
-    """What has no recipe, and what somebody else's hooks save: a checkpoint or an offload decides for itself."""
+def test_hooks_that_are_there_keep_the_tensors(sources: list[Tensor]) -> None:
+    """A checkpoint or an offload decides for itself."""
     x, left, _ = sources
-    made = doubled(x) if hooked else x.sigmoid() * 2
+    made = doubled(x)
     seen: list[Tensor] = []
-    keep = saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor)
-    with keep if hooked else nullcontext(), remade(made):
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor), remade(made):
+        (made @ left).sum().backward()
+    assert any(tensor.data_ptr() == made.data_ptr() for tensor in seen)
+
+
+@pytest.mark.parametrize("written_over", [False, True])
+def test_what_cannot_be_made_again_is_saved(sources: list[Tensor], written_over: bool) -> None:
+    """What has no recipe, and what was written over since, which its recipe would undo."""
+    x, left, _ = sources
+    made = doubled(x).mul_(3) if written_over else x.sigmoid() * 2
+    with remade(made):
         product = made @ left
     assert torch.equal(product.grad_fn._saved_self, made)  # type: ignore
-    assert hooked == any(tensor.data_ptr() == made.data_ptr() for tensor in seen)
 
 
 def test_norms_and_activations_are_made_again() -> None:

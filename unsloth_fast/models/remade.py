@@ -16,18 +16,22 @@ def remakeable(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
         make: gives it once more, with the same bits, from what is kept for the backward pass anyway.
     """
     if tensor.requires_grad and not torch.compiler.is_compiling():  # the compiler decides for itself
-        tensor.remake = make  # type: ignore[attr-defined]
+        tensor.remake = make, tensor._version  # type: ignore[attr-defined]
     return tensor
 
 
 def remade(tensor: Tensor) -> AbstractContextManager[object]:
     """Where operations under this context save the tensor, which may be as a view of all of it, nothing is kept.
 
-    All of them get the one that is made for the first. Nothing changes for a tensor that is not `remakeable`, and under
-    hooks that are there already: a checkpoint keeps nothing at all, an offload keeps it elsewhere.
+    All of them get the one that is made for the first. Nothing changes for a tensor that is not `remakeable` or was
+    written over since, and under hooks that are there already: a checkpoint keeps nothing at all, an offload keeps it
+    elsewhere.
     """
-    make = None if torch.compiler.is_compiling() else getattr(tensor, "remake", None)
-    if make is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or not hasattr(tensor, "remake"):
+        return nullcontext()
+    make, version = tensor.remake  # type: ignore[attr-defined]
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooked is not None or tensor._version != version:
         return nullcontext()
     start, size, dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype  # the tensor itself is not held
     saves = uses = 0
