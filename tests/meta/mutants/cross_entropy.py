@@ -3,7 +3,7 @@
 from tests.meta.mutants.mutant import LYING, one
 
 TABLE = {
-    "sum_not_rescaled": one("total = total * exp(maximum - base)", "total = total", "value"),
+    "sum_not_rescaled": one("total = total * exp(maximum - base)", "total = total", "extents"),
     "maximum_not_subtracted": one(
         "higher = tl.maximum(maximum, tl.max(z, 1))", "higher = tl.zeros_like(maximum)", "value"
     ),
