@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_ref import checks
 
 TILE = 1024  # elements: one 16-byte load of 16 bits a thread and tensor. On an H100, 2048 took 1.2 % longer backward
 
@@ -234,6 +235,12 @@ backward_op = register(
     gated_backward,
     gated_backward_fake,
 )
+
+
+def check(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raise what every gated activation raises."""
+    checks.gated_arguments(gate, up)
+    check_runnable("gate", gate)
 
 
 class Gated(torch.autograd.Function):

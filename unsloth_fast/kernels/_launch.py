@@ -1,5 +1,6 @@
 """What the kernel files share: op registration, the choice of tiles and warps, views as rows, and the launch itself."""
 
+import threading
 from collections.abc import Callable
 from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
@@ -140,12 +141,22 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
     else:
-        _, run, function, metadata, constants = found
+        compiled, run, function, metadata, constants = found
         stream = torch._C._cuda_getCurrentRawStream(index)
         # Without Triton's own hooks, which its profiler Proton sets; those of CUDA see every launch.
         run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
+    if recorded.launches is not None:
+        recorded.launches.append((compiled, programs, arguments))
     return None
 
+
+class _Recorded(threading.local):
+    """What this thread launches while a recording is made: (compiled kernel, programs, arguments) each."""
+
+    launches: list[tuple[Any, int, tuple[Any, ...]]] | None = None
+
+
+recorded = _Recorded()
 
 # The kernel itself stands first: it unloads its machine code when nothing holds it.
 _compiled: dict[tuple[object, ...], tuple[Any, Any, Any, Any, tuple[Any, ...]]] = {}
@@ -171,7 +182,9 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 def traced() -> bool:
     """Whether something traces or records ops: torch.compile, a fake tensor mode, any other TorchDispatchMode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > (recorded.launches is not None)  # a recording has a mode of its own
 
 
 def check_runnable(name: str, tensor: Tensor) -> None:

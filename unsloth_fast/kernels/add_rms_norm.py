@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
 from unsloth_fast.kernels._norms import load_scale, load_tile, quotient, rounded
+from unsloth_fast.kernels._replay import apply
 from unsloth_fast.kernels.rms_norm import backward_op
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
@@ -116,8 +117,9 @@ forward_op = register(
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, llama: bool
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting
     ) -> tuple[Tensor, Tensor]:
+        llama = casting == "llama"
         normed, total, rstd = forward_op(x, residual, weight, eps, offset, llama)
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             ctx.mark_non_differentiable(total)  # it does not depend on the weight
@@ -148,6 +150,15 @@ class _AddRMSNorm(torch.autograd.Function):
         )
 
 
+def check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> None:
+    """Raise what add_rms_norm raises."""
+    checks.norm_arguments(x, weight, eps)
+    checks.same("residual", residual, "x", x)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    check_runnable("x", x)
+    check_runnable("weight", weight)
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> tuple[Tensor, Tensor]:
@@ -173,9 +184,4 @@ def add_rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: a transformers decoder layer's, as the reference's.
     """
-    checks.norm_arguments(x, weight, eps)
-    checks.same("residual", residual, "x", x)
-    checks.one_of("casting", casting, ("llama", "gemma"))
-    check_runnable("x", x)
-    check_runnable("weight", weight)
-    return _AddRMSNorm.apply(x, residual, weight, eps, offset, casting == "llama")
+    return apply(_AddRMSNorm, check, x, residual, weight, eps, offset, casting)

@@ -38,6 +38,7 @@ from unsloth_fast.kernels._launch import (
     tile,
     traced,
 )
+from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 from unsloth_ref.types import Reduction
 
@@ -309,6 +310,6 @@ def cross_entropy(
         num_items = num_items.to(logits.device)
     early = differentiated(logits) and not (differentiated(num_items) or traced() or saved_tensors_hooked())
     if reduction != "none" and early:
-        return _Total.apply(logits, labels, num_items, *options)
-    losses = _CrossEntropy.apply(logits, labels, *options)
+        return apply(_Total, None, logits, labels, num_items, *options)
+    losses = apply(_CrossEntropy, None, logits, labels, *options)
     return losses if reduction == "none" else total(losses, labels, num_items, ignore_index)

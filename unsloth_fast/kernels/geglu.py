@@ -9,8 +9,8 @@ The kernels are those of every gated activation, in `_gated.py`, which says what
 
 from torch import Tensor
 
-from unsloth_fast.kernels._gated import Gated
-from unsloth_fast.kernels._launch import check_runnable
+from unsloth_fast.kernels._gated import Gated, check
+from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 from unsloth_ref.types import Approximate
 
@@ -34,7 +34,5 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Ten
     Sources: Hendrycks and Gimpel 2016, arXiv:1606.08415; Shazeer 2020, arXiv:2002.05202. Rounded once, where
     transformers' GemmaMLP rounds the activation too.
     """
-    checks.gated_arguments(gate, up)
     checks.one_of("approximate", approximate, ("none", "tanh"))
-    check_runnable("gate", gate)
-    return Gated.apply(gate, up, "tanh" if approximate == "tanh" else "gelu")
+    return apply(Gated, check, gate, up, "tanh" if approximate == "tanh" else "gelu")

@@ -29,6 +29,7 @@ from unsloth_fast.kernels._norms import (
     quotient,
     summing,
 )
+from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 
 
@@ -289,6 +290,14 @@ class _LayerNorm(torch.autograd.Function):
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
 
 
+def check(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Raise what layer_norm raises."""
+    checks.norm_arguments(x, weight, eps)
+    checks.column_vector("bias", bias, "x", x)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        check_runnable(name, tensor)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Shift each row of x to mean 0, scale it to variance 1, then apply the weight and the bias.
 
@@ -308,8 +317,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450. Rounding: torch.nn.LayerNorm's.
     """
-    checks.norm_arguments(x, weight, eps)
-    checks.column_vector("bias", bias, "x", x)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        check_runnable(name, tensor)
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return apply(_LayerNorm, check, x, weight, bias, eps)

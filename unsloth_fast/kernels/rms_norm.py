@@ -31,6 +31,7 @@ from unsloth_fast.kernels._norms import (
     rounded,
     summing,
 )
+from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
@@ -265,7 +266,8 @@ backward_op = register(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> Tensor:
+        llama = casting == "llama"
         y, rstd = forward_op(x, weight, eps, offset, llama)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset, ctx.llama = offset, llama
@@ -277,6 +279,14 @@ class _RMSNorm(torch.autograd.Function):
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         dx, dweight = backward_op(dy, None, x, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
         return dx if need_dx else None, dweight if need_dweight else None, None, None, None
+
+
+def check(x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> None:
+    """Raise what rms_norm raises."""
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    check_runnable("x", x)
+    check_runnable("weight", weight)
 
 
 def rms_norm(
@@ -301,8 +311,4 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: transformers' LlamaRMSNorm and GemmaRMSNorm.
     """
-    checks.norm_arguments(x, weight, eps)
-    checks.one_of("casting", casting, ("llama", "gemma"))
-    check_runnable("x", x)
-    check_runnable("weight", weight)
-    return _RMSNorm.apply(x, weight, eps, offset, casting == "llama")
+    return apply(_RMSNorm, check, x, weight, eps, offset, casting)

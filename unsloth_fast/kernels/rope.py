@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -197,8 +198,10 @@ class _Rope(torch.autograd.Function):
         sin: Tensor,
         positions: Tensor | None,
         transposed: bool,
-        token_major: bool,
+        token_major: bool | None,
     ) -> tuple[Tensor, Tensor]:
+        if token_major is None:
+            token_major = q is not None and q.stride(1) < q.stride(2)
         ctx.save_for_backward(cos, sin, positions)
         ctx.set_materialize_grads(False)
         ctx.transposed, ctx.token_major = transposed, token_major
@@ -216,6 +219,12 @@ class _Rope(torch.autograd.Function):
         rotate = _Rope.apply if recorded else rotate_op  # the former can be differentiated again
         q_grad, k_grad = rotate(dq, dk, cos, sin, positions, not ctx.transposed, ctx.token_major)
         return None if dq is None else q_grad, None if dk is None else k_grad, *(None,) * 5
+
+
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: object) -> None:
+    """Raise what rope raises, but for positions outside the table."""
+    checks.rope_arguments(q, k, cos, sin, positions)
+    check_runnable("q", q)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -242,8 +251,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
 
     Source: Su 2021, arXiv:2104.09864. Rounded once, where transformers rounds the products too.
     """
-    checks.rope_arguments(q, k, cos, sin, positions)
-    check_runnable("q", q)
     if positions is not None and checks.must_read_labels(positions):
+        check(q, k, cos, sin, positions)
         checks.positions_in_table(positions, len(cos))
-    return _Rope.apply(q, k, cos, sin, positions, False, q.stride(1) < q.stride(2))
+    return apply(_Rope, check, q, k, cos, sin, positions, False, None)

@@ -8,9 +8,8 @@ The kernels are those of every gated activation, in `_gated.py`, which says what
 
 from torch import Tensor
 
-from unsloth_fast.kernels._gated import Gated
-from unsloth_fast.kernels._launch import check_runnable
-from unsloth_ref import checks
+from unsloth_fast.kernels._gated import Gated, check
+from unsloth_fast.kernels._replay import apply
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -30,6 +29,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, arXiv:2002.05202. Rounded once, where transformers' LlamaMLP rounds the activation too.
     """
-    checks.gated_arguments(gate, up)
-    check_runnable("gate", gate)
-    return Gated.apply(gate, up, "silu")
+    return apply(Gated, check, gate, up, "silu")
