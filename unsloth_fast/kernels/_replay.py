@@ -19,8 +19,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unsloth_fast.kernels import _launch
-from unsloth_fast.kernels._launch import INTERPRETED, traced
+from unsloth_fast.kernels._launch import INTERPRETED, recorded, traced
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +134,12 @@ def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], numbers: _Numb
 
 def _run(call: Callable[..., Any], *arguments: Any) -> tuple[Any, _Allocations, list[Any]]:
     """What the call returns, what it allocated, and what it launched."""
-    launched = _launch.recorded.launches = []
+    launched = recorded.launches = []
     try:
         with _Allocations() as allocations:
             results = call(*arguments)
     finally:
-        _launch.recorded.launches = None
+        recorded.launches = None
     if not allocations.only:
         raise LookupError
     return results, allocations, launched

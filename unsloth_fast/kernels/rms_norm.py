@@ -9,8 +9,8 @@ dx). dweight is summed without atomics, in a fixed order: each program sums its 
 partial sums, which a second kernel adds up (8 * programs * H bytes, most of them in L2).
 """
 
-# What only REST or HELD defines, only they use:
-# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# A constexpr is written as a plain value:
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from typing import Any
 
@@ -30,6 +30,7 @@ from unsloth_fast.kernels._norms import (
     quotient,
     rounded,
     summing,
+    within,
 )
 from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
@@ -66,77 +67,60 @@ def rms_norm_forward_kernel(
             tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
 
 
-@triton.jit
-def store_dx(
-    dx_ptr, g, normed, mean, rstd, dsum_ptr, row, column, rows, columns, dsum_row, dsum_column, ADD: tl.constexpr
-):  # fmt: skip
-    """A tile of dx, to which dsum is added."""
-    dx = rstd * (g - normed * mean)
-    if ADD:
-        dx += load_tile(dsum_ptr, row, column, rows, columns, dsum_row, dsum_column)
-    inside = (row < rows) & (column < columns)
-    tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), inside)
-
-
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
 def rms_norm_backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride,
     OFFSET: tl.constexpr, LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit a tile: `each` consecutive tiles a program, the loads of the next one in flight under this one.
+    """`each` times ROWS rows a program, in PARTS tiles side by side, the loads of the next ones in flight under these.
 
-    ADD: dsum is added to dx. HELD: the weight stays in registers; otherwise each tile reads it again, from L1.
+    Programs take neighbouring rows at the same time. ADD: dsum is added to dx. EXACT: all tiles of a row are full;
+    otherwise all but the last. HELD: the weight stays in registers.
     """
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    if HELD:
-        scale = load_scale(weight_ptr, column, columns, weight_stride, OFFSET)
-    dweight = tl.zeros([1, COLUMNS], tl.float32)
-    if REST:
-        column_2 = COLUMNS + tl.arange(0, REST).to(tl.int64)[None, :]
-        scale_2 = load_scale(weight_ptr, column_2, columns, weight_stride, OFFSET)
-        dweight_2 = tl.zeros([1, REST], tl.float32)
-    for index in tl.range(0, each, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        first = (program * each + index) * ROWS
-        row = (first + tl.arange(0, ROWS))[:, None]
-        dy = load_tile(dy_ptr, row, column, rows, columns, dy_row, dy_column)
-        x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
+    scales = ()
+    dweight = ()
+    for part in tl.static_range(PARTS):
+        dweight += (tl.zeros([1, COLUMNS], tl.float32),)
+        if HELD:
+            scales += (load_scale(weight_ptr, part * COLUMNS + column, columns, weight_stride, OFFSET),)
+    for index in tl.range(0, each, num_stages=STAGES):
+        row = ((index * tl.num_programs(0).to(tl.int64) + program) * ROWS + tl.arange(0, ROWS))[:, None]
         rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
-        normed = x * rstd
-        if REST:
-            dy_2 = load_tile(dy_ptr, row, column_2, rows, columns, dy_row, dy_column)
-            normed_2 = load_tile(x_ptr, row, column_2, rows, columns, x_row, x_column) * rstd
-        if NEED_DWEIGHT:  # before dx, so that dy need not outlive the sum over the row
-            dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)
-            if REST:
-                dweight_2 += tl.sum(dy_2 * rounded(normed_2, dtype, LLAMA), 0, keep_dims=True)
+        normed = ()
+        gs = ()
+        sums = ()
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for part in tl.static_range(PARTS):
+            at = part * COLUMNS + column
+            dy = load_tile(dy_ptr, row, at, rows, columns, dy_row, dy_column, EXACT or part + 1 < PARTS)
+            n = load_tile(x_ptr, row, at, rows, columns, x_row, x_column, EXACT or part + 1 < PARTS) * rstd
+            if NEED_DWEIGHT:
+                sums += (dweight[part] + tl.sum(dy * rounded(n, dtype, LLAMA), 0, keep_dims=True),)
+            g = dy * (scales[part] if HELD else load_scale(weight_ptr, at, columns, weight_stride, OFFSET))
+            normed += (n,)
+            gs += (g,)
+            products += g * n
+        if NEED_DWEIGHT:
+            dweight = sums
         if NEED_DX:
-            if HELD:
-                g = dy * scale
-            else:
-                again = tl.zeros([1, COLUMNS], tl.float32)
-                if first < rows:  # in a branch: beside the load of x it would take a share of the pipeline's buffers
-                    again = load_scale(weight_ptr, column, columns, weight_stride, OFFSET)
-                g = dy * again
-            total = tl.sum(g * normed, 1, keep_dims=True)
-            if REST:
-                g_2 = dy_2 * scale_2
-                total += tl.sum(g_2 * normed_2, 1, keep_dims=True)
-            mean = quotient(total, columns)
-            store_dx(dx_ptr, g, normed, mean, rstd, dsum_ptr, row, column, rows, columns, dsum_row, dsum_column, ADD)
-            if REST:
-                store_dx(
-                    dx_ptr, g_2, normed_2, mean, rstd, dsum_ptr, row, column_2, rows, columns, dsum_row, dsum_column,
-                    ADD,
-                )  # fmt: skip
+            mean = quotient(tl.sum(products, 1, keep_dims=True), columns)
+            for part in tl.static_range(PARTS):
+                at = part * COLUMNS + column
+                dx = rstd * (gs[part] - normed[part] * mean)
+                if ADD:
+                    dx += load_tile(dsum_ptr, row, at, rows, columns, dsum_row, dsum_column, EXACT or part + 1 < PARTS)
+                inside = within(row, at, rows, columns, EXACT or part + 1 < PARTS)
+                tl.store(dx_ptr + row * columns + at, dx.to(dtype), inside)
     if NEED_DWEIGHT:
-        partial_ptr += program * columns
-        tl.store(partial_ptr + column, dweight, column < columns)
-        if REST:
-            tl.store(partial_ptr + column_2, dweight_2, column_2 < columns)
+        for part in tl.static_range(PARTS):
+            at = part * COLUMNS + column
+            tl.store(partial_ptr + program * columns + at, dweight[part], at < columns)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
@@ -225,10 +209,12 @@ def rms_norm_backward(
         "NEED_DWEIGHT": need_dweight,
     }
     flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
-    if columns <= shape.columns + shape.rest:
+    if shape.parts:
+        held = columns <= 8192
         # A program that sums nothing has a single tile, and no next one to load.
-        stages = backward_stages(shape, 3 if add else 2, x) if need_dweight else 1
-        flags |= {"ROWS": shape.rows, "REST": shape.rest, "STAGES": stages, "HELD": columns <= 8192}
+        stages = backward_stages(shape, 2 + add + (not held), x) if need_dweight else 1
+        exact = columns == shape.parts * shape.columns
+        flags |= {"ROWS": shape.rows, "PARTS": shape.parts, "EXACT": exact, "STAGES": stages, "HELD": held}
         launch(rms_norm_backward_kernel, programs, x, *arguments, **flags)
     else:
         launch(rms_norm_backward_long_kernel, programs, x, *arguments, **flags)

@@ -23,9 +23,7 @@ TABLE = {
     "residual_read_as_x_lies": one(
         "columns, *x.stride(), *residual.stride()", "columns, *x.stride(), *x.stride()", "layouts"
     ),
-    "gradient_of_the_sum_lost": one(
-        "dx += load_tile(dsum_ptr, row, column,", "load_tile(dsum_ptr, row, column,", "gradients"
-    ),
+    "gradient_of_the_sum_lost": one("dx += load_tile(dsum_ptr, row, at,", "load_tile(dsum_ptr, row, at,", "gradients"),
     "gradient_of_the_sum_lost_in_long_rows": one(
         "dx += load_tile(dsum_ptr, row, start + column,", "load_tile(dsum_ptr, row, start + column,", "extents"
     ),
@@ -33,8 +31,8 @@ TABLE = {
         "*dsum.stride(), *x.stride(), *weight.stride())", "*dy.stride(), *x.stride(), *weight.stride())", "layouts"
     ),
     "gradient_of_the_sum_normalised": one(
-        "dx += load_tile(dsum_ptr, row, column, rows, columns, dsum_row, dsum_column)",
-        "dx += rstd * load_tile(dsum_ptr, row, column, rows, columns, dsum_row, dsum_column)",
+        "dx += load_tile(dsum_ptr, row, at,",
+        "dx += rstd * load_tile(dsum_ptr, row, at,",
         "gradients",
     ),
     "residual_without_its_gradient_where_x_is_frozen": one(

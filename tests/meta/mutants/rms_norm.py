@@ -2,20 +2,23 @@
 
 from tests.meta.mutants.mutant import LYING, Mutant, one
 
+ONE_PROGRAM = ("each = cdiv(tiles, shape.programs) if summing else 1", "each = tiles if summing else 1")
+GRADIENT_MEAN = "mean = quotient(tl.sum(products, 1, keep_dims=True), columns)"
+
 TABLE = {
     "neighbours_columns_read": one(
-        "inside = (row < rows) & (column < columns)\n    return",
-        "inside = (row < rows) & (column < 2 * columns)\n    return",
+        "inside = within(row, column, rows, columns, FULL)\n    return",
+        "inside = within(row, column, rows, 2 * columns, FULL)\n    return",
         "value",
     ),
     "stored_past_the_end": one(
-        "dx.to(dx_ptr.dtype.element_ty), inside)",
-        "dx.to(dx_ptr.dtype.element_ty), (row < rows) & (column <= columns))",
+        "dx.to(dtype), inside)",
+        "dx.to(dtype), (row < rows) & (at <= columns))",
         "guard_writes",
     ),
     "one_row_too_many_read": one(  # it meets zeros of dy: NaN alone shows
-        "x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)\n        rstd",
-        "x = load_tile(x_ptr, row, column, rows + 1, columns, x_row, x_column)\n        rstd",
+        "n = load_tile(x_ptr, row, at, rows, columns,",
+        "n = load_tile(x_ptr, row, at, rows + 1, columns,",
         "guard_reads",
     ),
     "eps_outside_the_root": one("tl.sqrt_rn(mean + eps)", "(tl.sqrt_rn(mean) + eps)", "value"),
@@ -36,15 +39,16 @@ TABLE = {
         "squares = x * x", "squares = (x * x).to(dtype).to(tl.float32)", "value", dtype="float16"
     ),
     "gradient_mean_scaled": one(
-        "mean = quotient(total, columns)", "mean = quotient(total, columns) * 1.03", "gradients"
+        f"{GRADIENT_MEAN}\n            for part", f"{GRADIENT_MEAN} * 1.03\n            for part", "gradients"
     ),
-    "gradient_mean_without_the_rest": one("total += tl.sum(g_2 * normed_2, 1, keep_dims=True)", "pass", "extents"),
-    "dweight_of_the_last_rest": Mutant(
-        (("128 * held", "1"), ("dweight_2 += tl.sum(", "dweight_2 = tl.sum(")), ("extents",)
+    "gradient_mean_of_the_last_part": one("products += g * n", "products = g * n", "extents"),
+    "weight_of_the_first_part": one("scales[part]", "scales[0]", "extents"),
+    "dweight_of_the_last_tile": Mutant(
+        (ONE_PROGRAM, ("sums += (dweight[part] + tl.sum(", "sums += (tl.sum(")), ("extents",)
     ),
     "dweight_without_the_last_row": one(
-        "dweight += tl.sum(dy * rounded(normed, dtype, LLAMA), 0, keep_dims=True)",
-        "dweight += tl.sum(tl.where(row < rows - 1, dy * rounded(normed, dtype, LLAMA), 0.0), 0, keep_dims=True)",
+        "tl.sum(dy * rounded(n, dtype, LLAMA), 0, keep_dims=True)",
+        "tl.sum(tl.where(row < rows - 1, dy * rounded(n, dtype, LLAMA), 0.0), 0, keep_dims=True)",
         "gradients",
     ),
     "dweight_tail_unwritten": one("return cdiv(columns, width)", "return columns // width", "uninitialised"),
@@ -60,8 +64,8 @@ TABLE = {
     "grad_output_read_as_contiguous": one("(*dy.stride(), *dsum.stride()", "(columns, 1, *dsum.stride()", "layouts"),
     "dx_lost_with_a_frozen_weight": one("dx if need_dx else None", "dx if need_dweight else None", "gradients"),
     "rows_mixed": one(
-        "mean = quotient(total, columns)",
-        "mean = quotient(tl.sum(total, 0, keep_dims=True), columns)",
+        f"{GRADIENT_MEAN}\n            for part",
+        f"{GRADIENT_MEAN.replace('products, 1', 'products')}\n            for part",
         "row_independence",
     ),
     "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.meta.contract import Function
-from tests.meta.right.rms_norm import sums_in_two_levels
+from tests.meta.right.rms_norm import BACKWARD_TILES, sums_in_two_levels
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
 
@@ -71,8 +71,6 @@ TABLE = {
     "in_float64": in_float64,
     "in_other_tiles": (
         ("elements=2048, widest=16384, per_thread=32 if", "elements=8192, widest=8192, per_thread=8 if"),
-        ("rows = max(1, 2048 // width)", "rows = max(1, 4096 // width)"),
-        ("4096 <= width <= 8192 and left < width // 4", "64 <= width and left < width // 2"),
-        ("128 * held", "3 * held"),
+        *BACKWARD_TILES,
     ),
 }

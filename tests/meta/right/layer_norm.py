@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.meta.right.rms_norm import sums_in_two_levels
+from tests.meta.right.rms_norm import BACKWARD_TILES, sums_in_two_levels
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
 
@@ -37,9 +37,9 @@ TABLE = {
     "in_two_levels": in_two_levels,
     "in_float64": in_float64,
     "in_other_tiles": (
-        ("elements=2048, widest=16384, per_thread=32 if", "elements=8192, widest=8192, per_thread=8 if"),
-        ("rows = max(1, 2048 // width)", "rows = max(1, 4096 // width)"),
-        ("4096 <= width <= 8192 and left < width // 4", "64 <= width and left < width // 2"),
-        ("128 * held", "3 * held"),
+        ("512 if columns <= 3072 else 1024 if columns <= 6144 else 2048", "64 if columns <= 96 else 1024"),
+        ("max(1, 2048 // width), min(width, widest), widest // 256)", "max(1, 512 // width), min(width, widest), 4)"),
+        ("parts <= 8", "parts <= 3"),
+        *BACKWARD_TILES,
     ),
 }

@@ -56,6 +56,15 @@ def in_float64(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tenso
     return reference.rms_norm(x.double(), weight.double(), *others, **options).to(x.dtype)
 
 
+# A program adds up several tiles, and short rows are of several parts.
+BACKWARD_TILES = (
+    ("columns <= 2048:\n        width = next_power_of_2(columns)", "columns <= 16:\n        width = 16"),
+    ("2048 // width, width, 1, 4, 384", "4, width, 1, 4, 3"),
+    ("width = 1024 if columns <= 5120 else 2048 if", "width = 32 if columns <= 256 else 2048 if"),
+    ("programs = 384 if columns <= 3072 else 256 if columns <= 5120 else 128", "programs = 3"),
+    ("cdiv(columns, width), width // 256, programs", "cdiv(columns, width), 4, programs"),
+)
+
 TABLE = {
     "of_transformers": of_transformers,
     "of_torch": of_torch,
@@ -64,8 +73,6 @@ TABLE = {
     "compiled": compiled(of_transformers),
     "in_other_tiles": (
         ("elements=2048, widest=16384, per_thread=16 if", "elements=8192, widest=8192, per_thread=8 if"),
-        ("rows = max(1, 2048 // width)", "rows = max(1, 4096 // width)"),
-        ("4096 <= width <= 8192 and left < width // 4", "64 <= width and left < width // 2"),
-        ("128 * held", "3 * held"),  # so that a program adds up several tiles
+        *BACKWARD_TILES,
     ),
 }
