@@ -23,7 +23,7 @@ from unsloth_fast.kernels._replay import record
 
 COMPILED = SimpleNamespace(
     function=7,
-    metadata=SimpleNamespace(num_ctas=1, global_scratch_size=0, profile_scratch_size=0, num_warps=4, shared=96),
+    metadata=SimpleNamespace(num_ctas=1, global_scratch_size=0, num_warps=4, shared=96),
     src=SimpleNamespace(signature={"x": "*fp32", "y": "*fp32", "count": "i32", "one": "constexpr", "eps": "fp32"}),
 )
 ELSEWHERE = torch.ones(4)

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 Program = tuple[list[Any], list[Any], list[int]]  # buffers, launches and results, as _replay.cpp takes them
 
 _NEW_EMPTY = Tensor.new_empty
+# What a plain launch with the kernel's own arguments is not enough for.
+_SPECIAL = (
+    "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "instrumentation_mode",
+)  # fmt: skip
 _ALLOCATIONS = ("aten::empty.memory_format", "aten::new_empty", "aten::empty_like")
 
 
@@ -120,7 +124,7 @@ def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], numbers: _Numb
     launches = []
     for compiled, programs, arguments in launched:
         metadata, parameters = compiled.metadata, []
-        if metadata.num_ctas > 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
+        if metadata.num_ctas > 1 or any(getattr(metadata, name, None) for name in _SPECIAL):
             raise LookupError
         for kind, value in zip(compiled.src.signature.values(), arguments, strict=False):
             if isinstance(value, Tensor):
