@@ -56,7 +56,9 @@ def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert {one["target"] for one in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
-        assert all(one["load"] == 16 and one["registers"] for one in found)
+        assert all(one["registers"] for one in found)
+        for one in found:  # a warp of gfx942 has 64 threads: each takes half as much of a tile
+            assert one["load"] == 16 or (one["target"] == "gfx942" and dtype == "float16" and one["load"] == 8)
 
 
 def test_registers_that_spill_are_seen(tmp_path: Path) -> None:
