@@ -65,7 +65,8 @@ struct Program {
   std::vector<Launch> launches;
   std::vector<int64_t> results;  // by number; -1: None
 
-  // From (buffers [(sizes, strides, dtype)], launches [(function, programs, threads, shared, [(slot, bits)])], results).
+  // From (buffers, launches, results): (sizes, strides, dtype) and (function, programs, threads, shared memory,
+  // [(slot, bits)]) each.
   explicit Program(const py::tuple& parts) : results(parts[2].cast<std::vector<int64_t>>()) {
     for (const py::handle one : parts[0]) {
       const auto buffer = py::cast<py::tuple>(one);
@@ -320,7 +321,8 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     describe(key, inputs);
     auto found = recordings().find(key);
     if (found == recordings().end()) {
-      const auto recorded = py::reinterpret_steal<py::object>(PyObject_Vectorcall(record.ptr(), arguments, count, nullptr));
+      PyObject* const made = PyObject_Vectorcall(record.ptr(), arguments, count, nullptr);
+      const auto recorded = py::reinterpret_steal<py::object>(made);
       if (!recorded) throw python_error();
       if (recordings().size() >= MOST) recordings().clear();
       Py_INCREF(arguments[0]);  // for ever: its address is in the key

@@ -1,10 +1,10 @@
 """Operations as recordings: what a call allocates and launches, run again by compiled code for every call like it.
 
 For small tensors the host decides: on the host of an H200 that takes 0.14 ms for torch's own rms_norm, forward and
-backward, an autograd.Function in Python that does nothing takes 0.12, and one with three launches 0.31. So the first
-call of each kind (function, shapes, strides, dtypes, alignment, other arguments) is recorded while its Python runs, and
-`_replay.cpp` allocates and launches the same from then on, with an autograd node of its own. It is compiled once, in
-about 20 s, by torch.utils.cpp_extension; where that fails the Python runs as ever.
+backward, an autograd.Function in Python that does nothing takes 0.12, and one with three launches 0.35. So the first
+call of each kind (function, shapes, strides, dtypes, alignment, other arguments) is recorded while its Python runs,
+which takes 0.5 ms more, and `_replay.cpp` allocates and launches the same from then on, with an autograd node of its
+own, in 0.14. It is compiled once, in about 20 s, by torch.utils.cpp_extension; where that fails the Python runs on.
 """
 
 import logging
@@ -23,6 +23,7 @@ from unsloth_fast.kernels._launch import INTERPRETED, recorded, traced
 
 logger = logging.getLogger(__name__)
 
+Check = Callable[..., None]
 Program = tuple[list[Any], list[Any], list[int]]  # buffers, launches and results, as _replay.cpp takes them
 
 _NEW_EMPTY = Tensor.new_empty
@@ -110,13 +111,11 @@ class _Numbers:
 
 def _bits(kind: str, value: float) -> int:
     """A number as a kernel's parameter of this type of Triton's."""
-    if kind in ("i32", "i64"):
-        return int(value) & (2**64 - 1)
-    return struct.unpack("I", struct.pack("f", value))[0] if kind == "fp32" else _refuse()
-
-
-def _refuse() -> int:
-    raise LookupError
+    if kind == "fp32":
+        return struct.unpack("I", struct.pack("f", value))[0]
+    if kind not in ("i32", "i64"):
+        raise LookupError
+    return int(value) & (2**64 - 1)
 
 
 def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], numbers: _Numbers) -> list[Any]:
@@ -207,9 +206,6 @@ class Recording:
 
 def _described(buffers: Sequence[Tensor]) -> list[Any]:
     return [(list(buffer.shape), list(buffer.stride()), buffer.dtype) for buffer in buffers]
-
-
-Check = Callable[..., None]
 
 
 def record(function: type[torch.autograd.Function], check: Check | None, *arguments: Any) -> Recording | None:
