@@ -52,7 +52,7 @@ bench: $(READY)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q '$(TORCH)'
-	$(PY) -m pip install -q -e '.[demo]' --group dev '$(TRL)'
+	$(PY) -m pip install -q --no-compile --upgrade pip
+	$(PY) -m pip install -q --no-compile '$(TORCH)'
+	$(PY) -m pip install -q --no-compile -e '.[demo]' --group dev '$(TRL)'
 	touch $@
