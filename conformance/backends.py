@@ -11,7 +11,7 @@ from typing import Any
 
 import unsloth_ref.kernels
 import unsloth_ref.training
-from conformance.interpreter import patch_language_once_a_launch
+from conformance import interpreter
 from conformance.peers import Absent
 from conformance.trial import BackendError, Function, Raised, describe
 
@@ -72,7 +72,7 @@ def load(name: str, device: str) -> Judged:
     # Dynamo imports triton too.
     interpreted = device == "cpu" and name not in COMPILED_OR_EAGER and "triton" in sys.modules
     if interpreted:
-        patch_language_once_a_launch()
+        interpreter.patch()
     return Judged(name, functions, f"{name}{_runs_on(interpreted)}", interpreted)
 
 

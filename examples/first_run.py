@@ -27,7 +27,7 @@ import tempfile
 import textwrap
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def train(folder: str, settings: dict[str, Any], backend: str, seed: int, dtype:
     import torch
     import transformers
 
-    from conformance.interpreter import patch_language_once_a_launch
+    from conformance import interpreter
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
@@ -183,7 +183,7 @@ def train(folder: str, settings: dict[str, Any], backend: str, seed: int, dtype:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     elif backend != "reference":
-        patch_language_once_a_launch()
+        interpreter.patch()
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     counts = [entry["num_tokens"] for entry in logs]
@@ -236,9 +236,13 @@ def compare(folder: str, steps: int, backends: list[str]) -> dict[str, Any]:
         os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # too small a model for two threads
         print("No GPU: the fast kernels run in Triton's interpreter, and speed and memory below mean nothing.")
     dtypes = settings["dtype"], settings["truth_dtype"]
-    runs = {name: in_child(train, (folder, settings, name, 0, dtypes[0]))[0] for name in backends}
     calls = [(folder, settings, "reference", seed, dtype) for seed in range(SEEDS) for dtype in dtypes]
-    losses = [run["losses"] for run in in_child(train, *calls)]
+    # A GPU is timed, and a run has it to itself; without one there is a core for each of two.
+    with ThreadPoolExecutor(1 if settings["device"] == "cuda" else 2) as pool:
+        one_each = {name: pool.submit(in_child, train, (folder, settings, name, 0, dtypes[0])) for name in backends}
+        of_yardsticks = pool.submit(in_child, train, *calls)
+    runs = {name: run.result()[0] for name, run in one_each.items()}
+    losses = [run["losses"] for run in of_yardsticks.result()]
     yardsticks = list(zip(losses[::2], losses[1::2], strict=True))
 
     model, millions = settings["model"], next(iter(runs.values()))["parameters"] / 1e6

@@ -1,4 +1,4 @@
-"""Triton's interpreter, patched once a launch, gives what it gives without."""
+"""Triton's interpreter, patched, gives what it gives without."""
 
 import importlib
 from types import ModuleType
@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from conformance import backends
-from conformance.interpreter import _Once
+from conformance.interpreter import _Once, _Remembered
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen for a whole process")
 
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With Triton's own function for it, whoever loaded a backend before."""
+    """With Triton's own functions for it, whoever loaded a backend before."""
     backends.load("fast", "cpu")
     module: Any = importlib.import_module("triton.runtime.interpreter")
     assert isinstance(module._patch_lang, _Once)
+    assert isinstance(module._get_np_dtype, _Remembered)
     monkeypatch.setattr(module, "_patch_lang", module._patch_lang._patch)
+    monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
     return module
 
 
@@ -61,3 +63,19 @@ def test_the_language_is_put_back_when_the_launch_ends(interpreter: Any) -> None
         assert language.load is not before
         launch.restore()
         assert language.load is before
+
+
+def test_the_same_dtypes_for_fewer_tables(interpreter: Any) -> None:
+    language: Any = importlib.import_module("triton.language")
+    scalars = [getattr(language, name) for name in ("int1", "int32", "uint16", "int64", "bfloat16", "float32")]
+    scalars += [language.pointer_type(scalar) for scalar in scalars]
+    calls = []
+
+    def counted(dtype: Any) -> Any:
+        calls.append(dtype)
+        return interpreter._get_np_dtype(dtype)
+
+    remembered = _Remembered(counted)
+    for dtype in (*scalars, *(language.block_type(scalar, [4, 8]) for scalar in scalars)):
+        assert remembered(dtype) == interpreter._get_np_dtype(dtype)
+    assert calls == scalars
