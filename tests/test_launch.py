@@ -56,6 +56,42 @@ def test_strided_views_are_read_where_they_lie(
     assert {view.data_ptr() for view in views} <= read
 
 
+PAIR = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE)
+CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "rms_norm": (fast.rms_norm, ((3, 8), (8,))),
+    "add_rms_norm": (fast.add_rms_norm, ((3, 8), (3, 8), (8,))),
+    "layer_norm": (fast.layer_norm, ((3, 8), (8,), (8,))),
+    "swiglu": (fast.swiglu, ((3, 8), (3, 8))),
+    "geglu": (fast.geglu, ((3, 8), (3, 8))),
+    "rope": (
+        lambda q, k: fast.rope(q, k, torch.ones(1, 5, 8, device=DEVICE), torch.ones(1, 5, 8, device=DEVICE)),
+        ((2, 4, 5, 8), (2, 2, 5, 8)),
+    ),
+    "cross_entropy": (lambda logits: fast.cross_entropy(logits, PAIR, reduction="none"), ((2, 8),)),
+    "mean": (lambda logits: fast.cross_entropy(logits, PAIR), ((2, 8),)),
+    "linear_cross_entropy": (lambda x, weight: fast.linear_cross_entropy(x, weight, PAIR), ((2, 8), (9, 8))),
+    "packed_attention": (lambda q, k, v: fast.packed_attention(q, k, v, PAIR, 6), ((6, 2, 8),) * 3),
+    "lora_linear": (fast.lora_linear, ((3, 8), (4, 8), (2, 8), (4, 2))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_signs_that_are_a_flag_are_seen(name: str) -> None:
+    """Of inputs and of the gradients that come back: the imaginary part of a conjugate is such a view."""
+    call, shapes = CALLS[name]
+    plain = [random(*shape) for shape in shapes]
+    found = []
+    for flag in (False, True):
+        leaves = [one.clone().requires_grad_() for one in plain]
+        results = call(*[torch._neg_view(leaf.neg()) if flag else leaf for leaf in leaves])
+        results = results if isinstance(results, tuple) else (results,)
+        grads = [torch.full_like(one, 0.5) for one in results]
+        torch.autograd.backward(results, [torch._neg_view(grad.neg()) if flag else grad for grad in grads])
+        found.append([*results, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("offset", "rows", "columns", "stride", "aligned"),
     [(0, 32, 16, 1, True), (0, 3, 16, 32, True), (1, 32, 16, 1, False), (0, 32, 17, 1, False), (0, 32, 16, 2, False)],

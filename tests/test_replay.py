@@ -1,10 +1,9 @@
-"""Recording what a call allocates and launches, and replaying it."""
+"""Recording what a call allocates and launches; test_replayed_calls.py has the replay."""
 
 import logging
 import shutil
 import subprocess
 import sysconfig
-import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 import torch.utils.cpp_extension
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch, _replay
 from unsloth_fast.kernels._replay import record
 
@@ -74,6 +73,7 @@ def test_a_recording_numbers_what_is_given_and_then_what_is_allocated() -> None:
         (7, 6, 128, 96, [(2, 0), (4, 0), (-1, 3), (-1, 0), *TOOLS]),
     ]
     assert (results, found.saved, found.kept, found.single, found.inputs) == ([1], [0, -1, 2], [3], True, 1)
+    assert [list(one.shape) for one in found.made] == [shape for shape, *_ in buffers]
 
 
 def test_what_is_kept_is_handed_out_by_the_first_backward_pass_and_allocated_by_later_ones() -> None:
@@ -81,10 +81,12 @@ def test_what_is_kept_is_handed_out_by_the_first_backward_pass_and_allocated_by_
     assert found is not None
     dy, x, sums, early = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(3), torch.ones(3, 4))
     first = found.record_backward([True], [dy], [x, None, sums], [early])
-    assert first is not None and first[0] == [] and first[2] == [4]
+    assert first is not None and (first[0][0], first[0][2], first[1]) == ([], [4], [])
     second = found.record_backward([True], [dy], [x, None, sums], [])
-    assert second is not None and [shape for shape, *_ in second[0]] == [[3, 4]] and second[2] == [4]
-    assert [number for number, _ in second[1][0][4][:2]] == [3, 4]
+    assert second is not None
+    (buffers, launches, results), made = second
+    assert [shape for shape, *_ in buffers] == [list(one.shape) for one in made] == [[3, 4]] and results == [4]
+    assert [number for number, _ in launches[0][4][:2]] == [3, 4]
 
 
 def test_tensors_that_begin_together_are_one_to_a_kernel() -> None:
@@ -127,6 +129,23 @@ def test_what_does_more_than_allocate_and_launch_is_not_recorded(body: Callable[
 
     assert record(Other, None, torch.ones(4)) is None
     assert _launch.recorded.launches is None and not _launch.traced()
+
+
+def test_whatever_watches_sees_the_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_replay.watched())
+        return x
+
+    assert not _replay.watched()
+    torch.jit.trace(look, torch.ones(2), check_trace=False)
+    torch.func.vmap(look)(torch.ones(2))
+    with FlopCounterMode(display=False):
+        look(torch.ones(2))
+    monkeypatch.setattr(import_module("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", True)
+    look(torch.ones(2))
+    assert seen == [True] * len(seen) and len(seen) >= 4
 
 
 def test_without_compiled_code_each_call_is_checked_and_made() -> None:
@@ -182,138 +201,3 @@ def test_the_compiled_code_agrees_with_this_torch(tmp_path: Path) -> None:
     ]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def random(*shape: int) -> Tensor:
-    """bfloat16 on the GPU."""
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def passes(call: Callable[..., Any], inputs: list[Tensor], scale: float) -> list[Tensor]:
-    """Results, and gradients twice."""
-    inputs = [one.detach().requires_grad_() for one in inputs]
-    results = call(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    grads = [torch.full_like(one, scale) for one in results]
-    first = torch.autograd.grad(results, inputs, grads, retain_graph=True)
-    return [*results, *first, *torch.autograd.grad(results, inputs, grads)]
-
-
-LABELS = [0, 5, -100, 3]
-CALLS: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
-    "rms_norm": (fast.rms_norm, lambda: [random(5, 72), random(72)]),
-    "add_rms_norm": (fast.add_rms_norm, lambda: [random(5, 72), random(5, 72), random(72)]),
-    "layer_norm": (fast.layer_norm, lambda: [random(5, 72), random(72), random(72)]),
-    "swiglu": (fast.swiglu, lambda: list(random(5, 144).chunk(2, 1))),
-    "geglu": (fast.geglu, lambda: [random(5, 72), random(5, 72)]),
-    "rope": (
-        lambda q, k: fast.rope(q, k, torch.ones(1, 6, 8, device="cuda"), torch.ones(1, 6, 8, device="cuda")),
-        lambda: [random(2, 6, 4, 8).transpose(1, 2), random(2, 2, 6, 8)],
-    ),
-    "cross_entropy": (
-        lambda logits: fast.cross_entropy(logits, torch.tensor(LABELS, device="cuda")),
-        lambda: [random(4, 20000)],
-    ),
-    "losses": (
-        lambda logits: fast.cross_entropy(logits, torch.tensor(LABELS, device="cuda"), reduction="none"),
-        lambda: [random(4, 64)],
-    ),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_replayed_call_gives_what_the_python_gives(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, draw = CALLS[name]
-    inputs = draw()
-    replayed = [passes(call, inputs, scale) for _ in range(2)]
-    for module in ("rms_norm", "add_rms_norm", "layer_norm", "swiglu", "geglu", "rope", "cross_entropy"):
-        monkeypatch.setattr(import_module(f"unsloth_fast.kernels.{module}"), "apply", _replay.plain)
-    written = passes(call, inputs, scale)
-    assert "CppNode" in replayed[0][0].grad_fn.name() and "CppNode" not in written[0].grad_fn.name()  # type: ignore[union-attr]
-    for results in replayed:
-        for one, other in zip(results, written, strict=True):
-            assert torch.equal(one, other) and one.stride() == other.stride()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_replayed_graph_raises_as_the_python_does() -> None:
-    x, weight = random(4, 8).requires_grad_(), random(8).requires_grad_()
-    for _ in range(2):
-        y = fast.rms_norm(x, weight)
-        y.sum().backward()
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-            y.sum().backward()
-        (grad,) = torch.autograd.grad(fast.rms_norm(x, weight).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            grad.sum().backward()
-        y = fast.rms_norm(x, weight)
-        with torch.no_grad():
-            weight.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-        with pytest.raises(ValueError, match="eps: got -1"):
-            fast.rms_norm(x, weight, -1.0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_the_python_of_a_backward_pass_raises_arrives() -> None:
-    class Raises(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.new_empty(x.shape)
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Tensor:
-            raise KeyError("mine")
-
-    for _ in range(2):
-        with pytest.raises(KeyError, match="mine"):
-            _replay.apply(Raises, None, random(3).requires_grad_()).sum().backward()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_hooks_modes_and_fences_see_what_a_replayed_call_does() -> None:
-    from conformance.memory import Allocations
-
-    x, weight = random(4, 8).requires_grad_(), random(8)
-    expected = fast.rms_norm(x, weight)
-    packed: list[Tensor] = []
-
-    def refuse(tensor: Tensor) -> None:
-        raise NotImplementedError("not saved")
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: packed.append(one) or one, lambda one: one):
-        fast.rms_norm(x, weight).sum().backward()
-    assert len(packed) == 3
-    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse), pytest.raises(NotImplementedError):
-        fast.rms_norm(x, weight)
-    with Allocations(float("nan")) as fences:
-        assert torch.equal(fast.rms_norm(x, weight), expected)
-    assert len(fences._fences) == 2
-    assert torch.equal(torch.compile(lambda x: fast.rms_norm(x, weight) * 1, fullgraph=True)(x), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_replays_run_on_the_stream_and_thread_that_calls() -> None:
-    x, weight = random(4, 8).requires_grad_(), random(8)
-    expected = torch.autograd.grad(fast.rms_norm(x, weight).sum(), x)[0]
-    found: list[Tensor] = []
-
-    def other() -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            found.extend(torch.autograd.grad(fast.rms_norm(x, weight).sum(), x))
-        stream.synchronize()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert torch.equal(found[0], expected)

@@ -139,7 +139,8 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
     if found is None:
         compiled = (unaligned(kernel) if bits & 15 else kernel)[(programs,)](*arguments, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+        found = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+        compiled = _compiled.setdefault(key, found)[0]  # another thread's, if it was first: one of them is held
     else:
         compiled, run, function, metadata, constants = found
         stream = torch._C._cuda_getCurrentRawStream(index)
@@ -187,6 +188,11 @@ def traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > (recorded.launches is not None)  # a recording has a mode of its own
 
 
+def resolved(value: Any) -> Any:
+    """A tensor as it lies in memory, if torch says its sign by a flag alone; anything else as it is."""
+    return value.resolve_neg() if isinstance(value, Tensor) else value
+
+
 def check_runnable(name: str, tensor: Tensor) -> None:
     """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
     if tensor.dtype == torch.float64:
@@ -224,7 +230,7 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
 
     @wraps(backward)
     def checked(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved, grad_outputs = ctx.saved_tensors, tuple(resolved(one) for one in grad_outputs)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grad_outputs, *saved)
         with torch.no_grad():

@@ -1,110 +1,14 @@
-// Replays what `_replay.py` recorded: allocations, kernel launches and the autograd node around them, without Python.
+// Replays what `_replay.py` recorded: programs and the autograd node around them, without Python.
 
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <cuda.h>
-#include <dlfcn.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/Dtype.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-namespace py = pybind11;
-using at::Tensor;
+#include "_replay_program.h"
+
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 namespace {
-
-// The driver's functions, from the library that torch has loaded: to link against it, it would have to be there.
-template <typename F>
-F driver(const char* name) {
-  static void* const library = dlopen("libcuda.so.1", RTLD_LAZY);
-  void* const found = library ? dlsym(library, name) : nullptr;
-  TORCH_CHECK(found, "libcuda.so.1 has no ", name);
-  return reinterpret_cast<F>(found);
-}
-#define DRIVER(name) ([] { static const auto function = driver<decltype(&name)>(#name); return function; }())
-
-void check(CUresult result) {
-  const char* text = "unknown error";
-  if (result != CUDA_SUCCESS) DRIVER(cuGetErrorString)(result, &text);
-  TORCH_CHECK(result == CUDA_SUCCESS, "launch of a recorded kernel: ", text);
-}
-
-// A thread that has not used the device yet, such as autograd's own, has no context to launch in.
-void set_context(int device) {
-  CUcontext context = nullptr;
-  check(DRIVER(cuCtxGetCurrent)(&context));
-  if (context) return;
-  check(DRIVER(cuDevicePrimaryCtxRetain)(&context, device));
-  check(DRIVER(cuCtxSetCurrent)(context));
-}
-
-struct Buffer {
-  std::vector<int64_t> sizes, strides;
-  at::ScalarType dtype;
-};
-
-struct Parameter {
-  int64_t slot;  // of the tensor whose address is meant, or -1
-  uint64_t bits;  // the value, where it is not an address
-};
-
-struct Launch {
-  CUfunction function;
-  unsigned programs, threads, shared_memory;
-  std::vector<Parameter> parameters;
-};
-
-// One pass. Its tensors are numbered: first those that it is given, then those that it allocates.
-struct Program {
-  std::vector<Buffer> buffers;
-  std::vector<Launch> launches;
-  std::vector<int64_t> results;  // by number; -1: None
-
-  // From (buffers, launches, results): (sizes, strides, dtype) and (function, programs, threads, shared memory,
-  // [(slot, bits)]) each.
-  explicit Program(const py::tuple& parts) : results(parts[2].cast<std::vector<int64_t>>()) {
-    for (const py::handle one : parts[0]) {
-      const auto buffer = py::cast<py::tuple>(one);
-      const auto dtype = reinterpret_cast<THPDtype*>(buffer[2].ptr())->scalar_type;
-      buffers.push_back({buffer[0].cast<std::vector<int64_t>>(), buffer[1].cast<std::vector<int64_t>>(), dtype});
-    }
-    for (const py::handle one : parts[1]) {
-      const auto launch = py::cast<py::tuple>(one);
-      std::vector<Parameter> parameters;
-      for (const auto& [slot, bits] : launch[4].cast<std::vector<std::pair<int64_t, uint64_t>>>())
-        parameters.push_back({slot, bits});
-      launches.push_back({reinterpret_cast<CUfunction>(launch[0].cast<uintptr_t>()), launch[1].cast<unsigned>(),
-                          launch[2].cast<unsigned>(), launch[3].cast<unsigned>(), std::move(parameters)});
-    }
-  }
-
-  // Allocate and launch, on the current stream; the allocated are appended to the tensors.
-  void run(variable_list& tensors, at::Device device) const {
-    const c10::cuda::CUDAGuard guard(device);
-    for (const auto& [sizes, strides, dtype] : buffers)
-      tensors.push_back(at::empty_strided(sizes, strides, at::TensorOptions(device).dtype(dtype)));
-    if (launches.empty()) return;
-    set_context(device.index());
-    const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-    for (const auto& launch : launches) {
-      std::array<uint64_t, 64> values{};
-      std::array<void*, 64> pointers{};
-      TORCH_INTERNAL_ASSERT(launch.parameters.size() <= values.size());
-      for (size_t i = 0; i < launch.parameters.size(); ++i) {
-        const auto [slot, bits] = launch.parameters[i];
-        values[i] = slot < 0 ? bits : reinterpret_cast<uint64_t>(tensors[slot].data_ptr());
-        pointers[i] = &values[i];
-      }
-      check(DRIVER(cuLaunchKernel)(launch.function, launch.programs, 1, 1, launch.threads, 1, 1, launch.shared_memory,
-                                   stream, pointers.data(), nullptr));
-    }
-  }
-};
 
 template <typename T>
 void append(std::string& key, T value) {
@@ -129,6 +33,9 @@ void describe(std::string& key, const variable_list& tensors) {
     for (const auto stride : tensor.strides()) append(key, stride);
   }
 }
+
+// Recordings, and backward passes of one, are of a few kilobytes each; ever new kinds would fill the memory.
+constexpr size_t MOST = 4096, MOST_BACKWARD = 64;
 
 // A recorded call of an autograd.Function: the forward pass, and a backward pass for each kind of gradient that came.
 struct Recording : torch::CustomClassHolder {
@@ -196,11 +103,34 @@ auto with_python(F function) {
   }
 }
 
+// Whether a tensor is what lies at its address, and no more than that.
+bool ordinary(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet others({DispatchKey::Python, DispatchKey::FuncTorchBatched,
+      DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative,
+      DispatchKey::ZeroTensor});
+  return tensor.is_cuda() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(others);
+}
+
+// A recording that is to be replayed, or that has just been made, with what was allocated for it.
+struct Call {
+  c10::intrusive_ptr<Recording> recording;
+  std::optional<variable_list> made;
+};
+
+// What Python allocated, as if it had been allocated here: no views.
+variable_list made(const py::handle tensors) {
+  variable_list all = unwrap(tensors);
+  for (auto& one : all) one = one.tensor_data();
+  return all;
+}
+
 struct Replay : torch::autograd::Function<Replay> {
-  static variable_list forward(AutogradContext* ctx, const c10::intrusive_ptr<Recording>& recording,
-                               at::TensorList inputs) {
+  static variable_list forward(AutogradContext* ctx, const Call& call, at::TensorList inputs) {
+    const auto& [recording, made] = call;
     variable_list tensors = inputs.vec();
-    recording->forward.run(tensors, recording->device);
+    if (made) tensors.insert(tensors.end(), made->begin(), made->end());
+    else recording->forward.run(tensors, recording->device);
     ctx->save_for_backward(pick(tensors, recording->saved));
     ctx->saved_data["recording"] = c10::IValue::make_capsule(recording);
     if (!recording->kept.empty()) ctx->saved_data["kept"] = pick(tensors, recording->kept);
@@ -226,7 +156,7 @@ struct Replay : torch::autograd::Function<Replay> {
     variable_list tensors = grad_outputs;
     tensors.insert(tensors.end(), saved.begin(), saved.end());
     tensors.insert(tensors.end(), kept.begin(), kept.end());
-    const auto plain = [&](const char* method) {
+    const auto python = [&](const char* method) {
       return recording.python.attr(method)(needs, wrap(grad_outputs), wrap(saved), wrap(kept));
     };
     variable_list grads(1);  // none for the recording
@@ -234,43 +164,43 @@ struct Replay : torch::autograd::Function<Replay> {
       grads.insert(grads.end(), given.begin(), given.end());
       return grads;
     };
-    if (at::GradMode::is_enabled())  // what backward computes is to be differentiated in turn
-      return give(with_python([&] { return unwrap(plain("backward")); }));
+    const auto by_python = [&] { return give(with_python([&] { return unwrap(python("backward")); })); };
+    // What backward computes is to be differentiated in turn, or to be seen.
+    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return by_python();
+    for (const auto& one : grad_outputs)
+      if (one.defined() && !ordinary(one)) return by_python();
 
     describe(key, tensors);
     std::unique_lock lock(recording.mutex);
-    auto program = recording.backward.find(key);
-    if (program == recording.backward.end()) {
+    const auto program = recording.backward.find(key);
+    if (program != recording.backward.end()) {
+      const auto replayed = program->second;
       lock.unlock();
-      auto recorded = with_python([&] {
-        const py::object parts = plain("record_backward");
-        return std::shared_ptr<const Program>(parts.is_none() ? nullptr : new Program(parts.cast<py::tuple>()));
-      });
-      lock.lock();
-      program = recording.backward.emplace(key, std::move(recorded)).first;
+      if (!replayed) return by_python();
+      replayed->run(tensors, recording.device);
+      return give(pick(tensors, replayed->results));
     }
-    const auto replayed = program->second;
     lock.unlock();
-    if (!replayed) return give(with_python([&] { return unwrap(plain("backward")); }));
-    replayed->run(tensors, recording.device);
-    return give(pick(tensors, replayed->results));
+    std::shared_ptr<const Program> recorded;
+    with_python([&] {
+      const py::object found = python("record_backward");
+      if (found.is_none()) return;
+      const auto [parts, allocated] = found.cast<std::pair<py::tuple, py::object>>();
+      recorded = std::make_shared<const Program>(parts);
+      for (const auto& one : made(allocated)) tensors.push_back(one);
+    });
+    lock.lock();
+    if (recording.backward.size() >= MOST_BACKWARD) recording.backward.clear();
+    recording.backward[key] = recorded;
+    lock.unlock();
+    return recorded ? give(pick(tensors, recorded->results)) : by_python();
   }
 };
-
-constexpr size_t MOST = 4096;  // recordings, of a few kilobytes each; batches of ever new shapes would fill the memory
 
 py::handle record, plain;  // of _replay.py; held for ever, as are the recordings: a process ends in any order
 std::unordered_map<std::string, c10::intrusive_ptr<Recording>>& recordings() {
   static auto* const all = new std::unordered_map<std::string, c10::intrusive_ptr<Recording>>();
   return *all;
-}
-
-bool ordinary(const Tensor& tensor) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet others({DispatchKey::Python, DispatchKey::FuncTorchBatched,
-      DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative,
-      DispatchKey::ZeroTensor});
-  return tensor.is_cuda() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(others);
 }
 
 // Add the arguments of a call to its key and its tensors to the inputs; false: this cannot be replayed.
@@ -315,29 +245,34 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   variable_list inputs;
   append(key, arguments[0]);
   key.push_back(at::GradMode::is_enabled());
-  c10::intrusive_ptr<Recording> recording;
+  Call call;
   if (gather(arguments + 2, count - 2, key, inputs)) {
     key.push_back(static_cast<char>(inputs[0].device().index()));
     describe(key, inputs);
-    auto found = recordings().find(key);
-    if (found == recordings().end()) {
-      PyObject* const made = PyObject_Vectorcall(record.ptr(), arguments, count, nullptr);
-      const auto recorded = py::reinterpret_steal<py::object>(made);
+    const auto found = recordings().find(key);
+    if (found != recordings().end()) {
+      call.recording = found->second;
+    } else {
+      PyObject* const recorded = PyObject_Vectorcall(record.ptr(), arguments, count, nullptr);
       if (!recorded) throw python_error();
+      const auto python = py::reinterpret_steal<py::object>(recorded);
+      if (!python.is_none()) {
+        call.made = made(python.attr("made"));
+        python.attr("made") = py::none();
+        call.recording = c10::make_intrusive<Recording>(python, inputs[0].device());
+      }
       if (recordings().size() >= MOST) recordings().clear();
       Py_INCREF(arguments[0]);  // for ever: its address is in the key
-      found = recordings().emplace(key, nullptr).first;
-      if (!recorded.is_none()) found->second = c10::make_intrusive<Recording>(recorded, inputs[0].device());
+      recordings()[key] = call.recording;  // null: this kind cannot be replayed
     }
-    recording = found->second;
   }
-  if (!recording) return PyObject_Vectorcall(plain.ptr(), arguments, count, nullptr);
+  if (!call.recording) return PyObject_Vectorcall(plain.ptr(), arguments, count, nullptr);
   variable_list results;
   {
     const py::gil_scoped_release no_gil;
-    results = Replay::apply(recording, at::TensorList(inputs));
+    results = Replay::apply(call, at::TensorList(inputs));
   }
-  if (recording->single) return THPVariable_Wrap(std::move(results[0]));
+  if (call.recording->single) return THPVariable_Wrap(std::move(results[0]));
   return wrap(results).release().ptr();
   END_HANDLE_TH_ERRORS
 }

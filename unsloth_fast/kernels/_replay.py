@@ -8,7 +8,9 @@ own, in 0.14. It is compiled once, in about 20 s, by torch.utils.cpp_extension; 
 """
 
 import logging
+import re
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unsloth_fast.kernels._launch import INTERPRETED, recorded, traced
+from unsloth_fast.kernels._launch import INTERPRETED, recorded, resolved, traced
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ _SPECIAL = (
     "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "instrumentation_mode",
 )  # fmt: skip
 _ALLOCATIONS = ("aten::empty.memory_format", "aten::new_empty", "aten::empty_like")
+
+
+class _Unrecordable(Exception):
+    """A call does more than allocate, take views, and launch."""
 
 
 class _Allocations(TorchDispatchMode):
@@ -73,7 +79,6 @@ class _Numbers:
 
     def __init__(self, given: Sequence[Tensor | None], allocated: Sequence[Tensor]) -> None:
         self.given, self.allocated = given, {tensor.data_ptr(): tensor for tensor in allocated}
-        self.sizes = {address: tensor.nbytes for address, tensor in self.allocated.items()}
         self.addresses: dict[int, int] = {}
         for number, tensor in enumerate(given):
             if tensor is not None and tensor.numel():
@@ -88,8 +93,9 @@ class _Numbers:
             if known is tensor:
                 return number
         address = tensor.data_ptr()
-        if tensor.numel() and (address in self.addresses or self.sizes.get(address) != tensor.nbytes):
-            raise LookupError  # a part of an allocation, or one of two views of it
+        whole = self.allocated.get(address)
+        if tensor.numel() and (address in self.addresses or whole is None or whole.nbytes != tensor.nbytes):
+            raise _Unrecordable  # a part of an allocation, or one of two views of it
         return self._add(tensor)
 
     def address(self, tensor: Tensor) -> int:
@@ -97,7 +103,7 @@ class _Numbers:
         address = tensor.data_ptr()
         if address and address not in self.addresses:
             if address not in self.allocated:
-                raise LookupError
+                raise _Unrecordable
             self._add(self.allocated[address])
         return self.addresses[address] if address else -1
 
@@ -114,7 +120,7 @@ def _bits(kind: str, value: float) -> int:
     if kind == "fp32":
         return struct.unpack("I", struct.pack("f", value))[0]
     if kind not in ("i32", "i64"):
-        raise LookupError
+        raise _Unrecordable
     return int(value) & (2**64 - 1)
 
 
@@ -124,7 +130,7 @@ def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], numbers: _Numb
     for compiled, programs, arguments in launched:
         metadata, parameters = compiled.metadata, []
         if metadata.num_ctas > 1 or any(getattr(metadata, name, None) for name in _SPECIAL):
-            raise LookupError
+            raise _Unrecordable
         for kind, value in zip(compiled.src.signature.values(), arguments, strict=False):
             if isinstance(value, Tensor):
                 parameters.append((numbers.address(value), 0))
@@ -144,18 +150,23 @@ def _run(call: Callable[..., Any], *arguments: Any) -> tuple[Any, _Allocations, 
     finally:
         recorded.launches = None
     if not allocations.only:
-        raise LookupError
+        raise _Unrecordable
     return results, allocations, launched
 
 
 class Recording:
-    """One call of an autograd.Function, recorded; see the fields of _replay.cpp's."""
+    """One call of an autograd.Function, recorded; see the fields of _replay.cpp's.
+
+    Attributes:
+        made: the tensors that the call allocated, for whoever wants its results.
+    """
 
     def __init__(self, function: type[torch.autograd.Function], arguments: Sequence[Any]) -> None:
         self.function, self.places = function, [isinstance(one, Tensor) for one in arguments]
         given = [one for one in arguments if isinstance(one, Tensor)]
         self.inputs = len(given)
         ctx = _Context([isinstance(one, Tensor) and one.requires_grad for one in arguments])
+        own = set(vars(ctx))
         with torch.no_grad():
             results, allocations, launched = _run(function.forward, ctx, *arguments)
         numbers = _Numbers(given, allocations.allocated)
@@ -165,43 +176,39 @@ class Recording:
         self.constant = [numbers.of(one) for one in ctx.constant]
         self.materialize, self.attributes, kept = ctx.materialize, {}, {}
         for name, value in vars(ctx).items():
-            if name not in vars(_Context(())):
+            if name not in own:
                 (kept if isinstance(value, Tensor) else self.attributes)[name] = value
         self.kept_names, self.kept = list(kept), [numbers.of(one) for one in kept.values()]
         launches = _launches(launched, numbers)
         self.program: Program = (_described(numbers.buffers), launches, outputs)
-
-    def _context(self, needs: Sequence[bool], saved: Sequence[Tensor | None], kept: Sequence[Tensor]) -> _Context:
-        tensors = iter(needs)
-        ctx = _Context([place and next(tensors) for place in self.places])
-        ctx.saved_tensors = tuple(saved)
-        vars(ctx).update(self.attributes)
-        for name, value in zip(self.kept_names, kept or [None] * len(self.kept_names), strict=True):
-            setattr(ctx, name, value)
-        return ctx
+        self.made = numbers.buffers
 
     def backward(
         self, needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
         kept: Sequence[Tensor],
     ) -> list[Tensor | None]:  # fmt: skip
         """The gradient of each tensor among the arguments, by the function's own Python."""
-        ctx = self._context(needs, saved, kept)
+        tensors = iter(needs)
+        ctx = _Context([place and next(tensors) for place in self.places])
+        ctx.saved_tensors = tuple(saved)
+        vars(ctx).update(self.attributes)
+        vars(ctx).update(zip(self.kept_names, kept or [None] * len(self.kept_names), strict=True))
         grads = self.function.backward(ctx, *grad_outputs)
         return [grad for place, grad in zip(self.places, grads, strict=True) if place]
 
     def record_backward(
         self, needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
         kept: Sequence[Tensor],
-    ) -> Program | None:  # fmt: skip
-        """The same as a program, given the grad_outputs, saved and kept; None if there is none."""
+    ) -> tuple[Program, list[Tensor]] | None:  # fmt: skip
+        """The same as a program, given the grad_outputs, saved and kept, and what it allocated; None if it is none."""
         try:
             grads, allocations, launched = _run(self.backward, needs, grad_outputs, saved, kept)
             numbers = _Numbers((*grad_outputs, *saved, *kept), allocations.allocated)
             results = [numbers.of(grad) for grad in grads]
             launches = _launches(launched, numbers)
-        except LookupError:
+        except _Unrecordable:
             return None
-        return _described(numbers.buffers), launches, results
+        return (_described(numbers.buffers), launches, results), numbers.buffers
 
 
 def _described(buffers: Sequence[Tensor]) -> list[Any]:
@@ -214,7 +221,7 @@ def record(function: type[torch.autograd.Function], check: Check | None, *argume
         check(*arguments)
     try:
         return Recording(function, arguments)
-    except LookupError:
+    except _Unrecordable:
         return None
 
 
@@ -222,7 +229,7 @@ def plain(function: type[torch.autograd.Function], check: Check | None, *argumen
     """The call as it is written."""
     if check is not None:
         check(*arguments)
-    return function.apply(*arguments)
+    return function.apply(*[resolved(one) for one in arguments])
 
 
 @cache
@@ -235,7 +242,7 @@ def _library() -> Any:
         from torch.utils.cpp_extension import load
 
         library: Any = load(
-            "unsloth_fast_replay",
+            "unsloth_fast_replay_" + re.sub(r"\W", "_", torch.__version__),  # whose classes lie in memory as it says
             [str(Path(__file__).with_suffix(".cpp"))],
             extra_cflags=["-O2"],
             extra_ldflags=["-lc10_cuda"],
@@ -251,8 +258,13 @@ def _library() -> Any:
 
 def watched() -> bool:
     """Whether something other than autograd is to see what an operation does."""
-    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-    return traced() or transformed or Tensor.new_empty is not _NEW_EMPTY
+    return (
+        traced()
+        or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._is_tracing()  # by torch.jit.trace
+        or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False)
+        or Tensor.new_empty is not _NEW_EMPTY
+    )
 
 
 def apply(function: type[torch.autograd.Function], check: Check | None, *arguments: Any) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unsloth_fast.kernels._launch import cdiv, check_runnable, first_order, launch, register, traced
 from unsloth_fast.kernels._linear_cross_entropy import Gradients, Work
+from unsloth_fast.kernels._replay import plain
 from unsloth_fast.kernels.cross_entropy import (
     OPTIONS,
     cross_entropy_forward,
@@ -267,6 +268,6 @@ def linear_cross_entropy(
     given = num_items.to(hidden.device) if isinstance(num_items, Tensor) else None
     number = None if num_items is None or given is not None else float(max(num_items, 1))
     if reduction != "none" and early_gradients(hidden, needs, num_items):
-        return _Total.apply(hidden, weight, bias, labels, needs, given, number, *options)
-    losses = _Losses.apply(hidden, weight, bias, labels, *options)
+        return plain(_Total, None, hidden, weight, bias, labels, needs, given, number, *options)
+    losses = plain(_Losses, None, hidden, weight, bias, labels, *options)
     return losses if reduction == "none" else total(losses, labels, number if given is None else given, ignore_index)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import check_runnable, first_order, register
+from unsloth_fast.kernels._replay import plain
 from unsloth_ref import checks
 
 
@@ -183,4 +184,4 @@ def lora_linear(
     checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     for name, tensor in (("x", x), ("lora_a", lora_a)):
         check_runnable(name, tensor)
-    return _LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
+    return plain(_LoraLinear, None, x, weight, lora_a, lora_b, bias, scaling)

@@ -31,6 +31,7 @@ from unsloth_fast.kernels._packed_attention import (
     packed_attention_dq_kernel,
     packed_attention_forward_kernel,
 )
+from unsloth_fast.kernels._replay import plain
 from unsloth_ref import checks
 
 
@@ -200,4 +201,4 @@ def packed_attention(
     if checks.must_read_labels(cu_seqlens):
         checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale, window or 0, softcap)
+    return plain(_PackedAttention, None, q, k, v, cu_seqlens, max_seqlen, scale, window or 0, softcap)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, launch, next_power_of_2, register, resolved
 from unsloth_fast.kernels._replay import apply
 from unsloth_ref import checks
 
@@ -212,7 +212,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
-        dq, dk = (dq if ctx.needs_input_grad[0] else None), (dk if ctx.needs_input_grad[1] else None)
+        dq, dk = (resolved(one) if need else None for one, need in zip((dq, dk), ctx.needs_input_grad, strict=False))
         if dq is None and dk is None:
             return (None,) * 7
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
