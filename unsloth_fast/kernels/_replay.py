@@ -3,8 +3,9 @@
 For small tensors the host decides: on the host of an H200 that takes 0.14 ms for torch's own rms_norm, forward and
 backward, an autograd.Function in Python that does nothing takes 0.12, and one with three launches 0.35. So the first
 call of each kind (function, shapes, strides, dtypes, alignment, other arguments) is recorded while its Python runs,
-which takes 0.5 ms more, and `_replay.cpp` allocates and launches the same from then on, with an autograd node of its
-own, in 0.14. It is compiled once, in about 20 s, by torch.utils.cpp_extension; where that fails the Python runs on.
+which takes the host 0.5 ms more, and `_replay.cpp` allocates and launches the same from then on, with an autograd node
+of its own, in 0.14. It is compiled once, in about 20 s, by torch.utils.cpp_extension; where that fails the Python runs
+on.
 """
 
 import logging
@@ -277,6 +278,8 @@ def apply(function: type[torch.autograd.Function], check: Check | None, *argumen
             devices of those that are, whether they require a gradient and whether gradients are enabled. A call like
             an earlier one is not checked again.
         *arguments: of the function.
+
+    Compiled autograd that is enabled around the backward pass alone raises NotImplementedError at a replayed call.
     """
     if watched() or _library() is None:
         return plain(function, check, *arguments)
