@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def patch() -> None:
-    """Take two things out of it which our kernels would spend two fifths of their time on.
+    """Take two things out of the interpreter which our kernels would spend two fifths of their time on.
 
     It puts its own functions into `triton.language` at each call of a device function, where they stand since the
     launch, and it writes a table of all dtypes to look one up. Where a version of Triton has other functions for it,
