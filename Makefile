@@ -35,7 +35,7 @@ test: lint types floors $(READY)
 
 trainer: $(READY)
 	$(PY) -m unsloth_fast.cli env
-	$(PY) -m pytest -n 2 --dist loadfile tests --ignore=tests/meta
+	$(PY) -m pytest -n 2 --dist loadfile tests --ignore=tests/judge
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-IGNORE_INDEX = -100
+from unsloth_ref.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True, repr=False)

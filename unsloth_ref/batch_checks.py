@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from unsloth_ref import checks
-from unsloth_ref.types import PackedBatch, PackingPlan
+from unsloth_ref.types import IGNORE_INDEX, PackedBatch, PackingPlan
 
-IGNORE_INDEX = -100
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 

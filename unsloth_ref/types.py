@@ -13,6 +13,8 @@ Reduction = Literal["mean", "sum", "none"]
 Role = Literal["base", "embedding"]
 Strategy = Literal["bfd", "bfd_split", "wrapped"]
 
+IGNORE_INDEX = -100  # the label of a token that is not trained on, as in torch.nn.CrossEntropyLoss
+
 
 @dataclass(frozen=True, eq=False)  # tensors have no ==
 class ParamGroup:

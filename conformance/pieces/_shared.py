@@ -12,10 +12,10 @@ from torch.nn import Parameter
 from conformance.gates import Failure
 from conformance.piece import Law, PieceTrial
 from conformance.trial import Raised, describe
+from unsloth_ref.types import IGNORE_INDEX
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 UNIT = 2.0**-53
-IGNORE_INDEX = -100
 
 
 def plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
-from conformance.pieces._shared import IGNORE_INDEX, UNIT, Arguments, equal, inputs_untouched
+from conformance.pieces._shared import UNIT, Arguments, equal, inputs_untouched
 from unsloth_ref import kernels, training
-from unsloth_ref.types import PackedBatch
+from unsloth_ref.types import IGNORE_INDEX, PackedBatch
 
 VOCAB, WIDTH, PAD = 13, 4, 5
 

@@ -9,10 +9,11 @@ from torch import Generator, Tensor
 
 from conformance.gates import Failure, Measure, judge
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
-from conformance.pieces._shared import IGNORE_INDEX, batches, demand_equal, labels, plain
+from conformance.pieces._shared import batches, demand_equal, labels, plain
 from conformance.spec import Call
 from conformance.specs.cross_entropy import spec as cross_entropy_spec
 from unsloth_ref import kernels, training
+from unsloth_ref.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from conformance.case import IGNORE_INDEX, Draw
+from conformance.case import Draw
 from conformance.spec import Call, ErrorCase, Inputs, Spec, columns, few_rows, nbytes
+from unsloth_ref.types import IGNORE_INDEX
 
 
 def _build(draw: Draw, tokens: int, vocab: int) -> Inputs:

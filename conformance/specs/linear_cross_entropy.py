@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.case import IGNORE_INDEX, Draw
+from conformance.case import Draw
 from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, columns, nbytes
 from unsloth_ref.kernels import linear_cross_entropy
+from unsloth_ref.types import IGNORE_INDEX
 
 ROUNDINGS = 1
 FLOAT32 = 2.0**-24

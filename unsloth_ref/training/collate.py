@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from unsloth_ref.batch_checks import (
-    IGNORE_INDEX,
     at_least_one,
     batch_in_vocabulary,
     example_fits,
     example_has_tokens,
     some_tokens,
 )
-from unsloth_ref.types import PackedBatch
+from unsloth_ref.types import IGNORE_INDEX, PackedBatch
 
 
 def collate(

@@ -1,0 +1,71 @@
+"""Linear layers with adapters that are wrong."""
+
+from tests.judge.mutants.mutant import LYING, Mutant, one
+
+TABLE = {
+    "scaling_ignored": one("lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t()", "value"),
+    "scaling_over_the_rank_again": one(
+        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling / max(1, len(lora_a))", "value"
+    ),
+    "scaling_of_the_layer_too": one(
+        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling, beta=scaling", "value"
+    ),
+    "adapter_over_the_layer": one(
+        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling, beta=0", "value"
+    ),
+    "bias_left_out": one(
+        "torch.addmm(bias, rows, weight.t(), out=out)", "torch.mm(rows, weight.t(), out=out)", "value"
+    ),
+    "adapter_in_float16": one(
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
+        "torch.mm(rows, lora_a.half().to(x.dtype).t(), out=low)",
+        "value",
+    ),
+    "low_rounded_to_fewer_bits": one(
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
+        "low.copy_(torch.mm(rows, lora_a.to(x.dtype).t()).bfloat16())",
+        "value",
+        dtype="float16",
+    ),
+    "layer_under_autocast": one(
+        "torch.mm(rows, weight.t(), out=out)", "out.copy_(torch.mm(rows, weight.t()))", "autocast"
+    ),
+    "x_read_as_contiguous": one(
+        "flat = tensor.reshape(rows, tensor.shape[-1])",
+        "flat = tensor.as_strided((rows, tensor.shape[-1]), (tensor.shape[-1], 1))",
+        "layouts",
+        "guard_reads",
+    ),
+    "strides_in_31_bits": one(
+        "flat if max(flat.stride()) < 2**31 else flat.contiguous()",
+        "flat.as_strided(flat.shape, [stride % 2**31 for stride in flat.stride()])",
+        "int64_offsets",
+    ),
+    "dx_of_the_layer_alone": one("            flat.addmm_(dlow, lora_a.to(x.dtype))\n", "", "gradients"),
+    "dx_of_the_adapter_alone": one("torch.mm(dy, weight, out=flat)", "flat.zero_()", "gradients"),
+    "dx_over_x": one("flat = dx.view(rows.shape)", "flat, dx = rows, rows.view(x.shape)", "inputs_untouched"),
+    "dx_added_to_what_was_there": one("torch.mm(dy, weight, out=flat)", "flat.addmm_(dy, weight)", "uninitialised"),
+    "dlow_without_scaling": one("beta=0, alpha=scaling)", "beta=0)", "gradients"),
+    "dlow_added_to_what_was_there": one("beta=0, alpha=scaling)", "alpha=scaling)", "uninitialised"),
+    "dlow_over_low": one("torch.empty_like(low).addmm_(dy", "low.addmm_(dy", "gradients"),
+    "da_scaled_twice": one(
+        "product(dlow, rows, lora_a.dtype)", "product(dlow, rows, lora_a.dtype, scaling)", "gradients"
+    ),
+    "db_without_scaling": one("product(dy, low, lora_b.dtype, scaling)", "product(dy, low, lora_b.dtype)", "gradients"),
+    "da_lost_with_a_frozen_x": one("if needs_x or needs_a:", "if needs_x:", "gradients"),
+    "db_lost_with_a_frozen_lora_a": one("if needs_b:", "if needs_a and needs_b:", "gradients"),
+    "weight_taken_for_frozen": one("if needs_weight:", "if False:", "gradients", "uninitialised"),
+    "dbias_of_the_first_row": one("dy.sum(0, dtype=torch.float32)", "dy[0]", "gradients"),
+    "dbias_added_up_in_float16": one(
+        "dy.sum(0, dtype=torch.float32)", "sum(dy.unbind(), torch.zeros_like(dy[0]))", "gradients", dtype="float16"
+    ),
+    "dbias_zero_without_columns": one(
+        "if dy.numel() == 0:", "if dy.numel() == 0 or x.shape[-1] == 0:", "argument_kinds"
+    ),
+    "da_of_the_wrong_dtype_when_compiled": Mutant(
+        (("lora_a.new_empty(lora_a.shape if needs_a", "x.new_empty(lora_a.shape if needs_a"),),
+        ("opcheck",),
+        "float16",
+    ),
+    "second_derivative_zero": one(*LYING),
+}

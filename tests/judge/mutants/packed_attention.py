@@ -1,0 +1,71 @@
+"""Packed attentions that are wrong."""
+
+from tests.judge.mutants.mutant import LYING, one
+
+TABLE = {
+    "heads_share_by_remainder": one(
+        "v_ptr += begin * v_token + head // group * v_head\n    query",
+        "v_ptr += begin * v_token + head % (heads // group) * v_head\n    query",
+        "extents",
+    ),
+    "window_of_one_more": one(
+        "seen &= key[None, :] > query[:, None] - window\n        z =",
+        "seen &= key[None, :] >= query[:, None] - window\n        z =",
+        "one_at_a_time",
+    ),
+    "window_forgotten_in_dk": one(
+        "                seen &= key[None, :] > query[:, None] - window",
+        "                seen &= query[:, None] >= 0",
+        "one_at_a_time",
+    ),
+    "window_that_skips_a_tile": one(
+        "out = tl.full([ROWS, WIDTH], 0.0, tl.float32)\n    first = tl.maximum(start - window + 1, 0)",
+        "out = tl.full([ROWS, WIDTH], 0.0, tl.float32)\n    first = tl.maximum(start - window + COLUMNS, 0)",
+        "one_at_a_time",
+    ),
+    "queries_beyond_the_window_dropped": one(
+        "start + COLUMNS + window - 1)", "start + COLUMNS + window - 33)", "one_at_a_time"
+    ),
+    "softcap_without_gradient": one(
+        "ds = tl.where(seen, ds * tanh_derivative(dots * (scale / softcap)), 0.0)", "ds *= 1.0", "one_at_a_time"
+    ),
+    "scale_after_the_cap": one(
+        "tanh(dots * (scale / softcap)) * (softcap * LOG2E)",
+        "tanh(dots / softcap) * (softcap * scale * LOG2E)",
+        "one_at_a_time",
+    ),
+    "power_of_two_of_natural_scores": one("dots * (scale * LOG2E)", "dots * scale", "value"),
+    "dq_without_the_scale": one("dq_ptr + mine, dq * scale", "dq_ptr + mine, dq", "gradients"),
+    "delta_forgotten": one('input_precision="ieee") - delta), 0.0)', 'input_precision="ieee")), 0.0)', "gradients"),
+    "documents_run_on": one(
+        "end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1), 0), tokens)",
+        "end = tokens + 0 * begin",
+        "value",
+    ),
+    "document_of_the_tile_before": one("// ROWS + middle <= tile", "// ROWS + middle < tile", "value"),
+    "last_tile_not_started": one(
+        'tiles = tokens // tile["ROWS"] + documents', 'tiles = tokens // tile["ROWS"] + documents - 1', "uninitialised"
+    ),
+    "neighbour_read": one(
+        "(row < length)[:, None] & (column < width)[None, :], other=0.0)",
+        "(row <= length)[:, None] & (column < width)[None, :], other=0.0)",
+        "argument_kinds",
+    ),
+    "stored_past_the_document": one(
+        "inside = (row < length)[:, None] & (column < width)[None, :]",
+        "inside = (row <= length)[:, None] & (column < width)[None, :]",
+        "guard_writes",
+    ),
+    "probabilities_in_float16": one("tl.dot(p.to(v.dtype), v", "tl.dot(p.to(tl.float16).to(v.dtype), v", "value"),
+    "sum_not_rescaled": one("total = total * shrink", "total = total", "extents"),
+    "output_not_rescaled": one("out = out * shrink[:, None] +", "out = out +", "extents"),
+    "dv_of_the_last_queries": one("dv += tl.dot(", "dv = tl.dot(", "gradients"),
+    "dk_of_the_first_head": one("for index in range(0, group)", "for index in range(0, 1)", "gradients"),
+    "k_read_as_v_lies": one("*strides_of(q, k, v), *values", "*strides_of(q, v, v), *values", "layouts"),
+    "grad_output_read_as_the_output_lies": one("strides_of(q, k, v, do)", "strides_of(q, k, v, out)", "layouts"),
+    "columns_read_as_if_in_one_piece": one(
+        "tensor if tensor.stride(2) == 1 else tensor.contiguous()", "tensor", "layouts"
+    ),
+    "documents_of_any_kind": one("checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)", "pass", "error_parity"),
+    "second_derivative_zero": one(*LYING),
+}

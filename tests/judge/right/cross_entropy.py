@@ -1,0 +1,85 @@
+"""Cross entropies that are right."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.judge.contract import Function, compiled
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference
+
+
+def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> Tensor:
+    if reduction == "none":
+        return losses
+    count = num_items if num_items is not None else counts.sum() if reduction == "mean" else 1
+    return losses.sum() / torch.as_tensor(count, dtype=losses.dtype).clamp(min=1)
+
+
+def _cross_entropy(rowwise: Function) -> Function:
+    """The contract around the losses of rows: checks, options on the logits, ignored rows, the reduction."""
+
+    def cross_entropy(
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        softcap: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: str = "mean",
+        num_items: Any = None,
+    ) -> Tensor:
+        checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss, reduction, num_items)
+        if checks.must_read_labels(labels):
+            checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
+        counts = labels != ignore_index
+        z = logits.float().where(counts[:, None], 0.0) * logit_scale
+        if softcap:
+            z = softcap * torch.tanh(z / softcap)
+        losses = rowwise(z, labels.where(counts, 0), label_smoothing, z_loss).where(counts, 0.0)
+        return _reduced(losses.to(torch.float32), counts, reduction, num_items)
+
+    return cross_entropy
+
+
+@_cross_entropy
+def of_torch(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """torch's own operator; not its smoothing, whose backward adds label_smoothing / vocab one after the other."""
+    losses = F.cross_entropy(z, labels, reduction="none")
+    lse = torch.logsumexp(z, -1)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))
+    return losses + z_loss * lse * lse
+
+
+@_cross_entropy
+def in_chunks(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """The log-sum-exp of the log-sum-exps of 1000 classes each."""
+    lse = torch.logsumexp(torch.stack([torch.logsumexp(chunk, -1) for chunk in z.split(1000, -1)], -1), -1)
+    losses = lse - z.gather(1, labels[:, None])[:, 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (lse - z.mean(-1))
+    return losses + z_loss * lse * lse
+
+
+def in_float64(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """More exact than asked."""
+    return reference.cross_entropy(logits.double(), labels, **options).float()
+
+
+TABLE = {
+    "of_torch": of_torch,
+    "in_chunks": in_chunks,
+    "in_float64": in_float64,
+    "compiled": compiled(of_torch),
+    "in_other_tiles": (
+        ("widest=8192, per_thread=16", "widest=16384, per_thread=8"),
+        ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
+        ("SEGMENT = 8192", "SEGMENT = 1024"),
+        ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
+    ),
+}

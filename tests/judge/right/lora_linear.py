@@ -1,0 +1,68 @@
+"""Linear layers with an adapter that are right."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.judge.contract import Function
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference
+
+
+def _lora_linear(product: Function) -> Function:
+    """The contract around an adapter's layer in no order of its own: checks, autocast left out."""
+
+    def lora_linear(
+        x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+    ) -> Tensor:
+        checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, weight, lora_a, lora_b, scaling, bias)
+
+    return lora_linear
+
+
+@_lora_linear
+def of_peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """What the adapter adds stays in its own dtype."""
+    return (F.linear(x, weight, bias) + F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(x.dtype)
+
+
+@_lora_linear
+def scaled_first(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """Scaling meets x @ lora_a^T."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+
+
+@_lora_linear
+def of_the_merged_weight(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    """One product, in float32 and rounded once, with what the layer would be after training."""
+    merged = weight.float() + scaling * b.float() @ a.float()
+    return F.linear(x.float(), merged, None if bias is None else bias.float()).to(x.dtype)
+
+
+@_lora_linear
+def side_by_side(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """One product of x beside x @ lora_a^T with weight beside lora_b."""
+    low = F.linear(x, a.to(x.dtype))
+    return F.linear(torch.cat((x, low), -1), torch.cat((weight, scaling * b.to(x.dtype)), 1), bias)
+
+
+def in_float64(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """More exact than asked."""
+    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    wide = [t.double() for t in (x, weight, lora_a, lora_b)]
+    return reference.lora_linear(*wide, scaling, None if bias is None else bias.double()).to(x.dtype)
+
+
+TABLE = {
+    "of_peft": of_peft,
+    "scaled_first": scaled_first,
+    "of_the_merged_weight": of_the_merged_weight,
+    "side_by_side": side_by_side,
+    "in_float64": in_float64,
+}

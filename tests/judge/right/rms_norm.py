@@ -1,0 +1,78 @@
+"""RMS norms that are right."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.judge.contract import compiled
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference
+
+
+def of_transformers(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """In the order of transformers' LlamaRMSNorm and GemmaRMSNorm."""
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if casting == "gemma":
+        return (normed * (offset + weight.float())).type_as(x)
+    return normed.to(x.dtype) * weight if offset == 0 else (normed.to(x.dtype) * (offset + weight.float())).to(x.dtype)
+
+
+def of_torch(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama") -> Tensor:
+    """torch's own operator, which rounds once."""
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+
+def sums_in_two_levels(values: Tensor) -> Tensor:
+    """Sums of 64 columns, then the sum of those."""
+    padded = F.pad(values, (0, -values.shape[-1] % 64))
+    return padded.unflatten(-1, (-1, 64)).sum(-1).sum(-1, keepdim=True)
+
+
+def in_two_levels(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """Another order of summation."""
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    wide = x.float()
+    normed = wide / torch.sqrt(sums_in_two_levels(wide.square()) / max(x.shape[-1], 1) + eps)
+    if casting == "llama":
+        normed = normed.to(x.dtype).float()
+    return (normed * (weight.float() + offset)).to(x.dtype)
+
+
+def in_float64(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+    """More exact than asked."""
+    checks.dtype("x", x)
+    return reference.rms_norm(x.double(), weight.double(), *others, **options).to(x.dtype)
+
+
+# A program adds up several tiles, and short rows are of several parts.
+BACKWARD_TILES = (
+    ("columns <= 2048:\n        width = next_power_of_2(columns)", "columns <= 16:\n        width = 16"),
+    ("2048 // width, width, 1, 4, 384", "4, width, 1, 4, 3"),
+    ("width = 1024 if columns <= 5120 else 2048 if", "width = 32 if columns <= 256 else 2048 if"),
+    ("programs = 384 if columns <= 3072 else 256 if columns <= 5120 else 128", "programs = 3"),
+    ("cdiv(columns, width), width // 256, programs", "cdiv(columns, width), 4, programs"),
+)
+
+TABLE = {
+    "of_transformers": of_transformers,
+    "of_torch": of_torch,
+    "in_two_levels": in_two_levels,
+    "in_float64": in_float64,
+    "compiled": compiled(of_transformers),
+    "in_other_tiles": (
+        ("elements=2048, widest=16384, per_thread=16 if", "elements=8192, widest=8192, per_thread=8 if"),
+        *BACKWARD_TILES,
+    ),
+}

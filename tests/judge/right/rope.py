@@ -1,0 +1,65 @@
+"""Rotary embeddings that are right."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.judge.contract import Function
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference
+
+
+def _with_rope_checks(rotate: Function) -> Function:
+    """The contract around cos and sin of each token: checks, rows of the table."""
+
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        checks.rope_arguments(q, k, cos, sin, positions)
+        if positions is not None:
+            if checks.must_read_labels(positions):
+                checks.positions_in_table(positions, len(cos))
+            cos, sin = cos[positions.long()], sin[positions.long()]
+        return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
+
+    return rope
+
+
+@_with_rope_checks
+def of_transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """By rotate_half; what does not turn goes through a product with 1."""
+    rest = x.shape[-1] - cos.shape[-1]
+    first, second = x[..., : cos.shape[-1] // 2], x[..., cos.shape[-1] // 2 : cos.shape[-1]]
+    with torch.autocast(x.device.type, enabled=False):  # to which a CPU's takes no float16
+        other = torch.cat((-second, first, torch.zeros_like(x[..., cos.shape[-1] :])), -1)
+    return (x * F.pad(cos, (0, rest), value=1.0) + other * F.pad(sin, (0, rest))).to(x.dtype)
+
+
+@_with_rope_checks
+def by_fused_products(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float32, rounded once, half by half."""
+    half = cos.shape[-1] // 2
+    first, second = x[..., : 2 * half].float().chunk(2, -1)
+    (cos1, cos2), (sin1, sin2) = cos.float().chunk(2, -1), sin.float().chunk(2, -1)
+    y = x.clone()
+    y[..., :half] = torch.addcmul(first * cos1, second, sin1, value=-1.0).to(x.dtype)
+    y[..., half : 2 * half] = torch.addcmul(second * cos2, first, sin2).to(x.dtype)
+    return y
+
+
+def in_float64(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """More exact than asked."""
+    checks.rope_arguments(q, k, cos, sin, positions)
+    turned_q, turned_k = reference.rope(q.double(), k.double(), cos.double(), sin.double(), positions)
+    return turned_q.to(q.dtype), turned_k.to(q.dtype)
+
+
+TABLE = {
+    "of_transformers": of_transformers,
+    "by_fused_products": by_fused_products,
+    "in_float64": in_float64,
+    "in_other_tiles": (
+        ("max(1, 4096 // half)", "max(1, 1024 // half)"),
+        ("unit = 8 if half % 8 == rest % 8 == 0 else 1", "unit = 1"),
+    ),
+}

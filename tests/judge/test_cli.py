@@ -1,0 +1,187 @@
+"""The command line: what it writes for machines, and one line on stderr for whatever cannot be done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import unsloth_ref.kernels
+import unsloth_ref.training
+from conformance import spec
+from conformance.cli import main
+from conformance.properties import PROPERTIES
+
+ROOT = Path(__file__).parents[2]
+RIGHT = "tests.judge.right.swiglu_by_sigmoid"
+here = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="judging on the CPU chooses Triton's interpreter for this process, and so for others",
+)
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a usage error prints."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("conformance: ")
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen", "allowed"),
+    [
+        (("run", "soup"), "operation: got 'soup'", "rms_norm"),
+        (("run", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),
+        (("run", "--property", "beauty"), "property: got 'beauty'", "gradients"),
+        (("run", "--backend", "no.such.module"), "backend: got 'no.such.module'", "reference"),
+        (("run", "--backend", "json"), "json defines no operation", "swiglu"),
+        (("run", "--backend", RIGHT, "rms_norm"), f"backend {RIGHT} defines none of rms_norm", "nothing to run"),
+        (("run", "--profile", "lazy"), "invalid choice: 'lazy'", "nightly"),
+        (("run", "--device", "tpu"), "invalid choice: 'tpu'", "cuda"),
+        (("run", "--jobs", "0"), "--jobs: got 0", "1 or more"),
+        (("run", "--no-such-flag"), "--no-such-flag", "unrecognized"),
+        (("bench", "soup"), "operation: got 'soup'", "rms_norm"),
+        (("bench", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),
+        (("judge",), "'judge'", "run"),
+        ((), "VERB", "required"),
+        (("repro", "swiglu float32 rows=1"), "missing: hidden", "case"),
+        (("repro", "swiglu float32 rows=1 hidden=2 shape=3"), "got 'shape=3'", "hidden"),
+        (("repro", "swiglu"), "repro: got 'swiglu'", "OP DTYPE"),
+        (("repro", "pack lengths=[1]"), "repro: got 'pack lengths=[1]'", "PIECE PROPERTY"),
+        (("repro", "pack order lengths=[1]"), "missing: capacity", "case"),
+        (("repro", "pack order lengths=1 capacity=4"), "got lengths=1", "a list"),
+        (("repro", "pack order lengths=[1] capacity=x"), "got capacity=x", "int"),
+        (("repro", "pack lengths=[1] capacity=4"), "repro: got 'pack lengths=[1] capacity=4'", "PIECE PROPERTY"),
+        (("repro", "geglu float32 rows=1 hidden=2 approximate=sin"), "got approximate=sin", "tanh"),
+        (("repro", "rms_norm float32 rows=1 hidden=2 eps=x"), "got eps=x", "or another number"),
+        (("run", "pack", "--property", "gradients"), "no property of gradients", "nothing to run"),
+        (("repro", f"rms_norm float32 rows=1 hidden=2 --backend {RIGHT}"), "--backend", "allowed"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_status_2(
+    arguments: tuple[str, ...], seen: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = usage_error(capsys, *arguments)
+    assert seen in line
+    assert allowed in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without CUDA")
+@pytest.mark.parametrize("arguments", [("run", "--device", "cuda"), ("bench",)])
+def test_cuda_without_cuda(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no CUDA device" in usage_error(capsys, *arguments)
+
+
+@here
+def test_an_operation_without_a_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(unsloth_ref.kernels, "__all__", [*unsloth_ref.kernels.__all__, "soup"])
+    spec.specs.cache_clear()
+    try:
+        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
+    finally:
+        monkeypatch.undo()
+        spec.specs.cache_clear()
+    assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
+
+
+@here
+def test_a_spec_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delattr("conformance.specs.swiglu.spec")
+    spec.specs.cache_clear()
+    try:
+        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
+    finally:
+        monkeypatch.undo()
+        spec.specs.cache_clear()
+    assert "conformance/specs/swiglu.py: got spec = None; allowed: a Spec" in line
+
+
+@here
+def test_a_spec_that_imports_what_is_not_there_is_no_missing_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'soup'", name="soup")
+
+    monkeypatch.setattr(spec.importlib, "import_module", import_module)
+    spec.specs.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="soup"):
+        main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu"])
+    monkeypatch.undo()
+    spec.specs.cache_clear()
+
+
+@here
+def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One passing check, one failing and one that needs CUDA."""
+    file = tmp_path / "new" / "results.json"
+    backend = "tests.judge.wrong.swiglu_forgets_up"
+    laws = ("value", "gradients", "no_sync")
+    arguments = ("--device", "cpu", "--dtype", "float32", "--property", *laws, "--json", str(file), "--jobs", "1")
+    assert main(["run", "swiglu", "--backend", backend, "--profile", "ci", *arguments]) == 1
+    written = json.loads(file.read_text())
+    assert set(written) == {"meta", "results"}
+    assert {"versions", "device", "backend", "profile", "commit", "not_defined"} <= set(written["meta"])
+    assert written["meta"]["device"] == "cpu"
+    assert written["meta"]["profile"] == "ci"
+    assert written["meta"]["backend"].startswith(backend)
+    contract = {*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__}
+    assert set(written["meta"]["not_defined"]) == contract - {"swiglu"}
+    results = {result["property"]: result for result in written["results"]}
+    keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message"}
+    assert all(set(result) == keys for result in results.values())
+    assert [results[law]["verdict"] for law in laws] == ["pass", "fail", "skip"]
+    assert 0 <= results["value"]["budget_use"] <= 1
+    assert results["value"]["examples"] > 0
+    assert results["value"]["case"] is results["value"]["message"] is None
+    assert results["gradients"]["message"] == "gradient of up is missing (None)"
+    assert results["gradients"]["case"] == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"
+    assert "reproduce:" in capsys.readouterr().out
+
+
+@here
+def test_status_2_when_every_check_was_skipped() -> None:
+    assert main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu", "--property", "no_sync", "--jobs", "1"]) == 2
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    contract = (*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__)
+    words = printed.split()
+    assert all(name in words for name in (*contract, *PROPERTIES, "tokens_kept", "nightly", "fast,"))
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "conformance", "list"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@here
+def test_pieces_stand_under_no_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("shift_labels", "--backend", "reference", "--device", "cpu", "--property", "signature_parity")
+    assert main(["run", *arguments, "--jobs", "1"]) == 0
+    assert "float32" not in capsys.readouterr().out
+
+
+@here
+@pytest.mark.parametrize(
+    ("law", "status", "verdict"),
+    [
+        ("value", 0, "ok   swiglu / value / float16"),
+        ("gradients", 1, "FAIL swiglu / gradients / float16: gradient of up"),
+    ],
+)
+def test_repro_runs_one_case(law: str, status: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"swiglu float16 {law} rows=2 hidden=3 fill=tiny seed=1"
+    assert main(["repro", line, "--backend", "tests.judge.wrong.swiglu_forgets_up", "--device", "cpu"]) == status
+    assert capsys.readouterr().out.startswith(verdict)

@@ -1,0 +1,258 @@
+"""FastLanguageModel: loading, adapters, checkpointing; what it saves is loaded by transformers and peft alone."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.trainer.runs import arguments
+from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
+from unsloth_fast.models import loading
+from unsloth_fast.models.head import without_adapter
+
+pytestmark = pytest.mark.usefixtures("unpatched")
+
+TOKENS = torch.arange(3, 43).reshape(2, 20)
+# Where there is a GPU, a model would be loaded onto it.
+PLAIN: dict[str, Any] = {"load_in_4bit": False, "backend": "reference", "device_map": "cpu", "dtype": torch.float32}
+
+
+def load(folder: str, **options: Any) -> tuple[Any, Any]:
+    return FastLanguageModel.from_pretrained(folder, **PLAIN | options)
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def stepped(model: Any) -> Any:
+    """After one step that moves every trained parameter by much."""
+    loss_and_gradients(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad.sign() * 0.05
+    return model.eval()
+
+
+def layers_of(model: Any) -> Any:
+    return without_adapter(model).model.layers
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_model_is_loaded_placed_and_ready_for_training(tmp_path: Path) -> None:
+    """The weights of the folder, the backend under them, and TRL patched."""
+    folder = tiny.folder(tmp_path)
+    model, tokenizer = load(folder, max_seq_length=32)
+    assert type(model) is transformers.LlamaForCausalLM and model.training
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+    assert "forward" in vars(model.model.layers[0].self_attn)
+    assert (model.dtype, model.max_seq_length, model.unsloth_backend) == (torch.float32, 32, "reference")
+    assert (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token) == (32, "right", "<pad>")
+    assert compat.is_patched()
+
+
+def test_by_default_it_is_as_long_as_the_model(tmp_path: Path) -> None:
+    model, tokenizer = load(tiny.folder(tmp_path))
+    assert model.max_seq_length == 64
+    assert tokenizer.model_max_length > 10**9  # the folder says nothing
+
+
+@pytest.mark.parametrize(
+    ("asked", "sixteen", "expected"),
+    [(True, False, True), (None, False, True), (False, False, False), (None, True, False)],
+)
+def test_4_bits(tmp_path: Path, asked: bool | None, sixteen: bool, expected: bool) -> None:
+    """Linear layers in NF4 with nested scales, but for the head; None is True where bitsandbytes is installed."""
+    model, _ = load(tiny.folder(tmp_path), load_in_4bit=asked, load_in_16bit=sixteen)
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == (14 if expected else 0)
+    assert type(model.lm_head) is nn.Linear
+    for layer in layers:
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.float32)
+
+
+def test_without_bitsandbytes_4_bits_are_refused_or_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    config = transformers.LlamaConfig()
+    assert not loading.wants_4bit(None, False, False, config)
+    with pytest.raises(RuntimeError, match="bitsandbytes is not installed"):
+        loading.wants_4bit(True, False, False, config)
+
+
+def test_a_model_that_is_stored_in_4_bits_is_not_in_16() -> None:
+    config = transformers.LlamaConfig(quantization_config={"load_in_4bit": True})
+    assert not loading.wants_4bit(True, False, False, config)
+    with pytest.raises(ValueError, match="load_in_16bit: got True and a quantised model"):
+        loading.wants_4bit(None, True, False, config)
+
+
+def test_a_cap_on_the_scores_is_kept(tmp_path: Path) -> None:
+    """Transformers' sdpa has none, and before 5.23 Gemma 2 took it all the same."""
+    model, _ = load(tiny.folder(tmp_path, "gemma2"))
+    assert model.config.attn_logit_softcapping and model.config._attn_implementation == "eager"
+
+
+def test_full_finetuning_trains_every_weight_as_it_is(tmp_path: Path) -> None:
+    model, _ = load(tiny.folder(tmp_path), load_in_4bit=None, full_finetuning=True)
+    assert all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters())
+    _, gradients = loss_and_gradients(model)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_seq_length": 65}, ValueError, "max_seq_length: got 65; allowed: 1 to 64"),
+        ({"max_seq_length": 0}, ValueError, "max_seq_length: got 0"),
+        ({"load_in_4bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_4bit"),
+        ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
+        ({"backend": "slow"}, ValueError, "backend: got 'slow'"),
+        ({"load_in_4bit": True, "load_in_16bit": True}, ValueError, "load_in_16bit: got True and load_in_4bit"),
+        ({"load_in_8bit": True}, ValueError, "load_in_8bit: got True; allowed: False, None, as there is no such"),
+        (
+            {"offload_embedding": True},
+            ValueError,
+            "offload_embedding: got True; allowed: False, None, 'auto', as there",
+        ),
+        ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None, as there is no such feature"),
+        ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling: got .*; allowed: None, as rope_parameters is its"),
+        ({"max_sequence_length": 32}, TypeError, "from_pretrained: got keyword 'max_sequence_length'"),
+    ],
+)
+def test_wrong_loading_is_refused(tmp_path: Path, options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(tiny.folder(tmp_path), **options)
+
+
+def test_fields_of_the_config_are_taken(tmp_path: Path) -> None:
+    model, _ = load(tiny.folder(tmp_path), max_position_embeddings=128, max_seq_length=100)
+    assert model.config.max_position_embeddings == 128
+
+
+# What Unsloth's own parameters are by default, but for those that are parameters here.
+UNSLOTH_DEFAULTS = {
+    "load_in_8bit": False,
+    "device_map_planner_kwargs": None,
+    "rope_scaling": None,
+    "fix_tokenizer": True,
+    "resize_model_vocab": None,
+    "revision": None,
+    "use_exact_model_name": False,
+    "offload_embedding": "auto",
+    "float32_mixed_precision": None,
+    "fast_inference": False,
+    "gpu_memory_utilization": 0.5,
+    "float8_kv_cache": False,
+    "random_state": 3407,
+    "max_lora_rank": 64,
+    "disable_log_stats": True,
+    "qat_scheme": None,
+    "load_in_fp8": False,
+    "unsloth_tiled_mlp": False,
+    "unsloth_vllm_standby": False,
+    "text_only": False,
+}
+
+
+def test_code_for_unsloth_loads(tmp_path: Path) -> None:
+    """Four arguments by position, and all keywords that ask for nothing; they leave the config as it is."""
+    folder = tiny.folder(tmp_path)
+    options = {name: PLAIN[name] for name in ("backend", "device_map")} | UNSLOTH_DEFAULTS
+    model, _ = FastLanguageModel.from_pretrained(folder, 32, torch.float64, False, **options)
+    assert (model.max_seq_length, model.dtype, type(model.model.layers[0].mlp.up_proj)) == (
+        32,
+        torch.float64,
+        nn.Linear,
+    )
+    plain, _ = load(folder, dtype=torch.float64)
+    assert model.config.to_dict() == plain.config.to_dict()
+
+
+def test_the_dtype_on_a_cpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.supported_dtype(None) is torch.float32
+    assert loading.supported_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_the_dtype_is_the_best_that_the_card_has(
+    monkeypatch: pytest.MonkeyPatch, has: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert loading.supported_dtype(None) is expected
+    assert loading.supported_dtype(torch.float32) is torch.float32
+    if not has:
+        with pytest.raises(ValueError, match=r"dtype: got torch\.bfloat16; .*float16.* Tesla T4 has no bfloat16"):
+            loading.supported_dtype(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "expected"),
+    [(("<unk>", "[PAD]"), 3, "[PAD]"), (("<unk>",), 2, "<unk>"), ((), 1, "<eos>"), ((), 8, "<pad>")],
+)
+def test_a_missing_pad_token_is_chosen_and_said(
+    caplog: pytest.LogCaptureFixture, words: tuple[str, ...], rows: int, expected: str
+) -> None:
+    """One that is there, else one that fits into the embedding, else the end of a text."""
+    vocabulary = {word: index for index, word in enumerate(("<eos>", *words))}
+    unknown = {"unk_token": "<unk>"} if "<unk>" in words else {}
+    words_only = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny.Tokenizer(tiny.models.WordLevel(vocabulary, **unknown)), eos_token="<eos>", **unknown
+    )
+    model = tiny.model()
+    model.set_input_embeddings(nn.Embedding(rows, 32))
+    loading.prepare_tokenizer(words_only, model, None)
+    assert words_only.pad_token == expected
+    assert words_only.pad_token_id < rows
+    assert f"it has no pad token; {expected!r} is taken" in caplog.text
+
+
+def test_inference_and_training_are_turned_to_and_back(tmp_path: Path) -> None:
+    """Twice is as once; the checkpointing of before comes back; generation gives the tokens of the plain model."""
+    folder = tiny.folder(tmp_path)
+    model = FastLanguageModel.get_peft_model(load(folder)[0], use_gradient_checkpointing="unsloth")
+    for _ in range(2):
+        assert FastLanguageModel.for_inference(model) is model
+        assert not model.training and model.config.use_cache
+        assert not any(layer.gradient_checkpointing for layer in layers_of(model))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    prompt = TOKENS[:1, :5]
+    assert torch.equal(model.generate(input_ids=prompt, **options), plain.generate(prompt, **options))
+    for _ in range(2):
+        assert FastLanguageModel.for_training(model) is model
+        assert model.training and not model.config.use_cache
+        assert all(layer.gradient_checkpointing for layer in layers_of(model))
+    assert "_set_gradient_checkpointing" in vars(model.get_base_model())
+
+
+def test_what_is_left_is_named_once_from_loading_to_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Though the adapter has a second copy of it trained."""
+    caplog.set_level(logging.INFO)
+    model, tokenizer = load(tiny.folder(tmp_path, hidden_act="relu"))
+    model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"], modules_to_save=["mlp"])
+    texts = Dataset.from_dict({"text": tiny.texts(4)})
+    UnslothTrainer(model, arguments(tmp_path), train_dataset=texts, processing_class=tokenizer)
+    loaded, trained = (line for line in caplog.messages if "placed under" in line)
+    assert loaded.endswith("; left as they are: {'LlamaMLP': 2}")
+    assert "'lora_linear': 2" in trained and "left as they are" not in trained

@@ -1,0 +1,113 @@
+"""Training runs of one process or of one of several: `python -m tests.trainer.rank FOLDER RUNS`, the runs as JSON.
+
+What this process found in each run goes to FOLDER.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import DistributedType, PartialState
+from datasets import Dataset
+from torch import nn
+
+from tests import tiny
+from tests.trainer.runs import BATCHINGS, TRAINED, arguments, build
+from unsloth_fast import UnslothTrainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained and how, in 20 steps where `options`, which are arguments, do not say otherwise.
+
+    `sharded` shards the parameters over the processes (FSDP2), `resumed` goes on from the checkpoint of the tenth step
+    once more.
+    """
+
+    batching: str
+    trained: str
+    accumulation: int
+    options: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
+    resumed: bool = False
+    dtype: str = "float64"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that plain TRL takes, too."""
+        return {"gradient_accumulation_steps": self.accumulation, "max_length": 24, "max_steps": 20} | self.options
+
+
+def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
+    """What this process finds with so many texts or packed rows in a microbatch, and an evaluation of five texts."""
+    options = BATCHINGS[run.batching] | TRAINED[run.trained] | run.given
+    options |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 1, "eval_packing": False}
+    if run.sharded:
+        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    if run.resumed:
+        options |= {"save_strategy": "steps", "save_steps": 10}
+    items: list[int] = []
+    seen: list[int] = []
+    logits: list[bool] = []
+
+    class Counting(UnslothTrainer):
+        def _get_num_items_in_batch(self, *positional: Any) -> Any:
+            items.append(int(count := super()._get_num_items_in_batch(*positional)))
+            return count
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(len(prediction.predictions))
+        return {}
+
+    def made() -> Any:
+        args = arguments(folder, **options)
+        if run.sharded:
+            # accelerate shards on several GPUs only, and takes several CPUs for data parallelism without a word.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
+        more = {"eval_dataset": texts, "compute_metrics": metrics}
+        return build(Counting, args, getattr(torch, run.dtype), lora=run.trained == "lora", **more)
+
+    linear = nn.Linear.forward
+
+    def watched(self: nn.Linear, *inputs: torch.Tensor) -> torch.Tensor:
+        logits.append(self.out_features == len(tiny.WORDS) and self.training)
+        return linear(self, *inputs)
+
+    nn.Linear.forward = watched
+    with tiny.KeepFloat64() if run.dtype == "float64" else nullcontext():
+        trainer = made()
+        trainer.train()
+        trace = {"losses": trainer.losses[:], "items": items[:], "log": trainer.state.log_history}
+        if run.resumed:
+            again = made()
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+            trace["again"] = again.losses
+        trace |= {"eval_loss": trainer.evaluate()["eval_loss"], "eval_rows": seen, "logits": any(logits)}
+    nn.Linear.forward = linear
+    groups = [
+        (group.get("role"), sum(map(torch.numel, group["params"])), group["initial_lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+    ]
+    shards = sum(type(entry).__name__ == "DTensor" for entry in trainer.model.parameters())
+    return trace | {"groups": groups, "shards": shards}
+
+
+def main(folder: str, runs: str) -> None:
+    """Each run in turn, and what this process found in all."""
+    found = [train(Path(folder) / str(index), Run(**run), rows=1) for index, run in enumerate(json.loads(runs))]
+    torch.save(found, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def as_json(runs: list[Run]) -> str:
+    """For the command line."""
+    return json.dumps([asdict(run) for run in runs])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,144 @@
+"""Code written for Unsloth, and for older releases of TRL, runs as it stands."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.trainer.runs import arguments
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, compat
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+
+
+def losses(trainer: Any) -> list[float]:
+    """What was logged."""
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    """A model, its data and its arguments, for any trainer."""
+    made: dict[str, Any] = {
+        "model": tiny.model(),
+        "args": arguments(folder, SFTConfig, max_steps=2),
+        "train_dataset": Dataset.from_dict({"words": tiny.texts(6)}),
+        "processing_class": tiny.tokenizer(),
+        "dataset_text_field": "words",
+    }
+    return made | more
+
+
+def test_patching_is_idempotent_and_can_be_undone(tmp_path: Path) -> None:
+    """The class keeps its signature, for those who look at it."""
+    own, signature = SFTTrainer.__init__, inspect.signature(SFTTrainer)
+    compat.patch_trl()
+    patched = SFTTrainer.__init__
+    compat.patch_trl()
+    assert SFTTrainer.__init__ is patched is not own
+    assert inspect.signature(SFTTrainer) == signature
+    assert type(SFTTrainer(**options(tmp_path))) is UnslothTrainer
+    compat.unpatch_trl()
+    compat.unpatch_trl()
+    assert SFTTrainer.__init__ is own
+    with pytest.raises(TypeError, match="dataset_text_field"):
+        SFTTrainer(**options(tmp_path))
+
+
+def test_a_class_derived_from_trls_keeps_its_ways(tmp_path: Path) -> None:
+    """It only takes the older call styles."""
+
+    class Mine(SFTTrainer):
+        pass
+
+    compat.patch_trl()
+    given = options(tmp_path, max_seq_length=17)
+    tokenizer = given.pop("processing_class")
+    trainer = Mine(
+        given.pop("model"), given.pop("args"), None, given.pop("train_dataset"), tokenizer=tokenizer, **given
+    )
+    assert type(trainer) is Mine and trainer.args.max_length == 17
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        Mine(**options(tmp_path, max_sequence_length=17))
+
+
+def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> None:
+    """Where the arguments are ours and say nothing of it, in an older call style."""
+
+    class Mine(SFTTrainer):
+        pass
+
+    compat.patch_trl()
+    given = options(tmp_path, max_seq_length=17)
+    given["args"] = UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False)
+    assert Mine(**given).args.gradient_checkpointing is True
+    assert Mine(**given | {"model": tiny.model(), "gradient_checkpointing": False}).args.gradient_checkpointing is False
+
+
+def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:
+    """Keywords in today's names or in older ones, on the trainer or in the arguments, which stay as they are."""
+    data = Dataset.from_dict({"words": tiny.texts(18)})
+    new = arguments(tmp_path, max_steps=3, dataset_text_field="words", max_length=24, packing=True)
+    old = arguments(tmp_path, max_steps=3)
+    trainers = [
+        UnslothTrainer(tiny.model(), new, None, data, processing_class=tiny.tokenizer()),
+        UnslothTrainer(
+            model=tiny.model(),
+            args=old,
+            train_dataset=data,
+            tokenizer=tiny.tokenizer(),
+            dataset_text_field="words",
+            max_seq_length=24,
+            packing=True,
+        ),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert len(losses(trainers[0])) == 3
+    assert losses(trainers[0]) == losses(trainers[1])
+    assert (old.packing, old.max_length, old.padding_free) == (False, 1024, None)
+
+
+def test_a_keyword_that_nobody_knows(tmp_path: Path) -> None:
+    """It is not dropped without a word."""
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        UnslothTrainer(**options(tmp_path, max_sequence_length=17))
+
+
+@pytest.mark.parametrize(
+    ("model_length", "given", "taken"),
+    [
+        (48, {}, 48),  # TRL's default is 1024
+        (48, {"max_length": 24}, 24),
+        (48, {"max_length": 60}, 48),
+        (48, {"max_length": None}, 48),
+        (64, {}, 1024),  # as many as the model has positions: nothing was said
+        (None, {}, 1024),
+    ],
+)
+def test_the_length_that_the_model_was_loaded_for(
+    tmp_path: Path, model_length: int | None, given: dict[str, Any], taken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is taken where the arguments say nothing, and never exceeded."""
+    model = tiny.model()
+    if model_length:
+        model.max_seq_length = model_length
+    args = arguments(tmp_path, SFTConfig, dataset_text_field="words", **given)
+    trainer = UnslothTrainer(**options(tmp_path, model=model, args=args))
+    assert trainer.args.max_length == taken
+    assert ("for which the model was loaded" in caplog.text) == (taken != given.get("max_length", 1024))
+
+
+def test_the_models_backend_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain trainer on a model that was loaded with one."""
+    monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
+    model = tiny.model()
+    model.unsloth_backend = "reference,rope=reference"
+    assert UnslothTrainer(**options(tmp_path, model=model)).backend.name == "reference,rope=reference"
+    args = arguments(tmp_path, backend="reference")
+    assert UnslothTrainer(**options(tmp_path, model=model, args=args)).backend.name == "reference"

@@ -1,0 +1,95 @@
+"""The trainer's arguments: a dataclass like any other, and checked."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from tests import tiny
+from tests.trainer.runs import arguments
+from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast.config import settled
+
+
+def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
+    """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; the output folder stays first."""
+    plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
+    args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
+    ours = {"embedding_learning_rate": 5e-5, "backend": "fast,rms_norm=reference"}
+    assert ours.items() <= args.to_dict().items()
+    assert ours.items() <= json.loads(args.to_json_string()).items()
+    replaced = dataclasses.replace(args, learning_rate=0.5)
+    assert (replaced.embedding_learning_rate, replaced.backend, replaced.learning_rate) == (*ours.values(), 0.5)
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--embedding_learning_rate", "5e-5"]
+    for parser in (HfArgumentParser(UnslothTrainingArguments), TrlParser(UnslothTrainingArguments)):
+        (parsed,) = parser.parse_args_into_dataclasses([*line, "--backend", ours["backend"]])
+        assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
+        (parsed,) = parser.parse_args_into_dataclasses(line)
+        assert parsed.backend is None and parsed.gradient_checkpointing is None
+        for value in (True, False):
+            (parsed,) = parser.parse_args_into_dataclasses([*line, "--gradient_checkpointing", str(value)])
+            assert parsed.gradient_checkpointing is value
+    assert UnslothTrainingArguments(**UnslothTrainingArguments(**plain).to_dict()).gradient_checkpointing is None
+
+
+@pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf, "5e-5"])
+def test_a_wrong_embedding_rate_is_named(tmp_path: Path, rate: Any) -> None:
+    """Finite and not negative; 0 is a rate."""
+    with pytest.raises(ValueError, match=r"^embedding_learning_rate: got"):
+        arguments(tmp_path, embedding_learning_rate=rate)
+    assert arguments(tmp_path, embedding_learning_rate=0).embedding_learning_rate == 0
+
+
+def test_a_wrong_backend_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """In the arguments."""
+    with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
+        arguments(tmp_path, backend="quick")
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("dataloader_prefetch_factor", 1),
+        ("pad_to_multiple_of", 1),
+    ],
+)
+def test_a_wrong_count_is_named(tmp_path: Path, name: str, least: int) -> None:
+    """Before transformers divides by it, or torch makes as many processes."""
+    workers = {"dataloader_num_workers": 1} if name == "dataloader_prefetch_factor" else {}
+    for value in (least - 1, least + 0.5):
+        with pytest.raises(ValueError, match=f"^{name}: got {value}; allowed: an integer from {least}"):
+            arguments(tmp_path, **workers | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        *((name, [-1.0, math.nan, math.inf, "1e-3"], 0.0) for name in ("learning_rate", "weight_decay")),
+        ("adam_epsilon", [-1e-8, math.nan], 0.0),
+        ("neftune_noise_alpha", [-5.0], 5.0),
+        *((name, [-0.1, 1.0, 2, math.nan], 0.99) for name in ("adam_beta1", "adam_beta2")),
+        ("label_smoothing_factor", [-0.1, 1.5, math.nan], 1.0),
+    ],
+)
+def test_a_wrong_number_is_named(tmp_path: Path, name: str, wrong: list[Any], right: float) -> None:
+    """Before an optimizer or a loss is made of it."""
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: got {value!r}; allowed: a"):
+            arguments(tmp_path, **{name: value})
+    assert getattr(arguments(tmp_path, **{name: right}), name) == right
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    """A dictionary, for one."""
+    with pytest.raises(TypeError, match=r"^args: got dict; allowed"):
+        settled({"output_dir": str(tmp_path)}, tiny.model())  # type: ignore[arg-type]

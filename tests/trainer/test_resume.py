@@ -1,0 +1,153 @@
+"""A run that is killed goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import IterableDataset
+
+from tests import tiny
+from tests.trainer.runs import arguments, build
+from unsloth_fast import UnslothTrainer
+from unsloth_fast.checkpoints import last_checkpoint, passes_of_stream
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Six steps of two packed rows, of which an epoch has five.
+OPTIONS = {
+    "packing": True,
+    "max_length": 24,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "embedding_learning_rate": 1e-4,
+}
+
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from unsloth_fast import UnslothTrainer
+from tests.trainer.runs import arguments, build
+from tests.trainer.test_resume import OPTIONS
+
+folder, moment, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **more):
+        if moment == "between steps" and state.global_step == step:
+            kill()
+
+class Killed(UnslothTrainer):
+    def _save_optimizer_and_scheduler(self, *positional):  # after the weights, before all else
+        if moment == "while saving" and self.state.global_step == step:
+            kill()
+        super()._save_optimizer_and_scheduler(*positional)
+
+build(Killed, arguments(folder, **OPTIONS), lora=True, callbacks=[Kill()]).train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "step", "left"), [("between steps", 4, 4), ("while saving", 5, 4), ("while saving", 1, None)]
+)
+def test_after_a_kill_the_next_losses_are_the_same_to_the_bit(
+    tmp_path: Path, moment: str, step: int, left: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last checkpoint that was written to its end counts; half a one is said and left out."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), moment, str(step)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert (tmp_path / f"checkpoint-{step}").exists()
+    resumed = build(UnslothTrainer, arguments(tmp_path, **OPTIONS), lora=True)
+    if left is None:
+        with pytest.raises(ValueError, match="resume_from_checkpoint: got True; allowed: False, as"):
+            resumed.train(resume_from_checkpoint=True)
+        return
+    resumed.train(resume_from_checkpoint=True)
+    assert ("was not written to its end" in caplog.text) == (moment == "while saving")
+    whole = build(UnslothTrainer, arguments(tmp_path / "whole", **OPTIONS), lora=True)
+    whole.train()
+    assert resumed.losses == whole.losses[left:]
+    assert len(whole.losses) == 6
+    names = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate", "num_tokens")
+    logs = [[[log.get(name) for name in names] for log in run.state.log_history[:6]] for run in (resumed, whole)]
+    assert logs[0] == logs[1]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    """By number, not by name; none in an empty folder or in none at all."""
+    assert last_checkpoint(tmp_path) is last_checkpoint(tmp_path / "none") is None
+    texts = ('{"global_step": 9}', '{"global_step": 10}', '{"glob', "{}", '{"global_step": null}', "[]")
+    for step, text in enumerate(texts, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"global_step": 1'])
+def test_half_a_checkpoint_is_named(tmp_path: Path, text: str | None) -> None:
+    """Before anything is read from it."""
+    trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
+    trainer.train()
+    state = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state.unlink()
+    if text is not None:
+        state.write_text(text)
+    for half in (str(state.parent), state.parent):
+        with pytest.raises(
+            ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a folder with a"
+        ):
+            trainer.train(resume_from_checkpoint=half)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got True; allowed: False, as"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_goes_on_where_it_was(tmp_path: Path, packing: bool) -> None:
+    """To the bit, in its first pass and in its second."""
+
+    def run(folder: Path) -> UnslothTrainer:
+        return UnslothTrainer(
+            model=tiny.model(dtype=torch.float64),
+            args=arguments(folder, packing=packing, max_length=24, max_steps=8, save_strategy="steps", save_steps=1),
+            train_dataset=IterableDataset.from_generator(lambda: ({"text": text} for text in tiny.texts(9))),
+            processing_class=tiny.tokenizer(),
+        )
+
+    whole = run(tmp_path)
+    whole.train()
+    epochs = [log["epoch"] for log in whole.state.log_history[:8]]
+    assert epochs[1] < 1 < epochs[5]
+    for step in (2, 5, 6):
+        resumed = run(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        names = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "epoch")
+        logs = [[[log[name] for name in names] for log in run.state.log_history[:8]] for run in (resumed, whole)]
+        assert logs[0] == logs[1]
+        for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, (0, 0)), (0.5, (0, 4)), (1.0, (0, 8)), (1.125, (1, 1)), (3.5, (3, 4))]
+)
+def test_where_a_stream_was(tmp_path: Path, epoch: float, expected: tuple[int, int]) -> None:
+    """By transformers' count, in which max_steps are a pass; a run that ended in its first may go on in it."""
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "max_steps": 8}))
+    assert passes_of_stream(tmp_path) == expected
