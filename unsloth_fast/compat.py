@@ -11,8 +11,8 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from unsloth_fast import training
-from unsloth_fast.config import migrated, settle_checkpointing, settled
+from unsloth_fast.arguments import rename_arguments
+from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.trainer import UnslothTrainer
 
 
@@ -50,10 +50,9 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
             return
         given = dict(zip(names, positional, strict=False)) | keywords
         if set(given) - set(names):
-            args = given.pop("args", None)
-            settings = settled(args, given["model"])
-            given, updates = migrated(settings, given, names, training.migrate_keywords)
-            settle_checkpointing(settings, args, given["model"], updates)
+            model, args = given["model"], given.pop("args", None)
+            settings, given, _ = rename_arguments(model, args, given, names)
+            follow_arguments(model, settings)
             given["args"] = settings
         original(self, **given)
 

@@ -1,118 +1,81 @@
-"""The trainer's evaluations: the mean over all targets of a data set, whatever its batches and its processes."""
+"""The loss of an evaluation: the mean over all targets of a data set, whatever its batches and its processes.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+transformers averages the means of batches, which depends on their size, their padding and the number of processes.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from torch import Tensor
 
-from unsloth_fast import batches
-from unsloth_fast.backends import Backend
-from unsloth_fast.packed_dataset import has_lists
+from unsloth_fast.data.collator import PackedCollator, without_repeated
+from unsloth_fast.data.lists import has_lists
 
 
-class EvaluatingTrainer(SFTTrainer):
-    """`trl.SFTTrainer` with exact losses of evaluations and predictions; what it reads is made by `UnslothTrainer`.
+class EvaluatedLoss:
+    """The losses of the batches of one evaluation, weighted by their targets."""
 
-    transformers averages the means of batches, which moves with their size, their padding and the processes.
-    """
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
-    # transformers types these as unions that include what they are before and outside of training.
-    model: Any
-    args: Any
-    data_collator: Any
-    eval_dataset: Any
-    optimizer: Any
-    accelerator: Any
+    def add(self, loss: Tensor, targets: Tensor) -> None:
+        """Add a batch: its mean loss and how many targets it has, both 0-dim."""
+        self._batches.append((loss, targets))
 
-    backend: Backend
-    _own_loss: bool  # whether the loss is the backend's
-    _padding_collator: Any
-    _right: Tensor  # [2] int64: predictions that were right, of how many targets, since the last log
-    _evaluated: list[tuple[Tensor, Tensor]]  # of each batch the mean loss, and its targets
+    def mean(self, sum_over_devices: Callable[[Tensor], Tensor], *, finite_only: bool) -> float | None:
+        """The mean over the targets of all batches on all devices.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The batches of an evaluation; with `compute_metrics`, which takes rows, a row a document."""
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        with self._evaluating(chosen, row_a_document=self.compute_metrics is not None):
-            return super().get_eval_dataloader(eval_dataset)
+        Args:
+            sum_over_devices: adds up a tensor over all data-parallel processes.
+            finite_only: whether to leave out batches whose loss is not finite, unless there are no others.
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The batches of `predict`, a row a document, as its result has it."""
-        with self._evaluating(test_dataset, row_a_document=True):
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _evaluating(self, dataset: Any, row_a_document: bool) -> Iterator[None]:
-        """Collate with padding where rows are asked for that are not packed already, else say where examples end."""
-        usual = self.data_collator
-        if isinstance(usual, batches.PackedCollator):
-            padded = row_a_document and not has_lists(dataset, "seq_lengths")
-            self.data_collator = self._padding_collator if padded else replace(usual, say_ends=True)
-        try:
-            yield
-        finally:
-            self.data_collator = usual
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """transformers' loop; the loss is the mean over all targets, not over the batches' means."""
-        self._evaluated = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._evaluated and output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = self._evaluated_loss()
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one batch of an evaluation, and its logits and labels unless the loss alone is asked for."""
-        inputs = dict(inputs)
-        ends = inputs.pop(batches.EXAMPLE_ENDS, None)
-        if not self._own_loss or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            # accelerate repeats documents until the last batch of every process is full.
-            size = len(labels) if ends is None else len(ends)
-            new = state.remainder - self.accelerator.process_index // self.get_tp_size() * size
-            inputs["labels"] = batches.without_repeated(labels, ends, new)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            found = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
-        loss, logits = (found, None) if prediction_loss_only else (found[0], found[1].logits)
-        targets = self.backend.training.count_targets([inputs["labels"]])
-        self._evaluated.append((loss, targets))
-        return loss, logits, None if prediction_loss_only else labels
-
-    def _evaluated_loss(self) -> float:
-        """The mean over the targets of all batches on all devices; without those whose loss is not finite, if asked."""
-        losses, targets = (torch.stack(column).cpu().double() for column in zip(*self._evaluated, strict=True))
-        kept = losses.isfinite() | (not self.args.logging_nan_inf_filter)
+        Returns:
+            None if no batch was added.
+        """
+        if not self._batches:
+            return None
+        losses, targets = (torch.stack(column).cpu().double() for column in zip(*self._batches, strict=True))
+        kept = losses.isfinite() | (not finite_only)
         sums = losses * targets
         totals = torch.stack([sums[kept].sum(), targets[kept].sum(), sums.sum()])
-        if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals.to(self.args.device), "sum")
-        total, count, everything = totals.tolist()
+        total, count, everything = sum_over_devices(totals).tolist()
         return total / count if count else everything  # 0, or what is not finite
 
-    @torch.no_grad()
-    def _count_right(self, logits: Tensor, labels: Tensor) -> None:
-        """Add up on the device what `log` reports: reading numbers back in each microbatch would wait for it."""
-        targets = labels[:, 1:]
-        valid = targets != -100
-        correct = (logits[:, :-1].argmax(-1) == targets) & valid
-        counts = torch.stack([correct.sum(), valid.sum()]).to(self.args.device)
-        self._right += self.accelerator.reduce(counts, "sum") // self.get_tp_size()
+
+def collator_for(dataset: object, usual: Any, padding: Any, *, row_per_document: bool) -> Any:
+    """The collator of an evaluation.
+
+    Args:
+        dataset: which is evaluated.
+        usual: the collator of training.
+        padding: TRL's, which pads.
+        row_per_document: whether the results are wanted in one row per document.
+
+    Returns:
+        The user's own collator; the padding one where rows are wanted of documents that are not packed; else the usual
+        one, with the ends of examples in its batches.
+    """
+    if not isinstance(usual, PackedCollator):
+        return usual
+    if row_per_document and not has_lists(dataset, "seq_lengths"):
+        return padding
+    return replace(usual, with_ends=True)
+
+
+def labels_counted_once(labels: Tensor, ends: Tensor | None, gradient_state: Any, rank: int) -> Tensor:
+    """The labels of a batch; the targets of documents that another batch has already are taken out.
+
+    accelerate repeats documents until the last batch of every process is full.
+
+    Args:
+        labels: [B, S].
+        ends: [examples] int64, where each example ends if all are in one row; None for one row per example.
+        gradient_state: `accelerate.state.GradientState`.
+        rank: of this process among the data-parallel ones.
+    """
+    if not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+        return labels
+    size = len(labels) if ends is None else len(ends)
+    return without_repeated(labels, ends, gradient_state.remainder - rank * size)

@@ -64,3 +64,9 @@ def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | 
             embedding_lr,
         )
     return optimizer_class, {**options, "params": [group.as_dict() for group in groups]}
+
+
+def embedding_rate(optimizer: Any) -> float | None:
+    """The current learning rate of the embeddings; None where they have none of their own."""
+    rates = [group["lr"] for group in optimizer.param_groups if group.get("role") == "embedding"]
+    return float(rates[0]) if rates else None

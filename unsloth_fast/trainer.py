@@ -1,61 +1,68 @@
 """`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
-import copy
-import inspect
-import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
-from unsloth_fast import backends, batches, packed_dataset
+from unsloth_fast import evaluation
+from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.checkpoints import checked_checkpoint, passes_of_stream
-from unsloth_fast.config import UnslothTrainingArguments, check_device, migrated, settle_checkpointing, settled
-from unsloth_fast.evaluation import EvaluatingTrainer
+from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_fast.counting import Counter, logged_tokens
+from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
+from unsloth_fast.data.preparation import Preparation
+from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
-from unsloth_fast.models.head import add_loss, head_without_adapter, without_adapter
-from unsloth_fast.optimizer import check_what_is_trained, grouped_optimizer
+from unsloth_fast.models.checkpointing import follow_arguments
+from unsloth_fast.models.head import head_without_adapter
+from unsloth_fast.optimizer import check_what_is_trained, embedding_rate, grouped_optimizer
+from unsloth_fast.seams import overrides
+from unsloth_ref.types import IGNORE_INDEX
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
 
-logger = logging.getLogger(__name__)
 
-
-class UnslothTrainer(EvaluatingTrainer):
+class UnslothTrainer(SFTTrainer):
     """`trl.SFTTrainer` on a backend's operations, with `UnslothTrainingArguments`' embedding learning rate.
 
-    The backend is resolved once, here, and put under the model.
+    One training step, from documents to the optimizer:
 
-    Batches: where the model and the data allow it, and unless `padding_free=False` says otherwise, the documents of a
-    batch are laid end to end in one row; with `packing=True` they are first packed to rows of `max_length` tokens, over
-    the whole data set at once (a stream is packed by TRL). What was decided and why is logged. A plain `trl.SFTConfig`
-    is taken at its word, which is `padding_free=False` without packing. A data collator of your own makes the batches
+        documents -> rows       tokenized by TRL; labelled, checked, packed              data/preparation.py
+        rows -> batch           documents concatenated, positions restart                data/collator.py
+        batch -> targets        counted over all microbatches and processes              counting.py
+        batch -> loss           operations under the model; one division by the targets  models/placement.py, head.py
+        gradients -> weights    the embeddings at their own learning rate                optimizer.py
+
+    The backend is resolved once, when the trainer is built, and placed under the model.
+
+    Batches: where the model and the data allow it, and unless `padding_free=False` is given, the documents of a batch
+    are concatenated in one row. With `packing=True` they are first packed into rows of `max_length` tokens, over the
+    whole data set at once (a stream is packed by TRL). The decision and its reasons are logged. A plain
+    `trl.SFTConfig` means `padding_free=False` where it does not pack. A data collator of your own makes the batches
     itself: then neither happens.
 
-    Loss: the backend's cross entropy, of the hidden states and the output head in one operation where the head is a
-    plain linear layer, summed and divided once by the number of targets of the whole batch: gradient accumulation and
-    data parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). So is that of
-    an evaluation or a prediction, by the targets of all its batches; but a stream on several processes, whose end no
-    process knows, counts again the documents with which accelerate fills up the last batch. Logged beside the loss:
-    `num_tokens` since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's
-    `entropy` and `mean_token_accuracy`, which cost another pass over logits that are never made. An evaluation with
-    `compute_metrics` needs the logits, and logs the accuracy.
+    Loss: the backend's cross entropy, with the output head in one operation where the head is a plain linear layer. It
+    is summed and divided once by the number of targets of the whole batch, so that gradient accumulation and data
+    parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). The loss of an
+    evaluation or a prediction is divided by the targets of all its batches. Only for a stream on several processes,
+    whose end no process knows, accelerate's repeated documents are counted twice. Logged beside the loss: `num_tokens`
+    since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and
+    `mean_token_accuracy`, which would need the logits. An evaluation with `compute_metrics` computes the logits and
+    logs the accuracy.
 
     Args:
         model: a model, or the name or path of one.
         args: `UnslothTrainingArguments`, or the `trl.SFTConfig` or `transformers.TrainingArguments` that TRL takes;
-            the trainer keeps a copy and never changes yours. Where they name no backend it is that which
-            `FastLanguageModel` put under the model, or else of UNSLOTH_BACKEND; where max_length is TRL's default and
-            the model was loaded with a `max_seq_length`, that is taken; where gradient_checkpointing is the default of
-            their class, what was said to `FastLanguageModel` as `use_gradient_checkpointing`.
+            the trainer keeps a copy and never changes yours. Three fields have further defaults: without a backend it
+            is the one that `FastLanguageModel` placed under the model, else UNSLOTH_BACKEND's; where max_length is
+            TRL's default, it is the model's `max_seq_length`; where gradient_checkpointing is the default of the
+            arguments' class, it is the `use_gradient_checkpointing` that was given to `FastLanguageModel`.
         *positional: the further arguments of `trl.SFTTrainer`.
-        **keywords: the further arguments of `trl.SFTTrainer`, and what older releases took: `tokenizer`,
+        **keywords: the further arguments of `trl.SFTTrainer`, and those of older releases: `tokenizer`,
             `max_seq_length`, and any field of the arguments, such as `packing` and `dataset_text_field`.
 
     Raises:
@@ -66,171 +73,89 @@ class UnslothTrainer(EvaluatingTrainer):
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
 
-    def __init__(self, model: Any, args: Any = None, *positional: Any, **keywords: Any) -> None:
-        """Build TRL's trainer and put the backend under its model."""
-        _, _, *names = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
-        settings = settled(args, model)
-        self.backend = backends.resolve(getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None))
-        keywords, updates = migrated(settings, keywords, names, self.backend.training.migrate_keywords)
-        given = dict(zip(names, positional, strict=False)) | keywords
-        settle_checkpointing(settings, args, model, updates)
-        batches.take_length(settings, model, asked="max_length" in updates)
-        check_device(settings)
-        self._vocabulary = batches.vocabulary(model, settings, given)
-        batches.check_columns(given, settings, self._vocabulary)
-        plan = batches.plan(model, settings, given, self.backend.training.batching_plan)
-        asked = settings.packing or settings.padding_free
-        logger.log(
-            logging.WARNING if asked and plan.reasons else logging.INFO,
-            "batching: packing %s, padding-free %s%s",
-            *("on" if on else "off" for on in (plan.packing, plan.padding_free)),
-            f", because {'; '.join(plan.reasons)}" if plan.reasons else "",
-        )
-        # TRL refuses padding-free rows with a maximum length, which it would not enforce on them. Prepared as for
-        # padding they are cut, and only then laid end to end.
-        settings.packing, settings.padding_free = plan.packing, False
-        if plan.padding_free or batches.has_stream(given):
-            batches.let_each_process_read(settings)
-        first = next(iter(given["train_dataset"])) if given.get("train_dataset") is not None else {}
-        only = settings.completion_only_loss
-        self._completion_only = {"prompt", "completion"} <= first.keys() if only is None else only  # as TRL decides
+    # transformers annotates these as unions with their types before and outside of training.
+    model: Any
+    args: Any
+    data_collator: Any
+    eval_dataset: Any
+    optimizer: Any
+    accelerator: Any
+
+    def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
+        """Build TRL's trainer and place the backend under its model."""
+        self._resolved = resolved = resolve_arguments(model, args, positional, keywords)
+        self.backend = resolved.backend
+        follow_arguments(model, resolved.args)
         with head_without_adapter(model):
-            super().__init__(model, settings, *positional, **keywords)
-        self.padding_free = self.args.padding_free = plan.padding_free
+            super().__init__(model, resolved.args, **resolved.keywords)
+        self.padding_free = self.args.padding_free = resolved.batching.padding_free
         self._padding_collator = self.data_collator
-        if plan.padding_free:
-            self._padding_collator = copy.copy(self.data_collator)
-            self._padding_collator.padding_free = False  # with packing TRL's is padding-free
-            self.data_collator = batches.PackedCollator(
-                pad_token_id=self._padding_collator.pad_token_id,
-                padding_free=True,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,
-                collate=self.backend.training.collate,
-                vocab_size=self.model.config.get_text_config().vocab_size,
-                completion_only=self._completion_only,
-            )
+        if self.padding_free:
+            self._padding_collator = padding_collator(self.data_collator)
+            self.data_collator = self._packed_collator()
         check_what_is_trained(self.model, self.args)
         place(self.model, self.backend)
-        self._choose_loss()
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # since the last log
-        self._right = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # predictions, of how many targets
-        self._looked_for_targets = False
-        self._evaluated = []
+        self._own_loss = choose_loss(self, self.backend)
+        self._counter = Counter(self.args.device, self._sum_over_processes)
+        self._evaluated = evaluation.EvaluatedLoss()
         self._embedding_rate: float | None = None
 
-    def _choose_loss(self) -> None:
-        reason = self._needs_trl_loss()
-        self._own_loss = reason is None
-        inner = without_adapter(self.model)
-        if reason is not None:
-            if isinstance(inner.get_output_embeddings(), BaseTunerLayer):
-                raise ValueError(
-                    "target_modules: got an adapter on the output head, which TRL's own loss does not train; allowed: "
-                    f"modules_to_save=['lm_head'] ({reason})"
-                )
-            logger.warning("loss: TRL's own, not the backend's: %s", reason)
-            return
-        add_loss(inner, self.backend, label_smoothing=self.args.label_smoothing_factor)
-        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
-        policy = getattr(plugin, "mixed_precision_policy", None)
-        if isinstance(policy, MixedPrecisionPolicy):
-            # Under FSDP2 accelerate has every output rounded to the computing dtype: the loss, too, to 3 digits.
-            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
-        # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True
+    # Documents to batches
 
-    def _needs_trl_loss(self) -> str | None:
-        """What this run asks of the loss that the backend's does not do; None if nothing."""
-        if self.args.loss_type != "nll":
-            return f"loss_type={self.args.loss_type!r}"
-        if self.compute_loss_func is not None:
-            return "compute_loss_func is given"
-        if self.aux_loss_enabled:
-            return "the model has a load-balancing loss"
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            return "prompt learning adds positions that have no label"
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            return "the sequence is split across devices"
-        return None
-
+    @overrides(SFTTrainer)
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Tokens and labels by TRL; cut, checked and packed here, a map-style data set as a whole."""
-
-        def prepare(dataset: Any, args: Any, packing: bool = False, function: Any = None) -> Any:
-            rest = (processing_class, args, packing, function, dataset_name)
+        def by_trl(dataset: Any, args: Any, packing: bool = False, formatting_func: Any = None) -> Any:
+            rest = (processing_class, args, packing, formatting_func, dataset_name)
             return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
 
-        name, has_lists = f"{dataset_name} data set", packed_dataset.has_lists
-        if has_lists(dataset, "seq_lengths"):  # packed before: neither cut nor packed again
-            packed_dataset.check_packed_rows(dataset, name, args.max_length)
-            dataset = prepare(dataset, batches.uncut(args))
-            packed_dataset.check_vocabulary(dataset, name, self._vocabulary)
-            return packed_dataset.with_targets(dataset, name) if has_lists(dataset, "labels") else dataset
-        if packing and args.max_length is None:
-            raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
-        dataset = prepare(dataset, batches.uncut(args), function=formatting_func)
-        strategy = args.packing_strategy if packing else None
-        keep_end = not packing and getattr(args, "truncation_mode", "keep_start") == "keep_end"  # TRL asks since 1.0
-        cut = args.max_length if strategy in (None, "bfd") else None
-        if not isinstance(dataset, Dataset):
-            cuts = {"max_length": cut, "keep_end": keep_end}
-            dataset = packed_dataset.check_as_read(dataset, name, self._vocabulary)
-            packed_dataset.check_stream(dataset, name, completion_only=self._completion_only, **cuts)
-            prepared = prepare(dataset, args, packing)
-            packed_dataset.check_kept(dataset, prepared, name)
-            return prepared
-        dataset = packed_dataset.labelled(dataset, self._completion_only)
-        packed_dataset.check_vocabulary(dataset, name, self._vocabulary)
-        if has_lists(dataset, "labels"):
-            apart = strategy in ("bfd", "bfd_split")
-            dataset = packed_dataset.with_targets(dataset, name, max_length=cut, keep_end=keep_end, drop=apart)
-        if strategy is None:
-            return prepare(dataset, args)
-        dataset = dataset.select_columns(["input_ids", "labels"])
-        shuffled = getattr(args, "shuffle_dataset", False)  # TRL asks since 0.26
-        if shuffled:
-            dataset = dataset.shuffle(seed=args.seed)
-        packed = packed_dataset.pack_dataset(dataset, args.max_length, strategy, self.backend.training)
-        packed_dataset.log_packing(dataset, packed, name, args.max_length)
-        return packed.shuffle(seed=args.seed) if shuffled else packed
+        resolved = self._resolved
+        prepare = Preparation(by_trl, self.backend.training, resolved.vocabulary, resolved.completion_only)
+        return prepare(dataset, f"{dataset_name} data set", args, packing, formatting_func)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
-        """Train; True resumes from the last checkpoint in the output folder that was written to its end."""
-        self._checkpoint = checked_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(self._checkpoint, *positional, **keywords)
+    def _packed_collator(self) -> PackedCollator:
+        return PackedCollator(
+            pad_token_id=self.data_collator.pad_token_id,
+            padding_free=True,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            collate=self.backend.training.collate,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            completion_only=self._resolved.completion_only,
+        )
 
-    def _init_training_state(self, *positional: Any, **keywords: Any) -> tuple[int, int]:
-        """The pass over the data to go on with, and how many of its batches are done."""
-        found = super()._init_training_state(*positional, **keywords)
-        if self._checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
-            return found
-        passes, steps = passes_of_stream(self._checkpoint)  # transformers takes max_steps for the length of a pass
-        return passes, steps * self.args.gradient_accumulation_steps
-
+    @overrides(SFTTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The microbatches of a step, and their targets on all devices.
 
-        A stream that ends within a step is filled up with batches without targets: transformers, which cannot foresee
-        its end, would take no step and leave the gradients to the next one.
+        A stream that ends within a step is filled up with batches without targets: transformers, which does not know
+        where it ends, would take no step and leave the gradients to the next one.
         """
         samples, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._own_loss and "labels" in samples[-1] and not has_length(self.train_dataset):
-            blank = {**samples[-1], "labels": torch.full_like(samples[-1]["labels"], -100)}
+            blank = {**samples[-1], "labels": torch.full_like(samples[-1]["labels"], IGNORE_INDEX)}
             samples += [blank] * (num_batches - len(samples))
         return samples, targets
 
+    # One step
+
+    @overrides(SFTTrainer)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+        """The targets of all microbatches on all devices, 0-dim int64."""
+        if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        everywhere, here = self._counter.step(batch_samples, self.backend.training.count_targets)
+        return everywhere if self.args.average_tokens_across_devices else here
+
+    @overrides(SFTTrainer)
     def training_step(self, *positional: Any, **keywords: Any) -> Tensor:
         """Forward and backward of one microbatch."""
-        if len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1:
-            return super().training_step(*positional, **keywords)
+        devices = set((getattr(self.model, "hf_device_map", None) or {}).values())
         # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(len(devices) > 1):
             return super().training_step(*positional, **keywords)
 
+    @overrides(SFTTrainer)
     def compute_loss(
         self,
         model: nn.Module,
@@ -242,8 +167,8 @@ class UnslothTrainer(EvaluatingTrainer):
 
         Args:
             model: the model as accelerate prepared it.
-            inputs: what the collator made: input_ids and labels [B, S] and whatever else the model takes.
-            return_outputs: whether to return the model's outputs, with its logits, too.
+            inputs: the collator's batch: input_ids and labels [B, S], and what else the model takes.
+            return_outputs: whether to return the model's outputs with its logits as well.
             num_items_in_batch: the targets of all microbatches of the step on all devices.
 
         Returns:
@@ -251,76 +176,18 @@ class UnslothTrainer(EvaluatingTrainer):
         """
         if not self._own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = None
-        if return_outputs:
-            # Without a keyword of TRL's or ours the forward is the model's own and returns logits.
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-            labels = inputs["labels"].to(outputs.logits.device)  # the last device of a model that is split over several
-            loss = self.backend.training.next_token_loss(
-                outputs.logits,
-                labels,
-                cross_entropy=self.backend.kernels.cross_entropy,
-                num_items=num_items_in_batch,
-                label_smoothing=self.args.label_smoothing_factor,
-            )
-            self._count_right(outputs.logits, labels)
-        else:
-            loss = model(**inputs, use_cache=False, backend_loss=True, num_items=num_items_in_batch)
+        options = {"use_cache": False, "num_items": num_items_in_batch, "with_outputs": return_outputs}
+        found = model(**inputs, **options, backend_loss=True)
+        loss, outputs = found if return_outputs else (found, None)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and data parallelism averages the gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss, outputs) if return_outputs else loss
+        if outputs is None:
+            return loss
+        self._counter.predictions(outputs.logits, inputs["labels"].to(outputs.logits.device))
+        return loss, outputs
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
-        """The targets of all microbatches on all devices, as 0-dim int64."""
-        if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        targets = self.backend.training.count_targets(batch["labels"] for batch in batch_samples).to(device)
-        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batch_samples)
-        tokens = torch.stack([mask.sum() for mask in masks]).sum().to(device)
-        own = torch.stack([targets, tokens])
-        # Tensor-parallel ranks share a batch.
-        total = self.accelerator.reduce(own, "sum") // self.get_tp_size() if self.args.world_size > 1 else own
-        self._tokens += total[1]
-        if not self._looked_for_targets:  # in the first step only: reading the number waits for the device
-            self._looked_for_targets = True
-            if not total[0]:
-                logger.warning(
-                    "the first step's batches have no target: their loss is 0 and trains nothing; look at labels, "
-                    "completion_mask and assistant_masks, and at what the data collator does to them"
-                )
-        return (total if self.args.average_tokens_across_devices else own)[0]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the tokens since training began, the embeddings' learning rate, and the accuracy where known."""
-        mode = "train" if self.model.training else "eval"
-        if self._own_loss:
-            self._metrics[mode]["num_tokens"] = [self._tokens_so_far()]
-            correct, targets = self._right.tolist()
-            if targets:
-                self._right.zero_()
-                self._metrics[mode]["mean_token_accuracy"] = [correct / targets]
-        if "learning_rate" in logs and self._embedding_rate is not None:
-            logs["embedding_learning_rate"] = self._embedding_rate
-        super().log(logs, start_time)
-
-    def _tokens_so_far(self) -> int:
-        """The tokens since training began, of a resumed run too: they are kept in the state that checkpoints hold."""
-        if self.args.include_num_input_tokens_seen == "no":  # else transformers counts there itself
-            self.state.num_input_tokens_seen += int(self._tokens)
-        self._tokens.zero_()
-        return self.state.num_input_tokens_seen
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._tokens_so_far()
-        super()._save_checkpoint(model, trial)
-
-    def _get_learning_rate(self) -> float:
-        # transformers asks just before the scheduler moves on, and logs the answer after it.
-        rates = [group["lr"] for group in self.optimizer.param_groups if group.get("role") == "embedding"]
-        self._embedding_rate = float(rates[0]) if rates else None
-        return super()._get_learning_rate()
-
+    @overrides(SFTTrainer)
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments ask for, the embeddings at their own learning rate.
 
@@ -342,6 +209,115 @@ class UnslothTrainer(EvaluatingTrainer):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+
+    # Evaluation
+
+    @overrides(SFTTrainer)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The batches of an evaluation; with `compute_metrics`, which takes rows, one row per document."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        return self._loader(super().get_eval_dataloader, eval_dataset, chosen, self.compute_metrics is not None)
+
+    @overrides(SFTTrainer)
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The batches of `predict`, one row per document, as its result has them."""
+        return self._loader(super().get_test_dataloader, test_dataset, test_dataset, True)
+
+    def _loader(self, make: Any, given: Any, dataset: Any, row_per_document: bool) -> Any:
+        usual, padding = self.data_collator, self._padding_collator
+        self.data_collator = evaluation.collator_for(dataset, usual, padding, row_per_document=row_per_document)
+        try:
+            return make(given)
+        finally:
+            self.data_collator = usual
+
+    @overrides(SFTTrainer)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """transformers' loop; the loss is the mean over all targets, not over the batches' means."""
+        self._evaluated = evaluation.EvaluatedLoss()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        loss = self._evaluated.mean(self._sum_over_processes, finite_only=self.args.logging_nan_inf_filter)
+        if loss is not None and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
+    @overrides(SFTTrainer)
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of one batch of an evaluation, and its logits and labels unless only the loss is wanted."""
+        inputs = dict(inputs)
+        ends = inputs.pop(EXAMPLE_ENDS, None)
+        if not self._own_loss or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels, rank = inputs["labels"], self.accelerator.process_index // self.get_tp_size()
+        inputs["labels"] = evaluation.labels_counted_once(labels, ends, self.accelerator.gradient_state, rank)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            found = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+        loss, logits = (found, None) if prediction_loss_only else (found[0], found[1].logits)
+        self._evaluated.add(loss, self.backend.training.count_targets([inputs["labels"]]))
+        return loss, logits, None if prediction_loss_only else labels
+
+    # Logs and checkpoints
+
+    @overrides(SFTTrainer)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the tokens since training began, the embeddings' learning rate, and the accuracy where known."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self._own_loss:
+            metrics["num_tokens"] = [self._tokens_so_far()]
+            accuracy = self._counter.take_accuracy()
+            if accuracy is not None:
+                metrics["mean_token_accuracy"] = [accuracy]
+        if "learning_rate" in logs and self._embedding_rate is not None:
+            logs["embedding_learning_rate"] = self._embedding_rate
+        super().log(logs, start_time)
+
+    @overrides(SFTTrainer)
+    def _get_learning_rate(self) -> float:
+        # transformers asks just before the scheduler moves on, and logs the answer after it.
+        self._embedding_rate = embedding_rate(self.optimizer)
+        return super()._get_learning_rate()
+
+    @overrides(SFTTrainer)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
+        """Train; True resumes from the last checkpoint in the output folder that was written completely."""
+        self._checkpoint = checked_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self._checkpoint, *positional, **keywords)
+
+    @overrides(SFTTrainer)
+    def _init_training_state(self, *positional: Any, **keywords: Any) -> tuple[int, int]:
+        """The pass over the data to go on with, and how many of its batches are done."""
+        found = super()._init_training_state(*positional, **keywords)
+        if self._checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
+            return found
+        passes, steps = passes_of_stream(self._checkpoint)  # transformers takes max_steps for the length of a pass
+        return passes, steps * self.args.gradient_accumulation_steps
+
+    @overrides(SFTTrainer)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._tokens_so_far()
+        super()._save_checkpoint(model, trial)
+
+    def _tokens_so_far(self) -> int:
+        counted_by_transformers = self.args.include_num_input_tokens_seen != "no"
+        return logged_tokens(self.state, self._counter, counted_by_transformers)
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        """The sum over all data-parallel processes; tensor-parallel ones share a batch and count once."""
+        if self.args.world_size == 1:
+            return values
+        total = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return total / self.get_tp_size() if total.is_floating_point() else total // self.get_tp_size()
 
 
 def unsloth_train(trainer: Any, *positional: Any, **keywords: Any) -> Any:

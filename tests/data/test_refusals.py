@@ -12,7 +12,8 @@ from trl import SFTConfig
 from tests import tiny
 from tests.data.test_batches import make, pad, stream, tokens
 from tests.trainer.runs import LOSES_LABELS
-from unsloth_fast import packed_dataset
+from unsloth_fast.data import labels
+from unsloth_fast.data.truncation import Truncation
 from unsloth_fast.optimizer import check_what_is_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -160,7 +161,7 @@ def test_a_stream_that_begins_without_a_target(
     tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have some later, so that is said, once, and no row is lost; one target in time, and nothing is."""
-    monkeypatch.setattr(packed_dataset, "LOOK", 2)
+    monkeypatch.setattr(labels, "STREAM_CHECK", 2)
     late, early = masked([5, -100], [6, -100], [7, 8]), masked([5, -100], [7, 8], [6, -100])
     for data, lines in ((late, 1), (early, 0)):
         caplog.clear()
@@ -233,20 +234,20 @@ def test_a_tokenizer_of_more_tokens_than_the_model_is_named(tmp_path: Path) -> N
     make(tmp_path, text("w1 w2", "w3 w39"), data_collator=lambda examples: {}, **model)
 
 
-def test_targets_are_those_that_something_foretells() -> None:
-    """Cut at a length or not; documents without any are left out where that is asked for."""
+def test_the_first_token_of_a_document_is_no_target() -> None:
+    """With truncation and without; documents without a target are dropped only on request."""
     rows = [[5, -100, 7], [6, -100], [], [8], [-100, 9]]
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    with_targets = packed_dataset.with_targets
-    assert with_targets(data, "train", drop=True)["labels"] == [[5, -100, 7], [-100, 9]]
-    assert with_targets(data, "train", max_length=2, drop=True)["labels"] == [[-100, 9]]
-    assert with_targets(data, "train", max_length=2, keep_end=True, drop=True)["labels"] == [[5, -100, 7], [-100, 9]]
-    assert with_targets(data, "train") is data
+    require, first_two, last_two = labels.require_targets, Truncation(2), Truncation(2, keep_end=True)
+    assert require(data, "train", drop_empty=True)["labels"] == [[5, -100, 7], [-100, 9]]
+    assert require(data, "train", first_two, drop_empty=True)["labels"] == [[-100, 9]]
+    assert require(data, "train", last_two, drop_empty=True)["labels"] == [[5, -100, 7], [-100, 9]]
+    assert require(data, "train") is data
     with pytest.raises(ValueError, match=r"^train: got no target in 1 documents within max_length=2 tokens"):
-        with_targets(masked([3, 4, -100, -100]), "train", max_length=2, keep_end=True)
-    packed_dataset.check_stream(masked([3, -100, 4]), "train", max_length=2, keep_end=True)
+        require(masked([3, 4, -100, -100]), "train", last_two)
+    labels.require_targets_in_stream(masked([3, -100, 4]), "train", last_two)
     with pytest.raises(ValueError, match=r"^train: got no target in 1 documents within max_length=2 tokens"):
-        packed_dataset.check_stream(masked([3, 4, -100, -100]), "train", max_length=2, keep_end=True)
+        labels.require_targets_in_stream(masked([3, 4, -100, -100]), "train", last_two)
 
 
 @pytest.mark.parametrize("options", [{"padding_free": False}, {"padding_free": True}, {"packing": True}])

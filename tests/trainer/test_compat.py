@@ -131,7 +131,7 @@ def test_the_length_that_the_model_was_loaded_for(
     args = arguments(tmp_path, SFTConfig, dataset_text_field="words", **given)
     trainer = UnslothTrainer(**options(tmp_path, model=model, args=args))
     assert trainer.args.max_length == taken
-    assert ("for which the model was loaded" in caplog.text) == (taken != given.get("max_length", 1024))
+    assert ("the max_seq_length of the model" in caplog.text) == (taken != given.get("max_length", 1024))
 
 
 def test_the_models_backend_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

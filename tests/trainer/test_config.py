@@ -13,7 +13,7 @@ from trl import TrlParser
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
-from unsloth_fast.config import settled
+from unsloth_fast.arguments import as_sft_config
 
 
 def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_a_wrong_number_is_named(tmp_path: Path, name: str, wrong: list[Any], ri
 def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
     """A dictionary, for one."""
     with pytest.raises(TypeError, match=r"^args: got dict; allowed"):
-        settled({"output_dir": str(tmp_path)}, tiny.model())  # type: ignore[arg-type]
+        as_sft_config({"output_dir": str(tmp_path)}, tiny.model())  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def test_losses_that_are_not_finite(
 
     def prediction_step(*positional: Any, **keywords: Any) -> Any:
         loss, count = next(waiting)
-        trainer._evaluated.append((torch.tensor(loss), torch.tensor(count)))
+        trainer._evaluated.add(torch.tensor(loss), torch.tensor(count))
         return torch.tensor(loss), None, None
 
     trainer.prediction_step = prediction_step

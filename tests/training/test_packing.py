@@ -18,8 +18,8 @@ from trl import data_utils
 
 import unsloth_fast.training
 import unsloth_ref.training
-from unsloth_fast import packed_dataset
-from unsloth_fast.packed_dataset import pack_dataset
+from unsloth_fast.data import packing
+from unsloth_fast.data.packing import pack_dataset
 from unsloth_ref.types import PackingPlan
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
@@ -85,7 +85,7 @@ def test_one_batch_is_packed_as_trl_packs_it(lengths: list[int], capacity: int, 
     dataset = Dataset.from_dict({"input_ids": documents, "completion_mask": masks}, features=features)
     theirs = data_utils.pack_dataset(dataset, capacity, strategy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_dataset, "CHUNK", chunk)
+        patch.setattr(packing, "COPIED_TOKENS", chunk)
         for package in PACKAGES:
             ours = pack_dataset(dataset, capacity, strategy, package)
             assert ours.features == theirs.features

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from unsloth_fast.models.head import without_adapter
+
 Packed = tuple[Tensor, Any, torch.device] | Tensor  # in the middle the event after the copy
 
 
@@ -24,6 +26,17 @@ def enable_checkpointing(model: Any, enable: bool) -> None:
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     elif getattr(model, f"is_{kind}_checkpointing"):
         getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def follow_arguments(model: Any, args: Any) -> None:
+    """Turn off the gradient checkpointing that a model was loaded with where a run's arguments do not want it.
+
+    Args:
+        model: the model, with an adapter or without, or the name or path of one.
+        args: `transformers.TrainingArguments`.
+    """
+    if getattr(model, "unsloth_gradient_checkpointing", False) and not args.gradient_checkpointing:
+        enable_checkpointing(without_adapter(model), False)
 
 
 def offload(model: Any) -> None:

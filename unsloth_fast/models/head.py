@@ -53,22 +53,26 @@ def add_loss(model: Any, backend: Backend, *, label_smoothing: float = 0.0) -> N
     options = _logit_options(model)
 
     @functools.wraps(type(model).forward)  # `generate` looks at the parameters
-    def forward(self: Any, *positional: Any, backend_loss: bool = False, **keywords: Any) -> Any:
+    def forward(
+        self: Any, *positional: Any, backend_loss: bool = False, with_outputs: bool = False, **keywords: Any
+    ) -> Any:
         # A deep copy has this function, too, but TRL's fused head under it would run the model that was copied.
         own = original if self is model else functools.partial(type(self).forward, self)
         if not backend_loss:
             return own(*positional, **keywords)
         labels, num_items = keywords.pop("labels"), keywords.pop("num_items", None)
-        head = None if options is None else plain_head(self)
+        head = None if options is None or with_outputs else plain_head(self)
         if head is None:
-            logits = own(*positional, **keywords).logits
-            return backend.training.next_token_loss(
+            outputs = own(*positional, **keywords)
+            logits = outputs.logits
+            loss = backend.training.next_token_loss(
                 logits,
                 labels.to(logits.device),  # the last device of a model that is split over several
                 cross_entropy=backend.kernels.cross_entropy,
                 num_items=num_items,
                 label_smoothing=label_smoothing,
             )
+            return (loss, outputs) if with_outputs else loss
         targets = backend.training.shift_labels(labels).flatten()
 
         def loss_of(input: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""The seams with other libraries: each row exists in the installed releases, and every private name has a row."""
+
+import ast
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unsloth_fast
+from unsloth_fast.seams import SEAMS, Seam, overrides
+
+PACKAGE = Path(unsloth_fast.__file__).parent
+CUDA_ONLY = {"torch._C._cuda_getCurrentRawStream"}
+
+
+def exists(path: str) -> bool:
+    """Whether the dotted path leads from a module through attributes; one that `__init__` sets counts as well."""
+    module, found = path, None
+    while found is None:
+        module = module.rpartition(".")[0]
+        try:
+            found = import_module(module)
+        except ImportError:
+            continue
+    for name in path.removeprefix(f"{module}.").split("."):
+        if not hasattr(found, name):
+            return inspect.isclass(found) and any(sets_attribute(base, name) for base in found.__mro__[:-1])
+        found = getattr(found, name)
+    return True
+
+
+def sets_attribute(kind: type, name: str) -> bool:
+    """Whether the source of a class assigns the attribute to its instances."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # of a class that is not written in Python
+        return False
+    return f"self.{name} = " in source or f"self.{name}: " in source or f'"{name}"' in source
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.path)
+def test_the_installed_release_has_the_name(seam: Seam) -> None:
+    if seam.path in CUDA_ONLY and not torch.cuda.is_available():
+        pytest.skip("a build of torch without CUDA does not have it")
+    assert exists(seam.path), f"{seam.path} is gone: {seam.why}"
+    assert seam.why
+
+
+def test_a_name_that_is_gone_is_found() -> None:
+    assert not exists("transformers.Trainer._get_num_items_in_the_batch")
+    assert not exists("trl.SFTTrainer._metrics_of_old")
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every private attribute, keyword, import and getattr of something that is not `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("unsloth"):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant):
+                yield node.lineno, str(name.value)
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """The private names that a module defines: functions, classes, variables, attributes of its own instances."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_without_a_row(path: Path) -> None:
+    """A name with a leading underscore that belongs to another library has a row in SEAMS."""
+    listed = {part for seam in SEAMS for part in seam.path.split(".")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {
+        f"line {line}: {name}"
+        for line, name in private_names(tree)
+        if name.startswith("_") and not name.startswith("__") and name not in listed | own_names(tree)
+    }
+    assert found == set()
+
+
+def classes() -> Iterator[type]:
+    """Every class that a module of the package defines."""
+    for entry in pkgutil.walk_packages([str(PACKAGE)], "unsloth_fast."):
+        module = import_module(entry.name)
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == entry.name:
+                yield value
+
+
+def is_ours_or_abstract(base: type) -> bool:
+    """Whether the class is ours, or one whose documented use is to override its methods."""
+    abstract = base.__module__ in ("typing", "builtins", "abc") or issubclass(torch.autograd.Function, base)
+    return abstract or base.__module__.startswith("unsloth")
+
+
+def test_every_override_is_marked() -> None:
+    """A method that replaces one of another library's class carries `@overrides`."""
+    unmarked = []
+    for kind in classes():
+        foreign = [base for base in kind.__mro__[1:] if not is_ours_or_abstract(base)]
+        for name, value in vars(kind).items():
+            replaces = inspect.isfunction(value) and any(name in vars(base) for base in foreign)
+            if replaces and not name.startswith("__") and not hasattr(value, "overrides"):
+                unmarked.append(f"{kind.__module__}.{kind.__name__}.{name}")
+    assert unmarked == []
+
+
+class Base:
+    def method(self, first: int, second: int = 0) -> int:
+        return first + second
+
+    def open_to_all(self, **options: Any) -> None: ...
+
+
+def test_an_override_of_nothing_raises() -> None:
+    def methods(self: Any) -> None: ...
+
+    with pytest.raises(ImportError, match=r"Base of the installed release has no method 'methods', which"):
+        overrides(Base)(methods)
+
+
+def test_an_override_with_an_unknown_parameter_raises() -> None:
+    def method(self: Any, first: int, third: int) -> int:
+        return first + third
+
+    with pytest.raises(ImportError, match=r"Base\.method of the installed release takes no third, which"):
+        overrides(Base)(method)
+
+
+def test_an_override_that_fits_is_returned_as_it_is() -> None:
+    def method(self: Any, *positional: Any, **keywords: Any) -> int:
+        return 0
+
+    def open_to_all(self: Any, anything: int) -> None: ...
+
+    assert overrides(Base)(method) is method
+    assert overrides(Base)(open_to_all) is open_to_all

@@ -1,0 +1,205 @@
+"""From what a trainer is asked for to what holds: arguments of every release, checked and resolved once.
+
+Nothing that is given is changed: the trainer receives copies.
+"""
+
+import copy
+import inspect
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from unsloth_fast import backends
+from unsloth_fast.backends import Backend
+from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments
+from unsloth_fast.data.batching import BatchingPlan
+from unsloth_fast.data.columns import check_columns, completion_only, has_stream
+from unsloth_fast.data.facts import decide_batching, vocabulary_size
+from unsloth_fast.keywords import split_keywords
+from unsloth_ref import checks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResolvedArguments:
+    """What holds for a run.
+
+    Attributes:
+        args: the arguments, as TRL's trainer receives them: a copy.
+        keywords: TRL's further keywords, in the installed release's names.
+        backend: the backend that runs.
+        batching: whether the run packs, whether its batches are padding-free, and what was refused, with reasons.
+        vocabulary: how many tokens the model has; None if data may hold others.
+        completion_only: whether only completions are trained on.
+    """
+
+    args: SFTConfig
+    keywords: dict[str, Any]
+    backend: Backend
+    batching: BatchingPlan
+    vocabulary: int | None
+    completion_only: bool
+
+
+def resolve_arguments(
+    model: Any, args: TrainingArguments | None, positional: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> ResolvedArguments:
+    """What holds for a trainer that is called with these arguments.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: as the user gave them.
+        positional: what followed `args`.
+        keywords: the further keywords, in names of any release of TRL.
+
+    Raises:
+        TypeError: an unknown keyword, or args of another type.
+        ValueError: a value that is not allowed, or a data set that cannot be trained on.
+        RuntimeError: the fast backend was asked for by name and cannot run here.
+    """
+    _, _, *parameters = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
+    given = dict(zip(parameters, positional, strict=False)) | dict(keywords)
+    settings, given, updates = rename_arguments(model, args, given, parameters)
+    settings.max_length = _max_length(settings, model, asked="max_length" in updates)
+    backend = backends.resolve(getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None))
+    check_device(settings)
+    vocabulary = vocabulary_size(model, settings, given)
+    check_columns(given, settings, vocabulary)
+    plan = decide_batching(model, settings, given)
+    _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
+    # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
+    # as for padding, which cuts them, and the collator concatenates them.
+    settings.packing, settings.padding_free = plan.packing, False
+    if plan.padding_free or has_stream(given):
+        settings.accelerator_config = _without_dispatch(settings.accelerator_config)
+    return ResolvedArguments(settings, given, backend, plan, vocabulary, completion_only(given, settings))
+
+
+def rename_arguments(
+    model: Any, args: TrainingArguments | None, keywords: Mapping[str, Any], parameters: Collection[str]
+) -> tuple[SFTConfig, dict[str, Any], dict[str, Any]]:
+    """Arguments of any release in the installed release's names, gradient checkpointing resolved.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: as the user gave them.
+        keywords: what the trainer was called with.
+        parameters: the names that TRL's trainer takes.
+
+    Returns:
+        The arguments, a copy; the trainer's keywords; and the fields of the arguments that were among the keywords.
+
+    Raises:
+        TypeError: a name that neither the trainer nor the arguments ever had, or args of another type.
+        ValueError: two names of one thing, with different values.
+    """
+    settings = as_sft_config(args, model)
+    kept, updates = split_keywords(parameters, [entry.name for entry in fields(settings) if entry.init], keywords)
+    for name, value in updates.items():
+        setattr(settings, name, value)
+    checkpointing = _checkpointing(settings, args, model, updates)
+    for name in CHECKPOINTING:
+        if hasattr(settings, name):
+            setattr(settings, name, checkpointing)
+    return settings, kept, updates
+
+
+def as_sft_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
+    """The user's arguments as a configuration of TRL's.
+
+    Args:
+        args: what the user gave: a `trl.SFTConfig`, which is copied; a `transformers.TrainingArguments`, whose values
+            are copied; None for the defaults.
+        model: the model, or the name or path of one, after which the output folder is named where args is None.
+
+    Raises:
+        TypeError: args has another type.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        return UnslothTrainingArguments(f"{name.rstrip('/').split('/')[-1]}-SFT")  # TRL's own default
+    if isinstance(args, SFTConfig):
+        return copy.copy(args)
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args: got {type(args).__name__}; allowed: UnslothTrainingArguments, trl.SFTConfig or "
+            "transformers.TrainingArguments"
+        )
+    values: dict[str, Any] = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token
+    return UnslothTrainingArguments(**values)
+
+
+def check_device(args: TrainingArguments) -> None:
+    """Refuse what the run's device cannot do.
+
+    Raises:
+        ValueError: activation_offloading on a CPU, where there is no device memory to free.
+    """
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ValueError("activation_offloading: got True on a CPU; allowed: False, as there is no GPU to relieve")
+
+
+def _checkpointing(
+    settings: SFTConfig, args: TrainingArguments | None, model: Any, updates: Mapping[str, Any]
+) -> bool | None:
+    """Whether to checkpoint: as the trainer's keywords say, else the arguments, else the model, else TRL's default.
+
+    A `trl.SFTConfig` with True and a `transformers.TrainingArguments` with False leave it open: those are defaults.
+    """
+    default = None if args is None or isinstance(args, UnslothTrainingArguments) else isinstance(args, SFTConfig)
+    said = next((updates[name] for name in reversed(CHECKPOINTING) if name in updates), None)
+    if said is None and settings.gradient_checkpointing is not default:
+        said = settings.gradient_checkpointing
+    if said is not None:
+        return said
+    asked = getattr(model, "unsloth_gradient_checkpointing", None)
+    return default is not False if asked is None else bool(asked)
+
+
+def _max_length(args: SFTConfig, model: Any, asked: bool) -> int | None:
+    """The run's max_length, which is at most the `max_seq_length` that the model was loaded with.
+
+    Where max_length is TRL's default and was not asked for, it becomes the model's max_seq_length. A model that was
+    loaded without one has the number of its positions, which says nothing about the texts of this run.
+
+    Raises:
+        ValueError: a max_length below 1.
+    """
+    if args.max_length is not None:
+        checks.in_range("max_length", args.max_length, 1)
+    length = getattr(model, "max_seq_length", None)
+    if length is None or length == getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        return args.max_length
+    default = next(entry.default for entry in fields(args) if entry.name == "max_length")
+    keeps = args.max_length is not None and args.max_length <= length and (asked or args.max_length != default)
+    if keeps or args.max_length == length:
+        return args.max_length
+    logger.warning("max_length: %d, the max_seq_length of the model, replaces %s", length, args.max_length)
+    return length
+
+
+def _log_batching(plan: BatchingPlan, asked: bool) -> None:
+    logger.log(
+        logging.WARNING if asked and plan.reasons else logging.INFO,
+        "batching: packing %s, padding-free %s%s",
+        *("on" if on else "off" for on in (plan.packing, plan.padding_free)),
+        f", because {'; '.join(plan.reasons)}" if plan.reasons else "",
+    )
+
+
+def _without_dispatch(accelerator_config: Any) -> Any:
+    """A copy of accelerate's configuration with which each process reads its own rows.
+
+    By default one process reads a stream for all of them and splits every tensor along its first dimension. That
+    dimension is 1 for a padding-free row, and rows that are padded to different lengths cannot be concatenated.
+    """
+    accelerator_config = copy.copy(accelerator_config)
+    if accelerator_config.dispatch_batches:
+        logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
+    accelerator_config.dispatch_batches = False
+    return accelerator_config

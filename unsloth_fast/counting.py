@@ -1,0 +1,97 @@
+"""Counting: the targets that divide the loss, and the tokens and right predictions that the log reports.
+
+All counts stay on the device until they are logged: reading one back waits for the device.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_ref.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+class Counter:
+    """Counts of a run.
+
+    Args:
+        device: where the counts are kept.
+        sum_over_devices: adds up a tensor of counts over all data-parallel processes.
+    """
+
+    def __init__(self, device: torch.device, sum_over_devices: Callable[[Tensor], Tensor]) -> None:
+        self._sum = sum_over_devices
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._predictions = torch.zeros(2, dtype=torch.int64, device=device)  # right ones, targets
+        self._first_step = True
+
+    def step(
+        self, batches: Sequence[Mapping[str, Tensor]], count_targets: Callable[[Iterable[Tensor]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Count one step of the optimizer.
+
+        Args:
+            batches: the microbatches of this process, each with input_ids and labels [B, S] and, where rows are padded,
+                an attention_mask [B, S].
+            count_targets: the training piece of that name.
+
+        Returns:
+            The targets of all processes and those of this one, 0-dim int64 on the counter's device.
+        """
+        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches)
+        tokens = torch.stack([mask.sum() for mask in masks]).sum()
+        targets = count_targets(batch["labels"] for batch in batches)
+        own = torch.stack([targets.to(self._tokens.device), tokens.to(self._tokens.device)])
+        total = self._sum(own)
+        self._tokens += total[1]
+        if self._first_step:  # only here: reading the number waits for the device
+            self._first_step = False
+            if not total[0]:
+                logger.warning(
+                    "the first step's batches have no target: their loss is 0 and trains nothing; check labels, "
+                    "completion_mask and assistant_masks, and what the data collator does to them"
+                )
+        return total[0], own[0]
+
+    @torch.no_grad()
+    def predictions(self, logits: Tensor, labels: Tensor) -> None:
+        """Count the targets whose most likely token is the right one.
+
+        Args:
+            logits: [B, S, V].
+            labels: [B, S], not shifted, on the same device.
+        """
+        targets = labels[:, 1:]
+        valid = targets != IGNORE_INDEX
+        right = (logits[:, :-1].argmax(-1) == targets) & valid
+        self._predictions += self._sum(torch.stack([right.sum(), valid.sum()]).to(self._predictions.device))
+
+    def take_tokens(self) -> int:
+        """The tokens of all processes since this was last asked for."""
+        tokens = int(self._tokens)
+        self._tokens.zero_()
+        return tokens
+
+    def take_accuracy(self) -> float | None:
+        """The share of right predictions since this was last asked for; None if none were counted."""
+        right, targets = self._predictions.tolist()
+        self._predictions.zero_()
+        return right / targets if targets else None
+
+
+def logged_tokens(state: Any, counter: Counter, counted_by_transformers: bool) -> int:
+    """The tokens since training began, resumed runs included: the trainer's state, which checkpoints hold, keeps them.
+
+    Args:
+        state: `transformers.TrainerState`.
+        counter: of the run.
+        counted_by_transformers: whether transformers adds to the state itself, with include_num_input_tokens_seen.
+    """
+    tokens = counter.take_tokens()
+    if not counted_by_transformers:
+        state.num_input_tokens_seen += tokens
+    return state.num_input_tokens_seen

@@ -1,0 +1,73 @@
+"""Collation: the documents of a batch in one row, as the model's keyword arguments."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from unsloth_fast.data.labels import labels_of
+from unsloth_fast.seams import overrides
+from unsloth_ref.types import IGNORE_INDEX, PackedBatch
+
+EXAMPLE_ENDS = "example_ends"  # the key, in a batch of an evaluation, of where each example ends in the row
+
+
+@dataclass
+class PackedCollator(DataCollatorForLanguageModeling):
+    """All documents of the examples in one row, by the backend's `collate`. A subclass of the one TRL checks for.
+
+    Args:
+        collate: the backend's training piece of that name.
+        vocab_size: tokens and labels must be below it.
+        completion_only: whether a completion_mask counts, where the examples have no labels yet.
+        with_ends: whether the batch also holds where each example ends; no model takes that.
+    """
+
+    collate: Callable[..., PackedBatch] | None = None
+    vocab_size: int | None = None
+    completion_only: bool = False
+    with_ends: bool = False
+
+    @overrides(DataCollatorForLanguageModeling)
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch as the model's keyword arguments."""
+        assert self.collate is not None
+        batch = self.collate(
+            [example | labels_of(example, self.completion_only) for example in examples],
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            pad_token_id=self.pad_token_id,
+            vocab_size=self.vocab_size,
+        ).as_dict()
+        if self.with_ends:
+            batch[EXAMPLE_ENDS] = torch.tensor([len(example["input_ids"]) for example in examples]).cumsum(0)
+        return batch
+
+
+def padding_collator(collator: DataCollatorForLanguageModeling) -> DataCollatorForLanguageModeling:
+    """TRL's collator with one padded row per example; with packing TRL builds it padding-free."""
+    padding = copy.copy(collator)
+    padding.padding_free = False
+    return padding
+
+
+def without_repeated(labels: Tensor, ends: Tensor | None, new: int) -> Tensor:
+    """The labels of a batch whose last examples repeat earlier ones, without the targets of those repeats.
+
+    Args:
+        labels: [B, S].
+        ends: [examples] int64, where each example ends if all are in one row; None for one row per example.
+        new: how many examples are not repeats; may be negative, or more than all.
+
+    Returns:
+        [B, S], a copy.
+    """
+    labels, new = labels.clone(), max(new, 0)
+    if ends is None:
+        labels[new:] = IGNORE_INDEX
+    elif new < len(ends):
+        labels[:, ends[new - 1] if new else 0 :] = IGNORE_INDEX
+    return labels

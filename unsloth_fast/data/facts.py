@@ -1,0 +1,95 @@
+"""The facts of a model and a run that decide about batching: read from the model's configuration and class alone."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from trl import SFTConfig
+
+from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
+from unsloth_fast.data.columns import has_vision_columns
+
+_OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_index", "projector_config")
+_ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+
+
+def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> BatchingPlan:
+    """Whether a run packs, whether its batches are padding-free, and what speaks against either.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: the run's arguments.
+        given: the trainer's other keywords.
+    """
+    config, model_class = config_and_class(model, args)
+    plan = batching_plan(_model_facts(config, model_class), _config_facts(args, given))
+    others = _other_reasons(model, model_class, given.get("peft_config"))
+    return BatchingPlan(packing=False, padding_free=False, reasons=plan.reasons + others) if others else plan
+
+
+def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
+    """How many tokens the model has; None where data may hold others: for a collator, or tokens that TRL adds.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: the run's arguments.
+        given: the trainer's other keywords.
+    """
+    template = args.chat_template_path  # of another model, whose tokens are added, or a file
+    if given.get("data_collator") is not None or (template and not template.endswith((".jinja", ".j2"))):
+        return None
+    return getattr(config_and_class(model, args)[0].get_text_config(), "vocab_size", None)
+
+
+def config_and_class(model: Any, args: SFTConfig) -> tuple[PreTrainedConfig, type]:
+    """The configuration and the class of a model, or of the name or path of one."""
+    if not isinstance(model, str):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return inner.config, type(inner)
+    options: Any = args.model_init_kwargs or {}
+    revision = options.get("revision") or "main"
+    trusted = getattr(args, "trust_remote_code", options.get("trust_remote_code", False))  # TRL's field since 1.6
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
+    return config, getattr(transformers, (config.architectures or [""])[0], object)  # the class that TRL loads
+
+
+def _model_facts(config: PreTrainedConfig, model_class: type) -> ModelFacts:
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    return ModelFacts(
+        model_type=config.model_type,
+        encoder_decoder=bool(config.is_encoder_decoder),
+        multimodal=any(hasattr(config, name) for name in _OTHER_INPUTS),
+        recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
+    )
+
+
+def _config_facts(args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
+    padding_free = args.padding_free
+    # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open.
+    if args.packing and not padding_free and not isinstance(args, UnslothTrainingArguments):
+        padding_free = None
+    processor = given.get("processing_class")
+    return ConfigFacts(
+        packing=args.packing,
+        padding_free=padding_free,
+        custom_collator=given.get("data_collator") is not None,
+        processor=isinstance(processor, ProcessorMixin),
+        processing_class=processor is not None,
+        vision_columns=has_vision_columns(given),
+    )
+
+
+def _other_reasons(model: Any, model_class: type, peft_config: Any) -> tuple[str, ...]:
+    """Further reasons against packing, which `batching_plan` does not know."""
+    reasons = []
+    adapter = peft_config or getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        reasons.append("prompt learning puts positions before each row that belong to no document")
+    # transformers finds the documents of a row by its positions; without them each would see those before it.
+    forward = getattr(model_class, "forward", None)
+    if forward is None or "position_ids" not in inspect.signature(forward).parameters:
+        reasons.append(f"{model_class.__name__} may not take position_ids, by which documents of a row are kept apart")
+    return tuple(reasons)

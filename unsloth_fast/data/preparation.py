@@ -1,0 +1,101 @@
+"""From a data set to the rows of a run: tokenized by TRL; labelled, checked, cut and packed here.
+
+A map-style data set is packed as a whole; a stream is packed by TRL, batch by batch.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig
+
+from unsloth_fast.data.labels import require_kept_labels, require_targets, require_targets_in_stream, with_labels
+from unsloth_fast.data.lists import has_lists
+from unsloth_fast.data.packing import check_packed_rows, log_packing, pack_dataset
+from unsloth_fast.data.truncation import truncation_of, without_truncation
+from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
+from unsloth_ref.types import Strategy
+
+
+class TrlPreparation(Protocol):
+    """TRL's own preparation of a data set: tokenization, then truncation or packing, as the arguments say."""
+
+    def __call__(self, dataset: Any, args: SFTConfig, packing: bool = False, formatting_func: Any = None) -> Any:
+        """The prepared data set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the data sets of a run become rows of tokens and labels.
+
+    Attributes:
+        by_trl: TRL's preparation.
+        training: the backend's training pieces, whose `pack` is used.
+        vocabulary: how many tokens the model has; None if that is not known.
+        completion_only: whether a completion_mask counts.
+    """
+
+    by_trl: TrlPreparation
+    training: ModuleType
+    vocabulary: int | None
+    completion_only: bool
+
+    def __call__(self, dataset: Any, name: str, args: SFTConfig, packing: bool, formatting_func: Any = None) -> Any:
+        """The rows of a data set.
+
+        Args:
+            dataset: documents, tokenized or not, or packed rows with a column "seq_lengths".
+            name: of the data set, for messages.
+            args: the run's arguments.
+            packing: whether to pack documents into rows of args.max_length tokens.
+            formatting_func: the user's, which makes the text of a row.
+
+        Raises:
+            ValueError: a token outside the vocabulary; no token is a target; packing without a max_length; a packed row
+                longer than max_length; or what TRL raises.
+        """
+        if has_lists(dataset, "seq_lengths"):
+            return self._packed_rows(dataset, name, args)
+        if packing and args.max_length is None:
+            raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
+        tokenized = self.by_trl(dataset, without_truncation(args), formatting_func=formatting_func)
+        if isinstance(tokenized, Dataset):
+            return self._documents(tokenized, name, args, packing)
+        return self._stream(tokenized, name, args, packing)
+
+    def _packed_rows(self, dataset: Dataset, name: str, args: SFTConfig) -> Any:
+        """Rows that were packed earlier: neither cut nor packed again."""
+        check_packed_rows(dataset, name, args.max_length)
+        rows = self.by_trl(dataset, without_truncation(args))
+        check_vocabulary(rows, name, self.vocabulary)
+        return require_targets(rows, name) if has_lists(rows, "labels") else rows
+
+    def _stream(self, stream: IterableDataset, name: str, args: SFTConfig, packing: bool) -> Any:
+        """Tokenized documents of a stream: checked as they are read, cut and packed by TRL."""
+        stream = check_while_reading(stream, name, self.vocabulary)
+        cut = truncation_of(args, packing)
+        require_targets_in_stream(stream, name, cut, completion_only=self.completion_only)
+        rows = self.by_trl(stream, args, packing)
+        require_kept_labels(stream, rows, name)
+        return rows
+
+    def _documents(self, dataset: Dataset, name: str, args: SFTConfig, packing: bool) -> Any:
+        """Tokenized documents: labelled and checked as a whole, then cut by TRL or packed here."""
+        dataset = with_labels(dataset, self.completion_only)
+        check_vocabulary(dataset, name, self.vocabulary)
+        strategy = args.packing_strategy if packing else None
+        if has_lists(dataset, "labels"):
+            drop_empty = strategy in ("bfd", "bfd_split")  # with "wrapped" a document's neighbours would move
+            dataset = require_targets(dataset, name, truncation_of(args, packing), drop_empty=drop_empty)
+        if strategy is None:
+            return self.by_trl(dataset, args)
+        dataset = dataset.select_columns(["input_ids", "labels"])
+        shuffled = getattr(args, "shuffle_dataset", False)  # TRL's field since 0.26
+        if shuffled:
+            dataset = dataset.shuffle(seed=args.seed)
+        assert args.max_length is not None  # checked before the documents were tokenized
+        packed = pack_dataset(dataset, args.max_length, cast(Strategy, strategy), self.training)
+        log_packing(dataset, packed, name, args.max_length)
+        return packed.shuffle(seed=args.seed) if shuffled else packed

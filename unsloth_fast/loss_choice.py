@@ -1,0 +1,63 @@
+"""Which loss a run uses: the backend's, or TRL's where it is asked for what the backend's does not do."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from trl import SFTTrainer
+
+from unsloth_fast.backends import Backend
+from unsloth_fast.models.head import add_loss, without_adapter
+
+logger = logging.getLogger(__name__)
+
+
+def choose_loss(trainer: SFTTrainer, backend: Backend) -> bool:
+    """Whether the loss is the backend's, which is then put into the model's forward; otherwise the reason is logged.
+
+    Raises:
+        ValueError: TRL's loss is needed, and there is an adapter on the output head, which it does not train.
+    """
+    reason = reason_for_trl_loss(trainer)
+    model = without_adapter(trainer.model)
+    if reason is None:
+        add_loss(model, backend, label_smoothing=trainer.args.label_smoothing_factor)
+        _keep_loss_in_float32(trainer)
+        # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.
+        trainer.loss_is_scaled_for_ga = True
+        trainer.model_accepts_loss_kwargs = True
+        return True
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "target_modules: got an adapter on the output head, which TRL's own loss does not train; allowed: "
+            f"modules_to_save=['lm_head'] ({reason})"
+        )
+    logger.warning("loss: TRL's own, not the backend's: %s", reason)
+    return False
+
+
+def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
+    """What this run needs that the backend's loss does not do; None if nothing."""
+    args: Any = trainer.args  # a trl.SFTConfig
+    if args.loss_type != "nll":
+        return f"loss_type={args.loss_type!r}"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func is given"
+    if trainer.aux_loss_enabled:
+        return "the model has a load-balancing loss"
+    if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
+        return "prompt learning adds positions that have no label"
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        return "the sequence is split across devices"
+    return None
+
+
+def _keep_loss_in_float32(trainer: SFTTrainer) -> None:
+    """Under FSDP2 accelerate rounds every output to the computing dtype, and with it the loss, to 3 digits."""
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)

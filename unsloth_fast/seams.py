@@ -1,0 +1,124 @@
+"""The seams: every name of another library that is private, undocumented or overridden here, and why it is needed.
+
+A release that renames one of them must fail loudly. `overrides` raises when a class is imported; a test looks up every
+row of `SEAMS` in the installed releases, and searches this package for private names that have no row.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def overrides(base: type) -> Callable[[Method], Method]:
+    """Mark a method that replaces a method of another library's class.
+
+    Args:
+        base: the class that must have a method of that name, with every parameter that ours names.
+
+    Raises:
+        ImportError: it has none, or lacks a parameter: the installed release would never call the method, or call it
+            otherwise, and train differently without a word.
+    """
+
+    def check(method: Method) -> Method:
+        name, owner = method.__name__, f"{base.__module__}.{base.__qualname__}"
+        original = getattr(base, name, None)
+        if not callable(original):
+            raise ImportError(
+                f"{owner} of the installed release has no method {name!r}, which unsloth_fast overrides; install a "
+                "release that pyproject.toml allows"
+            )
+        unknown = _named(method) - _named(original)
+        if unknown and not _takes_any(original):
+            raise ImportError(
+                f"{owner}.{name} of the installed release takes no {', '.join(sorted(unknown))}, which unsloth_fast "
+                "expects; install a release that pyproject.toml allows"
+            )
+        method.overrides = base  # type: ignore[attr-defined]  # which a test asks for
+        return method
+
+    return check
+
+
+def _named(function: Callable[..., Any]) -> set[str]:
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name for name, entry in inspect.signature(function).parameters.items() if entry.kind not in several}
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters)
+
+
+class Seam(NamedTuple):
+    """A name of another library.
+
+    Attributes:
+        path: where it is: module, class and name, with dots.
+        why: what it is needed for.
+    """
+
+    path: str
+    why: str
+
+
+SEAMS = (
+    # transformers
+    Seam("transformers.Trainer._get_num_items_in_batch", "overridden: the count that divides the loss is ours"),
+    Seam("transformers.Trainer._init_training_state", "overridden: a stream resumes at the right batch"),
+    Seam("transformers.Trainer._get_learning_rate", "overridden: the embeddings' rate is read before it changes"),
+    Seam("transformers.Trainer._save_checkpoint", "overridden: the token count is in the state before it is written"),
+    Seam("transformers.Trainer._prepare_inputs", "called: moves a batch of an evaluation to the device"),
+    Seam(
+        "transformers.PreTrainedModel._set_gradient_checkpointing",
+        "replaced on an instance: offloads inputs",
+    ),
+    Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
+    Seam("transformers.PreTrainedConfig._attn_implementation", "read: only sdpa and eager attention are replaced"),
+    Seam("transformers.PreTrainedConfig._name_or_path", "read: names the default output folder, as TRL does"),
+    Seam(
+        "transformers.models.llama.modeling_llama.eager_attention_forward",
+        "called, in the module of each attention class: the attention of batches that are not packed",
+    ),
+    Seam("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "called: the same, where it is not eager"),
+    Seam("transformers.utils.hub.cached_file", "called with its `_raise_exceptions_for_*`: a missing file is no error"),
+    Seam("transformers.trainer_optimizer.is_optimizer_factory", "called: such an optimizer makes its own groups"),
+    # trl
+    Seam("trl.SFTTrainer._prepare_dataset", "overridden: data sets are checked, and packed as a whole"),
+    Seam("trl.SFTTrainer._metrics", "written: what TRL logs beside the loss"),
+    Seam("trl.SFTTrainer.__init__", "replaced by compat.patch_trl: plain TRL scripts build our trainer"),
+    Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
+    # peft
+    Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
+    # accelerate, datasets
+    Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
+    Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
+    Seam("datasets.Dataset._fingerprint", "read: a packed data set has a fingerprint of its own"),
+    # torch
+    Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
+    Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),
+    Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
+    Seam("torch.nn.Module._modules", "read: the children of a module, those that are the same module twice included"),
+    Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: whether a checkpoint or offloading is active"),
+    Seam("torch._C._cuda_getCurrentRawStream", "called: the stream of a launch; the public call is 2 us slower"),
+    Seam("torch._C._len_torch_dispatch_stack", "called: whether a dispatch mode sees operations"),
+    Seam("torch._C._are_functorch_transforms_active", "called: whether torch.func transforms the call"),
+    Seam("torch._C._is_tracing", "called: whether torch.jit.trace records the call"),
+    Seam("torch._dynamo.compiled_autograd.compiled_autograd_enabled", "read: whether compiled autograd is on"),
+    # triton
+    Seam("triton.JITFunction.params", "read: which arguments select other machine code"),
+    Seam("triton.JITFunction.arg_names", "read: the constants of a kernel follow its arguments"),
+    Seam("triton.JITFunction.fn", "read: the Python function, to build the kernel for unaligned arguments"),
+    Seam("triton.compiler.CompiledKernel.run", "called: launches without Triton's own binding of arguments"),
+    Seam("triton.compiler.CompiledKernel.function", "read: the handle that the driver launches"),
+    Seam("triton.compiler.CompiledKernel.packed_metadata", "passed to run: warps, shared memory, clusters"),
+    Seam("triton.compiler.CompiledKernel.metadata", "read: the same, for launches from C++"),
+    Seam("triton.compiler.CompiledKernel.src", "read: the type of each parameter, for launches from C++"),
+)
+
+# Of torch's C++ headers, used by kernels/_replay.cpp and _replay_program.h, which torch.utils.cpp_extension compiles
+# against the installed torch: torch::autograd::Function and AutogradContext, THPVariable_Wrap, THPVariable_Unpack,
+# THPVariable_CheckExact, THPDtype, c10::impl::TorchDispatchModeTLS. What a release renames fails to compile; calls are
+# then made by Python, with a warning.
