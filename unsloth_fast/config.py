@@ -1,4 +1,4 @@
-"""The trainer's arguments, in today's names and in older ones."""
+"""The trainer's arguments: a dataclass over `trl.SFTConfig`, every field checked."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_fast import backends
 
-_COUNTS = {  # from
+_COUNTS = {  # name and least value
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -18,69 +18,71 @@ _COUNTS = {  # from
     "pad_to_multiple_of": 1,
 }
 _RATES = ("learning_rate", "embedding_learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha")
-_SHARES = {  # up to, and in words
+_SHARES = {  # name: greatest value, and the range in words
     "adam_beta1": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
     "adam_beta2": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
     "label_smoothing_factor": (1.0, "a number from 0 to 1"),
 }
 _OPTIONAL = ("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha")
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # of transformers, the latter since 5.2x
+# Both of transformers' names for it; the second exists since 5.2x.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 @dataclass
 class UnslothTrainingArguments(SFTConfig):
-    """`trl.SFTConfig` with a learning rate for the embeddings, the choice of backend, and padding-free by itself.
+    """`trl.SFTConfig` with an embedding learning rate, a backend, and padding-free batches by default.
 
     Args:
-        gradient_checkpointing: whether the backward pass makes activations again instead of keeping them. None for what
-            was asked of the model by `use_gradient_checkpointing`, or True, TRL's default, where nothing was. The other
-            name that transformers has for it, activation_checkpointing, will do as well.
-        padding_free: whether the documents of a batch are laid end to end in one row instead of padded to the longest.
-            None for wherever the model and the data allow it.
-        embedding_learning_rate: learning rate of whatever trains the token embedding or the output head; None for
-            `learning_rate`.
-        backend: "auto", "fast" or "reference", with single operations set apart or not: "fast,rms_norm=reference". None
-            for the environment variable UNSLOTH_BACKEND, or "auto" where that is not set.
+        gradient_checkpointing: whether the backward pass recomputes activations instead of keeping them. None for the
+            `use_gradient_checkpointing` that the model was loaded with, or else True, TRL's default.
+            transformers' other name for it, activation_checkpointing, works as well.
+        padding_free: whether the documents of a batch are concatenated in one row instead of padded to the longest.
+            None for True where the model and the data allow it.
+        embedding_learning_rate: learning rate of all parameters that train the token embedding or the output head; None
+            for `learning_rate`.
+        backend: "auto", "fast" or "reference", optionally with exceptions for single operations:
+            "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if that is not set.
 
     Raises:
-        ValueError: a field that transformers does not check is no count, no finite number from 0, or no number up
-            to 1, as it has to be; backend names something unknown; or what `trl.SFTConfig` raises.
+        ValueError: a field is out of its range, where transformers does not check it; backend names an unknown backend
+            or operation; or what `trl.SFTConfig` raises.
     """
 
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's has no third state
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's is a bool
         default=None,
         metadata={
-            "help": "Whether the backward pass makes activations again instead of keeping them. `None` for what was "
-            "asked of the model, or `True` where nothing was."
+            "help": "Whether the backward pass recomputes activations instead of keeping them. `None` for what the "
+            "model was loaded with, or else `True`."
         },
     )
-    padding_free: bool | None = field(  # type: ignore[assignment]  # TRL's has no third state
+    padding_free: bool | None = field(  # type: ignore[assignment]  # TRL's is a bool
         default=None,
         metadata={
-            "help": "Whether the documents of a batch are laid end to end in one row instead of padded to the longest. "
-            "`None` for wherever the model and the data allow it."
+            "help": "Whether the documents of a batch are concatenated in one row instead of padded to the longest. "
+            "`None` for `True` where the model and the data allow it."
         },
     )
     embedding_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of whatever trains the token embedding or the output head: the modules themselves, "
-            "`modules_to_save`, LoRA on them, trainable tokens. `None` for `learning_rate`."
+            "help": "Learning rate of all parameters of the token embedding and the output head: of the modules "
+            "themselves, `modules_to_save`, LoRA on them, trainable tokens. `None` for `learning_rate`."
         },
     )
     backend: str | None = field(
         default=None,
         metadata={
-            "help": "Implementation of the operations: 'auto', 'fast' or 'reference', with single operations set apart "
-            "or not, as in 'fast,rms_norm=reference'. `None` for the environment variable UNSLOTH_BACKEND, or 'auto'."
+            "help": "Implementation of the operations: 'auto', 'fast' or 'reference', optionally with exceptions for "
+            "single operations: 'fast,rms_norm=reference'. `None` for the environment variable UNSLOTH_BACKEND, or "
+            "'auto'."
         },
     )
 
     def __post_init__(self) -> None:
         """Check the fields, TRL's and ours."""
-        says_nothing = all(getattr(self, name, None) is None for name in CHECKPOINTING)
+        unset = all(getattr(self, name, None) is None for name in CHECKPOINTING)
         super().__post_init__()
-        if says_nothing:  # transformers made it False
+        if unset:  # transformers sets it to False
             for name in CHECKPOINTING:
                 if hasattr(self, name):
                     setattr(self, name, None)
@@ -97,7 +99,7 @@ class UnslothTrainingArguments(SFTConfig):
 
 
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:
-    """Raise for a field that does not fit; None does where it is optional."""
+    """Raise for a field that does not fit; None fits if it is optional."""
     optional = name in _OPTIONAL
     if not (fits or (optional and value is None)):
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}{', or None' if optional else ''}")

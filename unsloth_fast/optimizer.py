@@ -1,4 +1,4 @@
-"""What is trained, and the embeddings at their own learning rate: what a trainer's optimizer is built from."""
+"""The optimizer's parameters: something must be trained, and the embeddings have their own learning rate."""
 
 import logging
 from typing import Any
@@ -9,8 +9,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 logger = logging.getLogger(__name__)
 
 
-def check_what_is_trained(model: Any, args: Any) -> None:
-    """Raise for a run that would train nothing, or in a precision that its device does not have.
+def check_trainable(model: Any, args: Any) -> None:
+    """Refuse a run that trains nothing, or in a precision that its device does not have.
 
     Raises:
         ValueError: what was found, and what is allowed.
@@ -29,15 +29,15 @@ def check_what_is_trained(model: Any, args: Any) -> None:
 
 
 def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The optimizer's class and options, its groups by role among them under the key "params".
+    """The optimizer's class and options; the key "params" holds its parameter groups by role.
 
     Args:
         trainer: an `UnslothTrainer`.
         model: the model whose parameters are optimized.
 
     Returns:
-        None where transformers' own groups are to be kept: there is no embedding learning rate, or it has no effect,
-        which is logged, as an optimizer was given or groups the parameters itself.
+        None where transformers' own groups are kept: there is no embedding learning rate, or it has no effect because
+        an optimizer was given or groups the parameters itself; that is logged.
     """
     embedding_lr = getattr(trainer.args, "embedding_learning_rate", None)
     if embedding_lr is None:
@@ -48,7 +48,9 @@ def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | 
     found = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     optimizer_class, options = found
     if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
-        logger.warning("embedding_learning_rate=%s has no effect: %s groups itself", embedding_lr, trainer.args.optim)
+        logger.warning(
+            "embedding_learning_rate=%s has no effect: %s makes its own groups", embedding_lr, trainer.args.optim
+        )
         return None
     groups = trainer.backend.training.param_groups(
         model,

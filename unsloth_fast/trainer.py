@@ -19,7 +19,7 @@ from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.head import head_without_adapter
-from unsloth_fast.optimizer import check_what_is_trained, embedding_rate, grouped_optimizer
+from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer
 from unsloth_fast.seams import overrides
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -93,7 +93,7 @@ class UnslothTrainer(SFTTrainer):
         if self.padding_free:
             self._padding_collator = padding_collator(self.data_collator)
             self.data_collator = self._packed_collator()
-        check_what_is_trained(self.model, self.args)
+        check_trainable(self.model, self.args)
         place(self.model, self.backend)
         self._own_loss = choose_loss(self, self.backend)
         self._counter = Counter(self.args.device, self._sum_over_processes)

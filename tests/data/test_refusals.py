@@ -14,7 +14,7 @@ from tests.data.test_batches import make, pad, stream, tokens
 from tests.trainer.runs import LOSES_LABELS
 from unsloth_fast.data import labels
 from unsloth_fast.data.truncation import Truncation
-from unsloth_fast.optimizer import check_what_is_trained
+from unsloth_fast.optimizer import check_trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -206,7 +206,7 @@ def test_bfloat16_on_a_card_without_it(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"^bf16: got bfloat16 on 'Tesla T4', which has none; allowed: fp16=True"):
-        check_what_is_trained(trainer.model, trainer.args)
+        check_trainable(trainer.model, trainer.args)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": False}, {"packing": True, "max_length": 8}])
