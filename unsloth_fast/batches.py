@@ -17,6 +17,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.packed_dataset import (
     check_as_read,
     check_stream,
@@ -26,7 +27,7 @@ from unsloth_fast.packed_dataset import (
     with_targets,
 )
 from unsloth_ref import checks
-from unsloth_ref.types import BatchingPlan, ConfigFacts, ModelFacts, PackedBatch
+from unsloth_ref.types import PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,7 @@ def without_repeated(labels: Tensor, ends: Tensor | None, new: int) -> Tensor:
     return labels
 
 
-def plan(
-    model: Any, args: SFTConfig, given: Mapping[str, Any], batching_plan: Callable[..., BatchingPlan]
-) -> BatchingPlan:
+def plan(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> BatchingPlan:
     """Whether this run packs, whether its batches go without padding, and why not.
 
     A plain `trl.SFTConfig` cannot say nothing about padding_free; with packing its False counts as that.
@@ -98,7 +97,6 @@ def plan(
         model: the model, or the name or path of one.
         args: the run's arguments.
         given: the trainer's other keywords.
-        batching_plan: the training piece of that name.
     """
     padding_free = args.padding_free
     if args.packing and not padding_free and not isinstance(args, UnslothTrainingArguments):
@@ -140,7 +138,7 @@ def _model_facts(config: PreTrainedConfig, kind: type) -> ModelFacts:
 
 
 def _other_reasons(model: Any, kind: type, peft_config: Any) -> tuple[str, ...]:
-    """What the training piece knows nothing of."""
+    """What `batching_plan` knows nothing of."""
     reasons = []
     adapter = peft_config or getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):

@@ -11,7 +11,6 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from unsloth_fast import training
 from unsloth_fast.config import migrated, settle_checkpointing, settled
 from unsloth_fast.trainer import UnslothTrainer
 
@@ -52,7 +51,7 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
         if set(given) - set(names):
             args = given.pop("args", None)
             settings = settled(args, given["model"])
-            given, updates = migrated(settings, given, names, training.migrate_keywords)
+            given, updates = migrated(settings, given, names)
             settle_checkpointing(settings, args, given["model"], updates)
             given["args"] = settings
         original(self, **given)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from unsloth_fast import backends
+from unsloth_fast.keywords import split_keywords
 from unsloth_fast.models.checkpointing import enable_checkpointing
 from unsloth_fast.models.head import without_adapter
 
@@ -124,10 +125,7 @@ def settled(args: TrainingArguments | None, model: Any) -> SFTConfig:
 
 
 def migrated(
-    args: SFTConfig,
-    keywords: Mapping[str, Any],
-    trainer_parameters: Collection[str],
-    migrate_keywords: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+    args: SFTConfig, keywords: Mapping[str, Any], trainer_parameters: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trainer's keywords in today's names, and those that are the configuration's, which are set in args.
 
@@ -135,14 +133,13 @@ def migrated(
         args: changed in place.
         keywords: what the trainer was called with, in names of any release of TRL.
         trainer_parameters: the names that the trainer takes.
-        migrate_keywords: the training piece of that name.
 
     Raises:
         TypeError: a name that neither the trainer nor the configuration ever had.
         ValueError: two names of one thing, with different values.
     """
     names = [entry.name for entry in fields(args) if entry.init]
-    kept, updates = migrate_keywords(trainer_parameters, names, keywords)
+    kept, updates = split_keywords(trainer_parameters, names, keywords)
     for name, value in updates.items():
         setattr(args, name, value)
     return kept, updates

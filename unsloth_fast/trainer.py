@@ -71,14 +71,14 @@ class UnslothTrainer(EvaluatingTrainer):
         _, _, *names = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
         settings = settled(args, model)
         self.backend = backends.resolve(getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None))
-        keywords, updates = migrated(settings, keywords, names, self.backend.training.migrate_keywords)
+        keywords, updates = migrated(settings, keywords, names)
         given = dict(zip(names, positional, strict=False)) | keywords
         settle_checkpointing(settings, args, model, updates)
         batches.take_length(settings, model, asked="max_length" in updates)
         check_device(settings)
         self._vocabulary = batches.vocabulary(model, settings, given)
         batches.check_columns(given, settings, self._vocabulary)
-        plan = batches.plan(model, settings, given, self.backend.training.batching_plan)
+        plan = batches.plan(model, settings, given)
         asked = settings.packing or settings.padding_free
         logger.log(
             logging.WARNING if asked and plan.reasons else logging.INFO,

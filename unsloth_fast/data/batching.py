@@ -1,0 +1,99 @@
+"""Whether a run packs its documents, and whether its batches go without padding: a pure function of a few facts."""
+
+from dataclasses import dataclass
+
+# Models whose attention in transformers 5.23 lets documents of a row see each other even if position_ids restart: the
+# logits of a document were seen to change with the tokens of the document before it.
+LEAKING_MODELS = frozenset(("biogpt", "bloom", "falcon", "gpt_oss", "mpt", "openai-gpt", "opt", "xglm", "xlm"))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The facts of a model that decide about batching.
+
+    Attributes:
+        model_type: as in the model's config, such as "llama".
+        encoder_decoder: whether the prompt is read by an encoder.
+        multimodal: whether the model takes images, video or audio in addition to tokens.
+        recurrent: whether a layer carries a state or a convolution from token to token (linear attention, Mamba), which
+            would leak from one document into the next.
+    """
+
+    model_type: str = ""
+    encoder_decoder: bool = False
+    multimodal: bool = False
+    recurrent: bool = False
+
+
+@dataclass(frozen=True)
+class ConfigFacts:
+    """The facts of a run that decide about batching.
+
+    Attributes:
+        packing: whether packing is requested.
+        padding_free: whether batches without padding are requested; None if the user has not chosen.
+        custom_collator: whether the user passed a data collator.
+        processor: whether the processing class is a processor, not a tokenizer.
+        processing_class: whether the user passed a processing class.
+        vision_columns: whether the data set has columns of images or video.
+    """
+
+    packing: bool = False
+    padding_free: bool | None = None
+    custom_collator: bool = False
+    processor: bool = False
+    processing_class: bool = True
+    vision_columns: bool = False
+
+
+@dataclass(frozen=True)
+class BatchingPlan:
+    """How documents become batches.
+
+    Attributes:
+        packing: whether documents are packed into rows of up to the maximum length.
+        padding_free: whether a batch is one row without padding; always true with packing.
+        reasons: why packing and padding-free batches are impossible, both being off then; empty if they are possible.
+    """
+
+    packing: bool
+    padding_free: bool
+    reasons: tuple[str, ...] = ()
+
+
+def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
+    """Decide whether to pack and whether to go without padding, and give the reasons if neither is possible.
+
+    If the model keeps the documents of a row apart, both change nothing but speed. Any obstacle turns both off; all
+    obstacles are reported, whether or not packing or padding_free was requested. Without an obstacle, packing is as
+    requested, and padding-free batches are on, with or without packing, unless padding_free is False.
+
+    Args:
+        model: facts of the model.
+        config: facts of the run.
+
+    Returns:
+        The plan.
+    """
+    obstacles = (
+        (config.custom_collator, "a data collator was passed, which builds the batches itself"),
+        (config.processor and not config.custom_collator, "the processing class is a processor, not a tokenizer"),
+        (
+            model.multimodal and not config.processing_class,
+            "the model takes more than tokens, and its own processor will be loaded",
+        ),
+        (
+            config.vision_columns and not config.custom_collator and not config.processor,
+            "the data set has columns of images or video",
+        ),
+        (model.encoder_decoder, "the model is an encoder-decoder"),
+        (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
+        (model.model_type in LEAKING_MODELS, "the model's attention lets the documents of a row see each other"),
+        (
+            config.packing and config.padding_free is False,
+            "padding_free=False was requested, and packed rows are padding-free",
+        ),
+    )
+    reasons = tuple(reason for present, reason in obstacles if present)
+    possible = not reasons
+    return BatchingPlan(possible and config.packing, possible and config.padding_free is not False, reasons)
