@@ -1,31 +1,30 @@
-"""The contract's checks of lengths, plans, examples and batches; both backends call them, so both raise the same."""
+"""The contract's checks of lengths, packing plans, examples and batches. Both backends call them: same errors."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unsloth_ref import checks
-from unsloth_ref.types import IGNORE_INDEX, PackedBatch, PackingPlan
+from unsloth_ref.types import IGNORE_INDEX, Column, Example, PackedBatch, PackingPlan
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 
 def at_least_one(name: str, value: int) -> None:
-    """Raise unless value is a whole number (TypeError) from 1 (ValueError)."""
+    """Raise TypeError unless the value is an integer, ValueError unless it is at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; allowed: a whole number from 1")
+        raise TypeError(f"{name}: got {value!r}; allowed: an integer of at least 1")
     if value < 1:
-        raise ValueError(f"{name}: got {value}; allowed: a whole number from 1")
+        raise ValueError(f"{name}: got {value}; allowed: an integer of at least 1")
 
 
 def lengths_tensor(lengths: Sequence[int] | Tensor) -> Tensor:
-    """The lengths as one int64 tensor on the CPU.
+    """Convert lengths to a one-dimensional int64 tensor on the CPU.
 
     Raises:
-        TypeError: they are not whole numbers.
-        ValueError: they are not one row, or one is negative.
+        TypeError: lengths are not integers.
+        ValueError: lengths are not one-dimensional, or one is negative.
     """
     found = torch.as_tensor(lengths)
     if found.numel() == 0:
@@ -35,12 +34,12 @@ def lengths_tensor(lengths: Sequence[int] | Tensor) -> Tensor:
     wrong = found < 0
     if wrong.any():
         index = int(wrong.nonzero()[0])
-        raise ValueError(f"lengths: got {int(found[index])} at index {index}; allowed: whole numbers from 0")
+        raise ValueError(f"lengths: got {int(found[index])} at index {index}; allowed: integers of at least 0")
     return found.to("cpu", torch.int64)
 
 
 def plan_fits(plan: PackingPlan, offsets: Tensor) -> None:
-    """Raise unless offsets [documents + 1] cut a column into documents that hold every span of the plan."""
+    """Raise unless offsets [documents + 1] are of documents that contain every span of the plan."""
     checks.dimensions("offsets", offsets, 1, "[documents + 1]")
     checks.dtype("offsets", offsets, checks.INTEGERS)
     if not len(plan.documents):
@@ -48,7 +47,7 @@ def plan_fits(plan: PackingPlan, offsets: Tensor) -> None:
     documents, needed = len(offsets) - 1, int(plan.documents.max()) + 1
     if documents < needed:
         raise ValueError(
-            f"offsets: got {len(offsets)} of them; allowed: at least {needed + 1}, one more than documents"
+            f"offsets: got {len(offsets)} offsets; allowed: at least {needed + 1}, the number of documents plus 1"
         )
     ends = plan.starts + plan.lengths
     missing = ends > (offsets[1:] - offsets[:-1])[plan.documents]
@@ -57,38 +56,39 @@ def plan_fits(plan: PackingPlan, offsets: Tensor) -> None:
         document = int(plan.documents[span])
         held = int(offsets[document + 1] - offsets[document])
         raise ValueError(
-            f"offsets: got {held} tokens for document {document};"
-            f" allowed: at least {int(ends[span])}, which the plan takes"
+            f"offsets: got {held} tokens for document {document}; allowed: at least {int(ends[span])}, as in the plan"
         )
 
 
-def example_has_tokens(index: int, example: Mapping[str, Any]) -> None:
-    """Raise ValueError for an example without input_ids."""
-    if example.get("input_ids") is None:
+def input_ids_of(index: int, example: Example) -> Column:
+    """Return the input_ids of an example; raise ValueError if it has none."""
+    tokens = example.get("input_ids")
+    if tokens is None:
         raise ValueError(
-            f"examples: got example {index} with {', '.join(example) or 'nothing'}; allowed: with input_ids"
+            f"examples: got example {index} with {', '.join(example) or 'no key'}; allowed: examples with input_ids"
         )
+    return tokens
 
 
 def example_fits(index: int, tokens: int, labels: int, lengths: Sequence[int]) -> None:
-    """Raise ValueError unless an example has a label a token, and its documents have its tokens together."""
+    """Raise ValueError unless an example has one label per token, and its seq_lengths sum to its number of tokens."""
     if labels != tokens:
-        raise ValueError(f"labels: got {labels} in example {index}; allowed: {tokens}, one a token")
+        raise ValueError(f"labels: got {labels} labels in example {index}; allowed: {tokens}, one per token")
     if min(lengths, default=0) < 0 or sum(lengths) != tokens:
         raise ValueError(
             f"seq_lengths: got {list(lengths)} in example {index};"
-            f" allowed: numbers from 0 that add up to {tokens}, its tokens"
+            f" allowed: non-negative integers that sum to {tokens}, its number of tokens"
         )
 
 
 def some_tokens(count: int) -> None:
-    """Raise ValueError for a batch without tokens."""
+    """Raise ValueError if a batch has no tokens."""
     if count == 0:
-        raise ValueError("examples: got no token at all; allowed: at least one")
+        raise ValueError("examples: got no tokens; allowed: at least one")
 
 
 def batch_in_vocabulary(batch: PackedBatch, vocab_size: int | None) -> None:
-    """Raise ValueError for a token or a label that is not below vocab_size; None for any."""
+    """Raise ValueError if a token or a label is outside the vocabulary; None allows all."""
     if vocab_size is None:
         return
     for name, values, ignored in (("input_ids", batch.input_ids[0], None), ("labels", batch.labels[0], IGNORE_INDEX)):

@@ -1,9 +1,10 @@
-"""The nouns that the reference, the fast package and the judge share."""
+"""The types that the reference, the fast package and the judge share."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,18 +14,22 @@ Reduction = Literal["mean", "sum", "none"]
 Role = Literal["base", "embedding"]
 Strategy = Literal["bfd", "bfd_split", "wrapped"]
 
+Column = Sequence[int] | Tensor  # one integer per token, or per document
+Example = Mapping[str, Column | None]
+Microbatches = Iterable[Tensor]  # the labels of each
+
 IGNORE_INDEX = -100  # the label of a token that is not trained on, as in torch.nn.CrossEntropyLoss
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no ==
 class ParamGroup:
-    """Parameters that one optimizer treats alike.
+    """Parameters that share their learning rate and weight decay in an optimizer.
 
     Attributes:
-        role: "embedding" for whatever trains the token embedding or the output head, "base" for all else.
+        role: "embedding" for parameters that train the token embedding or the output head, "base" for all others.
         params: the parameters, in the order of the model.
-        lr: learning rate, per step.
-        weight_decay: decoupled weight decay, per step and unit of learning rate.
+        lr: learning rate.
+        weight_decay: decoupled weight decay; a step multiplies a parameter by 1 - lr * weight_decay.
     """
 
     role: Role
@@ -33,25 +38,22 @@ class ParamGroup:
     weight_decay: float
 
     def as_dict(self) -> dict[str, Any]:
-        """The group as torch.optim optimizers take it, its role under the key "role"."""
+        """The group as `torch.optim` takes it; the key "role" holds its role."""
         return {"role": self.role, "params": list(self.params), "lr": self.lr, "weight_decay": self.weight_decay}
-
-
-Microbatches = Iterable[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """Which tokens of which documents lie in which packed row, in which order; int64 tensors on the CPU.
+    """Which span of which document is where in which packed row; int64 tensors on the CPU.
 
-    Span i holds the tokens starts[i] to starts[i] + lengths[i] - 1 of the document documents[i]; row r holds the spans
-    offsets[r] to offsets[r + 1] - 1 one after the other. No span is empty.
+    Span i is the tokens starts[i] to starts[i] + lengths[i] - 1 of document documents[i]. Row r concatenates the spans
+    offsets[r] to offsets[r + 1] - 1. No span is empty.
 
     Attributes:
-        documents: [spans], indices of documents.
-        starts: [spans], the first token of each span within its document.
-        lengths: [spans], in tokens, at least 1.
-        offsets: [rows + 1], the first span of each row, then the number of spans.
+        documents: [spans], the index of the document of each span.
+        starts: [spans], the position of the first token of each span in its document.
+        lengths: [spans], the number of tokens of each span, at least 1.
+        offsets: [rows + 1], the first span of each row, and the number of spans at the end.
     """
 
     documents: Tensor
@@ -62,14 +64,14 @@ class PackingPlan:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Documents one after the other in one row, and where each begins.
+    """Documents concatenated into one row, and where each begins.
 
     Attributes:
         input_ids: [1, T] int64.
-        labels: [1, T] int64, not shifted; -100 for what is no target, and at the first token of each document.
-        position_ids: [1, T] int64, from 0 in each document.
-        cu_seqlens: [documents + 1] int32: 0, then where each document ends.
-        max_seqlen: tokens of the longest document.
+        labels: [1, T] int64, not shifted; -100 at tokens that are not targets, such as the first of each document.
+        position_ids: [1, T] int64, starting from 0 in each document.
+        cu_seqlens: [documents + 1] int32, cumulative lengths: 0, then the end of each document.
+        max_seqlen: the number of tokens of the longest document.
     """
 
     input_ids: Tensor
@@ -78,8 +80,13 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
 
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with its tensors on the device."""
+        names = ("input_ids", "labels", "position_ids", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def as_dict(self) -> dict[str, Any]:
-        """The batch as models of transformers take it: no attention_mask, which would join the documents again."""
+        """The keyword arguments of a transformers model: no attention_mask, which would join the documents."""
         return {
             "input_ids": self.input_ids,
             "labels": self.labels,
@@ -89,57 +96,3 @@ class PackedBatch:
             "max_length_q": self.max_seqlen,
             "max_length_k": self.max_seqlen,
         }
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What decides about batching in a model.
-
-    Attributes:
-        model_type: as in the model's config, such as "llama".
-        encoder_decoder: whether an encoder reads the prompt.
-        multimodal: whether it takes images, video or sound beside tokens.
-        recurrent: whether a layer carries a state or a convolution from token to token (linear attention, Mamba), which
-            would leak from one document into the next.
-    """
-
-    model_type: str = ""
-    encoder_decoder: bool = False
-    multimodal: bool = False
-    recurrent: bool = False
-
-
-@dataclass(frozen=True)
-class ConfigFacts:
-    """What decides about batching in a run.
-
-    Attributes:
-        packing: whether packing was asked for.
-        padding_free: whether batches without padding were asked for; None where nothing was said.
-        custom_collator: whether a data collator was given.
-        processor: whether the processing class is a processor, not a tokenizer.
-        processing_class: whether a processing class was given at all.
-        vision_columns: whether the data have columns of images or video.
-    """
-
-    packing: bool = False
-    padding_free: bool | None = None
-    custom_collator: bool = False
-    processor: bool = False
-    processing_class: bool = True
-    vision_columns: bool = False
-
-
-@dataclass(frozen=True)
-class BatchingPlan:
-    """How documents become batches.
-
-    Attributes:
-        packing: whether rows are packed to the maximum length.
-        padding_free: whether a batch is one row without padding; true wherever packing is.
-        reasons: why both are off although they could have been on; empty where nothing stands in the way.
-    """
-
-    packing: bool
-    padding_free: bool
-    reasons: tuple[str, ...] = ()

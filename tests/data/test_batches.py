@@ -94,7 +94,7 @@ def bloom() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data_collator": pad}, "a data collator was given"),
+        ({"data_collator": pad}, "a data collator was passed"),
         (
             {"peft_config": PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
             "prompt learning puts positions",

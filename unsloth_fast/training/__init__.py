@@ -1,22 +1,16 @@
-"""The pieces of a training step. Each has a twin of the same name and signature in `unsloth_ref.training`."""
+"""The pieces of a training step. Each piece has a twin of the same name and signature in `unsloth_ref.training`."""
 
-from unsloth_fast.training.batching import batching_plan, migrate_keywords
 from unsloth_fast.training.collate import collate
-from unsloth_fast.training.loop import accumulate, train
 from unsloth_fast.training.loss import count_targets, next_token_loss, shift_labels
 from unsloth_fast.training.packing import pack, packed_indices
 from unsloth_fast.training.param_groups import param_groups
 
 __all__ = [
-    "accumulate",
-    "batching_plan",
     "collate",
     "count_targets",
-    "migrate_keywords",
     "next_token_loss",
     "pack",
     "packed_indices",
     "param_groups",
     "shift_labels",
-    "train",
 ]

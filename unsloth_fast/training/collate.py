@@ -1,7 +1,6 @@
-"""Collation: one row of all documents, in a handful of tensor operations."""
+"""Collation in a few tensor operations on the whole row."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,37 +9,36 @@ from unsloth_ref.batch_checks import (
     at_least_one,
     batch_in_vocabulary,
     example_fits,
-    example_has_tokens,
+    input_ids_of,
     some_tokens,
 )
-from unsloth_ref.types import IGNORE_INDEX, PackedBatch
+from unsloth_ref.types import IGNORE_INDEX, Column, Example, PackedBatch
 
 
 def collate(
-    examples: Sequence[Mapping[str, Any]],
+    examples: Sequence[Example],
     *,
     pad_to_multiple_of: int | None = None,
     pad_token_id: int = 0,
     vocab_size: int | None = None,
 ) -> PackedBatch:
-    """Lay the documents of all examples into one row.
+    """Concatenate the documents of all examples into one row.
 
     Args:
-        examples: each with "input_ids" [S]; may have "labels" [S], -100 where a token is no target (the tokens
-            themselves where they are missing), and "seq_lengths", tokens of each document in a packed row (one
-            document where they are missing; zeros are left out). Lists of whole numbers or integer tensors; other keys
-            are not looked at.
-        pad_to_multiple_of: the row is filled up to a multiple of this with one more document that is no target.
-        pad_token_id: what it is filled up with.
-        vocab_size: where given, tokens and labels must be below it.
+        examples: each has "input_ids" [S]. It may have "labels" [S], -100 at tokens that are not targets (default:
+            input_ids), and "seq_lengths" [documents], the number of tokens of each document in a packed row (default:
+            one document; zeros are ignored). Lists of integers or integer tensors. Other keys are ignored.
+        pad_to_multiple_of: pad the row to a multiple of this. The padding is one more document, without targets.
+        pad_token_id: the token to pad with.
+        vocab_size: if not None, tokens and labels must be below it.
 
     Returns:
         The batch, on the CPU.
 
     Raises:
-        ValueError: no token at all, an example without input_ids, labels or seq_lengths that do not fit the tokens, a
-            token or label outside the vocabulary, or pad_to_multiple_of below 1.
-        TypeError: pad_to_multiple_of is no whole number.
+        ValueError: there are no tokens; an example has no input_ids, or its labels or seq_lengths do not match them; a
+            token or a label is outside the vocabulary; or pad_to_multiple_of is below 1.
+        TypeError: pad_to_multiple_of is not an integer.
     """
     if pad_to_multiple_of is not None:
         at_least_one("pad_to_multiple_of", pad_to_multiple_of)
@@ -48,10 +46,9 @@ def collate(
     labels: list[Tensor] = []
     lengths: list[int] = []
     for index, example in enumerate(examples):
-        example_has_tokens(index, example)
-        row = _integers(example["input_ids"])
-        own = row if example.get("labels") is None else _integers(example["labels"])
-        parts = [len(row)] if example.get("seq_lengths") is None else _integers(example["seq_lengths"]).tolist()
+        row = _integers(input_ids_of(index, example))
+        own = _integers(example.get("labels"), default=row)
+        parts = _integers(example.get("seq_lengths"), default=torch.tensor([len(row)])).tolist()
         example_fits(index, len(row), len(own), parts)
         tokens.append(row)
         labels.append(own)
@@ -72,5 +69,6 @@ def collate(
     return batch
 
 
-def _integers(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int64, device="cpu")
+def _integers(column: Column | None, default: Tensor | None = None) -> Tensor:
+    """The column as an int64 tensor on the CPU, or the default if there is none."""
+    return torch.as_tensor(default if column is None else column, dtype=torch.int64, device="cpu")

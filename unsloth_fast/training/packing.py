@@ -1,9 +1,9 @@
-"""Packing: documents of equal length together, numpy for the spans.
+"""Packing: documents of equal length in one step, and NumPy for the spans.
 
-Best fit decreasing takes equal lengths one after the other, and then a row with free space f takes f // length of them
-before any other row gets one: its own rest is the smallest space that still suffices. So one step fills a whole range
-of rows alike, and each keeps less than half of its free space: at most log2(capacity) steps a range. Each different
-length adds at most three ranges.
+Best fit decreasing packs all documents of one length in succession. A row with free space f then receives f // length
+of them before any other row receives one, because what remains of its space is still the best fit. So one step fills a
+whole range of rows in the same way, and leaves each with less than half of its free space: there are at most
+log2(capacity) steps per range. Each distinct length adds at most three ranges.
 """
 
 import heapq
@@ -19,25 +19,27 @@ from unsloth_ref.types import PackingPlan, Strategy
 
 
 def pack(lengths: Sequence[int] | Tensor, capacity: int, *, strategy: Strategy = "bfd") -> PackingPlan:
-    """Lay documents into rows of at most `capacity` tokens.
+    """Pack documents into rows of at most `capacity` tokens.
 
-    With "bfd" a document longer than a row loses its end; with "bfd_split" it is first cut into pieces of `capacity`
-    tokens and a shorter last one; both take the longest piece first, the earlier one of two alike, and put it into the
-    row with the least free space that suffices: of two alike, the one that has had this free space for longer. With
-    "wrapped" the documents are laid one after the other in their own order and cut wherever a row is full.
+    "bfd" is best fit decreasing: the longest document first, each into the fullest row that has space for it. A
+    document longer than a row is truncated. "bfd_split" splits such a document into pieces of `capacity` tokens and a
+    shorter last piece, and packs the pieces in the same way. Ties: of equally long pieces, the first one in the data is
+    first; of equally full rows, the one that was filled to this level first is chosen. "wrapped" concatenates the
+    documents in their own order and splits them wherever a row is full.
 
     Args:
-        lengths: tokens of each document, whole numbers from 0, [documents] if a tensor (int32 or int64). Documents
-            without tokens are left out.
-        capacity: tokens of a row, at least 1.
+        lengths: number of tokens of each document, at least 0; a tensor is [documents], int32 or int64. Documents
+            without tokens are dropped.
+        capacity: largest number of tokens of a row, at least 1.
         strategy: "bfd", "bfd_split" or "wrapped".
 
     Returns:
-        The plan: rows in the order in which they were begun, spans within a row in the order in which they were laid.
+        The plan: rows in the order in which they were started, the spans of a row in the order in which they were
+        added.
 
     Raises:
         ValueError: a negative length, a capacity below 1, an unknown strategy, or lengths that are not [documents].
-        TypeError: lengths or capacity are not whole numbers.
+        TypeError: lengths or capacity are not integers.
     """
     batch_checks.at_least_one("capacity", capacity)
     checks.one_of("strategy", strategy, batch_checks.STRATEGIES)
@@ -60,18 +62,19 @@ def pack(lengths: Sequence[int] | Tensor, capacity: int, *, strategy: Strategy =
 
 
 def packed_indices(plan: PackingPlan, offsets: Tensor) -> Tensor:
-    """Where each token of the packed rows comes from: packed = flat[packed_indices(plan, offsets)] for any column.
+    """Return the index of each packed token in a flat column: packed = flat[packed_indices(plan, offsets)].
 
     Args:
-        plan: of the same documents.
-        offsets: [documents + 1] int32 or int64, the first token of each document in the flat column, then its size.
+        plan: the `pack` of the same documents.
+        offsets: [documents + 1] int32 or int64, the index of the first token of each document in the flat column, and
+            the size of the column at the end.
 
     Returns:
-        [tokens in the plan] int64, row after row.
+        [tokens in the plan] int64, row by row.
 
     Raises:
-        ValueError: offsets is not one-dimensional, or the plan takes tokens that a document has not.
-        TypeError: offsets is not int32 or int64.
+        ValueError: offsets are not one-dimensional, or a document has fewer tokens than the plan uses.
+        TypeError: offsets are not int32 or int64.
     """
     batch_checks.plan_fits(plan, offsets)
     before = plan.lengths.cumsum(0) - plan.lengths  # packed tokens before each span
@@ -80,31 +83,31 @@ def packed_indices(plan: PackingPlan, offsets: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Rows that have been begun, by free space: for each space a queue of ranges (first row, number of rows).
+    """The rows started so far, by free space: a queue of ranges (first row, number of rows) for each space.
 
-    The spaces that suffice for the length at hand are kept apart, the smallest last. Lengths only fall, so whatever
-    space comes to suffice is smaller than all that sufficed before.
+    The spaces that fit the current length are in a list of their own, the smallest last. Lengths only decrease, so a
+    space that begins to fit is smaller than all that fitted before.
     """
 
     def __init__(self) -> None:
         self.queues: dict[int, deque[tuple[int, int]]] = {}
-        self.sufficing: list[int] = []
-        self.others: list[int] = []  # a heap of their negatives
+        self.fitting: list[int] = []
+        self.others: list[int] = []  # a heap of the negated spaces that are too small
 
     def admit(self, length: int) -> None:
-        """From now on the spaces from this length suffice."""
+        """Move the spaces of at least this length to those that fit."""
         while self.others and -self.others[0] >= length:
-            self.sufficing.append(-heapq.heappop(self.others))
+            self.fitting.append(-heapq.heappop(self.others))
 
     def add(self, first: int, count: int, space: int, length: int) -> None:
-        """Put a range of rows at the end of the queue of its space."""
+        """Append a range of rows to the queue of its space."""
         if space == 0:
             return
         queue = self.queues.get(space)
         if queue is None:
             self.queues[space] = deque([(first, count)])
             if space >= length:
-                self.sufficing.append(space)
+                self.fitting.append(space)
             else:
                 heapq.heappush(self.others, -space)
         elif sum(queue[-1]) == first:
@@ -113,11 +116,12 @@ class _Rows:
             queue.append((first, count))
 
     def take(self, pieces: int, length: int) -> tuple[int, int, int]:
-        """As many rows at the head of the best queue as so many pieces need: first row, rows, pieces that a row takes.
+        """Fill the first rows of the best-fitting queue with pieces of one length, as many rows as the pieces need.
 
-        The pieces are taken off their space; none of them may be left over in a row that is not full.
+        Returns the first row, the number of rows and the number of pieces per row; each of these rows receives the
+        same number of pieces: as many as fit, or all that are left.
         """
-        space = self.sufficing[-1]
+        space = self.fitting[-1]
         queue = self.queues[space]
         first, count = queue.popleft()
         taken = min(count, max(1, pieces // (space // length)))
@@ -125,34 +129,34 @@ class _Rows:
         if taken < count:
             queue.appendleft((first + taken, count - taken))
         elif not queue:
-            self.sufficing.pop()
+            self.fitting.pop()
             del self.queues[space]
         self.add(first, taken, space - each * length, length)
         return first, taken, each
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each piece, and the number of rows; lengths fall, from the capacity at most to 1."""
-    rows, begun = _Rows(), 0
+    """The row of each piece, and the number of rows; lengths are in decreasing order, from `capacity` to 1 at most."""
+    rows, started = _Rows(), 0
     firsts, counts, pieces_each = [], [], []
-    kinds, numbers = np.unique(-lengths, return_counts=True)
-    for length, left in zip((-kinds).tolist(), numbers.tolist(), strict=True):
+    distinct, numbers = np.unique(-lengths, return_counts=True)
+    for length, left in zip((-distinct).tolist(), numbers.tolist(), strict=True):
         rows.admit(length)
         while left:
-            if not rows.sufficing:
+            if not rows.fitting:
                 needed = -(-left // (capacity // length))
-                rows.add(begun, needed, capacity, length)
-                begun += needed
+                rows.add(started, needed, capacity, length)
+                started += needed
             first, count, each = rows.take(left, length)
             firsts.append(first)
             counts.append(count)
             pieces_each.append(each)
             left -= count * each
-    return _spread(np.array(firsts, np.int64), np.array(counts, np.int64), np.array(pieces_each, np.int64)), begun
+    return _spread(np.array(firsts, np.int64), np.array(counts, np.int64), np.array(pieces_each, np.int64)), started
 
 
 def _spread(firsts: np.ndarray, counts: np.ndarray, each: np.ndarray) -> np.ndarray:
-    """The row of each piece: steps one after the other, in each step count rows from the first, in each row so many."""
+    """The row of each piece. Step i puts each[i] pieces into each of the counts[i] rows from firsts[i]."""
     pieces = counts * each
     index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return np.repeat(firsts, pieces) + index // np.repeat(each, pieces)
@@ -162,7 +166,7 @@ def _wrapped(documents: np.ndarray, capacity: int) -> PackingPlan:
     ends = np.cumsum(documents)
     total = int(ends[-1]) if len(ends) else 0
     row_starts = np.arange(0, total, capacity)
-    cuts = np.sort(np.concatenate([ends, row_starts]), kind="stable")  # which merges what is sorted already
+    cuts = np.sort(np.concatenate([ends, row_starts]), kind="stable")  # merges the two sorted arrays
     begins = cuts[:-1][np.diff(cuts) > 0]
     owners = np.searchsorted(ends, begins, side="right")
     starts = begins - (ends - documents)[owners]

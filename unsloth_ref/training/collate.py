@@ -1,11 +1,11 @@
-"""Collation: the documents of a batch one after the other in a single row, without padding between them.
+"""Collation: the documents of a batch are concatenated into a single row, without padding between them.
 
-Each document keeps its own positions, and no token is trained to foresee the next document: labels are not shifted
-here, so the label at a document's first token is the target of the last token before it, and becomes -100.
+Each document has its own positions. No token is trained to predict the next document: labels are not shifted here, so
+the label at the first token of a document would be the target of the last token of the document before, and becomes
+-100.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -13,37 +13,36 @@ from unsloth_ref.batch_checks import (
     at_least_one,
     batch_in_vocabulary,
     example_fits,
-    example_has_tokens,
+    input_ids_of,
     some_tokens,
 )
-from unsloth_ref.types import IGNORE_INDEX, PackedBatch
+from unsloth_ref.types import IGNORE_INDEX, Column, Example, PackedBatch
 
 
 def collate(
-    examples: Sequence[Mapping[str, Any]],
+    examples: Sequence[Example],
     *,
     pad_to_multiple_of: int | None = None,
     pad_token_id: int = 0,
     vocab_size: int | None = None,
 ) -> PackedBatch:
-    """Lay the documents of all examples into one row.
+    """Concatenate the documents of all examples into one row.
 
     Args:
-        examples: each with "input_ids" [S]; may have "labels" [S], -100 where a token is no target (the tokens
-            themselves where they are missing), and "seq_lengths", tokens of each document in a packed row (one
-            document where they are missing; zeros are left out). Lists of whole numbers or integer tensors; other keys
-            are not looked at.
-        pad_to_multiple_of: the row is filled up to a multiple of this with one more document that is no target.
-        pad_token_id: what it is filled up with.
-        vocab_size: where given, tokens and labels must be below it.
+        examples: each has "input_ids" [S]. It may have "labels" [S], -100 at tokens that are not targets (default:
+            input_ids), and "seq_lengths" [documents], the number of tokens of each document in a packed row (default:
+            one document; zeros are ignored). Lists of integers or integer tensors. Other keys are ignored.
+        pad_to_multiple_of: pad the row to a multiple of this. The padding is one more document, without targets.
+        pad_token_id: the token to pad with.
+        vocab_size: if not None, tokens and labels must be below it.
 
     Returns:
         The batch, on the CPU.
 
     Raises:
-        ValueError: no token at all, an example without input_ids, labels or seq_lengths that do not fit the tokens, a
-            token or label outside the vocabulary, or pad_to_multiple_of below 1.
-        TypeError: pad_to_multiple_of is no whole number.
+        ValueError: there are no tokens; an example has no input_ids, or its labels or seq_lengths do not match them; a
+            token or a label is outside the vocabulary; or pad_to_multiple_of is below 1.
+        TypeError: pad_to_multiple_of is not an integer.
     """
     if pad_to_multiple_of is not None:
         at_least_one("pad_to_multiple_of", pad_to_multiple_of)
@@ -51,10 +50,9 @@ def collate(
     labels: list[int] = []
     lengths: list[int] = []
     for index, example in enumerate(examples):
-        example_has_tokens(index, example)
-        row = [int(token) for token in example["input_ids"]]
-        own = [int(label) for label in _given(example, "labels", row)]
-        parts = [int(length) for length in _given(example, "seq_lengths", [len(row)])]
+        row = [int(token) for token in input_ids_of(index, example)]
+        own = [int(label) for label in _column(example, "labels", default=row)]
+        parts = [int(length) for length in _column(example, "seq_lengths", default=[len(row)])]
         example_fits(index, len(row), len(own), parts)
         tokens += row
         labels += own
@@ -83,5 +81,6 @@ def collate(
     return batch
 
 
-def _given(example: Mapping[str, Any], name: str, default: Sequence[int]) -> Any:
-    return default if example.get(name) is None else example[name]
+def _column(example: Example, name: str, default: Column) -> Column:
+    column = example.get(name)
+    return default if column is None else column

@@ -1,11 +1,11 @@
-"""Packing: documents of many lengths laid into rows of one capacity.
+"""Packing: documents of different lengths in rows of one capacity.
 
-    bfd         best fit decreasing: the longest document first, each into the row with the least room that suffices
-    bfd_split   the same, after documents longer than a row have been cut into pieces of a row
-    wrapped     all documents one after the other, cut every `capacity` tokens
+    bfd         best fit decreasing: the longest document first, each into the fullest row that has space for it
+    bfd_split   the same, after documents longer than a row are split into pieces as long as a row
+    wrapped     all documents concatenated, and split every `capacity` tokens
 
 Best fit decreasing needs at most 11/9 of the fewest rows possible, plus 4 (Johnson et al. 1974, SIAM J. Comput. 3(4)).
-For language models: Ding et al. 2024, arXiv:2404.10830. A plan is made over the whole data set.
+For language models: Ding et al. 2024, arXiv:2404.10830. A plan covers the whole data set.
 """
 
 from collections.abc import Sequence
@@ -20,25 +20,27 @@ Span = tuple[int, int, int]  # document, start, length
 
 
 def pack(lengths: Sequence[int] | Tensor, capacity: int, *, strategy: Strategy = "bfd") -> PackingPlan:
-    """Lay documents into rows of at most `capacity` tokens.
+    """Pack documents into rows of at most `capacity` tokens.
 
-    With "bfd" a document longer than a row loses its end; with "bfd_split" it is first cut into pieces of `capacity`
-    tokens and a shorter last one; both take the longest piece first, the earlier one of two alike, and put it into the
-    row with the least free space that suffices: of two alike, the one that has had this free space for longer. With
-    "wrapped" the documents are laid one after the other in their own order and cut wherever a row is full.
+    "bfd" is best fit decreasing: the longest document first, each into the fullest row that has space for it. A
+    document longer than a row is truncated. "bfd_split" splits such a document into pieces of `capacity` tokens and a
+    shorter last piece, and packs the pieces in the same way. Ties: of equally long pieces, the first one in the data is
+    first; of equally full rows, the one that was filled to this level first is chosen. "wrapped" concatenates the
+    documents in their own order and splits them wherever a row is full.
 
     Args:
-        lengths: tokens of each document, whole numbers from 0, [documents] if a tensor (int32 or int64). Documents
-            without tokens are left out.
-        capacity: tokens of a row, at least 1.
+        lengths: number of tokens of each document, at least 0; a tensor is [documents], int32 or int64. Documents
+            without tokens are dropped.
+        capacity: largest number of tokens of a row, at least 1.
         strategy: "bfd", "bfd_split" or "wrapped".
 
     Returns:
-        The plan: rows in the order in which they were begun, spans within a row in the order in which they were laid.
+        The plan: rows in the order in which they were started, the spans of a row in the order in which they were
+        added.
 
     Raises:
         ValueError: a negative length, a capacity below 1, an unknown strategy, or lengths that are not [documents].
-        TypeError: lengths or capacity are not whole numbers.
+        TypeError: lengths or capacity are not integers.
     """
     batch_checks.at_least_one("capacity", capacity)
     checks.one_of("strategy", strategy, batch_checks.STRATEGIES)
@@ -57,18 +59,19 @@ def pack(lengths: Sequence[int] | Tensor, capacity: int, *, strategy: Strategy =
 
 
 def packed_indices(plan: PackingPlan, offsets: Tensor) -> Tensor:
-    """Where each token of the packed rows comes from: packed = flat[packed_indices(plan, offsets)] for any column.
+    """Return the index of each packed token in a flat column: packed = flat[packed_indices(plan, offsets)].
 
     Args:
-        plan: of the same documents.
-        offsets: [documents + 1] int32 or int64, the first token of each document in the flat column, then its size.
+        plan: the `pack` of the same documents.
+        offsets: [documents + 1] int32 or int64, the index of the first token of each document in the flat column, and
+            the size of the column at the end.
 
     Returns:
-        [tokens in the plan] int64, row after row.
+        [tokens in the plan] int64, row by row.
 
     Raises:
-        ValueError: offsets is not one-dimensional, or the plan takes tokens that a document has not.
-        TypeError: offsets is not int32 or int64.
+        ValueError: offsets are not one-dimensional, or a document has fewer tokens than the plan uses.
+        TypeError: offsets are not int32 or int64.
     """
     batch_checks.plan_fits(plan, offsets)
     indices = []
@@ -81,7 +84,7 @@ def packed_indices(plan: PackingPlan, offsets: Tensor) -> Tensor:
 def _best_fit(pieces: list[Span], capacity: int) -> list[list[Span]]:
     rows: list[list[Span]] = []
     free: list[int] = []
-    since: list[int] = []  # when a row came to its free space
+    since: list[int] = []  # the time at which a row reached its free space
     for time, piece in enumerate(pieces):
         fitting = [row for row in range(len(rows)) if free[row] >= piece[2]]
         if fitting:
@@ -99,16 +102,16 @@ def _best_fit(pieces: list[Span], capacity: int) -> list[list[Span]]:
 
 def _wrapped(documents: list[int], capacity: int) -> list[list[Span]]:
     rows: list[list[Span]] = []
-    room = 0
+    space = 0
     for document, length in enumerate(documents):
         start = 0
         while start < length:
-            if room == 0:
+            if space == 0:
                 rows.append([])
-                room = capacity
-            taken = min(room, length - start)
+                space = capacity
+            taken = min(space, length - start)
             rows[-1].append((document, start, taken))
-            start, room = start + taken, room - taken
+            start, space = start + taken, space - taken
     return rows
 
 
