@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
 from unsloth_fast import backends, batches, packed_dataset
-from unsloth_fast.checkpoints import checked_checkpoint, passes_of_stream
+from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments, check_device, migrated, settle_checkpointing, settled
 from unsloth_fast.evaluation import EvaluatingTrainer
 from unsloth_fast.models import place
@@ -200,7 +200,7 @@ class UnslothTrainer(EvaluatingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
         """Train; True resumes from the last checkpoint in the output folder that was written to its end."""
-        self._checkpoint = checked_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         return super().train(self._checkpoint, *positional, **keywords)
 
     def _init_training_state(self, *positional: Any, **keywords: Any) -> tuple[int, int]:
