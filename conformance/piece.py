@@ -1,8 +1,8 @@
-"""What is declared for a training piece: its cases, and the laws that hold for it.
+"""The declaration of a training piece: its cases, and the properties that it must satisfy.
 
-`conformance/pieces/<piece>.py` holds a module-level `piece`. A law is a function of a trial and a case that raises
-Failure where it does not hold; its docstring says it, its name is that of the property. Pieces have no dtype: their
-cases hold whole numbers and names, and where they compute with floats it is in float64.
+`conformance/pieces/<piece>.py` holds a module-level `piece`. A property is a function of a trial and a case, named as
+the property, that raises Failure if the property does not hold; its docstring states the property. Pieces have no
+dtype: their cases are integers and names, and properties that compute with floats use float64.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from conformance.trial import Function, Raised
 
 @dataclass(frozen=True)
 class PieceCase:
-    """One drawn input: whole numbers, truth values, names, and tuples of them; subclasses name them."""
+    """One drawn input, whose fields subclasses define: integers, booleans, names, and tuples of them."""
 
     def __str__(self) -> str:
-        """The case as `conformance repro` reads it: "lengths=[3,0] capacity=4 strategy=bfd"."""
+        """The case in the format of `conformance repro`: "lengths=[3,0] capacity=4 strategy=bfd"."""
         return " ".join(f"{field.name}={_word(getattr(self, field.name))}" for field in fields(self))
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """Read what `str(case)` wrote.
+        """Parse the output of `str(case)`.
 
         Raises:
-            ValueError: a word is not name=value, a name is unknown or, without a default, missing, or a value is of
-                another kind.
+            ValueError: a word is not name=value, a name is unknown, a name without a default is missing, or a value has
+                another type.
         """
-        kinds = get_type_hints(cls)
+        types = get_type_hints(cls)
         allowed = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for word in line.split():
@@ -51,10 +51,10 @@ class PieceCase:
             if not equals or name not in allowed:
                 raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(allowed)}")
             values[name] = _value(value)
-            listed = get_origin(kinds[name]) is tuple
-            if not isinstance(values[name], tuple if listed else kinds[name]):
-                kind = "a list" if listed else getattr(kinds[name], "__name__", kinds[name])
-                raise ValueError(f"case: got {word}; allowed: {kind}")
+            listed = get_origin(types[name]) is tuple
+            if not isinstance(values[name], tuple if listed else types[name]):
+                wanted = "a list" if listed else getattr(types[name], "__name__", types[name])
+                raise ValueError(f"case: got {word}; allowed: {wanted}")
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise ValueError(f"case: got {line!r}; missing: {', '.join(missing)}")
@@ -76,18 +76,18 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-Law = Callable[["PieceTrial", Any], float | None]
+PieceCheck = Callable[["PieceTrial", Any], float | None]
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A call that the contract refuses.
+    """A call that the contract rejects with an error.
 
     Attributes:
-        what: the mistake, in words.
-        arguments: of the call: positional, then keywords.
-        raises: the type that `unsloth_ref` and `unsloth_fast` raise.
-        names: the argument that their message names.
+        what: a description of the mistake.
+        arguments: returns the positional arguments and the keywords of the call.
+        raises: the type of the error that `unsloth_ref` and `unsloth_fast` raise.
+        names: the argument that the error message names.
     """
 
     what: str
@@ -98,70 +98,70 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Piece:
-    """Everything the judge knows about one training piece.
+    """The declaration of one training piece.
 
     Attributes:
-        op: its name in `unsloth_ref.training`.
-        draw: cases of about so many elements.
-        laws: what holds for every case.
-        plain: a case for laws about the function itself.
-        mistakes: calls that the contract refuses.
+        op: the name of the piece in `unsloth_ref.training`.
+        draw: returns a strategy for cases of about the given number of elements.
+        checks: the properties that hold for every case.
+        simplest: the case for properties of the function itself, such as its signature.
+        mistakes: calls that the contract rejects.
     """
 
     op: str
     draw: Callable[[int], st.SearchStrategy[Any]]
-    laws: Sequence[Law]
-    plain: PieceCase
+    checks: Sequence[PieceCheck]
+    simplest: PieceCase
     mistakes: Sequence[Mistake] = ()
 
     @property
     def reference(self) -> Function:
-        """The contract."""
+        """The implementation in `unsloth_ref`."""
         return getattr(unsloth_ref.training, self.op)
 
     @property
-    def properties(self) -> Mapping[str, PieceLaw]:
-        """The laws by name, with those that hold for every piece."""
-        found = [PieceLaw(law.__name__, law) for law in self.laws]
-        found.append(PieceLaw("signature_parity", _same_signature, once=True))
+    def properties(self) -> Mapping[str, PieceProperty]:
+        """The properties by name, including those that hold for every piece."""
+        found = [PieceProperty(check.__name__, check) for check in self.checks]
+        found.append(PieceProperty("signature_parity", _same_signature, once=True))
         if self.mistakes:
-            found.append(PieceLaw("error_parity", _refuses, once=True))
-        return {law.name: law for law in found}
+            found.append(PieceProperty("error_parity", _rejects, once=True))
+        return {each.name: each for each in found}
 
     def parse(self, line: str) -> PieceCase:
-        """Read a case of this piece from one line; raises ValueError."""
-        return type(self.plain).parse(line)
+        """Parse a case of this piece; raises ValueError."""
+        return type(self.simplest).parse(line)
 
 
 @dataclass(frozen=True)
-class PieceLaw:
-    """A law of a piece as a search takes it: twice the profile's examples, which are small.
+class PieceProperty:
+    """A property of a piece, as `search` expects it. It gets twice the examples of the profile, as they are small.
 
     Attributes:
-        name: of the property.
-        check: raises Failure where it does not hold.
-        once: whether it is about the function itself, so that one case says everything.
+        name: the name of the property.
+        check: raises Failure if the property does not hold.
+        once: whether the property concerns the function itself, so that one case is enough.
     """
 
     SHARE: ClassVar[float] = 2.0
 
     name: str
-    check: Law
+    check: PieceCheck
     once: bool = False
 
     def cases(self, spec: Any, profile: Profile) -> Sequence[PieceCase] | None:
-        """The fixed cases; None to draw them."""
-        return [spec.plain] if self.once else None
+        """The fixed cases, or None to draw cases."""
+        return [spec.simplest] if self.once else None
 
 
 @dataclass(frozen=True)
 class PieceTrial:
-    """One piece of one backend: what a law is given to work with.
+    """One piece of one backend: the first argument of a property.
 
     Attributes:
-        spec: the piece's.
+        spec: the declaration of the piece.
         function: the judged implementation.
-        device: "cpu" or "cuda", where labels and logits lie.
+        device: "cpu" or "cuda", the device of labels and logits.
     """
 
     spec: Piece
@@ -169,17 +169,17 @@ class PieceTrial:
     device: str = "cpu"
 
     def cases(self, profile: Profile) -> st.SearchStrategy[Any]:
-        """What is drawn."""
+        """The strategy that draws cases."""
         return self.spec.draw(profile.elements)
 
 
 def _same_signature(trial: PieceTrial, case: PieceCase) -> None:
-    """It takes what the contract's takes; keywords of its own have defaults."""
+    """The signature is that of the reference; additional keywords have defaults."""
     demand_signature(trial.function, trial.spec.reference)
 
 
-def _refuses(trial: PieceTrial, case: PieceCase) -> None:
-    """What the contract refuses is refused: whoever returns something returns something wrong."""
+def _rejects(trial: PieceTrial, case: PieceCase) -> None:
+    """Calls that the contract rejects raise an error, because any returned result would be wrong."""
     for mistake in trial.spec.mistakes:
         positional, keywords = mistake.arguments()
         with Raised() as raised:
@@ -187,8 +187,8 @@ def _refuses(trial: PieceTrial, case: PieceCase) -> None:
         if raised.error is None:
             raise Failure(f"{mistake.what}: no error, should raise {mistake.raises.__name__} naming {mistake.names}")
         if not isinstance(raised.error, (*REFUSALS, KeyError)):
-            kind = type(raised.error).__name__
-            raise Failure(f"{mistake.what}: raised {kind} ({raised.error}), should raise {mistake.raises.__name__}")
+            error = type(raised.error).__name__
+            raise Failure(f"{mistake.what}: raised {error} ({raised.error}), should raise {mistake.raises.__name__}")
 
 
 @cache
@@ -196,7 +196,8 @@ def pieces() -> Mapping[str, Piece]:
     """Every training piece, by name.
 
     Raises:
-        SpecError: a piece of `unsloth_ref.training` has no file here, a file no piece, or it names another.
+        SpecError: a piece of `unsloth_ref.training` has no file in conformance/pieces, or a file has no piece or one of
+            another name.
     """
     names = unsloth_ref.training.__all__
     for info in pkgutil.iter_modules(conformance.pieces.__path__):
@@ -214,6 +215,6 @@ def pieces() -> Mapping[str, Piece]:
         if not isinstance(piece, Piece):
             raise SpecError(f"conformance/pieces/{name}.py: got piece = {piece!r}; allowed: a Piece")
         if piece.op != name:
-            raise SpecError(f"conformance/pieces/{name}.py: its piece names {piece.op}")
+            raise SpecError(f"conformance/pieces/{name}.py: got a piece named {piece.op}; allowed: {name}")
         found[name] = piece
     return found

@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
 from conformance.gates import Failure
-from conformance.piece import PieceCase, PieceLaw, PieceTrial
+from conformance.piece import PieceCase, PieceProperty, PieceTrial
 from conformance.profiles import Profile
 from conformance.trial import Raised, Trial, describe
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 AnyCase = Case | PieceCase
 AnyTrial = Trial | PieceTrial
-AnyLaw = ModuleType | PieceLaw  # a module of `conformance.properties`, or a law of a piece
+AnyLaw = ModuleType | PieceProperty  # a module of `conformance.properties`, or a property of a piece
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Attempts:
 
 def name_of(law: AnyLaw) -> str:
     """The name of the property."""
-    return law.name if isinstance(law, PieceLaw) else law.__name__.rsplit(".", 1)[-1]
+    return law.name if isinstance(law, PieceProperty) else law.__name__.rsplit(".", 1)[-1]
 
 
 def search(

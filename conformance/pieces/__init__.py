@@ -1,1 +1,1 @@
-"""One file a training piece."""
+"""The training pieces, one file per piece."""

@@ -1,4 +1,4 @@
-"""What the laws of two or more pieces need."""
+"""Helpers for the properties of two or more pieces."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from conformance.gates import Failure
-from conformance.piece import Law, PieceTrial
+from conformance.piece import PieceCheck, PieceTrial
 from conformance.trial import Raised, describe
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -18,23 +18,23 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 UNIT = 2.0**-53
 
 
-def plain(value: Any) -> Any:
-    """Values that == compares: tensors with dtype, shape and elements, parameters by identity, dataclasses by field."""
+def comparable(value: Any) -> Any:
+    """Convert a value so that == compares tensors by dtype, shape and elements, and parameters by identity."""
     if isinstance(value, Parameter):
         return "Parameter", id(value)
     if isinstance(value, Tensor):
         return str(value.dtype), tuple(value.shape), value.tolist()
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: comparable(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
+        return {name: comparable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [comparable(item) for item in value]
     return value
 
 
 def demand_equal(seen: Any, wanted: Any, what: str) -> None:
-    """Raise Failure, with the innermost part that differs, unless two plain values are equal."""
+    """Raise Failure unless two values from `comparable` are equal; name the innermost part that differs."""
     if seen == wanted and type(seen) is type(wanted):
         return
     if isinstance(seen, dict) and isinstance(wanted, dict) and seen.keys() == wanted.keys():
@@ -51,8 +51,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def equal(arguments: Callable[[Any, str], Arguments]) -> Law:
-    """The law that a piece gives what the reference gives, errors included, for arguments of (case, device)."""
+def equal(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
+    """The property that a piece returns or raises the same as the reference, for the arguments of each case."""
 
     def equal(trial: PieceTrial, case: Any) -> None:
         """The result, or the type of the error, is that of the reference."""
@@ -62,32 +62,32 @@ def equal(arguments: Callable[[Any, str], Arguments]) -> Law:
         with Raised() as raised:
             seen = trial.function(*positional, **keywords)
         if wanted.error is None and raised.error is None:
-            demand_equal(plain(seen), plain(result), "result")
+            demand_equal(comparable(seen), comparable(result), "result")
         elif wanted.error is None:
             raise Failure(f"raised {describe(raised.error)}")
         elif not isinstance(raised.error, type(wanted.error)):
-            outcome = f"raised {describe(raised.error)}" if raised.error else f"got {_short(plain(seen))}"
+            outcome = f"raised {describe(raised.error)}" if raised.error else f"got {_short(comparable(seen))}"
             raise Failure(f"{outcome}, should raise {describe(wanted.error)}")
 
     return equal
 
 
-def inputs_untouched(arguments: Callable[[Any, str], Arguments]) -> Law:
-    """The law that a piece changes nothing that it is given."""
+def inputs_untouched(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
+    """The property that a piece does not modify the arguments of any case."""
 
     def inputs_untouched(trial: PieceTrial, case: Any) -> None:
-        """What is given is as it was afterwards."""
+        """The call does not modify its arguments."""
         given = arguments(case, trial.device)
-        before = plain(given)
+        before = comparable(given)
         with Raised():
             trial.function(*given[0], **given[1])
-        demand_equal(plain(given), before, "arguments after the call")
+        demand_equal(comparable(given), before, "arguments after the call")
 
     return inputs_untouched
 
 
 def labels(lengths: tuple[int, ...], vocab: int, seed: int, device: str = "cpu", width: int | None = None) -> Tensor:
-    """[B, S] int64: a row a length, about a quarter ignored, padded with ignored ones to the longest or the width."""
+    """Labels [B, S] int64, one row per length; about a quarter is ignored, and so is the padding up to width."""
     generator = Generator().manual_seed(seed)
     width = max(lengths, default=0) if width is None else width
     found = torch.full((len(lengths), width), IGNORE_INDEX)
@@ -99,5 +99,5 @@ def labels(lengths: tuple[int, ...], vocab: int, seed: int, device: str = "cpu",
 
 
 def batches(rows: int = 4, longest: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
-    """Lengths of the rows of a batch."""
+    """Draw the lengths of the rows of a batch."""
     return st.lists(st.integers(1, longest), min_size=1, max_size=rows).map(tuple)

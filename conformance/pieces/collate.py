@@ -1,4 +1,4 @@
-"""Batches of documents in one row."""
+"""The collation of documents into one row."""
 
 import math
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class CollateCase(PieceCase):
     """Examples to collate.
 
     Attributes:
-        examples: the documents of each example, in tokens.
+        examples: the lengths of the documents of each example.
         multiple: pad_to_multiple_of.
-        labels: which examples have labels: "none", "all" or "some".
-        tensors: whether columns are tensors, not lists.
-        seed: seeds tokens and labels.
+        labels: the examples that have labels: "none", "all" or "some".
+        tensors: whether columns are tensors instead of lists.
+        seed: the seed of tokens and labels.
     """
 
     examples: tuple[tuple[int, ...], ...]
@@ -52,7 +52,7 @@ def draw(elements: int) -> st.SearchStrategy[CollateCase]:
 
 
 def examples(case: CollateCase) -> list[dict[str, Any]]:
-    """What is collated; seq_lengths only where an example has several documents."""
+    """The examples to collate; only those of several documents have seq_lengths."""
     generator = Generator().manual_seed(case.seed)
     found = []
     for index, documents in enumerate(case.examples):
@@ -69,7 +69,7 @@ def examples(case: CollateCase) -> list[dict[str, Any]]:
 
 
 def arguments(case: CollateCase, device: str) -> Arguments:
-    """The vocabulary is the smallest that suffices."""
+    """The arguments; vocab_size is the smallest that is valid."""
     return (examples(case),), {"pad_to_multiple_of": case.multiple, "pad_token_id": PAD, "vocab_size": VOCAB}
 
 
@@ -84,7 +84,7 @@ def _documents(case: CollateCase) -> list[int]:
 
 
 def documents_apart(trial: PieceTrial, case: CollateCase) -> None:
-    """cu_seqlens, int32, cuts the row at every document; what fills it up is one more; max_seqlen is the longest."""
+    """cu_seqlens (int32) has every document, and one for the padding; max_seqlen is the longest of them."""
     batch, lengths = _batch(trial, case), _documents(case)
     padding = -sum(lengths) % (case.multiple or 1)
     wanted = [0, *accumulate([*lengths, padding] if padding else lengths)]
@@ -94,11 +94,11 @@ def documents_apart(trial: PieceTrial, case: CollateCase) -> None:
         raise Failure(f"max_seqlen is {batch.max_seqlen}, should be {max([*lengths, padding])}")
     keys = {"input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     if batch.as_dict().keys() != keys:
-        raise Failure(f"a model is given {', '.join(batch.as_dict())}; should be {', '.join(sorted(keys))}")
+        raise Failure(f"as_dict() has the keys {', '.join(batch.as_dict())}; should be {', '.join(sorted(keys))}")
 
 
 def positions_restart(trial: PieceTrial, case: CollateCase) -> None:
-    """Positions count from 0 in every document."""
+    """Positions start from 0 in every document."""
     batch = _batch(trial, case)
     ends = batch.cu_seqlens.tolist()
     wanted = [position for first, last in pairwise(ends) for position in range(last - first)]
@@ -107,7 +107,7 @@ def positions_restart(trial: PieceTrial, case: CollateCase) -> None:
 
 
 def targets(trial: PieceTrial, case: CollateCase) -> None:
-    """No document foretells the next, nothing foretells the filling, and every other label stays."""
+    """No token is trained to predict the next document or the padding; every other label is kept."""
     seen = [_batch(trial, case).labels[0].tolist(), _batch(trial, case).input_ids[0].tolist()]
     labels: list[int] = []
     tokens: list[int] = []
@@ -127,7 +127,7 @@ def targets(trial: PieceTrial, case: CollateCase) -> None:
 
 
 def packed_equals_per_document(trial: PieceTrial, case: CollateCase) -> float:
-    """The loss of the row is that of its documents, each by itself: of a small transformer in float64."""
+    """The loss of the packed row is that of its documents one by one, in a small float64 transformer."""
     batch = _batch(trial, case)
     count = int(training.count_targets([batch.labels]))
     together = _loss(batch.input_ids[0], batch.labels[0], batch.position_ids[0], batch.cu_seqlens.tolist(), count)
@@ -138,8 +138,8 @@ def packed_equals_per_document(trial: PieceTrial, case: CollateCase) -> float:
         for first, length in zip(accumulate(documents, initial=0), documents, strict=False):
             part = slice(first, first + length)
             alone += _loss(row[part], own[part], torch.arange(length), [0, length], count)
-    # Each loss is a few sums over the document, the width and the vocabulary, added up over the tokens: each sum of n
-    # terms has at most n roundings; logits are below 8 in size, so a loss is below 16 + log(VOCAB).
+    # Each loss consists of a few sums over the document, the width and the vocabulary, and is summed over the tokens. A
+    # sum of n terms has at most n roundings. Logits are below 8 in size, so a loss is below 16 + log(VOCAB).
     roundings = 4 * (max(batch.max_seqlen, 1) + 2 * WIDTH + VOCAB) + batch.labels.numel()
     allowed = roundings * UNIT * (16 + math.log(VOCAB))
     error = float((together - alone).abs())
@@ -149,7 +149,7 @@ def packed_equals_per_document(trial: PieceTrial, case: CollateCase) -> float:
 
 
 def _loss(tokens: Tensor, labels: Tensor, positions: Tensor, ends: list[int], count: int) -> Tensor:
-    """Summed loss over count: embeddings of tokens and positions, attention within documents, tied head."""
+    """The summed loss divided by count: embeddings of tokens and positions, attention in each document, tied head."""
     generator = Generator().manual_seed(7)
     embedding = torch.rand(VOCAB, WIDTH, generator=generator, dtype=torch.float64) - 0.5
     places = torch.rand(64, WIDTH, generator=generator, dtype=torch.float64) - 0.5
@@ -172,7 +172,7 @@ def _call(*found: dict[str, Any], **keywords: Any) -> Arguments:
 piece = Piece(
     op="collate",
     draw=draw,
-    laws=(
+    checks=(
         documents_apart,
         positions_restart,
         targets,
@@ -180,20 +180,20 @@ piece = Piece(
         equal(arguments),
         inputs_untouched(arguments),
     ),
-    plain=CollateCase(((3, 2),)),
+    simplest=CollateCase(((3, 2),)),
     mistakes=(
         Mistake("no example", lambda: _call(), ValueError, "examples"),
         Mistake("no token", lambda: _call({"input_ids": []}), ValueError, "examples"),
         Mistake("no input_ids", lambda: _call({"labels": [1, 2]}), ValueError, "examples"),
-        Mistake("a label too few", lambda: _call({"input_ids": [1, 2], "labels": [1]}), ValueError, "labels"),
+        Mistake("one label too few", lambda: _call({"input_ids": [1, 2], "labels": [1]}), ValueError, "labels"),
         Mistake(
-            "documents longer than the row",
+            "seq_lengths longer than the row",
             lambda: _call({"input_ids": [1, 2], "seq_lengths": [1, 2]}),
             ValueError,
             "seq_lengths",
         ),
         Mistake(
-            "documents shorter than the row",
+            "seq_lengths shorter than the row",
             lambda: _call({"input_ids": [1, 2], "seq_lengths": [1]}),
             ValueError,
             "seq_lengths",
@@ -213,6 +213,8 @@ piece = Piece(
             ValueError,
             "labels",
         ),
-        Mistake("multiples of 0", lambda: _call({"input_ids": [1]}, pad_to_multiple_of=0), ValueError, "pad_to"),
+        Mistake(
+            "padding to a multiple of 0", lambda: _call({"input_ids": [1]}, pad_to_multiple_of=0), ValueError, "pad_to"
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""The loss of each position against the next token."""
+"""The loss of each position against the label of the next one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from conformance.gates import Failure, Measure, judge
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
-from conformance.pieces._shared import batches, demand_equal, labels, plain
+from conformance.pieces._shared import batches, comparable, demand_equal, labels
 from conformance.spec import Call
 from conformance.specs.cross_entropy import spec as cross_entropy_spec
 from unsloth_ref import kernels, training
@@ -21,11 +21,11 @@ class LossCase(PieceCase):
     """One batch.
 
     Attributes:
-        lengths: of its rows; the rest of a row is ignored.
-        vocab: number of classes.
-        num_items: None for the batch's own number of targets.
+        lengths: the lengths of the rows; the rest of a row is ignored.
+        vocab: the number of classes.
+        num_items: None divides by the number of targets of the batch.
         label_smoothing: in percent.
-        seed: seeds logits and labels.
+        seed: the seed of logits and labels.
     """
 
     lengths: tuple[int, ...]
@@ -36,7 +36,7 @@ class LossCase(PieceCase):
 
 
 def draw(elements: int) -> st.SearchStrategy[LossCase]:
-    """Small batches: the operation itself has a spec of its own."""
+    """Draw small batches; the operation itself has its own spec."""
     return st.builds(
         LossCase,
         lengths=batches(),
@@ -48,14 +48,14 @@ def draw(elements: int) -> st.SearchStrategy[LossCase]:
 
 
 def _inputs(case: LossCase, device: str) -> tuple[Tensor, Tensor]:
-    """Logits in float32, labels."""
+    """Logits in float32, and labels."""
     found = labels(case.lengths, case.vocab, case.seed, device)
     generator = Generator().manual_seed(case.seed)
     return torch.randn(*found.shape, case.vocab, generator=generator).to(device), found
 
 
 def _run(function: Any, case: LossCase, logits: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the logits."""
+    """The loss, and the gradient of the logits."""
     leaf = logits.clone().requires_grad_()
     options = {"num_items": case.num_items, "label_smoothing": case.label_smoothing / 100}
     loss = function(leaf, found, cross_entropy=kernels.cross_entropy, **options)
@@ -64,7 +64,7 @@ def _run(function: Any, case: LossCase, logits: Tensor, found: Tensor) -> tuple[
 
 
 def value(trial: PieceTrial, case: LossCase) -> float:
-    """Loss and gradient are within the gates of the float64 reference."""
+    """Loss and gradient pass the gates against the float64 reference."""
     logits, found = _inputs(case, trial.device)
     seen = _run(trial.function, case, logits, found)
     peer = _run(training.next_token_loss, case, logits, found)
@@ -82,21 +82,21 @@ def value(trial: PieceTrial, case: LossCase) -> float:
 
 
 def last_position_untrained(trial: PieceTrial, case: LossCase) -> None:
-    """The last position foretells nothing, and nothing that is ignored is foretold: gradients of exactly 0."""
+    """Gradients are exactly 0 at the last position and at positions whose next label is ignored."""
     logits, found = _inputs(case, trial.device)
     _, gradient = _run(trial.function, case, logits, found)
     idle = torch.ones_like(found, dtype=torch.bool)
     idle[:, :-1] = found[:, 1:] == IGNORE_INDEX
     if gradient[idle].any():
-        raise Failure(f"gradient at positions without target: {gradient[idle].abs().max():.3g}")
+        raise Failure(f"gradient at positions without a target: {gradient[idle].abs().max():.3g}")
 
 
 def inputs_untouched(trial: PieceTrial, case: LossCase) -> None:
-    """What is given is as it was afterwards."""
+    """The call does not modify its arguments."""
     given = _inputs(case, trial.device)
-    before = plain(given)
+    before = comparable(given)
     trial.function(*given, cross_entropy=kernels.cross_entropy)
-    demand_equal(plain(given), before, "arguments after the call")
+    demand_equal(comparable(given), before, "arguments after the call")
 
 
 def _call(logits: Tensor, found: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -106,11 +106,13 @@ def _call(logits: Tensor, found: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
 piece = Piece(
     op="next_token_loss",
     draw=draw,
-    laws=(value, last_position_untrained, inputs_untouched),
-    plain=LossCase((3,)),
+    checks=(value, last_position_untrained, inputs_untouched),
+    simplest=LossCase((3,)),
     mistakes=(
-        Mistake("logits of one row", lambda: _call(torch.ones(3, 5), torch.ones(1, 3).long()), ValueError, "logits"),
-        Mistake("a label too few", lambda: _call(torch.ones(1, 3, 5), torch.ones(1, 2).long()), ValueError, "labels"),
+        Mistake(
+            "logits of two dimensions", lambda: _call(torch.ones(3, 5), torch.ones(1, 3).long()), ValueError, "logits"
+        ),
+        Mistake("one label too few", lambda: _call(torch.ones(1, 3, 5), torch.ones(1, 2).long()), ValueError, "labels"),
         Mistake("float labels", lambda: _call(torch.ones(1, 3, 5), torch.ones(1, 3)), TypeError, "labels"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Plans of packed rows."""
+"""The plan of packed rows."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from conformance.pieces._shared import Arguments, equal, inputs_untouched
 from unsloth_ref.batch_checks import STRATEGIES
 from unsloth_ref.types import PackingPlan
 
-DOCUMENTS = 30  # the reference looks at every row for every document
+DOCUMENTS = 30  # the reference searches every row for every document
 
 
 @dataclass(frozen=True)
 class PackCase(PieceCase):
-    """Documents to pack."""
+    """Documents to pack: their lengths, the capacity of a row, and the strategy."""
 
     lengths: tuple[int, ...]
     capacity: int
@@ -26,14 +26,14 @@ class PackCase(PieceCase):
 
 
 def draw(elements: int) -> st.SearchStrategy[PackCase]:
-    """A capacity, and lengths around its halves and multiples."""
+    """Draw a capacity, and lengths around its halves and multiples."""
 
     @st.composite
     def case(pick: st.DrawFn) -> PackCase:
         capacity = pick(st.one_of(st.integers(1, 16), st.sampled_from([17, 31, 64, 100, 513])))
         edges = [0, 1, capacity // 3, capacity // 2, capacity // 2 + 1, capacity - 1, capacity, capacity + 1]
         any_length = st.one_of(st.integers(0, capacity), st.sampled_from([*edges, 2 * capacity, 3 * capacity + 1]))
-        small = st.integers(1, max(1, 2 * capacity // 5))  # where the choice of a row matters
+        small = st.integers(1, max(1, 2 * capacity // 5))  # for which the choice of the row matters
         most = max(1, min(DOCUMENTS, elements))
         crowd = st.lists(st.one_of(small, any_length), min_size=most // 2, max_size=most)
         lengths = pick(st.one_of(st.lists(any_length, max_size=8), crowd))
@@ -43,7 +43,7 @@ def draw(elements: int) -> st.SearchStrategy[PackCase]:
 
 
 def arguments(case: PackCase, device: str) -> Arguments:
-    """A tensor for every other number of documents: both are taken."""
+    """Lengths are a tensor if their number is odd, and a list if it is even: both are valid."""
     lengths = torch.tensor(case.lengths) if len(case.lengths) % 2 else list(case.lengths)
     return (lengths, case.capacity), {"strategy": case.strategy}
 
@@ -60,7 +60,7 @@ def _rows(plan: PackingPlan) -> list[list[tuple[int, int, int]]]:
 
 
 def structure(trial: PieceTrial, case: PackCase) -> None:
-    """Int64 tensors on the CPU; offsets from 0 to the number of spans; no row and no span is empty."""
+    """The plan has int64 CPU tensors, offsets go from 0 to the number of spans, and no row or span is empty."""
     plan = _planned(trial, case)
     for name in ("documents", "starts", "lengths", "offsets"):
         part = getattr(plan, name)
@@ -76,55 +76,55 @@ def structure(trial: PieceTrial, case: PackCase) -> None:
 
 
 def capacity(trial: PieceTrial, case: PackCase) -> None:
-    """No row holds more tokens than the capacity."""
+    """No row has more tokens than the capacity."""
     for index, row in enumerate(_rows(_planned(trial, case))):
         held = sum(length for _, _, length in row)
         if held > case.capacity:
-            raise Failure(f"row {index} holds {held} tokens, the capacity is {case.capacity}: {row}")
+            raise Failure(f"row {index} has {held} tokens, the capacity is {case.capacity}: {row}")
 
 
 def tokens_kept(trial: PieceTrial, case: PackCase) -> None:
-    """Each token is in one span, from the document's first on; with "bfd" those behind the capacity are in none."""
+    """Each token is in exactly one span; with "bfd", tokens of a document beyond the capacity are in none."""
     spans = defaultdict(list)
     for row in _rows(_planned(trial, case)):
         for document, start, length in row:
             spans[document].append((start, length))
     for document, length in enumerate(case.lengths):
-        kept = min(length, case.capacity) if case.strategy == "bfd" else length
+        wanted = min(length, case.capacity) if case.strategy == "bfd" else length
         end = 0
         for start, taken in sorted(spans.pop(document, [])):
             if start != end:
                 raise Failure(f"document {document} of {length} tokens: tokens {min(start, end)} to {max(start, end)}")
             end = start + taken
-        if end != kept:
-            raise Failure(f"document {document} of {length} tokens: {end} are kept, should be {kept}")
+        if end != wanted:
+            raise Failure(f"document {document} of {length} tokens: {end} are kept, should be {wanted}")
     if spans:
         raise Failure(f"documents {sorted(spans)} do not exist; there are {len(case.lengths)}")
 
 
 def order(trial: PieceTrial, case: PackCase) -> None:
-    """Within a row the longest span comes first; with "wrapped" all tokens stay in their order."""
+    """The spans of a row are in decreasing order of length; with "wrapped" all tokens keep their order."""
     rows = _rows(_planned(trial, case))
     for index, row in enumerate(rows):
         if case.strategy != "wrapped" and [s[2] for s in row] != sorted((s[2] for s in row), reverse=True):
-            raise Failure(f"row {index} is not in falling order of length: {row}")
+            raise Failure(f"row {index} is not in decreasing order of length: {row}")
     laid = [span[:2] for row in rows for span in row]
     if case.strategy == "wrapped" and laid != sorted(laid):
         raise Failure(f"documents are out of order: {laid}")
 
 
 def whole_documents(trial: PieceTrial, case: PackCase) -> None:
-    """With best fit a document that a row can hold is not cut."""
+    """With best fit, a document that fits into a row is not split."""
     if case.strategy == "wrapped":
         return
     for row in _rows(_planned(trial, case)):
         for document, start, length in row:
             if case.lengths[document] <= case.capacity and (start, length) != (0, case.lengths[document]):
-                raise Failure(f"document {document} of {case.lengths[document]} tokens is cut: {length} from {start}")
+                raise Failure(f"document {document} of {case.lengths[document]} tokens is split: {length} from {start}")
 
 
 def no_more_rows(trial: PieceTrial, case: PackCase) -> None:
-    """No more rows than best fit decreasing needs; with "wrapped" no more than full rows and one."""
+    """There are no more rows than best fit decreasing needs; with "wrapped", all rows but the last are full."""
     rows = len(_planned(trial, case).offsets) - 1
     allowed = -(-sum(case.lengths) // case.capacity) if case.strategy == "wrapped" else _best_fit_rows(case)
     if rows > allowed:
@@ -132,7 +132,7 @@ def no_more_rows(trial: PieceTrial, case: PackCase) -> None:
 
 
 def _best_fit_rows(case: PackCase) -> int:
-    """Counted by free space alone."""
+    """The number of rows of best fit decreasing, from the free spaces alone."""
     full = sum(length // case.capacity for length in case.lengths) if case.strategy == "bfd_split" else 0
     parts = [n % case.capacity if case.strategy == "bfd_split" else min(n, case.capacity) for n in case.lengths]
     free: list[int] = []
@@ -151,7 +151,7 @@ def _call(*positional: object, **keywords: object) -> Arguments:
 piece = Piece(
     op="pack",
     draw=draw,
-    laws=(
+    checks=(
         structure,
         capacity,
         tokens_kept,
@@ -161,12 +161,12 @@ piece = Piece(
         equal(arguments),
         inputs_untouched(arguments),
     ),
-    plain=PackCase((3, 2), 4),
+    simplest=PackCase((3, 2), 4),
     mistakes=(
         Mistake("a capacity of 0", lambda: _call([3], 0), ValueError, "capacity"),
-        Mistake("a capacity that is no whole number", lambda: _call([3], 2.5), TypeError, "capacity"),
+        Mistake("a capacity that is not an integer", lambda: _call([3], 2.5), TypeError, "capacity"),
         Mistake("a negative length", lambda: _call([3, -1], 4), ValueError, "lengths"),
-        Mistake("lengths that are no whole numbers", lambda: _call([3.0, 1.5], 4), TypeError, "lengths"),
+        Mistake("lengths that are not integers", lambda: _call([3.0, 1.5], 4), TypeError, "lengths"),
         Mistake("lengths in two dimensions", lambda: _call(torch.ones(2, 2).long(), 4), ValueError, "lengths"),
         Mistake("an unknown strategy", lambda: _call([3], 4, strategy="first"), ValueError, "strategy"),
     ),

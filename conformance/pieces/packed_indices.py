@@ -1,4 +1,4 @@
-"""Where the tokens of packed rows come from."""
+"""The indices of packed tokens in a flat column."""
 
 from itertools import accumulate
 
@@ -13,14 +13,14 @@ from unsloth_ref import training
 
 
 def arguments(case: PackCase, device: str) -> Arguments:
-    """The reference's plan, and offsets in either integer dtype."""
+    """The plan of the reference, and offsets in int32 or int64."""
     plan = training.pack(case.lengths, case.capacity, strategy=case.strategy)  # type: ignore[arg-type]
     dtype = torch.int32 if len(case.lengths) % 2 else torch.int64
     return (plan, torch.tensor([0, *accumulate(case.lengths)], dtype=dtype)), {}
 
 
 def rows_of_documents(trial: PieceTrial, case: PackCase) -> None:
-    """Each row taken from the flat column is its documents' tokens, one document after the other."""
+    """Indexing the flat column gives the tokens of the spans of each row, in order."""
     (plan, offsets), _ = arguments(case, trial.device)
     flat = [(document, token) for document, length in enumerate(case.lengths) for token in range(length)]
     packed = [flat[index] for index in trial.function(plan, offsets).tolist()]
@@ -37,11 +37,13 @@ def _call(lengths: list[int], offsets: torch.Tensor) -> Arguments:
 piece = Piece(
     op="packed_indices",
     draw=pack.draw,
-    laws=(rows_of_documents, equal(arguments), inputs_untouched(arguments)),
-    plain=PackCase((3, 2), 4),
+    checks=(rows_of_documents, equal(arguments), inputs_untouched(arguments)),
+    simplest=PackCase((3, 2), 4),
     mistakes=(
-        Mistake("a document too few", lambda: _call([3, 2], torch.tensor([0, 3])), ValueError, "offsets"),
-        Mistake("a shorter document", lambda: _call([3, 2], torch.tensor([0, 3, 4])), ValueError, "offsets"),
+        Mistake("one document too few", lambda: _call([3, 2], torch.tensor([0, 3])), ValueError, "offsets"),
+        Mistake(
+            "a document shorter than in the plan", lambda: _call([3, 2], torch.tensor([0, 3, 4])), ValueError, "offsets"
+        ),
         Mistake("offsets in two dimensions", lambda: _call([1], torch.tensor([[0, 1]])), ValueError, "offsets"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Groups of parameters that an optimizer treats alike."""
+"""The parameter groups of an optimizer."""
 
 import copy
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 
 from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
-from conformance.pieces._shared import Arguments, equal, plain
+from conformance.pieces._shared import Arguments, comparable, equal
 from unsloth_ref.types import ParamGroup
 
 SIZE = 3
@@ -18,19 +18,20 @@ SIZE = 3
 
 @dataclass(frozen=True)
 class GroupsCase(PieceCase):
-    """A small language model, and how it is trained.
+    """A small language model, and which of its parameters are trained.
 
     Attributes:
-        training: "full", or what an adapter trains beside projections: "projections", "saved" (copies of embedding and
-            head), "saved_norm" (a copy of the norm too), "lora" (on embedding and head), "tokens" (some embeddings).
-        adapter: the adapter's name.
-        tied: whether the head is the embedding.
-        getters: whether the model says which modules are its embedding and head, as Hugging Face's do.
-        frozen: what is frozen besides: a part of names, "" for nothing.
+        training: "full", or what an adapter trains in addition to projections: "projections" (nothing), "saved" (copies
+            of embedding and head), "saved_norm" (and of the norm), "lora" (on embedding and head), "tokens" (some
+            embeddings).
+        adapter: the name of the adapter.
+        tied: whether the head shares the weight of the embedding.
+        getters: whether the model has `get_input_embeddings` and `get_output_embeddings`, as Hugging Face's do.
+        frozen: parameters with this in their name are frozen; "" freezes none.
         wrapper: "none", "module" (as DistributedDataParallel), "_orig_mod" (as torch.compile) or "both".
         embedding_lr: in thousandths; None for the same rate.
         weight_decay: in hundredths.
-        decay: "shape", or "names" for those that decay by name.
+        decay: whether parameters decay by "shape" or by "names".
     """
 
     training: str = "full"
@@ -45,7 +46,7 @@ class GroupsCase(PieceCase):
 
 
 def draw(elements: int) -> st.SearchStrategy[GroupsCase]:
-    """All ways of training, in any combination."""
+    """Draw any combination of the fields."""
     return st.builds(
         GroupsCase,
         training=st.sampled_from(["full", "projections", "saved", "saved_norm", "lora", "tokens"]),
@@ -61,7 +62,7 @@ def draw(elements: int) -> st.SearchStrategy[GroupsCase]:
 
 
 class Saved(nn.Module):
-    """A frozen module and a copy of it that is trained, as peft's modules_to_save."""
+    """A frozen module and a trainable copy of it, as peft's modules_to_save."""
 
     def __init__(self, module: nn.Module, adapter: str) -> None:
         """Copy the module."""
@@ -71,10 +72,10 @@ class Saved(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen layer with two small matrices beside it, as peft's LoRA layers."""
+    """A frozen layer with two small matrices, as peft's LoRA layers."""
 
     def __init__(self, layer: nn.Module, adapter: str) -> None:
-        """For an embedding its parameters are held directly, as peft does."""
+        """The matrices of an embedding are parameters, not modules, as in peft."""
         super().__init__()
         self.base_layer = layer.requires_grad_(False)
         if isinstance(layer, nn.Embedding):
@@ -86,26 +87,26 @@ class Adapted(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A frozen embedding with some rows trained, as peft's trainable tokens."""
+    """A frozen embedding with some trainable rows, as peft's trainable tokens."""
 
     def __init__(self, layer: nn.Module, adapter: str) -> None:
-        """Rows beside the layer."""
+        """Add two trainable rows to the layer."""
         super().__init__()
         self.base_layer = layer.requires_grad_(False)
         self.trainable_tokens_delta = nn.ParameterDict({adapter: torch.ones(2, SIZE)})
 
 
 class Wrapper(nn.Module):
-    """Puts its attribute's name before every parameter's."""
+    """Prefixes every parameter name with the name of its attribute."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        """Keep the module under this name."""
+        """Store the module under this name."""
         super().__init__()
         self.add_module(name, module)
 
 
-class Plain(nn.Module):
-    """Embedding, projection with bias, norm and head; a second embedding, of positions."""
+class Model(nn.Module):
+    """Embeddings of tokens and of positions, a projection with bias, a norm and a head."""
 
     def __init__(self, tied: bool) -> None:
         """The head has its own weight unless tied."""
@@ -119,11 +120,11 @@ class Plain(nn.Module):
             self.head.weight = self.embed_tokens.weight
 
 
-class WithGetters(Plain):
-    """The same, and says which its embedding and head are."""
+class ModelWithGetters(Model):
+    """The same model with the getters of Hugging Face's models."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens."""
+        """The token embedding."""
         return self.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
@@ -132,8 +133,8 @@ class WithGetters(Plain):
 
 
 def model_of(case: GroupsCase) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The model, and its trainable parameters by the names that they have in it without wrapper."""
-    model: nn.Module = (WithGetters if case.getters else Plain)(case.tied)
+    """The model, and its trainable parameters by their names without the wrapper."""
+    model: nn.Module = (ModelWithGetters if case.getters else Model)(case.tied)
     if case.training != "full":
         model.requires_grad_(False)
         _adapt(model, "projection", Adapted, case)
@@ -166,12 +167,12 @@ def _options(case: GroupsCase, names: dict[str, nn.Parameter]) -> dict[str, Any]
 
 
 def _decaying(names: dict[str, nn.Parameter]) -> list[str]:
-    """An odd choice on purpose: what a model declares is taken as it is."""
+    """A deliberately unusual choice: the declared names decide, whatever they are."""
     return [name for name in names if "bias" in name or "embed" in name]
 
 
 def _groups(trial: PieceTrial, case: GroupsCase) -> tuple[list[ParamGroup], dict[str, nn.Parameter]]:
-    """The groups, and the trainable parameters by name; where there are none the other laws say what must happen."""
+    """The groups, and the trainable parameters by name; no groups if there are none, which `equal` covers."""
     model, names = model_of(case)
     if not names:
         return [], names
@@ -179,24 +180,24 @@ def _groups(trial: PieceTrial, case: GroupsCase) -> tuple[list[ParamGroup], dict
 
 
 def partition(trial: PieceTrial, case: GroupsCase) -> None:
-    """Each trainable parameter is in exactly one group, no frozen one is, and no group is empty."""
+    """Each trainable parameter is in exactly one group, no frozen parameter is in any, and no group is empty."""
     groups, names = _groups(trial, case)
     found = [id(parameter) for group in groups for parameter in group.params]
     for name, parameter in names.items():
         if found.count(id(parameter)) != 1:
             raise Failure(f"{name} is in {found.count(id(parameter))} groups, should be in one")
     if len(found) != len(names):
-        raise Failure(f"groups hold {len(found)} parameters, should hold {len(names)}, those that are trained")
+        raise Failure(f"groups have {len(found)} parameters, should have the {len(names)} trainable ones")
     if any(not group.params for group in groups):
         raise Failure(f"a group is empty: {[(group.role, len(group.params)) for group in groups]}")
 
 
 def roles(trial: PieceTrial, case: GroupsCase) -> None:
-    """What trains embedding or head has the embedding's rate, whatever trains it under whatever name; nothing else."""
+    """Exactly the parameters that train embedding or head have embedding_lr, under any name and any adapter."""
     groups, names = _groups(trial, case)
     rate = 0.01 if case.embedding_lr is None else case.embedding_lr / 1000
     for name, parameter in names.items():
-        # A head by itself is one only where the model says so.
+        # Without getters the head is not recognised: it is an ordinary linear layer.
         embeds = "embed" in name or (case.getters and "head" in name)
         wanted = ("embedding", rate) if embeds and case.embedding_lr is not None else ("base", 0.01)
         for group in groups:
@@ -205,7 +206,7 @@ def roles(trial: PieceTrial, case: GroupsCase) -> None:
 
 
 def decay(trial: PieceTrial, case: GroupsCase) -> None:
-    """Weight decay is kept, with any rate of the embeddings, where names or two dimensions ask for it; else it is 0."""
+    """Parameters decay if decay_names or their two dimensions say so, with any embedding_lr; else decay is 0."""
     groups, names = _groups(trial, case)
     declared = _decaying(names)
     for name, parameter in names.items():
@@ -213,25 +214,29 @@ def decay(trial: PieceTrial, case: GroupsCase) -> None:
         for group in groups:
             seen = any(own is parameter for own in group.params)
             if seen and group.weight_decay != (case.weight_decay / 100 if decays else 0.0):
-                raise Failure(f"{name} has weight decay {group.weight_decay}; decaying is {decays}")
+                raise Failure(f"{name} has weight decay {group.weight_decay}; should it decay: {decays}")
 
 
 def order(trial: PieceTrial, case: GroupsCase) -> None:
-    """Parameters of a group are in the order of the model, so that a checkpoint's state finds its own."""
+    """Parameters of a group are in the order of the model, which the optimizer state of a checkpoint relies on."""
     groups, names = _groups(trial, case)
     place = {id(parameter): index for index, parameter in enumerate(names.values())}
     for group in groups:
         places = [place.get(id(parameter), -1) for parameter in group.params]
         if places != sorted(places):
-            raise Failure(f"group {group.role} has the parameters {places} of the model, should be in that order")
+            raise Failure(
+                f"group {group.role} has parameters {places} of the model, should have them in increasing order"
+            )
 
 
 def untouched(trial: PieceTrial, case: GroupsCase) -> None:
-    """The model is as it was: its weights, and what is trained."""
+    """The call changes neither the weights of the model nor which of them are trainable."""
     model, names = model_of(case)
 
     def state() -> list[Any]:
-        return [(n, p.requires_grad, plain(p), p.tolist()) for n, p in model.named_parameters(remove_duplicate=False)]
+        return [
+            (n, p.requires_grad, comparable(p), p.tolist()) for n, p in model.named_parameters(remove_duplicate=False)
+        ]
 
     before = state()
     if names:
@@ -253,13 +258,13 @@ def _call(model: nn.Module | None = None, **options: Any) -> Arguments:
 piece = Piece(
     op="param_groups",
     draw=draw,
-    laws=(partition, roles, decay, order, untouched, equal(arguments)),
-    plain=GroupsCase(),
+    checks=(partition, roles, decay, order, untouched, equal(arguments)),
+    simplest=GroupsCase(),
     mistakes=(
-        Mistake("nothing to train", lambda: _call(nn.Linear(2, 2).requires_grad_(False)), ValueError, "model"),
-        Mistake("a negative rate", lambda: _call(lr=-1.0), ValueError, "lr"),
-        Mistake("a rate that is no number", lambda: _call(lr=float("nan")), ValueError, "lr"),
-        Mistake("a negative rate of embeddings", lambda: _call(embedding_lr=-1.0), ValueError, "embedding_lr"),
-        Mistake("a negative decay", lambda: _call(weight_decay=-1.0), ValueError, "weight_decay"),
+        Mistake("no trainable parameter", lambda: _call(nn.Linear(2, 2).requires_grad_(False)), ValueError, "model"),
+        Mistake("a negative lr", lambda: _call(lr=-1.0), ValueError, "lr"),
+        Mistake("a rate that is NaN", lambda: _call(lr=float("nan")), ValueError, "lr"),
+        Mistake("a negative embedding_lr", lambda: _call(embedding_lr=-1.0), ValueError, "embedding_lr"),
+        Mistake("a negative weight_decay", lambda: _call(weight_decay=-1.0), ValueError, "weight_decay"),
     ),
 )

@@ -1,4 +1,4 @@
-"""The judge fails every wrong training piece, by a property that says what is wrong, and passes every right one."""
+"""The judge fails every wrong training piece by the expected properties, and passes every right one."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
 import pytest
@@ -20,15 +21,15 @@ from conformance.search import Result
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.judge.pieces"
-FILES = {path: import_module(f"{HERE}.{path}") for path in ("pack", "collate", "param_groups", "steps", "decisions")}
+FILES = {file.name: import_module(f"{HERE}.{file.name}") for file in iter_modules(import_module(HERE).__path__)}
 WRONG = {f"{HERE}.{path}.{name}": e for path, file in FILES.items() for name, e in file.collected.wrong.items()}
 RIGHT = {f"{HERE}.{path}.{name}": op for path, file in FILES.items() for name, op in file.collected.right.items()}
-# The cases of ci, without making each failing one smaller.
+# The ci profile without shrinking.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0)
 
 
 class Brief(Check):
-    """A check in the profile above, which a worker process does not know."""
+    """A check in the profile above, which a worker process must register first."""
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         PROFILES[BRIEF.name] = BRIEF
@@ -37,17 +38,18 @@ class Brief(Check):
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Result]]:
-    """Each wrong piece under the properties that may find it, each right one under all."""
-    asked = {backend: (op, laws) for backend, (op, laws) in WRONG.items()}
-    asked |= {backend: (op, tuple(pieces()[op].properties)) for backend, op in RIGHT.items()}
+    """Results of each wrong piece for the properties that must fail, and of each right piece for all properties."""
+    asked = WRONG | {backend: (op, tuple(pieces()[op].properties)) for backend, op in RIGHT.items()}
     found: dict[str, list[Result]] = {backend: [] for backend in asked}
-    checks = [Brief(backend, op, law, None, "cpu", BRIEF.name) for backend, (op, laws) in asked.items() for law in laws]
+    checks = [
+        Brief(backend, op, name, None, "cpu", BRIEF.name) for backend, (op, names) in asked.items() for name in names
+    ]
     for check, result in run(checks, lambda *_: None, jobs=2):
         found[check.backend].append(result)
     return found
 
 
-def test_there_are_enough_of_both() -> None:
+def test_every_piece_has_wrong_variants_and_the_largest_have_several_right_ones() -> None:
     for op in ("pack", "collate", "param_groups"):
         assert sum(own == op for own, _ in WRONG.values()) >= 8
         assert sum(own == op for own in RIGHT.values()) >= 2
@@ -70,7 +72,7 @@ def test_a_right_piece_passes(backend: str, results: dict[str, list[Result]]) ->
 
 @pytest.mark.parametrize("package", [unsloth_ref.training, unsloth_fast.training], ids=lambda package: package.__name__)
 @pytest.mark.parametrize("op", unsloth_ref.training.__all__)
-def test_both_packages_refuse_every_mistake_alike(op: str, package: ModuleType) -> None:
+def test_both_packages_raise_the_same_error_for_every_mistake(op: str, package: ModuleType) -> None:
     for mistake in pieces()[op].mistakes:
         positional, keywords = mistake.arguments()
         with pytest.raises(mistake.raises, match=mistake.names) as raised:
@@ -79,34 +81,34 @@ def test_both_packages_refuse_every_mistake_alike(op: str, package: ModuleType) 
 
 
 @pytest.mark.parametrize("op", unsloth_ref.training.__all__)
-def test_a_case_reads_as_it_was_written(op: str) -> None:
+def test_parsing_a_printed_case_returns_the_case(op: str) -> None:
     piece = pieces()[op]
 
-    def written(case: PieceCase) -> None:
+    def round_trip(case: PieceCase) -> None:
         assert " " not in str(case).replace(" ", "", len(str(case).split()) - 1)
         assert "'" not in str(case)
         assert piece.parse(str(case)) == case
 
-    written(piece.plain)
-    PROFILES["dev"].settings(2.0)(given(piece.draw(64))(written))()
+    round_trip(piece.simplest)
+    PROFILES["dev"].settings(2.0)(given(piece.draw(64))(round_trip))()
 
 
 @pytest.mark.parametrize(
     ("line", "why"), [("lengths=[1]", "missing: capacity"), ("lengths=[1] capacity=2 size=3", "got 'size=3'")]
 )
-def test_a_line_that_is_no_case_is_named(line: str, why: str) -> None:
+def test_an_invalid_case_is_rejected(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         pieces()["pack"].parse(line)
 
 
 def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m conformance`, in the project's root."""
+    """Run `python -m conformance` in the root of the project."""
     return subprocess.run(
         [sys.executable, "-m", "conformance", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
 
 
-def test_the_command_line_fails_a_wrong_piece_and_the_printed_line_fails_again() -> None:
+def test_the_command_line_fails_a_wrong_piece_and_prints_a_line_that_reproduces_it() -> None:
     ran = conformance("run", "pack", "--backend", f"{HERE}.pack.short_integers", "--property", "structure", "order")
     assert ran.returncode == 1, ran.stderr
     assert "FAIL pack / structure: offsets is torch.int32 [1] on cpu, should be int64" in ran.stdout
@@ -122,7 +124,7 @@ def test_the_command_line_fails_a_wrong_piece_and_the_printed_line_fails_again()
     assert right.stdout.startswith("ok   pack / structure: PackCase(lengths=(), capacity=1")
 
 
-def test_the_laws_of_a_piece_are_named_where_one_is_unknown() -> None:
+def test_an_unknown_property_is_rejected_with_the_names_of_the_known_ones() -> None:
     ran = conformance("repro", "pack value lengths=[1] capacity=2")
     assert ran.returncode == 2
     assert "got 'value'" in ran.stderr and "tokens_kept" in ran.stderr

@@ -1,4 +1,4 @@
-"""The training loss: shift, count and normalisation, against torch's own cross entropy in float64."""
+"""The training loss: shift, count and normalisation, compared with torch's cross entropy in float64."""
 
 import inspect
 from types import ModuleType
@@ -13,37 +13,38 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 import unsloth_fast.training
 import unsloth_ref.training
 from unsloth_ref.kernels import cross_entropy
+from unsloth_ref.types import IGNORE_INDEX
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 
-# Sums of at most 64 terms in another order differ by less than 64 roundings of float64, relative to the sum of the
-# terms' sizes; log-sum-exp and the division add fewer than another 64.
+# Sums of at most 64 terms in different orders differ by less than 64 roundings of float64, relative to the sum of the
+# absolute terms; log-sum-exp and the division add fewer than 64 more.
 EXACT = 128 * 2.0**-53
 
 
 def batch(lengths: list[int], vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits [B, S, V] in float64 and labels [B, S], each row padded with ignored labels to the longest."""
+    """Logits [B, S, V] in float64, and labels [B, S] padded with ignored labels."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(lengths), max(lengths), vocab, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, vocab, (len(lengths), max(lengths)), generator=generator)
     for row, length in enumerate(lengths):
-        labels[row, length:] = -100
+        labels[row, length:] = IGNORE_INDEX
     return logits, labels
 
 
-def test_both_packages_have_the_same_pieces() -> None:
-    """Names, parameters and defaults mirror each other."""
+def test_both_packages_export_the_same_pieces() -> None:
+    """Names, parameters and defaults are equal."""
     assert unsloth_ref.training.__all__ == unsloth_fast.training.__all__
     for name in unsloth_ref.training.__all__:
         assert inspect.signature(getattr(PACKAGES[0], name)) == inspect.signature(getattr(PACKAGES[1], name))
 
 
 @each_package
-@given(rows=st.integers(0, 3), length=st.integers(0, 6), ignore_index=st.sampled_from([-100, 0, -1]))
+@given(rows=st.integers(0, 3), length=st.integers(0, 6), ignore_index=st.sampled_from([IGNORE_INDEX, 0, -1]))
 @settings(max_examples=30, deadline=None)
 def test_shift_and_count_by_definition(package: ModuleType, rows: int, length: int, ignore_index: int) -> None:
-    """The target at t is the label at t + 1; the labels are not changed."""
+    """The target at t is the label at t + 1; the labels are not modified."""
     generator = torch.Generator().manual_seed(rows * 7 + length)
     labels = torch.randint(-1, 3, (rows, length), generator=generator)
     before = labels.clone()
@@ -57,14 +58,14 @@ def test_shift_and_count_by_definition(package: ModuleType, rows: int, length: i
 
 @each_package
 def test_count_of_nothing_is_zero(package: ModuleType) -> None:
-    """No microbatch at all, as an iterator."""
+    """The microbatches are an empty iterator."""
     assert package.count_targets(iter(())).item() == 0
 
 
 @each_package
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_loss_and_gradient_equal_torch(package: ModuleType, label_smoothing: float) -> None:
-    """Mean over this call's targets where no count is given."""
+    """Without num_items the loss is the mean over the targets of the call."""
     logits, labels = batch([5, 2, 9, 1])
     ours = logits.clone().requires_grad_()
     theirs = logits.clone().requires_grad_()
@@ -81,8 +82,8 @@ def test_loss_and_gradient_equal_torch(package: ModuleType, label_smoothing: flo
 @each_package
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5), seed=st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
-def test_microbatches_add_up_to_the_batch(package: ModuleType, lengths: list[int], seed: int) -> None:
-    """Each row as its own microbatch, divided by the count of all: the loss and gradient of the whole batch."""
+def test_microbatches_sum_to_the_batch(package: ModuleType, lengths: list[int], seed: int) -> None:
+    """One microbatch per row, each divided by the count of all, gives the loss and the gradient of the batch."""
     logits, labels = batch(lengths, seed=seed)
     whole, parts = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = package.next_token_loss(whole, labels, cross_entropy=cross_entropy)
@@ -100,7 +101,7 @@ def test_microbatches_add_up_to_the_batch(package: ModuleType, lengths: list[int
 
 
 def test_a_mean_of_means_is_wrong() -> None:
-    """What dividing each microbatch by its own count does to rows of 2 and 12 tokens: 1 target weighs as much as 11."""
+    """If each microbatch is divided by its own count, one target of 2 tokens has the weight of 11 targets of 12."""
     logits, labels = batch([2, 12])
     loss = unsloth_ref.training.next_token_loss(logits, labels, cross_entropy=cross_entropy)
     each = [
@@ -116,9 +117,9 @@ def test_a_mean_of_means_is_wrong() -> None:
 
 @each_package
 def test_no_target_gives_zero(package: ModuleType) -> None:
-    """All ignored: loss 0 and gradient 0, whether counted here or before. Torch's mean of none is no number."""
+    """If all labels are ignored, loss and gradient are 0, with and without num_items; torch's mean is NaN."""
     logits, labels = batch([1, 1, 3])
-    labels[:] = -100
+    labels[:] = IGNORE_INDEX
     logits.requires_grad_()
     assert torch_cross_entropy(logits.flatten(0, 1), labels.flatten()).isnan()
     assert (torch_cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 0).isnan()
@@ -130,7 +131,7 @@ def test_no_target_gives_zero(package: ModuleType) -> None:
 
 
 def test_the_fast_loss_does_not_copy_the_logits() -> None:
-    """The operation sees the memory of the logits themselves."""
+    """The operation gets the memory of the logits."""
     logits, labels = batch([5, 3])
     seen = []
 
@@ -144,7 +145,7 @@ def test_the_fast_loss_does_not_copy_the_logits() -> None:
 
 @each_package
 def test_errors_name_the_argument(package: ModuleType) -> None:
-    """Shapes and dtypes that do not fit."""
+    """Wrong shapes and dtypes."""
     logits, labels = batch([3])
     with pytest.raises(ValueError, match=r"^logits: got shape"):
         package.next_token_loss(logits[0], labels, cross_entropy=cross_entropy)

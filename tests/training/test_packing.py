@@ -1,4 +1,4 @@
-"""Packing: known plans, TRL's own packing of one batch, large data sets, and the data set that the trainer is given."""
+"""Packing: known plans, TRL's packing of one batch, large data sets, and data sets of the trainer."""
 
 import time
 from types import ModuleType
@@ -25,7 +25,7 @@ from unsloth_ref.types import PackingPlan
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 
-# TRL packs documents of no token, and those that are to be split, since 1.0.
+# Since 1.0 TRL packs documents without tokens, and splits documents.
 OLD_TRL = Version(trl.__version__) < Version("1")
 
 FIVE = [[1, 2, 3, 4, 5], [6, 7], [], [8, 9, 10], [11]]
@@ -37,7 +37,7 @@ def quiet() -> None:
 
 
 def rows(plan: PackingPlan, documents: list[list[int]]) -> list[list[list[int]]]:
-    """The documents' parts in each packed row."""
+    """The parts of documents in each packed row."""
     spans = zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
     parts = [documents[document][start : start + length] for document, start, length in spans]
     return [parts[first:last] for first, last in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
@@ -53,7 +53,7 @@ def rows(plan: PackingPlan, documents: list[list[int]]) -> list[list[list[int]]]
     ],
 )
 def test_five_documents_in_rows_of_four(package: ModuleType, strategy: Any, expected: list[Any]) -> None:
-    """The example of TRL's documentation: what is truncated, what is split, what is wrapped."""
+    """The example of TRL's documentation, truncated, split and wrapped."""
     assert rows(package.pack([len(document) for document in FIVE], 4, strategy=strategy), FIVE) == expected
 
 
@@ -61,7 +61,7 @@ def test_five_documents_in_rows_of_four(package: ModuleType, strategy: Any, expe
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_nothing_to_pack(package: ModuleType, strategy: Any, lengths: list[int]) -> None:
-    """No row, and offsets that say so."""
+    """There are no rows, and offsets are [0]."""
     plan = package.pack(lengths, 4, strategy=strategy)
     assert [part.tolist() for part in (plan.documents, plan.starts, plan.lengths, plan.offsets)] == [[], [], [], [0]]
     assert plan.documents.dtype == torch.int64
@@ -76,7 +76,7 @@ def test_nothing_to_pack(package: ModuleType, strategy: Any, lengths: list[int])
 )
 @settings(max_examples=30, deadline=None)
 def test_one_batch_is_packed_as_trl_packs_it(lengths: list[int], capacity: int, strategy: Any, chunk: int) -> None:
-    """The same rows in the same order, however many tokens are copied at a time, in the types of the columns."""
+    """Rows, their order and the types of columns are equal, however many tokens are copied at a time."""
     documents = [list(range(100 * index, 100 * index + length)) for index, length in enumerate(lengths)]
     features = datasets.Features(
         {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("bool"))}
@@ -93,7 +93,7 @@ def test_one_batch_is_packed_as_trl_packs_it(lengths: list[int], capacity: int, 
 
 
 def test_a_whole_data_set_needs_fewer_rows_than_its_batches() -> None:
-    """TRL packs a thousand rows at a time, and cannot fill the gaps of one batch from another."""
+    """TRL packs a thousand rows at a time, and cannot fill the gaps of one batch with documents of another."""
     lengths = torch.randint(1, 513, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
     dataset = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
     ours = pack_dataset(dataset, 2048, "bfd", unsloth_fast.training)
@@ -115,7 +115,7 @@ MIXES = {
 @pytest.mark.parametrize("capacity", [512, 8192, 131072])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_million_documents_in_two_seconds(mix: str, capacity: int) -> None:
-    """On one core, whatever their lengths; no row is empty or too full, and no token is lost or laid twice."""
+    """On one core, for any lengths; no row is empty or too full, and each token is packed exactly once."""
     lengths = torch.from_numpy(MIXES[mix](np.random.default_rng(0), capacity, 10**6).astype(np.int64))
     for strategy in ("bfd", "bfd_split", "wrapped"):
         begin = time.process_time()
@@ -135,7 +135,7 @@ def test_a_million_documents_in_two_seconds(mix: str, capacity: int) -> None:
     [*((mix, capacity, 20_000) for mix in MIXES for capacity in (100, 1024, 4099)), ("log-uniform", 64, 10**6)],
 )
 def test_never_more_rows_than_trl_needs(mix: str, capacity: int, documents: int) -> None:
-    """All of them in one batch; TRL takes a million in rows of 64 in 10 seconds, in rows of 512 in 36."""
+    """With all documents in one batch, where TRL packs a million in 10 s (capacity 64) or 36 s (capacity 512)."""
     lengths = MIXES[mix](np.random.default_rng(0), capacity, documents).astype(np.int64)
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.nulls(int(lengths.sum())))})
@@ -144,14 +144,14 @@ def test_never_more_rows_than_trl_needs(mix: str, capacity: int, documents: int)
 
 
 def test_a_selection_is_packed_in_its_own_order() -> None:
-    """Indices of a shuffled, filtered or sliced data set are followed."""
+    """The indices of a shuffled, filtered or sliced data set are respected."""
     dataset = Dataset.from_dict({"input_ids": [[1], [2, 2], [3, 3, 3], [4]]}).select([3, 1])
     packed = pack_dataset(dataset, 3, "wrapped", unsloth_fast.training)
     assert packed[:] == {"input_ids": [[4, 2, 2]]}
 
 
 def test_the_same_data_packed_again_have_the_same_fingerprint() -> None:
-    """What is cached for one is found for the other, and for no other capacity."""
+    """The cache of one is used for the other, and not for another capacity."""
     dataset = Dataset.from_dict({"input_ids": [[1], [2, 2]]})
     one, same, other = (pack_dataset(dataset, size, "bfd", unsloth_fast.training) for size in (3, 3, 2))
     assert one._fingerprint == same._fingerprint != other._fingerprint
@@ -167,8 +167,8 @@ def test_the_same_data_packed_again_have_the_same_fingerprint() -> None:
         ({"input_ids": [[1, 2], None]}, "got 1 rows without input_ids"),
     ],
 )
-def test_what_cannot_be_packed_is_named(columns: dict[str, Any], why: str) -> None:
-    """A column that cannot be cut as the others are."""
+def test_columns_that_cannot_be_packed_are_named(columns: dict[str, Any], why: str) -> None:
+    """The message names a column that cannot be split like the others."""
     with pytest.raises(ValueError, match=why):
         pack_dataset(Dataset.from_dict(columns), 4, "bfd", unsloth_fast.training)
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_packed_is_named(columns: dict[str, Any], why: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "why"),
     [
-        (([3], 0), {}, ValueError, "^capacity: got 0; allowed: a whole number from 1"),
+        (([3], 0), {}, ValueError, "^capacity: got 0; allowed: an integer of at least 1"),
         (([3], 1.5), {}, TypeError, r"^capacity: got 1\.5"),
         (([3, -2], 4), {}, ValueError, "^lengths: got -2 at index 1"),
         (([[3], [2]], 4), {}, ValueError, r"^lengths: got shape \[2, 1\]"),
@@ -188,16 +188,16 @@ def test_what_cannot_be_packed_is_named(columns: dict[str, Any], why: str) -> No
 def test_errors_name_the_argument(
     package: ModuleType, arguments: Any, options: dict[str, Any], error: type[Exception], why: str
 ) -> None:
-    """What was seen, what is allowed."""
+    """The message has the value and what is allowed."""
     with pytest.raises(error, match=why):
         package.pack(*arguments, **options)
 
 
 @each_package
 def test_offsets_that_do_not_fit_the_plan_are_named(package: ModuleType) -> None:
-    """A column of fewer documents, and one with a shorter document."""
+    """Offsets of too few documents, and of a document that is too short."""
     plan = package.pack([3, 2], 4)
-    with pytest.raises(ValueError, match=r"^offsets: got 2 of them; allowed: at least 3"):
+    with pytest.raises(ValueError, match=r"^offsets: got 2 offsets; allowed: at least 3"):
         package.packed_indices(plan, torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"^offsets: got 1 tokens for document 1; allowed: at least 2"):
         package.packed_indices(plan, torch.tensor([0, 3, 4]))

@@ -1,4 +1,4 @@
-"""Parameter groups: both implementations against each other and against names that are known beforehand."""
+"""Parameter groups: both implementations compared with each other, and with the known parameter names."""
 
 import math
 from types import ModuleType
@@ -18,7 +18,7 @@ from unsloth_ref.types import ParamGroup
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 
-# The ways to train a Llama: all of it, or these options of LoraConfig.
+# Ways to train a Llama: full fine-tuning (None), or options of LoraConfig.
 ADAPTERS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "projections only": {"target_modules": ["q_proj"]},
@@ -33,13 +33,13 @@ class Wrapped(nn.Module):
     """Prefixes every name with `module.`, as DistributedDataParallel does."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Keep the module."""
+        """Store the module."""
         super().__init__()
         self.module = module
 
 
 def build(adapter: str, adapter_name: str = "default", tied: bool = False) -> nn.Module:
-    """A tiny Llama trained in one of the ways of ADAPTERS."""
+    """A tiny Llama, set up for one of the ways in ADAPTERS."""
     model = tiny.model(tie_word_embeddings=tied, num_hidden_layers=1)
     options = ADAPTERS[adapter]
     if options is None:
@@ -48,7 +48,7 @@ def build(adapter: str, adapter_name: str = "default", tied: bool = False) -> nn
 
 
 def by_identity(groups: list[ParamGroup]) -> list[tuple[Any, ...]]:
-    """Groups in a form that compares parameters by identity."""
+    """Groups with the ids of their parameters, which == can compare."""
     return [(group.role, [id(p) for p in group.params], group.lr, group.weight_decay) for group in groups]
 
 
@@ -64,7 +64,7 @@ def by_identity(groups: list[ParamGroup]) -> list[tuple[Any, ...]]:
     frozen=st.sampled_from(["", "lora_A", "lm_head", "layernorm"]),
     named=st.booleans(),
 )
-@pytest.mark.filterwarnings("ignore")  # peft warns of tied weights
+@pytest.mark.filterwarnings("ignore")  # peft warns about tied weights
 def test_fast_equals_reference_and_the_known_names(
     adapter: str,
     adapter_name: str,
@@ -76,7 +76,7 @@ def test_fast_equals_reference_and_the_known_names(
     frozen: str,
     named: bool,
 ) -> None:
-    """Each trainable parameter is in exactly one group, the one that its name says; the prefixes make no difference."""
+    """Each trainable parameter is in exactly one group, which follows from its name; prefixes make no difference."""
     model = build(adapter, adapter_name, tied)
     for name, parameter in model.named_parameters():
         if frozen and frozen in name:
@@ -93,7 +93,7 @@ def test_fast_equals_reference_and_the_known_names(
             weight_decay if decays else 0.0,
         )
     if wrapper in ("_orig_mod", "both"):
-        model = torch.compile(model)  # compiles nothing before the first call
+        model = torch.compile(model)  # does not compile before the first call
     if wrapper in ("module", "both"):
         model = Wrapped(model)
 
@@ -115,8 +115,8 @@ def test_fast_equals_reference_and_the_known_names(
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_tied_weights_come_once_as_embedding(package: ModuleType) -> None:
-    """The head that is the embedding is one parameter of one group."""
+def test_tied_weights_appear_once_as_embedding(package: ModuleType) -> None:
+    """A head that shares the weight of the embedding adds no parameter."""
     model = tiny.model(tie_word_embeddings=True)
     groups = package.param_groups(model, lr=1.0, embedding_lr=0.5)
     assert [id(p) for group in groups if group.role == "embedding" for p in group.params] == [
@@ -126,7 +126,7 @@ def test_tied_weights_come_once_as_embedding(package: ModuleType) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_plain_modules_and_wrapped_position_embeddings(package: ModuleType) -> None:
-    """Without Hugging Face's getters every nn.Embedding counts, and what peft puts around one."""
+    """Without Hugging Face's getters, every nn.Embedding counts, and every peft module that wraps one."""
 
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -153,21 +153,21 @@ def test_plain_modules_and_wrapped_position_embeddings(package: ModuleType) -> N
     ],
 )
 def test_a_rate_out_of_range_is_named(package: ModuleType, options: dict[str, float], argument: str) -> None:
-    """The message begins with the argument."""
+    """The message begins with the name of the argument."""
     with pytest.raises(ValueError, match=f"^{argument}: got"):
         package.param_groups(nn.Linear(2, 2), **options)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_nothing_trainable_says_what_to_do(package: ModuleType) -> None:
-    """A frozen model cannot be optimized."""
+    """The message for a frozen model names the remedy."""
     with pytest.raises(ValueError, match="no trainable parameter; allowed: at least one"):
         package.param_groups(nn.Linear(2, 2).requires_grad_(False), lr=1.0)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_groups_work_in_an_optimizer(package: ModuleType) -> None:
-    """The same rate for both roles moves the parameters as one group does, bit for bit; a rate of 0 moves nothing."""
+    """One rate for both roles gives the same bits as a single group; a rate of 0 leaves embeddings unchanged."""
 
     def step(**options: Any) -> dict[str, torch.Tensor]:
         model = tiny.model(num_hidden_layers=1)

@@ -47,8 +47,9 @@ def collate(
     lengths: list[int] = []
     for index, example in enumerate(examples):
         row = _integers(input_ids_of(index, example))
-        own = _integers(example.get("labels"), default=row)
-        parts = _integers(example.get("seq_lengths"), default=torch.tensor([len(row)])).tolist()
+        own_labels, own_lengths = example.get("labels"), example.get("seq_lengths")
+        own = row if own_labels is None else _integers(own_labels)
+        parts = [len(row)] if own_lengths is None else _integers(own_lengths).tolist()
         example_fits(index, len(row), len(own), parts)
         tokens.append(row)
         labels.append(own)
@@ -69,6 +70,5 @@ def collate(
     return batch
 
 
-def _integers(column: Column | None, default: Tensor | None = None) -> Tensor:
-    """The column as an int64 tensor on the CPU, or the default if there is none."""
-    return torch.as_tensor(default if column is None else column, dtype=torch.int64, device="cpu")
+def _integers(column: Column) -> Tensor:
+    return torch.as_tensor(column, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""The loss of a training step, without a copy of the logits and without synchronizing with the device.
+"""The loss of a training step, without a copy of the logits and without waiting for the device.
 
 The labels are shifted, not the logits: the slice logits[:, :-1] is not contiguous, and flattening it would copy
 B * S * V numbers.

@@ -1,6 +1,6 @@
-"""Wrong and right training pieces, most of the wrong ones mistakes that trainers have made.
+"""Wrong and right training pieces; most of the wrong ones are mistakes of real trainers.
 
-Each is a backend: `tests.judge.pieces.pack.first_fit`. One file a piece, or a few.
+Each is a backend, such as `tests.judge.pieces.pack.first_fit`. There is one file per piece, or for a few of them.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,24 @@ class Collected:
     """The backends of one file.
 
     Attributes:
-        wrong: by name: the piece, and the properties that may find it.
-        right: by name: the piece.
+        wrong: the piece and the properties that must fail, by the name of the backend.
+        right: the piece, by the name of the backend.
     """
 
     wrong: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     right: dict[str, str] = field(default_factory=dict)
 
-    def fails(self, op: str, *laws: str, contract: bool = True) -> Callable[[Function], SimpleNamespace]:
-        """Make a function a wrong backend; unless contract, its signature is its own."""
+    def fails(self, op: str, *properties: str, contract: bool = True) -> Callable[[Function], SimpleNamespace]:
+        """Register a function as a wrong backend, with the signature of the contract unless contract is False."""
 
         def register(function: Function) -> SimpleNamespace:
-            self.wrong[function.__name__] = op, laws
+            self.wrong[function.__name__] = op, properties
             return _backend(op, function, contract)
 
         return register
 
     def passes(self, op: str) -> Callable[[Function], SimpleNamespace]:
-        """Make a function a right backend."""
+        """Register a function as a right backend."""
 
         def register(function: Function) -> SimpleNamespace:
             self.right[function.__name__] = op

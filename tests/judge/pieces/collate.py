@@ -1,4 +1,4 @@
-"""Batches of documents in one row, wrong and right."""
+"""Wrong and right implementations of collate."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,21 +9,21 @@ import torch
 
 from tests.judge.pieces import Collected
 from unsloth_ref import batch_checks, training
-from unsloth_ref.types import PackedBatch
+from unsloth_ref.types import IGNORE_INDEX, PackedBatch
 
 collected = Collected()
 Examples = Sequence[dict[str, Any]]
 
 
 def integers(values: Any) -> list[int]:
-    """A column as a list."""
+    """Convert a column to a list."""
     return [int(value) for value in values]
 
 
 def raw_labels(examples: Examples, batch: PackedBatch) -> torch.Tensor:
-    """The labels as given, what fills the row up ignored."""
+    """The labels of the examples, without masked boundaries; the padding is ignored."""
     found = [label for example in examples for label in integers(example.get("labels", example["input_ids"]))]
-    return torch.tensor([found + [-100] * (batch.labels.numel() - len(found))])
+    return torch.tensor([found + [IGNORE_INDEX] * (batch.labels.numel() - len(found))])
 
 
 @collected.passes("collate")
@@ -34,26 +34,25 @@ def by_numpy(
     pad_token_id: int = 0,
     vocab_size: int | None = None,
 ) -> PackedBatch:
-    """In NumPy, document by document."""
+    """Uses NumPy, document by document."""
     if pad_to_multiple_of is not None:
         batch_checks.at_least_one("pad_to_multiple_of", pad_to_multiple_of)
     tokens, labels, lengths = [], [], []
     for index, example in enumerate(examples):
-        batch_checks.example_has_tokens(index, example)
-        row = np.array(example["input_ids"], np.int64)
+        row = np.array(batch_checks.input_ids_of(index, example), np.int64)
         own = np.array(example.get("labels", row), np.int64)
         parts = np.array(example.get("seq_lengths", [len(row)]), np.int64).tolist()
         batch_checks.example_fits(index, len(row), len(own), parts)
         for length in filter(None, parts):
             tokens.append(row[:length])
-            labels.append(np.concatenate([[-100], own[1:length]]))
+            labels.append(np.concatenate([[IGNORE_INDEX], own[1:length]]))
             lengths.append(length)
             row, own = row[length:], own[length:]
     batch_checks.some_tokens(sum(lengths))
     padding = -sum(lengths) % (pad_to_multiple_of or 1)
     if padding:
         tokens.append(np.full(padding, pad_token_id))
-        labels.append(np.full(padding, -100))
+        labels.append(np.full(padding, IGNORE_INDEX))
         lengths.append(padding)
     row_tensors = [
         torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
@@ -73,11 +72,10 @@ def one_document_at_a_time(
     pad_token_id: int = 0,
     vocab_size: int | None = None,
 ) -> PackedBatch:
-    """Every document as an example of its own."""
+    """Makes every document an example of its own."""
     alone: list[dict[str, Any]] = []
     for index, example in enumerate(examples):
-        batch_checks.example_has_tokens(index, example)
-        row = integers(example["input_ids"])
+        row = integers(batch_checks.input_ids_of(index, example))
         own = integers(example.get("labels", row))
         parts = integers(example.get("seq_lengths", [len(row)]))
         batch_checks.example_fits(index, len(row), len(own), parts)
@@ -92,43 +90,43 @@ def one_document_at_a_time(
 
 @collected.fails("collate", "packed_equals_per_document")
 def boundaries_unmasked(examples: Examples, **options: Any) -> PackedBatch:
-    """The last token of a document is trained to foretell the next document."""
+    """The last token of a document is trained to predict the next document."""
     batch = training.collate(examples, **options)
     return replace(batch, labels=raw_labels(examples, batch))
 
 
 @collected.fails("collate", "targets")
 def ends_masked(examples: Examples, **options: Any) -> PackedBatch:
-    """Masks the last label of each document, as is right for shifted labels."""
+    """Masks the last label of each document, as would be right for shifted labels."""
     batch = training.collate(examples, **options)
     labels = raw_labels(examples, batch)
-    labels[0, batch.cu_seqlens[1:].long() - 1] = -100
+    labels[0, batch.cu_seqlens[1:].long() - 1] = IGNORE_INDEX
     return replace(batch, labels=labels)
 
 
 @collected.fails("collate", "packed_equals_per_document")
 def positions_run_on(examples: Examples, **options: Any) -> PackedBatch:
-    """One document's positions go on where the last one's ended."""
+    """Positions continue from one document to the next."""
     batch = training.collate(examples, **options)
     return replace(batch, position_ids=torch.arange(batch.labels.numel())[None])
 
 
 @collected.fails("collate", "packed_equals_per_document")
 def documents_joined(examples: Examples, **options: Any) -> PackedBatch:
-    """The row is one document to attention."""
+    """Attention sees the row as one document."""
     batch = training.collate(examples, **options)
     return replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], max_seqlen=batch.labels.numel())
 
 
 @collected.fails("collate", "documents_apart")
 def examples_for_documents(examples: Examples, **options: Any) -> PackedBatch:
-    """seq_lengths are not looked at."""
+    """seq_lengths are ignored."""
     return training.collate([{n: v for n, v in e.items() if n != "seq_lengths"} for e in examples], **options)
 
 
 @collected.fails("collate", "positions_restart")
 def empty_documents_merge_their_neighbours(examples: Examples, **options: Any) -> PackedBatch:
-    """Positions count on behind a document without tokens."""
+    """Positions continue after a document without tokens."""
     batch = training.collate(examples, **options)
     positions = batch.position_ids.clone()
     first = 0
@@ -143,7 +141,7 @@ def empty_documents_merge_their_neighbours(examples: Examples, **options: Any) -
 
 @collected.fails("collate", "documents_apart")
 def padding_token_by_token(examples: Examples, **options: Any) -> PackedBatch:
-    """Each token that fills the row up is a document."""
+    """Each padding token is a document."""
     batch = training.collate(examples, **options)
     held = sum(len(example["input_ids"]) for example in examples)
     ends = [end for end in batch.cu_seqlens.tolist() if end <= held]
@@ -153,7 +151,7 @@ def padding_token_by_token(examples: Examples, **options: Any) -> PackedBatch:
 
 @collected.fails("collate", "targets")
 def padding_trained(examples: Examples, **options: Any) -> PackedBatch:
-    """What fills the row up is a target."""
+    """Padding tokens are targets."""
     batch = training.collate(examples, **options)
     held = sum(len(example["input_ids"]) for example in examples)
     labels = batch.labels.clone()
@@ -163,7 +161,7 @@ def padding_trained(examples: Examples, **options: Any) -> PackedBatch:
 
 @collected.fails("collate", "targets")
 def labels_of_the_first_example_decide(examples: Examples, **options: Any) -> PackedBatch:
-    """Where the first example has no labels, nobody's are used."""
+    """If the first example has no labels, the labels of the others are ignored."""
     if "labels" not in examples[0]:
         examples = [{n: v for n, v in e.items() if n != "labels"} for e in examples]
     return training.collate(examples, **options)
@@ -171,25 +169,25 @@ def labels_of_the_first_example_decide(examples: Examples, **options: Any) -> Pa
 
 @collected.fails("collate", "documents_apart")
 def int64_cu_seqlens(examples: Examples, **options: Any) -> PackedBatch:
-    """The dtype that attention kernels refuse, or misread."""
+    """cu_seqlens have a dtype that attention kernels reject or misread."""
     batch = training.collate(examples, **options)
     return replace(batch, cu_seqlens=batch.cu_seqlens.long())
 
 
 @collected.fails("collate", "documents_apart")
 def longest_example_for_longest_document(examples: Examples, **options: Any) -> PackedBatch:
-    """max_seqlen is that of a row."""
+    """max_seqlen is the length of the longest example."""
     batch = training.collate(examples, **options)
     return replace(batch, max_seqlen=max(len(example["input_ids"]) for example in examples))
 
 
 @collected.fails("collate", "documents_apart")
 def with_attention_mask(examples: Examples, **options: Any) -> PackedBatch:
-    """An all-ones mask, which makes models see the row as one document."""
+    """Adds an all-ones mask, with which models see the row as one document."""
 
     class Masked(PackedBatch):
         def as_dict(self) -> dict[str, Any]:
-            """With the mask."""
+            """Add the mask."""
             return {**super().as_dict(), "attention_mask": torch.ones_like(self.input_ids)}
 
     batch = training.collate(examples, **options)
@@ -198,7 +196,7 @@ def with_attention_mask(examples: Examples, **options: Any) -> PackedBatch:
 
 @collected.fails("collate", "inputs_untouched")
 def writes_seq_lengths(examples: Examples, **options: Any) -> PackedBatch:
-    """Leaves what it found in the examples."""
+    """Writes the seq_lengths that it computes into the examples."""
     batch = training.collate(examples, **options)
     for example in examples:
         example.setdefault("seq_lengths", [len(example["input_ids"])])
@@ -207,13 +205,13 @@ def writes_seq_lengths(examples: Examples, **options: Any) -> PackedBatch:
 
 @collected.fails("collate", "error_parity")
 def vocabulary_unread(examples: Examples, *, vocab_size: int | None = None, **options: Any) -> PackedBatch:
-    """A label outside the vocabulary goes on to the device."""
+    """Does not check tokens and labels against the vocabulary."""
     return training.collate(examples, **options)
 
 
 @collected.fails("collate", "error_parity")
 def lengths_mended(examples: Examples, **options: Any) -> PackedBatch:
-    """Documents that do not fit their row are taken for one."""
+    """If seq_lengths do not match the tokens, the example is one document."""
     mended = []
     for example in examples:
         lengths = integers(example.get("seq_lengths", []))

@@ -1,4 +1,4 @@
-"""Plans of packed rows, wrong and right."""
+"""Wrong and right implementations of pack."""
 
 import bisect
 from collections.abc import Sequence
@@ -18,27 +18,27 @@ Row = list[tuple[int, int, int]]
 
 
 def numbers(lengths: Sequence[int] | Tensor, capacity: int, strategy: str) -> list[int]:
-    """The lengths, once the arguments are right."""
+    """Check the arguments, and return the lengths as a list."""
     batch_checks.at_least_one("capacity", capacity)
     checks.one_of("strategy", strategy, batch_checks.STRATEGIES)
     return batch_checks.lengths_tensor(lengths).tolist()
 
 
 def planned(rows: list[Row]) -> PackingPlan:
-    """The plan of these rows of (document, start, length)."""
+    """Convert rows of (document, start, length) to a plan."""
     spans = [span for row in rows for span in row]
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     return PackingPlan(*(torch.tensor([span[i] for span in spans], dtype=torch.int64) for i in range(3)), offsets)
 
 
 def rows_of(plan: PackingPlan) -> list[Row]:
-    """The rows of a plan as lists of (document, start, length)."""
+    """Convert a plan to rows of (document, start, length)."""
     spans = list(zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
     return [spans[int(a) : int(b)] for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
 
 
 def pieces(lengths: list[int], capacity: int, strategy: str) -> Row:
-    """What best fit lays into rows."""
+    """The pieces of documents that best fit packs."""
     if strategy == "bfd":
         return [(document, 0, min(length, capacity)) for document, length in enumerate(lengths) if length]
     return [
@@ -49,7 +49,7 @@ def pieces(lengths: list[int], capacity: int, strategy: str) -> Row:
 
 
 def laid(found: Row, capacity: int, choose: Any) -> PackingPlan:
-    """Each piece into the row that choose(rows that can hold it, by index: free space) names."""
+    """Add each piece to the row that choose returns, given the free space of each row that the piece fits into."""
     rows: list[Row] = []
     free: dict[int, int] = {}
     for piece in found:
@@ -59,23 +59,23 @@ def laid(found: Row, capacity: int, choose: Any) -> PackingPlan:
             rows.append([])
         rows[row].append(piece)
         space = free.pop(row, capacity) - piece[2]
-        free[row] = space  # at the end: rows that have had their space for longest come first
+        free[row] = space  # inserted last: rows are in the order in which they reached their space
     return planned(rows)
 
 
 def longest_first(found: Row) -> Row:
-    """In falling order of length."""
+    """Sort the pieces in decreasing order of length."""
     return sorted(found, key=lambda piece: -piece[2])
 
 
 def best(fitting: dict[int, int]) -> int:
-    """The row with the least space; of these, the one that has had it for longest."""
+    """The row with the least space; of equal rows, the one that reached it first."""
     return min(fitting, key=lambda row: fitting[row])
 
 
 @collected.passes("pack")
 def by_dictionary(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Rows in the order in which they came to their space."""
+    """Keeps rows in a dictionary, in the order in which they reached their space."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -84,7 +84,7 @@ def by_dictionary(lengths: Any, capacity: int, *, strategy: str = "bfd") -> Pack
 
 @collected.passes("pack")
 def by_bisection(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Free spaces in a sorted list."""
+    """Keeps free spaces in a sorted list."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -102,8 +102,8 @@ def by_bisection(lengths: Any, capacity: int, *, strategy: str = "bfd") -> Packi
 
 @collected.passes("pack")
 def by_trl(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """TRL's own packing of one batch, of numbers that say where each token comes from."""
-    from trl.data_utils import _pack_bfd  # takes seconds, which other backends of this file can do without
+    """Uses TRL's packing of one batch, of tokens that encode where they come from."""
+    from trl.data_utils import _pack_bfd  # takes seconds, and no other backend of this file needs it
 
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped" or not any(found):
@@ -122,7 +122,7 @@ def by_trl(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan
 
 @collected.fails("pack", "equal")
 def first_fit(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """The first row that can hold a piece."""
+    """Chooses the first row that a piece fits into."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -131,7 +131,7 @@ def first_fit(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingP
 
 @collected.fails("pack", "no_more_rows")
 def next_fit(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Only the last row is looked at."""
+    """Considers only the last row."""
     found = numbers(lengths, capacity, strategy)
     rows: list[Row] = []
     for piece in longest_first(pieces(found, capacity, strategy)):
@@ -143,7 +143,7 @@ def next_fit(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPl
 
 @collected.fails("pack", "equal")
 def last_come_first_served(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Of two rows alike the later one."""
+    """Of equal rows, chooses the one that reached its space last."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -153,7 +153,7 @@ def last_come_first_served(lengths: Any, capacity: int, *, strategy: str = "bfd"
 
 @collected.fails("pack", "equal")
 def later_documents_first(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """An unstable sort: of two documents alike the later one first."""
+    """Sorts unstably: of equally long documents, the later one is first."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -162,7 +162,7 @@ def later_documents_first(lengths: Any, capacity: int, *, strategy: str = "bfd")
 
 @collected.fails("pack", "order")
 def not_decreasing(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Best fit in the order of the data."""
+    """Does not sort the documents by length."""
     found = numbers(lengths, capacity, strategy)
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
@@ -171,32 +171,32 @@ def not_decreasing(lengths: Any, capacity: int, *, strategy: str = "bfd") -> Pac
 
 @collected.fails("pack", "capacity")
 def one_token_too_many(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Rows of capacity + 1, as `<=` in place of `<` gives."""
+    """Fills rows up to capacity + 1, as `<=` in place of `<` does."""
     return training.pack(lengths, capacity + (capacity > 1), strategy=strategy)
 
 
 @collected.fails("pack", "tokens_kept")
 def long_documents_dropped(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """What does not fit is left out, silently."""
+    """Drops documents longer than a row."""
     kept = [length if length <= capacity else 0 for length in numbers(lengths, capacity, strategy)]
     return training.pack(kept, capacity, strategy=strategy)
 
 
 @collected.fails("pack", "tokens_kept")
 def always_truncated(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """bfd_split as bfd: loses the ends of long documents."""
+    """Treats bfd_split as bfd, which truncates long documents."""
     return training.pack(lengths, capacity, strategy="bfd" if strategy == "bfd_split" else strategy)
 
 
 @collected.fails("pack", "whole_documents", "tokens_kept")
 def always_wrapped(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Documents are cut wherever a row is full, whatever was asked for."""
+    """Splits documents wherever a row is full, with every strategy."""
     return training.pack(lengths, capacity, strategy="wrapped")
 
 
 @collected.fails("pack", "tokens_kept")
 def short_row_dropped(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """What fills no row at the end of "wrapped" is lost."""
+    """With "wrapped", drops the last row unless it is full."""
     rows = rows_of(training.pack(lengths, capacity, strategy=strategy))
     if strategy == "wrapped" and rows and sum(span[2] for span in rows[-1]) < capacity:
         rows.pop()
@@ -205,14 +205,14 @@ def short_row_dropped(lengths: Any, capacity: int, *, strategy: str = "bfd") -> 
 
 @collected.fails("pack", "tokens_kept")
 def buffer_read_again(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Each batch of four documents begins at the first token of all, as a slice does whose offset is forgotten."""
+    """Each batch of four documents starts from document 0, as if the offset of a slice were ignored."""
     plan = training.pack(lengths, capacity, strategy=strategy)
     return replace(plan, documents=plan.documents % 4) if strategy == "wrapped" else plan
 
 
 @collected.fails("pack", "no_more_rows")
 def packed_by_batches(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Rows never reach over a batch of eight documents."""
+    """Packs each batch of eight documents by itself."""
     found = numbers(lengths, capacity, strategy)
     rows = []
     for first in range(0, len(found), 8):
@@ -223,14 +223,14 @@ def packed_by_batches(lengths: Any, capacity: int, *, strategy: str = "bfd") -> 
 
 @collected.fails("pack", "structure")
 def short_integers(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """int32 offsets."""
+    """Offsets are int32."""
     plan = training.pack(lengths, capacity, strategy=strategy)
     return replace(plan, offsets=plan.offsets.int())
 
 
 @collected.fails("pack", "structure")
 def empty_documents_kept(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Spans without tokens, which merge their neighbours' positions later on."""
+    """Keeps spans without tokens, which later merge the positions of their neighbours."""
     found = numbers(lengths, capacity, strategy)
     rows = rows_of(training.pack(lengths, capacity, strategy=strategy))
     if rows:
@@ -240,13 +240,13 @@ def empty_documents_kept(lengths: Any, capacity: int, *, strategy: str = "bfd") 
 
 @collected.fails("pack", "equal")
 def last_row_first(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Rows in an order of their own."""
+    """Returns the rows in reverse order."""
     return planned(rows_of(training.pack(lengths, capacity, strategy=strategy))[::-1])
 
 
 @collected.fails("pack", "inputs_untouched")
 def sorts_the_lengths(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Sorts where they lie."""
+    """Sorts the lengths in place."""
     plan = training.pack(lengths, capacity, strategy=strategy)
     lengths[:] = torch.sort(lengths).values if isinstance(lengths, Tensor) else sorted(lengths)
     return plan
@@ -254,7 +254,7 @@ def sorts_the_lengths(lengths: Any, capacity: int, *, strategy: str = "bfd") -> 
 
 @collected.fails("pack", "error_parity")
 def strategies_unread(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
-    """Any other name means bfd."""
+    """Any unknown strategy is bfd."""
     return training.pack(lengths, capacity, strategy=strategy if strategy in batch_checks.STRATEGIES else "bfd")
 
 

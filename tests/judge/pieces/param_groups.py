@@ -1,4 +1,4 @@
-"""Groups of parameters, wrong and right."""
+"""Wrong and right implementations of param_groups."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -17,7 +17,7 @@ collected = Collected()
 def grouped(
     model: Module, of: Callable[[str, Parameter], tuple[Role, float, float]], *, frozen: bool = False
 ) -> list[ParamGroup]:
-    """Groups of what `of` says of each trained parameter: role, rate and decay; in the order of the contract."""
+    """Group trainable parameters by role, rate and decay, which `of` returns; in the order of the contract."""
     found: dict[tuple[Role, float, float], list[Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or frozen:
@@ -27,12 +27,12 @@ def grouped(
 
 
 def regrouped(groups: list[ParamGroup], **changes: Any) -> list[ParamGroup]:
-    """The groups with these fields changed."""
+    """Change the given fields of every group."""
     return [replace(group, **changes) for group in groups]
 
 
 def by_suffix(model: Module, embedding_lr: float | None, is_embedding: Callable[[str], bool], **options: Any) -> Any:
-    """The reference's groups, the embedding's chosen by name."""
+    """The groups of the reference, but embeddings are selected by name."""
     plain = training.param_groups(model, **options)
     if embedding_lr is None:
         return plain
@@ -75,7 +75,7 @@ def walked_from_the_root(
     walk(model, False)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("model: nothing is trained")
+        raise ValueError("model: got no trainable parameter")
     bare = None if decay_names is None else [_bare(name) for name in decay_names]
 
     def group(role: Role, decaying: bool) -> ParamGroup:
@@ -100,7 +100,7 @@ def _bare(name: str) -> str:
 def wrappers_taken_off(
     model: Module, *, decay_names: Collection[str] | None = None, **options: Any
 ) -> list[ParamGroup]:
-    """Looks at the model inside."""
+    """Unwraps the model first."""
     while [name for name, _ in model.named_children()] in (["module"], ["_orig_mod"]):
         model = next(model.children())
     return training.param_groups(model, decay_names=decay_names, **options)
@@ -108,13 +108,13 @@ def wrappers_taken_off(
 
 @collected.fails("param_groups", "roles")
 def suffix_of_the_default_adapter(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """Embeddings are what ends with one fixed name."""
+    """Embeddings are the parameters with one fixed suffix."""
     return by_suffix(model, embedding_lr, lambda name: name.endswith("modules_to_save.default.weight"), **options)
 
 
 @collected.fails("param_groups", "roles")
 def everything_saved_is_an_embedding(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """Norms under modules_to_save too."""
+    """Norms under modules_to_save count as embeddings."""
     return by_suffix(
         model, embedding_lr, lambda name: "modules_to_save" in name or "embed" in name or "head" in name, **options
     )
@@ -122,7 +122,7 @@ def everything_saved_is_an_embedding(model: Module, *, embedding_lr: float | Non
 
 @collected.fails("param_groups", "roles")
 def embeddings_by_class(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """Only what is an nn.Embedding itself: not LoRA on one, not the head."""
+    """Only parameters of an nn.Embedding count: not LoRA on one, not the head."""
     own = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     names = {name for name, p in model.named_parameters() if id(p) in own}
     return by_suffix(model, embedding_lr, lambda name: name in names, **options)
@@ -130,32 +130,32 @@ def embeddings_by_class(model: Module, *, embedding_lr: float | None = None, **o
 
 @collected.fails("param_groups", "roles")
 def zero_is_none(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """A rate of 0 counts as not given."""
+    """An embedding_lr of 0 counts as None."""
     return training.param_groups(model, embedding_lr=embedding_lr or None, **options)
 
 
 @collected.fails("param_groups", "roles")
 def value_never_stored(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """The embeddings' rate is lost on the way."""
+    """Ignores embedding_lr."""
     return training.param_groups(model, **options)
 
 
 @collected.fails("param_groups", "decay")
 def decay_lost_with_embedding_rate(model: Module, *, embedding_lr: float | None = None, **options: Any) -> Any:
-    """The optimizer's own keywords hold no weight decay."""
+    """With an embedding_lr, weight decay is lost."""
     groups = training.param_groups(model, embedding_lr=embedding_lr, **options)
     return groups if embedding_lr is None else regrouped(groups, weight_decay=0.0)
 
 
 @collected.fails("param_groups", "decay")
 def norms_and_biases_decay(model: Module, *, weight_decay: float = 0.0, **options: Any) -> Any:
-    """No split by decay."""
+    """All parameters decay."""
     return regrouped(training.param_groups(model, weight_decay=weight_decay, **options), weight_decay=weight_decay)
 
 
 @collected.fails("param_groups", "decay")
 def prefixes_unread(model: Module, *, decay_names: Collection[str] | None = None, **options: Any) -> Any:
-    """Names that decay are not found under a wrapper."""
+    """decay_names do not match the names under a wrapper."""
     if decay_names is not None:
         known = {name for name, _ in model.named_parameters()}
         decay_names = [name for name in decay_names if name in known]
@@ -164,28 +164,28 @@ def prefixes_unread(model: Module, *, decay_names: Collection[str] | None = None
 
 @collected.fails("param_groups", "decay")
 def embeddings_never_decay(model: Module, **options: Any) -> Any:
-    """As some recipes have it, but nobody asked for it."""
+    """Embeddings do not decay, as in some recipes."""
     groups = training.param_groups(model, **options)
     return [replace(g, weight_decay=0.0) if g.role == "embedding" else g for g in groups]
 
 
 @collected.fails("param_groups", "partition")
 def always_two_groups(model: Module, **options: Any) -> Any:
-    """One of them empty."""
+    """Returns empty groups."""
     groups = training.param_groups(model, **options)
     return [*groups, *(ParamGroup(role, (), 0.01, 0.0) for role in ("base", "embedding"))]
 
 
 @collected.fails("param_groups", "partition")
 def frozen_included(model: Module, *, lr: float, **options: Any) -> Any:
-    """Whatever has a name."""
+    """Includes frozen parameters."""
     training.param_groups(model, lr=lr, **options)
     return grouped(model, lambda name, parameter: ("base", lr, 0.0), frozen=True)
 
 
 @collected.fails("param_groups", "partition")
 def tied_twice(model: Module, **options: Any) -> Any:
-    """The tied weight under both its names."""
+    """Includes a tied weight twice, once under each name."""
     groups = training.param_groups(model, **options)
     every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     return [replace(g, params=tuple(p for p in g.params for _ in range(every.count(id(p))))) for g in groups]
@@ -193,7 +193,7 @@ def tied_twice(model: Module, **options: Any) -> Any:
 
 @collected.fails("param_groups", "partition")
 def lora_on_embeddings_forgotten(model: Module, **options: Any) -> Any:
-    """Parameters that no module's name says anything about are in no group."""
+    """LoRA parameters of embeddings are in no group."""
     skipped = {id(p) for name, p in model.named_parameters() if "lora_embedding" in name}
     groups = training.param_groups(model, **options)
     kept = [replace(g, params=tuple(p for p in g.params if id(p) not in skipped)) for g in groups]
@@ -202,14 +202,14 @@ def lora_on_embeddings_forgotten(model: Module, **options: Any) -> Any:
 
 @collected.fails("param_groups", "order")
 def by_size(model: Module, **options: Any) -> Any:
-    """Parameters in an order of their own."""
+    """Sorts the parameters of a group by size."""
     groups = training.param_groups(model, **options)
     return [replace(g, params=tuple(sorted(g.params, key=lambda p: p.numel()))) for g in groups]
 
 
 @collected.fails("param_groups", "untouched")
 def thaws_the_embedding(model: Module, **options: Any) -> Any:
-    """Makes it trainable, since it has a rate."""
+    """Makes the embedding trainable."""
     groups = training.param_groups(model, **options)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -219,7 +219,7 @@ def thaws_the_embedding(model: Module, **options: Any) -> Any:
 
 @collected.fails("param_groups", "error_parity")
 def nothing_to_train_is_fine(model: Module, **options: Any) -> Any:
-    """An optimizer of nothing."""
+    """Returns no groups if no parameter is trainable."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     return training.param_groups(model, **options)
@@ -227,5 +227,5 @@ def nothing_to_train_is_fine(model: Module, **options: Any) -> Any:
 
 @collected.fails("param_groups", "signature_parity", contract=False)
 def rate_by_default(model: Module, *, lr: float = 5e-5, **options: Any) -> Any:
-    """A rate that nobody chose."""
+    """lr has a default."""
     return training.param_groups(model, lr=lr, **options)
