@@ -145,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
     results = [result for _, result in done]
     print()
     if any(result.verdict == "fail" for result in results):
-        print(report.failures(results, arguments.backend, device))
+        print(report.failures(results, arguments.backend, device), end="\n\n")
     print(report.closing(results))
     if arguments.json:
         report.write_json(arguments.json, results, judged, device, arguments.profile)

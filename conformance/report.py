@@ -22,10 +22,10 @@ NAME_WIDTH, CELL_WIDTH = 1 + max(map(len, (*OPERATIONS, *PIECES))), 17
 
 
 def heading(judged: Judged, device: str, profile: str) -> str:
-    """One line: the backend, the reference, the versions and device, the profile."""
+    """One line: the backend, the reference, the versions and device, the profile, and the unit of the table."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     version = torch.__version__.split("+")[0]
-    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
+    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}; % of the error budget used"
 
 
 class Table:
