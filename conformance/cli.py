@@ -310,7 +310,7 @@ def _demand_writable(path: Path | None) -> None:
 
 
 def _known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """The names, or all allowed ones if there are none; raises UsageError for a name that is not allowed."""
+    """The names, or all allowed names if none is given; raises UsageError for one that is not allowed."""
     for name in names or []:
         if name not in allowed:
             raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")

@@ -210,7 +210,8 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
         if measured > allowed:
             raise Failure(
                 f"gate G2 used {measured / allowed:.3g} of the budget in {name}: {which} error of {len(r)} elements\n"
-                f"measured {measured:.3g}, allowed {allowed:.3g}; {factor} times plain PyTorch, {other:.3g}",
+                f"measured {measured:.3g}, allowed {allowed:.3g}: {factor} times plain PyTorch, {other:.3g},"
+                f" or the floor, {floor:.3g}",
                 measured / allowed,
             )
     return used

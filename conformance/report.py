@@ -22,10 +22,10 @@ NAME_WIDTH, CELL_WIDTH = 1 + max(map(len, (*OPERATIONS, *PIECES))), 17
 
 
 def heading(judged: Judged, device: str, profile: str) -> str:
-    """One line: the backend, the reference, the versions and device, the profile, and the unit of the table."""
+    """One line: the backend, the reference, the versions and device, the profile."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     version = torch.__version__.split("+")[0]
-    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}; % of the error budget used"
+    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
 
 
 class Table:
@@ -42,7 +42,7 @@ class Table:
     def __enter__(self) -> Table:
         """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(" " * NAME_WIDTH + f"{dtypes}{'properties':<13}cases")
+        self._print(f"{'% of error budget':<{NAME_WIDTH}}{dtypes}{'properties':<13}cases")
         self._bar.start()
         return self
 
@@ -74,9 +74,9 @@ class Table:
         else:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         properties = {result.property for result in results}
-        held = properties - {result.property for result in results if result.verdict == "fail"}
+        passed = properties - {result.property for result in results if result.verdict == "fail"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
-        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(held)}/{len(properties)}':<13}{cases}"
+        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(passed)}/{len(properties)}':<13}{cases}"
 
 
 def _cell(results: Sequence[Result]) -> str:

@@ -108,7 +108,7 @@ class Trial:
         with Caught() as caught:
             first = list(signature(self.spec.reference).parameters)[: len(inputs)]
             leading = [tensor for name, tensor in inputs.items() if name in first]
-            by_name = {name: tensor for name, tensor in inputs.items() if name not in first}  # behind an option
+            by_name = {name: tensor for name, tensor in inputs.items() if name not in first}  # an option precedes them
             found = (function or self.function)(*leading, **by_name, **options)
             outputs = found if isinstance(found, tuple) else (found,)
             wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]

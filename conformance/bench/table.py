@@ -112,8 +112,8 @@ def _device(row: Row, key: str, milliseconds: float | None) -> str:
 
 def _percent(row: Row, key: str) -> str:
     """Percent of the roofline; empty if the forward pass did part of the work of the gradients."""
-    share = row.roofline.get(key)
-    return "" if share is None else f"{100 * share:3.0f} %"
+    fraction = row.roofline.get(key)
+    return "" if fraction is None else f"{100 * fraction:3.0f} %"
 
 
 def write_json(

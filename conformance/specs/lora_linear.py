@@ -73,7 +73,7 @@ class _Terms:
     """
 
     def __init__(self, call: Call) -> None:
-        self.unit, self.least = call.unit, call.unit * call.smallest
+        self.unit, self.underflow = call.unit, call.unit * call.smallest
         self.float32 = call.float32_error
         self.scaling = call.options.get("scaling", 1.0)
         self.x, self.weight = _exact(_flattened(call.inputs["x"])), _exact(call.inputs["weight"])
@@ -93,7 +93,7 @@ class _Terms:
 
     def rounded(self, sum_: _Sum) -> _Sum:
         """The sum rounded to the dtype of x."""
-        return _Sum(sum_.value, sum_.error + self.unit * (sum_.value.abs() + sum_.error) + self.least)
+        return _Sum(sum_.value, sum_.error + self.unit * (sum_.value.abs() + sum_.error) + self.underflow)
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _y_terms(call: Call) -> Tensor:
     error = base.error
     if "bias" in call.inputs:
         bias = call.inputs["bias"]  # it may be the first term of the sum, to which all others are added
-        error = error + terms.float32 * bias.abs() + call.unit * (base.value + bias).abs() + terms.least
+        error = error + terms.float32 * bias.abs() + call.unit * (base.value + bias).abs() + terms.underflow
     added = terms.rounded(terms.product(terms.low, _transposed(terms.b)))
     scaled = terms.rounded(_Sum(terms.scaling * added.value, abs(terms.scaling) * added.error))
     shape = *call.inputs["x"].shape[:-1], call.inputs["weight"].shape[0]

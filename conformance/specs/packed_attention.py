@@ -7,7 +7,7 @@ argument kinds that fill one document with NaN check that documents do not atten
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log2, nan
+from math import nan
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
+from conformance.gates import UNIT_FLOAT32
 from conformance.spec import Call, Change, ErrorCase, Inputs, Options, Spec, nbytes
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
@@ -77,7 +78,7 @@ class _Part:
     k: Tensor
     v: Tensor
     p: Tensor  # probabilities plus the smallest number with a relative error; 0 where a key is masked
-    doubt: Tensor  # number of float32 roundings that p carries, relative to p
+    p_roundings: Tensor  # number of float32 roundings that p carries, relative to p
 
 
 def _smallest(call: Call) -> float:
@@ -92,8 +93,8 @@ def _parts(call: Call) -> Iterator[_Part]:
     scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
     window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
     for begin, end in pairwise(cu_seqlens.tolist()):
-        place = torch.arange(end - begin, device=q.device)
-        seen = (place <= place[:, None]) & (place > place[:, None] - window)
+        position = torch.arange(end - begin, device=q.device)
+        seen = (position <= position[:, None]) & (position > position[:, None] - window)
         for head in range(k.shape[1] if end > begin else 0):
             rows, heads = slice(begin, end), slice(head * group, (head + 1) * group)
             part_q, part_k, part_v = q[rows, heads].transpose(0, 1), k[rows, head], v[rows, head]
@@ -103,48 +104,45 @@ def _parts(call: Call) -> Iterator[_Part]:
             # Roundings of a score are those of its sum; those of p add its log-sum-exp's and the mean of its row's.
             score = 1 + z.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True).abs()
             score = score + part_q.abs() @ part_k.abs().mT * scale
-            doubt = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
-            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), doubt)
+            p_roundings = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
+            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-def _float32(call: Call) -> float:
+def _float32_weight(call: Call) -> float:
     """Weight of a float32 rounding in S: for 16 bits, the gates allow ROUNDINGS of u instead of log2(n) of 2^-24."""
-    if call.unit == 2.0**-24:
-        return 1.0
-    elements = max(tensor.numel() for tensor in call.inputs.values())
-    return 2 * max(1.0, log2(max(elements, 1))) / ROUNDINGS * 2.0**-24 / call.unit
+    return 1.0 if call.unit == UNIT_FLOAT32 else call.float32_error / ROUNDINGS / call.unit
 
 
 def _out_terms(call: Call) -> Tensor:
     """Sum of p |v|; p carries a rounding to v's dtype, and the roundings of its score."""
-    terms, share = torch.zeros_like(call.inputs["q"]), _float32(call)
+    terms, weight = torch.zeros_like(call.inputs["q"]), _float32_weight(call)
     for part in _parts(call):
-        terms[part.rows, part.heads] = (part.p * (1 + share * part.doubt) @ part.v.abs()).transpose(0, 1)
+        terms[part.rows, part.heads] = (part.p * (1 + weight * part.p_roundings) @ part.v.abs()).transpose(0, 1)
     return terms
 
 
 def _dv_terms(call: Call) -> Tensor:
     """Sum of p |do| over queries and the heads of the group."""
-    terms, share = torch.zeros_like(call.inputs["v"]), _float32(call)
+    terms, weight = torch.zeros_like(call.inputs["v"]), _float32_weight(call)
     for part in _parts(call):
         do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-        terms[part.rows, part.head] = ((part.p * (1 + share * part.doubt)).mT @ do).sum(0)
+        terms[part.rows, part.head] = ((part.p * (1 + weight * part.p_roundings)).mT @ do).sum(0)
     return terms
 
 
 def _ds_terms(call: Call, part: _Part) -> Tensor:
     """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
-    cap, share = call.options.get("softcap", 0.0), _float32(call)
+    cap, weight = call.options.get("softcap", 0.0), _float32_weight(call)
     do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
     dp = do @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
-    doubtful = (part.p * part.doubt * dp).sum(-1, keepdim=True)
+    delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
     if cap:
         scale = call.options.get("scale") or part.q.shape[2] ** -0.5
         slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
-    in_float32 = (1 + part.doubt) * (dp + delta) + doubtful
-    return part.p * (slope * (dp + delta) + share * in_float32) + (part.p > 0) * _smallest(call)
+    in_float32 = (1 + part.p_roundings) * (dp + delta) + delta_roundings
+    return part.p * (slope * (dp + delta) + weight * in_float32) + (part.p > 0) * _smallest(call)
 
 
 def _dq_terms(call: Call) -> Tensor:
