@@ -1,1 +1,1 @@
-"""The judge: draws cases, runs any backend against `unsloth_ref`, says pass or fail with a measured error budget."""
+"""The judge: draws cases, compares any backend with `unsloth_ref`, reports pass or fail and the error budget used."""

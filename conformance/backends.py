@@ -1,4 +1,4 @@
-"""Who is judged: a name, or the dotted path of a module (or an object in one) that defines some of the contract."""
+"""The backend under judgement: a name, or the dotted path of a module or object that defines operations."""
 
 import importlib
 import inspect
@@ -12,15 +12,15 @@ from typing import Any
 import unsloth_ref.kernels
 import unsloth_ref.training
 from conformance import interpreter
-from conformance.peers import Absent
-from conformance.trial import BackendError, Function, Raised, describe
+from conformance.peers import PACKAGES, Absent
+from conformance.trial import BackendError, Caught, Function, describe
 
 OPERATIONS = tuple(unsloth_ref.kernels.__all__)
 PIECES = tuple(unsloth_ref.training.__all__)
-PEERS = ("compile", "torch", "varlen", "liger", "unsloth", "cce")
+PEERS = tuple(PACKAGES)
 NAMES = ("fast", "reference", *PEERS)
-# No Triton of their own: on a CPU torch.compile writes C++.
-COMPILED_OR_EAGER = ("reference", "compile", "torch", "varlen")
+# These have no Triton kernels of their own: on a CPU torch.compile generates C++.
+COMPILED_OR_EAGER = ("reference", *(peer for peer, package in PACKAGES.items() if package is None))
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Judged:
     """A backend under judgement.
 
     Attributes:
-        name: as given on the command line.
-        functions: its operations and training pieces by name; what it does not define is absent.
-        description: its name, and what it runs on.
-        truncates: whether its casts to bfloat16 may truncate, as Triton's interpreter's do: whether triton was loaded
-            with it, or before it.
+        name: from the command line.
+        functions: its operations and training pieces by name; those that it does not define are absent.
+        description: its name, and the version and mode of Triton if it runs on Triton.
+        truncates: whether its casts to bfloat16 may truncate, as those of Triton's interpreter do: true if triton is
+            loaded on a CPU, by this backend or before it.
     """
 
     name: str
@@ -47,7 +47,7 @@ def load(name: str, device: str) -> Judged:
 
     Args:
         name: one of NAMES, or a dotted path.
-        device: "cpu" runs Triton kernels in its interpreter, which is chosen here, before triton is imported.
+        device: "cpu" selects Triton's interpreter before triton is imported.
 
     Raises:
         Absent: a peer's package is not installed.
@@ -62,18 +62,18 @@ def load(name: str, device: str) -> Judged:
         if hasattr(namespace, op)
     }
     if not functions:
-        kind = Absent if name in PEERS else BackendError  # whose operation the contract has not got yet
-        raise kind(f"backend: {name} defines no operation; the contract has {', '.join((*OPERATIONS, *PIECES))}")
+        error = Absent if name in PEERS else BackendError  # a peer may only have operations that the contract lacks
+        raise error(f"backend: {name} defines no operation; the contract has {', '.join((*OPERATIONS, *PIECES))}")
     for op, function in functions.items():
-        with Raised() as raised:
+        with Caught() as caught:
             inspect.signature(function)
-        if raised.error is not None:
-            raise BackendError(f"backend: {name}.{op} is no function with a signature: {describe(raised.error)}")
-    # Dynamo imports triton too.
+        if caught.error is not None:
+            raise BackendError(f"backend: {name}.{op} is not a function with a signature: {describe(caught.error)}")
+    # Checked by name too, because Dynamo imports triton.
     interpreted = device == "cpu" and name not in COMPILED_OR_EAGER and "triton" in sys.modules
     if interpreted:
-        interpreter.patch()
-    return Judged(name, functions, f"{name}{_runs_on(interpreted)}", interpreted)
+        interpreter.patch_for_speed()
+    return Judged(name, functions, f"{name}{_triton(interpreted)}", interpreted)
 
 
 def _namespaces(name: str) -> list[Any]:
@@ -86,14 +86,15 @@ def _namespaces(name: str) -> list[Any]:
             return [importlib.import_module(f"conformance.peers.{name}")]
         except Absent as absent:
             raise Absent(f"backend: {name} {absent}") from absent
-    with Raised(SystemExit) as raised:
+    with Caught(SystemExit) as caught:
         return [pkgutil.resolve_name(name)]
     allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
-    why = describe(raised.error)
-    raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from raised.error
+    why = describe(caught.error)
+    raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from caught.error
 
 
-def _runs_on(interpreted: bool) -> str:
+def _triton(interpreted: bool) -> str:
+    """The version of Triton and whether it interprets, in parentheses; empty if triton is not loaded."""
     if "triton" not in sys.modules:
         return ""
     return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if interpreted else ''})"

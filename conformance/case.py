@@ -1,8 +1,8 @@
-"""What is drawn: a small frozen case, and the tensors built from it.
+"""A small frozen case, and the tensors built from it.
 
-A case holds sizes, options and names, never elements, so that it shrinks to something a person can read. Its tensors
-come from a seeded CPU generator in float64, are rounded to the dtype under test and moved, so that every device sees
-the same bits, and are laid out in memory there.
+A case holds sizes, options and names but no elements, so that Hypothesis can shrink it to a line that a person can
+read. Its tensors come from a seeded CPU generator in float64, are rounded to the dtype under test and moved to the
+device, so that every device sees the same bits; there they get their memory layout.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Case:
 
     Attributes:
         sizes: (name, value) of each dimension, in the order of the spec.
-        options: (name, value) of each keyword that differs from its default.
-        fill: what the elements are like, a name in FILLS.
-        layout: how rows lie in memory, a name in LAYOUTS.
-        seed: seeds the elements.
+        options: (name, value) of each keyword whose value is not the default.
+        fill: the distribution of the elements, a name in FILLS.
+        layout: strides and storage offset of the tensors, a name in LAYOUTS.
+        seed: of the elements.
     """
 
     sizes: tuple[tuple[str, int], ...]
@@ -37,12 +37,12 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        """The case as `conformance repro` reads it: "rows=4 hidden=129 fill=tiny seed=0"."""
+        """The case in the form that `conformance repro` reads: "rows=4 hidden=129 fill=tiny seed=0"."""
         words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
         return " ".join(f"{name}={value}" for name, value in words)
 
     def __repr__(self) -> str:
-        """The case as a call, for messages."""
+        """The case in the form of a constructor call, for messages."""
         words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
         return f"Case({', '.join(f'{name}={value!r}' for name, value in words)})"
 
@@ -55,15 +55,15 @@ class Case:
         return replace(self, sizes=tuple((name, sizes.get(name, size)) for name, size in self.sizes))
 
     def with_options(self, options: Mapping[str, Any]) -> Case:
-        """The same case with these options on top of its own."""
+        """The same case with these options, which replace its own of the same name."""
         return replace(self, options=tuple({**dict(self.options), **options}.items()))
 
     @classmethod
     def parse(cls, line: str, size_names: tuple[str, ...], option_names: tuple[str, ...]) -> Case:
-        """Read what `str(case)` wrote.
+        """Parse the output of `str(case)`.
 
         Raises:
-            ValueError: a word is not name=value, a name is unknown, or a size is missing.
+            ValueError: a word is not name=value, a name is unknown, a size is missing, or a value is not allowed.
         """
         words: dict[str, Any] = {}
         for word in line.split():
@@ -81,7 +81,7 @@ class Case:
             raise ValueError(f"case: got {line!r}; missing: {', '.join(missing)}")
         for name in (*size_names, "seed"):
             if not isinstance(words.get(name, 0), int) or words.get(name, 0) < 0:
-                raise ValueError(f"case: got {name}={words[name]}; allowed: a whole number from 0")
+                raise ValueError(f"case: got {name}={words[name]}; allowed: a whole number, 0 or more")
         for name, allowed in (("fill", FILLS), ("layout", LAYOUTS)):
             if name in words and words[name] not in allowed:
                 raise ValueError(f"case: got {name}={words[name]}; allowed: {', '.join(allowed)}")
@@ -99,7 +99,7 @@ def _randn(generator: Generator, shape: tuple[int, ...]) -> Tensor:
 def _outlier(generator: Generator, shape: tuple[int, ...]) -> Tensor:
     values = _randn(generator, shape)
     values[..., ::2, :] *= 64  # whole rows
-    values[..., :, -1:] *= 16  # and the last column, where a tail bug shows
+    values[..., :, -1:] *= 16  # and the last column, which exposes a wrong mask
     return values
 
 
@@ -130,24 +130,24 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
 
 
 def _offset(values: Tensor) -> Tensor:
-    """One element off the start of its storage: breaks 16-byte alignment."""
+    """Start one element into the storage, which breaks 16-byte alignment."""
     return torch.cat([values.new_zeros(1), values.reshape(-1)])[1:].view(values.shape)
 
 
 def _step(values: Tensor) -> Tensor:
-    """Every second row and column of a larger tensor."""
+    """Every second element of a larger tensor, in each dimension."""
     larger = values.new_zeros([2 * size for size in values.shape])
     view = larger[tuple(slice(None, None, 2) for _ in values.shape)]
     return view.copy_(values)
 
 
 def _halves(values: Tensor) -> Tensor:
-    """The left half of rows twice as long, as a split of one gate_up tensor gives."""
+    """The left half of rows twice as long, as after splitting a gate_up tensor."""
     return torch.cat([values, values], -1)[..., : values.shape[-1]] if values.ndim else values
 
 
 def _transposed(values: Tensor) -> Tensor:
-    """A matrix column by column; of more dimensions, the third before the second, as attention sees its heads."""
+    """A matrix in column-major order; with more dimensions, the second and third exchanged, as for attention heads."""
     if values.ndim < 2:
         return values
     first, second = (0, 1) if values.ndim == 2 else (1, 2)
@@ -165,15 +165,16 @@ LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Draw:
-    """Builds the tensors of one case; the argument of a spec's `build`.
+    """Builds the tensors of one case; passed to a spec's `build`.
 
-    Every tensor has a generator of its own, so that adding one leaves the others' bits alone.
+    Every tensor has its own generator, so that adding a tensor does not change the bits of the others.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> None:
-        """Tensors of this dtype, on this device.
+        """Build tensors of this dtype on this device.
 
-        Source is the device that draws: a CPU gives every device the same bits, a GPU draws a benchmark's 10^9 at once.
+        `source` is the device that draws the elements: a CPU gives every device the same bits, a GPU is fast enough
+        for the 10^9 elements of a benchmark.
         """
         self.case, self.dtype, self.device, self._source = case, dtype, device, source
         self._count = 0
@@ -183,40 +184,40 @@ class Draw:
         return Generator(self._source).manual_seed(1000 * self.case.seed + self._count)
 
     def place(self, values: Tensor) -> Tensor:
-        """Round to the dtype, move to the device, lay out as the case asks."""
+        """Round to the dtype, move to the device, apply the case's layout."""
         return LAYOUTS[self.case.layout](values.to(self.dtype).to(self.device))
 
     def lay_out(self, integers: Tensor) -> Tensor:
-        """Move integers to the device, lay them out as the case asks."""
+        """Move integers to the device, apply the case's layout."""
         return LAYOUTS[self.case.layout](integers.to(self.device))
 
-    def rows(self, *shape: int) -> Tensor:
-        """[..., columns] filled and laid out as the case asks."""
+    def filled(self, *shape: int) -> Tensor:
+        """[..., columns] with the case's fill and layout."""
         return self.place(FILLS[self.case.fill](self._generator(), shape))
 
     def weight(self, size: int) -> Tensor:
-        """[size] around 1, never all alike: a weight of ones would hide a wrong index."""
+        """[size] around 1, never constant: a weight of ones would hide a wrong index."""
         return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
 
     def matrix(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns] normal, whatever the fill, so small that a product keeps the size of what it multiplies."""
+        """[rows, columns] normal for every fill, scaled so that a product has the magnitude of its other factor."""
         return self.place(_randn(self._generator(), (rows, columns)) / max(1, columns) ** 0.5)
 
     def grad_output(self, like: Tensor) -> Tensor:
-        """Standard normal in the dtype of an output, contiguous; for a scalar, under every other seed, 1."""
+        """Standard normal in the dtype of an output, contiguous; for a scalar output 1 if the seed is even."""
         if like.ndim == 0 and self.case.seed % 2 == 0:
             return torch.ones_like(like)
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)
 
-    def labels(self, tokens: int, classes: int, share: float = 0.2) -> Tensor:
-        """[tokens] int64 in [0, classes): both ends, both sides of likely tile edges, then random; a share ignored."""
+    def labels(self, tokens: int, classes: int, ignored_fraction: float = 0.2) -> Tensor:
+        """[tokens] int64 in [0, classes): both ends, the neighbours of likely tile edges, random ones; some ignored."""
         generator = Generator().manual_seed(self.case.seed)
         labels = torch.randint(max(classes, 1), (tokens,), generator=generator)
         edges = [0, classes - 1, *(edge + side for edge in (128, 1024, 4096, 8192, 32768, 65536) for side in (-1, 0))]
         edges = [edge for edge in edges if 0 <= edge < classes]
         where = torch.randperm(tokens, generator=generator)[: len(edges)]
         labels[where] = torch.tensor(edges[: len(where)], dtype=torch.int64)
-        ignored = torch.rand(tokens, generator=generator) < share
-        ignored[tokens // 2 : tokens // 2 + (tokens > 2 and share > 0)] = True  # always one, where there are others
+        ignored = torch.rand(tokens, generator=generator) < ignored_fraction
+        ignored[tokens // 2 : tokens // 2 + (tokens > 2 and ignored_fraction > 0)] = True  # one, if others remain
         labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
         return self.lay_out(labels)

@@ -1,6 +1,7 @@
 """The command line: run, list, repro, bench, fingerprint.
 
-Exit status: 0 all passed, 1 something failed, 2 a usage error or nothing to run. A usage error is one line.
+Exit status: 0 if everything passed, 1 if something failed, 2 for a usage error or if nothing ran. A usage error is
+reported in one line.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from conformance.peers import Absent
 from conformance.piece import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Check, run
+from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.spec import SpecError, specs
 from conformance.trial import BackendError
@@ -32,11 +33,11 @@ LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
 
 
 class UsageError(Exception):
-    """Something on the command line that cannot be done; its text says what was seen and what is allowed."""
+    """A command line that cannot be run; the message states the value seen and the allowed values."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line an error, instead of the usage text."""
+    """Prints one line per error instead of the usage text."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(message)
@@ -45,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a backend may lie in the current folder
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a backend may be in the current folder
     try:
         arguments = _parser().parse_args(argv)
         status = arguments.verb(arguments)
@@ -56,50 +57,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 141
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="conformance", description="Judge kernels against the reference.")
+    parser = _Parser(prog="conformance", description="Judge kernels against the reference, and time them.")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
 
-    judge = verbs.add_parser("run", help="judge a backend's operations and training pieces")
-    judge.add_argument("ops", nargs="*", metavar="OP", help="operations and pieces (all)")
-    judge.add_argument("--profile", default="ci", choices=PROFILES, help="how long to look (ci)")
+    judge = verbs.add_parser("run", help="check the operations and training pieces of a backend")
+    judge.add_argument("ops", nargs="*", metavar="OP", help="operations and training pieces (all)")
+    judge.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
     judge.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
-    judge.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties (all; see list)")
-    judge.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    judge.add_argument("--jobs", type=int, metavar="N", help="processes (one a core, at most 4)")
-    judge.add_argument("-x", "--stop", action="store_true", help="leave an operation at its first failure")
+    judge.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
+    judge.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    judge.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
+    judge.add_argument("-x", "--stop", action="store_true", help="leave an operation after its first failure")
     judge.set_defaults(verb=_run)
 
-    listing = verbs.add_parser("list", help="what can be judged, by which properties")
+    listing = verbs.add_parser("list", help="list operations, properties, training pieces, backends and profiles")
     listing.set_defaults(verb=_list)
 
     repro = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
     repro.add_argument("line", help=f"'{LINE}'")
     repro.set_defaults(verb=_repro)
 
-    bench = verbs.add_parser("bench", help="time backends against each other on a GPU")
+    bench = verbs.add_parser("bench", help="compare the speed of backends on a GPU")
     bench.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
-    bench.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"({BENCHED})")
-    bench.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the times here")
+    bench.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
+    bench.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the times to this file")
     bench.set_defaults(verb=_bench)
 
     prints = verbs.add_parser("fingerprint", help="registers, spills and the like of Triton kernels; needs no GPU")
     prints.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
     prints.add_argument("--target", nargs="+", action="extend", metavar="T", help="sm_80, sm_90, sm_100, gfx942 (all)")
-    prints.add_argument("--dtype", default="bfloat16", help="of the inputs (bfloat16)")
+    prints.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     prints.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
-    prints.add_argument("--json", type=Path, metavar="FILE", help="also write them here")
+    prints.add_argument("--json", type=Path, metavar="FILE", help="also write them to this file")
     prints.set_defaults(verb=_fingerprint)
 
     for verb in (judge, repro):
         verb.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
-        verb.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+        verb.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
     return parser
 
 
@@ -107,57 +108,57 @@ def _run(arguments: argparse.Namespace) -> int:
     ops = _known("operation", arguments.ops, [*backends.OPERATIONS, *backends.PIECES])
     dtypes = _known("dtype", arguments.dtype, list(DTYPES))
     specs()
-    laws = _known("property", arguments.property, _laws())
+    properties = _known("property", arguments.property, _properties())
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
     device, judged = _judged(arguments)
     _demand_writable(arguments.json)
     if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
-        ops = list(backends.OPERATIONS)  # kernels alone, as most backends are
-    checks = [
-        Check(arguments.backend, op, law, dtype, device, arguments.profile)
+        ops = list(backends.OPERATIONS)  # most backends define only kernels: do not list all pieces as missing
+    tasks = [
+        Task(arguments.backend, op, name, dtype, device, arguments.profile)
         for op in ops
         if op in judged.functions
-        for law in laws
+        for name in properties
         for dtype in (dtypes if op in backends.OPERATIONS else [None])
-        if law in _laws_of(op)
+        if name in _properties_of(op)
     ]
-    if not checks:
+    if not tasks:
         defined = [op for op in ops if op in judged.functions]
         if defined:
-            raise UsageError(f"{', '.join(defined)}: no property of {', '.join(laws)}: nothing to run")
+            raise UsageError(f"{', '.join(defined)}: no property of {', '.join(properties)}: nothing to run")
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
     print(report.heading(judged, device, arguments.profile), flush=True)
     results: list[Result] = []
 
-    def told(check: Check, result: Result) -> None:
-        table.add(check, result)
+    def on_result(task: Task, result: Result) -> None:
+        table.add(task, result)
         results.append(result)
-        if arguments.json:  # at every result: a run that is stopped leaves what it found
+        if arguments.json:  # after every result, so that a stopped run leaves what it found
             report.write_json(arguments.json, results, judged, device, arguments.profile)
 
-    asked = {check.op for check in checks}
-    shown = [op for op in ops if op in asked or op not in judged.functions]
+    judged_ops = {task.op for task in tasks}
+    shown = [op for op in ops if op in judged_ops or op not in judged.functions]
     columns = dtypes if any(op in backends.OPERATIONS for op in shown) else [""]  # pieces have no dtype
-    with report.Table(checks, shown, columns) as table:
-        done = run(checks, told, jobs=arguments.jobs, stop_at_failure=arguments.stop)
+    with report.Table(tasks, shown, columns) as table:
+        done = run(tasks, on_result, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [result for _, result in done]
     print()
     if any(result.verdict == "fail" for result in results):
-        print(report.failures(results, arguments.backend, device))
+        print(report.failures(results, arguments.backend, device), end="\n\n")
     print(report.closing(results))
     if arguments.json:
         report.write_json(arguments.json, results, judged, device, arguments.profile)
     return _status(results)
 
 
-def _laws_of(op: str) -> Collection[str]:
+def _properties_of(op: str) -> Collection[str]:
     return PROPERTIES if op in backends.OPERATIONS else pieces()[op].properties
 
 
-def _laws() -> list[str]:
-    """Every property, of operations and of pieces, once."""
-    return list(dict.fromkeys([*PROPERTIES, *(law for piece in pieces().values() for law in piece.properties)]))
+def _properties() -> list[str]:
+    """The names of all properties, of operations and of pieces, without repetitions."""
+    return list(dict.fromkeys([*PROPERTIES, *(name for piece in pieces().values() for name in piece.properties)]))
 
 
 def _status(results: Sequence[Result]) -> int:
@@ -174,14 +175,14 @@ def _list(arguments: argparse.Namespace) -> int:
     )
     print(
         "properties:",
-        *(f"  {name:<{report.NAME_WIDTH}}{(law.__doc__ or '').splitlines()[0]}" for name, law in PROPERTIES.items()),
+        *(f"  {name:<{report.NAME_WIDTH}}{(file.__doc__ or '').splitlines()[0]}" for name, file in PROPERTIES.items()),
         sep="\n",
     )
-    print("training pieces, with properties of their own:")
+    print("training pieces, each with its own properties:")
     for op, piece in pieces().items():
         print(f"  {op:<{report.NAME_WIDTH}}{(piece.reference.__doc__ or '').splitlines()[0]}")
-        for law in piece.properties.values():
-            print(f"    {law.name:<30}{(law.check.__doc__ or '').splitlines()[0]}")
+        for name, prop in piece.properties.items():
+            print(f"    {name:<30}{(prop.check.__doc__ or '').splitlines()[0]}")
     print("backends:", f"  {', '.join(backends.NAMES)}, or the dotted path of a module", sep="\n")
     print(
         "profiles:",
@@ -192,7 +193,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _repro(arguments: argparse.Namespace) -> int:
-    op, dtype, law, line = _parsed(arguments.line)
+    op, dtype, name, line = _parsed(arguments.line)
     try:
         case = pieces()[op].parse(line) if dtype is None else specs()[op].parse(line)
     except ValueError as error:
@@ -200,20 +201,20 @@ def _repro(arguments: argparse.Namespace) -> int:
     device, judged = _judged(arguments)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
-    check = Check(arguments.backend, op, law, dtype, device, case=case)
-    ((_, result),) = run([check], lambda *_: None)
+    task = Task(arguments.backend, op, name, dtype, device, case=case)
+    ((_, result),) = run([task], lambda *_: None)
     if result.verdict == "fail":
         print(report.failures([replace(result, case=str(case))], arguments.backend, device))
         return 1
     if result.verdict == "skip":
-        raise UsageError(f"{law}: {result.message}")
+        raise UsageError(f"{name}: {result.message}")
     used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
-    print(f"ok   {' / '.join((op, law, *((dtype,) if dtype else ())))}: {case!r}{used}")
+    print(f"ok   {' / '.join((op, name, *((dtype,) if dtype else ())))}: {case!r}{used}")
     return 0
 
 
 def _parsed(line: str) -> tuple[str, str | None, str, str]:
-    """Operation or piece, dtype, property and case of a line that a failure printed."""
+    """Operation or piece, dtype, property and case from a line that a failure printed."""
     op, *words = line.split() or [""]
     by_name = [word for word in words if "=" not in word]  # dtype and property; a piece has no dtype
     if not words or (op in backends.PIECES and len(by_name) != 1):
@@ -223,19 +224,19 @@ def _parsed(line: str) -> tuple[str, str | None, str, str]:
     if op in backends.OPERATIONS:
         dtype = words.pop(0)
         _known("dtype", [dtype], list(DTYPES))
-    law = words.pop(0) if words and "=" not in words[0] else "gradients"
-    _known("property", [law], list(_laws_of(op)))
-    return op, dtype, law, " ".join(words)
+    name = words.pop(0) if words and "=" not in words[0] else "gradients"
+    _known("property", [name], list(_properties_of(op)))
+    return op, dtype, name, " ".join(words)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     ops = _known("operation", arguments.ops, list(backends.OPERATIONS))
     _known("dtype", [arguments.dtype], list(DTYPES))
     if not torch.cuda.is_available():
-        raise UsageError("bench: torch finds no CUDA device, and times without one say nothing about these kernels")
+        raise UsageError("bench: torch finds no CUDA device; times on a CPU would mean nothing for these kernels")
     specs()
     _demand_writable(arguments.json)
-    card = Card()  # first: a peer that is imported before CUDA is in use may choose how all others' memory is managed
+    card = Card()  # first: a peer imported before CUDA is initialised could choose the allocator for all of them
     names, absent = _present(arguments.backend.split(","), "cuda")
     rates, state = card.rates(), card.state()
     print(heading(card, rates, state), flush=True)
@@ -275,7 +276,7 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
 
 
 def _present(names: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """The backends that are here, and why others are not: peers may be absent, if not all that was asked for is."""
+    """The backends that can be imported, and why the others cannot; raises BackendError if none can."""
     present, absent = [], {}
     for name in dict.fromkeys(names):
         try:
@@ -286,12 +287,12 @@ def _present(names: Sequence[str], device: str) -> tuple[list[str], dict[str, st
     if not present:
         raise BackendError("; ".join(absent.values()))
     for why in absent.values():
-        print(f"conformance: {why}: left out", file=sys.stderr)
+        print(f"conformance: {why}: skipped", file=sys.stderr)
     return present, absent
 
 
 def _judged(arguments: argparse.Namespace) -> tuple[str, Judged]:
-    """The device and the backend asked for."""
+    """The requested device and backend."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
@@ -299,7 +300,7 @@ def _judged(arguments: argparse.Namespace) -> tuple[str, Judged]:
 
 
 def _demand_writable(path: Path | None) -> None:
-    """Raise UsageError before any work if results could not be written."""
+    """Raise UsageError before any work if the results cannot be written."""
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +310,7 @@ def _demand_writable(path: Path | None) -> None:
 
 
 def _known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """The names, or all that are allowed; raises UsageError for one that is not."""
+    """The names, or all allowed names if none is given; raises UsageError for one that is not allowed."""
     for name in names or []:
         if name not in allowed:
             raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")

@@ -25,7 +25,7 @@ from conformance.case import LAYOUTS
 from conformance.report import commit, versions
 from conformance.search import DTYPES
 from conformance.spec import Spec, specs
-from conformance.trial import Raised, Trial, describe
+from conformance.trial import Caught, Trial, describe
 
 NAME_WIDTH, CELL_WIDTH = 36, 24
 ROWS = 64  # launch parameters that depended on the number of rows would change a row's bits with it
@@ -105,7 +105,7 @@ def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dty
 
 def _run(trial: Trial, spec: Spec, shape: str) -> None:
     case = bench_case(spec, shape)
-    case = case.resized(**{spec.rows: min(ROWS, case.size(spec.rows))})
+    case = case.resized(**{spec.row_dimension: min(ROWS, case.size(spec.row_dimension))})
     inputs = trial.inputs(case)
     inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
     trial.run(case, inputs, grads=spec.bench[shape].get("grads"))
@@ -136,7 +136,7 @@ def _compiled_not_launched(blanks: Sequence[Print], tell: Callable[[tuple[Print,
         for index, blank in enumerate(blanks):
             driver.set_active(_Elsewhere(index, TARGETS[blank.target].triton))  # type: ignore[arg-type]  # all it takes
             made = replace(blank, kernel=kernel.__name__)
-            with Raised() as raised:
+            with Caught() as raised:
                 made = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), made)
             problem = made.problem if raised.error is None else describe(raised.error)
             prints.append(replace(made, problem=problem))

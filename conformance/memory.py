@@ -1,8 +1,8 @@
 """Fences around tensors: guard bands, poisoned allocations, bit snapshots.
 
-Python code allocates through a few functions of torch; `Allocations` puts fences around what they return while judged
-code runs, and puts the functions back afterwards. What compiled operators of torch allocate inside themselves is left
-alone.
+Python code allocates tensors through a few functions of torch. While judged code runs, `Allocations` replaces these
+functions with versions that put a fence around the tensor they return; afterwards it restores them. Memory that torch's
+compiled operators allocate internally is not fenced.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from conformance.gates import Failure
 
-BAND_BYTES = 4096  # on either side: more than one row of a small tile overshoots by
-_empty = torch.empty  # torch's own, whatever Allocations puts in its place
+BAND_BYTES = 4096  # on either side: more than a kernel overshoots by if it misses one row of a small tile
+_empty = torch.empty  # the original, also while Allocations replaces it
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CANARY = {1: 0x5A, 2: 0x7E5A, 4: 0x7FC0_5A5A, 8: 0x7FF8_5A5A_5A5A_5A5A}  # NaN where the width is a float's
+_CANARY = {1: 0x5A, 2: 0x7E5A, 4: 0x7FC0_5A5A, 8: 0x7FF8_5A5A_5A5A_5A5A}  # the 4 and 8 byte patterns are NaN as floats
 _FUNCTIONS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like")
 _METHODS = ("new_empty", "new_zeros", "new_full", "new_ones", "new_empty_strided")
 
 
 class Fence:
-    """A tensor in the middle of a larger buffer of canaries."""
+    """A tensor in the middle of a larger buffer that is filled with canaries."""
 
     def __init__(self, tensor: Tensor, band: float | None = None) -> None:
-        """Copy the tensor, strides and all, into fenced memory; band fills the fence in place of the canary."""
+        """Copy the tensor with its strides into fenced memory; `band` replaces the canary as the value of the fence."""
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         extent = extent if tensor.numel() else 0
         width = tensor.element_size()
@@ -46,7 +46,7 @@ class Fence:
             self._buffer[self._band : self._band + extent].copy_(tensor.as_strided((extent,), (1,)))
 
     def broken(self) -> int | None:
-        """How many elements outside the tensor (negative: before it) the first write into the fence lies, or None."""
+        """Elements from the tensor to the closest write into the fence, negative if before it; None without one."""
         for start, stop in ((0, self._band), (self._band + self._extent, len(self._integers))):
             wrong = (self._integers[start:stop] != self._before[start:stop]).nonzero()
             if len(wrong):
@@ -56,16 +56,16 @@ class Fence:
 
 
 class Allocations:
-    """While active, every allocation by Python code lies behind a fence, and uninitialised ones hold a chosen value."""
+    """While active, fences every allocation by Python code and fills uninitialised memory with a chosen value."""
 
     def __init__(self, fill: float = float("nan")) -> None:
-        """Fill is what uninitialised float memory holds."""
+        """`fill` is the value of uninitialised floating-point memory."""
         self._fill = fill
         self._fences: list[Fence] = []
         self._originals: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Allocations:
-        """Put the fences up."""
+        """Replace torch's allocation functions."""
         for owner, names in ((torch, _FUNCTIONS), (Tensor, _METHODS)):
             for name in names:
                 self._originals.append((owner, name, vars(owner).get(name)))
@@ -75,7 +75,7 @@ class Allocations:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put torch's own functions back."""
+        """Restore torch's allocation functions."""
         for owner, name, original in self._originals:
             if original is None:  # inherited
                 delattr(owner, name)
@@ -96,16 +96,16 @@ class Allocations:
         return allocate
 
     def demand_unbroken(self) -> None:
-        """Raise Failure if anything wrote outside a tensor it had allocated."""
+        """Raise Failure if there was a write outside an allocated tensor."""
         for fence in self._fences:
             where = fence.broken()
             if where is not None:
                 shape = list(fence.tensor.shape)
-                raise Failure(f"wrote outside a tensor of shape {shape} it had allocated, {_side(where)}")
+                raise Failure(f"wrote outside an allocated tensor of shape {shape}, {_side(where)}")
 
 
 def demand_unbroken(name: str, fence: Fence) -> None:
-    """Raise Failure if anything wrote into the fence around an input."""
+    """Raise Failure if there was a write into the fence around an input."""
     where = fence.broken()
     if where is not None:
         raise Failure(f"wrote outside {name}, {_side(where)}")

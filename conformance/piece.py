@@ -24,7 +24,7 @@ from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
 from conformance.properties.signature_parity import demand_signature
 from conformance.spec import SpecError
-from conformance.trial import Function, Raised
+from conformance.trial import Caught, Function
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _rejects(trial: PieceTrial, case: PieceCase) -> None:
     """Calls that the contract rejects raise an error, because any returned result would be wrong."""
     for mistake in trial.spec.mistakes:
         positional, keywords = mistake.arguments()
-        with Raised() as raised:
+        with Caught() as raised:
             trial.function(*positional, **keywords)
         if raised.error is None:
             raise Failure(f"{mistake.what}: no error, should raise {mistake.raises.__name__} naming {mistake.names}")

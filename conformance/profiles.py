@@ -1,4 +1,4 @@
-"""How long to look: every setting of a search, in full, so that no environment changes it."""
+"""How long a search takes: every Hypothesis setting is explicit, so that the environment cannot change one."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from hypothesis import HealthCheck, Phase, settings
 
 @dataclass(frozen=True)
 class Profile:
-    """One way of searching.
+    """The settings of one search.
 
     Attributes:
-        name: as on the command line.
-        examples: cases for a law whose SHARE is 1.
-        elements: the largest input, in elements.
-        derandomize: whether the same cases come every time.
-        shrink_seconds: how long to look for a smaller failing case; 0 for not at all.
+        name: on the command line.
+        examples: cases for a property whose SHARE is 1.
+        elements: of the largest input.
+        derandomize: whether every run draws the same cases.
+        shrink_seconds: time to spend on finding a smaller failing case; 0 disables shrinking.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Profile:
     shrink_seconds: float
 
     def settings(self, share: float) -> settings:
-        """Hypothesis' settings for a law worth this share of the examples."""
+        """Hypothesis settings for a property that gets this share of the examples."""
         return settings(
             max_examples=max(3, round(self.examples * share)),
             derandomize=self.derandomize,

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, a table, failures with a line that reproduces them, JSON for machines."""
+"""The output of a run: a progress bar, a table, failures with a command that reproduces them, and JSON."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance.backends import OPERATIONS, PIECES, Judged
-from conformance.runner import Check
+from conformance.runner import Task
 from conformance.search import Result
 
 NAME_WIDTH, CELL_WIDTH = 1 + max(map(len, (*OPERATIONS, *PIECES))), 17
 
 
 def heading(judged: Judged, device: str, profile: str) -> str:
-    """One line: who is judged, against what, on what."""
+    """One line: the backend, the reference, the versions and device, the profile."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     version = torch.__version__.split("+")[0]
     return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
 
 
 class Table:
-    """One row an operation or piece, as soon as all its checks are done; on a terminal a progress bar below."""
+    """One row per operation or piece, printed when its last task is done; on a terminal a progress bar below."""
 
-    def __init__(self, checks: Sequence[Check], ops: Sequence[str], dtypes: Sequence[str]) -> None:
-        """Rows for these, in any order; a column a dtype."""
-        self._left, self._ops, self._dtypes = Counter(check.op for check in checks), list(ops), dtypes
+    def __init__(self, tasks: Sequence[Task], ops: Sequence[str], dtypes: Sequence[str]) -> None:
+        """One row per name in `ops`, printed in any order; one column per dtype."""
+        self._left, self._ops, self._dtypes = Counter(task.op for task in tasks), list(ops), dtypes
         self._results: dict[str, list[Result]] = {op: [] for op in ops}
         columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
-        self._task = self._bar.add_task("", total=len(checks))
+        self._progress = self._bar.add_task("", total=len(tasks))
 
     def __enter__(self) -> Table:
-        """Print the column heads."""
+        """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(" " * NAME_WIDTH + f"{dtypes}{'properties':<13}cases")
+        self._print(f"{'% of error budget':<{NAME_WIDTH}}{dtypes}{'properties':<13}cases")
         self._bar.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Take the bar away, print the rows that are left."""
+        """Remove the progress bar, print the remaining rows."""
         self._bar.stop()
         for op in [op for op in self._ops if self._left[op] >= 0]:
             self._print(self._row(op))
 
-    def add(self, check: Check, result: Result) -> None:
-        """Take in the result of a check."""
-        self._bar.advance(self._task)
-        self._results[check.op].append(result)
-        self._left[check.op] -= 1
-        if self._left[check.op] == 0:
-            self._left[check.op] = -1  # printed
-            self._print(self._row(check.op))
+    def add(self, task: Task, result: Result) -> None:
+        """Record the result of a task."""
+        self._bar.advance(self._progress)
+        self._results[task.op].append(result)
+        self._left[task.op] -= 1
+        if self._left[task.op] == 0:
+            self._left[task.op] = -1  # printed
+            self._print(self._row(task.op))
 
     def _print(self, line: str) -> None:
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -73,10 +73,10 @@ class Table:
             cells = f"{_cell(results):<{CELL_WIDTH * len(self._dtypes)}}"
         else:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
-        laws = {result.property for result in results}
-        held = laws - {result.property for result in results if result.verdict == "fail"}
+        properties = {result.property for result in results}
+        passed = properties - {result.property for result in results if result.verdict == "fail"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
-        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(held)}/{len(laws)}':<13}{cases}"
+        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(passed)}/{len(properties)}':<13}{cases}"
 
 
 def _cell(results: Sequence[Result]) -> str:
@@ -87,7 +87,7 @@ def _cell(results: Sequence[Result]) -> str:
 
 
 def failures(results: Sequence[Result], backend: str, device: str) -> str:
-    """Every failure with its message, its smallest case, and the command that reproduces it."""
+    """Every failure with its message, its smallest case and the command that reproduces it."""
     paragraphs = []
     for result in results:
         if result.verdict != "fail":
@@ -121,7 +121,7 @@ def closing(results: Sequence[Result]) -> str:
 
 
 def write_json(path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str) -> None:
-    """The same for machines."""
+    """Write the results as JSON."""
     meta = {
         "versions": versions(),
         "device": device,
@@ -138,7 +138,7 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what a result depends on."""
+    """Versions of the software that a result depends on."""
     triton = sys.modules.get("triton")
     return {
         "python": platform.python_version(),
@@ -149,7 +149,7 @@ def versions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit in the current folder, if it is a repository."""
+    """The commit of the current folder, or None if it is not in a repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What is declared: one Spec an operation, from which tests, benchmarks and tables all follow.
+"""The declaration of an operation: tests, benchmarks and tables are all derived from its Spec.
 
-`conformance/specs/<operation>.py` holds a module-level `spec`.
+`conformance/specs/<operation>.py` defines a module-level `spec`.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import inf, nan
+from math import inf, log2, nan
 from numbers import Number
 from types import ModuleType
 from typing import Any
@@ -22,31 +22,35 @@ from torch import Tensor
 import conformance.specs
 import unsloth_ref.kernels
 from conformance.case import Case, Draw
+from conformance.gates import UNIT_FLOAT32
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
 
-# Tile edges, primes and vocabulary sizes: where kernels break.
+# Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
 
 
-def rows(budget: int) -> st.SearchStrategy[int]:
-    """A number of rows, few first."""
+def row_counts(budget: int) -> st.SearchStrategy[int]:
+    """Numbers of rows, small ones first."""
     return st.integers(1, max(1, min(budget, 64)))
 
 
-def few_rows(budget: int) -> st.SearchStrategy[int]:
-    """A number of rows for an operation that takes each row by itself: more of them would say nothing new."""
+def few_row_counts(budget: int) -> st.SearchStrategy[int]:
+    """Numbers of rows for an operation that processes rows independently: more rows would test nothing new."""
     return st.integers(1, min(budget, 12))
 
 
-def columns(budget: int) -> st.SearchStrategy[int]:
-    """A number of columns: any small one, or one beside a tile's edge."""
+def column_counts(budget: int) -> st.SearchStrategy[int]:
+    """Numbers of columns: any small one, or one of COLUMNS."""
     return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
 
 
 class SpecError(Exception):
-    """Specs and operations that do not belong together; its text says which."""
+    """Specs and operations do not match; the message names them."""
+
+
+Change = Callable[[Inputs, Options], tuple[Inputs, Options]]  # from valid inputs and options to changed ones
 
 
 @dataclass(frozen=True)
@@ -55,32 +59,32 @@ class ErrorCase:
 
     Attributes:
         what: the mistake, in words.
-        change: from right inputs and options to wrong ones.
-        raises: the type that `unsloth_ref` and `unsloth_fast` raise.
+        change: makes the mistake.
+        raises: the exception type of `unsloth_ref` and `unsloth_fast`.
         names: the argument that their message names.
-        senseless: whether there is nothing to compute, so that whoever gives a result gives a wrong one. What plain
-            PyTorch would broadcast, promote or take for a default is not.
-        device: "cpu" where only a CPU can afford to look.
+        undefined: whether the call has no defined result, so that any result is wrong. Calls that plain PyTorch would
+            broadcast, promote or fill with a default are not undefined.
+        device: "cpu" if the check is too expensive on other devices; None for every device.
     """
 
     what: str
-    change: Callable[[Inputs, Options], tuple[Inputs, Options]]
+    change: Change
     raises: type[Exception]
     names: str
-    senseless: bool = False
+    undefined: bool = False
     device: str | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call as the terms of a spec see it: everything in float64.
+    """One call, the argument of a spec's `terms`. All floating-point tensors are float64.
 
     Attributes:
         inputs: by name.
-        options: keywords that differ from their default.
-        grad_outputs: one for each output; empty when only the forward pass is judged.
-        smallest: the smallest normal number of the dtype under test: below it, errors are absolute.
-        unit: the unit roundoff of the dtype under test: 2^-24 / unit of a term is one rounding of it to float32.
+        options: keywords whose value is not the default.
+        grad_outputs: one per output; empty if only the forward pass is judged.
+        smallest: smallest normal number of the dtype under test; errors of smaller numbers are absolute.
+        unit: unit roundoff of the dtype under test. A term times 2^-24 / unit allows it one rounding to float32.
     """
 
     inputs: Inputs
@@ -89,38 +93,58 @@ class Call:
     smallest: float
     unit: float
 
+    @property
+    def float32_error(self) -> float:
+        """Relative error that gate G1 allows float32 arithmetic in a term: 2 log2(n) 2^-24."""
+        elements = max(1, *(tensor.numel() for tensor in self.inputs.values()))
+        return 2 * max(1.0, log2(elements)) * UNIT_FLOAT32
+
+    def terms_of(self, error: Tensor, roundings: int, unit: float) -> Tensor:
+        """S for which gate G1 allows this error in a result with this unit roundoff and number of roundings."""
+        return error / (roundings * unit + self.float32_error)
+
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything the judge knows about one operation.
+    """Everything that the judge knows about one operation.
 
-    Attributes:
-        op: its name in `unsloth_ref.kernels`.
-        sizes: for each dimension, a strategy from an element budget; the last one is drawn first.
+    The fields, grouped by what uses them:
+
+    Drawing cases
+        op: name of the operation in `unsloth_ref.kernels`.
+        sizes: for each dimension, a function from an element budget to a strategy. The last dimension is drawn first.
         options: for each keyword, the values to draw, the default first.
-        required: arguments beside the inputs that have no default, from a case, as keywords.
+        consistent: whether these options may be combined.
+        required: arguments that have no default and are not inputs, as keywords, from a case.
         fills: names in `conformance.case.FILLS`, the simplest first.
+        shape: sizes for a property that needs about `rows` rows and `columns` columns.
         build: the input tensors of a case.
-        outputs: a name for each output.
-        grads: the inputs that get a gradient, where a case has them.
-        rowwise: the inputs whose first dimension counts rows that must not see each other.
-        row_options: options under which the outputs are rows too.
-        roundings: roundings to the dtype of an output or gradient that a right order may make before the last one.
-        terms: for an output or gradient that cancels, the size S of what is added up; others use their own magnitude.
-        kinds: other kinds of arguments that are as right, by name: from inputs and options to changed ones.
-        consistent: whether options may stand together.
-        specials: special values that an input may hold.
-        same_bits: whether outputs have the bits that they have in training where no gradient is wanted.
-        shape: its sizes for a law that asks for so many rows of about so many columns.
-        truth: the contract written otherwise, for inputs on which its own intermediates would fit no memory or cancel
-            even in float64; itself by default.
-        waits: how often a pass may wait for the device: for the count that a matmul's size depends on, say. Where it
-            must not, in a CUDA graph, its results may have other bits.
+
+    Structure
+        outputs: one name per output.
+        grads: the inputs that get a gradient, if a case has them.
+        rowwise: the inputs whose first dimension counts independent rows.
+        row_options: options under which every output has one entry per row.
+        argument_kinds: other valid kinds of arguments, by name.
+        special_values: special values that an input may contain.
+        same_bits: whether outputs have the same bits with and without gradients.
+        syncs: how often a pass may synchronise with the device, for example to read a size. If this is not 0, results
+            in a CUDA graph, where it cannot synchronise, may have other bits.
+
+    Error budget (formulas in conformance/gates.py)
+        roundings: roundings to the dtype of an output or gradient that a correct kernel may make before the last one.
+        terms: S, the size of the terms added up, for each output or gradient that cancels; for others S = |r|.
+        truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
+            in float64; the reference by default.
+
+    Speed
         bytes: fewest bytes that (forward, backward) move, from the inputs.
         flops: floating-point operations of the matrix products of (forward, backward), from the inputs, the options
-            and the names of the inputs that get a gradient; none by default.
-        bench: sizes worth timing, and options beside them, by name; under "grads", which inputs get a gradient there.
-        bench_layout: how models lay out the inputs that get a gradient, a name in `conformance.case.LAYOUTS`.
+            and the names of the differentiated inputs.
+        bench: shapes to time, by name: sizes, options, and under "grads" the inputs to differentiate.
+        bench_layout: layout that models give the differentiated inputs, a name in `conformance.case.LAYOUTS`.
+
+    Errors
         errors: calls that the contract refuses.
     """
 
@@ -140,35 +164,35 @@ class Spec:
     truth: Callable[..., Any] | None = None
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     row_options: Options = field(default_factory=dict)
-    kinds: Mapping[str, Callable[[Inputs, Options], tuple[Inputs, Options]]] = field(default_factory=dict)
+    argument_kinds: Mapping[str, Change] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
-    specials: Sequence[float] = (nan, inf, -inf)
+    special_values: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
-    waits: int = 0
+    syncs: int = 0
     bench_layout: str = "contiguous"
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
 
     @property
     def reference(self) -> Callable[..., Any]:
-        """The contract."""
+        """The function of `unsloth_ref.kernels` that defines the operation."""
         return getattr(unsloth_ref.kernels, self.op)
 
     @property
-    def rows(self) -> str:
-        """The name of the first dimension, which counts rows."""
+    def row_dimension(self) -> str:
+        """The name of the dimension that counts rows, the first one."""
         return next(iter(self.sizes))
 
     def case(self, rows: int, columns: int) -> Case:
-        """The plainest case of so many rows of about so many columns."""
+        """The simplest case with about this many rows and columns."""
         return Case(tuple(zip(self.sizes, self.shape(rows, columns), strict=True)))
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
-        """The tensors of a case, drawn on the source device."""
+        """The tensors of a case; the source device draws their elements."""
         return self.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
     def parse(self, line: str) -> Case:
-        """Read a case of this operation from one line; raises ValueError, for an option of another kind too."""
+        """Parse a case of this operation; raises ValueError, also for an option with a value that is not allowed."""
         case = Case.parse(line, tuple(self.sizes), tuple(self.options))
         for name, value in case.options:
             numbers = any(isinstance(one, Number) for one in self.options[name])
@@ -178,7 +202,7 @@ class Spec:
         return case
 
     def cases(self, elements: int, options: Sequence[str] | None = None) -> st.SearchStrategy[Case]:
-        """Cases of at most this many elements; of the options only those named, where names are given."""
+        """A strategy for cases of at most this many elements; `options` restricts which options vary."""
         drawn = {name: values for name, values in self.options.items() if options is None or name in options}
 
         @st.composite
@@ -200,8 +224,40 @@ class Spec:
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Bytes of the elements of these tensors."""
+    """Total size of the elements of these tensors, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def change_inputs(change: Callable[[Inputs], Inputs]) -> Change:
+    """A change of the inputs only; `change` returns the tensors that differ."""
+    return lambda inputs, options: ({**inputs, **change(inputs)}, options)
+
+
+def leading_dimensions(*names: str) -> dict[str, Change]:
+    """Argument kinds of an operation on [..., columns]: these inputs with fewer and with more leading dimensions."""
+    return {
+        "no leading dimension": change_inputs(lambda inputs: {name: inputs[name][0] for name in names}),
+        "two leading dimensions": change_inputs(
+            lambda inputs: {name: inputs[name].unflatten(0, (2, -1)) for name in names}
+        ),
+    }
+
+
+def mistake(
+    what: str,
+    raises: type[Exception],
+    names: str,
+    change: Callable[[Inputs], Inputs],
+    undefined: bool = False,
+    device: str | None = None,
+) -> ErrorCase:
+    """A mistake in the tensors; `change` returns the wrong ones."""
+    return ErrorCase(what, change_inputs(change), raises, names, undefined, device)
+
+
+def wrong_option(what: str, name: str, **options: Any) -> ErrorCase:
+    """An option, or a combination of options, outside of its range."""
+    return ErrorCase(what, lambda inputs, old: (inputs, {**old, **options}), ValueError, name)
 
 
 @cache
@@ -209,7 +265,7 @@ def specs() -> Mapping[str, Spec]:
     """The spec of every operation, by name.
 
     Raises:
-        SpecError: an operation has no spec, a spec has no operation, or names another than its file.
+        SpecError: an operation has no spec, a spec has no operation, or its name differs from that of its file.
     """
     found: dict[str, Spec] = {}
     for info in pkgutil.iter_modules(conformance.specs.__path__):
@@ -232,8 +288,8 @@ def specs() -> Mapping[str, Spec]:
 
 
 def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
-    """The spec's options that a function takes."""
-    parameters = inspect.signature(getattr(function, "forward", function)).parameters  # a torch.nn.Module's own
+    """The spec's options that a function accepts."""
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters  # of a torch.nn.Module: forward
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return list(spec.options)
     return [name for name in spec.options if name in parameters]

@@ -1,4 +1,4 @@
-"""One operation of one backend, in one dtype on one device: what a property is given to work with."""
+"""One operation of one backend, in one dtype on one device: the object that a property works with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.gates import Failure, Measure, judge
+from conformance.gates import ErrorModel, Failure, judge
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 
@@ -22,38 +22,38 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What one call gave: its outputs, and the gradients of the inputs asked for."""
+    """The results of one call: its outputs, and the gradients of the requested inputs."""
 
     outputs: tuple[Tensor, ...]
     grads: dict[str, Tensor]
 
     def named(self, spec: Spec) -> list[tuple[str, str, Tensor]]:
-        """(key in the spec, name for a message, tensor) of everything in it."""
+        """(key in the spec, name for messages, tensor) of every output and gradient."""
         outputs = [(name, f"output {name}", value) for name, value in zip(spec.outputs, self.outputs, strict=True)]
         return outputs + [(name, f"gradient of {name}", value) for name, value in self.grads.items()]
 
 
 class BackendError(Exception):
-    """A backend that cannot be judged; its text says why, in one line."""
+    """A backend cannot be judged; the message states the reason in one line."""
 
 
-class Raised:
-    """Catches whatever judged code raises: to the judge it is a finding, not an error of its own."""
+class Caught:
+    """Catches what judged code raises: for the judge that is a finding, not an error of its own."""
 
     def __init__(self, *others: type[BaseException]) -> None:
-        """Catch exceptions, and these others."""
-        self._kinds = (Exception, *others)
+        """Catch Exception and these other types."""
+        self._types = (Exception, *others)
         self.error: BaseException | None = None
 
-    def __enter__(self) -> Raised:
-        """Begin."""
+    def __enter__(self) -> Caught:
+        """Return this object, whose `error` is set on exit."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Keep the error; let failures and interruptions through."""
-        if isinstance(error, self._kinds) and not isinstance(error, Failure):
+        """Store the error; do not catch Failure and interruptions."""
+        if isinstance(error, self._types) and not isinstance(error, Failure):
             self.error = error
             return True
         return False
@@ -61,14 +61,14 @@ class Raised:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a property works with.
+    """One operation of one backend, in one dtype on one device.
 
     Attributes:
-        spec: the operation's.
+        spec: of the operation.
         function: the judged implementation.
-        dtype: of the float inputs.
+        dtype: of the floating-point inputs.
         device: "cpu" or "cuda".
-        truncates: whether casts to bfloat16 truncate, as in Triton's interpreter.
+        truncates: whether casts to bfloat16 may truncate, as in Triton's interpreter.
         source: the device that draws the elements.
     """
 
@@ -80,7 +80,7 @@ class Trial:
     source: str = "cpu"
 
     def cases(self, profile: Profile) -> SearchStrategy[Case]:
-        """What is drawn: cases with the options that the judged function takes."""
+        """A strategy for cases, with the options that the judged function accepts."""
         return self.spec.cases(profile.elements, accepted_options(self.function, self.spec))
 
     def inputs(self, case: Case) -> Inputs:
@@ -88,13 +88,13 @@ class Trial:
         return self.spec.inputs(case, self.dtype, self.device, self.source)
 
     def options(self, case: Case) -> Options:
-        """The keywords of a case, without those that the judged function does not take."""
+        """The keywords of a case, without those that the judged function does not accept."""
         required = self.spec.required(case)
         accepted = {*accepted_options(self.function, self.spec), *required}
         return required | {name: value for name, value in case.options if name in accepted}
 
     def rowwise(self, case: Case) -> Case:
-        """The case under options that make every output a row."""
+        """The case with options under which every output has one entry per row."""
         accepted = accepted_options(self.function, self.spec)
         return case.with_options({name: v for name, v in self.spec.row_options.items() if name in accepted})
 
@@ -104,19 +104,19 @@ class Trial:
         return [draw.grad_output(output) for output in outputs]
 
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
-        """The outputs as a tuple; whatever is raised becomes a Failure."""
-        with Raised() as raised:
+        """The outputs as a tuple; raises Failure if the function raises or returns something else."""
+        with Caught() as caught:
             first = list(signature(self.spec.reference).parameters)[: len(inputs)]
             leading = [tensor for name, tensor in inputs.items() if name in first]
-            behind = {name: tensor for name, tensor in inputs.items() if name not in first}  # options: by name
-            found = (function or self.function)(*leading, **behind, **options)
+            by_name = {name: tensor for name, tensor in inputs.items() if name not in first}  # an option precedes them
+            found = (function or self.function)(*leading, **by_name, **options)
             outputs = found if isinstance(found, tuple) else (found,)
             wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
             if wrong or len(outputs) != len(self.spec.outputs):
                 seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
                 raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
             return outputs
-        raise Failure(f"raised {describe(raised.error)}") from raised.error
+        raise Failure(f"raised {describe(caught.error)}") from caught.error
 
     def run(
         self,
@@ -127,17 +127,18 @@ class Trial:
         grads: Sequence[str] | None = None,
         grad_outputs: Sequence[Tensor] | None = None,
     ) -> Run:
-        """Call forward and backward.
+        """Run the forward and the backward pass.
 
         Args:
-            case: names the options and seeds the gradients of the outputs.
-            inputs: the case's own by default.
+            case: its options are passed, and its seed draws the gradients of the outputs.
+            inputs: those of the case by default.
             function: the judged one by default.
-            grads: inputs to differentiate by; the spec's by default, none for forward alone.
-            grad_outputs: drawn by default.
+            grads: inputs to differentiate with respect to; those of the spec by default; none to run only the forward
+                pass.
+            grad_outputs: gradients of the outputs, drawn by default.
 
         Raises:
-            Failure: the call raised, or a gradient is missing.
+            Failure: a pass raised, or a gradient is missing.
         """
         inputs = inputs or self.inputs(case)
         grads = [name for name in (self.spec.grads if grads is None else grads) if name in inputs]
@@ -157,19 +158,19 @@ class Trial:
         grad_outputs: Sequence[Tensor],
         keep: bool = False,
     ) -> dict[str, Tensor]:
-        """Gradients by name, of those asked for that are here; keep retains the graph."""
+        """Gradients by name, of the requested inputs that the case has; `keep` retains the graph."""
         grads = [name for name in grads if name in leaves]
         if not any(output.requires_grad for output in outputs):
             names = " and ".join(self.spec.outputs)
-            raise Failure(f"output {names} carries no gradient, though {' and '.join(grads)} require one")
-        # An output that depends on none of these inputs carries none; one that should is missed in their gradients.
+            raise Failure(f"output {names} has no graph, although {' and '.join(grads)} require gradients")
+        # Skip outputs that depend on no input; if one should depend, a gradient below is missing or wrong.
         pairs = [pair for pair in zip(outputs, grad_outputs, strict=True) if pair[0].requires_grad]
         for name in grads:
             leaves[name].grad = None
-        with Raised() as raised:
+        with Caught() as caught:
             torch.autograd.backward(*zip(*pairs, strict=True), retain_graph=keep)
-        if raised.error is not None:
-            raise Failure(f"backward raised {describe(raised.error)}") from raised.error
+        if caught.error is not None:
+            raise Failure(f"backward raised {describe(caught.error)}") from caught.error
         found = {name: gradient for name in grads if (gradient := leaves[name].grad) is not None}
         for name in grads:
             if name not in found:
@@ -179,7 +180,7 @@ class Trial:
     def judge(
         self, case: Case, run: Run, inputs: Inputs | None = None, grad_outputs: Sequence[Tensor] | None = None
     ) -> float:
-        """Hold a run against the truth; returns the budget used, raises Failure."""
+        """Compare a run with the truth; returns the budget use, raises Failure."""
         inputs = inputs or self.inputs(case)
         names = list(run.grads)
         peer = self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
@@ -196,14 +197,14 @@ class Trial:
         for (key, name, y), (_, _, p), (_, _, r) in zip(
             run.named(self.spec), peer.named(self.spec), truth.named(self.spec), strict=True
         ):
-            measure = Measure(
+            model = ErrorModel(
                 terms=(self.spec.terms[key](call) if key in self.spec.terms else r.abs()).nan_to_num(posinf=0.0),
                 elements=elements,
                 roundings=self.spec.roundings,
                 random=case.fill not in ("ones", "zeros"),
                 truncates=self.truncates,
             )
-            used = max(used, judge(name, y, r, p, measure))
+            used = max(used, judge(name, y, r, p, model))
         return used
 
 
@@ -218,26 +219,27 @@ def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Float tensors in float64, others as they are."""
+    """Floating-point tensors in float64, others unchanged."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers, so that NaN equals NaN and -0 differs from 0."""
+    """The elements as integers: NaN equals NaN, and -0 differs from 0."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().contiguous().view(integer)
 
 
-def demand_same_bits(spec: Spec, first: Run, second: Run, law: str) -> None:
-    """Raise Failure where two runs differ in any bit; law says why they must not."""
+def demand_same_bits(spec: Spec, first: Run, second: Run, message: str) -> None:
+    """Raise Failure if two runs differ in any bit; `message` states the property that this violates."""
     for (_, name, one), (_, _, other) in zip(first.named(spec), second.named(spec), strict=True):
         differs = bits(one) != bits(other) if one.shape == other.shape else torch.ones(1, dtype=torch.bool)
         if differs.any():
             index = tuple(differs.nonzero()[0].tolist())
             raise Failure(
-                f"{law}: {name} differs in {int(differs.sum())} of {differs.numel()} elements, first at index {index}\n"
+                f"{message}: {name} differs in {int(differs.sum())} of {differs.numel()} elements,"
+                f" first at index {index}\n"
                 + (
-                    f"once {float(one[index])!r}, then {float(other[index])!r}"
+                    f"first {float(one[index])!r}, then {float(other[index])!r}"
                     if one.shape == other.shape
                     else "shapes"
                 )

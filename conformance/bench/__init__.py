@@ -1,1 +1,1 @@
-"""Speed, measured on results that are right."""
+"""Speed, measured only for correct results."""

@@ -1,4 +1,4 @@
-"""One backend on one shape: judged on the very inputs that are timed, and again after the clock has stopped."""
+"""One backend on one shape: judged on the inputs that are timed, and again on the last timed results."""
 
 from __future__ import annotations
 
@@ -12,104 +12,105 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.spec import Inputs
-from conformance.trial import Raised, Run, Trial, bits, describe, leaf
+from conformance.trial import Caught, Run, Trial, bits, describe, leaf
 
 
 class Contender:
-    """Judged when made; after `prepare` it can be timed.
+    """Judged on construction; after `prepare` it can be timed.
 
     Attributes:
-        error_use: share of the error budget used, where the result is right.
-        red: what is wrong with its result, or that it cannot be timed.
-        note: what it writes over; then its last timed result tells nothing, for its inputs are no longer the judged.
-        runs: whether it gave outputs at all.
+        error_use: fraction of the error budget used, if the result is correct.
+        failure: what is wrong with its result, or why it cannot be timed.
+        remark: which inputs it overwrites. If it does, its last timed result cannot be checked, because its inputs
+            have changed.
+        usable: whether it returned outputs.
     """
 
     def __init__(self, trial: Trial, case: Case, inputs: Inputs, ours: bool) -> None:
-        """Judge it; one of ours that writes over anything is red."""
+        """Judge it; one of our own backends fails if it overwrites an input."""
         self.error_use: float | None = None
-        self.red: str | None = None
-        self.note: str | None = None
-        self.runs = False
+        self.failure: str | None = None
+        self.remark: str | None = None
+        self.usable = False
         self._trial, self._case, self._inputs, self._options = trial, case, inputs, trial.options(case)
         self._grads = [name for name in trial.spec.grads if name in inputs]
         self._judged: Run | None = None
         try:
             self._judge()
         except Failure as failure:
-            self.red = str(failure).split("\n")[0]
-        if ours and self.note and not self.red:
-            self.red = self.note
+            self.failure = str(failure).split("\n")[0]
+        if ours and self.remark and not self.failure:
+            self.failure = self.remark
 
     def _judge(self) -> None:
         trial, case = self._trial, self._case
         with torch.no_grad():
             outputs = trial.call(copies(self._inputs), self._options)
         self._grad_outputs = trial.grad_outputs(case, outputs)
-        self.runs = True
-        mine, grad_outputs = copies(self._inputs), [gradient.clone() for gradient in self._grad_outputs]
-        run = trial.run(case, mine, grad_outputs=grad_outputs)
+        self.usable = True
+        own, grad_outputs = copies(self._inputs), [gradient.clone() for gradient in self._grad_outputs]
+        run = trial.run(case, own, grad_outputs=grad_outputs)
         before = {**self._inputs, **_named(self._grad_outputs)}
-        over = [n for n, tensor in {**mine, **_named(grad_outputs)}.items() if not same_bits(tensor, before[n])]
-        self.note = f"writes over {' and '.join(over)}" if over else None
+        over = [n for n, tensor in {**own, **_named(grad_outputs)}.items() if not same_bits(tensor, before[n])]
+        self.remark = f"writes over {' and '.join(over)}" if over else None
         self.error_use = trial.judge(case, run, self._inputs, self._grad_outputs)
         self._judged = run
 
     def prepare(self, sets: int) -> None:
-        """Make this many sets of inputs, which calls take in turn, and call once, so that everything is compiled."""
+        """Make this many sets of inputs, which calls use in turn, and run every pass to compile it."""
         self._sets: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor], list[Tensor]]] = []
-        with Raised() as raised:
+        with Caught() as caught:
             for _ in range(sets):
-                plain = copies(self._inputs)
-                leaves = {name: leaf(tensor, name in self._grads) for name, tensor in plain.items()}
+                inputs = copies(self._inputs)
+                leaves = {name: leaf(tensor, name in self._grads) for name, tensor in inputs.items()}
                 wanted = [leaves[name] for name in self._grads]
                 grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
-                self._sets.append((tuple(plain.values()), tuple(leaves.values()), wanted, grad_outputs))
+                self._sets.append((tuple(inputs.values()), tuple(leaves.values()), wanted, grad_outputs))
             self._turn = cycle(self._sets)
             for call in (self.forward, self.full, self.full):
                 call()
-        if raised.error is not None:
+        if caught.error is not None:
             self._sets.clear()
-            self.runs = False
-            self.red = self.red or f"raised {describe(raised.error)}"
+            self.usable = False
+            self.failure = self.failure or f"raised {describe(caught.error)}"
 
     def forward(self) -> Any:
-        """The forward pass alone, on the next set."""
-        plain, _, _, _ = next(self._turn)
+        """Run the forward pass on the next set."""
+        inputs, _, _, _ = next(self._turn)
         with torch.no_grad():
-            return self._trial.function(*plain, **self._options)
+            return self._trial.function(*inputs, **self._options)
 
     def full(self) -> tuple[Any, Sequence[Tensor | None]]:
-        """Forward pass and all gradients, on the next set."""
+        """Run the forward pass and compute all gradients on the next set."""
         _, leaves, wanted, grad_outputs = next(self._turn)
         outputs = self._trial.function(*leaves, **self._options)
         return outputs, torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
 
     def every_forward(self) -> list[Any]:
-        """The forward pass alone, on every set; all results are kept, so that each has memory of its own."""
+        """Run the forward pass on every set; all results are kept, so that each has its own memory."""
         with torch.no_grad():
-            return [self._trial.function(*plain, **self._options) for plain, _, _, _ in self._sets]
+            return [self._trial.function(*inputs, **self._options) for inputs, _, _, _ in self._sets]
 
     def every_full(self) -> list[tuple[Any, Sequence[Tensor | None]]]:
-        """First the forward pass on every set, then all gradients, so that none finds its inputs in the cache."""
+        """Run the forward pass on every set, then compute all gradients, so that none has its inputs in the cache."""
         outputs = [self._trial.function(*leaves, **self._options) for _, leaves, _, _ in self._sets]
         return [
             (output, torch.autograd.grad(output, wanted, grad_outputs, allow_unused=True))
             for output, (_, _, wanted, grad_outputs) in zip(outputs, self._sets, strict=True)
         ]
 
-    def check(self, what: str, outputs: Any, gradients: Sequence[Tensor | None] = ()) -> None:
-        """Hold a timed result against the judged one, where that was right and still has the same inputs.
+    def compare(self, what: str, outputs: Any, gradients: Sequence[Tensor | None] = ()) -> None:
+        """Compare a timed result with the judged one, if that was correct and its inputs have not changed.
 
-        Equal bits are right; others, of a contender that does not repeat itself, are judged again.
+        Results with equal bits are correct. Others, from a contender that is not deterministic, are judged again.
         """
-        if self._judged is None or self.red or self.note:
+        if self._judged is None or self.failure or self.remark:
             return
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         found = Run(tuple(output.detach() for output in outputs), {})
         for name, gradient in zip(self._grads, gradients, strict=False):
             if gradient is None:
-                self.red = f"{what}: gradient of {name} is missing (None)"
+                self.failure = f"{what}: gradient of {name} is missing (None)"
                 return
             found.grads[name] = gradient
         pairs = zip(found.named(self._trial.spec), self._judged.named(self._trial.spec), strict=False)
@@ -118,28 +119,28 @@ class Contender:
         try:
             self._trial.judge(self._case, found, self._inputs, self._grad_outputs)
         except Failure as failure:
-            self.red = f"{what}: {str(failure).splitlines()[0]}"
+            self.failure = f"{what}: {str(failure).splitlines()[0]}"
 
-    def replay(self, graph: Callable[[], Any], results: Any) -> None:
-        """Replay once more over NaN, so that only what the replay writes can be right."""
-        held = {
+    def replay_over_nan(self, graph: Callable[[], Any], results: Any) -> None:
+        """Fill the results with NaN and replay the graph, so that only results it writes can be correct."""
+        inputs_at = {
             tensor.untyped_storage().data_ptr()
-            for plain, _, _, grad_outputs in self._sets
-            for tensor in (*plain, *grad_outputs)
+            for inputs, _, _, grad_outputs in self._sets
+            for tensor in (*inputs, *grad_outputs)
         }
         for tensor in _tensors(results):
-            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in held:
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in inputs_at:
                 tensor.detach().fill_(float("nan"))
         graph()
 
 
 def copies(inputs: Inputs) -> Inputs:
-    """Copies, for a contender that may write over them."""
+    """Copies for a contender, which may overwrite them."""
     return {name: tensor.clone() for name, tensor in inputs.items()}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, NaN and signs of zero included."""
+    """Whether two tensors are equal in every bit."""
     return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(bits(one), bits(other)))
 
 

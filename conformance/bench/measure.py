@@ -1,4 +1,4 @@
-"""Backends against each other on the shapes of the specs, all on one shape at a time, judged before and after."""
+"""Times backends on the shapes of the specs: all backends on one shape, then the next; results are judged."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from conformance.search import DTYPES
 from conformance.spec import Spec, specs
 from conformance.trial import Trial
 
-CACHES = 4  # sets of inputs hold at least this many times the L2 cache, so that none is there when its turn comes
+CACHES = 4  # all sets of inputs are this many times larger than the L2 cache, so that none is cached in its turn
 FEWEST_SETS, MOST_SETS = 2, 16
-NOISE = 1.03  # a median may lie this far from the truth: the copy's own, from run to run on an idle H200, 2 %
-# Reading alone may be faster than copying, which turns the bus around: an H200's pins could do 1.16 times as much.
+NOISE = 1.03  # error of a median: that of the copy varies by 2 % between runs on an idle H200
+# Reading can be faster than copying, which switches the direction of the bus: the pins of an H200 allow 1.16 times as
+# much.
 READING = 1.16
-# On paper the tensor cores of an H200 do 989 TFLOP/s, of which its power leaves a product of random numbers 705; other
-# numbers take less.
+# The data sheet of an H200 gives 989 TFLOP/s; at its power limit a product of random numbers reaches 705. Other
+# numbers need less power.
 UNTHROTTLED = 1.4
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass cannot do without.
+    """The least work of a pass.
 
     Attributes:
-        bytes: that must move.
+        bytes: bytes that must move.
         flops: floating-point operations of its matrix products.
     """
 
@@ -43,18 +44,18 @@ class Work:
     flops: int
 
     def __add__(self, other: Work) -> Work:
-        """Of both."""
+        """The work of both passes."""
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of one process share.
+    """The settings that all measurements of one process share.
 
     Attributes:
-        card: what times.
-        rates: what it does at best.
-        names: the backends; what one does not define is left out.
+        card: the GPU.
+        rates: its peak rates.
+        names: of the backends; operations that one does not define are skipped.
         dtype: of the inputs.
     """
 
@@ -64,15 +65,15 @@ class Bench:
     dtype: str
 
     def shapes(self, ops: Sequence[str]) -> Iterator[list[Row]]:
-        """Measure every shape of these operations, one list of rows a shape."""
+        """Measure every shape of these operations; yields one list of rows per shape."""
         for op in ops:
             for shape in specs()[op].bench:
-                rows = self.rows(op, shape)
+                rows = self.measure(op, shape)
                 if rows:
                     yield rows
 
-    def rows(self, op: str, shape: str) -> list[Row]:
-        """Measure one shape."""
+    def measure(self, op: str, shape: str) -> list[Row]:
+        """Measure one shape; returns one row per backend."""
         spec = specs()[op]
         case = bench_case(spec, shape)
         spec = replace(spec, grads=spec.bench[shape].get("grads", spec.grads))
@@ -83,52 +84,57 @@ class Bench:
             if op in one.functions
         }
         with static_shapes():
-            return self._measure(spec, f"{shape} {_words(case)}", case, trials)
+            return self._measure_trials(spec, f"{shape} {_words(case)}", case, trials)
 
-    def _measure(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
+    def _measure_trials(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
         card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
         inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
         passes = zip(spec.bytes(inputs), spec.flops(inputs, dict(case.options), spec.grads), strict=True)
         forward, backward = (Work(*needed) for needed in passes)
-        least = {"forward": forward, "backward": backward, "full": forward + backward}
+        work = {"forward": forward, "backward": backward, "full": forward + backward}
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
-        card.tidy()
-        timed = {n: c for n, c in contenders.items() if c.runs and not (c.red and is_ours(n))}
+        card.free_memory()
+        timed = {n: c for n, c in contenders.items() if c.usable and not (c.failure and is_ours(n))}
         sets = max(FEWEST_SETS, min(MOST_SETS, math.ceil(CACHES * card.cache_bytes / forward.bytes)))
         for contender in timed.values():
             contender.prepare(sets)
-        timed = {name: contender for name, contender in timed.items() if contender.runs}
+        timed = {name: contender for name, contender in timed.items() if contender.usable}
         samples: dict[str, dict[str, Times]] = {name: {} for name in timed}
         self._time_calls(timed, samples)
         peaks = {name: card.peak_mebibytes(contender.full) for name, contender in timed.items()}
         graphs = self._time_graphs(timed, samples, sets)
         rows = [
             self._row(
-                Row(spec.op, title, self.dtype, name, error_use=c.error_use, red=c.red, peak_mebibytes=peaks.get(name)),
+                Row(
+                    *(spec.op, title, self.dtype, name),
+                    peak_mebibytes=peaks.get(name),
+                    error_use=c.error_use,
+                    red=c.failure,
+                ),
                 samples.get(name, {}),
-                least,
-                "; ".join(filter(None, (c.note if c.note != c.red else None, graphs.get(name)))) or None,
+                work,
+                "; ".join(filter(None, (c.remark if c.remark != c.failure else None, graphs.get(name)))) or None,
             )
             for name, c in contenders.items()
         ]
         del inputs, contenders, timed
-        card.tidy()
+        card.free_memory()
         return rows
 
     def _time_calls(self, timed: Mapping[str, Contender], samples: dict[str, dict[str, Times]]) -> None:
-        """One call at a time, launch included."""
+        """Time one call at a time, including its launch."""
         for what in ("forward", "full"):
             for name, (times, last) in interleave(
-                {n: getattr(c, what) for n, c in timed.items()}, self.card.host
+                {n: getattr(c, what) for n, c in timed.items()}, self.card.time_alone
             ).items():
                 samples[name][what] = times
-                timed[name].check(f"last timed {what}", *(last if what == "full" else (last,)))
+                timed[name].compare(f"last timed {what}", *(last if what == "full" else (last,)))
 
     def _time_graphs(
         self, timed: Mapping[str, Contender], samples: dict[str, dict[str, Times]], sets: int
     ) -> dict[str, str]:
-        """All sets in one CUDA graph; returns why a contender has none."""
+        """Time all sets in one CUDA graph; returns the reasons why contenders have none."""
         refused: dict[str, str] = {}
         for what, body in (("device_forward", "every_forward"), ("device_full", "every_full")):
             replays: dict[str, Callable[[], Any]] = {}
@@ -139,61 +145,61 @@ class Bench:
                     refused[name] = f"no CUDA graph ({captured})"
                 else:
                     replays[name], results[name] = captured
-            for name, (times, _) in interleave(replays, self.card.queued).items():
+            for name, (times, _) in interleave(replays, self.card.time_queued).items():
                 samples[name][what] = Times(tuple(sample / sets for sample in times.samples))
-                timed[name].replay(replays[name], results[name])
+                timed[name].replay_over_nan(replays[name], results[name])
                 last = results[name][-1]
-                timed[name].check("replayed", *(last if what == "device_full" else (last,)))
+                timed[name].compare("replayed", *(last if what == "device_full" else (last,)))
         return refused
 
-    def _row(self, row: Row, samples: dict[str, Times], least: Mapping[str, Work], note: str | None) -> Row:
+    def _row(self, row: Row, samples: dict[str, Times], work: Mapping[str, Work], note: str | None) -> Row:
         if not samples or (row.red and is_ours(row.backend)):
             return replace(row, note=note, failed=is_ours(row.backend))
         medians = {what: times.median for what, times in samples.items()}
         if {"device_forward", "device_full"} <= medians.keys():
             medians["device_backward"] = max(0.0, medians["device_full"] - medians["device_forward"])
-        works = {what: least[what.removeprefix("device_")] for what in medians}
-        shares = {what: self._roofline(works[what]) / (1e-3 * max(t, 1e-9)) for what, t in medians.items()}
+        works = {what: work[what.removeprefix("device_")] for what in medians}
+        fractions = {what: self._roofline(works[what]) / (1e-3 * max(t, 1e-9)) for what, t in medians.items()}
         floors = {what: 1e3 * self._floor(works[what], cached="device" not in what) for what in medians}
         impossible = [what for what in samples if medians[what] < floors[what]]
         if impossible:
-            worst = max(impossible, key=lambda what: shares[what])
-            red = f"{worst}: {100 * shares[worst]:.0f} % of the roofline: not all the work was done"
+            worst = max(impossible, key=lambda what: fractions[what])
+            red = f"{worst}: {100 * fractions[worst]:.0f} % of the roofline: not all the work was done"
             return replace(row, red=red, note=note, peak_mebibytes=None, failed=True)
         if "device_backward" in floors and medians["device_backward"] < floors["device_backward"]:
-            del shares["device_backward"]  # the forward pass did its work: the sum has been looked at
+            del fractions["device_backward"]  # the forward pass did part of it; the sum has been checked
         return replace(
             row,
             **{what: times.spread for what, times in samples.items()},
             device_backward=medians.get("device_backward"),
-            roofline=shares,
+            roofline=fractions,
             note=note,
             samples=samples,
         )
 
-    def _roofline(self, least: Work) -> float:
-        """Seconds that the card's copy takes for the bytes, or its matrix product for the operations: the longer."""
-        return max(least.bytes / self.rates.copy, least.flops / self.rates.matmul)
+    def _roofline(self, work: Work) -> float:
+        """Seconds for the bytes at the copy rate or for the products at the matmul rate, whichever is longer."""
+        return max(work.bytes / self.rates.copy, work.flops / self.rates.matmul)
 
-    def _floor(self, least: Work, cached: bool) -> float:
-        """Seconds below which not all the work can have been done.
+    def _floor(self, work: Work, cached: bool) -> float:
+        """Seconds below which the work cannot be complete.
 
-        Where one call is timed by itself, what it leaves in the L2 cache is never written back, and its gradients may
-        find there what its forward pass read: cached grants both.
+        `cached` is for a call that is timed by itself: what it leaves in the L2 cache is not written back in time, and
+        its gradients may read from the cache what its forward pass has read.
         """
-        moved = least.bytes - 2 * self.card.cache_bytes * cached
-        return max(moved / (READING * self.rates.copy), least.flops / (UNTHROTTLED * self.rates.matmul)) / NOISE
+        moved = work.bytes - 2 * self.card.cache_bytes * cached
+        return max(moved / (READING * self.rates.copy), work.flops / (UNTHROTTLED * self.rates.matmul)) / NOISE
 
 
 def bench_case(spec: Spec, shape: str) -> Case:
-    """A shape of a spec's bench as a case: its sizes, and options where it names any."""
+    """The case of a shape in a spec's bench: its sizes and options."""
     values = {name: value for name, value in spec.bench[shape].items() if name != "grads"}
     sizes = tuple((name, values.pop(name)) for name in spec.sizes)
     return Case(sizes).with_options(values)
 
 
 def is_ours(name: str) -> bool:
-    """Whether it is held to the rule that a speed is shown for right results alone: all but other people's kernels."""
+    """Whether speed is shown only for correct results: for all backends except other people's kernels."""
     return name not in backends.PEERS
 
 
@@ -204,6 +210,6 @@ def _words(case: Case) -> str:
 
 @contextmanager
 def static_shapes() -> Iterator[None]:
-    """torch.compile takes every shape as it is, the first as well as the last."""
+    """Let torch.compile compile every shape statically, not only the first."""
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         yield

@@ -1,4 +1,4 @@
-"""Contenders timed in turns: sequential measurement would turn a warming card into a difference between them."""
+"""Times contenders in turns: if each were timed by itself, a card that warms up would make a difference."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -25,30 +25,30 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The middle."""
+        """50 % quantile."""
         return self.spread[1]
 
 
 def interleave(
     contenders: Mapping[str, Callable[[], Any]], sample: Sample, seconds: float = 0.5
 ) -> dict[str, tuple[Times, Any]]:
-    """Time each contender once a round; each round begins with another one, so that none always follows the same.
+    """Time each contender once per round; each round starts with another one, so that predecessors change.
 
     Args:
-        contenders: calls to time, by name; each has run before, so that nothing is compiled here.
-        sample: times one call: from the call to (milliseconds, what it gave).
-        seconds: of wall time for all rounds together, as far as FEWEST_ROUNDS and MOST_ROUNDS allow.
+        contenders: calls to time, by name; each must have run before, so that nothing is compiled here.
+        sample: times one call: from the call to (milliseconds, its result).
+        seconds: of wall time for all rounds, within FEWEST_ROUNDS and MOST_ROUNDS.
 
     Returns:
-        By name, the times and what the last timed call gave.
+        By name, the times and the result of the last timed call.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     last: dict[str, Any] = {}
     order = list(contenders)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for call in contenders.values():
         sample(call)
-    one_round = time.perf_counter() - begun
+    one_round = time.perf_counter() - start
     for _ in range(max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(one_round, 1e-6))))):
         for name in order:
             milliseconds, last[name] = sample(contenders[name])

@@ -1,4 +1,4 @@
-"""What a bench shows: one table a shape, and the same for machines."""
+"""The output of a bench: one table per shape, and JSON."""
 
 import importlib.metadata
 import json
@@ -9,30 +9,29 @@ from typing import Any
 
 from conformance.bench.card import Card, Rates
 from conformance.bench.sampler import Times
+from conformance.peers import PACKAGES
 from conformance.report import commit, versions
 
 Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds
-PACKAGES = ("liger-kernel", "unsloth", "cut-cross-entropy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one shape; times are None where none can be given.
+    """One contender on one shape. Times are in milliseconds, and None if there is none. The fields are JSON keys.
 
     Attributes:
-        forward, full: of one call, launch included; full is forward and all gradients.
-        device_forward, device_full: of the device alone; None too where a call cannot be held in a CUDA graph.
-        device_backward: what the gradients add: median of device_full less that of device_forward.
-        peak_mebibytes: memory at the peak of a full call, above its inputs.
-        error_use: share of the error budget used on these inputs.
-        roofline: for forward, full, device_forward, device_full and device_backward, the time that the card's copy
-            takes for the bytes that must move, or its matrix product for the operations, whichever is longer, over
-            this time.
-        red: the gate that was broken, on the judged inputs or in the last timed result; or a time below what the work
-            needs. Only other people's results are timed all the same, and never an impossible time.
-        note: what is unlike the contract although the values are right; or why there is no CUDA graph.
-        failed: whether this is an error of the bench: red and ours, or an impossible time.
-        samples: the times themselves.
+        forward, full: one call, including the launch; full is the forward pass and all gradients.
+        device_forward, device_full: without launches; None if a call cannot be captured in a CUDA graph.
+        device_backward: the part of the gradients: median of device_full minus median of device_forward.
+        peak_mebibytes: peak memory of a full call, above its inputs.
+        error_use: fraction of the error budget used on these inputs.
+        roofline: for each time, the lower bound divided by the time. The bound is that of moving the bytes at the
+            card's copy rate or of the matrix products at its matmul rate, whichever is longer.
+        red: the broken gate, on the judged inputs or in the last timed result; or a time that is too short for the
+            work. Peers are timed even if their results are wrong, but an impossible time is never shown.
+        note: a deviation from the contract that leaves the values correct, or the reason why there is no CUDA graph.
+        failed: whether this is an error of the bench: one of our own backends is red, or a time is impossible.
+        samples: all times.
     """
 
     op: str
@@ -53,18 +52,19 @@ class Row:
     samples: dict[str, Times] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """As written to JSON: all but the samples."""
+        """The row for JSON, without the samples."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
 
 
 def heading(card: Card, rates: Rates, state: dict[str, Any]) -> str:
-    """The card, what it does at best, and how times were taken."""
+    """The card, its peak rates, and how times are measured."""
     clock = f", SM clock {state['sm_clock_mhz']} MHz" if state["sm_clock_mhz"] else ""
     return (
         f"{card.name}, copy {rates.copy / 1e12:.2f} TB/s, "
         f"bf16 matmul {rates.matmul / 1e12:.0f} TFLOP/s{clock}\n"
-        "ms, cold L2, median of interleaved rounds [20 %, 80 %]; one call, launch included; device: CUDA graph; "
-        "%: of the roofline: bytes at the copy's rate or matrix products at the matmul's, whichever takes longer"
+        "times in ms with a cold L2 cache: median [20 %, 80 %] of interleaved rounds; one call including its launch; "
+        "device: without launches, in a CUDA graph\n"
+        "%: of the roofline, bytes at the copy rate or matrix products at the matmul rate, whichever takes longer"
     )
 
 
@@ -80,7 +80,7 @@ NAME_WIDTH = 56
 
 
 def text(rows: Sequence[Row]) -> str:
-    """One shape as a table."""
+    """The table of one shape."""
     heads = "".join(f"{name:<{width}}" for name, width in COLUMNS)
     title = f"{rows[0].op} {rows[0].shape} {rows[0].dtype}"
     return "\n".join([f"{title:<{NAME_WIDTH}}{heads}".rstrip(), *(_line(row) for row in rows)])
@@ -95,7 +95,7 @@ def _line(row: Row) -> str:
         _device(row, "device_forward", row.device_forward and row.device_forward[1]),
         _device(row, "device_backward", row.device_backward),
         f"{row.peak_mebibytes or 0:.0f}",
-        "red" if row.red else f"{100 * (row.error_use or 0):.0f} %",
+        "FAIL" if row.red else f"{100 * (row.error_use or 0):.0f} %",
     )
     padded = "".join(f"{cell:<{width - 1}} " for cell, (_, width) in zip(cells, COLUMNS, strict=True))
     return f"  {row.backend:<{NAME_WIDTH - 2}}{padded}{'; '.join(filter(None, (row.red, row.note)))}".rstrip()
@@ -111,17 +111,17 @@ def _device(row: Row, key: str, milliseconds: float | None) -> str:
 
 
 def _percent(row: Row, key: str) -> str:
-    """Nothing where the gradients take less than their work because the forward pass has done their work."""
-    share = row.roofline.get(key)
-    return "" if share is None else f"{100 * share:3.0f} %"
+    """Percent of the roofline; empty if the forward pass did part of the work of the gradients."""
+    fraction = row.roofline.get(key)
+    return "" if fraction is None else f"{100 * fraction:3.0f} %"
 
 
 def write_json(
     path: Path, rows: Sequence[Row], card: Card, rates: Rates, state: dict[str, Any], absent: dict[str, str]
 ) -> None:
-    """The same for machines: {"meta": {...}, "results": [a row, ...]}."""
+    """Write JSON: {"meta": {...}, "results": [a row, ...]}."""
     meta = {
-        "versions": versions() | {package: _version(package) for package in PACKAGES},
+        "versions": versions() | {package: _version(package) for package in PACKAGES.values() if package is not None},
         "gpu": card.name,
         **state,
         "copy_bytes_per_second": rates.copy,

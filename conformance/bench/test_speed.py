@@ -1,9 +1,9 @@
-"""Times of every backend on every shape under pytest-benchmark, for its storage and its comparisons.
+"""Times of every backend on every shape through pytest-benchmark, which stores and compares them.
 
     pytest conformance/bench --benchmark-only --benchmark-autosave
     pytest conformance/bench --benchmark-only --benchmark-compare --benchmark-compare-fail=median:5%
 
-The backends of one shape are timed together, in turns, when the first of their tests asks.
+The backends of one shape are timed together, in turns, by the first of their tests.
 """
 
 from functools import cache
@@ -15,47 +15,47 @@ import torch
 from conformance import backends
 from conformance.bench.card import Card, Rates
 from conformance.bench.measure import Bench
-from conformance.bench.replay import ReplayTimer
+from conformance.bench.playback import PlaybackTimer
 from conformance.bench.table import Row
 from conformance.peers import Absent
 from conformance.spec import specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-KINDS = ("forward", "full", "device_forward", "device_full")
-TIMER = ReplayTimer()
+TIMES = ("forward", "full", "device_forward", "device_full")
+TIMER = PlaybackTimer()
 
 
 def named(config: pytest.Config) -> list[str]:
-    """The backends asked for."""
+    """The requested backends."""
     return str(config.getoption("--backend")).split(",")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test an operation, shape, backend and kind of time; shapes outermost, so that one is done before the next."""
+    """One test per operation, shape, backend and kind of time, ordered so that one shape ends before the next."""
     shapes = [(op, shape) for op, spec in specs().items() for shape in spec.bench]
     names = named(metafunc.config)
     metafunc.parametrize(
         ("op", "shape", "backend", "kind"),
-        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in KINDS],
+        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in TIMES],
     )
 
 
 @cache
 def measured(bench: Bench, op: str, shape: str) -> dict[str, Row]:
-    """Every backend on one shape, once a process."""
-    return {row.backend: row for row in bench.rows(op, shape)}
+    """Every backend on one shape, measured once per process."""
+    return {row.backend: row for row in bench.measure(op, shape)}
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest, card: tuple[Card, Rates, dict[str, Any]]) -> Bench:
-    """The backends that are here."""
+    """A bench of the backends that can be imported."""
     present = []
     for name in named(request.config):
         try:
             backends.load(name, "cuda")
             present.append(name)
         except Absent:
-            continue  # its tests say so
+            continue  # its tests are skipped
     return Bench(*card[:2], tuple(present), str(request.config.getoption("--dtype")))
 
 
@@ -69,7 +69,7 @@ def test_speed(
     backend: str,
     kind: str,
 ) -> None:
-    """Plays the samples; fails where ours are not right, or faster than their work can be done."""
+    """Report the samples; fail if one of our own results is wrong, or a time is too short for the work."""
     if backend not in bench.names:
         pytest.skip(f"{backend} is not installed")
     row = measured(bench, op, shape).get(backend)

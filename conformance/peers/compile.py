@@ -7,7 +7,7 @@ import torch
 
 from unsloth_ref import kernels
 
-# The reference has a size or an option in every call: each is worth a graph of its own.
+# Nearly every case has other sizes or options, and each needs a graph of its own.
 torch._dynamo.config.recompile_limit = 10_000
 
 

@@ -1,14 +1,15 @@
 """unsloth; importing it needs a GPU and patches other packages in this process.
 
-Its gated activations are no operations of their own: they exist inside its LoRA blocks alone.
+Its gated activations are not separate operations: they exist only inside its LoRA blocks.
 """
+
+from typing import Any
 
 from torch import Tensor
 
-from conformance.peers import kernels
-from unsloth_ref.types import Casting, Reduction
+from conformance.peers import import_kernels, operation, refuse
 
-_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = kernels(
+_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = import_kernels(
     "unsloth",
     "unsloth.kernels.rms_layernorm:Fast_RMS_Layernorm",
     "unsloth.kernels.layernorm:Fast_Layernorm",
@@ -20,69 +21,55 @@ _rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = kernels(
 )
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
-) -> Tensor:
+@operation
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama") -> Tensor:
     """As fast_rms_layernorm."""
     if (offset, casting) not in ((0.0, "llama"), (1.0, "gemma")):
-        raise NotImplementedError("unsloth has Llama's norm without an offset and Gemma's with 1 alone")
+        supported = "offset=0.0, casting='llama' or offset=1.0, casting='gemma'"
+        raise NotImplementedError(f"got offset={offset}, casting={casting!r}; allowed with unsloth: {supported}")
     return _rms_norm.apply(x, weight, eps, casting == "gemma")
 
 
+@operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """As fast_layernorm."""
     return _layer_norm.apply(x, weight, bias, eps)
 
 
+@operation
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As fast_rope_embedding: q and k are rotated in place where they lie as it wants them."""
+    """As fast_rope_embedding: q and k are rotated in place where they have the layout that it needs."""
     if positions is not None:
         return _rope_at.apply(q, k, cos, sin, positions)
     if cos.shape[0] != 1:
-        raise NotImplementedError("unsloth has the same positions in every sequence, or a table with positions")
+        raise NotImplementedError(f"cos: got {len(cos)} sequences; allowed with unsloth: 1, or a table with positions")
     return _rope(q, k, cos, sin)
 
 
+@operation
 def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: Reduction = "mean",
-    num_items: int | float | Tensor | None = None,
-) -> Tensor:
+    logits: Tensor, labels: Tensor, *, logit_scale: float = 1.0, softcap: float = 0.0,
+    reduction: str = "mean", num_items: Any = None, **options: Any,
+) -> Tensor:  # fmt: skip
     """As fast_cross_entropy_loss: the backward pass writes the gradient over the logits."""
-    if ignore_index != -100 or label_smoothing or z_loss:
-        raise NotImplementedError("unsloth has neither another ignore_index nor label_smoothing nor z_loss")
-    scale = 0 if logit_scale == 1.0 else logit_scale  # 0 stands for none
+    refuse("unsloth", options, ignore_index=-100, label_smoothing=0.0, z_loss=0.0)
+    scale = 0 if logit_scale == 1.0 else logit_scale  # 0 means none
     if reduction == "none":
         return _losses.apply(logits, labels, softcap, scale)
-    return _loss(
-        logits[None], labels[None], softcap, scale, 1 if reduction == "sum" and num_items is None else num_items
-    )
+    divisor = 1 if reduction == "sum" and num_items is None else num_items
+    return _loss(logits[None], labels[None], softcap, scale, divisor)
 
 
+@operation
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: Reduction = "mean",
-    num_items: int | float | Tensor | None = None,
-) -> Tensor:
-    """As unsloth_fused_ce_loss without a trainer: gradients in the forward pass, chunks by the memory that is free."""
-    if z_loss or reduction == "none":
-        raise NotImplementedError("unsloth has neither z_loss nor the losses of rows")
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, logit_scale: float = 1.0,
+    softcap: float = 0.0, reduction: str = "mean", num_items: Any = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, **options: Any,
+) -> Tensor:  # fmt: skip
+    """As unsloth_fused_ce_loss without a trainer: gradients in the forward pass, chunks sized by free memory."""
+    refuse("unsloth", options, z_loss=0.0)
+    if reduction == "none":
+        raise NotImplementedError("reduction: got 'none'; allowed with unsloth: mean, sum")
     return _linear_loss(
         None,
         hidden[None],
@@ -93,6 +80,6 @@ def linear_cross_entropy(
         shift_labels=False,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        logit_scale_multiply=0 if logit_scale == 1.0 else logit_scale,  # 0 stands for none
+        logit_scale_multiply=0 if logit_scale == 1.0 else logit_scale,  # 0 means none
         logit_softcapping=softcap,
     )

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from conformance.gates import Failure
 from conformance.piece import PieceCheck, PieceTrial
-from conformance.trial import Raised, describe
+from conformance.trial import Caught, describe
 from unsloth_ref.types import IGNORE_INDEX
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,9 +57,9 @@ def equal(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
     def equal(trial: PieceTrial, case: Any) -> None:
         """The result, or the type of the error, is that of the reference."""
         positional, keywords = arguments(case, trial.device)
-        with Raised() as wanted:
+        with Caught() as wanted:
             result = trial.spec.reference(*positional, **keywords)
-        with Raised() as raised:
+        with Caught() as raised:
             seen = trial.function(*positional, **keywords)
         if wanted.error is None and raised.error is None:
             demand_equal(comparable(seen), comparable(result), "result")
@@ -79,7 +79,7 @@ def inputs_untouched(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
         """The call does not modify its arguments."""
         given = arguments(case, trial.device)
         before = comparable(given)
-        with Raised():
+        with Caught():
             trial.function(*given[0], **given[1])
         demand_equal(comparable(given), before, "arguments after the call")
 

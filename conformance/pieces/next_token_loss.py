@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.gates import Failure, Measure, judge
+from conformance.gates import ErrorModel, Failure, judge
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import batches, comparable, demand_equal, labels
 from conformance.spec import Call
@@ -77,7 +77,7 @@ def value(trial: PieceTrial, case: LossCase) -> float:
     used = 0.0
     for name, y, r, p in zip(("loss", "logits"), seen, truth, peer, strict=True):
         terms = cross_entropy_spec.terms[name](call).view(r.shape)
-        used = max(used, judge(name, y, r, p, Measure(terms, logits.numel(), roundings=0)))
+        used = max(used, judge(name, y, r, p, ErrorModel(terms, logits.numel(), roundings=0)))
     return used
 
 

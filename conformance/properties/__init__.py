@@ -1,10 +1,16 @@
-"""The laws. One file a law: a docstring that says it, and `check(trial, case)`, which raises Failure where it fails.
+"""The properties that every operation must satisfy, one per file.
 
-A check returns the share of the error budget it used, or None where that has no meaning. Beside it a file may define
-`SHARE`, the part of the profile's examples worth spending on it; `cases(spec, profile)`, a fixed list in place of drawn
-cases; `CUDA_ONLY = True`; and `LARGE = True` where a case takes gigabytes: such checks run one at a time. A law is
-about what a user can suffer from, never about how an implementation is built: plain PyTorch that is right passes them
-all.
+The docstring of a file states its property. Its function `check(trial, case)` raises Failure if the property does not
+hold; it returns the fraction of the error budget that was used, or None if the property has no budget. A file may also
+define:
+
+    SHARE                   fraction of the profile's examples to spend on this property; 1 by default
+    cases(spec, profile)    a fixed list of cases, used instead of drawn ones
+    CUDA_ONLY = True        skip the property on a CPU
+    LARGE = True            a case takes gigabytes: the runner never runs two such tasks at the same time
+
+A property tests behaviour that a user can suffer from, not how an implementation is built: a correct implementation in
+plain PyTorch passes all of them.
 """
 
 from types import ModuleType
@@ -40,7 +46,7 @@ from conformance.properties import (
     value,
 )
 
-# In the order in which they run: what is cheap and says most comes first.
+# In the order in which they run: the cheapest and most informative first.
 _MODULES = (
     metadata,
     value,

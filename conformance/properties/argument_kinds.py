@@ -1,4 +1,4 @@
-"""Arguments of every kind that the contract takes are right: leading dimensions in any number, numbers as tensors."""
+"""Every kind of argument that the contract allows gives correct results: leading dimensions, numbers as tensors."""
 
 from conformance.case import Case
 from conformance.profiles import Profile
@@ -7,14 +7,14 @@ from conformance.trial import Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """One size, which every kind changes in its way."""
-    return [spec.case(6, 70)] if spec.kinds else []
+    """One case, which each kind of argument changes."""
+    return [spec.case(6, 70)] if spec.argument_kinds else []
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Each kind in turn."""
+    """Judge each kind of argument in turn."""
     used = 0.0
-    for kind in trial.spec.kinds.values():
+    for kind in trial.spec.argument_kinds.values():
         inputs, options = kind(trial.inputs(case), trial.options(case))
         changed = case.with_options(options)
         used = max(used, trial.judge(changed, trial.run(changed, inputs), inputs))

@@ -1,4 +1,4 @@
-"""Under autocast the results are right for the inputs given: an operation that works in float32 loses nothing to it."""
+"""Autocast does not reduce accuracy: results under it are within the error budget of the given inputs."""
 
 import torch
 
@@ -9,7 +9,7 @@ SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Forward under autocast to bfloat16, backward outside, as training does."""
+    """Run the forward pass under autocast to bfloat16 and the backward pass outside it, as training does."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     with torch.autocast(trial.device, torch.bfloat16):
         outputs = trial.call(inputs, trial.options(case))

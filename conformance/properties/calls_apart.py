@@ -1,6 +1,6 @@
-"""Calls do not meet: one between a forward pass and its backward pass, or after both, changes no bit of either.
+"""Calls are independent: another call between or after the forward and backward passes changes no bit of the results.
 
-A model calls an operation in every layer before it goes back through any of them.
+A model runs the forward pass of every layer before the backward pass of any.
 """
 
 from dataclasses import replace
@@ -12,13 +12,13 @@ SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> None:
-    """The same sizes with other elements, in between and afterwards."""
-    plain = trial.run(case)
-    plain = Run(tuple(y.clone() for y in plain.outputs), {name: g.clone() for name, g in plain.grads.items()})
+    """Call with the same sizes and other elements, between the two passes and after them."""
+    alone = trial.run(case)
+    alone = Run(tuple(y.clone() for y in alone.outputs), {name: g.clone() for name, g in alone.grads.items()})
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     outputs = trial.call(inputs, trial.options(case))
-    kept = trial.run(replace(case, seed=case.seed + 1))
+    other = trial.run(replace(case, seed=case.seed + 1))
     grads = trial.backward(outputs, inputs, trial.spec.grads, trial.grad_outputs(case, outputs))
     trial.run(replace(case, seed=case.seed + 2))
-    demand_same_bits(trial.spec, plain, Run(detached(outputs), grads), "another call in between changes the results")
-    del kept  # alive until here, as the activations of a model are
+    demand_same_bits(trial.spec, alone, Run(detached(outputs), grads), "another call in between changes the results")
+    del other  # kept alive until here, as a model keeps its activations

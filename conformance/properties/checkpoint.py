@@ -1,4 +1,4 @@
-"""Under activation checkpointing, of either kind, results are right, with the bits of the plain call."""
+"""Activation checkpointing, reentrant or not, gives the same bits as a call without it, and correct results."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Recompute in the backward pass, judge."""
-    plain, used = trial.run(case), 0.0
+    """Run with recomputation in the backward pass, and judge."""
+    direct, used = trial.run(case), 0.0
     for reentrant in (False, True):
 
         def recomputed(*inputs: Any, reentrant: bool = reentrant, **options: Any) -> Any:
             return checkpoint(lambda *xs: trial.function(*xs, **options), *inputs, use_reentrant=reentrant)
 
-        law, run = f"checkpoint(use_reentrant={reentrant})", trial.run(case, function=recomputed)
+        name, run = f"checkpoint(use_reentrant={reentrant})", trial.run(case, function=recomputed)
         if trial.spec.same_bits:
-            demand_same_bits(trial.spec, plain, run, f"{law} changes the results")
+            demand_same_bits(trial.spec, direct, run, f"{name} changes the results")
         try:
             used = max(used, trial.judge(case, run))
         except Failure as failure:
-            raise Failure(f"{law}: {failure}", failure.used) from failure
+            raise Failure(f"{name}: {failure}", failure.used) from failure
     return used

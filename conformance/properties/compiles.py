@@ -1,6 +1,6 @@
-"""`torch.compile(fullgraph=True)` takes the function, forward and backward, and the results stay right.
+"""`torch.compile(fullgraph=True)` compiles both passes, and the compiled function gives correct results.
 
-On a CPU the graph is traced and run as it is, for want of time; on CUDA Inductor compiles it.
+On CUDA, Inductor compiles the graph. On a CPU the traced graph runs uncompiled, to save time.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from conformance.trial import Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Every option at its default, the same laid out otherwise, then every option set."""
+    """Every option at its default, the same in another layout, then every option set."""
     return opcheck.cases(spec, profile)
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Compile afresh, then run twice: the second run takes the cached graph."""
+    """Compile without cached graphs, then run twice: the second run uses the cached graph."""
     torch._dynamo.reset()
     engine = "inductor" if trial.device == "cuda" else "aot_eager"
     compiled: Any = torch.compile(trial.function, fullgraph=True, backend=engine)

@@ -1,4 +1,4 @@
-"""A captured CUDA graph, replayed on new inputs in the same memory, gives what a plain call on them gives."""
+"""A captured CUDA graph, replayed after its inputs have changed in place, gives the results of an eager call."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Capture on one seed, replay on another of the same parity, on which the shapes of some inputs depend."""
+    """Capture with one seed, replay with another of the same parity: the shapes of some inputs depend on the parity."""
     other = replace(case, seed=case.seed + 2)
     static, fresh = trial.inputs(case), trial.inputs(other)
     grad_outputs = trial.grad_outputs(case, trial.run(case, static).outputs)  # also compiles
@@ -28,8 +28,8 @@ def check(trial: Trial, case: Case) -> None:
         tensor.copy_(fresh[name])
     graph.replay()
     torch.cuda.synchronize()
-    plain = trial.run(case, fresh, grad_outputs=grad_outputs)
-    if trial.spec.waits:
+    eager = trial.run(case, fresh, grad_outputs=grad_outputs)
+    if trial.spec.syncs:
         trial.judge(case, captured, fresh, grad_outputs)
     else:
-        demand_same_bits(trial.spec, plain, captured, "a replayed CUDA graph differs from a plain call")
+        demand_same_bits(trial.spec, eager, captured, "a replayed CUDA graph differs from an eager call")

@@ -1,4 +1,4 @@
-"""The same call gives the same bits, every time."""
+"""Repeated calls on the same inputs give the same bits."""
 
 from conformance.case import Case
 from conformance.trial import Trial, demand_same_bits
@@ -7,7 +7,7 @@ SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Three runs on fresh copies of the same input."""
+    """Compare three runs on fresh copies of the same inputs."""
     first = trial.run(case)
     for _ in range(2):
         demand_same_bits(trial.spec, first, trial.run(case), "two runs on the same input differ")

@@ -1,4 +1,4 @@
-"""The gradients are right, of all inputs together and of every subset: freezing one input must not touch another's."""
+"""Gradients are within the error budget for every subset of inputs: freezing one input does not change the others."""
 
 from itertools import combinations
 
@@ -7,7 +7,7 @@ from conformance.trial import Trial
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Every subset of the inputs that can get a gradient, all of them first."""
+    """Judge every subset of the differentiable inputs, starting with all of them."""
     inputs = trial.inputs(case)
     names = [name for name in trial.spec.grads if name in inputs]
     subsets = [subset for count in range(len(names), 0, -1) for subset in combinations(names, count)]

@@ -1,4 +1,4 @@
-"""Nothing is read outside: the bits are the same whether inputs lie between NaN or between zeros."""
+"""No memory outside the inputs is read: results have the same bits between guard bands of NaN and of zeros."""
 
 from math import nan
 
@@ -10,7 +10,7 @@ SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Run between NaN, run between zeros."""
+    """Compare a run between NaN with a run between zeros."""
     inputs = trial.inputs(case)
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs)
 
@@ -18,4 +18,4 @@ def check(trial: Trial, case: Case) -> None:
         fenced = {n: Fence(t, band).tensor if t.is_floating_point() else t for n, t in inputs.items()}
         return trial.run(case, fenced, grad_outputs=[Fence(gradient, band).tensor for gradient in grad_outputs])
 
-    demand_same_bits(trial.spec, between(nan), between(0.0), "what lies around the inputs shows in the results")
+    demand_same_bits(trial.spec, between(nan), between(0.0), "the memory around the inputs changes the results")

@@ -1,15 +1,15 @@
-"""Nothing is written outside: canaries on both sides of every input and every allocation survive both passes."""
+"""No memory outside a tensor is written: canaries around every input and allocation are unchanged after both passes."""
 
 from conformance.case import Case
 from conformance.memory import Allocations, Fence, demand_unbroken
 from conformance.trial import Trial
 
 SHARE = 0.4
-BAND = 3.0  # around inputs, unlike the NaN around allocations: copied one element too far, it shows
+BAND = 3.0  # around inputs; differs from the NaN around allocations, so that copying one element too many is found
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Fence everything, run, look at the fences."""
+    """Fence every input and allocation, run both passes, inspect the fences."""
     fences = {name: Fence(tensor, BAND) for name, tensor in trial.inputs(case).items()}
     inputs = {name: fence.tensor for name, fence in fences.items()}
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs)

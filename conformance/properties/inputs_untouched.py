@@ -1,4 +1,4 @@
-"""Nothing is mutated: not the inputs, not the gradient of the output, in the forward or the backward pass."""
+"""Neither pass modifies the inputs, the outputs or the gradients of the outputs."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ SHARE = 0.5
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Compare bits and version counters before and after."""
+    """Compare bits and version counters before and after each pass."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     before = {name: (bits(tensor).clone(), tensor._version) for name, tensor in inputs.items()}
     outputs = trial.call(inputs, trial.options(case))

@@ -1,6 +1,6 @@
-"""Offsets past 2^31 elements are right.
+"""Tensors that span more than 2^31 elements give correct results.
 
-The last row begins 2^31 elements behind the first: nine gigabytes of addresses, of which only rows are ever touched.
+The last row starts 2^31 elements after the first: nine gigabytes of address space, of which only the rows are touched.
 """
 
 import torch
@@ -18,7 +18,7 @@ FAR = 2**31
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Two rows of one tile."""
+    """Two rows of about one tile each."""
     return [spec.case(2, 130)]
 
 
@@ -44,11 +44,11 @@ def check(trial: Trial, case: Case) -> float:
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """The same rows, the last one FAR from the first."""
+    """The same rows, with the last one FAR elements after the first."""
     gaps = max(1, len(rows) - 1)
     stride = -(-FAR // gaps)
     buffer = torch.empty(gaps * stride + rows[0].numel(), dtype=rows.dtype, device=rows.device)
     far = buffer.as_strided(rows.shape, (stride, *rows.stride()[1:]))
     if not far.copy_(rows)[-1].equal(rows[-1]):
-        raise Failure("this machine does not hold nine gigabytes of addresses")
+        raise Failure("this machine cannot allocate nine gigabytes of address space")
     return far

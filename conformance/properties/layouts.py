@@ -1,6 +1,6 @@
-"""Strides and storage offsets do not matter: of any one input, or of the gradient coming back.
+"""Any strides and storage offset of an input or of the gradient of an output give correct results.
 
-That of `y.sum()` is one number, with a stride of 0 in every dimension.
+The gradient of `y.sum()` is a single number, expanded with a stride of 0 in every dimension.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ OF_GRADIENTS = {
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Every layout of each input by itself, and of the gradient of each output."""
+    """Judge every layout of each input by itself, then of the gradient of each output."""
     inputs, used = trial.inputs(case), 0.0
     outputs = trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs
     for layout in LAYOUTS:
@@ -36,16 +36,16 @@ def check(trial: Trial, case: Case) -> float:
 
 
 class naming:
-    """Puts the layout in front of a failure's message."""
+    """Prefixes the message of a failure with the layout that caused it."""
 
     def __init__(self, what: str) -> None:
-        """What the layout is, and whose."""
+        """Take the name of the tensor and of its layout."""
         self._what = what
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Do nothing."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Name it."""
+        """Add the prefix to a Failure."""
         if isinstance(error, Failure):
             raise Failure(f"{self._what}: {error}", error.used) from error

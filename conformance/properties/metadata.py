@@ -1,4 +1,4 @@
-"""Outputs and gradients have the contract's structure, shape, dtype and device, and share no memory with the inputs."""
+"""Outputs and gradients have the structure, shape, dtype and device of the contract, and do not alias the inputs."""
 
 from conformance.case import Case
 from conformance.gates import Failure
@@ -8,7 +8,7 @@ SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Compare with the reference, and look for aliases."""
+    """Compare with the reference, and compare storages with those of the inputs."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     outputs = trial.call(inputs, trial.options(case))
     wanted = trial.run(case, inputs, function=trial.spec.reference)

@@ -1,4 +1,4 @@
-"""Under `no_grad` and `inference_mode` results are right, with the bits of training, and nothing is recorded."""
+"""`no_grad` and `inference_mode` give correct results with the bits of training, and record no graph."""
 
 import torch
 
@@ -10,7 +10,7 @@ SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Same inputs, all requiring gradients."""
+    """Use the same inputs in every mode, with gradients required."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     trained, used = Run(detached(trial.call(inputs, trial.options(case))), {}), 0.0
     for context in (torch.no_grad(), torch.inference_mode()):

@@ -1,4 +1,4 @@
-"""Nothing waits for the device: no hidden synchronisation in either pass, beyond those that the spec declares."""
+"""Neither pass synchronises with the device more often than the spec declares."""
 
 import warnings
 from typing import Any
@@ -14,27 +14,27 @@ SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Run once to compile, then with synchronisation forbidden, or, where some is declared, counted."""
+    """Run once to compile; then forbid synchronisation, or count it if the spec declares some."""
     grad_outputs = trial.grad_outputs(case, trial.run(case).outputs)
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
-    with _Waits(trial.spec.waits) as forward:
+    with _Synchronisations(trial.spec.syncs) as forward:
         outputs = trial.call(inputs, trial.options(case))
-    with _Waits(trial.spec.waits) as backward:
+    with _Synchronisations(trial.spec.syncs) as backward:
         trial.backward(outputs, inputs, trial.spec.grads, grad_outputs)
     for name, count in (("forward", forward.count), ("backward", backward.count)):
-        if count > trial.spec.waits:
-            raise Failure(f"the {name} pass waits for the device {count} times, allowed: {trial.spec.waits}")
+        if count > trial.spec.syncs:
+            raise Failure(f"the {name} pass synchronises with the device {count} times, allowed: {trial.spec.syncs}")
 
 
-class _Waits:
-    """Counts synchronisations; where none is allowed, the first one raises."""
+class _Synchronisations:
+    """Counts synchronisations; if none is allowed, the first one raises."""
 
     def __init__(self, allowed: int) -> None:
         self._mode = "warn" if allowed else "error"
         self._warnings = warnings.catch_warnings(record=True)
         self.count = 0
 
-    def __enter__(self) -> "_Waits":
+    def __enter__(self) -> "_Synchronisations":
         self._seen = self._warnings.__enter__()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode(self._mode)

@@ -1,4 +1,4 @@
-"""Every custom operator that the function calls passes `torch.library.opcheck`: schema, fakes, tracing, autograd."""
+"""Every custom operator that a call uses passes `torch.library.opcheck`: schema, fake tensors, tracing, autograd."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,13 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.spec import Spec
-from conformance.trial import Raised, Trial
+from conformance.trial import Caught, Trial
 
 BUILT_IN = ("aten", "prim", "prims", "c10d", "inductor", "debugprims", "profiler", "quantized")
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the calls of custom operators."""
+    """Records the first call of each custom operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,23 +29,23 @@ class _Recorder(TorchDispatchMode):
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """One case with every option at its default, one of them laid out otherwise, and one with every option set."""
-    plain = spec.case(3, 70)
+    """Every option at its default, the same in another layout, then every option set."""
+    case = spec.case(3, 70)
     options = {name: values[-1] for name, values in spec.options.items()}
     return [
-        plain,
-        replace(plain, layout="transposed"),
-        *([plain.with_options(options)] if options and spec.consistent(options) else []),
+        case,
+        replace(case, layout="transposed"),
+        *([case.with_options(options)] if options and spec.consistent(options) else []),
     ]
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Record forward and backward, check what was recorded."""
+    """Record the operators of both passes, then run opcheck on each recorded call."""
     with _Recorder() as recorder:
         trial.run(case)
     for operator, (args, kwargs) in recorder.calls.items():
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        with Raised() as raised:
+        with Caught() as caught:
             torch.library.opcheck(operator, tuple(args), kwargs)
-        if raised.error is not None:
-            raise Failure(f"opcheck of {operator}: {str(raised.error).strip()[:400]}") from raised.error
+        if caught.error is not None:
+            raise Failure(f"opcheck of {operator}: {str(caught.error).strip()[:400]}") from caught.error

@@ -1,4 +1,4 @@
-"""A graph that is retained gives the same gradients again: nothing it saved was used up or overwritten."""
+"""A second backward pass through a retained graph gives the same bits as the first."""
 
 from conformance.case import Case
 from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
@@ -7,7 +7,7 @@ SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Two backward passes through one forward pass."""
+    """Compare two backward passes of one forward pass."""
     names = trial.spec.grads
     inputs = {name: leaf(tensor, name in names) for name, tensor in trial.inputs(case).items()}
     outputs = trial.call(inputs, trial.options(case))

@@ -1,4 +1,4 @@
-"""A row's output and gradient depend on that row alone: their bits stay when every other row changes, to NaN even."""
+"""The output and gradient of a row keep their bits when all other rows change, even to NaN."""
 
 from math import nan
 
@@ -10,14 +10,14 @@ SHARE = 0.25
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Keep the first, the middle and the last row in turn, and change all others."""
+    """Keep the first, the middle and the last row in turn, and change all the others."""
     case = trial.rowwise(case)
-    count = case.size(trial.spec.rows)
-    case = case.resized(**{trial.spec.rows: max(2, count)})
+    count = case.size(trial.spec.row_dimension)
+    case = case.resized(**{trial.spec.row_dimension: max(2, count)})
     inputs = trial.inputs(case)
     outputs = trial.run(case, inputs, grads=()).outputs
     if any(output.ndim == 0 for output in outputs):
-        raise Failure(f"output is a scalar under {trial.spec.row_options}, should be a row a token")
+        raise Failure(f"output is a scalar under {trial.spec.row_options}, should have one entry per row")
     grad_outputs = trial.grad_outputs(case, outputs)
     first = trial.run(case, inputs, grad_outputs=grad_outputs)
     for kept in sorted({0, max(2, count) // 2, max(2, count) - 1}):
@@ -33,4 +33,4 @@ def check(trial: Trial, case: Case) -> None:
 def _demand_same_row(trial: Trial, first: Run, second: Run, kept: int) -> None:
     for (key, name, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
         if key in (*trial.spec.outputs, *trial.spec.rowwise) and not bits(one[kept]).equal(bits(other[kept])):
-            raise Failure(f"row {kept} of {name} changed with the other rows")
+            raise Failure(f"row {kept} of {name} changed when the other rows changed")

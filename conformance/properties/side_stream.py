@@ -1,4 +1,4 @@
-"""Work goes to the current stream: on a side stream, behind a long wait, the results are the default stream's."""
+"""Work runs on the current stream: a side stream that is delayed gives the bits of the default stream."""
 
 import torch
 
@@ -11,10 +11,10 @@ WAIT_CYCLES = 20_000_000  # about 10 ms
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Inputs arrive on the side stream late: a kernel on another stream reads what was there before."""
+    """Fill the inputs late on a side stream: a kernel on another stream would read the zeros that they held before."""
     inputs = trial.inputs(case)
-    plain = trial.run(case, inputs)
-    grad_outputs = trial.grad_outputs(case, plain.outputs)
+    on_default = trial.run(case, inputs)
+    grad_outputs = trial.grad_outputs(case, on_default.outputs)
     late = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
     late_grads = [torch.zeros_like(gradient) for gradient in grad_outputs]
     torch.cuda.synchronize()
@@ -25,4 +25,4 @@ def check(trial: Trial, case: Case) -> None:
             target.copy_(source)
         run = trial.run(case, late, grad_outputs=late_grads)
     torch.cuda.synchronize()
-    demand_same_bits(trial.spec, plain, run, "a side stream changes the results")
+    demand_same_bits(trial.spec, on_default, run, "a side stream changes the results")

@@ -1,9 +1,9 @@
-"""The outputs are right: within the gates of the float64 reference."""
+"""Outputs are within the error budget around the float64 reference."""
 
 from conformance.case import Case
 from conformance.trial import Trial
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Forward alone."""
+    """Judge the forward pass."""
     return trial.judge(case, trial.run(case, grads=()))

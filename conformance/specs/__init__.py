@@ -1,1 +1,1 @@
-"""One file an operation, each with a module-level `spec`."""
+"""One file per operation, each with a module-level `spec`."""

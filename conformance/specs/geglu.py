@@ -1,4 +1,4 @@
-"""Gated activation with GELU: what is drawn, and most of what is refused, is swiglu's."""
+"""Gated activation with GELU; the cases and most errors are those of swiglu."""
 
 import math
 from dataclasses import replace
@@ -7,55 +7,55 @@ import torch
 from torch import Tensor
 
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Call, ErrorCase
+from conformance.spec import Call, wrong_option
 from conformance.specs import swiglu
 from unsloth_ref.types import Approximate
 
 
-def _twice(x: Tensor) -> Tensor:
-    """2 z, of which (1 + tanh z) / 2 is the sigmoid."""
+def _twice_z(x: Tensor) -> Tensor:
+    """2 z, where z is the argument of tanh: (1 + tanh z) / 2 = sigmoid(2 z)."""
     return 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x.square())
 
 
-def _share(x: Tensor, approximate: Approximate) -> Tensor:
-    """The share of the gate that passes, without the cancellation of (1 + erf) / 2 and (1 + tanh) / 2."""
-    return torch.special.erfc(-x / math.sqrt(2)) / 2 if approximate == "none" else torch.sigmoid(_twice(x))
+def _gate_fraction(x: Tensor, approximate: Approximate) -> Tensor:
+    """The fraction of the gate that passes, without the cancellation in (1 + erf) / 2 and (1 + tanh) / 2."""
+    return torch.special.erfc(-x / math.sqrt(2)) / 2 if approximate == "none" else torch.sigmoid(_twice_z(x))
 
 
 def truth(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:
-    """The contract, also where float64 cancels: at a gate of -9 an infinite up gives -inf, not the NaN of 0 inf."""
-    return gate * _share(gate, approximate) * up
+    """The contract without cancellation in float64: a gate of -9 and an infinite up give -inf, not NaN from 0 inf."""
+    return gate * _gate_fraction(gate, approximate) * up
 
 
 def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of the gate that passes, how it grows with the gate, and |exponent|, whose roundings both carry."""
+    """The fraction of the gate that passes, its derivative, and |exponent|, the number of roundings that both carry."""
     x, approximate = call.inputs["gate"], call.options.get("approximate", "none")
-    share = _share(x, approximate)
+    fraction = _gate_fraction(x, approximate)
     if approximate == "none":
-        return share, torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
-    twice = _twice(x)
-    growth = share * torch.sigmoid(-twice) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
-    return share, growth, twice.abs()
+        return fraction, torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
+    twice = _twice_z(x)
+    slope = fraction * torch.sigmoid(-twice) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
+    return fraction, slope, twice.abs()
 
 
 def _cancelled(call: Call, value: Tensor) -> Tensor:
-    """What float32 leaves of a small value that is 1 - something, whatever the dtype: one rounding of 1, or nothing."""
+    """Terms of a small value computed as a difference from 1 in float32: one rounding of 1, or the whole value."""
     return torch.clamp(value / UNIT_FLOAT32, max=1.0) * (UNIT_FLOAT32 / call.unit)
 
 
 def _activation_terms(call: Call, factor: Tensor) -> Tensor:
-    """The share is written as (1 + erf) / 2 or (1 + tanh) / 2, and the activation may lie below the normal numbers."""
+    """The fraction is (1 + erf) / 2 or (1 + tanh) / 2; the activation may be below the normal numbers."""
     x = call.inputs["gate"]
-    share, _, exponent = _curve(call)
-    size = share * (1 + exponent) + _cancelled(call, share)
+    fraction, _, exponent = _curve(call)
+    size = fraction * (1 + exponent) + _cancelled(call, fraction)
     return (x * size * factor).abs() + 2 * call.smallest * factor.abs()
 
 
 def _gate_terms(call: Call) -> Tensor:
-    """The derivative changes sign: (1 + erf) / 2 + gate growth, in any order; a growth is written with 1 - tanh^2."""
+    """fraction + gate slope, in any order, changes sign; with tanh, the slope is computed from 1 - tanh^2."""
     x = call.inputs["gate"]
-    share, growth, exponent = _curve(call)
-    size = share + x.abs() * growth
+    fraction, slope, exponent = _curve(call)
+    size = fraction + x.abs() * slope
     size = size * (1 + exponent) + _cancelled(call, size)
     if call.options.get("approximate", "none") == "tanh":
         square = torch.sigmoid(2 * math.sqrt(2 / math.pi) * x.abs() * (1 + 0.044715 * x.square()))
@@ -81,6 +81,6 @@ spec = replace(
     },
     errors=[
         *swiglu.spec.errors,
-        ErrorCase("approximate is unknown", lambda i, o: (i, {**o, "approximate": "erf"}), ValueError, "approximate"),
+        wrong_option("approximate is unknown", "approximate", approximate="erf"),
     ],
 )

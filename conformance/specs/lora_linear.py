@@ -1,25 +1,37 @@
-"""A linear layer with a low-rank adapter beside it."""
+"""A linear layer with a low-rank adapter."""
 
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass
-from math import log2, nan
+from math import nan
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Draw
-from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, columns, nbytes, rows
+from conformance.gates import UNIT_FLOAT32
+from conformance.spec import (
+    Call,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    change_inputs,
+    column_counts,
+    leading_dimensions,
+    mistake,
+    nbytes,
+    row_counts,
+)
 
 ROUNDINGS = 1
-FLOAT32 = 2.0**-24
 NARROW = {2.0**-11: torch.float16, 2.0**-8: torch.bfloat16}  # by unit roundoff
 
 
 def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) -> Inputs:
-    """Wide adapters are float32 whatever the dtype; a bias under odd seeds."""
-    x, weight, bias = draw.rows(rows, columns), draw.matrix(out, columns), draw.weight(out)
+    """`wide` adapters are float32 for every dtype under test; odd seeds have a bias."""
+    x, weight, bias = draw.filled(rows, columns), draw.matrix(out, columns), draw.weight(out)
     adapters = copy(draw)
     if wide:
         adapters.dtype = torch.float32
@@ -33,63 +45,63 @@ def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) 
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """Columns of x or, under an odd number, of y; wide adapters beside an odd number of rows."""
+    """An even number of columns is that of x, an odd one that of y; an odd number of rows has wide adapters."""
     few = 3 + columns % 29
     return rows, 1 + (columns + 1) % 5, rows % 2, *((few, columns) if columns % 2 else (columns, few))
 
 
 def _out(budget: int) -> st.SearchStrategy[int]:
-    """A number of columns of y, mostly so few that those of x get their share of the elements."""
+    """Numbers of columns of y, mostly small, so that x can have many columns."""
     many = [size for size in (96, 129, 512, 1024, 2048, 4096) if size <= budget // 64]
     return st.sampled_from([1, 2, 4, 8, 16, 33, 64, *many])
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """Something that is added up, in float64, and by how much it may be off."""
+    """A sum in float64, and a bound of the error of a computed one."""
 
     value: Tensor
     error: Tensor
 
 
 class _Terms:
-    """What a call computes on the way, with errors.
+    """The intermediate results of a call, with error bounds.
 
-    Each product is a sum in float32 and is rounded to the dtype of x, as is what it was computed from: x @ lora_a^T,
-    its product with lora_b, that times scaling, and on the way back dy times scaling and its product with lora_b.
-    Adapters of more bits than x has are rounded to its dtype first.
+    Each product is a float32 sum that is rounded to the dtype of x, as are its factors: forward, x @ lora_a^T, its
+    product with lora_b^T and that times scaling; backward, dy times scaling and its product with lora_b. Adapters with
+    more bits than x are first rounded to the dtype of x.
     """
 
     def __init__(self, call: Call) -> None:
-        self.unit, self.least = call.unit, call.unit * call.smallest
-        self.float32 = _float32(call)
+        self.unit, self.underflow = call.unit, call.unit * call.smallest
+        self.float32 = call.float32_error
         self.scaling = call.options.get("scaling", 1.0)
-        self.x, self.weight = _exactly(_rows(call.inputs["x"])), _exactly(call.inputs["weight"])
-        share = call.unit if _wide(call) else 0.0
-        self.a, self.b = (_Sum(t, share * t.abs()) for t in (call.inputs["lora_a"], call.inputs["lora_b"]))
+        self.x, self.weight = _exact(_flattened(call.inputs["x"])), _exact(call.inputs["weight"])
+        cast_error = call.unit if _wide(call) else 0.0
+        self.a, self.b = (_Sum(t, cast_error * t.abs()) for t in (call.inputs["lora_a"], call.inputs["lora_b"]))
         self.low = self.rounded(self.product(self.x, _transposed(self.a)))
         if call.grad_outputs:
-            self.dy = _exactly(_rows(call.grad_outputs[0]))
+            self.dy = _exact(_flattened(call.grad_outputs[0]))
             self.dz = self.rounded(_Sum(self.scaling * self.dy.value, self.dy.error))
             self.dlow = self.rounded(self.product(self.dz, self.b))
 
     def product(self, left: _Sum, right: _Sum) -> _Sum:
-        """left @ right, not rounded yet."""
+        """left @ right, not yet rounded."""
         size = left.value.abs()
         error = (left.error + self.float32 * size) @ right.value.abs() + (size + left.error) @ right.error
         return _Sum(left.value @ right.value, error)
 
     def rounded(self, sum_: _Sum) -> _Sum:
-        """The same, rounded to the dtype of x."""
-        return _Sum(sum_.value, sum_.error + self.unit * (sum_.value.abs() + sum_.error) + self.least)
+        """The sum rounded to the dtype of x."""
+        return _Sum(sum_.value, sum_.error + self.unit * (sum_.value.abs() + sum_.error) + self.underflow)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _flattened(tensor: Tensor) -> Tensor:
     """[..., C] as [T, C]."""
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _exactly(tensor: Tensor) -> _Sum:
+def _exact(tensor: Tensor) -> _Sum:
     return _Sum(tensor, torch.zeros_like(tensor))
 
 
@@ -97,35 +109,25 @@ def _transposed(sum_: _Sum) -> _Sum:
     return _Sum(sum_.value.t(), sum_.error.t())
 
 
-def _float32(call: Call) -> float:
-    """What float32 arithmetic may cost a term: as much as gate G1 grants one."""
-    return 2 * max(1.0, log2(max(1, *(tensor.numel() for tensor in call.inputs.values())))) * FLOAT32
-
-
 def _wide(call: Call) -> bool:
-    """Whether adapters have more bits than x: normal numbers drawn in float32 are none of 16 bits."""
+    """Whether adapters have more bits than x: random float32 numbers do not fit into 16 bits."""
     narrow = NARROW.get(call.unit)
     adapters = call.inputs["lora_a"], call.inputs["lora_b"]
     return narrow is not None and any(not torch.equal(t.to(narrow).double(), t) for t in adapters)
 
 
-def _granted(call: Call, error: Tensor, unit: float) -> Tensor:
-    """The size of terms of which gate G1 grants this error to a result of this unit roundoff."""
-    return error / (ROUNDINGS * unit + _float32(call))
-
-
 def _y_terms(call: Call) -> Tensor:
-    """Two products and a bias, rounded one after the other; scaling is a rounding of its own."""
+    """Two products and a bias, rounded one after the other; scaling adds a rounding."""
     terms = _Terms(call)
     base = terms.rounded(terms.product(terms.x, _transposed(terms.weight)))
     error = base.error
     if "bias" in call.inputs:
-        bias = call.inputs["bias"]  # which may be the first term of the sum: each of the others is added to it
-        error = error + terms.float32 * bias.abs() + call.unit * (base.value + bias).abs() + terms.least
+        bias = call.inputs["bias"]  # it may be the first term of the sum, to which all others are added
+        error = error + terms.float32 * bias.abs() + call.unit * (base.value + bias).abs() + terms.underflow
     added = terms.rounded(terms.product(terms.low, _transposed(terms.b)))
     scaled = terms.rounded(_Sum(terms.scaling * added.value, abs(terms.scaling) * added.error))
     shape = *call.inputs["x"].shape[:-1], call.inputs["weight"].shape[0]
-    return _granted(call, (error + scaled.error).reshape(shape), call.unit)
+    return call.terms_of((error + scaled.error).reshape(shape), ROUNDINGS, call.unit)
 
 
 def _x_terms(call: Call) -> Tensor:
@@ -133,32 +135,34 @@ def _x_terms(call: Call) -> Tensor:
     terms = _Terms(call)
     error = terms.rounded(terms.product(terms.dy, terms.weight)).error
     error = error + terms.rounded(terms.product(terms.dlow, terms.a)).error
-    return _granted(call, error.reshape(call.inputs["x"].shape), call.unit)
+    return call.terms_of(error.reshape(call.inputs["x"].shape), ROUNDINGS, call.unit)
 
 
 def _adapter_terms(product: Callable[[_Terms], _Sum]) -> Callable[[Call], Tensor]:
-    """Of an adapter's gradient, which plain PyTorch rounds to the dtype of x even where the adapter has more bits."""
+    """Terms of an adapter's gradient, which plain PyTorch rounds to the dtype of x even for float32 adapters."""
 
     def terms(call: Call) -> Tensor:
         found = _Terms(call)
-        return _granted(call, found.rounded(product(found)).error, FLOAT32 if _wide(call) else call.unit)
+        error = found.rounded(product(found)).error
+        return call.terms_of(error, ROUNDINGS, UNIT_FLOAT32 if _wide(call) else call.unit)
 
     return terms
 
 
 def _weight_terms(call: Call) -> Tensor:
-    """A product of two exact matrices, of which there is no rounding but the last."""
+    """A product of two exact matrices: only the result is rounded."""
     terms = _Terms(call)
-    return _granted(call, terms.product(_transposed(terms.dy), terms.x).error, call.unit)
+    return call.terms_of(terms.product(_transposed(terms.dy), terms.x).error, ROUNDINGS, call.unit)
 
 
 def _bias_terms(call: Call) -> Tensor:
     """The sum of |dy|."""
-    return _granted(call, _float32(call) * _rows(call.grad_outputs[0]).abs().sum(0), call.unit)
+    error = call.float32_error * _flattened(call.grad_outputs[0]).abs().sum(0)
+    return call.terms_of(error, ROUNDINGS, call.unit)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
-    """x, all weights and y; then dy, the same, dx and the gradients of the adapters. A frozen weight gets none."""
+    """Forward: x, all weights and y. Backward: these, dx and the adapters' gradients; the weight is frozen."""
     x, adapters = inputs["x"], nbytes(inputs["lora_a"], inputs["lora_b"])
     read = nbytes(x, inputs["weight"]) + adapters
     y = x[..., 0].numel() * len(inputs["weight"]) * x.element_size()
@@ -166,7 +170,7 @@ def _bytes(inputs: Inputs) -> tuple[int, int]:
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
-    """The product with the weight and the two of the adapter; on the way back those that the gradients need."""
+    """Forward: the product with the weight and the two of the adapter. Backward: those that the gradients need."""
     x, (out, columns), rank = inputs["x"], inputs["weight"].shape, len(inputs["lora_a"])
     tokens = 2 * x[..., 0].numel()
     whole, narrow_in, narrow_out = tokens * out * columns, tokens * rank * columns, tokens * rank * out
@@ -180,26 +184,19 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return whole + narrow_in + narrow_out, dlow + sum(needs.get(name, 0) for name in grads)
 
 
-def _kind(change: Callable[[Inputs], Inputs]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
-    """Other tensors."""
-    return lambda inputs, options: ({**inputs, **change(inputs)}, options)
-
-
-def _mistake(
-    what: str, raises: type[Exception], names: str, change: Callable[[Inputs], Inputs], senseless: bool = False
+def _bias_error(
+    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
 ) -> ErrorCase:
-    """Wrong tensors; a bias, which stands behind an option, goes by name."""
+    """A wrong bias, passed by name: in the signature, an option precedes it."""
 
-    def changed(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        wrong = change(inputs)
-        by_name = {name: tensor for name, tensor in wrong.items() if name == "bias"}
-        return {**inputs, **{name: tensor for name, tensor in wrong.items() if name != "bias"}}, {**options, **by_name}
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        return inputs, {**options, "bias": bias(inputs)}
 
-    return ErrorCase(what, changed, raises, names, senseless=senseless)
+    return ErrorCase(what, change, raises, "bias", undefined)
 
 
 def _bench(columns: int, out: int, wide: int = 1, tokens: int = 16384) -> dict[str, object]:
-    """A frozen layer under an adapter of rank 16, in float32 as peft keeps it."""
+    """A frozen layer with an adapter of rank 16, in float32 as peft keeps it."""
     return {
         "rows": tokens, "rank": 16, "wide": wide, "columns": columns, "out": out, "grads": ("x", "lora_a", "lora_b")
     }  # fmt: skip
@@ -208,10 +205,10 @@ def _bench(columns: int, out: int, wide: int = 1, tokens: int = 16384) -> dict[s
 spec = Spec(
     op="lora_linear",
     sizes={
-        "rows": lambda budget: rows(max(budget, 16)),
+        "rows": lambda budget: row_counts(max(budget, 16)),
         "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 64]),
         "wide": lambda budget: st.sampled_from([0, 1]),
-        "columns": columns,
+        "columns": column_counts,
         "out": _out,
     },
     options={"scaling": [1.0, 2.0, 0.25, 0.0]},
@@ -220,7 +217,7 @@ spec = Spec(
     outputs=["y"],
     grads=["x", "weight", "lora_a", "lora_b", "bias"],
     rowwise=["x"],
-    specials=[nan],  # an infinity makes terms of both signs, and may or may not meet a scaling of 0
+    special_values=[nan],  # infinity gives terms of both signs, and inf or NaN with a scaling of 0
     roundings=ROUNDINGS,
     terms={
         "y": _y_terms,
@@ -230,16 +227,15 @@ spec = Spec(
         "lora_b": _adapter_terms(lambda terms: terms.product(_transposed(terms.dz), terms.low)),
         "bias": _bias_terms,
     },
-    kinds={
-        "no leading dimension": _kind(lambda i: {"x": i["x"][0]}),
-        "two leading dimensions": _kind(lambda i: {"x": i["x"].unflatten(0, (2, -1))}),
-        "a bias": _kind(lambda i: {"bias": i["weight"][:, 0].contiguous()}),
-        "adapters in float32": _kind(lambda i: {n: i[n].float() * (1 + 2**-13) for n in ("lora_a", "lora_b")}),
-        "rank 0": _kind(lambda i: {"lora_a": i["lora_a"][:0], "lora_b": i["lora_b"][:, :0]}),
-        "no columns but a bias": _kind(
+    argument_kinds=leading_dimensions("x")
+    | {
+        "a bias": change_inputs(lambda i: {"bias": i["weight"][:, 0].contiguous()}),
+        "adapters in float32": change_inputs(lambda i: {n: i[n].float() * (1 + 2**-13) for n in ("lora_a", "lora_b")}),
+        "rank 0": change_inputs(lambda i: {"lora_a": i["lora_a"][:0], "lora_b": i["lora_b"][:, :0]}),
+        "no columns but a bias": change_inputs(
             lambda i: {n: i[n][..., :0] for n in ("x", "weight", "lora_a")} | {"bias": i["weight"][:, 0].contiguous()}
         ),
-        "no output": _kind(lambda i: {n: i[n][:0] for n in ("weight", "lora_b")}),
+        "no output": change_inputs(lambda i: {n: i[n][:0] for n in ("weight", "lora_b")}),
     },
     bytes=_bytes,
     flops=_flops,
@@ -251,25 +247,25 @@ spec = Spec(
         "llama-3.2-1b q, o, few": _bench(2048, 2048, tokens=2048),
     },
     errors=[
-        _mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
-        _mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
-        _mistake("lora_a is one column short", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][:, :-1]}, True),
-        _mistake("lora_a is a vector", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][0]}),
-        _mistake("lora_b is one row short", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][1:]}, True),
-        _mistake("lora_b has another rank", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:, 1:]}, True),
-        _mistake("lora_b would broadcast", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:1]}),
-        _mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["weight"][1:, 0]}, True),
-        _mistake("bias would broadcast", ValueError, "bias", lambda i: {"bias": i["weight"][:1, 0]}),
-        _mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
-        _mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
-        _mistake("weight is wider than x", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),
-        _mistake("bias is wider than x", TypeError, "bias", lambda i: {"bias": i["weight"][:, 0].double()}),
-        _mistake(
+        mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
+        mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
+        mistake("lora_a is one column short", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][:, :-1]}, True),
+        mistake("lora_a is a vector", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][0]}),
+        mistake("lora_b is one row short", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][1:]}, True),
+        mistake("lora_b has another rank", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:, 1:]}, True),
+        mistake("lora_b would broadcast", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:1]}),
+        _bias_error("bias is one short", ValueError, lambda i: i["weight"][1:, 0], True),
+        _bias_error("bias would broadcast", ValueError, lambda i: i["weight"][:1, 0]),
+        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
+        mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
+        mistake("weight is wider than x", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),
+        _bias_error("bias is wider than x", TypeError, lambda i: i["weight"][:, 0].double()),
+        mistake(
             "adapters are narrower than x",
             TypeError,
             "lora_a",
             lambda i: {n: i[n].to(torch.bfloat16) for n in ("lora_a", "lora_b")},
         ),
-        _mistake("adapters of two dtypes", TypeError, "lora_b", lambda i: {"lora_b": i["lora_b"].half()}),
+        mistake("adapters of two dtypes", TypeError, "lora_b", lambda i: {"lora_b": i["lora_b"].half()}),
     ],
 )

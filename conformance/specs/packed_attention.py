@@ -1,13 +1,13 @@
 """Causal attention of packed documents.
 
-No input is row-wise: a row depends on all of its document before it, and gradients on all of it. That documents do not
-see each other is asked by the kinds of arguments that fill one of them with NaN.
+No input is row-wise: an output depends on all earlier rows of its document, and a gradient on all rows of it. The
+argument kinds that fill one document with NaN check that documents do not attend to each other.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log2, nan
+from math import nan
 from typing import Any
 
 import torch
@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
-from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, nbytes
+from conformance.gates import UNIT_FLOAT32
+from conformance.spec import Call, Change, ErrorCase, Inputs, Options, Spec, nbytes
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
-# What float32 makes 0 of, 2^-126, is one rounding of this.
+# Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
-ROUNDINGS = 3  # to a gradient: of dp, of ds or of the output in delta, of one head's part in that of its group
+ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 
 
 def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
-    """Where documents begin, and the number of tokens: lengths like those of text, some of them 0 where tokens are few.
+    """The start of each document, then the number of tokens. With few tokens, some documents are empty.
 
-    Log-normal, as lengths of web pages are: half of the tokens lie in a sixth of the documents.
+    Lengths are log-normal like those of web pages: half of the tokens are in a sixth of the documents.
     """
     weights = torch.exp(1.1 * torch.randn(documents, generator=Generator().manual_seed(seed), dtype=torch.float64))
     ends = (weights.cumsum(0) / weights.sum() * tokens).round().long().tolist()
@@ -40,23 +41,23 @@ def _longest(bounds: list[int]) -> int:
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
     cu_seqlens = torch.tensor(_bounds(tokens, documents, draw.case.seed), dtype=torch.int32)
     return {
-        "q": draw.rows(tokens, kv_heads * group, width),
-        "k": draw.rows(tokens, kv_heads, width),
-        "v": draw.rows(tokens, kv_heads, width),
-        # Expanded, the bounds would be other ones.
+        "q": draw.filled(tokens, kv_heads * group, width),
+        "k": draw.filled(tokens, kv_heads, width),
+        "v": draw.filled(tokens, kv_heads, width),
+        # Expanding would change the bounds.
         "cu_seqlens": cu_seqlens.to(draw.device) if draw.case.layout == "expanded" else draw.lay_out(cu_seqlens),
     }
 
 
 def _required(case: Case) -> Options:
-    """The longest document's length, no more."""
+    """max_seqlen, exactly the length of the longest document."""
     return {"max_seqlen": _longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """Columns as tokens, both sides of a tile's edge among them; rows as documents, up to two of long ones.
+    """Columns are tokens, including sizes around tile edges; rows are documents, at most two long ones.
 
-    Only of very many rows there are very many documents: an interpreter takes a hundredth of a second a document.
+    Only very many rows give very many documents: the interpreter takes a hundredth of a second per document.
     """
     if rows >= 10_000:
         return 2000 * columns if columns < 131 else columns, 2000, 1, 2, 64
@@ -68,7 +69,7 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the terms need of one document and one key head, queries [G, L, D], keys [L, D], scores [G, L, L]."""
+    """What the terms need of one document and one key head: q [G, L, D], k and v [L, D], scores [G, L, L]."""
 
     rows: slice
     head: int
@@ -76,79 +77,76 @@ class _Part:
     q: Tensor
     k: Tensor
     v: Tensor
-    p: Tensor  # with the smallest number that is rounded like others, 0 where nothing is seen
-    doubt: Tensor  # roundings of float32 that p carries, counted in its own size
+    p: Tensor  # probabilities plus the smallest number with a relative error; 0 where a key is masked
+    p_roundings: Tensor  # number of float32 roundings that p carries, relative to p
 
 
 def _smallest(call: Call) -> float:
-    """Numbers below this have absolute errors."""
+    """Numbers below this have absolute instead of relative errors."""
     return max(call.smallest, FLUSHED)
 
 
 def _parts(call: Call) -> Iterator[_Part]:
-    """One document and key head after the other: all at once a long one would not fit any memory."""
+    """One document and key head at a time: the scores of all heads of a long document do not fit in memory."""
     q, k, v, cu_seqlens = (call.inputs[name] for name in ("q", "k", "v", "cu_seqlens"))
     group, options = q.shape[1] // k.shape[1], call.options
     scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
     window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
     for begin, end in pairwise(cu_seqlens.tolist()):
-        place = torch.arange(end - begin, device=q.device)
-        seen = (place <= place[:, None]) & (place > place[:, None] - window)
+        position = torch.arange(end - begin, device=q.device)
+        seen = (position <= position[:, None]) & (position > position[:, None] - window)
         for head in range(k.shape[1] if end > begin else 0):
             rows, heads = slice(begin, end), slice(head * group, (head + 1) * group)
             part_q, part_k, part_v = q[rows, heads].transpose(0, 1), k[rows, head], v[rows, head]
             z = part_q @ part_k.mT * scale
             z = cap * torch.tanh(z / cap) if cap else z
             p = torch.softmax(z.masked_fill(~seen, -torch.inf), -1)
-            # A score is off by its sum's roundings; p by those, its log-sum-exp's, and the mean of its row's.
+            # Roundings of a score are those of its sum; those of p add its log-sum-exp's and the mean of its row's.
             score = 1 + z.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True).abs()
             score = score + part_q.abs() @ part_k.abs().mT * scale
-            doubt = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
-            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), doubt)
+            p_roundings = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
+            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-def _float32(call: Call) -> float:
-    """What a rounding of float32 counts for: the gates grant 16 bits ROUNDINGS of their own, not log2(n) of these."""
-    if call.unit == 2.0**-24:
-        return 1.0
-    elements = max(tensor.numel() for tensor in call.inputs.values())
-    return 2 * max(1.0, log2(max(elements, 1))) / ROUNDINGS * 2.0**-24 / call.unit
+def _float32_weight(call: Call) -> float:
+    """Weight of a float32 rounding in S: for 16 bits, the gates allow ROUNDINGS of u instead of log2(n) of 2^-24."""
+    return 1.0 if call.unit == UNIT_FLOAT32 else call.float32_error / ROUNDINGS / call.unit
 
 
 def _out_terms(call: Call) -> Tensor:
-    """p |v|, summed; p carries a rounding to v's dtype, and the doubt about its score."""
-    terms, share = torch.zeros_like(call.inputs["q"]), _float32(call)
+    """Sum of p |v|; p carries a rounding to v's dtype, and the roundings of its score."""
+    terms, weight = torch.zeros_like(call.inputs["q"]), _float32_weight(call)
     for part in _parts(call):
-        terms[part.rows, part.heads] = (part.p * (1 + share * part.doubt) @ part.v.abs()).transpose(0, 1)
+        terms[part.rows, part.heads] = (part.p * (1 + weight * part.p_roundings) @ part.v.abs()).transpose(0, 1)
     return terms
 
 
 def _dv_terms(call: Call) -> Tensor:
-    """p |do|, summed over queries and the heads of the group."""
-    terms, share = torch.zeros_like(call.inputs["v"]), _float32(call)
+    """Sum of p |do| over queries and the heads of the group."""
+    terms, weight = torch.zeros_like(call.inputs["v"]), _float32_weight(call)
     for part in _parts(call):
         do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-        terms[part.rows, part.head] = ((part.p * (1 + share * part.doubt)).mT @ do).sum(0)
+        terms[part.rows, part.head] = ((part.p * (1 + weight * part.p_roundings)).mT @ do).sum(0)
     return terms
 
 
 def _ds_terms(call: Call, part: _Part) -> Tensor:
-    """p (|dp| + |delta|), each by the terms of its own sum, of which the one over keys carries their doubts too."""
-    cap, share = call.options.get("softcap", 0.0), _float32(call)
+    """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
+    cap, weight = call.options.get("softcap", 0.0), _float32_weight(call)
     do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
     dp = do @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
-    doubtful = (part.p * part.doubt * dp).sum(-1, keepdim=True)
+    delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
     if cap:
         scale = call.options.get("scale") or part.q.shape[2] ** -0.5
         slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
-    in_float32 = (1 + part.doubt) * (dp + delta) + doubtful
-    return part.p * (slope * (dp + delta) + share * in_float32) + (part.p > 0) * _smallest(call)
+    in_float32 = (1 + part.p_roundings) * (dp + delta) + delta_roundings
+    return part.p * (slope * (dp + delta) + weight * in_float32) + (part.p > 0) * _smallest(call)
 
 
 def _dq_terms(call: Call) -> Tensor:
-    """scale |ds| |k|, summed over keys."""
+    """Sum of scale |ds| |k| over keys."""
     terms = torch.zeros_like(call.inputs["q"])
     for part in _parts(call):
         terms[part.rows, part.heads] = (_ds_terms(call, part) @ part.k.abs()).transpose(0, 1)
@@ -156,7 +154,7 @@ def _dq_terms(call: Call) -> Tensor:
 
 
 def _dk_terms(call: Call) -> Tensor:
-    """scale |ds| |q|, summed over queries and the heads of the group."""
+    """Sum of scale |ds| |q| over queries and the heads of the group."""
     terms = torch.zeros_like(call.inputs["k"])
     for part in _parts(call):
         terms[part.rows, part.head] = (_ds_terms(call, part).mT @ part.q.abs()).sum(0)
@@ -164,20 +162,20 @@ def _dk_terms(call: Call) -> Tensor:
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
-    """Of each pair of a query and a key that it sees, two products on the way out and five on the way back.
+    """Two products in the forward pass and five in the backward pass, per pair of a query and a visible key.
 
-    Those of flash attention, which computes the scores again: to keep them would take memory that nobody has.
+    As flash attention, which recomputes the scores because they would not fit in memory.
     """
     pairs = 0
     for begin, end in pairwise(inputs["cu_seqlens"].tolist()):
-        seen = min(end - begin, options.get("window") or end - begin)  # by all queries but the first ones
+        seen = min(end - begin, options.get("window") or end - begin)  # by each query except the first ones
         pairs += seen * (seen + 1) // 2 + (end - begin - seen) * seen
     product = 2 * pairs * inputs["q"][0].numel()
     return 2 * product, 5 * product if grads else 0
 
 
-def _cut(cut: Callable[[int], list[int]]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
-    """Other documents, from the number of tokens."""
+def _cut(cut: Callable[[int], list[int]]) -> Change:
+    """Other document bounds; `cut` computes them from the number of tokens."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         bounds = cut(len(inputs["q"]))
@@ -187,8 +185,8 @@ def _cut(cut: Callable[[int], list[int]]) -> Callable[[Inputs, Options], tuple[I
     return change
 
 
-def _nan_in(document: int) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
-    """Three documents, one of them all NaN: a tile that reads on into its neighbour shows."""
+def _nan_in(document: int) -> Change:
+    """Three documents, one filled with NaN: a tile that reads into its neighbour is found."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         inputs, options = _cut(lambda tokens: [0, tokens // 3, tokens // 2, tokens])(inputs, options)
@@ -201,8 +199,8 @@ def _nan_in(document: int) -> Callable[[Inputs, Options], tuple[Inputs, Options]
     return change
 
 
-def _change(**changes: Any) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
-    """A mistake: other tensors and options, made from the right inputs."""
+def _change(**changes: Any) -> Change:
+    """A change of these inputs and options, each computed from the valid inputs."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         options = {"max_seqlen": _longest(inputs["cu_seqlens"].tolist()), **options}
@@ -240,7 +238,7 @@ spec = Spec(
     rowwise=[],
     roundings=ROUNDINGS,
     terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
-    kinds={
+    argument_kinds={
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
         "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens]),
@@ -261,16 +259,16 @@ spec = Spec(
         "long-16k-d128": _bench(16384, 1, 128),
     },
     errors=[
-        ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", senseless=True),
-        ErrorCase("k has another length", _change(k=lambda i: i["k"][:-1]), ValueError, "k", senseless=True),
-        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", senseless=True),
-        ErrorCase("v has another length", _change(v=lambda i: i["v"][:-1]), ValueError, "v", senseless=True),
+        ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", undefined=True),
+        ErrorCase("k has another length", _change(k=lambda i: i["k"][:-1]), ValueError, "k", undefined=True),
+        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", undefined=True),
+        ErrorCase("v has another length", _change(v=lambda i: i["v"][:-1]), ValueError, "v", undefined=True),
         ErrorCase(
             "heads of k do not divide those of q",
             _change(**{n: lambda i: i["k"].repeat(1, 2 + i["q"].shape[1], 1) for n in ("k", "v")}),
             ValueError,
             "k",
-            senseless=True,
+            undefined=True,
         ),
         ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
         ErrorCase("v has another dtype", _change(v=lambda i: i["v"].double()), TypeError, "v"),
@@ -290,7 +288,7 @@ spec = Spec(
             _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(max=len(i["q"]) - 1)),
             ValueError,
             "cu_seqlens",
-            senseless=True,
+            undefined=True,
             device="cpu",
         ),
         ErrorCase(
@@ -298,7 +296,7 @@ spec = Spec(
             _change(cu_seqlens=lambda i: i["cu_seqlens"] + (i["cu_seqlens"] == len(i["q"])).int()),
             ValueError,
             "cu_seqlens",
-            senseless=True,
+            undefined=True,
             device="cpu",
         ),
         ErrorCase(
@@ -306,7 +304,7 @@ spec = Spec(
             _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(min=1)),
             ValueError,
             "cu_seqlens",
-            senseless=True,
+            undefined=True,
             device="cpu",
         ),
         ErrorCase(
@@ -314,7 +312,7 @@ spec = Spec(
             _change(cu_seqlens=lambda i: i["cu_seqlens"].new_tensor([0, 2, 1, len(i["q"])])),
             ValueError,
             "cu_seqlens",
-            senseless=True,
+            undefined=True,
             device="cpu",
         ),
         ErrorCase(

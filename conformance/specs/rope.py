@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from math import pi
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Draw
-from conformance.spec import Call, ErrorCase, Inputs, Options, Spec, nbytes
+from conformance.spec import Call, Change, ErrorCase, Inputs, Options, Spec, change_inputs, nbytes
 
 ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
 
@@ -17,17 +16,18 @@ ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
 def _build(
     draw: Draw, batch: int, heads: int, kv_heads: int, length: int, rotary: int, rest: int, table: int
 ) -> Inputs:
-    """Angles of every size, one for two columns.
+    """Angles of any size, one per two columns.
 
-    Without a table (table=0) they are those of each token, for all sequences alike or, under odd seeds, for each one.
+    With `table` rows they are in a table. Without one (table=0) there is a row per token, the same for all sequences;
+    with an odd seed each sequence has its own.
     """
     generator = Generator().manual_seed(draw.case.seed)
     rows = (table,) if table else (batch if draw.case.seed % 2 else 1, length)
     angles = 2 * pi * torch.rand((*rows, rotary // 2), generator=generator, dtype=torch.float64)
     angles = torch.cat([angles, angles], -1)
     inputs = {
-        "q": draw.rows(batch, heads, length, rotary + rest),
-        "k": draw.rows(batch, kv_heads, length, rotary + rest),
+        "q": draw.filled(batch, heads, length, rotary + rest),
+        "k": draw.filled(batch, kv_heads, length, rotary + rest),
     }
     inputs |= {"cos": draw.place(angles.cos()), "sin": draw.place(angles.sin())}
     if table:
@@ -38,14 +38,14 @@ def _build(
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """Columns as the width of heads up to 256, then as the length of a sequence; heads in every ratio."""
+    """Columns up to 256 are the width of a head, more make the sequence longer; heads in every ratio."""
     rotary = max(2, min(columns, 256) // 2 * 2)
     rest = columns % 2 if columns > 2 else 0
     return rows, 1 + columns % 4, 1 + columns % 3, 1 + min(columns // 64, 2), rotary, rest, 0
 
 
 def _angles(call: Call, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each token, 1 and 0 for the columns that do not turn, without their signs."""
+    """|cos| and |sin| of each token; 1 and 0 for the columns that are not rotated."""
     cos, sin = call.inputs["cos"], call.inputs["sin"]
     if "positions" in call.inputs:
         cos, sin = cos[call.inputs["positions"]], sin[call.inputs["positions"]]
@@ -55,13 +55,13 @@ def _angles(call: Call, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _other_half(values: Tensor, rotary: int) -> Tensor:
-    """The halves of the columns that turn, exchanged."""
+    """The values with the halves of the rotated columns exchanged."""
     first, second, rest = values.split([rotary // 2, rotary // 2, values.shape[-1] - rotary], -1)
     return torch.cat([second, first, rest], -1)
 
 
 def _forward_terms(call: Call, x: Tensor) -> Tensor:
-    """A sum of two products: |x cos| + |x' sin|, x' the other half."""
+    """A sum of two products: |x cos| + |x' sin|, where x' is the other half."""
     cos, sin = _angles(call, x)
     return x.abs() * cos + _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin
 
@@ -73,22 +73,22 @@ def _backward_terms(call: Call, dy: Tensor) -> Tensor:
 
 
 def _halves_that_differ(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    """The second halves of cos and sin turn by another angle."""
+    """cos and sin whose second halves have other angles than the first."""
     return {**inputs, **{name: inputs[name].cumsum(-1).cos() for name in ("cos", "sin")}}, options
 
 
 def _by_table(
     inputs: Inputs, options: Options, batch: int | None = None, dtype: torch.dtype = torch.int64
 ) -> tuple[Inputs, Options]:
-    """Every token has the row of its position, last positions first."""
+    """A table of cos and sin, and the position of every token, the last positions first."""
     sequences, _, length, _ = inputs["q"].shape
     positions = torch.arange(length, device=inputs["q"].device, dtype=dtype).flip(0).expand(batch or sequences, length)
     return {**inputs, "cos": inputs["cos"][0], "sin": inputs["sin"][0], "positions": positions}, options
 
 
-def _change(**changes: Any) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
-    """A mistake: other tensors, made from the right ones."""
-    return lambda i, o: ({**i, **{name: change(i) for name, change in changes.items()}}, o)
+def _change(**changes: Callable[[Inputs], Tensor]) -> Change:
+    """A change of these inputs, each computed from the valid inputs."""
+    return change_inputs(lambda inputs: {name: change(inputs) for name, change in changes.items()})
 
 
 def _bench(batch: int, length: int, width: int) -> dict[str, int]:
@@ -121,9 +121,9 @@ spec = Spec(
         "q": lambda call: _backward_terms(call, call.grad_outputs[0]),
         "k": lambda call: _backward_terms(call, call.grad_outputs[1]),
     },
-    kinds={
-        "halves that differ": _halves_that_differ,
-        "each sequence its own cos and sin": lambda i, o: (
+    argument_kinds={
+        "halves of cos and sin differ": _halves_that_differ,
+        "each sequence has its own cos and sin": lambda i, o: (
             {**i, "cos": i["cos"].expand(len(i["q"]), -1, -1), "sin": i["sin"].expand(len(i["q"]), -1, -1)},
             o,
         ),
@@ -141,10 +141,10 @@ spec = Spec(
         "llama-3.2-1b": _bench(4, 2048, 64),
         "long": _bench(1, 16384, 128),
     },
-    bench_layout="transposed",  # token by token, as projections leave them
+    bench_layout="transposed",  # token by token, as projections produce them
     errors=[
-        ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", senseless=True),
-        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", senseless=True),
+        ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", undefined=True),
+        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", undefined=True),
         ErrorCase("q is a cube", _change(q=lambda i: i["q"][0]), ValueError, "q"),
         ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
         ErrorCase("q is integer", _change(q=lambda i: i["q"].long(), k=lambda i: i["k"].long()), TypeError, "q"),
@@ -153,24 +153,24 @@ spec = Spec(
             _change(cos=lambda i: i["cos"].repeat(1, 1, 2), sin=lambda i: i["sin"].repeat(1, 1, 2)),
             ValueError,
             "cos",
-            senseless=True,
+            undefined=True,
         ),
         ErrorCase(
             "cos has an odd number of columns",
             _change(cos=lambda i: i["cos"][..., 1:], sin=lambda i: i["sin"][..., 1:]),
             ValueError,
             "cos",
-            senseless=True,
+            undefined=True,
         ),
         ErrorCase(
             "cos is of another length",
             _change(cos=lambda i: i["cos"].repeat(1, 3, 1), sin=lambda i: i["sin"].repeat(1, 3, 1)),
             ValueError,
             "cos",
-            senseless=True,
+            undefined=True,
         ),
         ErrorCase(
-            "sin is narrower than cos", _change(sin=lambda i: i["sin"][..., :-2]), ValueError, "sin", senseless=True
+            "sin is narrower than cos", _change(sin=lambda i: i["sin"][..., :-2]), ValueError, "sin", undefined=True
         ),
         ErrorCase("cos is integer", _change(cos=lambda i: i["cos"].long()), TypeError, "cos"),
         ErrorCase("cos is a table without positions", _change(cos=lambda i: i["cos"][0]), ValueError, "cos"),
@@ -180,7 +180,7 @@ spec = Spec(
             lambda i, o: _change(positions=lambda j: j["positions"] + 1)(*_by_table(i, o)),
             ValueError,
             "positions",
-            senseless=True,
+            undefined=True,
             device="cpu",
         ),
         ErrorCase(
@@ -195,14 +195,14 @@ spec = Spec(
             lambda i, o: _change(positions=lambda j: j["positions"].float())(*_by_table(i, o)),
             TypeError,
             "positions",
-            senseless=True,
+            undefined=True,
         ),
         ErrorCase(
             "positions are too many",
             lambda i, o: _change(positions=lambda j: j["positions"].repeat(1, 3))(*_by_table(i, o)),
             ValueError,
             "positions",
-            senseless=True,
+            undefined=True,
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Backends written as plain functions."""
+"""Backends that are written as plain functions."""
 
 from collections.abc import Callable
 from functools import cache, wraps
@@ -13,12 +13,12 @@ Function = Callable[..., Any]
 
 
 def as_backend(op: str, function: Function) -> SimpleNamespace:
-    """A backend with this operation alone: the function, under the name and the signature of the contract."""
+    """A backend with one operation: this function, with the name and the signature of the contract."""
     return SimpleNamespace(**{op: wraps(getattr(reference, op))(function)})
 
 
 def compiled(function: Function) -> Function:
-    """torch.compile of a function, from its first call on: it imports triton, before which plain ones are loaded."""
+    """torch.compile of a function, delayed until its first call, because compiling imports triton."""
 
     @cache
     def compile_once() -> Function:

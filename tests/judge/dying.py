@@ -1,4 +1,4 @@
-"""A backend that takes its process with it."""
+"""A backend that kills its process."""
 
 import os
 from typing import NoReturn

@@ -1,4 +1,4 @@
-"""The bench on a card that is played: what is timed, checked and held to the roofline, without a GPU."""
+"""The bench on a fake card: what it times, checks and compares with the roofline, without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from conformance.bench.table import Row
 from conformance.case import Case
 from conformance.spec import Spec, specs
 from conformance.trial import Trial
-from tests.judge.played import RATES, Played
+from tests.judge.fake_card import RATES, FakeCard
 
 SHAPE = {"rows": 4, "hidden": 64}
 
@@ -32,8 +32,8 @@ def wrong(gate: Tensor, up: Tensor) -> Tensor:
     return 1.1 * unsloth_ref.kernels.swiglu(gate, up)
 
 
-class Tired:
-    """Right while it is judged, wrong later, as a race or a cached result would be."""
+class RightForSomeCalls:
+    """Right while it is judged, wrong later, as with a race or a stale cache."""
 
     def __init__(self, calls: int) -> None:
         self.calls = calls
@@ -44,7 +44,7 @@ class Tired:
 
 
 class OverGate(torch.autograd.Function):
-    """Right, but the gradient of gate is written over gate."""
+    """Right, but the backward pass writes the gradient of gate over gate."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -64,13 +64,13 @@ def over_gate(gate: Tensor, up: Tensor) -> Tensor:
     return OverGate.apply(gate, up)  # type: ignore[no-any-return]
 
 
-def cannot(gate: Tensor, up: Tensor) -> Tensor:
+def not_implemented(gate: Tensor, up: Tensor) -> Tensor:
     raise NotImplementedError("no such thing")
 
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
-    """Rows by backend of swiglu on one small shape; `liger` stands for other people's."""
+    """Measure swiglu on one small shape; returns rows by backend. `liger` stands for other people's kernels."""
 
     def rows(card: Any, flops: tuple[int, int] = (0, 0), **functions: Callable[..., Any]) -> dict[str, Row]:
         spec = replace(specs()["swiglu"], bench={"small": SHAPE}, flops=lambda *_: flops)
@@ -80,13 +80,13 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
 
         monkeypatch.setattr("conformance.bench.measure.specs", lambda: {"swiglu": spec})
         monkeypatch.setattr(backends, "load", load)
-        return {row.backend: row for row in Bench(card, RATES, list(functions), "float32").rows("swiglu", "small")}
+        return {row.backend: row for row in Bench(card, RATES, list(functions), "float32").measure("swiglu", "small")}
 
     return rows
 
 
 def test_a_right_kernel_is_timed(measure: Callable[..., dict[str, Row]]) -> None:
-    row = measure(Played(milliseconds=2.0), fast=right)["fast"]
+    row = measure(FakeCard(milliseconds=2.0), fast=right)["fast"]
     assert (row.red, row.note, row.failed) == (None, None, False)
     assert row.shape == "small 4x64"
     assert row.forward == row.full == (2.0, 2.0, 2.0)
@@ -100,22 +100,22 @@ def test_a_right_kernel_is_timed(measure: Callable[..., dict[str, Row]]) -> None
     assert set(row.samples) == {"forward", "full", "device_forward", "device_full"}
 
 
-@pytest.mark.parametrize("function", [wrong, over_gate, cannot])
-def test_no_speed_of_ours_where_it_is_red(function: Callable[..., Any], measure: Callable[..., dict[str, Row]]) -> None:
-    row = measure(Played(), fast=function)["fast"]
+@pytest.mark.parametrize("function", [wrong, over_gate, not_implemented])
+def test_our_wrong_result_gets_no_time(function: Callable[..., Any], measure: Callable[..., dict[str, Row]]) -> None:
+    row = measure(FakeCard(), fast=function)["fast"]
     assert row.red is not None
     assert row.failed
     assert row.forward is row.full is row.device_forward is row.device_full is row.peak_mebibytes is None
     assert row.roofline == {}
 
 
-def test_a_peer_is_timed_as_it_is(measure: Callable[..., dict[str, Row]]) -> None:
-    red = measure(Played(), liger=wrong)["liger"]
+def test_a_peer_with_wrong_results_is_timed_all_the_same(measure: Callable[..., dict[str, Row]]) -> None:
+    red = measure(FakeCard(), liger=wrong)["liger"]
     assert red.red is not None and red.red.startswith("gate G1")
     assert (red.full, red.failed) == ((1.0, 1.0, 1.0), False)
-    in_place = measure(Played(), liger=over_gate)["liger"]
+    in_place = measure(FakeCard(), liger=over_gate)["liger"]
     assert (in_place.red, in_place.note, in_place.full) == (None, "writes over gate", (1.0, 1.0, 1.0))
-    absent = measure(Played(), liger=cannot)["liger"]
+    absent = measure(FakeCard(), liger=not_implemented)["liger"]
     assert (absent.full, absent.failed) == (None, False)
     assert absent.red == "raised NotImplementedError: no such thing"
 
@@ -127,32 +127,32 @@ def test_the_last_timed_result_is_checked(
     calls: int, what: str, measure: Callable[..., dict[str, Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("conformance.bench.sampler.FEWEST_ROUNDS", MOST_ROUNDS)
-    row = measure(Played(), fast=Tired(calls))["fast"]
+    row = measure(FakeCard(), fast=RightForSomeCalls(calls))["fast"]
     assert row.red is not None and row.red.startswith(f"{what}: gate G1")
     assert row.full is None
     assert row.failed
 
 
-def test_a_replay_that_writes_nothing_is_seen(measure: Callable[..., dict[str, Row]]) -> None:
-    class Idle(Played):
+def test_a_replay_that_writes_nothing_is_found(measure: Callable[..., dict[str, Row]]) -> None:
+    class IdleGraphs(FakeCard):
         def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
             return (lambda: None), body()
 
-    row = measure(Idle(), fast=right)["fast"]
+    row = measure(IdleGraphs(), fast=right)["fast"]
     assert row.red is not None and row.red.startswith("replayed: ")
 
 
 @pytest.mark.parametrize("name", ["fast", "liger"])
-def test_a_time_above_the_roofline_is_an_error(name: str, measure: Callable[..., dict[str, Row]]) -> None:
-    row = measure(Played(milliseconds=1e-7), **{name: right})[name]
+def test_a_time_faster_than_the_roofline_is_an_error(name: str, measure: Callable[..., dict[str, Row]]) -> None:
+    row = measure(FakeCard(milliseconds=1e-7), **{name: right})[name]
     assert row.red is not None and row.red.endswith("of the roofline: not all the work was done")
     assert row.full is row.device_full is row.peak_mebibytes is None
     assert row.failed
 
 
-def test_the_roofline_is_the_longer_of_bytes_and_products(measure: Callable[..., dict[str, Row]]) -> None:
-    forward, backward = 7 * 10**11, 1  # a millisecond of products, and hardly any
-    row = measure(Played(milliseconds=2.0), (forward, backward), fast=right)["fast"]
+def test_the_roofline_is_the_longer_of_the_times_for_bytes_and_products(measure: Callable[..., dict[str, Row]]) -> None:
+    forward, backward = 7 * 10**11, 1  # a millisecond of products, and almost none
+    row = measure(FakeCard(milliseconds=2.0), (forward, backward), fast=right)["fast"]
     assert row.red is None
     assert row.roofline["forward"] == pytest.approx(0.5)
     assert row.roofline["device_forward"] == pytest.approx(1.0)
@@ -163,43 +163,43 @@ def test_the_roofline_is_the_longer_of_bytes_and_products(measure: Callable[...,
 @pytest.mark.parametrize(
     ("flops", "what"), [((2 * 10**12, 0), "device_forward: 286 %"), ((0, 2 * 10**12), "device_full: 286 %")]
 )
-def test_products_that_were_not_done_are_an_error(
+def test_a_time_too_short_for_the_products_is_an_error(
     flops: tuple[int, int], what: str, measure: Callable[..., dict[str, Row]]
 ) -> None:
-    """Bytes alone would have passed it."""
-    row = measure(Played(milliseconds=2.0), flops, fast=right)["fast"]
+    """The time is long enough for the bytes."""
+    row = measure(FakeCard(milliseconds=2.0), flops, fast=right)["fast"]
     assert row.red == f"{what} of the roofline: not all the work was done"
     assert row.full is None
     assert row.failed
 
 
 def test_products_may_be_faster_than_those_of_random_numbers(measure: Callable[..., dict[str, Row]]) -> None:
-    row = measure(Played(milliseconds=2.0), (9 * 10**11, 0), fast=right)["fast"]
+    row = measure(FakeCard(milliseconds=2.0), (9 * 10**11, 0), fast=right)["fast"]
     assert row.roofline["device_forward"] == pytest.approx(9 / 7)
     assert not row.failed
 
 
-def test_what_one_call_leaves_in_the_cache_is_granted(measure: Callable[..., dict[str, Row]]) -> None:
-    """In a graph it is not: there each call writes back what the one before left."""
-    card = Played(milliseconds=1e-7)
+def test_a_single_call_may_leave_data_in_the_cache(measure: Callable[..., dict[str, Row]]) -> None:
+    """A call in a graph may not: it writes back what the call before left there."""
+    card = FakeCard(milliseconds=1e-7)
     card.cache_bytes = 2**20
     assert "device" in (measure(card, fast=right)["fast"].red or "")
 
 
 def test_without_a_graph_there_is_no_device_time(measure: Callable[..., dict[str, Row]]) -> None:
-    row = measure(Played(graphs=False), liger=right)["liger"]
+    row = measure(FakeCard(graphs=False), liger=right)["liger"]
     assert row.device_full is row.device_backward is None
     assert row.full == (1.0, 1.0, 1.0)
-    assert row.note == "no CUDA graph (it waits)"
+    assert row.note == "no CUDA graph (it synchronises)"
     assert not row.failed
 
 
-def test_rounds_take_turns_and_begin_with_another() -> None:
+def test_each_round_starts_with_another_contender() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     found = interleave(calls, lambda call: (1.0, call()), seconds=0.0)
     assert all(len(times.samples) == FEWEST_ROUNDS for times, _ in found.values())
-    assert "".join(order[3:12]) == "abcbcacab"  # after a first round that is not counted
+    assert "".join(order[3:12]) == "abcbcacab"  # after an untimed first round
     assert interleave({}, lambda call: (1.0, call())) == {}
 
 
@@ -209,7 +209,7 @@ def test_quantiles() -> None:
     assert times.median == 50.0
 
 
-def test_a_shape_may_name_options() -> None:
+def test_a_shape_may_set_options() -> None:
     spec = replace(specs()["cross_entropy"], bench={"gemma": {"tokens": 3, "vocab": 5, "softcap": 30.0}})
     case = bench_case(spec, "gemma")
     assert case == Case((("tokens", 3), ("vocab", 5)), options=(("softcap", 30.0),))
@@ -224,7 +224,7 @@ def small(spec: Spec) -> Spec:
 
 @pytest.mark.parametrize("op", unsloth_ref.kernels.__all__)
 def test_every_spec_can_be_timed(op: str) -> None:
-    """Its shapes build, its bytes are counted, and the reference is right on them."""
+    """Its shapes can be built, its bytes are positive, and the reference is right on them."""
     spec = small(specs()[op])
     for shape in spec.bench:
         case = bench_case(spec, shape)
@@ -233,9 +233,9 @@ def test_every_spec_can_be_timed(op: str) -> None:
         trial = Trial(spec, spec.reference, torch.float32, "cpu")
         contender = Contender(trial, case, inputs, ours=True)
         contender.prepare(2)
-        contender.check("again", *contender.full())
-        contender.check("all of them", *contender.every_full()[-1])
-        assert (contender.red, contender.note) == (None, None)
+        contender.compare("again", *contender.full())
+        contender.compare("all of them", *contender.every_full()[-1])
+        assert (contender.failure, contender.remark) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_every_spec_can_be_timed(op: str) -> None:
     ],
 )
 def test_matrix_products_are_counted(op: str, shape: str) -> None:
-    """As torch counts those of the reference, which computes what is ignored or unseen as well."""
+    """The counts are those of torch for the reference, without ignored labels, which the reference computes too."""
     spec = small(specs()[op])
     case, grads = bench_case(spec, shape), spec.bench[shape].get("grads", spec.grads)
     trial = Trial(spec, spec.reference, torch.float32, "cpu")
@@ -264,14 +264,14 @@ def test_matrix_products_are_counted(op: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_products_of_attention_are_those_of_what_is_seen(window: int | None) -> None:
+def test_products_of_attention_are_those_of_visible_keys(window: int | None) -> None:
     spec = specs()["packed_attention"]
     case = Case((("tokens", 29), ("documents", 3), ("kv_heads", 2), ("group", 3), ("width", 5)), (("window", window),))
     inputs = spec.inputs(case, torch.float32, "cpu")
     bounds = inputs["cu_seqlens"].tolist()
     document = [sum(end <= i for end in bounds[1:]) for i in range(29)]
     pairs = sum(document[i] == document[j] and i - j < (window or 29) for i in range(29) for j in range(i + 1))
-    products = pairs * 2 * 3 * 5  # of each query head and element
+    products = pairs * 2 * 3 * 5  # per query head and element
     options = dict(case.options)
     assert spec.flops(inputs, options, spec.grads) == (4 * products, 10 * products)
     assert spec.flops(inputs, options, ()) == (4 * products, 0)
@@ -287,26 +287,26 @@ def card() -> Card:
 
 
 @on_gpu
-def test_a_graph_holds_what_does_not_wait(card: Card) -> None:
+def test_only_calls_that_do_not_synchronise_are_captured(card: Card) -> None:
     x = torch.ones(2**20, device="cuda")
     assert "synchroniz" in str(card.capture(lambda: float(x.sum())))
-    captured = card.capture(lambda: 2 * x)  # after a refusal, too
+    captured = card.capture(lambda: 2 * x)  # also after a failed capture
     assert not isinstance(captured, str)
     replay, found = captured
     x.fill_(3)
     replay()
     assert found.eq(6).all()
-    milliseconds, result = card.queued(replay)
+    milliseconds, result = card.time_queued(replay)
     assert 0 < milliseconds < 100
     assert result is None
 
 
 @on_gpu
 def test_a_card_measured(card: Card) -> None:
-    """No card copies slower than 0.1 TB/s or faster than 100."""
+    """Every card copies at more than 0.1 and less than 100 TB/s."""
     rates = card.rates()
     assert 1e11 < rates.copy < 1e14
-    milliseconds, _ = card.host(lambda: torch.ones(1, device="cuda"))
+    milliseconds, _ = card.time_alone(lambda: torch.ones(1, device="cuda"))
     assert 0 < milliseconds < 100
     assert card.peak_mebibytes(lambda: torch.ones(2**20, device="cuda")) == pytest.approx(4, abs=0.1)
     clock = card.state()["sm_clock_mhz"]
@@ -322,13 +322,13 @@ def test_the_fast_kernels_on_a_card(op: str, card: Card, monkeypatch: pytest.Mon
         bench={"s": {k: min(v, 256) if k in spec.sizes else v for k, v in next(iter(spec.bench.values())).items()}},
     )
     monkeypatch.setattr("conformance.bench.measure.specs", lambda: {op: spec})
-    unlimited = Rates(1e18, 1e18)  # what is this small lies in the cache
-    rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").rows(op, "s")}
+    unlimited = Rates(1e18, 1e18)  # inputs this small stay in the cache
+    rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").measure(op, "s")}
     assert rows.keys() == {"fast", "reference"}
     for row in rows.values():
         assert (row.red, row.failed) == (None, False)
-        # What waits for the device, as a reference that goes document by document does, is in no graph, and says so.
+        # A call that synchronises, such as a loop over documents in the reference, has no graph; its note says why.
         device = set() if "synchroniz" in (row.note or "") else {"device_forward", "device_full"}
         assert set(row.samples) == {"forward", "full"} | device
-    if not spec.waits:
+    if not spec.syncs:
         assert rows["fast"].note is None

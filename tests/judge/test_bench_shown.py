@@ -1,4 +1,4 @@
-"""What the bench shows and stores: its table, what it writes for machines, peers that are absent, pytest-benchmark."""
+"""The output of the bench: its table, its JSON, absent peers, pytest-benchmark."""
 
 import json
 import subprocess
@@ -13,10 +13,10 @@ import torch
 
 from conformance import backends, cli
 from conformance.bench import conftest
-from conformance.bench.replay import ReplayTimer
+from conformance.bench.playback import PlaybackTimer
 from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
-from conformance.peers import Absent, kernels
-from tests.judge.played import RATES, STATE, Played
+from conformance.peers import Absent, import_kernels
+from tests.judge.fake_card import RATES, STATE, FakeCard
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_the_table() -> None:
     assert head.split("  ")[0] == "swiglu small 4x64 bfloat16"
     shown = "fast 0.200 [0.100 0.300] 0.500 [0.400 0.600] 55 % 0.150 92 % 0.200 86 % 12 31 %"
     assert " ".join(fast.split()) == shown
-    shown = "liger 0.200 [0.100 0.300] 0.500 [0.400 0.600] 55 % 0.150 92 % - 12 red gate G1; writes over gate"
+    shown = "liger 0.200 [0.100 0.300] 0.500 [0.400 0.600] 55 % 0.150 92 % - 12 FAIL gate G1; writes over gate"
     assert " ".join(liger.split()) == shown
     assert reference.split(None, 1) == ["reference", "not timed: gate G2 used 3"]
     start = NAME_WIDTH
@@ -57,20 +57,21 @@ def test_the_table() -> None:
     assert max(map(len, (head, fast))) < 170
 
 
-def test_the_heading_names_the_card_and_its_rates() -> None:
-    line = heading(Played(), RATES, STATE)  # type: ignore[arg-type]
-    assert line.startswith("Played, copy 4.00 TB/s, bf16 matmul 700 TFLOP/s, SM clock 1980 MHz\n")
-    assert "SM clock" not in heading(Played(), RATES, {"driver": None, "sm_clock_mhz": None})  # type: ignore[arg-type]
+def test_the_heading_shows_the_card_and_its_rates() -> None:
+    line = heading(FakeCard(), RATES, STATE)  # type: ignore[arg-type]
+    assert line.startswith("Fake card, copy 4.00 TB/s, bf16 matmul 700 TFLOP/s, SM clock 1980 MHz\n")
+    unknown = {"driver": None, "sm_clock_mhz": None}
+    assert "SM clock" not in heading(FakeCard(), RATES, unknown)  # type: ignore[arg-type]
 
 
-def test_what_is_written_for_machines(tmp_path: Path) -> None:
+def test_the_json_file(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    write_json(file, ROWS, Played(), RATES, STATE, {"liger": "it is absent"})  # type: ignore[arg-type]
+    write_json(file, ROWS, FakeCard(), RATES, STATE, {"liger": "it is absent"})  # type: ignore[arg-type]
     written = json.loads(file.read_text())
     assert {"versions", "gpu", "driver", "sm_clock_mhz", "copy_bytes_per_second", "absent", "commit"} <= set(
         written["meta"]
     )
-    assert written["meta"]["gpu"] == "Played"
+    assert written["meta"]["gpu"] == "Fake card"
     fast = written["results"][0]
     assert fast["device_full"] == [0.3, 0.35, 0.4]
     assert fast["roofline"]["device_forward"] == 0.92
@@ -85,19 +86,19 @@ def test_an_absent_peer_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr(backends, "load", load)
     line = "conformance: backend: liger needs the package liger-kernel, which is not installed"
     assert cli._present(["fast", "liger", "fast"], "cpu")[0] == ["fast"]
-    assert capsys.readouterr().err == f"{line}: left out\n"
+    assert capsys.readouterr().err == f"{line}: skipped\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "Card", Played)
+    monkeypatch.setattr(cli, "Card", FakeCard)
     assert cli.main(["bench", "--backend", "liger"]) == 2
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_a_package_that_is_not_there() -> None:
+def test_a_missing_package_or_kernel_is_named() -> None:
     with pytest.raises(Absent, match="needs the package no-such-package, which is not installed"):
-        kernels("no-such-package", "no_such_package:thing")
+        import_kernels("no-such-package", "no_such_package:thing")
     with pytest.raises(Absent, match="has its package rich, but rich:no_such_thing cannot be imported"):
-        kernels("rich", "rich:no_such_thing")
-    there, missing = kernels("rich", "rich:get_console", "rich:no_such_thing")
+        import_kernels("rich", "rich:no_such_thing")
+    there, missing = import_kernels("rich", "rich:get_console", "rich:no_such_thing")
     assert callable(there)
     for use in (lambda: missing.apply(1), lambda: missing(1)):
         with pytest.raises(ImportError, match="rich:no_such_thing cannot be imported"):
@@ -107,46 +108,46 @@ def test_a_package_that_is_not_there() -> None:
 def test_importing_a_peer_leaves_the_compiler_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what it prints is no part of a table."""
+    """What it prints goes to stderr, not into a table."""
     code = "import torch._inductor.config as c; c.dce = not c.dce; print('hello')\ndef thing(): return c.dce"
     (tmp_path / "meddling_peer.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     before = torch._inductor.config.dce
-    (thing,) = kernels("meddling-peer", "meddling_peer:thing")
+    (thing,) = import_kernels("meddling-peer", "meddling_peer:thing")
     assert thing() == torch._inductor.config.dce == before
     assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_stored_times_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a baseline of one card would silently be compared with a run of another."""
-    monkeypatch.setattr(conftest, "the_card", lambda: (Played(), RATES, STATE))
+    """Otherwise a baseline of one card would be compared with a run on another."""
+    monkeypatch.setattr(conftest, "the_card", lambda: (FakeCard(), RATES, STATE))
     info: dict[str, Any] = {}
     conftest.pytest_benchmark_update_machine_info(None, info)  # type: ignore[arg-type]
     assert {"torch", "triton", "cuda"} <= set(info)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     conftest.pytest_benchmark_update_machine_info(None, info)  # type: ignore[arg-type]
-    assert info["gpu"] == "Played"
+    assert info["gpu"] == "Fake card"
     assert info["driver"] == "1.2"
-    assert "sm_clock_mhz" not in info  # another in every run, and each difference is a warning
+    assert "sm_clock_mhz" not in info  # it differs in every run, and each difference causes a warning
 
 
 STORED = """
 import pytest
-from conformance.bench.replay import ReplayTimer
+from conformance.bench.playback import PlaybackTimer
 from conformance.bench.sampler import Times
 
-TIMER = ReplayTimer()
+TIMER = PlaybackTimer()
 
 
 @pytest.mark.benchmark(timer=TIMER)
 @pytest.mark.parametrize("scale", [1, 2])
-def test_played(benchmark, scale):
+def test_recorded(benchmark, scale):
     TIMER.play(benchmark, Times(tuple(scale * (0.1 + 0.01 * n) for n in range(21))))
 """
 
 
 def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
-    """Its statistics are those of the milliseconds played."""
+    """Its statistics are those of the recorded milliseconds."""
     (tmp_path / "test_stored.py").write_text(STORED)
     python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     done = subprocess.run(
@@ -160,6 +161,6 @@ def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
     assert [s["min"] for s in stats] == [pytest.approx(0.1e-3), pytest.approx(0.2e-3)]
 
 
-def test_the_replay_timer_runs_from_sample_to_sample() -> None:
-    timer = ReplayTimer()
-    assert timer() == timer() == 0.0  # nothing loaded
+def test_the_playback_timer_advances_only_by_samples() -> None:
+    timer = PlaybackTimer()
+    assert timer() == timer() == 0.0  # no samples

@@ -1,9 +1,10 @@
-"""The command line: what it writes for machines, and one line on stderr for whatever cannot be done."""
+"""The command line: its JSON, and one line on stderr for a usage error."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RIGHT = "tests.judge.right.swiglu_by_sigmoid"
 here = pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="judging on the CPU chooses Triton's interpreter for this process, and so for others",
+    reason="judging on the CPU would select Triton's interpreter for the other tests of this process",
 )
 
 
@@ -72,56 +73,55 @@ def test_a_usage_error_is_one_line_and_status_2(
     assert allowed in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("arguments", [("run", "--device", "cuda"), ("bench",)])
 def test_cuda_without_cuda(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert "no CUDA device" in usage_error(capsys, *arguments)
 
 
-@here
-def test_an_operation_without_a_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(unsloth_ref.kernels, "__all__", [*unsloth_ref.kernels.__all__, "soup"])
+@pytest.fixture
+def fresh_specs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Lets a test change what `specs` loads."""
     spec.specs.cache_clear()
-    try:
-        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
-    finally:
-        monkeypatch.undo()
-        spec.specs.cache_clear()
-    assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
-
-
-@here
-def test_a_spec_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delattr("conformance.specs.swiglu.spec")
-    spec.specs.cache_clear()
-    try:
-        line = usage_error(capsys, "run", "swiglu", "--backend", RIGHT, "--device", "cpu")
-    finally:
-        monkeypatch.undo()
-        spec.specs.cache_clear()
-    assert "conformance/specs/swiglu.py: got spec = None; allowed: a Spec" in line
-
-
-@here
-def test_a_spec_that_imports_what_is_not_there_is_no_missing_spec(monkeypatch: pytest.MonkeyPatch) -> None:
-    def import_module(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'soup'", name="soup")
-
-    monkeypatch.setattr(spec.importlib, "import_module", import_module)
-    spec.specs.cache_clear()
-    with pytest.raises(ModuleNotFoundError, match="soup"):
-        main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu"])
+    yield monkeypatch
     monkeypatch.undo()
     spec.specs.cache_clear()
 
 
+RUN_SWIGLU = ("run", "swiglu", "--backend", RIGHT, "--device", "cpu")
+
+
 @here
-def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One passing check, one failing and one that needs CUDA."""
+def test_an_operation_without_a_spec(fresh_specs: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh_specs.setattr(unsloth_ref.kernels, "__all__", [*unsloth_ref.kernels.__all__, "soup"])
+    line = usage_error(capsys, *RUN_SWIGLU)
+    assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
+
+
+@here
+def test_a_file_without_a_spec(fresh_specs: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh_specs.delattr("conformance.specs.swiglu.spec")
+    line = usage_error(capsys, *RUN_SWIGLU)
+    assert "conformance/specs/swiglu.py: got spec = None; allowed: a Spec" in line
+
+
+@here
+def test_a_failing_import_in_a_spec_is_not_reported_as_a_missing_spec(fresh_specs: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'soup'", name="soup")
+
+    fresh_specs.setattr(spec.importlib, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="soup"):
+        main(RUN_SWIGLU)
+
+
+@here
+def test_the_json_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one property that passes, one that fails and one that needs CUDA."""
     file = tmp_path / "new" / "results.json"
     backend = "tests.judge.wrong.swiglu_forgets_up"
-    laws = ("value", "gradients", "no_sync")
-    arguments = ("--device", "cpu", "--dtype", "float32", "--property", *laws, "--json", str(file), "--jobs", "1")
+    properties = ("value", "gradients", "no_sync")
+    arguments = ("--device", "cpu", "--dtype", "float32", "--property", *properties, "--json", str(file), "--jobs", "1")
     assert main(["run", "swiglu", "--backend", backend, "--profile", "ci", *arguments]) == 1
     written = json.loads(file.read_text())
     assert set(written) == {"meta", "results"}
@@ -134,7 +134,7 @@ def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixt
     results = {result["property"]: result for result in written["results"]}
     keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message"}
     assert all(set(result) == keys for result in results.values())
-    assert [results[law]["verdict"] for law in laws] == ["pass", "fail", "skip"]
+    assert [results[name]["verdict"] for name in properties] == ["pass", "fail", "skip"]
     assert 0 <= results["value"]["budget_use"] <= 1
     assert results["value"]["examples"] > 0
     assert results["value"]["case"] is results["value"]["message"] is None
@@ -144,11 +144,11 @@ def test_what_is_written_for_machines(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @here
-def test_status_2_when_every_check_was_skipped() -> None:
+def test_status_2_if_everything_was_skipped() -> None:
     assert main(["run", "swiglu", "--backend", RIGHT, "--device", "cpu", "--property", "no_sync", "--jobs", "1"]) == 2
 
 
-def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     contract = (*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__)
@@ -156,7 +156,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in words for name in (*contract, *PROPERTIES, "tokens_kept", "nightly", "fast,"))
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_closed_pipe_is_not_reported_as_an_error() -> None:
     """As `head` does."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -167,7 +167,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 
 @here
-def test_pieces_stand_under_no_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pieces_have_no_dtype_column(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("shift_labels", "--backend", "reference", "--device", "cpu", "--property", "signature_parity")
     assert main(["run", *arguments, "--jobs", "1"]) == 0
     assert "float32" not in capsys.readouterr().out
@@ -175,13 +175,13 @@ def test_pieces_stand_under_no_dtype(capsys: pytest.CaptureFixture[str]) -> None
 
 @here
 @pytest.mark.parametrize(
-    ("law", "status", "verdict"),
+    ("name", "status", "verdict"),
     [
         ("value", 0, "ok   swiglu / value / float16"),
         ("gradients", 1, "FAIL swiglu / gradients / float16: gradient of up"),
     ],
 )
-def test_repro_runs_one_case(law: str, status: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"swiglu float16 {law} rows=2 hidden=3 fill=tiny seed=1"
+def test_repro_runs_one_case(name: str, status: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"swiglu float16 {name} rows=2 hidden=3 fill=tiny seed=1"
     assert main(["repro", line, "--backend", "tests.judge.wrong.swiglu_forgets_up", "--device", "cpu"]) == status
     assert capsys.readouterr().out.startswith(verdict)

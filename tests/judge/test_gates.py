@@ -1,4 +1,4 @@
-"""Each gate passes an error just below its bound and fails one just above; the bounds are those of its own formula."""
+"""Each gate passes an error just below its bound and fails one just above; the tests compute the bounds themselves."""
 
 import math
 
@@ -6,51 +6,62 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.gates import G2_ELEMENTS, G2_MAX, G2_RMS, G3_BIAS, G3_ELEMENTS, Failure, Measure, judge, unit_roundoff
+from conformance.gates import (
+    G2_ELEMENTS,
+    G2_MAX,
+    G2_RMS,
+    G3_BIAS,
+    G3_ELEMENTS,
+    ErrorModel,
+    Failure,
+    judge,
+    unit_roundoff,
+)
+from conformance.search import DTYPES
 
 HALF = torch.float16
-MARGIN = 0.01  # of a bound: well above the rounding of the float64 arithmetic that computes it
+MARGIN = 0.01  # relative to a bound: much larger than the float64 rounding error of the bound
 
 
-def measure(r: Tensor, *, terms: Tensor | None = None, roundings: int = 0, truncates: bool = False) -> Measure:
-    """What the gates need for a truth whose elements do not cancel."""
-    return Measure(r.abs() if terms is None else terms, r.numel(), roundings, truncates=truncates)
+def model(r: Tensor, *, terms: Tensor | None = None, roundings: int = 0, truncates: bool = False) -> ErrorModel:
+    """The error model of a truth whose elements do not cancel."""
+    return ErrorModel(r.abs() if terms is None else terms, r.numel(), roundings, truncates=truncates)
 
 
 def bound(dtype: torch.dtype, roundings: int = 0, units: int = 1) -> float:
-    """The bound of G1 as a share of |r|, for two elements of which S = |r|."""
+    """The bound of G1 relative to |r|, for two elements with S = |r|."""
     unit = units * unit_roundoff(dtype)
     return unit + roundings * unit * (1 + unit) + 2 * 2.0**-24
 
 
 def off_by(error: float, dtype: torch.dtype, roundings: int = 0, truncates: bool = False) -> float:
-    """The budget used by a result that is off by this share of the truth, behind one that is exact."""
+    """The budget used by two results: an exact one, and one with this relative error."""
     y = torch.tensor([2.0, 1.5], dtype=dtype)
     r = y.double() / torch.tensor([1.0, 1 + error], dtype=torch.float64)
-    return judge("output y", y, r, y, measure(r, roundings=roundings, truncates=truncates))
+    return judge("output y", y, r, y, model(r, roundings=roundings, truncates=truncates))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("roundings", [0, 2])
 def test_g1_just_below_and_just_above(dtype: torch.dtype, roundings: int) -> None:
     most = bound(dtype, roundings)
-    # The gate's absolute allowance for tiny numbers, 6e-8 in float16, is under 1e-4 of the bound here.
+    # `tiny`, 6e-8 in float16, is below 1e-4 of the bound here.
     assert off_by(most * (1 - MARGIN), dtype, roundings) == pytest.approx(1 - MARGIN, rel=1e-4)
     with pytest.raises(Failure, match=r"gate G1 used 1\.01 of the budget in output y at index \(1,\)"):
         off_by(most * (1 + MARGIN), dtype, roundings)
 
 
-def test_g1_demands_the_exact_value_where_nothing_is_added_up() -> None:
+def test_g1_requires_the_exact_value_where_s_is_0() -> None:
     y, nothing = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    judge("loss", y, nothing, y, measure(nothing))
+    judge("loss", y, nothing, y, model(nothing))
     least = torch.tensor([torch.finfo(torch.float32).tiny, 1.0])
     with pytest.raises(Failure, match=r"gate G1 used 1\.8e\+308 .* at index \(0,\)"):
-        judge("loss", least, nothing, y, measure(nothing))
+        judge("loss", least, nothing, y, model(nothing))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("truncates", [False, True])
-def test_truncation_is_allowed_in_bfloat16_under_the_interpreter_alone(dtype: torch.dtype, truncates: bool) -> None:
+def test_truncation_is_allowed_only_in_bfloat16_in_the_interpreter(dtype: torch.dtype, truncates: bool) -> None:
     error = bound(dtype, units=2) * (1 - MARGIN)
     if truncates and dtype == torch.bfloat16:
         assert off_by(error, dtype, truncates=truncates) <= 1
@@ -60,14 +71,14 @@ def test_truncation_is_allowed_in_bfloat16_under_the_interpreter_alone(dtype: to
 
 
 TWO = 2 * unit_roundoff(HALF)
-ROWS = (1 + torch.arange(2 * G2_ELEMENTS, dtype=torch.float64) / 1024).view(2, -1)  # of HALF, all different
+ROWS = (1 + torch.arange(2 * G2_ELEMENTS, dtype=torch.float64) / 1024).view(2, -1)  # exact in HALF, all different
 BOTH = TWO * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(G2_ELEMENTS // 2)
 
 
 def g2(error: Tensor, peer_error: Tensor) -> float:
-    """The budget used by these errors against those of a peer, with G1 far away; the truth is about 1 everywhere."""
+    """The budget used by these errors compared with a peer's; the truth is about 1, and G1 allows any of them."""
     r = 1 + torch.arange(len(error), dtype=torch.float64) * 2**-20
-    return judge("output y", (r + error).float(), r, (r + peer_error).float(), Measure(1000 * r, 2**30, roundings=0))
+    return judge("output y", (r + error).float(), r, (r + peer_error).float(), ErrorModel(1000 * r, 2**30, roundings=0))
 
 
 def test_g2_root_mean_square() -> None:
@@ -86,45 +97,45 @@ def test_g2_largest() -> None:
         g2(one * (1 + MARGIN), peer)
 
 
-def test_g2_wants_enough_elements() -> None:
+def test_g2_needs_enough_elements() -> None:
     peer = torch.full((G2_ELEMENTS - 1,), 2.0**-10, dtype=torch.float64)
     assert g2(peer * 2 * G2_RMS, peer) <= 1
 
 
-def test_g2_grants_a_row_the_factor_that_roundings_explain() -> None:
+def test_g2_allows_a_row_the_factor_that_roundings_explain() -> None:
     moved = torch.stack([ROWS[0] + TWO, ROWS[1] - TWO]).to(HALF)
-    judge("output y", moved, ROWS, ROWS.to(HALF), measure(ROWS, roundings=2))
-    for y, roundings in ((moved, 1), ((ROWS + BOTH).to(HALF), 2)):  # too far; each row with both
+    judge("output y", moved, ROWS, ROWS.to(HALF), model(ROWS, roundings=2))
+    for y, roundings in ((moved, 1), ((ROWS + BOTH).to(HALF), 2)):  # too large a factor; both signs in each row
         with pytest.raises(Failure, match="gate G2"):
-            judge("output y", y, ROWS, ROWS.to(HALF), measure(ROWS, roundings=roundings))
+            judge("output y", y, ROWS, ROWS.to(HALF), model(ROWS, roundings=roundings))
 
 
-def test_g2_takes_no_factor_out_of_a_peer_that_was_no_better() -> None:
+def test_g2_compares_with_a_peer_that_has_a_factor_of_its_own() -> None:
     y = (ROWS + BOTH).to(HALF)
-    assert judge("output y", y, ROWS, (ROWS + TWO).to(HALF), measure(ROWS, roundings=2)) <= 1
+    assert judge("output y", y, ROWS, (ROWS + TWO).to(HALF), model(ROWS, roundings=2)) <= 1
     with pytest.raises(Failure, match="gate G2"):
-        judge("output y", y, ROWS, ROWS.to(HALF), measure(ROWS, roundings=2))
+        judge("output y", y, ROWS, ROWS.to(HALF), model(ROWS, roundings=2))
 
 
 @pytest.mark.parametrize(("different", "judged"), [(G2_ELEMENTS, True), (G2_ELEMENTS - 1, False)])
-def test_g2_looks_at_elements_that_differ(different: int, judged: bool) -> None:
-    """One value over and over has one rounding error: as often as it stands there, it is one."""
+def test_g2_needs_elements_that_differ(different: int, judged: bool) -> None:
+    """A value that repeats has one rounding error, however often it repeats."""
     r = (1 + torch.arange(different, dtype=torch.float64) / 1024).repeat(G2_ELEMENTS)
     off = (r + 2.0**-10).float()
     if judged:
         with pytest.raises(Failure, match="gate G2"):
-            judge("output y", off, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
+            judge("output y", off, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
     else:
-        judge("output y", off, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
+        judge("output y", off, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
     noisy = off + 1e-4 * torch.rand(r.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Failure, match="gate G2"):
-        judge("output y", noisy, r, r.float(), Measure(1000 * r, 2**30, roundings=0))
+        judge("output y", noisy, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
 
 
 def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Results, truth and peer: truths half-way between float16 numbers, the first `count` of each binade rounded up.
+    """Results, truth and peer: truths halfway between float16 numbers, the first `count` of each binade rounded up.
 
-    All others are rounded down; the peer rounds up and down in turn. No two results are alike.
+    All others are rounded down; the peer rounds up and down in turn. All results differ.
     """
     steps = torch.arange(0, 1024, 2, dtype=torch.float64)
     up = torch.arange(512) < count
@@ -134,58 +145,58 @@ def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return y.to(HALF), r, p.to(HALF)
 
 
-def test_g3_results_that_lean() -> None:
-    def lean(y: Tensor, r: Tensor) -> float:
+def test_g3_biased_results() -> None:
+    def bias(y: Tensor, r: Tensor) -> float:
         return float(((y.double() - r) / (unit_roundoff(HALF) * r)).mean().abs())
 
     def holds(count: int) -> bool:
         y, r, p = rounded_up(count)
-        return lean(y, r) <= G3_BIAS + lean(p, r)
+        return bias(y, r) <= G3_BIAS + bias(p, r)
 
-    half = int(512 * (math.sqrt(2) - 1))  # where the leans 1 / r of those rounded up and down cancel
+    half = int(512 * (math.sqrt(2) - 1))  # where the errors of those rounded up and down cancel, weighted by 1 / r
     last = max(count for count in range(half, 512) if holds(count))
     y, r, p = rounded_up(last)
-    assert judge("y", y, r, p, measure(r)) <= 1
+    assert judge("y", y, r, p, model(r)) <= 1
     y, r, p = rounded_up(last + 1)
-    with pytest.raises(Failure, match=r"gate G3 .*lean to one side"):
-        judge("y", y, r, p, measure(r))
-    judge("y", y, r, p, Measure(r, r.numel(), 0, random=False))  # elements that are all alike may lean
+    with pytest.raises(Failure, match=r"gate G3 .*biased to one side"):
+        judge("y", y, r, p, model(r))
+    judge("y", y, r, p, ErrorModel(r, r.numel(), 0, random=False))  # elements that are not random may be biased
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_g0_special_values_stand_where_the_truth_has_them(value: float) -> None:
+def test_g0_special_values_are_where_the_truth_has_them(value: float) -> None:
     y, r = torch.tensor([1.0, value]), torch.tensor([1.0, value], dtype=torch.float64)
-    assert judge("y", y, r, y, measure(r.nan_to_num())) == 0
+    assert judge("y", y, r, y, model(r.nan_to_num())) == 0
     for wrong, truth in ((y, r.new_ones(2)), (torch.ones(2), r)):
         with pytest.raises(Failure, match=r"gate G0: y is (nan|inf|-inf|1.0) at index \(1,\), should be"):
-            judge("y", wrong, truth, truth.float(), measure(truth.nan_to_num()))
+            judge("y", wrong, truth, truth.float(), model(truth.nan_to_num()))
 
 
-def test_g0_grants_what_plain_pytorch_gives_in_the_same_dtype() -> None:
+def test_g0_allows_the_special_values_of_plain_pytorch_in_the_same_dtype() -> None:
     r, p = torch.tensor([1.0, -math.inf], dtype=torch.float64), torch.tensor([1.0, math.nan])
     for y in (p, r.float()):
-        assert judge("y", y, r, p, measure(r.nan_to_num(neginf=0.0))) == 0
+        assert judge("y", y, r, p, model(r.nan_to_num(neginf=0.0))) == 0
     with pytest.raises(Failure, match="gate G0"):
-        judge("y", torch.tensor([1.0, math.inf]), r, p, measure(r.nan_to_num(neginf=0.0)))
+        judge("y", torch.tensor([1.0, math.inf]), r, p, model(r.nan_to_num(neginf=0.0)))
 
 
 def test_g0_overflow_of_the_dtype_is_infinite_in_the_truth_too() -> None:
     r = torch.tensor([1e6], dtype=torch.float64)
-    assert judge("y", torch.tensor([math.inf], dtype=HALF), r, r.to(HALF), measure(r)) == 0
+    assert judge("y", torch.tensor([math.inf], dtype=HALF), r, r.to(HALF), model(r)) == 0
     with pytest.raises(Failure, match="gate G"):
-        judge("y", torch.tensor([65504.0], dtype=HALF), r, r.to(HALF), measure(r))
+        judge("y", torch.tensor([65504.0], dtype=HALF), r, r.to(HALF), model(r))
 
 
 @pytest.mark.parametrize(("seen", "truth"), [(-math.inf, math.inf), (math.nan, 1e6), (-math.inf, 1e6)])
-def test_g0_an_infinity_is_not_the_other_one_and_not_nan(seen: float, truth: float) -> None:
+def test_g0_distinguishes_infinities_and_nan(seen: float, truth: float) -> None:
     y, r = torch.tensor([1.0, seen], dtype=HALF), torch.tensor([1.0, truth], dtype=torch.float64)
     with pytest.raises(Failure, match="gate G0"):
-        judge("y", y, r, r.to(HALF), measure(r.nan_to_num(posinf=0.0)))
+        judge("y", y, r, r.to(HALF), model(r.nan_to_num(posinf=0.0)))
 
 
 def test_g0_shape_and_dtype() -> None:
     r = torch.ones(2, dtype=torch.float64)
     with pytest.raises(Failure, match=r"gate G0: y has shape \[2, 1\], should be \[2\]"):
-        judge("y", torch.ones(2, 1), r, torch.ones(2), measure(r))
+        judge("y", torch.ones(2, 1), r, torch.ones(2), model(r))
     with pytest.raises(Failure, match=r"gate G0: y has dtype torch.float32, should be torch.float16"):
-        judge("y", torch.ones(2), r, torch.ones(2, dtype=HALF), measure(r))
+        judge("y", torch.ones(2), r, torch.ones(2, dtype=HALF), model(r))

@@ -1,4 +1,4 @@
-"""Fences see every write outside, and torch's functions come back whatever happens."""
+"""Fences detect writes outside of tensors, and torch's functions are restored; failures of worker processes."""
 
 from dataclasses import replace
 from math import nan
@@ -10,20 +10,20 @@ from torch import Tensor
 from conformance import memory
 from conformance.gates import Failure
 from conformance.memory import Allocations, Fence, demand_unbroken
-from conformance.runner import Check, next_check, run
+from conformance.runner import Task, next_task, run
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
 def before_and_after(tensor: Tensor, elements: int) -> Tensor:
-    """A view of the same memory that begins this many elements earlier and ends as many later."""
+    """A view of the same memory that starts this many elements earlier and ends as many later."""
     start = tensor.storage_offset() - elements
     return tensor.as_strided((tensor.numel() + 2 * elements,), (1,), start)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("index", "where"), [(0, -3), (-1, 3), (2, -1), (-3, 1)])
-def test_a_fence_finds_a_write_and_says_where(dtype: torch.dtype, index: int, where: int) -> None:
+def test_a_fence_locates_a_write(dtype: torch.dtype, index: int, where: int) -> None:
     fence = Fence(torch.arange(6).to(dtype))
     assert fence.broken() is None
     before_and_after(fence.tensor, 3)[index] = 0
@@ -34,7 +34,7 @@ def test_a_fence_finds_a_write_and_says_where(dtype: torch.dtype, index: int, wh
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_write_inside_breaks_no_fence(dtype: torch.dtype) -> None:
+def test_a_write_inside_does_not_break_the_fence(dtype: torch.dtype) -> None:
     fence = Fence(torch.zeros(2, 3, dtype=dtype))
     fence.tensor.fill_(1)
     assert fence.broken() is None
@@ -53,12 +53,12 @@ def test_a_fence_keeps_values_and_strides(tensor: Tensor) -> None:
 
 
 def functions() -> list[object]:
-    """All that Allocations replaces."""
+    """The functions that Allocations replaces."""
     of_torch = [getattr(torch, name) for name in memory._FUNCTIONS]
     return of_torch + [getattr(Tensor, name) for name in memory._METHODS]
 
 
-def test_torch_is_as_before_after_an_exception() -> None:
+def test_torch_is_restored_after_an_exception() -> None:
     untouched, own = functions(), set(vars(Tensor))
     with pytest.raises(ZeroDivisionError), Allocations():
         assert all(now is not then for now, then in zip(functions(), untouched, strict=True))
@@ -68,7 +68,7 @@ def test_torch_is_as_before_after_an_exception() -> None:
 
 
 @pytest.mark.parametrize("fill", [nan, 1e4])
-def test_allocations_fill_what_is_uninitialised_and_nothing_else(fill: float) -> None:
+def test_allocations_fill_only_uninitialised_memory(fill: float) -> None:
     like = torch.ones(2, 3)
     with Allocations(fill) as allocations:
         empties = [torch.empty(2, 3), torch.empty_like(like), like.new_empty(2, 3)]
@@ -78,16 +78,16 @@ def test_allocations_fill_what_is_uninitialised_and_nothing_else(fill: float) ->
     allocations.demand_unbroken()
 
 
-def test_allocations_find_a_write_past_the_end() -> None:
+def test_allocations_detect_a_write_past_the_end() -> None:
     with Allocations() as allocations:
         before_and_after(torch.empty(2, 3), 1)[-1] = 0.0
-    with pytest.raises(Failure, match=r"wrote outside a tensor of shape \[2, 3\].*, 1 elements past its end"):
+    with pytest.raises(Failure, match=r"an allocated tensor of shape \[2, 3\].*, 1 elements past its end"):
         allocations.demand_unbroken()
 
 
-def test_a_process_that_dies_is_a_failure_and_the_next_check_runs() -> None:
-    checks = [
-        Check(
+def test_a_process_that_dies_is_a_failure_and_the_next_task_runs() -> None:
+    tasks = [
+        Task(
             f"tests.judge.{backend}",
             "swiglu",
             "signature_parity" if backend.startswith("right") else "value",
@@ -97,17 +97,17 @@ def test_a_process_that_dies_is_a_failure_and_the_next_check_runs() -> None:
         )
         for backend in ("dying.aborting", "right.swiglu_by_sigmoid")
     ]
-    (_, died), (_, next_one) = run(checks, lambda *_: None, jobs=1)
+    (_, died), (_, next_one) = run(tasks, lambda *_: None, jobs=1)
     assert died.verdict == "fail"
     assert "the process died (SIGABRT)" in (died.message or "")
     assert died.case == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"
     assert next_one.verdict == "pass"
 
 
-def test_checks_that_take_gigabytes_run_one_at_a_time() -> None:
-    one, other = (Check("fast", op, "int64_offsets", "float32", "cuda") for op in ("rope", "swiglu"))
+def test_tasks_that_take_gigabytes_run_one_at_a_time() -> None:
+    one, other = (Task("fast", op, "int64_offsets", "float32", "cuda") for op in ("rope", "swiglu"))
     small = replace(one, property="value")
-    assert next_check([other, small], []) is other
-    assert next_check([other, small], [small]) is other
-    assert next_check([other, small], [one]) is small
-    assert next_check([other], [small, one]) is None
+    assert next_task([other, small], []) is other
+    assert next_task([other, small], [small]) is other
+    assert next_task([other, small], [one]) is small
+    assert next_task([other], [small, one]) is None

@@ -1,6 +1,6 @@
-"""The judge fails every wrong kernel, by a property that says what is wrong, and passes every right one.
+"""The judge fails every wrong kernel, by a property that names the fault, and passes every right one.
 
-Both sets run once, in two worker processes; the tests share the results (under `pytest -n`, with `--dist loadfile`).
+Both sets run once, in two worker processes; the tests share the results (with `pytest -n`, use `--dist loadfile`).
 """
 
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 from conformance.backends import load
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Check, run
+from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.spec import specs
 from tests.judge.mutants import MUTANTS
@@ -28,32 +28,32 @@ OPERATIONS = tuple(reference.__all__)
 EXPECTED = {f"tests.judge.mutants.{name}": (op, mutant.laws, mutant.dtype) for name, (op, mutant) in MUTANTS.items()}
 EXPECTED |= {f"tests.judge.wrong.{name}": expected for name, expected in WRONG.items()}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
-PLAIN = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
-# The cases of ci, without ten seconds spent on making each failing one smaller.
+WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
+# The cases of ci, without spending ten seconds on shrinking each failing one.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
-FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which meet every law
-# Long lists of cases, which take Triton's interpreter more time than all other laws: there in one dtype.
+FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
+# Long lists of cases, which take Triton's interpreter more time than all other properties: one dtype there.
 LONG = ("extents", "layouts")
-# torch.compile takes seconds a graph: there one forward and backward pass in each of two dtypes.
-COMPILED = [backend for backend in PLAIN if backend.endswith("_compiled")]
+# torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
+COMPILED = [backend for backend in WITHOUT_TRITON if backend.endswith("_compiled")]
 Results = dict[str, list[Result]]
 
 
-class Brief(Check):
-    """A check in a profile above, which a worker process does not know."""
+class Brief(Task):
+    """A task in a profile of this file, which a worker process does not know."""
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         PROFILES.update({profile.name: profile for profile in (BRIEF, FEW)})
-        for backend in PLAIN:
-            load(backend, self.device)  # before one that loads triton, whose interpreter may truncate: these may not
+        for backend in WITHOUT_TRITON:
+            load(backend, self.device)  # before triton is loaded: afterwards bfloat16 may truncate
         return super().__call__(notify)
 
 
-def judged(checks: list[Check], stop_at_failure: bool) -> Results:
+def judged(tasks: list[Task], stop_at_failure: bool) -> Results:
     """The results of each backend."""
-    results: Results = {check.backend: [] for check in checks}
-    for check, result in run(checks, lambda *_: None, jobs=2, stop_at_failure=stop_at_failure):
-        results[check.backend].append(result)
+    results: Results = {task.backend: [] for task in tasks}
+    for task, result in run(tasks, lambda *_: None, jobs=2, stop_at_failure=stop_at_failure):
+        results[task.backend].append(result)
     return results
 
 
@@ -62,47 +62,47 @@ def of_wrong() -> Results:
     """Each wrong kernel under the properties that may find it."""
     return judged(
         [
-            Brief(backend, op, law, dtype, "cpu", BRIEF.name)
-            for backend, (op, laws, dtype) in EXPECTED.items()
-            for law in laws
+            Brief(backend, op, name, dtype, "cpu", BRIEF.name)
+            for backend, (op, names, dtype) in EXPECTED.items()
+            for name in names
         ],
         stop_at_failure=True,
     )
 
 
-def checks_of_right(backend: str) -> list[Check]:
+def tasks_of_right(backend: str) -> list[Task]:
     op = CORRECT[backend]
     if backend in COMPILED:
         case = specs()[op].case(5, 130)
         return [Brief(backend, op, "extents", dtype, "cpu", case=case) for dtype in ("float32", "bfloat16")]
     return [
-        Brief(backend, op, law, dtype, "cpu", FEW.name)
-        for law in PROPERTIES
+        Brief(backend, op, name, dtype, "cpu", FEW.name)
+        for name in PROPERTIES
         for dtype in DTYPES
-        if backend in PLAIN or law not in LONG or dtype == "float32"
+        if backend in WITHOUT_TRITON or name not in LONG or dtype == "float32"
     ]
 
 
 @pytest.fixture(scope="session")
 def of_right() -> Results:
-    """Each right kernel under all properties, in all dtypes but for what is LONG in the interpreter, or compiled."""
-    return judged([check for backend in CORRECT for check in checks_of_right(backend)], stop_at_failure=False)
+    """Each right kernel under the properties and dtypes of `tasks_of_right`."""
+    return judged([task for backend in CORRECT for task in tasks_of_right(backend)], stop_at_failure=False)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_there_are_enough_of_both(op: str) -> None:
+def test_there_are_enough_wrong_and_right_kernels(op: str) -> None:
     assert sum(expected[0] == op for expected in EXPECTED.values()) >= 12
     assert sum(own == op for own in CORRECT.values()) >= 4
 
 
 @pytest.mark.parametrize("backend", EXPECTED)
 def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
-    # A law that was under way when another failed may end after it.
+    # A property that runs while another one fails may end after it.
     found = [result for result in of_wrong[backend] if result.verdict == "fail"]
     assert found
     for result in found:
         assert result.case and result.message
-        if result.property != "compiles":  # where failing to compile is the finding
+        if result.property != "compiles":  # whose finding is that compiling raises
             crashed = result.message.startswith(("raised", "backward raised", "LookupError", "ImportError"))
             assert not crashed, result.message
 
@@ -111,7 +111,7 @@ def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
 def test_a_right_kernel_passes(backend: str, of_right: Results) -> None:
     failed = [f"{r.property} / {r.dtype}: {r.message} ({r.case})" for r in of_right[backend] if r.verdict == "fail"]
     assert not failed, "\n".join(failed)
-    assert len(of_right[backend]) == len(checks_of_right(backend))
+    assert len(of_right[backend]) == len(tasks_of_right(backend))
 
 
 EDITS = {name: (op, mutant.edits) for name, (op, mutant) in MUTANTS.items()}
@@ -119,14 +119,14 @@ EDITS |= {name: (op, variant) for name, (op, variant) in RIGHT.items() if not ca
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_finds_its_line_and_changes_it(name: str) -> None:
+def test_an_edit_matches_its_line_and_changes_it(name: str) -> None:
     op, edits = EDITS[name]
     assert edits
     assert all(old != new for old, new in edits)
     edited(op, name, edits)
 
 
-def test_a_mutant_whose_line_is_gone_says_so() -> None:
+def test_an_edit_without_its_line_is_refused() -> None:
     with pytest.raises(ValueError, match=r"edits of stale: 'no such line' occurs 0 times"):
         edited("swiglu", "stale", [("no such line", "")])
 
@@ -157,11 +157,11 @@ def test_the_command_line_passes_a_right_kernel() -> None:
     ran = conformance("run", *arguments)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "none of 3 checks failed" in ran.stdout
-    assert "Triton" not in ran.stdout  # or bfloat16 would be allowed to truncate, as in Triton's interpreter alone
+    assert "Triton" not in ran.stdout  # otherwise bfloat16 would be allowed to truncate
 
 
 def test_the_command_line_fails_plain_pytorch_that_truncates() -> None:
-    """As Triton's interpreter does: only a backend that is run by it may."""
+    """Only backends that run in Triton's interpreter, which truncates, may truncate."""
     arguments = ("--device", "cpu", "--dtype", "bfloat16", "--property", "value")
     ran = conformance("run", "swiglu", "--backend", "tests.judge.wrong.swiglu_truncates", *arguments)
     assert ran.returncode == 1, ran.stdout + ran.stderr

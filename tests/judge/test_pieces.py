@@ -16,7 +16,7 @@ import unsloth_fast.training
 import unsloth_ref.training
 from conformance.piece import PieceCase, pieces
 from conformance.profiles import PROFILES
-from conformance.runner import Check, run
+from conformance.runner import Task, run
 from conformance.search import Result
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,8 @@ RIGHT = {f"{HERE}.{path}.{name}": op for path, file in FILES.items() for name, o
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0)
 
 
-class Brief(Check):
-    """A check in the profile above, which a worker process must register first."""
+class Brief(Task):
+    """A task in the profile above, which a worker process must register first."""
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         PROFILES[BRIEF.name] = BRIEF

@@ -1,4 +1,4 @@
-"""Specs and operations belong together, and the truths that specs write otherwise are the contract's."""
+"""Specs and operations match, and a spec's own form of the truth equals the contract."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,11 @@ from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Approximate
 
-PIECES = {"tokens": 23, "ignored": 3, "vocab": 31, "hidden": 7}
+SIZES = {"tokens": 23, "ignored": 3, "vocab": 31, "hidden": 7}
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that is made."""
+    """Records the number of elements of the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,43 +44,43 @@ def run(function: Any, case: Case) -> Run:
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none"}, {"reduction": "sum", "softcap": 5.0}, {"num_items": 7}, {"ignore_index": 2}]
 )
-def test_the_truth_in_pieces_is_the_contract(
+def test_the_truth_in_chunks_is_the_contract(
     options: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(tuple({**PIECES, "tokens": tokens}.items()), tuple(options.items()), seed=1)
-    monkeypatch.setattr(linear, "AT_ONCE", 4 * PIECES["vocab"])
-    whole, pieces = run(reference.linear_cross_entropy, case), run(linear.truth, case)
+    case = Case(tuple({**SIZES, "tokens": tokens}.items()), tuple(options.items()), seed=1)
+    monkeypatch.setattr(linear, "LOGITS_PER_CHUNK", 4 * SIZES["vocab"])
+    whole, chunks = run(reference.linear_cross_entropy, case), run(linear.truth, case)
     assert {"hidden", "weight", "bias"} == set(whole.grads)
-    for (_, name, one), (_, _, other) in zip(whole.named(linear.spec), pieces.named(linear.spec), strict=True):
+    for (_, name, one), (_, _, other) in zip(whole.named(linear.spec), chunks.named(linear.spec), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-13, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_truth_in_pieces_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(tuple({**PIECES, "tokens": 400}.items()))
-    monkeypatch.setattr(linear, "AT_ONCE", 4 * PIECES["vocab"])
+def test_the_truth_in_chunks_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tuple({**SIZES, "tokens": 400}.items()))
+    monkeypatch.setattr(linear, "LOGITS_PER_CHUNK", 4 * SIZES["vocab"])
     with _Largest() as whole:
         run(reference.linear_cross_entropy, case)
-    with _Largest() as pieces:
+    with _Largest() as chunks:
         run(linear.truth, case)
-    assert whole.elements == 400 * PIECES["vocab"]
-    assert pieces.elements == 400 * PIECES["hidden"]
+    assert whole.elements == 400 * SIZES["vocab"]
+    assert chunks.elements == 400 * SIZES["hidden"]
 
 
-def test_the_judge_takes_the_truth_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, taken = Case(tuple(PIECES.items())), []
+def test_the_judge_uses_the_truth_of_the_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, dtypes = Case(tuple(SIZES.items())), []
     spec = linear.spec
 
-    def noted(*inputs: Any, **options: Any) -> Tensor:
-        taken.append(inputs[0].dtype)
+    def recorded(*inputs: Any, **options: Any) -> Tensor:
+        dtypes.append(inputs[0].dtype)
         return linear.truth(*inputs, **options)
 
-    trial = Trial(replace(spec, truth=noted), spec.reference, torch.float32, "cpu")
+    trial = Trial(replace(spec, truth=recorded), spec.reference, torch.float32, "cpu")
     trial.judge(case, trial.run(case))
-    assert taken == [torch.float64]
+    assert dtypes == [torch.float64]
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_the_truth_of_geglu_is_the_contract_and_holds_where_float64_cancels(approximate: Approximate) -> None:
+def test_the_truth_of_geglu_is_the_contract_without_cancellation(approximate: Approximate) -> None:
     gate = torch.linspace(-8, 8, 1001, dtype=torch.float64, requires_grad=True)
     up = torch.ones_like(gate)
     whole, exact = (function(gate, up, approximate=approximate) for function in (reference.geglu, geglu.truth))
@@ -94,7 +94,7 @@ def test_the_truth_of_geglu_is_the_contract_and_holds_where_float64_cancels(appr
 
 @pytest.mark.parametrize("backend", [fast, reference])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_an_infinity_at_a_cancelled_gate_may_be_itself_or_what_plain_pytorch_gives(
+def test_an_infinite_up_at_a_cancelled_gate_may_give_infinity_or_nan_as_in_plain_pytorch(
     backend: Any, dtype: torch.dtype
 ) -> None:
     case = geglu.spec.parse("rows=1 hidden=3 fill=wide seed=1")
@@ -119,7 +119,7 @@ def test_an_operation_without_a_spec_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("spec", "message"), [(replace(swiglu.spec, op="geglu"), "its spec names geglu"), (None, "got spec = None")]
 )
-def test_a_spec_of_something_else_is_refused(spec: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_of_another_operation_is_refused(spec: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "spec", spec)
     with pytest.raises(SpecError, match=rf"specs/swiglu\.py: {message}"):
         specs.__wrapped__()

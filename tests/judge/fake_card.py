@@ -1,4 +1,4 @@
-"""A card that is played: what the bench does with it needs no GPU."""
+"""A stand-in for a GPU: the bench runs with it on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +11,24 @@ RATES = Rates(copy=4e12, matmul=7e14)
 STATE = {"driver": "1.2", "sm_clock_mhz": 1980}
 
 
-class Played:
-    """A card whose calls take what the test says, and whose graphs call again."""
+class FakeCard:
+    """A card whose calls take the time that a test chooses, and whose graphs repeat the calls."""
 
     device = "cpu"
-    name = "Played"
+    name = "Fake card"
     cache_bytes = 0
 
     def __init__(self, milliseconds: float = 1.0, graphs: bool = True) -> None:
         self.milliseconds, self.graphs = milliseconds, graphs
 
-    def host(self, call: Callable[[], Any]) -> tuple[float, Any]:
+    def time_alone(self, call: Callable[[], Any]) -> tuple[float, Any]:
         return self.milliseconds, call()
 
-    queued = host
+    time_queued = time_alone
 
     def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], Any], Any] | str:
         if not self.graphs:
-            return "it waits"
+            return "it synchronises"
         found = body()
 
         def replay() -> None:
@@ -41,7 +41,7 @@ class Played:
         call()
         return 3.0
 
-    def tidy(self) -> None:
+    def free_memory(self) -> None:
         pass
 
 
