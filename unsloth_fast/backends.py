@@ -1,17 +1,18 @@
 """The backend flag: which implementation of the operations and of the training pieces a run uses.
 
-A specification is "auto", "fast" or "reference", then single operations set apart: "fast,rms_norm=reference". It is
-resolved once, when a trainer is built, never per call: a switch that is read at run time would break torch.compile.
+A specification is "auto", "fast" or "reference", followed by exceptions for single operations, such as
+"fast,rms_norm=reference". It is resolved once, when a trainer is built, not in each call: a switch that is read at run
+time would break torch.compile.
 """
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -25,13 +26,13 @@ _PACKAGES = {"fast": "unsloth_fast", "reference": "unsloth_ref"}
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """An implementation that was chosen.
+    """A resolved backend.
 
     Attributes:
-        name: "fast" or "reference", then the operations set apart, as in "fast,rms_norm=reference".
-        kernels: the operations, by name: `backend.kernels.rms_norm`.
+        name: "fast" or "reference", followed by the exceptions, such as "fast,rms_norm=reference".
+        kernels: the operations by name: `backend.kernels.rms_norm`.
         training: the module of training pieces, `unsloth_fast.training` or `unsloth_ref.training`.
-        reason: why this one.
+        reason: why it was chosen.
     """
 
     name: str
@@ -39,22 +40,23 @@ class Backend:
     training: ModuleType
     reason: str
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """By its name: older releases of TRL send the trainer, and so this, to the processes that prepare data."""
-        return _chosen, (self.name, self.reason)
+    def __reduce__(self) -> tuple[Callable[[str, str], "Backend"], tuple[str, str]]:
+        """Pickle the name: older releases of TRL send the trainer with its backend to processes that prepare data."""
+        return _backend_named, (self.name, self.reason)
 
 
 def resolve(spec: str | None = None) -> Backend:
-    """The backend that a specification asks for, on this machine, now.
+    """The backend that a specification means on this machine.
 
     Args:
-        spec: "auto", "fast" or "reference", with operations set apart or not, as in "fast,rms_norm=reference". None for
-            the environment variable UNSLOTH_BACKEND, or "auto" where that is not set. "auto" takes fast where there are
-            a CUDA device and triton, and says once in the log what it took.
+        spec: "auto", "fast" or "reference", optionally followed by exceptions for single operations, such as
+            "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if it is not set.
+            "auto" means fast if there is a CUDA device and triton is installed, else reference, and logs its choice
+            once.
 
     Raises:
         ValueError: an unknown backend or operation.
-        RuntimeError: "fast" was asked for by name and cannot run here; the message says what is missing.
+        RuntimeError: "fast" was asked for by name and cannot run here; the message names what is missing.
     """
     if spec is None:
         spec = os.environ.get("UNSLOTH_BACKEND") or "auto"
@@ -63,18 +65,17 @@ def resolve(spec: str | None = None) -> Backend:
     if base == "auto":
         missing = _missing_for_auto()
         base = "reference" if missing else "fast"
-        reason = f"auto: {missing or 'a CUDA device and triton are there'}"
+        reason = f"auto: {missing or 'CUDA and triton are available'}"
         _log_choice(base, reason)
     if "fast" in (base, *overrides.values()):
         missing = _missing_for_fast()
         if missing:
             raise RuntimeError(f"backend: {spec!r} cannot run here: {missing}")
+    return _backend_named(",".join([base, *(f"{operation}={name}" for operation, name in overrides.items())]), reason)
 
-    return _chosen(",".join([base, *(f"{operation}={name}" for operation, name in overrides.items())]), reason)
 
-
-def _chosen(name: str, reason: str) -> Backend:
-    """The backend of that name, whatever can run here: a process that prepares data may not see the GPU."""
+def _backend_named(name: str, reason: str) -> Backend:
+    """The backend of that name, even if it cannot run here: a process that prepares data may not see the GPU."""
     base, overrides = parse(name)
     chosen = {operation: overrides.get(operation, base) for operation in reference_kernels.__all__}
     modules = {name: import_module(f"{_PACKAGES[name]}.kernels") for name in set(chosen.values())}
@@ -87,10 +88,10 @@ def _chosen(name: str, reason: str) -> Backend:
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """The backend and the operations set apart that a specification names; looks at no hardware.
+    """The backend that a specification names, and its exceptions by operation; does not check the hardware.
 
     Raises:
-        ValueError: the specification is no string, or names an unknown backend or operation.
+        ValueError: the specification is not a string, or names an unknown backend or operation.
     """
     if not isinstance(spec, str):
         raise ValueError(f"backend: got {spec!r}; allowed: a string such as 'auto' or 'fast,rms_norm=reference'")
@@ -106,14 +107,14 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def _missing_for_auto() -> str:
-    """What keeps "auto" from taking fast; empty if nothing does."""
+    """Why "auto" does not mean fast here; empty if it does."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     return "" if find_spec("triton") else "triton is not installed"
 
 
 def _missing_for_fast() -> str:
-    """What keeps the fast kernels from running at all, on a GPU or in Triton's interpreter; empty if nothing does."""
+    """Why the fast kernels run neither on a GPU nor in Triton's interpreter; empty if they do."""
     if not find_spec("triton"):
         return "triton is not installed"
     if torch.cuda.is_available():
@@ -122,7 +123,7 @@ def _missing_for_fast() -> str:
 
     if not knobs.runtime.interpret:
         return "no CUDA device (to run the kernels on a CPU, slowly, set TRITON_INTERPRET=1 before triton is imported)"
-    # Triton decides when a kernel is defined, its own library's when triton is imported.
+    # Triton reads the variable when a kernel is defined; those of its own library are defined on import.
     if isinstance(language.sum, JITFunction):
         return "no CUDA device, and TRITON_INTERPRET=1 was set after triton was imported; set it before"
     return ""

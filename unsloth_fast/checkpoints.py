@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""The checkpoint from which a run resumes."""
 
 import json
 import logging
@@ -11,29 +11,29 @@ logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the highest step that was written to its end; None if there is none.
+    """The complete checkpoint of the highest step; None if there is none.
 
-    A checkpoint's trainer_state.json is written last, so a run that was killed while saving leaves none, or half a one.
+    A checkpoint's trainer_state.json is written last. A run that is killed while saving leaves none, or part of one.
     """
     found: dict[int, Path] = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = _step(path)
         if step is None:
-            logger.warning("checkpoint %s is left out: it was not written to its end", path)
+            logger.warning("checkpoint %s is ignored: it is incomplete", path)
         else:
             found[step] = path
     return str(found[max(found)]) if found else None
 
 
-def checked_checkpoint(asked: str | Path | bool | None, folder: str | Path) -> str | None:
-    """The checkpoint to go on from; None to start anew.
+def resolve_checkpoint(asked: str | Path | bool | None, folder: str | Path) -> str | None:
+    """The path of the checkpoint to resume from; None to start from the beginning.
 
     Args:
-        asked: the path of one, True for the last one that was written to its end, False or None for none.
-        folder: where the run's checkpoints are.
+        asked: a path, True for the last complete checkpoint, False or None to start from the beginning.
+        folder: the folder with the run's checkpoints.
 
     Raises:
-        ValueError: there is none, or only half a one.
+        ValueError: there is no checkpoint, or it is incomplete.
     """
     if not asked:
         return None
@@ -42,21 +42,24 @@ def checked_checkpoint(asked: str | Path | bool | None, folder: str | Path) -> s
         raise ValueError(f"resume_from_checkpoint: got True; allowed: False, as {str(folder)!r} holds no checkpoint")
     if _step(Path(checkpoint)) is None:
         raise ValueError(
-            f"resume_from_checkpoint: got {checkpoint!r}; allowed: a folder with a trainer_state.json, which is "
-            "written last, or True for the last checkpoint that was written to its end"
+            f"resume_from_checkpoint: got {checkpoint!r}; allowed: a complete checkpoint, whose trainer_state.json is "
+            "written last, or True for the last complete one"
         )
     return checkpoint
 
 
 def passes_of_stream(checkpoint: str | Path) -> tuple[int, int]:
-    """How often a run had read a stream to its end, and its steps since; a pass counts as max_steps in `epoch`."""
+    """How many times a run had read a stream to its end, and its steps since then.
+
+    In the state's `epoch`, a pass over a stream counts as max_steps steps.
+    """
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     passes = max(math.ceil(state["epoch"]) - 1, 0)
     return passes, round((state["epoch"] - passes) * state["max_steps"])
 
 
 def _step(checkpoint: Path) -> int | None:
-    """The step of a checkpoint; None where it was not written to its end."""
+    """The step of a checkpoint; None if it is incomplete."""
     try:
         step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
 """The command line: `unsloth-fast sft --config run.yaml [--backend fast] [...]`, and `unsloth-fast env`.
 
-Every field of the arguments is an option, as in `trl sft`; a configuration file gives defaults, options override them.
+Every field of the arguments is an option, as in `trl sft`. Options override the values of a configuration file.
 """
 
 import logging
@@ -18,16 +18,17 @@ logger = logging.getLogger(__name__)
 USAGE = """usage: unsloth-fast sft --model_name_or_path MODEL --dataset_name DATASET [--config FILE] [--backend B] [...]
        unsloth-fast env
 
-sft: fine-tunes a language model. DATASET is the name of a data set, a .jsonl, .json, .parquet or .csv file, or a folder
-of them, with a column "text", "messages", or "prompt" and "completion". `unsloth-fast sft --help` lists every option.
-env: says which versions are installed, which GPU is there, and which backend would run and why."""
+sft: fine-tune a language model. DATASET is the name of a hub data set, a .jsonl, .json, .parquet or .csv file, or
+     a folder of such files, with a column "text", a column "messages", or the columns "prompt" and "completion".
+     FILE is a YAML file with values for any options. `unsloth-fast sft --help` lists all options.
+env: print the installed versions, the GPUs, and the backend that would run and why."""
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PACKAGES = ("unsloth-fast", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done as asked; the message says it in one line."""
+    """A mistake in the user's input; its message is printed as one line, without a traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for the process's own.
 
     Returns:
-        0 when done, 2 for a usage error, which is told in one line on stderr.
+        0 on success; 2 for a usage error, after one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -59,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sft(arguments: Sequence[str]) -> None:
-    """Fine-tune, save, and push where that is asked for.
+    """Fine-tune a model, save it, and push it to the hub if asked to.
 
     Raises:
-        UsageError: an argument, the configuration file, the data set or the model is not as it must be.
+        UsageError: a mistake in an option, the configuration file, the data set or the model.
     """
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_of_our_concern)
-    logging.getLogger("unsloth_fast").setLevel(logging.INFO)  # which backend runs, and under what
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
+    logging.getLogger("unsloth_fast").setLevel(logging.INFO)  # logs the backend and where it is placed
     script_args, training_args, model_args, mixture = _parse(arguments)
     dataset = _load_dataset(script_args, mixture)
     splits = [script_args.dataset_train_split]
@@ -86,18 +87,18 @@ def sft(arguments: Sequence[str]) -> None:
         trainer.end()
 
 
-def _of_our_concern(record: logging.LogRecord) -> bool:
-    """Not that bitsandbytes lacks a kernel for 4 bits on a CPU, which it says whenever it is imported on some."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """False for bitsandbytes' warning that it lacks a 4-bit kernel for this CPU, which it logs on every import."""
     return "gemm_4bit_forward" not in record.msg
 
 
 def env() -> None:
-    """Print the versions of what takes part in a run, the GPUs, and the backend that "auto" takes here."""
+    """Print the versions of the packages in use, the GPUs, and the backend that a run would use by default."""
     import torch
 
     from unsloth_fast import backends
 
-    logging.disable(logging.WARNING)  # what "auto" took is said below
+    logging.disable(logging.WARNING)  # the choice of "auto" is printed below
     lines = [("python", platform.python_version()), *((package, _version(package)) for package in PACKAGES)]
     lines.append(("CUDA", torch.version.cuda or "not in this build of torch"))
     lines.append(("driver", _driver()))
@@ -110,7 +111,7 @@ def env() -> None:
     try:
         chosen = backends.resolve()
         lines.append(("backend", f"{chosen.name} ({chosen.reason})"))
-    except (RuntimeError, ValueError) as error:  # of UNSLOTH_BACKEND
+    except (RuntimeError, ValueError) as error:  # a mistake in UNSLOTH_BACKEND
         lines.append(("backend", f"none: {error}"))
     finally:
         logging.disable(logging.NOTSET)
@@ -127,7 +128,7 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, as its own tool says it."""
+    """The version of NVIDIA's driver, as nvidia-smi reports it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "no nvidia-smi"
@@ -137,7 +138,7 @@ def _driver() -> str:
 
 
 def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval_dataset: Any = None) -> Any:
-    """The trainer, with its model loaded and its data tokenized, once what its training needs is known to be there."""
+    """The trainer, with its model loaded, its data tokenized, and everything checked that its training needs."""
     from jinja2 import TemplateError
     from trl import get_peft_config, get_quantization_config
 
@@ -165,22 +166,22 @@ def _build_trainer(training_args: Any, model_args: Any, train_dataset: Any, eval
     except TemplateError as error:
         raise UsageError(f"chat template: {error}") from error
     except RuntimeError as error:
-        if "to be installed" not in str(error):  # by which transformers' trackers ask for their packages
+        if "to be installed" not in str(error):  # transformers' message for a tracker whose package is missing
             raise
         raise UsageError(f"report_to: {error}") from error
     except (OSError, ValueError, ImportError) as error:  # ImportError: an option needs a package that is not installed
-        # transformers raises a bare OSError for files of a model; offline, its message does not name the model.
+        # transformers raises OSError without errno for files of a model; offline, the message does not name the model.
         of_model = type(error) is OSError and error.errno is None
         prefix = f"model_name_or_path {model_args.model_name_or_path!r}: " if of_model else ""
         raise UsageError(f"{prefix}{error}") from error
 
 
 def _check_start(trainer: Any) -> None:
-    """Raise for what `train` would only find out once it has begun.
+    """Raise for mistakes that `train` would only report after it has begun.
 
     Raises:
         UsageError: a package that is not installed, a mode that torch.compile does not know, or options of the
-            optimizer or of the learning rate's schedule that do not fit together.
+            optimizer or of the learning rate's schedule that contradict each other.
     """
     import torch
     from transformers import get_scheduler
@@ -206,10 +207,10 @@ def _check_start(trainer: Any) -> None:
 
 
 def _check_template(path: str | None) -> None:
-    """Raise for a chat template that TRL will not find: a file of its own, or that of a model's tokenizer.
+    """Raise for a chat template that TRL will not find: neither a file nor a model with a template.
 
     Raises:
-        UsageError: what its loading raised, which does not say what the path was for.
+        UsageError: the error of loading it, with the name of the option, which that error does not give.
     """
     from transformers import AutoTokenizer
 
@@ -222,16 +223,16 @@ def _check_template(path: str | None) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
-    """ScriptArguments, UnslothTrainingArguments, ModelConfig and DatasetMixtureConfig, from file and options."""
+    """ScriptArguments, UnslothTrainingArguments, ModelConfig and DatasetMixtureConfig from the file and the options."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
     from yaml import YAMLError
 
     from unsloth_fast import backends
-    from unsloth_fast.checkpoints import checked_checkpoint
+    from unsloth_fast.checkpoints import resolve_checkpoint
     from unsloth_fast.config import UnslothTrainingArguments
 
     class Parser(TrlParser):
-        def error(self, message: str) -> NoReturn:  # argparse's own prints the usage, here some 400 lines of options
+        def error(self, message: str) -> NoReturn:  # argparse's own prints the usage: about 400 lines
             raise UsageError(message)
 
     if list(arguments[-1:]) == ["--config"]:
@@ -241,9 +242,9 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)
-        asked = parsed[1].resume_from_checkpoint  # a path, but on a command line a truth value is text, too
+        asked = parsed[1].resume_from_checkpoint  # a path or a bool; options are text
         parsed[1].resume_from_checkpoint = {"true": True, "false": False}.get(str(asked).lower(), asked)
-        checked_checkpoint(parsed[1].resume_from_checkpoint, parsed[1].output_dir)
+        resolve_checkpoint(parsed[1].resume_from_checkpoint, parsed[1].output_dir)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
@@ -253,15 +254,17 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _load_dataset(script_args: Any, mixture: Any) -> Any:
-    """The data set by split."""
+    """The splits of the data set, by name."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
     from trl import get_dataset
 
     if not mixture.datasets and not script_args.dataset_name:
-        raise UsageError("dataset_name: got nothing; allowed: the name or path of a data set, or `datasets` in a file")
+        raise UsageError(
+            "dataset_name: got nothing; allowed: a data set's name or path, or `datasets` in the --config file"
+        )
     if mixture.datasets and script_args.dataset_name:
-        logger.warning("dataset_name %r is ignored: `datasets` is given", script_args.dataset_name)
+        logger.warning("dataset_name: got %r and `datasets`; only `datasets` is used", script_args.dataset_name)
     try:
         if mixture.datasets:
             return get_dataset(mixture)
@@ -269,9 +272,9 @@ def _load_dataset(script_args: Any, mixture: Any) -> Any:
         if not Path(name).is_file():
             return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
         if Path(name).suffix not in FORMATS:
-            raise UsageError(f"dataset_name: got {name!r}; allowed: a file that ends in {', '.join(FORMATS)}")
+            raise UsageError(f"dataset_name: got {name!r}; allowed: a file whose name ends in {', '.join(FORMATS)}")
         return load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
-    except StopIteration as error:  # of datasets, whose reader of JSON finds no file that is not empty
+    except StopIteration as error:  # the JSON reader of datasets found only empty files
         raise UsageError("data set: got an empty file; allowed: one with at least one row") from error
     except DatasetGenerationError as error:
         raise UsageError(f"data set: {error}: {error.__cause__}") from error

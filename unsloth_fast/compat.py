@@ -1,7 +1,7 @@
-"""Plain `trl.SFTTrainer` on this package: its `__init__` is wrapped, and can be put back.
+"""Plain `trl.SFTTrainer` on this package: `patch_trl` wraps its `__init__`, `unpatch_trl` restores it.
 
-No source is rewritten and no method of TRL's is replaced but that one. `SFTTrainer(...)` itself builds an
-`UnslothTrainer`, which is one; a subclass of somebody else's keeps its class, and only takes the older call styles.
+No source is rewritten and no other method of TRL is replaced. `SFTTrainer(...)` then builds an `UnslothTrainer`, which
+is a subclass. A class that somebody else derived keeps its class; it only accepts the older call styles.
 """
 
 import functools
@@ -19,17 +19,17 @@ from unsloth_fast.trainer import UnslothTrainer
 def patch_trl() -> None:
     """Make `trl.SFTTrainer(...)` build an `UnslothTrainer`, older call styles included.
 
-    Packing and padding-free, the backend's operations under the model, the loss and the errors are then those of
-    `UnslothTrainer`; the backend comes from UNSLOTH_BACKEND where the arguments name none. A class that somebody
-    derived from `trl.SFTTrainer` keeps its own ways, and takes `tokenizer=`, `dataset_text_field=`, `max_seq_length=`
-    and the like. Patching again changes nothing; trainers that exist already stay as they are.
+    Packing, padding-free batches, the operations under the model, the loss and the errors are then those of
+    `UnslothTrainer`; the backend is UNSLOTH_BACKEND unless the arguments name one. A class that somebody else derived
+    from `trl.SFTTrainer` behaves as before, and also accepts `tokenizer=`, `dataset_text_field=`, `max_seq_length=` and
+    the like. Patching again has no effect; existing trainers do not change.
     """
     if not is_patched():
         SFTTrainer.__init__ = _wrapped(SFTTrainer.__init__)
 
 
 def unpatch_trl() -> None:
-    """Give `trl.SFTTrainer` its own `__init__` back; without effect where it has it."""
+    """Restore the `__init__` of `trl.SFTTrainer`; no effect if it is not patched."""
     if is_patched():
         SFTTrainer.__init__ = SFTTrainer.__init__.__wrapped__  # type: ignore[attr-defined]
 
@@ -43,12 +43,13 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     @functools.wraps(original)
-    def __init__(self: Any, *positional: Any, **keywords: Any) -> None:
+    def __init__(self: SFTTrainer, *positional: object, **keywords: object) -> None:
         if type(self) is SFTTrainer:
-            self.__class__ = UnslothTrainer
-            self.__init__(*positional, **keywords)
+            trainer: Any = self
+            trainer.__class__ = UnslothTrainer
+            trainer.__init__(*positional, **keywords)
             return
-        given = dict(zip(names, positional, strict=False)) | keywords
+        given: dict[str, Any] = dict(zip(names, positional, strict=False)) | keywords
         if set(given) - set(names):
             model, args = given["model"], given.pop("args", None)
             settings, given, _ = rename_arguments(model, args, given, names)
@@ -56,5 +57,5 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
             given["args"] = settings
         original(self, **given)
 
-    __init__.unsloth_fast = True  # type: ignore[attr-defined]  # what `is_patched` knows it by
+    __init__.unsloth_fast = True  # type: ignore[attr-defined]  # recognised by `is_patched`
     return __init__

@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
-from unsloth_fast.checkpoints import checked_checkpoint, passes_of_stream
+from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens
 from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
@@ -291,7 +291,7 @@ class UnslothTrainer(SFTTrainer):
     @overrides(SFTTrainer)
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
         """Train; True resumes from the last checkpoint in the output folder that was written completely."""
-        self._checkpoint = checked_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

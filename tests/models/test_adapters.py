@@ -1,4 +1,4 @@
-"""FastLanguageModel.get_peft_model: what an adapter trains, how it is saved and loaded, and what is refused."""
+"""FastLanguageModel.get_peft_model: which weights it trains, saving and loading adapters, and refused arguments."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:
-    """Nothing else trains; the seed decides the weights, and leaves the global generator alone."""
+    """Nothing else is trained; the seed determines the weights and does not change the global generator."""
     folder = tiny.folder(tmp_path)
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -40,7 +40,7 @@ def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:
 def test_embeddings_among_the_targets_are_trained_in_full_and_stay_tied(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, tied: bool
 ) -> None:
-    """And what is saved loads in plain peft, and merges: to float64's rounding."""
+    """The saved adapter loads in plain peft, and merges, up to float64's rounding."""
     caplog.set_level(logging.INFO)
     folder = tiny.folder(tmp_path / "base", family, torch.float64, tie_word_embeddings=tied)
     names = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
@@ -69,8 +69,8 @@ def test_embeddings_among_the_targets_are_trained_in_full_and_stay_tied(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_trained_on_4_bits_and_float16_is_float32(tmp_path: Path, tied: bool) -> None:
-    """Else loss scaling refuses its gradients. The model runs under autocast and without."""
+def test_weights_trained_on_a_float16_model_in_4_bits_are_float32(tmp_path: Path, tied: bool) -> None:
+    """Loss scaling refuses float16 gradients. The model runs with and without autocast."""
     folder = tiny.folder(tmp_path, tie_word_embeddings=tied)
     model, _ = load(folder, load_in_4bit=True, dtype=torch.float16)
     model = FastLanguageModel.get_peft_model(model, modules_to_save=["embed_tokens", "lm_head"])
@@ -81,12 +81,12 @@ def test_what_is_trained_on_4_bits_and_float16_is_float32(tmp_path: Path, tied: 
     assert FastLanguageModel.for_inference(model)(TOKENS).logits.isfinite().all()
 
 
-def test_float16_that_is_trained_as_it_is_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_trained_float16_weights_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     FastLanguageModel.get_peft_model(tiny.model(dtype=torch.float16), modules_to_save=["lm_head"])
     assert "allowed: dtype=torch.float32; base_model.model.lm_head.modules_to_save" in caplog.text
 
 
-def test_an_adapter_is_loaded_with_its_base_and_can_be_trained_on(tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_with_its_base_model_and_can_be_trained_further(tmp_path: Path) -> None:
     folder = tiny.folder(tmp_path / "base")
     model = stepped(FastLanguageModel.get_peft_model(load(folder)[0], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "adapter")
@@ -97,8 +97,8 @@ def test_an_adapter_is_loaded_with_its_base_and_can_be_trained_on(tmp_path: Path
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-def test_an_adapter_on_4_bits_is_the_same_when_loaded_here_and_in_plain_peft(tmp_path: Path) -> None:
-    """To float32's rounding, in training mode: in evaluation mode bitsandbytes may repack the weights on a CPU."""
+def test_an_adapter_on_4_bits_gives_the_same_logits_here_and_in_plain_peft(tmp_path: Path) -> None:
+    """Up to float32's rounding, in training mode: in evaluation mode bitsandbytes may repack the weights on a CPU."""
     folder = tiny.folder(tmp_path / "base")
     model, _ = load(folder, load_in_4bit=True)
     before, quantization = model(TOKENS).logits, model.config.quantization_config
@@ -122,7 +122,7 @@ def test_an_adapter_on_4_bits_is_the_same_when_loaded_here_and_in_plain_peft(tmp
         ({"bias": "some"}, ValueError, "bias: got 'some'"),
         ({"use_gradient_checkpointing": "yes"}, ValueError, "use_gradient_checkpointing: got 'yes'"),
         ({"target_modules": ["q_proj", "c_attn"]}, ValueError, r"target_modules: got 'c_attn'; allowed: .*q_proj"),
-        ({"target_modules": ["lm_head"]}, ValueError, r"target_modules: got \['lm_head'\] alone; allowed: .*q_proj"),
+        ({"target_modules": ["lm_head"]}, ValueError, r"target_modules: got only \['lm_head'\]; allowed: .*q_proj"),
         ({"modules_to_save": ["score"]}, ValueError, "modules_to_save: got 'score'"),
         ({"max_seq_length": 100}, ValueError, "max_seq_length: got 100; allowed: 1 to 64"),
         ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None"),
@@ -130,7 +130,7 @@ def test_an_adapter_on_4_bits_is_the_same_when_loaded_here_and_in_plain_peft(tmp
         ({"peft_type": "PREFIX_TUNING"}, TypeError, "get_peft_model: got keyword 'peft_type'"),
     ],
 )
-def test_wrong_adapters_are_refused(options: dict[str, Any], error: type, message: str) -> None:
+def test_invalid_adapters_are_refused(options: dict[str, Any], error: type, message: str) -> None:
     model = tiny.model()
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(error, match=message):
@@ -138,7 +138,7 @@ def test_wrong_adapters_are_refused(options: dict[str, Any], error: type, messag
     assert [name for name, _ in model.named_modules()] == before
 
 
-def test_unsloths_parameters_of_adapters_are_taken_in_its_order(tmp_path: Path) -> None:
+def test_parameters_are_accepted_in_unsloths_order(tmp_path: Path) -> None:
     rest = (0.0, "none", None, None, "unsloth", 3407, 64, False, None, True, {}, str(tmp_path / "temporary"), None)
     model = FastLanguageModel.get_peft_model(tiny.model(), 8, ["q_proj"], 16, *rest)
     assert {parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name} == {8}

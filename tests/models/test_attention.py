@@ -1,4 +1,4 @@
-"""Packed, padded and cached batches through placed models: the untouched model, document by document, is the truth."""
+"""Packed, padded and cached batches through placed models, compared with the untouched model on single documents."""
 
 import importlib
 import json
@@ -15,22 +15,14 @@ from unsloth_fast import backends
 from unsloth_fast.models import place, remove
 
 REFERENCE = backends.resolve("reference")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the fast backend: compiled kernels run on no CPU tensor
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled kernels take no CPU tensor
 FAMILIES = list(tiny.FAMILIES)
 LENGTHS = [7, 1, 12, 20]
-# A window below the longest document. Qwen has it in the layers from max_window_layers on.
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 4},
-    "qwen2": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
-    # Before transformers 5.23 its default, sdpa, leaves the cap out.
-    "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 0.5, "attn_implementation": "eager"},
-    "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-}
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedModel:
-    return tiny.model(family, dtype, **WINDOWS.get(family, {}) | config)
+    """With a window smaller than the longest document, if the family has windows."""
+    return tiny.model(family, dtype, **tiny.FAMILIES[family].limits | config)
 
 
 def documents(batch: dict[str, Any]) -> list[Tensor]:
@@ -38,12 +30,12 @@ def documents(batch: dict[str, Any]) -> list[Tensor]:
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Summed over the tokens, so that documents add up."""
+    """The sum over the tokens: losses of documents can be added."""
     return torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
 
 
 def separately(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of the documents one by one."""
+    """Logits and gradients of the documents, one forward per document."""
     model.zero_grad()
     logits = [model(document).logits for document in documents(batch)]
     sum(map(loss_of, logits, documents(batch))).backward()  # type: ignore[union-attr]
@@ -51,7 +43,7 @@ def separately(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, d
 
 
 def together(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of the documents as one row."""
+    """Logits and gradients of the documents in one row."""
     model.zero_grad()
     logits = model(**batch).logits
     sum(map(loss_of, logits.split(LENGTHS, dim=1), documents(batch))).backward()  # type: ignore[union-attr]
@@ -69,7 +61,7 @@ def assert_near(seen: Tensor, expected: Tensor, relative: float) -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_equal_the_same_documents_alone(family: str, checkpointed: bool) -> None:
-    """Logits and every gradient, with windows, caps and grouped heads; no layer is given a mask."""
+    """Logits and every gradient, with windows, caps and grouped heads; every layer gets an empty mask."""
     model, batch = model_of(family), tiny.packed(LENGTHS)
     masks: list[Tensor] = []
     with tiny.KeepFloat64():
@@ -90,7 +82,7 @@ def test_packed_documents_equal_the_same_documents_alone(family: str, checkpoint
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_positions_without_lengths_are_left_to_transformers(family: str) -> None:
-    """It finds the documents by their positions, and masks."""
+    """It finds the documents by their positions and makes a mask."""
     model, batch = model_of(family), tiny.packed(LENGTHS)
     batch = {name: batch[name] for name in ("input_ids", "position_ids")}
     with tiny.KeepFloat64():
@@ -102,7 +94,7 @@ def test_packed_positions_without_lengths_are_left_to_transformers(family: str) 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batches_equal_hugging_face(family: str, side: str) -> None:
-    """Logits to the bit; gradients too, but for those of head norms, whose rows are summed in another order."""
+    """To the bit, except for the gradients of norms on the heads: their rows are summed in another order."""
     model = model_of(family)
     tokens = torch.arange(20).reshape(2, 10)
     mask = torch.ones_like(tokens)
@@ -126,7 +118,7 @@ def test_padded_batches_equal_hugging_face(family: str, side: str) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_a_cache_gives_the_same_tokens(family: str, padded: bool) -> None:
-    """Beyond the window, greedily, with padding on the left or none."""
+    """Greedily, beyond the window, with or without padding on the left."""
     model = model_of(family, torch.float32).eval()
     tokens = torch.arange(3, 15).reshape(2, 6)
     mask = torch.ones_like(tokens)
@@ -138,14 +130,14 @@ def test_generation_with_a_cache_gives_the_same_tokens(family: str, padded: bool
 
 
 def errors(seen: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
-    """The errors of the logits and of all gradients in a row, each tensor's relative to its greatest true entry."""
+    """The errors of the logits and all gradients, concatenated, relative to each tensor's largest true entry."""
     pairs = [(seen[0], truth[0]), *((seen[1][name], exact) for name, exact in truth[1].items())]
     return torch.cat([((value.cpu() - exact) / exact.abs().max()).flatten().double() for value, exact in pairs])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_fast_backend_is_as_near_to_float64_as_hugging_face(family: str) -> None:
-    """Both in float32, plain and packed: by the judge's gate against a peer, RMS at most 1.5 times, maximum twice."""
+def test_the_fast_backend_is_as_close_to_float64_as_hugging_face(family: str) -> None:
+    """In float32, packed or not, by the judge's gate against a peer: RMS error at most 1.5x, maximum error 2x."""
     batch = tiny.packed(LENGTHS)
     with tiny.KeepFloat64():
         truth = separately(model_of(family), batch)
@@ -160,7 +152,7 @@ def test_the_fast_backend_is_as_near_to_float64_as_hugging_face(family: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_do_not_see_each_other(family: str) -> None:
-    """The gradient of one document's logits is 0 at the others' inputs, and its bits do not move when they change."""
+    """The gradient of one document's logits is 0 at the others' inputs, and changing those changes no bit of it."""
     model, batch = model_of(family, torch.float32), tiny.packed(LENGTHS)
     place(model, REFERENCE)
     inputs = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
@@ -176,8 +168,8 @@ def test_documents_do_not_see_each_other(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_packed_batches_compile_whole(family: str) -> None:
-    """No graph break; the reference then masks all documents at once, and so sums in another order."""
+def test_packed_batches_compile_without_a_graph_break(family: str) -> None:
+    """Compiled, the reference masks all documents at once, which sums in another order."""
     model, batch = model_of(family), tiny.packed(LENGTHS)
     place(model, REFERENCE)
     expected = model(**batch, use_cache=False).logits
@@ -186,8 +178,8 @@ def test_packed_batches_compile_whole(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_packed_batches_compile_whole_on_the_fast_backend() -> None:
-    """To the bit."""
+def test_packed_batches_on_the_fast_backend_compile_without_a_graph_break() -> None:
+    """To the same bits."""
     model, batch = model_of("qwen3", torch.float32).to(DEVICE), tiny.packed(LENGTHS)
     batch = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()}
     place(model, backends.resolve("fast"))
@@ -198,7 +190,7 @@ def test_packed_batches_compile_whole_on_the_fast_backend() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_rotates_halves(family: str) -> None:
-    """Its own rotation is the contract's, to the bit: what allows to replace it."""
+    """Its own rotation has the same bits as the contract's, so it may be replaced."""
     modeling = importlib.import_module(type(tiny.model(family)).__module__)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
@@ -208,8 +200,8 @@ def test_each_family_rotates_halves(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_saved_knows_nothing_of_the_placing(family: str, tmp_path: Path) -> None:
-    """The same files, parameter names and attn_implementation before, under and after."""
+def test_a_placed_model_saves_the_same_files(family: str, tmp_path: Path) -> None:
+    """And the attn_implementation of its config does not change."""
     model = model_of(family, torch.float32)
     implementation = model.config._attn_implementation
     model.save_pretrained(tmp_path / "before")
@@ -225,7 +217,7 @@ def test_what_is_saved_knows_nothing_of_the_placing(family: str, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(dtype: torch.dtype) -> None:
-    """Angles of the weights' dtype and projections of another: packed as near to float64 as Hugging Face alone."""
+    """The angles have the weights' dtype, the projections another; errors are at most twice Hugging Face's."""
     batch = tiny.packed(LENGTHS)
     for weights in (torch.float32, torch.bfloat16):
         model = model_of("qwen3", weights)
@@ -244,10 +236,10 @@ def test_under_autocast(dtype: torch.dtype) -> None:
         ({"attn_implementation": "flex_attention"}, "attn_implementation=flex_attention"),
     ],
 )
-def test_what_packed_attention_cannot_do_is_left_and_said(
+def test_attention_that_cannot_be_packed_is_left_unchanged_and_logged(
     config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The rotation is placed all the same, and packed batches are right by transformers' masks."""
+    """rope is placed nevertheless, and packed batches are right thanks to transformers' masks."""
     model, batch = model_of("llama", torch.float32, **config).eval(), tiny.packed(LENGTHS)
     caplog.set_level("INFO")
     placed = place(model, REFERENCE)
@@ -261,12 +253,15 @@ def test_what_packed_attention_cannot_do_is_left_and_said(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_mask": torch.ones(1, 40, dtype=torch.int64)}, "attention_mask: got one beside cu_seq_lens_q"),
+        (
+            {"attention_mask": torch.ones(1, 40, dtype=torch.int64)},
+            "attention_mask: got one together with cu_seq_lens_q",
+        ),
         ({"max_length_q": None}, "max_length_q: got None"),
         ({"input_ids": torch.ones(2, 40, dtype=torch.int64)}, "input_ids: got 2 rows"),
     ],
 )
-def test_a_packed_batch_that_is_none_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_malformed_packed_batch_is_refused(change: dict[str, Any], message: str) -> None:
     model = tiny.model()
     place(model, REFERENCE)
     with pytest.raises(ValueError, match=message):

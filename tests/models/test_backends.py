@@ -1,4 +1,4 @@
-"""The backend flag: what each specification takes, on this machine and on others played by a subprocess."""
+"""The backend flag: the backend that each specification means, on this machine and on simulated ones."""
 
 import os
 import pickle
@@ -15,11 +15,11 @@ import unsloth_ref.training
 from unsloth_fast import backends
 
 ROOT = Path(__file__).parents[2]
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without CUDA")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
 
 def python(code: str, **environment: str) -> str:
-    """What the code prints in a fresh interpreter, without the backend's and Triton's variables."""
+    """What the code prints in a new interpreter, without UNSLOTH_BACKEND and TRITON_INTERPRET."""
     kept = {name: value for name, value in os.environ.items() if name not in ("UNSLOTH_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -28,16 +28,16 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_reference_takes_every_operation_from_the_reference() -> None:
-    """The functions are the reference's own."""
+def test_reference_means_the_reference_for_every_operation() -> None:
+    """The functions are those of unsloth_ref."""
     backend = backends.resolve("reference")
     assert backend.name == "reference"
     assert backend.training is unsloth_ref.training
     assert vars(backend.kernels) == {name: getattr(unsloth_ref.kernels, name) for name in unsloth_ref.kernels.__all__}
 
 
-def test_fast_with_one_operation_set_apart() -> None:
-    """That one is the reference's, the others are the fast ones."""
+def test_fast_with_one_operation_of_the_reference() -> None:
+    """Only that operation is the reference's."""
     import unsloth_fast.kernels
 
     backend = backends.resolve("fast, rms_norm=reference")
@@ -49,7 +49,7 @@ def test_fast_with_one_operation_set_apart() -> None:
 
 
 def test_reference_with_one_operation_fast() -> None:
-    """The other way round."""
+    """Only that operation is the fast one."""
     import unsloth_fast.kernels
 
     backend = backends.resolve("reference,swiglu=fast")
@@ -69,14 +69,14 @@ def test_reference_with_one_operation_fast() -> None:
         (3, "backend: got 3; allowed: a string"),
     ],
 )
-def test_a_wrong_specification_is_named(spec: str, message: str) -> None:
-    """What was seen and what is allowed."""
+def test_an_invalid_specification_is_refused(spec: str, message: str) -> None:
+    """The message gives the value and the allowed ones."""
     with pytest.raises(ValueError, match=message):
         backends.resolve(spec)
 
 
 def test_the_environment_gives_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None reads UNSLOTH_BACKEND; what is passed wins over it."""
+    """None reads UNSLOTH_BACKEND; an argument overrides it."""
     monkeypatch.setenv("UNSLOTH_BACKEND", "reference,swiglu=reference")
     assert backends.resolve().name == "reference,swiglu=reference"
     assert backends.resolve("reference").name == "reference"
@@ -86,10 +86,10 @@ def test_the_environment_gives_the_default(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @without_cuda
-def test_auto_without_cuda_takes_the_reference_and_says_so_once(
+def test_auto_without_cuda_means_the_reference_and_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning: whoever runs on a GPU machine must see that it was not found."""
+    """On a machine with a GPU the user must see that it was not found."""
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     backends._log_choice.cache_clear()
     for spec in (None, "auto"):
@@ -100,15 +100,13 @@ def test_auto_without_cuda_takes_the_reference_and_says_so_once(
     ]
 
 
-def test_auto_with_cuda_takes_fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """CUDA and triton are there."""
+def test_auto_with_cuda_means_fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """If triton is installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     backends._log_choice.cache_clear()
     with caplog.at_level("INFO"):
         assert backends.resolve("auto").name == "fast"
-    assert [record.getMessage() for record in caplog.records] == [
-        "backend fast (auto: a CUDA device and triton are there)"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["backend fast (auto: CUDA and triton are available)"]
 
 
 RESOLVE_FAST = """
@@ -130,14 +128,14 @@ except RuntimeError as error:
     ],
 )
 def test_an_explicit_fast_never_falls_back(before: str, environment: dict[str, str], expected: str) -> None:
-    """It runs, or says what is missing."""
+    """It runs, or the error names what is missing."""
     printed = python(f"{before}\nfrom unsloth_fast import backends\n{RESOLVE_FAST}", **environment)
     assert printed == "fast" if expected == "fast" else expected in printed
     assert printed == "fast" or printed.startswith("backend: 'fast' cannot run here: ")
 
 
 def test_a_backend_is_pickled_by_its_name() -> None:
-    """The same functions and modules come back, and none is copied."""
+    """Unpickling gives the same functions and modules."""
     backend = backends.resolve("reference,rope=reference")
     again = pickle.loads(pickle.dumps(backend))
     assert (again.name, again.reason) == (backend.name, backend.reason)
@@ -145,14 +143,14 @@ def test_a_backend_is_pickled_by_its_name() -> None:
 
 
 def test_importing_the_fast_package_loads_nothing_heavy() -> None:
-    """Triton, transformers and trl come with the names that need them."""
+    """Triton, transformers and trl are imported with the names that need them."""
     heavy = "[name for name in ('triton', 'transformers', 'trl', 'peft') if name in sys.modules]"
     assert python(f"import sys, unsloth_fast; from unsloth_fast import backends; print({heavy})") == "[]"
     assert [getattr(unsloth_fast, name).__name__ for name in unsloth_fast.__all__] == unsloth_fast.__all__
 
 
 def test_the_reference_works_without_triton() -> None:
-    """Every operation and training piece is there."""
+    """Every operation and training piece can be imported."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -168,8 +166,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = unsloth_fast.nothing
 
 
-def test_a_resolved_backend_compiles_whole() -> None:
-    """Resolved outside, the functions leave no graph break."""
+def test_a_resolved_backend_compiles_without_a_graph_break() -> None:
+    """It is resolved outside the compiled function."""
     kernels = backends.resolve("reference").kernels
     x, weight = torch.randn(3, 8), torch.randn(8)
     compiled = torch.compile(lambda x: kernels.rms_norm(x, weight), fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""Gradient checkpointing as FastLanguageModel and the trainer are asked for it: the same bits, and less memory."""
+"""Gradient checkpointing through FastLanguageModel and the trainer: the same bits in less memory."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("unpatched")
 @pytest.mark.parametrize("how", [True, "unsloth"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, how: bool | str, load_in_4bit: bool) -> None:
-    """Of the loss and the gradients, with embeddings trained and without."""
+    """Of the loss and the gradients, whether embeddings are trained or not."""
     folder = tiny.folder(tmp_path)
     for saved in (None, ["embed_tokens", "lm_head"]):
         results = []
@@ -36,8 +36,8 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, how: bool | str, 
         assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
 
 
-def test_offloading_keeps_the_inputs_of_the_layers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor a layer goes to the host, and comes back; also after the trainer enables checkpointing again."""
+def test_offloading_moves_only_the_inputs_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor per layer goes to the host and back, even after checkpointing is enabled a second time."""
     sent: list[tuple[int, ...]] = []
     fetched: list[tuple[int, ...]] = []
 
@@ -66,9 +66,9 @@ def test_offloading_keeps_the_inputs_of_the_layers_and_nothing_else(monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloading_on_a_gpu_changes_no_bit_and_saves_the_inputs() -> None:
-    """Sixteen layers: what they keep for the backward pass is not on the card."""
+    """The tensors that sixteen layers save for the backward pass are not in GPU memory."""
     model = tiny.model(num_hidden_layers=16, hidden_size=256).cuda()
-    # The backward passes of SDPA and of the embedding add up in an order of the moment.
+    # The backward passes of SDPA and of the embedding sum in an order that varies from run to run.
     model.set_attn_implementation("eager")
     model.model.embed_tokens.requires_grad_(False)
     tokens = torch.randint(3, 48, (1, 4096), device="cuda")
@@ -87,7 +87,7 @@ def test_offloading_on_a_gpu_changes_no_bit_and_saves_the_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "said", "expected"),
+    ("asked", "args_class", "given", "expected"),
     [
         (False, UnslothTrainingArguments, {}, False),
         (True, UnslothTrainingArguments, {}, True),
@@ -106,18 +106,18 @@ def test_offloading_on_a_gpu_changes_no_bit_and_saves_the_inputs() -> None:
     ],
 )
 @pytest.mark.parametrize("adapted", [False, True])
-def test_checkpointing_is_as_the_arguments_say_or_else_the_model(
-    tmp_path: Path, asked: bool | str | None, kind: type, said: dict[str, bool], expected: bool, adapted: bool
+def test_the_arguments_decide_on_checkpointing_or_else_the_model(
+    tmp_path: Path, asked: bool | str | None, args_class: type, given: dict[str, bool], expected: bool, adapted: bool
 ) -> None:
-    """Where training has begun; the user's arguments stay as they are."""
-    if "activation_checkpointing" in said and not hasattr(TrainingArguments, "activation_checkpointing"):
+    """Checked after training; the user's arguments do not change."""
+    if "activation_checkpointing" in given and not hasattr(TrainingArguments, "activation_checkpointing"):
         pytest.skip("an older transformers")
     folder = tiny.folder(tmp_path)
     model, tokenizer = load(folder, **({} if asked is None else {"use_gradient_checkpointing": asked}))
     if adapted and asked is not None:
         model = FastLanguageModel.get_peft_model(model)
     plain = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 1}
-    args = kind(str(tmp_path), **plain | said)
+    args = args_class(str(tmp_path), **plain | given)
     before = args.to_dict()
     texts = Dataset.from_dict({"text": tiny.texts(4)})
     trainer = UnslothTrainer(model, args, train_dataset=texts, processing_class=tokenizer)
@@ -127,8 +127,8 @@ def test_checkpointing_is_as_the_arguments_say_or_else_the_model(
     assert ("_set_gradient_checkpointing" in vars(without_adapter(model))) == (asked == "unsloth")
 
 
-def test_checkpointing_said_to_the_trainer_itself(tmp_path: Path) -> None:
-    """As older trainers took their arguments."""
+def test_checkpointing_as_a_keyword_of_the_trainer(tmp_path: Path) -> None:
+    """As in older releases of TRL."""
     model, tokenizer = load(tiny.folder(tmp_path))
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1)
     texts = Dataset.from_dict({"text": tiny.texts(4)})

@@ -1,4 +1,4 @@
-"""The loss inside the model's forward: for which heads the logits are never made, and that it is the same loss."""
+"""The loss inside the model's forward: the heads for which no logits are computed, and the value and gradients."""
 
 import copy
 import math
@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
-)
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from tests import tiny
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer, backends
-from unsloth_fast.models.head import add_loss
+from unsloth_fast.models.families import FAMILIES
+from unsloth_fast.models.head import add_loss, plain_head, remove_loss, without_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,7 +35,7 @@ SIZES: dict[str, Any] = {
 
 
 def adapted(name: str = "default", tied: bool = False, **options: Any) -> Any:
-    """A model with LoRA on its queries, and perhaps more, that has begun to differ from the model below."""
+    """A model with LoRA on its queries and maybe other modules; its trained weights are not the initial ones."""
     model = get_peft_model(
         tiny.model(tie_word_embeddings=tied),
         LoraConfig(r=2, target_modules=["q_proj", *options.pop("more", [])], task_type="CAUSAL_LM", **options),
@@ -52,6 +48,13 @@ def adapted(name: str = "default", tied: bool = False, **options: Any) -> Any:
     return model
 
 
+def head_only(family: str) -> Any:
+    """A model of a family of which only the head is known; the scale, if it has one, is 0.25."""
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    scale = {field: 0.25 for field in [FAMILIES[family].logit_scale] if field}
+    return model_class(model_class.config_class(**SIZES | scale))
+
+
 def with_bias() -> Any:
     """A model whose head has a bias."""
     model = tiny.model()
@@ -59,48 +62,54 @@ def with_bias() -> Any:
     return model
 
 
-# The model, and whether its logits are made.
+# The model, and whether its logits are computed.
 HEADS: dict[str, tuple[Any, bool]] = {
     **{family: (lambda family=family: tiny.model(family), False) for family in tiny.FAMILIES},
     "capped": (lambda: tiny.model("gemma2", final_logit_softcapping=2.0), False),
     "tied": (lambda: tiny.model(tie_word_embeddings=True), False),
     "frozen": (lambda: frozen_head(), False),
     "bias": (with_bias, False),
-    "cohere": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), False),
-    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**SIZES)), False),
+    **{
+        name.lower(): (lambda name=name: head_only(name), False) for name, family in FAMILIES.items() if not family.norm
+    },
     "modules_to_save": (lambda: adapted(modules_to_save=["lm_head"]), False),
     "modules_to_save, another adapter's": (lambda: adapted("cpt", modules_to_save=["lm_head", "embed_tokens"]), False),
     "modules_to_save, tied": (lambda: adapted(tied=True, modules_to_save=["lm_head"], ensure_weight_tying=True), False),
     "LoRA on the head": (lambda: adapted(more=["lm_head"]), True),
-    "an unknown kind": (lambda: StableLmForCausalLM(StableLmConfig(**SIZES)), True),
+    "an unknown family": (lambda: StableLmForCausalLM(StableLmConfig(**SIZES)), True),
     "hooks": (lambda: hooked_head(), True),
 }
 
 
 def frozen_head() -> Any:
-    """A model whose head does not train."""
+    """A model whose head is not trained."""
     model = tiny.model()
     model.lm_head.requires_grad_(False)
     return model
 
 
 def hooked_head() -> Any:
-    """A model with something that wants to see the head at work."""
+    """A model whose head has a hook."""
     model = tiny.model()
     model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
     return model
 
 
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and labels of which about a third are no targets."""
+    tokens = torch.randint(3, len(tiny.WORDS), (2, 9))
+    return tokens, tokens.masked_fill(torch.rand(2, 9) < 0.3, -100)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
-    """In value and in every gradient, in float64; and where the head is plain the head itself is never called."""
-    make, logits_are_made = HEADS[head]
+    """In value and in every gradient, in float64; a plain head itself is never called."""
+    build_model, logits_are_computed = HEADS[head]
     torch.manual_seed(0)
-    model = make().double().train()
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tokens = torch.randint(3, len(tiny.WORDS), (2, 9))
-    labels = tokens.masked_fill(torch.rand(2, 9) < 0.3, -100)
+    model = build_model().double().train()
+    inner = without_adapter(model)
+    tokens, labels = batch()
     with tiny.KeepFloat64():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         expected = nn.functional.cross_entropy(
@@ -124,8 +133,8 @@ def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
             nn.Linear.forward = forward
         loss.backward()
         again = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    assert torch.equal(again, logits)  # its own forward is as it was
-    assert any(calls) == logits_are_made
+    assert torch.equal(again, logits)  # without the keyword the forward is the model's own
+    assert any(calls) == logits_are_computed
     assert loss.item() == pytest.approx(expected.item() / 5, rel=1e-12)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == gradients.keys()
@@ -133,9 +142,91 @@ def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama", "an unknown kind"])
-def test_a_copy_of_a_trained_model_is_a_model_of_its_own(tmp_path: Path, family: str) -> None:
-    """With its own weights, as a model to compare with needs it: of zeros, all words are as likely."""
+@pytest.mark.parametrize("head", ["llama", "modules_to_save", "LoRA on the head", "an unknown family", "cohere"])
+@pytest.mark.parametrize("num_items", [None, 5, torch.tensor(5)], ids=["None", "int", "tensor"])
+def test_outputs_come_with_the_same_loss(head: str, num_items: Any) -> None:
+    """The logits are the model's own; loss and gradients are those of the call without outputs."""
+    torch.manual_seed(0)
+    model = HEADS[head][0]().double().train()
+    tokens, labels = batch()
+    options = {"input_ids": tokens, "use_cache": False}
+    with tiny.KeepFloat64():
+        logits = model(**options).logits
+        add_loss(without_adapter(model), backends.resolve("reference"), label_smoothing=0.1)
+        options |= {"labels": labels, "backend_loss": True, "num_items": num_items}
+        results = []
+        for loss in (model(**options), model(**options, with_outputs=True)):
+            loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert outputs is not None and torch.equal(outputs.logits, logits) and outputs.loss is None
+    (loss, gradients), (expected_loss, expected) = results
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12) and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_under_accelerates_autocast(dtype: torch.dtype) -> None:
+    """accelerate converts the outputs to float32; the loss is that of the converted logits, to float32's rounding."""
+    model = tiny.model(dtype=dtype)
+    own = model.forward
+    add_loss(model, backends.resolve("reference"))
+    with_loss = model.forward
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(with_loss))
+    tokens, labels = batch()
+    loss, outputs = model(input_ids=tokens, labels=labels, backend_loss=True, num_items=5, with_outputs=True)
+    logits = outputs.logits
+    assert (loss.dtype, logits.dtype) == (torch.float32, torch.float32)
+    shifted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(*shifted, reduction="sum").item() / 5, rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own(input_ids=tokens).logits.float(), logits)
+
+
+def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_path: Path) -> None:
+    """On one process: the wrapper hands on both, and every gradient arrives."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, alone = tiny.model(), tiny.model()
+        for each in (model, alone):
+            add_loss(each, backends.resolve("reference"))
+        tokens, labels = batch()
+        options = {"input_ids": tokens, "labels": labels, "backend_loss": True, "with_outputs": True}
+        loss, outputs = nn.parallel.DistributedDataParallel(model)(**options)
+        expected_loss, expected = alone(**options)
+        assert torch.equal(loss, expected_loss) and torch.equal(outputs.logits, expected.logits)
+        loss.backward()
+        expected_loss.backward()
+        for parameter, reference in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, reference.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_removing_the_loss_gives_back_the_fused_head_of_trl(tmp_path: Path) -> None:
+    """TRL sets a forward of its own on the model, in some releases; adding the loss twice is adding it once."""
+    trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1))
+    model = trainer.model
+    with_loss = model.forward
+    remove_loss(model)
+    own = vars(model).get("forward")
+    add_loss(model, backends.resolve("reference"))
+    add_loss(model, backends.resolve("reference"))
+    assert model.forward is not own
+    remove_loss(model)
+    assert vars(model).get("forward") is own
+    remove_loss(model)
+    assert vars(model).get("forward") is own
+    tokens, labels = batch()
+    assert hasattr(model(input_ids=tokens, labels=labels, backend_loss=True), "logits")  # the keyword has no effect
+    assert with_loss(input_ids=tokens, labels=labels, backend_loss=True).isfinite()
+
+
+@pytest.mark.parametrize("family", ["llama", "an unknown family"])
+def test_a_copy_of_a_trained_model_has_its_own_weights(tmp_path: Path, family: str) -> None:
+    """With weights of zero, every word has the same probability; the trained model does not change."""
     model = tiny.model() if family == "llama" else StableLmForCausalLM(StableLmConfig(**SIZES))
     trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1), model=model)
     trainer.train()
@@ -152,10 +243,8 @@ def test_a_copy_of_a_trained_model_is_a_model_of_its_own(tmp_path: Path, family:
 
 
 def test_a_quantised_head_keeps_its_products() -> None:
-    """bitsandbytes' linear layers are none of torch's."""
+    """bitsandbytes' linear layers are not torch's."""
     from bitsandbytes.nn import Linear4bit
-
-    from unsloth_fast.models.head import plain_head
 
     model = tiny.model()
     assert plain_head(model) is model.lm_head
@@ -164,7 +253,7 @@ def test_a_quantised_head_keeps_its_products() -> None:
 
 
 def test_label_smoothing_of_the_arguments(tmp_path: Path) -> None:
-    """As torch smooths."""
+    """The same as torch's."""
     args = arguments(tmp_path, label_smoothing_factor=0.25, max_steps=1, padding_free=False)
     with tiny.KeepFloat64():
         trainer = build(UnslothTrainer, args, texts=2)
@@ -180,7 +269,7 @@ def test_label_smoothing_of_the_arguments(tmp_path: Path) -> None:
 def test_one_thread_for_autograd_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
-    """The same losses to the bit; a model that is split over devices keeps autograd's threads."""
+    """The losses are the same to the bit; for a model split over devices autograd keeps its threads."""
     runs, seen = [], []
     own = UnslothTrainer.compute_loss
 

@@ -1,4 +1,4 @@
-"""FastLanguageModel: loading, adapters, checkpointing; what it saves is loaded by transformers and peft alone."""
+"""FastLanguageModel: loading, preparing for training and inference, and refused arguments."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ from unsloth_fast.models.head import without_adapter
 pytestmark = pytest.mark.usefixtures("unpatched")
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
-# Where there is a GPU, a model would be loaded onto it.
+# By default a model would be loaded onto the GPU if there is one.
 PLAIN: dict[str, Any] = {"load_in_4bit": False, "backend": "reference", "device_map": "cpu", "dtype": torch.float32}
 
 
@@ -37,7 +37,7 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def stepped(model: Any) -> Any:
-    """After one step that moves every trained parameter by much."""
+    """The model after one step that changes every trained parameter by 0.05."""
     loss_and_gradients(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,8 +54,8 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_model_is_loaded_placed_and_ready_for_training(tmp_path: Path) -> None:
-    """The weights of the folder, the backend under them, and TRL patched."""
+def test_a_model_is_loaded_with_the_backend_and_ready_for_training(tmp_path: Path) -> None:
+    """Weights and logits are the folder's; the backend is placed, and TRL is patched."""
     folder = tiny.folder(tmp_path)
     model, tokenizer = load(folder, max_seq_length=32)
     assert type(model) is transformers.LlamaForCausalLM and model.training
@@ -68,10 +68,10 @@ def test_a_model_is_loaded_placed_and_ready_for_training(tmp_path: Path) -> None
     assert compat.is_patched()
 
 
-def test_by_default_it_is_as_long_as_the_model(tmp_path: Path) -> None:
+def test_the_default_length_is_the_models(tmp_path: Path) -> None:
     model, tokenizer = load(tiny.folder(tmp_path))
     assert model.max_seq_length == 64
-    assert tokenizer.model_max_length > 10**9  # the folder says nothing
+    assert tokenizer.model_max_length > 10**9  # the folder sets no length
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_by_default_it_is_as_long_as_the_model(tmp_path: Path) -> None:
     [(True, False, True), (None, False, True), (False, False, False), (None, True, False)],
 )
 def test_4_bits(tmp_path: Path, asked: bool | None, sixteen: bool, expected: bool) -> None:
-    """Linear layers in NF4 with nested scales, but for the head; None is True where bitsandbytes is installed."""
+    """Linear layers except the head are NF4 with nested scales; None means True if bitsandbytes is installed."""
     model, _ = load(tiny.folder(tmp_path), load_in_4bit=asked, load_in_16bit=sixteen)
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == (14 if expected else 0)
@@ -89,7 +89,7 @@ def test_4_bits(tmp_path: Path, asked: bool | None, sixteen: bool, expected: boo
         assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.float32)
 
 
-def test_without_bitsandbytes_4_bits_are_refused_or_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_4_bits_are_refused_or_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     config = transformers.LlamaConfig()
     assert not loading.wants_4bit(None, False, False, config)
@@ -97,20 +97,20 @@ def test_without_bitsandbytes_4_bits_are_refused_or_not_taken(monkeypatch: pytes
         loading.wants_4bit(True, False, False, config)
 
 
-def test_a_model_that_is_stored_in_4_bits_is_not_in_16() -> None:
+def test_a_model_stored_in_4_bits_is_not_loaded_in_16() -> None:
     config = transformers.LlamaConfig(quantization_config={"load_in_4bit": True})
     assert not loading.wants_4bit(True, False, False, config)
     with pytest.raises(ValueError, match="load_in_16bit: got True and a quantised model"):
         loading.wants_4bit(None, True, False, config)
 
 
-def test_a_cap_on_the_scores_is_kept(tmp_path: Path) -> None:
-    """Transformers' sdpa has none, and before 5.23 Gemma 2 took it all the same."""
+def test_a_cap_on_the_scores_is_applied(tmp_path: Path) -> None:
+    """The sdpa of transformers ignores it, and before 5.23 Gemma 2 used sdpa by default."""
     model, _ = load(tiny.folder(tmp_path, "gemma2"))
     assert model.config.attn_logit_softcapping and model.config._attn_implementation == "eager"
 
 
-def test_full_finetuning_trains_every_weight_as_it_is(tmp_path: Path) -> None:
+def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None:
     model, _ = load(tiny.folder(tmp_path), load_in_4bit=None, full_finetuning=True)
     assert all(parameter.requires_grad and parameter.is_floating_point() for parameter in model.parameters())
     _, gradients = loss_and_gradients(model)
@@ -137,17 +137,17 @@ def test_full_finetuning_trains_every_weight_as_it_is(tmp_path: Path) -> None:
         ({"max_sequence_length": 32}, TypeError, "from_pretrained: got keyword 'max_sequence_length'"),
     ],
 )
-def test_wrong_loading_is_refused(tmp_path: Path, options: dict[str, Any], error: type, message: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         load(tiny.folder(tmp_path), **options)
 
 
-def test_fields_of_the_config_are_taken(tmp_path: Path) -> None:
+def test_fields_of_the_config_are_accepted(tmp_path: Path) -> None:
     model, _ = load(tiny.folder(tmp_path), max_position_embeddings=128, max_seq_length=100)
     assert model.config.max_position_embeddings == 128
 
 
-# What Unsloth's own parameters are by default, but for those that are parameters here.
+# The defaults of Unsloth's own parameters, except for those that are parameters here.
 UNSLOTH_DEFAULTS = {
     "load_in_8bit": False,
     "device_map_planner_kwargs": None,
@@ -173,7 +173,7 @@ UNSLOTH_DEFAULTS = {
 
 
 def test_code_for_unsloth_loads(tmp_path: Path) -> None:
-    """Four arguments by position, and all keywords that ask for nothing; they leave the config as it is."""
+    """Four positional arguments, and all keywords that ask for nothing, which do not change the config."""
     folder = tiny.folder(tmp_path)
     options = {name: PLAIN[name] for name in ("backend", "device_map")} | UNSLOTH_DEFAULTS
     model, _ = FastLanguageModel.from_pretrained(folder, 32, torch.float64, False, **options)
@@ -193,7 +193,7 @@ def test_the_dtype_on_a_cpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_the_dtype_is_the_best_that_the_card_has(
+def test_the_default_dtype_is_the_best_that_the_gpu_supports(
     monkeypatch: pytest.MonkeyPatch, has: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -210,10 +210,10 @@ def test_the_dtype_is_the_best_that_the_card_has(
     ("words", "rows", "expected"),
     [(("<unk>", "[PAD]"), 3, "[PAD]"), (("<unk>",), 2, "<unk>"), ((), 1, "<eos>"), ((), 8, "<pad>")],
 )
-def test_a_missing_pad_token_is_chosen_and_said(
+def test_a_missing_pad_token_is_chosen_and_logged(
     caplog: pytest.LogCaptureFixture, words: tuple[str, ...], rows: int, expected: str
 ) -> None:
-    """One that is there, else one that fits into the embedding, else the end of a text."""
+    """One of the vocabulary, else a new one that fits into the embedding, else the one that ends a text."""
     vocabulary = {word: index for index, word in enumerate(("<eos>", *words))}
     unknown = {"unk_token": "<unk>"} if "<unk>" in words else {}
     words_only = transformers.PreTrainedTokenizerFast(
@@ -224,11 +224,11 @@ def test_a_missing_pad_token_is_chosen_and_said(
     loading.prepare_tokenizer(words_only, model, None)
     assert words_only.pad_token == expected
     assert words_only.pad_token_id < rows
-    assert f"it has no pad token; {expected!r} is taken" in caplog.text
+    assert f"it has no pad token; using {expected!r}" in caplog.text
 
 
-def test_inference_and_training_are_turned_to_and_back(tmp_path: Path) -> None:
-    """Twice is as once; the checkpointing of before comes back; generation gives the tokens of the plain model."""
+def test_a_model_is_switched_between_inference_and_training(tmp_path: Path) -> None:
+    """Checkpointing is restored, a second call has no effect, and the plain model generates the same tokens."""
     folder = tiny.folder(tmp_path)
     model = FastLanguageModel.get_peft_model(load(folder)[0], use_gradient_checkpointing="unsloth")
     for _ in range(2):
@@ -246,13 +246,15 @@ def test_inference_and_training_are_turned_to_and_back(tmp_path: Path) -> None:
     assert "_set_gradient_checkpointing" in vars(model.get_base_model())
 
 
-def test_what_is_left_is_named_once_from_loading_to_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Though the adapter has a second copy of it trained."""
+def test_unchanged_modules_are_logged_once_from_loading_to_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if the adapter trains a second copy of them."""
     caplog.set_level(logging.INFO)
     model, tokenizer = load(tiny.folder(tmp_path, hidden_act="relu"))
     model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"], modules_to_save=["mlp"])
     texts = Dataset.from_dict({"text": tiny.texts(4)})
     UnslothTrainer(model, arguments(tmp_path), train_dataset=texts, processing_class=tokenizer)
-    loaded, trained = (line for line in caplog.messages if "placed under" in line)
-    assert loaded.endswith("; left as they are: {'LlamaMLP': 2}")
-    assert "'lora_linear': 2" in trained and "left as they are" not in trained
+    loaded, trained = (line for line in caplog.messages if "operations placed" in line)
+    assert loaded.endswith("; modules left unchanged: {'LlamaMLP': 2}")
+    assert "'lora_linear': 2" in trained and "left unchanged" not in trained

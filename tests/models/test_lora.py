@@ -1,29 +1,31 @@
-"""Linear layers under LoRA, and what the backward pass makes again: peft's own forward is the truth."""
+"""Linear layers with LoRA, compared with peft's own forward, and tensors that the backward pass recomputes."""
 
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
 from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import place
-from unsloth_fast.models.remade import remade, remakeable
+from unsloth_fast.models.recomputed import recomputable, recomputed
 
 REFERENCE = backends.resolve("reference")
 TOKENS = torch.arange(40).reshape(2, 20)
 
 
 def adapted(dtype: torch.dtype = torch.float64, base: Any = None, **options: Any) -> PeftModel:
-    """A tiny model with LoRA on every linear layer, whose adapters do something."""
+    """A tiny model with LoRA on every linear layer; no adapter is zero."""
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options)
     torch.manual_seed(1)
     model = get_peft_model(base or tiny.model("llama", dtype), config)
@@ -32,7 +34,7 @@ def adapted(dtype: torch.dtype = torch.float64, base: Any = None, **options: Any
 
 
 def randomise(model: PeftModel) -> None:
-    """Give every lora_B, which starts at zero, some weights."""
+    """Give every lora_B, which is initialised to zero, random weights."""
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,7 +43,7 @@ def randomise(model: PeftModel) -> None:
 
 
 def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the gradients of the model's own loss."""
+    """The logits, and the gradients of the model's own loss."""
     model.zero_grad()
     torch.manual_seed(3)  # for dropout
     outputs = model(TOKENS, labels=TOKENS)
@@ -51,7 +53,7 @@ def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = torch.float64) -> None:
-    """Placing the reference changes nothing but rounding."""
+    """Placing the reference changes only rounding."""
     with tiny.KeepFloat64() if dtype == torch.float64 else nullcontext():
         logits, gradients = run(model)
         place(model, REFERENCE)
@@ -63,7 +65,7 @@ def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = t
 
 
 def test_layer_and_adapter_in_one_operation() -> None:
-    """Seven layers in each of two blocks; float64 to rounding."""
+    """Seven layers in each of two blocks, in float64 up to rounding."""
     model = adapted()
     assert place(model, REFERENCE)["lora_linear"] == 14
     assert_as_before(adapted(), 1e-12)
@@ -85,7 +87,7 @@ def second(model: PeftModel) -> None:
 
 @pytest.mark.parametrize("change", [disabled, merged, second], ids=lambda change: change.__name__)
 def test_other_states_are_left_to_peft(change: Callable[[PeftModel], None]) -> None:
-    """No active adapter, one that is in the weights, or two."""
+    """No active adapter, a merged one, or two."""
     model = adapted()
     change(model)
     if change is second:
@@ -99,12 +101,12 @@ def test_other_states_are_left_to_peft(change: Callable[[PeftModel], None]) -> N
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_other_adapters_are_left_to_peft(options: dict[str, Any]) -> None:
-    """The same random numbers and all."""
+    """With the same random numbers."""
     assert_as_before(adapted(**options).train(), 1e-12)
 
 
 def test_autocast_computes_in_its_dtype_from_float32_adapters() -> None:
-    """As peft with all its casts: bfloat16 products, gradients of float32 weights in float32, off by rounding alone."""
+    """As peft does with all its casts: bfloat16 products, float32 gradients of float32 weights, except for rounding."""
     model = adapted(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         logits, gradients = run(model)
@@ -112,46 +114,62 @@ def test_autocast_computes_in_its_dtype_from_float32_adapters() -> None:
         after, found = run(model)
     assert after.dtype == torch.bfloat16
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    # Eight bits, some ten roundings deep: a few percent of the largest. Twice as much where both ways are rounded.
+    # About ten roundings to eight bits: a few percent of the largest entry, and twice as much in the backward pass.
     torch.testing.assert_close(after, logits, rtol=0, atol=0.05 * logits.abs().max().item())
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=0.1 * gradient.abs().max().item(), msg=name)
 
 
 def test_four_bits(tmp_path: Any) -> None:
-    """The layer is bitsandbytes' own, the adapter is added without casting what it is added to."""
+    """bitsandbytes computes the layer; the adapter is added without casting the sum."""
+    assert_as_before(four_bits(tmp_path), 1e-5, torch.float32)
+
+
+def four_bits(folder: Path) -> PeftModel:
+    """A tiny model in 4 bits with LoRA on every linear layer."""
     pytest.importorskip("bitsandbytes")
     model, _ = FastLanguageModel.from_pretrained(
-        tiny.folder(tmp_path), load_in_4bit=True, dtype=torch.float32, backend="reference"
+        tiny.folder(folder), load_in_4bit=True, dtype=torch.float32, device_map="cpu", backend="reference"
     )
-    assert_as_before(adapted(base=model), 1e-5, torch.float32)
+    return adapted(base=model)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_every_lora_layer_is_placed(tmp_path: Path, bits: int) -> None:
+    """All 14, of peft's class for the layer below them: a class that peft moves or renames would be slow, not wrong."""
+    model = adapted(torch.float32) if bits == 32 else four_bits(tmp_path)
+    place(model, REFERENCE)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 14
+    assert {type(layer).__name__ for layer in layers} == {"Linear" if bits == 32 else "Linear4bit"}
+    assert all("forward" in vars(layer) for layer in layers)
 
 
 @pytest.fixture
 def sources() -> list[Tensor]:
-    """x, and two weights that what is made from it meets."""
+    """x, and two weights that tensors made from x are multiplied with."""
     torch.manual_seed(0)
     return [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (5, 4), (5, 4))]
 
 
 def doubled(x: Tensor, calls: list[None] | None = None) -> Tensor:
-    """What is made from x, and its recipe, which notes its calls."""
+    """A recomputable function of x; recomputing it appends to `calls`."""
 
-    def make() -> Tensor:
+    def recompute() -> Tensor:
         (calls if calls is not None else []).append(None)
         return x.detach().sigmoid() * 2
 
-    return remakeable(x.sigmoid() * 2, make)
+    return recomputable(x.sigmoid() * 2, recompute)
 
 
-def test_what_can_be_made_again_is_not_saved(sources: list[Tensor]) -> None:
-    """Products save the recipe, and their other factors themselves; it is made once for all, and the bits stay."""
+def test_a_recomputable_tensor_is_not_saved(sources: list[Tensor]) -> None:
+    """Two products save only its shape and their other factors; one recomputation serves both, to the same bits."""
     x, left, right = sources
     made = doubled(x)
     expected = torch.autograd.grad((made @ left + made @ right).sum(), sources)
     calls: list[None] = []
     made = doubled(x, calls)
-    with remade(made):
+    with recomputed(made):
         products = made.view(3, 5) @ left, made @ right
     assert all(isinstance(product.grad_fn._raw_saved_self.data, torch.Size) for product in products)  # type: ignore
     for passes in (1, 2):
@@ -160,28 +178,28 @@ def test_what_can_be_made_again_is_not_saved(sources: list[Tensor]) -> None:
         assert all(map(torch.equal, found, expected))
 
 
-def test_hooks_that_are_there_keep_the_tensors(sources: list[Tensor]) -> None:
-    """A checkpoint or an offload decides for itself."""
+def test_other_hooks_on_saved_tensors_get_the_tensors(sources: list[Tensor]) -> None:
+    """A checkpoint or offloading decides what to keep."""
     x, left, _ = sources
     made = doubled(x)
     seen: list[Tensor] = []
-    with saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor), remade(made):
+    with saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor), recomputed(made):
         (made @ left).sum().backward()
     assert any(tensor.data_ptr() == made.data_ptr() for tensor in seen)
 
 
-@pytest.mark.parametrize("written_over", [False, True])
-def test_what_cannot_be_made_again_is_saved(sources: list[Tensor], written_over: bool) -> None:
-    """What has no recipe, and what was written over since, which its recipe would undo."""
+@pytest.mark.parametrize("modified", [False, True])
+def test_a_tensor_that_cannot_be_recomputed_is_saved(sources: list[Tensor], modified: bool) -> None:
+    """One that is not recomputable, and one that was modified afterwards: recomputing would undo the change."""
     x, left, _ = sources
-    made = doubled(x).mul_(3) if written_over else x.sigmoid() * 2
-    with remade(made):
+    made = doubled(x).mul_(3) if modified else x.sigmoid() * 2
+    with recomputed(made):
         product = made @ left
     assert torch.equal(product.grad_fn._saved_self, made)  # type: ignore
 
 
-def test_norms_and_activations_are_made_again() -> None:
-    """Once a backward pass each, as projections share it; not the first norm, as no gradient is for its input."""
+def test_norms_and_activations_are_recomputed() -> None:
+    """Once per backward pass, for all projections; not the first norm, whose input needs no gradient."""
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Callable[..., Tensor]:

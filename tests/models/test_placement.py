@@ -1,9 +1,8 @@
-"""Placing operations under Hugging Face models: the untouched model is the truth."""
+"""Operations placed under Hugging Face models, compared with the untouched model."""
 
 import copy
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,21 +19,11 @@ from unsloth_fast.models import place, remove
 REFERENCE = backends.resolve("reference")
 TOKENS = torch.arange(40).reshape(2, 20)
 
-# Of a model with two layers: norms, MLPs that gate with SiLU or, in Gemma, with GELU, and attentions.
-ATTENTION = {"rope": 2, "packed_attention": 2}
-COUNTS = {
-    "llama": {"rms_norm": 5, "swiglu": 2} | ATTENTION,
-    "mistral": {"rms_norm": 5, "swiglu": 2} | ATTENTION,
-    "qwen2": {"rms_norm": 5, "swiglu": 2} | ATTENTION,
-    "qwen3": {"rms_norm": 9, "swiglu": 2} | ATTENTION,
-    "gemma": {"rms_norm": 5, "geglu": 2} | ATTENTION,
-    "gemma2": {"rms_norm": 9, "geglu": 2} | ATTENTION,
-    "gemma3": {"rms_norm": 13, "geglu": 2} | ATTENTION,
-}
+ATTENTION = {"rope": 2, "packed_attention": 2}  # the tiny models have two layers
 
 
 def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the gradients of the model's own loss."""
+    """The logits, and the gradients of the model's own loss."""
     model.zero_grad()
     outputs = model(TOKENS, labels=TOKENS)
     outputs.loss.backward()
@@ -45,11 +34,12 @@ def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_reference_gives_the_bits_of_hugging_face(family: str, dtype: torch.dtype) -> None:
-    """Logits in every dtype, as the order of casts is the same; the parameters and their names stay as they are."""
+    """Logits in every dtype, because the order of casts is the same; parameters and their names do not change."""
     model = tiny.model(family, dtype)
     expected, _ = run(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert place(model, REFERENCE) == COUNTS[family]
+    tiny_family = tiny.FAMILIES[family]
+    assert place(model, REFERENCE) == {"rms_norm": tiny_family.norms, tiny_family.gate: 2} | ATTENTION
     logits, _ = run(model)
     assert torch.equal(logits, expected)
     assert list(before) == list(model.state_dict())
@@ -58,7 +48,7 @@ def test_reference_gives_the_bits_of_hugging_face(family: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_gradients_equal_hugging_face_in_float64(family: str) -> None:
-    """To the bit as well: autograd sees the same steps. Head norms' rows are summed in another order: to rounding."""
+    """To the bit, except for the norms on the heads: their rows are summed in another order, hence up to rounding."""
     model = tiny.model(family, torch.float64)
     with tiny.KeepFloat64():
         expected_logits, expected = run(model)
@@ -73,7 +63,7 @@ def test_gradients_equal_hugging_face_in_float64(family: str) -> None:
 
 
 def counting_backend(calls: list[str]) -> backends.Backend:
-    """The reference, writing down each call."""
+    """The reference, with each call recorded."""
 
     def counted(name: str) -> object:
         def call(*args: object, **options: object) -> Tensor:
@@ -87,7 +77,7 @@ def counting_backend(calls: list[str]) -> backends.Backend:
 
 
 def test_each_placed_module_calls_the_operation_until_removed() -> None:
-    """Once a module and forward; none after `remove`; placing twice is placing once. Attention is not packed here."""
+    """Once per module and forward; placing twice is the same as placing once. The batch is not packed."""
     calls: list[str] = []
     model = tiny.model()
     place(model, counting_backend(calls))
@@ -102,7 +92,7 @@ def test_each_placed_module_calls_the_operation_until_removed() -> None:
 
 
 def test_a_deep_copy_uses_its_own_weights() -> None:
-    """And is placed like the original."""
+    """And calls the same operations as the original."""
     calls: list[str] = []
     model = tiny.model()
     place(model, counting_backend(calls))
@@ -118,7 +108,7 @@ def test_a_deep_copy_uses_its_own_weights() -> None:
 
 @pytest.mark.parametrize("placed_first", [False, True])
 def test_under_peft(placed_first: bool) -> None:
-    """LoRA on the projections of the MLP and norms under modules_to_save, whichever comes first."""
+    """LoRA on the MLP's projections, norms under modules_to_save; `place` before or after `get_peft_model`."""
 
     def adapted(model: PreTrainedModel) -> torch.nn.Module:
         torch.manual_seed(1)
@@ -135,38 +125,29 @@ def test_under_peft(placed_first: bool) -> None:
         model = adapted(model)
     else:
         model = adapted(model)
-        # Each norm is there twice, the frozen one and the one that is trained and called.
+        # Each norm exists twice: a frozen one, and one that is trained and called.
         assert place(model, counting_backend(calls)) == {"rms_norm": 10, "swiglu": 2, "lora_linear": 6} | ATTENTION
     logits, gradients = run(model)
-    # Each MLP's norm and gate again for the backward passes of the projections that took them.
+    # The backward passes of an MLP's projections recompute the norm and the gate that were their inputs.
     assert (calls.count("rms_norm"), calls.count("swiglu")) == (5 + 2, 2 + 2)
     assert torch.equal(logits, expected)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        # The gradient of what gate and up both take is four terms, added in another order.
+        # The gradient of the input of gate and up is a sum of four terms, added in another order.
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=2.0**-20 * gradient.abs().max().item())
-
-
-# Below the longest text of 20 words.
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 8},
-    # Before transformers 5.23 its default, sdpa, leaves the cap on the scores out.
-    "gemma2": {"sliding_window": 8, "attn_implementation": "eager"},
-    "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_lora_trains_as_with_plain_trl_in_float64(tmp_path: Path, family: str) -> None:
-    """Three steps, documents end to end against padded ones, the head tied where the family ties it by default.
+    """Three steps, concatenated documents against padded ones; the head is tied if the family ties it by default.
 
-    Rounding is 1e-16; AdamW makes of it at most 1e-12, as test_trainer.py explains.
+    Rounding is 1e-16; AdamW turns it into at most 1e-12, as test_trainer.py explains.
     """
-    tied = tiny.FAMILIES[family][0]().tie_word_embeddings
+    tied = tiny.FAMILIES[family].model_class.config_class().tie_word_embeddings
     losses = []
     for trainer_kind, args_kind in ((UnslothTrainer, UnslothTrainingArguments), (SFTTrainer, SFTConfig)):
-        model = tiny.model(family, torch.float64, tie_word_embeddings=tied, **WINDOWS.get(family, {}))
+        model = tiny.model(family, torch.float64, tie_word_embeddings=tied, **tiny.FAMILIES[family].limits)
         torch.manual_seed(1)
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         own_loss = {"compute_loss_func": textbook} if trainer_kind is SFTTrainer else {}
@@ -180,8 +161,7 @@ def test_lora_trains_as_with_plain_trl_in_float64(tmp_path: Path, family: str) -
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
-def test_compiles_whole() -> None:
-    """No graph break in a placed model."""
+def test_a_placed_model_compiles_without_a_graph_break() -> None:
     model = tiny.model()
     place(model, REFERENCE)
     expected = model(TOKENS).logits
@@ -189,10 +169,10 @@ def test_compiles_whole() -> None:
     assert torch.equal(compiled(TOKENS).logits, expected)
 
 
-def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    """An MLP with another activation, a LayerNorm, an attention, and a module whose forward somebody has replaced.
+def test_modules_left_unchanged_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An MLP with another activation, a LayerNorm, an attention, and a module whose forward somebody else replaced.
 
-    Placing once more says nothing, another backend what is placed, and a kind that is new is named alone.
+    Placing the same backend again logs nothing. Another backend logs what it placed, and classes not logged before.
     """
     model = tiny.model("gemma", hidden_act="relu")
     model.extra = torch.nn.LayerNorm(4)
@@ -204,8 +184,8 @@ def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
         assert place(model, REFERENCE) == {"rms_norm": 4} | ATTENTION
     assert replaced.forward is own
     assert [record.getMessage() for record in caplog.records] == [
-        "backend reference placed under {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}; "
-        "left as they are: {'GemmaMLP': 2, 'GemmaRMSNorm': 1, 'LayerNorm': 1, 'MultiheadAttention': 1}"
+        "backend reference: operations placed: {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}; "
+        "modules left unchanged: {'GemmaMLP': 2, 'GemmaRMSNorm': 1, 'LayerNorm': 1, 'MultiheadAttention': 1}"
     ]
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -213,7 +193,7 @@ def test_what_is_left_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
         place(model, counting_backend([]))
         model.more = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.GroupNorm(1, 4)])
         place(model, counting_backend([]))
-    placed = "backend counting placed under {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}"
-    assert caplog.messages == [placed, f"{placed}; left as they are: {{'GroupNorm': 1}}"]
+    placed = "backend counting: operations placed: {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}"
+    assert caplog.messages == [placed, f"{placed}; modules left unchanged: {{'GroupNorm': 1}}"]
     remove(model)
     assert replaced.forward is own

@@ -1,4 +1,4 @@
-"""Putting a backend's operations under a Hugging Face model, and taking them away again."""
+"""A backend's operations under a Hugging Face model: `place` puts them there, `remove` takes them away."""
 
 from unsloth_fast.models.placement import place, remove
 

@@ -1,68 +1,72 @@
-"""Gradient checkpointing with the layers' inputs kept in the host's memory until the backward pass.
+"""Gradient checkpointing whose saved layer inputs wait in host memory for the backward pass.
 
-transformers decides which layers are checkpointed and how; what is added here are hooks around each checkpointed call,
-which torch applies to the inputs that it keeps for recomputing the layer. A copy to the host runs on a stream of its
-own beside the layer; the copy back runs in front of the layer's recomputation.
+transformers decides which layers are checkpointed and how. This module adds hooks around each checkpointed call, which
+torch applies to the inputs that it saves to recompute the layer. The copy to the host runs on a stream of its own,
+beside the layer; the copy back runs before the layer is recomputed.
 """
 
 from collections.abc import Callable
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import TrainingArguments
 
 from unsloth_fast.models.head import without_adapter
+from unsloth_fast.models.methods import replace_method, restore_method
+from unsloth_fast.models.protocols import CausalLM
 
-Packed = tuple[Tensor, Any, torch.device] | Tensor  # in the middle the event after the copy
+Packed = tuple[Tensor, Any, torch.device] | Tensor  # host copy, event after the copy, device of the original
+
+_SETTER = "_set_gradient_checkpointing"
 
 
-def enable_checkpointing(model: Any, enable: bool) -> None:
+def enable_checkpointing(model: CausalLM, enable: bool) -> None:
     """Turn a model's gradient checkpointing on or off."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its name since 5.2x
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its name since 5.2x
     if enable:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    elif getattr(model, f"is_{kind}_checkpointing"):
-        getattr(model, f"{kind}_checkpointing_disable")()
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    elif getattr(model, f"is_{word}_checkpointing"):
+        getattr(model, f"{word}_checkpointing_disable")()
 
 
-def follow_arguments(model: Any, args: Any) -> None:
-    """Turn off the gradient checkpointing that a model was loaded with where a run's arguments do not want it.
+def follow_arguments(model: object, args: TrainingArguments) -> None:
+    """Turn off the gradient checkpointing that a model was loaded with unless the run's arguments ask for it.
 
     Args:
-        model: the model, with an adapter or without, or the name or path of one.
-        args: `transformers.TrainingArguments`.
+        model: the model, with or without an adapter, or its name or path.
+        args: the run's arguments.
     """
     if getattr(model, "unsloth_gradient_checkpointing", False) and not args.gradient_checkpointing:
         enable_checkpointing(without_adapter(model), False)
 
 
-def offload(model: Any) -> None:
-    """Make the model's gradient checkpointing, whenever it is enabled, keep the layers' inputs in pinned host memory.
+def enable_offloading(model: CausalLM) -> None:
+    """Let the model's gradient checkpointing, whenever it is enabled, keep the layers' inputs in pinned host memory.
 
     Gradients are the same to the bit. On a CPU nothing is copied.
 
     Args:
-        model: a `transformers.PreTrainedModel`; changed in place, `keep` undoes it.
+        model: a `transformers.PreTrainedModel`; changed in place, `disable_offloading` is the inverse.
     """
-    model._set_gradient_checkpointing = MethodType(_set_offloaded_checkpointing, model)
+    replace_method(model, _SETTER, _set_offloaded_checkpointing, "offloading")
 
 
-def keep(model: Any) -> None:
-    """Undo `offload`; takes effect when gradient checkpointing is enabled next."""
-    vars(model).pop("_set_gradient_checkpointing", None)
+def disable_offloading(model: CausalLM) -> None:
+    """Undo `enable_offloading`; takes effect when gradient checkpointing is enabled next."""
+    restore_method(model, _SETTER, "offloading")
 
 
 def _set_offloaded_checkpointing(self: Any, enable: bool = True, **options: Any) -> None:
     if enable:
         options["gradient_checkpointing_func"] = _offloading(options["gradient_checkpointing_func"])
-    type(self)._set_gradient_checkpointing(self, enable=enable, **options)
+    getattr(type(self), _SETTER)(self, enable=enable, **options)
 
 
-def _offloading(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def checkpoint_with_inputs_on_host(function: Callable[..., Any], *args: Any) -> Any:
+def _offloading(checkpoint: Callable[..., object]) -> Callable[..., object]:
+    def checkpoint_with_inputs_on_host(function: Callable[..., object], *args: object) -> object:
         with saved_tensors_hooks(to_host, from_host):
             return checkpoint(function, *args)
 
@@ -70,7 +74,7 @@ def _offloading(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def to_host(tensor: Tensor) -> Packed:
-    """Start the copy of a CUDA tensor to pinned host memory; any other tensor is returned as it is."""
+    """Start copying a CUDA tensor to pinned host memory; return any other tensor unchanged."""
     if not tensor.is_cuda:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -78,12 +82,12 @@ def to_host(tensor: Tensor) -> Packed:
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         host.copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # its memory is not given away before the copy is done
+    tensor.record_stream(stream)  # its memory is not reused before the copy is complete
     return host, stream.record_event(), tensor.device
 
 
 def from_host(packed: Packed) -> Tensor:
-    """The tensor that `to_host` took, on its device again."""
+    """The inverse of `to_host`: the tensor on its device."""
     if isinstance(packed, Tensor):
         return packed
     host, copied, device = packed

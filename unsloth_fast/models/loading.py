@@ -1,19 +1,24 @@
-"""What loading a model needs to know: where its parts are, what its dtype is to be, how its tokenizer pads."""
+"""Decisions about loading: where a model's parts are, its dtype, 4 bits or not, and how its tokenizer pads."""
 
 import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from unsloth_fast.models.protocols import CausalLM
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
 
-# Keywords that say where files come from, for the config, the model and the tokenizer alike.
+# Keywords for where files come from; the config, the model and the tokenizer all take them.
 HUB_KEYWORDS = ("revision", "cache_dir", "local_files_only", "force_download", "subfolder")
 _LOADING_KEYWORDS = (
     "attn_implementation",
@@ -23,10 +28,10 @@ _LOADING_KEYWORDS = (
     "use_safetensors",
     "variant",
 )
-# Unsloth's keywords without an effect here: the values that ask for nothing, or None where all do: those for vLLM, for
-# names that Unsloth would replace, and for tokenizers that it would repair.
+# Unsloth's keywords without an effect here, with the values that ask for nothing. None if every value asks for nothing:
+# keywords for vLLM, for names that Unsloth would replace, and for tokenizers that it would repair.
 _OFF = (False, None)
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+_WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "load_in_8bit": _OFF,
     "load_in_fp8": _OFF,
     "fast_inference": _OFF,
@@ -58,34 +63,61 @@ _PAD_TOKENS = (
 )
 
 
-def adapter_base(name: str, hub: dict[str, Any]) -> str | None:
-    """The name of the base model if `name` is that of an adapter, else None.
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a model are, on the hub or on disk.
+
+    Attributes:
+        name: of the model or of an adapter, as the user gave it.
+        is_adapter: whether the name is that of an adapter.
+        base: the name of the model below the adapter; `name` without an adapter.
+        hub: keywords for where the files of `name` come from.
+    """
+
+    name: str
+    is_adapter: bool
+    base: str
+    hub: dict[str, Any]
+
+    @property
+    def base_hub(self) -> dict[str, Any]:
+        """Keywords for the files of the base model: an adapter's revision and subfolder are its own."""
+        return _without(self.hub, "revision", "subfolder") if self.is_adapter else self.hub
+
+    @property
+    def adapter_hub(self) -> dict[str, Any]:
+        """Keywords for the files of the adapter, which holds no code."""
+        return _without(self.hub, "trust_remote_code")
+
+    def find_tokenizer(self) -> str:
+        """The name to load the tokenizer by: an adapter's folder need not have one."""
+        file = "tokenizer_config.json"
+        found = cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **self.adapter_hub)
+        return self.name if found else self.base
+
+
+def find_source(name: str, hub: Mapping[str, object]) -> Source:
+    """Find out whether the name is that of an adapter, and of which model.
 
     Raises:
         ValueError: an adapter that does not name its base model.
     """
-    known = {key: hub[key] for key in ("token", "revision", "cache_dir", "local_files_only", "subfolder") if key in hub}
-    if find_adapter_config_file(name, **known) is None:
-        return None
-    base = PeftConfig.from_pretrained(name, **known).base_model_name_or_path
+    keywords: dict[str, Any] = dict(hub)
+    adapter_keywords = _without(keywords, "trust_remote_code", "force_download")
+    if find_adapter_config_file(name, **adapter_keywords) is None:
+        return Source(name, False, name, keywords)
+    base = PeftConfig.from_pretrained(name, **adapter_keywords).base_model_name_or_path
     if not base:
-        raise ValueError(f"model_name: got {name!r}, an adapter without base_model_name_or_path; allowed: one with")
-    return base
+        raise ValueError(f"model_name: got {name!r}, an adapter without base_model_name_or_path; allowed: one with it")
+    return Source(name, True, base, keywords)
 
 
-def tokenizer_name(name: str, base_name: str, hub: dict[str, Any]) -> str:
-    """Where the tokenizer is: an adapter's folder need not have one."""
-    known = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    found = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **known)
-    return name if found else base_name
-
-
-def known_keywords(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The keywords for transformers: all but those of Unsloth that have no effect here.
+def known_keywords(kwargs: Mapping[str, object], config: PreTrainedConfig) -> dict[str, Any]:
+    """The keywords for transformers: all except those of Unsloth that have no effect here.
 
     Raises:
-        TypeError: a keyword that is neither of loading nor a field of the config.
-        ValueError: one that turns on what does not exist here.
+        TypeError: a keyword that neither loading nor the config has.
+        ValueError: a keyword that turns on a feature that does not exist here.
     """
     fields, known = config.to_dict(), {}
     for name, value in kwargs.items():
@@ -95,7 +127,7 @@ def known_keywords(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
         if name in _LOADING_KEYWORDS or name in fields:
             known[name] = value
         elif off:
-            why = "rope_parameters is its name here" if name == "rope_scaling" else "there is no such feature"
+            why = "its name here is rope_parameters" if name == "rope_scaling" else "there is no such feature"
             raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, off))}, as {why}")
         else:
             own = ", ".join((*HUB_KEYWORDS, *_LOADING_KEYWORDS))
@@ -105,8 +137,8 @@ def known_keywords(kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     return known
 
 
-def position_limit(config: Any, replaced: dict[str, Any]) -> int | None:
-    """The positions that a model is made for, after keywords that replace fields of its config; None for any."""
+def position_limit(config: PreTrainedConfig, replaced: Mapping[str, Any]) -> int | None:
+    """The number of positions that a model has, after keywords that replace fields of its config; None for no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return replaced.get("max_position_embeddings", limit)
 
@@ -119,15 +151,15 @@ def check_length(length: int | None, limit: int | None) -> None:
     if limit is not None and length > limit:
         raise ValueError(
             f"max_seq_length: got {length}; allowed: 1 to {limit}, the model's max_position_embeddings. For longer"
-            " texts by RoPE scaling pass from_pretrained both max_position_embeddings and rope_parameters"
+            " texts by RoPE scaling pass both max_position_embeddings and rope_parameters to from_pretrained"
         )
 
 
 def supported_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the weights: as asked for, else bfloat16 on a GPU that has it, float16 on others, float32 on a CPU.
+    """The dtype given; None for bfloat16 on a GPU that supports it, float16 on another GPU, float32 on a CPU.
 
     Raises:
-        ValueError: none that models are loaded in, or bfloat16 on a GPU that does not have it.
+        ValueError: a dtype that models are not loaded in, or bfloat16 on a GPU that does not support it.
     """
     checks.one_of("dtype", dtype, _DTYPES)
     if not torch.cuda.is_available():
@@ -139,19 +171,19 @@ def supported_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.bfloat16 if has_bfloat16 else torch.float16)
 
 
-def wants_4bit(load_in_4bit: bool | None, load_in_16bit: bool, full_finetuning: bool, config: Any) -> bool:
-    """Whether the weights are to be quantised while they are loaded.
+def wants_4bit(load_in_4bit: bool | None, load_in_16bit: bool, full_finetuning: bool, config: PreTrainedConfig) -> bool:
+    """Whether to quantise the weights while they are loaded.
 
     Raises:
-        ValueError: weights in 4 bits that are to be in 16, or trained.
+        ValueError: 4 bits together with load_in_16bit or full_finetuning.
         RuntimeError: 4 bits without bitsandbytes.
     """
     stored = getattr(config, "quantization_config", None)
-    plain = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
-    if plain and (load_in_4bit or stored):
+    unquantised = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
+    if unquantised and (load_in_4bit or stored):
         seen = "load_in_4bit=True" if load_in_4bit else "a quantised model"
-        raise ValueError(f"{plain}: got True and {seen}; allowed: one of the two")
-    if stored or plain or load_in_4bit is False:
+        raise ValueError(f"{unquantised}: got True and {seen}; allowed: one of the two")
+    if stored or unquantised or load_in_4bit is False:
         return False
     installed = find_spec("bitsandbytes") is not None
     if load_in_4bit and not installed:
@@ -161,18 +193,42 @@ def wants_4bit(load_in_4bit: bool | None, load_in_16bit: bool, full_finetuning: 
     return installed
 
 
-def prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int | None) -> None:
-    """Set the length, padding on the right, and a pad token, which is not the end of a text where that can be had."""
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' NF4 with nested scales, and products in this dtype."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def default_device_map() -> dict[str, str] | None:
+    """This process's GPU, by LOCAL_RANK; None without a GPU."""
+    return {"": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"} if torch.cuda.is_available() else None
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: CausalLM, max_seq_length: int | None) -> None:
+    """Set the length, padding on the right, and a pad token: if possible not the one that ends a text."""
     tokenizer.padding_side = "right"
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
     if tokenizer.pad_token is None:
-        vocabulary = tokenizer.get_vocab()
-        candidates = (*_PAD_TOKENS, tokenizer.unk_token)
-        pad = next((token for token in candidates if token in vocabulary and token != tokenizer.eos_token), None)
-        if pad is None and len(tokenizer) < model.get_input_embeddings().num_embeddings:
-            pad = "<pad>"  # a new token: the embedding has a row to spare
-        tokenizer.add_special_tokens({"pad_token": pad or tokenizer.eos_token})
-        logger.warning("tokenizer: it has no pad token; %r is taken", tokenizer.pad_token)
+        pad: Any = _unused_token(tokenizer, model) or tokenizer.eos_token
+        tokenizer.add_special_tokens({"pad_token": pad})
+        logger.warning("tokenizer: it has no pad token; using %r", tokenizer.pad_token)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _unused_token(tokenizer: Any, model: Any) -> str | None:
+    """A token that no text contains: one of the vocabulary, or a new one if the embedding has a row for it."""
+    vocabulary = tokenizer.get_vocab()
+    for token in (*_PAD_TOKENS, tokenizer.unk_token):
+        if token in vocabulary and token != tokenizer.eos_token:
+            return token
+    return "<pad>" if len(tokenizer) < model.get_input_embeddings().num_embeddings else None
+
+
+def _without(keywords: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in keywords.items() if name not in names}

@@ -1,0 +1,83 @@
+"""Replacing a method of one instance, and restoring what the instance had before.
+
+Classes stay untouched, and with them all other models of the process. The replacement is a bound method: copy.deepcopy
+binds it to the copy, while a closure over the instance would keep calling the original.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal, NamedTuple
+
+from torch.nn import Module
+
+Purpose = Literal["operation", "loss", "offloading", "head"]
+
+_RECORDS = "_unsloth_replaced"  # the attribute that lists an instance's replaced methods; absent where there are none
+
+
+class _Replacement(NamedTuple):
+    name: str
+    purpose: Purpose
+    function: Callable[..., Any]
+    before: tuple[Any, ...]  # the instance's own attribute; empty where it had none and the class's method served
+
+
+def replace_method(instance: object, name: str, function: Callable[..., object], purpose: Purpose) -> None:
+    """Make `instance.name(...)` call `function(instance, ...)`.
+
+    An attribute of that name that somebody else set on the instance, such as TRL's fused forward, is kept for
+    `restore_method`. An earlier replacement for the same purpose is restored first.
+    """
+    restore_method(instance, name, purpose)
+    own = vars(instance)
+    before = (own[name],) if name in own else ()
+    own.setdefault(_RECORDS, []).append(_Replacement(name, purpose, function, before))
+    own[name] = MethodType(function, instance)
+
+
+def restore_method(instance: object, name: str, purpose: Purpose) -> bool:
+    """Give the instance back what `replace_method` found there, an attribute of somebody else or nothing.
+
+    Returns:
+        Whether there was something to restore. A method that somebody else has replaced since then stays as it is.
+    """
+    replacement = _current(instance, name)
+    if replacement is None or replacement.purpose != purpose:
+        return False
+    own = vars(instance)
+    own[_RECORDS].remove(replacement)
+    if not own[_RECORDS]:
+        del own[_RECORDS]
+    if replacement.before:
+        (own[name],) = replacement.before
+    else:
+        del own[name]
+    return True
+
+
+@contextmanager
+def replaced_method(instance: object, name: str, function: Callable[..., object], purpose: Purpose) -> Iterator[None]:
+    """Replace the method within the context."""
+    replace_method(instance, name, function, purpose)
+    try:
+        yield
+    finally:
+        restore_method(instance, name, purpose)
+
+
+def has_own_method(instance: object, name: str) -> bool:
+    """Whether the instance has a method that is not its class's, whoever set it."""
+    return name in vars(instance)
+
+
+def forward_hooks(module: Module) -> tuple[Callable[..., object], ...]:
+    """The hooks that run before and after the module's forward."""
+    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+
+
+def _current(instance: object, name: str) -> _Replacement | None:
+    """The replacement that `instance.name` calls; None if that is the class's method or somebody else's."""
+    function = getattr(vars(instance).get(name), "__func__", None)
+    records: list[_Replacement] = vars(instance).get(_RECORDS, [])
+    return next((record for record in reversed(records) if record.name == name and record.function is function), None)
