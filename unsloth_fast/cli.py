@@ -237,8 +237,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
 
     if list(arguments[-1:]) == ["--config"]:
         raise UsageError("--config: got nothing; allowed: the path of a YAML file")
-    kinds: Any = (ScriptArguments, UnslothTrainingArguments, ModelConfig, DatasetMixtureConfig)
-    parser = Parser(kinds, prog="unsloth-fast sft")
+    dataclasses: Any = (ScriptArguments, UnslothTrainingArguments, ModelConfig, DatasetMixtureConfig)
+    parser = Parser(dataclasses, prog="unsloth-fast sft")
     try:
         parsed = parser.parse_args_and_config(arguments)
         backends.resolve(parsed[1].backend)

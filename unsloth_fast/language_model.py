@@ -1,6 +1,6 @@
 """FastLanguageModel: a Hugging Face model and its tokenizer, ready for training, and LoRA adapters on it.
 
-transformers loads, bitsandbytes quantises and peft adapts. The results are objects of their classes, so whatever they
+transformers loads, bitsandbytes quantises and peft adapts. The results are objects of their classes, so anything they
 save can be loaded without this package.
 """
 

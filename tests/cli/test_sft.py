@@ -1,4 +1,4 @@
-"""`unsloth-fast sft`: a run from a configuration file, and one line for every usage error; the example's, too."""
+"""The command line: `sft` from a configuration file, one line per usage error, and `env`."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration that runs: a model, a tokenizer and a data set on disk."""
+    """A valid configuration: a model, a tokenizer and a data set on disk."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     tiny.model().save_pretrained(tmp_path / "model")
@@ -55,7 +55,7 @@ def run(folder: Path, config: dict[str, Any] | str, *options: str) -> int:
 
 
 def test_trains_and_saves(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """The options win over the file; both splits are used; what is saved loads and has changed."""
+    """Options override the file; both splits are used; the saved model loads, and every weight has changed."""
     assert run(tmp_path, config, "--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1") == 0
     printed = capsys.readouterr().out
     assert "'embedding_learning_rate': '0.0001'" in printed
@@ -68,7 +68,7 @@ def test_trains_and_saves(tmp_path: Path, config: dict[str, Any], capsys: pytest
 
 
 def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> None:
-    """`datasets` in the file and LoRA from the model's options; the adapter is what is saved."""
+    """With `datasets` in the file and LoRA from the model's options; the adapter is saved."""
     del config["dataset_name"]
     mixture = [{"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl"), "split": "train"}]
     status = run(tmp_path, config | {"datasets": mixture, "use_peft": True, "lora_r": 2, "max_steps": 1})
@@ -83,7 +83,7 @@ def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> Non
         ({"model_name_or_path": "/no/such/model"}, [], "error: model_name_or_path '/no/such/model': "),
         ({"dataset_name": None}, [], "dataset_name: got nothing"),
         ({"dataset_name": "/no/such/data"}, [], "data set: "),
-        ({"dataset_name": __file__}, [], "allowed: a file that ends in .jsonl, .json, .parquet, .csv"),
+        ({"dataset_name": __file__}, [], "allowed: a file whose name ends in .jsonl, .json, .parquet, .csv"),
         ({"dataset_train_split": "trian"}, [], "data set: got no split 'trian'; allowed: 'train', 'test'"),
         ({"eval_strategy": "epoch", "dataset_test_split": "val"}, [], "data set: got no split 'val'"),
         ({"backend": "quick"}, [], "backend: got 'quick'; allowed: 'auto', 'fast', 'reference'"),
@@ -136,7 +136,7 @@ def test_a_usage_error_is_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    """Exit 2, and the last line of stderr says what is wrong; no traceback."""
+    """Exit status 2; the last line of stderr names the mistake; no traceback."""
     changed = {name: value for name, value in (config | change).items() if value is not None}
     assert run(tmp_path, changed, *options) == 2
     printed = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_usage_error_is_one_line(
     ],
 )
 @pytest.mark.parametrize("way", ["file", "stream", "mixture"])
-def test_a_file_that_holds_no_data(
+def test_a_file_without_valid_data(
     tmp_path: Path,
     config: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
@@ -173,9 +173,9 @@ def test_a_file_that_holds_no_data(
     message: str | None,
     way: str,
 ) -> None:
-    """Exit 2 and one line with the cause, whoever finds it."""
+    """Exit status 2 and one line with the cause, whichever library reports it."""
     if (name, way) == ("mixed.jsonl", "stream"):
-        pytest.skip("of a stream the first row is looked at")
+        pytest.skip("only the first row of a stream is checked")
     path = tmp_path / name
     path.write_text(text)
     data: dict[str, Any] = {"dataset_name": str(path), "dataset_streaming": way == "stream"}
@@ -189,7 +189,7 @@ def test_a_file_that_holds_no_data(
 
 
 def test_a_data_set_by_name(tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It and its configuration are given on to `datasets`, its splits are trained on and evaluated."""
+    """The name and its configuration are passed to `datasets`; the splits are trained on and evaluated."""
     asked: list[Any] = []
 
     def load_dataset(*positional: Any, **keywords: Any) -> DatasetDict:
@@ -213,28 +213,28 @@ def test_a_data_set_by_name(tmp_path: Path, config: dict[str, Any], monkeypatch:
         (["sft", "--config", "/no/such.yaml"], "/no/such.yaml"),
     ],
 )
-def test_what_cannot_be_started(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before any configuration is read."""
+def test_an_invalid_command(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before any configuration is read."""
     assert cli.main(arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("unsloth-fast: error: ") and message in printed and printed.count("\n") == 1
 
 
 def test_resumes_from_the_last_checkpoint(tmp_path: Path, config: dict[str, Any]) -> None:
-    """The second run does the one step that is left, and goes on with the log of the first."""
+    """The second run does the one remaining step and continues the log of the first."""
     config = config | {"save_strategy": "steps", "save_steps": 1}
     assert run(tmp_path, config, "--max_steps", "1", "--learning_rate", "0.5") == 0
     assert run(tmp_path, config, "--resume_from_checkpoint", "True") == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "loss" in log]
     assert [log["step"] for log in logs] == [1, 2]
-    assert logs[0]["learning_rate"] == 0.5  # of the first run; that of the second is 1e-3
+    assert logs[0]["learning_rate"] == 0.5  # logged by the first run; the second uses 1e-3
 
 
 def test_errors_of_the_training_keep_their_traceback(
     tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are no usage errors, of whatever type."""
+    """They are not usage errors, even with the same type."""
 
     def train(*_: Any, **__: Any) -> None:
         raise ValueError("in training")
@@ -247,7 +247,7 @@ def test_errors_of_the_training_keep_their_traceback(
 def test_the_example_names_an_unknown_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2 before any work."""
+    """Exit status 2 before any work."""
     example = Path(__file__).parents[2] / "examples" / "first_run.py"
     monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
     with pytest.raises(SystemExit) as stop:
@@ -257,7 +257,7 @@ def test_the_example_names_an_unknown_backend(
 
 
 def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Named as such; one that is whole does."""
+    """Is named in the error; a valid one trains."""
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
     path = tmp_path / "chat.jinja"
     config = config | {"dataset_name": str(tmp_path / "chats.jsonl"), "chat_template_path": str(path)}
@@ -268,24 +268,24 @@ def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: 
     assert run(tmp_path, config) == 0
 
 
-def test_bitsandbytes_says_nothing_of_a_kernel_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """That message alone is left out."""
+def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only that message."""
     assert run(tmp_path, "- a list") == 2
     theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    said = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
-    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in said]
+    messages = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
+    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in messages]
     assert [bool(theirs.filter(record)) for record in records] == [False, True]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])
 def test_a_broken_configuration_file(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """No YAML, or no mapping."""
+    """Invalid YAML, or not a mapping."""
     assert run(tmp_path, text) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("unsloth-fast: error: ")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit 0: the usage, and for the subcommand every option."""
+    """Exit status 0; prints the usage, and for the subcommand every option."""
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: unsloth-fast sft")
     with pytest.raises(SystemExit) as stop:
@@ -308,9 +308,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
 def test_trains_on_a_file(tmp_path: Path, config: dict[str, Any], ending: str, columns: str) -> None:
-    """Of every kind and in every layout that a table can hold."""
+    """Of every format, in every layout that the format can store."""
     if (ending, columns) == ("csv", "messages"):
-        pytest.skip("a table of text holds no lists")
+        pytest.skip("CSV stores no lists")
     data = Dataset.from_dict(COLUMNS[columns])
     path = tmp_path / f"data.{ending}"
     if ending in ("jsonl", "json"):
@@ -325,7 +325,7 @@ def test_trains_on_a_file(tmp_path: Path, config: dict[str, Any], ending: str, c
 
 
 def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each version, the driver, each GPU, and the backend with its reason, in two columns."""
+    """One line per package, driver, GPU and backend with its reason, in two columns."""
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     assert cli.main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -347,7 +347,7 @@ def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_env_without_a_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is wrong is said where the backend would be."""
+    """The error is printed in place of the backend."""
     monkeypatch.setenv("UNSLOTH_BACKEND", "quick")
     assert cli.main(["env"]) == 0
     assert "backend       none: backend: got 'quick'; allowed: 'auto'" in capsys.readouterr().out

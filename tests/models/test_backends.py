@@ -161,7 +161,7 @@ print(unsloth_ref.kernels.rms_norm(torch.ones(1, 2), torch.ones(2)).shape)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """As for any module."""
+    """As with any module."""
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = unsloth_fast.nothing
 

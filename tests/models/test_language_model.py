@@ -133,7 +133,7 @@ def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None
             "offload_embedding: got True; allowed: False, None, 'auto', as there",
         ),
         ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None, as there is no such feature"),
-        ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling: got .*; allowed: None, as rope_parameters is its"),
+        ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling: got .*; allowed: None, as its name here is rope"),
         ({"max_sequence_length": 32}, TypeError, "from_pretrained: got keyword 'max_sequence_length'"),
     ],
 )

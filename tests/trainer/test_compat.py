@@ -1,4 +1,4 @@
-"""Code written for Unsloth, and for older releases of TRL, runs as it stands."""
+"""Code written for Unsloth, and for older releases of TRL, runs unchanged."""
 
 import inspect
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unp
 
 
 def losses(trainer: Any) -> list[float]:
-    """What was logged."""
+    """The losses that were logged."""
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -33,7 +33,7 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_patching_is_idempotent_and_can_be_undone(tmp_path: Path) -> None:
-    """The class keeps its signature, for those who look at it."""
+    """The signature of the class does not change."""
     own, signature = SFTTrainer.__init__, inspect.signature(SFTTrainer)
     compat.patch_trl()
     patched = SFTTrainer.__init__
@@ -48,8 +48,8 @@ def test_patching_is_idempotent_and_can_be_undone(tmp_path: Path) -> None:
         SFTTrainer(**options(tmp_path))
 
 
-def test_a_class_derived_from_trls_keeps_its_ways(tmp_path: Path) -> None:
-    """It only takes the older call styles."""
+def test_a_class_derived_from_trls_behaves_as_before(tmp_path: Path) -> None:
+    """It also accepts the older call styles."""
 
     class Mine(SFTTrainer):
         pass
@@ -68,7 +68,7 @@ def test_a_class_derived_from_trls_keeps_its_ways(tmp_path: Path) -> None:
 
 
 def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> None:
-    """Where the arguments are ours and say nothing of it, in an older call style."""
+    """Called in an older style, with our arguments, which do not mention checkpointing."""
 
     class Mine(SFTTrainer):
         pass
@@ -81,7 +81,7 @@ def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> No
 
 
 def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:
-    """Keywords in today's names or in older ones, on the trainer or in the arguments, which stay as they are."""
+    """With current or older names, as keywords of the trainer or in the arguments, which do not change."""
     data = Dataset.from_dict({"words": tiny.texts(18)})
     new = arguments(tmp_path, max_steps=3, dataset_text_field="words", max_length=24, packing=True)
     old = arguments(tmp_path, max_steps=3)
@@ -104,8 +104,8 @@ def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:
     assert (old.packing, old.max_length, old.padding_free) == (False, 1024, None)
 
 
-def test_a_keyword_that_nobody_knows(tmp_path: Path) -> None:
-    """It is not dropped without a word."""
+def test_an_unknown_keyword_is_refused(tmp_path: Path) -> None:
+    """It is not ignored."""
     with pytest.raises(TypeError, match="max_sequence_length"):
         UnslothTrainer(**options(tmp_path, max_sequence_length=17))
 
@@ -117,14 +117,14 @@ def test_a_keyword_that_nobody_knows(tmp_path: Path) -> None:
         (48, {"max_length": 24}, 24),
         (48, {"max_length": 60}, 48),
         (48, {"max_length": None}, 48),
-        (64, {}, 1024),  # as many as the model has positions: nothing was said
+        (64, {}, 1024),  # the model's number of positions: not a choice of the user
         (None, {}, 1024),
     ],
 )
-def test_the_length_that_the_model_was_loaded_for(
+def test_the_length_that_the_model_was_loaded_with(
     tmp_path: Path, model_length: int | None, given: dict[str, Any], taken: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is taken where the arguments say nothing, and never exceeded."""
+    """It replaces the arguments' default and limits every other value."""
     model = tiny.model()
     if model_length:
         model.max_seq_length = model_length
@@ -134,8 +134,8 @@ def test_the_length_that_the_model_was_loaded_for(
     assert ("the max_seq_length of the model" in caplog.text) == (taken != given.get("max_length", 1024))
 
 
-def test_the_models_backend_is_taken_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain trainer on a model that was loaded with one."""
+def test_the_models_backend_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a trainer whose arguments name no backend."""
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     model = tiny.model()
     model.unsloth_backend = "reference,rope=reference"

@@ -1,4 +1,4 @@
-"""The usage examples that people know from Unsloth run as they stand."""
+"""Unsloth's published usage examples run unchanged."""
 
 import json
 import sys
@@ -166,7 +166,7 @@ trainer_stats = unsloth_train(trainer)
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs an example as it stands, but for the model's name, halves on a CPU, and three steps for a hundred."""
+    """Runs an example unchanged, except for the model's name, three steps instead of 100, and no fp16 on a CPU."""
     monkeypatch.setenv("UNSLOTH_BACKEND", "reference")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "unsloth", unsloth_fast)
@@ -176,7 +176,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(code: str) -> Any:
         code = code.replace("unsloth/Llama-3.2-1B-Instruct", folder).replace("max_steps=100", "max_steps=3")
-        if not torch.cuda.is_available():  # where transformers refuses both halves
+        if not torch.cuda.is_available():  # transformers refuses fp16 and bf16 there
             code = code.replace("fp16=True", "fp16=False")
             code = code.replace('output_dir="outputs"', 'output_dir="outputs", use_cpu=True, bf16=False')
         exec(compile(code, "<example>", "exec"), names)
@@ -186,7 +186,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_example_with_an_embedding_rate(example: Any) -> None:
-    """The embeddings train in full at their rate, everything else of the adapter at its own."""
+    """The embeddings are trained in full at their own rate, all other weights of the adapter at the base rate."""
     trainer = example(EMBEDDING_RATE).trainer
     assert trainer.model.get_base_model().is_loaded_in_4bit
     rates = {group["role"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
@@ -199,7 +199,7 @@ def test_the_example_with_an_embedding_rate(example: Any) -> None:
 
 
 def test_the_example_with_the_standard_trainer(example: Any) -> None:
-    """Old keywords and all; as TRL's own configuration says nothing of padding-free batches, they are padded."""
+    """With old keywords. Batches are padded because TRL's own configuration does not ask for padding-free ones."""
     trainer = example(STANDARD).trainer
     assert isinstance(trainer, SFTTrainer) and type(trainer) is UnslothTrainer
     assert (trainer.args.max_length, trainer.args.dataset_text_field) == (2048, "text")
@@ -208,7 +208,7 @@ def test_the_example_with_the_standard_trainer(example: Any) -> None:
 
 
 def test_the_example_with_packing(example: Any) -> None:
-    """Padding-free by itself, on packed rows, through the backend's attention."""
+    """Packed rows are padding-free automatically, and use the backend's attention."""
     trainer = example(PACKING).trainer
     assert trainer.args.packing and trainer.args.padding_free
     assert "seq_lengths" in trainer.train_dataset.column_names
@@ -217,8 +217,8 @@ def test_the_example_with_packing(example: Any) -> None:
     assert trainer.state.global_step == 3
 
 
-def test_the_example_with_an_own_optimizer(example: Any) -> None:
-    """An optimizer of the user's wins over ours."""
+def test_the_example_with_a_user_defined_optimizer(example: Any) -> None:
+    """The user's optimizer replaces ours."""
     code = EMBEDDING_RATE.replace("trainer.train()", "")
     names = example(OWN_OPTIMIZER + code)
     mine = names._create_unsloth_optimizer(names.model, torch.optim.AdamW, {"lr": 2e-4})
@@ -228,6 +228,6 @@ def test_the_example_with_an_own_optimizer(example: Any) -> None:
 
 
 def test_the_example_with_unsloth_train(example: Any) -> None:
-    """It trains, and returns what `train` returns."""
+    """It trains and returns the result of `train`."""
     names = example(PACKING.replace("trainer.train()", "") + TRAIN)
     assert names.trainer_stats.global_step == names.trainer.state.global_step == 3

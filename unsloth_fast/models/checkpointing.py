@@ -32,11 +32,11 @@ def enable_checkpointing(model: CausalLM, enable: bool) -> None:
         getattr(model, f"{word}_checkpointing_disable")()
 
 
-def follow_arguments(model: Any, args: TrainingArguments) -> None:
-    """Turn off the gradient checkpointing that a model was loaded with if a run's arguments do not want it.
+def follow_arguments(model: object, args: TrainingArguments) -> None:
+    """Turn off the gradient checkpointing that a model was loaded with unless the run's arguments ask for it.
 
     Args:
-        model: the model, with an adapter or without, or the name or path of one.
+        model: the model, with or without an adapter, or its name or path.
         args: the run's arguments.
     """
     if getattr(model, "unsloth_gradient_checkpointing", False) and not args.gradient_checkpointing:

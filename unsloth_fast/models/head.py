@@ -57,9 +57,9 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         labels: Tensor = inputs.pop("labels")
         options = {"num_items": num_items, "label_smoothing": label_smoothing}
         head = None if with_outputs or logit_options is None else plain_head(self)
-        if head is not None and logit_options is not None:
+        if head is not None:
             hidden = self.base_model(*positional, **inputs).last_hidden_state
-            return _loss_of_hidden(self, head, hidden, labels, backend, options | logit_options)
+            return _loss_of_hidden(self, head, hidden, labels, backend, options | (logit_options or {}))
         outputs = own(*positional, **inputs)
         # A model that is split over several devices has its logits on the last one.
         labels = labels.to(outputs.logits.device)
