@@ -123,7 +123,7 @@ def test_more_queries_than_are_scored_at_once(monkeypatch: pytest.MonkeyPatch) -
     """In pieces of 4 queries as in one."""
     tensors, (cu_seqlens, longest) = inputs(15, 2, 1, 3), bounds(6, 9)
     whole = packed_attention(*tensors, cu_seqlens, longest, window=7)
-    monkeypatch.setattr(import_module("unsloth_ref.kernels.packed_attention"), "ROWS", 4)
+    monkeypatch.setattr(import_module("unsloth_ref.kernels.packed_attention"), "QUERIES", 4)
     torch.testing.assert_close(packed_attention(*tensors, cu_seqlens, longest, window=7), whole, **FLOAT64)
 
 
