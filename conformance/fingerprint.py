@@ -1,7 +1,7 @@
-"""What Triton makes of a backend's kernels for cards that need not be here: registers, stack, shared memory, widths.
+"""What Triton compiles from a backend's kernels: registers, stack, shared memory, and widths of memory accesses.
 
-Each operation runs forward and backward on the shapes that its spec times, with few rows, on the CPU. Every launch of a
-Triton kernel is answered by compiling it for all targets instead: no output is ever written, and no GPU is needed.
+Each operation runs forward and backward on the benchmark shapes of its spec, with few rows, on the CPU. Instead of
+being launched, each Triton kernel is compiled for all targets: no output is ever written, and no GPU is needed.
 """
 
 import json
@@ -26,18 +26,19 @@ from conformance.report import commit, versions
 from conformance.search import DTYPES
 from conformance.spec import Spec, specs
 from conformance.trial import Caught, Trial, describe
+from unsloth_fast.kernels._launch import launched_by_triton
 
 NAME_WIDTH, CELL_WIDTH = 36, 24
-ROWS = 64  # launch parameters that depended on the number of rows would change a row's bits with it
+ROWS = 64  # few are enough: launch parameters do not depend on the number of rows, or a row's bits would
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of card.
+    """A GPU architecture.
 
     Attributes:
-        triton: as Triton calls it.
-        shared: bytes of shared memory that one program may have.
+        triton: Triton's description of it.
+        shared: bytes of shared memory that one program may use.
     """
 
     triton: GPUTarget
@@ -53,18 +54,21 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Print:
+class Fingerprint:
     """One kernel of one operation on one target.
 
     Attributes:
+        op: the operation.
         shape: the name of the shape in the operation's spec.
-        kernel: its name; a kernel that is launched with several sets of parameters is there several times.
-        registers: of a thread.
-        stack: bytes of memory of a thread, into which registers spill.
-        shared: bytes of shared memory of a program.
+        dtype: the dtype of the inputs.
+        kernel: the kernel's name; each set of launch parameters has a fingerprint of its own.
+        target: a name in TARGETS.
+        registers: number of registers per thread.
+        stack: bytes of memory per thread, into which registers spill.
+        shared: bytes of shared memory per program.
         load: bytes of the widest load from global memory.
-        store: bytes of the widest store to it.
-        problem: why there is no such kernel, or why it cannot be launched there; None if nothing is wrong.
+        store: bytes of the widest store to global memory.
+        problem: why the kernel does not compile, or cannot be launched on the target; None if it can.
     """
 
     op: str
@@ -80,14 +84,14 @@ class Print:
     problem: str | None = None
 
 
-def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dtype: str) -> Iterator[list[Print]]:
-    """The prints of each operation on each of its shapes: kernel by kernel as they are launched, target by target.
+def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dtype: str) -> Iterator[list[Fingerprint]]:
+    """The fingerprints of each operation on each of its shapes: per kernel, in the order of launches, per target.
 
     Args:
-        judged: the backend; its functions must take tensors on a CPU, which here those of unsloth_fast do.
-        ops: names of operations; those that it does not define, and those that launch nothing, are left out.
+        judged: the backend; its functions must accept tensors on a CPU, as those of unsloth_fast do here.
+        ops: names of operations; those that the backend does not define or that launch no kernel are left out.
         targets: names in TARGETS.
-        dtype: of the inputs, a name in DTYPES.
+        dtype: the dtype of the inputs, a name in DTYPES.
 
     Raises:
         Failure: a function raised.
@@ -95,24 +99,24 @@ def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dty
     for op in ops:
         spec = specs()[op]
         for shape in spec.bench if op in judged.functions else ():
-            launches: dict[tuple[Print, ...], None] = {}  # those that are alike once
-            blanks = [Print(op, shape, dtype, "", target) for target in targets]
+            launches: dict[tuple[Fingerprint, ...], None] = {}  # each once, in order
+            blanks = [Fingerprint(op, shape, dtype, "", target) for target in targets]
             with _compiled_not_launched(blanks, launches.setdefault):
                 _run(Trial(spec, judged.functions[op], DTYPES[dtype], "cpu"), spec, shape)
             if launches:
-                yield [one for prints in launches for one in prints]
+                yield [one for found in launches for one in found]
 
 
 def _run(trial: Trial, spec: Spec, shape: str) -> None:
     case = bench_case(spec, shape)
-    case = case.resized(**{spec.row_dimension: min(ROWS, case.size(spec.row_dimension))})
+    case = case.resized(**{spec.rows: min(ROWS, case.size(spec.rows))})
     inputs = trial.inputs(case)
     inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
     trial.run(case, inputs, grads=spec.bench[shape].get("grads"))
 
 
-class _Elsewhere:
-    """Triton's driver of a card that is not here."""
+class _AbsentDriver:
+    """Triton's driver of a GPU that this machine does not have."""
 
     def __init__(self, index: int, target: GPUTarget) -> None:
         self._index, self._target = index, target
@@ -128,28 +132,30 @@ class _Elsewhere:
 
 
 @contextmanager
-def _compiled_not_launched(blanks: Sequence[Print], tell: Callable[[tuple[Print, ...]], Any]) -> Iterator[None]:
+def _compiled_not_launched(
+    blanks: Sequence[Fingerprint], on_launch: Callable[[tuple[Fingerprint, ...]], Any]
+) -> Iterator[None]:
+    """Within this context kernels are compiled for the targets of the blanks, and not launched."""
     original: Any = JITFunction.run
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        prints = []
+        found = []
         for index, blank in enumerate(blanks):
-            driver.set_active(_Elsewhere(index, TARGETS[blank.target].triton))  # type: ignore[arg-type]  # all it takes
-            made = replace(blank, kernel=kernel.__name__)
+            absent: Any = _AbsentDriver(index, TARGETS[blank.target].triton)  # has the three methods that Triton calls
+            driver.set_active(absent)
+            one = replace(blank, kernel=kernel.__name__)
             with Caught() as raised:
-                made = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), made)
-            problem = made.problem if raised.error is None else describe(raised.error)
-            prints.append(replace(made, problem=problem))
-        tell(tuple(prints))
+                one = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), one)
+            problem = one.problem if raised.error is None else describe(raised.error)
+            found.append(replace(one, problem=problem))
+        on_launch(tuple(found))
 
-    # Kernels of unsloth_fast are launched with tensors on a CPU in the interpreter alone, through JITFunction.run.
-    interpreted = patch("unsloth_fast.kernels._launch.INTERPRETED", True)
-    with patch.object(driver, "_active", None), patch.object(JITFunction, "run", run), interpreted:
+    with patch.object(driver, "_active", None), patch.object(JITFunction, "run", run), launched_by_triton():
         yield
 
 
-def _read(compiled: Any, blank: Print) -> Print:
-    """The print of a compiled kernel."""
+def _read(compiled: Any, blank: Fingerprint) -> Fingerprint:
+    """The fingerprint of a compiled kernel."""
     target, shared = TARGETS[blank.target], compiled.metadata.shared
     registers, stack, load, store = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
     problem = None
@@ -159,7 +165,7 @@ def _read(compiled: Any, blank: Print) -> Print:
 
 
 def _of_nvidia(code: Any) -> tuple[int, int, int, int]:
-    """Registers, bytes of stack, and bytes of the widest load and store of a thread."""
+    """Per thread: registers, bytes of stack, and bytes of the widest load and store."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code["cubin"])
         file.flush()
@@ -174,7 +180,7 @@ def _of_nvidia(code: Any) -> tuple[int, int, int, int]:
 
 
 def _of_amd(code: Any) -> tuple[int, int, int, int]:
-    """Registers (of vectors), bytes of stack, and bytes of the widest load and store of a thread."""
+    """Per thread: vector registers, bytes of stack, and bytes of the widest load and store."""
     (registers,) = re.findall(r"\.vgpr_count: +(\d+)", code["amdgcn"])
     (stack,) = re.findall(r"\.private_segment_fixed_size: +(\d+)", code["amdgcn"])
     widest = {"load": 0, "store": 0}
@@ -184,34 +190,34 @@ def _of_amd(code: Any) -> tuple[int, int, int, int]:
 
 
 def heading(judged: Judged, targets: Sequence[str], dtype: str) -> str:
-    """What the table shows, and its columns."""
+    """The heading of the table: what it shows, and the names of its columns."""
     return "\n".join(
         (
             f"backend {judged.name}, {dtype}, Triton {versions()['triton']}",
-            "registers of a thread + bytes of its stack, KiB of shared memory, bytes of the widest load / store",
+            "registers + bytes of stack per thread, KiB of shared memory, bytes of the widest load / store",
             " " * NAME_WIDTH + "".join(f"{target:<{CELL_WIDTH}}" for target in targets).rstrip(),
         )
     )
 
 
-def text(prints: Sequence[Print]) -> str:
-    """A line a kernel of one shape, a column a target; below, what cannot be launched."""
-    count = len({one.target for one in prints})
-    lines = [f"{prints[0].op} {prints[0].shape}"]
-    for first in range(0, len(prints), count):
-        cells = "".join(f"{_cell(one):<{CELL_WIDTH}}" for one in prints[first : first + count])
-        lines.append(f"  {prints[first].kernel:<{NAME_WIDTH - 2}}{cells.rstrip()}")
-    lines += [f"  FAIL {one.kernel} / {one.target}: {one.problem}" for one in prints if one.problem]
+def text(found: Sequence[Fingerprint]) -> str:
+    """One line per kernel of a shape, with one column per target; then the kernels that cannot be launched."""
+    count = len({one.target for one in found})
+    lines = [f"{found[0].op} {found[0].shape}"]
+    for first in range(0, len(found), count):
+        cells = "".join(f"{_cell(one):<{CELL_WIDTH}}" for one in found[first : first + count])
+        lines.append(f"  {found[first].kernel:<{NAME_WIDTH - 2}}{cells.rstrip()}")
+    lines += [f"  FAIL {one.kernel} / {one.target}: {one.problem}" for one in found if one.problem]
     return "\n".join(lines)
 
 
-def _cell(one: Print) -> str:
+def _cell(one: Fingerprint) -> str:
     if one.problem:
         return "FAIL"
     return f"{one.registers:>3} + {one.stack:<4}{one.shared / 1024:>4.0f} K {one.load:>3} /{one.store:>3}"
 
 
-def write_json(path: Path, prints: Sequence[Print], judged: Judged) -> None:
-    """The same for machines: {"meta": {...}, "results": [a print, ...]}."""
+def write_json(path: Path, found: Sequence[Fingerprint], judged: Judged) -> None:
+    """The same as JSON: {"meta": {...}, "results": [a fingerprint, ...]}."""
     meta = {"versions": versions(), "backend": judged.name, "commit": commit()}
-    path.write_text(json.dumps({"meta": meta, "results": [asdict(one) for one in prints]}, indent=1) + "\n")
+    path.write_text(json.dumps({"meta": meta, "results": [asdict(one) for one in found]}, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""The contract's argument checks, one a kind of mistake; both backends call them, so both raise the same.
+"""The contract's argument checks, one function per kind of mistake; both backends call them and raise the same errors.
 
-Each message names the argument, what was seen and what is allowed.
+Each message names the argument, the value seen and the values allowed.
 """
 
 import os
@@ -15,7 +15,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ValueError unless value is one of those allowed."""
+    """Raise ValueError unless the value is one of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
@@ -27,25 +27,25 @@ def in_range(name: str, value: float, low: float, high: float = float("inf")) ->
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
-    """Raise TypeError unless the tensor's dtype is one of those allowed."""
+    """Raise TypeError unless the tensor's dtype is one of the allowed dtypes."""
     if tensor.dtype not in allowed:
         raise TypeError(f"{name}: got dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}")
 
 
 def shape(name: str, tensor: Tensor, allowed: Sequence[int], meaning: str) -> None:
-    """Raise ValueError unless the tensor has exactly this shape; meaning says where the shape comes from."""
+    """Raise ValueError unless the tensor has exactly this shape; meaning explains where the shape comes from."""
     if tuple(tensor.shape) != tuple(allowed):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; allowed: {list(allowed)}, {meaning}")
 
 
 def dimensions(name: str, tensor: Tensor, count: int, letters: str) -> None:
-    """Raise ValueError unless the tensor has this many dimensions; letters names them, as in "[T, V]"."""
+    """Raise ValueError unless the tensor has this many dimensions; letters name them, as in "[T, V]"."""
     if tensor.ndim != count:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; allowed: {letters}")
 
 
 def has_rows(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a 0-dimensional tensor, which has no last dimension to work along."""
+    """Raise ValueError for a 0-dimensional tensor, which has no last dimension."""
     if tensor.ndim == 0:
         raise ValueError(f"{name}: got a 0-dimensional tensor; allowed: at least one dimension")
 
@@ -64,14 +64,14 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
 
 
 def column_vector(name: str, tensor: Tensor, rows_name: str, rows: Tensor) -> None:
-    """Raise unless a tensor is of a float dtype (TypeError), with one entry a column of rows, where those are."""
+    """Raise unless a tensor has a float dtype (TypeError) and one entry per column of rows, on the device of rows."""
     dtype(name, tensor)
-    shape(name, tensor, rows.shape[-1:], f"one entry a column of {rows_name}")
+    shape(name, tensor, rows.shape[-1:], f"one entry per column of {rows_name}")
     same_device(name, tensor, rows_name, rows)
 
 
 def labels_in_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ValueError for a label outside [0, vocab) that is not ignore_index. Reads the labels: syncs on a GPU."""
+    """Raise ValueError for a label outside [0, vocab) that is not ignore_index. Synchronises a GPU."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
         index = int(wrong.nonzero()[0, 0])
@@ -82,7 +82,7 @@ def labels_in_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
-    """What every norm asks: float rows x [..., H], one float weight per column, an eps that is not negative."""
+    """Check the arguments of a norm: float rows x [..., H], one float weight per column, an eps of at least 0."""
     has_rows("x", x)
     dtype("x", x)
     column_vector("weight", weight, "x", x)
@@ -90,68 +90,14 @@ def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 def gated_arguments(gate: Tensor, up: Tensor) -> None:
-    """What every gated activation asks: two float tensors [..., F] of the same shape, dtype and device."""
+    """Check the arguments of a gated activation: two float tensors [..., F] of the same shape, dtype and device."""
     has_rows("gate", gate)
     dtype("gate", gate)
     same("up", up, "gate", gate)
 
 
-def loss_arguments(
-    logits: Tensor,
-    labels: Tensor,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: str,
-    num_items: object,
-) -> None:
-    """What every cross entropy asks of logits [T, V], labels [T] and its options."""
-    dimensions("logits", logits, 2, "[T, V]")
-    if logits.shape[1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}; allowed: [T, V] with V at least 1")
-    dtype("logits", logits)
-    _label_arguments("logits", logits, labels)
-    _loss_options(softcap, label_smoothing, z_loss, reduction, num_items)
-
-
-def linear_loss_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: str,
-    num_items: object,
-) -> None:
-    """What a cross entropy of a linear layer asks of hidden [T, H], weight [V, H], labels [T], bias [V] and options."""
-    dimensions("hidden", hidden, 2, "[T, H]")
-    dtype("hidden", hidden)
-    dimensions("weight", weight, 2, "[V, H]")
-    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        seen = list(weight.shape)
-        raise ValueError(f"weight: got shape {seen}; allowed: [V, {hidden.shape[1]}], the H of hidden, V at least 1")
-    dtype("weight", weight, (hidden.dtype,))
-    same_device("weight", weight, "hidden", hidden)
-    _label_arguments("hidden", hidden, labels)
-    if bias is not None:
-        shape("bias", bias, weight.shape[:1], "one entry a row of weight")
-        dtype("bias", bias, (hidden.dtype,))
-        same_device("bias", bias, "hidden", hidden)
-    _loss_options(softcap, label_smoothing, z_loss, reduction, num_items)
-
-
-def _label_arguments(rows_name: str, rows: Tensor, labels: Tensor) -> None:
-    shape("labels", labels, rows.shape[:1], f"one label a row of {rows_name}")
-    dtype("labels", labels, INTEGERS)
-    same_device("labels", labels, rows_name, rows)
-
-
-def _loss_options(softcap: float, label_smoothing: float, z_loss: float, reduction: str, num_items: object) -> None:
-    in_range("softcap", softcap, 0.0)
-    in_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    in_range("z_loss", z_loss, 0.0)
+def reduction_arguments(reduction: str, num_items: object) -> None:
+    """Check how a cross entropy sums up the losses of its rows."""
     one_of("reduction", reduction, ("mean", "sum", "none"))
     if num_items is not None:
         if reduction == "none":
@@ -162,8 +108,56 @@ def _loss_options(softcap: float, label_smoothing: float, z_loss: float, reducti
             in_range("num_items", num_items, 0)  # type: ignore[arg-type]
 
 
+def loss_arguments(logits: Tensor, labels: Tensor, softcap: float, label_smoothing: float, z_loss: float) -> None:
+    """Check logits [T, V], labels [T] and the options of a cross entropy."""
+    dimensions("logits", logits, 2, "[T, V]")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: got shape {list(logits.shape)}; allowed: [T, V] with V at least 1")
+    dtype("logits", logits)
+    _label_arguments("logits", logits, labels)
+    _loss_options(softcap, label_smoothing, z_loss)
+
+
+def linear_loss_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
+    """Check hidden [T, H], weight [V, H], labels [T], bias [V] and the options of a linear layer's cross entropy."""
+    dimensions("hidden", hidden, 2, "[T, H]")
+    dtype("hidden", hidden)
+    dimensions("weight", weight, 2, "[V, H]")
+    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        seen = list(weight.shape)
+        raise ValueError(f"weight: got shape {seen}; allowed: [V, {hidden.shape[1]}], the H of hidden, V at least 1")
+    dtype("weight", weight, (hidden.dtype,))
+    same_device("weight", weight, "hidden", hidden)
+    _label_arguments("hidden", hidden, labels)
+    if bias is not None:
+        shape("bias", bias, weight.shape[:1], "one entry per row of weight")
+        dtype("bias", bias, (hidden.dtype,))
+        same_device("bias", bias, "hidden", hidden)
+    _loss_options(softcap, label_smoothing, z_loss)
+
+
+def _label_arguments(rows_name: str, rows: Tensor, labels: Tensor) -> None:
+    shape("labels", labels, rows.shape[:1], f"one label per row of {rows_name}")
+    dtype("labels", labels, INTEGERS)
+    same_device("labels", labels, rows_name, rows)
+
+
+def _loss_options(softcap: float, label_smoothing: float, z_loss: float) -> None:
+    in_range("softcap", softcap, 0.0)
+    in_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    in_range("z_loss", z_loss, 0.0)
+
+
 def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    """What rotary embedding asks of q [B, N, S, D], k [B, K, S, D], cos, sin and positions."""
+    """Check q [B, N, S, D], k [B, K, S, D], cos, sin and positions of a rotary embedding."""
     dimensions("q", q, 4, "[B, N, S, D]")
     dtype("q", q)
     dimensions("k", k, 4, "[B, K, S, D]")
@@ -190,11 +184,11 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
     same("sin", sin, "cos", cos)
     for name, constant in (("cos", cos), ("sin", sin)):
         if constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant, as by detach()")
+            raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant; detach() makes one")
 
 
 def positions_in_table(positions: Tensor, rows: int) -> None:
-    """Raise ValueError for a position outside [0, rows). Reads the positions: syncs on a GPU."""
+    """Raise ValueError for a position outside [0, rows). Synchronises a GPU."""
     wrong = (positions < 0) | (positions >= rows)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
@@ -202,7 +196,7 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
 
 
 def lora_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    """What an adapter asks of x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O]."""
+    """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter."""
     if x.ndim == 0:
         raise ValueError("x: got shape []; allowed: [..., I]")
     dtype("x", x)
@@ -217,7 +211,7 @@ def lora_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bi
     dtype("lora_b", lora_b, (lora_a.dtype,))
     others = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
-        shape("bias", bias, weight.shape[:1], "one entry a row of weight")
+        shape("bias", bias, weight.shape[:1], "one entry per row of weight")
         dtype("bias", bias, (x.dtype,))
         others["bias"] = bias
     for name, tensor in others.items():
@@ -234,7 +228,7 @@ def packed_attention_arguments(
     window: int | None,
     softcap: float,
 ) -> None:
-    """What packed attention asks of q [T, N, D], k and v [T, K, D], cu_seqlens [documents + 1] and its options."""
+    """Check q [T, N, D], k and v [T, K, D], cu_seqlens [documents + 1] and the options of packed attention."""
     dimensions("q", q, 3, "[T, N, D]")
     dtype("q", q)
     dimensions("k", k, 3, "[T, K, D]")
@@ -261,7 +255,7 @@ def packed_attention_arguments(
 
 
 def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
-    """Raise ValueError unless cu_seqlens rises from 0 to tokens by at most max_seqlen. Reads it: syncs on a GPU."""
+    """Raise ValueError unless cu_seqlens rises from 0 to tokens, in steps up to max_seqlen. Synchronises a GPU."""
     bounds = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
@@ -271,9 +265,9 @@ def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
         raise ValueError(f"max_seqlen: got {max_seqlen}; allowed: at least {max(lengths)}, the longest document")
 
 
-def must_read_labels(labels: Tensor) -> bool:
-    """Whether labels are checked by value: on a CPU; on CUDA, where that waits for the device, if UNSLOTH_DEBUG=1.
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether the values of labels, positions or lengths are checked: on a CPU, and on CUDA if UNSLOTH_DEBUG=1.
 
-    Never while compiling, where reading a value would break the graph.
+    On CUDA reading them waits for the device. They are never read under torch.compile, where that breaks the graph.
     """
-    return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or os.environ.get("UNSLOTH_DEBUG") == "1")
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("UNSLOTH_DEBUG") == "1")

@@ -93,7 +93,7 @@ def lines_of_code(function: Function) -> int:
 
 def limit_of(function: Function) -> int:
     """Triton kernels may be longer than other functions."""
-    jitted = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+    jitted = any(ast.unparse(decorator).startswith(("triton.jit", "kernel(")) for decorator in function.decorator_list)
     return KERNEL_LINES if jitted else FUNCTION_LINES
 
 

@@ -1,4 +1,4 @@
-"""Backends whose kernels are written for `conformance fingerprint` to find fault with; nobody runs them."""
+"""Backends with faulty kernels for `conformance fingerprint` to find; they are never executed."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def wide_kernel(gate_ptr, y_ptr, COLUMNS: tl.constexpr):
-    """As many registers as a row takes: with four warps, twice of what a thread has."""
+    """Holds a row in registers: with four warps, twice as many as a thread has."""
     column = tl.arange(0, COLUMNS)
     gate = tl.load(gate_ptr + column).to(tl.float32)
     total = tl.sum(gate * gate, 0)
@@ -19,7 +19,7 @@ def wide_kernel(gate_ptr, y_ptr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def product_kernel(gate_ptr, y_ptr, DEPTH: tl.constexpr):
-    """Both factors of a product wait in shared memory: in 16 bits 128 and 64 KiB."""
+    """Stores both factors of a product in shared memory: 128 and 64 KiB in 16 bits."""
     row, depth, column = tl.arange(0, 256), tl.arange(0, DEPTH), tl.arange(0, 128)
     left = tl.load(gate_ptr + row[:, None] * DEPTH + depth[None, :])
     right = tl.load(gate_ptr + depth[:, None] * 128 + column[None, :])
@@ -29,7 +29,7 @@ def product_kernel(gate_ptr, y_ptr, DEPTH: tl.constexpr):
 
 @triton.jit
 def odd_kernel(gate_ptr, y_ptr, COLUMNS: tl.constexpr):
-    """A width that is no power of two."""
+    """Has a width that is not a power of two."""
     column = tl.arange(0, COLUMNS)
     tl.store(y_ptr + column, tl.load(gate_ptr + column))
 
@@ -59,7 +59,7 @@ odd = _backend(odd_kernel, 3)
 
 
 def on_cuda(gate: Tensor, up: Tensor) -> Tensor:
-    """A function that insists on a GPU."""
+    """A function that requires a GPU."""
     raise RuntimeError("gate: got a CPU tensor; allowed: CUDA")
 
 

@@ -1,4 +1,4 @@
-"""The project's Triton kernels with lines of their source changed, as modules of their own."""
+"""Modules with edited copies of the project's Triton kernels."""
 
 import importlib.util
 import re
@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 KERNELS = Path(__file__).parents[2] / "unsloth_fast" / "kernels"
-Edit = tuple[str, str]  # old text, which must occur exactly once in the operation's file and those it imports, and new
+Edit = tuple[str, str]  # old text, which occurs exactly once in the operation's file and its imports; new text
 
 
 class _Text(ExecutionLoader):
-    """Imports source held in memory; Triton, which reads the source of its kernels, finds it through this loader."""
+    """Imports source code from memory; Triton reads the source of kernels through this loader."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -23,7 +23,7 @@ class _Text(ExecutionLoader):
         return self._text
 
     def get_filename(self, fullname: str) -> str:
-        """No such file exists; the name keeps the modules apart in tracebacks and caches."""
+        """The name of no existing file, which distinguishes the modules in tracebacks and caches."""
         return f"{fullname}.py"
 
 
@@ -36,12 +36,12 @@ def _module(name: str, text: str) -> ModuleType:
 
 
 def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
-    """The module `unsloth_fast.kernels.<op>`, changed, under this name and with operators in a namespace of this name.
+    """An edited copy of the module `unsloth_fast.kernels.<op>`; its name is also the namespace of its operators.
 
     Args:
         op: the operation.
         name: a Python identifier, unique in the process.
-        edits: what to replace by what.
+        edits: pairs of old and new text.
 
     Raises:
         ValueError: an edit's old text does not occur exactly once.
@@ -55,7 +55,7 @@ def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
 
 
 def edited(op: str, name: str, edits: Sequence[Edit]) -> dict[str, str]:
-    """The changed sources that `changed` imports, by file; it raises ValueError as that does."""
+    """The edited sources by file, which `changed` imports; raises the same ValueError."""
     texts = _with_imports(op)
     for old, new in edits:
         count = sum(text.count(old) for text in texts.values())
@@ -66,7 +66,7 @@ def edited(op: str, name: str, edits: Sequence[Edit]) -> dict[str, str]:
 
 
 def _with_imports(op: str) -> dict[str, str]:
-    """The sources of an operation and of all kernel files that it imports, each behind those it imports itself."""
+    """The sources of an operation and of all kernel files that it imports, each after its own imports."""
     text = (KERNELS / f"{op}.py").read_text()
     found: dict[str, str] = {}
     for other in re.findall(r"^from unsloth_fast\.kernels\.(\w+) import", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""What `conformance fingerprint` reads off kernels that it compiles for cards that are not here."""
+"""`conformance fingerprint` compiles kernels for GPUs that this machine does not have, and reads their properties."""
 
 import json
 import subprocess
@@ -11,15 +11,15 @@ import pytest
 from conformance.cli import main
 
 ROOT = Path(__file__).parents[2]
-# The memory-bound operations and the attention; the other two launch the kernels of cross_entropy and a product.
+# The memory-bound operations and attention; the other two launch the kernels of cross_entropy, and library products.
 OPERATIONS = (
     *("rms_norm", "add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy"),
     "packed_attention",
 )
-NUMBERS = {"prepare_kernel", "divided_sum_kernel"}  # these read a number a row
-SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write a number a row, or a column
-# Bytes of a thread's stack on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and for dv,
-# and two floats each for 16 columns of 16384. In these tiles they were the fastest all the same.
+NUMBERS = {"prepare_kernel", "divided_sum_kernel"}  # these read one number per row
+SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
+# Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
+# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless.
 SPILLS = {
     ("packed_attention_dkdv_kernel", "text-mix-16k-d128"): 256,
     ("packed_attention_dkdv_kernel", "long-16k-d128"): 256,
@@ -28,22 +28,22 @@ SPILLS = {
 
 
 def fingerprint(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: here Triton interprets."""
+    """Run the command in another process: in this one Triton interprets kernels."""
     command = [sys.executable, "-m", "conformance", "fingerprint", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def prints(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    ran = fingerprint(*arguments, "--json", str(tmp_path / "prints.json"))
-    return ran, json.loads((tmp_path / "prints.json").read_text())["results"]
+def results(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    ran = fingerprint(*arguments, "--json", str(tmp_path / "fingerprints.json"))
+    return ran, json.loads((tmp_path / "fingerprints.json").read_text())["results"]
 
 
 def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
-    ran, found = prints(tmp_path, *OPERATIONS, "--target", "sm_90")
+    ran, found = results(tmp_path, *OPERATIONS, "--target", "sm_90")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {one["op"] for one in found} == set(OPERATIONS)
     for one in found:
-        assert one["problem"] is None
+        assert one["problem"] is None, one
         assert one["load"] == 16 or one["kernel"] in NUMBERS, one
         assert one["store"] == 16 or one["kernel"] in SUMS, one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
@@ -52,17 +52,17 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) ->
 
 def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
     for dtype in ("float32", "float16"):
-        ran, found = prints(tmp_path, "layer_norm", "--dtype", dtype)
+        ran, found = results(tmp_path, "layer_norm", "--dtype", dtype)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert {one["target"] for one in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
         assert all(one["registers"] for one in found)
-        for one in found:  # a warp of gfx942 has 64 threads: each takes half as much of a tile
+        for one in found:  # a warp of gfx942 has 64 threads: each holds half as much of a tile
             assert one["load"] == 16 or (one["target"] == "gfx942" and dtype == "float16" and one["load"] == 8)
 
 
 def test_registers_that_spill_are_seen(tmp_path: Path) -> None:
-    ran, found = prints(tmp_path, "--backend", "tests.judge.launching.spilling", "--target", "sm_90")
+    ran, found = results(tmp_path, "--backend", "tests.judge.launching.spilling", "--target", "sm_90")
     assert ran.returncode == 0, ran.stderr
     assert {one["kernel"] for one in found} == {"wide_kernel"}
     assert all(one["stack"] > 0 and one["registers"] == 255 for one in found)
@@ -70,7 +70,7 @@ def test_registers_that_spill_are_seen(tmp_path: Path) -> None:
 
 def test_a_kernel_that_a_target_cannot_hold_fails_there_alone(tmp_path: Path) -> None:
     arguments = ("--backend", "tests.judge.launching.crowded", "--target", "sm_80", "sm_90", "--dtype", "float16")
-    ran, found = prints(tmp_path, *arguments)
+    ran, found = results(tmp_path, *arguments)
     assert ran.returncode == 1
     assert "FAIL product_kernel / sm_80: takes 196608 bytes of shared memory; sm_80 has 166912" in ran.stdout
     assert {one["target"] for one in found if one["problem"]} == {"sm_80"}

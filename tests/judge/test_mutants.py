@@ -25,7 +25,9 @@ from unsloth_ref import kernels as reference
 
 ROOT = Path(__file__).parents[2]
 OPERATIONS = tuple(reference.__all__)
-EXPECTED = {f"tests.judge.mutants.{name}": (op, mutant.laws, mutant.dtype) for name, (op, mutant) in MUTANTS.items()}
+EXPECTED = {
+    f"tests.judge.mutants.{name}": (op, mutant.properties, mutant.dtype) for name, (op, mutant) in MUTANTS.items()
+}
 EXPECTED |= {f"tests.judge.wrong.{name}": expected for name, expected in WRONG.items()}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]

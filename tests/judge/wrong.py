@@ -1,6 +1,6 @@
-"""Wrong implementations that are wrong around the formulas, not in them; most wrap the reference.
+"""Implementations whose formulas are right and whose behaviour is wrong; most wrap the reference.
 
-Each is a backend: `tests.judge.wrong.rms_norm_writes_over_x`.
+Each is a backend, such as `tests.judge.wrong.rms_norm_writes_over_x`.
 """
 
 import itertools
@@ -15,22 +15,25 @@ from torch.nn import functional as F
 
 from tests.judge.contract import Function, as_backend
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import IGNORE_INDEX
 
-WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties that may find it, dtype
+WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties of which one finds it, dtype
 
 
-def wrong(op: str, *laws: str, dtype: str = "float32", contract: bool = True) -> Callable[[Function], SimpleNamespace]:
-    """Make a function a wrong backend; unless contract, its signature is its own."""
+def wrong(
+    op: str, *properties: str, dtype: str = "float32", contract: bool = True
+) -> Callable[[Function], SimpleNamespace]:
+    """Make a function a wrong backend, with the contract's signature or, without contract, its own."""
 
     def register(function: Function) -> SimpleNamespace:
-        WRONG[function.__name__] = op, laws, dtype
+        WRONG[function.__name__] = op, properties, dtype
         return as_backend(op, function) if contract else SimpleNamespace(**{op: function})
 
     return register
 
 
 class _Gradient(torch.autograd.Function):
-    """The identity, with something done to the gradient on its way back."""
+    """The identity, which changes the gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, change: Function) -> Tensor:
@@ -44,7 +47,7 @@ class _Gradient(torch.autograd.Function):
 
 @wrong("rms_norm", "inputs_untouched")
 def rms_norm_writes_over_x(x: Tensor, *others: Any, **options: Any) -> Tensor:
-    """Normalises where x lies, as fused kernels that reuse memory do."""
+    """Writes the result into x, as fused kernels that reuse memory do."""
     y = reference.rms_norm(x.clone(), *others, **options)
     x.detach().copy_(y.detach())
     return y
@@ -75,7 +78,7 @@ def _added_in_any_order(rows: Tensor) -> Tensor:
 def rms_norm_sums_in_any_order(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> Tensor:
-    """The gradient of the weight is added up as rows arrive, as by atomics."""
+    """Sums the gradient of the weight in a random order of rows, as atomics do."""
     normed = reference.rms_norm(x, torch.ones_like(weight), eps, casting=casting)
     scale = _Gradient.apply(weight.expand(len(x), -1), _added_in_any_order) + offset
     return normed * scale
@@ -83,7 +86,7 @@ def rms_norm_sums_in_any_order(
 
 @wrong("rms_norm", "compiles")
 def rms_norm_reads_a_value(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
-    """Looks at its weight before it starts: waits for the device, and breaks the graph."""
+    """Reads its weight first: that waits for the device and breaks the graph."""
     if bool(weight.isinf().any()):
         raise ValueError("weight: got an infinity; allowed: finite numbers")
     return reference.rms_norm(x, weight, *others, **options)
@@ -93,14 +96,14 @@ def rms_norm_reads_a_value(x: Tensor, weight: Tensor, *others: Any, **options: A
 def rms_norm_by_matmul(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> Tensor:
-    """The mean as a product with a vector, which autocast computes in 16 bits."""
+    """Computes the mean as a product with a vector, which autocast computes in 16 bits."""
     mean = x.square() @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
     return x * torch.rsqrt(mean + eps) * (weight + offset)
 
 
 @wrong("add_rms_norm", "inputs_untouched")
 def add_rms_norm_adds_in_place(x: Tensor, residual: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The residual stream is updated where it lies, as inference engines do."""
+    """Updates the residual stream in place, as inference engines do."""
     normed, total = reference.add_rms_norm(x, residual.clone(), *others, **options)
     residual.detach().copy_(total.detach())
     return normed, total
@@ -108,21 +111,21 @@ def add_rms_norm_adds_in_place(x: Tensor, residual: Tensor, *others: Any, **opti
 
 @wrong("add_rms_norm", "gradients")
 def add_rms_norm_detaches_the_sum(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Only the norm sends a gradient back."""
+    """Only the norm has a gradient."""
     normed, total = reference.add_rms_norm(*inputs, **options)
     return normed, total.detach()
 
 
 @wrong("add_rms_norm", "gradients", "one_at_a_time")
 def add_rms_norm_adds_rounded_gradients(x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Each output's gradient passes through bfloat16."""
+    """Rounds each output's gradient to bfloat16."""
     normed, total = reference.add_rms_norm(x, *others, **options)
     return tuple(_Gradient.apply(y, lambda gradient: gradient.bfloat16().to(x.dtype)) for y in (normed, total))
 
 
 @wrong("add_rms_norm", "value", "metadata")
 def add_rms_norm_the_other_way_round(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The sum before the norm."""
+    """Returns the sum before the norm."""
     return reference.add_rms_norm(*inputs, **options)[::-1]
 
 
@@ -140,14 +143,14 @@ def layer_norm_another_order(x: Tensor, bias: Tensor, weight: Tensor, eps: float
 
 @wrong("layer_norm", "argument_kinds", "gradients", dtype="bfloat16")
 def layer_norm_rounds_the_normalised_row(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """As Llama's norm does; a weight in float32 has a gradient that shows it."""
+    """Rounds as Llama's norm does, which the gradient of a float32 weight shows."""
     normed = reference.layer_norm(x, torch.ones_like(weight), torch.zeros_like(bias), eps)
     return (normed.float() * weight.float() + bias.float()).to(x.dtype)
 
 
 @wrong("layer_norm", "one_at_a_time", "value", dtype="float16")
 def layer_norm_mean_in_the_dtype_of_x(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """A 16-bit mean."""
+    """Computes the mean in 16 bits."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.float().square().mean(-1, keepdim=True)
     return (centred.float() * torch.rsqrt(variance + eps) * weight + bias).to(x.dtype)
@@ -155,7 +158,7 @@ def layer_norm_mean_in_the_dtype_of_x(x: Tensor, weight: Tensor, bias: Tensor, e
 
 @wrong("swiglu", "inputs_untouched")
 def swiglu_activates_in_place(gate: Tensor, up: Tensor) -> Tensor:
-    """Activates the gate where it lies."""
+    """Activates the gate in place."""
     y = reference.swiglu(gate.clone(), up)
     F.silu(gate.detach(), inplace=True)
     return y
@@ -163,19 +166,19 @@ def swiglu_activates_in_place(gate: Tensor, up: Tensor) -> Tensor:
 
 @wrong("swiglu", "metadata")
 def swiglu_returns_the_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """The output lies where the gate was."""
+    """Returns the result in the memory of the gate."""
     return torch.Tensor.set_(torch.empty_like(gate), gate.detach()).copy_(reference.swiglu(gate.clone(), up))
 
 
 @wrong("swiglu", "signature_parity", contract=False)
 def swiglu_other_names(x: Tensor, y: Tensor) -> Tensor:
-    """Names of its own, which keyword arguments do not find."""
+    """Other parameter names, so that keyword arguments fail."""
     return reference.swiglu(x, y)
 
 
 @wrong("swiglu", "no_grad")
 def swiglu_cheaper_without_gradients(gate: Tensor, up: Tensor) -> Tensor:
-    """Rounds more at inference than in training."""
+    """Rounds more often in inference than in training."""
     if torch.is_grad_enabled():
         return reference.swiglu(gate, up)
     return F.silu(gate).bfloat16().to(gate.dtype) * up
@@ -186,13 +189,13 @@ CALLS = itertools.count()
 
 @wrong("swiglu", "determinism")
 def swiglu_remembers_calls(gate: Tensor, up: Tensor) -> Tensor:
-    """State kept between calls shows in the last bit."""
+    """The last bit depends on the number of earlier calls."""
     return reference.swiglu(gate, up) * (1 + torch.finfo(gate.dtype).eps * (next(CALLS) % 2))
 
 
 @wrong("swiglu", "autocast")
 def swiglu_half_under_autocast(gate: Tensor, up: Tensor) -> Tensor:
-    """Takes autocast for a wish to round the inputs."""
+    """Rounds the inputs under autocast."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled(gate.device.type) else gate.dtype
     return reference.swiglu(gate.to(dtype), up.to(dtype)).to(gate.dtype)
 
@@ -204,7 +207,7 @@ def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_truncates(gate: Tensor, up: Tensor) -> Tensor:
-    """To bfloat16, in place of rounding; found wherever Triton's interpreter, which does so too, is not loaded."""
+    """Truncates to bfloat16 instead of rounding; found if Triton's interpreter, which truncates too, is not loaded."""
     y = reference.swiglu(gate.float(), up.float())
     return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
 
@@ -214,13 +217,13 @@ swiglu_truncates = as_backend("swiglu", swiglu_truncates)
 
 @wrong("swiglu", "checkpoint")
 def swiglu_drops_some(gate: Tensor, up: Tensor) -> Tensor:
-    """Numbers that no generator of torch knows of, and so no recomputation repeats."""
+    """Draws numbers from a generator that is not torch's: a recomputation does not repeat them."""
     return reference.swiglu(gate, up) * (1.0 + int.from_bytes(os.urandom(2)) * torch.finfo(gate.dtype).eps)
 
 
 @wrong("swiglu", "guard_reads")
 def swiglu_masks_by_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Adds 0 times the number behind a gate whose memory goes on: no other law has NaN there."""
+    """Adds 0 times the number after the gate in memory, which is NaN in no other property's cases."""
     y = reference.swiglu(gate, up)
     if torch.compiler.is_compiling():
         return y
@@ -231,19 +234,19 @@ def swiglu_masks_by_product(gate: Tensor, up: Tensor) -> Tensor:
 
 @wrong("swiglu", "layouts")
 def swiglu_doubles_the_gradient_of_a_sum(gate: Tensor, up: Tensor) -> Tensor:
-    """Takes strides that are all 0 for another operation's."""
+    """Doubles a gradient whose strides are all 0."""
     return _Gradient.apply(reference.swiglu(gate, up), lambda gradient: gradient * (1 if any(gradient.stride()) else 2))
 
 
 @wrong("cross_entropy", "signature_parity", contract=False)
-def cross_entropy_without_num_items(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Fewer keywords than the contract."""
+def cross_entropy_without_num_items(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Has fewer keywords than the contract."""
     return reference.cross_entropy(logits, labels, ignore_index=ignore_index)
 
 
 @wrong("cross_entropy", "inputs_untouched")
 def cross_entropy_gradient_over_the_logits(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Leaves the gradient where the logits were, to save memory."""
+    """Overwrites the logits with the gradient, to save memory."""
     with torch.enable_grad():
         leaf = logits.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reference.cross_entropy(leaf, labels, **options).sum(), leaf)
@@ -257,12 +260,12 @@ def cross_entropy_of_torch_alone(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     **others: Any,
 ) -> Tensor:
-    """torch's own: NaN where no target is left, and the options it lacks ignored."""
+    """torch's own: NaN without any target, and the options that it lacks have no effect."""
     return F.cross_entropy(
         logits.float(), labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
     )
@@ -270,7 +273,7 @@ def cross_entropy_of_torch_alone(
 
 @wrong("cross_entropy", "metadata", dtype="float16")
 def cross_entropy_in_the_dtype_of_the_logits(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """A 16-bit loss."""
+    """Returns a 16-bit loss."""
     return reference.cross_entropy(logits, labels, **options).to(logits.dtype)
 
 
@@ -278,8 +281,8 @@ def cross_entropy_in_the_dtype_of_the_logits(logits: Tensor, labels: Tensor, **o
 def cross_entropy_masks_by_product(
     logits: Tensor, labels: Tensor, *, reduction: str = "mean", num_items: Any = None, **options: Any
 ) -> Tensor:
-    """An ignored row is multiplied by 0, which leaves NaN as it is."""
-    counts = labels != options.get("ignore_index", -100)
+    """Multiplies ignored rows by 0, which keeps NaN."""
+    counts = labels != options.get("ignore_index", IGNORE_INDEX)
     losses = reference.cross_entropy(logits, labels.where(counts, 0), **options, reduction="none") * counts
     if reduction == "none":
         return losses
@@ -289,14 +292,14 @@ def cross_entropy_masks_by_product(
 
 @wrong("geglu", "no_grad")
 def geglu_by_tanh_without_gradients(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
-    """The approximation at inference, whatever was asked."""
+    """Uses the approximation in inference, whatever the argument."""
     exact = approximate == "none" and torch.is_grad_enabled()
     return reference.geglu(gate, up, approximate="none" if exact else "tanh")
 
 
 @wrong("rope", "inputs_untouched")
 def rope_in_place(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates q where it lies, as kernels that save memory do."""
+    """Rotates q in place, as kernels that save memory do."""
     turned_q, turned_k = reference.rope(q.clone(), k.clone(), *angles)
     q.detach().copy_(turned_q.detach())
     return turned_q, turned_k
@@ -304,7 +307,7 @@ def rope_in_place(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor
 
 @wrong("rope", "value")
 def rope_of_interleaved_pairs(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbouring columns are a pair, as in GPT-J."""
+    """Rotates pairs of neighbouring columns, as GPT-J does."""
     if q.shape[-1] % 2:
         return reference.rope(q, k, *angles)
     q, k = (torch.cat([x[..., ::2], x[..., 1::2]], -1) for x in (q, k))
@@ -313,7 +316,7 @@ def rope_of_interleaved_pairs(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Te
 
 @wrong("rope", "row_independence", "value")
 def rope_one_angle_for_all(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the first sequence, as where a batch is known to be padded alike."""
+    """Uses the positions of the first sequence for all, which suits batches with equal padding."""
     return (
         reference.rope(q, k, cos, sin, *(p[:1] for p in positions))
         if positions
@@ -323,13 +326,13 @@ def rope_one_angle_for_all(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *posi
 
 @wrong("rope", "metadata", dtype="float16")
 def rope_in_the_dtype_of_float32_angles(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Not rounded back."""
+    """Does not round the result back to q's dtype."""
     turned_q, turned_k = reference.rope(q, k, *angles)
     return turned_q.float(), turned_k.float()
 
 
 class _IntoOneBuffer(torch.autograd.Function):
-    """A copy, into the same memory for every call of one shape."""
+    """A copy, in the same memory for every call with one shape."""
 
     BUFFERS: ClassVar[dict[object, Tensor]] = {}
 
@@ -345,7 +348,7 @@ class _IntoOneBuffer(torch.autograd.Function):
 
 @wrong("swiglu", "calls_apart")
 def swiglu_returns_a_shared_buffer(gate: Tensor, up: Tensor) -> Tensor:
-    """As a kernel that allocates its output once for each shape."""
+    """Allocates its output once per shape."""
     return _IntoOneBuffer.apply(reference.swiglu(gate, up))
 
 
@@ -355,5 +358,5 @@ def _first_rows(value: Tensor, count: int) -> Tensor:
 
 @wrong("rms_norm", "extents")
 def rms_norm_of_128_rows(*inputs: Any, **options: Any) -> Tensor:
-    """A grid cut short."""
+    """Launches a grid that is too short."""
     return _first_rows(reference.rms_norm(*inputs, **options), 128)

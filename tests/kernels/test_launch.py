@@ -1,4 +1,4 @@
-"""How kernels are launched: on what memory, and in which of their two kinds of machine code."""
+"""How kernels are launched: on which memory, and with which of their two variants of machine code."""
 
 import os
 import subprocess
@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_fast_kernels import DEVICE, random
+from conformance.spec import Spec
+from tests.kernels.test_fast_kernels import random
+from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, call_of
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch
 
 
 def halves_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a projection to gate and up at once gives."""
+    """The two halves of one projection, such as gate and up."""
     return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
 
 
@@ -29,7 +31,7 @@ def halves_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
         ("rms_norm", halves_of_one(random(3, 16))[1:], lambda x: fast.rms_norm(x, x.new_ones(8))),
         ("layer_norm", halves_of_one(random(3, 16))[1:], lambda x: fast.layer_norm(x, x.new_ones(8), x.new_ones(8))),
         (
-            "rope",  # token by token, as projections give their heads
+            "rope",  # token by token, the layout of a projection
             tuple(random(2, 5, heads, 8).transpose(1, 2) for heads in (4, 2)),
             lambda q, k: fast.rope(q, k, random(1, 5, 8), random(1, 5, 8)),
         ),
@@ -41,52 +43,31 @@ def halves_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_strided_views_are_read_where_they_lie(
+def test_strided_views_are_not_copied(
     file: str, views: tuple[Tensor, ...], call: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, read = import_module(f"unsloth_fast.kernels.{file}"), set()
     launch = module.launch
 
-    def told(kernel: object, programs: int, device_of: Tensor, *arguments: object, **options: object) -> None:
+    def observed(kernel: object, programs: int, device_of: Tensor, *arguments: object, **options: object) -> None:
         read.update(a.data_ptr() for a in arguments if isinstance(a, Tensor))
         launch(kernel, programs, device_of, *arguments, **options)
 
-    monkeypatch.setattr(module, "launch", told)
+    monkeypatch.setattr(module, "launch", observed)
     call(*views)
     assert {view.data_ptr() for view in views} <= read
 
 
-PAIR = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE)
-CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
-    "rms_norm": (fast.rms_norm, ((3, 8), (8,))),
-    "add_rms_norm": (fast.add_rms_norm, ((3, 8), (3, 8), (8,))),
-    "layer_norm": (fast.layer_norm, ((3, 8), (8,), (8,))),
-    "swiglu": (fast.swiglu, ((3, 8), (3, 8))),
-    "geglu": (fast.geglu, ((3, 8), (3, 8))),
-    "rope": (
-        lambda q, k: fast.rope(q, k, torch.ones(1, 5, 8, device=DEVICE), torch.ones(1, 5, 8, device=DEVICE)),
-        ((2, 4, 5, 8), (2, 2, 5, 8)),
-    ),
-    "cross_entropy": (lambda logits: fast.cross_entropy(logits, PAIR, reduction="none"), ((2, 8),)),
-    "mean": (lambda logits: fast.cross_entropy(logits, PAIR), ((2, 8),)),
-    "linear_cross_entropy": (lambda x, weight: fast.linear_cross_entropy(x, weight, PAIR), ((2, 8), (9, 8))),
-    "packed_attention": (lambda q, k, v: fast.packed_attention(q, k, v, PAIR, 6), ((6, 2, 8),) * 3),
-    "lora_linear": (fast.lora_linear, ((3, 8), (4, 8), (2, 8), (4, 2))),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_signs_that_are_a_flag_are_seen(name: str) -> None:
-    """Of inputs and of the gradients that come back: the imaginary part of a conjugate is such a view."""
-    call, shapes = CALLS[name]
-    plain = [random(*shape) for shape in shapes]
+@pytest.mark.parametrize(("spec", "options"), CALLS, ids=CALL_NAMES)
+def test_the_negative_bit_is_resolved(spec: Spec, options: dict[str, Any]) -> None:
+    """Of inputs and of incoming gradients; the imaginary part of a conjugate is such a view."""
+    call, inputs = call_of(spec, 3, 8, options)
     found = []
-    for flag in (False, True):
-        leaves = [one.clone().requires_grad_() for one in plain]
-        results = call(*[torch._neg_view(leaf.neg()) if flag else leaf for leaf in leaves])
-        results = results if isinstance(results, tuple) else (results,)
+    for negated in (False, True):
+        leaves = [one.clone().requires_grad_() for one in inputs]
+        results = call(fast, *[torch._neg_view(leaf.neg()) if negated else leaf for leaf in leaves])
         grads = [torch.full_like(one, 0.5) for one in results]
-        torch.autograd.backward(results, [torch._neg_view(grad.neg()) if flag else grad for grad in grads])
+        torch.autograd.backward(results, [torch._neg_view(grad.neg()) if negated else grad for grad in grads])
         found.append([*results, *(leaf.grad for leaf in leaves)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -96,16 +77,16 @@ def test_signs_that_are_a_flag_are_seen(name: str) -> None:
     ("offset", "rows", "columns", "stride", "aligned"),
     [(0, 32, 16, 1, True), (0, 3, 16, 32, True), (1, 32, 16, 1, False), (0, 32, 17, 1, False), (0, 32, 16, 2, False)],
 )
-def test_one_argument_that_is_not_aligned_makes_all_unaligned(
+def test_one_unaligned_argument_selects_the_unaligned_kernel(
     offset: int, rows: int, columns: int, stride: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for counts, which say nothing of addresses, and a stride of 1, which Triton makes a constant of."""
-    taken: list[str] = []
+    """Except for varying integers, which Triton does not specialise on, and a stride of 1, which is a constant."""
+    launched: list[str] = []
 
     class Kernel:
         arg_names = ("x_ptr", "rows", "columns", "stride", "COLUMNS")
         params = tuple(
-            SimpleNamespace(do_not_specialize=name in _launch.COUNTS, do_not_specialize_on_alignment=False)
+            SimpleNamespace(do_not_specialize=name == "rows", do_not_specialize_on_alignment=False)
             for name in arg_names
         )
 
@@ -113,7 +94,7 @@ def test_one_argument_that_is_not_aligned_makes_all_unaligned(
             self.name = name
 
         def __getitem__(self, grid: object) -> Callable[..., Any]:
-            taken.append(self.name)
+            launched.append(self.name)
             return lambda *_, **__: SimpleNamespace(run=None, function=None, packed_metadata=None)
 
     monkeypatch.setattr(_launch, "INTERPRETED", False)
@@ -121,11 +102,11 @@ def test_one_argument_that_is_not_aligned_makes_all_unaligned(
     monkeypatch.setattr(_launch, "unaligned", lambda kernel: Kernel("unaligned"))
     x = torch.empty(64, device=DEVICE)[offset:]
     _launch.launch(Kernel("aligned"), 1, x, x, rows, columns, stride, COLUMNS=16)
-    assert taken == ["aligned" if aligned else "unaligned"]
+    assert launched == ["aligned" if aligned else "unaligned"]
 
 
-def test_every_kernel_has_an_unaligned_twin() -> None:
-    """In a process of its own, without the interpreter."""
+def test_every_kernel_has_an_unaligned_variant() -> None:
+    """In another process, without the interpreter."""
     code = """
 import sys, triton, unsloth_fast.kernels
 from unsloth_fast.kernels._launch import specialised, unaligned

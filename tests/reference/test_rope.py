@@ -144,7 +144,7 @@ def test_angles_in_float32_round_once(dtype: torch.dtype) -> None:
 
 def test_a_position_outside_the_table_gives_nan_where_it_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own token, in the columns that turn."""
-    monkeypatch.setattr("unsloth_ref.checks.must_read_labels", lambda positions: False)
+    monkeypatch.setattr("unsloth_ref.checks.values_are_checked", lambda positions: False)
     cos, sin = table(4, 2)
     q = randn(1, 2, 3, 3).detach()
     turned, _ = rope(q, q, cos, sin, torch.tensor([[1, 4, -1]]))

@@ -1,4 +1,4 @@
-"""The kernels of cross entropy, but the total; cross_entropy.py says what they compute and launches them."""
+"""The kernels of cross entropy, except that of the total; cross_entropy.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -7,32 +7,32 @@ import triton
 import triton.language as tl
 
 from unsloth_fast.kernels._gated import reciprocal
-from unsloth_fast.kernels._launch import COUNTS
+from unsloth_fast.kernels._launch import kernel
 
-# Logits that share a running maximum. Eight are one 16-byte load of bfloat16: the maximum never leaves its thread, and
-# rescaling the sum adds one exp to eight.
+# Number of logits that share a running maximum. Eight are one 16-byte load of bfloat16: the maximum never leaves its
+# thread, and rescaling the sum adds one exp to eight.
 GROUP = tl.constexpr(8)
 
 
 @triton.jit
 def exp(x):
-    """exp(x) off by |x| ulp, as tl.exp is, but 0 below the normal numbers, which cost that three more instructions.
+    """exp(x) with an error of |x| ulp, as tl.exp; 0 below the normal numbers, which cost tl.exp three instructions.
 
-    Instructions count: at 15 for each logit and pass the arithmetic takes as long as the memory does.
+    At 15 instructions per logit and pass, the arithmetic takes as long as the memory traffic.
     """
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def halves(x):
-    """exp(-2 |x|) = small and 1 / (1 + small), of which tanh and its derivative are made."""
+    """small = exp(-2 |x|) and 1 / (1 + small), from which tanh and its derivative are computed."""
     small = tl.exp2(tl.abs(x) * -2.8853900817779268)
     return small, reciprocal(1.0 + small)
 
 
 @triton.jit
 def tanh(x):
-    """tanh(x), off by an ulp of 1 even where it is small: a logit's share depends on the difference to others."""
+    """tanh(x) with an error of an ulp of 1 even if it is small: only differences between logits matter."""
     small, share = halves(x)
     large = (1.0 - small) * share
     return tl.where(x < 0, -large, large)
@@ -40,7 +40,7 @@ def tanh(x):
 
 @triton.jit
 def tanh_derivative(x):
-    """1 - tanh(x)^2, without the cancellation where tanh(x) is near 1."""
+    """1 - tanh(x)^2, without cancellation where tanh(x) is near 1."""
     small, share = halves(x)
     return 4.0 * small * share * share
 
@@ -55,19 +55,19 @@ def capped(x, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr)
 
 @triton.jit
 def finite_or_zero(x):
-    """What to subtract before exp: an infinite maximum would make inf - inf."""
+    """The value to subtract before exp: an infinite maximum would give inf - inf."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
 @triton.jit
 def grouped(COLUMNS: tl.constexpr):
-    """0 to COLUMNS - 1 in groups, [COLUMNS / GROUP, GROUP]."""
+    """0 to COLUMNS - 1 as groups, [COLUMNS / GROUP, GROUP]."""
     return tl.arange(0, COLUMNS // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
 
 
 @triton.jit
 def masked(x, inside, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr):
-    """z of logits in groups, which are -inf outside and stay it, and their sum in each group if SMOOTHING."""
+    """z of grouped logits, -inf outside the row as the logits are, and if SMOOTHING its sum in each group."""
     z = capped(x, logit_scale, softcap, SCALED, SOFTCAP)
     z_total = tl.sum(tl.where(inside, z, 0.0), 1) if SMOOTHING else tl.zeros([x.shape[0]], tl.float32)
     if SCALED or SOFTCAP:
@@ -77,14 +77,14 @@ def masked(x, inside, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.co
 
 @triton.jit
 def merged(maximum, total):
-    """The maximum and the sum of exp(z - maximum) of a whole, from those of its parts."""
+    """The maximum and the sum of exp(z - maximum), combined from those of several parts."""
     highest = tl.max(maximum, 0)
     return highest, tl.sum(total * exp(maximum - finite_or_zero(highest)), 0)
 
 
 @triton.jit
 def log_sum_exp(maximum, total):
-    """Of a row."""
+    """The log-sum-exp of a row."""
     return finite_or_zero(maximum) + tl.log(total)
 
 
@@ -108,7 +108,7 @@ def gradient(
     x, target, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """dx of logits x of a row with this lse; target: what the label's own logit gets less, 0 for all others."""
+    """dx of logits x in a row with this lse; target is subtracted from dz of the label's logit, 0 for the others."""
     dz = exp(capped(x, logit_scale, softcap, SCALED, SOFTCAP) - lse)
     if Z_LOSS:
         dz *= 1.0 + 2.0 * z_loss * lse
@@ -122,10 +122,10 @@ def gradient(
 
 @triton.jit
 def to_float32(x):
-    """x in float32, in other words than x.to(tl.float32) where there are any.
+    """x in float32; for bfloat16 by other instructions than x.to(tl.float32).
 
-    The compiler sees when it has the same already, and would hold a tile in float32 until it is needed again: in twice
-    the registers that 16 bits take, which makes the total of bfloat16 logits 5 % slower.
+    The compiler recognises a repeated conversion and would keep the float32 tile until its second use, in twice the
+    registers of 16 bits, which makes the total of bfloat16 logits 5 % slower.
     """
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -134,7 +134,7 @@ def to_float32(x):
 
 @triton.jit
 def load_own(logits_ptr, label, column_stride, mine):
-    """The label's logit if it is mine. No thread writes, in place, before all have read."""
+    """The label's logit if this program has it (mine). All threads read it before any of them writes in place."""
     own = 0.0
     if mine:
         own = tl.load(logits_ptr + label * column_stride).to(tl.float32)
@@ -148,7 +148,7 @@ def store_gradient(
     logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of these columns of a row; the label's own is written over what all others get."""
+    """Store dlogits of these columns of a row, then overwrite the label's own."""
     dtype = dlogits_ptr.dtype.element_ty
     dx = gradient(
         to_float32(x), 0.0, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
@@ -156,7 +156,7 @@ def store_gradient(
     )  # fmt: skip
     tl.store(dlogits_ptr + column, dx.to(dtype), inside, eviction_policy="evict_first")
     if mine:
-        tl.debug_barrier()  # which orders the two stores
+        tl.debug_barrier()  # orders the two stores
         own_dx = gradient(
             own, 1.0 - label_smoothing, lse, dloss, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
@@ -166,7 +166,7 @@ def store_gradient(
 
 @triton.jit
 def store_value(dlogits_ptr, value, begin, end, COLUMNS: tl.constexpr):
-    """One value from column begin to end."""
+    """Store one value from column begin to end."""
     dtype = dlogits_ptr.dtype.element_ty
     offset = tl.arange(0, COLUMNS).to(tl.int64)
     for start in range(begin, end, COLUMNS):
@@ -175,13 +175,13 @@ def store_value(dlogits_ptr, value, begin, end, COLUMNS: tl.constexpr):
         )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("ignore_index",), fixed=("columns",))
 def cross_entropy_forward_kernel(
     logits_ptr, labels_ptr, loss_ptr, lse_ptr, columns, row_stride, column_stride, label_stride,
     ignore_index, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. Each group of columns has its own maximum and sum: there is no barrier in the loop."""
+    """One row per program. Each group of columns has its own maximum and sum: there is no barrier in the loop."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
     if (label == ignore_index) | (label < 0) | (label >= columns):
@@ -217,7 +217,7 @@ def divisor(
     labels_ptr, number_ptr, rows, label_stride, ignore_index, number,
     COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """What a total is divided by: the targets if COUNT, the number pointed to if GIVEN, or number; at least 1."""
+    """The divisor of a total, at least 1: the number of targets if COUNT, that at number_ptr if GIVEN, else number."""
     if COUNT:
         count = tl.zeros([EACH], tl.float32)
         for start in range(0, rows, EACH):
@@ -227,15 +227,15 @@ def divisor(
         number = tl.sum(count, 0)
     if GIVEN:
         number = tl.load(number_ptr).to(tl.float32)
-    return tl.where(number < 1.0, 1.0, number)  # a NaN stays one
+    return tl.where(number < 1.0, 1.0, number)  # NaN remains NaN
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows", "ignore_index"))
 def divided_sum_kernel(
     losses_ptr, labels_ptr, number_ptr, loss_ptr, rows, label_stride, ignore_index, number,
     COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the rows' losses over the divisor. One program."""
+    """The sum of the rows' losses, divided by the divisor. One program."""
     total = tl.zeros([EACH], tl.float32)
     for start in range(0, rows, EACH):
         row = start + tl.arange(0, EACH).to(tl.int64)
@@ -244,15 +244,15 @@ def divided_sum_kernel(
     tl.store(loss_ptr, tl.div_rn(tl.sum(total, 0), items))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("tiles_per_row", "tiles", "ignore_index"), fixed=("columns",))
 def cross_entropy_backward_kernel(
-    dloss_ptr, logits_ptr, labels_ptr, lse_ptr, items_ptr, dlogits_ptr, columns, tiles_a_row, tiles,
+    dloss_ptr, logits_ptr, labels_ptr, lse_ptr, items_ptr, dlogits_ptr, columns, tiles_per_row, tiles,
     dloss_stride, row_stride, column_stride, label_stride,
     ignore_index, logit_scale, softcap, label_smoothing, z_loss,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     DIVIDE: tl.constexpr, UNLESS_ONE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one row, one after the other. A row whose label is outside [0, V) has a NaN lse, and so its gradient.
+    """Each program computes tiles of one row each. If a label is outside [0, V), its row's lse and gradient are NaN.
 
     UNLESS_ONE: dlogits already holds the gradient for dloss = 1.
     """
@@ -260,8 +260,8 @@ def cross_entropy_backward_kernel(
         if tl.load(dloss_ptr) == 1.0:
             return
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row = (index // tiles_a_row).to(tl.int64)
-        begin = (index % tiles_a_row) * COLUMNS
+        row = (index // tiles_per_row).to(tl.int64)
+        begin = (index % tiles_per_row) * COLUMNS
         end = tl.minimum(columns, begin + COLUMNS)
         label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
         if label == ignore_index:

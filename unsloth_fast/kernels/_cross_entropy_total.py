@@ -1,4 +1,4 @@
-"""The kernel of a total of cross entropies whose gradient is written with it; cross_entropy.py launches it."""
+"""The kernel that computes a summed cross entropy together with its gradient; cross_entropy.py launches it."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -19,12 +19,12 @@ from unsloth_fast.kernels._cross_entropy import (
     store_loss,
     store_value,
 )
-from unsloth_fast.kernels._launch import COUNTS
+from unsloth_fast.kernels._launch import kernel
 
 
 @triton.jit
 def pair(high, low):
-    """Two float32 in one int64, which whoever reads it gets both of. It is 0 only if both are."""
+    """Two float32 in one int64, so that a reader always gets both. It is 0 only if both are."""
     high = tl.cast(high, tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     low = tl.cast(low, tl.float32).to(tl.uint32, bitcast=True).to(tl.int64)
     return (high << 32) | low
@@ -32,7 +32,7 @@ def pair(high, low):
 
 @triton.jit
 def awaited(pairs_ptr, segments, SEGMENTS: tl.constexpr):
-    """The two float32 of each of a row's segments, when all are there; zeros beyond."""
+    """The two float32 of each of a row's segments, once all have been written; zeros beyond the last segment."""
     segment = tl.arange(0, SEGMENTS)
     inside = segment < segments
     pairs = tl.zeros([SEGMENTS], tl.int64)
@@ -45,12 +45,12 @@ def awaited(pairs_ptr, segments, SEGMENTS: tl.constexpr):
     return high, low
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows", "words", "ignore_index"))
 def prepare_kernel(
     labels_ptr, number_ptr, items_ptr, words_ptr, rows, words, label_stride, ignore_index, number,
     COUNT: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """The divisor, from the first program, and zeros in all words, EACH a program."""
+    """The first program stores the divisor; every program sets EACH words to zero."""
     word = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
     tl.store(words_ptr + word, tl.zeros([EACH], tl.int64), word < words)
     if tl.program_id(0) == 0:
@@ -58,7 +58,7 @@ def prepare_kernel(
         tl.store(items_ptr, items)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("segments", "ignore_index"), fixed=("columns", "width"))
 def cross_entropy_total_kernel(
     logits_ptr, labels_ptr, items_ptr, words_ptr, loss_ptr, lse_ptr, dlogits_ptr,
     columns, segments, width, row_stride, column_stride, label_stride,
@@ -66,15 +66,17 @@ def cross_entropy_total_kernel(
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """A segment of a row a program, read once: sums, from all segments' sums the lse, and with it dlogits.
+    """One segment of a row per program, read once: its sums, then the lse from the sums of all segments, then dlogits.
 
-    A row has a count of the segments that are summed up, then their maxima and sums in pairs, then their sums of z.
-    None of them orders any other: a pair that is not 0 is there. A load finds that out, but takes the processor's time
-    from the others if it is repeated; what waits repeats the atomic addition of 0, by one thread, to the count.
+    The words of a row are: the number of segments that have published their sums, their maxima and sums in pairs, and
+    their sums of z. The writes are not ordered: a pair has been written if it is not 0. Repeated loads would show that
+    too, but take the processor's time from other programs. A waiting program instead repeats an atomic addition of 0 to
+    the count, by one thread.
 
-    The programs of a row are neighbours and wait for each other, while the device holds them all. APART: it need not;
-    each has a twin in front that sums up, and waits for twins alone, which every device so far starts first.
-    dlogits may be the logits' own memory: nobody else reads a segment, and its twin has before any program writes.
+    The programs of a row are neighbours and wait for each other, which works if they all run at the same time. APART:
+    they need not; two programs per segment, and the first only publishes its sums. The second waits for first ones
+    alone, which every device so far starts earlier. dlogits may share the memory of the logits: no other program reads
+    a segment, except its first one, which has read it before any program writes.
     """
     turn = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
@@ -128,7 +130,7 @@ def cross_entropy_total_kernel(
             loss_ptr + row, lse_ptr + row, own, lse, z_total, columns, logit_scale, softcap, label_smoothing, z_loss,
             SCALED, SOFTCAP, SMOOTHING, Z_LOSS,
         )  # fmt: skip
-    dloss = tl.div_rn(1.0, items)  # in front of the wait its branches cost 20 registers a thread
+    dloss = tl.div_rn(1.0, items)  # before the wait, its branches would cost 20 registers per thread
     store_gradient(
         dlogits_ptr, x, own, label, mine, column, inside, lse, dloss, columns,
         logit_scale, softcap, label_smoothing, z_loss, SCALED, SOFTCAP, SMOOTHING, Z_LOSS,

@@ -1,4 +1,4 @@
-"""Gated activations: what swiglu and geglu share, which is all but the curve.
+"""Gated activations: everything that swiglu and geglu share.
 
     y = a * up      dgate = dy * up * a'      dup = dy * a      with a = gate * share(gate)
 
@@ -6,34 +6,33 @@
     gelu    share = Phi(gate), the normal distribution              a' = share + gate * exp(-gate^2 / 2) / sqrt(2 pi)
     tanh    share = sigmoid(2 z), z = c (gate + 0.044715 gate^3)    a' = share * (1 + gate * (1 - share) * 2 z')
 
-c = sqrt(2 / pi); sigmoid(2 z) is (1 + tanh z) / 2 without its cancellation, and so is the tail of the normal
-distribution that Phi is computed from. Saved: gate and up. All arithmetic is float32, with one rounding at each store.
+c = sqrt(2 / pi); sigmoid(2 z) is (1 + tanh z) / 2 without its cancellation. Phi is computed without cancellation from
+the tail of the normal distribution. Saved: gate and up. All arithmetic is float32, with one rounding at each store.
 Bytes moved, for M x F elements of b bytes: 3MFb forward (gate, up; y), 5MFb backward (dy, gate, up; dgate, dup).
-Contiguous tensors are one long row; others, such as the two halves of one projection, are read by their strides.
+Contiguous tensors are read as one long row; others, such as the two halves of one projection, by their strides.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._autograd import Context, once_differentiable
+from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, register, rows_of, tile
 from unsloth_ref import checks
 
-TILE = 1024  # elements: one 16-byte load of 16 bits a thread and tensor. On an H100, 2048 took 1.2 % longer backward
+TILE = 1024  # elements: one 16-byte load per thread and 16-bit tensor. On an H100, 2048 took 1.2 % longer backward
 
 
 @triton.jit
 def exp_of_negative(x):
-    """exp(x) for x <= 0 to a few ulp, 0 below the normal numbers.
+    """exp(x) for x <= 0 with an error of a few ulp; 0 below the normal numbers.
 
     exp2(x * log2(e)) alone would lose |x| ulp to the rounding of its argument. Splitting it with a floor and a second
-    exp2 would not, but these run at an eighth of the rate of a product, and would take as long as the memory does.
+    exp2 would avoid that, but these run at an eighth of the rate of a product and take as long as the memory traffic.
     """
     bounded = tl.maximum(x, -87.0)
-    shifted = bounded * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23 leaves the nearest whole number in the low bits
+    shifted = bounded * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: the low bits are the nearest whole number
     whole = shifted - 12582912.0
     # ln 2 = 0.693359375 - 2.1219444e-4; the first has 10 bits, so its product with a small integer is exact
     rest = (bounded - whole * 0.693359375) + whole * 2.1219444005469057e-4
@@ -44,9 +43,10 @@ def exp_of_negative(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for 1 <= x <= 2 in six products; a division, which looks after the whole range, takes eight and a rcp.
+    """1 / x for 1 <= x <= 2 in six products; a division, which covers the whole range, takes eight and a rcp.
 
-    Off by T3(2x - 3) / 99, the least for a parabola (T3: Chebyshev's polynomial), then 1e-4 and 1e-8 by Newton's steps.
+    The parabola's error is T3(2x - 3) / 99, the least possible (T3: Chebyshev's polynomial). Two steps of Newton's
+    method reduce it to 1e-4 and 1e-8.
     """
     found = tl.fma(tl.fma(0.32323232323232326, x, -1.4545454545454546), x, 2.121212121212121)
     found = tl.fma(found, tl.fma(-x, found, 1.0), found)
@@ -55,13 +55,13 @@ def reciprocal(x):
 
 @triton.jit
 def quick_exp_of_negative(x):
-    """exp(x) for x <= 0, off by |x| ulp."""
+    """exp(x) for x <= 0 with an error of |x| ulp."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def quick_reciprocal(x):
-    """1 / x for x >= 1, off by a few ulp."""
+    """1 / x for x >= 1 with an error of a few ulp."""
     root = tl.rsqrt(x)
     return root * root
 
@@ -77,10 +77,10 @@ def sigmoids(x, WIDE: tl.constexpr):
 
 @triton.jit
 def normal_distribution(x, WIDE: tl.constexpr):
-    """Phi(x), the share of a standard normal below x, and exp(-x^2 / 2).
+    """Phi(x), the cumulative distribution function of the standard normal, and exp(-x^2 / 2).
 
-    The tail Phi(-|x|) is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |x|), fitted by least relative error on
-    |x| <= 13.3, where the exponential ends: off by 6e-8, and with the roundings of float32 by 4e-7.
+    The tail Phi(-|x|) is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |x|), fitted for the least relative error
+    on |x| <= 13.3, beyond which the exponential is 0. The error is 6e-8, with the roundings of float32 4e-7.
     """
     exponent = -0.5 * x * x
     density = exp_of_negative(exponent) if WIDE else quick_exp_of_negative(exponent)
@@ -98,10 +98,10 @@ def normal_distribution(x, WIDE: tl.constexpr):
 
 @triton.jit
 def share_and_slope(gate, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
-    """a / gate and a'; what is not used is not computed.
+    """a / gate and a'; the compiler removes an unused one.
 
-    WIDE: to float32's own precision; otherwise to that of 16 bits. Then silu takes 16 instructions an element forward,
-    not 28, and tanh 21, not 33; in the time that an H200 takes to move an element it issues about 40.
+    WIDE: to the precision of float32; otherwise to that of 16 bits, where the forward pass takes 16 instructions per
+    element for silu, not 28, and 21 for tanh, not 33. An H200 issues about 40 in the time that it moves an element.
     """
     if ACTIVATION == "gelu":
         share, density = normal_distribution(gate, WIDE)
@@ -110,34 +110,34 @@ def share_and_slope(gate, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
         share, complement = sigmoids(gate, WIDE)
         slope = share * (1.0 + gate * complement)
     else:
-        square = tl.minimum(gate * gate, 1e9)  # above it the sigmoids are 0 and 1; its cube is still finite
+        square = tl.minimum(gate * gate, 1e9)  # above, the sigmoids are 0 and 1; the cube stays finite
         share, complement = sigmoids(gate * (1.5957691216057308 + 0.07135481282052102 * square), WIDE)
         slope = share * (1.0 + gate * complement * (1.5957691216057308 + 0.21406443846156306 * square))
     return share, slope
 
 
 @triton.jit
-def tile_indices(tiles_a_row, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows [ROWS, 1] and columns [1, COLUMNS], int64, of this program's tile, tiles counted row by row.
+def tile_indices(tiles_per_row, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows [ROWS, 1] and columns [1, COLUMNS], int64, of this program's tile; tiles are counted row by row.
 
-    FLAT: there is one row; without its division a forward pass of 100 us takes 2 us less.
+    FLAT: there is one row; without the division a forward pass of 100 us takes 2 us less.
     """
     program = tl.program_id(0)
     row = tl.arange(0, ROWS).to(tl.int64)
     if not FLAT:
-        row += (program // tiles_a_row).to(tl.int64) * ROWS
-        program = program % tiles_a_row
+        row += (program // tiles_per_row).to(tl.int64) * ROWS
+        program = program % tiles_per_row
     column = program.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     return row[:, None], column[None, :]
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows", "tiles_per_row"), fixed=("columns",))
 def gated_forward_kernel(
-    gate_ptr, up_ptr, y_ptr, rows, columns, tiles_a_row, gate_row, gate_column, up_row, up_column,
+    gate_ptr, up_ptr, y_ptr, rows, columns, tiles_per_row, gate_row, gate_column, up_row, up_column,
     ACTIVATION: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y for one tile."""
-    row, column = tile_indices(tiles_a_row, FLAT, ROWS, COLUMNS)
+    row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
     inside = (row < rows) & (column < columns)
     gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + column * up_column, inside, other=0.0).to(tl.float32)
@@ -146,15 +146,15 @@ def gated_forward_kernel(
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows", "tiles_per_row"), fixed=("columns",))
 def gated_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
-    rows, columns, tiles_a_row, dy_row, dy_column, gate_row, gate_column, up_row, up_column,
+    rows, columns, tiles_per_row, dy_row, dy_column, gate_row, gate_column, up_row, up_column,
     ACTIVATION: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NEED_DGATE: tl.constexpr, NEED_DUP: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are needed, for one tile."""
-    row, column = tile_indices(tiles_a_row, FLAT, ROWS, COLUMNS)
+    row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
     inside = (row < rows) & (column < columns)
     dy = tl.load(dy_ptr + row * dy_row + column * dy_column, inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_row + column * gate_column, inside, other=0.0).to(tl.float32)
@@ -169,29 +169,29 @@ def gated_backward_kernel(
 
 
 def as_matrices(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape as matrices of one shape: a single row if all are contiguous, else [rows, F]."""
+    """Tensors of the same shape as matrices of the same shape: a single row if all are contiguous, else [rows, F]."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.view(1, -1) for tensor in tensors]
     return [rows_of(tensor) for tensor in tensors]
 
 
-def tiling(matrix: Tensor) -> tuple[dict[str, Any], int, int]:
-    """Options of a kernel, and how many tiles, of four warps each, cover a row and the whole matrix."""
+def tiling(matrix: Tensor) -> tuple[dict[str, int], int, int]:
+    """Options of a kernel, and the number of tiles, of four warps each, in a row and in the whole matrix."""
     shape = tile(matrix.shape[1], elements=TILE, widest=TILE, per_thread=8)
-    tiles_a_row = cdiv(matrix.shape[1], shape.columns)
+    tiles_per_row = cdiv(matrix.shape[1], shape.columns)
     options = {"FLAT": matrix.shape[0] == 1, "ROWS": shape.rows, "COLUMNS": shape.columns, "num_warps": shape.warps}
-    return options, tiles_a_row, cdiv(matrix.shape[0], shape.rows) * tiles_a_row
+    return options, tiles_per_row, cdiv(matrix.shape[0], shape.rows) * tiles_per_row
 
 
 def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """y, new and contiguous."""
-    y = gate.new_empty(gate.shape)
+    """Compute y, new and contiguous."""
+    y = gated_forward_outputs(gate, up, activation)
     if gate.numel() == 0:
         return y
     gate, up = as_matrices(gate, up)
-    options, tiles_a_row, programs = tiling(gate)
+    options, tiles_per_row, programs = tiling(gate)
     launch(
-        gated_forward_kernel, programs, gate, gate, up, y, *gate.shape, tiles_a_row, *gate.stride(), *up.stride(),
+        gated_forward_kernel, programs, gate, gate, up, y, *gate.shape, tiles_per_row, *gate.stride(), *up.stride(),
         ACTIVATION=activation, **options,
     )  # fmt: skip
     return y
@@ -200,63 +200,63 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_backward(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
-    """dgate and dup, new and contiguous; one that is not needed is empty."""
-    dgate, dup = gated_backward_fake(dy, gate, up, activation, need_dgate, need_dup)
+    """Compute dgate and dup, new and contiguous; one that is not needed has no elements."""
+    dgate, dup = gated_backward_outputs(dy, gate, up, activation, need_dgate, need_dup)
     if gate.numel() == 0:
         return dgate, dup
     dy, gate, up = as_matrices(dy, gate, up)
-    options, tiles_a_row, programs = tiling(gate)
+    options, tiles_per_row, programs = tiling(gate)
     launch(
         gated_backward_kernel, programs, gate, dy, gate, up, dgate, dup,
-        *gate.shape, tiles_a_row, *dy.stride(), *gate.stride(), *up.stride(),
+        *gate.shape, tiles_per_row, *dy.stride(), *gate.stride(), *up.stride(),
         ACTIVATION=activation, NEED_DGATE=need_dgate, NEED_DUP=need_dup, **options,
     )  # fmt: skip
     return dgate, dup
 
 
-def gated_forward_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """y, unfilled."""
+def gated_forward_outputs(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Allocate y."""
     return gate.new_empty(gate.shape)
 
 
-def gated_backward_fake(
+def gated_backward_outputs(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
-    """dgate and dup, unfilled."""
+    """Allocate dgate and dup."""
     return gate.new_empty(gate.shape if need_dgate else 0), up.new_empty(up.shape if need_dup else 0)
 
 
 forward_op = register(
-    "gated_forward(Tensor gate, Tensor up, str activation) -> Tensor", gated_forward, gated_forward_fake
+    "gated_forward(Tensor gate, Tensor up, str activation) -> Tensor", gated_forward, gated_forward_outputs
 )
 backward_op = register(
     "gated_backward(Tensor dy, Tensor gate, Tensor up, str activation, bool need_dgate, bool need_dup) "
     "-> (Tensor, Tensor)",
     gated_backward,
-    gated_backward_fake,
+    gated_backward_outputs,
 )
 
 
-def check(gate: Tensor, up: Tensor, activation: str) -> None:
-    """Raise what every gated activation raises."""
+def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raise for arguments that no gated activation allows."""
     checks.gated_arguments(gate, up)
     check_runnable("gate", gate)
 
 
 class Gated(torch.autograd.Function):
-    """Of gate, up, and the activation's name: "silu", "gelu" or "tanh"."""
+    """A gated activation of gate and up; its name is "silu", "gelu" or "tanh"."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        """y."""
+    def forward(ctx: Context, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """Compute y."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return forward_op(gate, up, activation)
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """dgate and dup."""
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Compute dgate and dup."""
         need_dgate, need_dup, _ = ctx.needs_input_grad
         dgate, dup = backward_op(dy, gate, up, ctx.activation, need_dgate, need_dup)
         return dgate if need_dgate else None, dup if need_dup else None, None

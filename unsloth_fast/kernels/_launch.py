@@ -1,9 +1,11 @@
-"""What the kernel files share: op registration, the choice of tiles and warps, views as rows, and the launch itself."""
+"""What the kernel files share: kernel declarations, op registration, tiles and warps, views as rows, the launch."""
 
 import threading
-from collections.abc import Callable
-from functools import cache, lru_cache, wraps
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from inspect import signature
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -12,19 +14,71 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("unsloth_fast", "DEF")
 
-# Integers whose alignment tells the compiler nothing. Batches differ in most of them: machine code of its own for each
-# kind would be compiled in the middle of a training.
-COUNTS = [
-    "rows", "tiles", "tiles_a_row", "segments", "tokens", "documents", "length", "heads", "q_heads", "k_heads", "group",
-    "units", "rest", "table", "window", "ignore_index", "words",
-]  # fmt: skip
-
-# tl.max is itself a Triton function: what it became tells whether TRITON_INTERPRET=1 was set when triton was imported.
+# tl.max is itself a Triton function; its type shows whether TRITON_INTERPRET=1 was set when triton was imported.
 INTERPRETED = not isinstance(tl.max, triton.JITFunction)
 
 
+class Integers(NamedTuple):
+    """The integer parameters of a kernel, strides excepted, by how Triton specialises machine code on their values."""
+
+    varying: tuple[str, ...]
+    loops: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+
+class Kernel(Protocol):
+    """A Triton kernel, compiled or interpreted.
+
+    Attributes:
+        fn: the Python function.
+        integers: its declared integer parameters.
+        arg_names: the names of all its parameters.
+        params: Triton's descriptions of them; a compiled kernel's alone has them.
+    """
+
+    fn: Callable[..., None]
+    integers: Integers
+    arg_names: Sequence[str]
+    params: Sequence[Any]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """The launch of a grid."""
+        ...
+
+
+def kernel(
+    *, varying: Sequence[str] = (), loops: Sequence[str] = (), fixed: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Kernel]:
+    """triton.jit for a kernel that `launch` starts, with a declaration of its integer parameters.
+
+    Triton compiles a kernel again, for about a second, where an integer argument becomes 1 or divisible by 16 or ceases
+    to be. Batches differ in most of their counts: without a declaration they would recompile in mid-training.
+
+    Args:
+        varying: integers that change from batch to batch, and others where nothing is gained; Triton specialises on
+            none of their values.
+        loops: numbers of iterations that change from batch to batch; only a 1, which removes the loop, is specialised.
+        fixed: integers that the model decides, such as a number of columns; Triton specialises on 1 and on multiples of
+            16, as it does for strides, which are not declared.
+
+    Raises:
+        TypeError: a declared name is not a parameter.
+    """
+
+    def declare(function: Callable[..., None]) -> Kernel:
+        declared = Integers(tuple(varying), tuple(loops), tuple(fixed))
+        unknown = {name for names in declared for name in names} - set(signature(function).parameters)
+        if unknown:
+            raise TypeError(f"{function.__name__}: got {', '.join(sorted(unknown))}; allowed: names of its parameters")
+        jitted: Any = triton.jit(do_not_specialize=varying, do_not_specialize_on_alignment=loops)(function)
+        jitted.integers = declared
+        return jitted
+
+    return declare
+
+
 class Tile(NamedTuple):
-    """The part of a matrix that one step of a program works on: rows x columns (powers of two), by this many warps."""
+    """The part of a matrix that a program computes in one step: rows x columns (powers of two), and its warps."""
 
     rows: int
     columns: int
@@ -33,13 +87,13 @@ class Tile(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def tile(columns: int, *, elements: int, widest: int, per_thread: int) -> Tile:
-    """The tile for rows of this many columns; the number of rows has no say, so that no row's bits depend on it.
+    """The tile for rows of this many columns; it does not depend on the number of rows, so neither do a row's bits.
 
     Args:
-        columns: of the matrix, at least 1.
-        elements: the fewest elements in a tile; short rows share a tile to make it up.
-        widest: the most columns in a tile, a power of two; longer rows take several.
-        per_thread: elements of the tile for each thread, which bounds registers; 32 in bfloat16 are four 16-byte loads.
+        columns: number of columns of the matrix, at least 1.
+        elements: least number of elements in a tile; several short rows share a tile.
+        widest: largest number of columns in a tile, a power of two; longer rows take several tiles.
+        per_thread: elements of the tile per thread, which bounds registers; 32 in bfloat16 are four 16-byte loads.
     """
     width = min(next_power_of_2(columns), widest)
     height = max(1, elements // width)
@@ -47,12 +101,12 @@ def tile(columns: int, *, elements: int, widest: int, per_thread: int) -> Tile:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """The tensor [..., H], not empty, as [rows, H]: a view whenever strides can express it."""
+    """A tensor [..., H] that is not empty as [rows, H]: a view if strides can express it, otherwise a copy."""
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def cdiv(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up. (triton.cdiv, made for kernels too, takes 6 us on the host.)"""
+    """The quotient, rounded up. (triton.cdiv, which also works in kernels, takes 6 us on the host.)"""
     return -(-dividend // divisor)
 
 
@@ -63,7 +117,7 @@ def next_power_of_2(number: int) -> int:
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; an H200's where there is no GPU."""
+    """Bytes of shared memory that a program may use; those of an H200 if the device is not a GPU."""
     if device.type != "cuda":
         return 227 * 1024
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
@@ -71,13 +125,13 @@ def shared_memory(device: torch.device) -> int:
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; an H200's where there is none."""
+    """Number of multiprocessors of a GPU; those of an H200 if the device is not a GPU."""
     return 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def specialised(kernel: Any) -> list[tuple[bool, bool]]:
-    """For each parameter, whether Triton makes a constant of a 1, and machine code of its own for what 16 divides."""
+def specialised(kernel: Kernel) -> list[tuple[bool, bool]]:
+    """For each parameter, whether Triton specialises machine code on the value 1, and on multiples of 16."""
     return [
         (not parameter.do_not_specialize, not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment))
         for parameter in kernel.params
@@ -85,41 +139,60 @@ def specialised(kernel: Any) -> list[tuple[bool, bool]]:
 
 
 @cache
-def unaligned(kernel: Any) -> Any:
-    """The kernel for arguments of which one is not aligned: nothing is known of any.
+def unaligned(kernel: Kernel) -> Kernel:
+    """The kernel for calls in which an argument is not aligned: it assumes no alignment for any argument.
 
-    A wide access takes all of its strides and its pointer. Left to itself Triton would tell each of them apart: of 980
-    kernels that the judge's cases made it compile for attention, at about a second each, 355 are left.
+    A wide access needs its pointer and all of its strides aligned. By default Triton distinguishes which of them are:
+    of 980 kernels compiled for the judge's cases of attention, at about a second each, 355 are left.
     """
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
-    twin = triton.jit(do_not_specialize=kernel.do_not_specialize, do_not_specialize_on_alignment=names)
-    return twin(kernel.fn)
+    twin: Any = triton.jit(do_not_specialize=kernel.integers.varying, do_not_specialize_on_alignment=names)(kernel.fn)
+    twin.integers = kernel.integers
+    return twin
 
 
-def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
+_intercepted = False
+
+
+@contextmanager
+def launched_by_triton() -> Iterator[None]:
+    """Within this context every launch calls the kernel's own `run` method, for tensors on any device.
+
+    For tools that replace `run`, to inspect launches instead of executing them. Affects all threads.
+    """
+    global _intercepted
+    before, _intercepted = _intercepted, True
+    try:
+        yield
+    finally:
+        _intercepted = before
+
+
+def launch(kernel: Kernel, programs: int, tensor: Tensor, *arguments: Tensor | float, **options: object) -> None:
     """Run a kernel on the tensor's device, in a one-dimensional grid of programs.
 
     Args:
-        kernel: a triton.jit function, its constexpr parameters last.
+        kernel: a Triton kernel whose constexpr parameters come last.
         programs: size of the grid.
-        tensor: names the device.
+        tensor: determines the device.
         *arguments: all parameters that are not constexpr, in order.
-        **options: the constexpr parameters and Triton's own such as num_warps, always the same ones in the same order.
+        **options: the constexpr parameters and Triton's own options such as num_warps. Each call of a kernel gives the
+            same names in the same order.
     """
     index = tensor.get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(kernel, programs, tensor, *arguments, **options)
-    # Multiply and add in one rounding, unless options say otherwise: Triton's default up to 3.9, not from 3.10.
+    # Multiply and add with one rounding, unless options disable it: Triton's default up to 3.9, but not from 3.10 on.
     options = {"enable_fp_fusion": True, **options}
-    if INTERPRETED or torch.version.hip:  # on HIP triton specialises on more than the key below
+    if INTERPRETED or _intercepted or torch.version.hip:  # on HIP, Triton specialises on more than the key below
         kernel[(programs,)](*arguments, **options)
         return None
-    # Triton binds and keys every launch anew, 9 to 30 us on the host; looking the compiled kernel up here takes 3.
-    facts = _specialised.get(id(kernel))  # a kernel's own hash is a property under a lock
+    # Triton binds the arguments and computes a key in every launch: 9 to 30 us on the host. This lookup takes 3.
+    facts = _specialised.get(id(kernel))  # a kernel's own hash is a property that takes a lock
     if facts is None:
         facts = _specialised[id(kernel)] = specialised(kernel)
-    bits, kinds, values = 0, [], []  # all that the choice of machine code depends on (on CUDA), and what it is given
+    bits, kinds, values = 0, [], []  # what the choice of machine code depends on (on CUDA), and the values to pass
     for argument, (constant, aligned) in zip(arguments, facts, strict=False):
         if isinstance(argument, int):
             if argument == 1 and constant:
@@ -131,7 +204,7 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
             kinds.append(float)
         else:
             kinds.append(argument.dtype)
-            argument = argument.data_ptr()  # Triton would ask for it again, and then the driver whether it is one
+            argument = argument.data_ptr()  # Triton would read it again and ask the driver whether it is valid
             bits |= argument
         values.append(argument)
     key = (id(kernel), index, bits & 15 == 0, *kinds, *options.values())
@@ -140,11 +213,11 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
         compiled = (unaligned(kernel) if bits & 15 else kernel)[(programs,)](*arguments, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         found = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
-        compiled = _compiled.setdefault(key, found)[0]  # another thread's, if it was first: one of them is held
+        compiled = _compiled.setdefault(key, found)[0]  # of threads that compile at once, the first one's stays alive
     else:
         compiled, run, function, metadata, constants = found
         stream = torch._C._cuda_getCurrentRawStream(index)
-        # Without Triton's own hooks, which its profiler Proton sets; those of CUDA see every launch.
+        # Without Triton's own launch hooks, which its profiler Proton uses; CUDA's hooks see every launch.
         run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
     if recorded.launches is not None:
         recorded.launches.append((compiled, programs, arguments))
@@ -152,27 +225,32 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
 
 
 class _Recorded(threading.local):
-    """What this thread launches while a recording is made: (compiled kernel, programs, arguments) each."""
+    """The launches of this thread during a recording: (compiled kernel, programs, arguments) each."""
 
     launches: list[tuple[Any, int, tuple[Any, ...]]] | None = None
 
 
 recorded = _Recorded()
 
-# The kernel itself stands first: it unloads its machine code when nothing holds it.
+# The kernel itself comes first: Triton unloads its machine code when nothing refers to it.
 _compiled: dict[tuple[object, ...], tuple[Any, Any, Any, Any, tuple[Any, ...]]] = {}
 _specialised: dict[int, list[tuple[bool, bool]]] = {}
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(schema: str, implementation: Callable[..., Any], outputs: Callable[..., Any]) -> Callable[..., Any]:
     """Define an op of the unsloth_fast namespace, opaque to torch.compile, and return a function that calls it.
 
-    Where nothing traces or records ops the function calls the implementation itself: the dispatcher takes 3 to 6 us.
+    Unless ops are traced or recorded, the function calls the implementation itself: the dispatcher takes 3 to 6 us.
+
+    Args:
+        schema: the op's name, arguments and results.
+        implementation: computes the results.
+        outputs: allocates them with the same arguments; serves as the op's fake implementation under torch.compile.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"unsloth_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"unsloth_fast::{name}", outputs, lib=LIBRARY)
     op = getattr(torch.ops.unsloth_fast, name).default
 
     def call(*arguments: Any) -> Any:
@@ -182,15 +260,10 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def traced() -> bool:
-    """Whether something traces or records ops: torch.compile, a fake tensor mode, any other TorchDispatchMode."""
+    """Whether ops are traced or recorded: by torch.compile, a fake tensor mode or another TorchDispatchMode."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._len_torch_dispatch_stack() > (recorded.launches is not None)  # a recording has a mode of its own
-
-
-def resolved(value: Any) -> Any:
-    """A tensor as it lies in memory, if torch says its sign by a flag alone; anything else as it is."""
-    return value.resolve_neg() if isinstance(value, Tensor) else value
 
 
 def check_runnable(name: str, tensor: Tensor) -> None:
@@ -200,41 +273,8 @@ def check_runnable(name: str, tensor: Tensor) -> None:
             f"{name}: got dtype torch.float64; allowed: torch.float16, torch.bfloat16, torch.float32; "
             "the reference backend computes in float64"
         )
-    if not (tensor.is_cuda or INTERPRETED):
+    if not (tensor.is_cuda or INTERPRETED or _intercepted):
         raise RuntimeError(
             f"{name}: got device {tensor.device}; allowed: a CUDA device, or any with TRITON_INTERPRET=1 set in the "
             "environment before triton is imported"
         )
-
-
-class Undifferentiable(torch.autograd.Function):
-    """A gradient, tied to the tensors that it was computed from by a derivative that raises."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        """The gradient itself."""
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        """Raise RuntimeError."""
-        raise RuntimeError("this operation of unsloth_fast has no second derivative; the reference backend has")
-
-
-def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Make a function of ctx, the grad_outputs and the saved tensors the backward of a once differentiable Function.
-
-    torch's once_differentiable raises only where a grad_output itself requires a gradient. In a gradient penalty none
-    does, and the penalty's own gradient would silently be zero.
-    """
-
-    @wraps(backward)
-    def checked(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, grad_outputs = ctx.saved_tensors, tuple(resolved(one) for one in grad_outputs)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *grad_outputs, *saved)
-        with torch.no_grad():
-            results = backward(ctx, *grad_outputs, *saved)
-        return tuple(None if r is None else Undifferentiable.apply(r, *grad_outputs, *saved) for r in results)
-
-    return checked

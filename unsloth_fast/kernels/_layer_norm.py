@@ -1,4 +1,4 @@
-"""The kernels of layer_norm, whose file has their formulas."""
+"""The kernels of layer_norm; layer_norm.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -6,13 +6,13 @@
 import triton
 import triton.language as tl
 
-from unsloth_fast.kernels._launch import COUNTS
+from unsloth_fast.kernels._launch import kernel
 from unsloth_fast.kernels._norms import column_sum, load_tile, quotient, within
 
 
 @triton.jit
 def load_vector(pointer, column, columns, stride, FULL: tl.constexpr):
-    """One row [1, COLUMNS] in float32, 0 beyond its end."""
+    """Load one row [1, COLUMNS] in float32, 0 beyond its end."""
     if FULL:
         return tl.load(pointer + column * stride).to(tl.float32)
     else:
@@ -21,13 +21,13 @@ def load_vector(pointer, column, columns, stride, FULL: tl.constexpr):
 
 @triton.jit
 def centred(x, mean, column, columns, FULL: tl.constexpr):
-    """x - mean, 0 outside the matrix, where x is 0 and so is the mean of a row."""
+    """x - mean, 0 outside the matrix: x is 0 there, and so is the mean of a row outside."""
     return x - (mean if FULL else tl.where(column < columns, mean, 0.0))
 
 
 @triton.jit
 def store_stats(stats_ptr, mean, squares, eps, row, rows, columns):
-    """Mean and r, of which r is returned."""
+    """Store mean and r; return r."""
     variance = quotient(tl.sum(squares, 1, keep_dims=True), columns)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     tl.store(stats_ptr + row, mean, row < rows)
@@ -40,7 +40,7 @@ def store_normed(
     y_ptr, x, mean, rstd, weight_ptr, bias_ptr, row, column, rows, columns, weight_stride, bias_stride,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y."""
+    """Compute and store a tile of y."""
     weight = load_vector(weight_ptr, column, columns, weight_stride, FULL)
     bias = load_vector(bias_ptr, column, columns, bias_stride, FULL)
     y = (x - mean) * rstd * weight + bias
@@ -48,13 +48,13 @@ def store_normed(
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr,
     rows, columns, x_row, x_column, weight_stride, bias_stride, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, in PARTS tiles side by side. EXACT: all of them are full; otherwise all but the last."""
+    """ROWS rows per program, as PARTS adjacent tiles. EXACT: all tiles are full; otherwise all but the last."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     xs = ()
@@ -78,13 +78,13 @@ def layer_norm_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def layer_norm_forward_long_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr,
     rows, columns, x_row, x_column, weight_stride, bias_stride, eps,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A longer row a program, read three times, twice from L2."""
+    """One longer row per program, read three times, twice of them from L2."""
     row = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[:, None]
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     sums = tl.zeros([1, COLUMNS], tl.float32)
@@ -105,14 +105,14 @@ def layer_norm_forward_long_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
+@kernel(varying=("rows",), loops=("each",), fixed=("columns",))
 def layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`each` times ROWS rows a program, in PARTS tiles side by side, the loads of the next ones in flight under these.
+    """Each program takes `each` * ROWS rows, a row as PARTS adjacent tiles; loads are pipelined.
 
     Programs take neighbouring rows at the same time. EXACT: all tiles of a row are full; otherwise all but the last.
     """
@@ -140,7 +140,7 @@ def layer_norm_backward_kernel(
             at = part * COLUMNS + column
             dy = load_tile(dy_ptr, row, at, rows, columns, dy_row, dy_column, EXACT or part + 1 < PARTS)
             x = load_tile(x_ptr, row, at, rows, columns, x_row, x_column, EXACT or part + 1 < PARTS)
-            n = (x - mean) * rstd  # outside the matrix it meets only zeros of dy
+            n = (x - mean) * rstd  # outside the matrix it is multiplied by zeros of dy
             if NEED_SUMS:
                 dweight_sums += (dweight[part] + tl.sum(dy * n, 0, keep_dims=True),)
                 dbias_sums += (dbias[part] + tl.sum(dy, 0, keep_dims=True),)
@@ -168,13 +168,13 @@ def layer_norm_backward_kernel(
             tl.store(partial + columns, dbias[part], at < columns)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
+@kernel(varying=("rows",), loops=("each",), fixed=("columns",))
 def layer_norm_backward_long_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, x_row, x_column, weight_stride,
     NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Longer rows, one at a time in two passes; the program's two rows of partial sums are kept in memory."""
+    """Longer rows, one at a time in two passes; the program's two rows of partial sums stay in memory."""
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
@@ -211,11 +211,11 @@ def layer_norm_backward_long_kernel(
         tl.debug_barrier()  # the next row reads the partial sums that this one wrote
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def layer_norm_sums_kernel(
     partial_ptr, dweight_ptr, dbias_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A block of columns a program: of dweight in the even ones, of dbias in the odd ones."""
+    """One block of columns per program: even programs sum up dweight, odd ones dbias."""
     block = tl.program_id(0) // 2
     if tl.program_id(0) % 2 == 0:
         column_sum(partial_ptr, dweight_ptr, block, rows, columns, 2 * columns, ROWS, COLUMNS)

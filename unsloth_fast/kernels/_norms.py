@@ -1,4 +1,4 @@
-"""What norms share: tiles of rows, and the backward pass's sums over all rows."""
+"""What norms share: tiles of rows, and the sums over all rows in the backward pass."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false
@@ -15,39 +15,39 @@ from unsloth_fast.kernels._launch import cdiv, next_power_of_2, shared_memory
 
 @triton.jit
 def within(row, column, rows, columns, FULL: tl.constexpr):
-    """Where a tile lies in the matrix. FULL: with all of its columns."""
+    """Which elements of a tile are inside the matrix. FULL: all of its columns are."""
     return row < rows if FULL else (row < rows) & (column < columns)
 
 
 @triton.jit
 def load_tile(pointer, row, column, rows, columns, row_stride, column_stride, FULL: tl.constexpr = False):
-    """A tile in float32, 0 outside the matrix."""
+    """Load a tile in float32, 0 outside the matrix."""
     inside = within(row, column, rows, columns, FULL)
     return tl.load(pointer + row * row_stride + column * column_stride, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_scale(weight_ptr, column, columns, weight_stride, OFFSET: tl.constexpr):
-    """OFFSET + weight, [1, COLUMNS]. A constant: to add a zero would be one of 16 instructions a column."""
+    """OFFSET + weight, [1, COLUMNS]. OFFSET is a constant: adding a zero would be one of 16 instructions per column."""
     weight = tl.load(weight_ptr + column * weight_stride, column < columns, other=0.0).to(tl.float32)
     return weight + OFFSET if OFFSET != 0 else weight
 
 
 @triton.jit
 def quotient(total, count):
-    """total / count, correctly rounded: `/` is off by up to two units on a GPU, and a whole row would share that."""
+    """total / count, correctly rounded: on a GPU the error of `/` is up to two ulp, for all elements of a row alike."""
     return tl.div_rn(total, tl.cast(count, tl.float32))
 
 
 @triton.jit
 def rounded(normed, dtype: tl.constexpr, LLAMA: tl.constexpr):
-    """The normalised value as the weight meets it."""
+    """The normalised value as it is multiplied by the weight."""
     return normed.to(dtype).to(tl.float32) if LLAMA else normed
 
 
 @triton.jit
 def column_sum(partial_ptr, sum_ptr, block, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum all rows of partial [rows, columns], which ROWS holds at once, for one block of COLUMNS columns."""
+    """Sum up all rows of partial [rows, columns], at most ROWS, in one block of COLUMNS columns."""
     row = tl.arange(0, ROWS).to(tl.int64)[:, None]
     column = (block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     total = tl.sum(load_tile(partial_ptr, row, column, rows, columns, row_stride, 1), 0, keep_dims=True)
@@ -55,14 +55,15 @@ def column_sum(partial_ptr, sum_ptr, block, rows, columns, row_stride, ROWS: tl.
 
 
 class BackwardTile(NamedTuple):
-    """What one step of a program works on, and how many programs there are.
+    """What a program computes in one step, and the number of programs.
 
     Attributes:
-        rows: a power of two.
-        columns: of each tile, a power of two.
-        parts: tiles side by side that make up a row; 0 if a row is too long for that.
-        warps: of a program.
-        programs: at most, 128 for each that a processor is to hold. Constants, so that dweight's bits are every card's.
+        rows: number of rows, a power of two.
+        columns: number of columns of each tile, a power of two.
+        parts: number of adjacent tiles in a row; 0 if a row is too long for that.
+        warps: number of warps of a program.
+        programs: the most programs: 128 for each that a processor is to hold. Constant, so that the bits of dweight do
+            not depend on the GPU.
     """
 
     rows: int
@@ -74,11 +75,11 @@ class BackwardTile(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def backward_tile(columns: int, widest: int) -> BackwardTile:
-    """The tile for rows of this many columns, of which their number has no say.
+    """The tile for rows of this many columns; it does not depend on the number of rows.
 
-    Whole rows of up to `widest` columns stay in registers, 16 to 40 columns a thread; longer ones go in tiles of 4096.
-    On an H200 rms_norm and layer_norm took less in these tiles than in others of 512 to 8192 columns, by 2 to 16
-    warps, but for 6144 columns of rms_norm, which six of 1024 hold in .95 of the time.
+    Whole rows of up to `widest` columns stay in registers, 16 to 40 columns per thread; longer ones are read in tiles
+    of 4096. On an H200 rms_norm and layer_norm were faster in these tiles than in others of 512 to 8192 columns and 2
+    to 16 warps; except for 6144 columns of rms_norm, which take 0.95 of the time in six tiles of 1024.
     """
     if columns > widest:
         return BackwardTile(1, 4096, 0, 4, 256)
@@ -90,20 +91,20 @@ def backward_tile(columns: int, widest: int) -> BackwardTile:
     return BackwardTile(1, width, cdiv(columns, width), width // 256, programs)
 
 
-def backward_programs(shape: BackwardTile, tiles: int, summing: bool) -> tuple[int, int]:
-    """How many consecutive tiles each program takes (one where nothing is summed up), and the number of programs."""
-    each = cdiv(tiles, shape.programs) if summing else 1
+def backward_programs(shape: BackwardTile, tiles: int, sums: bool) -> tuple[int, int]:
+    """The number of tiles per program (one if it sums nothing up), and the number of programs."""
+    each = cdiv(tiles, shape.programs) if sums else 1
     return each, cdiv(tiles, each)
 
 
 def backward_stages(shape: BackwardTile, streams: int, x: Tensor) -> int:
-    """Stages of the pipeline, at most 3, whose buffers leave a processor's shared memory room for all its programs."""
+    """Stages of the pipeline, at most 3, such that the buffers of all programs of a processor fit its shared memory."""
     memory = min(192 * 1024 * 128 // shape.programs, shared_memory(x.device) - 4096)
     return 1 + min(2, memory // (streams * shape.rows * shape.columns * shape.parts * x.element_size()))
 
 
-def summing(programs: int, columns: int) -> tuple[int, dict[str, int]]:
-    """Programs and options for a kernel that calls column_sum: 4096 elements a program, at least 64 bytes a row."""
+def column_sum_grid(programs: int, columns: int) -> tuple[int, dict[str, int]]:
+    """Programs and options of a kernel that calls column_sum: 4096 elements per program, at least 64 bytes per row."""
     height = next_power_of_2(programs)
     width = max(16, 4096 // height)
     return cdiv(columns, width), {"ROWS": height, "COLUMNS": width, "num_warps": 8}

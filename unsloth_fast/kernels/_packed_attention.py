@@ -1,4 +1,4 @@
-"""The kernels of packed attention; packed_attention.py says what they compute and launches them."""
+"""The kernels of packed attention; packed_attention.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from unsloth_fast.kernels._cross_entropy import tanh, tanh_derivative
-from unsloth_fast.kernels._launch import COUNTS, INTERPRETED
+from unsloth_fast.kernels._launch import INTERPRETED, kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EMULATED = tl.constexpr(INTERPRETED)
@@ -15,9 +15,9 @@ EMULATED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS: tl.constexpr):
-    """Where a tile's document begins, how long it is, and at which of its tokens the tile begins.
+    """The first token of a tile's document, its length, and the position in it at which the tile begins.
 
-    Document d has the tiles from cu_seqlens[d] // ROWS + d on: at least as many as it takes, one more at most.
+    The tiles of document d begin with number cu_seqlens[d] // ROWS + d: as many as it needs, or one more.
     """
     low = 0
     high = documents - 1
@@ -35,15 +35,15 @@ def find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, row, length, column, width, row_stride):
-    """Rows of a document [ROWS, WIDTH], ready for tl.dot, 0 outside of it."""
+    """Load rows of a document [ROWS, WIDTH] for tl.dot, 0 outside of it."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
     values = tl.load(pointer + offset, (row < length)[:, None] & (column < width)[None, :], other=0.0)
-    return values.to(tl.float32) if EMULATED else values  # the interpreter multiplies the bits of bfloat16
+    return values.to(tl.float32) if EMULATED else values  # the interpreter would multiply the bits of bfloat16
 
 
 @triton.jit
 def store_rows(pointer, values, row, length, column, width, row_stride):
-    """Rows of a document, rounded."""
+    """Round and store rows of a document."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
     inside = (row < length)[:, None] & (column < width)[None, :]
     tl.store(pointer + offset, values.to(pointer.dtype.element_ty), inside)
@@ -51,7 +51,7 @@ def store_rows(pointer, values, row, length, column, width, row_stride):
 
 @triton.jit
 def exponents(dots, scale, softcap, SOFTCAP: tl.constexpr):
-    """z times log2(e), for exp2, of q . k."""
+    """z of the dot products q . k, times log2(e) for exp2."""
     if SOFTCAP:
         return tanh(dots * (scale / softcap)) * (softcap * LOG2E)
     return dots * (scale * LOG2E)
@@ -61,9 +61,9 @@ def exponents(dots, scale, softcap, SOFTCAP: tl.constexpr):
 def weights_and_slopes(
     q, k, v, do, lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """p and ds, [queries, keys], with the scores of q against k computed again."""
+    """Compute p and ds, [queries, keys], from recomputed scores of q and k."""
     dots = tl.dot(q, tl.trans(k), input_precision="ieee")
-    # Of what is not seen both are 0, whatever lies there.
+    # Both are 0 for keys that are not seen, whatever their values.
     p = tl.where(seen, tl.exp2(exponents(dots, scale, softcap, SOFTCAP) - lse), 0.0)
     ds = tl.where(seen, p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta), 0.0)
     if SOFTCAP:
@@ -71,7 +71,7 @@ def weights_and_slopes(
     return p, ds
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("tokens", "documents", "tiles", "heads", "group", "window"), fixed=("width",))
 def packed_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
@@ -79,7 +79,7 @@ def packed_attention_forward_kernel(
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of one head a program, those with the most keys first."""
+    """ROWS queries of one head per program; those with the most keys come first."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) // heads
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
@@ -104,20 +104,20 @@ def packed_attention_forward_kernel(
             seen &= key[None, :] > query[:, None] - window
         z = tl.where(seen, z, float("-inf"))
         higher = tl.maximum(highest, tl.max(z, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing yet
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # for a row that has seen no key yet
         p = tl.exp2(z - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(p, 1)
         v = load_rows(v_ptr, key, length, column, width, v_token)
         out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = higher
-    total = tl.where(query < length, total, 1.0)  # other rows have seen nothing
+    total = tl.where(query < length, total, 1.0)  # other rows have seen no key
     out_ptr += (begin * heads + head) * width
     store_rows(out_ptr, out / total[:, None], query, length, column, width, heads * width)
     tl.store(lse_ptr + head * tokens + begin + query, highest + tl.log2(total), query < length)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("tokens", "documents", "tiles", "heads", "group", "window"), fixed=("width",))
 def packed_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
@@ -125,7 +125,7 @@ def packed_attention_dq_kernel(
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dq of ROWS queries of one head a program, and their delta, the sum over D of out * do."""
+    """dq of ROWS queries of one head per program, and their delta, the sum over D of out * do."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) // heads
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
@@ -159,7 +159,7 @@ def packed_attention_dq_kernel(
     store_rows(dq_ptr + mine, dq * scale, query, length, column, width, row_stride)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("tokens", "documents", "tiles", "heads", "group", "window"), fixed=("width",))
 def packed_attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
@@ -167,7 +167,7 @@ def packed_attention_dkdv_kernel(
     scale, softcap, window,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of COLUMNS keys of one head a program, over its group of query heads and then their queries."""
+    """dk and dv of COLUMNS keys of one head per program, summed over its group of query heads and their queries."""
     kv_heads = heads // group
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     tile = tl.program_id(0) // kv_heads

@@ -1,4 +1,4 @@
-// Replays what `_replay.py` recorded: programs and the autograd node around them, without Python.
+// Replays the calls that `_replay.py` recorded: their programs and an autograd node around them, without Python.
 
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
@@ -15,7 +15,7 @@ void append(std::string& key, T value) {
   key.append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
 
-// All that a recording depends on of its tensors: what each is like, and which of them begin at the same address.
+// What a recording depends on: the metadata and alignment of each tensor, and which of them share an address.
 void describe(std::string& key, const variable_list& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& tensor = tensors[i];
@@ -34,13 +34,15 @@ void describe(std::string& key, const variable_list& tensors) {
   }
 }
 
-// Recordings, and backward passes of one, are of a few kilobytes each; ever new kinds would fill the memory.
+// A recording or a backward pass takes a few kilobytes: without a limit, ever new signatures would fill the memory.
 constexpr size_t MOST = 4096, MOST_BACKWARD = 64;
 
-// A recorded call of an autograd.Function: the forward pass, and a backward pass for each kind of gradient that came.
+// A recorded call of an autograd.Function: the forward pass, and a backward pass per signature of its gradients.
 struct Recording : torch::CustomClassHolder {
   Program forward;
-  std::vector<int64_t> saved, kept, constant;  // by number; saved as they are (-1: None), kept for the first backward
+  // Numbers of tensors: saved ones (-1: None), early gradients, which the first backward pass takes, and outputs
+  // without a gradient.
+  std::vector<int64_t> saved, kept, constant;
   int64_t inputs;
   bool materialize, single;
   at::Device device;
@@ -51,8 +53,8 @@ struct Recording : torch::CustomClassHolder {
   Recording(py::object recorded, at::Device where)
       : forward(recorded.attr("program").cast<py::tuple>()),
         saved(recorded.attr("saved").cast<std::vector<int64_t>>()),
-        kept(recorded.attr("kept").cast<std::vector<int64_t>>()),
-        constant(recorded.attr("constant").cast<std::vector<int64_t>>()),
+        kept(recorded.attr("early_gradients").cast<std::vector<int64_t>>()),
+        constant(recorded.attr("non_differentiable").cast<std::vector<int64_t>>()),
         inputs(recorded.attr("inputs").cast<int64_t>()),
         materialize(recorded.attr("materialize").cast<bool>()),
         single(recorded.attr("single").cast<bool>()),
@@ -89,7 +91,7 @@ variable_list unwrap(const py::handle tensors) {
   return unwrapped;
 }
 
-// Call into Python from autograd's thread; what it raises reaches the caller of backward() as it is.
+// Call into Python from autograd's thread; its exceptions reach the caller of backward() unchanged.
 template <typename F>
 auto with_python(F function) {
   const py::gil_scoped_acquire gil;
@@ -103,7 +105,7 @@ auto with_python(F function) {
   }
 }
 
-// Whether a tensor is what lies at its address, and no more than that.
+// Whether a tensor is plain memory on a CUDA device: no subclass, no transform, no conjugate or negative bit.
 bool ordinary(const Tensor& tensor) {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet others({DispatchKey::Python, DispatchKey::FuncTorchBatched,
@@ -112,13 +114,13 @@ bool ordinary(const Tensor& tensor) {
   return tensor.is_cuda() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(others);
 }
 
-// A recording that is to be replayed, or that has just been made, with what was allocated for it.
+// A recording to be replayed; or a new one, with the tensors that its call has already allocated.
 struct Call {
   c10::intrusive_ptr<Recording> recording;
   std::optional<variable_list> made;
 };
 
-// What Python allocated, as if it had been allocated here: no views.
+// The tensors that Python allocated, as if they had been allocated here: no views.
 variable_list made(const py::handle tensors) {
   variable_list all = unwrap(tensors);
   for (auto& one : all) one = one.tensor_data();
@@ -145,7 +147,7 @@ struct Replay : torch::autograd::Function<Replay> {
     const auto saved = ctx->get_saved_variables();
     const auto found = ctx->saved_data.find("kept");
     const auto kept = found == ctx->saved_data.end() ? variable_list() : found->second.toTensorVector();
-    ctx->saved_data.erase("kept");  // handed out, they are the caller's
+    ctx->saved_data.erase("kept");  // from here on the caller owns them
 
     std::string key;
     std::vector<bool> needs;
@@ -165,7 +167,7 @@ struct Replay : torch::autograd::Function<Replay> {
       return grads;
     };
     const auto by_python = [&] { return give(with_python([&] { return unwrap(python("backward")); })); };
-    // What backward computes is to be differentiated in turn, or to be seen.
+    // Python, if the gradients are to be differentiated in turn, or if a mode is to see the ops.
     if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return by_python();
     for (const auto& one : grad_outputs)
       if (one.defined() && !ordinary(one)) return by_python();
@@ -197,13 +199,14 @@ struct Replay : torch::autograd::Function<Replay> {
   }
 };
 
-py::handle record, plain;  // of _replay.py; held for ever, as are the recordings: a process ends in any order
+// `record` and `call` of _replay.py; like the recordings, never released: at exit, objects are destroyed in any order.
+py::handle record, plain;
 std::unordered_map<std::string, c10::intrusive_ptr<Recording>>& recordings() {
   static auto* const all = new std::unordered_map<std::string, c10::intrusive_ptr<Recording>>();
   return *all;
 }
 
-// Add the arguments of a call to its key and its tensors to the inputs; false: this cannot be replayed.
+// Append the arguments of a call to its key and its tensors to the inputs; false: this call cannot be replayed.
 bool gather(PyObject* const* arguments, Py_ssize_t count, std::string& key, variable_list& inputs) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const one = arguments[i];
@@ -238,7 +241,7 @@ bool gather(PyObject* const* arguments, Py_ssize_t count, std::string& key, vari
   return !inputs.empty();
 }
 
-// apply(function, check, *arguments) of _replay.py, replayed where that is possible.
+// call_recorded(function, check, *arguments) of _replay.py, replayed if possible.
 PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   std::string key;
@@ -257,13 +260,13 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       if (!recorded) throw python_error();
       const auto python = py::reinterpret_steal<py::object>(recorded);
       if (!python.is_none()) {
-        call.made = made(python.attr("made"));
-        python.attr("made") = py::none();
+        call.made = made(python.attr("allocated"));
+        python.attr("allocated") = py::none();
         call.recording = c10::make_intrusive<Recording>(python, inputs[0].device());
       }
       if (recordings().size() >= MOST) recordings().clear();
-      Py_INCREF(arguments[0]);  // for ever: its address is in the key
-      recordings()[key] = call.recording;  // null: this kind cannot be replayed
+      Py_INCREF(arguments[0]);  // never released: its address is in the key
+      recordings()[key] = call.recording;  // null: calls with this signature cannot be replayed
     }
   }
   if (!call.recording) return PyObject_Vectorcall(plain.ptr(), arguments, count, nullptr);

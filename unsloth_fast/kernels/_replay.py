@@ -1,36 +1,46 @@
-"""Operations as recordings: what a call allocates and launches, run again by compiled code for every call like it.
+"""How a public function reaches its kernels: `call`, and `call_recorded`, which replays earlier calls in compiled code.
 
-For small tensors the host decides: on the host of an H200 that takes 0.14 ms for torch's own rms_norm, forward and
+Each operation ends with one of these two, given its autograd.Function, a function that checks the arguments, and the
+arguments:
+
+    call(function, check, *arguments)            check(*arguments), then function.apply(*arguments)
+    call_recorded(function, check, *arguments)   the same; later calls with the same signature are replayed, unchecked
+
+`call_recorded` is for a Function whose passes only allocate, take views and launch. Both are documented below.
+
+For small tensors the time on the host decides: on the host of an H200, torch's own rms_norm takes 0.14 ms forward and
 backward, an autograd.Function in Python that does nothing takes 0.12, and one with three launches 0.35. So the first
-call of each kind (function, shapes, strides, dtypes, alignment, other arguments) is recorded while its Python runs,
-which takes the host 0.5 ms more, and `_replay.cpp` allocates and launches the same from then on, with an autograd node
-of its own, in 0.14. It is compiled once, in about 20 s, by torch.utils.cpp_extension; where that fails the Python runs
-on.
+call with a signature (function, shapes, strides, dtypes, alignment, other arguments) is recorded while its Python runs,
+which takes the host 0.5 ms more. From then on `_replay.cpp` allocates and launches the same, with an autograd node of
+its own, in 0.14 ms. torch.utils.cpp_extension compiles it once, in about 20 s; if that fails, the Python code runs.
 """
 
 import logging
 import re
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unsloth_fast.kernels._launch import INTERPRETED, recorded, resolved, traced
+from unsloth_fast.kernels._autograd import resolved
+from unsloth_fast.kernels._launch import INTERPRETED, recorded, traced
 
 logger = logging.getLogger(__name__)
 
 Check = Callable[..., None]
-Program = tuple[list[Any], list[Any], list[int]]  # buffers, launches and results, as _replay.cpp takes them
+Function = type[torch.autograd.Function]
+Program = tuple[list[Any], list[Any], list[int]]  # buffers, launches and results, as _replay.cpp reads them
+Result = TypeVar("Result")
 
 _NEW_EMPTY = Tensor.new_empty
-# What a plain launch with the kernel's own arguments is not enough for.
+# Properties of a kernel that a plain launch with its own arguments does not provide for.
 _SPECIAL = (
     "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "instrumentation_mode",
 )  # fmt: skip
@@ -42,7 +52,7 @@ class _Unrecordable(Exception):
 
 
 class _Allocations(TorchDispatchMode):
-    """Keeps what is allocated, and tells whether torch did anything besides."""
+    """Collects the tensors that are allocated, and notes whether torch did anything else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,92 +68,92 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-class _Context:
-    """Stands in for the ctx of an autograd.Function; what else is set on it stays."""
+class _RecordedContext:
+    """The ctx of a recorded call; attributes that the Function sets stay on it. See `_autograd.Context`."""
 
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
         self.needs_input_grad, self.saved_tensors = tuple(needs_input_grad), ()
-        self.constant, self.materialize = (), True
+        self.non_differentiable, self.materialize = (), True
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        self.constant = tensors
+        self.non_differentiable = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materialize = value
 
 
-class _Numbers:
-    """The tensors of a program: those it is given, then, by where they begin, those it allocates."""
+class _TensorTable:
+    """Numbers the tensors of a program: first its inputs, then the tensors that it allocates, by their addresses."""
 
-    def __init__(self, given: Sequence[Tensor | None], allocated: Sequence[Tensor]) -> None:
-        self.given, self.allocated = given, {tensor.data_ptr(): tensor for tensor in allocated}
-        self.addresses: dict[int, int] = {}
-        for number, tensor in enumerate(given):
+    def __init__(self, inputs: Sequence[Tensor | None], allocated: Sequence[Tensor]) -> None:
+        self.inputs, self.allocated = inputs, {tensor.data_ptr(): tensor for tensor in allocated}
+        self.numbers: dict[int, int] = {}  # by address
+        for number, tensor in enumerate(inputs):
             if tensor is not None and tensor.numel():
-                self.addresses.setdefault(tensor.data_ptr(), number)
+                self.numbers.setdefault(tensor.data_ptr(), number)
         self.buffers: list[Tensor] = []
 
-    def of(self, tensor: Tensor | None) -> int:
-        """The number of a result, which is one of the given or begins where an allocation does; -1 for None."""
+    def of_result(self, tensor: Tensor | None) -> int:
+        """The number of a result, which is an input or an allocated tensor; -1 for None."""
         if tensor is None:
             return -1
-        for number, known in enumerate((*self.given, *self.buffers)):
+        for number, known in enumerate((*self.inputs, *self.buffers)):
             if known is tensor:
                 return number
         address = tensor.data_ptr()
         whole = self.allocated.get(address)
-        if tensor.numel() and (address in self.addresses or whole is None or whole.nbytes != tensor.nbytes):
+        if tensor.numel() and (address in self.numbers or whole is None or whole.nbytes != tensor.nbytes):
             raise _Unrecordable  # a part of an allocation, or one of two views of it
         return self._add(tensor)
 
-    def address(self, tensor: Tensor) -> int:
-        """The number of the tensor that begins where an argument of a kernel does; -1 where there is no memory."""
+    def of_argument(self, tensor: Tensor) -> int:
+        """The number of the tensor that begins at the address of a kernel's argument; -1 if it has no memory."""
         address = tensor.data_ptr()
-        if address and address not in self.addresses:
+        if address and address not in self.numbers:
             if address not in self.allocated:
                 raise _Unrecordable
             self._add(self.allocated[address])
-        return self.addresses[address] if address else -1
+        return self.numbers[address] if address else -1
 
     def _add(self, tensor: Tensor) -> int:
-        number = len(self.given) + len(self.buffers)
+        number = len(self.inputs) + len(self.buffers)
         self.buffers.append(tensor)
         if tensor.numel():
-            self.addresses[tensor.data_ptr()] = number
+            self.numbers[tensor.data_ptr()] = number
         return number
 
 
-def _bits(kind: str, value: float) -> int:
-    """A number as a kernel's parameter of this type of Triton's."""
-    if kind == "fp32":
+def _bits(dtype: str, value: float) -> int:
+    """The bits of a number as a kernel's parameter of one of Triton's types."""
+    if dtype == "fp32":
         return struct.unpack("I", struct.pack("f", value))[0]
-    if kind not in ("i32", "i64"):
+    if dtype not in ("i32", "i64"):
         raise _Unrecordable
     return int(value) & (2**64 - 1)
 
 
-def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], numbers: _Numbers) -> list[Any]:
+def _launches(launched: Sequence[tuple[Any, int, Sequence[Any]]], table: _TensorTable) -> list[Any]:
     """Launches as (function, programs, threads, shared memory, [(number, bits) for each parameter])."""
     launches = []
     for compiled, programs, arguments in launched:
         metadata, parameters = compiled.metadata, []
         if metadata.num_ctas > 1 or any(getattr(metadata, name, None) for name in _SPECIAL):
             raise _Unrecordable
-        for kind, value in zip(compiled.src.signature.values(), arguments, strict=False):
+        for dtype, value in zip(compiled.src.signature.values(), arguments, strict=False):
             if isinstance(value, Tensor):
-                parameters.append((numbers.address(value), 0))
-            elif kind != "constexpr":  # Triton makes a constant of a 1
-                parameters.append((-1, _bits(kind, value)))
-        parameters += [(-1, 0)] * 2  # the memory that Triton's own tools would have
+                parameters.append((table.of_argument(value), 0))
+            elif dtype != "constexpr":  # Triton makes a constant of a 1
+                parameters.append((-1, _bits(dtype, value)))
+        parameters += [(-1, 0)] * 2  # scratch memory, which only Triton's own tools use
         launches.append((compiled.function, programs, 32 * metadata.num_warps, metadata.shared, parameters))
     return launches
 
 
-def _run(call: Callable[..., Any], *arguments: Any) -> tuple[Any, _Allocations, list[Any]]:
-    """What the call returns, what it allocated, and what it launched."""
+def _run(call: Callable[..., Result], *arguments: Any) -> tuple[Result, _Allocations, list[Any]]:
+    """Returns the results of the call, its allocations, and its launches."""
     launched = recorded.launches = []
     try:
         with _Allocations() as allocations:
@@ -156,86 +166,101 @@ def _run(call: Callable[..., Any], *arguments: Any) -> tuple[Any, _Allocations, 
 
 
 class Recording:
-    """One call of an autograd.Function, recorded; see the fields of _replay.cpp's.
+    """The recorded call of an autograd.Function; `_replay.cpp` reads its attributes, and calls its methods.
 
     Attributes:
-        made: the tensors that the call allocated, for whoever wants its results.
+        program: the forward pass.
+        inputs: how many of the arguments are tensors.
+        saved: numbers of the saved tensors.
+        early_gradients: numbers of the tensors on ctx, which the first backward pass takes.
+        non_differentiable: numbers of the outputs that get no gradient.
+        materialize: whether the gradient of an unused output is zeros, not None.
+        single: whether the result is a tensor, not a tuple.
+        allocated: the tensors that this call allocated, until `_replay.cpp` takes them as its results.
     """
 
-    def __init__(self, function: type[torch.autograd.Function], arguments: Sequence[Any]) -> None:
-        self.function, self.places = function, [isinstance(one, Tensor) for one in arguments]
-        given = [one for one in arguments if isinstance(one, Tensor)]
-        self.inputs = len(given)
-        ctx = _Context([isinstance(one, Tensor) and one.requires_grad for one in arguments])
+    def __init__(self, function: Function, arguments: Sequence[object]) -> None:
+        self.function, self.are_tensors = function, [isinstance(one, Tensor) for one in arguments]
+        inputs = [one for one in arguments if isinstance(one, Tensor)]
+        self.inputs = len(inputs)
+        ctx = _RecordedContext([isinstance(one, Tensor) and one.requires_grad for one in arguments])
         own = set(vars(ctx))
         with torch.no_grad():
             results, allocations, launched = _run(function.forward, ctx, *arguments)
-        numbers = _Numbers(given, allocations.allocated)
+        table = _TensorTable(inputs, allocations.allocated)
         self.single = isinstance(results, Tensor)
-        outputs = [numbers.of(one) for one in ((results,) if self.single else results)]
-        self.saved = [numbers.of(one) for one in ctx.saved_tensors]
-        self.constant = [numbers.of(one) for one in ctx.constant]
-        self.materialize, self.attributes, kept = ctx.materialize, {}, {}
-        for name, value in vars(ctx).items():
-            if name not in own:
-                (kept if isinstance(value, Tensor) else self.attributes)[name] = value
-        self.kept_names, self.kept = list(kept), [numbers.of(one) for one in kept.values()]
-        launches = _launches(launched, numbers)
-        self.program: Program = (_described(numbers.buffers), launches, outputs)
-        self.made = numbers.buffers
+        outputs = [table.of_result(one) for one in ((results,) if self.single else results)]
+        self.saved = [table.of_result(one) for one in ctx.saved_tensors]
+        self.non_differentiable = [table.of_result(one) for one in ctx.non_differentiable]
+        attributes = {name: value for name, value in vars(ctx).items() if name not in own}
+        early: Mapping[str, Tensor] = {name: one for name, one in attributes.items() if isinstance(one, Tensor)}
+        self.constants = {name: value for name, value in attributes.items() if name not in early}
+        self.early_names, self.early_gradients = list(early), [table.of_result(one) for one in early.values()]
+        self.materialize = ctx.materialize
+        launches = _launches(launched, table)
+        self.program: Program = (_described(table.buffers), launches, outputs)
+        self.allocated: list[Tensor] | None = table.buffers
 
     def backward(
         self, needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
-        kept: Sequence[Tensor],
+        early: Sequence[Tensor],
     ) -> list[Tensor | None]:  # fmt: skip
-        """The gradient of each tensor among the arguments, by the function's own Python."""
-        tensors = iter(needs)
-        ctx = _Context([place and next(tensors) for place in self.places])
+        """The gradients of the tensors among the arguments, by the Function's own Python.
+
+        Args:
+            needs: for each of those tensors, whether its gradient is needed.
+            grad_outputs: the gradients of the results.
+            saved: the saved tensors.
+            early: the early gradients; empty if an earlier backward pass took them.
+        """
+        each = iter(needs)
+        ctx = _RecordedContext([is_tensor and next(each) for is_tensor in self.are_tensors])
         ctx.saved_tensors = tuple(saved)
-        vars(ctx).update(self.attributes)
-        vars(ctx).update(zip(self.kept_names, kept or [None] * len(self.kept_names), strict=True))
+        vars(ctx).update(self.constants)
+        vars(ctx).update(zip(self.early_names, early or [None] * len(self.early_names), strict=True))
         grads = self.function.backward(ctx, *grad_outputs)
-        return [grad for place, grad in zip(self.places, grads, strict=True) if place]
+        return [grad for is_tensor, grad in zip(self.are_tensors, grads, strict=True) if is_tensor]
 
     def record_backward(
         self, needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
-        kept: Sequence[Tensor],
+        early: Sequence[Tensor],
     ) -> tuple[Program, list[Tensor]] | None:  # fmt: skip
-        """The same as a program, given the grad_outputs, saved and kept, and what it allocated; None if it is none."""
+        """The same as a program with inputs (*grad_outputs, *saved, *early), and what it allocated.
+
+        None if it does more than allocate, take views and launch.
+        """
         try:
-            grads, allocations, launched = _run(self.backward, needs, grad_outputs, saved, kept)
-            numbers = _Numbers((*grad_outputs, *saved, *kept), allocations.allocated)
-            results = [numbers.of(grad) for grad in grads]
-            launches = _launches(launched, numbers)
+            grads, allocations, launched = _run(self.backward, needs, grad_outputs, saved, early)
+            table = _TensorTable((*grad_outputs, *saved, *early), allocations.allocated)
+            results = [table.of_result(grad) for grad in grads]
+            launches = _launches(launched, table)
         except _Unrecordable:
             return None
-        return (_described(numbers.buffers), launches, results), numbers.buffers
+        return (_described(table.buffers), launches, results), table.buffers
 
 
 def _described(buffers: Sequence[Tensor]) -> list[Any]:
     return [(list(buffer.shape), list(buffer.stride()), buffer.dtype) for buffer in buffers]
 
 
-def record(function: type[torch.autograd.Function], check: Check | None, *arguments: Any) -> Recording | None:
-    """The recording of a call; None if it does more than allocate, take views, and launch."""
-    if check is not None:
-        check(*arguments)
+def record(function: Function, check: Check, *arguments: object) -> Recording | None:
+    """Check and record a call; None if it does more than allocate, take views, and launch."""
+    check(*arguments)
     try:
         return Recording(function, arguments)
     except _Unrecordable:
         return None
 
 
-def plain(function: type[torch.autograd.Function], check: Check | None, *arguments: Any) -> Any:
-    """The call as it is written."""
-    if check is not None:
-        check(*arguments)
+def call(function: Function, check: Check, *arguments: object) -> Any:
+    """check(*arguments), then function.apply(*arguments), with the negative bit of tensors resolved."""
+    check(*arguments)
     return function.apply(*[resolved(one) for one in arguments])
 
 
 @cache
 def _library() -> Any:
-    """The compiled code, or None where there is none."""
+    """The compiled code; None without a CUDA device, in the interpreter, or if it cannot be compiled."""
     if INTERPRETED or not torch.version.cuda or not torch.cuda.is_available():
         return None
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -243,22 +268,22 @@ def _library() -> Any:
         from torch.utils.cpp_extension import load
 
         library: Any = load(
-            "unsloth_fast_replay_" + re.sub(r"\W", "_", torch.__version__),  # whose classes lie in memory as it says
+            "unsloth_fast_replay_" + re.sub(r"\W", "_", torch.__version__),  # its classes' layout is part of the code
             [str(Path(__file__).with_suffix(".cpp"))],
             extra_cflags=["-O2"],
             extra_ldflags=["-lc10_cuda"],
             extra_include_paths=[str(headers)],
             with_cuda=False,
         )
-    except (RuntimeError, OSError, ImportError) as error:  # no compiler, no ninja, no place to write
-        logger.warning("calls are not replayed by compiled code, which costs up to 0.2 ms each: %s", error)
+    except (RuntimeError, OSError, ImportError) as error:  # no compiler, no ninja, or no writable directory
+        logger.warning("calls are not replayed by compiled code, which costs up to 0.2 ms per call: %s", error)
         return None
-    library.set_python(record, plain)
+    library.set_python(record, call)
     return library
 
 
 def watched() -> bool:
-    """Whether something other than autograd is to see what an operation does."""
+    """Whether something other than autograd must see what an operation does."""
     return (
         traced()
         or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
@@ -268,19 +293,19 @@ def watched() -> bool:
     )
 
 
-def apply(function: type[torch.autograd.Function], check: Check | None, *arguments: Any) -> Any:
-    """function.apply(*arguments), after check(*arguments).
+def call_recorded(function: Function, check: Check, *arguments: object) -> Any:
+    """As `call`; compiled code replays later calls with the same signature, without check.
 
     Args:
-        function: its forward and backward only allocate, take views and launch; anything else on its ctx than what
-            ctx's methods take is a constant, or a tensor that the first backward pass takes and replaces by None.
-        check: raises for what is not allowed, by the arguments that are not tensors, the dtypes, shapes, strides and
-            devices of those that are, whether they require a gradient and whether gradients are enabled. A call like
-            an earlier one is not checked again.
+        function: its forward and backward only allocate, take views and launch, and treat ctx as `_autograd.Context`
+            describes.
+        check: raises for arguments that are not allowed. It may depend on arguments that are not tensors, on the
+            dtypes, shapes, strides, devices and requires_grad of tensors, and on whether gradients are enabled, but not
+            on the values of tensors: to check values, use `call`.
         *arguments: of the function.
 
-    Compiled autograd that is enabled around the backward pass alone raises NotImplementedError at a replayed call.
+    If compiled autograd is enabled around the backward pass alone, a replayed call raises NotImplementedError there.
     """
     if watched() or _library() is None:
-        return plain(function, check, *arguments)
+        return call(function, check, *arguments)
     return _library().apply(function, check, *arguments)

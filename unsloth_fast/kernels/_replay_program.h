@@ -1,4 +1,4 @@
-// One pass of what `_replay.py` recorded: allocations and kernel launches.
+// One pass that `_replay.py` recorded: allocations and kernel launches.
 
 #pragma once
 
@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 namespace {
 
-// The driver's functions, from the library that torch has loaded: to link against it, it would have to be there.
+// The driver's functions, from the library that torch has loaded; linking would need it when this is compiled.
 template <typename F>
 F driver(const char* name) {
   static void* const library = dlopen("libcuda.so.1", RTLD_LAZY);
@@ -48,8 +48,8 @@ struct Buffer {
 };
 
 struct Parameter {
-  int64_t number;  // of the tensor whose address is meant, or -1
-  uint64_t bits;  // the value, where it is not an address
+  int64_t number;  // of the tensor whose address is passed, or -1
+  uint64_t bits;  // the value, if it is not an address
 };
 
 struct Launch {
@@ -58,7 +58,7 @@ struct Launch {
   std::vector<Parameter> parameters;
 };
 
-// One pass. Its tensors are numbered: first those that it is given, then those that it allocates.
+// One pass. Its tensors are numbered: first its inputs, then the tensors that it allocates.
 struct Program {
   std::vector<Buffer> buffers;
   std::vector<Launch> launches;
@@ -82,7 +82,7 @@ struct Program {
     }
   }
 
-  // Allocate and launch, on the current stream; the allocated are appended to the tensors.
+  // Allocate and launch on the current stream; the allocated tensors are appended to `tensors`.
   void run(variable_list& tensors, at::Device device) const {
     const c10::cuda::CUDAGuard guard(device);
     for (const auto& [sizes, strides, dtype] : buffers)

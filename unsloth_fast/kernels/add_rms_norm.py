@@ -5,21 +5,20 @@
     dweight = sum over rows of dnormed * n
 
 Saved: sum, weight and r [rows] in float32. All arithmetic is float32; sum is rounded to x.dtype before it is
-normalised, and what rms_norm rounds is rounded as there. Bytes moved, for M x H elements of b bytes: 4MHb forward (x,
-residual; sum, normed), 4MHb backward (dnormed, dsum, sum; dx, which is dresidual too), 3MHb where sum is not used. The
-backward pass is rms_norm's, with dsum added before the rounding.
+normalised, and further rounding is that of rms_norm. Bytes moved, for M x H elements of b bytes: 4MHb forward (x,
+residual; sum, normed), 4MHb backward (dnormed, dsum, sum; dx, which is also dresidual), 3MHb if sum is not used. The
+backward pass is that of rms_norm, with dsum added before the rounding.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._autograd import Context, once_differentiable
+from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, register, rows_of, tile
 from unsloth_fast.kernels._norms import load_scale, load_tile, quotient, rounded
-from unsloth_fast.kernels._replay import apply
+from unsloth_fast.kernels._replay import call_recorded
 from unsloth_fast.kernels.rms_norm import backward_op
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
@@ -30,19 +29,19 @@ def load_sum(
     x_ptr, residual_ptr, row, column, rows, columns, x_row, x_column, residual_row, residual_column,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x + residual, rounded, in float32."""
+    """Load a tile of x + residual, rounded to dtype, in float32."""
     x = load_tile(x_ptr, row, column, rows, columns, x_row, x_column)
     residual = load_tile(residual_ptr, row, column, rows, columns, residual_row, residual_column)
     return (x + residual).to(dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def add_rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr,
     rows, columns, x_row, x_column, residual_row, residual_column, weight_stride, eps,
     OFFSET: tl.constexpr, LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; WHOLE: a tile holds whole rows, otherwise they are read twice, the second time from L2."""
+    """ROWS rows per program. WHOLE: a tile holds whole rows; otherwise they are read twice, the second time from L2."""
     dtype = normed_ptr.dtype.element_ty
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
@@ -82,8 +81,8 @@ def add_rms_norm_forward_kernel(
 def add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, llama: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed, sum and r, new and contiguous."""
-    normed, total, rstd = add_rms_norm_forward_fake(x, residual, weight, eps, offset, llama)
+    """Compute normed, sum and r, new and contiguous."""
+    normed, total, rstd = add_rms_norm_forward_outputs(x, residual, weight, eps, offset, llama)
     if x.numel() == 0:
         return normed, total, rstd
     x, residual = rows_of(x), rows_of(residual)
@@ -99,10 +98,10 @@ def add_rms_norm_forward(
     return normed, total, rstd
 
 
-def add_rms_norm_forward_fake(
+def add_rms_norm_forward_outputs(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, llama: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed, sum and r, unfilled."""
+    """Allocate normed, sum and r."""
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
@@ -110,14 +109,14 @@ forward_op = register(
     "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, float offset, bool llama) -> "
     "(Tensor, Tensor, Tensor)",
     add_rms_norm_forward,
-    add_rms_norm_forward_fake,
+    add_rms_norm_forward_outputs,
 )
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting
+        ctx: Context, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting
     ) -> tuple[Tensor, Tensor]:
         llama = casting == "llama"
         normed, total, rstd = forward_op(x, residual, weight, eps, offset, llama)
@@ -125,13 +124,15 @@ class _AddRMSNorm(torch.autograd.Function):
             ctx.mark_non_differentiable(total)  # it does not depend on the weight
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.llama = offset, llama
-        ctx.set_materialize_grads(False)  # the last norm of a model drops its sum: zeros would be written and read
+        ctx.set_materialize_grads(
+            False
+        )  # a model does not use the sum of its last norm: saves writing and reading zeros
         return normed, total
 
     @staticmethod
-    @first_order
+    @once_differentiable
     def backward(
-        ctx: Any, dnormed: Tensor | None, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+        ctx: Context, dnormed: Tensor | None, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
     ) -> tuple[Tensor | None, ...]:
         need_x, need_residual, need_dweight = ctx.needs_input_grad[:3]
         need_dx = need_x or need_residual
@@ -139,7 +140,7 @@ class _AddRMSNorm(torch.autograd.Function):
             dx, dweight = dsum, None
         else:
             dx, dweight = backward_op(dnormed, dsum, total, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
-        # One tensor is the gradient of both, as of both terms of a plain sum: autograd writes into neither.
+        # One tensor is the gradient of both, as for the terms of a sum in torch: autograd never writes into it.
         return (
             dx if need_x else None,
             dx if need_residual else None,
@@ -151,7 +152,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> None:
-    """Raise what add_rms_norm raises."""
+    """Raise for arguments that add_rms_norm does not allow."""
     checks.norm_arguments(x, weight, eps)
     checks.same("residual", residual, "x", x)
     checks.one_of("casting", casting, ("llama", "gemma"))
@@ -162,7 +163,7 @@ def check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> tuple[Tensor, Tensor]:
-    """Add x to the residual stream, and normalise the sum as rms_norm does.
+    """Add x to the residual stream and normalise the sum as rms_norm does.
 
     Args:
         x: [..., H], float16, bfloat16 or float32; computed in float32.
@@ -173,15 +174,15 @@ def add_rms_norm(
         casting: "llama" rounds the normalised row to x.dtype before the product, "gemma" rounds once, at the end.
 
     Returns:
-        normed: [..., H] in x.dtype, the norm of the rounded sum, contiguous.
+        normed: [..., H] in x.dtype, the rounded sum normalised, contiguous.
         sum: [..., H], x + residual rounded to x.dtype, contiguous.
 
     Raises:
-        ValueError: residual has not the shape or device of x, weight is not one row of x or on another device, eps is
-            negative, or casting is unknown.
-        TypeError: x or weight is not of a float dtype or is float64, or residual is not of the same as x.
-        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+        ValueError: residual differs from x in shape or device, weight is not [H] on the device of x, eps is negative,
+            or casting is unknown.
+        TypeError: x or weight does not have a float dtype or is float64, or residual differs from x in dtype.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: a transformers decoder layer's, as the reference's.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: as in a transformers decoder layer.
     """
-    return apply(_AddRMSNorm, check, x, residual, weight, eps, offset, casting)
+    return call_recorded(_AddRMSNorm, check, x, residual, weight, eps, offset, casting)

@@ -1,40 +1,44 @@
-"""A linear layer with a low-rank adapter beside it.
+"""A linear layer with a low-rank adapter.
 
     y = x @ weight^T + bias + scaling * low @ lora_b^T            low = x @ lora_a^T
     dlow = scaling * dy @ lora_b           dx = dy @ weight + dlow @ lora_a
     dlora_a = dlow^T @ x    dlora_b = scaling * dy^T @ low    dweight = dy^T @ x    dbias = sum over rows of dy
 
-All products are the library's; those of the adapter are added in place to what the layer's own have written, so that
-no tensor as large as x or y is read or written for the adapter's sake but by products. Saved: x, weight, lora_a, lora_b
-and low. Adapters are rounded to the dtype of x for each product, their gradients come in float32 and are rounded to
-their own dtype: float32 master weights stay exact. low, dlow and y before the adapter is added are rounded to x.dtype.
-Operations, for T rows: 2TIO forward and 2TIO backward (4TIO with a trained weight), 2TR(I + O) and 4TR(I + O) beside.
+All products are the library's. Those of the adapter are added in place to the results of the layer's own products: only
+products read or write tensors as large as x or y. Saved: x, weight, lora_a, lora_b and low. Adapters are rounded to the
+dtype of x for each product; their gradients are computed in float32 and rounded to their own dtype, so that those of
+float32 master weights are not rounded further. low, dlow and y without the adapter are rounded to x.dtype. Operations
+for T rows: 2TIO forward and 2TIO backward (4TIO with a trained weight); for the adapter, 2TR(I + O) and 4TR(I + O).
 """
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import check_runnable, first_order, register
-from unsloth_fast.kernels._replay import plain
+from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
+from unsloth_fast.kernels._launch import check_runnable, register
+from unsloth_fast.kernels._replay import call
 from unsloth_ref import checks
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
-def summed_in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep cuBLAS from adding up parts of a sum in 16 bits, which PyTorch allows it by default."""
+
+def summed_in_float32(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Forbid cuBLAS to add partial sums in 16 bits, which PyTorch allows by default."""
     matmul = torch.backends.cuda.matmul
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
         before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
         if before == (False, False):
-            return function(*arguments)
+            return function(*arguments, **keywords)
         matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
         try:
-            return function(*arguments)
+            return function(*arguments, **keywords)
         finally:
             matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
 
@@ -42,15 +46,15 @@ def summed_in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def matrix(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor [..., C] as [rows, C]: a view where strides can express it, and the library's 32 bits hold those."""
+    """A tensor [..., C] as [rows, C]: a view if strides can express it and fit the library's 32 bits, else a copy."""
     flat = tensor.reshape(rows, tensor.shape[-1])
     return flat if max(flat.stride()) < 2**31 else flat.contiguous()
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """scaling * left^T @ right in this dtype, added up and scaled in float32: scaled only then, it cannot overflow.
+    """scaling * left^T @ right in this dtype. It is summed and scaled in float32: it cannot overflow before scaling.
 
-    Like all products with an `out`, autocast leaves it alone.
+    Autocast does not affect products with an `out`.
     """
     shape = left.shape[1], right.shape[1]
     if left.dtype == dtype and scaling == 1.0:
@@ -67,8 +71,8 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
 def lora_linear_forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """y and low, new and contiguous."""
-    y, low = lora_linear_forward_fake(x, weight, lora_a)
+    """Compute y and low, new and contiguous."""
+    y, low = lora_linear_forward_outputs(x, weight, lora_a)
     rows, out = matrix(x, low.shape[0]), y.view(low.shape[0], y.shape[-1])
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
@@ -83,8 +87,8 @@ def lora_linear_forward(
 def lora_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, scaling: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, lora_a, lora_b and bias; those that are not needed are empty."""
-    dx, dweight, da, db, dbias = lora_linear_backward_fake(dy, x, weight, lora_a, lora_b, low, scaling, *needs)
+    """Compute the gradients of x, weight, lora_a, lora_b and bias; those that are not needed have no elements."""
+    dx, dweight, da, db, dbias = lora_linear_backward_outputs(dy, x, weight, lora_a, lora_b, low, scaling, *needs)
     needs_x, needs_weight, needs_a, needs_b, needs_bias = needs
     if dy.numel() == 0:
         return dx.zero_(), dweight.zero_(), da.zero_(), db.zero_(), dbias.zero_()
@@ -106,16 +110,16 @@ def lora_linear_backward(
     return dx, dweight, da, db, dbias
 
 
-def lora_linear_forward_fake(x: Tensor, weight: Tensor, lora_a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """y and low, unfilled."""
+def lora_linear_forward_outputs(x: Tensor, weight: Tensor, lora_a: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    """Allocate y and low."""
     lead = x.shape[:-1]
     return x.new_empty((*lead, weight.shape[0])), x.new_empty((lead.numel(), lora_a.shape[0]))
 
 
-def lora_linear_backward_fake(
+def lora_linear_backward_outputs(
     dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, scaling: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All gradients, unfilled."""
+    """Allocate all gradients."""
     needs_x, needs_weight, needs_a, needs_b, needs_bias = needs
     return (
         x.new_empty(x.shape if needs_x else 0),
@@ -130,21 +134,21 @@ forward_op = register(
     "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling)"
     " -> (Tensor, Tensor)",
     lora_linear_forward,
-    lora_linear_forward_fake,
+    lora_linear_forward_outputs,
 )
 backward_op = register(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor low, float scaling,"
     " bool needs_x, bool needs_weight, bool needs_a, bool needs_b, bool needs_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lora_linear_backward,
-    lora_linear_backward_fake,
+    lora_linear_backward_outputs,
 )
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+        ctx: Context, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
     ) -> Tensor:
         y, low = forward_op(x, weight, lora_a, lora_b, bias, scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
@@ -152,36 +156,40 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor, *saved: Tensor) -> Gradients:
         needs = ctx.needs_input_grad[:5]
         gradients = backward_op(dy, *saved, ctx.scaling, *needs)
         return *[gradient if need else None for gradient, need in zip(gradients, needs, strict=True)], None
 
 
+def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float) -> None:
+    """Raise for arguments that lora_linear does not allow."""
+    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    check_runnable("x", x)
+    check_runnable("lora_a", lora_a)
+
+
 def lora_linear(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """Apply a linear layer and its adapter. Autocast changes nothing.
+    """Apply a linear layer and its adapter. Autocast has no effect.
 
     Args:
         x: [..., I], float16, bfloat16 or float32.
         weight: [O, I], in the dtype of x.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
-        scaling: multiplies what the adapter adds.
+        scaling: factor of the adapter's output.
         bias: [O], in the dtype of x; None for none.
 
     Returns:
         [..., O] in x.dtype, contiguous.
 
     Raises:
-        ValueError: shapes or devices do not fit.
-        TypeError: x is not of a float dtype, or is float64; weight or bias not of the same; an adapter of a narrower
-            one, or of float64.
-        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+        ValueError: shapes or devices do not match.
+        TypeError: x does not have a float dtype or is float64, weight or bias differs from it in dtype, or an adapter
+            is narrower, or float64.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
     """
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
-    for name, tensor in (("x", x), ("lora_a", lora_a)):
-        check_runnable(name, tensor)
-    return plain(_LoraLinear, None, x, weight, lora_a, lora_b, bias, scaling)
+    return call(_LoraLinear, check, x, weight, lora_a, lora_b, bias, scaling)

@@ -1,4 +1,4 @@
-"""Causal attention of documents packed one behind the other, each seen by itself alone.
+"""Causal attention of packed documents, none of which sees another.
 
     s_ij = scale * q_i . k_j      z_ij = softcap * tanh(s_ij / softcap)        (softcap 0: z = s)
     p_ij = exp(z_ij) / sum over l of exp(z_il)       o_i = sum over j of p_ij * v_j
@@ -6,45 +6,46 @@
     ds_ij = p_ij * (dp_ij - delta_i) * (1 - (z_ij / softcap)^2)
     dq_i = scale * sum over j of ds_ij * k_j         dk_j = scale * sum over i of ds_ij * q_i
 
-j runs over what query i sees: the tokens of its own document up to itself, the last `window` of them.
+j runs over the tokens that query i sees: those of its own document up to itself, and of these the last `window`.
 
-A program takes a tile of one document's queries, which it finds by bisection: there are no more programs than tiles and
-documents, however uneven the lengths. Scores are computed tile by tile and again in the backward pass: once for dq, by
-queries, once for dk and dv, by keys, which go over a group's query heads in turn. No atomics anywhere: dq, dk and dv
-are sums in a fixed order. PyTorch's flash attention adds dq up in any order, or takes twice as long to do it in one.
+A program takes a tile of one document's queries, which it finds by bisection: the number of programs is at most that of
+tiles plus that of documents, however uneven the lengths. Scores are computed tile by tile, and the backward pass
+recomputes them twice: by queries for dq, and by keys for dk and dv, over the query heads of a group in turn. There are
+no atomics: dq, dk and dv are sums in a fixed order. PyTorch's flash attention sums dq in any order, or takes twice as
+long in a fixed one.
 
 Saved: q, k, v, cu_seqlens, the output, and the log-sum-exp of z to base 2 [N, T] in float32.
 Scores, softmax and sums are float32; p and ds are rounded to the dtype of the inputs before their products with v, do,
-k and q. Bytes moved, for b bytes an element: (2N + 2K)TDb forward, (4N + 4K)TDb backward, and k, v, q and do once more
-for each tile on the other side. Multiplications: 2D a pair of query and key forward, 7D backward.
+k and q. Bytes moved, with b bytes per element: (2N + 2K)TDb forward, (4N + 4K)TDb backward, and k, v, q and do once
+more for each tile on the other side. Multiplications: 2D per pair of query and key forward, 7D backward.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import check_runnable, first_order, launch, next_power_of_2, register
+from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
+from unsloth_fast.kernels._launch import check_runnable, launch, next_power_of_2, register
 from unsloth_fast.kernels._packed_attention import (
     packed_attention_dkdv_kernel,
     packed_attention_dq_kernel,
     packed_attention_forward_kernel,
 )
-from unsloth_fast.kernels._replay import plain
+from unsloth_fast.kernels._replay import call
 from unsloth_ref import checks
 
 
 def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Queries and keys a tile, warps and stages, forward and backward: by width and dtype, so that lengths have no say.
+    """Queries and keys per tile, warps and stages, forward and backward; from width and dtype, not from lengths.
 
-    Tiles of 64 x 64 and four warps were the fastest of eleven on an H200 for 64 and 128 columns of bfloat16. float32 is
-    multiplied without tensor cores, from registers: backward at 64 columns, 64 x 64 took 9 times as long as 32 x 32. At
-    128 columns 32 x 32 spills a little, and still takes 0.5 (forward) to 0.6 of the time of 16 x 16.
+    On an H200, tiles of 64 x 64 with four warps were the fastest of eleven for 64 and 128 columns of bfloat16. float32
+    is multiplied without tensor cores, from registers: backward with 64 columns, 64 x 64 took 9 times as long as
+    32 x 32. With 128 columns 32 x 32 spills a little, and still takes 0.5 (forward) to 0.6 of the time of 16 x 16.
     """
     width, wide = max(16, next_power_of_2(q.shape[2])), q.dtype == torch.float32
     rows = (32 if width <= 128 else 16) if wide else 64 if width <= 128 else 32
-    # A score that the backward pass did not round as the forward pass has would not fit its log-sum-exp: no fusion.
+    # No fusion: scores that the backward pass rounds differently would not match the log-sum-exp of the forward pass.
     tile = {"ROWS": rows, "COLUMNS": rows, "WIDTH": width, "enable_fp_fusion": False}
     shallow = wide or width > 128
     forward = {**tile, "num_warps": 4 if not wide or width == 128 else 8, "num_stages": 2 if shallow else 3}
@@ -53,31 +54,31 @@ def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def options_of(scale: float, softcap: float, window: int) -> tuple[tuple[float | int, ...], dict[str, bool]]:
-    """The kernels' parameters, and which are in use."""
+    """The options as parameters of the kernels, and which of them are in use."""
     return (scale, softcap, window), {"SOFTCAP": softcap != 0, "WINDOW": window != 0}
 
 
 def rows_in_one_piece(*tensors: Tensor) -> Iterator[Tensor]:
-    """Tensors whose last stride is 1: copies of those whose is not."""
+    """The tensors, with copies of those whose last stride is not 1."""
     return (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """From token to token and from head to head, of each."""
+    """The strides between tokens and between heads of each tensor."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
 def packed_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exps; window 0 is none."""
+    """Compute the output and the log-sum-exps; a window of 0 stands for none."""
     tokens, heads, width = q.shape
     documents = len(cu_seqlens) - 1
     if tokens == 0 or documents == 0:
-        return packed_attention_forward_fake(q)
+        return packed_attention_forward_outputs(q)
     cu_seqlens = cu_seqlens.contiguous()
     q, k, v = rows_in_one_piece(q, k, v)
-    out, lse = packed_attention_forward_fake(q)
+    out, lse = packed_attention_forward_outputs(q)
     tile, _ = tiles_of(q)
     tiles = tokens // tile["ROWS"] + documents
     values, flags = options_of(scale, softcap, window)
@@ -93,39 +94,39 @@ def packed_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor, max_seqlen: int,
     scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv, new and contiguous."""
+    """Compute dq, dk and dv, new and contiguous."""
     tokens, heads, width = q.shape
     documents = len(cu_seqlens) - 1
     if tokens == 0 or documents == 0:
-        return packed_attention_backward_fake(do, q, k, v)
+        return packed_attention_backward_outputs(do, q, k, v)
     cu_seqlens = cu_seqlens.contiguous()
     q, k, v, do = rows_in_one_piece(q, k, v, do)
-    dq, dk, dv = packed_attention_backward_fake(do, q, k, v)
+    dq, dk, dv = packed_attention_backward_outputs(do, q, k, v)
     delta, (_, tile) = torch.empty_like(lse), tiles_of(q)
     values, flags = options_of(scale, softcap, window)
     strides = strides_of(q, k, v, do)
-    for kernel, tensors, size, programs_a_tile in (
+    for kernel, tensors, size, programs_per_tile in (
         (packed_attention_dq_kernel, (q, k, v, out, do, lse, delta, dq), "ROWS", heads),
         (packed_attention_dkdv_kernel, (q, k, v, do, lse, delta, dk, dv), "COLUMNS", k.shape[1]),
     ):
         tiles = tokens // tile[size] + documents
         launch(
-            kernel, tiles * programs_a_tile, q,
+            kernel, tiles * programs_per_tile, q,
             *tensors, cu_seqlens, tokens, documents, tiles, heads, heads // k.shape[1], width, *strides, *values,
             **flags, **tile,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def packed_attention_forward_fake(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exps, unfilled."""
+def packed_attention_forward_outputs(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the log-sum-exps."""
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def packed_attention_backward_fake(
+def packed_attention_backward_outputs(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, unfilled."""
+    """Allocate dq, dk and dv."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -133,28 +134,42 @@ OPTIONS = "SymInt max_seqlen, float scale, int window, float softcap"
 forward_op = register(
     f"packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, {OPTIONS}) -> (Tensor, Tensor)",
     packed_attention_forward,
-    packed_attention_forward_fake,
+    packed_attention_forward_outputs,
 )
 backward_op = register(
     "packed_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, Tensor lse, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
     packed_attention_backward,
-    packed_attention_backward_fake,
+    packed_attention_backward_outputs,
 )
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> Tensor:
-        out, lse = forward_op(q, k, v, cu_seqlens, *options)
+    def forward(
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None,
+        window: int | None, softcap: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.options = max_seqlen, q.shape[2] ** -0.5 if scale is None else scale, window or 0, softcap
+        out, lse = forward_op(q, k, v, cu_seqlens, *ctx.options)
         ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
-        ctx.options = options
         return out
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, do: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Context, do: Tensor, *saved: Tensor) -> Gradients:
         return *backward_op(do, *saved, *ctx.options), None, *[None] * len(ctx.options)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None, window: int | None,
+    softcap: float,
+) -> None:  # fmt: skip
+    """Raise for arguments that packed_attention does not allow."""
+    checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    check_runnable("q", q)
+    if checks.values_are_checked(cu_seqlens):
+        checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
 
 
 def packed_attention(
@@ -168,37 +183,33 @@ def packed_attention(
     window: int | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each of the documents that q, k and v hold one behind the other.
+    """Causal attention within each of the documents that are concatenated in q, k and v.
 
-    Nothing passes between documents: the output and the gradients of one keep their bits whatever another holds, NaN
-    even. A NaN within a document may reach every row of it.
+    Documents are independent: the bits of a document's output and gradients do not depend on any other document, even
+    if that contains NaN. A NaN within a document may reach all of its rows.
 
     Args:
-        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are read where they lie, others copied.
-        k: [T, K, D], as q; K divides N, and head h of q meets head h // (N / K) of k and v.
+        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are not copied; others are.
+        k: [T, K, D], as q; K divides N, and head h of q attends to head h // (N / K) of k and v.
         v: [T, K, D], as q.
-        cu_seqlens: [documents + 1], int32: where each document begins, and T. Documents may be empty.
-        max_seqlen: tokens of the longest document, or more.
-        scale: multiplies the scores; by default 1 / sqrt(D).
-        window: how many tokens a query sees, itself included; None for all before it.
+        cu_seqlens: [documents + 1], int32: the first token of each document, then T. Documents may be empty.
+        max_seqlen: number of tokens of the longest document, or more.
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        window: number of tokens that a query sees, itself included; None for all tokens up to itself.
         softcap: bounds the scaled scores to (-softcap, softcap); 0 for none.
 
     Returns:
         [T, N, D] in q.dtype, contiguous.
 
     Raises:
-        ValueError: wrong shapes, devices or options; on a CPU, cu_seqlens that does not rise from 0 to T, or a
-            document longer than max_seqlen. On CUDA, and in compiled code, rows that no document so bounded holds are
-            undefined instead, unless UNSLOTH_DEBUG=1 asks for the check; nothing outside the tensors is touched.
-        TypeError: q is not of a float dtype or is float64, k or v not of the same, cu_seqlens not int32.
-        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+        ValueError: wrong shapes, devices or options; on a CPU, cu_seqlens does not rise from 0 to T, or a document is
+            longer than max_seqlen. On CUDA and in compiled code, rows outside of all documents are undefined instead,
+            and nothing outside the tensors is touched; UNSLOTH_DEBUG=1 makes CUDA raise too.
+        TypeError: q does not have a float dtype or is float64, k or v differs from it in dtype, or cu_seqlens is not
+            int32.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
     Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; tiles, Dao 2022,
     arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118.
     """
-    checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
-    check_runnable("q", q)
-    if checks.must_read_labels(cu_seqlens):
-        checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return plain(_PackedAttention, None, q, k, v, cu_seqlens, max_seqlen, scale, window or 0, softcap)
+    return call(_PackedAttention, check, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)

@@ -3,46 +3,44 @@
     r = 1 / sqrt(mean(x^2) + eps)      n = x * r      y = (offset + weight) * n
     g = dy * (offset + weight)         dx = r * (g - n * mean(g * n))         dweight = sum over rows of dy * n
 
-Saved: x, weight and r [rows] in float32. All arithmetic is float32; "llama" casting rounds n to x.dtype where it meets
-the weight, in y and in dweight. Bytes moved, for M x H elements of b bytes: 2MHb forward (x; y), 3MHb backward (dy, x;
-dx). dweight is summed without atomics, in a fixed order: each program sums its own block of rows into one row of
-partial sums, which a second kernel adds up (8 * programs * H bytes, most of them in L2).
+Saved: x, weight and r [rows] in float32. All arithmetic is float32; "llama" casting rounds n to x.dtype before the
+products with the weight and with dy (in dweight). Bytes moved, for M x H elements of b bytes: 2MHb forward (x; y), 3MHb
+backward (dy, x; dx). dweight is summed in a fixed order, without atomics: each program sums its block of rows into one
+row of partial sums, and a second kernel adds these up (8 * programs * H bytes, most of them in L2).
 """
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, first_order, launch, register, rows_of, tile
+from unsloth_fast.kernels._autograd import Context, once_differentiable
+from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, register, rows_of, tile
 from unsloth_fast.kernels._norms import (
     backward_programs,
     backward_stages,
     backward_tile,
     column_sum,
+    column_sum_grid,
     load_scale,
     load_tile,
     quotient,
     rounded,
-    summing,
     within,
 )
-from unsloth_fast.kernels._replay import apply
+from unsloth_fast.kernels._replay import call_recorded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def rms_norm_forward_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, rows, columns, x_row, x_column, weight_stride, eps,
     OFFSET: tl.constexpr, LLAMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; WHOLE: a tile holds whole rows, otherwise they are read twice, the second time from L2."""
+    """ROWS rows per program. WHOLE: a tile holds whole rows; otherwise they are read twice, the second time from L2."""
     dtype = y_ptr.dtype.element_ty
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
@@ -67,7 +65,7 @@ def rms_norm_forward_kernel(
             tl.store(y_ptr + row * columns + start + column, y.to(dtype), (row < rows) & (start + column < columns))
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
+@kernel(varying=("rows",), loops=("each",), fixed=("columns",))
 def rms_norm_backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride,
@@ -75,7 +73,7 @@ def rms_norm_backward_kernel(
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """`each` times ROWS rows a program, in PARTS tiles side by side, the loads of the next ones in flight under these.
+    """Each program takes `each` * ROWS rows, a row as PARTS adjacent tiles; loads are pipelined.
 
     Programs take neighbouring rows at the same time. ADD: dsum is added to dx. EXACT: all tiles of a row are full;
     otherwise all but the last. HELD: the weight stays in registers.
@@ -123,14 +121,14 @@ def rms_norm_backward_kernel(
             tl.store(partial_ptr + program * columns + at, dweight[part], at < columns)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["each"])
+@kernel(varying=("rows",), loops=("each",), fixed=("columns",))
 def rms_norm_backward_long_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, columns, each, dy_row, dy_column, dsum_row, dsum_column, x_row, x_column, weight_stride,
     OFFSET: tl.constexpr, LLAMA: tl.constexpr, ADD: tl.constexpr, NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Longer rows, one at a time in two passes; the program's row of partial sums is kept in memory, for it alone."""
+    """Longer rows, one at a time in two passes; each program has its own row of partial sums in memory."""
     dtype = x_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
@@ -161,20 +159,20 @@ def rms_norm_backward_long_kernel(
         tl.debug_barrier()  # the next row reads the partial sums that this one wrote
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(varying=("rows",), fixed=("columns",))
 def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A block of columns a program."""
+    """One block of columns per program."""
     column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:
-    """y and r, new and contiguous."""
-    y, rstd = rms_norm_forward_fake(x, weight, eps, offset, llama)
+    """Compute y and r, new and contiguous."""
+    y, rstd = rms_norm_forward_outputs(x, weight, eps, offset, llama)
     if x.numel() == 0:
         return y, rstd
     x = rows_of(x)
     rows, columns = x.shape
-    # On an H200 8 warps take 35.2 us for 8192 rows of 4096 columns, 4 warps 36.4; of fewer columns 4 are the faster.
+    # On an H200, 8192 rows of 4096 columns take 35.2 us with 8 warps and 36.4 with 4; with fewer columns 4 are faster.
     shape = tile(columns, elements=2048, widest=16384, per_thread=16 if columns == 4096 else 32)
     launch(
         rms_norm_forward_kernel, cdiv(rows, shape.rows), x,
@@ -189,8 +187,8 @@ def rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     offset: float, llama: bool, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx, to which dsum is added, and dweight, new and contiguous; one that is not needed is empty."""
-    dx, dweight = rms_norm_backward_fake(dy, dsum, x, weight, rstd, offset, llama, need_dx, need_dweight)
+    """Compute dx, to which dsum is added, and dweight, new and contiguous; one that is not needed has no elements."""
+    dx, dweight = rms_norm_backward_outputs(dy, dsum, x, weight, rstd, offset, llama, need_dx, need_dweight)
     if x.numel() == 0:
         return dx, dweight.zero_()
     add = dsum is not None
@@ -201,17 +199,11 @@ def rms_norm_backward(
     partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
     strides = (*dy.stride(), *dsum.stride(), *x.stride(), *weight.stride())
     arguments = (dy, dsum, x, weight, rstd, dx, partial, rows, columns, each, *strides)
-    flags: dict[str, Any] = {
-        "OFFSET": offset,
-        "LLAMA": llama,
-        "ADD": add,
-        "NEED_DX": need_dx,
-        "NEED_DWEIGHT": need_dweight,
-    }
-    flags |= {"COLUMNS": shape.columns, "num_warps": shape.warps}
+    flags: dict[str, float] = {"OFFSET": offset, "LLAMA": llama, "ADD": add}
+    flags |= {"NEED_DX": need_dx, "NEED_DWEIGHT": need_dweight, "COLUMNS": shape.columns, "num_warps": shape.warps}
     if shape.parts:
         held = columns <= 8192
-        # A program that sums nothing has a single tile, and no next one to load.
+        # A program that sums nothing up has a single tile: there is no next one to load.
         stages = backward_stages(shape, 2 + add + (not held), x) if need_dweight else 1
         exact = columns == shape.parts * shape.columns
         flags |= {"ROWS": shape.rows, "PARTS": shape.parts, "EXACT": exact, "STAGES": stages, "HELD": held}
@@ -219,40 +211,42 @@ def rms_norm_backward(
     else:
         launch(rms_norm_backward_long_kernel, programs, x, *arguments, **flags)
     if need_dweight:
-        sums, options = summing(programs, columns)
-        launch(column_sum_kernel, sums, x, partial, dweight, programs, columns, **options)
+        blocks, options = column_sum_grid(programs, columns)
+        launch(column_sum_kernel, blocks, x, partial, dweight, programs, columns, **options)
     return dx, dweight
 
 
-def rms_norm_forward_fake(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:
-    """y and r, unfilled."""
+def rms_norm_forward_outputs(
+    x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool
+) -> tuple[Tensor, Tensor]:
+    """Allocate y and r."""
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def rms_norm_backward_fake(
+def rms_norm_backward_outputs(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     offset: float, llama: bool, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dweight, unfilled."""
+    """Allocate dx and dweight."""
     return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
 forward_op = register(
     "rms_norm_forward(Tensor x, Tensor weight, float eps, float offset, bool llama) -> (Tensor, Tensor)",
     rms_norm_forward,
-    rms_norm_forward_fake,
+    rms_norm_forward_outputs,
 )
 backward_op = register(
     "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd, float offset, bool llama, "
     "bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
     rms_norm_backward,
-    rms_norm_backward_fake,
+    rms_norm_backward_outputs,
 )
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> Tensor:
         llama = casting == "llama"
         y, rstd = forward_op(x, weight, eps, offset, llama)
         ctx.save_for_backward(x, weight, rstd)
@@ -260,15 +254,15 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         dx, dweight = backward_op(dy, None, x, weight, rstd, ctx.offset, ctx.llama, need_dx, need_dweight)
         return dx if need_dx else None, dweight if need_dweight else None, None, None, None
 
 
 def check(x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting) -> None:
-    """Raise what rms_norm raises."""
+    """Raise for arguments that rms_norm does not allow."""
     checks.norm_arguments(x, weight, eps)
     checks.one_of("casting", casting, ("llama", "gemma"))
     check_runnable("x", x)
@@ -278,7 +272,7 @@ def check(x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> Tensor:
-    """Scale each row of x to unit root mean square, then by the weight.
+    """Scale each row of x to a root mean square of 1, then multiply it by the weight.
 
     Args:
         x: [..., H], float16, bfloat16 or float32; computed in float32.
@@ -291,10 +285,10 @@ def rms_norm(
         [..., H] in x.dtype, contiguous.
 
     Raises:
-        ValueError: weight is not one row of x or on another device, eps is negative, or casting is unknown.
-        TypeError: x or weight is not of a float dtype, or is float64.
-        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+        ValueError: weight is not [H] on the device of x, eps is negative, or casting is unknown.
+        TypeError: x or weight does not have a float dtype, or is float64.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467. Rounding: transformers' LlamaRMSNorm and GemmaRMSNorm.
     """
-    return apply(_RMSNorm, check, x, weight, eps, offset, casting)
+    return call_recorded(_RMSNorm, check, x, weight, eps, offset, casting)

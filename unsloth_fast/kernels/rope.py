@@ -1,40 +1,37 @@
-"""Rotary position embedding of queries and keys, the two halves of a head rotated against each other.
+"""Rotary position embedding of queries and keys; each column of a head's first half pairs with one of its second half.
 
     y1 = x1 * cos1 - x2 * sin1      y2 = x2 * cos2 + x1 * sin2
     dx1 = dy1 * cos1 + dy2 * sin2   dx2 = dy2 * cos2 - dy1 * sin1
 
-One launch rotates q and k: a program takes a token with all of its heads, and reads its row of cos and sin once. The
+One launch rotates q and k: a program takes one token with all of its heads and reads its row of cos and sin once. The
 backward pass is the same kernel with sin1 and sin2 exchanged and negated, so it can itself be differentiated. Saved:
 cos, sin and positions. All arithmetic is float32, with one rounding at the store. Bytes moved, for M tokens of N + K
-heads of D elements of b bytes: 2M(N+K)Db either way, and cos and sin once.
+heads of D elements of b bytes: 2M(N+K)Db in each pass, and cos and sin once.
 
-Results lie in memory as q does, token by token or head by head, so that what follows a transposed view stays a view.
+The results have the memory layout of q, token by token or head by head: a later transpose is then a view, not a copy.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import COUNTS, cdiv, check_runnable, launch, next_power_of_2, register, resolved
-from unsloth_fast.kernels._replay import apply
+from unsloth_fast.kernels._autograd import Context, resolved
+from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, next_power_of_2, register
+from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
-
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 @triton.jit
 def load_halves(row_ptr, inside, column, column_stride, half, other):
-    """Both halves of a row [1, HALF] in float32, or of the heads [HEADS, HALF] of a token as they are stored."""
+    """Load both halves of a row [1, HALF], or of the heads [HEADS, HALF] of a token."""
     first = tl.load(row_ptr + column * column_stride, inside, other=other)
     return first, tl.load(row_ptr + (half + column) * column_stride, inside, other=other)
 
 
 @triton.jit
 def store_rotated(out_ptr, first, second, inside, column, half, cos1, cos2, sin1, sin2):
-    """The rotated halves of the heads of a token, with one rounding."""
+    """Rotate and store the halves of the heads of a token, with one rounding."""
     dtype = out_ptr.dtype.element_ty
     first, second = first.to(tl.float32), second.to(tl.float32)
     tl.store(out_ptr + column, (first * cos1 - second * sin1).to(dtype), inside)
@@ -43,13 +40,13 @@ def store_rotated(out_ptr, first, second, inside, column, half, cos1, cos2, sin1
 
 @triton.jit
 def copy_rest(out_ptr, row_ptr, head_inside, column_stride, rotary, rest, UNIT: tl.constexpr, REST: tl.constexpr):
-    """The `rest` times UNIT columns that do not turn."""
+    """Copy the `rest` * UNIT columns that are not rotated."""
     column = tl.arange(0, REST).to(tl.int64)[None, :]
     inside = head_inside & (column // UNIT < rest)
     tl.store(out_ptr + rotary + column, tl.load(row_ptr + (rotary + column) * column_stride, inside), inside)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["steps"])
+@kernel(varying=("length", "q_heads", "k_heads", "units", "rest", "table"), loops=("steps",))
 def rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     length, q_heads, k_heads, steps, units, rest, table,
@@ -58,10 +55,10 @@ def rope_kernel(
     TRANSPOSED: tl.constexpr, POSITIONS: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
     UNIT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, Q_HEADS of q and K_HEADS of k a step; 0 of them where they are not asked for.
+    """All heads of one token per program, Q_HEADS of q and K_HEADS of k per step; 0 for one that is not wanted.
 
-    Half of what turns of a head is `units` times UNIT columns, and the rest of it `rest` times: so Triton sees that
-    masks, second halves and heads begin at whole vectors.
+    Half of the rotated columns of a head are `units` * UNIT, the others `rest` * UNIT: this shows Triton that masks,
+    second halves and heads begin at whole vectors.
     """
     program = tl.program_id(0).to(tl.int64)
     batch = program // length
@@ -69,12 +66,12 @@ def rope_kernel(
     half = units * UNIT
     width = (2 * units + rest) * UNIT
     column = tl.arange(0, HALF).to(tl.int64)[None, :]
-    turning = column // UNIT < units
+    rotated = column // UNIT < units
     row = token
-    known = turning
+    known = rotated
     if POSITIONS:
         row = tl.load(positions_ptr + batch * positions_batch + token * positions_token).to(tl.int64)
-        known = column // UNIT < tl.where((row >= 0) & (row < table), units, 0)  # none of a row outside the table
+        known = column // UNIT < tl.where((row >= 0) & (row < table), units, 0)  # none if the row is outside the table
     cos_ptr += batch * cos_batch + row * cos_row
     sin_ptr += batch * sin_batch + row * sin_row
     cos1, cos2 = load_halves(cos_ptr, known, column, cos_column, half, float("nan"))
@@ -93,29 +90,29 @@ def rope_kernel(
         k_out_ptr += (batch * k_heads * length + token) * width
         spacing = length
     for step in range(0, steps):
-        # All loads before the first store, behind which the compiler cannot move them.
+        # All loads come before the first store: the compiler cannot move them across it.
         if Q_HEADS:
             head = (step * Q_HEADS + tl.arange(0, Q_HEADS)).to(tl.int64)[:, None]
             q_known = head < q_heads
             q_rows, q_outs = q_ptr + head * q_head, q_out_ptr + head * width * spacing
-            q1, q2 = load_halves(q_rows, q_known & turning, column, q_column, half, 0.0)
+            q1, q2 = load_halves(q_rows, q_known & rotated, column, q_column, half, 0.0)
         if K_HEADS:
             head = (step * K_HEADS + tl.arange(0, K_HEADS)).to(tl.int64)[:, None]
             k_known = head < k_heads
             k_rows, k_outs = k_ptr + head * k_head, k_out_ptr + head * width * spacing
-            k1, k2 = load_halves(k_rows, k_known & turning, column, k_column, half, 0.0)
+            k1, k2 = load_halves(k_rows, k_known & rotated, column, k_column, half, 0.0)
         if Q_HEADS:
-            store_rotated(q_outs, q1, q2, q_known & turning, column, half, cos1, cos2, sin1, sin2)
+            store_rotated(q_outs, q1, q2, q_known & rotated, column, half, cos1, cos2, sin1, sin2)
             if REST:
                 copy_rest(q_outs, q_rows, q_known, q_column, 2 * half, rest, UNIT, REST)
         if K_HEADS:
-            store_rotated(k_outs, k1, k2, k_known & turning, column, half, cos1, cos2, sin1, sin2)
+            store_rotated(k_outs, k1, k2, k_known & rotated, column, half, cos1, cos2, sin1, sin2)
             if REST:
                 copy_rest(k_outs, k_rows, k_known, k_column, 2 * half, rest, UNIT, REST)
 
 
-def heads_a_step(x: Tensor | None, half: int) -> int:
-    """Heads of x that a program loads at once, a power of two: all of them, up to 8192 elements."""
+def heads_per_step(x: Tensor | None, half: int) -> int:
+    """Number of heads of x that a program loads at once, a power of two: all heads, up to 8192 elements."""
     return 0 if x is None else min(next_power_of_2(x.shape[1]), max(1, 4096 // half))
 
 
@@ -128,8 +125,8 @@ def rope_rotate(
     transposed: bool,
     token_major: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q and k rotated, or rotated back; empty for None, of which there is at most one."""
-    q_out, k_out = rope_rotate_fake(q, k, cos, sin, positions, transposed, token_major)
+    """Rotate q and k, or rotate them back; at most one of them is None, for which the result is empty."""
+    q_out, k_out = rope_rotate_outputs(q, k, cos, sin, positions, transposed, token_major)
     x = q if q is not None else k
     assert x is not None
     if q_out.numel() + k_out.numel() == 0:
@@ -139,9 +136,9 @@ def rope_rotate(
     rest = width - 2 * half
     unit = 8 if half % 8 == rest % 8 == 0 else 1
     half_tile = next_power_of_2(half)
-    q_tile, k_tile = heads_a_step(q, half_tile), heads_a_step(k, half_tile)
+    q_tile, k_tile = heads_per_step(q, half_tile), heads_per_step(k, half_tile)
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
-    warps = next_power_of_2(max(1, (q_tile + k_tile) * half_tile // 512))  # about 32 elements a thread
+    warps = next_power_of_2(max(1, (q_tile + k_tile) * half_tile // 512))  # about 32 elements per thread
     steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
     tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
     strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
@@ -158,7 +155,7 @@ def rope_rotate(
     return q_out, k_out
 
 
-def rope_rotate_fake(
+def rope_rotate_outputs(
     q: Tensor | None,
     k: Tensor | None,
     cos: Tensor,
@@ -167,9 +164,9 @@ def rope_rotate_fake(
     transposed: bool,
     token_major: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q and k rotated, unfilled."""
+    """Allocate q and k rotated."""
 
-    def unfilled(x: Tensor | None) -> Tensor:
+    def allocated(x: Tensor | None) -> Tensor:
         if x is None:
             return cos.new_empty(0)
         batches, heads, length, width = x.shape
@@ -177,21 +174,21 @@ def rope_rotate_fake(
             return x.new_empty((batches, length, heads, width)).transpose(1, 2)
         return x.new_empty(x.shape)
 
-    return unfilled(q), unfilled(k)
+    return allocated(q), allocated(k)
 
 
 rotate_op = register(
     "rope_rotate(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool transposed, bool token_major) "
     "-> (Tensor, Tensor)",
     rope_rotate,
-    rope_rotate_fake,
+    rope_rotate_outputs,
 )
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         q: Tensor | None,
         k: Tensor | None,
         cos: Tensor,
@@ -210,21 +207,23 @@ class _Rope(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dq, dk = (resolved(one) if need else None for one, need in zip((dq, dk), ctx.needs_input_grad, strict=False))
         if dq is None and dk is None:
             return (None,) * 7
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        rotate = _Rope.apply if recorded else rotate_op  # the former can be differentiated again
+        differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        rotate = _Rope.apply if differentiated else rotate_op  # the former can be differentiated again
         q_grad, k_grad = rotate(dq, dk, cos, sin, positions, not ctx.transposed, ctx.token_major)
         return None if dq is None else q_grad, None if dk is None else k_grad, *(None,) * 5
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: object) -> None:
-    """Raise what rope raises, but for positions outside the table."""
+    """Raise for arguments that rope does not allow."""
     checks.rope_arguments(q, k, cos, sin, positions)
     check_runnable("q", q)
+    if positions is not None and checks.values_are_checked(positions):
+        checks.positions_in_table(positions, len(cos))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -232,7 +231,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
 
     Args:
         q: [B, N, S, D], float16, bfloat16 or float32; computed in float32.
-        k: [B, K, S, D], as q; K has no need to divide N.
+        k: [B, K, S, D], as q; K need not divide N.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D. A
             constant: it gets no gradient.
         sin: as cos.
@@ -242,16 +241,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
         q and k rotated, each in its own shape and dtype; in memory token by token if q is, else contiguous.
 
     Raises:
-        ValueError: wrong shapes or devices; cos or sin requires a gradient; a position outside the table, on a CPU. On
-            CUDA, and in compiled code, what such a position rotates is NaN instead, unless UNSLOTH_DEBUG=1 asks for
-            the check.
-        TypeError: q is not of a float dtype or is float64, k not of the same, cos or sin neither of that nor float32,
-            positions not int32 or int64.
+        ValueError: wrong shapes or devices; cos or sin requires a gradient; on a CPU, a position outside the table. On
+            CUDA and in compiled code the rotated columns of such a token are NaN instead; UNSLOTH_DEBUG=1 makes CUDA
+            raise too.
+        TypeError: q does not have a float dtype or is float64, k differs from it in dtype, cos or sin is neither in q's
+            dtype nor float32, or positions are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter.
 
-    Source: Su 2021, arXiv:2104.09864. Rounded once, where transformers rounds the products too.
+    Source: Su 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
     """
-    if positions is not None and checks.must_read_labels(positions):
-        check(q, k, cos, sin, positions)
-        checks.positions_in_table(positions, len(cos))
-    return apply(_Rope, check, q, k, cos, sin, positions, False, None)
+    run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
+    return run(_Rope, check, q, k, cos, sin, positions, False, None)

@@ -3,17 +3,17 @@
     s = 1 / (1 + exp(-gate))      y = gate * s * up
     dgate = dy * up * s * (1 + gate * (1 - s))      dup = dy * gate * s
 
-The kernels are those of every gated activation, in `_gated.py`, which says what is saved and moved.
+The kernels are those of every gated activation, in `_gated.py`, which documents what is saved and moved.
 """
 
 from torch import Tensor
 
-from unsloth_fast.kernels._gated import Gated, check
-from unsloth_fast.kernels._replay import apply
+from unsloth_fast.kernels._gated import Gated, check_gated
+from unsloth_fast.kernels._replay import call_recorded
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU of the gate times up, element by element.
+    """Multiply the SiLU of gate by up, element by element.
 
     Args:
         gate: [..., F], float16, bfloat16 or float32.
@@ -23,10 +23,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         [..., F] in gate.dtype, contiguous.
 
     Raises:
-        ValueError: up has not the shape or device of gate.
-        TypeError: gate is not of a float dtype or is float64, or up is not of the same.
-        RuntimeError: on a CPU without Triton's interpreter, and on a second backward through the gradients.
+        ValueError: up differs from gate in shape or device.
+        TypeError: gate does not have a float dtype or is float64, or up differs from it in dtype.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Source: Shazeer 2020, arXiv:2002.05202. Rounded once, where transformers' LlamaMLP rounds the activation too.
+    Source: Shazeer 2020, arXiv:2002.05202. Rounded once; transformers' LlamaMLP rounds the activation too.
     """
-    return apply(Gated, check, gate, up, "silu")
+    return call_recorded(Gated, check_gated, gate, up, "silu")

@@ -1,4 +1,4 @@
-"""The operations. `__all__` is their list: each has a twin in `unsloth_fast.kernels` and a spec in `conformance.specs`.
+"""The operations. `__all__` lists them: each has a twin in `unsloth_fast.kernels` and a spec in `conformance.specs`.
 
 Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, V vocabulary.
 """

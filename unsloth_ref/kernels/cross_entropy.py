@@ -1,4 +1,4 @@
-"""Cross entropy of logits against integer labels, with every option that language models use.
+"""Cross entropy of logits with integer labels, with the options that language models use.
 
     z = softcap * tanh(logit_scale * x / softcap)        (softcap 0: z = logit_scale * x)
     lse = log(sum over V of exp(z))                      p = exp(z - lse)
@@ -7,21 +7,21 @@
     dx = dz * (1 - (z / softcap)^2) * logit_scale
 
 Sources: label smoothing, Szegedy 2015, arXiv:1512.00567; z-loss, Chowdhery 2022, arXiv:2204.02311; softcap, Gemma 2,
-arXiv:2408.00118. Everything is float32 whatever the logits are; float64 stays float64.
+arXiv:2408.00118. All arithmetic is float32 for any dtype of the logits, float64 for float64.
 """
 
 import torch
 from torch import Tensor
 
 from unsloth_ref import checks
-from unsloth_ref.types import Reduction
+from unsloth_ref.types import IGNORE_INDEX, Reduction
 
 
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     label_smoothing: float = 0.0,
@@ -31,32 +31,33 @@ def cross_entropy(
 ) -> Tensor:
     """Negative log likelihood of each label under the softmax of its row of logits.
 
-    An ignored row gives exactly 0 loss and gradient, even where its logits are NaN; with no target at all the loss
-    is 0.
+    The loss and the gradient of an ignored row are exactly 0, even if its logits are NaN. If all rows are ignored, the
+    loss is 0.
 
     Args:
         logits: [T, V], any float dtype.
         labels: [T], int32 or int64: the class of each row, or ignore_index.
-        ignore_index: the label of a row that does not count.
-        logit_scale: multiplies the logits first.
+        ignore_index: the label of an ignored row.
+        logit_scale: factor of the logits, applied before softcap.
         softcap: bounds the scaled logits to (-softcap, softcap); 0 for none.
-        label_smoothing: the share, 0 to 1, of the target spread evenly over the vocabulary.
+        label_smoothing: the share of the target, 0 to 1, that is spread evenly over the vocabulary.
         z_loss: weight of the squared log-sum-exp.
         reduction: "mean" over this call's targets, "sum", or "none".
-        num_items: divides the summed loss in place of this call's number of targets (less than 1 counts as 1): the
-            targets of the whole batch, when this call sees one part of it. Not with "none".
+        num_items: divides the summed loss instead of this call's number of targets (a value below 1 counts as 1): the
+            number of targets in the whole batch, if this call computes one part of it. Not with "none".
 
     Returns:
         A scalar, or [T] for "none", in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shapes, devices or options; a label outside [0, V) that is not ignore_index, on a CPU. On
-            CUDA, and in compiled code, such a row has NaN loss and gradient instead, unless UNSLOTH_DEBUG=1 asks for
-            the check.
-        TypeError: logits not of a float dtype, labels not int32 or int64.
+        ValueError: wrong shapes, devices or options; on a CPU, a label outside [0, V) that is not ignore_index. On
+            CUDA and in compiled code such a row has a NaN loss and gradient instead; UNSLOTH_DEBUG=1 makes CUDA raise
+            too.
+        TypeError: logits do not have a float dtype, or labels are not int32 or int64.
     """
-    checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss, reduction, num_items)
-    if checks.must_read_labels(labels):
+    checks.reduction_arguments(reduction, num_items)
+    checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss)
+    if checks.values_are_checked(labels):
         checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
     labels = labels.long()  # an int32 comparison would wrap an ignore_index beyond it
     ignored = labels == ignore_index

@@ -18,19 +18,19 @@ from unsloth_ref.types import Approximate
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:
-    """GELU of the gate times up, element by element.
+    """Multiply the GELU of gate by up, element by element.
 
     Args:
         gate: [..., F], any float dtype.
         up: [..., F], as gate.
-        approximate: "none" for the normal distribution itself, "tanh" for the approximation of it that Gemma uses.
+        approximate: "none" for the exact GELU, "tanh" for the approximation that Gemma uses.
 
     Returns:
         [..., F] in gate.dtype.
 
     Raises:
-        ValueError: up has not the shape or device of gate, or approximate is unknown.
-        TypeError: gate is not of a float dtype, or up not of the same.
+        ValueError: up differs from gate in shape or device, or approximate is unknown.
+        TypeError: gate does not have a float dtype, or up differs from it in dtype.
     """
     checks.gated_arguments(gate, up)
     checks.one_of("approximate", approximate, ("none", "tanh"))

@@ -15,20 +15,20 @@ from unsloth_ref.kernels.rms_norm import widened
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Shift each row of x to mean 0, scale it to variance 1, then apply the weight and the bias.
+    """Shift each row of x to mean 0 and scale it to variance 1, then apply the weight and the bias.
 
     Args:
         x: [..., H], any float dtype; float64 is computed in float64, all others in float32.
         weight: [H], any float dtype.
         bias: [H], any float dtype.
-        eps: added to the variance, that of a population (the mean of the squares); not negative.
+        eps: added to the variance, the mean of the squared deviations; not negative.
 
     Returns:
         [..., H] in x.dtype.
 
     Raises:
-        ValueError: weight or bias is not one row of x or on another device, or eps is negative.
-        TypeError: x, weight or bias is not of a float dtype.
+        ValueError: weight or bias is not [H] on the device of x, or eps is negative.
+        TypeError: x, weight or bias does not have a float dtype.
     """
     checks.norm_arguments(x, weight, eps)
     checks.column_vector("bias", bias, "x", x)

@@ -1,10 +1,10 @@
-"""A linear layer with a low-rank adapter beside it.
+"""A linear layer with a low-rank adapter.
 
     y = x @ weight^T + bias + scaling * (x @ lora_a^T) @ lora_b^T
 
 Source: Hu 2021, arXiv:2106.09685. Rounding: as between modules: the layer's output, x @ lora_a^T, its product with
-lora_b, that times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such as float32
-master weights beside bfloat16, are rounded to that of x first.
+lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such as
+float32 master weights of a bfloat16 layer, are first rounded to the dtype of x.
 """
 
 import torch
@@ -17,25 +17,25 @@ from unsloth_ref import checks
 def lora_linear(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """Apply a linear layer and its adapter. Autocast changes nothing.
+    """Apply a linear layer and its adapter. Autocast has no effect.
 
     Args:
         x: [..., I], any float dtype.
         weight: [O, I], in the dtype of x.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
-        scaling: multiplies what the adapter adds.
+        scaling: factor of the adapter's output.
         bias: [O], in the dtype of x; None for none.
 
     Returns:
         [..., O] in x.dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit.
-        TypeError: x is not of a float dtype; weight or bias not of the same; an adapter of a narrower one.
+        ValueError: shapes or devices do not match.
+        TypeError: x does not have a float dtype, weight or bias differs from it in dtype, or an adapter is narrower.
     """
     checks.lora_arguments(x, weight, lora_a, lora_b, bias)
-    x = x.contiguous()  # a library's strides may have 32 bits
+    x = x.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
         low = linear(x, lora_a.to(x.dtype))
         return linear(x, weight, bias) + scaling * linear(low, lora_b.to(x.dtype))

@@ -1,4 +1,4 @@
-"""Causal attention of documents packed one behind the other, each seen by itself alone.
+"""Causal attention of packed documents, none of which sees another.
 
     s_ij = scale * q_i . k_j      z_ij = softcap * tanh(s_ij / softcap)        (softcap 0: z = s)
     p_ij = exp(z_ij) / sum over l of exp(z_il)       o_i = sum over j of p_ij * v_j
@@ -6,13 +6,13 @@
     ds_ij = p_ij * (dp_ij - sum over l of p_il * dp_il) * (1 - (z_ij / softcap)^2)
     dq_i = scale * sum over j of ds_ij * k_j         dk_j = scale * sum over i of ds_ij * q_i
 
-j and l run over what query i sees: the tokens of its own document up to itself, the last `window` of them. Query heads
-share key and value heads in groups: head h has those of head h // (N / K).
+j and l run over the tokens that query i sees: those of its own document up to itself, and of these the last `window`.
+Query heads share key and value heads in groups: query head h uses key and value head h // (N / K).
 
 Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; softcap, Gemma 2,
-arXiv:2408.00118. Scores, softmax and sums are float32 whatever the inputs are (float64 stays float64). What else is
-rounded to their dtype is what flash attention rounds, or as much: p where it meets v, dp, and what each query head adds
-to dk and dv of its group; and the sum over l of p_il * dp_il is o_i . do_i with o as it was rounded.
+arXiv:2408.00118. Scores, softmax and sums are float32 for any input dtype (float64 for float64). As in flash attention,
+these are rounded to the dtype of the inputs: p in its product with v, dp, and the part of dk and dv that each query
+head adds to its group. The sum over l of p_il * dp_il is o_i . do_i with the rounded o.
 """
 
 from itertools import pairwise
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unsloth_ref import checks
 
-ROWS = 1024  # queries whose scores are held at once
+QUERIES = 1024  # per block of scores, which bounds memory
 
 
 def packed_attention(
@@ -36,33 +36,33 @@ def packed_attention(
     window: int | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each of the documents that q, k and v hold one behind the other.
+    """Causal attention within each of the documents that are concatenated in q, k and v.
 
-    Nothing passes between documents: the output and the gradients of one keep their bits whatever another holds, NaN
-    even. A NaN within a document may reach every row of it.
+    Documents are independent: the bits of a document's output and gradients do not depend on any other document, even
+    if that contains NaN. A NaN within a document may reach all of its rows.
 
     Args:
         q: [T, N, D], any float dtype.
-        k: [T, K, D], as q; K divides N, and head h of q meets head h // (N / K) of k and v.
+        k: [T, K, D], as q; K divides N, and head h of q attends to head h // (N / K) of k and v.
         v: [T, K, D], as q.
-        cu_seqlens: [documents + 1], int32: where each document begins, and T. Documents may be empty.
-        max_seqlen: tokens of the longest document, or more.
-        scale: multiplies the scores; by default 1 / sqrt(D).
-        window: how many tokens a query sees, itself included; None for all before it.
+        cu_seqlens: [documents + 1], int32: the first token of each document, then T. Documents may be empty.
+        max_seqlen: number of tokens of the longest document, or more.
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        window: number of tokens that a query sees, itself included; None for all tokens up to itself.
         softcap: bounds the scaled scores to (-softcap, softcap); 0 for none.
 
     Returns:
         [T, N, D] in q.dtype.
 
     Raises:
-        ValueError: wrong shapes, devices or options; cu_seqlens that does not rise from 0 to T, or a document longer
-            than max_seqlen. Compiled code does not look at these two; it masks what is not of a query's document.
-        TypeError: q is not of a float dtype, k or v not of the same, cu_seqlens not int32.
+        ValueError: wrong shapes, devices or options; cu_seqlens does not rise from 0 to T, or a document is longer than
+            max_seqlen. Compiled code does not check the last two; it masks tokens of other documents.
+        TypeError: q does not have a float dtype, k or v differs from it in dtype, or cu_seqlens is not int32.
     """
     checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     tokens = q.shape[0]
-    if torch.compiler.is_compiling():  # which can read no lengths
+    if torch.compiler.is_compiling():  # compiled code cannot read lengths
         document = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=q.device), right=True)
         with torch.autocast(q.device.type, enabled=False):
             return _attention(q, k, v, factor, window or tokens, softcap, document)
@@ -75,15 +75,15 @@ def packed_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, document: Tensor | None = None
 ) -> Tensor:
-    """Causal attention of one document, or of all of them, given the document of each token."""
+    """Causal attention of one document, or of all documents, given the document of each token."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group, position = q.shape[1] // k.shape[1], torch.arange(len(q), device=q.device)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     heads_q, heads_k, heads_v = (x.transpose(0, 1).to(wide) for x in (q, k, v))
     parts = []
-    for begin in range(0, max(1, len(q)), ROWS):
-        query, key = position[begin : begin + ROWS, None], position[: begin + ROWS]
-        z = heads_q[:, begin : begin + ROWS] @ heads_k[:, : begin + ROWS].mT * scale
+    for begin in range(0, max(1, len(q)), QUERIES):
+        query, key = position[begin : begin + QUERIES, None], position[: begin + QUERIES]
+        z = heads_q[:, begin : begin + QUERIES] @ heads_k[:, : begin + QUERIES].mT * scale
         if softcap:
             z = softcap * torch.tanh(z / softcap)
         seen = (key <= query) & (key > query - window)
@@ -93,7 +93,7 @@ def _attention(
         lse = torch.logsumexp(z, -1, keepdim=True)
         constant = lse.detach()
         p = torch.exp(z - constant).to(v.dtype).to(wide)
-        out = (p @ heads_v[:, : begin + ROWS]).to(q.dtype).to(wide)
-        # A factor of 1 with the derivative of the sum of p, which thus meets the output as it was rounded.
+        out = (p @ heads_v[:, : begin + QUERIES]).to(q.dtype).to(wide)
+        # The factor is 1. Its derivative is that of the sum of p, which is so multiplied by the rounded output.
         parts.append((out * torch.exp(constant - lse)).to(q.dtype))
     return torch.cat(parts, 1).transpose(0, 1)

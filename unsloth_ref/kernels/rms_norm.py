@@ -17,7 +17,7 @@ from unsloth_ref.types import Casting
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> Tensor:
-    """Scale each row of x to unit root mean square, then by the weight.
+    """Scale each row of x to a root mean square of 1, then multiply it by the weight.
 
     Args:
         x: [..., H], any float dtype; float64 is computed in float64, all others in float32.
@@ -30,8 +30,8 @@ def rms_norm(
         [..., H] in x.dtype.
 
     Raises:
-        ValueError: weight is not one row of x or on another device, eps is negative, or casting is unknown.
-        TypeError: x or weight is not of a float dtype.
+        ValueError: weight is not [H] on the device of x, eps is negative, or casting is unknown.
+        TypeError: x or weight does not have a float dtype.
     """
     checks.norm_arguments(x, weight, eps)
     checks.one_of("casting", casting, ("llama", "gemma"))
@@ -39,12 +39,12 @@ def rms_norm(
 
 
 def widened(x: Tensor) -> Tensor:
-    """X in the dtype that it is computed in; called once a tensor, as each cast rounds its own part of a gradient."""
+    """X in the dtype of the computation; called once per tensor, since each cast rounds its part of the gradient."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def normalised(rows: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting, dtype: torch.dtype) -> Tensor:
-    """The norm of rows of this dtype, widened."""
+    """Normalise widened rows and round to dtype."""
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
     if casting == "llama":
         normed = normed.to(dtype)

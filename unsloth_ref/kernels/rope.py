@@ -1,13 +1,14 @@
-"""Rotary position embedding of queries and keys, the two halves of a head rotated against each other.
+"""Rotary position embedding of queries and keys; each column of a head's first half pairs with one of its second half.
 
     y1 = x1 * cos1 - x2 * sin1      y2 = x2 * cos2 + x1 * sin2
     dx1 = dy1 * cos1 + dy2 * sin2   dx2 = dy2 * cos2 - dy1 * sin1
 
-x1 and x2 are the halves of the first D' columns of a head, cos1, cos2, sin1 and sin2 those of cos and sin, which as a
-rule are equal; the backward pass is then the rotation by the opposite angle. Columns from D' on pass through.
+x1 and x2 are the halves of the first D' columns of a head; cos1, cos2, sin1 and sin2 are the halves of cos and sin. The
+two halves are usually equal: the backward pass is then the rotation by the opposite angle. Columns from D' on are
+copied.
 
-Source: Su 2021, arXiv:2104.09864. Rounding: as transformers' apply_rotary_pos_emb, each product and then the sum, to
-the wider dtype of x and cos.
+Source: Su 2021, arXiv:2104.09864. Rounding: as transformers' apply_rotary_pos_emb: each product and then the sum are
+rounded to the wider dtype of x and cos.
 """
 
 from torch import Tensor
@@ -20,9 +21,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
 
     Args:
         q: [B, N, S, D], any float dtype.
-        k: [B, K, S, D], as q; K has no need to divide N.
-        cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32, which then is what the
-            products and their sum are rounded to. D' is even and at most D. A constant: it gets no gradient.
+        k: [B, K, S, D], as q; K need not divide N.
+        cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. With float32 the products and
+            their sum are rounded to float32. D' is even and at most D. A constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
 
@@ -30,15 +31,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
         q and k rotated, each in its own shape and dtype.
 
     Raises:
-        ValueError: wrong shapes or devices; cos or sin requires a gradient; a position outside the table, on a CPU. On
-            CUDA, and in compiled code, what such a position rotates is NaN instead, unless UNSLOTH_DEBUG=1 asks for
-            the check.
-        TypeError: q is not of a float dtype, k not of the same, cos or sin neither of that nor float32, positions not
-            int32 or int64.
+        ValueError: wrong shapes or devices; cos or sin requires a gradient; on a CPU, a position outside the table. On
+            CUDA and in compiled code the rotated columns of such a token are NaN instead; UNSLOTH_DEBUG=1 makes CUDA
+            raise too.
+        TypeError: q does not have a float dtype, k differs from it in dtype, cos or sin is neither in q's dtype nor
+            float32, or positions are not int32 or int64.
     """
     checks.rope_arguments(q, k, cos, sin, positions)
     if positions is not None:
-        if checks.must_read_labels(positions):
+        if checks.values_are_checked(positions):
             checks.positions_in_table(positions, len(cos))
         outside = (positions < 0) | (positions >= len(cos))
         rows = positions.long().masked_fill(outside, 0)

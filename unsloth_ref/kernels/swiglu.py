@@ -13,7 +13,7 @@ from unsloth_ref import checks
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU of the gate times up, element by element.
+    """Multiply the SiLU of gate by up, element by element.
 
     Args:
         gate: [..., F], any float dtype.
@@ -23,8 +23,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         [..., F] in gate.dtype.
 
     Raises:
-        ValueError: up has not the shape or device of gate.
-        TypeError: gate is not of a float dtype, or up not of the same.
+        ValueError: up differs from gate in shape or device.
+        TypeError: gate does not have a float dtype, or up differs from it in dtype.
     """
     checks.gated_arguments(gate, up)
     return silu(gate) * up

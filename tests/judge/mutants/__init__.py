@@ -1,6 +1,6 @@
-"""Wrong kernels: the project's own with one thing changed, most of them mistakes that published kernels have had.
+"""Wrong kernels: the project's own with one change, in most cases a mistake that published kernels have had.
 
-Each is a backend: `tests.judge.mutants.rms_norm_eps_hard_coded`. One file an operation, which holds its TABLE.
+Each is a backend, such as `tests.judge.mutants.rms_norm_eps_hard_coded`. One file per operation has a TABLE of them.
 """
 
 from importlib import import_module

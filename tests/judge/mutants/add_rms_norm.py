@@ -1,4 +1,4 @@
-"""Residual additions with a norm that are wrong."""
+"""Wrong residual additions with a norm."""
 
 from tests.judge.mutants.mutant import LYING, one
 

@@ -1,4 +1,4 @@
-"""Cross entropies that are wrong."""
+"""Wrong cross entropies."""
 
 from tests.judge.mutants.mutant import LYING, one
 
@@ -45,7 +45,7 @@ TABLE = {
         "value = 0.0 * tl.load(logits_ptr + columns // 2).to(tl.float32)",
         "special_values",
     ),
-    "last_row_unwritten": one("tiles = rows * tiles_a_row", "tiles = (rows - 1) * tiles_a_row", "uninitialised"),
+    "last_row_unwritten": one("tiles = rows * tiles_per_row", "tiles = (rows - 1) * tiles_per_row", "uninitialised"),
     "stored_past_the_end": one(
         "inside = column < end\n            x", "inside = column <= end\n            x", "guard_writes"
     ),
@@ -59,7 +59,7 @@ TABLE = {
         "int64_offsets",
     ),
     "bad_label_gives_nan": one(
-        "checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)", "pass", "error_parity"
+        "checks.labels_in_vocabulary(labels, logits.shape[1], options.ignore_index)", "pass", "error_parity"
     ),
     "second_derivative_zero": one(*LYING),
 }

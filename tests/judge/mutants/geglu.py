@@ -1,4 +1,4 @@
-"""Gated activations with GELU that are wrong."""
+"""Wrong gated activations with GELU."""
 
 from tests.judge.mutants.mutant import LYING, one
 

@@ -1,4 +1,4 @@
-"""Layer norms that are wrong."""
+"""Wrong layer norms."""
 
 from tests.judge.mutants.mutant import LYING, Mutant, one
 from tests.judge.mutants.rms_norm import ONE_PROGRAM

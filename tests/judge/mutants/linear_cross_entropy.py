@@ -1,13 +1,16 @@
-"""Cross entropies of linear layers that are wrong."""
+"""Wrong cross entropies of linear layers."""
 
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
-# Two rows a chunk, so that a few rows take several.
-SMALL_CHUNKS = ("(4096, 2048, 1536, 1280, 1024, 512, 256, 128)", "(2,)"), ("ROOM = 500 * 2**20", "ROOM = 1")
+# Two rows per chunk, so that a few rows take several chunks.
+SMALL_CHUNKS = (
+    ("(4096, 2048, 1536, 1280, 1024, 512, 256, 128)", "(2,)"),
+    ("BUDGET_BYTES = 500 * 2**20", "BUDGET_BYTES = 1"),
+)
 
 
 def chunked(old: str, new: str, *laws: str, dtype: str = "float32") -> Mutant:
-    """A mutant that shows where there are several chunks."""
+    """A mutant that shows only with several chunks."""
     return Mutant(((old, new), *SMALL_CHUNKS), laws, dtype)
 
 
@@ -18,7 +21,7 @@ TABLE = {
         "for begin in range(0, rows, size)]", "for begin in range(0, rows, size) if begin + size <= rows]", "gradients"
     ),
     "each_chunk_a_mean_of_its_own": chunked(
-        "chunk.logits, chunk.labels, items, ignore_index", "chunk.logits, chunk.labels, None, ignore_index", "gradients"
+        "chunk.logits, chunk.labels, items, options", "chunk.logits, chunk.labels, None, options", "gradients"
     ),
     "chunks_of_rows_before_compaction": chunked("self._index[span]", "span", "value", "gradients"),
     "label_read_after_it_is_overwritten": one(
@@ -26,7 +29,7 @@ TABLE = {
         "            tl.load(dlogits_ptr + label).to(tl.float32), 1.0 - label_smoothing",
         "gradients",
     ),
-    "ignored_rows_in_the_mean": one("self.count = float(rows)", "self.count = float(len(labels))", "one_at_a_time"),
+    "ignored_rows_in_the_mean": one("self.targets = float(rows)", "self.targets = float(len(labels))", "one_at_a_time"),
     "no_target_divides_by_zero": one(
         "hidden.new_zeros((), dtype=torch.float32)\n",
         'hidden.new_full((), float("nan"), dtype=torch.float32)\n',
@@ -69,7 +72,7 @@ TABLE = {
     "rows_get_dloss_of_others": one("dlosses[chunk.rows]", "dlosses[: len(chunk.hidden)]", "argument_kinds"),
     "rows_put_where_others_were": one("losses[chunk.rows], lse", "losses[: len(chunk.hidden)], lse", "argument_kinds"),
     "bad_label_gives_nan": one(
-        "checks.labels_in_vocabulary(labels, weight.shape[0], ignore_index)", "pass", "error_parity"
+        "checks.labels_in_vocabulary(labels, weight.shape[0], options.ignore_index)", "pass", "error_parity"
     ),
     "second_derivative_zero": one(*LYING),
 }

@@ -1,4 +1,4 @@
-"""Linear layers with adapters that are wrong."""
+"""Wrong linear layers with adapters."""
 
 from tests.judge.mutants.mutant import LYING, Mutant, one
 

@@ -1,4 +1,4 @@
-"""What a wrong kernel is made of."""
+"""The description of a wrong kernel."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ class Mutant:
 
     Attributes:
         edits: what is changed.
-        laws: properties that may find it, one of which must.
-        dtype: in which to look.
+        properties: those that may find it; at least one of them must.
+        dtype: the dtype in which they are checked.
     """
 
     edits: tuple[Edit, ...]
-    laws: tuple[str, ...]
+    properties: tuple[str, ...]
     dtype: str = "float32"
 
 
-def one(old: str, new: str, *laws: str, dtype: str = "float32") -> Mutant:
-    """A mutant of one edit."""
-    return Mutant(((old, new),), laws, dtype)
+def one(old: str, new: str, *properties: str, dtype: str = "float32") -> Mutant:
+    """A mutant with one edit."""
+    return Mutant(((old, new),), properties, dtype)
 
 
-# Without its guard, a derivative of the gradient is silently zero.
+# Without this guard, a derivative of the gradient is silently zero.
 LYING = (
     "return tuple(None if r is None else Undifferentiable.apply(r, *grad_outputs, *saved) for r in results)",
     "return results",

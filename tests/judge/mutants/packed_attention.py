@@ -1,4 +1,4 @@
-"""Packed attentions that are wrong."""
+"""Wrong packed attentions."""
 
 from tests.judge.mutants.mutant import LYING, one
 

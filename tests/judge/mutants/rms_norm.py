@@ -1,8 +1,8 @@
-"""Root-mean-square norms that are wrong."""
+"""Wrong root-mean-square norms."""
 
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
-ONE_PROGRAM = ("each = cdiv(tiles, shape.programs) if summing else 1", "each = tiles if summing else 1")
+ONE_PROGRAM = ("each = cdiv(tiles, shape.programs) if sums else 1", "each = tiles if sums else 1")
 GRADIENT_MEAN = "mean = quotient(tl.sum(products, 1, keep_dims=True), columns)"
 
 TABLE = {
@@ -16,7 +16,7 @@ TABLE = {
         "dx.to(dtype), (row < rows) & (at <= columns))",
         "guard_writes",
     ),
-    "one_row_too_many_read": one(  # it meets zeros of dy: NaN alone shows
+    "one_row_too_many_read": one(  # multiplied by zeros of dy: only NaN shows
         "n = load_tile(x_ptr, row, at, rows, columns,",
         "n = load_tile(x_ptr, row, at, rows + 1, columns,",
         "guard_reads",
@@ -70,8 +70,8 @@ TABLE = {
     ),
     "weight_of_any_size": one("checks.norm_arguments(x, weight, eps)", "pass", "error_parity"),
     "saved_tensor_used_up": one(
-        "    if need_dweight:\n        sums",
-        "    rstd.data.zero_()\n    if need_dweight:\n        sums",
+        "    if need_dweight:\n        blocks",
+        "    rstd.data.zero_()\n    if need_dweight:\n        blocks",
         "retained_backward",
     ),
     "second_derivative_zero": one(*LYING),

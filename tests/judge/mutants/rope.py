@@ -1,4 +1,4 @@
-"""Rotary position embeddings that are wrong."""
+"""Wrong rotary position embeddings."""
 
 from tests.judge.mutants.mutant import Mutant, one
 
@@ -15,9 +15,9 @@ TABLE = {
     ),
     "sin_in_float16": one("sin2.to(tl.float32)", "sin2.to(tl.float16).to(tl.float32)", "value"),
     "rest_left_unwritten": one(
-        "            store_rotated(q_outs, q1, q2, q_known & turning, column, half, cos1, cos2, sin1, sin2)\n"
+        "            store_rotated(q_outs, q1, q2, q_known & rotated, column, half, cos1, cos2, sin1, sin2)\n"
         "            if REST:",
-        "            store_rotated(q_outs, q1, q2, q_known & turning, column, half, cos1, cos2, sin1, sin2)\n"
+        "            store_rotated(q_outs, q1, q2, q_known & rotated, column, half, cos1, cos2, sin1, sin2)\n"
         "            if REST > 64:",
         "uninitialised",
     ),
@@ -29,7 +29,7 @@ TABLE = {
     "stored_a_head_too_many": Mutant(
         (
             ("q_known = head < q_heads", "q_known, q_stored = head < q_heads, head <= q_heads"),
-            ("q_outs, q1, q2, q_known & turning", "q_outs, q1, q2, q_stored & turning"),
+            ("q_outs, q1, q2, q_known & rotated", "q_outs, q1, q2, q_stored & rotated"),
         ),
         ("guard_writes",),
     ),
@@ -45,8 +45,8 @@ TABLE = {
     "k_lost_with_a_frozen_q": one("if dq is None and dk is None:", "if dq is None:", "gradients"),
     "position_outside_gives_nan": one("checks.positions_in_table(positions, len(cos))", "pass", "error_parity"),
     "fake_of_another_layout": one(
-        "    def unfilled(x: Tensor | None) -> Tensor:\n",
-        "    token_major &= type(cos) is Tensor\n\n    def unfilled(x: Tensor | None) -> Tensor:\n",
+        "    def allocated(x: Tensor | None) -> Tensor:\n",
+        "    token_major &= type(cos) is Tensor\n\n    def allocated(x: Tensor | None) -> Tensor:\n",
         "opcheck",
     ),
 }

@@ -1,4 +1,4 @@
-"""Gated activations with SiLU that are wrong."""
+"""Wrong gated activations with SiLU."""
 
 from tests.judge.mutants.mutant import LYING, one
 
@@ -27,7 +27,7 @@ TABLE = {
     ),
     "last_rows_skipped": one("cdiv(matrix.shape[0], shape.rows)", "max(1, matrix.shape[0] // shape.rows)", "layouts"),
     "gradients_over_the_inputs": one(
-        "dgate, dup = gated_backward_fake(dy, gate, up, activation, need_dgate, need_dup)",
+        "dgate, dup = gated_backward_outputs(dy, gate, up, activation, need_dgate, need_dup)",
         "dgate, dup = gate, up",
         "inputs_untouched",
     ),
@@ -44,7 +44,7 @@ TABLE = {
         "*dy.stride(), *gate.stride()", "*gate.stride(), *gate.stride()", "layouts"
     ),
     "output_in_float32": one(
-        "y = gate.new_empty(gate.shape)",
+        "y = gated_forward_outputs(gate, up, activation)",
         "y = gate.new_empty(gate.shape, dtype=torch.float32)",
         "metadata",
         dtype="float16",

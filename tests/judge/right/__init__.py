@@ -1,7 +1,7 @@
-"""Right implementations that differ in order, tiles, precision or means: a fair judge passes them all.
+"""Right implementations that differ in order, tiles, precision or method: a fair judge passes them all.
 
-Each is a backend: `tests.judge.right.rms_norm_of_torch`. One file an operation, which holds its TABLE: plain functions,
-and changes of the project's own kernels that make no difference.
+Each is a backend, such as `tests.judge.right.rms_norm_of_torch`. One file per operation has a TABLE of them: functions
+in PyTorch, and edits of the project's own kernels that keep them right.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Fused additions and RMS norms that are right."""
+"""Right additions with an RMS norm."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from unsloth_ref import kernels as reference
 
 
 def _add_rms_norm(normalise: Function) -> Function:
-    """The contract around a norm in float32 of the sum: checks, the offset, the roundings of casting."""
+    """Complete a norm in float32 of the sum to the contract: checks, the offset, the roundings of casting."""
 
     def add_rms_norm(
         x: Tensor,
@@ -38,7 +38,7 @@ def _add_rms_norm(normalise: Function) -> Function:
 
 @_add_rms_norm
 def of_torch(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Tensor:
-    """torch's own operator; the gradients of both outputs meet in the dtype of x."""
+    """torch's own operator; the gradients of both outputs are added in the dtype of x."""
     return F.rms_norm(total.float(), total.shape[-1:], None, eps)
 
 
@@ -51,13 +51,13 @@ def in_two_levels(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Ten
 
 @_add_rms_norm
 def of_the_exact_sum(x: Tensor, residual: Tensor, total: Tensor, eps: float) -> Tensor:
-    """What is normalised has not been rounded yet."""
+    """The sum is normalised before it is rounded."""
     wide = x.float() + residual.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def in_float64(x: Tensor, residual: Tensor, weight: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """More exact than asked."""
+    """More exact than required."""
     checks.norm_arguments(x, weight, 0.0)
     checks.same("residual", residual, "x", x)
     normed, total = reference.add_rms_norm(x.double(), residual.double(), weight.double(), *others, **options)

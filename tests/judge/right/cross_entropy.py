@@ -1,4 +1,4 @@
-"""Cross entropies that are right."""
+"""Right cross entropies."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.judge.contract import Function, compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import IGNORE_INDEX
 
 
 def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> Tensor:
@@ -19,13 +20,13 @@ def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> 
 
 
 def _cross_entropy(rowwise: Function) -> Function:
-    """The contract around the losses of rows: checks, options on the logits, ignored rows, the reduction."""
+    """Complete the losses of rows to the contract: checks, options of the logits, ignored rows, the reduction."""
 
     def cross_entropy(
         logits: Tensor,
         labels: Tensor,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         logit_scale: float = 1.0,
         softcap: float = 0.0,
         label_smoothing: float = 0.0,
@@ -33,8 +34,9 @@ def _cross_entropy(rowwise: Function) -> Function:
         reduction: str = "mean",
         num_items: Any = None,
     ) -> Tensor:
-        checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss, reduction, num_items)
-        if checks.must_read_labels(labels):
+        checks.reduction_arguments(reduction, num_items)
+        checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss)
+        if checks.values_are_checked(labels):
             checks.labels_in_vocabulary(labels, logits.shape[1], ignore_index)
         counts = labels != ignore_index
         z = logits.float().where(counts[:, None], 0.0) * logit_scale
@@ -48,7 +50,7 @@ def _cross_entropy(rowwise: Function) -> Function:
 
 @_cross_entropy
 def of_torch(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """torch's own operator; not its smoothing, whose backward adds label_smoothing / vocab one after the other."""
+    """torch's own operator, without its smoothing: that adds label_smoothing / vocab term by term in the backward."""
     losses = F.cross_entropy(z, labels, reduction="none")
     lse = torch.logsumexp(z, -1)
     if label_smoothing:
@@ -58,7 +60,7 @@ def of_torch(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -
 
 @_cross_entropy
 def in_chunks(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """The log-sum-exp of the log-sum-exps of 1000 classes each."""
+    """The log-sum-exp of log-sum-exps of 1000 classes each."""
     lse = torch.logsumexp(torch.stack([torch.logsumexp(chunk, -1) for chunk in z.split(1000, -1)], -1), -1)
     losses = lse - z.gather(1, labels[:, None])[:, 0]
     if label_smoothing:
@@ -67,7 +69,7 @@ def in_chunks(z: Tensor, labels: Tensor, label_smoothing: float, z_loss: float) 
 
 
 def in_float64(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     return reference.cross_entropy(logits.double(), labels, **options).float()
 
 
@@ -79,7 +81,7 @@ TABLE = {
     "in_other_tiles": (
         ("widest=8192, per_thread=16", "widest=16384, per_thread=8"),
         ("widest=2048, per_thread=16", "widest=16384, per_thread=8"),
-        ("SEGMENT = 8192", "SEGMENT = 1024"),
+        ("SEGMENT_COLUMNS = 8192", "SEGMENT_COLUMNS = 1024"),
         ("GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(4)"),
     ),
 }

@@ -1,4 +1,4 @@
-"""Gated activations with GELU that are right."""
+"""Right gated activations with GELU."""
 
 import math
 from typing import Literal
@@ -21,7 +21,7 @@ def by_erfc(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 def by_erf(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
-    """As the formulas are written, with their cancellation; up comes first."""
+    """The formulas as written, with their cancellation; up is multiplied first."""
     checks.gated_arguments(gate, up)
     checks.one_of("approximate", approximate, ("none", "tanh"))
     wide = gate.float()
@@ -31,7 +31,7 @@ def by_erf(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 def in_float64(gate: Tensor, up: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     checks.gated_arguments(gate, up)
     return reference.geglu(gate.double(), up.double(), approximate=approximate).to(gate.dtype)
 

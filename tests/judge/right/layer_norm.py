@@ -1,4 +1,4 @@
-"""Layer norms that are right."""
+"""Right layer norms."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from unsloth_ref import kernels as reference
 
 
 def of_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """torch's own operator, in float32; weight and bias apart, whose gradients it adds up row after row on a CPU."""
+    """torch's own operator, in float32, without weight and bias: on a CPU it sums their gradients row by row."""
     checks.norm_arguments(x, weight, eps)
     checks.column_vector("bias", bias, "x", x)
     return (F.layer_norm(x.float(), weight.shape, eps=eps) * weight.float() + bias.float()).to(x.dtype)
@@ -27,7 +27,7 @@ def in_two_levels(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
 
 
 def in_float64(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     checks.norm_arguments(x, weight, eps)
     return reference.layer_norm(x.double(), weight.double(), bias.double(), eps).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Linear layers with an adapter that are right."""
+"""Right linear layers with an adapter."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from unsloth_ref import kernels as reference
 
 
 def _lora_linear(product: Function) -> Function:
-    """The contract around an adapter's layer in no order of its own: checks, autocast left out."""
+    """Complete a layer with an adapter to the contract: checks, and no effect of autocast."""
 
     def lora_linear(
         x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
@@ -24,13 +24,13 @@ def _lora_linear(product: Function) -> Function:
 
 @_lora_linear
 def of_peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """What the adapter adds stays in its own dtype."""
+    """The adapter's output is computed in the adapter's dtype."""
     return (F.linear(x, weight, bias) + F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(x.dtype)
 
 
 @_lora_linear
 def scaled_first(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """Scaling meets x @ lora_a^T."""
+    """Scaling multiplies x @ lora_a^T."""
     return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
 
 
@@ -38,14 +38,14 @@ def scaled_first(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
 def of_the_merged_weight(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None
 ) -> Tensor:
-    """One product, in float32 and rounded once, with what the layer would be after training."""
+    """One product, in float32 and rounded once, with the merged weight."""
     merged = weight.float() + scaling * b.float() @ a.float()
     return F.linear(x.float(), merged, None if bias is None else bias.float()).to(x.dtype)
 
 
 @_lora_linear
 def side_by_side(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """One product of x beside x @ lora_a^T with weight beside lora_b."""
+    """One product of [x, x @ lora_a^T] with [weight, lora_b]."""
     low = F.linear(x, a.to(x.dtype))
     return F.linear(torch.cat((x, low), -1), torch.cat((weight, scaling * b.to(x.dtype)), 1), bias)
 
@@ -53,7 +53,7 @@ def side_by_side(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
 def in_float64(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     wide = [t.double() for t in (x, weight, lora_a, lora_b)]
     return reference.lora_linear(*wide, scaling, None if bias is None else bias.double()).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Attentions of packed documents that are right."""
+"""Right attentions of packed documents."""
 
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from unsloth_ref import kernels as reference
 
 
 def _packed_attention(attend: Function) -> Function:
-    """The contract around one document's values of z and v: checks, documents, grouped heads, what is seen, softcap."""
+    """Complete one document's attention, from z and v, to the contract: checks, documents, heads, mask, softcap."""
 
     def scored(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:
         group = q.shape[1] // k.shape[1]
@@ -51,25 +51,25 @@ def _packed_attention(attend: Function) -> Function:
 
 @_packed_attention
 def divided_last(z: Tensor, v: Tensor) -> Tensor:
-    """The sum of exponentials divides the output, not each of them."""
+    """The output is divided by the sum of exponentials, not each weight."""
     weights = torch.exp(z - z.detach().amax(-1, keepdim=True)) if z.numel() else z
     return weights @ v / weights.sum(-1, keepdim=True)
 
 
 @_packed_attention
 def by_log_sum_exp(z: Tensor, v: Tensor) -> Tensor:
-    """The log-sum-exp is taken off before the exponential."""
+    """The log-sum-exp is subtracted before the exponential."""
     return torch.exp(z - torch.logsumexp(z, -1, keepdim=True)) @ v if z.numel() else z @ v
 
 
 @_packed_attention
 def of_torch(z: Tensor, v: Tensor) -> Tensor:
-    """torch's softmax, and the product key by key."""
+    """torch's softmax, and the product as a sum over keys."""
     return (torch.softmax(z, -1)[..., None] * v[:, None]).sum(2)
 
 
 def in_float64(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     wide = (x.double() for x in (q, k, v))
     return reference.packed_attention(*wide, cu_seqlens, max_seqlen, **options).to(q.dtype)
 

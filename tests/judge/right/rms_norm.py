@@ -1,4 +1,4 @@
-"""RMS norms that are right."""
+"""Right RMS norms."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from unsloth_ref import kernels as reference
 def of_transformers(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> Tensor:
-    """In the order of transformers' LlamaRMSNorm and GemmaRMSNorm."""
+    """The order of operations of transformers' LlamaRMSNorm and GemmaRMSNorm."""
     checks.norm_arguments(x, weight, eps)
     checks.one_of("casting", casting, ("llama", "gemma"))
     wide = x.float()
@@ -32,7 +32,7 @@ def of_torch(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
 
 
 def sums_in_two_levels(values: Tensor) -> Tensor:
-    """Sums of 64 columns, then the sum of those."""
+    """Sums of 64 columns each, then the sum of these."""
     padded = F.pad(values, (0, -values.shape[-1] % 64))
     return padded.unflatten(-1, (-1, 64)).sum(-1).sum(-1, keepdim=True)
 
@@ -51,12 +51,12 @@ def in_two_levels(
 
 
 def in_float64(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     checks.dtype("x", x)
     return reference.rms_norm(x.double(), weight.double(), *others, **options).to(x.dtype)
 
 
-# A program adds up several tiles, and short rows are of several parts.
+# So that a program sums several tiles, and even short rows have several parts.
 BACKWARD_TILES = (
     ("columns <= 2048:\n        width = next_power_of_2(columns)", "columns <= 16:\n        width = 16"),
     ("2048 // width, width, 1, 4, 384", "4, width, 1, 4, 3"),

@@ -1,4 +1,4 @@
-"""Rotary embeddings that are right."""
+"""Right rotary embeddings."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from unsloth_ref import kernels as reference
 
 
 def _with_rope_checks(rotate: Function) -> Function:
-    """The contract around cos and sin of each token: checks, rows of the table."""
+    """Complete a rotation by each token's cos and sin to the contract: checks, rows of the table."""
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         checks.rope_arguments(q, k, cos, sin, positions)
         if positions is not None:
-            if checks.must_read_labels(positions):
+            if checks.values_are_checked(positions):
                 checks.positions_in_table(positions, len(cos))
             cos, sin = cos[positions.long()], sin[positions.long()]
         return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
@@ -25,10 +25,10 @@ def _with_rope_checks(rotate: Function) -> Function:
 
 @_with_rope_checks
 def of_transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """By rotate_half; what does not turn goes through a product with 1."""
+    """By rotate_half; columns that are not rotated are multiplied by 1."""
     rest = x.shape[-1] - cos.shape[-1]
     first, second = x[..., : cos.shape[-1] // 2], x[..., cos.shape[-1] // 2 : cos.shape[-1]]
-    with torch.autocast(x.device.type, enabled=False):  # to which a CPU's takes no float16
+    with torch.autocast(x.device.type, enabled=False):  # a CPU's autocast does not allow float16 here
         other = torch.cat((-second, first, torch.zeros_like(x[..., cos.shape[-1] :])), -1)
     return (x * F.pad(cos, (0, rest), value=1.0) + other * F.pad(sin, (0, rest))).to(x.dtype)
 
@@ -48,7 +48,7 @@ def by_fused_products(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def in_float64(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """More exact than asked."""
+    """More exact than required."""
     checks.rope_arguments(q, k, cos, sin, positions)
     turned_q, turned_k = reference.rope(q.double(), k.double(), cos.double(), sin.double(), positions)
     return turned_q.to(q.dtype), turned_k.to(q.dtype)

@@ -1,4 +1,4 @@
-"""Gated activations with SiLU that are right."""
+"""Right gated activations with SiLU."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def by_sigmoid(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def by_exp(gate: Tensor, up: Tensor) -> Tensor:
-    """A quotient of exponentials that cannot overflow; gate times up comes first."""
+    """A quotient of exponentials that cannot overflow; gate is first multiplied by up."""
     checks.gated_arguments(gate, up)
     wide = gate.float()
     small = torch.exp(-wide.abs())
@@ -24,7 +24,7 @@ def by_exp(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def in_float64(gate: Tensor, up: Tensor) -> Tensor:
-    """More exact than asked."""
+    """More exact than required."""
     checks.gated_arguments(gate, up)
     return reference.swiglu(gate.double(), up.double()).to(gate.dtype)
 

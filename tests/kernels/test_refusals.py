@@ -1,4 +1,4 @@
-"""What each operation refuses: both backends raise the same, naming the argument, what was seen and what is allowed."""
+"""Both backends refuse the same mistakes: the error names the argument, the value seen and the values allowed."""
 
 import re
 from importlib import import_module
@@ -8,31 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.spec import ErrorCase, Spec, specs
+from tests.operations.calls import DEVICE
 from unsloth_ref import checks
 
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
-GOOD = {
-    "rms_norm": {"x": torch.ones(3, 5), "weight": torch.ones(5)},
-    "add_rms_norm": {"x": torch.ones(3, 5), "residual": torch.ones(3, 5), "weight": torch.ones(5)},
-    "layer_norm": {"x": torch.ones(3, 5), "weight": torch.ones(5), "bias": torch.ones(5)},
-    "swiglu": {"gate": torch.ones(3, 5), "up": torch.ones(3, 5)},
-    "geglu": {"gate": torch.ones(3, 5), "up": torch.ones(3, 5)},
-    "rope": {
-        "q": torch.ones(2, 3, 4, 6),
-        "k": torch.ones(2, 1, 4, 6),
-        "cos": torch.ones(2, 4, 6),
-        "sin": torch.ones(2, 4, 6),
-    },
-    "cross_entropy": {"logits": torch.ones(3, 5), "labels": torch.tensor([0, -100, 4])},
-}
+MISTAKES = [(spec, mistake) for spec in specs().values() for mistake in spec.errors]
+CASES = {spec.op: spec.case(3, 5) for spec in specs().values()}
+CASES["rope"] = specs()["rope"].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
+GOOD = {op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].required(case) for op, case in CASES.items()}
+GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
-# operation, what changes in its good arguments, the error, and what its message says: argument, seen, allowed
+# Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("rms_norm", {"x": torch.ones(3, 5).long()}, TypeError, "x", "torch.int64", "torch.bfloat16"),
     ("rms_norm", {"x": torch.ones(3, 5).bool()}, TypeError, "x", "torch.bool", "torch.float32"),
     ("rms_norm", {"weight": torch.ones(5).int()}, TypeError, "weight", "torch.int32", "torch.float16"),
-    ("rms_norm", {"weight": torch.ones(6)}, ValueError, "weight", "[6]", "[5], one entry a column of x"),
+    ("rms_norm", {"weight": torch.ones(6)}, ValueError, "weight", "[6]", "[5], one entry per column of x"),
     ("rms_norm", {"weight": torch.ones(1)}, ValueError, "weight", "[1]", "[5]"),
     ("rms_norm", {"weight": torch.ones(1, 5)}, ValueError, "weight", "[1, 5]", "[5]"),
     ("rms_norm", {"weight": torch.ones(5, device="meta")}, ValueError, "weight", "meta", "cpu, where x is"),
@@ -46,16 +39,16 @@ BAD = [
     ("add_rms_norm", {"residual": torch.ones(1, 5)}, ValueError, "residual", "[1, 5]", "[3, 5], the shape of x"),
     ("add_rms_norm", {"residual": torch.ones(3, 5).half()}, TypeError, "residual", "torch.float16", "torch.float32"),
     ("add_rms_norm", {"residual": torch.ones(3, 5, device="meta")}, ValueError, "residual", "meta", "cpu, where x is"),
-    ("add_rms_norm", {"weight": torch.ones(6)}, ValueError, "weight", "[6]", "[5], one entry a column of x"),
+    ("add_rms_norm", {"weight": torch.ones(6)}, ValueError, "weight", "[6]", "[5], one entry per column of x"),
     ("add_rms_norm", {"weight": torch.ones(5, device="meta")}, ValueError, "weight", "meta", "cpu, where x is"),
     ("add_rms_norm", {"eps": -1e-6}, ValueError, "eps", "-1e-06", "from 0.0"),
     ("add_rms_norm", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
     ("layer_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("layer_norm", {"x": torch.ones(3, 5).bool()}, TypeError, "x", "torch.bool", "torch.float32"),
-    ("layer_norm", {"weight": torch.ones(5, 1)}, ValueError, "weight", "[5, 1]", "[5], one entry a column of x"),
+    ("layer_norm", {"weight": torch.ones(5, 1)}, ValueError, "weight", "[5, 1]", "[5], one entry per column of x"),
     ("layer_norm", {"weight": torch.ones(5).int()}, TypeError, "weight", "torch.int32", "torch.float16"),
     ("layer_norm", {"bias": torch.ones(5).int()}, TypeError, "bias", "torch.int32", "torch.float16"),
-    ("layer_norm", {"bias": torch.ones(4)}, ValueError, "bias", "[4]", "[5], one entry a column of x"),
+    ("layer_norm", {"bias": torch.ones(4)}, ValueError, "bias", "[4]", "[5], one entry per column of x"),
     ("layer_norm", {"bias": torch.ones(1)}, ValueError, "bias", "[1]", "[5]"),
     ("layer_norm", {"bias": torch.ones(5, device="meta")}, ValueError, "bias", "meta", "cpu, where x is"),
     ("layer_norm", {"eps": inf}, ValueError, "eps", "inf", "a finite number from 0.0"),
@@ -106,7 +99,14 @@ BAD = [
     ("cross_entropy", {"logits": torch.ones(1, 3, 5)}, ValueError, "logits", "[1, 3, 5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(3, 0)}, ValueError, "logits", "[3, 0]", "V at least 1"),
     ("cross_entropy", {"logits": torch.ones(3, 5).int()}, TypeError, "logits", "torch.int32", "torch.float64"),
-    ("cross_entropy", {"labels": torch.zeros(2).long()}, ValueError, "labels", "[2]", "[3], one label a row of logits"),
+    (
+        "cross_entropy",
+        {"labels": torch.zeros(2).long()},
+        ValueError,
+        "labels",
+        "[2]",
+        "[3], one label per row of logits",
+    ),
     ("cross_entropy", {"labels": torch.zeros(3, 1).long()}, ValueError, "labels", "[3, 1]", "[3]"),
     ("cross_entropy", {"labels": torch.zeros(3)}, TypeError, "labels", "torch.float32", "torch.int32, torch.int64"),
     ("cross_entropy", {"labels": torch.zeros(3).byte()}, TypeError, "labels", "torch.uint8", "torch.int32"),
@@ -155,14 +155,18 @@ LIMITS = [
 ]
 
 
-def call(backend: str, operation: str, arguments: dict[str, Any]) -> Any:
-    """What the operation of a backend gives for these arguments."""
-    return getattr(import_module(backend), operation)(**arguments)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
+def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
+    """With the contract's type, and a message that names the argument."""
+    inputs, options = mistake.change(spec.inputs(spec.case(3, 8), torch.float32, "cpu"), {})
+    with pytest.raises(mistake.raises, match=rf"^{mistake.names}: got .*; allowed: "):
+        getattr(import_module(backend), spec.op)(*inputs.values(), **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("operation", "changes", "error", "argument", "seen", "allowed"), BAD, ids=NAMES)
-def test_an_error_names_the_argument_what_was_seen_and_what_is_allowed(
+def test_a_message_names_the_argument_and_the_values_seen_and_allowed(
     backend: str,
     operation: str,
     changes: dict[str, Any],
@@ -171,42 +175,39 @@ def test_an_error_names_the_argument_what_was_seen_and_what_is_allowed(
     seen: str,
     allowed: str,
 ) -> None:
-    """The type of the error, and its message, part by part."""
     message = f"^{argument}: got .*{re.escape(seen)}.*; allowed: .*{re.escape(allowed)}"
     with pytest.raises(error, match=message) as raised:
-        call(backend, operation, GOOD[operation] | changes)
+        getattr(import_module(backend), operation)(**GOOD[operation] | changes)
     assert raised.type is error
 
 
 @pytest.mark.parametrize(("operation", "changes"), [case[:2] for case in BAD], ids=NAMES)
-def test_both_backends_raise_the_same(operation: str, changes: dict[str, Any]) -> None:
-    """The same message to the letter: who switches backends learns nothing new from an error."""
+def test_both_backends_raise_the_same_message(operation: str, changes: dict[str, Any]) -> None:
     messages = []
     for backend in BACKENDS:
         with pytest.raises((TypeError, ValueError)) as raised:
-            call(backend, operation, GOOD[operation] | changes)
+            getattr(import_module(backend), operation)(**GOOD[operation] | changes)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("operation", "changes"), LIMITS, ids=str)
-def test_the_limits_themselves_are_allowed(backend: str, operation: str, changes: dict[str, Any]) -> None:
-    """What the messages call allowed gives a finite result, up to the very ends."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # compiled kernels run on no CPU tensor
+@pytest.mark.parametrize(("operation", "changes"), [*LIMITS, *((op, {}) for op in GOOD)], ids=str)
+def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any]) -> None:
+    """The first and last allowed values give a finite result; so do the arguments that the mistakes above change."""
     arguments = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value  # compiled kernels need a CUDA tensor
         for name, value in (GOOD[operation] | changes).items()
     }
-    found = call(backend, operation, arguments)
+    found = getattr(import_module(backend), operation)(**arguments)
     assert all(output.isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
 
 
-def test_labels_are_read_where_reading_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU always; elsewhere ("meta" stands for a GPU) only when UNSLOTH_DEBUG is 1."""
+def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
     monkeypatch.delenv("UNSLOTH_DEBUG", raising=False)
     here, elsewhere = torch.zeros(1).long(), torch.zeros(1, device="meta").long()
-    assert checks.must_read_labels(here)
-    assert not checks.must_read_labels(elsewhere)
+    assert checks.values_are_checked(here)
+    assert not checks.values_are_checked(elsewhere)
     monkeypatch.setenv("UNSLOTH_DEBUG", "1")
-    assert checks.must_read_labels(elsewhere)
+    assert checks.values_are_checked(elsewhere)

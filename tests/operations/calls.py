@@ -1,0 +1,37 @@
+"""Calls of every operation, derived from the specs."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.case import LAYOUTS
+from conformance.spec import Spec, specs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Every operation with its defaults; those whose rows are results under other options with these too.
+CALLS: list[tuple[Spec, dict[str, Any]]] = [
+    (spec, options) for spec in specs().values() for options in [{}, *([spec.row_options] if spec.row_options else [])]
+]
+CALL_NAMES = [f"{spec.op} {' '.join(map(str, options.values()))}".strip() for spec, options in CALLS]
+
+
+def call_of(
+    spec: Spec, rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """A function of a module of kernels and the differentiable inputs, and these inputs, as models lay them out.
+
+    The function returns a tuple of outputs.
+    """
+    case = spec.case(rows, columns)
+    inputs = spec.inputs(case, dtype, DEVICE)
+    names = [name for name in spec.grads if name in inputs]
+
+    def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
+        arguments = inputs | dict(zip(names, leaves, strict=True))
+        results = getattr(kernels, spec.op)(**arguments, **spec.required(case), **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    return call, [LAYOUTS[spec.bench_layout](inputs[name]) for name in names]

@@ -1,0 +1,69 @@
+"""Inputs of lora_linear, and the properties that both backends are tested for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.nn.functional import linear
+
+from unsloth_ref import kernels as reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"rows": 6, "columns": 5, "out": 4, "rank": 3}
+Function = Callable[..., Tensor]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normal numbers that depend on the seed alone and require a gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype).requires_grad_()
+
+
+def inputs_of(rows: int = 6, columns: int = 5, out: int = 4, rank: int = 3, dtype: torch.dtype = torch.float64) -> Any:
+    """x, weight, lora_a, lora_b and bias."""
+    shapes = (rows, columns), (out, columns), (rank, columns), (out, rank), (out,)
+    return [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def check_that_an_adapter_can_be_off(lora_linear: Function, off: str) -> None:
+    """With scaling 0, or with lora_b zero as at the start of training, values and gradients are the layer's."""
+    x, weight, a, b, bias = inputs_of(dtype=torch.float32)
+    with torch.no_grad():
+        b.mul_(0.0 if off == "lora_b" else 1.0)
+    y = lora_linear(x, weight, a, b, 0.0 if off == "scaling" else 2.0, bias)
+    layer, dy = linear(x, weight, bias), randn(6, 4, dtype=torch.float32, seed=9).detach()
+    torch.testing.assert_close(y, layer, rtol=1e-6, atol=1e-6)
+    leaves = [x, weight, bias]
+    for found, wanted in zip(grad(y, leaves, dy, retain_graph=True), grad(layer, leaves, dy), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    da, db = grad(y, (a, b), dy)
+    assert not da.any()
+    assert bool(db.any()) == (off == "lora_b")
+
+
+def check_that_autocast_has_no_effect(lora_linear: Function) -> None:
+    """The same bits within autocast."""
+    inputs = inputs_of(dtype=torch.float32)
+    expected = lora_linear(*inputs[:4], 0.5, inputs[4])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = lora_linear(*inputs[:4], 0.5, inputs[4])
+    assert torch.equal(found, expected)
+
+
+def check_an_empty_size(lora_linear: Function, empty: str) -> None:
+    """Without columns, the bias; without a rank, the layer; without rows or outputs, gradients of zero."""
+    sizes = {**SIZES, empty: 0}
+    inputs = inputs_of(**sizes, dtype=torch.float32)
+    y = lora_linear(*inputs[:4], 0.5, inputs[4])
+    wanted = reference.lora_linear(*(t.detach().double() for t in inputs[:4]), 0.5, inputs[4].detach().double())
+    torch.testing.assert_close(y.detach().double(), wanted, rtol=1e-5, atol=1e-5)
+    dx, dweight, da, db, dbias = grad(y.sum(), inputs)
+    assert [t.shape for t in (dx, dweight, da, db, dbias)] == [t.shape for t in inputs]
+    assert dbias.tolist() == [sizes["rows"]] * sizes["out"]
+    wide = inputs[0].detach().double().sum(0)
+    torch.testing.assert_close(dweight.double(), wide.expand(dweight.shape), rtol=1e-5, atol=1e-5)
+    assert not da.any() and not db.any()  # zeros, or no elements
+    _, weight, a, b, _ = (tensor.detach().double() for tensor in inputs)
+    wanted = weight.sum(0) + 0.5 * b.sum(0) @ a
+    torch.testing.assert_close(dx.double(), wanted.expand(dx.shape), rtol=1e-5, atol=1e-5)
