@@ -1,19 +1,21 @@
-# make demo     judge every fast operation, then fine-tune a small model on both backends
-# make test     everything: lint, types, import floors, tests
-# make trainer  what a release of trl can change: the tests, without those of the judge itself
+# make demo         judge every fast operation, then fine-tune a small model on both backends
+# make test         everything: lint, types, import rules, tests
+# make trainer      all tests except those of the judge, to test another release of trl
+# make conformance  judge every fast operation as in CI
+# make bench        time the operations; needs a GPU
 #
-# They set themselves up in a virtual environment in .venv. To use an interpreter that has everything already:
-#     make test VENV=0 PYTHON=python3
-# To choose the build of torch, such as one for another CUDA: make demo TORCH='torch==2.11.0'
-# To choose the release of trl, in an environment of its own: make trainer TRL='trl==0.24.*' VENV=build/trl-0.24
+# Each command creates its environment in .venv. Other environments:
+#     make test VENV=0 PYTHON=python3                       an existing one
+#     make demo TORCH='torch==2.11.0'                       another build of torch, such as for another CUDA version
+#     make trainer TRL='trl==0.24.*' VENV=build/trl-0.24    another release of trl
 
 PYTHON ?= python3
 VENV ?= .venv
-# Pinned: a range would let pip replace a build for the CPU by several gigabytes of CUDA.
+# Pinned, because pip could replace a CPU build by several gigabytes of CUDA to satisfy a range.
 TORCH ?= torch==2.13.0
 TRL ?= trl
 
-# Of packages what is imported is compiled, once: otherwise each process that imports trl takes 14 s to do so, not 7.
+# Python writes bytecode of what is imported: without it every process that imports trl takes 14 s to do so, not 7.
 export PYTHONDONTWRITEBYTECODE :=
 
 ifeq ($(VENV),0)

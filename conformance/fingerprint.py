@@ -109,7 +109,7 @@ def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dty
 
 def _run(trial: Trial, spec: Spec, shape: str) -> None:
     case = bench_case(spec, shape)
-    case = case.resized(**{spec.rows: min(ROWS, case.size(spec.rows))})
+    case = case.resized(**{spec.row_dimension: min(ROWS, case.size(spec.row_dimension))})
     inputs = trial.inputs(case)
     inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
     trial.run(case, inputs, grads=spec.bench[shape].get("grads"))

@@ -249,6 +249,7 @@ def test_the_example_names_an_unknown_backend(
 ) -> None:
     """Exit status 2 before any work."""
     example = Path(__file__).parents[2] / "examples" / "first_run.py"
+    monkeypatch.syspath_prepend(str(example.parent))  # as for a script: it imports its parts
     monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(example), run_name="__main__")

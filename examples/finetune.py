@@ -1,0 +1,26 @@
+"""Fine-tune a language model on six sentences: python examples/finetune.py [MODEL]
+
+MODEL is the name or the path of a model; without it the script makes a tiny one. A laptop's CPU is enough for that.
+"""
+
+import sys
+
+import random_llama
+import torch
+from datasets import Dataset
+
+from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
+
+gpu = torch.cuda.is_available()
+name = sys.argv[1] if len(sys.argv) > 1 else random_llama.save("out/tiny_llama")
+model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length=256, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=16)
+
+dataset = Dataset.from_dict({"text": [f"Question: what is {n} plus {n}? Answer: {n + n}." for n in range(1, 7)]})
+args = UnslothTrainingArguments(
+    output_dir="out/finetune", packing=True, max_steps=10, learning_rate=1e-3, logging_steps=1,
+    bf16=gpu, use_cpu=not gpu,
+)  # fmt: skip
+trainer = UnslothTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=args)
+trainer.train()
+trainer.save_model()  # the adapter, in out/finetune; from_pretrained("out/finetune") loads it with its model

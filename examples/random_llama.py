@@ -1,0 +1,38 @@
+"""A Llama with random weights and its tokenizer in a folder: a model to try or to time things with, no download."""
+
+from pathlib import Path
+from typing import Any
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def save(folder: Path | str, device: str = "cpu", dtype: str = "float32", **shape: Any) -> str:
+    """Write the model and a tokenizer with one token per byte; return the folder's path.
+
+    Args:
+        folder: created if it does not exist.
+        device: where the weights are drawn, from seed 0.
+        dtype: of the weights.
+        **shape: fields of `transformers.LlamaConfig`; `TINY` where none is given.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+    tokens = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**tokens | (shape or TINY), dtype=dtype))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return str(folder)

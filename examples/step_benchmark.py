@@ -1,0 +1,132 @@
+"""Time a packed LoRA step of this trainer beside trl, liger and unsloth on one GPU.
+
+    python examples/step_benchmark.py [--who NAME ...] [--steps N] [--out DIR] [--profile]
+
+All contenders train the same model (the shape of Llama 3.2 1B, random weights) with LoRA of rank 16 on every linear
+layer, in bfloat16, with AdamW, 8 rows of 2048 tokens per step, without gradient checkpointing. The rows are packed from
+documents with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender
+runs in its own process, loads the same files and sees the same documents. The table shows tokens per second (of the
+median step), peak memory, and the first and the last loss, from which you see whether all train the same thing.
+--profile also shows where the GPU's time goes, by kernel.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import random_llama
+from step_contenders import CONTENDERS, LENGTH, ROWS, SHAPE, build
+
+WARMUP = 4  # steps that compile, allocate and choose kernels
+PROFILED = 3  # steps
+
+
+def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[str, Any]:
+    """Train with one contender, and measure each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(contender, model_path, folder, steps)  # before anything else is imported
+        import torch
+        from transformers import TrainerCallback
+
+        ends: list[float] = []
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
+
+        class Clock(TrainerCallback):
+            """Takes the time at the end of each step, when the GPU has finished it."""
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                torch.cuda.synchronize()
+                ends.append(time.perf_counter())
+                if len(ends) == WARMUP:
+                    torch.cuda.reset_peak_memory_stats()
+                if profiler and len(ends) == steps - PROFILED:
+                    profiler.start()
+
+        trainer.add_callback(Clock())
+        trainer.train()
+        if profiler:
+            profiler.stop()
+    # The last steps are left out: under the profiler a step takes longer.
+    seconds = [after - before for before, after in pairwise(ends)][WARMUP - 1 : steps - PROFILED - 1]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {
+        "who": contender,
+        "tokens_per_second": ROWS * LENGTH / statistics.median(seconds),
+        "step_ms": statistics.median(seconds) * 1e3,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "losses": [log["loss"] for log in logs],
+        "kernels": by_kernel(profiler) if profiler else None,
+    }
+
+
+def by_kernel(profiler: Any) -> dict[str, float]:
+    """Milliseconds of GPU time per step of each kernel, the longest first, and of all kernels together."""
+    times: Counter[str] = Counter()
+    for event in profiler.events():
+        if "cuda" in str(event.device_type).lower():
+            times[event.name[:70]] += event.device_time / 1e3 / PROFILED
+    return dict(times.most_common(40)) | {"all": sum(times.values())}
+
+
+def main() -> int:
+    """Run each contender in its own process and print the table; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--who", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, at least 10 (default: 20)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the numbers (default: out)")
+    parser.add_argument("--model", help=argparse.SUPPRESS)  # a folder: this is the process of one contender
+    parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes, by kernel")
+    chosen = parser.parse_args()
+    if chosen.steps < 10:
+        parser.error(f"argument --steps: got {chosen.steps}; allowed: an integer from 10")
+    if chosen.model:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        result = run_one(chosen.who[0], chosen.model, chosen.steps, chosen.profile)
+        (chosen.out / f"step_{chosen.who[0]}.json").write_text(json.dumps(result, indent=1))
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("got no CUDA device; this benchmark measures speed, and needs one")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {ROWS} rows of {LENGTH} tokens per step")
+    print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}  loss: first, last")
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama.save(folder, "cuda", "bfloat16", **SHAPE)
+        return max([show(contender, folder, chosen) for contender in chosen.who])
+
+
+def show(contender: str, model_path: str, chosen: argparse.Namespace) -> int:
+    """Run one contender and print its line of the table; 1 if it failed."""
+    command = [sys.executable, __file__, "--model", model_path, "--who", contender, "--steps", str(chosen.steps)]
+    command += ["--out", str(chosen.out)] + ["--profile"] * chosen.profile
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        (chosen.out / f"step_{contender}.txt").write_text(done.stdout + done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"{contender:<14}failed: {last[:150]}", flush=True)
+        return 1
+    result = json.loads((chosen.out / f"step_{contender}.json").read_text())
+    losses = result["losses"]
+    figures = f"{result['tokens_per_second']:>10,.0f}{result['step_ms']:>8.0f}{result['peak_gib']:>7.1f}"
+    print(f"{contender:<14}{figures}  {losses[0]:.4f} {losses[-1]:.4f}  {CONTENDERS[contender]}", flush=True)
+    for name, milliseconds in list((result["kernels"] or {}).items()):
+        print(f"    {milliseconds:8.2f} ms  {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
