@@ -15,6 +15,7 @@ import unsloth_fast
 from unsloth_fast.seams import SEAMS, Seam, overrides
 
 PACKAGE = Path(unsloth_fast.__file__).parent
+NAMED_TUPLE = {"_make", "_fields", "_replace", "_asdict"}  # public in spite of the underscore
 CUDA_ONLY = {"torch._C._cuda_getCurrentRawStream"}
 
 
@@ -84,7 +85,7 @@ def test_no_private_name_without_a_row(path: Path) -> None:
     found = {
         f"line {line}: {name}"
         for line, name in private_names(tree)
-        if name.startswith("_") and not name.startswith("__") and name not in listed | own_names(tree)
+        if name.startswith("_") and not name.startswith("__") and name not in listed | own_names(tree) | NAMED_TUPLE
     }
     assert found == set()
 
