@@ -87,7 +87,7 @@ def test_gradients_are_the_derivatives(positions: Tensor | None) -> None:
 
 
 def test_both_halves_are_one_complex_number() -> None:
-    """x1 + i x2 times exp(i angle): it keeps lengths, position 0 is the identity, products depend on distances alone."""
+    """x1 + i x2 times exp(i angle): keeps lengths, position 0 is the identity, products depend on distances alone."""
     cos, sin = table(9, 8)
     q, k = randn(1, 2, 9, 8).detach(), randn(1, 2, 9, 8, seed=1).detach()
     turned_q, turned_k = rope(q, k, cos[None], sin[None])
