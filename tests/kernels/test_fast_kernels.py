@@ -1,4 +1,4 @@
-"""What the conformance suite leaves to the Triton kernels' own tests: the edges of launch choices, and refusals."""
+"""Tests of the Triton kernels beyond the conformance suite: edges of tiles, and calls that they refuse."""
 
 import os
 import subprocess
@@ -6,46 +6,49 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from math import log2
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from conformance.spec import Spec
+from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, call_of
 from unsloth_fast import kernels as fast
+from unsloth_fast.kernels._loss_options import LossOptions
 from unsloth_ref import kernels as reference
 
 UNIT = 2.0**-24  # the relative error of one float32 rounding
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random(*shape: int) -> Tensor:
-    """Standard normal float32 values, the same on every call with this shape."""
+    """Standard normal float32 values, the same in every call with this shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Of the rows and of twice the rows."""
+    """With twice the rows as up."""
     return fast.swiglu(x, 2 * x)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """With a weight that differs from column to column."""
+    """With different weights of columns."""
     return fast.rms_norm(x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE))
 
 
 def add_rms_norm(x: Tensor) -> Tensor:
-    """Of the rows and of twice the rows: the sum on top of its norm."""
+    """With twice the rows as residual: the sum of both outputs."""
     return sum(fast.add_rms_norm(x, 2 * x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)), torch.zeros_like(x))
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """With a weight and a bias that differ from column to column."""
+    """With different weights and biases of columns."""
     columns = torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)
     return fast.layer_norm(x, columns, -columns)
 
 
 def cross_entropy(x: Tensor) -> Tensor:
-    """Of each row, with every option that changes the kernel."""
+    """The loss of each row, with every option that changes the kernel."""
     labels = torch.full(x.shape[:1], x.shape[1] // 2, device=DEVICE)
     return fast.cross_entropy(x, labels, softcap=5.0, label_smoothing=0.1, z_loss=0.01, reduction="none")
 
@@ -56,7 +59,7 @@ OPERATIONS = [rms_norm, add_rms_norm, layer_norm, swiglu, cross_entropy]
 @pytest.mark.parametrize("columns", [3, 96, 5000])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_row_has_the_same_bits_alone_and_among_others(operation: Callable[[Tensor], Tensor], columns: int) -> None:
-    """The number of rows chooses neither tiles nor the order of a sum along a row."""
+    """Neither tiles nor the order of a sum along a row depend on the number of rows."""
     x = random(33, columns)
     together = operation(x)
     for row in (0, 20, 32):
@@ -64,7 +67,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(operation: Callable[[Ten
 
 
 def assert_within(ours: Tensor, exact: Tensor, roundings: float, terms: Tensor) -> None:
-    """Each entry is off by no more than this many roundings of the terms that make it up."""
+    """The error of each entry is at most this many roundings of the terms of its sum."""
     assert ((ours.double() - exact).abs() <= roundings * UNIT * terms + torch.finfo(torch.float32).tiny).all()
 
 
@@ -75,7 +78,7 @@ def with_gradients(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor)
     return (result.detach(), *torch.autograd.grad(result, leaves, dy))
 
 
-# One row; a tile of several rows and one more; more tiles than programs; the widest whole rows, and one column more.
+# One row; one row more than a tile has; more tiles than programs; the widest whole rows, and one column more.
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 2048), (2049, 512), (2, 16384), (3, 16385)])
 def test_rms_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
     """y and both gradients against float64; a blocked sum of n terms costs about log2(n) roundings."""
@@ -94,7 +97,7 @@ def test_rms_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2049, 512), (2, 8193), (2, 16384), (3, 16385)])
 def test_layer_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
-    """y and all gradients against float64, on a level that a difference of squares would not survive."""
+    """y and all gradients against float64, around 100, where a difference of squares would cancel."""
     x, weight, bias, dy = (
         100 + random(rows, columns),
         random(columns),
@@ -117,8 +120,8 @@ def test_layer_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [96, 16385])
 @pytest.mark.parametrize("used", ["normed", "sum"])
-def test_an_output_that_is_not_used_costs_no_gradient(used: str, columns: int) -> None:
-    """The same bits as with zeros for it; of the sum alone the gradient goes through as it is."""
+def test_an_unused_output_costs_no_gradient(used: str, columns: int) -> None:
+    """The same bits as with a gradient of zeros for it."""
     leaves = [random(3, columns), random(3, columns) + 1, random(columns)]
     results = []
     for dropped in (None, torch.zeros(3, columns, device=DEVICE)):
@@ -141,8 +144,8 @@ def test_an_output_that_is_not_used_costs_no_gradient(used: str, columns: int) -
 
 
 @pytest.mark.parametrize("frozen", ["x", "residual", "both", "weight"])
-def test_the_sum_carries_a_gradient_where_it_depends_on_one(frozen: str) -> None:
-    """As the reference's: not on account of the weight."""
+def test_the_sum_requires_a_gradient_if_one_of_its_terms_does(frozen: str) -> None:
+    """As in the reference: not if only the weight does."""
     x, residual = (random(2, 8).requires_grad_(frozen not in (name, "both")) for name in ("x", "residual"))
     weight = random(8).requires_grad_(frozen != "weight")
     ours, theirs = (kernels.add_rms_norm(x, residual, weight) for kernels in (fast, reference))
@@ -152,7 +155,7 @@ def test_the_sum_carries_a_gradient_where_it_depends_on_one(frozen: str) -> None
 @pytest.mark.parametrize("columns", [1, 7, 9, 8191, 8192, 8193])
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> None:
-    """Losses and gradients against float64, the label in the first or the last column."""
+    """Losses and gradients against float64, with the label in the first or the last column."""
     logits, dloss = 4 * random(2, columns), random(2)
     labels = torch.full((2,), 0 if where == "first" else columns - 1, device=DEVICE)
     loss, dlogits = with_gradients(lambda x: fast.cross_entropy(x, labels, reduction="none"), dloss, logits)
@@ -170,7 +173,7 @@ def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> No
 @pytest.mark.parametrize("columns", [8191, 8192, 8193, 16_385, 50_257])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
-    """Loss and gradient against float64, where the gradient is written with the loss; labels at the segments' ends."""
+    """Loss and early gradient against float64; labels at the ends of segments."""
     places = [0, columns // 2 - 1, columns // 2, 8191 % columns, 8192 % columns, columns - 1, -100]
     logits, labels = 4 * random(len(places), columns), torch.tensor(places, device=DEVICE)
     one = torch.ones((), device=DEVICE)
@@ -192,36 +195,34 @@ def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_segments_that_wait_for_each_other_and_those_that_wait_for_twins_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As many segments as the largest vocabularies have, written over the logits too."""
+def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many segments as the largest vocabularies have, and also in place."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
-    options = None, -100, 1.0, 0.0, 0.1, 1e-3
+    options = LossOptions(label_smoothing=0.1, z_loss=1e-3)
     found = []
     for processors in (132, 0):
         monkeypatch.setattr(module, "processors", lambda device, processors=processors: processors)
-        found.append(module.cross_entropy_total(logits, labels, *options))
-        found.append(module.cross_entropy_total(logits.clone(), labels, *options, in_place=True))
+        found.append(module.cross_entropy_total(logits, labels, None, options))
+        found.append(module.cross_entropy_total(logits.clone(), labels, None, options, in_place=True))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_rows_on_several_streams_do_not_keep_each_other_waiting() -> None:
-    """Each holds part of the card with programs that wait for the rest of their row."""
+def test_rows_on_several_streams_do_not_block_each_other() -> None:
+    """Each stream occupies part of the GPU with programs that wait for the rest of their row."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, labels = random(500, 256_000).bfloat16(), torch.arange(500, device=DEVICE) * 511
-    alone = module.cross_entropy_total(logits, labels, None, -100, 1.0, 0.0, 0.0, 0.0)
+    alone = module.cross_entropy_total(logits, labels, None, LossOptions())
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     found = []
     for _ in range(8):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(module.cross_entropy_total(logits, labels, None, -100, 1.0, 0.0, 0.0, 0.0))
+                found.append(module.cross_entropy_total(logits, labels, None, LossOptions()))
     torch.cuda.synchronize()
     for other in found:
         assert all(map(torch.equal, alone, other))
@@ -229,7 +230,7 @@ def test_rows_on_several_streams_do_not_keep_each_other_waiting() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4097), (65, 63), (2, 4097)])
 def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
-    """As one long row, and by the strides of two halves of one tensor: the same bits."""
+    """Read as one long row, and by the strides of two halves of one tensor: the same bits."""
     halves = random(rows, 2 * columns)
     gate, up = halves.chunk(2, -1)
     dy = random(rows, columns)
@@ -240,7 +241,7 @@ def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("operation", ["swiglu", "geglu", "geglu tanh"])
 def test_gated_activations_are_exact_far_into_the_tail(operation: str) -> None:
-    """Relative to the value itself, where (1 + erf) / 2 in float32 has long been 0; the exponent x^2 / 2 is rounded."""
+    """Relative to the value itself, even where (1 + erf) / 2 is 0 in float32; the exponent x^2 / 2 is rounded."""
     gate = torch.linspace(-12, 12, 4001).to(DEVICE)
     x, up = gate.double(), torch.ones_like(gate)
     if operation == "geglu":
@@ -256,8 +257,8 @@ def test_gated_activations_are_exact_far_into_the_tail(operation: str) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_rope_lies_in_memory_as_its_queries_do(transposed: bool) -> None:
-    """So that a view that swaps heads and tokens is undone without a copy; in the gradients too."""
+def test_rope_has_the_memory_layout_of_its_queries(transposed: bool) -> None:
+    """So that heads and tokens can be transposed back without a copy; gradients too."""
     q, k, cos, sin = random(2, 3, 5, 8), random(2, 1, 5, 8), random(1, 5, 8), random(1, 5, 8)
     if transposed:
         q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
@@ -269,7 +270,7 @@ def test_rope_lies_in_memory_as_its_queries_do(transposed: bool) -> None:
 
 
 def test_rope_has_a_second_derivative_through_its_gradients() -> None:
-    """It is linear: the gradient of the gradient is a rotation again."""
+    """It is linear: the gradient of its gradient is a rotation."""
     q, k, cos, sin = random(1, 2, 3, 8).requires_grad_(), random(1, 1, 3, 8), random(1, 3, 8), random(1, 3, 8) + 1
     dq = random(1, 2, 3, 8).requires_grad_()
     found = []
@@ -280,11 +281,11 @@ def test_rope_has_a_second_derivative_through_its_gradients() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_a_label_outside_the_vocabulary_gives_nan_where_it_is_not_read() -> None:
-    """As on CUDA: the row's loss and gradient are NaN, the other rows are untouched."""
+def test_an_unchecked_label_outside_the_vocabulary_gives_nan() -> None:
+    """As on CUDA: the row's loss and gradient are NaN; other rows are not affected."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
-    logits, options = random(4, 5), (-100, 1.0, 0.0, 0.0, 0.0)
-    labels = torch.tensor([1, 5, -100, -3], device=DEVICE)
+    logits, options = random(4, 5), LossOptions()
+    labels = torch.tensor([1, 5, options.ignore_index, -3], device=DEVICE)
     losses, lse = module.forward_op(logits, labels, *options)
     dlogits = module.backward_op(torch.zeros_like(losses), logits, labels, lse, *options)
     assert losses.isnan().tolist() == [False, True, False, True]
@@ -294,7 +295,7 @@ def test_a_label_outside_the_vocabulary_gives_nan_where_it_is_not_read() -> None
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_frozen_norm_weight_costs_no_sum(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second kernel of the backward, which adds up dweight, runs only for a weight that is trained."""
+    """The second kernel of the backward pass, which sums up dweight, runs only if the weight is trained."""
     module = import_module("unsloth_fast.kernels.rms_norm")
     launched, launch = [], module.launch
     monkeypatch.setattr(
@@ -306,27 +307,35 @@ def test_a_frozen_norm_weight_costs_no_sum(trained: bool, monkeypatch: pytest.Mo
     assert (weight.grad is not None) is trained
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_gradient_penalty_raises(operation: Callable[[Tensor], Tensor]) -> None:
-    """Also where only saved tensors lead back to x, grad_output being constant, and where x alone is asked for."""
-    x = random(2, 8).requires_grad_()
-    (dx,) = torch.autograd.grad(operation(x).sum(), x, create_graph=True)
+@pytest.mark.parametrize(("spec", "options"), CALLS, ids=CALL_NAMES)
+def test_a_gradient_penalty_raises_or_is_right(spec: Spec, options: dict[str, Any]) -> None:
+    """Even if grad_output is constant, so that only saved tensors lead back to x, and if only x's gradient is wanted.
+
+    The rotation of rope is linear: its gradient has a derivative, which is 0 for x.
+    """
+    call, inputs = call_of(spec, 2, 8, options)
+    x, *others = (one.detach().requires_grad_() for one in inputs)
+    (dx,) = torch.autograd.grad(sum(one.sum() for one in call(fast, x, *others)), x, create_graph=True)
     penalised = x.sum() + dx.square().sum()
+    if spec.op == "rope":
+        assert torch.equal(torch.autograd.grad(penalised, x)[0], torch.ones_like(x))
+        return
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(penalised, x, retain_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         penalised.backward()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_float64_is_left_to_the_reference(operation: Callable[[Tensor], Tensor]) -> None:
-    """The message says who computes in float64."""
+@pytest.mark.parametrize(("spec", "options"), CALLS, ids=CALL_NAMES)
+def test_float64_is_left_to_the_reference(spec: Spec, options: dict[str, Any]) -> None:
+    """The message names the backend that computes in float64."""
+    call, inputs = call_of(spec, 2, 8, options, torch.float64)
     with pytest.raises(TypeError, match=r"torch\.float64.*the reference backend computes in float64"):
-        operation(random(2, 8).double())
+        call(fast, *inputs)
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
-    """One sentence with the way out, not a failure inside Triton."""
+    """By a message that names the solution, not by a failure inside Triton."""
     code = "import torch; from unsloth_fast import kernels; kernels.swiglu(torch.ones(2), torch.ones(2))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -346,7 +355,7 @@ def test_a_weight_may_be_wider_than_x(casting: str) -> None:
     assert ((found.double() - exact).abs() <= roundings * 1.001 * 2.0**-11 * exact.abs() + 2.0**-24).all()
 
 
-def test_labels_of_32_bits_give_the_bits_of_64() -> None:
+def test_int32_labels_give_the_bits_of_int64_labels() -> None:
     logits, labels = random(6, 70), torch.tensor([0, 69, -100, 3, 5, 7], device=DEVICE)
     for reduction in ("mean", "none"):
         wide = fast.cross_entropy(logits, labels, reduction=reduction)

@@ -1,20 +1,13 @@
 """The fast packed_attention: edges of its tiles, and offsets past 32 bits."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.autograd import grad
 
 from tests.operations.packed_attention import (
     DEVICE,
-    OPTIONS,
+    PROPERTIES,
     bounds_of,
-    check_that_documents_are_independent,
-    check_that_grouped_heads_are_repeated_heads,
-    check_that_the_order_of_documents_does_not_matter,
-    check_the_longest_and_the_shortest_window,
-    check_thousands_of_documents,
     inputs_of,
     randn,
 )
@@ -50,22 +43,6 @@ def test_offsets_past_32_bits(place: int) -> None:
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_documents_are_independent(options: dict[str, Any]) -> None:
-    check_that_documents_are_independent(packed_attention, options)
-
-
-def test_the_order_of_documents_does_not_matter() -> None:
-    check_that_the_order_of_documents_does_not_matter(packed_attention)
-
-
-def test_grouped_heads_are_repeated_heads() -> None:
-    check_that_grouped_heads_are_repeated_heads(packed_attention)
-
-
-def test_the_longest_and_the_shortest_window() -> None:
-    check_the_longest_and_the_shortest_window(packed_attention)
-
-
-def test_thousands_of_documents_with_a_long_one() -> None:
-    check_thousands_of_documents(packed_attention)
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties_of_both_backends(name: str) -> None:
+    PROPERTIES[name](packed_attention)

@@ -1,6 +1,7 @@
-"""Recording what a call allocates and launches; test_replayed_calls.py has the replay."""
+"""Recordings of what a call allocates and launches; test_replayed_calls.py tests their replay."""
 
 import logging
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -30,13 +31,13 @@ TOOLS = [(-1, 0), (-1, 0)]  # parameters for Triton's own tools
 
 
 def launch(programs: int, *arguments: object, compiled: object = COMPILED) -> None:
-    """Stands in for _launch.launch, which records nothing in the interpreter."""
+    """A substitute for _launch.launch, which records nothing in the interpreter."""
     if _launch.recorded.launches is not None:
         _launch.recorded.launches.append((compiled, programs, arguments))
 
 
 class Scaled(torch.autograd.Function):
-    """Saves x and an intermediate, keeps a gradient, and has a buffer of its own in each pass."""
+    """Saves x and an intermediate result, computes a gradient early, and allocates a buffer in each pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, scale: float) -> Tensor:
@@ -57,8 +58,12 @@ class Scaled(torch.autograd.Function):
         return dx, None, None
 
 
-def test_a_recording_numbers_what_is_given_and_then_what_is_allocated() -> None:
-    found = record(Scaled, None, torch.ones(3, 4, requires_grad=True), None, 0.5)
+def unchecked(*arguments: object) -> None:
+    """Allows everything."""
+
+
+def test_a_recording_numbers_inputs_and_then_allocations() -> None:
+    found = record(Scaled, unchecked, torch.ones(3, 4, requires_grad=True), None, 0.5)
     assert found is not None
     buffers, launches, results = found.program
     assert [(shape, dtype) for shape, _, dtype in buffers] == [
@@ -72,24 +77,33 @@ def test_a_recording_numbers_what_is_given_and_then_what_is_allocated() -> None:
         (7, 5, 128, 96, [(0, 0), (1, 0), (-1, 2**64 - 2), (-1, half), *TOOLS]),
         (7, 6, 128, 96, [(2, 0), (4, 0), (-1, 3), (-1, 0), *TOOLS]),
     ]
-    assert (results, found.saved, found.kept, found.single, found.inputs) == ([1], [0, -1, 2], [3], True, 1)
-    assert [list(one.shape) for one in found.made] == [shape for shape, *_ in buffers]
+    assert (results, found.saved, found.early_gradients) == ([1], [0, -1, 2], [3])
+    assert found.single and found.inputs == 1 and found.non_differentiable == [] and found.allocated is not None
+    assert [list(one.shape) for one in found.allocated] == [shape for shape, *_ in buffers]
 
 
-def test_what_is_kept_is_handed_out_by_the_first_backward_pass_and_allocated_by_later_ones() -> None:
-    found = record(Scaled, None, torch.ones(3, 4, requires_grad=True), None, 0.5)
+def test_the_compiled_code_reads_attributes_that_a_recording_has() -> None:
+    found = record(Scaled, unchecked, torch.ones(3, 4, requires_grad=True), None, 0.5)
+    source = Path(_replay.__file__).with_suffix(".cpp").read_text()
+    names = re.findall(r'(?:attr|python)\("(\w+)"\)', source)
+    assert {"program", "early_gradients", "allocated", "backward", "record_backward"} <= set(names)
+    assert [name for name in names if not hasattr(found, name)] == []
+
+
+def test_the_first_backward_pass_takes_an_early_gradient_and_later_ones_allocate_it() -> None:
+    found = record(Scaled, unchecked, torch.ones(3, 4, requires_grad=True), None, 0.5)
     assert found is not None
     dy, x, sums, early = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(3), torch.ones(3, 4))
     first = found.record_backward([True], [dy], [x, None, sums], [early])
     assert first is not None and (first[0][0], first[0][2], first[1]) == ([], [4], [])
     second = found.record_backward([True], [dy], [x, None, sums], [])
     assert second is not None
-    (buffers, launches, results), made = second
-    assert [shape for shape, *_ in buffers] == [list(one.shape) for one in made] == [[3, 4]] and results == [4]
+    (buffers, launches, results), allocated = second
+    assert [shape for shape, *_ in buffers] == [list(one.shape) for one in allocated] == [[3, 4]] and results == [4]
     assert [number for number, _ in launches[0][4][:2]] == [3, 4]
 
 
-def test_tensors_that_begin_together_are_one_to_a_kernel() -> None:
+def test_tensors_with_the_same_address_have_the_same_number() -> None:
     class Both(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +111,10 @@ def test_tensors_that_begin_together_are_one_to_a_kernel() -> None:
             return x.new_empty(2, 3).transpose(0, 1), other.new_empty(0)
 
     x = torch.ones(6)
-    found = record(Both, None, x, x[:3])
+    found = record(Both, unchecked, x, x[:3])
     assert found is not None and found.program[1][0][4][:2] == [(0, 0), (0, 0)]
     assert found.program[0] == [([3, 2], [1, 3], torch.float32), ([0], [1], torch.float32)] and not found.single
-    apart = record(Both, None, x, torch.ones(3))
+    apart = record(Both, unchecked, x, torch.ones(3))
     assert apart is not None and apart.program[1][0][4][:2] == [(0, 0), (1, 0)]
 
 
@@ -121,34 +135,34 @@ def test_tensors_that_begin_together_are_one_to_a_kernel() -> None:
     ],
     ids=["computes", "fills", "part", "twice", "view of input", "not its own", "reads elsewhere", "offset", "cluster"],
 )  # fmt: skip
-def test_what_does_more_than_allocate_and_launch_is_not_recorded(body: Callable[[Tensor], Any]) -> None:
+def test_a_call_that_does_more_than_allocate_and_launch_is_not_recorded(body: Callable[[Tensor], Any]) -> None:
     class Other(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Any:
             return body(x)
 
-    assert record(Other, None, torch.ones(4)) is None
+    assert record(Other, unchecked, torch.ones(4)) is None
     assert _launch.recorded.launches is None and not _launch.traced()
 
 
-def test_whatever_watches_sees_the_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracers_transforms_and_modes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def look(x: Tensor) -> Tensor:
+    def observe(x: Tensor) -> Tensor:
         seen.append(_replay.watched())
         return x
 
     assert not _replay.watched()
-    torch.jit.trace(look, torch.ones(2), check_trace=False)
-    torch.func.vmap(look)(torch.ones(2))
+    torch.jit.trace(observe, torch.ones(2), check_trace=False)
+    torch.func.vmap(observe)(torch.ones(2))
     with FlopCounterMode(display=False):
-        look(torch.ones(2))
+        observe(torch.ones(2))
     monkeypatch.setattr(import_module("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", True)
-    look(torch.ones(2))
+    observe(torch.ones(2))
     assert seen == [True] * len(seen) and len(seen) >= 4
 
 
-def test_without_compiled_code_each_call_is_checked_and_made() -> None:
+def test_without_compiled_code_each_call_is_checked_and_executed() -> None:
     class Same(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -158,13 +172,13 @@ def test_without_compiled_code_each_call_is_checked_and_made() -> None:
         if x.ndim > 1:
             raise ValueError("x")
 
-    assert _replay.apply(Same, check, torch.ones(2)).tolist() == [1, 1]
+    assert _replay.call_recorded(Same, check, torch.ones(2)).tolist() == [1, 1]
     for _ in range(2):
         with pytest.raises(ValueError, match="x"):
-            _replay.apply(Same, check, torch.ones(2, 2))
+            _replay.call_recorded(Same, check, torch.ones(2, 2))
 
 
-def test_a_machine_that_cannot_compile_is_told_once(
+def test_a_machine_that_cannot_compile_logs_it_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def load(*arguments: object, **options: object) -> None:
@@ -184,8 +198,8 @@ def test_a_machine_that_cannot_compile_is_told_once(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_compiled_code_agrees_with_this_torch(tmp_path: Path) -> None:
-    """Its types; a torch for a CPU has all headers but one, which only has settings."""
+def test_the_compiled_code_has_the_types_of_this_torch(tmp_path: Path) -> None:
+    """A CPU build of torch has all headers except one, which contains only settings."""
     settings = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     settings.parent.mkdir(parents=True)
     settings.touch()

@@ -1,4 +1,4 @@
-"""Calls that compiled code replays, on a GPU, beside the same calls by Python."""
+"""Calls that compiled code replays, on a GPU, compared with the same calls in Python."""
 
 import gc
 import threading
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conformance.spec import Spec
+from tests.operations.calls import CALLS, call_of
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch, _replay
 
@@ -28,71 +30,60 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def passes(call: Callable[..., Any], inputs: list[Tensor], scale: float) -> list[Tensor]:
+def unchecked(*arguments: object) -> None:
+    """Allows everything."""
+
+
+def passes(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], scale: float) -> list[Tensor]:
     """Results, and gradients twice."""
     inputs = [one.detach().requires_grad_() for one in inputs]
-    results = call(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
+    results = call(fast, *inputs)
     grads = [torch.full_like(one, scale) for one in results]
     first = torch.autograd.grad(results, inputs, grads, retain_graph=True)
     return [*results, *first, *torch.autograd.grad(results, inputs, grads)]
 
 
-LABELS = [0, 5, -100, 3]
-CALLS: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
-    "rms_norm": (fast.rms_norm, lambda: [random(5, 72), random(72)]),
-    "add_rms_norm": (fast.add_rms_norm, lambda: [random(5, 72), random(5, 72), random(72)]),
-    "layer_norm": (fast.layer_norm, lambda: [random(5, 72), random(72), random(72)]),
-    "swiglu": (fast.swiglu, lambda: list(random(5, 144).chunk(2, 1))),
-    "geglu": (fast.geglu, lambda: [random(5, 72), random(5, 72)]),
-    "rope": (
-        lambda q, k: fast.rope(q, k, torch.ones(1, 6, 8, device="cuda"), torch.ones(1, 6, 8, device="cuda")),
-        lambda: [random(2, 6, 4, 8).transpose(1, 2), random(2, 2, 6, 8)],
-    ),
-    "cross_entropy": (
-        lambda logits: fast.cross_entropy(logits, torch.tensor(LABELS, device="cuda")),
-        lambda: [random(4, 20000)],
-    ),
-    "losses": (
-        lambda logits: fast.cross_entropy(logits, torch.tensor(LABELS, device="cuda"), reduction="none"),
-        lambda: [random(4, 64)],
-    ),
-}
+RECORDED = [
+    (spec, options)
+    for spec, options in CALLS
+    if hasattr(import_module(f"unsloth_fast.kernels.{spec.op}"), "call_recorded")
+]
+COLUMNS = {"cross_entropy": 20000}  # several segments; of other operations 72
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_replayed_call_gives_what_the_python_gives(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, draw = CALLS[name]
-    inputs = draw()
+@pytest.mark.parametrize(("spec", "options"), RECORDED, ids=[f"{spec.op} {len(options)}" for spec, options in RECORDED])
+def test_a_replayed_call_gives_the_results_of_the_python_code(
+    spec: Spec, options: dict[str, Any], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, inputs = call_of(spec, 5, COLUMNS.get(spec.op, 72), options, torch.bfloat16)
     replayed = [passes(call, inputs, scale) for _ in range(2)]
-    for module in ("rms_norm", "add_rms_norm", "layer_norm", "swiglu", "geglu", "rope", "cross_entropy"):
-        monkeypatch.setattr(import_module(f"unsloth_fast.kernels.{module}"), "apply", _replay.plain)
-    written = passes(call, inputs, scale)
-    assert "CppNode" in replayed[0][0].grad_fn.name() and "CppNode" not in written[0].grad_fn.name()  # type: ignore[union-attr]
+    monkeypatch.setattr(import_module(f"unsloth_fast.kernels.{spec.op}"), "call_recorded", _replay.call)
+    expected = passes(call, inputs, scale)
+    assert "CppNode" in replayed[0][0].grad_fn.name() and "CppNode" not in expected[0].grad_fn.name()  # type: ignore[union-attr]
     for results in replayed:
-        for one, other in zip(results, written, strict=True):
+        for one, other in zip(results, expected, strict=True):
             assert torch.equal(one, other) and one.stride() == other.stride()
 
 
-def test_gradients_of_every_kind_that_comes_back() -> None:
+def test_every_layout_of_incoming_gradients() -> None:
     x, weight = random(5, 72), random(72)
-    kinds = {
+    layouts = {
         "expanded": lambda dy: dy[:1].expand_as(dy),
         "transposed": lambda dy: dy.t().contiguous().t(),
         "one off": lambda dy: torch.cat((dy.flatten()[:1], dy.flatten()))[1:].view_as(dy),
         "negated": lambda dy: torch._neg_view(dy),
-        "as it is": lambda dy: dy,
+        "contiguous": lambda dy: dy,
     }
-    for kind in kinds.values():
-        given = kind(random(5, 72))
+    for layout in layouts.values():
+        given = layout(random(5, 72))
         replayed = [torch.autograd.grad(fast.rms_norm(x.requires_grad_(), weight), x, given)[0] for _ in range(3)]
-        written = _replay.plain(rms_norm._RMSNorm, None, x, weight, 1e-6, 0.0, "llama")
-        expected = torch.autograd.grad(written, x, given.resolve_neg())[0]
+        in_python = _replay.call(rms_norm._RMSNorm, unchecked, x, weight, 1e-6, 0.0, "llama")
+        expected = torch.autograd.grad(in_python, x, given.resolve_neg())[0]
         assert all(torch.equal(one, expected) for one in replayed)
 
 
-def test_a_graph_that_is_captured_launches_a_new_kind_once() -> None:
+def test_a_new_signature_in_a_graph_capture_is_launched_once() -> None:
     x, weight = random(7, 40).requires_grad_(), random(40)
 
     def both() -> tuple[Tensor, Tensor]:
@@ -126,7 +117,7 @@ def test_a_mode_around_the_backward_pass_alone_sees_it() -> None:
         assert "unsloth_fast::rms_norm_backward" in names
 
 
-def test_threads_that_meet_the_same_kernel_first() -> None:
+def test_threads_that_compile_the_same_kernel_at_once() -> None:
     class Same(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -135,11 +126,11 @@ def test_threads_that_meet_the_same_kernel_first() -> None:
     inputs = [(random(rows, 1000), random(rows, 1000)) for rows in range(1, 9)]
     _launch._compiled.clear()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda pair: _replay.apply(Same, None, *pair), inputs))
+        list(pool.map(lambda pair: _replay.call_recorded(Same, unchecked, *pair), inputs))
     gc.collect()
     for gate, up in inputs:
-        expected = _replay.plain(Same, None, gate, up)
-        assert torch.equal(_replay.apply(Same, None, gate, up), expected)
+        expected = _replay.call(Same, unchecked, gate, up)
+        assert torch.equal(_replay.call_recorded(Same, unchecked, gate, up), expected)
 
 
 def test_a_replayed_graph_raises_as_the_python_does() -> None:
@@ -161,7 +152,7 @@ def test_a_replayed_graph_raises_as_the_python_does() -> None:
             fast.rms_norm(x, weight, -1.0)
 
 
-def test_what_the_python_of_a_backward_pass_raises_arrives() -> None:
+def test_an_error_in_the_python_of_a_backward_pass_reaches_the_caller() -> None:
     class Raises(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -173,7 +164,7 @@ def test_what_the_python_of_a_backward_pass_raises_arrives() -> None:
 
     for _ in range(2):
         with pytest.raises(KeyError, match="mine"):
-            _replay.apply(Raises, None, random(3).requires_grad_()).sum().backward()
+            _replay.call_recorded(Raises, unchecked, random(3).requires_grad_()).sum().backward()
 
 
 def test_hooks_modes_and_fences_see_what_a_replayed_call_does() -> None:

@@ -1,6 +1,7 @@
 """Inputs of packed_attention, and the properties that both backends are tested for."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -113,3 +114,12 @@ def check_thousands_of_documents(packed_attention: Function) -> None:
     assert torch.equal(out[short], v[short])
     alone = packed_attention(q[400:470], k[400:470], v[400:470], *bounds_of(70))
     assert torch.equal(out[400:470], alone)
+
+
+PROPERTIES: dict[str, Callable[[Function], None]] = {
+    **{f"independent documents {o}": partial(check_that_documents_are_independent, options=o) for o in OPTIONS},
+    "order of documents": check_that_the_order_of_documents_does_not_matter,
+    "grouped heads": check_that_grouped_heads_are_repeated_heads,
+    "windows": check_the_longest_and_the_shortest_window,
+    "thousands of documents": check_thousands_of_documents,
+}

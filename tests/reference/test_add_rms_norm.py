@@ -14,14 +14,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from unsloth_ref.kernels import add_rms_norm, rms_norm
 from unsloth_ref.types import Casting
 
-# Float64 on rows of up to 16: under 30 roundings of 1.1e-16 on numbers below 100 stay under 4e-13, while a single
-# step in float32 (6e-8) would not.
+# Float64 on rows of up to 16: fewer than 30 roundings of 1.1e-16 of numbers below 100 sum to less than 4e-13; a
+# single step in float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 OPTIONS: list[dict[str, Any]] = [{}, {"eps": 0.5, "offset": 1.0, "casting": "gemma"}, {"eps": 0.0, "offset": -0.5}]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -53,7 +53,7 @@ def test_values_worked_by_hand() -> None:
 def test_formulas_of_the_docstring(
     leading: list[int], hidden: int, eps: float, offset: float, casting: Casting, seed: int
 ) -> None:
-    """Forward and backward as the module writes them, in numpy; in float64 both castings are the same."""
+    """Forward and backward by the docstring's formulas, in numpy; in float64 both castings are the same."""
     x, residual, weight = (
         randn(*s, seed=seed + i) for i, s in enumerate([(*leading, hidden), (*leading, hidden), (hidden,)])
     )
@@ -84,7 +84,7 @@ def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("module", [LlamaRMSNorm, GemmaRMSNorm])
 def test_same_bits_as_a_decoder_layer(module: type[torch.nn.Module], dtype: torch.dtype) -> None:
-    """Hidden states = residual + hidden states, then the norm: both outputs, and the gradients where one is used.
+    """Hidden states = residual + hidden states, then the norm: both outputs, and the gradients if one is used.
 
     Where both are, a decoder layer adds two rounded gradients and we round their sum.
     """
@@ -107,7 +107,7 @@ def test_same_bits_as_a_decoder_layer(module: type[torch.nn.Module], dtype: torc
 
 
 def test_the_gradients_of_both_outputs_are_added_before_the_rounding() -> None:
-    """In bfloat16: the float32 gradient, rounded once, though both outputs are used."""
+    """In bfloat16: the float32 gradient, rounded once, although both outputs are used."""
     x, residual, weight = (randn(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate([(9, 33), (9, 33), (33,)]))
     dnormed, dsum = (randn(9, 33, dtype=torch.bfloat16, seed=i) for i in (3, 4))
     (dx,) = grad(add_rms_norm(x, residual, weight, casting="gemma"), (x,), (dnormed, dsum))
@@ -119,7 +119,7 @@ def test_the_gradients_of_both_outputs_are_added_before_the_rounding() -> None:
 
 @pytest.mark.parametrize("casting", ["llama", "gemma"])
 def test_the_norm_is_that_of_the_rounded_sum(casting: Casting) -> None:
-    """What the residual stream holds is what is normalised."""
+    """The normalised values are those of the residual stream."""
     x, residual, weight = (randn(*s, dtype=torch.float16, seed=i) for i, s in enumerate([(4, 33), (4, 33), (33,)]))
     normed, total = add_rms_norm(x, residual, weight, casting=casting)
     assert torch.equal(total, (x.double() + residual.double()).half())
@@ -128,7 +128,7 @@ def test_the_norm_is_that_of_the_rounded_sum(casting: Casting) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0,)])
 def test_empty_rows_give_empty_rows(shape: tuple[int, ...]) -> None:
-    """No rows or no columns: the shape of x comes back twice, and no row adds nothing to the weight's gradient."""
+    """Without rows or columns both outputs have the shape of x; without rows the weight's gradient is 0."""
     x, residual, weight = randn(*shape), randn(*shape, seed=1), randn(shape[-1])
     normed, total = add_rms_norm(x, residual, weight)
     dx, dresidual, dweight = grad(normed.sum() + total.sum(), (x, residual, weight))

@@ -16,8 +16,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from unsloth_ref.kernels import cross_entropy
 from unsloth_ref.types import Reduction
 
-# Float64 on 12 x 12 at most: under 40 roundings of 1.1e-16 on terms below 100 stay under 5e-13, while a single step in
-# float32 (6e-8) would not.
+# Float64 on 12 x 12 at most: fewer than 40 roundings of 1.1e-16 of terms below 100 sum to less than 5e-13; a single
+# step in float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 LAWS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 OPTIONS: list[dict[str, Any]] = [
@@ -29,12 +29,12 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def logits_of(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers of standard deviation 3 from a seed of their own, ready for gradients."""
+    """Normal numbers of standard deviation 3 that depend on the seed alone and require a gradient."""
     return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype).requires_grad_()
 
 
 def labels_of(rows: int, vocab: int, ignore_index: int = -100, seed: int = 0) -> Tensor:
-    """Labels over the whole vocabulary, about a third of the rows ignored."""
+    """Labels over the whole vocabulary; about a third of the rows is ignored."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocab, (rows,), generator=rng)
     return labels.masked_fill(torch.rand(rows, generator=rng) < 1 / 3, ignore_index)
@@ -55,7 +55,7 @@ def labels_of(rows: int, vocab: int, ignore_index: int = -100, seed: int = 0) ->
             2.6320421918776415,
             [0.38493019270997947, 0.7698603854199589, 0.9246509635498974],
         ),
-        # z = (2 tanh(ln(3) / 2), 0) = (1, 0);  (p - 1) (1 - 1/4) / 2: had the cap come first, z would be (0.8, 0)
+        # z = (2 tanh(ln(3) / 2), 0) = (1, 0);  (p - 1) (1 - 1/4) / 2: if the cap came first, z would be (0.8, 0)
         (
             [2 * log(3), 0.0],
             0,
@@ -69,7 +69,7 @@ def labels_of(rows: int, vocab: int, ignore_index: int = -100, seed: int = 0) ->
 def test_values_worked_by_hand(
     logits: list[float], label: int, options: dict[str, Any], loss: float, gradient: list[float]
 ) -> None:
-    """One row each, with the arithmetic beside it."""
+    """One row each; comments above show the arithmetic."""
     x = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
     ours = cross_entropy(x, torch.tensor([label]), **options)
     torch.testing.assert_close(ours.item(), loss, **FLOAT64)
@@ -86,7 +86,7 @@ def formulas(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses [T] and their derivatives [T, V], row by row, as the module's docstring writes them."""
+    """Losses [T] and their derivatives [T, V], row by row, by the formulas of the module's docstring."""
     losses, derivatives, s = np.zeros(len(x)), np.zeros_like(x), label_smoothing
     for row, label in enumerate(labels):
         if label == ignore_index:
@@ -114,7 +114,7 @@ def formulas(
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(rows: int, vocab: int, ignore_index: int, seed: int, **options: float) -> None:
-    """Losses, gradients and the three reductions, for any mix of options and any labels, all ignored or none."""
+    """Losses, gradients and the three reductions, for any options and any labels, with all rows ignored or none."""
     logits, labels = logits_of(rows, vocab, seed=seed), labels_of(rows, vocab, ignore_index, seed)
     upstream = torch.randn(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     losses, derivatives = formulas(logits.detach().numpy(), labels.numpy(), ignore_index, **options)
@@ -134,7 +134,7 @@ def test_formulas_of_the_docstring(rows: int, vocab: int, ignore_index: int, see
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any], reduction: Reduction) -> None:
-    """First and second derivatives against finite differences, one row ignored."""
+    """First and second derivatives against finite differences, with one ignored row."""
     labels = torch.tensor([1, -100, 4])
 
     def loss(logits: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def test_gradients_are_the_derivatives(options: dict[str, Any], reduction: Reduc
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_agrees_with_pytorch_in_float64(reduction: Reduction, label_smoothing: float, ignore_index: int) -> None:
-    """Value and gradient of torch.nn.functional.cross_entropy, -inf among the logits."""
+    """Value and gradient of torch.nn.functional.cross_entropy, with -inf among the logits."""
     logits, labels = logits_of(12, 12), labels_of(12, 12, ignore_index)
-    if not label_smoothing:  # the mean of a row that holds -inf has no finite loss
+    if not label_smoothing:  # the loss with a mean of logits that contain -inf is not finite
         labels[0] = 5
         logits.data[0, 1:4] = -inf
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -164,15 +164,15 @@ def test_agrees_with_pytorch_in_float64(reduction: Reduction, label_smoothing: f
 @pytest.mark.parametrize("num_items", [None, torch.tensor(7)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_agrees_with_transformers(dtype: torch.dtype, num_items: Tensor | None) -> None:
-    """ForCausalLMLoss after its shift of the labels; both compute in float32 but add up in another order."""
+    """ForCausalLMLoss after it has shifted the labels; both compute in float32, in different orders of sums."""
     batch, length, vocab = 2, 6, 11
     logits = logits_of(batch, length, vocab, dtype=dtype)
     labels = labels_of(batch * length, vocab).view(batch, length)
     theirs = ForCausalLMLoss(logits, labels, vocab, num_items_in_batch=num_items)
     shifted = torch.cat([labels[:, 1:], torch.full((batch, 1), -100)], 1)
     ours = cross_entropy(logits.flatten(0, 1), shifted.flatten(), num_items=num_items)
-    # A row: V additions, eight other roundings, of terms no larger than |z| + log V. The sum: a rounding a row, of a
-    # partial sum of at most 2 (|z| + log V) a row. Each side may be off by that.
+    # A row: V additions and eight other roundings, of terms up to |z| + log V. The sum: one rounding per row, of
+    # partial sums of at most 2 (|z| + log V) per row. Each side may have that error.
     rows, largest = batch * length, logits.abs().max().item() + log(vocab)
     allowed = 2 * (vocab + 8 + 2 * rows) * 2**-24 * largest * rows / (shifted != -100).sum().item()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed)
@@ -181,7 +181,7 @@ def test_agrees_with_transformers(dtype: torch.dtype, num_items: Tensor | None) 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_their_float32_copies(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Same float32 bits of loss; the gradient is the float32 one, rounded once."""
+    """The loss has the same float32 bits; the gradient is that of float32, rounded once."""
     logits, labels = logits_of(9, 33, dtype=dtype), labels_of(9, 33)
     ours, wide = (cross_entropy(x, labels, **options) for x in (logits, logits.float()))
     assert ours.dtype == torch.float32
@@ -192,7 +192,7 @@ def test_half_precision_logits_are_their_float32_copies(dtype: torch.dtype, opti
 
 
 def test_int32_labels_give_the_bits_of_int64_labels() -> None:
-    """The width of the labels changes nothing."""
+    """The dtype of the labels has no effect."""
     logits, labels = logits_of(9, 33), labels_of(9, 33)
     assert torch.equal(cross_entropy(logits, labels.int()), cross_entropy(logits, labels))
 
@@ -203,7 +203,7 @@ def test_int32_labels_give_the_bits_of_int64_labels() -> None:
 def test_an_ignored_row_is_exactly_zero_whatever_its_logits(
     dtype: torch.dtype, options: dict[str, Any], reduction: Reduction
 ) -> None:
-    """NaN and infinite logits under an ignored label: loss and gradient 0 there, and the other rows keep their bits."""
+    """Even with NaN and infinite logits its loss and gradient are 0, and other rows keep their bits."""
     clean, labels = logits_of(5, 7, dtype=dtype), torch.tensor([-100, 1, -100, 6, -100])
     dirty = clean.detach().clone()
     dirty[0], dirty[2, 3], dirty[4, 0] = nan, inf, -inf
@@ -220,7 +220,7 @@ def test_an_ignored_row_is_exactly_zero_whatever_its_logits(
 @pytest.mark.parametrize(("rows", "vocab"), [(3, 5), (0, 5), (0, 1)])
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"num_items": 0}])
 def test_no_target_gives_zero(rows: int, vocab: int, options: dict[str, Any]) -> None:
-    """All rows ignored, or no rows at all: loss 0, gradient 0, never 0 / 0."""
+    """With all rows ignored, or without rows, loss and gradient are 0, not 0 / 0."""
     logits = logits_of(rows, vocab)
     loss = cross_entropy(logits, torch.full((rows,), -100), **options)
     (dx,) = grad(loss.sum(), logits)
@@ -228,7 +228,7 @@ def test_no_target_gives_zero(rows: int, vocab: int, options: dict[str, Any]) ->
     assert torch.equal(dx, torch.zeros_like(logits))
 
 
-def test_a_vocabulary_of_one_costs_nothing() -> None:
+def test_a_vocabulary_of_one_has_no_loss() -> None:
     """V = 1: the only class has probability 1, loss and gradient are exactly 0."""
     logits = logits_of(4, 1)
     loss = cross_entropy(logits, torch.zeros(4, dtype=torch.int64), label_smoothing=0.1)
@@ -238,7 +238,7 @@ def test_a_vocabulary_of_one_costs_nothing() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"logit_scale": 0.25}, {"label_smoothing": 0.4}])
 def test_uniform_logits_give_log_vocabulary(options: dict[str, Any]) -> None:
-    """Equal logits, whatever their size: every class has probability 1 / V."""
+    """Equal logits of any size: every class has probability 1 / V."""
     logits = torch.full((4, 12), 50.0, dtype=torch.float64)
     loss = cross_entropy(logits, torch.arange(4), **options)
     torch.testing.assert_close(loss.item(), log(12), **FLOAT64)
@@ -246,7 +246,7 @@ def test_uniform_logits_give_log_vocabulary(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_far_logits_do_not_overflow(dtype: torch.dtype) -> None:
-    """exp(8192) overflows every dtype, 16 * 16384 overflows float16; the loss is the distance to the largest logit."""
+    """exp(8192) overflows every dtype, 16 * 16384 float16; the loss is the difference to the largest logit."""
     logits = torch.tensor([[8192.0, -8192.0]], dtype=dtype, requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([1]), logit_scale=16.0)
     assert loss.item() == 16 * 16384
@@ -256,7 +256,7 @@ def test_far_logits_do_not_overflow(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("num_items", [4, 3.7, torch.tensor(4), torch.tensor(3.5), 1, 0, torch.tensor(0)], ids=repr)
 def test_num_items_divides_the_sum(num_items: float | Tensor, reduction: Reduction) -> None:
-    """Under both reductions, for every kind of number; less than 1 counts as 1."""
+    """Under both reductions, for each type of number; a value below 1 counts as 1."""
     logits, labels = logits_of(6, 9), labels_of(6, 9)
     total = cross_entropy(logits, labels, reduction="sum")
     loss = cross_entropy(logits, labels, reduction=reduction, num_items=num_items)
@@ -275,7 +275,7 @@ def test_num_items_divides_the_sum(num_items: float | Tensor, reduction: Reducti
     seed=st.integers(0, 2**16),
 )
 def test_parts_of_a_batch_add_up(rows: int, cut: int, options: dict[str, Any], num_items: int, seed: int) -> None:
-    """loss(A + B, N) = loss(A, N) + loss(B, N), and so for the gradients: what gradient accumulation needs."""
+    """loss(A + B, N) = loss(A, N) + loss(B, N), also for gradients, as gradient accumulation requires."""
     logits, labels = logits_of(rows, 11, seed=seed), labels_of(rows, 11, seed=seed)
 
     def loss(part: slice) -> Tensor:
@@ -288,14 +288,14 @@ def test_parts_of_a_batch_add_up(rows: int, cut: int, options: dict[str, Any], n
 
 @pytest.mark.parametrize("label", [-1, 5, -101, 2**40])
 def test_a_label_outside_the_vocabulary_is_an_error(label: int) -> None:
-    """The message names the label, its place and what is allowed."""
+    """The message names the label, its index and the allowed values."""
     with pytest.raises(ValueError, match=f"labels: got {label} at index 2; allowed: 0 to 4, or ignore_index -100"):
         cross_entropy(logits_of(3, 5), torch.tensor([0, -100, label]))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_label_outside_the_vocabulary_is_a_nan_row_once_compiled(options: dict[str, Any]) -> None:
-    """Compiled code reads no labels: that row's loss and gradient are NaN, the other rows are as without it."""
+def test_a_label_outside_the_vocabulary_gives_nan_in_compiled_code(options: dict[str, Any]) -> None:
+    """Compiled code does not check labels: the row's loss and gradient are NaN, and other rows are not affected."""
     labels = torch.tensor([0, -1, -100, 5, 4])
     rows, outside = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
     logits = logits_of(5, 5)

@@ -15,14 +15,14 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from unsloth_ref.kernels import geglu
 from unsloth_ref.types import Approximate
 
-# Float64, element by element: twenty roundings of 1.1e-16 on terms below 200 stay under 5e-13, while a single step in
-# float32 (6e-8) would not.
+# Float64, element by element: twenty roundings of 1.1e-16 of terms below 200 sum to less than 5e-13; a single step in
+# float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 FORMS: list[Approximate] = ["none", "tanh"]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -39,7 +39,7 @@ def test_values_of_the_normal_table() -> None:
 
 
 def share_and_slope(x: float, approximate: str) -> tuple[float, float]:
-    """a / gate and a' as the module writes them."""
+    """a / gate and a' by the docstring's formulas."""
     if approximate == "none":
         share = erfc(-x / sqrt(2)) / 2
         return share, share + x * exp(-x * x / 2) / sqrt(2 * pi)
@@ -56,7 +56,7 @@ def share_and_slope(x: float, approximate: str) -> tuple[float, float]:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(shape: list[int], approximate: Approximate, scale: float, seed: int) -> None:
-    """Forward and backward, element by element, for any shape, empty ones too."""
+    """Forward and backward, element by element, for any shape, including empty ones."""
     gate, up = ((scale * randn(*shape, seed=seed + i)).detach().requires_grad_() for i in range(2))
     dy = randn(*shape, seed=seed + 2).detach()
     y = geglu(gate, up, approximate=approximate)
@@ -78,8 +78,8 @@ def test_gradients_are_the_derivatives(approximate: Approximate) -> None:
     assert gradgradcheck(lambda gate, up: geglu(gate, up, approximate=approximate), inputs)
 
 
-def test_the_two_forms_are_close_and_not_the_same() -> None:
-    """The approximation is off by at most 5e-4 anywhere, and by more than 1e-4 somewhere."""
+def test_both_forms_are_close_but_not_equal() -> None:
+    """The largest error of the approximation is between 1e-4 and 5e-4."""
     gate, up = torch.linspace(-8, 8, 1001, dtype=torch.float64), torch.ones(1001, dtype=torch.float64)
     off = (geglu(gate, up) - geglu(gate, up, approximate="tanh")).abs().max()
     assert 1e-4 < off < 5e-4
@@ -88,7 +88,7 @@ def test_the_two_forms_are_close_and_not_the_same() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("approximate", FORMS)
 def test_same_bits_as_transformers(approximate: Approximate, dtype: torch.dtype) -> None:
-    """What GemmaMLP hands to its down projection, value and gradients, from the gate and up it computed."""
+    """The input of GemmaMLP's down projection, value and gradients, from its own gate and up."""
     mlp = GemmaMLP(GemmaConfig(hidden_size=8, intermediate_size=65, num_attention_heads=2)).to(dtype)
     if approximate == "none":
         mlp.act_fn = ACT2FN["gelu"]
@@ -106,8 +106,8 @@ def test_same_bits_as_transformers(approximate: Approximate, dtype: torch.dtype)
 
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_far_from_zero_the_gate_is_open_or_shut(dtype: torch.dtype, approximate: Approximate) -> None:
-    """The share is then exactly 1 or 0, and nothing is NaN."""
+def test_far_from_zero_the_share_is_0_or_1(dtype: torch.dtype, approximate: Approximate) -> None:
+    """Exactly, and nothing is NaN."""
     gate = torch.tensor([8192.0, -8192.0], dtype=dtype, requires_grad=True)
     up = torch.tensor([2.0, 2.0], dtype=dtype, requires_grad=True)
     y = geglu(gate, up, approximate=approximate)

@@ -13,13 +13,13 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
 from unsloth_ref.kernels import layer_norm
 
-# Float64 on rows of up to 16: under 30 roundings of 1.1e-16 on numbers below 100 stay under 4e-13, while a single
-# step in float32 (6e-8) would not.
+# Float64 on rows of up to 16: fewer than 30 roundings of 1.1e-16 of numbers below 100 sum to less than 4e-13; a
+# single step in float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -31,7 +31,7 @@ def test_values_worked_by_hand() -> None:
     y = layer_norm(x, weight, bias, 0.0)
     torch.testing.assert_close(y.tolist(), [-1.0, 13.0], **FLOAT64)
     dx, dweight, dbias = grad(y, (x, weight, bias), torch.tensor([1.0, 0.5], dtype=torch.float64))
-    # g = (2, 5), mean 3.5, mean(g n) = 1.5: g - 3.5 - 1.5 n = (0, 0); two columns leave nothing to change
+    # g = (2, 5), mean 3.5, mean(g n) = 1.5: g - 3.5 - 1.5 n = (0, 0): with two columns dx is always 0
     torch.testing.assert_close(dx.tolist(), [0.0, 0.0], **FLOAT64)
     torch.testing.assert_close(dweight.tolist(), [-1.0, 0.5], **FLOAT64)
     torch.testing.assert_close(dbias.tolist(), [1.0, 0.5], **FLOAT64)
@@ -44,13 +44,13 @@ def test_eps_is_added_to_the_variance() -> None:
 
 
 def test_a_constant_row_gives_the_bias() -> None:
-    """Its deviations are zero whatever its level."""
+    """Its deviations from the mean are zero."""
     bias = randn(5, dtype=torch.float32).detach()
     assert layer_norm(torch.full((2, 5), 1000.0), torch.ones(5), bias).equal(bias.expand(2, 5))
 
 
-def test_a_large_mean_does_not_drown_the_variance() -> None:
-    """Deviations of 1 around 10000, where float32 keeps no difference of squares."""
+def test_a_large_mean_does_not_cancel_the_variance() -> None:
+    """Deviations of 1 around 10000, where a difference of squares cancels in float32."""
     x = 10000 + torch.tensor([-1.0, 1.0]).repeat(50)
     torch.testing.assert_close(layer_norm(x, torch.ones(100), torch.zeros(100)), x - 10000, rtol=1e-5, atol=0)
 
@@ -64,7 +64,7 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(leading: list[int], hidden: int, eps: float, scale: float, seed: int) -> None:
-    """Forward and backward as the module writes them, in numpy."""
+    """Forward and backward by the docstring's formulas, in numpy."""
     x, weight = (scale * randn(*leading, hidden, seed=seed)).detach().requires_grad_(), randn(hidden, seed=seed + 1)
     bias, dy = randn(hidden, seed=seed + 2), randn(*leading, hidden, seed=seed + 3).detach()
     y = layer_norm(x, weight, bias, eps)
@@ -100,21 +100,21 @@ def test_agrees_with_pytorch_in_float64() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounds_once_as_pytorch(dtype: torch.dtype) -> None:
-    """The float32 result and gradients, rounded; torch's own differ by its order of summation alone."""
+    """The float32 result and gradients, rounded; torch's own differ only by the order of sums."""
     x, weight, bias = randn(31, 257, dtype=dtype), randn(257, dtype=dtype, seed=1), randn(257, dtype=dtype, seed=2)
     inputs, dy = (x, weight, bias), randn(31, 257, dtype=dtype, seed=3)
     y, wide = layer_norm(*inputs), layer_norm(*(tensor.float() for tensor in inputs))
     assert torch.equal(y, wide.to(dtype))
     for ours, exact in zip(grad(y, inputs, dy), grad(wide, inputs, dy.float()), strict=True):
         assert ours.dtype == dtype
-        assert torch.equal(ours, exact)  # both were rounded on their way to the leaf
+        assert torch.equal(ours, exact)  # both were rounded to the dtype of the leaf
     tolerance = torch.finfo(dtype).eps + 2.0**-19  # the neighbouring number, and some 20 roundings of terms around 2
     torch.testing.assert_close(y, torch_layer_norm(x, (257,), weight, bias), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_as_cohere_without_its_bias(dtype: torch.dtype) -> None:
-    """transformers writes this norm out where it has no bias: float32 inside, one rounding."""
+    """transformers' own norm without a bias: computed in float32, rounded once."""
     norm = CohereLayerNorm(257, eps=1e-5).to(dtype)
     weight = norm.weight = torch.nn.Parameter(randn(257, dtype=dtype, seed=1))
     x = randn(2, 31, 257, dtype=dtype)
@@ -123,7 +123,7 @@ def test_same_bits_as_cohere_without_its_bias(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0,)])
 def test_empty_rows_give_empty_rows(shape: tuple[int, ...]) -> None:
-    """No rows or no columns: the shape of x comes back, and no row adds nothing to the gradients of the columns."""
+    """Without rows or columns the result has the shape of x; without rows the gradients of weight and bias are 0."""
     x, weight, bias = randn(*shape), randn(shape[-1]), randn(shape[-1])
     y = layer_norm(x, weight, bias)
     dx, dweight, dbias = grad(y.sum(), (x, weight, bias))

@@ -17,12 +17,8 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from tests.operations.packed_attention import (
     DEVICE,
     OPTIONS,
+    PROPERTIES,
     bounds_of,
-    check_that_documents_are_independent,
-    check_that_grouped_heads_are_repeated_heads,
-    check_that_the_order_of_documents_does_not_matter,
-    check_the_longest_and_the_shortest_window,
-    check_thousands_of_documents,
     inputs_of,
     randn,
 )
@@ -151,22 +147,6 @@ def test_agrees_with_transformers(softcap: float | None) -> None:
     torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_documents_are_independent(options: dict[str, Any]) -> None:
-    check_that_documents_are_independent(packed_attention, options)
-
-
-def test_the_order_of_documents_does_not_matter() -> None:
-    check_that_the_order_of_documents_does_not_matter(packed_attention)
-
-
-def test_grouped_heads_are_repeated_heads() -> None:
-    check_that_grouped_heads_are_repeated_heads(packed_attention)
-
-
-def test_the_longest_and_the_shortest_window() -> None:
-    check_the_longest_and_the_shortest_window(packed_attention)
-
-
-def test_thousands_of_documents_with_a_long_one() -> None:
-    check_thousands_of_documents(packed_attention)
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties_of_both_backends(name: str) -> None:
+    PROPERTIES[name](packed_attention)

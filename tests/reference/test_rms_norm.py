@@ -19,14 +19,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from unsloth_ref.kernels import rms_norm
 from unsloth_ref.types import Casting
 
-# Float64 on rows of up to 16: under 30 roundings of 1.1e-16 on numbers below 100 stay under 4e-13, while a single
-# step in float32 (6e-8) would not.
+# Float64 on rows of up to 16: fewer than 30 roundings of 1.1e-16 of numbers below 100 sum to less than 4e-13; a
+# single step in float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 OPTIONS: list[dict[str, Any]] = [{}, {"eps": 0.5, "offset": 1.0, "casting": "gemma"}, {"eps": 0.0, "offset": -0.5}]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -60,7 +60,7 @@ def test_eps_is_added_to_the_mean_square() -> None:
 def test_formulas_of_the_docstring(
     leading: list[int], hidden: int, eps: float, offset: float, casting: Casting, scale: float, seed: int
 ) -> None:
-    """Forward and backward as the module writes them, in numpy; in float64 both castings are the same."""
+    """Forward and backward by the docstring's formulas, in numpy; in float64 both castings are the same."""
     x, weight = (scale * randn(*leading, hidden, seed=seed)).detach().requires_grad_(), randn(hidden, seed=seed + 1)
     dy = randn(*leading, hidden, seed=seed + 2).detach()
     y = rms_norm(x, weight, eps, offset=offset, casting=casting)
@@ -96,7 +96,7 @@ def test_agrees_with_pytorch_in_float64() -> None:
     "module", [LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm]
 )
 def test_same_bits_as_transformers(module: type[torch.nn.Module], dtype: torch.dtype) -> None:
-    """Same rounding order, same bits, forward and backward, with one exception, where ours rounds less.
+    """The same order of rounding gives the same bits, forward and backward, with one exception where ours rounds less.
 
     Llama's weight gradient in half precision: transformers rounds each row's term before the sum, we round the sum.
     """
@@ -115,7 +115,7 @@ def test_same_bits_as_transformers(module: type[torch.nn.Module], dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gemma_casting_rounds_once(dtype: torch.dtype) -> None:
-    """Half precision rows under a float32 weight: the float32 result rounded, gradients in the dtype of their input."""
+    """Half precision rows with a float32 weight: the float32 result, rounded; gradients in the dtype of their input."""
     x, weight, dy = randn(4, 33, dtype=dtype), randn(33, dtype=torch.float32, seed=1), randn(4, 33, dtype=dtype, seed=2)
     y, wide = (rms_norm(rows, weight, casting="gemma") for rows in (x, x.float()))
     assert torch.equal(y, wide.to(dtype))
@@ -126,7 +126,7 @@ def test_gemma_casting_rounds_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0,)])
 def test_empty_rows_give_empty_rows(shape: tuple[int, ...]) -> None:
-    """No rows or no columns: the shape of x comes back, and no row adds nothing to the weight's gradient."""
+    """Without rows or columns the result has the shape of x; without rows the weight's gradient is 0."""
     x, weight = randn(*shape), randn(shape[-1])
     y = rms_norm(x, weight)
     dx, dweight = grad(y.sum(), (x, weight))

@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from unsloth_ref.kernels import rope
 
-# Float64: three roundings of 1.1e-16 on products below 50 stay under 2e-14, while a single step in float32 would not.
+# Float64: three roundings of 1.1e-16 of products below 50 sum to less than 2e-14; a step in float32 does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -33,7 +33,7 @@ def table(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Te
 
 
 def test_values_worked_by_hand() -> None:
-    """A quarter turn takes (3, 4) to (-4, 3); a turn by 60 degrees takes (2, 0) to (1, sqrt 3)."""
+    """A rotation by 90 degrees maps (3, 4) to (-4, 3); one by 60 degrees maps (2, 0) to (1, sqrt 3)."""
     q = torch.tensor([3.0, 4.0], dtype=torch.float64).view(1, 1, 1, 2)
     k = torch.tensor([2.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
     for angle, turned_q, turned_k in (
@@ -60,7 +60,7 @@ def test_values_worked_by_hand() -> None:
 def test_formulas_of_the_docstring(
     batch: int, heads: int, kv_heads: int, length: int, half: int, rest: int, shared: bool, seed: int
 ) -> None:
-    """Forward and backward, half by half, for cos and sin whose halves differ, empty tensors too."""
+    """Forward and backward, half by half, for cos and sin with different halves, and for empty tensors."""
     q, k = (randn(batch, h, length, 2 * half + rest, seed=seed + i) for i, h in enumerate((heads, kv_heads)))
     cos, sin = (randn(1 if shared else batch, length, 2 * half, seed=seed + i).detach() for i in (2, 3))
     outputs = rope(q, k, cos, sin)
@@ -86,8 +86,8 @@ def test_gradients_are_the_derivatives(positions: Tensor | None) -> None:
     assert gradgradcheck(lambda q, k: rope(q, k, cos, sin, positions), inputs)
 
 
-def test_the_two_halves_are_one_complex_number() -> None:
-    """x1 + i x2 times exp(i angle): lengths stay, position 0 changes nothing, products know the distance alone."""
+def test_both_halves_are_one_complex_number() -> None:
+    """x1 + i x2 times exp(i angle): keeps lengths, position 0 is the identity, products depend on distances alone."""
     cos, sin = table(9, 8)
     q, k = randn(1, 2, 9, 8).detach(), randn(1, 2, 9, 8, seed=1).detach()
     turned_q, turned_k = rope(q, k, cos[None], sin[None])
@@ -107,7 +107,7 @@ def test_the_two_halves_are_one_complex_number() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_positions_choose_rows_of_the_table(dtype: torch.dtype) -> None:
-    """The bits are those of the rows laid out for each token, for positions of either width, shared or not."""
+    """The same bits as with the row of each token, for int32 and int64 positions, shared between sequences or not."""
     cos, sin = table(11, 6, dtype)
     q, k = randn(2, 3, 4, 8, dtype=dtype).detach(), randn(2, 1, 4, 8, dtype=dtype, seed=1).detach()
     positions = torch.tensor([[0, 1, 0, 10], [7, 7, 2, 3]])
@@ -120,7 +120,7 @@ def test_positions_choose_rows_of_the_table(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """apply_rotary_pos_emb on the cos and sin of LlamaRotaryEmbedding, value and gradients."""
+    """apply_rotary_pos_emb with the cos and sin of LlamaRotaryEmbedding, value and gradients."""
     config = LlamaConfig(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=16)
     q = randn(2, 3, 7, 16, dtype=dtype)
     k, dq, dk = (randn(2, heads, 7, 16, dtype=dtype, seed=heads) for heads in (1, 3, 1))
@@ -142,8 +142,8 @@ def test_angles_in_float32_round_once(dtype: torch.dtype) -> None:
     )
 
 
-def test_a_position_outside_the_table_gives_nan_where_it_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its own token, in the columns that turn."""
+def test_an_unchecked_position_outside_the_table_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rotated columns of its own token."""
     monkeypatch.setattr("unsloth_ref.checks.values_are_checked", lambda positions: False)
     cos, sin = table(4, 2)
     q = randn(1, 2, 3, 3).detach()

@@ -14,13 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from unsloth_ref.kernels import swiglu
 
-# Float64, element by element: ten roundings of 1.1e-16 on terms below 500 stay under 6e-13, while a single step in
-# float32 (6e-8) would not.
+# Float64, element by element: ten roundings of 1.1e-16 of terms below 500 sum to less than 6e-13; a single step in
+# float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers from a seed of their own, ready for gradients."""
+    """Normal numbers that depend on the seed alone and require a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
@@ -43,7 +43,7 @@ def test_values_worked_by_hand() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(shape: list[int], scale: float, seed: int) -> None:
-    """Forward and backward as the module writes them, in numpy, for any shape, empty ones too."""
+    """Forward and backward by the docstring's formulas, in numpy, for any shape, including empty ones."""
     gate, up = ((scale * randn(*shape, seed=seed + i)).detach().requires_grad_() for i in range(2))
     dy = randn(*shape, seed=seed + 2).detach()
     y = swiglu(gate, up)
@@ -65,7 +65,7 @@ def test_gradients_are_the_derivatives() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """What LlamaMLP hands to its down projection, value and gradients, from the gate and up it computed."""
+    """The input of LlamaMLP's down projection, value and gradients, from its own gate and up."""
     mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=65, num_attention_heads=2)).to(dtype)
     seen = {}
     mlp.gate_proj.register_forward_hook(lambda module, args, output: seen.update(gate=output))
@@ -80,7 +80,7 @@ def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_far_from_zero_the_gate_is_open_or_shut(dtype: torch.dtype) -> None:
+def test_far_from_zero_the_share_is_0_or_1(dtype: torch.dtype) -> None:
     """exp(8192) overflows every dtype; the sigmoid is then exactly 1 or 0, and nothing is NaN."""
     gate = torch.tensor([8192.0, -8192.0], dtype=dtype, requires_grad=True)
     up = torch.tensor([2.0, 2.0], dtype=dtype, requires_grad=True)
