@@ -42,8 +42,8 @@ def resolve_checkpoint(asked: str | Path | bool | None, folder: str | Path) -> s
         raise ValueError(f"resume_from_checkpoint: got True; allowed: False, as {str(folder)!r} holds no checkpoint")
     if _step(Path(checkpoint)) is None:
         raise ValueError(
-            f"resume_from_checkpoint: got {checkpoint!r}; allowed: a complete checkpoint, whose trainer_state.json is "
-            "written last, or True for the last complete one"
+            f"resume_from_checkpoint: got {checkpoint!r}; allowed: a folder with a complete trainer_state.json, which "
+            "is written last, or True for the last complete checkpoint"
         )
     return checkpoint
 
