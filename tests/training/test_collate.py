@@ -50,9 +50,7 @@ def padded_loss() -> float:
 @each_package
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("multiple", [None, 16])
-def test_the_loss_of_a_row_equals_that_of_its_documents(
-    package: ModuleType, packed: bool, multiple: int | None
-) -> None:
+def test_the_loss_of_a_row_is_that_of_its_documents(package: ModuleType, packed: bool, multiple: int | None) -> None:
     """Eleven tokens have seven targets, whether the documents are one example or four, and with or without padding."""
     found = documents()
     examples: list[dict[str, Any]] = [{"input_ids": document} for document in found]
