@@ -92,6 +92,9 @@ SEAMS = (
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
+    Seam("peft.tuners.lora.Linear", "recognised: its forward is ours"),
+    Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
+    Seam("peft.import_utils.is_bnb_4bit_available", "called: whether the class above can be imported"),
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
     Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
