@@ -95,7 +95,7 @@ RUN_SWIGLU = ("run", "swiglu", "--backend", RIGHT, "--device", "cpu")
 def test_an_operation_without_a_spec(fresh_specs: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fresh_specs.setattr(unsloth_ref.kernels, "__all__", [*unsloth_ref.kernels.__all__, "soup"])
     line = usage_error(capsys, *RUN_SWIGLU)
-    assert "operation soup has no spec: conformance/specs/soup.py is missing" in line
+    assert "unsloth_ref.kernels.soup has no spec: conformance/specs/soup.py is missing" in line
 
 
 @here

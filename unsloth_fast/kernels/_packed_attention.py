@@ -34,6 +34,14 @@ def find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS: tl.constexpr):
 
 
 @triton.jit
+def find_queries(cu_seqlens_ptr, tiles, heads, documents, tokens, ROWS: tl.constexpr):
+    """The head of a program, and what `find_tile` gives for its tile of queries; the last tiles come first."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    begin, length, start = find_tile(cu_seqlens_ptr, tiles - 1 - tl.program_id(0) // heads, documents, tokens, ROWS)
+    return head, begin, length, start
+
+
+@triton.jit
 def load_rows(pointer, row, length, column, width, row_stride):
     """Load rows of a document [ROWS, WIDTH] for tl.dot, 0 outside of it."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
@@ -80,9 +88,7 @@ def packed_attention_forward_kernel(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head per program; those with the most keys come first."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tiles - 1 - tl.program_id(0) // heads
-    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    head, begin, length, start = find_queries(cu_seqlens_ptr, tiles, heads, documents, tokens, ROWS)
     if start >= length:
         return
     q_ptr += begin * q_token + head * q_head
@@ -126,9 +132,7 @@ def packed_attention_dq_kernel(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dq of ROWS queries of one head per program, and their delta, the sum over D of out * do."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tiles - 1 - tl.program_id(0) // heads
-    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    head, begin, length, start = find_queries(cu_seqlens_ptr, tiles, heads, documents, tokens, ROWS)
     if start >= length:
         return
     q_ptr += begin * q_token + head * q_head
