@@ -18,6 +18,7 @@ from conformance.backends import Judged
 from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.table import heading, text, write_json
+from conformance.declarations import SpecError
 from conformance.gates import Failure
 from conformance.peers import Absent
 from conformance.piece import pieces
@@ -25,7 +26,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
-from conformance.spec import SpecError, specs
+from conformance.spec import specs
 from conformance.trial import BackendError
 
 BENCHED = "reference,compile,torch,fast"

@@ -7,9 +7,7 @@ dtype: their cases are integers and names, and properties that compute with floa
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -19,11 +17,11 @@ from hypothesis import strategies as st
 
 import conformance.pieces
 import unsloth_ref.training
+from conformance.declarations import load
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
 from conformance.properties.signature_parity import demand_signature
-from conformance.spec import SpecError
 from conformance.trial import Caught, Function
 
 
@@ -199,22 +197,4 @@ def pieces() -> Mapping[str, Piece]:
         SpecError: a piece of `unsloth_ref.training` has no file in conformance/pieces, or a file has no piece or one of
             another name.
     """
-    names = unsloth_ref.training.__all__
-    for info in pkgutil.iter_modules(conformance.pieces.__path__):
-        if info.name not in names and not info.name.startswith("_"):
-            raise SpecError(f"conformance/pieces/{info.name}.py: unsloth_ref.training has no piece {info.name}")
-    found: dict[str, Piece] = {}
-    for name in names:
-        try:
-            module = importlib.import_module(f"conformance.pieces.{name}")
-        except ModuleNotFoundError as missing:
-            if missing.name != f"conformance.pieces.{name}":
-                raise
-            raise SpecError(f"piece {name} is not declared: conformance/pieces/{name}.py is missing") from missing
-        piece = getattr(module, "piece", None)
-        if not isinstance(piece, Piece):
-            raise SpecError(f"conformance/pieces/{name}.py: got piece = {piece!r}; allowed: a Piece")
-        if piece.op != name:
-            raise SpecError(f"conformance/pieces/{name}.py: got a piece named {piece.op}; allowed: {name}")
-        found[name] = piece
-    return found
+    return load(conformance.pieces, "piece", Piece, unsloth_ref.training)

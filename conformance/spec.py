@@ -3,15 +3,12 @@
 `conformance/specs/<operation>.py` defines a module-level `spec`.
 """
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf, log2, nan
 from numbers import Number
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor
 import conformance.specs
 import unsloth_ref.kernels
 from conformance.case import Case, Draw
+from conformance.declarations import load
 from conformance.gates import UNIT_FLOAT32
 
 Inputs = dict[str, Tensor]
@@ -44,10 +42,6 @@ def few_row_counts(budget: int) -> st.SearchStrategy[int]:
 def column_counts(budget: int) -> st.SearchStrategy[int]:
     """Numbers of columns: any small one, or one of COLUMNS."""
     return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
-
-
-class SpecError(Exception):
-    """Specs and operations do not match; the message names them."""
 
 
 Change = Callable[[Inputs, Options], tuple[Inputs, Options]]  # from valid inputs and options to changed ones
@@ -267,24 +261,7 @@ def specs() -> Mapping[str, Spec]:
     Raises:
         SpecError: an operation has no spec, a spec has no operation, or its name differs from that of its file.
     """
-    found: dict[str, Spec] = {}
-    for info in pkgutil.iter_modules(conformance.specs.__path__):
-        if info.name not in unsloth_ref.kernels.__all__:
-            raise SpecError(f"conformance/specs/{info.name}.py: unsloth_ref.kernels has no operation {info.name}")
-    for op in unsloth_ref.kernels.__all__:
-        try:
-            module: ModuleType = importlib.import_module(f"conformance.specs.{op}")
-        except ModuleNotFoundError as missing:
-            if missing.name != f"conformance.specs.{op}":
-                raise
-            raise SpecError(f"operation {op} has no spec: conformance/specs/{op}.py is missing") from missing
-        spec = getattr(module, "spec", None)
-        if not isinstance(spec, Spec):
-            raise SpecError(f"conformance/specs/{op}.py: got spec = {spec!r}; allowed: a Spec")
-        if spec.op != op:
-            raise SpecError(f"conformance/specs/{op}.py: its spec names {spec.op}")
-        found[op] = spec
-    return found
+    return load(conformance.specs, "spec", Spec, unsloth_ref.kernels)
 
 
 def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
