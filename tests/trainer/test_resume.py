@@ -110,9 +110,7 @@ def test_half_a_checkpoint_is_named(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         state.write_text(text)
     for half in (str(state.parent), state.parent):
-        with pytest.raises(
-            ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a complete"
-        ):
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a complete"):
             trainer.train(resume_from_checkpoint=half)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got True; allowed: False, as"):
         trainer.train(resume_from_checkpoint=True)
