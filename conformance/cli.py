@@ -18,7 +18,7 @@ from conformance.backends import Judged
 from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.table import heading, text, write_json
-from conformance.declared import SpecError
+from conformance.declarations import SpecError
 from conformance.gates import Failure
 from conformance.peers import Absent
 from conformance.piece import pieces

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import conformance.pieces
 import unsloth_ref.training
-from conformance.declared import declarations
+from conformance.declarations import load
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
@@ -197,4 +197,4 @@ def pieces() -> Mapping[str, Piece]:
         SpecError: a piece of `unsloth_ref.training` has no file in conformance/pieces, or a file has no piece or one of
             another name.
     """
-    return declarations(conformance.pieces, "piece", Piece, unsloth_ref.training)
+    return load(conformance.pieces, "piece", Piece, unsloth_ref.training)

@@ -19,7 +19,7 @@ from torch import Tensor
 import conformance.specs
 import unsloth_ref.kernels
 from conformance.case import Case, Draw
-from conformance.declared import declarations
+from conformance.declarations import load
 from conformance.gates import UNIT_FLOAT32
 
 Inputs = dict[str, Tensor]
@@ -261,7 +261,7 @@ def specs() -> Mapping[str, Spec]:
     Raises:
         SpecError: an operation has no spec, a spec has no operation, or its name differs from that of its file.
     """
-    return declarations(conformance.specs, "spec", Spec, unsloth_ref.kernels)
+    return load(conformance.specs, "spec", Spec, unsloth_ref.kernels)
 
 
 def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
