@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from tests import tiny
 from tests.trainer.runs import arguments
@@ -43,6 +44,11 @@ def first_alone(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """A user's data collator: a batch of the first example alone."""
     row = torch.tensor([examples[0]["input_ids"]])
     return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+
+
+def bloom() -> PreTrainedModel:
+    """A model whose forward takes no position_ids."""
+    return BloomForCausalLM(BloomConfig(vocab_size=len(tiny.WORDS), hidden_size=16, n_layer=1, n_head=2))
 
 
 def trainer_on(folder: Path, data: Any, trainer_class: type = UnslothTrainer, **options: Any) -> Any:

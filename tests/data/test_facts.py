@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from trl import SFTConfig
 
 from tests import tiny
-from tests.data.samples import first_alone, tokens
+from tests.data.samples import bloom, first_alone, tokens
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
@@ -17,11 +17,6 @@ from unsloth_fast.data.facts import config_and_class, decide_batching, vocabular
 GIVEN = {"processing_class": "a tokenizer"}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-
-
-def bloom() -> PreTrainedModel:
-    """A model whose forward takes no position_ids."""
-    return BloomForCausalLM(BloomConfig(vocab_size=len(tiny.WORDS), hidden_size=16, n_layer=1, n_head=2))
 
 
 def decide(folder: Path, kind: type = UnslothTrainingArguments, model: Any = None, **options: Any) -> Any:
