@@ -199,7 +199,7 @@ def test_a_max_length_below_one_is_refused(tmp_path: Path, length: int) -> None:
 def test_gradient_checkpointing_is_the_keywords_the_arguments_or_the_models(
     tmp_path: Path, kind: type, field: bool | None, keyword: bool | None, models: Any, expected: bool
 ) -> None:
-    """In this order. The default of the arguments' class (True in SFTConfig, False in TrainingArguments) is no choice."""
+    """In this order. A class's default, True in SFTConfig and False in TrainingArguments, counts as no choice."""
     model = loaded_model(**{} if models is None else {"unsloth_gradient_checkpointing": models})
     keywords = {} if keyword is None else {"gradient_checkpointing": keyword}
     args = arguments(tmp_path, kind, gradient_checkpointing=field)
