@@ -7,9 +7,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # triton reads it when it is imported; without a GPU its interpreter runs kernels
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU its interpreter runs kernels
 torch.set_num_threads(1)
 
 

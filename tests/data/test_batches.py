@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from tests import tiny
 from tests.data.samples import bloom, first_alone, stream, text, tokens, trainer_on
-from tests.trainer.runs import LOSES_LABELS, arguments
+from tests.trainer.runs import TRL_DROPS_LABELS, arguments
 from unsloth_fast import UnslothTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -117,7 +117,7 @@ def test_a_stream_is_packed_by_trl(tmp_path: Path) -> None:
 def test_a_stream_with_labels_is_packed_with_them_or_refused(tmp_path: Path) -> None:
     """TRL before 1.7 packs the tokens alone."""
     data = stream(Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 6, "labels": [[-100, -100, 5, 6]] * 6}))
-    if LOSES_LABELS:
+    if TRL_DROPS_LABELS:
         with pytest.raises(ValueError, match="train data set: got a stream with labels to pack, which the installed"):
             trainer_on(tmp_path, data, packing=True, max_length=8, max_steps=1)
     else:

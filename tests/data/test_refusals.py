@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from tests import tiny
 from tests.data.samples import SKIP, first_alone, ids, labelled, stream, text, tokens, trainer_on
-from tests.trainer.runs import LOSES_LABELS
+from tests.trainer.runs import TRL_DROPS_LABELS
 from unsloth_fast.data import labels
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,7 +116,7 @@ def test_unused_rows_and_columns_may_hold_nulls(tmp_path: Path, streamed: bool) 
 
 
 @pytest.mark.parametrize(
-    "packing", [False, pytest.param(True, marks=pytest.mark.skipif(LOSES_LABELS, reason="TRL before 1.7: refused"))]
+    "packing", [False, pytest.param(True, marks=pytest.mark.skipif(TRL_DROPS_LABELS, reason="TRL before 1.7: refused"))]
 )
 def test_a_stream_that_begins_without_a_target_is_warned_about(
     tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from unsloth_fast import UnslothTrainingArguments
 
 datasets.disable_progress_bars()
 
-LOSES_LABELS = Version(trl.__version__) < Version("1.7")  # a stream that it packs
+TRL_DROPS_LABELS = Version(trl.__version__) < Version("1.7")  # of a stream that it packs
 
 # One step that subtracts the gradient itself.
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}

@@ -1,4 +1,4 @@
-"""The trainer's optimizer: parameter groups and their rates, the user's own optimizer, models that cannot be trained."""
+"""The trainer's optimizer: parameter groups, their rates, the user's own optimizer, models that cannot be trained."""
 
 from collections.abc import Callable
 from pathlib import Path
