@@ -70,7 +70,7 @@ def mean(two: tuple[dict[str, Any], dict[str, Any]]) -> list[float]:
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: str) -> None:
-    """In float64 only rounding differs, which AdamW amplifies to 1e-12 at most. A wrong count would change 1e-2."""
+    """In float64 only rounding differs, amplified by AdamW to at most 1e-12; a wrong count changes losses by 1e-2."""
     launcher, runs = LAUNCHES[name]
     for run, two in zip(runs, launch(tmp_path, launcher, runs), strict=True):
         one = rank.train(tmp_path / "one", replace(run, sharded=False), 2)
