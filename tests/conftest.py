@@ -1,4 +1,4 @@
-"""What every test run needs before anything else is imported, and a fixture for tests that patch TRL."""
+"""Settings of every test run, made before triton is imported, and a fixture for tests that patch TRL."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU the kernels run interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU its interpreter runs kernels
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def unpatched() -> Iterator[None]:
-    """TRL as it is, before and after."""
+    """Remove `compat.patch_trl` from TRL before and after the test."""
     from unsloth_fast import compat
 
     compat.unpatch_trl()

@@ -1,6 +1,6 @@
 """Training runs of one process or of one of several: `python -m tests.trainer.rank FOLDER RUNS`, the runs as JSON.
 
-What this process found in each run goes to FOLDER.
+Each process saves its results to FOLDER.
 """
 
 import json
@@ -22,10 +22,10 @@ from unsloth_fast import UnslothTrainer
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained and how, in 20 steps where `options`, which are arguments, do not say otherwise.
+    """A training run of 20 steps, unless `options`, which are arguments of the trainer, name another number.
 
-    `sharded` shards the parameters over the processes (FSDP2), `resumed` goes on from the checkpoint of the tenth step
-    once more.
+    `sharded` shards the parameters over the processes (FSDP2). `resumed` trains a second time from the checkpoint of
+    the tenth step.
     """
 
     batching: str
@@ -38,12 +38,12 @@ class Run:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The arguments that plain TRL takes, too."""
+        """The arguments that plain TRL has, too."""
         return {"gradient_accumulation_steps": self.accumulation, "max_length": 24, "max_steps": 20} | self.options
 
 
 def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
-    """What this process finds with so many texts or packed rows in a microbatch, and an evaluation of five texts."""
+    """Train with this many texts or packed rows per microbatch, evaluate five texts, and return what was observed."""
     options = BATCHINGS[run.batching] | TRAINED[run.trained] | run.given
     options |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": 1, "eval_packing": False}
     if run.sharded:
@@ -63,10 +63,10 @@ def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
         seen.append(len(prediction.predictions))
         return {}
 
-    def made() -> Any:
+    def make() -> Any:
         args = arguments(folder, **options)
         if run.sharded:
-            # accelerate shards on several GPUs only, and takes several CPUs for data parallelism without a word.
+            # accelerate shards on several GPUs only; on several CPUs it silently uses data parallelism.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
         more = {"eval_dataset": texts, "compute_metrics": metrics}
@@ -80,11 +80,11 @@ def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
 
     nn.Linear.forward = watched
     with tiny.KeepFloat64() if run.dtype == "float64" else nullcontext():
-        trainer = made()
+        trainer = make()
         trainer.train()
         trace = {"losses": trainer.losses[:], "items": items[:], "log": trainer.state.log_history}
         if run.resumed:
-            again = made()
+            again = make()
             again.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
             trace["again"] = again.losses
         trace |= {"eval_loss": trainer.evaluate()["eval_loss"], "eval_rows": seen, "logits": any(logits)}
@@ -98,14 +98,14 @@ def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
 
 
 def main(folder: str, runs: str) -> None:
-    """Each run in turn, and what this process found in all."""
+    """Run each training in turn and save the results of this process."""
     found = [train(Path(folder) / str(index), Run(**run), rows=1) for index, run in enumerate(json.loads(runs))]
     torch.save(found, Path(folder) / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
 def as_json(runs: list[Run]) -> str:
-    """For the command line."""
+    """The runs as an argument of the command line."""
     return json.dumps([asdict(run) for run in runs])
 
 

@@ -18,9 +18,9 @@ from unsloth_fast import UnslothTrainingArguments
 
 datasets.disable_progress_bars()
 
-LOSES_LABELS = Version(trl.__version__) < Version("1.7")  # of a stream that TRL packs
+TRL_DROPS_LABELS = Version(trl.__version__) < Version("1.7")  # of a stream that it packs
 
-# One step that takes off the gradient itself.
+# One step that subtracts the gradient itself.
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
 
 BATCHINGS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ LORA = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_to
 
 
 def arguments(folder: Path, kind: type = UnslothTrainingArguments, **options: Any) -> Any:
-    """Arguments for six steps of two texts each on the CPU, every step logged."""
+    """Arguments for six steps of two texts each on the CPU, with every step logged."""
     if kind is UnslothTrainingArguments:
         options = {"backend": "reference"} | options
     defaults = {
@@ -60,7 +60,7 @@ def build(kind: type, args: Any, dtype: torch.dtype = torch.float64, lora: bool 
     """A trainer that keeps the loss of every microbatch in `losses`."""
 
     class Recording(kind):
-        losses: list[float] = []  # noqa: RUF012  # one list a trainer, as the class is its own
+        losses: list[float] = []  # noqa: RUF012  # one list per trainer: each has its own class
 
         def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
             result = super().compute_loss(*positional, **keywords)
@@ -86,7 +86,7 @@ def textbook(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor
 def plain_trl(folder: Path, batching: str, trained: str, texts: int = 18, **options: Any) -> Any:
     """TRL's trainer on Hugging Face's own model in float64, after training.
 
-    Its batches are padded, or packed by TRL; its loss is torch's cross entropy of the logits; its optimizer was grouped
+    Its batches are padded, or packed by TRL; its loss is torch's cross entropy of the logits; its optimizer is grouped
     by name.
     """
     with tiny.KeepFloat64():
@@ -103,7 +103,7 @@ def plain_trl(folder: Path, batching: str, trained: str, texts: int = 18, **opti
 
 
 def grouped_by_name(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the arguments' rate and decay, a tenth of the rate for embeddings, no decay for norms."""
+    """AdamW with the arguments' rate and weight decay, a tenth of the rate for embeddings and no decay for norms."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         rate = 1e-4 if "embed_tokens" in name or "lm_head" in name else 1e-3

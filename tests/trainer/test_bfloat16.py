@@ -1,4 +1,4 @@
-"""200 steps in bfloat16: the fast backend stays as near to the reference as the reference does in another order."""
+"""200 steps in bfloat16: the fast backend is as close to the reference as the reference in another order of sums."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def documents() -> Dataset:
 
 
 def reorder(model: Any, seed: int) -> None:
-    """Give the hidden units and every MLP's units another order: the same function and training, summed differently."""
+    """Permute the hidden units and the units of every MLP: the same function, summed in another order."""
     draw = torch.Generator().manual_seed(seed)
     hidden, units = (torch.randperm(SIZES[size], generator=draw) for size in ("hidden_size", "intermediate_size"))
     for name, module in model.named_modules():
@@ -45,23 +45,23 @@ def reorder(model: Any, seed: int) -> None:
         if kind in ("gate_proj", "up_proj"):
             rows = units
         if hasattr(module, "lora_A"):
-            take(module.base_layer.weight, rows, columns)
-            take(module.lora_A["default"].weight, None, columns)
-            take(module.lora_B["default"].weight, rows, None)
+            permute(module.base_layer.weight, rows, columns)
+            permute(module.lora_A["default"].weight, None, columns)
+            permute(module.lora_B["default"].weight, rows, None)
         elif kind in ("embed_tokens", "lm_head"):
-            take(module.weight, None, hidden)
+            permute(module.weight, None, hidden)
         elif kind.endswith("norm"):
-            take(module.weight, hidden, None)
+            permute(module.weight, hidden, None)
 
 
-def take(weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
-    """Put the rows and the columns of a weight into these orders."""
+def permute(weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
+    """Permute the rows and the columns of a weight in place; None keeps their order."""
     for axis, order in enumerate((rows, columns)):
         if order is not None:
             weight.data = weight.data.index_select(axis, order.to(weight.device))
 
 
-def test_another_order_is_the_same_function() -> None:
+def test_another_order_of_the_units_is_the_same_function() -> None:
     torch.manual_seed(0)
     model = FastLanguageModel.get_peft_model(tiny.model(**SIZES).double(), r=16, init_lora_weights=False)
     tokens = torch.arange(3, 43)[None]
@@ -73,7 +73,7 @@ def test_another_order_is_the_same_function() -> None:
 
 
 def losses(folder: str, backend: str, order: int | None = None) -> torch.Tensor:
-    """Of each step of a packed LoRA training."""
+    """The loss of each step of a packed LoRA training."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         folder, dtype=torch.bfloat16, max_seq_length=256, load_in_4bit=False, backend=backend
     )
@@ -92,13 +92,15 @@ def losses(folder: str, backend: str, order: int | None = None) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fast_stays_in_the_band_of_the_reference(tmp_path: Path, record_property: Callable[[str, float], None]) -> None:
+def test_fast_is_within_the_band_of_the_reference(
+    tmp_path: Path, record_property: Callable[[str, float], None]
+) -> None:
     folder = tiny.folder(tmp_path, dtype=torch.bfloat16, **SIZES)
     reference, fast = losses(folder, "reference"), losses(folder, "fast")
     band = max(float((losses(folder, "reference", order) - reference).norm()) for order in range(ORDERS))
-    apart = float((fast - reference).norm())
-    for name, value in (("first", reference[0]), ("last", reference[-1]), ("band", band), ("fast", apart)):
+    distance = float((fast - reference).norm())
+    for name, value in (("first", reference[0]), ("last", reference[-1]), ("band", band), ("fast", distance)):
         record_property(name, float(value))
     assert reference[-1] < 0.7 * reference[0]
-    # Twice, as gate G2 grants the largest of few: the band is the largest of six draws.
-    assert apart <= 2 * band
+    # Twice, as gate G2 allows for the maximum of a small sample: the band is the largest of six distances.
+    assert distance <= 2 * band

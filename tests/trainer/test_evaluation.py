@@ -1,20 +1,27 @@
-"""Evaluation: the mean over all targets of a data set, however its documents come in batches and on processes."""
+"""Evaluation: the mean over all targets of a data set, for any batches and any number of processes."""
 
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import unsloth_ref.training
 from tests import tiny
+from tests.data.samples import tokens
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
+from unsloth_fast.data.collator import PackedCollator
+from unsloth_fast.evaluation import EvaluatedLoss, collator_for, labels_counted_once
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,12 +34,12 @@ BATCHINGS: dict[str, dict[str, Any]] = {
 
 
 def texts(count: int = 7, seed: int = 1) -> Dataset:
-    """Texts of 1 to 20 words, so that a mean of the means of batches differs from the mean by percents."""
+    """Texts of 1 to 20 words, so that the mean of the batches' means differs from the mean by several percent."""
     return Dataset.from_dict({"text": tiny.texts(count, seed)})
 
 
 def by_hand(data: Dataset, dtype: torch.dtype = torch.float64) -> float:
-    """The mean over all targets of the model that `build` makes, a document after the other, by torch."""
+    """The mean over all targets for the model that `build` makes: torch's cross entropy, one document at a time."""
     model, total, targets = tiny.model(dtype=dtype), 0.0, 0
     for text in data["text"]:
         tokens = torch.tensor([tiny.tokenizer()(text + "<eos>")["input_ids"]])
@@ -46,7 +53,7 @@ def by_hand(data: Dataset, dtype: torch.dtype = torch.float64) -> float:
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, size: int) -> None:
-    """With the loss alone, with metrics, of several data sets, and of a prediction; float64 throughout."""
+    """With and without metrics, of several data sets, in `evaluate` and in `predict`; all in float64."""
     data = {"a": texts(), "b": texts(2, seed=2)}
     options = BATCHINGS[batching] | {"per_device_eval_batch_size": size}
     with tiny.KeepFloat64():
@@ -61,8 +68,8 @@ def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, si
         assert trainer.predict(trainer.eval_dataset["a"]).metrics["test_loss"] == expected["a"]
 
 
-def test_a_step_may_be_taken_by_itself(tmp_path: Path) -> None:
-    """Before any evaluation, as a script of one's own does."""
+def test_a_prediction_step_works_alone(tmp_path: Path) -> None:
+    """Before any evaluation, as a user's script calls it."""
     trainer = build(UnslothTrainer, arguments(tmp_path, per_device_eval_batch_size=7), eval_dataset=texts())
     (batch,) = trainer.get_eval_dataloader()
     loss, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
@@ -89,8 +96,8 @@ torch.save(found, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
-    """Documents that fill up the last batches, up to two of three of them, count once; in the accuracy, too."""
+def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
+    """And the accuracy. accelerate repeats up to two documents to fill the last batch of three; they count once."""
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -116,20 +123,103 @@ def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
                 assert logged["eval_rows"] == 7 or BATCHINGS[batching].get("eval_packing", True), batching
 
 
+# The losses of the batches, their targets, whether batches that are not finite are left out, and the mean.
+MEANS = [
+    ([2.0, math.nan, 5.0], [3, 5, 1], True, 2.75),
+    ([2.0, math.nan, 5.0], [3, 5, 1], False, math.nan),
+    ([math.nan, 0.0], [5, 0], True, math.nan),
+    ([0.0, 0.0], [0, 0], True, 0.0),
+    ([3.0, 0.0], [2, 0], False, 3.0),
+]
+
+
 @pytest.mark.parametrize(
-    ("losses", "targets", "filters", "expected"),
+    ("losses", "targets", "finite_only", "expected"), [*MEANS, ([2.0, math.inf], [3, 1], True, 2.0)]
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_mean_weighs_each_batch_by_its_targets(
+    losses: list[float], targets: list[int], finite_only: bool, expected: float, processes: int
+) -> None:
+    """Over all processes; here each has the batches of this one."""
+    evaluated = EvaluatedLoss()
+    for loss, count in zip(losses, targets, strict=True):
+        evaluated.add(torch.tensor(loss), torch.tensor(count))
+    mean = evaluated.mean(lambda totals: totals * processes, finite_only=finite_only)
+    assert mean == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_mean_includes_the_batches_of_other_processes() -> None:
+    """The function that sums over devices receives the sum of losses, the targets, and the sum with all batches."""
+    evaluated = EvaluatedLoss()
+    evaluated.add(torch.tensor(2.0), torch.tensor(3))
+    assert evaluated.mean(lambda totals: totals + torch.tensor([4.0, 1, 4]), finite_only=True) == 2.5
+
+
+def test_an_evaluation_without_batches_has_no_loss() -> None:
+    assert EvaluatedLoss().mean(lambda totals: totals, finite_only=True) is None
+
+
+def test_the_mean_is_computed_in_float64() -> None:
+    """In float32 the second loss would vanish beside the first."""
+    evaluated = EvaluatedLoss()
+    for loss in (2.0**24, 1.0):
+        evaluated.add(torch.tensor(loss), torch.tensor(1))
+    assert evaluated.mean(lambda totals: totals, finite_only=True) == (2**24 + 1) / 2
+
+
+PACKED = PackedCollator(pad_token_id=0, padding_free=True, collate=unsloth_ref.training.collate, vocab_size=48)
+PADDING = DataCollatorForLanguageModeling(pad_token_id=0)
+
+
+@pytest.mark.parametrize("row_per_document", [False, True])
+def test_a_users_collator_is_kept_in_an_evaluation(row_per_document: bool) -> None:
+    usual = DataCollatorForLanguageModeling(pad_token_id=0)
+    assert collator_for(tokens(3), usual, PADDING, row_per_document=row_per_document) is usual
+
+
+def test_an_evaluation_with_one_row_per_document_is_padded() -> None:
+    """Packed rows excepted: their documents are in one row already."""
+    assert collator_for(tokens(3), PACKED, PADDING, row_per_document=True) is PADDING
+    rows = tokens(3, seq_lengths=[[1, 2]])
+    assert collator_for(rows, PACKED, PADDING, row_per_document=True) == replace(PACKED, with_ends=True)
+
+
+def test_an_evaluation_in_one_row_holds_the_ends_of_its_examples() -> None:
+    """The collator of training is not changed."""
+    collator = collator_for(tokens(3), PACKED, PADDING, row_per_document=False)
+    assert collator == replace(PACKED, with_ends=True) and not PACKED.with_ends
+
+
+@pytest.mark.parametrize(
+    ("last", "remainder", "rank", "kept"),
     [
-        ([2.0, math.nan, 5.0], [3, 5, 1], True, 2.75),
-        ([2.0, math.nan, 5.0], [3, 5, 1], False, math.nan),
-        ([math.nan, 0.0], [5, 0], True, math.nan),
-        ([0.0, 0.0], [0, 0], True, 0.0),
-        ([3.0, 0.0], [2, 0], False, 3.0),
+        (False, 3, 0, 2),  # not the last batch
+        (True, -1, 0, 2),  # of a length that accelerate does not know
+        (True, 0, 0, 2),  # full
+        (True, 3, 0, 2),
+        (True, 3, 1, 1),
+        (True, 2, 1, 0),
+        (True, 1, 0, 1),
+        (True, 1, 1, 0),
     ],
 )
-def test_losses_that_are_not_finite(
+def test_repeated_documents_of_the_last_batch_are_not_counted(last: bool, remainder: int, rank: int, kept: int) -> None:
+    """Two documents per process, in rows of their own and in one row. The last batch has `remainder` new documents."""
+    state = SimpleNamespace(end_of_dataloader=last, remainder=remainder)
+    rows = torch.arange(6).reshape(2, 3)
+    found = labels_counted_once(rows, None, state, rank)
+    assert torch.equal(found[:kept], rows[:kept]) and (found[kept:] == -100).all()
+    row, ends = torch.arange(6)[None], torch.tensor([4, 6])
+    found = labels_counted_once(row, ends, state, rank)
+    end = [0, 4, 6][kept]
+    assert torch.equal(found[:, :end], row[:, :end]) and (found[:, end:] == -100).all()
+
+
+@pytest.mark.parametrize(("losses", "targets", "filters", "expected"), MEANS)
+def test_batches_whose_loss_is_not_finite_are_left_out(
     tmp_path: Path, losses: list[float], targets: list[int], filters: bool, expected: float
 ) -> None:
-    """`logging_nan_inf_filter` leaves out their batches, as in transformers, unless there is no other."""
+    """With `logging_nan_inf_filter`, as in transformers, unless there are no others."""
     trainer = build(UnslothTrainer, arguments(tmp_path, logging_nan_inf_filter=filters), eval_dataset=texts())
     waiting = iter(zip(losses, targets, strict=True))
 
@@ -143,8 +233,8 @@ def test_losses_that_are_not_finite(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, nan_ok=True)
 
 
-def test_the_best_checkpoint_is_chosen_by_that_loss(tmp_path: Path) -> None:
-    """Of the data set that was named, of batches of one and of two texts."""
+def test_the_best_checkpoint_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    """Its metric is the loss of the data set that metric_for_best_model names."""
     chosen = []
     for size in (1, 2):
         options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 4}

@@ -1,4 +1,4 @@
-"""Two processes, by torchrun and by accelerate, on gloo, against one, and against plain TRL on the untouched model."""
+"""Two processes, started by torchrun or accelerate, on gloo: compared with one, and with plain TRL on its own model."""
 
 import os
 import subprocess
@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"]  # its --cpu starts one process alone
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"]  # its --cpu starts only one process
 
-# AdamW would hide a gradient that is all too large or too small.
+# SGD, as AdamW would hide a gradient that is too large or too small by a constant factor.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 LAUNCHES = {
@@ -50,7 +50,7 @@ LAUNCHES = {
 
 
 def launch(folder: Path, launcher: list[str], runs: list[Run]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What both processes found in each run."""
+    """The results of both processes for each run."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "tests.trainer.rank", str(folder), rank.as_json(runs)],
         cwd=Path(__file__).parents[2],
@@ -64,13 +64,13 @@ def launch(folder: Path, launcher: list[str], runs: list[Run]) -> list[tuple[dic
 
 
 def mean(two: tuple[dict[str, Any], dict[str, Any]]) -> list[float]:
-    """A rank's loss is the sum over its targets by the targets of both, times two: the ranks' mean is the whole."""
+    """The loss over both processes: each divides the sum over its targets by the targets of both, times two."""
     return [(first + second) / 2 for first, second in zip(two[0]["losses"], two[1]["losses"], strict=True)]
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_two_processes_train_as_one_and_as_the_untouched_model(tmp_path: Path, name: str) -> None:
-    """Float64, so that only rounding differs, amplified by AdamW to 1e-12 at most; a wrong count would show at 1e-2."""
+def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: str) -> None:
+    """In float64 only rounding differs, amplified by AdamW to at most 1e-12; a wrong count changes losses by 1e-2."""
     launcher, runs = LAUNCHES[name]
     for run, two in zip(runs, launch(tmp_path, launcher, runs), strict=True):
         one = rank.train(tmp_path / "one", replace(run, sharded=False), 2)
@@ -89,13 +89,13 @@ def test_two_processes_train_as_one_and_as_the_untouched_model(tmp_path: Path, n
             assert other["eval_rows"] == one["eval_rows"] == [5]
             assert other.get("again") == (other["losses"][len(other["losses"]) // 2 :] if run.resumed else None)
             for mine, their in zip(one["log"], other["log"], strict=True):
-                # What is logged goes through float32.
+                # Logged values are rounded to float32.
                 for key in mine.keys() & {"loss", "num_tokens", "learning_rate", "embedding_learning_rate", "epoch"}:
                     assert their[key] == pytest.approx(mine[key], rel=2.0**-22), (run, key)
 
 
-def test_fast_on_two_processes_is_as_near_to_float64_as_the_reference(tmp_path: Path) -> None:
-    """At most twice the reference's own error, and one spacing of float32 at the loss, as on one process."""
+def test_fast_on_two_processes_is_as_close_to_float64_as_the_reference(tmp_path: Path) -> None:
+    """At most twice the reference's own error, plus one float32 spacing at the loss, as on one process."""
     exact = Run("packed", "embedding rate", 2, {"max_steps": 2, "backend": "reference"})
     plain = replace(exact, dtype="float32")
     fast = replace(plain, options={"max_steps": 2, "backend": "fast"})
@@ -103,11 +103,11 @@ def test_fast_on_two_processes_is_as_near_to_float64_as_the_reference(tmp_path: 
         torch.tensor(mean(two), dtype=torch.float64) for two in launch(tmp_path, TORCHRUN, [exact, plain, fast])
     )
     assert (found - truth).abs().max() <= 2 * (reference - truth).abs().max() + truth.max() * 2.0**-23
-    assert not torch.equal(found, reference)  # it was the other backend
+    assert not torch.equal(found, reference)  # the other backend computed it
 
 
-def test_sharded_in_bfloat16_the_loss_is_of_float32(tmp_path: Path) -> None:
-    """Rounded to bfloat16 it would have 3 digits."""
+def test_the_loss_of_a_sharded_bfloat16_run_is_float32(tmp_path: Path) -> None:
+    """In bfloat16 it would have only 3 digits."""
     run = Run("packed", "embedding rate", 2, {"max_steps": 4, "bf16": True}, sharded=True, dtype="float32")
     (two,) = launch(tmp_path, TORCHRUN, [run])
     for found in two:

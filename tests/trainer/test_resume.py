@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if it had not been."""
+"""A run that is killed and resumed gives the bits of one that was not interrupted."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from unsloth_fast.checkpoints import last_checkpoint, passes_of_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Six steps of two packed rows, of which an epoch has five.
+# Six steps of two packed rows each; an epoch has five rows.
 OPTIONS = {
     "packing": True,
     "max_length": 24,
@@ -45,7 +45,7 @@ class Kill(TrainerCallback):
             kill()
 
 class Killed(UnslothTrainer):
-    def _save_optimizer_and_scheduler(self, *positional):  # after the weights, before all else
+    def _save_optimizer_and_scheduler(self, *positional):  # after the weights, before the rest
         if moment == "while saving" and self.state.global_step == step:
             kill()
         super()._save_optimizer_and_scheduler(*positional)
@@ -58,10 +58,10 @@ build(Killed, arguments(folder, **OPTIONS), lora=True, callbacks=[Kill()]).train
 @pytest.mark.parametrize(
     ("moment", "step", "left"), [("between steps", 4, 4), ("while saving", 5, 4), ("while saving", 1, None)]
 )
-def test_after_a_kill_the_next_losses_are_the_same_to_the_bit(
+def test_a_killed_run_resumes_with_the_same_bits(
     tmp_path: Path, moment: str, step: int, left: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The last checkpoint that was written to its end counts; half a one is said and left out."""
+    """From its last complete checkpoint. An incomplete one is logged and ignored."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), moment, str(step)],
         cwd=Path(__file__).parents[2],
@@ -90,8 +90,8 @@ def test_after_a_kill_the_next_losses_are_the_same_to_the_bit(
         assert torch.equal(one, other)
 
 
-def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
-    """By number, not by name; none in an empty folder or in none at all."""
+def test_the_last_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
+    """By number, not by name; None for an empty or a missing folder."""
     assert last_checkpoint(tmp_path) is last_checkpoint(tmp_path / "none") is None
     texts = ('{"global_step": 9}', '{"global_step": 10}', '{"glob', "{}", '{"global_step": null}', "[]")
     for step, text in enumerate(texts, 9):
@@ -101,7 +101,7 @@ def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", '{"global_step": 1'])
-def test_half_a_checkpoint_is_named(tmp_path: Path, text: str | None) -> None:
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, text: str | None) -> None:
     """Before anything is read from it."""
     trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
     trainer.train()
@@ -109,16 +109,16 @@ def test_half_a_checkpoint_is_named(tmp_path: Path, text: str | None) -> None:
     state.unlink()
     if text is not None:
         state.write_text(text)
-    for half in (str(state.parent), state.parent):
+    for folder in (str(state.parent), state.parent):
         with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a complete"):
-            trainer.train(resume_from_checkpoint=half)
+            trainer.train(resume_from_checkpoint=folder)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got True; allowed: False, as"):
         trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_stream_goes_on_where_it_was(tmp_path: Path, packing: bool) -> None:
-    """To the bit, in its first pass and in its second."""
+def test_a_stream_resumes_at_the_right_batch(tmp_path: Path, packing: bool) -> None:
+    """With the same bits, in the first and in the second pass over the stream."""
 
     def run(folder: Path) -> UnslothTrainer:
         return UnslothTrainer(
@@ -145,7 +145,9 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path, packing: bool) -> None:
 @pytest.mark.parametrize(
     ("epoch", "expected"), [(0, (0, 0)), (0.5, (0, 4)), (1.0, (0, 8)), (1.125, (1, 1)), (3.5, (3, 4))]
 )
-def test_where_a_stream_was(tmp_path: Path, epoch: float, expected: tuple[int, int]) -> None:
-    """By transformers' count, in which max_steps are a pass; a run that ended in its first may go on in it."""
+def test_the_position_in_a_stream_follows_from_the_epoch(
+    tmp_path: Path, epoch: float, expected: tuple[int, int]
+) -> None:
+    """transformers counts max_steps as one pass. An epoch of 1.0 is the end of the first pass, not a second one."""
     (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "max_steps": 8}))
     assert passes_of_stream(tmp_path) == expected

@@ -1,4 +1,4 @@
-"""The trainer against plain TRL on the untouched model, and against arithmetic done by hand."""
+"""The trainer compared with plain TRL on the unmodified model, and with losses and gradients computed by torch."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -15,7 +16,7 @@ from tests import tiny
 from tests.trainer.runs import BATCHINGS, SGD, TRAINED, arguments, build, plain_trl, textbook
 from unsloth_fast import UnslothTrainer
 
-# TRL warns of what it deprecates and peft of tied weights.
+# TRL warns of deprecated options and peft of tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -23,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_losses_equal_plain_trl_in_float64(tmp_path: Path, batching: str, trained: str, accumulation: int) -> None:
-    """Every microbatch of 20 steps over texts of 1 to 20 words; of nine microbatches an epoch, one is left over.
+    """Every microbatch of 20 steps over texts of 1 to 20 words. An epoch has nine microbatches: one is left over.
 
-    Theirs is TRL's trainer on Hugging Face's own model, its batches padded, or packed by TRL; torch's cross entropy of
-    the logits; and an optimizer that was grouped by name. Float64 rounding is 1e-16. Where a gradient is nothing but
-    rounding, 1e-17, AdamW divides it by its eps, 1e-8, and moves the parameter by 1e-9 of the learning rate 1e-3:
-    losses agree to 1e-12, and 1e-9 leaves room for sums.
+    Theirs is TRL's trainer on Hugging Face's own model. Its batches are padded, or packed by TRL; its loss is torch's
+    cross entropy of the logits; its optimizer is grouped by name. Rounding in float64 is 1e-16. A gradient that should
+    be 0 is 1e-17 by rounding; AdamW divides it by its eps, 1e-8, and moves the parameter by 1e-9 of the learning rate
+    1e-3. So losses agree to 1e-12, and 1e-9 leaves room for sums.
     """
     options = {"gradient_accumulation_steps": accumulation, "max_length": 24, "max_steps": 20}
     with tiny.KeepFloat64():
@@ -41,7 +42,7 @@ def test_losses_equal_plain_trl_in_float64(tmp_path: Path, batching: str, traine
 
 
 def test_losses_equal_the_fused_head_of_trl(tmp_path: Path) -> None:
-    """TRL's default is in float32: a sum over 48 words is six roundings deep; exp, log and two differences are four."""
+    """TRL's default computes in float32: a sum over 48 words rounds six times, exp, log and two differences four."""
     options = {"gradient_accumulation_steps": 4}
     with tiny.KeepFloat64():
         ours = build(UnslothTrainer, arguments(tmp_path, **options))
@@ -50,7 +51,7 @@ def test_losses_equal_the_fused_head_of_trl(tmp_path: Path) -> None:
         theirs.train()
     assert ours.losses == pytest.approx(theirs.losses, rel=10 * 2.0**-24)
     for our_log, their_log in list(zip(ours.state.log_history, theirs.state.log_history, strict=True))[:6]:
-        # A logged loss is a sum in float32 over the 4 microbatches: four roundings more.
+        # A logged loss is a sum in float32 over the 4 microbatches, which rounds four more times.
         for name in ("loss", "learning_rate", "num_tokens", "epoch"):
             assert our_log[name] == pytest.approx(their_log[name], rel=14 * 2.0**-24)
 
@@ -58,12 +59,12 @@ def test_losses_equal_the_fused_head_of_trl(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "trained"), [(1, "full"), (4, "embedding rate")])
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_fast_is_as_near_to_float64_as_the_reference(
+def test_fast_is_as_close_to_float64_as_the_reference(
     tmp_path: Path, batching: str, trained: str, accumulation: int
 ) -> None:
-    """Two steps in float32: at most twice the reference's own error, and one spacing of float32 at the loss.
+    """Two steps in float32: at most twice the reference's own error, plus one float32 spacing at the loss.
 
-    Of two texts or a packed row at a time an epoch has five, so that one is left over for the second of four.
+    An epoch has five microbatches, of two texts or one packed row each, so the second step of four has only one.
     """
     losses = {}
     for spec, dtype in (("reference", torch.float64), ("reference", torch.float32), ("fast", torch.float32)):
@@ -81,12 +82,12 @@ def test_fast_is_as_near_to_float64_as_the_reference(
     truth = losses["reference", torch.float64]
     allowed = 2 * (losses["reference", torch.float32] - truth).abs().max() + truth.max() * 2.0**-23
     assert (losses["fast", torch.float32] - truth).abs().max() <= allowed
-    assert not torch.equal(losses["fast", torch.float32], truth)  # it did compute in float32
+    assert not torch.equal(losses["fast", torch.float32], truth)  # the fast backend computed in float32
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4), (1, 8), (3, 3)])
-def test_any_cut_into_microbatches_gives_the_same_step(tmp_path: Path, size: int, accumulation: int) -> None:
-    """Eight texts in one step of SGD at rate 1: what it takes off is the gradient of the mean over all targets."""
+def test_any_split_into_microbatches_gives_the_same_step(tmp_path: Path, size: int, accumulation: int) -> None:
+    """Eight texts in one step of SGD at rate 1, which subtracts the gradient of the mean over all targets."""
     options = SGD | {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     with tiny.KeepFloat64():
         trainer = build(UnslothTrainer, arguments(tmp_path, **options), texts=8)
@@ -96,10 +97,10 @@ def test_any_cut_into_microbatches_gives_the_same_step(tmp_path: Path, size: int
 
 
 def assert_one_step_of_the_mean(trainer: Any, after: dict[str, Tensor], loss: float) -> None:
-    """The loss is the mean over all targets of the trainer's texts, and its gradient is what the step took off.
+    """The loss is the mean over all targets of the trainer's texts, and the step has subtracted its gradient.
 
-    A gradient sums the terms of some 100 targets, behind two layers of sums of 40: fewer than 4000 roundings, while one
-    target weighed otherwise would change 1 in 100.
+    A gradient sums the terms of some 100 targets after two layers of sums of 40 terms: fewer than 4000 roundings. One
+    target with another weight would change the gradient by 1 in 100.
     """
     with tiny.KeepFloat64():
         batch = trainer.data_collator(list(trainer.train_dataset))
@@ -112,10 +113,10 @@ def assert_one_step_of_the_mean(trainer: Any, after: dict[str, Tensor], loss: fl
         torch.testing.assert_close((before - after[name]).detach(), before.grad, rtol=0, atol=4000 * 2.0**-53)
 
 
-def test_dividing_again_by_the_accumulation_is_left_out(tmp_path: Path) -> None:
-    """What transformers does to a loss that does not say it is divided: a quarter of the gradient at four microbatches.
+def test_the_loss_is_not_divided_again_by_the_accumulation_steps(tmp_path: Path) -> None:
+    """transformers divides a loss that is not marked as divided: at four microbatches the gradient is a quarter.
 
-    Gradients are as near as those of `assert_one_step_of_the_mean`, and so is a norm of theirs, which is about 1.
+    The gradients are as close as in `assert_one_step_of_the_mean`, and so is their norm, which is about 1.
     """
     norms = []
     for size, accumulation, divided in ((8, 1, True), (2, 4, True), (2, 4, False)):
@@ -128,13 +129,13 @@ def test_dividing_again_by_the_accumulation_is_left_out(tmp_path: Path) -> None:
             trainer.train()
         after = trainer.model.state_dict()
         norms.append(torch.cat([(before[name] - after[name]).flatten() for name in after]).norm().item())
-    whole, accumulated, twice = norms
+    whole, accumulated, divided_again = norms
     assert accumulated == pytest.approx(whole, rel=4000 * 2.0**-53)
-    assert twice == pytest.approx(whole / 4, rel=4000 * 2.0**-53)
+    assert divided_again == pytest.approx(whole / 4, rel=4000 * 2.0**-53)
 
 
-def test_a_batch_without_target_is_zero(tmp_path: Path) -> None:
-    """Texts of one token and no end: loss 0, and nothing moves. Hugging Face's own mean of no target is no number."""
+def test_a_batch_without_a_target_has_loss_zero(tmp_path: Path) -> None:
+    """Texts of one token: no parameter changes. Hugging Face's own mean over no target is NaN."""
     one = torch.tensor([[5]])
     assert tiny.model()(input_ids=one, labels=one).loss.isnan()
     rows = Dataset.from_dict({"input_ids": [[5], [6]], "labels": [[5], [6]]})
@@ -146,8 +147,8 @@ def test_a_batch_without_target_is_zero(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_evaluation(tmp_path: Path) -> None:
-    """The mean over the targets of the batch, the accuracy, and the logits for `compute_metrics`."""
+def test_an_evaluation_has_the_loss_the_accuracy_and_the_logits(tmp_path: Path) -> None:
+    """The loss is the mean over the targets of the batch; `compute_metrics` receives the logits."""
     texts = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
     seen = []
 
@@ -177,7 +178,7 @@ def test_evaluation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
 def test_the_log_counts_tokens(tmp_path: Path, padding_free: bool) -> None:
-    """Of all four microbatches of a step, paddings not; and no accuracy, which would cost the logits."""
+    """Of all four microbatches of a step, without padding. It has no accuracy, which would need the logits."""
     options = {"gradient_accumulation_steps": 4, "max_steps": 1, "padding_free": padding_free}
     trainer = build(UnslothTrainer, arguments(tmp_path, **options), texts=8)
     trainer.train()
@@ -186,8 +187,8 @@ def test_the_log_counts_tokens(tmp_path: Path, padding_free: bool) -> None:
     assert "mean_token_accuracy" not in log
 
 
-def test_resuming_continues_to_the_bit(tmp_path: Path) -> None:
-    """Six steps at once, and three from the checkpoint after three."""
+def test_a_resumed_run_continues_with_the_same_bits(tmp_path: Path) -> None:
+    """Six steps in one run, and three from the checkpoint of the third."""
     options = {"embedding_learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 3}
     whole = build(UnslothTrainer, arguments(tmp_path, **options), lora=True)
     whole.train()
@@ -197,7 +198,7 @@ def test_resuming_continues_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_saved_model_is_a_hugging_face_model(tmp_path: Path) -> None:
-    """Loaded without this package, it gives the logits that it had."""
+    """transformers loads it, and its logits are those of the trained model."""
     trainer = build(UnslothTrainer, arguments(tmp_path), torch.float32)
     trainer.train()
     trainer.save_model()
@@ -207,10 +208,8 @@ def test_a_saved_model_is_a_hugging_face_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"compute_loss_func": textbook}], ids=["dft", "function"])
-def test_another_loss_is_left_to_trl_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
-) -> None:
-    """The losses are TRL's own, its scaling under gradient accumulation too."""
+def test_trl_computes_any_other_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]) -> None:
+    """With TRL's scaling under gradient accumulation; the log gives the reason."""
     function = {name: value for name, value in options.items() if name == "compute_loss_func"}
     options = {name: value for name, value in options.items() if name not in function}
     options |= {"max_steps": 2, "gradient_accumulation_steps": 2, "padding_free": False}
@@ -226,11 +225,18 @@ def test_another_loss_is_left_to_trl_and_said(
     assert "loss: TRL's own, not the backend's" in caplog.text
 
 
+def test_an_adapter_on_the_head_needs_the_backends_loss(tmp_path: Path) -> None:
+    """TRL's loss would not train it, so the trainer refuses that combination."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"^target_modules: got an adapter on the output head"):
+        build(UnslothTrainer, arguments(tmp_path, loss_type="dft"), model=get_peft_model(tiny.model(), config))
+
+
 @pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments], ids=lambda kind: kind.__name__)
 def test_plain_arguments_take_the_backend_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
-    """They have no field for it."""
+    """They have no field for a backend."""
     monkeypatch.setenv("UNSLOTH_BACKEND", "reference,swiglu=reference")
     trainer = build(UnslothTrainer, arguments(tmp_path, kind, max_steps=1))
     assert trainer.backend.name == "reference,swiglu=reference"

@@ -1,0 +1,98 @@
+"""The facts that decide about batching: read from a model or from its name, and from the arguments of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import LlamaForCausalLM
+from trl import SFTConfig
+
+from tests import tiny
+from tests.data.samples import bloom, first_alone, tokens
+from tests.trainer.runs import arguments
+from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
+
+GIVEN = {"processing_class": "a tokenizer"}
+PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+def decide(folder: Path, kind: type = UnslothTrainingArguments, model: Any = None, **options: Any) -> Any:
+    """The plan of a run; options that are not data or an adapter are arguments."""
+    names = ("data_collator", "train_dataset", "peft_config", "processing_class")
+    given = GIVEN | {name: options.pop(name) for name in names if name in options}
+    return decide_batching(model or tiny.model(), arguments(folder, kind, **options), given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (UnslothTrainingArguments, {}, (False, True)),
+        (UnslothTrainingArguments, {"padding_free": False}, (False, False)),
+        (UnslothTrainingArguments, {"packing": True}, (True, True)),
+        (SFTConfig, {}, (False, False)),
+        (SFTConfig, {"padding_free": True}, (False, True)),
+        (SFTConfig, {"packing": True}, (True, True)),
+    ],
+)
+def test_the_plan_follows_the_arguments(
+    tmp_path: Path, kind: type, options: dict[str, Any], expected: tuple[bool, bool]
+) -> None:
+    """In a plain SFTConfig, padding_free=False counts as open where packing is on."""
+    plan = decide(tmp_path, kind, **options)
+    assert (plan.packing, plan.padding_free, plan.reasons) == (*expected, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"data_collator": first_alone}, "a data collator was passed"),
+        ({"train_dataset": tokens(3, image=["a"])}, "the data set has columns of images or video"),
+        ({"padding_free": False}, "padding_free=False was requested"),
+        ({"peft_config": PREFIX}, "prompt learning puts positions before each row"),
+        ({"model": lambda: get_peft_model(tiny.model(), PREFIX)}, "prompt learning puts positions before each row"),
+        ({"model": bloom}, "BloomForCausalLM may not take position_ids"),
+    ],
+    ids=["collator", "images", "padded", "prefix", "model with a prefix", "bloom"],
+)
+def test_each_obstacle_gives_its_reason(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    options = {name: value() if name == "model" else value for name, value in options.items()}
+    plan = decide(tmp_path, packing=True, **options)
+    assert (plan.packing, plan.padding_free) == (False, False)
+    assert any(text.startswith(reason) for text in plan.reasons)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_adapter_is_no_obstacle(tmp_path: Path, lora: bool) -> None:
+    model = get_peft_model(tiny.model(), LORA) if lora else tiny.model()
+    plan = decide(tmp_path, model=model, **{} if lora else {"peft_config": LORA})
+    assert plan.padding_free and not plan.reasons
+
+
+def test_a_model_and_its_name_have_one_configuration_and_class(tmp_path: Path) -> None:
+    """A name is resolved without loading the weights; an adapter is removed."""
+    args, folder = arguments(tmp_path / "run"), tiny.folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    for model in (folder, tiny.model(), get_peft_model(tiny.model(), LORA)):
+        config, model_class = config_and_class(model, args)
+        assert config.model_type == "llama" and model_class is LlamaForCausalLM
+    assert decide(tmp_path, model=folder).padding_free
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "expected"),
+    [
+        ({}, {}, len(tiny.WORDS)),
+        ({}, {"chat_template_path": "a/template.jinja"}, len(tiny.WORDS)),
+        ({}, {"chat_template_path": "another/model"}, None),
+        ({"data_collator": first_alone}, {}, None),
+    ],
+    ids=["model", "template file", "template of a model", "collator"],
+)
+def test_the_vocabulary_is_the_models_unless_data_may_hold_other_tokens(
+    tmp_path: Path, given: dict[str, Any], options: dict[str, Any], expected: int | None
+) -> None:
+    """A collator may change the tokens, and TRL adds the tokens of another model with its chat template."""
+    assert vocabulary_size(tiny.model(), arguments(tmp_path, **options), given) == expected

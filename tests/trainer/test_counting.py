@@ -1,0 +1,129 @@
+"""Counting: targets, tokens and right predictions, with a stand-in for the sum over two processes."""
+
+import logging
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unsloth_fast.training
+import unsloth_ref.training
+from unsloth_fast.counting import Counter, logged_tokens
+
+PACKAGES = [unsloth_ref.training, unsloth_fast.training]
+WARNING = "the first step's batches have no target"
+
+
+def batch(labels: list[list[int]], mask: list[list[int]] | None = None) -> dict[str, Tensor]:
+    """A microbatch with these labels and, if given, an attention mask."""
+    made = {"input_ids": torch.full((len(labels), len(labels[0])), 3), "labels": torch.tensor(labels)}
+    return made if mask is None else made | {"attention_mask": torch.tensor(mask)}
+
+
+def counter_of(processes: int = 1) -> Counter:
+    """A counter on so many processes, each with the counts of this one."""
+    return Counter(torch.device("cpu"), lambda counts: counts * processes)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_counts_the_targets_of_its_microbatches(package: ModuleType, processes: int) -> None:
+    """The first token of a row is not a target; the counts of all processes and of this one are returned."""
+    batches = [batch([[5, 6, 7], [5, -100, 7]]), batch([[-100, 8]])]
+    everywhere, here = counter_of(processes).step(batches, package.count_targets)
+    assert (int(everywhere), int(here)) == (4 * processes, 4)
+    for count in (everywhere, here):
+        assert count.shape == () and count.dtype == torch.int64
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tokens_are_summed_over_steps_until_they_are_taken(processes: int) -> None:
+    """Padding is not counted; a batch without a mask has none."""
+    counter = counter_of(processes)
+    padded = batch([[5, 6, 7], [5, 6, -100]], mask=[[1, 1, 1], [1, 1, 0]])
+    counter.step([padded, batch([[5, 6, 7, 8]])], unsloth_ref.training.count_targets)
+    counter.step([padded], unsloth_ref.training.count_targets)
+    assert counter.take_tokens() == (5 + 4 + 5) * processes
+    assert counter.take_tokens() == 0
+    counter.step([padded], unsloth_ref.training.count_targets)
+    assert counter.take_tokens() == 5 * processes
+
+
+@pytest.mark.parametrize(
+    ("steps", "warnings"),
+    [
+        ([[[5, 6]]], 0),
+        ([[[5, -100]]], 1),
+        ([[[5, -100]], [[5, -100]]], 1),
+        ([[[5, 6]], [[5, -100]]], 0),
+    ],
+    ids=["a target", "none", "none twice", "none later"],
+)
+def test_only_a_first_step_without_a_target_is_warned_about(
+    steps: list[list[list[int]]], warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Later steps are not checked: to read the count waits for the device."""
+    counter = counter_of()
+    for labels in steps:
+        counter.step([batch(labels)], unsloth_ref.training.count_targets)
+    assert [record.levelno for record in caplog.records if WARNING in record.message] == [logging.WARNING] * warnings
+
+
+def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    counter = Counter(torch.device("cpu"), lambda counts: counts + torch.tensor([3, 0]))
+    everywhere, here = counter.step([batch([[5, -100]])], unsloth_ref.training.count_targets)
+    assert (int(everywhere), int(here)) == (3, 0)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_accuracy_is_the_share_of_right_predictions(processes: int) -> None:
+    """Position i predicts token i + 1; positions that are no targets do not count; batches are summed."""
+    counter = counter_of(processes)
+    predicted = torch.tensor([[6, 0, 9, 0], [0, 7, 9, 0]])
+    logits = torch.nn.functional.one_hot(predicted, 10).float()
+    labels = torch.tensor([[5, 6, 7, 9], [5, -100, 7, -100]])
+    counter.predictions(logits, labels)
+    assert counter.take_accuracy() == 3 / 4
+    counter.predictions(logits[:1], labels[:1])
+    counter.predictions(logits[:1], torch.tensor([[5, 1, 1, -100]]))
+    assert counter.take_accuracy() == 2 / 5
+
+
+def test_there_is_no_accuracy_without_targets() -> None:
+    """Nor after it was taken."""
+    counter = counter_of()
+    assert counter.take_accuracy() is None
+    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
+    assert counter.take_accuracy() is None
+    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, 0]]))
+    assert counter.take_accuracy() == 1.0
+    assert counter.take_accuracy() is None
+
+
+def test_counting_predictions_records_no_gradient() -> None:
+    counter = counter_of()
+    counter.predictions(torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, 0]]))
+    assert counter.take_accuracy() == 1.0
+
+
+class Tokens:
+    """A stand-in for the counter, with these tokens since the last call."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.waiting = list(tokens)
+
+    def take_tokens(self) -> int:
+        """The next number."""
+        return self.waiting.pop(0)
+
+
+@pytest.mark.parametrize(("by_transformers", "expected"), [(False, [107, 107, 112]), (True, [100, 100, 100])])
+def test_logged_tokens_continue_those_of_the_state(by_transformers: bool, expected: list[int]) -> None:
+    """A resumed run has 100 in its state. Where transformers counts, the state is only read; the counter is emptied."""
+    state, counter = SimpleNamespace(num_input_tokens_seen=100), Tokens(7, 0, 5)
+    any_counter: Any = counter
+    assert [logged_tokens(state, any_counter, by_transformers) for _ in range(3)] == expected
+    assert state.num_input_tokens_seen == expected[-1] and counter.waiting == []
