@@ -9,9 +9,9 @@ SMALL_CHUNKS = (
 )
 
 
-def chunked(old: str, new: str, *laws: str, dtype: str = "float32") -> Mutant:
+def chunked(old: str, new: str, *properties: str, dtype: str = "float32") -> Mutant:
     """A mutant that shows only with several chunks."""
-    return Mutant(((old, new), *SMALL_CHUNKS), laws, dtype)
+    return Mutant(((old, new), *SMALL_CHUNKS), properties, dtype)
 
 
 TABLE = {
