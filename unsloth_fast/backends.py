@@ -45,7 +45,7 @@ class Backend:
         return _backend_named, (self.name, self.reason)
 
 
-def resolve(spec: str | None = None) -> Backend:
+def resolve(spec: str | None = None, *, on_cpu: bool = False) -> Backend:
     """The backend that a specification means on this machine.
 
     Args:
@@ -53,6 +53,7 @@ def resolve(spec: str | None = None) -> Backend:
             "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if it is not set.
             "auto" means fast if there is a CUDA device and triton is installed, else reference, and logs its choice
             once.
+        on_cpu: whether the run uses a CPU although there may be a CUDA device; "auto" then means reference.
 
     Raises:
         ValueError: an unknown backend or operation.
@@ -63,7 +64,7 @@ def resolve(spec: str | None = None) -> Backend:
     base, overrides = parse(spec)
     reason = f"asked for as {spec!r}"
     if base == "auto":
-        missing = _missing_for_auto()
+        missing = _missing_for_auto() or ("the run is on a CPU" if on_cpu else "")
         base = "reference" if missing else "fast"
         reason = f"auto: {missing or 'CUDA and triton are available'}"
         _log_choice(base, reason)

@@ -172,3 +172,11 @@ def test_a_resolved_backend_compiles_without_a_graph_break() -> None:
     x, weight = torch.randn(3, 8), torch.randn(8)
     compiled = torch.compile(lambda x: kernels.rms_norm(x, weight), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), kernels.rms_norm(x, weight))
+
+
+def test_auto_on_a_cpu_beside_a_gpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `use_cpu=True`: the kernels cannot read the host's memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.resolve("auto", on_cpu=True).name == "reference"
+    assert backends.resolve("auto", on_cpu=True).reason == "auto: the run is on a CPU"
+    assert backends.resolve("auto").name == "fast"

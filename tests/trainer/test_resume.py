@@ -110,7 +110,9 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, text: str | None) -
     if text is not None:
         state.write_text(text)
     for folder in (str(state.parent), state.parent):
-        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a complete"):
+        with pytest.raises(
+            ValueError, match=r"^resume_from_checkpoint: got '.*checkpoint-1'; allowed: a folder with a complete"
+        ):
             trainer.train(resume_from_checkpoint=folder)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: got True; allowed: False, as"):
         trainer.train(resume_from_checkpoint=True)

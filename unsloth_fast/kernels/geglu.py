@@ -24,8 +24,8 @@ class _Geglu(Gated):
 
 def check(gate: Tensor, up: Tensor, approximate: Approximate) -> None:
     """Raise for arguments that geglu does not allow."""
-    check_gated(gate, up, approximate)
     checks.one_of("approximate", approximate, ("none", "tanh"))
+    check_gated(gate, up, approximate)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Tensor:

@@ -167,9 +167,9 @@ def check(
 ) -> None:  # fmt: skip
     """Raise for arguments that packed_attention does not allow."""
     checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
-    check_runnable("q", q)
     if checks.values_are_checked(cu_seqlens):
         checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
+    check_runnable("q", q)
 
 
 def packed_attention(

@@ -221,9 +221,9 @@ class _Rope(torch.autograd.Function):
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: object) -> None:
     """Raise for arguments that rope does not allow."""
     checks.rope_arguments(q, k, cos, sin, positions)
-    check_runnable("q", q)
     if positions is not None and checks.values_are_checked(positions):
         checks.positions_in_table(positions, len(cos))
+    check_runnable("q", q)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
