@@ -17,7 +17,6 @@ from datasets import Dataset, DatasetDict
 from tests import tiny
 from unsloth_fast import cli
 
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 WITHOUT_LIGER, WITHOUT_TORCHAO = (
     pytest.mark.skipif(find_spec(package) is not None, reason=f"{package} is installed")
