@@ -93,7 +93,7 @@ def test_the_accuracy_is_the_share_of_right_predictions(processes: int) -> None:
 
 
 def test_there_is_no_accuracy_without_targets() -> None:
-    """Nor after it was taken."""
+    """Reading the accuracy resets its counts."""
     counter = counter_of()
     assert counter.take_accuracy() is None
     counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))

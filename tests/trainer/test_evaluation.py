@@ -160,7 +160,7 @@ def test_an_evaluation_without_batches_has_no_loss() -> None:
 
 
 def test_the_mean_is_computed_in_float64() -> None:
-    """In float32 the second loss would vanish beside the first."""
+    """In float32 the sum would lose the second loss."""
     evaluated = EvaluatedLoss()
     for loss in (2.0**24, 1.0):
         evaluated.add(torch.tensor(loss), torch.tensor(1))

@@ -18,7 +18,7 @@ from unsloth_fast.checkpoints import last_checkpoint, passes_of_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Six steps of two packed rows each; an epoch has five rows.
+# Six steps of two packed rows each; an epoch has five steps.
 OPTIONS = {
     "packing": True,
     "max_length": 24,
