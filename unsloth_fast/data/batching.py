@@ -17,12 +17,15 @@ class ModelFacts:
         multimodal: whether the model takes images, video or audio in addition to tokens.
         recurrent: whether a layer carries a state or a convolution from token to token (linear attention, Mamba), which
             would leak from one document into the next.
+        takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
+            without them each document would see those before it.
     """
 
     model_type: str = ""
     encoder_decoder: bool = False
     multimodal: bool = False
     recurrent: bool = False
+    takes_positions: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class ConfigFacts:
         processor: whether the processing class is a processor, not a tokenizer.
         processing_class: whether the user passed a processing class.
         vision_columns: whether the data set has columns of images or video.
+        prompt_learning: whether the adapter is a learned prompt, such as prefix tuning.
     """
 
     packing: bool = False
@@ -44,6 +48,7 @@ class ConfigFacts:
     processor: bool = False
     processing_class: bool = True
     vision_columns: bool = False
+    prompt_learning: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
         (model.model_type in LEAKING_MODELS, "the model's attention lets the documents of a row see each other"),
+        (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
+        (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
         (
             config.packing and config.padding_free is False,
             "padding_free=False was requested, and packed rows are padding-free",

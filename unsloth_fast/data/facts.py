@@ -25,9 +25,7 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
         given: the trainer's other keywords.
     """
     config, model_class = config_and_class(model, args)
-    plan = batching_plan(_model_facts(config, model_class), _config_facts(args, given))
-    others = _other_reasons(model, model_class, given.get("peft_config"))
-    return BatchingPlan(packing=False, padding_free=False, reasons=plan.reasons + others) if others else plan
+    return batching_plan(_model_facts(config, model_class), _config_facts(model, args, given))
 
 
 def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
@@ -58,20 +56,23 @@ def config_and_class(model: Any, args: SFTConfig) -> tuple[PreTrainedConfig, typ
 
 def _model_facts(config: PreTrainedConfig, model_class: type) -> ModelFacts:
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    forward = getattr(model_class, "forward", None)
     return ModelFacts(
         model_type=config.model_type,
         encoder_decoder=bool(config.is_encoder_decoder),
         multimodal=any(hasattr(config, name) for name in _OTHER_INPUTS),
         recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
+        takes_positions=forward is not None and "position_ids" in inspect.signature(forward).parameters,
     )
 
 
-def _config_facts(args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
+def _config_facts(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
     padding_free = args.padding_free
     # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open.
     if args.packing and not padding_free and not isinstance(args, UnslothTrainingArguments):
         padding_free = None
     processor = given.get("processing_class")
+    adapter = given.get("peft_config") or getattr(model, "active_peft_config", None)
     return ConfigFacts(
         packing=args.packing,
         padding_free=padding_free,
@@ -79,17 +80,5 @@ def _config_facts(args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
         processor=isinstance(processor, ProcessorMixin),
         processing_class=processor is not None,
         vision_columns=has_vision_columns(given),
+        prompt_learning=getattr(adapter, "is_prompt_learning", False),
     )
-
-
-def _other_reasons(model: Any, model_class: type, peft_config: Any) -> tuple[str, ...]:
-    """Further reasons against packing, which `batching_plan` does not know."""
-    reasons = []
-    adapter = peft_config or getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        reasons.append("prompt learning puts positions before each row that belong to no document")
-    # transformers finds the documents of a row by its positions; without them each would see those before it.
-    forward = getattr(model_class, "forward", None)
-    if forward is None or "position_ids" not in inspect.signature(forward).parameters:
-        reasons.append(f"{model_class.__name__} may not take position_ids, by which documents of a row are kept apart")
-    return tuple(reasons)
