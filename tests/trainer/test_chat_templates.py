@@ -9,7 +9,7 @@ import trl
 from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from unsloth_fast.chat_templates import (
@@ -334,12 +334,30 @@ def test_the_end_of_a_turn_is_the_eos_token_where_it_is_a_token(caplog: pytest.L
     assert made("a<|im_end|>", add_special_tokens=False)["input_ids"][-1] == 3
 
 
-@pytest.mark.parametrize("kind", ["bytes", "words"])
+def unigram() -> PreTrainedTokenizerFast:
+    """Pieces with scores, as T5 and its kin have them."""
+    pieces = [(token, 0.0) for token in ("<pad>", "<s>", "</s>", "<unk>")]
+    built = Tokenizer(models.Unigram([*pieces, *((character, -1.0) for character in "▁w12")], unk_id=3))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=built, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def llama() -> LlamaTokenizer:
+    """The tokenizer's class of Llama 2, which builds its parts itself."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *"▁w12"])}
+    return LlamaTokenizer(vocab=vocabulary, merges=[], pad_token="<unk>")
+
+
+ENDS = {"bytes": tokenizer, "words": tiny.tokenizer, "unigram": unigram, "llama": llama}
+
+
+@pytest.mark.parametrize("kind", ENDS)
 def test_the_eos_token_takes_the_spelling_where_it_is_none(
     kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Its index stays, the vocabulary does not grow, and the tokenizer can be saved."""
-    made, end = (tokenizer(), "</s>") if kind == "bytes" else (tiny.tokenizer(), "<eos>")
+    made: Any = ENDS[kind]()
+    end = made.eos_token
     index, size, pad = made.eos_token_id, len(made), made.pad_token_id
     text = "w1 w2"
     before = made(text)["input_ids"]
@@ -471,6 +489,8 @@ def test_longer_conversations() -> None:
     for place in range(3):
         assert sorted(entry[place] for entry in answers) == sorted(ALPACA_ROWS["output"])
     assert list(to_sharegpt(rows, conversation_extension=3)) == list(longer)
+    wide = to_sharegpt(rows, conversation_extension=3, remove_unused_columns=False)
+    assert (wide["conversations"][:], wide["input"][:]) == (longer["conversations"][:], ALPACA_ROWS["input"])
     assert list(to_sharegpt(rows, conversation_extension=3, random_state=1)) != list(longer)
 
 

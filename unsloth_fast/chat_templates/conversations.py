@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 _KEYS = (("role", "content"), ("from", "value"))
@@ -89,21 +90,21 @@ def standard_messages(conversation: Iterable[Mapping[str, Any]], roles: Mapping[
 
 def _needs_rewriting(dataset: Any, first: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> bool:
     """Whether a column holds conversations, and any of them has other keys or roles than the standard ones."""
-    rows: Any = [first[name]] if not isinstance(dataset, Dataset) else dataset.select_columns([name]).with_format(None)
-    if keys_of(first[name]) is None:  # maybe an empty conversation; then the first that is not empty decides
-        if first[name] not in ([], None) or not isinstance(dataset, Dataset):
-            return False
-        rows = list(rows)
-        if not any(keys_of(row[name]) for row in rows):
-            return False
-    if not isinstance(dataset, Dataset):
-        return True  # later rows of a stream are unknown, and standard messages pass unchanged
-    kept = set(roles.values())
-    for row in rows:
-        for message in row[name] or []:
-            role = message.get("role")
-            if role is None or "content" not in message or (role in roles and role not in kept):
-                return True
+    if not isinstance(dataset, Dataset):  # later rows of a stream are unknown, and standard messages pass unchanged
+        return keys_of(first[name]) is not None
+    kind = dataset.data.schema.field(name).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    keys = [field.name for field in kind.value_type]
+    if keys_of([dict.fromkeys(keys)]) is None:
+        return False
+    if not {"role", "content"} <= set(keys):
+        return True
+    table: Any = dataset.select_columns([name]).with_format("arrow")[:]
+    for conversations in table.column(name).chunks:
+        given = conversations.flatten().field("role").unique().to_pylist()
+        if any(role is None or roles.get(role, role) != role for role in given):
+            return True
     return False
 
 
@@ -157,8 +158,6 @@ def to_sharegpt(
     removed = list(first) if remove_unused_columns else []
     merged = merged_column_name if merged_prompt and not remove_unused_columns else None
     make = partial(_conversation, prompt=prompt, answer=output_column_name, merged=merged)
-    if merged in removed:
-        removed.remove(merged)
     result = dataset.map(make, remove_columns=removed)
     if conversation_extension == 1:
         return result
@@ -166,7 +165,10 @@ def to_sharegpt(
     orders = [generator.permutation(len(result)) for _ in range(conversation_extension - 1)]
     turns = result["conversations"][:]
     longer = [turns[i] + [turn for order in orders for turn in turns[int(order[i])]] for i in range(len(turns))]
-    return result.remove_columns("conversations").add_column("conversations", longer)
+    rest = result.remove_columns("conversations")
+    if not rest.column_names:
+        return Dataset.from_dict({"conversations": longer}, split=result.split)
+    return rest.add_column("conversations", longer)
 
 
 def _conversation(

@@ -39,7 +39,9 @@ def find_parts(tokenizer: Any) -> tuple[str, str]:
 
 def _parts(tokenizer: Any) -> tuple[str, str]:
     whole = _written(tokenizer, 4)
-    after_answer, before_answer = _between(whole, 1), _between(whole, 2)
+    # An answer may be written otherwise where it is the last, such as with a place for its reasoning.
+    before_answer = _common(tokenizer, _between(whole, 0), _between(whole, 2))
+    after_answer = _between(whole, 1)
     asked = _written(tokenizer, 1)
     prompt = _added(tokenizer, asked, _written(tokenizer, 1, prompt=True))
     if prompt and prompt in before_answer:
