@@ -390,7 +390,7 @@ def test_a_tokenizer_without_an_end_token() -> None:
 
 @pytest.mark.parametrize("name", BYTES)
 def test_marks_of_the_assistants_tokens(name: str) -> None:
-    """From behind the generation prompt to the end of the turn, so that TRL's assistant_only_loss can be used."""
+    """From after the generation prompt to the end of the turn, so that TRL's assistant_only_loss can be used."""
     made = get_chat_template(tokenizer(), name, map_eos_token=False)
     messages = MESSAGES[1:]
     options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

@@ -1,4 +1,4 @@
-"""Chat templates, conversations and training on responses alone, under the names that Unsloth's scripts import."""
+"""Chat templates, conversations and training on responses only, under the names that Unsloth's scripts import."""
 
 from unsloth_fast.chat_templates.conversations import standardize_data_formats, standardize_sharegpt, to_sharegpt
 from unsloth_fast.chat_templates.custom import apply_chat_template

@@ -12,7 +12,7 @@ _ROLES = ("user", "assistant", "user", "assistant")
 def find_parts(tokenizer: Any) -> tuple[str, str]:
     """The text before the content of a user, and before that of the assistant, in a tokenizer's chat template.
 
-    The end of the turn before is not part of either: it belongs to the response that it ends.
+    The token that ends the previous turn is in neither: it belongs to the response that it ends.
 
     Args:
         tokenizer: a tokenizer or a processor with a chat template.
@@ -65,7 +65,7 @@ def _written(tokenizer: Any, count: int, prompt: bool = False) -> str:
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError):  # some templates take parts of several kinds alone
+    except (TemplateError, TypeError):  # some templates take only lists of parts as content
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
         return tokenizer.apply_chat_template(messages, **options)

@@ -1,4 +1,4 @@
-"""Training on responses alone: the labels of a trainer's data sets, masked."""
+"""Training on responses only: the labels of a trainer's data sets, masked."""
 
 import logging
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ def train_on_responses_only(
 ) -> Any:
     """Mask every label outside responses, in a trainer's data sets.
 
-    A response begins behind `response_part`, and ends before the next `instruction_part` or `response_part`, or with
-    its document: the end token belongs to it. In packed rows each document stands for itself. What comes first in a
-    row is no response until `response_part` occurs; this concerns the rows that packing_strategy="wrapped" and
+    A response starts after `response_part` and ends before the next `instruction_part` or `response_part`, or at the end
+    of its document: the end token belongs to it. In packed rows each document is masked separately. Tokens at the start
+    of a row are not a response until `response_part` occurs; this concerns the rows that packing_strategy="wrapped" and
     "bfd_split" begin in the middle of a document. Labels that are masked already stay masked. Rows without a target
     are dropped, as TRL drops them, and counted in the log.
 
@@ -94,7 +94,7 @@ def _parts(tokenizer: Any, instruction: str | None, response: str | None) -> tup
 def _masked(
     dataset: Any, name: str, labels: ResponseLabels, parts: tuple[str, str], tokenizer: Any, num_proc: int | None
 ) -> Any:
-    """The data set with the labels of responses alone, without the rows that have none."""
+    """The data set with the labels of responses only, without the rows that have none."""
     first: Any = next(iter(dataset), None)
     if first is None or "input_ids" not in first:
         columns = "no row" if first is None else f"only the columns {', '.join(map(repr, first))}"
@@ -123,18 +123,19 @@ def _masked_stream(
     if kept.any() or len(start) < STREAM_CHECK:
         _report(name, kept, parts, tokenizer, start[0])
     else:
-        logger.warning("%s: none of the first %d rows has a response behind %r", name, STREAM_CHECK, parts[1])
+        logger.warning("%s: none of the first %d rows has a response after %r", name, STREAM_CHECK, parts[1])
     _check_instructions(name, filter(has_target, start), labels, parts)
+    logger.info("%s: a stream; rows without a response after %r are dropped as they are read", name, parts[1])
     return result.filter(has_target)
 
 
 def has_target(row: Mapping[str, Any]) -> bool:
-    """Whether a label behind the first is a target."""
+    """Whether a label after the first is a target."""
     return any(label != IGNORE_INDEX for label in row["labels"][1:])
 
 
 def _rows_with_targets(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Which rows have a target behind their first token, [rows] bool."""
+    """Which rows have a target after their first token, [rows] bool."""
     before = np.concatenate(([0], (labels != IGNORE_INDEX).cumsum()))
     ends = lengths.cumsum()
     return before[ends] > before[np.minimum(ends - lengths + 1, ends)]
@@ -149,12 +150,12 @@ def _report(name: str, kept: np.ndarray, parts: tuple[str, str], tokenizer: Any,
     if not kept.any():
         begin = tokenizer.decode(list(row["input_ids"][:60]))
         raise ValueError(
-            f"{name}: got no response behind response_part={parts[1]!r} in {len(kept)} rows, the first of which begins "
+            f"{name}: got no response after response_part={parts[1]!r} in {len(kept)} rows, the first of which begins "
             f"{begin!r}; allowed: at least one (check both parts against this text, and max_length)"
         )
     if empty := np.count_nonzero(~kept):
         logger.warning(
-            "%s: %d of %d rows have no response behind response_part=%r, or lost it to max_length, and are dropped",
+            "%s: %d of %d rows have no response after response_part=%r, or max_length cut it off; they are dropped",
             *(name, empty, len(kept), parts[1]),
         )
 
@@ -166,7 +167,7 @@ def _check_instructions(name: str, rows: Any, labels: ResponseLabels, parts: tup
         if longest_matches(ids, np.zeros(len(ids), np.int64), labels.instruction).any():
             return
     logger.warning(
-        "%s: instruction_part=%r does not occur: each response reaches to the next one, or to its document's end",
+        "%s: instruction_part=%r does not occur: each response extends to the next one, or to its document's end",
         *(name, parts[0]),
     )
 

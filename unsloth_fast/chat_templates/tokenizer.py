@@ -128,7 +128,7 @@ def _head(mapping: Mapping[str, str], system_message: str | None) -> str:
             f"{{%- set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}"
             "{%- endif %}"
         )
-    return head + "\n" if head else ""  # a newline behind a block is dropped; one of the template's own would be too
+    return head + "\n" if head else ""  # Jinja drops the newline after a block: this one, not the template's
 
 
 def _end_turns(tokenizer: Any, end: str, map_eos_token: bool) -> None:

@@ -27,7 +27,7 @@ def forms_of(text: str, tokenizer: Any, *, exact: bool = True) -> Forms:
 
     Args:
         text: the text.
-        tokenizer: a tokenizer; a slow one has only the form of the text alone.
+        tokenizer: a tokenizer; for a slow one, the text on its own is the only form.
         exact: whether the whitespace at the ends of the text counts.
 
     Returns:
@@ -69,9 +69,9 @@ def _form(
 
 @dataclass(frozen=True)
 class ResponseLabels:
-    """Labels that keep the targets of responses alone: a function of a row, or of a batch of rows, for `Dataset.map`.
+    """Labels that keep only the targets of responses: a function of a row, or of a batch of rows, for `Dataset.map`.
 
-    A response begins behind a text of `response`, and ends before the next text of either kind, or with its document:
+    A response starts after a text of `response` and ends before the next text of either kind, or with its document:
     what follows it in its turn, such as the end token, belongs to it.
 
     Attributes:
@@ -101,7 +101,7 @@ class ResponseLabels:
         """Which tokens belong to a response.
 
         Args:
-            ids: [S], documents one behind the other.
+            ids: [S], concatenated documents.
             lengths: the length of each document; what is left over is one more.
 
         Returns:
