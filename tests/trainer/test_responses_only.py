@@ -481,6 +481,19 @@ def test_another_collator_that_does(tmp_path: Path) -> None:
         train_on_responses_only(trainer)
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_that_cuts_documents(strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No token outside a response is a target; a warning says that some inside are none."""
+    settings = {"packing": True, "packing_strategy": strategy, "max_length": 16}
+    trainer = trainer_of(UnslothTrainer, tmp_path, Dataset.from_dict({"text": texts()}), settings=settings)
+    train_on_responses_only(trainer)
+    assert (f"packing_strategy: got {strategy!r}, which cuts documents" in caplog.text) == (strategy != "bfd")
+    for ids, labels in documents(trainer.train_dataset):
+        if strategy != "wrapped":  # in whose rows one response may follow another's end
+            assert labels == masked_by_hand(ids)
+        assert not {4, 5} & set(labels)
+
+
 def test_several_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     trainer = trainer_of(UnslothTrainer, tmp_path, Dataset.from_dict({"text": texts()}))

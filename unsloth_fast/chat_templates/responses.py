@@ -32,11 +32,11 @@ def train_on_responses_only(
 ) -> Any:
     """Mask every label outside responses, in a trainer's data sets.
 
-    A response starts after `response_part` and ends before the next `instruction_part` or `response_part`, or at the end
-    of its document: the end token belongs to it. In packed rows each document is masked separately. Tokens at the start
-    of a row are not a response until `response_part` occurs; this concerns the rows that packing_strategy="wrapped" and
-    "bfd_split" begin in the middle of a document. Labels that are masked already stay masked. Rows without a target
-    are dropped, as TRL drops them, and counted in the log.
+    A response starts after `response_part` and ends before the next `instruction_part` or `response_part`, or at the
+    end of its document: the end token belongs to it. In packed rows each document is masked separately. Tokens at the
+    start of a document are not a response until `response_part` occurs. So the strategies "wrapped" and "bfd_split" of
+    packing, which cut documents, lose the targets of a response that goes on in another row; a warning says so. Labels
+    that are masked already stay masked. Rows without a target are dropped, as TRL drops them, and counted in the log.
 
     Args:
         trainer: a trainer whose data sets are tokenized, as those of `UnslothTrainer` and `trl.SFTTrainer` are; they
@@ -66,6 +66,13 @@ def train_on_responses_only(
     labels = ResponseLabels(*(forms_of(part, inner, exact=force_match) for part in parts))
     if return_function:
         return labels
+    args = getattr(trainer, "args", None)
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "bfd":
+        logger.warning(
+            "packing_strategy: got %r, which cuts documents; responses that go on in another row are not trained on "
+            "there (packing_strategy='bfd' cuts none)",
+            args.packing_strategy,
+        )
     given = {name: getattr(trainer, name, None) for name in ("train_dataset", "eval_dataset")}
     masked = {name: _masked(data, name, labels, parts, inner, num_proc) for name, data in datasets_of(given)}
     _keep_labels(trainer, inner, next(iter(masked.values()), None))

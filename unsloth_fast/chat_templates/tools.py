@@ -137,7 +137,7 @@ QWEN_2_5 = _QWEN_HEAD.replace("DEFAULT", _QWEN_DEFAULT).replace("GAP", "'\\n\\n'
 _QWEN_3_HEAD = _QWEN_HEAD.replace("DEFAULT", "none").replace("GAP", "'\\n\\n'")
 QWEN_3_INSTRUCT = _QWEN_3_HEAD + _QWEN_TURNS.replace("ANSWER", "{{- content }}").replace("PROMPT", "")
 
-# The reasoning of an answer is written only after the last question of a user; the last answer always has a place for it.
+# The reasoning of an answer is written only after the user's last question; the last answer always has a place for it.
 _LAST_QUESTION = """{%- set asked = namespace(last=messages | length - 1, open=true) %}
 {%- for message in messages | reverse %}
     {%- if asked.open and message['role'] == 'user' and message['content'] is string and not
