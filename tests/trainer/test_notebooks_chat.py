@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 import unsloth_fast.chat_templates
 from tests import tiny
-from tests.trainer.runs import LOSES_LABELS, arguments
+from tests.trainer.runs import TRL_DROPS_LABELS, arguments
 from tests.trainer.test_responses_only import byte_level, finished
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
@@ -166,7 +166,7 @@ def llama(chat: list[tuple[str, str]]) -> str:
 def test_conversations(variant: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = [[{"from": role, "value": text} for role, text in chat] for chat in SHAREGPT]
     packed = variant == "packed"
-    if packed and LOSES_LABELS:
+    if packed and TRL_DROPS_LABELS:
         pytest.skip("the installed trl packs tokens without their labels")
     options = {"packing": True, "max_length": 256} if packed else {}
     ours = run(
@@ -198,7 +198,7 @@ def test_conversations(variant: str, folder: str, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_columns_of_instructions(packed: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if packed and LOSES_LABELS:
+    if packed and TRL_DROPS_LABELS:
         pytest.skip("the installed trl packs tokens without their labels")
     options = {"packing": True, "max_length": 256} if packed else {}
     ours = run(

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.trainer.runs import BATCHINGS, LOSES_LABELS, SGD, arguments, textbook
+from tests.trainer.runs import BATCHINGS, SGD, TRL_DROPS_LABELS, arguments, textbook
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.chat_templates import CHAT_TEMPLATES, get_chat_template, train_on_responses_only
 from unsloth_fast.chat_templates.parts import find_parts
@@ -350,7 +350,7 @@ def documents(dataset: Any) -> Iterator[tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("given", [True, False])
 def test_the_data_sets_of_a_trainer(given: bool, batching: str, streamed: bool, tmp_path: Path) -> None:
-    if LOSES_LABELS and streamed and batching == "packed":
+    if TRL_DROPS_LABELS and streamed and batching == "packed":
         pytest.skip("the installed trl packs the tokens of a stream without their labels")
     data = Dataset.from_dict({"text": texts()})
     other = Dataset.from_dict({"text": texts(5)})
@@ -377,7 +377,7 @@ def test_losses_and_weights_equal_those_of_trl_with_masks_by_hand(
     batching: str, streamed: bool, tmp_path: Path
 ) -> None:
     """Six steps in float64, against TRL's trainer, a textbook loss, and labels masked by hand."""
-    if LOSES_LABELS and (streamed or batching == "packed"):
+    if TRL_DROPS_LABELS and (streamed or batching == "packed"):
         pytest.skip("the installed trl packs tokens without their labels, and makes those of a stream in its collator")
     plain = SGD | {"max_steps": 6, "learning_rate": 0.1}
     if batching == "packed":

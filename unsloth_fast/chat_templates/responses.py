@@ -66,7 +66,7 @@ def train_on_responses_only(
     labels = ResponseLabels(*(forms_of(part, inner, exact=force_match) for part in parts))
     if return_function:
         return labels
-    args = getattr(trainer, "args", None)
+    args: Any = getattr(trainer, "args", None)
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "bfd":
         logger.warning(
             "packing_strategy: got %r, which cuts documents; responses that go on in another row are not trained on "
