@@ -85,6 +85,10 @@ SEAMS = (
     Seam("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "called: the same, where it is not eager"),
     Seam("transformers.utils.hub.cached_file", "called with its `_raise_exceptions_for_*`: a missing file is no error"),
     Seam("transformers.trainer_optimizer.is_optimizer_factory", "called: such an optimizer makes its own groups"),
+    Seam(
+        "transformers.PreTrainedTokenizerFast._tokenizer",
+        "replaced on an instance: its end token has another spelling",
+    ),
     # trl
     Seam("trl.SFTTrainer._prepare_dataset", "overridden: data sets are checked, and packed as a whole"),
     Seam("trl.SFTTrainer._metrics", "written: what TRL logs beside the loss"),

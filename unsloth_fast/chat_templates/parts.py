@@ -1,0 +1,99 @@
+"""The text that a chat template writes before what a user says, and before a response."""
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+_TEXTS = ("Alpha1", "Bravo2", "Charlie3", "Delta4")
+_ROLES = ("user", "assistant", "user", "assistant")
+
+
+def find_parts(tokenizer: Any) -> tuple[str, str]:
+    """The text before the content of a user, and before that of the assistant, in a tokenizer's chat template.
+
+    The token that ends the previous turn is in neither: it belongs to the response that it ends.
+
+    Args:
+        tokenizer: a tokenizer or a processor with a chat template.
+
+    Returns:
+        The instruction part and the response part.
+
+    Raises:
+        ValueError: there is no template, or it writes such a conversation in another way.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "instruction_part, response_part: got None, and the tokenizer has no chat template; allowed: both texts, "
+            "or a tokenizer with a template (see `get_chat_template`)"
+        )
+    try:
+        return _parts(tokenizer)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            "instruction_part, response_part: got None, and they could not be found in the tokenizer's chat template "
+            f"({error}); allowed: the text before what a user says, and before a response"
+        ) from error
+
+
+def _parts(tokenizer: Any) -> tuple[str, str]:
+    whole = _written(tokenizer, 4)
+    # An answer may be written otherwise where it is the last, such as with a place for its reasoning.
+    before_answer = _common(tokenizer, _between(whole, 0), _between(whole, 2))
+    after_answer = _between(whole, 1)
+    asked = _written(tokenizer, 1)
+    prompt = _added(tokenizer, asked, _written(tokenizer, 1, prompt=True))
+    if prompt and prompt in before_answer:
+        response = prompt
+    elif prompt:
+        response = _without(tokenizer, before_answer, asked.rpartition(_TEXTS[0])[2])
+    else:
+        response = before_answer
+    end = _written(tokenizer, 2, prompt=True).rpartition(_TEXTS[1])[2].removesuffix(prompt)
+    instruction = _without(tokenizer, after_answer, end)
+    if not instruction.strip() or not response.strip():
+        raise ValueError("it writes no text there")
+    return instruction, response
+
+
+def _written(tokenizer: Any, count: int, prompt: bool = False) -> str:
+    """The first messages of the conversation, as the template writes them."""
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": text} for role, text in zip(_ROLES[:count], _TEXTS[:count], strict=True)
+    ]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError):  # some templates take only lists of parts as content
+        for message in messages:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        return tokenizer.apply_chat_template(messages, **options)
+
+
+def _between(whole: str, index: int) -> str:
+    """The text between two of the contents."""
+    first, second = (whole.find(text) for text in _TEXTS[index : index + 2])
+    if first < 0 or second < 0:
+        raise ValueError("it does not write every message")
+    return whole[first + len(_TEXTS[index]) : second]
+
+
+def _added(tokenizer: Any, without: str, prompted: str) -> str:
+    return prompted[len(_common(tokenizer, without, prompted)) :]
+
+
+def _without(tokenizer: Any, text: str, beginning: str) -> str:
+    return text[len(_common(tokenizer, text, beginning)) :]
+
+
+def _common(tokenizer: Any, first: str, second: str) -> str:
+    """The common beginning of two texts, no special token of either cut apart."""
+    tokens = sorted(map(re.escape, getattr(tokenizer, "tokenizer", tokenizer).get_added_vocab()), key=len, reverse=True)
+    pieces = re.compile("|".join([*tokens, r"<[^<>\s]*>", "."]), re.DOTALL)
+    common = ""
+    for one, other in zip(pieces.findall(first), pieces.findall(second), strict=False):
+        if one != other:
+            break
+        common += one
+    return common
