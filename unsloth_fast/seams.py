@@ -76,6 +76,8 @@ SEAMS = (
         "replaced on an instance: offloads inputs",
     ),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
+    Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),
+    Seam("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "read: the same"),
     Seam("transformers.PreTrainedConfig._attn_implementation", "read: only sdpa and eager attention are replaced"),
     Seam("transformers.PreTrainedConfig._name_or_path", "read: names the default output folder, as TRL does"),
     Seam(
