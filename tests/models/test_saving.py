@@ -142,7 +142,7 @@ def test_biases_of_the_adapter_are_merged(tmp_path: Path, base_bias: bool, four:
     if base_bias:
         assert_near(logits_of(merged(model, tmp_path / "merged")), logits_of(model))
     else:
-        with pytest.raises(ValueError, match="cannot be merged .*base layer has no bias"):
+        with pytest.raises(ValueError, match=r"cannot be merged .*base layer has no bias"):
             merged_model(model, torch.float32)
 
 
@@ -182,7 +182,7 @@ def test_4_bit_weights_are_dequantised_once_and_rounded_once(tmp_path: Path, ada
         exact = dequantize_4bit(weight.data, weight.quant_state).double() + layer.scaling["default"] * high @ low
         found = saved[f"{name.removeprefix('base_model.model.')}.weight"].double()
         unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 8)  # in the last of 8 bits
-        assert ((found - exact).abs() <= 0.5001 * unit).all()
+        assert ((found - exact).abs() <= 0.5 * unit + 1e-7 * exact.abs().max()).all()
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,10 @@ def _with_adapters(layer: Any, base: nn.Module, weights: Weights) -> Weights:
                 "quantised"
             )
         wide.__class__ = Linear  # that of a quantised layer would quantise the merged weight
-    outer = wide
-    while isinstance(outer, BaseTunerLayer):  # each parameter of experts has a wrapper of its own, one inside another
-        _merge(outer)
-        outer = outer.base_layer
-    merged = wide.get_base_layer()
+    inner, merged = wide, wide.get_base_layer()
+    while inner is not merged:  # each parameter of experts has a wrapper of its own, one inside another
+        _merge(inner)
+        inner = inner.base_layer
     return {name: getattr(merged, name).detach() for name in weights}
 
 
