@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from unsloth_fast import gguf
 from unsloth_fast.gguf import ALLOWED_QUANTS
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _SIXTEEN = (torch.bfloat16, torch.float16)
-_LOADED = "unsloth_loaded"  # the attribute of a model with values of its configuration as it was loaded
+_LOADED = "unsloth_loaded"  # the attribute of a model with the cache setting of the configuration that was loaded
 # Unsloth's keywords that change nothing here: nothing temporary is kept, and only safetensors are written.
 _WITHOUT_EFFECT = (
     "maximum_memory_usage",
@@ -223,7 +223,7 @@ def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None
     """
     base = without_adapter(model)
     if _LOADED not in vars(base):
-        setattr(base, _LOADED, {name: value for name, value in vars(base.config).items() if name == "use_cache"})
+        setattr(base, _LOADED, _cache_setting(base.config))
     _bind(base, {"save_pretrained": _save_as_loaded, "generate": generate})
     for owner in {id(base): base, id(model): model}.values():
         _bind(owner, _METHODS | (further or {}))
@@ -255,16 +255,22 @@ def _bind(owner: object, functions: dict[str, Callable[..., Any]]) -> None:
 
 def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, with the values of the configuration that was loaded."""
-    config, loaded = vars(model.config), getattr(model, _LOADED)
-    before = config.get("use_cache")
-    config.update(loaded)
-    if not loaded:
-        config.pop("use_cache", None)
+    now = _cache_setting(model.config)
+    _set_cache(model.config, getattr(model, _LOADED))
     try:
         return type(model).save_pretrained(model, *positional, **keywords)
     finally:
-        if before is not None:
-            config["use_cache"] = before
+        _set_cache(model.config, now)
+
+
+def _cache_setting(config: PreTrainedConfig) -> dict[str, Any]:
+    """The field `use_cache`; empty where the configuration has none, as those of several models in one."""
+    return {name: value for name, value in vars(config).items() if name == "use_cache"}
+
+
+def _set_cache(config: PreTrainedConfig, setting: dict[str, Any]) -> None:
+    vars(config).pop("use_cache", None)
+    vars(config).update(setting)
 
 
 def _check_keywords(function: str, kwargs: dict[str, object]) -> None:
@@ -298,7 +304,7 @@ def _merged(model: Any, asked: torch.dtype | None) -> Any:
         if dtype is not None:
             raise
         merged = merged_model(model, torch.bfloat16)
-    merged.config.__dict__.update(getattr(without_adapter(model), _LOADED, {}))
+    _set_cache(merged.config, getattr(without_adapter(model), _LOADED, _cache_setting(merged.config)))
     return merged
 
 

@@ -94,8 +94,12 @@ SEAMS = (
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
-    Seam("peft.tuners.lora.Linear", "recognised: its forward is ours"),
+    Seam("peft.tuners.lora.Linear", "recognised: its forward is ours; merges a dequantised layer"),
     Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
+    Seam("peft.tuners.lora.LoraLayer", "recognised: a layer that is merged"),
+    Seam("peft.tuners.trainable_tokens.TrainableTokensLayer", "recognised: an embedding with trained rows"),
+    Seam("peft.utils.ModulesToSaveWrapper", "recognised: a module trained in full, whose copy is saved"),
+    Seam("peft.utils.TrainableTokensWrapper", "recognised: the wrapper of an embedding with trained rows"),
     Seam("peft.import_utils.is_bnb_4bit_available", "called: whether the class above can be imported"),
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),

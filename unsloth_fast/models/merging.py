@@ -54,8 +54,8 @@ def merged_model(model: Any, dtype: torch.dtype) -> Any:
     with torch.no_grad():
         state = dict(_merged_state(base, plain, dtype))
     tied = _tied_names(plain)
-    if tied and not torch.equal(state[tied[0]], state[tied[1]]):
-        logger.info("%s and %s differ after merging: they are no longer tied", *tied)
+    if any(not torch.equal(state[tied[0]], state[name]) for name in tied):
+        logger.info("no longer tied, as they differ after merging: %s", ", ".join(tied))
         config = copy.deepcopy(base.config)
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
@@ -73,13 +73,12 @@ def _empty_model(base: Any, config: Any) -> Any:
         return type(base)(config)
 
 
-def _tied_names(plain: Any) -> tuple[str, str] | None:
-    """The names of the embedding's and the head's weight if they are the same; None otherwise."""
+def _tied_names(plain: Any) -> list[str]:
+    """The names of the weight of the embedding and the head if they are the same; empty otherwise."""
     head = plain.get_output_embeddings()
     if head is None or head.weight is not plain.get_input_embeddings().weight:
-        return None
-    first, second = (name for name, p in plain.named_parameters(remove_duplicate=False) if p is head.weight)
-    return first, second
+        return []
+    return [name for name, parameter in plain.named_parameters(remove_duplicate=False) if parameter is head.weight]
 
 
 def _merged_state(base: nn.Module, plain: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
