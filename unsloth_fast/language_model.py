@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from unsloth_fast import backends
 from unsloth_fast.models import checkpointing, loading, place
+from unsloth_fast.models.auto import accept_bits
 from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.save import add_methods
@@ -117,6 +118,7 @@ class FastLanguageModel:
         _add_methods(model)
         place(model, chosen)
         patch_trl()
+        accept_bits()
         if use_gradient_checkpointing is None:
             return model.train(), tokenizer
         return FastLanguageModel.for_training(model, use_gradient_checkpointing), tokenizer

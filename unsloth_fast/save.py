@@ -5,6 +5,7 @@
 
 import copy
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
@@ -31,7 +32,12 @@ __all__ = [
     "push_to_hub_merged",
     "save_pretrained_gguf",
     "save_pretrained_merged",
+    "unsloth_generic_save_pretrained_merged",
+    "unsloth_push_to_hub_gguf",
+    "unsloth_push_to_hub_merged",
     "unsloth_save_model",
+    "unsloth_save_pretrained_gguf",
+    "unsloth_save_pretrained_merged",
 ]
 
 logger = logging.getLogger(__name__)
@@ -174,7 +180,8 @@ def save_pretrained_gguf(
         raise ValueError("tokenizer: got None; allowed: a tokenizer, which a GGUF file holds")
     folder = Path(save_directory)
     save_pretrained_merged(model, folder, tokenizer, **kwargs)
-    wide = "f16" if _dtype_of(model, kwargs.get("dtype")) is torch.float16 else "bf16"
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    wide = "f16" if stored == "float16" else "bf16"
     return gguf.convert(folder, folder, folder.resolve().name, methods, wide)
 
 
@@ -235,7 +242,19 @@ def patch_saving_functions(model: Any) -> Any:
     return model
 
 
-unsloth_save_model = save_pretrained_merged
+def unsloth_save_model(
+    model: Any, tokenizer: Any, save_directory: str | Path, save_method: str = "lora", **kwargs: Any
+) -> None:
+    """`save_pretrained_merged` with the arguments in another order and another default."""
+    save_pretrained_merged(model, save_directory, tokenizer, save_method, **kwargs)
+
+
+# The names of Unsloth's own functions, which some scripts import.
+unsloth_generic_save_pretrained_merged = save_pretrained_merged
+unsloth_save_pretrained_merged = save_pretrained_merged
+unsloth_push_to_hub_merged = push_to_hub_merged
+unsloth_save_pretrained_gguf = save_pretrained_gguf
+unsloth_push_to_hub_gguf = push_to_hub_gguf
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "save_pretrained_merged": save_pretrained_merged,

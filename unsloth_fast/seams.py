@@ -96,6 +96,7 @@ SEAMS = (
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
     Seam("peft.tuners.lora.Linear", "recognised: its forward is ours; merges a dequantised layer"),
     Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
+    Seam("peft.AutoPeftModelForCausalLM.from_pretrained", "replaced by models.auto: it takes load_in_4bit"),
     Seam("peft.tuners.lora.LoraLayer", "recognised: a layer that is merged"),
     Seam("peft.tuners.trainable_tokens.TrainableTokensLayer", "recognised: an embedding with trained rows"),
     Seam("peft.utils.ModulesToSaveWrapper", "recognised: a module trained in full, whose copy is saved"),

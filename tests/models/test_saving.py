@@ -13,7 +13,7 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,6 +23,7 @@ from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer
 from unsloth_fast.models import generation
+from unsloth_fast.models.auto import accept_bits, refuse_bits
 from unsloth_fast.models.merging import merged_model
 
 pytestmark = pytest.mark.usefixtures("unpatched")
@@ -392,6 +393,39 @@ def test_a_vocabulary_below_1_is_refused(tmp_path: Path, caplog: pytest.LogCaptu
     assert "resize_model_vocab: got 40, fewer than the tokenizer's 48 tokens" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"load_in_4bit": True}, bitsandbytes.nn.Linear4bit),
+        ({"load_in_8bit": True}, bitsandbytes.nn.Linear8bitLt),
+        ({"load_in_4bit": False}, nn.Linear),
+        ({}, nn.Linear),
+    ],
+)
+def test_pefts_own_loader_takes_load_in_4bit(tmp_path: Path, options: dict[str, bool], kind: type) -> None:
+    """As scripts for older releases call it."""
+    model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    accept_bits()
+    found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), dtype=torch.float32, **options)
+    assert type(found.base_model.model.model.layers[0].mlp.up_proj.base_layer) is kind
+    assert_near(logits_of(found.eval()), logits_of(model), 0.3 if any(options.values()) else 1e-6)
+    refuse_bits()
+    with pytest.raises(TypeError, match="load_in_4bit"):
+        AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), load_in_4bit=True)
+
+
+def test_functions_of_unsloths_names_save(tmp_path: Path) -> None:
+    model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
+    unsloth_fast.save.unsloth_save_model(model, tokenizer, tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert unsloth_fast.save.patch_saving_functions(plain) is plain
+    plain.save_pretrained_merged(tmp_path / "plain", dtype=torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+
+
 # The hub and llama.cpp
 
 
@@ -460,24 +494,26 @@ def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_gguf_files_are_written_by_llama_cpp(tmp_path: Path, llama_cpp: Path) -> None:
-    """Each method once; the file that llama-quantize starts from is removed unless it was asked for."""
+    """Each method once; llama-quantize starts from the 16 bits that were saved."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
     paths = model.save_pretrained_gguf(str(tmp_path / "out"), tokenizer, quantization_method="q8_0")
     assert paths == [str(tmp_path / "out" / "out.Q8_0.gguf")] and Path(paths[0]).read_text() == "q8_0"
     methods = ["q4_k_m", "quantized", "not_quantized"]
     paths = model.save_pretrained_gguf(str(tmp_path / "two"), None, quantization_method=methods)
     assert [Path(path).name for path in paths] == ["two.Q4_K_M.gguf", "two.F16.gguf"]
-    assert Path(paths[0]).read_text().strip() == "Q4_K_M of bf16"
+    assert Path(paths[0]).read_text().strip() == "Q4_K_M of f16"
     assert len(list((tmp_path / "two").glob("*.gguf"))) == 2
     with pytest.raises(RuntimeError, match=r"llama.cpp: .* ended with status 1:\nno such type"):
         model.save_pretrained_gguf(str(tmp_path / "three"), tokenizer, quantization_method="f32")
 
 
 def test_gguf_files_are_pushed_to_the_hub(tmp_path: Path, hub: Hub, llama_cpp: Path) -> None:
+    """Without the file that llama-quantize started from, which was not asked for."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
     model.push_to_hub_gguf("me/name", tokenizer, quantization_method="q5_k_m", token="secret")
     (_, upload, files) = hub.calls[1]
-    assert "name.Q5_K_M.gguf" in files and upload["allow_patterns"] == "*.gguf"
+    assert {name for name in files if name.endswith(".gguf")} == {"name.Q5_K_M.gguf"}
+    assert upload["allow_patterns"] == "*.gguf"
 
 
 def test_without_llama_cpp_the_commands_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
