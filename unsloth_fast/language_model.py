@@ -16,7 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from unsloth_fast import backends
 from unsloth_fast.models import checkpointing, loading, place
+from unsloth_fast.models.auto import accept_bits
+from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
+from unsloth_fast.save import add_methods
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class FastLanguageModel:
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
         use_gradient_checkpointing: bool | str | None = None,
+        resize_model_vocab: int | None = None,
         backend: str | None = None,
         device_map: str | int | torch.device | dict[str, int | str | torch.device] | None = None,
         token: str | None = None,
@@ -62,6 +66,8 @@ class FastLanguageModel:
             full_finetuning: whether all weights will be trained; excludes 4 bits.
             use_gradient_checkpointing: as in `get_peft_model`; None to leave it to that method, or to the trainer's
                 arguments.
+            resize_model_vocab: the number of tokens to resize the model's embeddings to, before an adapter is loaded.
+                None to leave them, or with an adapter for the number that it was trained with.
             backend: "auto", "fast" or "reference", as in `unsloth_fast.backends.resolve`. Its name becomes the model's
                 `unsloth_backend`, which a trainer uses unless its arguments name a backend.
             device_map: as in transformers; None for this process's GPU (by LOCAL_RANK) if there is one.
@@ -102,13 +108,17 @@ class FastLanguageModel:
 
         model: Any = AutoModelForCausalLM.from_pretrained(source.base, **options, **source.base_hub)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
+        loading.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
         loading.prepare_tokenizer(tokenizer, model, max_seq_length)
         model.max_seq_length = max_seq_length or limit
         model.unsloth_backend = chosen.name
+        model.unsloth_checkpoint_dtype, model.unsloth_tokenizer = config.dtype, tokenizer
         if source.is_adapter:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, **source.adapter_hub)
+        _add_methods(model)
         place(model, chosen)
         patch_trl()
+        accept_bits()
         if use_gradient_checkpointing is None:
             return model.train(), tokenizer
         return FastLanguageModel.for_training(model, use_gradient_checkpointing), tokenizer
@@ -195,6 +205,7 @@ class FastLanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
             adapted: Any = peft_model(model, config)
+        _add_methods(adapted)
         _widen_float16(adapted, quantized=getattr(model, "is_loaded_in_4bit", False))
         if use_gradient_checkpointing is None:
             use_gradient_checkpointing = getattr(model, "unsloth_gradient_checkpointing", True)
@@ -204,12 +215,15 @@ class FastLanguageModel:
     def for_inference(model: Model) -> Model:
         """Prepare a model, in place, for generation: evaluation mode, key-value cache, no gradient checkpointing.
 
+        The tokenizer that was loaded with the model pads on the left until `for_training` is called.
+
         Returns:
             The model.
         """
         base = without_adapter(model)
         checkpointing.enable_checkpointing(base, False)
         base.config.use_cache = True
+        pad_left(base)
         return model.eval()
 
     @staticmethod
@@ -238,7 +252,13 @@ class FastLanguageModel:
             checkpointing.disable_offloading(base)
         checkpointing.enable_checkpointing(base, bool(use_gradient_checkpointing))
         base.config.use_cache = False
+        restore_padding(base)
         return model.train()
+
+
+def _add_methods(model: nn.Module) -> None:
+    own = {"for_inference": FastLanguageModel.for_inference, "for_training": FastLanguageModel.for_training}
+    add_methods(model, own)
 
 
 def _check_adapter(

@@ -76,6 +76,8 @@ SEAMS = (
         "replaced on an instance: offloads inputs",
     ),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
+    Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),
+    Seam("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "read: the same"),
     Seam("transformers.PreTrainedConfig._attn_implementation", "read: only sdpa and eager attention are replaced"),
     Seam("transformers.PreTrainedConfig._name_or_path", "read: names the default output folder, as TRL does"),
     Seam(
@@ -96,8 +98,13 @@ SEAMS = (
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
-    Seam("peft.tuners.lora.Linear", "recognised: its forward is ours"),
+    Seam("peft.tuners.lora.Linear", "recognised: its forward is ours; merges a dequantised layer"),
     Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
+    Seam("peft.AutoPeftModelForCausalLM.from_pretrained", "replaced by models.auto: it takes load_in_4bit"),
+    Seam("peft.tuners.lora.LoraLayer", "recognised: a layer that is merged"),
+    Seam("peft.tuners.trainable_tokens.TrainableTokensLayer", "recognised: an embedding with trained rows"),
+    Seam("peft.utils.ModulesToSaveWrapper", "recognised: a module trained in full, whose copy is saved"),
+    Seam("peft.utils.TrainableTokensWrapper", "recognised: the wrapper of an embedding with trained rows"),
     Seam("peft.import_utils.is_bnb_4bit_available", "called: whether the class above can be imported"),
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),

@@ -14,6 +14,7 @@ from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens
 from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
+from unsloth_fast.data.facts import config_and_class
 from unsloth_fast.data.preparation import Preparation
 from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
@@ -86,8 +87,11 @@ class UnslothTrainer(SFTTrainer):
         self._resolved = resolved = resolve_arguments(model, args, positional, keywords)
         self.backend = resolved.backend
         follow_arguments(model, resolved.args)
+        use_cache = getattr(config_and_class(model, resolved.args)[0], "use_cache", None)
         with head_without_adapter(model):
             super().__init__(model, resolved.args, **resolved.keywords)
+        if use_cache is not None:  # transformers turns it off, and would save the configuration so
+            self.model.config.use_cache = use_cache
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
         self._padding_collator = self.data_collator
         if self.padding_free:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -42,7 +43,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "float32_mixed_precision": _OFF,
     "offload_embedding": (*_OFF, "auto"),
     "rope_scaling": (None,),
-    "resize_model_vocab": (None,),
     "qat_scheme": (None,),
     "device_map_planner_kwargs": (None,),
     "gpu_memory_utilization": None,
@@ -206,6 +206,54 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 def default_device_map() -> dict[str, str] | None:
     """This process's GPU, by LOCAL_RANK; None without a GPU."""
     return {"": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"} if torch.cuda.is_available() else None
+
+
+def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: Source, asked: int | None = None) -> None:
+    """Give a model the number of token embeddings that was asked for, or that its adapter was trained with.
+
+    The adapter's weights show the number. Where they do not, the model gets a row for each token of the adapter's
+    tokenizer, and no fewer than it has.
+
+    Args:
+        model: the model, without the adapter.
+        tokenizer: of the adapter if it has one.
+        source: where both come from.
+        asked: the number to resize to; None for the adapter's.
+
+    Raises:
+        ValueError: fewer than 1.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if asked is not None:
+        checks.in_range("resize_model_vocab", asked, 1)
+        if asked < len(tokenizer):
+            logger.warning("resize_model_vocab: got %d, fewer than the tokenizer's %d tokens", asked, len(tokenizer))
+    elif source.is_adapter:
+        asked = _rows_of_adapter(model, source)
+        if asked is None and source.find_tokenizer() == source.name:
+            asked = max(rows, len(tokenizer))
+    if asked not in (None, rows):
+        logger.info("the model's %d token embeddings become %d", rows, asked)
+        model.resize_token_embeddings(asked)
+
+
+def _rows_of_adapter(model: Any, source: Source) -> int | None:
+    """How many tokens the embedding or the head has for which an adapter holds weights; None if it holds none."""
+    options = {"_raise_exceptions_for_missing_entries": False, **source.adapter_hub}
+    path = cached_file(source.name, "adapter_model.safetensors", **options)
+    if path is None:
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # the file is not a mapping
+            for name in names:
+                # In full, or the output side of LoRA on the head, or the input side of LoRA on the embedding.
+                dimensions = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
+                dimension = dimensions.get(key.rpartition(f".{name}.")[2])
+                if dimension is not None:
+                    return file.get_slice(key).get_shape()[dimension]
+    return None
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: CausalLM, max_seq_length: int | None) -> None:
