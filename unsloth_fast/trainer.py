@@ -19,7 +19,7 @@ from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.head import head_without_adapter
-from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer
+from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -86,7 +86,7 @@ class UnslothTrainer(SFTTrainer):
         self._resolved = resolved = resolve_arguments(model, args, positional, keywords)
         self.backend = resolved.backend
         follow_arguments(model, resolved.args)
-        with head_without_adapter(model):
+        with head_without_adapter(model), kept_dtypes(self, model):
             super().__init__(model, resolved.args, **resolved.keywords)
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
         self._padding_collator = self.data_collator

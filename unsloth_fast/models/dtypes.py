@@ -10,28 +10,21 @@ import torch
 from torch import Tensor
 
 
-def product_dtype(*tensors: Tensor) -> torch.dtype:
+def product_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
     """The dtype in which torch would multiply the tensors: autocast's where it is enabled, else the widest of them.
 
     Autocast leaves float64 as it is.
     """
-    device = tensors[0].device.type
-    widest = promoted_dtype(*tensors)
-    if widest == torch.float64 or not torch.is_autocast_enabled(device):
-        return widest
-    return torch.get_autocast_dtype(device)
-
-
-def promoted_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
-    """The dtype in which torch would add the tensors."""
-    dtype = first.dtype
+    dtype, device = first.dtype, first.device.type
     for other in others:
         if other.dtype != dtype:
             dtype = torch.promote_types(dtype, other.dtype)
-    return dtype
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def promoted(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The tensors in the dtype in which torch would add them."""
-    dtype = promoted_dtype(first, second)
+    dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(dtype)
