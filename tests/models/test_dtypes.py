@@ -76,7 +76,7 @@ def assert_as_untouched(model: Any, backend: str, autocast: AbstractContextManag
         with autocast:
             found = model(**batch, use_cache=False, backend_loss=True)
         assert found.dtype == FLOAT32
-        assert found.item() == pytest.approx(loss.item(), rel=share / 4), name
+        assert found.item() == pytest.approx(loss.item(), rel=share / 10), name
         after = gradients(model, found)
         assert after.keys() == expected.keys()
         for parameter, gradient in expected.items():
@@ -176,18 +176,20 @@ def adapted(model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
 @pytest.mark.parametrize("compute", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
-@pytest.mark.parametrize(
-    "targets", [("q_proj", "v_proj"), ("k_proj", "up_proj"), ("gate_proj", "down_proj"), "all-linear"]
-)
+@pytest.mark.parametrize("targets", ["q_proj v_proj", "k_proj up_proj", "gate_proj down_proj", "all-linear"])
 def test_four_bits_under_autocast(
-    tmp_path: Path, targets: Any, dtype: torch.dtype, compute: torch.dtype, prepared: bool
+    tmp_path: Path, targets: str, dtype: torch.dtype, compute: torch.dtype, prepared: bool
 ) -> None:
-    """Adapters on some of the layers: layers in 4 bits return the dtype of their input, adapters autocast's."""
+    """Adapters on some of the layers: layers in 4 bits return the dtype of their input, adapters autocast's.
+
+    float16 that is not prepared goes with float16: under the other autocast transformers' rotary embedding raises.
+    """
     model = four_bits(tmp_path, dtype, compute)
     if prepared:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = adapted(model, target_modules=targets if isinstance(targets, str) else list(targets))
-    assert_as_untouched(model, "reference", torch.autocast("cpu", BFLOAT16), 0.1)
+    model = adapted(model, target_modules=targets if targets == "all-linear" else targets.split())
+    autocast = FLOAT16 if dtype == FLOAT16 and not prepared else BFLOAT16
+    assert_as_untouched(model, "reference", torch.autocast("cpu", autocast), 0.1)
 
 
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
