@@ -110,8 +110,10 @@ def _attention_forward(
             _check_packed(q, k, kwargs)
             documents = (kwargs["cu_seq_lens_q"], kwargs["max_length_q"])
             limits = {"scale": self.scaling, "window": window, "softcap": softcap or 0.0}
-            dtype = product_dtype(q, k, v)
-            heads = packed_attention(*(x[0].transpose(0, 1).to(dtype) for x in (q, k, v)), *documents, **limits)
+            if v.dtype != q.dtype or q.dtype == torch.float32:  # as autocast does for torch's own attention
+                dtype = product_dtype(q, k, v)
+                q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            heads = packed_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), *documents, **limits)
             weights = None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(_implementation(self), eager)
