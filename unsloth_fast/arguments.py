@@ -6,6 +6,7 @@ Nothing that is given is changed: the trainer receives copies.
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
 from unsloth_fast.backends import Backend
-from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments
+from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.columns import check_columns, completion_only, has_stream
 from unsloth_fast.data.facts import decide_batching, vocabulary_size
@@ -125,7 +126,7 @@ def as_sft_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         return UnslothTrainingArguments(f"{name.rstrip('/').split('/')[-1]}-SFT")  # TRL's own default
     if isinstance(args, SFTConfig):
-        return copy.copy(args)
+        return _on_this_card(copy.copy(args))
     if not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args: got {type(args).__name__}; allowed: UnslothTrainingArguments, trl.SFTConfig or "
@@ -133,6 +134,20 @@ def as_sft_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
         )
     values: dict[str, Any] = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token
     return UnslothTrainingArguments(**values)
+
+
+def _on_this_card(args: SFTConfig) -> SFTConfig:
+    """The arguments; with fp16 where TRL's own have bf16=True, which is their default, and the GPU does not support it.
+
+    `UnslothTrainingArguments` chose when they were made, and keep a bf16=True that was asked for.
+    """
+    if args.bf16 and not isinstance(args, UnslothTrainingArguments) and args.device.type == "cuda":
+        take_float16(args)
+        if args.fp16 and hasattr(args, "mixed_precision"):  # an environment variable in older releases
+            args.mixed_precision = "fp16"
+        elif args.fp16:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
+    return args
 
 
 def check_device(args: TrainingArguments) -> None:

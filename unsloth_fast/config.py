@@ -1,13 +1,17 @@
 """The trainer's arguments: a dataclass over `trl.SFTConfig`, every field checked."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from unsloth_fast import backends
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = {  # name and least value
     "per_device_train_batch_size": 1,
@@ -42,6 +46,8 @@ class UnslothTrainingArguments(SFTConfig):
             for `learning_rate`.
         backend: "auto", "fast" or "reference", optionally with exceptions for single operations:
             "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if that is not set.
+
+    Without bf16 and fp16 it is bf16=True, TRL's default, or on a GPU without bfloat16 fp16=True, which is logged.
 
     Raises:
         ValueError: a field is out of its range, where transformers does not check it; backend names an unknown backend
@@ -80,6 +86,8 @@ class UnslothTrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check the fields, TRL's and ours."""
+        if self.bf16 is None and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
+            take_float16(self)
         unset = all(getattr(self, name, None) is None for name in CHECKPOINTING)
         super().__post_init__()
         if unset:  # transformers sets it to False
@@ -96,6 +104,13 @@ class UnslothTrainingArguments(SFTConfig):
             _check(name, values[name], _is_rate(values[name]) and values[name] <= most, words)
         if self.backend is not None:
             backends.parse(self.backend)
+
+
+def take_float16(args: SFTConfig) -> None:
+    """Let a run on a GPU without bfloat16 use fp16 in place of bf16, TRL's default, and log it."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        args.bf16, args.fp16 = False, True
+        logger.warning("precision: fp16=True in place of bf16=True, TRL's default, which this GPU does not support")
 
 
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:

@@ -1,9 +1,13 @@
 """The optimizer's parameters: something must be trained, and the embeddings have their own learning rate."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers.trainer_optimizer import is_optimizer_factory
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,57 @@ def check_trainable(model: Any, args: Any) -> None:
             f"bf16: got bfloat16 on {torch.cuda.get_device_name(args.device)!r}, which has none; allowed: fp16=True, "
             "with a model loaded in float16 or float32"
         )
+
+
+@contextmanager
+def kept_dtypes(trainer: Any, model: Any) -> Iterator[None]:
+    """Call TRL's constructor within the context: the weights that are trained keep their dtype.
+
+    TRL converts those of a quantised model to bfloat16, which loses small updates: in a small run 45 % of the entries
+    of lora_A never moved at a learning rate of 2e-4, 95 % at 2e-5, and none of them in float32.
+
+    Weights that TRL made itself, from a `peft_config`, get the dtype that peft made them in: float32 for adapters, and
+    for modules_to_save bfloat16 if the module has it, else float32, as loss scaling refuses gradients in float16.
+    FSDP and DeepSpeed need one dtype for all weights that they shard together: there TRL's conversion stays.
+
+    Args:
+        trainer: the trainer that is built within the context.
+        model: the model, or the name or path of one.
+    """
+    given: dict[nn.Parameter, torch.Tensor] = {}
+    if isinstance(model, nn.Module) and _is_quantised(model):
+        given = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
+    yield
+    if not _is_quantised(trainer.model):
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        logger.warning("dtype: TRL converts the trained weights of a quantised model to bfloat16")
+        return
+    originals = _originals(trainer.model)
+    for parameter in trainer.model.parameters():
+        if not parameter.requires_grad or parameter.dtype != torch.bfloat16:
+            continue
+        if parameter in given:
+            parameter.data = given[parameter].to(parameter.device)
+        elif parameter not in originals:
+            parameter.data = parameter.data.float()
+        elif originals[parameter].dtype != torch.bfloat16:
+            parameter.data = originals[parameter].to(parameter.device, torch.float32, copy=True)
+
+
+def _is_quantised(model: Any) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def _originals(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+    """The weight that each parameter of peft's modules_to_save was copied from."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [(copied, wrapper.original_module) for wrapper in wrappers for copied in wrapper.modules_to_save.values()]
+    return {
+        parameter: original.get_parameter(name).detach()
+        for copied, original in copies
+        for name, parameter in copied.named_parameters()
+    }
 
 
 def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | None:

@@ -20,7 +20,7 @@ from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.head import head_without_adapter
-from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer
+from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -88,7 +88,7 @@ class UnslothTrainer(SFTTrainer):
         self.backend = resolved.backend
         follow_arguments(model, resolved.args)
         use_cache = getattr(config_and_class(model, resolved.args)[0], "use_cache", None)
-        with head_without_adapter(model):
+        with head_without_adapter(model), kept_dtypes(self, model):
             super().__init__(model, resolved.args, **resolved.keywords)
         if use_cache is not None:  # transformers turns it off, and would save the configuration so
             self.model.config.use_cache = use_cache

@@ -255,7 +255,21 @@ def record(function: Function, check: Check, *arguments: object) -> Recording | 
 def call(function: Function, check: Check, *arguments: object) -> Any:
     """check(*arguments), then function.apply(*arguments), with the negative bit of tensors resolved."""
     check(*arguments)
+    if torch.compiler.is_compiling():
+        arguments = distinct(arguments)
     return function.apply(*[resolved(one) for one in arguments])
+
+
+def distinct(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """The arguments, with a view in place of a tensor that was there before.
+
+    torch.compile refuses a Function with the same tensor twice. Autograd adds the gradients of the views.
+    """
+    found: list[object] = []
+    for one in arguments:
+        again = isinstance(one, Tensor) and any(one is other for other in found)
+        found.append(one.view_as(one) if again else one)  # type: ignore[attr-defined]
+    return tuple(found)
 
 
 @cache

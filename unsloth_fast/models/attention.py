@@ -20,6 +20,7 @@ from torch.nn import Module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models.dtypes import product_dtype, promoted
 from unsloth_fast.models.families import Family, family_of
 from unsloth_fast.models.methods import has_own_method
 from unsloth_fast.models.protocols import Attention, Forward, KeyValueCache, Placement
@@ -95,6 +96,8 @@ def _attention_forward(
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]
+        if q.dtype != k.dtype:  # one of them has an adapter, or is in 4 bits
+            q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.
         cos, sin = (angle if angle.dtype == q.dtype else angle.float() for angle in position_embeddings)
         q, k = rope(q, k, cos, sin)
@@ -107,6 +110,9 @@ def _attention_forward(
             _check_packed(q, k, kwargs)
             documents = (kwargs["cu_seq_lens_q"], kwargs["max_length_q"])
             limits = {"scale": self.scaling, "window": window, "softcap": softcap or 0.0}
+            if v.dtype != q.dtype or q.dtype == torch.float32:  # as autocast does for torch's own attention
+                dtype = product_dtype(q, k, v)
+                q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             heads = packed_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), *documents, **limits)
             weights = None
         else:

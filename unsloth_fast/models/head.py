@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.families import family_of
 from unsloth_fast.models.methods import forward_hooks, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
@@ -94,9 +95,11 @@ def _loss_of_hidden(
     targets = backend.training.shift_labels(labels).flatten()
 
     def loss_of(head: nn.Linear, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(head.weight.device).flatten(0, 1)
+        dtype = product_dtype(hidden, head.weight)
+        hidden = hidden.to(head.weight.device, dtype).flatten(0, 1)
+        bias = None if head.bias is None else head.bias.to(dtype)
         return backend.kernels.linear_cross_entropy(
-            hidden, head.weight, targets.to(hidden.device), head.bias, **options
+            hidden, head.weight.to(dtype), targets.to(hidden.device), bias, **options
         )
 
     outer = model.get_output_embeddings()

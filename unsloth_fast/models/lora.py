@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.methods import forward_hooks
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
@@ -44,7 +45,7 @@ def _linear_4bit() -> type | None:
 
 def _linear_forward(lora_linear: Callable[..., Tensor]) -> Forward:
     def forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        dtype, base = _computing_dtype(x), self.base_layer
+        dtype, base = product_dtype(x), self.base_layer
         adapter = None if args or kwargs or not _is_plain(base) else _only_adapter(self, dtype)
         if adapter is None:
             return type(self).forward(self, x, *args, **kwargs)
@@ -56,20 +57,17 @@ def _linear_forward(lora_linear: Callable[..., Tensor]) -> Forward:
 
 
 def _quantised_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    dtype = _computing_dtype(x)
+    dtype = product_dtype(x)
     adapter = None if args or kwargs else _only_adapter(self, dtype)
-    if adapter is None:
+    # The layer in 4 bits casts its input to a dtype of its own, whatever autocast's is.
+    casts_twice = x.dtype != dtype != getattr(self.base_layer, "compute_dtype", None)
+    if adapter is None or casts_twice:
         return type(self).forward(self, x, *args, **kwargs)
     lora_a, lora_b, scaling = adapter
     x = x.to(dtype)
     y = self.base_layer(x)
     low = nn.functional.linear(x, lora_a.to(dtype)).flatten(0, -2)
     return torch.addmm(y.flatten(0, -2), low, lora_b.to(dtype).t(), alpha=scaling).view(y.shape)
-
-
-def _computing_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _only_adapter(layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:

@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models.dtypes import promoted
 from unsloth_fast.models.protocols import GatedMLP, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
@@ -28,6 +29,8 @@ def mlp_placement(module: GatedMLP, backend: Backend) -> Placement | None:
     def forward(self: GatedMLP, hidden_states: Tensor) -> Tensor:
         with recomputed(hidden_states):
             gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if gate.dtype != up.dtype:  # one of them has an adapter, or is in 4 bits
+            gate, up = promoted(gate, up)
         # The widest activation of a layer: a quarter of what the layer would keep for the backward pass.
         hidden = recomputable(gated(gate, up), partial(gated, gate.detach(), up.detach()))
         with recomputed(hidden):
