@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,12 +59,12 @@ def resolve_arguments(
         keywords: the further keywords, in names of any release of TRL.
 
     Raises:
-        TypeError: an unknown keyword, or args of another type.
+        TypeError: an unknown keyword, too many arguments, one given twice, or args of another type.
         ValueError: a value that is not allowed, or a data set that cannot be trained on.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
     _, _, *parameters = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
-    given = dict(zip(parameters, positional, strict=False)) | dict(keywords)
+    given = _by_name(parameters, positional, keywords)
     settings, given, updates = rename_arguments(model, args, given, parameters)
     settings.max_length = _max_length(settings, model, asked="max_length" in updates)
     spec = getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None)
@@ -80,6 +80,19 @@ def resolve_arguments(
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     return ResolvedArguments(settings, given, backend, plan, vocabulary, completion_only(given, settings))
+
+
+def _by_name(parameters: Sequence[str], positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments after `args` as keywords; raise TypeError as Python does for one too many or given twice."""
+    if len(positional) > len(parameters):
+        raise TypeError(
+            f"positional arguments: got {len(positional) + 2}; allowed: up to {len(parameters) + 2}, model and args "
+            "included"
+        )
+    given = dict(zip(parameters, positional, strict=False))
+    if twice := given.keys() & keywords.keys():
+        raise TypeError(f"{', '.join(sorted(twice))}: got a value by position and one by keyword; allowed: one of them")
+    return given | dict(keywords)
 
 
 def rename_arguments(

@@ -20,17 +20,18 @@ class Counter:
 
     Args:
         device: where the counts are kept.
-        sum_over_devices: adds up a tensor of counts over all data-parallel processes.
     """
 
-    def __init__(self, device: torch.device, sum_over_devices: Callable[[Tensor], Tensor]) -> None:
-        self._sum = sum_over_devices
+    def __init__(self, device: torch.device) -> None:
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._predictions = torch.zeros(2, dtype=torch.int64, device=device)  # right ones, targets
         self._first_step = True
 
     def step(
-        self, batches: Sequence[Mapping[str, Tensor]], count_targets: Callable[[Iterable[Tensor]], Tensor]
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        count_targets: Callable[[Iterable[Tensor]], Tensor],
+        sum_over_devices: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Count one step of the optimizer.
 
@@ -38,6 +39,7 @@ class Counter:
             batches: the microbatches of this process, each with input_ids and labels [B, S] and, where rows are padded,
                 an attention_mask [B, S].
             count_targets: the training piece of that name.
+            sum_over_devices: adds up a tensor of counts over all data-parallel processes.
 
         Returns:
             The targets of all processes and those of this one, 0-dim int64 on the counter's device.
@@ -46,7 +48,7 @@ class Counter:
         tokens = torch.stack([mask.sum() for mask in masks]).sum()
         targets = count_targets(batch["labels"] for batch in batches)
         own = torch.stack([targets.to(self._tokens.device), tokens.to(self._tokens.device)])
-        total = self._sum(own)
+        total = sum_over_devices(own)
         self._tokens += total[1]
         if self._first_step:  # only here: reading the number waits for the device
             self._first_step = False
@@ -58,17 +60,18 @@ class Counter:
         return total[0], own[0]
 
     @torch.no_grad()
-    def predictions(self, logits: Tensor, labels: Tensor) -> None:
+    def predictions(self, logits: Tensor, labels: Tensor, sum_over_devices: Callable[[Tensor], Tensor]) -> None:
         """Count the targets whose most likely token is the right one.
 
         Args:
             logits: [B, S, V].
             labels: [B, S], not shifted, on the same device.
+            sum_over_devices: as in `step`.
         """
         targets = labels[:, 1:]
         valid = targets != IGNORE_INDEX
         right = (logits[:, :-1].argmax(-1) == targets) & valid
-        self._predictions += self._sum(torch.stack([right.sum(), valid.sum()]).to(self._predictions.device))
+        self._predictions += sum_over_devices(torch.stack([right.sum(), valid.sum()]).to(self._predictions.device))
 
     def take_tokens(self) -> int:
         """The tokens of all processes since this was last asked for."""

@@ -84,8 +84,10 @@ class UnslothTrainer(SFTTrainer):
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
-        self._resolved = resolved = resolve_arguments(model, args, positional, keywords)
+        resolved = resolve_arguments(model, args, positional, keywords)
         self.backend = resolved.backend
+        # Not `resolved` itself: its keywords hold the data sets as they were before they were prepared.
+        self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
         follow_arguments(model, resolved.args)
         use_cache = getattr(config_and_class(model, resolved.args)[0], "use_cache", None)
         with head_without_adapter(model), kept_dtypes(self, model):
@@ -100,7 +102,7 @@ class UnslothTrainer(SFTTrainer):
         check_trainable(self.model, self.args)
         place(self.model, self.backend)
         self._own_loss = choose_loss(self, self.backend)
-        self._counter = Counter(self.args.device, self._sum_over_processes)
+        self._counter = Counter(self.args.device)
         self._evaluated = evaluation.EvaluatedLoss()
         self._embedding_rate: float | None = None
 
@@ -114,8 +116,7 @@ class UnslothTrainer(SFTTrainer):
             rest = (processing_class, args, packing, formatting_func, dataset_name)
             return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
 
-        resolved = self._resolved
-        prepare = Preparation(by_trl, self.backend.training, resolved.vocabulary, resolved.completion_only)
+        prepare = Preparation(by_trl, self.backend.training, self._vocabulary, self._completion_only)
         return prepare(dataset, f"{dataset_name} data set", args, packing, formatting_func)
 
     def _packed_collator(self) -> PackedCollator:
@@ -125,7 +126,7 @@ class UnslothTrainer(SFTTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             collate=self.backend.training.collate,
             vocab_size=self.model.config.get_text_config().vocab_size,
-            completion_only=self._resolved.completion_only,
+            completion_only=self._completion_only,
         )
 
     @overrides(SFTTrainer)
@@ -148,7 +149,8 @@ class UnslothTrainer(SFTTrainer):
         """The targets of all microbatches on all devices, 0-dim int64."""
         if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        everywhere, here = self._counter.step(batch_samples, self.backend.training.count_targets)
+        count_targets = self.backend.training.count_targets
+        everywhere, here = self._counter.step(batch_samples, count_targets, self._sum_over_processes)
         return everywhere if self.args.average_tokens_across_devices else here
 
     @overrides(SFTTrainer)
@@ -188,7 +190,8 @@ class UnslothTrainer(SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if outputs is None:
             return loss
-        self._counter.predictions(outputs.logits, inputs["labels"].to(outputs.logits.device))
+        labels = inputs["labels"].to(outputs.logits.device)
+        self._counter.predictions(outputs.logits, labels, self._sum_over_processes)
         return loss, outputs
 
     @overrides(SFTTrainer)

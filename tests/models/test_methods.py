@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -141,3 +142,14 @@ def test_the_hidden_adapter_of_a_head_is_shown_again() -> None:
         raise KeyError
     assert isinstance(model.get_output_embeddings(), BaseTunerLayer)
     assert attributes(model) == before
+
+
+def test_a_model_with_replaced_methods_can_be_pickled() -> None:
+    """As `torch.save` of a whole model does; the copy computes the same with the forwards of its classes."""
+    model = tiny.model()
+    place(model, REFERENCE)
+    head.add_loss(model, REFERENCE)
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    remove(copied)
+    head.remove_loss(copied)

@@ -71,6 +71,17 @@ def test_older_names_and_positions_reach_trls_keywords(tmp_path: Path) -> None:
     assert (resolved.args.max_length, resolved.args.dataset_text_field) == (9, "words")
 
 
+def test_an_argument_by_position_and_by_keyword_is_refused(tmp_path: Path) -> None:
+    """As Python refuses it: neither of the two may win silently."""
+    with pytest.raises(TypeError, match=r"^train_dataset: got a value by position and one by keyword; allowed"):
+        resolve(arguments(tmp_path), positional=(None, documents()), train_dataset=documents())
+
+
+def test_too_many_positional_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^positional arguments: got 102; allowed: up to"):
+        resolve_arguments(tiny.model(), arguments(tmp_path), (None,) * 100, {})
+
+
 def test_an_unknown_keyword_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^max_lenght: got an unknown keyword; allowed"):
         resolve(arguments(tmp_path), max_lenght=9)

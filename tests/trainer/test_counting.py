@@ -1,6 +1,7 @@
 """Counting: targets, tokens and right predictions, with a stand-in for the sum over two processes."""
 
 import logging
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import unsloth_ref.training
 from unsloth_fast.counting import Counter, logged_tokens
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
+COUNT_TARGETS = unsloth_ref.training.count_targets
 WARNING = "the first step's batches have no target"
 
 
@@ -22,9 +24,14 @@ def batch(labels: list[list[int]], mask: list[list[int]] | None = None) -> dict[
     return made if mask is None else made | {"attention_mask": torch.tensor(mask)}
 
 
-def counter_of(processes: int = 1) -> Counter:
-    """A counter on so many processes, each with the counts of this one."""
-    return Counter(torch.device("cpu"), lambda counts: counts * processes)
+def counter_of() -> Counter:
+    """A counter of a run on the CPU."""
+    return Counter(torch.device("cpu"))
+
+
+def sum_over(processes: int) -> Callable[[Tensor], Tensor]:
+    """The sum over so many processes, each with the counts of this one."""
+    return lambda counts: counts * processes
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
@@ -32,7 +39,7 @@ def counter_of(processes: int = 1) -> Counter:
 def test_a_step_counts_the_targets_of_its_microbatches(package: ModuleType, processes: int) -> None:
     """The first token of a row is not a target; the counts of all processes and of this one are returned."""
     batches = [batch([[5, 6, 7], [5, -100, 7]]), batch([[-100, 8]])]
-    everywhere, here = counter_of(processes).step(batches, package.count_targets)
+    everywhere, here = counter_of().step(batches, package.count_targets, sum_over(processes))
     assert (int(everywhere), int(here)) == (4 * processes, 4)
     for count in (everywhere, here):
         assert count.shape == () and count.dtype == torch.int64
@@ -41,13 +48,13 @@ def test_a_step_counts_the_targets_of_its_microbatches(package: ModuleType, proc
 @pytest.mark.parametrize("processes", [1, 2])
 def test_tokens_are_summed_over_steps_until_they_are_taken(processes: int) -> None:
     """Padding is not counted; a batch without a mask has none."""
-    counter = counter_of(processes)
+    counter = counter_of()
     padded = batch([[5, 6, 7], [5, 6, -100]], mask=[[1, 1, 1], [1, 1, 0]])
-    counter.step([padded, batch([[5, 6, 7, 8]])], unsloth_ref.training.count_targets)
-    counter.step([padded], unsloth_ref.training.count_targets)
+    counter.step([padded, batch([[5, 6, 7, 8]])], COUNT_TARGETS, sum_over(processes))
+    counter.step([padded], COUNT_TARGETS, sum_over(processes))
     assert counter.take_tokens() == (5 + 4 + 5) * processes
     assert counter.take_tokens() == 0
-    counter.step([padded], unsloth_ref.training.count_targets)
+    counter.step([padded], COUNT_TARGETS, sum_over(processes))
     assert counter.take_tokens() == 5 * processes
 
 
@@ -67,13 +74,14 @@ def test_only_a_first_step_without_a_target_is_warned_about(
     """Later steps are not checked: to read the count waits for the device."""
     counter = counter_of()
     for labels in steps:
-        counter.step([batch(labels)], unsloth_ref.training.count_targets)
+        counter.step([batch(labels)], COUNT_TARGETS, sum_over(1))
     assert [record.levelno for record in caplog.records if WARNING in record.message] == [logging.WARNING] * warnings
 
 
 def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    counter = Counter(torch.device("cpu"), lambda counts: counts + torch.tensor([3, 0]))
-    everywhere, here = counter.step([batch([[5, -100]])], unsloth_ref.training.count_targets)
+    everywhere, here = counter_of().step(
+        [batch([[5, -100]])], COUNT_TARGETS, lambda counts: counts + torch.tensor([3, 0])
+    )
     assert (int(everywhere), int(here)) == (3, 0)
     assert caplog.records == []
 
@@ -81,14 +89,14 @@ def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_accuracy_is_the_share_of_right_predictions(processes: int) -> None:
     """Position i predicts token i + 1; positions that are no targets do not count; batches are summed."""
-    counter = counter_of(processes)
+    counter = counter_of()
     predicted = torch.tensor([[6, 0, 9, 0], [0, 7, 9, 0]])
     logits = torch.nn.functional.one_hot(predicted, 10).float()
     labels = torch.tensor([[5, 6, 7, 9], [5, -100, 7, -100]])
-    counter.predictions(logits, labels)
+    counter.predictions(logits, labels, sum_over(processes))
     assert counter.take_accuracy() == 3 / 4
-    counter.predictions(logits[:1], labels[:1])
-    counter.predictions(logits[:1], torch.tensor([[5, 1, 1, -100]]))
+    counter.predictions(logits[:1], labels[:1], sum_over(processes))
+    counter.predictions(logits[:1], torch.tensor([[5, 1, 1, -100]]), sum_over(processes))
     assert counter.take_accuracy() == 2 / 5
 
 
@@ -96,16 +104,16 @@ def test_there_is_no_accuracy_without_targets() -> None:
     """Reading the accuracy resets its counts."""
     counter = counter_of()
     assert counter.take_accuracy() is None
-    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
+    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]), sum_over(1))
     assert counter.take_accuracy() is None
-    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, 0]]))
+    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, 0]]), sum_over(1))
     assert counter.take_accuracy() == 1.0
     assert counter.take_accuracy() is None
 
 
 def test_counting_predictions_records_no_gradient() -> None:
     counter = counter_of()
-    counter.predictions(torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, 0]]))
+    counter.predictions(torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, 0]]), sum_over(1))
     assert counter.take_accuracy() == 1.0
 
 

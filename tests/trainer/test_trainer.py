@@ -1,5 +1,7 @@
 """The trainer compared with plain TRL on the unmodified model, and with losses and gradients computed by torch."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,22 @@ def test_plain_arguments_take_the_backend_from_the_environment(
     assert trainer.backend.name == "reference,swiglu=reference"
     trainer.train()
     assert "embedding_learning_rate" not in trainer.state.log_history[0]
+
+
+def test_a_trainer_is_freed_with_its_last_reference_and_keeps_no_raw_data(tmp_path: Path) -> None:
+    """A reference cycle would hold the model's memory on the GPU until Python's collector runs."""
+    documents = Dataset.from_dict({"text": ["a b c", "b c"]})
+    raw = weakref.ref(documents)
+    trainer = UnslothTrainer(
+        tiny.model(), arguments(tmp_path), train_dataset=documents, processing_class=tiny.tokenizer()
+    )
+    freed = weakref.ref(trainer)
+    del documents
+    gc.collect()
+    assert raw() is None
+    gc.disable()
+    try:
+        del trainer
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -124,9 +124,7 @@ class _AddRMSNorm(torch.autograd.Function):
             ctx.mark_non_differentiable(total)  # it does not depend on the weight
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.llama = offset, llama
-        ctx.set_materialize_grads(
-            False
-        )  # a model does not use the sum of its last norm: saves writing and reading zeros
+        ctx.set_materialize_grads(False)  # no zeros are written and read for the unused sum of a model's last norm
         return normed, total
 
     @staticmethod

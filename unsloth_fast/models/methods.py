@@ -4,6 +4,7 @@ Classes stay untouched, and with them all other models of the process. The repla
 binds it to the copy, while a closure over the instance would keep calling the original.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -13,7 +14,7 @@ from torch.nn import Module
 
 Purpose = Literal["operation", "loss", "offloading", "head"]
 
-_RECORDS = "_unsloth_replaced"  # the attribute that lists an instance's replaced methods; absent where there are none
+_RECORDS = "_unsloth_replaced"  # the attribute with an instance's replaced methods; absent where there are none
 
 
 class _Replacement(NamedTuple):
@@ -21,6 +22,20 @@ class _Replacement(NamedTuple):
     purpose: Purpose
     function: Callable[..., Any]
     before: tuple[Any, ...]  # the instance's own attribute; empty where it had none and the class's method served
+
+
+class _Records(tuple[_Replacement, ...]):
+    """The replaced methods of an instance, the latest one last.
+
+    Pickling drops them: functions that are made in other functions cannot be pickled, and the bound methods that call
+    them are pickled by their name, as the class's own.
+    """
+
+    def __reduce__(self) -> tuple[type["_Records"], tuple[()]]:
+        return _Records, ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_Records":
+        return _Records(copy.deepcopy(tuple(self), memo))
 
 
 def replace_method(instance: object, name: str, function: Callable[..., object], purpose: Purpose) -> None:
@@ -32,7 +47,7 @@ def replace_method(instance: object, name: str, function: Callable[..., object],
     restore_method(instance, name, purpose)
     own = vars(instance)
     before = (own[name],) if name in own else ()
-    own.setdefault(_RECORDS, []).append(_Replacement(name, purpose, function, before))
+    own[_RECORDS] = _Records((*own.get(_RECORDS, ()), _Replacement(name, purpose, function, before)))
     own[name] = MethodType(function, instance)
 
 
@@ -46,7 +61,7 @@ def restore_method(instance: object, name: str, purpose: Purpose) -> bool:
     if replacement is None or replacement.purpose != purpose:
         return False
     own = vars(instance)
-    own[_RECORDS].remove(replacement)
+    own[_RECORDS] = _Records(record for record in own[_RECORDS] if record is not replacement)
     if not own[_RECORDS]:
         del own[_RECORDS]
     if replacement.before:
@@ -79,5 +94,5 @@ def forward_hooks(module: Module) -> tuple[Callable[..., object], ...]:
 def _current(instance: object, name: str) -> _Replacement | None:
     """The replacement that `instance.name` calls; None if that is the class's method or somebody else's."""
     function = getattr(vars(instance).get(name), "__func__", None)
-    records: list[_Replacement] = vars(instance).get(_RECORDS, [])
+    records: tuple[_Replacement, ...] = vars(instance).get(_RECORDS, ())
     return next((record for record in reversed(records) if record.name == name and record.function is function), None)
