@@ -117,7 +117,7 @@ def closing(results: Sequence[Result]) -> str:
     run = [result for result in results if result.verdict != "skip"]
     failed = sum(result.verdict == "fail" for result in run)
     skipped = len(results) - len(run)
-    return f"{failed or 'none'} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
+    return f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
 
 
 def write_json(path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str) -> None:

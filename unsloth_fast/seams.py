@@ -18,8 +18,8 @@ def overrides(base: type) -> Callable[[Method], Method]:
         base: the class that must have a method of that name, with every parameter that ours names.
 
     Raises:
-        ImportError: it has none, or lacks a parameter: the installed release would never call the method, or call it
-            otherwise, and train differently without a word.
+        ImportError: the base class lacks the method or a parameter. The installed release would then not call
+            the method, or call it with other arguments, and training would change without an error.
     """
 
     def check(method: Method) -> Method:
@@ -36,7 +36,7 @@ def overrides(base: type) -> Callable[[Method], Method]:
                 f"{owner}.{name} of the installed release takes no {', '.join(sorted(unknown))}, which unsloth_fast "
                 "expects; install a release that pyproject.toml allows"
             )
-        method.overrides = base  # type: ignore[attr-defined]  # which a test asks for
+        method.overrides = base  # type: ignore[attr-defined]  # a test reads it
         return method
 
     return check
@@ -114,7 +114,7 @@ SEAMS = (
     Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
     Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
-    Seam("torch.nn.Module._modules", "read: the children of a module, those that are the same module twice included"),
+    Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included"),
     Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: whether a checkpoint or offloading is active"),
     Seam("torch._C._cuda_getCurrentRawStream", "called: the stream of a launch; the public call is 2 us slower"),
     Seam("torch._C._len_torch_dispatch_stack", "called: whether a dispatch mode sees operations"),
@@ -134,5 +134,5 @@ SEAMS = (
 
 # Of torch's C++ headers, used by kernels/_replay.cpp and _replay_program.h, which torch.utils.cpp_extension compiles
 # against the installed torch: torch::autograd::Function and AutogradContext, THPVariable_Wrap, THPVariable_Unpack,
-# THPVariable_CheckExact, THPDtype, c10::impl::TorchDispatchModeTLS. What a release renames fails to compile; calls are
-# then made by Python, with a warning.
+# THPVariable_CheckExact, THPDtype, c10::impl::TorchDispatchModeTLS. If a release renames one, compilation fails, and
+# Python makes the calls, with a warning.

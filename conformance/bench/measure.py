@@ -20,14 +20,14 @@ from conformance.search import DTYPES
 from conformance.spec import Spec, specs
 from conformance.trial import Trial
 
-CACHES = 4  # all sets of inputs are this many times larger than the L2 cache, so that none is cached in its turn
+CACHES = 4  # all sets of inputs together, in units of the L2 cache: a set is evicted before its next use
 FEWEST_SETS, MOST_SETS = 2, 16
 NOISE = 1.03  # error of a median: that of the copy varies by 2 % between runs on an idle H200
-# Reading can be faster than copying, which switches the direction of the bus: the pins of an H200 allow 1.16 times as
-# much.
+# Reading can be faster than copying, because a copy switches the direction of the memory bus. The pins of an H200 allow
+# 1.16 times the copy rate.
 READING = 1.16
-# The data sheet of an H200 gives 989 TFLOP/s; at its power limit a product of random numbers reaches 705. Other
-# numbers need less power.
+# The data sheet of an H200 gives 989 TFLOP/s; at its power limit a product of random matrices reaches 705.
+# Products of other numbers need less power and can be faster.
 UNTHROTTLED = 1.4
 
 
@@ -184,8 +184,8 @@ class Bench:
     def _floor(self, work: Work, cached: bool) -> float:
         """Seconds below which the work cannot be complete.
 
-        `cached` is for a call that is timed by itself: what it leaves in the L2 cache is not written back in time, and
-        its gradients may read from the cache what its forward pass has read.
+        `cached` is for a call that is timed by itself: writes that stay in the L2 cache are not timed, and
+        its backward pass may read from the cache what its forward pass has read.
         """
         moved = work.bytes - 2 * self.card.cache_bytes * cached
         return max(moved / (READING * self.rates.copy), work.flops / (UNTHROTTLED * self.rates.matmul)) / NOISE

@@ -63,7 +63,7 @@ def test_the_plain_loop_prints_the_same_loss_on_both_backends(
         losses += printed(capsys)
     assert len(losses) == 2
     assert losses == pytest.approx([math.log(128)] * 2, rel=0.05)  # nearly even logits at the start
-    assert losses[1] == pytest.approx(losses[0], abs=2e-6)  # of float32, printed to 1e-6
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)  # float32 results, printed to 1e-6
 
 
 def test_the_plain_loop_names_an_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def test_mixtures_under_autocast(mixture: str, family: str, dtypes: tuple[torch.
     assert_as_untouched(model, "reference", torch.autocast("cpu", autocast), share)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("mixture", ["head", "norms, head and embedding", "a projection"])
 def test_mixtures_on_the_fast_kernels(mixture: str) -> None:
     """The checks of both backends are the same; the kernels run on what they are given."""
@@ -203,6 +204,7 @@ def test_modules_to_save_in_float32(tmp_path: Path, dtype: torch.dtype, four: bo
     assert_as_untouched(model, "reference", torch.autocast("cpu", dtype), 0.1)
 
 
+@on_a_cpu
 def test_the_recipe_on_the_fast_kernels(tmp_path: Path) -> None:
     """4 bits, prepared, adapters on q_proj and v_proj, bfloat16."""
     model = prepare_model_for_kbit_training(four_bits(tmp_path, BFLOAT16, BFLOAT16), use_gradient_checkpointing=False)

@@ -17,9 +17,9 @@ from unsloth_ref.kernels import cross_entropy
 from unsloth_ref.types import Reduction
 
 # Float64 on 12 x 12 at most: fewer than 40 roundings of 1.1e-16 of terms below 100 sum to less than 5e-13; a single
-# step in float32 (6e-8) does not.
+# rounding in float32 (6e-8) is larger.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-LAWS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"logit_scale": 0.5, "softcap": 3.0},
@@ -102,7 +102,7 @@ def formulas(
     return losses, derivatives
 
 
-@LAWS
+@EXAMPLES
 @given(
     rows=st.integers(0, 6),
     vocab=st.integers(1, 12),
@@ -266,7 +266,7 @@ def test_num_items_divides_the_sum(num_items: float | Tensor, reduction: Reducti
     torch.testing.assert_close(grad(loss, logits)[0], grad(total, logits)[0] / divisor, **FLOAT64)
 
 
-@LAWS
+@EXAMPLES
 @given(
     rows=st.integers(0, 12),
     cut=st.integers(0, 12),

@@ -14,7 +14,7 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from unsloth_ref.kernels import layer_norm
 
 # Float64 on rows of up to 16: fewer than 30 roundings of 1.1e-16 of numbers below 100 sum to less than 4e-13; a
-# single step in float32 (6e-8) does not.
+# single rounding in float32 (6e-8) is larger.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 

@@ -1,4 +1,4 @@
-"""The columns of the data sets that a trainer is given: which are trained on, and the refusal of what cannot be."""
+"""The columns of a trainer's data sets: which of them are trained on, and errors for data sets without such columns."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -20,7 +20,7 @@ _VISION = frozenset(
 
 
 def datasets_of(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The name and the data set of every one among a trainer's keywords; a dictionary of them is several."""
+    """The name and the value of each data set among a trainer's keywords, also of each entry of a dictionary."""
     for name in ("train_dataset", "eval_dataset"):
         data = given.get(name)
         if isinstance(data, dict):

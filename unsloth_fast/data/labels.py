@@ -18,7 +18,7 @@ from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-STREAM_CHECK = 1000  # documents at the start of a stream among which a target must be
+STREAM_CHECK = 1000  # documents at the start of a stream that are searched for a target
 
 
 def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
             same length in all columns: input_ids, labels, completion_mask, assistant_masks.
         capacity: tokens per row, at least 1.
         strategy: as in `pack`.
-        training: whose `pack` and `packed_indices`: `unsloth_fast.training` or `unsloth_ref.training`.
+        training: the module with `pack` and `packed_indices`: `unsloth_fast.training` or `unsloth_ref.training`.
 
     Returns:
         The packed rows, in memory, in columns of the same names and types. With "bfd" and "bfd_split" a column

@@ -19,7 +19,7 @@ from unsloth_ref.types import Strategy
 
 
 class TrlPreparation(Protocol):
-    """TRL's own preparation of a data set: tokenization, then truncation or packing, as the arguments say."""
+    """TRL's own preparation of a data set: tokenization, then truncation or packing, as the arguments request."""
 
     def __call__(self, dataset: Any, args: SFTConfig, packing: bool = False, formatting_func: Any = None) -> Any:
         """The prepared data set."""
@@ -50,7 +50,7 @@ class Preparation:
             name: of the data set, for messages.
             args: the run's arguments.
             packing: whether to pack documents into rows of args.max_length tokens.
-            formatting_func: the user's, which makes the text of a row.
+            formatting_func: the user's function that makes the text of a row.
 
         Raises:
             ValueError: a token outside the vocabulary; no token is a target; packing without a max_length; a packed row

@@ -44,8 +44,8 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
         backend: the result of `unsloth_fast.backends.resolve`.
 
     Returns:
-        How many modules call each operation, such as {"rms_norm": 33, "swiglu": 16, "rope": 16,
-        "packed_attention": 16}.
+        How many modules call each operation, such as {"rope": 16, "packed_attention": 16, "swiglu": 16,
+        "rms_norm": 33}.
     """
     _restore_forwards(model)
     placed: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def _placement_for(module: Any, backend: Backend) -> Placement | None:
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
-    """Log what was placed unless the model's last line said the same, and the unchanged classes not logged before."""
+    """Log what was placed, unless it is the same as last time, and unchanged classes that are not logged yet."""
     last, named = getattr(model, _LOGGED, ("", frozenset()))  # a peft model also has its base model's
     new = {name: count for name, count in unchanged.items() if name not in named}
     if new or placed != last:
