@@ -19,6 +19,7 @@ from unsloth_fast.models.head import add_loss, without_adapter
 
 LENGTHS = [7, 1, 9, 6]
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 
 
