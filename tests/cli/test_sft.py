@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import platform
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
@@ -338,32 +337,3 @@ def test_trains_on_a_file(tmp_path: Path, config: dict[str, Any], ending: str, c
     tokenizer.save_pretrained(tmp_path / "model")
     assert run(tmp_path, config | {"dataset_name": str(path), "packing": True, "max_length": 16}) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line per package, driver, GPU and backend with its reason, in two columns."""
-    monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
-    assert cli.main(["env"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    found = {line[:12].strip(): line[14:] for line in lines}
-    assert torch.__version__.startswith(found["torch"]) and found["python"] == platform.python_version()
-    assert {
-        "unsloth-fast",
-        "triton",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "bitsandbytes",
-        "driver",
-    } <= found.keys()
-    if not torch.cuda.is_available():
-        assert (found["GPU"], found["backend"]) == ("none", "reference (auto: no CUDA device)")
-    assert all(line[12:14] == "  " and line[14] != " " for line in lines)
-
-
-def test_env_without_a_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error is printed in place of the backend."""
-    monkeypatch.setenv("UNSLOTH_BACKEND", "quick")
-    assert cli.main(["env"]) == 0
-    assert "backend       none: backend: got 'quick'; allowed: 'auto'" in capsys.readouterr().out

@@ -29,3 +29,18 @@ def compiled(function: Function) -> Function:
         return compile_once()(*inputs, **options)
 
     return call
+
+
+WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties of which one finds it, dtype
+
+
+def wrong(
+    op: str, *properties: str, dtype: str = "float32", contract: bool = True
+) -> Callable[[Function], SimpleNamespace]:
+    """Make a function a wrong backend, with the contract's signature or, without contract, its own."""
+
+    def register(function: Function) -> SimpleNamespace:
+        WRONG[function.__name__] = op, properties, dtype
+        return as_backend(op, function) if contract else SimpleNamespace(**{op: function})
+
+    return register

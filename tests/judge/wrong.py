@@ -5,31 +5,16 @@ Each is a backend, such as `tests.judge.wrong.rms_norm_writes_over_x`.
 
 import itertools
 import os
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.judge.contract import Function, as_backend
+from tests.judge.contract import WRONG as WRONG
+from tests.judge.contract import Function, as_backend, wrong
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import IGNORE_INDEX
-
-WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties of which one finds it, dtype
-
-
-def wrong(
-    op: str, *properties: str, dtype: str = "float32", contract: bool = True
-) -> Callable[[Function], SimpleNamespace]:
-    """Make a function a wrong backend, with the contract's signature or, without contract, its own."""
-
-    def register(function: Function) -> SimpleNamespace:
-        WRONG[function.__name__] = op, properties, dtype
-        return as_backend(op, function) if contract else SimpleNamespace(**{op: function})
-
-    return register
 
 
 class _Gradient(torch.autograd.Function):

@@ -1,17 +1,12 @@
 """The fast lora_linear: the precision and the number of its products."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import grad
 
-from tests.operations.lora_linear import (
-    DEVICE,
-    SIZES,
-    check_an_empty_size,
-    check_that_an_adapter_can_be_off,
-    check_that_autocast_has_no_effect,
-    inputs_of,
-)
+from tests.operations.lora_linear import CHECKS, DEVICE, inputs_of
 from unsloth_fast.kernels import lora_linear
 from unsloth_ref import kernels as reference
 
@@ -56,15 +51,6 @@ def test_a_frozen_input_costs_no_product(trained: str, products: int, monkeypatc
     assert len(products_seen) == products
 
 
-@pytest.mark.parametrize("off", ["scaling", "lora_b"])
-def test_an_adapter_can_be_off(off: str) -> None:
-    check_that_an_adapter_can_be_off(lora_linear, off)
-
-
-def test_autocast_has_no_effect() -> None:
-    check_that_autocast_has_no_effect(lora_linear)
-
-
-@pytest.mark.parametrize("empty", SIZES)
-def test_empty_sizes(empty: str) -> None:
-    check_an_empty_size(lora_linear, empty)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_what_both_backends_keep(check: Callable[..., None]) -> None:
+    check(lora_linear)

@@ -1,6 +1,7 @@
 """Inputs of lora_linear, and the properties that both backends are tested for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,3 +68,10 @@ def check_an_empty_size(lora_linear: Function, empty: str) -> None:
     _, weight, a, b, _ = (tensor.detach().double() for tensor in inputs)
     wanted = weight.sum(0) + 0.5 * b.sum(0) @ a
     torch.testing.assert_close(dx.double(), wanted.expand(dx.shape), rtol=1e-5, atol=1e-5)
+
+
+CHECKS: dict[str, Callable[[Function], None]] = {
+    **{f"{off} off": partial(check_that_an_adapter_can_be_off, off=off) for off in ("scaling", "lora_b")},
+    "autocast": check_that_autocast_has_no_effect,
+    **{f"no {empty}": partial(check_an_empty_size, empty=empty) for empty in SIZES},
+}

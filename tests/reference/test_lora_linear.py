@@ -1,5 +1,6 @@
 """The reference lora_linear against values worked by hand, its formulas in numpy, and peft's layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from tests.operations.lora_linear import (
-    DEVICE,
-    SIZES,
-    check_an_empty_size,
-    check_that_an_adapter_can_be_off,
-    check_that_autocast_has_no_effect,
-    inputs_of,
-    randn,
-)
+from tests.operations.lora_linear import CHECKS, DEVICE, inputs_of, randn
 from unsloth_ref.kernels import lora_linear
 
 # Float64: the error of a sum of at most 40 terms below 100 is below 1e-12; in float32 it would not be.
@@ -92,15 +85,6 @@ def test_same_bits_as_peft(dtype: torch.dtype, biased: bool) -> None:
         assert torch.equal(our_grad, their_grad)
 
 
-@pytest.mark.parametrize("off", ["scaling", "lora_b"])
-def test_an_adapter_can_be_off(off: str) -> None:
-    check_that_an_adapter_can_be_off(lora_linear, off)
-
-
-def test_autocast_has_no_effect() -> None:
-    check_that_autocast_has_no_effect(lora_linear)
-
-
-@pytest.mark.parametrize("empty", SIZES)
-def test_empty_sizes(empty: str) -> None:
-    check_an_empty_size(lora_linear, empty)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_what_both_backends_keep(check: Callable[..., None]) -> None:
+    check(lora_linear)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conformance.peers import operation
 from tests.judge.contract import Function, compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
@@ -19,21 +20,17 @@ def _reduced(losses: Tensor, counts: Tensor, reduction: str, num_items: Any) -> 
     return losses.sum() / torch.as_tensor(count, dtype=losses.dtype).clamp(min=1)
 
 
+OPTIONS = {"logit_scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0, "reduction": "mean"}
+
+
 def _cross_entropy(rowwise: Function) -> Function:
     """Complete the losses of rows to the contract: checks, options of the logits, ignored rows, the reduction."""
 
+    @operation
     def cross_entropy(
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        ignore_index: int = IGNORE_INDEX,
-        logit_scale: float = 1.0,
-        softcap: float = 0.0,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        reduction: str = "mean",
-        num_items: Any = None,
+        logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, num_items: Any = None, **options: Any
     ) -> Tensor:
+        logit_scale, softcap, label_smoothing, z_loss, reduction = ({**OPTIONS, **options}[name] for name in OPTIONS)
         checks.reduction_arguments(reduction, num_items)
         checks.loss_arguments(logits, labels, softcap, label_smoothing, z_loss)
         if checks.values_are_checked(labels):

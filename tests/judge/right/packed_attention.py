@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.peers import operation
 from tests.judge.contract import Function
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
@@ -22,17 +23,11 @@ def _packed_attention(attend: Function) -> Function:
         z = softcap * torch.tanh(z / softcap) if softcap else z
         return attend(z.masked_fill(~seen, -torch.inf), heads_v).transpose(0, 1).to(q.dtype)
 
+    @operation
     def packed_attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        *,
-        scale: float | None = None,
-        window: int | None = None,
-        softcap: float = 0.0,
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any
     ) -> Tensor:
+        scale, window, softcap = options.get("scale"), options.get("window"), options.get("softcap", 0.0)
         checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
         scale = q.shape[2] ** -0.5 if scale is None else scale
         place = torch.arange(len(q), device=q.device)

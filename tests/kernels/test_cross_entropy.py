@@ -1,0 +1,89 @@
+"""The Triton cross_entropy at the edges of its tiles and segments, and on several streams."""
+
+from importlib import import_module
+from math import log2
+
+import pytest
+import torch
+
+from tests.kernels.test_fast_kernels import assert_within, random, with_gradients
+from tests.operations.calls import DEVICE
+from unsloth_fast import kernels as fast
+from unsloth_fast.kernels._loss_options import LossOptions
+from unsloth_ref import kernels as reference
+
+
+@pytest.mark.parametrize("columns", [1, 7, 9, 8191, 8192, 8193])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> None:
+    """Losses and gradients against float64, with the label in the first or the last column."""
+    logits, dloss = 4 * random(2, columns), random(2)
+    labels = torch.full((2,), 0 if where == "first" else columns - 1, device=DEVICE)
+    loss, dlogits = with_gradients(lambda x: fast.cross_entropy(x, labels, reduction="none"), dloss, logits)
+    z = logits.double()
+    exact = with_gradients(lambda x: reference.cross_entropy(x, labels, reduction="none"), dloss.double(), z)
+
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    onehot = torch.nn.functional.one_hot(labels, columns)
+    roundings = log2(columns) + 8
+    assert_within(loss, exact[0], roundings, lse[:, 0].abs() + z.gather(1, labels[:, None])[:, 0].abs())
+    size = torch.exp(z - lse) * (1 + z.abs() + lse.abs()) + onehot
+    assert_within(dlogits, exact[1], roundings, size * dloss.double().abs()[:, None])
+
+
+@pytest.mark.parametrize("columns", [8191, 8192, 8193, 16_385, 50_257])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
+    """Loss and early gradient against float64; labels at the ends of segments."""
+    places = [0, columns // 2 - 1, columns // 2, 8191 % columns, 8192 % columns, columns - 1, -100]
+    logits, labels = 4 * random(len(places), columns), torch.tensor(places, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    (loss, dlogits), exact = (
+        with_gradients(lambda x, f=f: f(x, labels, label_smoothing=smoothing, z_loss=1e-3), one, logits.to(dtype))
+        for f, dtype in ((fast.cross_entropy, torch.float32), (reference.cross_entropy, torch.float64))
+    )
+
+    z, targets = logits[:-1].double(), labels[:-1, None]
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    roundings, count = log2(columns) + 8, len(z)
+    terms = lse.abs() + z.gather(1, targets).abs() + smoothing * z.abs().mean(-1, keepdim=True) + 1e-3 * lse.square()
+    assert_within(loss, exact[0], roundings, terms.sum() / count)
+    share = torch.exp(z - lse) * (1 + 2e-3 * lse.abs()) * (1 + z.abs() + lse.abs())
+    onehot = torch.nn.functional.one_hot(targets[:, 0], columns)
+    assert_within(dlogits[:-1], exact[1][:-1], roundings, (share + onehot + smoothing / columns) / count)
+    assert not dlogits[-1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many segments as the largest vocabularies have, and also in place."""
+    module = import_module("unsloth_fast.kernels.cross_entropy")
+    logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
+    options = LossOptions(label_smoothing=0.1, z_loss=1e-3)
+    found = []
+    for processors in (132, 0):
+        monkeypatch.setattr(module, "processors", lambda device, processors=processors: processors)
+        found.append(module.cross_entropy_total(logits, labels, None, options))
+        found.append(module.cross_entropy_total(logits.clone(), labels, None, options, in_place=True))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_rows_on_several_streams_do_not_block_each_other() -> None:
+    """Each stream occupies part of the GPU with programs that wait for the rest of their row."""
+    module = import_module("unsloth_fast.kernels.cross_entropy")
+    logits, labels = random(500, 256_000).bfloat16(), torch.arange(500, device=DEVICE) * 511
+    alone = module.cross_entropy_total(logits, labels, None, LossOptions())
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(8):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(module.cross_entropy_total(logits, labels, None, LossOptions()))
+    torch.cuda.synchronize()
+    for other in found:
+        assert all(map(torch.equal, alone, other))
