@@ -1,4 +1,4 @@
-"""Packing a data set as a whole, by the plan of a backend's `pack`."""
+"""Packing a data set as a whole, if batching.py allows it, by the plan of a backend's `pack`."""
 
 import logging
 from collections.abc import Iterator
