@@ -6,8 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from conformance.interpreter import patch_for_speed
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU its interpreter runs kernels
+    patch_for_speed()
 torch.set_num_threads(1)
 
 
