@@ -1,23 +1,15 @@
 """Scripts in the shape of conversational notebooks train as TRL does on text and labels that are made by hand."""
 
-import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig
+from transformers import DataCollatorForSeq2Seq
+from trl import SFTConfig
 
-import unsloth_fast.chat_templates
-from tests import tiny
+from tests.trainer.notebooks import SETTINGS, by_hand, losses, run, save_model, train_with_trl
 from tests.trainer.runs import TRL_DROPS_LABELS, arguments
-from tests.trainer.test_responses_only import byte_level, finished
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
 
@@ -87,69 +79,12 @@ trainer = SFTTrainer(
 )
 trainer = train_on_responses_only(trainer)
 """
-SIZES = {"max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SETTINGS = {"max_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "lr_scheduler_type": "constant"}
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """A model and a tokenizer that adds no begin token by itself."""
-    made = finished(byte_level().backend_tokenizer)
-    made.backend_tokenizer.post_processor = None
-    made.save_pretrained(tmp_path / "model")
-    tiny.model(vocab_size=len(made), **SIZES).save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def run(code: str, monkeypatch: pytest.MonkeyPatch, **names: Any) -> Any:
-    """The script's trainer, before it trains."""
-    monkeypatch.setenv("UNSLOTH_BACKEND", "reference")
-    monkeypatch.setitem(sys.modules, "unsloth", unsloth_fast)
-    monkeypatch.setitem(sys.modules, "unsloth.chat_templates", unsloth_fast.chat_templates)
-    exec(compile(code, "<script>", "exec"), names)
-    return names["trainer"]
-
-
-def by_hand(tokenizer: Any, texts: list[str], response: str) -> Dataset:
-    """Tokens, and labels of the characters that the expression's first group finds."""
-    rows = []
-    for text in texts:
-        spans = [match.span(1) for match in re.finditer(response, text, re.DOTALL)]
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = encoded["input_ids"], encoded["offset_mapping"]
-        labels = [
-            token if any(begin <= first < end for begin, end in spans) else -100
-            for token, (first, _) in zip(ids, places, strict=True)
-        ]
-        rows.append({"input_ids": ids, "labels": labels})
-    return Dataset.from_list(rows)
-
-
-def losses_of_trl(path: str, data: Dataset, ours: Any, into: Path, **options: Any) -> list[float]:
-    """TRL on Hugging Face's model, with the adapter's weights that ours begins with."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
-    set_peft_model_state_dict(model, get_peft_model_state_dict(ours.model))
-    trainer = SFTTrainer(
-        model,
-        arguments(into, SFTConfig, **SETTINGS, **options),
-        train_dataset=data,
-        processing_class=ours.processing_class,
-        compute_loss_func=textbook,
-    )
-    assert not hasattr(trainer, "backend")
-    trainer.train()
-    return losses(trainer)
-
-
-def textbook(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """Cross entropy of the next token, by torch."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return save_model(tmp_path / "model")
 
 
 def llama(chat: list[tuple[str, str]]) -> str:
@@ -179,7 +114,7 @@ def test_conversations(variant: str, folder: str, tmp_path: Path, monkeypatch: p
         collator=lambda tokenizer: (
             {"data_collator": DataCollatorForSeq2Seq(tokenizer)} if variant == "collator" else {}
         ),
-    )
+    )["trainer"]
     data = by_hand(
         ours.processing_class,
         [llama(chat) for chat in SHAREGPT],
@@ -189,11 +124,10 @@ def test_conversations(variant: str, folder: str, tmp_path: Path, monkeypatch: p
     if not packed:
         assert ours.train_dataset["input_ids"][:] == data["input_ids"][:]
         assert ours.train_dataset["labels"][:] == data["labels"][:]
-    unsloth_fast.compat.unpatch_trl()
-    expected = losses_of_trl(folder, data, ours, tmp_path / "theirs", **options)
+    theirs = train_with_trl(folder, data, ours, tmp_path / "theirs", LORA, **options)
     ours.train()
-    assert len(expected) == 4
-    assert losses(ours) == pytest.approx(expected, rel=2e-5)
+    assert len(losses(theirs)) == 4
+    assert losses(ours) == pytest.approx(losses(theirs), rel=2e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -208,14 +142,13 @@ def test_columns_of_instructions(packed: bool, folder: str, tmp_path: Path, monk
         PACKING=packed,
         SETTINGS=arguments(tmp_path / "ours", SFTConfig, **SETTINGS, **options),
         dataset=Dataset.from_dict(ALPACA),
-    )
+    )["trainer"]
     rows = zip(*ALPACA.values(), strict=True)
     texts = [
         f"<s>Do it.\n\n### Instruction:\n{asked}{f': {more}' if more else ''}\n\n### Response:\n{answer}</s>"
         for asked, more, answer in rows
     ]
     data = by_hand(ours.processing_class, texts, r"### Response:\n(.*?</s>)")
-    unsloth_fast.compat.unpatch_trl()
-    expected = losses_of_trl(folder, data, ours, tmp_path / "theirs", **options)
+    theirs = train_with_trl(folder, data, ours, tmp_path / "theirs", LORA, **options)
     ours.train()
-    assert losses(ours) == pytest.approx(expected, rel=2e-5)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=2e-5)
