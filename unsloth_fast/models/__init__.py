@@ -1,5 +1,16 @@
 """A backend's operations under a Hugging Face model: `place` puts them there, `remove` takes them away."""
 
+from importlib import import_module
+
 from unsloth_fast.models.placement import place, remove
+from unsloth_fast.unsupported import missing
 
 __all__ = ["place", "remove"]
+
+
+def __getattr__(name: str) -> object:
+    """A loader by one of Unsloth's names, which some scripts import from here."""
+    package = import_module("unsloth_fast")
+    if name in package.__all__:
+        return getattr(package, name)
+    raise missing(__name__, name)
