@@ -8,7 +8,7 @@ import copy
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
-
-from unsloth_fast.data.choice import CHATS, PAIR
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,7 @@ _REPORTED = ("tool_calls", *_VARIABLES)  # nulls elsewhere, such as the tool_cal
 _MARK = "unsloth-fast-null"
 
 
-def renderer(processing_class: Any, dataset: Any, name: str) -> Any:
+def renderer(processing_class: Any, dataset: Any, name: str, columns: Sequence[str]) -> Any:
     """The tokenizer or processor for the conversations of a data set, whose chat template is not given Arrow's nulls.
 
     Nulls in tool calls, tools and template variables are logged.
@@ -37,13 +35,16 @@ def renderer(processing_class: Any, dataset: Any, name: str) -> Any:
         processing_class: the tokenizer or processor; it is not changed.
         dataset: a data set or a stream of conversations.
         name: of the data set, for the log.
+        columns: the columns of messages.
 
     Returns:
         A copy, or the argument itself where the data set has no null.
     """
     first: Mapping[str, Any] = next(iter(dataset))
-    columns = [column for column in (*PAIR, *CHATS, *_VARIABLES) if column in first]
     kept = _written_by_users(dataset, first)
+    if kept & {*columns}:
+        kept |= {"messages"}
+    columns = [*columns, *(column for column in _VARIABLES if column in first)]
     if isinstance(dataset, Dataset):
         rows = dataset.select_columns(columns).with_format("arrow")
         nulls = Counter(path for table in rows.iter(batch_size=10_000) for path in _nulls_in_table(table))
@@ -71,12 +72,12 @@ def renderer(processing_class: Any, dataset: Any, name: str) -> Any:
 def render(processing_class: Any, kept: Collection[str], conversation: Any, **options: Any) -> Any:
     """`apply_chat_template` without nulls in the messages, the tools and the template's variables.
 
-    A message keeps a null content, which some templates test; where the template cannot read it, or would write it as
-    text, it is empty.
+    A message without content keeps a null, which some templates test; where the template cannot read the null, or would
+    write it as text, the content is empty.
 
     Args:
         processing_class: the tokenizer or processor.
-        kept: the fields whose nulls the user wrote.
+        kept: the fields whose nulls the user wrote; "messages" for the messages themselves.
         conversation: a list of messages.
         **options: of `apply_chat_template`.
     """
@@ -86,9 +87,9 @@ def render(processing_class: Any, kept: Collection[str], conversation: Any, **op
         for name, value in options.items()
         if value is not None or name in own
     }
-    if not {*CHATS, *PAIR} & {*kept}:
+    if "messages" not in kept:
         conversation = [_message(message, kept) for message in conversation]
-    if any(message.get("content", "") is None for message in conversation):
+    if any(message.get("content") is None for message in conversation):
         conversation = _readable(processing_class, conversation, options)
     return processing_class.apply_chat_template(conversation, **options)
 
@@ -118,9 +119,8 @@ def _readable(processing_class: Any, conversation: list[dict[str, Any]], options
     plain = {**options, "tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
 
     def contents(value: str | None) -> list[dict[str, Any]]:
-        return [
-            message | ({"content": value} if message.get("content", "") is None else {}) for message in conversation
-        ]
+        empty = [{} if message.get("content") is not None else {"content": value} for message in conversation]
+        return [message | content for message, content in zip(conversation, empty, strict=True)]
 
     try:
         as_null = processing_class.apply_chat_template(contents(None), **plain)
@@ -128,7 +128,7 @@ def _readable(processing_class: Any, conversation: list[dict[str, Any]], options
         return contents("")
     marked = processing_class.apply_chat_template(contents(_MARK), **plain)
     as_text = (marked.replace(_MARK, "None"), marked.replace(f'"{_MARK}"', "null"))
-    return contents("") if _MARK in marked and as_null in as_text else conversation
+    return contents("" if _MARK in marked and as_null in as_text else None)
 
 
 def _written_by_users(dataset: Any, first: Mapping[str, Any]) -> frozenset[str]:

@@ -74,8 +74,9 @@ def read_texts(
     log_choice(first, columns, name, args, named=named)
     if is_conversational(first, columns):
         if columns == ("conversations",) and "role" in (first["conversations"] or [{}])[0]:
-            dataset = dataset.rename_column("conversations", "messages")  # the only name that TRL knows
-        return Readable(dataset, renderer(processing_class, dataset, name), None)
+            columns = ("messages",)  # the only name that TRL knows
+            dataset = dataset.rename_column("conversations", "messages")
+        return Readable(dataset, renderer(processing_class, dataset, name, columns), None)
     if not columns or not all(isinstance(first[column], str) for column in columns):
         return unchanged
     tokens = _tokens(processing_class, columns, None, first, name)
@@ -253,9 +254,7 @@ def _report(tokens: TextTokens, counts: Mapping[str, int], rows: int | None) -> 
     if counts["_begun"]:
         logger.warning(
             "%s: the tokenizer's begin token is not added to %s that begin with %r",
-            tokens.name,
-            spans["_begun"],
-            tokens.begin,
+            *(tokens.name, spans["_begun"], tokens.begin),
         )
     if counts["_ended"]:
         logger.warning(
