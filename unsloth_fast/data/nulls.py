@@ -116,7 +116,8 @@ def _message(message: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any
 
 def _readable(processing_class: Any, conversation: list[dict[str, Any]], options: dict[str, Any]) -> Any:
     """The conversation, its null contents empty if the template cannot read null, or writes it as text."""
-    plain = {**options, "tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
+    of_tokens = ("return_dict", "return_assistant_tokens_mask")
+    plain = {name: value for name, value in options.items() if name not in of_tokens} | {"tokenize": False}
 
     def contents(value: str | None) -> list[dict[str, Any]]:
         empty = [{} if message.get("content") is not None else {"content": value} for message in conversation]

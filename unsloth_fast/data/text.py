@@ -11,7 +11,7 @@ from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
@@ -127,8 +127,10 @@ def check_processing_class(
                 "(set the tokenizer's `eos_token`)"
             )
     elif is_conversational(row, columns):
-        templates = (processing_class, _inner(processing_class))
-        if not args.chat_template_path and not any(getattr(one, "chat_template", None) for one in templates):
+        tokenizer = _inner(processing_class)
+        needs_one = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        has_one = any(getattr(one, "chat_template", None) for one in (processing_class, tokenizer))
+        if needs_one and not has_one and not args.chat_template_path:
             raise ValueError(
                 f"processing_class: got a tokenizer without chat_template for the conversations in "
                 f"{' and '.join(map(repr, columns))}; allowed: one with a template (set one with "
@@ -223,10 +225,11 @@ def _tokens(
 
 def _added_tokens(tokenizer: Any, sample: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that a tokenizer adds before a text and behind it, from how it reads a sample."""
-    plain, whole = (tokenizer(text=sample, add_special_tokens=added)["input_ids"] for added in (False, True))
+    plain, whole = (tokenizer(text=sample or "a", add_special_tokens=added)["input_ids"] for added in (False, True))
     count = len(whole) - len(plain)
     # A sample may itself begin with the tokens: the last place at which it is found follows all that are added before.
-    start = max(index for index in range(count + 1) if whole[index : index + len(plain)] == plain)
+    places = (index for index in range(count + 1) if whole[index : index + len(plain)] == plain)
+    start = max(places, default=count)
     return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
