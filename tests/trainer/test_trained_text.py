@@ -60,7 +60,8 @@ def test_the_printed_text(batching: str, streamed: bool, kind: type, tmp_path: P
 def test_tool_calls(batching: str, streamed: bool, kind: type, tmp_path: Path) -> None:
     """As the template writes the user's own objects."""
     made = tokenizer()
-    rows = [{"messages": chat, "tools": tools} for chat, tools in zip(CALLS, TOOLS, strict=True)]
+    # TRL 0.24 cannot truncate a stream with a null in a column of lists.
+    rows = [{"messages": chat, "tools": tools or []} for chat, tools in zip(CALLS, TOOLS, strict=True)]
     data = Dataset.from_list(rows)
     trainer = built(kind, tmp_path, made, data.to_iterable_dataset() if streamed else data, batching)
     expected = [made.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]

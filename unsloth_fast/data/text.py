@@ -202,7 +202,8 @@ class TextTokens:
             size = len(next(iter(rows.values())))
             return [[self.formatting({name: rows[name][index] for name in rows}) for index in range(size)]]
         for column in self.columns:
-            wrong = next((text for text in rows[column] if not isinstance(text, str)), "")
+            texts = rows[column] if column in rows else [None]  # of a stream, whose rows may differ
+            wrong = next((text for text in texts if not isinstance(text, str)), "")
             if not isinstance(wrong, str):
                 raise ValueError(f"{self.name}: got {wrong!r} in column {column!r}; allowed: a string in every row")
         return [list(rows[column]) for column in self.columns]
