@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
@@ -212,3 +212,16 @@ def test_the_given_data_set_and_tokenizer_do_not_change(tmp_path: Path) -> None:
     read(tmp_path, made, data)
     read(tmp_path, made, data.remove_columns("text"))
     assert data.to_list() == before and {*vars(made)} == names
+
+
+def test_a_row_of_a_stream_without_the_column(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield {"text": "Hi", "labels": 0}
+        yield {"text": "Hello"}
+        yield {"labels": 0}
+
+    made = chatml()
+    read_rows = iter(read_texts(IterableDataset.from_generator(rows), "train", arguments(tmp_path), made).dataset)
+    assert [next(read_rows)["input_ids"] for _ in range(2)] == [[1, *plain(made, f"{x}{END}")] for x in ("Hi", "Hello")]
+    with pytest.raises(ValueError, match=r"^train: got None in column 'text'; allowed"):
+        next(read_rows)

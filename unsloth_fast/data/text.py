@@ -202,7 +202,7 @@ class TextTokens:
             size = len(next(iter(rows.values())))
             return [[self.formatting({name: rows[name][index] for name in rows}) for index in range(size)]]
         for column in self.columns:
-            texts = rows[column] if column in rows else [None]  # of a stream, whose rows may differ
+            texts = rows.get(column, [None])  # rows of a stream may differ
             wrong = next((text for text in texts if not isinstance(text, str)), "")
             if not isinstance(wrong, str):
                 raise ValueError(f"{self.name}: got {wrong!r} in column {column!r}; allowed: a string in every row")
