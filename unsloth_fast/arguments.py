@@ -18,8 +18,10 @@ from unsloth_fast import backends
 from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, take_float16
 from unsloth_fast.data.batching import BatchingPlan
+from unsloth_fast.data.choice import names_text_field
 from unsloth_fast.data.columns import check_columns, completion_only, has_stream
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
+from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
 from unsloth_fast.models.experts import prepare_experts
 from unsloth_ref import checks
@@ -38,6 +40,7 @@ class ResolvedArguments:
         batching: whether the run packs, whether its batches are padding-free, and what was refused, with reasons.
         vocabulary: how many tokens the model has; None if data may hold others.
         completion_only: whether only completions are trained on.
+        names_text_field: whether the user named dataset_text_field.
     """
 
     args: SFTConfig
@@ -46,6 +49,7 @@ class ResolvedArguments:
     batching: BatchingPlan
     vocabulary: int | None
     completion_only: bool
+    names_text_field: bool
 
 
 def resolve_arguments(
@@ -73,7 +77,9 @@ def resolve_arguments(
     check_device(settings)
     prepare_experts(config_and_class(model, settings)[0], settings)
     vocabulary = vocabulary_size(model, settings, given)
+    named = names_text_field(settings, updates)
     check_columns(given, settings, vocabulary)
+    check_processing_classes(given, settings, named=named)
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
@@ -81,7 +87,8 @@ def resolve_arguments(
     settings.packing, settings.padding_free = plan.packing, False
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
-    return ResolvedArguments(settings, given, backend, plan, vocabulary, completion_only(given, settings))
+    only_completions = completion_only(given, settings, named=named)
+    return ResolvedArguments(settings, given, backend, plan, vocabulary, only_completions, named)
 
 
 def _by_name(parameters: Sequence[str], positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:

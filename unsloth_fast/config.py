@@ -28,6 +28,7 @@ _SHARES = {  # name: greatest value, and the range in words
     "label_smoothing_factor": (1.0, "a number from 0 to 1"),
 }
 _OPTIONAL = ("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha")
+DEFAULT_TEXT = "text"  # TRL's dataset_text_field
 # Both of transformers' names for it; the second exists since 5.2x.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
@@ -42,6 +43,8 @@ class UnslothTrainingArguments(SFTConfig):
             transformers' other name for it, activation_checkpointing, works as well.
         padding_free: whether the documents of a batch are concatenated in one row instead of padded to the longest.
             None for True where the model and the data allow it.
+        dataset_text_field: the column of the texts; None for "text", TRL's default. A field that is given is trained
+            on where the data set has it, also beside a prompt and a completion.
         embedding_learning_rate: learning rate of all parameters that train the token embedding or the output head; None
             for `learning_rate`.
         backend: "auto", "fast" or "reference", optionally with exceptions for single operations:
@@ -68,6 +71,9 @@ class UnslothTrainingArguments(SFTConfig):
             "`None` for `True` where the model and the data allow it."
         },
     )
+    dataset_text_field: str | None = field(  # type: ignore[assignment]  # TRL's is a string
+        default=None, metadata={"help": "Name of the column that contains the texts. `None` for 'text'."}
+    )
     embedding_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -88,6 +94,8 @@ class UnslothTrainingArguments(SFTConfig):
         """Check the fields, TRL's and ours."""
         if self.bf16 is None and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
             take_float16(self)
+        self.names_text_field = self.dataset_text_field is not None  # not a field: see data/choice.py
+        self.dataset_text_field = self.dataset_text_field or DEFAULT_TEXT
         unset = all(getattr(self, name, None) is None for name in CHECKPOINTING)
         super().__post_init__()
         if unset:  # transformers sets it to False

@@ -16,6 +16,7 @@ from unsloth_fast.counting import Counter, logged_tokens
 from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
 from unsloth_fast.data.facts import config_and_class
 from unsloth_fast.data.preparation import Preparation
+from unsloth_fast.data.text import read_texts
 from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
@@ -89,6 +90,7 @@ class UnslothTrainer(SFTTrainer):
         self.backend = resolved.backend
         # Not `resolved` itself: its keywords hold the data sets as they were before they were prepared.
         self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
+        self._names_text_field = resolved.names_text_field
         follow_arguments(model, resolved.args)
         use_cache = getattr(config_and_class(model, resolved.args)[0], "use_cache", None)
         with head_without_adapter(model), kept_dtypes(self, model):
@@ -113,12 +115,15 @@ class UnslothTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        name = f"{dataset_name} data set"
+        readable = read_texts(dataset, name, args, processing_class, formatting_func, named=self._names_text_field)
+
         def by_trl(dataset: Any, args: Any, packing: bool = False, formatting_func: Any = None) -> Any:
-            rest = (processing_class, args, packing, formatting_func, dataset_name)
+            rest = (readable.processing_class, args, packing, formatting_func, dataset_name)
             return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
 
         prepare = Preparation(by_trl, self.backend.training, self._vocabulary, self._completion_only)
-        return prepare(dataset, f"{dataset_name} data set", args, packing, formatting_func)
+        return prepare(readable.dataset, name, args, packing, readable.formatting_func)
 
     def _packed_collator(self) -> PackedCollator:
         return PackedCollator(

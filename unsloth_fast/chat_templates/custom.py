@@ -9,6 +9,7 @@ from datasets import Dataset
 from unsloth_fast.chat_templates.conversations import conversation_column, standard_messages
 from unsloth_fast.chat_templates.formats import quoted, turns
 from unsloth_fast.chat_templates.tokenizer import get_chat_template
+from unsloth_fast.data.nulls import renderer
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -21,6 +22,8 @@ def apply_chat_template(
     extra_eos_tokens: list[str] | None = None,
 ) -> Any:
     """Write each conversation of a data set as text, in a column "text".
+
+    Nulls that Arrow adds to tool calls are left out.
 
     Args:
         dataset: a data set or a stream with a column of conversations, in the standard or in ShareGPT's form.
@@ -60,7 +63,8 @@ def apply_chat_template(
     elif default_system_message is not None:
         get_chat_template(tokenizer, system_message=default_system_message)
     options: dict[str, Any] = {"desc": "Applying the chat template"} if isinstance(dataset, Dataset) else {}
-    return dataset.map(partial(_text, tokenizer=tokenizer, column=column), **options)
+    without_nulls = renderer(tokenizer, dataset, "dataset", [column])
+    return dataset.map(partial(_text, tokenizer=without_nulls, column=column), **options)
 
 
 def _text(row: dict[str, Any], tokenizer: Any, column: str) -> dict[str, str]:

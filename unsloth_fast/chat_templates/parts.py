@@ -5,8 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-_TEXTS = ("Alpha1", "Bravo2", "Charlie3", "Delta4")
-_ROLES = ("user", "assistant", "user", "assistant")
+from unsloth_fast.data.turns import TEXTS, written
 
 
 def find_parts(tokenizer: Any) -> tuple[str, str]:
@@ -38,45 +37,31 @@ def find_parts(tokenizer: Any) -> tuple[str, str]:
 
 
 def _parts(tokenizer: Any) -> tuple[str, str]:
-    whole = _written(tokenizer, 4)
+    whole = written(tokenizer, 4)
     # An answer may be written otherwise where it is the last, such as with a place for its reasoning.
     before_answer = _common(tokenizer, _between(whole, 0), _between(whole, 2))
     after_answer = _between(whole, 1)
-    asked = _written(tokenizer, 1)
-    prompt = _added(tokenizer, asked, _written(tokenizer, 1, prompt=True))
+    asked = written(tokenizer, 1)
+    prompt = _added(tokenizer, asked, written(tokenizer, 1, prompt=True))
     if prompt and prompt in before_answer:
         response = prompt
     elif prompt:
-        response = _without(tokenizer, before_answer, asked.rpartition(_TEXTS[0])[2])
+        response = _without(tokenizer, before_answer, asked.rpartition(TEXTS[0])[2])
     else:
         response = before_answer
-    end = _written(tokenizer, 2, prompt=True).rpartition(_TEXTS[1])[2].removesuffix(prompt)
+    end = written(tokenizer, 2, prompt=True).rpartition(TEXTS[1])[2].removesuffix(prompt)
     instruction = _without(tokenizer, after_answer, end)
     if not instruction.strip() or not response.strip():
         raise ValueError("it writes no text there")
     return instruction, response
 
 
-def _written(tokenizer: Any, count: int, prompt: bool = False) -> str:
-    """The first messages of the conversation, as the template writes them."""
-    messages: list[dict[str, Any]] = [
-        {"role": role, "content": text} for role, text in zip(_ROLES[:count], _TEXTS[:count], strict=True)
-    ]
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError):  # some templates take only lists of parts as content
-        for message in messages:
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        return tokenizer.apply_chat_template(messages, **options)
-
-
 def _between(whole: str, index: int) -> str:
     """The text between two of the contents."""
-    first, second = (whole.find(text) for text in _TEXTS[index : index + 2])
+    first, second = (whole.find(text) for text in TEXTS[index : index + 2])
     if first < 0 or second < 0:
         raise ValueError("it does not write every message")
-    return whole[first + len(_TEXTS[index]) : second]
+    return whole[first + len(TEXTS[index]) : second]
 
 
 def _added(tokenizer: Any, without: str, prompted: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
+from unsloth_fast.data.choice import PAIR, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
@@ -39,12 +40,13 @@ def has_vision_columns(given: Mapping[str, Any]) -> bool:
     return any(_VISION.intersection(_columns(dataset)) for _, dataset in datasets_of(given))
 
 
-def completion_only(given: Mapping[str, Any], args: SFTConfig) -> bool:
+def completion_only(given: Mapping[str, Any], args: SFTConfig, *, named: bool = False) -> bool:
     """Whether only completions are trained on, as TRL decides it from the first row."""
     if args.completion_only_loss is not None:
         return args.completion_only_loss
     data = given.get("train_dataset")
-    return data is not None and {"prompt", "completion"} <= next(iter(data)).keys()
+    first: Mapping[str, Any] = {} if data is None else next(iter(data))
+    return first.keys() >= set(PAIR) and trained_columns(first, args, named=named) != (args.dataset_text_field,)
 
 
 def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None) -> None:

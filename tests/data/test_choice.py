@@ -1,0 +1,63 @@
+"""Which columns are trained on, and what counts as a named dataset_text_field."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import SFTConfig
+
+from tests.trainer.runs import arguments
+from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast.data.choice import log_choice, names_text_field, trained_columns
+
+CHAT = [{"role": "user", "content": "w1"}]
+PAIR = {"prompt": "w1", "completion": "w2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"input_ids": [3], "text": "w1", "messages": CHAT}, {}, "input_ids"),
+        ({"text": "w1", "messages": CHAT, "conversations": CHAT}, {}, "text"),
+        ({"text": "w1", "prompt": "w2"}, {}, "text"),
+        ({"text": "w1"} | PAIR, {}, "prompt completion"),
+        ({"text": "w1"} | PAIR, {"named": True}, "text"),
+        ({"text": "w1"} | PAIR, {"named": True, "completion_only_loss": True}, "prompt completion"),
+        ({"text": "w1", "messages": CHAT}, {"assistant_only_loss": True, "named": True}, "messages"),
+        ({"text": "w1"}, {"assistant_only_loss": True}, "text"),
+        ({"text": None, "messages": CHAT}, {}, "messages"),
+        ({"text": "w1", "messages": None}, {}, "text"),
+        ({"messages": None, "conversations": CHAT}, {}, "conversations"),
+        ({"body": "w1", "text": "w2", "messages": CHAT}, {"dataset_text_field": "body", "named": True}, "body"),
+        ({"messages": CHAT}, {"dataset_text_field": "body", "named": True}, "messages"),
+        ({"messages": CHAT} | PAIR, {}, "prompt completion"),
+        ({"messages": None}, {}, "messages"),
+        ({"other": "w1"}, {}, ""),
+    ],
+)
+def test_columns(row: dict[str, Any], options: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    named = options.pop("named", False)
+    assert trained_columns(row, arguments(tmp_path, SFTConfig, **options), named=named) == tuple(expected.split())
+
+
+def test_a_field_that_was_named(tmp_path: Path) -> None:
+    """TRL's own configuration does not tell "text" from its default."""
+    for kind, options, named in [
+        (UnslothTrainingArguments, {}, False),
+        (UnslothTrainingArguments, {"dataset_text_field": "text"}, True),
+        (UnslothTrainingArguments, {"dataset_text_field": "body"}, True),
+        (SFTConfig, {}, False),
+        (SFTConfig, {"dataset_text_field": "text"}, False),
+        (SFTConfig, {"dataset_text_field": "body"}, True),
+    ]:
+        args = copy.copy(arguments(tmp_path, kind, **options))
+        assert args.dataset_text_field == options.get("dataset_text_field", "text")
+        assert names_text_field(args, {}) is named
+        assert names_text_field(args, {"dataset_text_field": "text"})
+
+
+def test_a_named_field_that_is_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = arguments(tmp_path, SFTConfig, dataset_text_field="body")
+    log_choice({"messages": CHAT}, ("messages",), "train", args, named=True)
+    assert "train: got no column 'body', the dataset_text_field; trained on 'messages'" in caplog.text

@@ -1,0 +1,125 @@
+"""Trainers train on the tokens of the text that a script prints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.data.test_nulls import CHATS as CALLS
+from tests.data.test_nulls import TOOLS, tokenizer
+from tests.data.test_text import CHATS, SHAREGPT, chatml, plain
+from tests.trainer.runs import BATCHINGS, arguments
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
+from unsloth_fast.chat_templates import train_on_responses_only
+from unsloth_fast.compat import patch_trl
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+
+CASES = [(name, streamed) for name in BATCHINGS for streamed in (False, True)]
+
+
+def documents(trainer: Any) -> list[list[int]]:
+    """The documents of the training rows, packed or not."""
+    found = []
+    for row in trainer.train_dataset:
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            found.append(row["input_ids"][start : start + length])
+            start += length
+    return found
+
+
+def built(kind: type, folder: Path, made: Any, data: Any, batching: str, **options: Any) -> Any:
+    """A trainer; `patched` is TRL's own class, called as older scripts call it."""
+    options = {"max_length": 1024} | BATCHINGS[batching] | options
+    model = tiny.model(vocab_size=len(made))
+    if kind is UnslothTrainer:
+        return kind(model, arguments(folder, **options), train_dataset=data, processing_class=made)
+    patch_trl()
+    field = {"dataset_text_field": "text"} if "text" in next(iter(data)) else {}
+    args = arguments(folder, SFTConfig, **options)
+    return kind(model=model, tokenizer=made, train_dataset=data, max_seq_length=1024, args=args, **field)
+
+
+@pytest.mark.parametrize("kind", [UnslothTrainer, SFTTrainer])
+@pytest.mark.parametrize(("batching", "streamed"), CASES)
+def test_the_printed_text(batching: str, streamed: bool, kind: type, tmp_path: Path) -> None:
+    """Beside conversations, with a begin token and a turn's end of its own."""
+    made = chatml("{{ bos_token }}")
+    texts = [made.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    data = Dataset.from_dict({"text": texts, "conversations": SHAREGPT, "messages": CHATS})
+    trainer = built(kind, tmp_path, made, data.to_iterable_dataset() if streamed else data, batching)
+    assert sorted(documents(trainer)) == sorted(plain(made, text) for text in texts)
+
+
+@pytest.mark.parametrize("kind", [UnslothTrainer, SFTTrainer])
+@pytest.mark.parametrize(("batching", "streamed"), CASES)
+def test_tool_calls(batching: str, streamed: bool, kind: type, tmp_path: Path) -> None:
+    """As the template writes the user's own objects."""
+    made = tokenizer()
+    # TRL 0.24 cannot truncate a stream with a null in a column of lists.
+    rows = [{"messages": chat, "tools": tools or []} for chat, tools in zip(CALLS, TOOLS, strict=True)]
+    data = Dataset.from_list(rows)
+    trainer = built(kind, tmp_path, made, data.to_iterable_dataset() if streamed else data, batching)
+    expected = [made.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
+    assert sorted(documents(trainer)) == sorted(plain(made, text) for text in expected)
+
+
+@pytest.mark.parametrize("how", ["assistant only", "responses only"])
+def test_tool_calls_of_the_assistant_alone(how: str, tmp_path: Path) -> None:
+    made = tokenizer(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% generation %}{{ message['content'] }}"
+        "{% for call in message['tool_calls'] or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+        "<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    data = Dataset.from_list([{"messages": chat} for chat in CALLS])
+    only = how == "assistant only"
+    trainer = built(UnslothTrainer, tmp_path, made, data, "padded", assistant_only_loss=only)
+    if not only:
+        train_on_responses_only(trainer, "<|im_start|>user\n", "<|im_start|>assistant\n")
+    answers = [
+        made.decode([label for label in row["labels"] if label != -100]).replace("Hi<|im_end|>", "")
+        for row in trainer.train_dataset
+    ]
+    assert answers == [
+        '{"city": "Paris", "units": ["C", null]}<|im_end|>',
+        '{"a": 1, "b": {"x": 2}}<|im_end|>',
+        "{}<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_a_named_text_beside_a_prompt_and_a_completion(by_keyword: bool, tmp_path: Path) -> None:
+    made = chatml()
+    data = Dataset.from_dict({"text": ["Hi"], "prompt": ["a"], "completion": ["b"]})
+    field = {"dataset_text_field": "text"}
+    args = arguments(tmp_path, UnslothTrainingArguments, **({} if by_keyword else field))
+    options: dict[str, Any] = {"train_dataset": data, "processing_class": made} | (field if by_keyword else {})
+    trainer = UnslothTrainer(tiny.model(vocab_size=len(made)), args, **options)
+    (row,) = trainer.train_dataset
+    assert row["input_ids"] == row["labels"] == [1, *plain(made, "Hi<|im_end|>")]
+
+
+@pytest.mark.parametrize("kind", [UnslothTrainer, SFTTrainer])
+def test_a_formatting_func_of_a_batch(kind: type, tmp_path: Path) -> None:
+    made = chatml()
+    data = Dataset.from_dict({"instruction": ["Add", "Count"], "output": ["3", "1 2"], "messages": CHATS})
+
+    def formatting_prompts_func(examples: Any) -> list[str]:
+        pairs = zip(examples["instruction"], examples["output"], strict=False)
+        return [f"{instruction}: {output}" for instruction, output in pairs]
+
+    patch_trl()
+    model, args = tiny.model(vocab_size=len(made)), arguments(tmp_path)
+    trainer = kind(model=model, args=args, train_dataset=data, tokenizer=made, formatting_func=formatting_prompts_func)
+    assert documents(trainer) == [[1, *plain(made, f"{text}<|im_end|>")] for text in ("Add: 3", "Count: 1 2")]
+
+
+def test_the_tokenizer_is_checked_before_the_data(tmp_path: Path) -> None:
+    made = chatml()
+    made.chat_template = None
+    with pytest.raises(ValueError, match=r"^processing_class: got a tokenizer without chat_template"):
+        built(UnslothTrainer, tmp_path, made, Dataset.from_dict({"messages": CHATS}), "padded")
