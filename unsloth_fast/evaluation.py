@@ -4,16 +4,20 @@ transformers and TRL average the means of batches, which depend on their size, t
 processes.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
 
+from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.collator import PackedCollator, without_repeated
 from unsloth_fast.data.lists import has_lists
 
+_TRL_WARNS = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 16)
 SCORES = ("mean_token_accuracy", "entropy")  # TRL's names
 # transformers' further metrics; the last are starts of names.
 _OF_THE_LOOP = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_", "mem_")
@@ -96,6 +100,17 @@ class Evaluated:
         for start in {prefix, prefix.split("_")[0]} if prefix.startswith("eval_") else {prefix}:
             for name, value in scores.items():
                 metrics.setdefault(f"{start}_{name}", value)
+
+
+def warn_of_logits(args: object) -> None:
+    """Repeat TRL's warning to a script for plain TRL that it will not get logits there for much longer."""
+    if not isinstance(args, UnslothTrainingArguments) and _TRL_WARNS:
+        warnings.warn(
+            "`return_outputs=True`: trl.SFTTrainer will not pass logits to `compute_metrics` and "
+            "`preprocess_logits_for_metrics` from TRL 2.0 on; UnslothTrainer does",
+            FutureWarning,
+            stacklevel=3,
+        )
 
 
 def asks_for_scores(metric: str | None) -> bool:

@@ -191,6 +191,8 @@ class UnslothTrainer(SFTTrainer):
             self._noise.positions = inputs.get("position_ids")
         if not self._own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            evaluation.warn_of_logits(self.args)
         asked = not self.model.training and evaluation.asks_for_scores(self.args.metric_for_best_model)
         options = {"with_outputs": return_outputs, "with_scores": return_outputs or asked}
         found = model(**inputs, **options, use_cache=False, num_items=num_items_in_batch, backend_loss=True)

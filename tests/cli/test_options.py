@@ -33,7 +33,6 @@ def parser() -> Parser:
         (["--no_padding_free", "--packing"], {"padding_free": False, "packing": True}),
         (["--eval-packing", "--no_packing"], {"eval_packing": True, "packing": False}),
         ([], {"padding_free": None, "gradient_checkpointing": None, "eval_packing": None}),
-        (["--max_length", "None"], {"max_length": None}),
         (["--max_seq_length", "17"], {"max_length": 17}),
         (["--max-seq-length=17"], {"max_length": 17}),
         (["--warmup_ratio", "0.1", "--seed", "5"], {"warmup_steps": 0.1, "seed": 5}),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
@@ -63,9 +63,9 @@ def test_an_evaluation_counts_what_it_is_asked_for(tmp_path: Path, batching: str
         assert "eval_num_tokens" in logged
         predicted = trainer.predict(trainer.eval_dataset).metrics
         assert {name: predicted[f"test_{name}"] for name in expected} == expected
-        stream = IterableDataset.from_generator(lambda: iter(texts().to_list()))
-        trainer.args.metric_for_best_model = "eval_mean_token_accuracy"
-        assert trainer.evaluate(stream)["eval_entropy"] == expected["entropy"]
+        args = arguments(tmp_path, **options | {"metric_for_best_model": "eval_mean_token_accuracy"})
+        of_stream = build(UnslothTrainer, args, model=model, eval_dataset=texts().to_iterable_dataset()).evaluate()
+        assert {name: of_stream[f"eval_{name}"] for name in expected} == expected
         trainer.args.metric_for_best_model = "loss"
         assert not {"eval_entropy", "eval_mean_token_accuracy"} & trainer.evaluate().keys()
 
