@@ -8,7 +8,8 @@ import inspect
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformers import TrainingArguments
@@ -16,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
 from unsloth_fast.backends import Backend
-from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, take_float16
+from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
 from unsloth_fast.data.columns import check_columns, completion_only, has_stream
@@ -122,10 +123,10 @@ def rename_arguments(
         TypeError: a name that neither the trainer nor the arguments ever had, or args of another type.
         ValueError: two names of one thing, with different values.
     """
-    settings = as_sft_config(args, model)
-    kept, updates = split_keywords(parameters, [entry.name for entry in fields(settings) if entry.init], keywords)
-    for name, value in updates.items():
-        setattr(settings, name, value)
+    kind = type(args) if isinstance(args, SFTConfig) else UnslothTrainingArguments
+    known = {entry.name for entry in (*fields(kind), *fields(UnslothTrainingArguments)) if entry.init}
+    kept, updates = split_keywords(parameters, known, keywords)
+    settings = as_sft_config(args, model, updates)
     checkpointing = _checkpointing(settings, args, model, updates)
     for name in CHECKPOINTING:
         if hasattr(settings, name):
@@ -133,29 +134,64 @@ def rename_arguments(
     return settings, kept, updates
 
 
-def as_sft_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
+def as_sft_config(
+    args: TrainingArguments | None, model: Any, updates: Mapping[str, Any] = MappingProxyType({})
+) -> SFTConfig:
     """The user's arguments as a configuration of TRL's.
 
     Args:
         args: what the user gave: a `trl.SFTConfig`, which is copied; a `transformers.TrainingArguments`, whose values
             are copied; None for the defaults.
         model: the model, or the name or path of one, after which the output folder is named where args is None.
+        updates: fields that have other values, checked as in args.
 
     Raises:
         TypeError: args has another type.
+        ValueError: a field is out of its range.
     """
+    changed = _consistent(updates)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        return UnslothTrainingArguments(f"{name.rstrip('/').split('/')[-1]}-SFT")  # TRL's own default
+        output_dir = f"{name.rstrip('/').split('/')[-1]}-SFT"  # TRL's own default
+        values: dict[str, Any] = {"output_dir": output_dir, **changed}
+        return UnslothTrainingArguments(**values)
     if isinstance(args, SFTConfig):
-        return _on_this_card(copy.copy(args))
+        return _updated(_on_this_card(copy.copy(args)), changed)
     if not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args: got {type(args).__name__}; allowed: UnslothTrainingArguments, trl.SFTConfig or "
             "transformers.TrainingArguments"
         )
-    values: dict[str, Any] = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token
+    values = args.to_dict() | {"hub_token": args.hub_token} | changed  # to_dict hides the token
     return UnslothTrainingArguments(**values)
+
+
+def _consistent(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """The updates, and what they imply for fields that depend on them: a second name, and the other precision."""
+    implied = dict(updates)
+    known = {entry.name for entry in fields(UnslothTrainingArguments)}
+    for name, value in updates.items():
+        start, _, rest = name.partition("_checkpointing")
+        other = {"gradient": "activation", "activation": "gradient"}.get(start, "")
+        if f"{other}_checkpointing{rest}" in known:
+            implied.setdefault(f"{other}_checkpointing{rest}", value)
+    for name, other in (("fp16", "bf16"), ("bf16", "fp16")):
+        if updates.get(name):
+            implied.setdefault(other, False)
+    return implied
+
+
+def _updated(args: SFTConfig, updates: dict[str, Any]) -> SFTConfig:
+    """The arguments with other values, made and checked as new ones are; what is no field of theirs is kept."""
+    if not updates:
+        return args
+    own = {entry.name for entry in fields(args) if entry.init}
+    made = replace(args, **{name: value for name, value in updates.items() if name in own})
+    others = {name: value for name, value in vars(args).items() if name not in vars(made)}
+    for name, value in (others | {name: value for name, value in updates.items() if name not in own}).items():
+        setattr(made, name, value)
+    check_fields(made, updates)
+    return made
 
 
 def _on_this_card(args: SFTConfig) -> SFTConfig:

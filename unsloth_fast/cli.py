@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -224,16 +226,13 @@ def _check_template(path: str | None) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     """ScriptArguments, UnslothTrainingArguments, ModelConfig and DatasetMixtureConfig from the file and the options."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
     from yaml import YAMLError
 
     from unsloth_fast import backends
     from unsloth_fast.checkpoints import resolve_checkpoint
     from unsloth_fast.config import UnslothTrainingArguments
-
-    class Parser(TrlParser):
-        def error(self, message: str) -> NoReturn:  # argparse's own prints the usage: about 400 lines
-            raise UsageError(message)
+    from unsloth_fast.options import Parser, target_modules
 
     if list(arguments[-1:]) == ["--config"]:
         raise UsageError("--config: got nothing; allowed: the path of a YAML file")
@@ -245,6 +244,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
         asked = parsed[1].resume_from_checkpoint  # a path or a bool; options are text
         parsed[1].resume_from_checkpoint = {"true": True, "false": False}.get(str(asked).lower(), asked)
         resolve_checkpoint(parsed[1].resume_from_checkpoint, parsed[1].output_dir)
+        parsed[2].lora_target_modules = target_modules(parsed[2].lora_target_modules)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, YAMLError) as error:
         raise UsageError(str(error)) from error
     if not parsed[2].model_name_or_path:
@@ -255,7 +255,6 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
 
 def _load_dataset(script_args: Any, mixture: Any) -> Any:
     """The splits of the data set, by name."""
-    from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
     from trl import get_dataset
 
@@ -267,19 +266,63 @@ def _load_dataset(script_args: Any, mixture: Any) -> Any:
         logger.warning("dataset_name: got %r and `datasets`; only `datasets` is used", script_args.dataset_name)
     try:
         if mixture.datasets:
+            for part in mixture.datasets:
+                part.path, part.data_files = _existing(part.path), _existing(part.data_files)
             return get_dataset(mixture)
-        name, streaming = script_args.dataset_name, script_args.dataset_streaming
-        if not Path(name).is_file():
-            return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
-        if Path(name).suffix not in FORMATS:
-            raise UsageError(f"dataset_name: got {name!r}; allowed: a file whose name ends in {', '.join(FORMATS)}")
-        return load_dataset(FORMATS[Path(name).suffix], data_files=name, streaming=streaming)
+        return _load_named(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     except StopIteration as error:  # the JSON reader of datasets found only empty files
         raise UsageError("data set: got an empty file; allowed: one with at least one row") from error
     except DatasetGenerationError as error:
         raise UsageError(f"data set: {error}: {error.__cause__}") from error
     except (ValueError, OSError, DatasetsError) as error:
         raise UsageError(f"data set: {error}") from error
+
+
+def _load_named(name: str, config: str | None, streaming: bool) -> Any:
+    """The splits of a file, of a folder, or of a data set on the hub."""
+    from datasets import load_dataset
+
+    path, kind = Path(name).expanduser(), FORMATS.get(Path(name).suffix.lower())
+    if path.is_file():
+        if kind is None:
+            raise UsageError(f"dataset_name: got {name!r}; allowed: a file whose name ends in {', '.join(FORMATS)}")
+        return load_dataset(kind, data_files=_without_patterns(path), streaming=streaming)
+    if path.is_dir():
+        return load_dataset(_without_patterns(path), name=config, streaming=streaming)
+    if kind is not None or name.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"dataset_name: got {name!r}; allowed: an existing file or folder, or the name of a data set")
+    return load_dataset(name, name=config, streaming=streaming)
+
+
+def _existing(paths: Any) -> Any:
+    """The paths of a mixture; those that exist are read as they are, the others as patterns."""
+    if isinstance(paths, dict):
+        return {split: _existing(part) for split, part in paths.items()}
+    if isinstance(paths, list):
+        return [_existing(part) for part in paths]
+    return _without_patterns(Path(paths)) if isinstance(paths, str) and Path(paths).exists() else paths
+
+
+def _without_patterns(path: Path) -> str:
+    """The path, or that of links to its files where `datasets` would read the path as a pattern or a chain of URLs.
+
+    The links are in the cache of `datasets`. Another version of a file has another link, because `datasets` recognises
+    a file by its path and the time of the link.
+    """
+    from datasets import config
+
+    if not any(mark in str(path) for mark in ("*", "?", "[", "]", "::", "://")):
+        return str(path)
+    path = path.resolve()
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    states = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    folder = Path(config.HF_DATASETS_CACHE) / "links" / sha256(repr(states).encode()).hexdigest()[:16]
+    for file in files:
+        link = folder / file.relative_to(path) if path.is_dir() else folder / f"data{path.suffix.lower()}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # of an earlier run, or of another process of this one
+            link.symlink_to(file)
+    return str(folder if path.is_dir() else link)
 
 
 if __name__ == "__main__":

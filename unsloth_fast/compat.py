@@ -1,7 +1,8 @@
 """Plain `trl.SFTTrainer` on this package: `patch_trl` wraps its `__init__`, `unpatch_trl` restores it.
 
 No source is rewritten and no other method of TRL is replaced. `SFTTrainer(...)` then builds an `UnslothTrainer`, which
-is a subclass. A class that somebody else derived keeps its class; it only accepts the older call styles.
+is a subclass. A class that somebody else derived keeps its class; it only accepts the older call styles. The `__init__`
+of the arguments is wrapped as well: it accepts older names.
 """
 
 import functools
@@ -9,11 +10,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from trl import SFTTrainer
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast.arguments import rename_arguments
+from unsloth_fast.keywords import accept_older_names
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.trainer import UnslothTrainer
+
+_CONFIGS = (SFTConfig, TrainingArguments)
 
 
 def patch_trl() -> None:
@@ -22,16 +27,20 @@ def patch_trl() -> None:
     Packing, padding-free batches, the operations under the model, the loss and the errors are then those of
     `UnslothTrainer`; the backend is UNSLOTH_BACKEND unless the arguments name one. A class that somebody else derived
     from `trl.SFTTrainer` behaves as before, and also accepts `tokenizer=`, `dataset_text_field=`, `max_seq_length=` and
-    the like. Patching again has no effect; existing trainers do not change.
+    the like. `trl.SFTConfig` and `transformers.TrainingArguments` accept the names that older releases had for their
+    fields. Patching again has no effect; existing trainers do not change.
     """
     if not is_patched():
         SFTTrainer.__init__ = _wrapped(SFTTrainer.__init__)
+        for config in _CONFIGS:
+            config.__init__ = accept_older_names(config.__init__)
 
 
 def unpatch_trl() -> None:
-    """Restore the `__init__` of `trl.SFTTrainer`; no effect if it is not patched."""
+    """Restore the `__init__` of `trl.SFTTrainer` and of the arguments; no effect if they are not patched."""
     if is_patched():
-        SFTTrainer.__init__ = SFTTrainer.__init__.__wrapped__  # type: ignore[attr-defined]
+        for patched in (SFTTrainer, *_CONFIGS):
+            patched.__init__ = patched.__init__.__wrapped__  # type: ignore[attr-defined]
 
 
 def is_patched() -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 from trl import SFTConfig
 
 from unsloth_fast import backends
+from unsloth_fast.keywords import accept_older_names
 
 logger = logging.getLogger(__name__)
 
 _COUNTS = {  # name and least value
+    "max_length": 1,
+    "dataset_num_proc": 1,
+    "seed": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -21,13 +26,19 @@ _COUNTS = {  # name and least value
     "dataloader_prefetch_factor": 1,
     "pad_to_multiple_of": 1,
 }
-_RATES = ("learning_rate", "embedding_learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha")
+_RATES = (
+    *("learning_rate", "embedding_learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha"),
+    *("max_grad_norm", "num_train_epochs", "warmup_steps"),
+)
 _SHARES = {  # name: greatest value, and the range in words
     "adam_beta1": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
     "adam_beta2": (math.nextafter(1.0, 0.0), "a number from 0 to less than 1"),
     "label_smoothing_factor": (1.0, "a number from 0 to 1"),
 }
-_OPTIONAL = ("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha")
+_OPTIONAL = (
+    *("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha"),
+    *("max_length", "dataset_num_proc"),
+)
 DEFAULT_TEXT = "text"  # TRL's dataset_text_field
 # Both of transformers' names for it; the second exists since 5.2x.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -50,6 +61,8 @@ class UnslothTrainingArguments(SFTConfig):
         backend: "auto", "fast" or "reference", optionally with exceptions for single operations:
             "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if that is not set.
 
+    Names of older releases are accepted: max_seq_length, warmup_ratio, evaluation_strategy and others.
+
     Without bf16 and fp16 it is bf16=True, TRL's default, or on a GPU without bfloat16 fp16=True, which is logged.
 
     Raises:
@@ -57,14 +70,15 @@ class UnslothTrainingArguments(SFTConfig):
             or operation; or what `trl.SFTConfig` raises.
     """
 
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # TRL's is a bool
+    # Not `bool | None`, for which a parser would want a value after the option.
+    gradient_checkpointing: bool = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Whether the backward pass recomputes activations instead of keeping them. `None` for what the "
             "model was loaded with, or else `True`."
         },
     )
-    padding_free: bool | None = field(  # type: ignore[assignment]  # TRL's is a bool
+    padding_free: bool = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Whether the documents of a batch are concatenated in one row instead of padded to the longest. "
@@ -102,16 +116,37 @@ class UnslothTrainingArguments(SFTConfig):
             for name in CHECKPOINTING:
                 if hasattr(self, name):
                     setattr(self, name, None)
-        values: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_RATES, *_SHARES)}
-        for name, least in _COUNTS.items():
-            fits = isinstance(values[name], int) and values[name] >= least
-            _check(name, values[name], fits, f"an integer from {least}")
-        for name in _RATES:
-            _check(name, values[name], _is_rate(values[name]), "a finite number from 0")
-        for name, (most, words) in _SHARES.items():
-            _check(name, values[name], _is_rate(values[name]) and values[name] <= most, words)
-        if self.backend is not None:
-            backends.parse(self.backend)
+        check_fields(self)
+
+
+UnslothTrainingArguments.__init__ = accept_older_names(UnslothTrainingArguments.__init__)
+
+
+def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
+    """Refuse values that no run can use, where transformers does not check them.
+
+    Args:
+        args: the arguments.
+        names: the fields to check; None for all.
+
+    Raises:
+        ValueError: a field is out of its range, or the backend is unknown.
+    """
+    for name in (*_COUNTS, *_RATES, *_SHARES):
+        if not hasattr(args, name) or (names is not None and name not in names):
+            continue
+        value = getattr(args, name)
+        if name in _COUNTS:
+            fits = isinstance(value, int) and value >= _COUNTS[name]
+            _check(name, value, fits, f"an integer from {_COUNTS[name]}")
+        elif name in _RATES:
+            _check(name, value, _is_rate(value), "a finite number from 0")
+        else:
+            most, words = _SHARES[name]
+            _check(name, value, _is_rate(value) and value <= most, words)
+    backend = getattr(args, "backend", None)
+    if backend is not None:
+        backends.parse(backend)
 
 
 def take_float16(args: SFTConfig) -> None:

@@ -1,4 +1,4 @@
-"""Counting: the targets that divide the loss, and the tokens and right predictions that the log reports.
+"""Counting: the targets that divide the loss, and the tokens that the log reports.
 
 All counts stay on the device until they are logged: reading one back waits for the device.
 """
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +22,6 @@ class Counter:
 
     def __init__(self, device: torch.device) -> None:
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._predictions = torch.zeros(2, dtype=torch.int64, device=device)  # right ones, targets
         self._first_step = True
 
     def step(
@@ -59,31 +56,11 @@ class Counter:
                 )
         return total[0], own[0]
 
-    @torch.no_grad()
-    def predictions(self, logits: Tensor, labels: Tensor, sum_over_devices: Callable[[Tensor], Tensor]) -> None:
-        """Count the targets whose most likely token is the right one.
-
-        Args:
-            logits: [B, S, V].
-            labels: [B, S], not shifted, on the same device.
-            sum_over_devices: as in `step`.
-        """
-        targets = labels[:, 1:]
-        valid = targets != IGNORE_INDEX
-        right = (logits[:, :-1].argmax(-1) == targets) & valid
-        self._predictions += sum_over_devices(torch.stack([right.sum(), valid.sum()]).to(self._predictions.device))
-
     def take_tokens(self) -> int:
         """The tokens of all processes since this was last asked for."""
         tokens = int(self._tokens)
         self._tokens.zero_()
         return tokens
-
-    def take_accuracy(self) -> float | None:
-        """The share of right predictions since this was last asked for; None if none were counted."""
-        right, targets = self._predictions.tolist()
-        self._predictions.zero_()
-        return right / targets if targets else None
 
 
 def logged_tokens(state: Any, counter: Counter, counted_by_transformers: bool) -> int:

@@ -95,6 +95,8 @@ SEAMS = (
     Seam("trl.SFTTrainer._prepare_dataset", "overridden: data sets are checked, and packed as a whole"),
     Seam("trl.SFTTrainer._metrics", "written: what TRL logs beside the loss"),
     Seam("trl.SFTTrainer.__init__", "replaced by compat.patch_trl: plain TRL scripts build our trainer"),
+    Seam("trl.SFTConfig.__init__", "replaced by compat.patch_trl: it accepts the names of older releases"),
+    Seam("transformers.TrainingArguments.__init__", "replaced by compat.patch_trl: the same"),
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
@@ -110,6 +112,9 @@ SEAMS = (
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
     Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
     Seam("datasets.Dataset._fingerprint", "read: a packed data set has a fingerprint of its own"),
+    # argparse, in TRL's parser
+    Seam("argparse.ArgumentParser._actions", "read: the options, to write their values as YAML's authors mean them"),
+    Seam("argparse.ArgumentParser._option_string_actions", "read: a switch needs no value"),
     # torch
     Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
     Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),

@@ -1,5 +1,6 @@
 """`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.head import head_without_adapter
+from unsloth_fast.noise import EmbeddingNoise
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_fast.unsupported import missing
@@ -54,8 +56,10 @@ class UnslothTrainer(SFTTrainer):
     evaluation or a prediction is divided by the targets of all its batches. Only for a stream on several processes,
     whose end no process knows, accelerate's repeated documents are counted twice. Logged beside the loss: `num_tokens`
     since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and
-    `mean_token_accuracy`, which would need the logits. An evaluation with `compute_metrics` computes the logits and
-    logs the accuracy.
+    `mean_token_accuracy`, which would need the logits. An evaluation logs them if `metric_for_best_model` is one of
+    them, or with `compute_metrics`, for which it computes the logits.
+
+    NEFTune: where documents are concatenated, the noise of each is scaled by its own length.
 
     Args:
         model: a model, or the name or path of one.
@@ -106,7 +110,10 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend)
         self._own_loss = choose_loss(self, self.backend)
         self._counter = Counter(self.args.device)
-        self._evaluated = evaluation.EvaluatedLoss()
+        self._scores, self._evaluated = evaluation.Scores(), evaluation.Evaluated()
+        self._noise = None
+        if self.padding_free and self.neftune_noise_alpha is not None:
+            self._noise, self.neftune_noise_alpha = EmbeddingNoise(self.neftune_noise_alpha), None
         self._embedding_rate: float | None = None
 
     # Documents to batches
@@ -186,19 +193,22 @@ class UnslothTrainer(SFTTrainer):
         Returns:
             The loss, 0-dim, or (loss, outputs).
         """
+        if self._noise is not None:
+            self._noise.positions = inputs.get("position_ids")
         if not self._own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        options = {"use_cache": False, "num_items": num_items_in_batch, "with_outputs": return_outputs}
-        found = model(**inputs, **options, backend_loss=True)
-        loss, outputs = found if return_outputs else (found, None)
+        if return_outputs:
+            evaluation.warn_of_logits(self.args)
+        asked = not self.model.training and evaluation.asks_for_scores(self.args.metric_for_best_model)
+        options = {"with_outputs": return_outputs, "with_scores": return_outputs or asked}
+        found = model(**inputs, **options, use_cache=False, num_items=num_items_in_batch, backend_loss=True)
+        loss, outputs, scores = found if options["with_scores"] else (found, None, None)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and data parallelism averages the gradients over them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if outputs is None:
-            return loss
-        labels = inputs["labels"].to(outputs.logits.device)
-        self._counter.predictions(outputs.logits, labels, self._sum_over_processes)
-        return loss, outputs
+        if scores is not None:
+            (self._scores if self.model.training else self._evaluated.scores).add(scores)
+        return (loss, outputs) if return_outputs else loss
 
     @overrides(SFTTrainer)
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -255,11 +265,10 @@ class UnslothTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """transformers' loop; the loss is the mean over all targets, not over the batches' means."""
-        self._evaluated = evaluation.EvaluatedLoss()
+        self._evaluated = evaluation.Evaluated()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        loss = self._evaluated.mean(self._sum_over_processes, finite_only=self.args.logging_nan_inf_filter)
-        if loss is not None and output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        finite_only, metrics = self.args.logging_nan_inf_filter, {} if output.metrics is None else output.metrics
+        self._evaluated.write_to(metrics, metric_key_prefix, self._sum_over_processes, finite_only=finite_only)
         return output
 
     @overrides(SFTTrainer)
@@ -284,13 +293,12 @@ class UnslothTrainer(SFTTrainer):
 
     @overrides(SFTTrainer)
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the tokens since training began, the embeddings' learning rate, and the accuracy where known."""
+        """Log, with the tokens since training began, the embeddings' learning rate, and the scores where known."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self._own_loss:
             metrics["num_tokens"] = [self._tokens_so_far()]
-            accuracy = self._counter.take_accuracy()
-            if accuracy is not None:
-                metrics["mean_token_accuracy"] = [accuracy]
+            if self.model.training:
+                metrics |= {name: [value] for name, value in self._scores.take(self._sum_over_processes).items()}
         if "learning_rate" in logs and self._embedding_rate is not None:
             logs["embedding_learning_rate"] = self._embedding_rate
         super().log(logs, start_time)
@@ -305,7 +313,10 @@ class UnslothTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> TrainOutput:
         """Train; True resumes from the last checkpoint in the output folder that was written completely."""
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(self._checkpoint, *positional, **keywords)
+        if type(self) is UnslothTrainer and self._own_loss:
+            evaluation.check_best_metric(self)
+        with nullcontext() if self._noise is None else self._noise.added_to(self.model):
+            return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)
     def _init_training_state(self, *positional: Any, **keywords: Any) -> tuple[int, int]:

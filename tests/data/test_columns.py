@@ -113,7 +113,7 @@ def test_a_data_set_with_a_text_in_every_row_passes(
 
 def test_several_data_sets_to_train_on_are_refused(tmp_path: Path) -> None:
     """`load_dataset` returns them where no split is named."""
-    with pytest.raises(TypeError, match=r"^train_dataset: got a DatasetDict of 'train', 'test'; allowed: one data set"):
+    with pytest.raises(TypeError, match=r"^train_dataset: got a DatasetDict of 'train', 'test'; allowed: one of them"):
         check(tmp_path, DatasetDict({"train": tokens(3), "test": tokens(3)}))
 
 

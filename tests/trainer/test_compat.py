@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -142,3 +143,40 @@ def test_the_models_backend_is_the_default(tmp_path: Path, monkeypatch: pytest.M
     assert UnslothTrainer(**options(tmp_path, model=model)).backend.name == "reference,rope=reference"
     args = arguments(tmp_path, backend="reference")
     assert UnslothTrainer(**options(tmp_path, model=model, args=args)).backend.name == "reference"
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments], ids=lambda kind: kind.__name__)
+def test_arguments_accept_older_names_while_trl_is_patched(tmp_path: Path, kind: type) -> None:
+    old = {"warmup_ratio": 0.1, "evaluation_strategy": "steps", "eval_steps": 2, "save_safetensors": True}
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        arguments(tmp_path, kind, **old)
+    compat.patch_trl()
+    signature = inspect.signature(kind)
+    args = arguments(tmp_path, kind, **old, group_by_length=True)
+    assert (args.warmup_steps, args.eval_strategy, args.train_sampling_strategy) == (0.1, "steps", "group_by_length")
+    with pytest.raises(TypeError, match="never_a_name"):
+        arguments(tmp_path, kind, never_a_name=1)
+    compat.unpatch_trl()
+    assert inspect.signature(kind) == signature
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        arguments(tmp_path, kind, **old)
+
+
+def test_a_script_of_years_ago_trains(tmp_path: Path) -> None:
+    """transformers' arguments with older names, and TRL's fields and the tokenizer as keywords of the trainer."""
+    compat.patch_trl()
+    trainer = SFTTrainer(
+        model=tiny.model(),
+        tokenizer=tiny.tokenizer(),
+        train_dataset=Dataset.from_dict({"words": tiny.texts(6)}),
+        dataset_text_field="words",
+        max_seq_length=12,
+        dataset_num_proc=1,
+        packing=False,
+        args=arguments(
+            tmp_path, TrainingArguments, max_steps=2, warmup_ratio=0.5, optim="adamw_torch", lr_scheduler_type="linear"
+        ),
+    )
+    trainer.train()
+    assert trainer.args.max_length == 12 and trainer.args.warmup_steps == 0.5
+    assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == [0.0, 1e-3]

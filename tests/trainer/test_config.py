@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
         assert (parsed.embedding_learning_rate, parsed.backend) == tuple(ours.values())
         (parsed,) = parser.parse_args_into_dataclasses(line)
         assert parsed.backend is None and parsed.gradient_checkpointing is None
-        for value in (True, False):
-            (parsed,) = parser.parse_args_into_dataclasses([*line, "--gradient_checkpointing", str(value)])
-            assert parsed.gradient_checkpointing is value
+        for value in (["True"], ["False"], []):
+            (parsed,) = parser.parse_args_into_dataclasses(
+                [*line, "--gradient_checkpointing", *value, "--padding_free"]
+            )
+            assert parsed.gradient_checkpointing is (value != ["False"]) and parsed.padding_free is True
     assert UnslothTrainingArguments(**UnslothTrainingArguments(**plain).to_dict()).gradient_checkpointing is None
 
 
@@ -59,6 +62,9 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
         ("dataloader_num_workers", 0),
         ("dataloader_prefetch_factor", 1),
         ("pad_to_multiple_of", 1),
+        ("max_length", 1),
+        ("dataset_num_proc", 1),
+        ("seed", 0),
     ],
 )
 def test_a_wrong_count_is_refused(tmp_path: Path, name: str, least: int) -> None:
@@ -74,6 +80,8 @@ def test_a_wrong_count_is_refused(tmp_path: Path, name: str, least: int) -> None
     [
         *((name, [-1.0, math.nan, math.inf, "1e-3"], 0.0) for name in ("learning_rate", "weight_decay")),
         ("adam_epsilon", [-1e-8, math.nan], 0.0),
+        ("max_grad_norm", [-1.0, math.nan], 0.0),
+        ("num_train_epochs", [-1.0, math.inf], 0.5),
         ("neftune_noise_alpha", [-5.0], 5.0),
         *((name, [-0.1, 1.0, 2, math.nan], 0.99) for name in ("adam_beta1", "adam_beta2")),
         ("label_smoothing_factor", [-0.1, 1.5, math.nan], 1.0),
@@ -85,3 +93,35 @@ def test_a_number_out_of_range_is_refused(tmp_path: Path, name: str, wrong: list
         with pytest.raises(ValueError, match=f"^{name}: got {value!r}; allowed: a"):
             arguments(tmp_path, **{name: value})
     assert getattr(arguments(tmp_path, **{name: right}), name) == right
+
+
+def test_older_names_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scripts of several years pass; a name that never existed is an error."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    args = UnslothTrainingArguments(
+        output_dir=str(tmp_path),
+        max_seq_length=17,
+        warmup_ratio=0.1,
+        evaluation_strategy="steps",
+        eval_steps=5,
+        group_by_length=True,
+        logging_dir="logs",
+        no_cuda=True,
+        fp16=False,
+        bf16=False,
+        per_gpu_train_batch_size=3,
+        overwrite_output_dir=True,
+    )
+    assert (args.max_length, args.warmup_steps, args.eval_strategy, args.eval_steps) == (17, 0.1, "steps", 5)
+    assert (args.use_cpu, args.per_device_train_batch_size) == (True, 3)
+    assert args.train_sampling_strategy == "group_by_length"
+    assert os.environ.pop("TENSORBOARD_LOGGING_DIR") == "logs"
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        arguments(tmp_path, max_sequence_length=17)
+    with pytest.raises(ValueError, match=r"^max_seq_length: got 17, and max_length=18; allowed: one of the two"):
+        arguments(tmp_path, max_seq_length=17, max_length=18)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.1, 4), (1.0, 40)])
+def test_a_warmup_ratio_is_a_share_of_all_steps(tmp_path: Path, share: float, steps: int) -> None:
+    assert arguments(tmp_path, warmup_ratio=share).get_warmup_steps(40) == steps

@@ -1,4 +1,4 @@
-"""Counting: targets, tokens and right predictions, with a stand-in for the sum over two processes."""
+"""Counting: targets and tokens, with a stand-in for the sum over two processes."""
 
 import logging
 from collections.abc import Callable
@@ -84,37 +84,6 @@ def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFix
     )
     assert (int(everywhere), int(here)) == (3, 0)
     assert caplog.records == []
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_accuracy_is_the_share_of_right_predictions(processes: int) -> None:
-    """Position i predicts token i + 1; positions that are no targets do not count; batches are summed."""
-    counter = counter_of()
-    predicted = torch.tensor([[6, 0, 9, 0], [0, 7, 9, 0]])
-    logits = torch.nn.functional.one_hot(predicted, 10).float()
-    labels = torch.tensor([[5, 6, 7, 9], [5, -100, 7, -100]])
-    counter.predictions(logits, labels, sum_over(processes))
-    assert counter.take_accuracy() == 3 / 4
-    counter.predictions(logits[:1], labels[:1], sum_over(processes))
-    counter.predictions(logits[:1], torch.tensor([[5, 1, 1, -100]]), sum_over(processes))
-    assert counter.take_accuracy() == 2 / 5
-
-
-def test_there_is_no_accuracy_without_targets() -> None:
-    """Reading the accuracy resets its counts."""
-    counter = counter_of()
-    assert counter.take_accuracy() is None
-    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]), sum_over(1))
-    assert counter.take_accuracy() is None
-    counter.predictions(torch.zeros(1, 2, 4), torch.tensor([[3, 0]]), sum_over(1))
-    assert counter.take_accuracy() == 1.0
-    assert counter.take_accuracy() is None
-
-
-def test_counting_predictions_records_no_gradient() -> None:
-    counter = counter_of()
-    counter.predictions(torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[3, 0]]), sum_over(1))
-    assert counter.take_accuracy() == 1.0
 
 
 class Tokens:

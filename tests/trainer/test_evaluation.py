@@ -21,7 +21,7 @@ from tests.data.samples import tokens
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
 from unsloth_fast.data.collator import PackedCollator
-from unsloth_fast.evaluation import EvaluatedLoss, collator_for, labels_counted_once
+from unsloth_fast.evaluation import Evaluated, collator_for, labels_counted_once
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -141,7 +141,7 @@ def test_the_mean_weighs_each_batch_by_its_targets(
     losses: list[float], targets: list[int], finite_only: bool, expected: float, processes: int
 ) -> None:
     """Over all processes; here each has the batches of this one."""
-    evaluated = EvaluatedLoss()
+    evaluated = Evaluated()
     for loss, count in zip(losses, targets, strict=True):
         evaluated.add(torch.tensor(loss), torch.tensor(count))
     mean = evaluated.mean(lambda totals: totals * processes, finite_only=finite_only)
@@ -150,18 +150,18 @@ def test_the_mean_weighs_each_batch_by_its_targets(
 
 def test_the_mean_includes_the_batches_of_other_processes() -> None:
     """The function that sums over devices receives the sum of losses, the targets, and the sum with all batches."""
-    evaluated = EvaluatedLoss()
+    evaluated = Evaluated()
     evaluated.add(torch.tensor(2.0), torch.tensor(3))
     assert evaluated.mean(lambda totals: totals + torch.tensor([4.0, 1, 4]), finite_only=True) == 2.5
 
 
 def test_an_evaluation_without_batches_has_no_loss() -> None:
-    assert EvaluatedLoss().mean(lambda totals: totals, finite_only=True) is None
+    assert Evaluated().mean(lambda totals: totals, finite_only=True) is None
 
 
 def test_the_mean_is_computed_in_float64() -> None:
     """In float32 the sum would lose the second loss."""
-    evaluated = EvaluatedLoss()
+    evaluated = Evaluated()
     for loss in (2.0**24, 1.0):
         evaluated.add(torch.tensor(loss), torch.tensor(1))
     assert evaluated.mean(lambda totals: totals, finite_only=True) == (2**24 + 1) / 2

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from unsloth_fast.keywords import RENAMED, split_keywords
+from unsloth_fast.keywords import CONVERTED, RENAMED, WITHOUT_EFFECT, current_names, split_keywords
 
-TODAY = (["model", "args", "processing_class"], ["packing", "max_length", "dataset_text_field"])
+TODAY = (
+    ["model", "args", "processing_class"],
+    ["packing", "dataset_text_field", *(name for name in RENAMED.values() if name != "processing_class")],
+)
 TRAINER = ("model", "args", "train_dataset", "processing_class", "tokenizer")
 CONFIG = ("packing", "max_length", "max_seq_length", "dataset_text_field")
 
@@ -136,3 +140,53 @@ def test_the_installed_trl_accepts_the_result() -> None:
     trainer, config = split_keywords(parameters, fields, {"tokenizer": 1, "max_seq_length": 2, "packing": True})
     assert trainer == {"processing_class": 1}
     assert config == {"max_length": 2, "packing": True}
+
+
+TRAINING = {"warmup_steps", "optim", "train_sampling_strategy", "include_for_metrics", "eval_strategy"}
+
+
+@pytest.mark.parametrize(
+    ("given", "today"),
+    [
+        ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
+        ({"warmup_ratio": 0}, {"warmup_steps": 0.0}),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, {"warmup_steps": 5}),  # steps win, as they always did
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_steps": 5}),
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, {"warmup_steps": 0.1}),
+        ({"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}),
+        ({"group_by_length": False, "adafactor": False}, {}),
+        ({"adafactor": True}, {"optim": "adafactor"}),
+        ({"include_inputs_for_metrics": True}, {"include_for_metrics": ["inputs"]}),
+        ({"evaluation_strategy": "steps"}, {"eval_strategy": "steps"}),
+        ({"evaluation_strategy": None, "q_galore_config": None}, {}),
+        ({"overwrite_output_dir": True, "save_safetensors": True, "dataset_batch_size": None}, {}),
+        ({"never_a_name": 1}, {"never_a_name": 1}),
+    ],
+)
+def test_values_of_older_names(given: dict[str, Any], today: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """What asks for something has its meaning, and what asks for nothing is left out."""
+    assert current_names(TRAINING, given) == today
+    assert ("overrides" in caplog.text) == ({"warmup_ratio", "warmup_steps"} <= given.keys())
+
+
+def test_a_known_name_is_not_converted() -> None:
+    assert (
+        current_names({"warmup_ratio", "group_by_length"}, given := {"warmup_ratio": 7, "group_by_length": 1}) == given
+    )
+
+
+def test_a_removed_name_that_asks_for_something_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert current_names(TRAINING, {"save_safetensors": False}) == {}
+    assert "save_safetensors: got False, which has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("warmup_ratio", 1.5), ("warmup_ratio", "a lot"), ("q_galore_config", 1)])
+def test_an_older_value_without_a_counterpart_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}; allowed: "):
+        current_names(TRAINING, {name: value})
+
+
+def test_every_older_name_leads_to_a_field_of_the_installed_release() -> None:
+    names = {*(entry.name for entry in fields(SFTConfig)), *inspect.signature(SFTTrainer).parameters}
+    assert names >= {name for name in RENAMED.values()} | TRAINING
+    assert not names & {*WITHOUT_EFFECT, *CONVERTED}

@@ -64,7 +64,8 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
     if isinstance(train := given.get("train_dataset"), dict):
         names = ", ".join(map(repr, train))
         raise TypeError(
-            f"train_dataset: got a {type(train).__name__} of {names}; allowed: one data set, such as one of them"
+            f"train_dataset: got a {type(train).__name__} of {names}; allowed: one of them, as `train_dataset` must be "
+            "a `Dataset` or `IterableDataset`"
         )
     options: Any = args.dataset_kwargs or {}
     skips_preparation = options.get("skip_prepare_dataset", False)

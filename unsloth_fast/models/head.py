@@ -13,19 +13,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.families import family_of
 from unsloth_fast.models.methods import forward_hooks, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
+from unsloth_fast.models.scores import score
 
 
 def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0) -> None:
     """Let `model(..., labels=labels, backend_loss=True, num_items=None, with_outputs=False)` return the loss.
 
     Without `backend_loss=True` the forward works as before. With it, the forward returns the loss of the next tokens,
-    and with `with_outputs=True` the pair of the loss and the model's outputs, with logits.
+    and with `with_outputs=True` the pair of the loss and the model's outputs, with logits. With `with_scores=True` it
+    returns the loss, the outputs or None, and the `scores.score` of the predictions, which need no whole logits either.
 
     Head and cross entropy are the backend's `linear_cross_entropy` if the head is a plain linear layer of a known
     family, trained or frozen, tied or not. The logits are computed first if outputs are wanted, and for any other head:
@@ -49,6 +52,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         backend_loss: bool = False,
         num_items: float | Tensor | None = None,
         with_outputs: bool = False,
+        with_scores: bool = False,
         **inputs: Any,
     ) -> object:
         # A deep copy shares this function, but TRL's fused head below it would run the model that was copied.
@@ -60,12 +64,16 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         head = None if with_outputs or logit_options is None else plain_head(self)
         if head is not None:
             hidden = self.base_model(*positional, **inputs).last_hidden_state
-            return _loss_of_hidden(self, head, hidden, labels, backend, options | (logit_options or {}))
+            found = _loss_of_hidden(self, head, hidden, labels, backend, options | (logit_options or {}), with_scores)
+            return (found[0], None, found[1]) if with_scores else found[0]
         outputs = own(*positional, **inputs)
         # A model that is split over several devices has its logits on the last one.
         labels = labels.to(outputs.logits.device)
         cross_entropy = backend.kernels.cross_entropy
         loss = backend.training.next_token_loss(outputs.logits, labels, cross_entropy=cross_entropy, **options)
+        if with_scores:
+            targets = backend.training.shift_labels(labels).flatten()
+            return loss, outputs if with_outputs else None, score(outputs.logits.flatten(0, 1), targets)
         return (loss, outputs) if with_outputs else loss
 
     replace_method(model, "forward", forward, "loss")
@@ -80,9 +88,15 @@ def remove_loss(model: CausalLM) -> None:
 
 
 def _loss_of_hidden(
-    model: CausalLM, head: nn.Linear, hidden: Tensor, labels: Tensor, backend: Backend, options: dict[str, Any]
-) -> Tensor:
-    """The loss without the whole logits.
+    model: CausalLM,
+    head: nn.Linear,
+    hidden: Tensor,
+    labels: Tensor,
+    backend: Backend,
+    options: dict[str, Any],
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss without the whole logits; the scores, None if they are not wanted.
 
     Args:
         model: the language model.
@@ -91,16 +105,24 @@ def _loss_of_hidden(
         labels: [B, S], not shifted.
         backend: as in `add_loss`.
         options: of `linear_cross_entropy`.
+        with_scores: whether the scores are wanted.
     """
     targets = backend.training.shift_labels(labels).flatten()
 
-    def loss_of(head: nn.Linear, hidden: Tensor) -> Tensor:
+    def loss_of(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         dtype = product_dtype(hidden, head.weight)
         hidden = hidden.to(head.weight.device, dtype).flatten(0, 1)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return backend.kernels.linear_cross_entropy(
-            hidden, head.weight.to(dtype), targets.to(hidden.device), bias, **options
-        )
+        weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+        loss = backend.kernels.linear_cross_entropy(hidden, weight, targets.to(hidden.device), bias, **options)
+        if not with_scores:
+            return loss, None
+
+        def logits_of(rows: Tensor) -> Tensor:
+            logits = linear(rows, weight, bias) * options.get("logit_scale", 1.0)
+            cap = options.get("softcap", 0.0)
+            return cap * (logits / cap).tanh() if cap else logits
+
+        return loss, score(hidden, targets, logits_of)
 
     outer = model.get_output_embeddings()
     if outer is None or not _gathers(outer, head):
