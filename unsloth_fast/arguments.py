@@ -18,7 +18,7 @@ from unsloth_fast import backends
 from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, take_float16
 from unsloth_fast.data.batching import BatchingPlan
-from unsloth_fast.data.columns import check_columns, completion_only, has_stream
+from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows
 from unsloth_fast.data.facts import decide_batching, vocabulary_size
 from unsloth_fast.keywords import split_keywords
 from unsloth_ref import checks
@@ -72,6 +72,7 @@ def resolve_arguments(
     check_device(settings)
     vocabulary = vocabulary_size(model, settings, given)
     check_columns(given, settings, vocabulary)
+    given = prepared_rows(given, settings)
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
