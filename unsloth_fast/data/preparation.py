@@ -69,8 +69,10 @@ class Preparation:
         elif first:
             columns, allowed = check_text(dataset, name, first, args.dataset_text_field)
             dataset = read_columns(dataset, name, columns, allowed, args.dataset_text_field)
-        if columns == TOKENS and not isinstance(dataset, Dataset):
+        if columns == TOKENS and isinstance(dataset, IterableDataset):
             dataset = check_tokens_while_reading(dataset, name, args.max_length)
+        elif columns == TOKENS:  # before a map gives a column of empty lists a type of its own
+            dataset = without_empty_rows(dataset, name)
         if has_lists(dataset, "seq_lengths"):
             return self._packed_rows(dataset, name, args)
         if packing and args.max_length is None:
@@ -84,7 +86,7 @@ class Preparation:
     def _packed_rows(self, dataset: Dataset, name: str, args: SFTConfig) -> Any:
         """Rows that were packed earlier: neither cut nor packed again."""
         check_packed_rows(dataset, name, args.max_length)
-        rows = self.by_trl(without_empty_rows(dataset, name), without_truncation(args))
+        rows = self.by_trl(dataset, without_truncation(args))
         check_vocabulary(rows, name, self.vocabulary)
         return require_targets(rows, name) if has_lists(rows, "labels") else rows
 
