@@ -20,7 +20,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
-from unsloth_fast.data.columns import check_columns, completion_only, has_stream
+from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
@@ -81,6 +81,7 @@ def resolve_arguments(
     named = names_text_field(settings, updates)
     check_columns(given, settings, vocabulary)
     check_processing_classes(given, settings, named=named)
+    given = prepared_rows(given, settings)
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared

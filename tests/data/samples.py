@@ -53,7 +53,7 @@ def bloom() -> PreTrainedModel:
 
 def trainer_on(folder: Path, data: Any, trainer_class: type = UnslothTrainer, **options: Any) -> Any:
     """A trainer on this data set; options that are not arguments of the trainer are fields of its configuration."""
-    names = ("model", "eval_dataset", "data_collator", "peft_config", "compute_metrics")
+    names = ("model", "eval_dataset", "data_collator", "peft_config", "compute_metrics", "formatting_func")
     given = {"model": tiny.model()} | {name: options.pop(name) for name in names if name in options}
     args = arguments(folder, **options)
     return trainer_class(args=args, train_dataset=data, processing_class=tiny.tokenizer(), **given)

@@ -1,15 +1,18 @@
 """The columns of a trainer's data sets: which of them are trained on, and errors for data sets without such columns."""
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from trl import SFTConfig
 
 from unsloth_fast.data.choice import PAIR, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
-from unsloth_fast.data.lists import has_lists
+from unsloth_fast.data.lists import has_lists, is_plain, row_with
+from unsloth_fast.data.reading import OPTIONS, TOKENS, is_conversational, is_empty, read_columns
+from unsloth_fast.data.streams import picklable
+from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
+from unsloth_fast.data.values import DICTIONARY, EITHER, LIST, STRING, TOOLS, check_values, fits, wrong_value
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 
 _VISION = frozenset(
@@ -67,20 +70,55 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
             f"train_dataset: got a {type(train).__name__} of {names}; allowed: one of them, as `train_dataset` must be "
             "a `Dataset` or `IterableDataset`"
         )
-    options: Any = args.dataset_kwargs or {}
-    skips_preparation = options.get("skip_prepare_dataset", False)
     for name, dataset in datasets_of(given):
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{name}: got no row; allowed: at least one (check its path, split and filters)")
-        if skips_preparation:
-            _check_prepared(dataset, name, first, vocabulary)
-        elif given.get("formatting_func") is None and not _VISION & first.keys():
-            _check_text(dataset, name, first, args.dataset_text_field)
+        if _skips_preparation(args):
+            _check_prepared(dataset, name, first, vocabulary, given.get("data_collator") is not None)
+        elif not _VISION & first.keys() and (given.get("formatting_func") is None or TOKENS[0] in first):
+            check_text(dataset, name, first, args.dataset_text_field)
 
 
-def _check_prepared(dataset: Any, name: str, first: Mapping[str, Any], vocabulary: int | None) -> None:
+def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
+    """The trainer's keywords; where it takes the rows of its data sets as they are, those without a token are dropped.
+
+    A stream is also checked as it is read. A user's data collator receives all rows.
+
+    Raises:
+        ValueError: a data set has no row with a token.
+    """
+    if not _skips_preparation(args):
+        return dict(given)
+    rows = _as_they_are if given.get("data_collator") is not None else _without_empty_rows
+    found = {name: picklable(rows(dataset, name)) for name, dataset in datasets_of(given)}
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(data := given.get(name), dict):
+            found[name] = {key: found.pop(f"{name}[{key!r}]") for key in data}
+    return dict(given) | found
+
+
+def _as_they_are(dataset: Any, name: str) -> Any:
+    return dataset
+
+
+def _without_empty_rows(dataset: Any, name: str) -> Any:
+    first = next(iter(dataset))
+    if TOKENS[0] not in first:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        dataset = without_empty_rows(check_tokens_while_reading(dataset, name), name)
+        require_tokens(dataset, name)
+        return dataset
+    return without_empty_rows(read_columns(dataset, name, TOKENS, LIST, TOKENS[0]), name)
+
+
+def _check_prepared(
+    dataset: Any, name: str, first: Mapping[str, Any], vocabulary: int | None, own_collator: bool
+) -> None:
     """Check tokens and labels that the trainer takes as they are."""
+    if "input_ids" in first and not own_collator:
+        check_tokens(dataset, name, first)
     check_vocabulary(dataset, name, vocabulary)
     if has_lists(dataset, "labels"):
         require_targets(dataset, name)
@@ -88,39 +126,75 @@ def _check_prepared(dataset: Any, name: str, first: Mapping[str, Any], vocabular
         require_targets_in_stream(check_while_reading(dataset, name, vocabulary), name)
 
 
-def _check_text(dataset: Any, name: str, first: Mapping[str, Any], text: str) -> None:
-    """Check that there are columns to tokenize, with a text in every row."""
-    layouts = (  # what each column may hold, in the order in which TRL searches for the columns
-        ("a list", "input_ids"),
-        ("a string or a list", "prompt", "completion"),
-        ("a list", "messages"),
-        ("a list", "conversations"),
-        ("a string", text),
+def check_text(dataset: Any, name: str, first: Mapping[str, Any], text: str) -> tuple[tuple[str, ...], str]:
+    """The columns that are trained on, with a text or tokens in every row.
+
+    Args:
+        dataset: of which, if it is a stream, only the first row is checked here.
+        name: of the data set, for messages.
+        first: its first row.
+        text: the name of the column with texts.
+
+    Returns:
+        The columns, and what each row of them may hold.
+
+    Raises:
+        ValueError: there are no such columns, or a row holds something else.
+    """
+    layouts: Sequence[tuple[str, tuple[str, ...]]] = (  # in the order in which TRL searches for the columns
+        (LIST, TOKENS),
+        (EITHER, ("prompt", "completion")),
+        (LIST, ("messages",)),
+        (LIST, ("conversations",)),
+        (STRING, (text,)),
     )
-    allowed, *columns = next((layout for layout in layouts if first.keys() >= set(layout[1:])), ("",))
+    present = [layout for layout in layouts if first.keys() >= set(layout[1])]
+    # A column without any value counts as absent, and so does one of another type, unless nothing else is left.
+    usable = (
+        (allowed, columns)
+        for allowed, columns in present
+        if all(fits(first[column], allowed) or _has_nulls(dataset, first, column) for column in columns)
+    )
+    allowed, columns = next(usable, present[0] if present else ("", ()))
     if not columns:
         raise ValueError(
             f"{name}: got no column {text!r}, only {', '.join(map(repr, first))}; allowed: {text!r} (the name is "
             "dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
         )
     for column in columns:
-        _check_values(dataset, name, column, first, allowed)
+        check_values(dataset, name, column, first, allowed)
+    if columns == TOKENS:
+        check_tokens(dataset, name, first)
+        return columns, allowed
+    if allowed == EITHER:  # both of one type
+        prompt, completion = (first[column] for column in columns)
+        allowed = STRING if isinstance(prompt, str) else LIST
+        if not fits(completion, allowed):
+            raise wrong_value(name, columns[-1], 0, completion, allowed)
+    if is_conversational(first, columns):
+        _check_options(dataset, name, first)
+    return columns, allowed
 
 
-def _check_values(dataset: Any, name: str, column: str, first: Mapping[str, Any], allowed: str) -> None:
-    """Raise for a value of another type than allowed; of a stream only the first row is checked."""
-    rows: Any = [first]
-    # A column has one type, that of its first value, except for nulls and where it is JSON of any type.
-    if isinstance(dataset, Dataset) and column in dataset.column_names:
-        mixed = type(dataset.features[column]).__name__ == "Json"  # not in every release of datasets
-        if mixed or dataset.data.column(column).null_count:
-            rows = dataset.select_columns([column]).with_format(None)
-    for index, row in enumerate(rows):
-        if not isinstance(row[column], str if allowed == "a string" else Sized):
-            raise ValueError(
-                f"{name}: got {reprlib.repr(row[column])} in row {index} of column {column!r}; allowed: {allowed} in "
-                "every row (drop the others with the data set's `filter`)"
-            )
+def _has_nulls(dataset: Any, first: Mapping[str, Any], column: str) -> bool:
+    """Whether the first row is null and another is not."""
+    return first[column] is None and not is_empty(dataset, first, column)
+
+
+def _check_options(dataset: Any, name: str, first: Mapping[str, Any]) -> None:
+    """Check the columns that are passed to the chat template; their nulls are replaced when they are read."""
+    for column, allowed in zip(OPTIONS, (TOOLS, DICTIONARY), strict=True):
+        row = 0
+        if first.get(column) is None and is_plain(dataset) and column in dataset.column_names:
+            row = row_with(dataset, column, null=False) or 0
+        value = dataset[row][column] if row else first.get(column)
+        if not fits(value, allowed, or_null=True):
+            raise wrong_value(name, column, row, value, allowed)
+
+
+def _skips_preparation(args: SFTConfig) -> bool:
+    options: Any = args.dataset_kwargs or {}
+    return bool(options.get("skip_prepare_dataset", False))
 
 
 def _columns(dataset: Any) -> Sequence[str]:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from unsloth_fast.data.lists import flat
+from unsloth_fast.data.tokens import check_packed_length
 from unsloth_ref.types import PackingPlan, Strategy
 
 logger = logging.getLogger(__name__)
@@ -24,12 +25,7 @@ def check_packed_rows(dataset: Dataset, name: str, max_length: int | None) -> No
     Raises:
         ValueError: the longest row, and what is allowed.
     """
-    longest = flat(dataset, "input_ids")[1].max(initial=0)
-    if max_length is not None and longest > max_length:
-        raise ValueError(
-            f"{name}: got a packed row of {longest} tokens; allowed: up to max_length={max_length} (raise it, "
-            "or give the documents themselves, without the column 'seq_lengths')"
-        )
+    check_packed_length(flat(dataset, "input_ids")[1].max(initial=0), name, max_length)
 
 
 def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: ModuleType) -> Dataset:

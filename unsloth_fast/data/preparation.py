@@ -3,6 +3,7 @@
 A map-style data set is packed as a whole; a stream is packed by TRL, batch by batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -10,9 +11,13 @@ from typing import Any, Protocol, cast
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
+from unsloth_fast.data.columns import check_text
 from unsloth_fast.data.labels import require_kept_labels, require_targets, require_targets_in_stream, with_labels
 from unsloth_fast.data.lists import has_lists
 from unsloth_fast.data.packing import check_packed_rows, log_packing, pack_dataset
+from unsloth_fast.data.reading import TOKENS, hide_columns, read_columns
+from unsloth_fast.data.streams import picklable
+from unsloth_fast.data.tokens import check_tokens_while_reading, require_tokens, without_empty_rows
 from unsloth_fast.data.truncation import truncation_of, without_truncation
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 from unsloth_ref.types import Strategy
@@ -56,11 +61,24 @@ class Preparation:
             ValueError: a token outside the vocabulary; no token is a target; packing without a max_length; a packed row
                 longer than max_length; or what TRL raises.
         """
+        first: Mapping[str, Any] = next(iter(dataset), {})
+        columns: tuple[str, ...] = ()
+        hidden: list[str] = []
+        if formatting_func is not None and TOKENS[0] not in first:
+            dataset, formatting_func, hidden = hide_columns(dataset, formatting_func)
+        elif first:
+            columns, allowed = check_text(dataset, name, first, args.dataset_text_field)
+            dataset = read_columns(dataset, name, columns, allowed, args.dataset_text_field)
+        if columns == TOKENS and isinstance(dataset, IterableDataset):
+            dataset = check_tokens_while_reading(dataset, name, args.max_length)
+        elif columns == TOKENS:  # before a map gives a column of empty lists a type of its own
+            dataset = without_empty_rows(dataset, name)
         if has_lists(dataset, "seq_lengths"):
             return self._packed_rows(dataset, name, args)
         if packing and args.max_length is None:
             raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")
         tokenized = self.by_trl(dataset, without_truncation(args), formatting_func=formatting_func)
+        tokenized = tokenized.remove_columns(hidden) if hidden else tokenized
         if isinstance(tokenized, Dataset):
             return self._documents(tokenized, name, args, packing)
         return self._stream(tokenized, name, args, packing)
@@ -74,16 +92,19 @@ class Preparation:
 
     def _stream(self, stream: IterableDataset, name: str, args: SFTConfig, packing: bool) -> Any:
         """Tokenized documents of a stream: checked as they are read, cut and packed by TRL."""
-        stream = check_while_reading(stream, name, self.vocabulary)
+        stream = without_empty_rows(check_while_reading(stream, name, self.vocabulary), name)
+        require_tokens(stream, name)
+        if "seq_lengths" in next(iter(stream)):  # packed earlier: neither cut nor packed again
+            args, packing = without_truncation(args), False
         cut = truncation_of(args, packing)
         require_targets_in_stream(stream, name, cut, completion_only=self.completion_only)
         rows = self.by_trl(stream, args, packing)
         require_kept_labels(stream, rows, name)
-        return rows
+        return picklable(rows)
 
     def _documents(self, dataset: Dataset, name: str, args: SFTConfig, packing: bool) -> Any:
         """Tokenized documents: labelled and checked as a whole, then cut by TRL or packed here."""
-        dataset = with_labels(dataset, self.completion_only)
+        dataset = with_labels(without_empty_rows(dataset, name), self.completion_only)
         check_vocabulary(dataset, name, self.vocabulary)
         strategy = args.packing_strategy if packing else None
         if has_lists(dataset, "labels"):

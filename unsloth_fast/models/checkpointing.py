@@ -6,7 +6,7 @@ beside the layer; the copy back runs before the layer is recomputed.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def enable_offloading(model: CausalLM) -> None:
     Args:
         model: a `transformers.PreTrainedModel`; changed in place, `disable_offloading` is the inverse.
     """
-    replace_method(model, _SETTER, _set_offloaded_checkpointing, "offloading")
+    replace_method(model, _SETTER, _set_gradient_checkpointing, "offloading")
 
 
 def disable_offloading(model: CausalLM) -> None:
@@ -59,18 +59,16 @@ def disable_offloading(model: CausalLM) -> None:
     restore_method(model, _SETTER, "offloading")
 
 
-def _set_offloaded_checkpointing(self: Any, enable: bool = True, **options: Any) -> None:
+def _set_gradient_checkpointing(self: Any, enable: bool = True, **options: Any) -> None:
     if enable:
-        options["gradient_checkpointing_func"] = _offloading(options["gradient_checkpointing_func"])
+        function = options["gradient_checkpointing_func"]
+        options["gradient_checkpointing_func"] = partial(_with_inputs_on_host, function)
     getattr(type(self), _SETTER)(self, enable=enable, **options)
 
 
-def _offloading(checkpoint: Callable[..., object]) -> Callable[..., object]:
-    def checkpoint_with_inputs_on_host(function: Callable[..., object], *args: object) -> object:
-        with saved_tensors_hooks(to_host, from_host):
-            return checkpoint(function, *args)
-
-    return checkpoint_with_inputs_on_host
+def _with_inputs_on_host(checkpoint: Callable[..., object], function: Callable[..., object], *args: object) -> object:
+    with saved_tensors_hooks(to_host, from_host):
+        return checkpoint(function, *args)
 
 
 def to_host(tensor: Tensor) -> Packed:
