@@ -6,21 +6,115 @@ Importing this package loads neither triton, transformers nor trl; they are load
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from unsloth_fast.config import UnslothTrainingArguments
-    from unsloth_fast.language_model import FastLanguageModel
-    from unsloth_fast.trainer import UnslothTrainer
+from unsloth_fast.unsupported import missing
 
-__all__ = ["FastLanguageModel", "UnslothTrainer", "UnslothTrainingArguments"]
+if TYPE_CHECKING:
+    from unsloth_fast.chat_templates import (
+        apply_chat_template,
+        get_chat_template,
+        standardize_data_formats,
+        standardize_sharegpt,
+        to_sharegpt,
+        train_on_responses_only,
+    )
+    from unsloth_fast.config import UnslothTrainingArguments
+    from unsloth_fast.devices import is_bf16_supported, is_bfloat16_supported, is_vLLM_available
+    from unsloth_fast.language_model import (
+        FastCohereModel,
+        FastFalconH1Model,
+        FastGemma2Model,
+        FastGemma3Model,
+        FastGemmaModel,
+        FastGraniteModel,
+        FastLanguageModel,
+        FastLlamaModel,
+        FastMistralModel,
+        FastModel,
+        FastPhi3Model,
+        FastQwen2Model,
+        FastQwen3Model,
+        FastQwen3MoeModel,
+        FastTextModel,
+        PatchDPOTrainer,
+        PatchKTOTrainer,
+    )
+    from unsloth_fast.tokenizer_utils import add_new_tokens
+    from unsloth_fast.trainer import UnslothTrainer, unsloth_train
 
 _MODULES = {
-    "FastLanguageModel": "unsloth_fast.language_model",
-    "UnslothTrainer": "unsloth_fast.trainer",
-    "UnslothTrainingArguments": "unsloth_fast.config",
+    "unsloth_fast.chat_templates": (
+        "apply_chat_template",
+        "get_chat_template",
+        "standardize_data_formats",
+        "standardize_sharegpt",
+        "to_sharegpt",
+        "train_on_responses_only",
+    ),
+    "unsloth_fast.config": ("UnslothTrainingArguments",),
+    "unsloth_fast.devices": ("is_bf16_supported", "is_bfloat16_supported", "is_vLLM_available"),
+    "unsloth_fast.language_model": (
+        "FastCohereModel",
+        "FastFalconH1Model",
+        "FastGemma2Model",
+        "FastGemma3Model",
+        "FastGemmaModel",
+        "FastGraniteModel",
+        "FastLanguageModel",
+        "FastLlamaModel",
+        "FastMistralModel",
+        "FastModel",
+        "FastPhi3Model",
+        "FastQwen2Model",
+        "FastQwen3Model",
+        "FastQwen3MoeModel",
+        "FastTextModel",
+        "PatchDPOTrainer",
+        "PatchKTOTrainer",
+    ),
+    "unsloth_fast.tokenizer_utils": ("add_new_tokens",),
+    "unsloth_fast.trainer": ("UnslothTrainer", "unsloth_train"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "FastCohereModel",
+    "FastFalconH1Model",
+    "FastGemma2Model",
+    "FastGemma3Model",
+    "FastGemmaModel",
+    "FastGraniteModel",
+    "FastLanguageModel",
+    "FastLlamaModel",
+    "FastMistralModel",
+    "FastModel",
+    "FastPhi3Model",
+    "FastQwen2Model",
+    "FastQwen3Model",
+    "FastQwen3MoeModel",
+    "FastTextModel",
+    "PatchDPOTrainer",
+    "PatchKTOTrainer",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
+    "add_new_tokens",
+    "apply_chat_template",
+    "get_chat_template",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
+    "is_vLLM_available",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
+    "train_on_responses_only",
+    "unsloth_train",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("unsloth-fast")
+    if name not in _MODULE_OF:
+        raise missing(__name__, name)
+    return getattr(import_module(_MODULE_OF[name]), name)

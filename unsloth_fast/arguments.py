@@ -19,8 +19,9 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.columns import check_columns, completion_only, has_stream
-from unsloth_fast.data.facts import decide_batching, vocabulary_size
+from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
 from unsloth_fast.keywords import split_keywords
+from unsloth_fast.models.experts import prepare_experts
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def resolve_arguments(
     spec = getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None)
     backend = backends.resolve(spec, on_cpu=settings.device.type == "cpu")
     check_device(settings)
+    prepare_experts(config_and_class(model, settings)[0], settings)
     vocabulary = vocabulary_size(model, settings, given)
     check_columns(given, settings, vocabulary)
     plan = decide_batching(model, settings, given)
@@ -202,7 +204,9 @@ def _max_length(args: SFTConfig, model: Any, asked: bool) -> int | None:
     if args.max_length is not None:
         checks.in_range("max_length", args.max_length, 1)
     length = getattr(model, "max_seq_length", None)
-    if length is None or length == getattr(model.config.get_text_config(), "max_position_embeddings", None):
+    asked_of_model = getattr(model, "unsloth_length_asked", False)
+    limit = None if length is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is None or (length == limit and not asked_of_model):
         return args.max_length
     default = next(entry.default for entry in fields(args) if entry.name == "max_length")
     keeps = args.max_length is not None and args.max_length <= length and (asked or args.max_length != default)

@@ -5,17 +5,16 @@ save can be loaded without this package.
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft import get_peft_model as peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from unsloth_fast import backends
-from unsloth_fast.models import checkpointing, loading, place
+from unsloth_fast import adapters, backends
+from unsloth_fast.models import checkpointing, loading, place, positions, quantization, targets
 from unsloth_fast.models.auto import accept_bits
 from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
@@ -26,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CHECKPOINTING = (None, True, False, "unsloth")
-_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class FastLanguageModel:
@@ -38,9 +35,10 @@ class FastLanguageModel:
     def from_pretrained(
         model_name: str,
         max_seq_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         load_in_4bit: bool | None = None,
         *,
+        load_in_8bit: bool | None = None,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
         use_gradient_checkpointing: bool | str | None = None,
@@ -53,15 +51,20 @@ class FastLanguageModel:
     ) -> tuple[Any, PreTrainedTokenizerBase]:
         """Load a causal language model and its tokenizer, and place the backend's operations under the model.
 
+        Of an image-text model the text part is meant: its tokenizer is returned, not its processor.
+
         Args:
             model_name: a model or an adapter: its name on the hub, or the path of its folder. With an adapter its base
                 model is loaded too, and the adapter's training can be continued.
             max_seq_length: the maximum number of tokens per text. It becomes the tokenizer's `model_max_length` and the
                 model's `max_seq_length`. None for the model's `max_position_embeddings`, with the tokenizer unchanged.
-            dtype: of the weights, and with 4 bits of the products. None for bfloat16 on a GPU that supports it, float16
-                on any other GPU, float32 on a CPU.
+                Beyond these, RoPE is scaled linearly, which is logged.
+            dtype: of the weights, and with 4 bits of the products; also by name, "bfloat16". "auto" for the
+                checkpoint's, None for bfloat16 on a GPU that supports it, float16 on any other GPU, float32 on a CPU.
             load_in_4bit: whether to store the weights of linear layers in 4 bits (bitsandbytes' NF4, nested scales).
-                None for True if bitsandbytes is installed, unless load_in_16bit or full_finetuning is set.
+                None for True if bitsandbytes is installed, unless load_in_8bit, load_in_16bit or full_finetuning is
+                set. Vision towers, routers of experts and the projections of Mamba layers are not quantised.
+            load_in_8bit: the same in bitsandbytes' 8 bits.
             load_in_16bit: the opposite of load_in_4bit: weights of `dtype`, not quantised.
             full_finetuning: whether all weights will be trained; excludes 4 bits.
             use_gradient_checkpointing: as in `get_peft_model`; None to leave it to that method, or to the trainer's
@@ -75,17 +78,19 @@ class FastLanguageModel:
             trust_remote_code: whether code from the model's repository may run.
             **kwargs: revision, cache_dir, local_files_only, force_download, subfolder; attn_implementation, max_memory,
                 offload_folder, quantization_config, use_safetensors, variant; and fields of the model's config, whose
-                values they replace. Unsloth's other keywords are accepted with values that ask for nothing, such as
-                load_in_8bit=False.
+                values they replace. Unsloth's other keywords are accepted with values that change no result, such as
+                fast_inference=False.
 
         Returns:
             The model, in training mode, and the tokenizer, which pads on the right and has a pad token.
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: an unknown backend; max_seq_length beyond the model's positions; a dtype that the GPU does not
-                support; 4 bits together with load_in_16bit or full_finetuning; a feature that does not exist here.
-            RuntimeError: the fast backend was asked for by name and cannot run here, or 4 bits without bitsandbytes.
+            ValueError: an unknown backend; max_seq_length beyond positions that cannot be scaled; a dtype that the GPU
+                does not support; two of 4 bits, 8 bits, load_in_16bit and full_finetuning; a model for anything but
+                text; a feature that does not exist here.
+            RuntimeError: the fast backend was asked for by name and cannot run here, or 4 or 8 bits without
+                bitsandbytes.
         """
         from unsloth_fast.compat import patch_trl  # imports trl
 
@@ -96,23 +101,26 @@ class FastLanguageModel:
 
         config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         options = loading.known_keywords(kwargs, config)
-        limit = loading.position_limit(config, options)
-        loading.check_length(max_seq_length, limit)
-        options["dtype"] = dtype = loading.supported_dtype(dtype)
-        own_quantization = "quantization_config" in options
-        if not own_quantization and loading.wants_4bit(load_in_4bit, load_in_16bit, full_finetuning, config):
-            options["quantization_config"] = loading.nf4_config(dtype)
+        config = loading.with_fields(config, source, options)
+        auto_class, stored_dtype = loading.model_class(config), loading.stored_dtype(config)
+        positions.scale_positions(config, max_seq_length)
+        options["dtype"] = dtype = loading.supported_dtype(dtype, stored_dtype)
+        bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config)
+        if bits and "quantization_config" not in options:
+            plain = loading.empty_model(auto_class, config, trust_remote_code)
+            options["quantization_config"] = quantization.bits_config(bits, dtype, plain)
         if getattr(config, "attn_logit_softcapping", None):
             options.setdefault("attn_implementation", "eager")  # before transformers 5.23 sdpa ignores the cap
         options["device_map"] = loading.default_device_map() if device_map is None else device_map
 
-        model: Any = AutoModelForCausalLM.from_pretrained(source.base, **options, **source.base_hub)
+        model: Any = auto_class.from_pretrained(source.base, config=config, **options, **source.base_hub)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
         loading.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
         loading.prepare_tokenizer(tokenizer, model, max_seq_length)
-        model.max_seq_length = max_seq_length or limit
+        model.max_seq_length = max_seq_length or positions.position_limit(config)
+        model.unsloth_length_asked = max_seq_length is not None
         model.unsloth_backend = chosen.name
-        model.unsloth_checkpoint_dtype, model.unsloth_tokenizer = config.dtype, tokenizer
+        model.unsloth_checkpoint_dtype, model.unsloth_tokenizer = stored_dtype, tokenizer
         if source.is_adapter:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, **source.adapter_hub)
         _add_methods(model)
@@ -142,17 +150,26 @@ class FastLanguageModel:
         loftq_config: dict[str, object] | None = None,
         temporary_location: str | None = None,
         qat_scheme: None = None,
-        **kwargs: object,
+        *,
+        finetune_vision_layers: bool | None = None,
+        finetune_language_layers: bool | None = None,
+        finetune_attention_modules: bool | None = None,
+        finetune_mlp_modules: bool | None = None,
+        **kwargs: Any,
     ) -> PeftModel:
         """Add a LoRA adapter to a model and freeze the model's own weights, except for the modules that you name.
+
+        A model that has an adapter with these values already is returned for further training.
 
         Args:
             model: the result of `from_pretrained`, or any other causal language model of transformers; changed in
                 place.
             r: the adapter's rank.
             target_modules: the names of linear layers, "all-linear", or a regular expression for full names; None for
-                q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. If the list names embed_tokens or
-                lm_head, these are trained in full, as modules_to_save; if the model ties the two, they stay tied.
+                q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. Names that the model does not have are
+                left out, which is logged; gate_proj, up_proj and down_proj also mean the weights of experts. If the
+                list names embed_tokens or lm_head, these are trained in full, as modules_to_save; if the model ties the
+                two, they stay tied.
             lora_alpha: the adapter is scaled by lora_alpha / r, or with use_rslora by lora_alpha / sqrt(r).
             lora_dropout: the probability of dropping an input of the adapter, at least 0 and below 1.
             bias: "none", "all" or "lora_only": which biases are trained.
@@ -169,46 +186,58 @@ class FastLanguageModel:
             loftq_config: as in `peft.LoraConfig`.
             temporary_location: ignored, as nothing is written to disk; scripts for Unsloth may pass it.
             qat_scheme: only None, as there is no quantisation-aware training.
-            **kwargs: further fields of `peft.LoraConfig`.
+            finetune_vision_layers: only False or None: the vision tower of an image-text model gets no adapter.
+            finetune_language_layers: False for no adapter in the text model, which leaves nothing to train.
+            finetune_attention_modules: False for no adapter in attention. If this or one of its neighbours is given and
+                target_modules is not, the adapter goes on all linear layers of the parts that are not False.
+            finetune_mlp_modules: False for no adapter in MLPs and experts.
+            **kwargs: further fields of `peft.LoraConfig`; of task_type only "CAUSAL_LM".
 
         Returns:
             The model in a `peft.PeftModel`, in training mode.
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: a value that is not allowed, a module that the model does not have, or a model that has an
-                adapter already.
+            ValueError: a value that is not allowed, only modules that the model does not have, or a model that has an
+                adapter with other values.
         """
         checks.one_of("qat_scheme", qat_scheme, (None,))
-        _check_adapter(model, r, lora_dropout, bias, use_gradient_checkpointing, kwargs)
-        target_modules, modules_to_save = _trained_modules(model, target_modules, modules_to_save)
-        if modules_to_save and _is_tied(model) and not set(modules_to_save).isdisjoint(_EMBEDDING_NAMES):
-            kwargs.setdefault("ensure_weight_tying", True)
+        checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
+        adapters.check_arguments(r, lora_dropout, bias, finetune_vision_layers, kwargs)
+        base = without_adapter(model)
         length = max_seq_length or getattr(model, "max_seq_length", None)
-        loading.check_length(length, loading.position_limit(model.config, {}))
-        model.max_seq_length = length
+        positions.check_length(length, positions.position_limit(base.config))
         fields: dict[str, Any] = {
             "r": r,
-            "target_modules": target_modules,
             "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
             "bias": bias,
             "layers_to_transform": layers_to_transform,
             "layers_pattern": layers_pattern,
             "use_rslora": use_rslora,
-            "modules_to_save": modules_to_save,
             "init_lora_weights": init_lora_weights,
             "loftq_config": loftq_config or {},
         }
-        fields.update(kwargs)
+        parts = targets.Parts(finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)
+        chosen = targets.choose_targets(base, target_modules, modules_to_save, parts, fields | kwargs)
+        if adapters.is_tied(base) and not set(chosen.saved or ()).isdisjoint(targets.EMBEDDING_NAMES):
+            kwargs.setdefault("ensure_weight_tying", True)
+        fields.update(kwargs | chosen.fields())
         config = LoraConfig(task_type="CAUSAL_LM", **fields)
-        with torch.random.fork_rng():
-            torch.manual_seed(random_state)
-            adapted: Any = peft_model(model, config)
+        if isinstance(model, PeftModel):
+            adapters.reuse_adapter(model, config, chosen, kwargs)
+            adapted: Any = model
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(random_state)
+                adapted = peft_model(model, config)
+        base.max_seq_length = length
+        base.unsloth_length_asked = max_seq_length is not None or getattr(base, "unsloth_length_asked", False)
         _add_methods(adapted)
-        _widen_float16(adapted, quantized=getattr(model, "is_loaded_in_4bit", False))
+        quantized = any(getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        adapters.widen_float16(adapted, quantized)
         if use_gradient_checkpointing is None:
-            use_gradient_checkpointing = getattr(model, "unsloth_gradient_checkpointing", True)
+            use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", True)
         return FastLanguageModel.for_training(adapted, use_gradient_checkpointing)
 
     @staticmethod
@@ -261,82 +290,15 @@ def _add_methods(model: nn.Module) -> None:
     add_methods(model, own)
 
 
-def _check_adapter(
-    model: nn.Module,
-    r: int,
-    dropout: float,
-    bias: str,
-    use_gradient_checkpointing: bool | str | None,
-    kwargs: Mapping[str, object],
-) -> None:
-    """Raise for an argument of `get_peft_model` that is not allowed."""
-    checks.in_range("r", r, 1)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout: got {dropout!r}; allowed: at least 0 and below 1")
-    checks.one_of("bias", bias, ("none", "all", "lora_only"))
-    checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
-    for name in kwargs:
-        if name not in LoraConfig.__dataclass_fields__ or name in ("peft_type", "task_type"):
-            raise TypeError(f"get_peft_model: got keyword {name!r}; allowed: its own and the fields of peft.LoraConfig")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"model: got one with the adapter {list(model.peft_config)}; allowed: a model without an adapter (to train "
-            "the one it has, pass the model to the trainer)"
-        )
+FastModel = FastTextModel = FastLanguageModel
+"""Unsloth's names of the same loader: the class of a model follows from its configuration."""
+FastLlamaModel = FastMistralModel = FastQwen2Model = FastQwen3Model = FastQwen3MoeModel = FastLanguageModel
+FastGemmaModel = FastGemma2Model = FastGemma3Model = FastPhi3Model = FastLanguageModel
+FastCohereModel = FastGraniteModel = FastFalconH1Model = FastLanguageModel
 
 
-def _trained_modules(
-    model: nn.Module, targets: list[str] | str | None, saved: list[str] | None
-) -> tuple[list[str] | str, list[str] | None]:
-    """The modules that get LoRA and those trained in full; raise ValueError for names that the model does not have."""
-    modules = dict(model.named_modules())
-    linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    for name in saved or []:
-        if not any(path.endswith(name) for path in modules):  # peft's own test
-            raise ValueError(
-                f"modules_to_save: got {name!r}; allowed: {', '.join(linear)}, embed_tokens, norm and so on"
-            )
-    if targets is None:
-        targets = [name for name in _LINEAR_NAMES if name in linear]
-        if not targets:
-            raise ValueError(f"target_modules: got None, and the model has none of {_LINEAR_NAMES}; allowed: {linear}")
-    if isinstance(targets, str):
-        return targets, saved
-    for name in targets:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
-            raise ValueError(
-                f"target_modules: got {name!r}; allowed: {', '.join(linear)}, embed_tokens, or 'all-linear'"
-            )
-    whole = [name for name in targets if name in _EMBEDDING_NAMES]
-    if whole:
-        logger.info("target_modules: %s: trained in full, as modules_to_save, not with LoRA", ", ".join(whole))
-    targets = [name for name in targets if name not in whole]
-    if not targets:
-        raise ValueError(
-            f"target_modules: got only {whole}; allowed: together with at least one of {', '.join(linear)}"
-        )
-    return targets, list(dict.fromkeys([*(saved or []), *whole])) or None
+def PatchDPOTrainer() -> None:
+    """Do nothing: trl's other trainers take the models of `FastLanguageModel` as they are."""
 
 
-def _widen_float16(model: nn.Module, quantized: bool) -> None:
-    """Convert trained float16 weights of a 4-bit model to float32; warn about them in any other model.
-
-    Loss scaling refuses float16 gradients. 4-bit layers accept inputs of any dtype, but float16 layers accept the
-    output of a float32 embedding only under autocast.
-    """
-    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half and not quantized:
-        logger.warning(
-            "dtype: got trained weights in float16, which fp16=True refuses; allowed: dtype=torch.float32; %s",
-            ", ".join(half),
-        )
-    elif half:
-        logger.info("trained in float32 instead of float16, as loss scaling requires: %s", ", ".join(half))
-        for name in half:
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.float()
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+PatchKTOTrainer = PatchDPOTrainer

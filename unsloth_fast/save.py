@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from unsloth_fast import gguf
 from unsloth_fast.gguf import ALLOWED_QUANTS
@@ -22,6 +22,7 @@ from unsloth_fast.models import loading
 from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
+from unsloth_fast.models.quantization import bits_config
 from unsloth_ref import checks
 
 __all__ = [
@@ -330,12 +331,13 @@ def _merged(model: Any, asked: torch.dtype | None) -> Any:
 def _save_in_4bit(model: Any, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
     merged, base = _merged(model, dtype), without_adapter(model)
     stored = getattr(base.config, "quantization_config", None)
-    config = copy.deepcopy(stored) if getattr(stored, "load_in_4bit", False) else loading.nf4_config(merged.dtype)
+    config = copy.deepcopy(stored) if getattr(stored, "load_in_4bit", False) else bits_config(4, merged.dtype, merged)
     with tempfile.TemporaryDirectory() as temporary:
         merged.save_pretrained(temporary)
+        model_class = type(merged)
         del merged
         options = {"quantization_config": config, "device_map": loading.default_device_map()}
-        quantised: Any = AutoModelForCausalLM.from_pretrained(temporary, **options)
+        quantised: Any = model_class.from_pretrained(temporary, **options)
     quantised.save_pretrained(folder, max_shard_size=max_shard_size)
 
 

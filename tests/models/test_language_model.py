@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
-from unsloth_fast.models import loading
+from unsloth_fast.models import loading, quantization
 from unsloth_fast.models.head import without_adapter
 
 pytestmark = pytest.mark.usefixtures("unpatched")
@@ -90,18 +90,21 @@ def test_4_bits(tmp_path: Path, asked: bool | None, sixteen: bool, expected: boo
 
 
 def test_without_bitsandbytes_4_bits_are_refused_or_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     config = transformers.LlamaConfig()
-    assert not loading.wants_4bit(None, False, False, config)
-    with pytest.raises(RuntimeError, match="bitsandbytes is not installed"):
-        loading.wants_4bit(True, False, False, config)
+    assert quantization.wanted_bits(None, None, False, False, config) is None
+    for four, eight in ((True, None), (None, True)):
+        with pytest.raises(RuntimeError, match="bitsandbytes is not installed"):
+            quantization.wanted_bits(four, eight, False, False, config)
 
 
 def test_a_model_stored_in_4_bits_is_not_loaded_in_16() -> None:
     config = transformers.LlamaConfig(quantization_config={"load_in_4bit": True})
-    assert not loading.wants_4bit(True, False, False, config)
+    assert quantization.wanted_bits(True, None, False, False, config) is None
     with pytest.raises(ValueError, match="load_in_16bit: got True and a quantised model"):
-        loading.wants_4bit(None, True, False, config)
+        quantization.wanted_bits(None, None, True, False, config)
+    with pytest.raises(ValueError, match="load_in_8bit: got True and a model that is stored quantised otherwise"):
+        quantization.wanted_bits(None, True, False, False, config)
 
 
 def test_a_cap_on_the_scores_is_applied(tmp_path: Path) -> None:
@@ -120,19 +123,23 @@ def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_seq_length": 65}, ValueError, "max_seq_length: got 65; allowed: 1 to 64"),
         ({"max_seq_length": 0}, ValueError, "max_seq_length: got 0"),
         ({"load_in_4bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_4bit"),
         ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
         ({"backend": "slow"}, ValueError, "backend: got 'slow'"),
         ({"load_in_4bit": True, "load_in_16bit": True}, ValueError, "load_in_16bit: got True and load_in_4bit"),
-        ({"load_in_8bit": True}, ValueError, "load_in_8bit: got True; allowed: False, None, as there is no such"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, ValueError, "load_in_8bit: got True and load_in_4bit=True"),
+        ({"load_in_8bit": True, "load_in_16bit": True}, ValueError, "load_in_16bit: got True and load_in_8bit=True"),
+        ({"load_in_8bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_8bit"),
+        ({"dtype": "bfloat17"}, ValueError, "dtype: got 'bfloat17'; allowed: None, torch.bfloat16"),
+        ({"fast_inference": True}, ValueError, "fast_inference: got True; allowed: False, None, as vLLM is not used"),
+        ({"load_in_fp8": True}, ValueError, "load_in_fp8: got True; allowed: False, None, as there is no such"),
         (
-            {"offload_embedding": True},
+            {"qat_scheme": "int4"},
             ValueError,
-            "offload_embedding: got True; allowed: False, None, 'auto', as there",
+            "qat_scheme: got 'int4'; allowed: None, as there is no quant",
         ),
-        ({"qat_scheme": "int4"}, ValueError, "qat_scheme: got 'int4'; allowed: None, as there is no such feature"),
+        ({"whisper_task": "transcribe"}, ValueError, "whisper_task: got 'transcribe'; allowed: None, as speech is not"),
         ({"rope_scaling": {"factor": 2}}, ValueError, "rope_scaling: got .*; allowed: None, as its name here is rope"),
         ({"max_sequence_length": 32}, TypeError, "from_pretrained: got keyword 'max_sequence_length'"),
     ],
@@ -169,6 +176,12 @@ UNSLOTH_DEFAULTS = {
     "unsloth_tiled_mlp": False,
     "unsloth_vllm_standby": False,
     "text_only": False,
+    "return_logits": False,
+    "fullgraph": True,
+    "auto_model": None,
+    "whisper_language": None,
+    "whisper_task": None,
+    "unsloth_force_compile": False,
 }
 
 

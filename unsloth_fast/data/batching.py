@@ -19,6 +19,8 @@ class ModelFacts:
             would leak from one document into the next.
         takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
             without them each document would see those before it.
+        positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
+            documents.
     """
 
     model_type: str = ""
@@ -26,6 +28,7 @@ class ModelFacts:
     multimodal: bool = False
     recurrent: bool = False
     takes_positions: bool = True
+    positions_by_axis: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
         (model.model_type in LEAKING_MODELS, "the model's attention lets the documents of a row see each other"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
+        (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
         (
             config.packing and config.padding_free is False,

@@ -1,6 +1,7 @@
 """The facts of a model and a run that decide about batching: read from the model's configuration and class alone."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from trl import SFTConfig
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.data.columns import has_vision_columns
+from unsloth_fast.models.positions import depends_on_batch
+
+logger = logging.getLogger(__name__)
 
 _OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_index", "projector_config")
 _ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
@@ -25,7 +29,13 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
         given: the trainer's other keywords.
     """
     config, model_class = config_and_class(model, args)
-    return batching_plan(_model_facts(config, model_class), _config_facts(model, args, given))
+    plan = batching_plan(_model_facts(config, model_class), _config_facts(model, args, given))
+    if plan.padding_free and depends_on_batch(config):
+        logger.info(
+            "positions: the frequencies of this model's RoPE depend on the longest document of a batch, as in "
+            "transformers with padding"
+        )
+    return plan
 
 
 def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
@@ -63,6 +73,7 @@ def _model_facts(config: PreTrainedConfig, model_class: type) -> ModelFacts:
         multimodal=any(hasattr(config, name) for name in _OTHER_INPUTS),
         recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
         takes_positions=forward is not None and "position_ids" in inspect.signature(forward).parameters,
+        positions_by_axis="mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}),
     )
 
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig
 
 from unsloth_fast.models import loading
+from unsloth_fast.models.quantization import bits_config
 
 _NAME = "from_pretrained"
 
@@ -32,9 +33,13 @@ def _from_pretrained(
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_8bit: got True and load_in_4bit=True; allowed: one of the two")
     if load_in_4bit or load_in_8bit:
-        dtype = keywords.get("dtype", keywords.get("torch_dtype"))
-        four = loading.nf4_config(loading.supported_dtype(None if isinstance(dtype, str) else dtype))
-        config = four if load_in_4bit else BitsAndBytesConfig(load_in_8bit=True)
-        keywords.setdefault("quantization_config", config)
+        hub = {key: keywords[key] for key in (*loading.HUB_KEYWORDS, "token", "trust_remote_code") if key in keywords}
+        source = loading.find_source(name, hub)
+        model_config = AutoConfig.from_pretrained(source.base, **source.base_hub)
+        trusted = bool(hub.get("trust_remote_code"))
+        plain = loading.empty_model(loading.model_class(model_config), model_config, trusted)
+        asked = keywords.get("dtype", keywords.get("torch_dtype"))
+        dtype = loading.supported_dtype(asked, loading.stored_dtype(model_config))
+        keywords.setdefault("quantization_config", bits_config(4 if load_in_4bit else 8, dtype, plain))
     inherited: Any = super(AutoPeftModelForCausalLM, cls)
     return inherited.from_pretrained(name, *positional, **keywords)

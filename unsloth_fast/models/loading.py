@@ -1,16 +1,24 @@
-"""Decisions about loading: where a model's parts are, its dtype, 4 bits or not, and how its tokenizer pads."""
+"""Decisions about loading: where a model's parts are, its class and dtype, and how its tokenizer pads."""
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -29,30 +37,44 @@ _LOADING_KEYWORDS = (
     "use_safetensors",
     "variant",
 )
-# Unsloth's keywords without an effect here, with the values that ask for nothing. None if every value asks for nothing:
-# keywords for vLLM, for names that Unsloth would replace, and for tokenizers that it would repair.
+# Unsloth's keywords without a counterpart here, with the values that ask for nothing, and why others are refused.
 _OFF = (False, None)
-_WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
-    "load_in_8bit": _OFF,
-    "load_in_fp8": _OFF,
-    "fast_inference": _OFF,
-    "float8_kv_cache": _OFF,
-    "unsloth_vllm_standby": _OFF,
+_VLLM = "vLLM is not used here"
+_ABSENT = "there is no such feature here"
+_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "load_in_fp8": (_OFF, _ABSENT),
+    "fast_inference": (_OFF, _VLLM),
+    "float8_kv_cache": (_OFF, _VLLM),
+    "unsloth_vllm_standby": (_OFF, _VLLM),
+    "float32_mixed_precision": (_OFF, _ABSENT),
+    "rope_scaling": ((None,), "its name here is rope_parameters"),
+    "qat_scheme": ((None,), "there is no quantisation-aware training here"),
+    "auto_model": ((None,), "the class follows from the model's configuration"),
+    "whisper_language": ((None,), "speech is not trained on here"),
+    "whisper_task": ((None,), "speech is not trained on here"),
+}
+# Those for which no value changes results: for vLLM alone, for names that Unsloth would replace, for tokenizers that it
+# would repair, for its compiler. Of an image-text model only the text part is trained, whatever text_only says.
+_WITHOUT_EFFECT = (
+    "gpu_memory_utilization",
+    "max_lora_rank",
+    "disable_log_stats",
+    "random_state",
+    "use_exact_model_name",
+    "fix_tokenizer",
+    "device_map_planner_kwargs",
+    "return_logits",
+    "fullgraph",
+    "unsloth_force_compile",
+    "text_only",
+)
+# Those that only save memory, with the values that ask for nothing.
+_SAVING_MEMORY: dict[str, tuple[object, ...]] = {
     "unsloth_tiled_mlp": _OFF,
-    "text_only": _OFF,
-    "float32_mixed_precision": _OFF,
     "offload_embedding": (*_OFF, "auto"),
-    "rope_scaling": (None,),
-    "qat_scheme": (None,),
-    "device_map_planner_kwargs": (None,),
-    "gpu_memory_utilization": None,
-    "max_lora_rank": None,
-    "disable_log_stats": None,
-    "random_state": None,
-    "use_exact_model_name": None,
-    "fix_tokenizer": None,
 }
 _DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES if dtype is not None}
 _PAD_TOKENS = (
     "<|finetune_right_pad_id|>",
     "<pad>",
@@ -121,13 +143,14 @@ def known_keywords(kwargs: Mapping[str, object], config: PreTrainedConfig) -> di
     """
     fields, known = config.to_dict(), {}
     for name, value in kwargs.items():
-        off = _WITHOUT_EFFECT.get(name, ())
-        if off is None or value in off:
+        off, why = _REFUSED.get(name, ((), ""))
+        if name in _WITHOUT_EFFECT or value in off or value in _SAVING_MEMORY.get(name, ()):
             continue
-        if name in _LOADING_KEYWORDS or name in fields:
+        if name in _SAVING_MEMORY:
+            logger.warning("%s: got %r, which saves no memory here; the results are the same", name, value)
+        elif name in _LOADING_KEYWORDS or name in fields:
             known[name] = value
         elif off:
-            why = "its name here is rope_parameters" if name == "rope_scaling" else "there is no such feature"
             raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, off))}, as {why}")
         else:
             own = ", ".join((*HUB_KEYWORDS, *_LOADING_KEYWORDS))
@@ -137,70 +160,69 @@ def known_keywords(kwargs: Mapping[str, object], config: PreTrainedConfig) -> di
     return known
 
 
-def position_limit(config: PreTrainedConfig, replaced: Mapping[str, Any]) -> int | None:
-    """The number of positions that a model has, after keywords that replace fields of its config; None for no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return replaced.get("max_position_embeddings", limit)
+def with_fields(config: PreTrainedConfig, source: Source, options: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration with the fields that are among the keywords for transformers, which are taken out of them."""
+    replaced = {name: options.pop(name) for name in list(options) if name not in _LOADING_KEYWORDS}
+    return AutoConfig.from_pretrained(source.base, **source.base_hub, **replaced) if replaced else config
 
 
-def check_length(length: int | None, limit: int | None) -> None:
-    """Raise ValueError for a max_seq_length below 1 or beyond the model's positions."""
-    if length is None:
-        return
-    checks.in_range("max_seq_length", length, 1)
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"max_seq_length: got {length}; allowed: 1 to {limit}, the model's max_position_embeddings. For longer"
-            " texts by RoPE scaling pass both max_position_embeddings and rope_parameters to from_pretrained"
-        )
+def model_class(config: PreTrainedConfig) -> Any:
+    """transformers' Auto class for a configuration: of causal language models, or else of image-text models.
+
+    Raises:
+        ValueError: a model that does not generate text from text: an encoder-decoder, or one for audio alone.
+    """
+    code = getattr(config, "auto_map", None) or {}
+    if not config.is_encoder_decoder:
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code:
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in code:
+            return AutoModelForImageTextToText
+    raise ValueError(
+        f"model_name: got a model of type {config.model_type!r}; allowed: causal language models, and image-text "
+        "models, whose text part is trained"
+    )
 
 
-def supported_dtype(dtype: torch.dtype | None) -> torch.dtype:
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype of a model's checkpoint; None if its configuration does not say."""
+    stored: Any = config.dtype or config.get_text_config().dtype
+    return stored
+
+
+def empty_model(auto_class: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+
+
+def supported_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None = None) -> torch.dtype:
     """The dtype given; None for bfloat16 on a GPU that supports it, float16 on another GPU, float32 on a CPU.
+
+    Args:
+        dtype: a dtype, its name, such as "bfloat16" or "torch.bfloat16", or "auto" for the stored one.
+        stored: the dtype of the model's checkpoint. "auto" is None without it, and float16 on a GPU that does not
+            support it, which is logged.
 
     Raises:
         ValueError: a dtype that models are not loaded in, or bfloat16 on a GPU that does not support it.
     """
-    checks.one_of("dtype", dtype, _DTYPES)
+    automatic = isinstance(dtype, str) and dtype == "auto"
+    named = stored if automatic else _NAMED_DTYPES.get(str(dtype).removeprefix("torch."), dtype)
+    checks.one_of("dtype", named, _DTYPES)
+    dtype = cast(torch.dtype | None, named)
     if not torch.cuda.is_available():
         return dtype or torch.float32
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype is torch.bfloat16 and not has_bfloat16:
         card = torch.cuda.get_device_name()
-        raise ValueError(f"dtype: got {dtype}; allowed: None, torch.float16, torch.float32, as {card} has no bfloat16")
+        if not automatic:
+            raise ValueError(
+                f"dtype: got {dtype}; allowed: None, torch.float16, torch.float32, as {card} has no bfloat16"
+            )
+        logger.warning("dtype: torch.float16 in place of %s, the checkpoint's, as %s has no bfloat16", dtype, card)
+        dtype = None
     return dtype or (torch.bfloat16 if has_bfloat16 else torch.float16)
-
-
-def wants_4bit(load_in_4bit: bool | None, load_in_16bit: bool, full_finetuning: bool, config: PreTrainedConfig) -> bool:
-    """Whether to quantise the weights while they are loaded.
-
-    Raises:
-        ValueError: 4 bits together with load_in_16bit or full_finetuning.
-        RuntimeError: 4 bits without bitsandbytes.
-    """
-    stored = getattr(config, "quantization_config", None)
-    unquantised = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
-    if unquantised and (load_in_4bit or stored):
-        seen = "load_in_4bit=True" if load_in_4bit else "a quantised model"
-        raise ValueError(f"{unquantised}: got True and {seen}; allowed: one of the two")
-    if stored or unquantised or load_in_4bit is False:
-        return False
-    installed = find_spec("bitsandbytes") is not None
-    if load_in_4bit and not installed:
-        raise RuntimeError(
-            "load_in_4bit: bitsandbytes is not installed: pip install bitsandbytes, or load_in_4bit=False"
-        )
-    return installed
-
-
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' NF4 with nested scales, and products in this dtype."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def default_device_map() -> dict[str, str] | None:
@@ -235,6 +257,14 @@ def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: So
     if asked not in (None, rows):
         logger.info("the model's %d token embeddings become %d", rows, asked)
         model.resize_token_embeddings(asked)
+
+
+def grow_embeddings(model: Any, tokens: int) -> None:
+    """Give a model a row for each token, and no fewer than it has."""
+    rows = model.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        logger.info("the model's %d token embeddings become %d", rows, tokens)
+        model.resize_token_embeddings(tokens)
 
 
 def _rows_of_adapter(model: Any, source: Source) -> int | None:

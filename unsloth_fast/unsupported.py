@@ -1,0 +1,29 @@
+"""Names of Unsloth's API that have no counterpart here, because vision, audio, vLLM and GRPO are left out."""
+
+_VISION = "images are not trained on here"
+_REINFORCEMENT = "there is no GRPO or other reinforcement learning here; use trl's own trainer"
+_VLLM = "vLLM is not used here"
+
+_REASONS = {
+    "FastVisionModel": f"{_VISION}; FastModel trains the text part of an image-text model",
+    "UnslothVisionDataCollator": _VISION,
+    "FastSentenceTransformer": "sentence embeddings are not trained here",
+    "FastDiffusionModel": "diffusion models are not trained here",
+    "PatchFastRL": _REINFORCEMENT,
+    "PatchRL": _REINFORCEMENT,
+    "PatchRLStatistics": _REINFORCEMENT,
+    "UnslothGRPOConfig": _REINFORCEMENT,
+    "UnslothGRPOTrainer": _REINFORCEMENT,
+    "vLLMSamplingParams": _VLLM,
+    "SyntheticDataKit": f"{_VLLM}, which generates its data",
+}
+ALLOWED = "allowed: training on text with FastLanguageModel"
+
+
+def missing(module: str, name: str) -> Exception:
+    """The error for a name that a module does not have: with the reason if Unsloth has it."""
+    reason = _REASONS.get(name)
+    if reason is None:
+        return AttributeError(f"module {module!r} has no attribute {name!r}")
+    # Python replaces the text of an AttributeError by its own in `from module import name`, but not an ImportError's.
+    return ImportError(f"{name}: {reason}; {ALLOWED}")
