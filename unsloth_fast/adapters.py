@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.targets import Targets
+from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,9 @@ def reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given:
         )
     compared = [*_COMPARED, *(field for field in given if field not in (*_COMPARED, *_NOT_COMPARED))]
     values = {field: (getattr(own, field), getattr(config, field)) for field in compared}
-    values["modules_to_save"] = (set(own.modules_to_save or ()), set(config.modules_to_save or ()))
-    adapted = {path for path, module in without_adapter(model).named_modules() if _is_lora(module)}
+    base = without_adapter(model)
+    values["modules_to_save"] = (_saved(own, is_tied(base)), _saved(config, is_tied(base)))
+    adapted = {path for path, module in base.named_modules() if _is_lora(module)}
     values["target_modules"] = (_ends(adapted), _ends(targets.paths)) if adapted != targets.paths else (None, None)
     differ = {field: pair for field, pair in values.items() if pair[0] != pair[1]}
     if differ:
@@ -92,6 +93,14 @@ def is_tied(model: Any) -> bool:
     """Whether the head and the token embedding have the same weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _saved(config: LoraConfig, tied: bool) -> list[str]:
+    """The modules trained in full, by their own names; peft adds the path of an embedding that the model ties."""
+    names = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
+    if tied and not names.isdisjoint(EMBEDDING_NAMES):
+        names |= {*EMBEDDING_NAMES}
+    return sorted(names)
 
 
 def _is_lora(module: nn.Module) -> bool:

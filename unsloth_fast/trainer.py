@@ -22,6 +22,7 @@ from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.head import head_without_adapter
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
+from unsloth_fast.unsupported import missing
 from unsloth_ref.types import IGNORE_INDEX
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
@@ -330,3 +331,7 @@ class UnslothTrainer(SFTTrainer):
 def unsloth_train(trainer: Any, *positional: Any, **keywords: Any) -> Any:
     """Train: `trainer.train(...)`, whose gradient accumulation is exact, for scripts that call it by this name."""
     return trainer.train(*positional, **keywords)
+
+
+def __getattr__(name: str) -> object:
+    raise missing(__name__, name)

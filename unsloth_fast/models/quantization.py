@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -97,7 +97,7 @@ def kept_modules(plain: Any) -> list[str]:
     head = plain.get_output_embeddings()
     heads = {name for name, layer in layers.items() if layer is head}
     read = read_layers(plain)
-    kept = (outside - heads) | _routers(plain, layers) | read | _beside_read(plain, layers, read)
+    kept = (outside - heads) | routers(plain, layers) | read | _beside_read(plain, layers, read)
     kept |= {name for name in layers if any(word in name for word in _KEPT)}
     if not kept:
         return []
@@ -157,7 +157,7 @@ def _beside_read(model: nn.Module, layers: Iterable[str], read: set[str]) -> set
     return {name for name in layers if name.rpartition(".")[0] in mixers}
 
 
-def _routers(model: Any, layers: dict[str, nn.Module]) -> set[str]:
+def routers(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     """Linear layers outside attention with one output per expert, or with a single output, the gate of an expert."""
     config = model.config.get_text_config()
     counts = {getattr(config, name, None) for name in _ROUTED} - {None, 0, 1}

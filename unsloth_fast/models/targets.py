@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.quantization import read_layers, role, text_names
+from unsloth_fast.models.quantization import read_layers, role, routers, text_names
 
 logger = logging.getLogger(__name__)
 
@@ -101,20 +101,19 @@ def choose_targets(
     modules = _plain_modules(base)
     text = text_names(base, modules)
     head = base.get_output_embeddings()
-    linear = {
-        name
-        for name, layer in modules.items()
-        if isinstance(layer, nn.Linear | Conv1D) and name in text and layer is not head
-    }
+    layers = {name for name, layer in modules.items() if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
+    linear = layers & text
     never = read_layers(base)
     own_names = sorted({name.rpartition(".")[2] for name in linear - never})
     _check_saved(saved, modules, own_names)
-    asked, whole = _without_embeddings(_names(asked, linear, parts), own_names)
+    of_experts = ["gate_up_proj", "down_proj"] if asked is None and parts.asked else []
+    usable = linear - routers(base, {name: modules[name] for name in linear})
+    asked, whole = _without_embeddings(_names(asked, usable, parts), own_names)
     saved = list(dict.fromkeys([*(saved or []), *whole])) or None
-    parameters = [] if isinstance(asked, str) else _expert_parameters(base, asked, text, parts, fields)
+    parameters = [] if isinstance(asked, str) else _expert_parameters(base, [*asked, *of_experts], text, parts, fields)
     if isinstance(asked, list):
         asked = _present(asked, modules, parameters)
-    matched = _matched(asked, modules, linear)
+    matched = _matched(asked, modules, layers)
     read = never & matched
     chosen = {name for name in matched if name in text and name not in read and parts.include(name)}
     if read:
@@ -152,8 +151,7 @@ def _names(asked: list[str] | str | None, linear: Iterable[str], parts: Parts) -
         return asked if isinstance(asked, str) else list(dict.fromkeys(asked))
     own = {name.rpartition(".")[2] for name in linear}
     if parts.asked:
-        named = {name.rpartition(".")[2] for name in linear if role(name) and parts.include(name)}
-        return sorted(named | ({"gate_up_proj", "down_proj"} if parts.mlp is not False else set()))
+        return sorted({name.rpartition(".")[2] for name in linear if role(name) and parts.include(name)})
     if not own.intersection(_USUAL):
         allowed = ", ".join(sorted(own))
         raise ValueError(f"target_modules: got None, and the model has none of {_USUAL}; allowed: {allowed}")

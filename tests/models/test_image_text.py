@@ -1,0 +1,87 @@
+"""The text part of image-text models: loaded with its tokenizer, trained, its documents kept apart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.models import zoo
+from tests.models.adapted import TOKENS, assert_near, load, logits_of, trained
+from tests.trainer.runs import SGD, arguments
+from unsloth_fast import FastModel, UnslothTrainer, backends
+from unsloth_fast.models import loading, place
+
+pytestmark = pytest.mark.usefixtures("unpatched")
+NAMES = ["gemma3", "mistral3", "qwen2_5_vl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_and_its_tokenizer_are_loaded(tmp_path: Path, name: str) -> None:
+    """Not its processor; the logits of text are the folder's."""
+    folder = zoo.folder(tmp_path / "base", name)
+    model, tokenizer = load(folder)
+    assert type(model).__name__.endswith("ForConditionalGeneration")
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
+    plain = type(model).from_pretrained(folder).eval()
+    assert_near(logits_of(model.eval()), logits_of(plain))
+    FastModel.for_inference(model)
+    with torch.no_grad():
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(input_ids=TOKENS, **options), plain.generate(TOKENS, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_model_computes_the_same(tmp_path: Path, name: str) -> None:
+    model, tokenizer = load(zoo.folder(tmp_path / "base", name))
+    model = trained(FastModel.get_peft_model(model, r=2, finetune_vision_layers=False))
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert_near(logits_of(plain), logits_of(model), 5e-3)  # saved in 16 bits
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_documents_of_a_packed_row_are_apart(name: str) -> None:
+    """The outer model of Gemma 3 makes masks of its own."""
+    model, batch = zoo.model(name).eval(), tiny.packed([5, 7])
+    with torch.no_grad():
+        expected = torch.cat([model(document).logits for document in batch["input_ids"].split([5, 7], 1)], 1)
+        place(model, backends.resolve("reference"))
+        assert_near(model(**batch, use_cache=False).logits, expected)
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_that_of_plain_trl(tmp_path: Path, name: str) -> None:
+    """The losses before and after it, without padding where documents are apart; positions of several axes are not."""
+    texts = Dataset.from_dict({"text": tiny.texts(4)})
+    options = SGD | {"learning_rate": 0.1, "max_steps": 2}
+    plain = SFTTrainer(
+        zoo.model(name),
+        arguments(tmp_path, SFTConfig, **options),
+        train_dataset=texts,
+        processing_class=tiny.tokenizer(),
+    )
+    own = UnslothTrainer(
+        zoo.model(name), arguments(tmp_path, **options), train_dataset=texts, processing_class=tiny.tokenizer()
+    )
+    assert own.padding_free == (name != "qwen2_5_vl")
+    assert losses(own) == pytest.approx(losses(plain), rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [transformers.WhisperConfig(), transformers.T5Config(), transformers.Qwen2AudioConfig(), transformers.CLIPConfig()],
+    ids=lambda config: config.model_type,
+)
+def test_models_for_anything_but_text_are_refused(config: Any) -> None:
+    with pytest.raises(ValueError, match=f"model_name: got a model of type {config.model_type!r}; allowed: causal"):
+        loading.model_class(config)
