@@ -70,12 +70,14 @@ def reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given:
     logger.info("model: it has the adapter %r with these values already, which is trained further", name)
 
 
-def widen_float16(model: nn.Module, quantized: bool) -> None:
+def widen_float16(model: nn.Module) -> None:
     """Convert trained float16 weights of a quantised model to float32; warn about them in any other model.
 
     Loss scaling refuses float16 gradients. Quantised layers accept inputs of any dtype, but float16 layers accept the
     output of a float32 embedding only under autocast.
     """
+    base = without_adapter(model)
+    quantized = any(getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if half and not quantized:
         logger.warning(

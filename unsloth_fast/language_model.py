@@ -115,6 +115,9 @@ class FastLanguageModel:
 
         model: Any = auto_class.from_pretrained(source.base, config=config, **options, **source.base_hub)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
+        loading.find_template(tokenizer, source)
+        if source.is_adapter and max_seq_length is None:
+            positions.warn_of_longer_texts(tokenizer, positions.position_limit(config))
         loading.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
         loading.prepare_tokenizer(tokenizer, model, max_seq_length)
         model.max_seq_length = max_seq_length or positions.position_limit(config)
@@ -205,8 +208,7 @@ class FastLanguageModel:
         checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
         adapters.check_arguments(r, lora_dropout, bias, finetune_vision_layers, kwargs)
         base = without_adapter(model)
-        length = max_seq_length or getattr(model, "max_seq_length", None)
-        positions.check_length(length, positions.position_limit(base.config))
+        positions.set_length(base, max_seq_length)
         fields: dict[str, Any] = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -231,11 +233,8 @@ class FastLanguageModel:
             with torch.random.fork_rng():
                 torch.manual_seed(random_state)
                 adapted = peft_model(model, config)
-        base.max_seq_length = length
-        base.unsloth_length_asked = max_seq_length is not None or getattr(base, "unsloth_length_asked", False)
         _add_methods(adapted)
-        quantized = any(getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-        adapters.widen_float16(adapted, quantized)
+        adapters.widen_float16(adapted)
         if use_gradient_checkpointing is None:
             use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", True)
         return FastLanguageModel.for_training(adapted, use_gradient_checkpointing)

@@ -69,6 +69,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"recurrent": True},
     {"custom_collator": True},
     {"takes_positions": False},
+    {"positions_by_axis": True},
     {"prompt_learning": True},
 ]
 
@@ -111,6 +112,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"model_type": "opt"}, {}, "see each other"),
     ({"model_type": "gpt_oss"}, {}, "see each other"),
     ({"takes_positions": False}, {}, "takes no position_ids"),
+    ({"positions_by_axis": True}, {}, "positions have several axes"),
     ({}, {"prompt_learning": True}, "belong to no document"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]

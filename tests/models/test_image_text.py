@@ -1,5 +1,6 @@
 """The text part of image-text models: loaded with its tokenizer, trained, its documents kept apart."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def test_the_model_and_its_tokenizer_are_loaded(tmp_path: Path, name: str) -> No
     with torch.no_grad():
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(input_ids=TOKENS, **options), plain.generate(TOKENS, **options))
+
+
+def test_the_template_of_the_processor_is_the_tokenizers(tmp_path: Path) -> None:
+    folder = zoo.folder(tmp_path, "mistral3")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+    _, tokenizer = load(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -220,6 +220,44 @@ def test_the_default_dtype_is_the_best_that_the_gpu_supports(
 
 
 @pytest.mark.parametrize(
+    ("asked", "stored", "expected"),
+    [
+        ("bfloat16", None, torch.bfloat16),
+        ("torch.float16", None, torch.float16),
+        ("float32", torch.bfloat16, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", None, torch.float32),
+    ],
+)
+def test_a_dtype_may_be_named(
+    monkeypatch: pytest.MonkeyPatch, asked: str, stored: torch.dtype | None, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.supported_dtype(asked, stored) is expected
+
+
+def test_the_checkpoints_dtype_is_replaced_on_a_gpu_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert loading.supported_dtype("auto", torch.bfloat16) is torch.float16
+    assert "dtype: torch.float16 in place of torch.bfloat16, the checkpoint's, as Tesla T4" in caplog.text
+
+
+def test_the_dtype_of_the_checkpoint_is_loaded(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path, dtype=torch.float16)
+    assert [load(folder, dtype=name)[0].dtype for name in ("auto", "float32")] == [torch.float16, torch.float32]
+
+
+def test_what_only_saves_memory_is_accepted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(tiny.folder(tmp_path), unsloth_tiled_mlp=True, offload_embedding=True, text_only=True)
+    for name in ("unsloth_tiled_mlp", "offload_embedding"):
+        assert f"{name}: got True, which saves no memory here; the results are the same" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("words", "rows", "expected"),
     [(("<unk>", "[PAD]"), 3, "[PAD]"), (("<unk>",), 2, "<unk>"), ((), 1, "<eos>"), ((), 8, "<pad>")],
 )

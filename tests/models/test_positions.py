@@ -27,13 +27,14 @@ def test_rope_is_scaled_by_the_length_over_the_positions(
     folder = tiny.folder(tmp_path, family, torch.float64)
     model, tokenizer = load(folder, max_seq_length=128, dtype=torch.float64)
     assert "max_seq_length: 128 is beyond the model's 64 positions: RoPE is scaled linearly by 2;" in caplog.text
-    plain = type(model).from_pretrained(folder, dtype=torch.float64)
+    plain = type(model).from_pretrained(folder, dtype=torch.float64).double()  # buffers too
+    model = model.double()
     at = torch.arange(TOKENS.shape[1])[None]
     with tiny.KeepFloat64(), torch.no_grad():
         scaled = model(TOKENS, position_ids=2 * at).logits
         expected = plain(TOKENS, position_ids=at).logits
         unscaled = plain(TOKENS, position_ids=2 * at).logits
-    assert (scaled - expected).abs().max() < 1e-6 < (scaled - unscaled).abs().max()  # the angles are float32
+    assert (scaled - expected).abs().max() < 1e-12 < 1e-3 < (scaled - unscaled).abs().max()
     assert (model.max_seq_length, tokenizer.model_max_length) == (128, 128)
     assert model.config.max_position_embeddings == 128
 
@@ -59,6 +60,21 @@ def test_the_text_model_of_an_image_text_model_is_scaled(tmp_path: Path) -> None
     model, _ = load(zoo.folder(tmp_path, "mistral3"), max_seq_length=128)
     assert model.model.language_model.rotary_emb.rope_type == "linear"
     assert model.config.text_config.max_position_embeddings == 128
+
+
+def test_an_adapter_that_needs_a_scaled_model_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its tokenizer has the length; with that length it is the model that was trained."""
+    model, tokenizer = load(tiny.folder(tmp_path / "base"), max_seq_length=128)
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "adapter")
+    caplog.clear()
+    load(str(tmp_path / "adapter"))
+    assert "max_seq_length: the adapter's texts had up to 128 tokens, and the model has 64 positions" in caplog.text
+    caplog.clear()
+    again, _ = load(str(tmp_path / "adapter"), max_seq_length=128)
+    assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+    assert "the adapter's texts" not in caplog.text
 
 
 def test_a_length_within_the_positions_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,12 @@
 """Decisions about loading: where a model's parts are, its class and dtype, and how its tokenizer pads."""
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -284,6 +286,15 @@ def _rows_of_adapter(model: Any, source: Source) -> int | None:
                 if dimension is not None:
                     return file.get_slice(key).get_shape()[dimension]
     return None
+
+
+def find_template(tokenizer: Any, source: Source) -> None:
+    """Give a tokenizer without a chat template that of its processor, if there is a file with one."""
+    if tokenizer.chat_template is None:
+        options = {"_raise_exceptions_for_missing_entries": False, **source.adapter_hub}
+        path = cached_file(source.find_tokenizer(), "chat_template.json", **options)
+        if path is not None:
+            tokenizer.chat_template = json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: CausalLM, max_seq_length: int | None) -> None:

@@ -3,12 +3,13 @@
 import logging
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
 
+_NO_LENGTH = 10**9  # a tokenizer without a length has a larger number
 _BY_LENGTH = ("dynamic", "longrope")  # kinds of RoPE scaling whose frequencies depend on the length of the batch
 
 
@@ -17,16 +18,22 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_length(length: int | None, limit: int | None) -> None:
-    """Raise ValueError for a max_seq_length below 1 or beyond the model's positions."""
+def set_length(model: Any, length: int | None) -> None:
+    """Make `length` the model's `max_seq_length`; None to leave it.
+
+    Raises:
+        ValueError: a length below 1 or beyond the model's positions.
+    """
     if length is None:
         return
     checks.in_range("max_seq_length", length, 1)
+    limit = position_limit(model.config)
     if limit is not None and length > limit:
         raise ValueError(
             f"max_seq_length: got {length}; allowed: 1 to {limit}, the model's max_position_embeddings. For longer "
             "texts pass max_seq_length to from_pretrained, which scales RoPE"
         )
+    model.max_seq_length, model.unsloth_length_asked = length, True
 
 
 def scale_positions(config: PreTrainedConfig, length: int | None) -> None:
@@ -70,6 +77,19 @@ def scale_positions(config: PreTrainedConfig, length: int | None) -> None:
         limit,
         factor,
     )
+
+
+def warn_of_longer_texts(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+    """Warn of an adapter whose tokenizer has a length beyond the model's positions: its model may have been scaled."""
+    length = tokenizer.model_max_length
+    if limit is not None and limit < length < _NO_LENGTH:
+        logger.warning(
+            "max_seq_length: the adapter's texts had up to %d tokens, and the model has %d positions; if it was "
+            "trained with max_seq_length=%d, pass that here, too",
+            length,
+            limit,
+            length,
+        )
 
 
 def depends_on_batch(config: PreTrainedConfig) -> bool:
