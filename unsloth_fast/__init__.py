@@ -41,40 +41,22 @@ if TYPE_CHECKING:
     from unsloth_fast.tokenizer_utils import add_new_tokens
     from unsloth_fast.trainer import UnslothTrainer, unsloth_train
 
+# The modules of the names in `__all__` that are not in language_model.
 _MODULES = {
-    "unsloth_fast.chat_templates": (
-        "apply_chat_template",
-        "get_chat_template",
-        "standardize_data_formats",
-        "standardize_sharegpt",
-        "to_sharegpt",
-        "train_on_responses_only",
-    ),
-    "unsloth_fast.config": ("UnslothTrainingArguments",),
-    "unsloth_fast.devices": ("is_bf16_supported", "is_bfloat16_supported", "is_vLLM_available"),
-    "unsloth_fast.language_model": (
-        "FastCohereModel",
-        "FastFalconH1Model",
-        "FastGemma2Model",
-        "FastGemma3Model",
-        "FastGemmaModel",
-        "FastGraniteModel",
-        "FastLanguageModel",
-        "FastLlamaModel",
-        "FastMistralModel",
-        "FastModel",
-        "FastPhi3Model",
-        "FastQwen2Model",
-        "FastQwen3Model",
-        "FastQwen3MoeModel",
-        "FastTextModel",
-        "PatchDPOTrainer",
-        "PatchKTOTrainer",
-    ),
-    "unsloth_fast.tokenizer_utils": ("add_new_tokens",),
-    "unsloth_fast.trainer": ("UnslothTrainer", "unsloth_train"),
+    "UnslothTrainer": "trainer",
+    "UnslothTrainingArguments": "config",
+    "add_new_tokens": "tokenizer_utils",
+    "apply_chat_template": "chat_templates",
+    "get_chat_template": "chat_templates",
+    "is_bf16_supported": "devices",
+    "is_bfloat16_supported": "devices",
+    "is_vLLM_available": "devices",
+    "standardize_data_formats": "chat_templates",
+    "standardize_sharegpt": "chat_templates",
+    "to_sharegpt": "chat_templates",
+    "train_on_responses_only": "chat_templates",
+    "unsloth_train": "trainer",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FastCohereModel",
@@ -115,6 +97,6 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("unsloth-fast")
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise missing(__name__, name)
-    return getattr(import_module(_MODULE_OF[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'language_model')}"), name)

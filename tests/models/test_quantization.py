@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,7 @@ from tests.models.adapted import adapted, load, logits_of, merged
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
 from unsloth_fast.models import quantization
+from unsloth_fast.models.experts import prepare_experts
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -108,6 +110,18 @@ def test_a_model_with_such_layers_trains(tmp_path: Path, name: str, bits: int) -
     assert 3 < trainer.train().training_loss < 5
     moved = {key for key, value in model.named_parameters() if key in before and not torch.equal(value, before[key])}
     assert moved == before.keys()
+
+
+@pytest.mark.parametrize(("experts", "coefficient"), [(0, 0.0), (4, None)])
+def test_a_family_without_the_usual_name_of_its_experts_has_a_load_balancing_loss(
+    tmp_path: Path, experts: int, coefficient: float | None
+) -> None:
+    """TRL looks for num_experts; a dense model of such a family has none, and no such loss."""
+    args = arguments(tmp_path)
+    config = transformers.GraniteMoeConfig(num_local_experts=experts)
+    prepare_experts(config, args)
+    assert config.num_experts == experts
+    assert getattr(args, "router_aux_loss_coef", coefficient) == coefficient
 
 
 def test_8_bits_are_merged_from_the_dequantised_weights(tmp_path: Path) -> None:
