@@ -79,7 +79,7 @@ def resolve_arguments(
     prepare_experts(config_and_class(model, settings)[0], settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(settings, updates)
-    check_columns(given, settings, vocabulary)
+    check_columns(given, settings, vocabulary, named=named)
     check_processing_classes(given, settings, named=named)
     given = prepared_rows(given, settings)
     plan = decide_batching(model, settings, given)

@@ -1,6 +1,7 @@
 """`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from unsloth_fast.counting import Counter, logged_tokens
 from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
 from unsloth_fast.data.facts import config_and_class
 from unsloth_fast.data.preparation import Preparation
-from unsloth_fast.data.text import read_texts
 from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
@@ -36,7 +36,7 @@ class UnslothTrainer(SFTTrainer):
 
     One training step, from documents to the optimizer:
 
-        documents -> rows       tokenized by TRL; labelled, checked, packed              data/preparation.py
+        documents -> rows       tokenized, labelled, checked, packed                     data/preparation.py
         rows -> batch           documents concatenated, positions restart                data/collator.py
         batch -> targets        counted over all microbatches and processes              counting.py
         batch -> loss           operations under the model; one division by the targets  models/placement.py, head.py
@@ -122,15 +122,10 @@ class UnslothTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        name = f"{dataset_name} data set"
-        readable = read_texts(dataset, name, args, processing_class, formatting_func, named=self._names_text_field)
-
-        def by_trl(dataset: Any, args: Any, packing: bool = False, formatting_func: Any = None) -> Any:
-            rest = (readable.processing_class, args, packing, formatting_func, dataset_name)
-            return super(UnslothTrainer, self)._prepare_dataset(dataset, *rest)
-
-        prepare = Preparation(by_trl, self.backend.training, self._vocabulary, self._completion_only)
-        return prepare(readable.dataset, name, args, packing, readable.formatting_func)
+        by_trl = partial(super()._prepare_dataset, packing=False, formatting_func=None, dataset_name=dataset_name)
+        reading = (self._vocabulary, self._completion_only, self._names_text_field)
+        prepare = Preparation(by_trl, self.backend.training, *reading)
+        return prepare(dataset, f"{dataset_name} data set", processing_class, args, packing, formatting_func)
 
     def _packed_collator(self) -> PackedCollator:
         return PackedCollator(

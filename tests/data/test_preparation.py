@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 import unsloth_ref.training
+from tests import tiny
 from tests.data.samples import ids, labelled, stream, text, tokens
 from tests.trainer.runs import arguments
 from unsloth_fast.data.preparation import Preparation
@@ -19,17 +20,17 @@ Call = tuple[SFTConfig, bool, Any]
 class RecordingTrl:
     """TRL's preparation, which keeps the arguments of each call.
 
-    It tokenizes "w7" as [7, 1], truncates at the end, and packs nothing.
+    It truncates at the end, and packs nothing.
     """
 
     def __init__(self, lose_labels: bool = False) -> None:
         self.calls: list[Call] = []
         self.lose_labels = lose_labels
 
-    def __call__(self, dataset: Any, args: SFTConfig, packing: bool = False, formatting_func: Any = None) -> Any:
+    def __call__(
+        self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool = False, formatting_func: Any = None
+    ) -> Any:
         self.calls.append((args, packing, formatting_func))
-        if "text" in next(iter(dataset)):
-            return dataset.map(lambda row: {"input_ids": [int(row["text"][1:]), 1]}, remove_columns="text")
         if args.max_length is not None:
             dataset = dataset.map(lambda row: {name: row[name][: args.max_length] for name in row})
         return dataset.remove_columns("labels") if self.lose_labels and packing else dataset
@@ -46,21 +47,21 @@ def prepare(
 ) -> tuple[Any, list[Call]]:
     """The rows, and the calls of TRL's preparation."""
     by_trl = RecordingTrl(options.pop("lose_labels", False))
-    preparation = Preparation(by_trl, unsloth_ref.training, options.pop("vocabulary", 48), completion_only)
-    return preparation(data, "train data set", args, packing, **options), by_trl.calls
+    preparation = Preparation(by_trl, unsloth_ref.training, options.pop("vocabulary", 48), completion_only, False)
+    return preparation(data, "train data set", tiny.tokenizer(), args, packing, **options), by_trl.calls
 
 
-def test_trl_tokenizes_all_of_a_text_and_truncates_later(args_of: Callable[..., SFTConfig]) -> None:
-    """Labels and checks come between the two calls; only the first formats."""
+def test_all_of_a_text_is_tokenized_and_truncated_later(args_of: Callable[..., SFTConfig]) -> None:
+    """Labels and checks come between the two calls of TRL; the text is formatted before."""
 
     def formatting_func(row: Any) -> str:
         return row["text"]
 
     args = args_of(max_length=2)
     rows, (tokenizing, truncating) = prepare(text("w7", "w8"), args, formatting_func=formatting_func)
-    assert (tokenizing[0].max_length, *tokenizing[1:]) == (None, False, formatting_func)
+    assert (tokenizing[0].max_length, *tokenizing[1:]) == (None, False, None)
     assert truncating == (args, False, None) and args.max_length == 2
-    assert rows["input_ids"] == rows["labels"] == [[7, 1], [8, 1]]
+    assert rows["input_ids"] == rows["labels"] == [[10, 1], [11, 1]]
 
 
 def test_documents_that_are_not_packed_keep_their_rows(args_of: Callable[..., SFTConfig]) -> None:
@@ -153,9 +154,9 @@ def test_data_that_cannot_be_trained_on_are_refused(
 def test_packing_needs_a_maximum_length(args_of: Callable[..., SFTConfig]) -> None:
     """TRL is not called before this is known."""
     by_trl = RecordingTrl()
-    preparation = Preparation(by_trl, unsloth_ref.training, 48, False)
+    preparation = Preparation(by_trl, unsloth_ref.training, 48, False, False)
     with pytest.raises(ValueError, match=r"^max_length: got None with packing=True; allowed: an integer from 1, the"):
-        preparation(tokens(3), "train data set", args_of(max_length=None), True)
+        preparation(tokens(3), "train data set", tiny.tokenizer(), args_of(max_length=None), True)
     assert by_trl.calls == []
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from trl import SFTConfig
 
 from tests.data.samples import SKIP, ids, labelled, stream, text, tokens, trainer_on
 from tests.trainer.runs import TRL_DROPS_LABELS
@@ -39,8 +40,8 @@ BESIDE: list[dict[str, Any]] = [
 
 def read(data: Any) -> list[dict[str, Any]]:
     """The rows of the columns that are read."""
-    columns, allowed = check_text(data, "train data set", next(iter(data)), "text")
-    return [dict(row) for row in read_columns(data, "train data set", columns, allowed, "text")]
+    columns = check_text(data, "train data set", next(iter(data)), SFTConfig(bf16=False))
+    return [dict(row) for row in read_columns(data, "train data set", columns, "text")]
 
 
 @pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: ", ".join(beside))

@@ -99,6 +99,12 @@ def test_attention_alone_leaves_the_experts_out() -> None:
         assert not any("experts" in name for name in trained_names(adapt(zoo.empty("qwen3_moe"), **options)))
 
 
+def test_experts_alone() -> None:
+    """The MLPs of this family have no linear layer."""
+    names = trained_names(adapt(zoo.empty("qwen3_moe"), finetune_attention_modules=False))
+    assert names and all("mlp.experts" in name for name in names)
+
+
 def test_dropout_on_experts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora_dropout: got 0.1 with LoRA on experts.*; allowed: lora_dropout=False"):
         adapt(zoo.empty("qwen3_moe"), lora_dropout=0.1)

@@ -1,18 +1,18 @@
 """Which columns of a data set are trained on, where it has several that could be."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
+from unsloth_fast.data.lists import is_plain, row_with
+from unsloth_fast.data.values import EITHER, LIST, STRING, fits
 
-logger = logging.getLogger(__name__)
-
+TOKENS = ("input_ids",)
 PAIR = ("prompt", "completion")
 CHATS = ("messages", "conversations")
-OF_TOKENS = ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths")
+OF_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
 def names_text_field(args: SFTConfig, keywords: Mapping[str, Any]) -> bool:
@@ -26,43 +26,60 @@ def names_text_field(args: SFTConfig, keywords: Mapping[str, Any]) -> bool:
     return "dataset_text_field" in keywords or named or args.dataset_text_field != DEFAULT_TEXT
 
 
-def trained_columns(row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> tuple[str, ...]:
-    """The columns that are trained on, by the first row of a data set; () if it has none of them.
+def trained_columns(dataset: Any, row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> tuple[str, ...]:
+    """The columns that are trained on; () if the data set has none of them.
 
     Tokens come first. A text in `dataset_text_field` comes before conversations, and before a prompt and a completion
     if the user named the field. It comes last if assistant_only_loss or completion_only_loss requires other columns
-    that the row has.
+    that the data set has. A column without any value counts as absent, and so does one of another type, unless nothing
+    else is left.
 
     Args:
+        dataset: a data set or a stream, of which only the first row is known.
         row: the first row.
         args: the run's arguments.
         named: as in `names_text_field`.
     """
-    text = args.dataset_text_field
-    pair = PAIR if row.keys() >= set(PAIR) else ()
-    chats = [(name,) for name in CHATS if isinstance(row.get(name), list)]
-    if "input_ids" in row:
-        return ("input_ids",)
-    others = bool(pair or chats)
-    required = (args.assistant_only_loss and others) or (args.completion_only_loss and pair)
-    if isinstance(row.get(text), str) and not required and (named or not pair):
-        return (text,)
-    present = [(name,) for name in (*CHATS, text) if name in row]
-    return next(iter([*([pair] if pair else []), *chats, *present]), ())
+    present = [columns for columns in _in_order(row, args, named=named) if row.keys() >= set(columns)]
+    for columns in present:
+        allowed = allowed_in(columns)
+        if all(fits(row[name], allowed) or _has_nulls(dataset, row, name) for name in columns):
+            return columns
+    return present[0] if present else ()
+
+
+def _in_order(row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> Iterator[tuple[str, ...]]:
+    text, chats = (args.dataset_text_field,), [(name,) for name in CHATS]
+    pair = row.keys() >= set(PAIR)
+    chat = any(isinstance(row.get(name), list) for name in CHATS)
+    required = (args.assistant_only_loss and (pair or chat)) or (args.completion_only_loss and pair)
+    yield TOKENS
+    if not required and (named or not pair):
+        yield text
+    yield PAIR
+    yield from chats
+    yield text
+
+
+def allowed_in(columns: tuple[str, ...]) -> str:
+    """What each row of these columns may hold, as in `values.fits`."""
+    return EITHER if columns == PAIR else LIST if columns == TOKENS or columns[0] in CHATS else STRING
+
+
+def is_empty(dataset: Any, first: Mapping[str, Any], name: str) -> bool:
+    """Whether no row has a value in the column; of a stream, whether the first row has none."""
+    if first.get(name) is not None:
+        return False
+    if not is_plain(dataset) or name not in dataset.column_names:
+        return True
+    return row_with(dataset, name, null=False) is None
 
 
 def is_conversational(row: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
     """Whether these columns of a row hold messages."""
-    return bool(columns) and columns != ("input_ids",) and all(isinstance(row[name], list) for name in columns)
+    return columns not in ((), TOKENS) and not isinstance(row[columns[0]], str)
 
 
-def log_choice(row: Mapping[str, Any], columns: tuple[str, ...], name: str, args: SFTConfig, *, named: bool) -> None:
-    """Log which columns are trained on, where the row has others or lacks the field that was named."""
-    text = args.dataset_text_field
-    trained = " and ".join(map(repr, columns))
-    others = [other for other in (*PAIR, *CHATS, *OF_TOKENS, text) if row.get(other) is not None]
-    others = [other for other in others if other not in columns]
-    if named and text not in row:
-        logger.warning("%s: got no column %r, the dataset_text_field; trained on %s", name, text, trained)
-    elif others:
-        logger.warning("%s: trained on %s, not on %s", name, trained, ", ".join(map(repr, others)))
+def _has_nulls(dataset: Any, first: Mapping[str, Any], column: str) -> bool:
+    """Whether the first row is null and another is not."""
+    return first[column] is None and not is_empty(dataset, first, column)

@@ -6,13 +6,13 @@ from typing import Any
 from datasets import IterableDataset
 from trl import SFTConfig
 
-from unsloth_fast.data.choice import PAIR, trained_columns
+from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
-from unsloth_fast.data.reading import OPTIONS, TOKENS, is_conversational, is_empty, read_columns
+from unsloth_fast.data.reading import OPTIONS, read_columns
 from unsloth_fast.data.streams import picklable
 from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
-from unsloth_fast.data.values import DICTIONARY, EITHER, LIST, STRING, TOOLS, check_values, fits, wrong_value
+from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 
 _VISION = frozenset(
@@ -49,16 +49,17 @@ def completion_only(given: Mapping[str, Any], args: SFTConfig, *, named: bool = 
         return args.completion_only_loss
     data = given.get("train_dataset")
     first: Mapping[str, Any] = {} if data is None else next(iter(data))
-    return first.keys() >= set(PAIR) and trained_columns(first, args, named=named) != (args.dataset_text_field,)
+    return first.keys() >= set(PAIR) and trained_columns(data, first, args, named=named) != (args.dataset_text_field,)
 
 
-def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None) -> None:
+def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None, *, named: bool = False) -> None:
     """Refuse, before any work is done, a data set that is empty or has no column to train on.
 
     Args:
         given: the trainer's keywords.
         args: the run's arguments.
         vocabulary: as in `check_vocabulary`; used here where skip_prepare_dataset leaves no later chance to check.
+        named: as in `names_text_field`.
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
@@ -77,7 +78,7 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
         if _skips_preparation(args):
             _check_prepared(dataset, name, first, vocabulary, given.get("data_collator") is not None)
         elif not _VISION & first.keys() and (given.get("formatting_func") is None or TOKENS[0] in first):
-            check_text(dataset, name, first, args.dataset_text_field)
+            check_text(dataset, name, first, args, named=named)
 
 
 def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _without_empty_rows(dataset: Any, name: str) -> Any:
         dataset = without_empty_rows(check_tokens_while_reading(dataset, name), name)
         require_tokens(dataset, name)
         return dataset
-    return without_empty_rows(read_columns(dataset, name, TOKENS, LIST, TOKENS[0]), name)
+    return without_empty_rows(read_columns(dataset, name, TOKENS, TOKENS[0]), name)
 
 
 def _check_prepared(
@@ -126,59 +127,41 @@ def _check_prepared(
         require_targets_in_stream(check_while_reading(dataset, name, vocabulary), name)
 
 
-def check_text(dataset: Any, name: str, first: Mapping[str, Any], text: str) -> tuple[tuple[str, ...], str]:
+def check_text(
+    dataset: Any, name: str, first: Mapping[str, Any], args: SFTConfig, *, named: bool = False
+) -> tuple[str, ...]:
     """The columns that are trained on, with a text or tokens in every row.
 
     Args:
         dataset: of which, if it is a stream, only the first row is checked here.
         name: of the data set, for messages.
         first: its first row.
-        text: the name of the column with texts.
-
-    Returns:
-        The columns, and what each row of them may hold.
+        args: the run's arguments.
+        named: as in `names_text_field`.
 
     Raises:
         ValueError: there are no such columns, or a row holds something else.
     """
-    layouts: Sequence[tuple[str, tuple[str, ...]]] = (  # in the order in which TRL searches for the columns
-        (LIST, TOKENS),
-        (EITHER, ("prompt", "completion")),
-        (LIST, ("messages",)),
-        (LIST, ("conversations",)),
-        (STRING, (text,)),
-    )
-    present = [layout for layout in layouts if first.keys() >= set(layout[1])]
-    # A column without any value counts as absent, and so does one of another type, unless nothing else is left.
-    usable = (
-        (allowed, columns)
-        for allowed, columns in present
-        if all(fits(first[column], allowed) or _has_nulls(dataset, first, column) for column in columns)
-    )
-    allowed, columns = next(usable, present[0] if present else ("", ()))
+    columns = trained_columns(dataset, first, args, named=named)
     if not columns:
+        text = args.dataset_text_field
         raise ValueError(
             f"{name}: got no column {text!r}, only {', '.join(map(repr, first))}; allowed: {text!r} (the name is "
             "dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
         )
     for column in columns:
-        check_values(dataset, name, column, first, allowed)
+        check_values(dataset, name, column, first, allowed_in(columns))
     if columns == TOKENS:
         check_tokens(dataset, name, first)
-        return columns, allowed
-    if allowed == EITHER:  # both of one type
+        return columns
+    if columns == PAIR:  # both of one type
         prompt, completion = (first[column] for column in columns)
         allowed = STRING if isinstance(prompt, str) else LIST
         if not fits(completion, allowed):
             raise wrong_value(name, columns[-1], 0, completion, allowed)
     if is_conversational(first, columns):
         _check_options(dataset, name, first)
-    return columns, allowed
-
-
-def _has_nulls(dataset: Any, first: Mapping[str, Any], column: str) -> bool:
-    """Whether the first row is null and another is not."""
-    return first[column] is None and not is_empty(dataset, first, column)
+    return columns
 
 
 def _check_options(dataset: Any, name: str, first: Mapping[str, Any]) -> None:

@@ -1,66 +1,48 @@
 """The columns of a data set that are read. All others change nothing, whatever their names mean to a trainer."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from unsloth_fast.data.choice import CHATS, OF_TOKENS, PAIR, TOKENS, allowed_in, is_conversational, is_empty
 from unsloth_fast.data.lists import RowsWith, is_plain, list_lengths, row_with, without_rows
-from unsloth_fast.data.values import DICTIONARY, fits, wrong_value
+from unsloth_fast.data.values import DICTIONARY, LIST, STRING, fits, wrong_value
 
 logger = logging.getLogger(__name__)
 
-TOKENS = ("input_ids",)
 OPTIONS = ("tools", "chat_template_kwargs")  # of chat templates
-_OF_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
 # What TRL or a data collator reads by these names, beside the text.
-_NAMES = (
-    *(*TOKENS, *_OF_TOKENS, "attention_mask", "position_ids"),
-    *("prompt", "completion", "chosen", "rejected", "messages", "conversations", *OPTIONS),
+NAMES = (
+    *(*TOKENS, *OF_TOKENS, "attention_mask", "position_ids"),
+    *(*PAIR, "chosen", "rejected", *CHATS, *OPTIONS),
 )
-_HIDDEN = "unread_"
 
 
-def is_empty(dataset: Any, first: Mapping[str, Any], name: str) -> bool:
-    """Whether no row has a value in the column; of a stream, whether the first row has none."""
-    if first.get(name) is not None:
-        return False
-    if not is_plain(dataset) or name not in dataset.column_names:
-        return True
-    return row_with(dataset, name, null=False) is None
-
-
-def is_conversational(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
-    """Whether these columns of a row hold messages."""
-    return tuple(columns) != TOKENS and not isinstance(row[columns[0]], str)
-
-
-def read_columns(dataset: Any, name: str, columns: tuple[str, ...], allowed: str, text: str) -> Any:
+def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *, named: bool = False) -> Any:
     """The data set without the columns that are not read, and without rows that have no message.
 
     Args:
         dataset: documents, tokenized or not.
         name: of the data set, for messages.
-        columns: which are read.
-        allowed: what each of their rows may hold; a stream is checked as it is read.
+        columns: which are read; those of a stream are checked as they are read.
         text: dataset_text_field, which TRL reads too.
+        named: whether the user named it.
 
     Raises:
         ValueError: no row has a message.
     """
     first: Mapping[str, Any] = next(iter(dataset))
-    names = [column for column in (_OF_TOKENS if columns == TOKENS else {*_NAMES, text}) if column in first]
+    names = [column for column in (OF_TOKENS if columns == TOKENS else {*NAMES, text}) if column in first]
     conversational = is_conversational(first, columns)
-    kept = (*columns, *(OPTIONS if conversational else ()), *(_OF_TOKENS if columns == TOKENS else ()))
+    kept = (*columns, *(OPTIONS if conversational else ()), *(OF_TOKENS if columns == TOKENS else ()))
     empty = {column for column in names if is_empty(dataset, first, column)}
     unread = {column for column in names if column not in kept}
-    if shown := sorted(unread - empty):
-        logger.warning(
-            "%s: trained on %s; not read: %s",
-            *(name, " and ".join(map(repr, columns)), ", ".join(map(repr, shown))),
-        )
+    if named and text not in first and columns != TOKENS:
+        logger.warning("%s: got no column %r, the dataset_text_field; trained on %s", name, text, _quoted(columns))
+    elif shown := sorted(unread - empty):
+        logger.warning("%s: trained on %s; not read: %s", name, _quoted(columns), ", ".join(map(repr, shown)))
     if is_plain(dataset):  # of a stream, later rows may have a value
         unread |= empty - {*columns}
     if unread:
@@ -68,11 +50,20 @@ def read_columns(dataset: Any, name: str, columns: tuple[str, ...], allowed: str
     if columns == TOKENS:
         return dataset
     if not is_plain(dataset):
-        options = {"name": name, "columns": columns, "allowed": allowed}
+        options = {"name": name, "columns": columns, "allowed": _allowed(first, columns)}
         dataset = dataset.map(_checked, with_indices=True, fn_kwargs=options)
     elif OPTIONS[1] in dataset.column_names and row_with(dataset, OPTIONS[1], null=True) is not None:
         dataset = dataset.map(_filled)
     return _with_messages(dataset, name, columns) if conversational else dataset
+
+
+def _quoted(columns: Sequence[str]) -> str:
+    return " and ".join(map(repr, columns))
+
+
+def _allowed(first: Mapping[str, Any], columns: tuple[str, ...]) -> str:
+    """What each row holds, as the first one does: a prompt and its completion are of one type."""
+    return (LIST if is_conversational(first, columns) else STRING) if columns == PAIR else allowed_in(columns)
 
 
 def _with_messages(dataset: Any, name: str, columns: Sequence[str]) -> Any:
@@ -100,31 +91,3 @@ def _checked(row: dict[str, Any], index: int, name: str, columns: Sequence[str],
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
     """No variables of the chat template instead of null, which TRL cannot unpack."""
     return {OPTIONS[1]: row.get(OPTIONS[1]) or {}} if OPTIONS[1] in row else {}
-
-
-@dataclass(frozen=True)
-class FormattingOfHidden:
-    """A user's formatting_func for rows whose columns `hide_columns` renamed.
-
-    Attributes:
-        function: the user's function, of a row or of a batch.
-    """
-
-    function: Callable[[Any], Any]
-
-    def __call__(self, rows: Mapping[str, Any]) -> Any:
-        """What the function returns for these rows, under their own names."""
-        return self.function({name.removeprefix(_HIDDEN): value for name, value in rows.items()})
-
-
-def hide_columns(dataset: Any, function: Callable[[Any], Any]) -> tuple[Any, Callable[[Any], Any], list[str]]:
-    """Rename the columns that only a user's formatting_func reads, and that TRL would read by their names.
-
-    Returns:
-        The data set, the function for it, and the new names.
-    """
-    names = [name for name in next(iter(dataset), ()) if name in _NAMES]
-    if not names:
-        return dataset, function, []
-    renamed = {name: f"{_HIDDEN}{name}" for name in names}
-    return dataset.rename_columns(renamed), FormattingOfHidden(function), list(renamed.values())

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
-from unsloth_fast.data.choice import CHATS, OF_TOKENS, PAIR, is_conversational, log_choice, trained_columns
-from unsloth_fast.data.columns import datasets_of, has_vision_columns
+from unsloth_fast.data.choice import TOKENS, is_conversational, trained_columns
+from unsloth_fast.data.columns import check_text, datasets_of, has_vision_columns
 from unsloth_fast.data.formatting import Formatting, formatting_of
+from unsloth_fast.data.lists import is_plain
 from unsloth_fast.data.nulls import renderer
+from unsloth_fast.data.reading import NAMES, read_columns
 from unsloth_fast.data.turns import ends_of_turns
 
 logger = logging.getLogger(__name__)
@@ -33,11 +35,13 @@ class Readable(NamedTuple):
         dataset: with tokens, or with conversations.
         processing_class: the tokenizer or processor for conversations.
         formatting_func: None where it was used here.
+        columns: which were trained on; () with a formatting_func.
     """
 
     dataset: Any
     processing_class: Any
     formatting_func: Any
+    columns: tuple[str, ...]
 
 
 def read_texts(
@@ -54,33 +58,32 @@ def read_texts(
         named: as in `names_text_field`.
 
     Raises:
-        ValueError: a row without a text; a formatting_func that returns no texts; a tokenizer without an end token, or
+        ValueError: as in `check_text`; a formatting_func that returns no texts; a tokenizer without an end token, or
             without a chat template where it is needed.
     """
-    unchanged = Readable(dataset, processing_class, formatting_func)
-    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-    if transformed or has_vision_columns({"train_dataset": dataset}):
-        return unchanged
     first: Any = next(iter(dataset), None)
-    if first is None or "input_ids" in first:
+    columns: tuple[str, ...] = ()
+    if first is not None and (formatting_func is None or TOKENS[0] in first):
+        columns = check_text(dataset, name, first, args, named=named)
+        dataset = read_columns(dataset, name, columns, args.dataset_text_field, named=named)
+        first = next(iter(dataset))
+    unchanged = Readable(dataset, processing_class, formatting_func, columns)
+    transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
+    if first is None or transformed or columns == TOKENS or has_vision_columns({"train_dataset": dataset}):
         return unchanged
-    columns = trained_columns(first, args, named=named)
-    check_processing_class(processing_class, first, columns, args, formatted=formatting_func is not None)
+    formatting = None
     if formatting_func is not None:
         rows: list[Any] = list(islice(dataset, 2))
         formatting = formatting_of(formatting_func, rows, args.dataset_text_field)
-        tokens = _tokens(processing_class, (DEFAULT_TEXT,), formatting, first, name)
-        return Readable(_tokenized(dataset, name, args, tokens, first), processing_class, None)
-    log_choice(first, columns, name, args, named=named)
-    if is_conversational(first, columns):
-        if columns == ("conversations",) and "role" in (first["conversations"] or [{}])[0]:
-            columns = ("messages",)  # the only name that TRL knows
+    check_processing_class(processing_class, first, columns, args, formatted=formatting is not None)
+    if formatting is None and is_conversational(first, columns):
+        read = columns
+        if columns == ("conversations",) and "role" in first["conversations"][0]:
+            read = ("messages",)  # the only name that TRL knows
             dataset = dataset.rename_column("conversations", "messages")
-        return Readable(dataset, renderer(processing_class, dataset, name, columns), None)
-    if not columns or not all(isinstance(first[column], str) for column in columns):
-        return unchanged
-    tokens = _tokens(processing_class, columns, None, first, name)
-    return Readable(_tokenized(dataset, name, args, tokens, first), processing_class, None)
+        return Readable(dataset, renderer(processing_class, dataset, name, read), None, columns)
+    tokens = _tokens(processing_class, columns or (DEFAULT_TEXT,), formatting, first, name)
+    return Readable(_tokenized(dataset, name, args, tokens, first), processing_class, None, columns)
 
 
 def check_processing_classes(given: Mapping[str, Any], args: SFTConfig, *, named: bool) -> None:
@@ -100,8 +103,8 @@ def check_processing_classes(given: Mapping[str, Any], args: SFTConfig, *, named
         return
     for _, dataset in datasets_of(given):
         first = next(iter(dataset))
-        columns = trained_columns(first, args, named=named)
-        formatted = given.get("formatting_func") is not None and "input_ids" not in first
+        columns = trained_columns(dataset, first, args, named=named)
+        formatted = given.get("formatting_func") is not None and columns != TOKENS
         check_processing_class(processing_class, first, columns, args, formatted=formatted)
 
 
@@ -120,7 +123,7 @@ def check_processing_class(
     Raises:
         ValueError: what is missing, and how to set it.
     """
-    if formatted or (columns != ("input_ids",) and not is_conversational(row, columns)):
+    if formatted or (columns != TOKENS and not is_conversational(row, columns)):
         if not (getattr(args, "eos_token", None) or _inner(processing_class).eos_token):
             raise ValueError(
                 "processing_class: got a tokenizer without eos_token; allowed: one with it, as it ends every text "
@@ -201,11 +204,6 @@ class TextTokens:
         if self.formatting is not None:
             size = len(next(iter(rows.values())))
             return [[self.formatting({name: rows[name][index] for name in rows}) for index in range(size)]]
-        for column in self.columns:
-            texts = rows.get(column, [None])  # rows of a stream may differ
-            wrong = next((text for text in texts if not isinstance(text, str)), "")
-            if not isinstance(wrong, str):
-                raise ValueError(f"{self.name}: got {wrong!r} in column {column!r}; allowed: a string in every row")
         return [list(rows[column]) for column in self.columns]
 
     def _ends(self, text: str) -> bool:
@@ -237,7 +235,7 @@ def _added_tokens(tokenizer: Any, sample: str) -> tuple[tuple[int, ...], tuple[i
 def _tokenized(dataset: Any, name: str, args: SFTConfig, tokens: TextTokens, first: Mapping[str, Any]) -> Any:
     """The data set with its tokens; what was found in its texts is logged."""
     # They do not belong to the tokens of this text.
-    unread = [column for column in (*PAIR, *CHATS, *OF_TOKENS) if column in first and column not in tokens.columns]
+    unread = [column for column in NAMES if column in first and column not in tokens.columns]
     if not isinstance(dataset, Dataset):
         found = tokens({column: [value] for column, value in first.items()})
         _report(tokens, {column: sum(found[column]) for column in _COUNTED}, None)

@@ -63,8 +63,8 @@ def stack_forward(stack: Module) -> Forward | None:
     def forward(self: Module, *args: object, **kwargs: object) -> object:
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if isinstance(cu_seqlens, Tensor):
-            # An image-text model passes a dictionary of masks that it made itself.
-            if not isinstance(kwargs.get("attention_mask"), dict | None):
+            mask = kwargs.get("attention_mask")
+            if mask is not None and not isinstance(mask, dict):  # an image-text model made masks of its own
                 raise ValueError(
                     "attention_mask: got one together with cu_seq_lens_q; allowed: None, as a packed batch has no "
                     "padding"

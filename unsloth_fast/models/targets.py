@@ -120,8 +120,10 @@ def choose_targets(
         named = sorted({name.rpartition(".")[2] for name in read})
         logger.warning("target_modules: %s: no LoRA, as their weights are read without a call", ", ".join(named))
     if not chosen and not parameters:
-        why = "of which none is left in the parts asked for" if matched else "of which the model has none"
-        raise ValueError(f"target_modules: got {asked!r}, {why}; allowed: {', '.join(own_names)}, or '{_ALL}'")
+        left = "none is left in the parts asked for" if matched or parts.asked else "the model has none"
+        raise ValueError(
+            f"target_modules: got {asked!r}, of which {left}; allowed: {', '.join(own_names)}, or '{_ALL}'"
+        )
     own = _patterns(fields.get("exclude_modules"))
     excluded = [*own, *(_generalised(name) for name in sorted(matched - chosen))]
     pattern = "|".join(dict.fromkeys(excluded)) if excluded else None
@@ -166,7 +168,7 @@ def _without_embeddings(asked: list[str] | str, own_names: list[str]) -> tuple[l
     if whole:
         logger.info("target_modules: %s: trained in full, as modules_to_save, not with LoRA", ", ".join(whole))
     rest = [name for name in asked if name not in whole]
-    if not rest:
+    if whole and not rest:
         raise ValueError(
             f"target_modules: got only {whole}; allowed: together with at least one of {', '.join(own_names)}"
         )
