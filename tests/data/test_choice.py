@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from trl import SFTConfig
 
+from tests.data.samples import stream
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
-from unsloth_fast.data.choice import log_choice, names_text_field, trained_columns
+from unsloth_fast.data.choice import names_text_field, trained_columns
+from unsloth_fast.data.reading import read_columns
 
 CHAT = [{"role": "user", "content": "w1"}]
 PAIR = {"prompt": "w1", "completion": "w2"}
@@ -38,7 +41,9 @@ PAIR = {"prompt": "w1", "completion": "w2"}
 )
 def test_columns(row: dict[str, Any], options: dict[str, Any], expected: str, tmp_path: Path) -> None:
     named = options.pop("named", False)
-    assert trained_columns(row, arguments(tmp_path, SFTConfig, **options), named=named) == tuple(expected.split())
+    args = arguments(tmp_path, SFTConfig, **options)
+    for data in (Dataset.from_list([row]), stream(Dataset.from_list([row]))):
+        assert trained_columns(data, row, args, named=named) == tuple(expected.split())
 
 
 def test_a_field_that_was_named(tmp_path: Path) -> None:
@@ -57,7 +62,6 @@ def test_a_field_that_was_named(tmp_path: Path) -> None:
         assert names_text_field(args, {"dataset_text_field": "text"})
 
 
-def test_a_named_field_that_is_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    args = arguments(tmp_path, SFTConfig, dataset_text_field="body")
-    log_choice({"messages": CHAT}, ("messages",), "train", args, named=True)
+def test_a_named_field_that_is_absent(caplog: pytest.LogCaptureFixture) -> None:
+    read_columns(Dataset.from_list([{"messages": CHAT}]), "train", ("messages",), "body", named=True)
     assert "train: got no column 'body', the dataset_text_field; trained on 'messages'" in caplog.text

@@ -63,7 +63,8 @@ def test_columns_beside_the_text_are_not_read(
     ("columns", "beside"),
     [
         (CHATS, {"prompt": PAIRS["prompt"], "labels": [0, 1, 0]}),
-        (CHATS, {"completion": PAIRS["completion"], "text": TEXTS["text"]}),
+        (CHATS, {"completion": PAIRS["completion"], "text": [[1], [2], [3]]}),
+        (TEXTS, {"messages": [None, CHAT, CHAT]}),
         (PAIRS, {"messages": ANY, "text": TEXTS["text"], "labels": [0, 1, 0], "tools": [1, 2, 3]}),
         ({"input_ids": [[3], [4], [5]], "labels": [[3], [4], [5]], "text": ANY}, {}),
     ],
@@ -103,7 +104,7 @@ def test_a_row_without_template_variables_has_none(streamed: bool) -> None:
         ({"messages": ["w1"]}, "got 'w1' in row 0 of column 'messages'; allowed: a list in every row"),
         ({"prompt": ["w1"], "completion": [CHAT]}, "in row 0 of column 'completion'; allowed: a string in every row"),
         ({"prompt": [CHAT], "completion": ["w1"]}, "got 'w1' in row 0 of column 'completion'; allowed: a list in ever"),
-        (TEXTS | {"messages": [None, CHAT, CHAT]}, "got None in row 0 of column 'messages'; allowed: a list in every"),
+        ({"messages": [None, CHAT, CHAT]}, "got None in row 0 of column 'messages'; allowed: a list in every row"),
     ],
 )
 def test_columns_that_cannot_be_read_are_refused(columns: dict[str, Any], message: str) -> None:

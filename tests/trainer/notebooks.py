@@ -70,9 +70,13 @@ def train_with_trl(
     into: Path,
     lora: LoraConfig,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    own_loss: bool = False,
     **options: Any,
 ) -> Any:
-    """TRL's trainer, after training Hugging Face's model with the adapter's weights that ours begins with."""
+    """TRL's trainer, after training Hugging Face's model with the adapter's weights that ours begins with.
+
+    Its loss is `textbook`, or with own_loss TRL's, which adds the load-balancing loss of experts.
+    """
     unsloth_fast.compat.unpatch_trl()
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), lora)
     set_peft_model_state_dict(model, get_peft_model_state_dict(ours.model))
@@ -81,7 +85,7 @@ def train_with_trl(
         arguments(into, SFTConfig, **SETTINGS | options),
         train_dataset=data,
         processing_class=ours.processing_class,
-        compute_loss_func=textbook,
+        compute_loss_func=None if own_loss else textbook,
         **{"optimizers": (optimizer(model), None)} if optimizer else {},
     )
     assert not hasattr(trainer, "backend")

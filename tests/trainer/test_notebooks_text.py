@@ -252,20 +252,19 @@ def test_tool_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model_class", [Qwen3MoeForCausalLM, MixtralForCausalLM])
 def test_an_expert_model(model_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The notebook names gate_proj, up_proj and down_proj, which are no linear layers in such a model."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
+    """The script names gate_proj, up_proj and down_proj, which are parameters of the experts in such a model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
     experts |= {"num_local_experts": 4, "head_dim": 8}
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
     texts = [f"{text}</s>" for text in STORIES]
     model = {"model_class": model_class, **sizes, **experts}
-    compare(texts, lambda data, _: data, {"text": texts}, tmp_path, monkeypatch, model=model, linear=linear)
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    compare(texts, lambda data, _: data, {"text": texts}, tmp_path, monkeypatch, model=model, lora=lora)
 
 
 def compare(
@@ -276,7 +275,7 @@ def compare(
     monkeypatch: pytest.MonkeyPatch,
     packing: bool = False,
     model: dict[str, Any] | None = None,
-    linear: list[str] = NAMES,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Check the tokens and the losses of the script `TEXTS` against TRL's on these texts."""
     path = save_model(folder / "model", **model or {})
@@ -295,8 +294,9 @@ def compare(
     data = by_hand(ours.processing_class, texts)
     if not packing:
         assert ours.train_dataset["input_ids"][:] == data["input_ids"][:]
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=linear)
-    theirs = train_with_trl(path, data, ours, folder / "theirs", lora, **options)
+    own_loss = lora is not None  # of experts
+    lora = lora or LoraConfig(r=4, lora_alpha=8, target_modules=NAMES)
+    theirs = train_with_trl(path, data, ours, folder / "theirs", lora, own_loss=own_loss, **options)
     ours.train()
     assert len(losses(ours)) == 4
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-5)
