@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from unsloth_fast.trainer import UnslothTrainer, unsloth_train
 
 # The modules of the names in `__all__` that are not in language_model.
+__version__ = "0.1.0"
+
 _MODULES = {
     "UnslothTrainer": "trainer",
     "UnslothTrainingArguments": "config",
@@ -93,10 +95,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("unsloth-fast")
     if name not in __all__:
         raise missing(__name__, name)
     return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'language_model')}"), name)

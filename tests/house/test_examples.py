@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples import plain_loop
 from tests import tiny
+from tests.operations.calls import DEVICE
 from unsloth_fast import backends, models
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,7 +30,7 @@ def model() -> LlamaForCausalLM:
 
 
 def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in model.parameters()])
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[float]:
@@ -39,7 +40,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[float]:
 def trained(capsys: pytest.CaptureFixture[str], name: str, **options: Any) -> tuple[list[float], Tensor]:
     """The printed losses, and the change of all weights: the reference trains in float64, fast in float32."""
     backend = backends.resolve(name)
-    trainee = model().to(torch.float64 if name == "reference" else torch.float32)
+    trainee = model().double() if name == "reference" else model().float().to(DEVICE)
     start = weights(trainee)
     models.place(trainee, backend)
     printed(capsys)

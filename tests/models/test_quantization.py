@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from packaging.version import Version
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -98,6 +99,8 @@ def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [("granitemoehybrid", 4), ("gemma3", 4), ("phi3", 8)])
 def test_a_model_with_such_layers_trains(tmp_path: Path, name: str, bits: int) -> None:
+    if name == "granitemoehybrid" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers before 5.24 computes no load-balancing loss for Granite 4, which TRL asks for")
     folder = zoo.folder(tmp_path / "model", name)
     model, tokenizer = load(folder, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     classes = {type(module).__name__ for module in model.modules()}

@@ -30,7 +30,7 @@ from unsloth import FastLanguageModel
 from unsloth.chat_templates import get_chat_template, standardize_sharegpt, train_on_responses_only
 from trl import SFTConfig, SFTTrainer
 
-model, tokenizer = FastLanguageModel.from_pretrained(FOLDER, max_seq_length=256, load_in_4bit=False)
+model, tokenizer = FastLanguageModel.from_pretrained(FOLDER, max_seq_length=256, dtype="float32", load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(
     model, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_gradient_checkpointing=False
 )
@@ -62,7 +62,7 @@ from unsloth import FastLanguageModel
 from unsloth.chat_templates import apply_chat_template, standardize_sharegpt, to_sharegpt, train_on_responses_only
 from trl import SFTConfig, SFTTrainer
 
-model, tokenizer = FastLanguageModel.from_pretrained(FOLDER, max_seq_length=256, load_in_4bit=False)
+model, tokenizer = FastLanguageModel.from_pretrained(FOLDER, max_seq_length=256, dtype="float32", load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(
     model, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_gradient_checkpointing=False
 )

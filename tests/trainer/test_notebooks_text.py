@@ -27,7 +27,7 @@ from trl import SFTTrainer
 from transformers import TrainingArguments
 
 model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name=FOLDER, max_seq_length=256, dtype=None, load_in_4bit=False
+    model_name=FOLDER, max_seq_length=256, dtype=torch.float32, load_in_4bit=False
 )
 model = FastLanguageModel.get_peft_model(
     model,
@@ -79,7 +79,9 @@ trainer = SFTTrainer(
 CONTINUED = """
 from unsloth import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
-model, tokenizer = FastLanguageModel.from_pretrained(model_name=FOLDER, max_seq_length=256, load_in_4bit=False)
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name=FOLDER, max_seq_length=256, dtype="float32", load_in_4bit=False
+)
 model = FastLanguageModel.get_peft_model(
     model,
     r=4,
@@ -284,7 +286,7 @@ def compare(
         TEXTS,
         monkeypatch,
         FOLDER=path,
-        OPTIONS={"load_in_4bit": False},
+        OPTIONS={"load_in_4bit": False, "dtype": "float32"},
         TARGETS=NAMES,
         PACKING=packing,
         SETTINGS=settings(folder / "ours", **options),
