@@ -33,11 +33,11 @@ demo: $(READY)
 	$(PY) examples/first_run.py
 
 test: lint types floors $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 trainer: $(READY)
 	$(PY) -m unsloth_fast.cli env
-	$(PY) -m pytest -n 2 --dist loadfile tests --ignore=tests/judge
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --ignore=tests/judge
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Settings of every test run, made before triton is imported, and a fixture for tests that patch TRL."""
+"""Settings of every test run, made before triton is imported; the order of tests; a fixture for tests that patch TRL."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU its interpreter runs kernels
     patch_for_speed()
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no process works on one while the others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ def test_there_are_enough_wrong_and_right_kernels(op: str) -> None:
     assert sum(own == op for own in CORRECT.values()) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", EXPECTED)
 def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
     # A property that runs while another one fails may end after it.
@@ -109,6 +110,7 @@ def test_a_wrong_kernel_fails(backend: str, of_wrong: Results) -> None:
             assert not crashed, result.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CORRECT)
 def test_a_right_kernel_passes(backend: str, of_right: Results) -> None:
     failed = [f"{r.property} / {r.dtype}: {r.message} ({r.case})" for r in of_right[backend] if r.verdict == "fail"]
