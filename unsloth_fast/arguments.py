@@ -20,7 +20,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
-from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows
+from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows, without_empty_media
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
@@ -79,6 +79,7 @@ def resolve_arguments(
     prepare_experts(config_and_class(model, settings)[0], settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(settings, updates)
+    given = without_empty_media(given)
     check_columns(given, settings, vocabulary, named=named)
     check_processing_classes(given, settings, named=named)
     given = prepared_rows(given, settings)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from unsloth_fast import gguf
 from unsloth_fast.gguf import ALLOWED_QUANTS
 from unsloth_fast.models import loading
+from unsloth_fast.models.fields import changed_by_trainers, restore
 from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _SIXTEEN = (torch.bfloat16, torch.float16)
-_LOADED = "unsloth_loaded"  # the attribute of a model with the cache setting of the configuration that was loaded
+_LOADED = "unsloth_loaded"  # the attribute of a model with what `changed_by_trainers` found when it was loaded
 # Unsloth's keywords that change nothing here: nothing temporary is kept, and only safetensors are written.
 _WITHOUT_EFFECT = (
     "maximum_memory_usage",
@@ -222,8 +223,8 @@ def push_to_hub_gguf(
 def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None) -> None:
     """Give a model the methods of this module, and the plain model inside it those that keep what was loaded.
 
-    The inner model's `save_pretrained` writes `use_cache` as it was when this function was first called, because
-    trainers turn it off in the configuration. Its `generate` accepts what a tokenizer returns.
+    The inner model's `save_pretrained` writes what trainers change in the configuration, such as `use_cache`, as it was
+    when this function was first called. Its `generate` accepts what a tokenizer returns.
 
     Args:
         model: the model, with or without adapters; changed in place.
@@ -231,7 +232,7 @@ def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None
     """
     base = without_adapter(model)
     if _LOADED not in vars(base):
-        setattr(base, _LOADED, _cache_setting(base.config))
+        setattr(base, _LOADED, changed_by_trainers(base.config))
     _bind(base, {"save_pretrained": _save_as_loaded, "generate": generate})
     for owner in {id(base): base, id(model): model}.values():
         _bind(owner, _METHODS | (further or {}))
@@ -275,22 +276,12 @@ def _bind(owner: object, functions: dict[str, Callable[..., Any]]) -> None:
 
 def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, with the values of the configuration that was loaded."""
-    now = _cache_setting(model.config)
-    _set_cache(model.config, getattr(model, _LOADED))
+    now = changed_by_trainers(model.config)
+    restore(model.config, getattr(model, _LOADED))
     try:
         return type(model).save_pretrained(model, *positional, **keywords)
     finally:
-        _set_cache(model.config, now)
-
-
-def _cache_setting(config: PreTrainedConfig) -> dict[str, Any]:
-    """The field `use_cache`; empty where the configuration has none, as those of several models in one."""
-    return {name: value for name, value in vars(config).items() if name == "use_cache"}
-
-
-def _set_cache(config: PreTrainedConfig, setting: dict[str, Any]) -> None:
-    vars(config).pop("use_cache", None)
-    vars(config).update(setting)
+        restore(model.config, now)
 
 
 def _check_keywords(function: str, kwargs: dict[str, object]) -> None:
@@ -324,7 +315,7 @@ def _merged(model: Any, asked: torch.dtype | None) -> Any:
         if dtype is not None:
             raise
         merged = merged_model(model, torch.bfloat16)
-    _set_cache(merged.config, getattr(without_adapter(model), _LOADED, _cache_setting(merged.config)))
+    restore(merged.config, getattr(without_adapter(model), _LOADED, changed_by_trainers(merged.config)))
     return merged
 
 

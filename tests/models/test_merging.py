@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.models import zoo
 from tests.models.adapted import adapted, assert_near, config_of, load, logits_of, merged, trained
 from unsloth_fast import FastLanguageModel
 from unsloth_fast.models.merging import merged_model
@@ -50,6 +51,15 @@ def test_a_merged_model_computes_the_same(tmp_path: Path, name: str, family: str
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_conv1d_is_merged_in_its_own_layout(tmp_path: Path, bits: str) -> None:
+    """GPT-2's layers hold their weights transposed; bitsandbytes holds them as linear layers."""
+    model, _ = load(zoo.folder(tmp_path / "base", "gpt2"), **{"load_in_4bit": None, bits: True})
+    model = trained(FastLanguageModel.get_peft_model(model, r=4, target_modules=["c_attn", "c_proj", "c_fc"]))
+    error = 2e-6 if bits == "load_in_4bit" else 0.05  # bitsandbytes rounds the inputs, too, in 8 bits
+    assert_near(logits_of(merged(model, tmp_path / "merged")), logits_of(model), error)
 
 
 def test_composite_modules_trained_in_full_are_merged(tmp_path: Path) -> None:

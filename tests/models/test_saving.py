@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import unsloth_fast.save
 from tests import tiny
+from tests.models import zoo
 from tests.models.adapted import adapted, assert_near, config_of, load, logits_of, merged, trained
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer
@@ -61,6 +62,24 @@ def test_the_saved_configuration_is_the_loaded_one(tmp_path: Path, way: str, use
         assert not model.config.use_cache
         FastLanguageModel.for_inference(model).save_pretrained(out)
         check_config(out, base)
+
+
+def test_a_trained_expert_model_generates_and_is_saved_without_trls_balancing(tmp_path: Path) -> None:
+    """TRL turns on the router's logits, with which transformers fails on padded prompts with a cache."""
+    base = zoo.folder(tmp_path / "base", "qwen3_moe")
+    model, tokenizer = load(base)
+    options = {"max_steps": 1, "backend": "reference", "bf16": False, "use_cpu": True}
+    data = Dataset.from_dict({"text": tiny.texts(4)})
+    UnslothTrainer(model, arguments(tmp_path, **options), train_dataset=data, processing_class=tokenizer).train()
+    balanced = model.config.output_router_logits
+    FastLanguageModel.for_inference(model)
+    prompts = tokenizer(["w1 w2 w3", "w4"], return_tensors="pt", padding=True)
+    found = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    assert model.config.output_router_logits is balanced
+    model.save_pretrained(tmp_path / "out")
+    check_config(tmp_path / "out", base)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain.generate(**prompts, max_new_tokens=4, do_sample=False), found)
 
 
 # Tokens added by the user

@@ -123,3 +123,13 @@ def test_the_tokenizer_is_checked_before_the_data(tmp_path: Path) -> None:
     made.chat_template = None
     with pytest.raises(ValueError, match=r"^processing_class: got a tokenizer without chat_template"):
         built(UnslothTrainer, tmp_path, made, Dataset.from_dict({"messages": CHATS}), "padded")
+
+
+@pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])
+def test_a_column_of_media_without_any_value_counts_as_absent(name: str, tmp_path: Path) -> None:
+    made = tiny.tokenizer()
+    data = Dataset.from_dict({"text": ["w1 w2", "w3"], name: [None, None]})
+    options = {"eval_dataset": {"a": data}, "processing_class": made}
+    trainer = UnslothTrainer(tiny.model(), arguments(tmp_path), train_dataset=data, **options)
+    assert documents(trainer) == [plain(made, text) for text in ("w1 w2<eos>", "w3<eos>")]
+    assert name not in trainer.eval_dataset["a"].column_names

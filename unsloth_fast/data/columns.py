@@ -1,12 +1,12 @@
 """The columns of a trainer's data sets: which of them are trained on, and errors for data sets without such columns."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from datasets import IterableDataset
 from trl import SFTConfig
 
-from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, trained_columns
+from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
 from unsloth_fast.data.reading import OPTIONS, read_columns
@@ -92,7 +92,24 @@ def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
     if not _skips_preparation(args):
         return dict(given)
     rows = _as_they_are if given.get("data_collator") is not None else _without_empty_rows
-    found = {name: picklable(rows(dataset, name)) for name, dataset in datasets_of(given)}
+    return _with_each(given, lambda dataset, name: picklable(rows(dataset, name)))
+
+
+def without_empty_media(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's keywords; of their data sets columns of images, video or audio without any value are taken out."""
+    return _with_each(given, _without_empty_media)
+
+
+def _without_empty_media(dataset: Any, name: str) -> Any:
+    if not is_plain(dataset) or not len(dataset):
+        return dataset
+    empty = [column for column in dataset.column_names if column in _VISION and is_empty(dataset, dataset[0], column)]
+    return dataset.remove_columns(empty) if empty else dataset
+
+
+def _with_each(given: Mapping[str, Any], changed: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """The trainer's keywords with each data set replaced by what the function of it and its name returns."""
+    found = {name: changed(dataset, name) for name, dataset in datasets_of(given)}
     for name in ("train_dataset", "eval_dataset"):
         if isinstance(data := given.get(name), dict):
             found[name] = {key: found.pop(f"{name}[{key!r}]") for key in data}

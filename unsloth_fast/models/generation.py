@@ -1,10 +1,12 @@
 """Generation as scripts for Unsloth call it: what a tokenizer returns is accepted whole, and texts are padded left."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _SIDE = "unsloth_padding_side"  # the attribute of a model with its tokenizer's side before `pad_left`
+_BALANCING = "output_router_logits"
 TOKENIZER = "unsloth_tokenizer"
 """The attribute of a model with the tokenizer that was loaded with it."""
 
@@ -30,7 +32,21 @@ def generate(model: Any, inputs: Any = None, *positional: Any, **keywords: Any) 
     keywords = unpacked | keywords
     if "token_type_ids" in keywords and "token_type_ids" not in inspect.signature(type(model).forward).parameters:
         del keywords["token_type_ids"]
-    return type(model).generate(model, inputs, *positional, **keywords)
+    with _without_balancing(model.config.get_text_config()):
+        return type(model).generate(model, inputs, *positional, **keywords)
+
+
+@contextmanager
+def _without_balancing(config: Any) -> Iterator[None]:
+    """Leave out the load-balancing loss of experts, which trl turns on: it fails on padded prompts with a cache."""
+    before = getattr(config, _BALANCING, False)
+    if before:
+        setattr(config, _BALANCING, False)
+    try:
+        yield
+    finally:
+        if before:
+            setattr(config, _BALANCING, before)
 
 
 def pad_left(model: Any) -> None:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models.head import without_adapter
 
@@ -90,6 +91,8 @@ def _merged_state(base: nn.Module, plain: Any, dtype: torch.dtype) -> Iterator[t
     kept = {*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ())}
     for path, leaves in names.items():
         weights = _weights(_find(base, path), leaves)
+        if isinstance(plain.get_submodule(path), Conv1D) and not isinstance(_inside(_find(base, path)), Conv1D):
+            weights["weight"] = weights["weight"].T.contiguous()  # bitsandbytes holds it as a linear layer's
         for leaf in leaves:
             name = f"{path}.{leaf}" if path else leaf
             yield name, _rounded(weights[leaf], name, torch.float32 if kept.intersection(name.split(".")) else dtype)

@@ -1,0 +1,25 @@
+"""The fields of a model's configuration that trainers change, which are saved as they were loaded."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# TRL turns on the load-balancing loss of experts, and sets its coefficient.
+_CHANGED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+def changed_by_trainers(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The values of these fields, in a configuration and in its text part; without those that it does not have."""
+    return [{name: value for name, value in vars(part).items() if name in _CHANGED} for part in _parts(config)]
+
+
+def restore(config: PreTrainedConfig, values: list[dict[str, Any]]) -> None:
+    """Give a configuration the values that `changed_by_trainers` found."""
+    for part, found in zip(_parts(config), values, strict=True):
+        for name in _CHANGED:
+            vars(part).pop(name, None)
+        vars(part).update(found)
+
+
+def _parts(config: PreTrainedConfig) -> list[Any]:
+    return list({id(part): part for part in (config, config.get_text_config())}.values())
