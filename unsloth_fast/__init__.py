@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from unsloth_fast.tokenizer_utils import add_new_tokens
     from unsloth_fast.trainer import UnslothTrainer, unsloth_train
 
-# The modules of the names in `__all__` that are not in language_model.
 __version__ = "0.1.0"
 
+# The modules of the names in `__all__` that are not in language_model.
 _MODULES = {
     "UnslothTrainer": "trainer",
     "UnslothTrainingArguments": "config",

@@ -61,8 +61,9 @@ def find_programs(methods: Iterable[str]) -> dict[str, list[str]]:
         if path is None:
             raise RuntimeError(
                 f"quantization_method: got {', '.join(methods)}, and llama.cpp's {name} is neither in {_FOLDER} nor on "
-                f"PATH; allowed: with llama.cpp installed (https://github.com/ggml-org/llama.cpp). Or save the model "
-                f"with save_pretrained_merged('model', tokenizer) and run: {_by_hand(methods)}"
+                f"PATH; allowed: any method, once {_FOLDER} names the folder of llama.cpp "
+                f"(https://github.com/ggml-org/llama.cpp). Or save the model with save_pretrained_merged('model', "
+                f"tokenizer) and run: {_by_hand(methods)}"
             )
         found[name] = [sys.executable, path] if path.endswith(".py") else [path]
     return found

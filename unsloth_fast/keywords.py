@@ -90,8 +90,8 @@ def current_names(known: Collection[str], given: Mapping[str, Any]) -> dict[str,
     """
     current: dict[str, Any] = {}
     if given.get("warmup_ratio") is not None and "warmup_steps" in given:  # steps win, unless they are 0
-        loser = "warmup_ratio" if given["warmup_steps"] else "warmup_steps"
-        logger.warning("%s: got %r beside another warmup, which overrides it", loser, given[loser])
+        loser, winner = ("warmup_ratio", "warmup_steps") if given["warmup_steps"] else ("warmup_steps", "warmup_ratio")
+        logger.warning("%s: got %r, which %s=%r overrides", loser, given[loser], winner, given[winner])
         given = {name: value for name, value in given.items() if name != loser}
     for name, value in given.items():
         for today, converted in _converted(known, name, value).items():

@@ -51,7 +51,7 @@ class FastLanguageModel:
     ) -> tuple[Any, PreTrainedTokenizerBase]:
         """Load a causal language model and its tokenizer, and place the backend's operations under the model.
 
-        Of an image-text model the text part is meant: its tokenizer is returned, not its processor.
+        An image-text model is loaded for its text: its tokenizer is returned, not its processor.
 
         Args:
             model_name: a model or an adapter: its name on the hub, or the path of its folder. With an adapter its base
@@ -87,8 +87,9 @@ class FastLanguageModel:
         Raises:
             TypeError: an unknown keyword.
             ValueError: an unknown backend; max_seq_length beyond positions that cannot be scaled; a dtype that the GPU
-                does not support; two of 4 bits, 8 bits, load_in_16bit and full_finetuning; a model for anything but
-                text; a feature that does not exist here.
+                does not support; two of 4 bits, 8 bits, load_in_16bit and full_finetuning; a model that
+                does not generate text; a feature that does not exist here.
+            FileNotFoundError: a folder that does not exist, or that holds no model.
             RuntimeError: the fast backend was asked for by name and cannot run here, or 4 or 8 bits without
                 bitsandbytes.
         """

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from unsloth_fast import gguf
+from unsloth_fast import gguf, hub
 from unsloth_fast.gguf import ALLOWED_QUANTS
 from unsloth_fast.models import loading
 from unsloth_fast.models.fields import changed_by_trainers, restore
@@ -47,6 +46,7 @@ logger = logging.getLogger(__name__)
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _LOADED = "unsloth_loaded"  # the attribute of a model with what `changed_by_trainers` found when it was loaded
+_KEYWORDS = ("dtype", "max_shard_size", "is_main_process")  # of `save_pretrained_merged`, beyond those of every method
 # Unsloth's keywords that change nothing here: nothing temporary is kept, and only safetensors are written.
 _WITHOUT_EFFECT = (
     "maximum_memory_usage",
@@ -89,14 +89,12 @@ def save_pretrained_merged(
         ValueError: an unknown save_method or dtype; "lora" for a model without adapters; a model that cannot be merged.
         TypeError: an unknown keyword.
     """
-    _check_keywords("save_pretrained_merged", kwargs)
-    checks.one_of("save_method", save_method, SAVE_METHODS)
-    checks.one_of("dtype", dtype, (None, *_SIXTEEN))
+    _check_saving(model, save_method, dtype, kwargs)
     if not is_main_process:
         return
     folder = Path(save_directory)
     if save_method == "lora":
-        _save_adapter(model, folder)
+        model.save_pretrained(folder)
     elif save_method == "merged_16bit":
         _merged(model, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     else:
@@ -142,10 +140,12 @@ def push_to_hub_merged(
     Returns:
         The address of the commit.
     """
+    _check_saving(model, save_method, kwargs.get("dtype"), kwargs)
+    repository = hub.create_repository(repo_id, token, private, "save_pretrained_merged")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained_merged(model, folder, tokenizer, save_method, **kwargs)
         commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
-        return _upload(folder, repo_id, token, private, revision=revision, **commit)
+        return hub.upload_folder(repository, folder, revision=revision, **commit)
 
 
 def save_pretrained_gguf(
@@ -213,11 +213,13 @@ def push_to_hub_gguf(
     Returns:
         The address of the commit.
     """
+    gguf.find_programs(gguf.resolve_methods(quantization_method))
+    repository = hub.create_repository(repo_id, token, private, "save_pretrained_gguf")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
         save_pretrained_gguf(model, folder, tokenizer, quantization_method, **kwargs)
         commit = {"commit_message": commit_message, "allow_patterns": "*.gguf"}
-        return _upload(str(folder), repo_id, token, private, **commit)
+        return hub.upload_folder(repository, str(folder), **commit)
 
 
 def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None) -> None:
@@ -284,19 +286,19 @@ def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
         restore(model.config, now)
 
 
-def _check_keywords(function: str, kwargs: dict[str, object]) -> None:
+def _check_saving(model: Any, save_method: str, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> None:
+    """Check the arguments of `save_pretrained_merged`."""
     for name in kwargs:
-        if name not in _WITHOUT_EFFECT:
-            raise TypeError(f"{function}: got keyword {name!r}; allowed: its own and {', '.join(_WITHOUT_EFFECT)}")
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    if model is without_adapter(model):
+        if name not in (*_WITHOUT_EFFECT, *_KEYWORDS):
+            own = ", ".join((*_KEYWORDS, *_WITHOUT_EFFECT))
+            raise TypeError(f"save_pretrained_merged: got keyword {name!r}; allowed: {own}")
+    checks.one_of("save_method", save_method, SAVE_METHODS)
+    checks.one_of("dtype", dtype, (None, *_SIXTEEN))
+    if save_method == "lora" and model is without_adapter(model):
         raise ValueError(
             f"save_method: got 'lora' for a {type(model).__name__}; allowed: 'lora' for a peft.PeftModel, or "
             "'merged_16bit'"
         )
-    model.save_pretrained(folder)
 
 
 def _dtype_of(model: Any, asked: torch.dtype | None) -> torch.dtype | None:
@@ -330,9 +332,3 @@ def _save_in_4bit(model: Any, folder: Path, dtype: torch.dtype | None, max_shard
         options = {"quantization_config": config, "device_map": loading.default_device_map()}
         quantised: Any = model_class.from_pretrained(temporary, **options)
     quantised.save_pretrained(folder, max_shard_size=max_shard_size)
-
-
-def _upload(folder: str, repo_id: str, token: str | bool | None, private: bool | None, **commit: Any) -> str:
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))

@@ -23,7 +23,8 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raise ValueError unless value is finite and low <= value <= high."""
     if not low <= value <= high or value == float("inf"):
-        raise ValueError(f"{name}: got {value!r}; allowed: a finite number from {low} to {high}")
+        end = "" if high == float("inf") else f" to {high}"
+        raise ValueError(f"{name}: got {value!r}; allowed: a finite number from {low}{end}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
+import unsloth_fast.hub
 import unsloth_fast.save
 from tests import tiny
 from tests.models.adapted import adapted, load
@@ -35,7 +37,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub()
-    monkeypatch.setattr(unsloth_fast.save, "HfApi", made)
+    monkeypatch.setattr(unsloth_fast.hub, "HfApi", made)
     return made
 
 
@@ -47,6 +49,29 @@ def test_a_model_is_pushed_to_the_hub(tmp_path: Path, hub: Hub, method: str) -> 
     assert (address, hub.token) == ("https://hub/commit", "secret")
     assert repository == {"repo_id": "repo", "private": True, "exist_ok": True} and upload["repo_id"] == "me/repo"
     assert {"model.safetensors" if method == "merged_16bit" else "adapter_model.safetensors", "tokenizer.json"} <= files
+
+
+def test_nothing_is_merged_for_a_hub_out_of_reach(
+    tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the way by hand; a wrong keyword or method creates no repository."""
+    model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
+    with pytest.raises(TypeError, match="save_pretrained_merged: got keyword 'push'; allowed: dtype, max_shard_size"):
+        model.push_to_hub_merged("me/name", tokenizer, push=True)
+    with pytest.raises(ValueError, match="save_method: got 'q9'"):
+        model.push_to_hub_merged("me/name", tokenizer, "q9")
+    assert not hub.calls
+
+    def fail(repo_id: str, **options: Any) -> Any:
+        raise HfHubHTTPError.__bases__[0]("no route")
+
+    monkeypatch.setattr(hub, "create_repo", fail)
+    monkeypatch.setattr(unsloth_fast.save, "save_pretrained_merged", None)
+    message = r"repo_id: got 'me/name', and the hub cannot be reached \(no route\); .*hf upload me/name folder$"
+    with pytest.raises(ConnectionError, match=message):
+        model.push_to_hub_merged("me/name", tokenizer)
+    with pytest.raises(ConnectionError, match=r"save_pretrained_gguf\('folder', tokenizer\)"):
+        model.push_to_hub_gguf("me/name", tokenizer, "q8_0")
 
 
 def program(folder: Path, name: str, lines: str) -> None:

@@ -41,6 +41,21 @@ def test_what_stays_out_is_refused_at_the_import(module: str, name: str, reason:
         exec(f"from {module} import {name}")
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/model", "a/b/c", "nowhere/"])
+def test_a_missing_folder_is_named(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"model_name: got '{name}', which does not exist .*; allowed: the "):
+        FastLanguageModel.from_pretrained(name)
+
+
+@pytest.mark.parametrize("inside", [[], ["checkpoint-4"]])
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, inside: list[str]) -> None:
+    for name in inside:
+        (tmp_path / name).mkdir()
+    words = r"\['checkpoint-4'\]" if inside else "no checkpoint"
+    with pytest.raises(FileNotFoundError, match=f"without config.json or adapter_config.json; allowed: .*{words}"):
+        FastLanguageModel.from_pretrained(str(tmp_path))
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(unsloth_fast, "FastLanguageModell")
     with pytest.raises(ImportError, match="cannot import name 'FastLanguageModell'"):

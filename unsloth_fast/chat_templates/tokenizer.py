@@ -28,9 +28,9 @@ def get_chat_template(
 
     Args:
         tokenizer: a tokenizer, or a processor that has one; it is changed.
-        chat_template: the name of a format, in any spelling ("llama-3.1", "llama31"); or a Jinja template of your own
-            and the token that ends its turns ("eos_token" for the tokenizer's own). None keeps the tokenizer's
-            template, and sets ChatML where it has none.
+        chat_template: the name of a format, in any spelling ("llama-3.1", "llama31"), also of one that the installed
+            trl ships ("gpt-oss"); or a Jinja template of your own and the token that ends its turns ("eos_token" for
+            the tokenizer's own). None keeps the tokenizer's template, and sets ChatML where it has none.
         mapping: how your messages name the keys "role" and "content" and the roles "user" and "assistant", such as
             {"role": "from", "content": "value", "user": "human", "assistant": "gpt"} for ShareGPT. Standard messages
             are read as well.

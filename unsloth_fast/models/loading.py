@@ -125,7 +125,10 @@ def find_source(name: str, hub: Mapping[str, object]) -> Source:
 
     Raises:
         ValueError: an adapter that does not name its base model.
+        FileNotFoundError: a folder that does not exist, or that holds no model.
     """
+    if "subfolder" not in hub:
+        _check_folder(str(name))
     keywords: dict[str, Any] = dict(hub)
     adapter_keywords = _without(keywords, "trust_remote_code", "force_download")
     if find_adapter_config_file(name, **adapter_keywords) is None:
@@ -134,6 +137,23 @@ def find_source(name: str, hub: Mapping[str, object]) -> Source:
     if not base:
         raise ValueError(f"model_name: got {name!r}, an adapter without base_model_name_or_path; allowed: one with it")
     return Source(name, True, base, keywords)
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a missing folder, which the hub would take for a malformed name, and one that only holds checkpoints."""
+    folder = Path(name)
+    is_path = folder.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path and not folder.exists():
+        raise FileNotFoundError(
+            f"model_name: got {name!r}, which does not exist (from {Path.cwd()}); allowed: the folder of a model or an "
+            "adapter, or a name on the hub"
+        )
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        inside = sorted(path.name for path in folder.glob("checkpoint-*")) or "no checkpoint either"
+        raise FileNotFoundError(
+            f"model_name: got {name!r}, a folder without config.json or adapter_config.json; allowed: the folder of a "
+            f"model or an adapter; inside it: {inside}"
+        )
 
 
 def known_keywords(kwargs: Mapping[str, object], config: PreTrainedConfig) -> dict[str, Any]:
