@@ -1,4 +1,4 @@
-"""Settings of every test run, made before triton is imported; the order of tests; a fixture for tests that patch TRL."""
+"""Settings of every test run, made before triton is imported; the order of files; a fixture that restores TRL."""
 
 import os
 from collections.abc import Iterator

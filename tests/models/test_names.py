@@ -34,7 +34,9 @@ def test_every_name_is_there() -> None:
     assert unsloth_fast.__version__
 
 
-@pytest.mark.parametrize("module", ["unsloth_fast", "unsloth_fast.models", "unsloth_fast.trainer"])
+@pytest.mark.parametrize(
+    "module", ["unsloth_fast", "unsloth_fast.models", "unsloth_fast.trainer", "unsloth_fast.dataprep"]
+)
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED)
 def test_what_stays_out_is_refused_at_the_import(module: str, name: str, reason: str) -> None:
     with pytest.raises(ImportError, match=f"^{name}: {reason}.*; allowed: training on text with FastLanguageModel$"):
