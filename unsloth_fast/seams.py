@@ -75,6 +75,7 @@ SEAMS = (
         "transformers.PreTrainedModel._set_gradient_checkpointing",
         "replaced on an instance: offloads inputs",
     ),
+    Seam("transformers.PreTrainedModel._can_record_outputs", "read: a model that returns no router logits"),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "read: the same"),

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import SFTConfig
 
+from tests import tiny
 from tests.data.samples import stream
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.data.choice import names_text_field, trained_columns
 from unsloth_fast.data.reading import read_columns
 
@@ -60,6 +63,17 @@ def test_a_field_that_was_named(tmp_path: Path) -> None:
         assert args.dataset_text_field == options.get("dataset_text_field", "text")
         assert names_text_field(args, {}) is named
         assert names_text_field(args, {"dataset_text_field": "text"})
+
+
+@pytest.mark.parametrize("kind", [UnslothTrainingArguments, SFTConfig, TrainingArguments, None])
+def test_another_keyword_of_the_trainer_does_not_name_the_field(tmp_path: Path, kind: type | None) -> None:
+    """It lets the trainer make new arguments, in which the field has its value."""
+    data = {"train_dataset": Dataset.from_list([{"text": "w1"} | PAIR]), "processing_class": tiny.tokenizer()}
+    args, keywords = (arguments(tmp_path, kind), {}) if kind else (None, {"use_cpu": True, "bf16": False})
+    for named in ({}, {"dataset_text_field": "text"}):
+        found = resolve_arguments(tiny.model(), args, (), data | keywords | {"seed": 7} | named)
+        assert found.names_text_field is bool(named)
+        assert found.completion_only is not bool(named)
 
 
 def test_a_named_field_that_is_absent(caplog: pytest.LogCaptureFixture) -> None:

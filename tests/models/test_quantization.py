@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from packaging.version import Version
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
+from trl import SFTConfig
 
 from tests import tiny
 from tests.models import zoo
@@ -99,8 +99,6 @@ def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [("granitemoehybrid", 4), ("gemma3", 4), ("phi3", 8)])
 def test_a_model_with_such_layers_trains(tmp_path: Path, name: str, bits: int) -> None:
-    if name == "granitemoehybrid" and Version(transformers.__version__) < Version("5.24"):
-        pytest.skip("transformers before 5.24 computes no load-balancing loss for Granite 4, which TRL asks for")
     folder = zoo.folder(tmp_path / "model", name)
     model, tokenizer = load(folder, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     classes = {type(module).__name__ for module in model.modules()}
@@ -122,9 +120,23 @@ def test_a_family_without_the_usual_name_of_its_experts_has_a_load_balancing_los
     """TRL looks for num_experts; a dense model of such a family has none, and no such loss."""
     args = arguments(tmp_path)
     config = transformers.GraniteMoeConfig(num_local_experts=experts)
-    prepare_experts(config, args)
+    returning = type("Returning", (), {"_can_record_outputs": {"router_logits": None}})
+    prepare_experts(config, returning, args)
     assert config.num_experts == experts
     assert getattr(args, "router_aux_loss_coef", coefficient) == coefficient
+
+
+@pytest.mark.skipif(not hasattr(SFTConfig, "router_aux_loss_coef"), reason="this TRL adds no load-balancing loss")
+@pytest.mark.parametrize("asked", [None, 0.1])
+def test_a_model_that_does_not_return_what_its_routers_computed_has_no_load_balancing_loss(
+    tmp_path: Path, asked: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Granite with transformers 5.17. TRL would fail after the first forward pass."""
+    args = arguments(tmp_path, router_aux_loss_coef=asked)
+    silent = type("Silent", (), {"_can_record_outputs": {"hidden_states": None}})
+    prepare_experts(transformers.GraniteMoeConfig(num_local_experts=4), silent, args)
+    assert args.router_aux_loss_coef == 0.0
+    assert "computes no load-balancing loss for a Silent" in caplog.text
 
 
 def test_8_bits_are_merged_from_the_dequantised_weights(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
@@ -15,15 +16,17 @@ CHATS = ("messages", "conversations")
 OF_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
-def names_text_field(args: SFTConfig, keywords: Mapping[str, Any]) -> bool:
+def names_text_field(args: TrainingArguments | None, keywords: Mapping[str, Any]) -> bool:
     """Whether the user named dataset_text_field, as far as that is known: "text" in a `trl.SFTConfig` is its default.
 
     Args:
-        args: the run's arguments.
+        args: the arguments as the user gave them; in those of a run the field has a value.
         keywords: the fields of the arguments that the trainer received as keywords.
     """
     named = getattr(args, "names_text_field", False)  # of UnslothTrainingArguments
-    return "dataset_text_field" in keywords or named or args.dataset_text_field != DEFAULT_TEXT
+    return (
+        "dataset_text_field" in keywords or named or getattr(args, "dataset_text_field", DEFAULT_TEXT) != DEFAULT_TEXT
+    )
 
 
 def trained_columns(dataset: Any, row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> tuple[str, ...]:
