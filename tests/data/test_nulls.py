@@ -9,9 +9,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
+from tests.chat_tokenizers import byte_level
 from tests.data.samples import stream
 from tests.trainer.runs import arguments
-from tests.trainer.test_responses_only import byte_level
 from unsloth_fast.chat_templates import apply_chat_template
 from unsloth_fast.data.nulls import without_nulls
 from unsloth_fast.data.text import read_texts

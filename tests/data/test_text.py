@@ -11,9 +11,9 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
+from tests.chat_tokenizers import byte_level
 from tests.data.samples import stream
 from tests.trainer.runs import arguments
-from tests.trainer.test_responses_only import byte_level
 from unsloth_fast.chat_templates import get_chat_template
 from unsloth_fast.data.text import read_texts
 

@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 import unsloth_fast.chat_templates
 from tests import tiny
+from tests.chat_tokenizers import byte_level, finished
 from tests.trainer.runs import arguments
-from tests.trainer.test_responses_only import byte_level, finished
 
 SIZES = {"max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SETTINGS = {"max_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.0, "lr_scheduler_type": "constant"}

@@ -326,4 +326,5 @@ def test_a_merge_of_4_bits_to_16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tokens = torch.arange(3, 13)[None]
     with torch.no_grad():
         expected, got = model.eval()(tokens).logits, plain(tokens).logits
-    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
+    # Each merged weight is rounded once, to float16.
+    assert (got - expected).abs().max() < 4 * 2.0**-11 * expected.abs().max()

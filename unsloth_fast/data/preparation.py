@@ -1,7 +1,6 @@
 """From a data set to the rows of a run: texts are tokenized, labelled, checked, cut and packed here.
 
-TRL tokenizes conversations.
-A map-style data set is packed as a whole; a stream is packed by TRL, batch by batch.
+TRL tokenizes conversations. A map-style data set is packed as a whole; a stream is packed by TRL, batch by batch.
 """
 
 from dataclasses import dataclass
