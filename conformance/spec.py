@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, log2, nan
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import assume
@@ -20,6 +20,8 @@ from conformance.gates import UNIT_FLOAT32
 
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
+
+NARROW = {2.0**-11: torch.float16, 2.0**-8: torch.bfloat16}  # by unit roundoff
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
@@ -83,6 +85,13 @@ class Call:
     smallest: float
     unit: float
 
+    def wide(self, *names: str) -> bool:
+        """Whether one of these inputs has more bits than the dtype under test, which has 16."""
+        narrow = NARROW.get(self.unit)
+        return narrow is not None and any(
+            not torch.equal(self.inputs[name].to(narrow).double(), self.inputs[name]) for name in names
+        )
+
     @property
     def float32_error(self) -> float:
         """Relative error that gate G1 allows float32 arithmetic in a term: 2 log2(n) 2^-24."""
@@ -133,6 +142,69 @@ class Budget:
     truth: Callable[..., Any] | None = None
 
 
+class Parts(NamedTuple):
+    """The independent parts of a call: rows, or documents.
+
+    Attributes:
+        count: the number of parts of the inputs.
+        pick: from the inputs and the numbers of some parts, in any order: the inputs and options of a call with these
+            parts alone, and the indices that its outputs and gradients have in those of the whole call.
+        grads: the inputs whose gradients consist of parts.
+    """
+
+    count: Callable[[Inputs], int]
+    pick: Callable[[Inputs, Sequence[int]], tuple[Inputs, Options, Tensor]]
+    grads: Sequence[str]
+
+
+def rows_as_parts(rowwise: Sequence[str]) -> Parts:
+    """The rows of these inputs."""
+
+    def pick(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+        rows = torch.tensor(chosen, device=inputs[rowwise[0]].device)
+        return {name: tensor[rows] if name in rowwise else tensor for name, tensor in inputs.items()}, {}, rows
+
+    return Parts(lambda inputs: len(inputs[rowwise[0]]), pick, rowwise)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A change of a call whose effect on the results is exact in floating point.
+
+    Attributes:
+        inputs: by name, the power of two or -1 by which an input is multiplied; others stay.
+        factors: by name, the power of two or -1 by which an output or gradient is then multiplied; others stay.
+        grad_outputs: the factor of the gradients of the outputs.
+        options: from a case's options, those that change.
+        holds: whether the law holds under a case's options.
+        without: inputs that a case of the law must not have.
+    """
+
+    inputs: Mapping[str, float]
+    factors: Mapping[str, float]
+    grad_outputs: float = 1.0
+    options: Callable[[Options], Options] = lambda options: {}
+    holds: Callable[[Options], bool] = lambda options: True
+    without: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a call on CUDA may allocate beside its outputs and gradients, in bytes, from the inputs.
+
+    Attributes:
+        case: large enough that a tensor too many is far beyond what is allowed.
+        grads: the inputs that are differentiated.
+        saved: kept for the backward pass.
+        working: at the peak of either pass, beside what is saved.
+    """
+
+    case: Case
+    grads: Sequence[str]
+    saved: Callable[[Inputs], int] = lambda inputs: 0
+    working: Callable[[Inputs], int] = lambda inputs: 0
+
+
 @dataclass(frozen=True)
 class Speed:
     """What the bench times, and the least work that it compares with.
@@ -163,6 +235,11 @@ class Spec:
         budget: read by the gates.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
+        independent: the independent parts of a call; rows by default.
+        bits_vary: why the bits of a part may depend on the number of parts; empty if they may not.
+        far: inputs that may have more than 2^31 elements in a real run; the row-wise ones by default.
+        laws: exact ones, by a sentence.
+        memory: what a call may allocate; None for any amount.
         argument_kinds: other valid kinds of arguments, by name.
         special_values: special values that an input may contain.
         same_bits: whether outputs have the same bits with and without gradients.
@@ -179,6 +256,11 @@ class Spec:
     budget: Budget
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
+    independent: Parts | None = None
+    bits_vary: str = ""
+    far: Sequence[str] = ()
+    laws: Mapping[str, Law] = field(default_factory=dict)
+    memory: Memory | None = None
     argument_kinds: Mapping[str, Change] = field(default_factory=dict)
     special_values: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
@@ -190,6 +272,11 @@ class Spec:
     def op(self) -> str:
         """The name of the operation."""
         return self.reference.__name__
+
+    @property
+    def parts(self) -> Parts:
+        """The independent parts of a call."""
+        return self.independent or rows_as_parts(self.rowwise)
 
     @property
     def row_dimension(self) -> str:

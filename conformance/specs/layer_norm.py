@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from conformance.case import Draw
+from conformance.case import Case, Draw
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
+    Law,
+    Memory,
+    Options,
     Spec,
     Speed,
     change_inputs,
@@ -18,8 +21,10 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
-from conformance.specs.rms_norm import NORM_ERRORS
+from conformance.specs.rms_norm import NORM_ERRORS, PROGRAMS, WIDE_WEIGHT
 from unsloth_ref.kernels import layer_norm
+
+ROUNDINGS = 1  # the contract rounds once, at the end; one more for another order of operations, in either pass
 
 
 def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
@@ -35,7 +40,10 @@ def _parts(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _y_terms(call: Call) -> Tensor:
-    return _parts(call)[0] * call.inputs["weight"].abs() + call.inputs["bias"].abs()
+    """With a weight or bias that is wider than x, only the result is rounded to the dtype of x."""
+    terms = _parts(call)[0] * call.inputs["weight"].abs() + call.inputs["bias"].abs()
+    wide = call.wide("weight", "bias")
+    return call.terms_of(call.float32_error * terms, ROUNDINGS, call.unit) if wide else terms
 
 
 def _x_terms(call: Call) -> Tensor:
@@ -50,6 +58,10 @@ def _summed_over_rows(terms: Tensor) -> Tensor:
     return terms.reshape(-1, terms.shape[-1]).sum(0)
 
 
+def _times_four(options: Options) -> Options:
+    return {"eps": 4 * options.get("eps", 1e-5)}
+
+
 spec = Spec(
     reference=layer_norm,
     drawing=Drawing(
@@ -62,7 +74,7 @@ spec = Spec(
     outputs=["y"],
     grads=["x", "weight", "bias"],
     budget=Budget(
-        roundings=1,  # the contract rounds once, at the end; one more for another order of operations, in either pass
+        roundings=ROUNDINGS,
         terms={
             "y": _y_terms,
             "x": _x_terms,
@@ -72,10 +84,20 @@ spec = Spec(
     ),
     rowwise=["x"],
     argument_kinds=leading_dimensions("x")
-    | {
-        "weight in float32": change_inputs(lambda i: {"weight": i["weight"].float()}),
-        "bias in float32": change_inputs(lambda i: {"bias": i["bias"].float()}),
+    | WIDE_WEIGHT
+    | {"bias in float32": change_inputs(lambda i: {"bias": i["bias"].float() * (1 + 2**-13)})},
+    laws={
+        "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=_times_four),
+        "weight and bias negated": Law({"weight": -1.0, "bias": -1.0}, {"y": -1.0, "x": -1.0}),
+        "x and weight negated": Law({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
+        "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
+    memory=Memory(
+        Case((("rows", 16384), ("hidden", 4096))),
+        grads=["x", "weight", "bias"],
+        saved=lambda inputs: 8 * len(inputs["x"]),  # mean and 1 / standard deviation
+        working=lambda inputs: 2 * 4 * PROGRAMS * inputs["x"].shape[-1],
+    ),
     errors=[
         *NORM_ERRORS,
         mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["bias"][:-1]}, undefined=True),

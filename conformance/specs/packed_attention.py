@@ -4,7 +4,7 @@ No input is row-wise: an output depends on all earlier rows of its document, and
 argument kinds that fill one document with NaN check that documents do not attend to each other.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import nan
@@ -16,7 +16,21 @@ from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Budget, Call, Change, Drawing, ErrorCase, Inputs, Options, Spec, Speed, nbytes
+from conformance.spec import (
+    Budget,
+    Call,
+    Change,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Law,
+    Memory,
+    Options,
+    Parts,
+    Spec,
+    Speed,
+    nbytes,
+)
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
@@ -175,6 +189,23 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return 2 * product, 5 * product if grads else 0
 
 
+def _documents(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+    """A call with these documents alone, in this order."""
+    bounds = inputs["cu_seqlens"].tolist()
+    rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in chosen]).to(inputs["q"].device)
+    starts = [0]
+    for i in chosen:
+        starts.append(starts[-1] + bounds[i + 1] - bounds[i])
+    picked = {name: inputs[name][rows] for name in ("q", "k", "v")}
+    picked["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
+    return picked, {"max_seqlen": _longest(starts)}, rows
+
+
+def _lse_bytes(inputs: Inputs) -> int:
+    """A float32 per query and head."""
+    return 4 * inputs["q"][..., 0].numel()
+
+
 def _cut(cut: Callable[[int], list[int]]) -> Change:
     """Other document bounds; `cut` computes them from the number of tokens."""
 
@@ -243,6 +274,22 @@ spec = Spec(
         terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
     ),
     rowwise=[],
+    independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
+    far=["q", "k", "v"],
+    laws={
+        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0}),
+        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0}),
+        "q twice as large, with half the scale": Law(
+            {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
+        ),
+        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64))),
+        grads=["q", "k", "v"],
+        saved=_lse_bytes,  # log-sum-exps
+        working=_lse_bytes,  # sums of dout times out
+    ),
     argument_kinds={
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),

@@ -17,10 +17,11 @@ from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.specs import specs
+from tests.judge import cheats, wrong, wrong_process
+from tests.judge.contract import WRONG
 from tests.judge.mutants import MUTANTS
 from tests.judge.right import RIGHT
 from tests.judge.sources import edited
-from tests.judge.wrong import WRONG
 from unsloth_ref import kernels as reference
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,8 @@ OPERATIONS = tuple(reference.__all__)
 EXPECTED = {
     f"tests.judge.mutants.{name}": (op, mutant.properties, mutant.dtype) for name, (op, mutant) in MUTANTS.items()
 }
-EXPECTED |= {f"tests.judge.wrong.{name}": expected for name, expected in WRONG.items()}
+FILES_OF_WRONG = (cheats, wrong, wrong_process)  # importing them fills WRONG
+EXPECTED |= WRONG
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
 # The cases of ci, without spending ten seconds on shrinking each failing one.
