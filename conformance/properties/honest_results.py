@@ -5,7 +5,6 @@ be neither timed nor ordered before what a user does next.
 """
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,39 +29,45 @@ def demand_honest(trial: Trial, case: Case, inputs: Inputs) -> None:
     """Raise Failure unless the results of both passes are plain tensors and complete when the passes return."""
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)  # also compiles
     leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
-    before = set(threading.enumerate())
-    if trial.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda._sleep(WAIT_CYCLES)  # work on another stream, even if it waits for this one, is now behind
-    outputs = trial.call(leaves, trial.options(case))
-    run = Run(detached(outputs), {})
-    _demand_plain(trial, Run(outputs, {}))
-    seen = _copies(trial, run)
-    if trial.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda._sleep(WAIT_CYCLES)
-    grads = trial.backward(outputs, leaves, trial.spec.grads, grad_outputs)
-    after = Run((), grads)
-    run = Run(run.outputs, grads)
-    _demand_plain(trial, run)
-    seen += _copies(trial, after)
-    left = [thread for thread in threading.enumerate() if thread not in before]
-    for thread in left:
-        thread.join(WAIT_SECONDS / len(left))
-    if trial.device == "cuda":
-        torch.cuda.synchronize()
-    for (_, name, now), then in zip(run.named(trial.spec), seen, strict=True):
-        if not torch.equal(then, bits(now)):
-            raise Failure(f"{name} was not complete when the call returned: it changed afterwards")
+    with _Pass(trial) as forward:
+        outputs = trial.call(leaves, trial.options(case))
+        forward.returned(Run(outputs, {}))
+    with _Pass(trial) as backward:
+        grads = trial.backward(outputs, leaves, trial.spec.grads, grad_outputs)
+        backward.returned(Run(detached(outputs), grads))
 
 
-def _copies(trial: Trial, run: Run) -> list[Tensor]:
-    """Copies of the elements, made on the current stream without waiting for the device."""
-    tensors: Sequence[Tensor] = (*run.outputs, *run.grads.values())
-    return [bits(tensor).clone() for tensor in tensors]
+class _Pass:
+    """Copies the results of a pass at once, and compares them with what they are when everything else has ended."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial, self._seen = trial, list[tuple[str, Tensor, Tensor]]()
+
+    def __enter__(self) -> "_Pass":
+        self._threads = set(threading.enumerate())
+        if self._trial.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(WAIT_CYCLES)  # work on another stream, even if it waits for this one, is now behind
+        return self
+
+    def returned(self, run: Run) -> None:
+        """Copy on the current stream, without waiting for the device."""
+        demand_plain(self._trial, run)
+        self._seen = [(name, tensor, bits(tensor).clone()) for _, name, tensor in run.named(self._trial.spec)]
+
+    def __exit__(self, *error: object) -> None:
+        left = [thread for thread in threading.enumerate() if thread not in self._threads]
+        for thread in left:
+            thread.join(WAIT_SECONDS / len(left))
+        if self._trial.device == "cuda":
+            torch.cuda.synchronize()
+        for name, tensor, then in self._seen:
+            if not torch.equal(then, bits(tensor)):
+                raise Failure(f"{name} was not complete when the call returned: it changed afterwards")
 
 
-def _demand_plain(trial: Trial, run: Run) -> None:
+def demand_plain(trial: Trial, run: Run) -> None:
+    """Raise Failure unless every result is a plain tensor in memory."""
     for _, name, tensor in run.named(trial.spec):
         if type(tensor) not in (Tensor, Parameter):
             raise Failure(f"{name} is a {type(tensor).__module__}.{type(tensor).__name__}; allowed: torch.Tensor")

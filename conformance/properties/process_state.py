@@ -20,11 +20,13 @@ from conformance.gates import Failure
 from conformance.property import Property
 from conformance.trial import Trial, bits
 
+_torch: Any = torch  # with attributes that its types lack
+
 # What benchmarks and judges rely on. A function that is replaced can report any time and any equality.
 _WATCHED: Mapping[Any, tuple[str, ...]] = {
     time: ("time", "perf_counter", "perf_counter_ns", "monotonic", "process_time", "sleep"),
     torch: (
-        *("allclose", "equal", "isclose", "manual_seed", "empty", "empty_like", "zeros", "randn", "no_grad"),
+        *("allclose", "equal", "isclose", "empty", "empty_like", "zeros", "randn", "no_grad"),
         *("compile", "is_grad_enabled", "set_grad_enabled", "mm", "matmul", "clone"),
     ),
     torch.testing: ("assert_close",),
@@ -55,7 +57,7 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "torch.get_default_device()": torch.get_default_device,
     "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
-    "torch.utils.deterministic.fill_uninitialized_memory": lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    "torch.utils.deterministic.fill_uninitialized_memory": lambda: _torch.utils.deterministic.fill_uninitialized_memory,
     "torch.backends.cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
     "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": lambda: (
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
@@ -78,10 +80,10 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "torch.is_anomaly_enabled()": torch.is_anomaly_enabled,
     "torch.is_autocast_enabled()": lambda: tuple(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
     "autocast's dtypes": lambda: tuple(map(torch.get_autocast_dtype, ("cpu", "cuda"))),
-    "hooks on saved tensors": lambda: torch._C._autograd._top_saved_tensors_default_hooks(True),
+    "hooks on saved tensors": lambda: _torch._C._autograd._top_saved_tensors_default_hooks(True),
     "the stack of dispatch modes": torch._C._len_torch_dispatch_stack,
     "the stack of function modes": torch._C._len_torch_function_stack,
-    "torch's print options": lambda: dict(vars(torch._tensor_str.PRINT_OPTS)),
+    "torch's print options": lambda: dict(vars(_torch._tensor_str.PRINT_OPTS)),
     "the locale": lambda: locale.setlocale(locale.LC_ALL),
     "the handler of SIGINT": lambda: signal.getsignal(signal.SIGINT),
     "the working directory": os.getcwd,
@@ -141,7 +143,9 @@ def check(trial: Trial, case: Case) -> None:
     _demand_same("a first call", _AT_IMPORT, _flags())
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)
     leaves = {name: tensor.detach().requires_grad_(name in trial.spec.grads) for name, tensor in inputs.items()}
-    torch.rand(()), random.random()  # a generator that was seeded is in another state from here on
+    # A generator that is seeded again is in another state from here on.
+    torch.rand(())
+    random.random()
     before = _state()
     outputs = trial.call(leaves, trial.options(case))
     _demand_same("the forward pass", before, _state())
@@ -153,11 +157,12 @@ def demand_originals() -> None:
     """Raise Failure if a watched function is not the one that the judge found when it was imported."""
     for name, function in _functions().items():
         if function is not _ORIGINALS[name]:
-            _restore_functions()
+            restore_functions()
             raise Failure(f"{name} was replaced by {function!r}")
 
 
-def _restore_functions() -> None:
+def restore_functions() -> None:
+    """Set every watched function back to the one that the judge found."""
     for owner, names in _WATCHED.items():
         for name in names:
             original = _ORIGINALS[_path(owner, name)]

@@ -68,7 +68,7 @@ spec = Spec(
         "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),
         "dnormed and dsum four times as large": Law({}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0),
     },
-    memory=replace(rms_norm.spec.memory, grads=["x", "residual", "weight"]),
+    memory=replace(rms_norm.MEMORY, grads=["x", "residual", "weight"]),
     errors=[
         *rms_norm.spec.errors,
         mistake(

@@ -95,6 +95,12 @@ WIDE_WEIGHTS = WIDE_WEIGHT | {
     "weight in float32, gemma": lambda i, o: WIDE_WEIGHT["weight in float32"](i, {**o, "casting": "gemma"})
 }
 PROGRAMS = 1024  # of a backward pass, each with a float32 row of partial sums: eight for each of 128 processors
+MEMORY = Memory(
+    Case((("rows", 16384), ("hidden", 4096))),
+    grads=["x", "weight"],
+    saved=lambda inputs: 4 * len(inputs["x"]),  # 1 / root mean square
+    working=lambda inputs: 4 * PROGRAMS * inputs["x"].shape[-1],
+)
 
 
 spec = Spec(
@@ -117,12 +123,7 @@ spec = Spec(
     rowwise=["x"],
     argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
     laws=LAWS,
-    memory=Memory(
-        Case((("rows", 16384), ("hidden", 4096))),
-        grads=["x", "weight"],
-        saved=lambda inputs: 4 * len(inputs["x"]),  # 1 / root mean square
-        working=lambda inputs: 4 * PROGRAMS * inputs["x"].shape[-1],
-    ),
+    memory=MEMORY,
     errors=[*NORM_ERRORS, CASTING_ERROR],
     speed=Speed(
         shapes={
