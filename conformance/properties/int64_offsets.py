@@ -1,7 +1,8 @@
 """Tensors that span more than 2^31 elements give correct results.
 
 In each dimension but the last in turn, the last index is 2^31 elements after the first: nine gigabytes of address
-space, of which only the elements are touched. Half a million tokens of 4096 elements are as many.
+space, of which only the elements are touched. Half a million tokens of 4096 elements are as many. A call that plain
+PyTorch refuses, because a library counts a stride in 32 bits, is not made.
 """
 
 import torch
@@ -12,15 +13,15 @@ from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property
-from conformance.spec import Spec
+from conformance.spec import Inputs, Spec
 from conformance.trial import Trial
 
 FAR = 2**31
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Two rows of about one tile each."""
-    return [spec.case(2, 130)]
+    """Two rows of about one tile each; then several heads, where there are heads."""
+    return [spec.case(2, 130), spec.case(3, 15)]
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -31,7 +32,8 @@ def check(trial: Trial, case: Case) -> float:
         for dimension in _dimensions(inputs[name]) if inputs[name].is_floating_point() else ():
             with naming(f"{name} spread in dimension {dimension}"):
                 spread = {**inputs, name: _spread(inputs[name], dimension)}
-                used = max(used, trial.judge(case, trial.run(case, spread), inputs))
+                if not _refused(trial, case, spread):
+                    used = max(used, trial.judge(case, trial.run(case, spread), inputs))
     case = trial.rowwise(case)
     outputs = trial.run(case, function=trial.spec.reference, grads=()).outputs
     for index, name in enumerate(trial.spec.outputs):
@@ -39,8 +41,17 @@ def check(trial: Trial, case: Case) -> float:
             grad_outputs = trial.grad_outputs(case, outputs)
             with naming(f"grad_output of {name} spread in dimension {dimension}"):
                 far = [_spread(g, dimension) if g is grad_outputs[index] else g for g in grad_outputs]
-                used = max(used, trial.judge(case, trial.run(case, grad_outputs=far), grad_outputs=grad_outputs))
+                if not _refused(trial, case, None, far):
+                    used = max(used, trial.judge(case, trial.run(case, grad_outputs=far), grad_outputs=grad_outputs))
     return used
+
+
+def _refused(trial: Trial, case: Case, inputs: Inputs | None, grad_outputs: list[Tensor] | None = None) -> bool:
+    try:
+        trial.run(case, inputs, function=trial.spec.reference, grad_outputs=grad_outputs)
+    except Failure:
+        return True
+    return False
 
 
 def _dimensions(tensor: Tensor) -> list[int]:

@@ -67,15 +67,16 @@ def saves_much(gate: Tensor, up: Tensor) -> Tensor:
     return _SavesMuch.apply(swiglu(gate, up))  # type: ignore[no-any-return]
 
 
-def on_the_current_device(gate: Tensor, up: Tensor) -> Tensor:
-    """Computes on the current device and leaves the result there."""
-    return swiglu(gate.cuda(), up.cuda())
+def leaves_its_device_current(gate: Tensor, up: Tensor) -> Tensor:
+    """Makes the device of its inputs the current one."""
+    torch.cuda.set_device(gate.device)
+    return swiglu(gate, up)
 
 
 WRONG = {
     "honest_results": (works_on_a_stream_of_its_own, "was not complete when the call returned"),
     "memory": (saves_much, "memory saved for the backward pass: got"),
-    "second_device": (on_the_current_device, "output y is on cuda:0; allowed: cuda:1"),
+    "second_device": (leaves_its_device_current, "a call on cuda:1 left device 1 current; allowed: 0"),
     "side_stream": (on_the_default_stream, "a side stream changes the results"),
     "no_sync": (synchronises, "called a synchronizing CUDA operation"),
     "cuda_graph": (freezes_a_number, "a replayed CUDA graph differs from an eager call"),
