@@ -10,8 +10,9 @@ import torch
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.promises import Law
 from conformance.property import Property
-from conformance.spec import Law, Spec
+from conformance.spec import Spec
 from conformance.trial import Run, Trial, bits
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.

@@ -13,8 +13,9 @@ import torch
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.promises import Memory
 from conformance.property import Property
-from conformance.spec import Memory, Spec, nbytes
+from conformance.spec import Spec, nbytes
 from conformance.trial import Trial, is_plain, leaf
 
 MEBIBYTE = 2**20

@@ -5,12 +5,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from conformance.case import Draw
+from conformance.promises import Law
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
-    Law,
     Spec,
     Speed,
     column_counts,

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     ErrorCase,
     Inputs,
-    Law,
-    Memory,
     Options,
     Spec,
     Speed,

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
-    Law,
-    Memory,
     Options,
     Spec,
     Speed,

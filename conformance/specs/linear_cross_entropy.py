@@ -12,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Case, Draw
 from conformance.gates import UNIT_FLOAT32
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
-    Law,
-    Memory,
     Options,
     Spec,
     Speed,

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from conformance.case import Case, Draw
 from conformance.gates import UNIT_FLOAT32
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     ErrorCase,
     Inputs,
-    Law,
-    Memory,
     Options,
     Spec,
     Speed,

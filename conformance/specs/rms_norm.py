@@ -5,13 +5,12 @@ from torch import Tensor
 
 from conformance.case import Case, Draw
 from conformance.gates import UNIT_FLOAT32
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
-    Law,
-    Memory,
     Options,
     Spec,
     Speed,

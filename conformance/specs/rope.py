@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
+from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
     Budget,
     Call,
@@ -15,10 +16,7 @@ from conformance.spec import (
     Drawing,
     ErrorCase,
     Inputs,
-    Law,
-    Memory,
     Options,
-    Parts,
     Spec,
     Speed,
     change_inputs,
