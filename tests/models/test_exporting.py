@@ -12,8 +12,6 @@ import unsloth_fast.save
 from tests import tiny
 from tests.models.adapted import adapted, load
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 class Hub:
     """Records what is uploaded."""

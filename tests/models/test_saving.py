@@ -19,8 +19,6 @@ from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer
 from unsloth_fast.models.auto import accept_bits, refuse_bits
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 def check_config(folder: Path, base: str) -> None:
     """The saved configuration is the loaded one, and the saved model generates with a cache if the loaded one did."""

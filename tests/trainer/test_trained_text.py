@@ -16,7 +16,7 @@ from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.chat_templates import train_on_responses_only
 from unsloth_fast.compat import patch_trl
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = [(name, streamed) for name in BATCHINGS for streamed in (False, True)]
 
