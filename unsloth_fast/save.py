@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth_fast import gguf, hub
 from unsloth_fast.gguf import ALLOWED_QUANTS
 from unsloth_fast.models import loading
-from unsloth_fast.models.fields import changed_by_trainers, restore
+from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
 from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
@@ -278,12 +278,8 @@ def _bind(owner: object, functions: dict[str, Callable[..., Any]]) -> None:
 
 def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, with the values of the configuration that was loaded."""
-    now = changed_by_trainers(model.config)
-    restore(model.config, getattr(model, _LOADED))
-    try:
+    with with_values(model.config, getattr(model, _LOADED)):
         return type(model).save_pretrained(model, *positional, **keywords)
-    finally:
-        restore(model.config, now)
 
 
 def _check_saving(model: Any, save_method: str, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> None:
