@@ -45,6 +45,20 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
     return plan
 
 
+def takes_images(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> bool:
+    """Whether a processor was passed, or will be loaded for a model that takes more than tokens.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: the run's arguments.
+        given: the trainer's other keywords.
+    """
+    processing_class = given.get("processing_class")
+    if processing_class is not None:
+        return isinstance(processing_class, ProcessorMixin)
+    return _model_facts(*config_and_class(model, args)).multimodal
+
+
 def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
     """How many tokens the model has; None where data may hold others: for a collator, or tokens that TRL adds.
 
