@@ -203,9 +203,11 @@ def _on_this_card(args: SFTConfig) -> SFTConfig:
     """
     if args.bf16 and not isinstance(args, UnslothTrainingArguments) and args.device.type == "cuda":
         take_float16(args)
-        if args.fp16 and hasattr(args, "mixed_precision"):  # an environment variable in older releases
+        if args.fp16 and hasattr(args, "mixed_precision"):
             args.mixed_precision = "fp16"
         elif args.fp16:
+            # Older releases have no such field. Their arguments write "bf16" into this variable when they are made, and
+            # accelerate reads it when the trainer is built: fp16=True alone would not be seen.
             os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
     return args
 

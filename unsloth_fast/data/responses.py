@@ -147,7 +147,7 @@ def mask_cut_documents(packed: Dataset, labels: ResponseLabels) -> Dataset:
     wholes = np.bincount(document, size).astype(np.int64)
     for lengths in np.array_split(wholes, 1 + len(ids) // COPIED_TOKENS):
         part = places[done : done + lengths.sum()]
-        after[part] = np.where(labels.mask(ids[part], lengths), before[part], IGNORE_INDEX)
+        after[part] = np.where(labels.mask(ids[part], lengths.tolist()), before[part], IGNORE_INDEX)
         done += len(part)
     ends = flat(packed, "input_ids")[1].cumsum()
     begins = np.append(0, ends)
