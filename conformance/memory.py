@@ -39,7 +39,12 @@ _METHODS = ("new_empty", "new_zeros", "new_full", "new_ones", "new_empty_strided
 
 
 class Fence:
-    """A tensor in the middle of a larger buffer, between two bands."""
+    """A tensor in the middle of a larger buffer, between two bands.
+
+    Attributes:
+        tensor: the copy.
+        interior: its bytes.
+    """
 
     def __init__(self, tensor: Tensor, band: int = AROUND_INPUTS) -> None:
         """Copy the tensor with its strides; `band` is the value of each byte of the bands."""
@@ -48,7 +53,8 @@ class Fence:
         self._width, self._end = tensor.element_size(), BAND_BYTES + extent * tensor.element_size()
         self._band = band
         self._bytes = _empty(self._end + BAND_BYTES, dtype=torch.uint8, device=tensor.device).fill_(band)
-        elements = self._bytes[BAND_BYTES : self._end].view(tensor.dtype)
+        self.interior = self._bytes[BAND_BYTES : self._end]
+        elements = self.interior.view(tensor.dtype)
         self.tensor = elements.as_strided(tensor.shape, tensor.stride())
         if 0 not in tensor.stride():
             self.tensor.copy_(tensor)
@@ -147,10 +153,9 @@ class _FunctionsOfTorch(Allocations):
             tensor = original(*args, **kwargs)
             if type(tensor) is not Tensor or tensor.device.type == "meta" or tensor.layout != torch.strided:
                 return tensor
-            if uninitialised:
-                memory = _empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-                memory.fill_(self._poison)
             fence = Fence(tensor.detach(), self._band)
+            if uninitialised:
+                fence.interior.fill_(self._poison)
             self._fences.append(fence)
             return fence.tensor.requires_grad_(tensor.requires_grad)
 
