@@ -2,9 +2,8 @@
 
 from conformance.case import Case
 from conformance.memory import Fence, fenced
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -19,3 +18,6 @@ def check(trial: Trial, case: Case) -> None:
             return trial.run(case, around, grad_outputs=gradients)
 
     demand_same_bits(trial.spec, between(0xFF), between(0x00), "the memory around the tensors changes the results")
+
+
+PROPERTY = Property.of_file(check, share=0.4)

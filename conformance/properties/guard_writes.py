@@ -2,9 +2,8 @@
 
 from conformance.case import Case
 from conformance.memory import Fence, demand_unbroken, fenced
+from conformance.property import Property
 from conformance.trial import Trial
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -18,3 +17,6 @@ def check(trial: Trial, case: Case) -> None:
     allocations.demand_unbroken()
     for name, fence in [*fences.items(), *(("grad_output", fence) for fence in grad_fences)]:
         demand_unbroken(name, fence)
+
+
+PROPERTY = Property.of_file(check, share=0.4)

@@ -2,9 +2,8 @@
 
 from conformance.case import Case
 from conformance.memory import POISONS, fenced
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -17,3 +16,6 @@ def check(trial: Trial, case: Case) -> None:
     first = filled(POISONS[0])
     for poison in POISONS[1:]:
         demand_same_bits(trial.spec, first, filled(poison), "uninitialised memory changes the results")
+
+
+PROPERTY = Property.of_file(check, share=0.4)

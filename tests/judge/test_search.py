@@ -1,13 +1,11 @@
 """On a GPU the search checks each case twice, so that a property also sees calls that a backend has recorded."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.search import reproduce
 from conformance.spec import specs
 from conformance.trial import Trial
@@ -24,7 +22,7 @@ def test_a_fault_of_repeated_calls_is_found_on_a_gpu(device: str, verdict: str, 
             raise Failure("wrong")
 
     spec = specs()["swiglu"]
-    prop: Any = SimpleNamespace(check=check, __name__="repeated")
+    prop = Property("repeated", "", check)
     result = reproduce(Trial(spec, swiglu, torch.float32, device), prop, spec.case(2, 3), "float32")
     assert (result.verdict, len(seen)) == (verdict, calls)
     assert result.message == ("in a repeated call: wrong" if calls == 2 else None)
