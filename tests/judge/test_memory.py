@@ -19,7 +19,7 @@ from conformance.gates import Failure
 from conformance.memory import Allocations, Fence, demand_unbroken
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, next_task, run
-from conformance.spec import specs
+from conformance.specs import specs
 from conformance.trial import Trial
 from tests.judge import scratch
 from unsloth_fast.kernels._launch import INTERPRETED

@@ -7,7 +7,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
 from conformance.search import reproduce
-from conformance.spec import specs
+from conformance.specs import specs
 from conformance.trial import Trial
 from unsloth_ref.kernels import swiglu
 
