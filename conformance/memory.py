@@ -12,7 +12,7 @@ import ctypes
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from conformance.gates import Failure
+from conformance.spec import Spec
+from conformance.trial import Run, bits, demand_same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +207,40 @@ def _library(device: str) -> Any:
         logger.warning("the judge fences and poisons only what Python code allocates, not torch's operators: %s", error)
         return None
     return library
+
+
+def demand_unaffected(spec: Spec, run: Callable[[int], Run], contents: Sequence[int], message: str) -> None:
+    """Raise Failure if results depend on what memory held.
+
+    Results that differ although memory held the same are a finding of the property determinism. Of those it is only
+    demanded that the same elements are finite.
+
+    Args:
+        spec: of the operation.
+        run: a call while memory holds a given byte.
+        contents: the bytes to compare.
+        message: states what the results depend on.
+    """
+    first = run(contents[0])
+    for content in contents[1:]:
+        second = run(content)
+        if _same(first, second):
+            continue
+        again = [[run(one) for _ in range(4)] for one in (contents[0], content)]
+        if any(not _same(runs[0], other) for runs in again for other in runs[1:]):
+            demand_same_bits(spec, _finite(first), _finite(second), f"{message}: whether an element is finite")
+        elif not all(_same(first, other) for runs in again for other in runs):
+            demand_same_bits(spec, first, second, message)
+
+
+def _same(first: Run, second: Run) -> bool:
+    pairs = zip((*first.outputs, *first.grads.values()), (*second.outputs, *second.grads.values()), strict=True)
+    return all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+
+
+def _finite(run: Run) -> Run:
+    outputs = tuple(output.isfinite() for output in run.outputs)
+    return Run(outputs, {name: gradient.isfinite() for name, gradient in run.grads.items()})
 
 
 def demand_unbroken(name: str, fence: Fence) -> None:

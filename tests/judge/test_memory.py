@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from conformance.memory import Allocations, Fence, demand_unbroken
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, next_task, run
 from conformance.specs import specs
-from conformance.trial import Trial
+from conformance.trial import Run, Trial
 from tests.judge import scratch
 from unsloth_fast.kernels._launch import INTERPRETED
 
@@ -146,6 +147,31 @@ def test_each_fault_in_scratch_memory_is_found_by_the_property_that_names_it() -
             PROPERTIES[prop].check(Trial(spec, getattr(scratch, name).swiglu, torch.float32, DEVICE), spec.case(4, 130))
     for prop in ("guard_writes", "guard_reads", "uninitialised"):
         PROPERTIES[prop].check(Trial(spec, scratch.right.swiglu, torch.float32, DEVICE), spec.case(4, 130))
+
+
+def test_results_that_differ_by_themselves_are_not_a_fault_of_memory() -> None:
+    spec, calls = specs()["swiglu"], iter(range(100))
+
+    def run(content: int) -> Run:
+        return Run((torch.tensor([float(next(calls) % 3), nan if content and poisoned else 1.0]),), {})
+
+    poisoned = False
+    memory.demand_unaffected(spec, run, (0xFF, 0x00), "memory")
+    poisoned = True
+    with pytest.raises(Failure, match="memory: whether an element is finite: output y differs in 1 of 2 elements"):
+        memory.demand_unaffected(spec, run, (0xFF, 0x00), "memory")
+
+
+@pytest.mark.parametrize("wrong", [lambda call, content: content, lambda call, content: call == 0])
+def test_results_that_follow_memory_or_the_first_call_are_a_fault(wrong: Callable[[int, int], int]) -> None:
+    calls = iter(range(100))
+    with pytest.raises(Failure, match="memory: output y differs"):
+        memory.demand_unaffected(
+            specs()["swiglu"],
+            lambda content: Run((torch.tensor([float(wrong(next(calls), content))]),), {}),
+            (1, 0),
+            "memory",
+        )
 
 
 def test_without_a_compiler_the_functions_of_torch_are_replaced(
