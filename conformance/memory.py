@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 BAND_BYTES = 4096  # on either side of an input: more than a kernel overshoots by if it misses a row of a small tile
 # Every byte of a band. Around inputs a floating-point element is about 1e16 (in float16 about 200). Around allocations
-# it is another one, so that copying an element too many is found, and of small magnitude, so that adding is found.
-AROUND_INPUTS, AROUND_ALLOCATIONS = 0x5A, 0xA5
-# Every byte of uninitialised memory: NaN or -1, a large finite number or integer, and what fresh memory often holds.
-# Each pair leaves some faults alone: a minimum ignores NaN and large numbers, a comparison with zero NaN and -1.
-POISONS = (0xFF, 0x7B, 0x00)
+# it is another one, so that copying an element too many is found; of small magnitude, so that adding is found; and
+# positive, so that no kernel waits there for a counter to reach a number.
+AROUND_INPUTS, AROUND_ALLOCATIONS = 0x5A, 0x25
+# Every byte of uninitialised memory: a large finite number or integer, what fresh memory often holds, and NaN or -1.
+# Each pair leaves some faults alone: a minimum ignores NaN and large numbers, a comparison with zero NaN and -1. The -1
+# comes last, because a kernel that waits for a counter to reach a number never ends if the counter starts there.
+POISONS = (0x7B, 0x00, 0xFF)
 _empty = torch.empty  # the original, also while torch's functions are replaced
 _FUNCTIONS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like")
 _METHODS = ("new_empty", "new_zeros", "new_full", "new_ones", "new_empty_strided")

@@ -67,12 +67,12 @@ def test_a_fence_keeps_values_and_strides(tensor: Tensor) -> None:
     assert fence.broken() is None
 
 
-def of_torch(poison: int = 0xFF, band: int = 0xA5) -> Allocations:
+def of_torch(poison: int = 0xFF, band: int = 0x25) -> Allocations:
     """What is used where there is no compiler."""
     return memory._FunctionsOfTorch(poison, band)
 
 
-def of_device(poison: int = 0xFF, band: int = 0xA5) -> Allocations:
+def of_device(poison: int = 0xFF, band: int = 0x25) -> Allocations:
     """By the compiled allocator."""
     if memory._library("cpu") is None:
         pytest.skip("needs a compiler")
