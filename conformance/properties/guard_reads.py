@@ -17,7 +17,7 @@ def check(trial: Trial, case: Case) -> None:
         with fenced(trial.device, band=band):
             return trial.run(case, around, grad_outputs=gradients)
 
-    demand_unaffected(trial.spec, between, POISONS, "the memory around the tensors changes the results")
+    demand_unaffected(trial, case, between, POISONS, "the memory around the tensors changes the results")
 
 
 PROPERTY = Property.of_file(check, share=0.4)

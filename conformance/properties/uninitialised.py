@@ -13,7 +13,7 @@ def check(trial: Trial, case: Case) -> None:
         with fenced(trial.device, poison):
             return trial.run(case)
 
-    demand_unaffected(trial.spec, filled, POISONS, "uninitialised memory changes the results")
+    demand_unaffected(trial, case, filled, POISONS, "uninitialised memory changes the results")
 
 
 PROPERTY = Property.of_file(check, share=0.4)

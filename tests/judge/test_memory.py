@@ -149,29 +149,47 @@ def test_each_fault_in_scratch_memory_is_found_by_the_property_that_names_it() -
         PROPERTIES[prop].check(Trial(spec, scratch.right.swiglu, torch.float32, DEVICE), spec.case(4, 130))
 
 
-def test_results_that_differ_by_themselves_are_not_a_fault_of_memory() -> None:
-    spec, calls = specs()["swiglu"], iter(range(100))
+SPEC = specs()["swiglu"]
+CASE = SPEC.case(4, 3)
+
+
+def unaffected(change: Callable[[int, int], float]) -> None:
+    """Compare right results, to which the number of the call and the content of memory add something."""
+    trial, calls = Trial(SPEC, SPEC.reference, torch.float32, "cpu"), iter(range(100))
 
     def run(content: int) -> Run:
-        return Run((torch.tensor([float(next(calls) % 3), nan if content and poisoned else 1.0]),), {})
+        right = trial.run(case=CASE)
+        return Run((right.outputs[0] + change(next(calls), content),), right.grads)
 
-    poisoned = False
-    memory.demand_unaffected(spec, run, (0xFF, 0x00), "memory")
-    poisoned = True
-    with pytest.raises(Failure, match="memory: whether an element is finite: output y differs in 1 of 2 elements"):
-        memory.demand_unaffected(spec, run, (0xFF, 0x00), "memory")
+    memory.demand_unaffected(trial, CASE, run, (1, 0), "memory")
 
 
-@pytest.mark.parametrize("wrong", [lambda call, content: content, lambda call, content: call == 0])
-def test_results_that_follow_memory_or_the_first_call_are_a_fault(wrong: Callable[[int, int], int]) -> None:
-    calls = iter(range(100))
-    with pytest.raises(Failure, match="memory: output y differs"):
-        memory.demand_unaffected(
-            specs()["swiglu"],
-            lambda content: Run((torch.tensor([float(wrong(next(calls), content))]),), {}),
-            (1, 0),
-            "memory",
-        )
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda call, content: call % 3,
+        lambda call, content: 1e-9 * (call % 3 * content),
+        lambda call, content: 1e-9 * (call == 1),
+    ],
+    ids=["always", "for one content, within the gates", "once, within the gates"],
+)
+def test_results_that_differ_by_themselves_are_not_a_fault_of_memory(change: Callable[[int, int], float]) -> None:
+    unaffected(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda call, content: 1e-9 * content,
+        lambda call, content: 1e-9 * (call == 0),
+        lambda call, content: (call % 3 + 1) * content,
+        lambda call, content: call % 3 + (nan if content else 0),
+    ],
+    ids=["content", "first call", "a race that memory opens", "at random, and NaN"],
+)
+def test_results_that_depend_on_memory_or_on_the_first_call_are_a_fault(change: Callable[[int, int], float]) -> None:
+    with pytest.raises(Failure, match=r"memory: (whether an element is finite: )?output y differs"):
+        unaffected(change)
 
 
 def test_without_a_compiler_the_functions_of_torch_are_replaced(
