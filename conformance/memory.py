@@ -9,13 +9,16 @@ torch's allocation functions instead and says so: allocations that do not come f
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
-import re
+import os
+import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -180,35 +183,51 @@ def fenced(device: str, poison: int = POISONS[0], band: int = AROUND_ALLOCATIONS
 
 @cache
 def _library(device: str) -> Any:
-    """memory.cpp, compiled for a device, which takes 10 s once; None if that fails, or if torch does not call it."""
-    cuda = device == "cuda"
-    triton = find_spec("triton") if cuda else None  # its package has CUDA's headers
-    places = (triton and triton.submodule_search_locations) or ()
-    headers = [str(Path(place) / "backends" / "nvidia" / "include") for place in places]
+    """memory.cpp for a device; None if it cannot be compiled, or if torch does not call its allocator."""
     try:
-        from torch.utils.cpp_extension import load
-
-        path: Any = load(
-            f"conformance_memory_{device}_" + re.sub(r"\W", "_", torch.__version__),
-            [str(Path(__file__).with_suffix(".cpp"))],
-            extra_cflags=["-O2", *(["-DCONFORMANCE_CUDA"] if cuda else [])],
-            extra_ldflags=["-ltorch_cuda", "-lc10_cuda"] if cuda else [],
-            extra_include_paths=headers,
-            with_cuda=False,
-            is_python_module=False,
-        )
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(_compiled(device)))
         library.conformance_fences_off.restype = ctypes.c_bool
-        if cuda:
+        if device == "cuda":
             torch.cuda.init()
         with _AllocatorOfDevice(library, POISONS[0], AROUND_ALLOCATIONS) as trial:
             _empty(1, device=device)
         if trial.count != 1:
             raise RuntimeError(f"torch {torch.__version__} does not call an allocator that is installed while it runs")
-    except (RuntimeError, OSError, ImportError) as error:  # no compiler, no ninja, or no writable directory
+    except (RuntimeError, OSError) as error:  # no compiler, or no writable directory
         logger.warning("the judge fences and poisons only what Python code allocates, not torch's operators: %s", error)
         return None
     return library
+
+
+def _compiled(device: str) -> Path:
+    """The compiled memory.cpp, in torch's directory for extensions; compiled once, which takes 10 s.
+
+    torch.utils.cpp_extension.load would take a lock, which a worker process that is stopped leaves behind.
+    """
+    from torch.utils import cpp_extension  # takes half a second
+
+    source, headers = Path(__file__).with_suffix(".cpp"), cpp_extension.include_paths()
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-shared", "-fPIC", str(source), "-lc10"]
+    command += [f"-L{Path(torch.__file__).parent / 'lib'}"]
+    if device == "cuda":
+        package = find_spec("triton")  # has CUDA's headers
+        places = (package and package.submodule_search_locations) or ()
+        headers = [*headers, *(str(Path(place) / "backends" / "nvidia" / "include") for place in places)]
+        command += ["-DCONFORMANCE_CUDA", "-ltorch_cuda", "-lc10_cuda"]
+    command += [f"-I{path}" for path in headers]
+    facts = repr((command, torch.__version__, source.read_text())).encode()
+    target = (
+        Path(cpp_extension.get_default_build_root()) / f"conformance_memory_{hashlib.sha256(facts).hexdigest()[:16]}.so"
+    )
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent) as place:
+            made = Path(place) / target.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{command[0]}: {done.stderr.strip()[-400:]}")
+            made.replace(target)  # another process may have been faster
+    return target
 
 
 def demand_unaffected(
