@@ -39,7 +39,6 @@ def row(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Row]]:
         (cheats.swiglu_is_lazy, "allowed: torch.Tensor"),
         (cheats.swiglu_leaves_the_work_to_a_thread, "was not complete when the call returned"),
         (cheats.swiglu_replaces_the_timer, "was replaced by"),
-        (cheats.swiglu_replaces_the_comparison, "torch.allclose was replaced by"),
         (cheats.swiglu_keeps_results_by_shape, "after the timed inputs have changed in place: gate G1"),
         (cheats.swiglu_keeps_results_by_address, "in place: gate G1"),
     ],
