@@ -14,15 +14,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from conformance.bounds import Terms
 from conformance.case import Case, Draw
-from conformance.gates import UNIT_FLOAT32
 from conformance.spec import Budget, Call, Change, Drawing, ErrorCase, Inputs, Options, Spec, Speed, nbytes
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
-ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 
 
 def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
@@ -90,8 +89,7 @@ def _smallest(call: Call) -> float:
 def _parts(call: Call) -> Iterator[_Part]:
     """One document and key head at a time: the scores of all heads of a long document do not fit in memory."""
     q, k, v, cu_seqlens = (call.inputs[name] for name in ("q", "k", "v", "cu_seqlens"))
-    group, options = q.shape[1] // k.shape[1], call.options
-    scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
+    group, options, scale = q.shape[1] // k.shape[1], call.options, _scale(call)
     window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
     for begin, end in pairwise(cu_seqlens.tolist()):
         position = torch.arange(end - begin, device=q.device)
@@ -109,57 +107,85 @@ def _parts(call: Call) -> Iterator[_Part]:
             yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-def _float32_weight(call: Call) -> float:
-    """Weight of a float32 rounding in S: for 16 bits, the gates allow ROUNDINGS of u instead of log2(n) of 2^-24."""
-    return 1.0 if call.unit == UNIT_FLOAT32 else call.float32_error / ROUNDINGS / call.unit
+class _Added:
+    """Collects the terms of the parts of q, or of k and v: what is added up in the dtype, its squares, in float32."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._size, self._squares, self._in_float32 = (torch.zeros_like(like) for _ in range(3))
+
+    def set(self, where: tuple[slice, slice | int], left: tuple[Tensor, Tensor], right: Tensor) -> None:
+        """A product per head of the group, summed over the group for k and v; `left` in the dtype and in float32."""
+        in_dtype, in_float32 = left
+        for into, product in (
+            (self._size, in_dtype @ right.abs()),
+            (self._squares, in_dtype.square() @ right.square()),
+            (self._in_float32, in_float32 @ right.abs()),
+        ):
+            into[where] = product.sum(0) if isinstance(where[1], int) else product.transpose(0, 1)
+
+    def terms(self, scale: float = 1.0) -> Terms:
+        """The terms, times a scale."""
+        return Terms(scale * self._size, scale * self._squares.sqrt(), scale * self._in_float32)
 
 
-def _out_terms(call: Call) -> Tensor:
-    """Sum of p |v|; p carries a rounding to v's dtype, and the roundings of its score."""
-    terms, weight = torch.zeros_like(call.inputs["q"]), _float32_weight(call)
+def _scale(call: Call) -> float:
+    scale = call.options.get("scale")
+    return call.inputs["q"].shape[2] ** -0.5 if scale is None else scale
+
+
+def _p(part: _Part) -> tuple[Tensor, Tensor]:
+    """p carries a rounding to v's dtype, and in float32 the roundings of its score."""
+    return part.p, part.p * (1 + part.p_roundings)
+
+
+def _out_terms(call: Call) -> Terms:
+    """Sum of p |v|."""
+    added = _Added(call.inputs["q"])
     for part in _parts(call):
-        terms[part.rows, part.heads] = (part.p * (1 + weight * part.p_roundings) @ part.v.abs()).transpose(0, 1)
-    return terms
+        added.set((part.rows, part.heads), _p(part), part.v)
+    return added.terms()
 
 
-def _dv_terms(call: Call) -> Tensor:
+def _dv_terms(call: Call) -> Terms:
     """Sum of p |do| over queries and the heads of the group."""
-    terms, weight = torch.zeros_like(call.inputs["v"]), _float32_weight(call)
+    added = _Added(call.inputs["v"])
     for part in _parts(call):
-        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-        terms[part.rows, part.head] = ((part.p * (1 + weight * part.p_roundings)).mT @ do).sum(0)
-    return terms
+        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1)
+        in_dtype, in_float32 = _p(part)
+        added.set((part.rows, part.head), (in_dtype.mT, in_float32.mT), do)
+    return added.terms()
 
 
-def _ds_terms(call: Call, part: _Part) -> Tensor:
+def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
     """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
-    cap, weight = call.options.get("softcap", 0.0), _float32_weight(call)
+    cap = call.options.get("softcap", 0.0)
     do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
     dp = do @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
     delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
     if cap:
-        scale = call.options.get("scale") or part.q.shape[2] ** -0.5
-        slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
-    in_float32 = (1 + part.p_roundings) * (dp + delta) + delta_roundings
-    return part.p * (slope * (dp + delta) + weight * in_float32) + (part.p > 0) * _smallest(call)
+        slope = 1 - torch.tanh(part.q @ part.k.mT * _scale(call) / cap).square()
+    smallest = (part.p > 0) * _smallest(call)
+    in_dtype = part.p * slope * (dp + delta) + smallest
+    return in_dtype, in_dtype + part.p * ((1 + part.p_roundings) * (dp + delta) + delta_roundings)
 
 
-def _dq_terms(call: Call) -> Tensor:
+def _dq_terms(call: Call) -> Terms:
     """Sum of scale |ds| |k| over keys."""
-    terms = torch.zeros_like(call.inputs["q"])
+    added = _Added(call.inputs["q"])
     for part in _parts(call):
-        terms[part.rows, part.heads] = (_ds_terms(call, part) @ part.k.abs()).transpose(0, 1)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+        added.set((part.rows, part.heads), _ds(call, part), part.k)
+    return added.terms(_scale(call))
 
 
-def _dk_terms(call: Call) -> Tensor:
+def _dk_terms(call: Call) -> Terms:
     """Sum of scale |ds| |q| over queries and the heads of the group."""
-    terms = torch.zeros_like(call.inputs["k"])
+    added = _Added(call.inputs["k"])
     for part in _parts(call):
-        terms[part.rows, part.head] = (_ds_terms(call, part).mT @ part.q.abs()).sum(0)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+        in_dtype, in_float32 = _ds(call, part)
+        added.set((part.rows, part.head), (in_dtype.mT, in_float32.mT), part.q)
+    return added.terms(_scale(call))
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
@@ -239,7 +265,7 @@ spec = Spec(
     outputs=["out"],
     grads=["q", "k", "v"],
     budget=Budget(
-        roundings=ROUNDINGS,
+        roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
         terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
     ),
     rowwise=[],
