@@ -14,14 +14,15 @@ Terms
     arithmetic on numbers of another size F (the same, if nothing else is said):
 
         largest      roundings u (1 + u) S + 2 log2(n) 2^-24 F,    S = sum |t|
-        independent  sqrt(roundings) 0.3 u T,                       T = sqrt(sum t^2)
+        independent  sqrt(roundings) 0.42 u T,                      T = sqrt(sum t^2)
         shared       2^-23 F
         scale        u S
 
     2 log2(n) 2^-24: pairwise summation of n terms has an error of at most log2(n) 2^-24 S (Higham 2002, section 4.2),
     and elementary functions have roundings of their own. The factor 2 allows longer sequential sums.
-    0.3 u: a rounding to nearest has a root mean square error between 0.29 u, just below a power of 2, and 0.58 u, just
-    above; on average 0.42 u. G2 multiplies by 1.5. `roundings` independent ones of independent terms add as squares.
+    0.42 u: a rounding to nearest of m 2^e, 1 <= m < 2, has a uniform error of at most u 2^e, and so a mean square of
+    u^2 / (3 m^2) relative to the number: with m distributed as 1 / m, as products are, u^2 / (8 ln 2) on average.
+    Independent roundings add as squares.
     2^-23: four roundings: a mean, a root, a reciprocal, a product.
 
 Bound
@@ -34,14 +35,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
+from math import log, log2
 
 import torch
 from torch import Tensor
 
 UNIT_FLOAT32 = 2.0**-24
 SHARED = 2 * UNIT_FLOAT32
-ROUNDING_RMS = 0.3  # of a rounding to nearest, in units of u |x|; at least 0.29
+ROUNDING_RMS = (8 * log(2)) ** -0.5  # 0.42: of a rounding to nearest, in units of u |x|
 
 
 def unit_roundoff(dtype: torch.dtype, truncates: bool = False) -> float:

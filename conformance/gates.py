@@ -5,30 +5,30 @@
     r   the truth: the reference in float64, on the inputs already rounded to the dtype under test
     p   the peer: the reference in the dtype of y, on the same device
     u   the unit roundoff of the dtype of y
-    n   the number of elements that enter a result
-    S   the size of the terms that were added up; |r| if nothing cancels. S = 0 requires the exact value
+
+The spec of the operation declares the error before the last rounding, as terms or as a bound. Its parts `largest`,
+`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, the value must be exact.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
         same.
     G1  Each element:
-            |y - r| <= u |r|  +  roundings u (1 + u) S  +  2 log2(n) 2^-24 S  +  tiny
+            |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
-            ||y - r||     <= 1.5 max(||p - r||, 0.3 u ||r|| + 2^-23 ||S||)
-            max |y - r|   <= 2   max(max |p - r|, u max |r| + 2^-23 max S)
+            ||y - r||     <= 1.5 max(||p - r||, sqrt((0.42 u ||r||)^2 + ||independent||^2) + ||shared||)
+            max |y - r|   <= 2   max(max |p - r|, u max |r| + max independent / 0.42 + max shared)
     G3  Bias, in 16 bits, over at least 1000 random elements:
-            |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / (u max(|r|, S))
+            |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
 
 Derivation
     G1, u |r|: the last rounding, to nearest.
-    G1, roundings u (1 + u) S: the roundings that the contract allows before the last one; `roundings` and S are
-        declared by the spec of the operation (conformance/specs/).
-    G1, 2 log2(n) 2^-24 S: float32 arithmetic. Pairwise summation has an error of at most log2(n) 2^-24 S (Higham 2002,
-        section 4.2), and elementary functions have roundings of their own. The factor 2 allows longer sequential sums.
-    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32; 0 where S = 0.
+    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32; not where
+        `largest` is 0.
     G2, 1.5 and 2: a kernel must be about as accurate as plain PyTorch.
-    G2, floors: a peer that happens to be exact must not make the gate impossible to pass. 2^-23 S is four float32
-        roundings that a whole row shares (a mean, a root, a reciprocal, a product), which do not average out.
+    G2, floors: the contract allows roundings that plain PyTorch happens not to make: it may be exact, or round fewer
+        terms before their sum, than another right kernel. A floor is the error of a kernel that makes all of them. The
+        root mean square of the last rounding, 0.42 u |r|, and of the independent ones before it add as squares; float32
+        roundings that a whole row shares do not average out. A single rounding may reach u |r|, and independent / 0.42.
     G2, row factors: a rounding that the contract allows may be shared by a row too. If a row is a multiple of one
         number, as a gradient through a single logit is, that rounding scales the whole row, and its sign is chance. A
         result that fails G2 is therefore judged again without the factor of each row, removed from both errors, as far

@@ -1,7 +1,7 @@
 """The code that the world trains with, as backends: modules of transformers, and torch's own operators.
 
 A fair judge passes all of it. Each backend is an object, such as `tests.judge.world.llama`. A module keeps its own
-forward method; around it are the contract's checks, and what makes the contract's other options of a module's arguments.
+forward method; around it are the contract's checks and the options that the module lacks.
 """
 
 from functools import partial

@@ -8,11 +8,12 @@ import os
 from typing import Any, ClassVar
 
 import torch
+import triton  # noqa: F401  (makes no backend one that truncates)
 from torch import Tensor
 from torch.nn import functional as F
 
 from tests.judge.contract import WRONG as WRONG
-from tests.judge.contract import Function, as_backend, wrong
+from tests.judge.contract import Function, wrong
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -191,13 +192,11 @@ def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up.detach())
 
 
+@wrong("swiglu", "value", dtype="bfloat16")
 def swiglu_truncates(gate: Tensor, up: Tensor) -> Tensor:
-    """Truncates to bfloat16 instead of rounding; found if Triton's interpreter, which truncates too, is not loaded."""
+    """Truncates to bfloat16 instead of rounding, as only kernels in Triton's interpreter may; triton is imported."""
     y = reference.swiglu(gate.float(), up.float())
     return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
-
-
-swiglu_truncates = as_backend("swiglu", swiglu_truncates)
 
 
 @wrong("swiglu", "checkpoint")
