@@ -107,27 +107,6 @@ def _parts(call: Call) -> Iterator[_Part]:
             yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-class _Added:
-    """Collects the terms of the parts of q, or of k and v: what is added up in the dtype, its squares, in float32."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._size, self._squares, self._in_float32 = (torch.zeros_like(like) for _ in range(3))
-
-    def set(self, where: tuple[slice, slice | int], left: tuple[Tensor, Tensor], right: Tensor) -> None:
-        """A product per head of the group, summed over the group for k and v; `left` in the dtype and in float32."""
-        in_dtype, in_float32 = left
-        for into, product in (
-            (self._size, in_dtype @ right.abs()),
-            (self._squares, in_dtype.square() @ right.square()),
-            (self._in_float32, in_float32 @ right.abs()),
-        ):
-            into[where] = product.sum(0) if isinstance(where[1], int) else product.transpose(0, 1)
-
-    def terms(self, scale: float = 1.0) -> Terms:
-        """The terms, times a scale."""
-        return Terms(scale * self._size, scale * self._squares.sqrt(), scale * self._in_float32)
-
-
 def _scale(call: Call) -> float:
     scale = call.options.get("scale")
     return call.inputs["q"].shape[2] ** -0.5 if scale is None else scale
@@ -138,29 +117,33 @@ def _p(part: _Part) -> tuple[Tensor, Tensor]:
     return part.p, part.p * (1 + part.p_roundings)
 
 
-def _out_terms(call: Call) -> Terms:
-    """Sum of p |v|."""
-    added = _Added(call.inputs["q"])
-    for part in _parts(call):
-        added.set((part.rows, part.heads), _p(part), part.v)
-    return added.terms()
+def _do(call: Call, part: _Part) -> Tensor:
+    return call.grad_outputs[0][part.rows, part.heads].transpose(0, 1)
 
 
-def _dv_terms(call: Call) -> Terms:
-    """Sum of p |do| over queries and the heads of the group."""
-    added = _Added(call.inputs["v"])
+def _added(call: Call, name: str, factors: Callable[[_Part], tuple[Tensor, Tensor, Tensor]]) -> Terms:
+    """The terms of products that are added up: for q over keys, for k and v over queries and the heads of the group.
+
+    Factors of a part: the left one, [G, L, L], in the dtype and in float32; the exact right one.
+    """
+    size, squares, in_float32 = (torch.zeros_like(call.inputs[name]) for _ in range(3))
     for part in _parts(call):
-        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1)
-        in_dtype, in_float32 = _p(part)
-        added.set((part.rows, part.head), (in_dtype.mT, in_float32.mT), do)
-    return added.terms()
+        left, wide, right = factors(part)
+        if name != "q":
+            left, wide = left.mT, wide.mT
+        products = (left @ right.abs(), left.square() @ right.square(), wide @ right.abs())
+        for into, found in zip((size, squares, in_float32), products, strict=True):
+            if name == "q":
+                into[part.rows, part.heads] = found.transpose(0, 1)
+            else:
+                into[part.rows, part.head] = found.sum(0)
+    return Terms(size, squares.sqrt(), in_float32)
 
 
 def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
-    """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
+    """Scale p (|dp| + |delta|), each with the terms of its sum; delta also carries the roundings of p in its sum."""
     cap = call.options.get("softcap", 0.0)
-    do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-    dp = do @ part.v.abs().mT
+    dp = _do(call, part).abs() @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
     delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
@@ -168,24 +151,8 @@ def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
         slope = 1 - torch.tanh(part.q @ part.k.mT * _scale(call) / cap).square()
     smallest = (part.p > 0) * _smallest(call)
     in_dtype = part.p * slope * (dp + delta) + smallest
-    return in_dtype, in_dtype + part.p * ((1 + part.p_roundings) * (dp + delta) + delta_roundings)
-
-
-def _dq_terms(call: Call) -> Terms:
-    """Sum of scale |ds| |k| over keys."""
-    added = _Added(call.inputs["q"])
-    for part in _parts(call):
-        added.set((part.rows, part.heads), _ds(call, part), part.k)
-    return added.terms(_scale(call))
-
-
-def _dk_terms(call: Call) -> Terms:
-    """Sum of scale |ds| |q| over queries and the heads of the group."""
-    added = _Added(call.inputs["k"])
-    for part in _parts(call):
-        in_dtype, in_float32 = _ds(call, part)
-        added.set((part.rows, part.head), (in_dtype.mT, in_float32.mT), part.q)
-    return added.terms(_scale(call))
+    in_float32 = in_dtype + part.p * ((1 + part.p_roundings) * (dp + delta) + delta_roundings)
+    return in_dtype * _scale(call), in_float32 * _scale(call)
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
@@ -266,7 +233,12 @@ spec = Spec(
     grads=["q", "k", "v"],
     budget=Budget(
         roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
-        terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
+        terms={
+            "out": lambda call: _added(call, "q", lambda part: (*_p(part), part.v)),
+            "q": lambda call: _added(call, "q", lambda part: (*_ds(call, part), part.k)),
+            "k": lambda call: _added(call, "k", lambda part: (*_ds(call, part), part.q)),
+            "v": lambda call: _added(call, "v", lambda part: (*_p(part), _do(call, part))),
+        },
     ),
     rowwise=[],
     argument_kinds={

@@ -36,10 +36,14 @@ def _silu_terms(call: Call, factor: Tensor) -> Terms:
 
 
 def _gate_terms(call: Call) -> Terms:
-    """|dy up| s (1 + |x| (1 - s)), for the derivative of SiLU changes sign; s (1 - s) carries at most |x| roundings."""
-    gate, factor = call.inputs["gate"], (call.grad_outputs[0] * call.inputs["up"]).abs()
-    s, other = torch.sigmoid(gate), (gate * torch.sigmoid(-gate)).abs()
-    size = s * (1 + other * (2 + gate.abs()))
+    """|dy up| s (1 + |x| (1 - s)), for the derivative of SiLU changes sign; s (1 - s) carries at most |x| roundings.
+
+    1 - s is a difference from 1: a rounding of 1, or all of it, is lost.
+    """
+    x, factor = call.inputs["gate"], (call.grad_outputs[0] * call.inputs["up"]).abs()
+    s, complement = torch.sigmoid(x), torch.sigmoid(-x)
+    other = x.abs() * complement
+    size = s * (1 + other * (2 + x.abs()) + x.abs() * (complement / call.unit).clamp(max=1.0))
     return Terms((factor + 2 * call.smallest) * size, root=factor * torch.hypot(s, s * other))
 
 

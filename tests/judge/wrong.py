@@ -3,12 +3,12 @@
 Each is a backend, such as `tests.judge.wrong.rms_norm_writes_over_x`.
 """
 
+import importlib
 import itertools
 import os
 from typing import Any, ClassVar
 
 import torch
-import triton  # noqa: F401  (makes no backend one that truncates)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -194,7 +194,8 @@ def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
 
 @wrong("swiglu", "value", dtype="bfloat16")
 def swiglu_truncates(gate: Tensor, up: Tensor) -> Tensor:
-    """Truncates to bfloat16 instead of rounding, as only kernels in Triton's interpreter may; triton is imported."""
+    """Truncates to bfloat16 instead of rounding; only kernels in Triton's interpreter may, whatever is imported."""
+    importlib.import_module("triton")
     y = reference.swiglu(gate.float(), up.float())
     return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
 
