@@ -51,7 +51,7 @@ class Task:
         if self.dtype is None:
             piece = pieces()[self.op]
             return PieceTrial(piece, function, self.device), piece.properties[self.property]
-        trial = Trial(specs()[self.op], function, DTYPES[self.dtype], self.device, judged.truncates)
+        trial = Trial(specs()[self.op], function, DTYPES[self.dtype], self.device)
         return trial, PROPERTIES[self.property]
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from conformance.bounds import Terms, root_of_mean
 from conformance.case import Draw
 from conformance.spec import (
     Budget,
@@ -26,28 +27,37 @@ def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
     return {"x": draw.filled(rows, hidden), "weight": draw.weight(hidden), "bias": draw.weight(hidden)}
 
 
-def _parts(call: Call) -> tuple[Tensor, Tensor]:
-    """r (|x| + mean |x|), the terms of the normalised row, since x - mean x may cancel; and r."""
+def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised row n; r (|x| + mean |x|), its terms in float32, since x - mean x may cancel; and r."""
     x = call.inputs["x"]
-    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
-    r = torch.rsqrt(variance + call.options.get("eps", 1e-5))
-    return r * (x.abs() + x.abs().mean(-1, keepdim=True)), r
+    centred = x - x.mean(-1, keepdim=True)
+    r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + call.options.get("eps", 1e-5))
+    return centred * r, r * (x.abs() + x.abs().mean(-1, keepdim=True)), r
 
 
-def _y_terms(call: Call) -> Tensor:
-    return _parts(call)[0] * call.inputs["weight"].abs() + call.inputs["bias"].abs()
+def _y_terms(call: Call) -> Terms:
+    """|n weight| + |bias|; only float32 may see the difference from the mean."""
+    n, in_float32, _ = _parts(call)
+    weight, bias = call.inputs["weight"].abs(), call.inputs["bias"].abs()
+    return Terms(n.abs() * weight + bias, torch.hypot(n * weight, bias), in_float32 * weight + bias)
 
 
-def _x_terms(call: Call) -> Tensor:
+def _x_terms(call: Call) -> Terms:
     """The gradient of x is g without its mean and without its part along the normalised row."""
-    n, r = _parts(call)
+    n, in_float32, r = _parts(call)
     g = (call.grad_outputs[0] * call.inputs["weight"]).abs()
-    return r * (g + g.mean(-1, keepdim=True) + n * (g * n).mean(-1, keepdim=True))
+
+    def size(n: Tensor) -> Tensor:
+        return r * (g + g.mean(-1, keepdim=True) + n * (g * n).mean(-1, keepdim=True))
+
+    root = r * torch.hypot(torch.hypot(g, root_of_mean(g)), n * root_of_mean(g * n))
+    return Terms(size(n.abs()), root, size(in_float32))
 
 
-def _summed_over_rows(terms: Tensor) -> Tensor:
-    """The gradients of the weight and the bias are sums over rows."""
-    return terms.reshape(-1, terms.shape[-1]).sum(0)
+def _weight_terms(call: Call) -> Terms:
+    """Sum |dy n|."""
+    (n, in_float32, _), dy = _parts(call), call.grad_outputs[0]
+    return Terms((dy * n).abs(), in_float32=dy.abs() * in_float32).over_rows()
 
 
 spec = Spec(
@@ -66,8 +76,8 @@ spec = Spec(
         terms={
             "y": _y_terms,
             "x": _x_terms,
-            "weight": lambda call: _summed_over_rows(call.grad_outputs[0].abs() * _parts(call)[0]),
-            "bias": lambda call: _summed_over_rows(call.grad_outputs[0].abs()),
+            "weight": _weight_terms,
+            "bias": lambda call: Terms(call.grad_outputs[0].abs()).over_rows(),
         },
     ),
     rowwise=["x"],

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from conformance.bounds import Terms, root_of_mean
 from conformance.case import Draw
 from conformance.spec import (
     Budget,
@@ -46,17 +47,18 @@ def _y_terms(call: Call) -> Tensor:
     return (normed(call)[0].abs() + 2 * call.smallest) * (call.inputs["weight"].abs() + call.options.get("offset", 0.0))
 
 
-def _x_terms(call: Call) -> Tensor:
+def _x_terms(call: Call) -> Terms:
     """r (|g| + |n| mean |g n|): the gradient of x is g without its part along the normalised row."""
     n, r = normed(call)
     g = call.grad_outputs[0] * (call.inputs["weight"] + call.options.get("offset", 0.0))
-    return r * (g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest)
+    size = g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest
+    return Terms(r * size, root=r * torch.hypot(g, n * root_of_mean(g * n)))
 
 
-def _weight_terms(call: Call) -> Tensor:
+def _weight_terms(call: Call) -> Terms:
     """Sum |dy n|: the gradient of the weight is a sum over rows."""
-    terms = (normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
-    return terms.reshape(-1, terms.shape[-1]).sum(0)
+    n, dy = normed(call)[0], call.grad_outputs[0]
+    return Terms((n.abs() + 2 * call.smallest) * dy.abs(), root=(dy * n).abs()).over_rows()
 
 
 spec = Spec(
