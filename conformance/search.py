@@ -151,7 +151,7 @@ def search(
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
     """
-    if why := prop.lacks(trial.device):
+    if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
     if prop.cases is None:
@@ -163,6 +163,6 @@ def search(
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:
     """Check one case."""
-    if why := prop.lacks(trial.device):
+    if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     return _Attempts(trial, prop, dtype, 0.0, lambda case: None).over([case])

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from conformance.bounds import Bound, Terms, unit_roundoff
 from conformance.case import Case, Draw
-
-Inputs = dict[str, Tensor]
-Options = dict[str, Any]
+from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
@@ -82,6 +80,12 @@ class Call:
     grad_outputs: Sequence[Tensor]
     dtype: torch.dtype
     truncates: bool = False
+
+    def wide(self, *names: str) -> bool:
+        """Whether one of these inputs has more bits than the dtype under test, which has 16."""
+        return self.dtype != torch.float32 and any(
+            not torch.equal(self.inputs[name].to(self.dtype).double(), self.inputs[name]) for name in names
+        )
 
     @property
     def unit(self) -> float:
@@ -177,6 +181,11 @@ class Spec:
         budget: read by the gates.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
+        independent: the independent parts of a call; rows by default.
+        bits_vary: why the bits of a part may depend on the number of parts; empty if they may not.
+        far: inputs that may have more than 2^31 elements in a real run; the row-wise ones by default.
+        laws: exact ones, by a sentence.
+        memory: what a call may allocate; None for any amount.
         argument_kinds: other valid kinds of arguments, by name.
         special_values: special values that an input may contain.
         same_bits: whether outputs have the same bits with and without gradients.
@@ -193,6 +202,11 @@ class Spec:
     budget: Budget
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
+    independent: Parts | None = None
+    bits_vary: str = ""
+    far: Sequence[str] = ()
+    laws: Mapping[str, Law] = field(default_factory=dict)
+    memory: Memory | None = None
     argument_kinds: Mapping[str, Change] = field(default_factory=dict)
     special_values: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
@@ -204,6 +218,11 @@ class Spec:
     def op(self) -> str:
         """The name of the operation."""
         return self.reference.__name__
+
+    @property
+    def parts(self) -> Parts:
+        """The independent parts of a call."""
+        return self.independent or rows_as_parts(self.rowwise)
 
     @property
     def row_dimension(self) -> str:

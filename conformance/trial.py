@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -19,6 +20,8 @@ from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 
 Function = Callable[..., Any]
+
+PLAIN_NODE = re.compile(r"\w*Backward\d+|torch::autograd::(AccumulateGrad|CopySlices|GraphRoot)")
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,17 @@ class Trial:
         return found
 
     def judge(
-        self, case: Case, run: Run, inputs: Inputs | None = None, grad_outputs: Sequence[Tensor] | None = None
+        self,
+        case: Case,
+        run: Run,
+        inputs: Inputs | None = None,
+        grad_outputs: Sequence[Tensor] | None = None,
+        peer: Run | None = None,
     ) -> float:
-        """Compare a run with the truth; returns the budget use, raises Failure."""
+        """Compare a run with the truth; returns the budget use, raises Failure. The default peer is the reference."""
         inputs = inputs or self.inputs(case)
         names = list(run.grads)
-        peer = self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
+        peer = peer or self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
         if grad_outputs is None:
             grad_outputs = self.grad_outputs(case, peer.outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
@@ -220,6 +228,18 @@ class Trial:
             )
             used = max(used, judge(name, y, r, p, model))
         return used
+
+
+def is_plain(outputs: Sequence[Tensor]) -> bool:
+    """Whether the graphs of these outputs consist of PyTorch's own autograd nodes, whose names end with a number."""
+    nodes: set[Any] = set()
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return all(PLAIN_NODE.fullmatch(node.name()) for node in nodes)
 
 
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:

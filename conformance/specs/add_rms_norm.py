@@ -6,6 +6,7 @@ import torch
 
 from conformance.bounds import Terms, root_of_mean
 from conformance.case import Draw
+from conformance.promises import Law
 from conformance.spec import (
     Budget,
     Call,
@@ -58,14 +59,19 @@ spec = Spec(
     budget=Budget(
         roundings=3,  # the two of rms_norm, and that of the sum
         terms={
-            "normed": lambda call: rms_norm.spec.budget.terms["y"](_norm_of_the_sum(call)),
+            "normed": lambda call: rms_norm.y_terms(_norm_of_the_sum(call)),
             "x": _x_terms,
             "residual": _x_terms,
-            "weight": lambda call: rms_norm.spec.budget.terms["weight"](_norm_of_the_sum(call)),
+            "weight": lambda call: rms_norm.weight_terms(_norm_of_the_sum(call), rounded=True),  # the sum is
         },
     ),
     rowwise=["x", "residual"],
-    argument_kinds=leading_dimensions("x", "residual"),
+    argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,
+    laws={
+        "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),
+        "dnormed and dsum four times as large": Law({}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0),
+    },
+    memory=replace(rms_norm.MEMORY, grads=["x", "residual", "weight"]),
     errors=[
         *rms_norm.spec.errors,
         mistake(

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from conformance.bounds import Terms, root_of_mean
-from conformance.case import Draw
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
+    Options,
     Spec,
     Speed,
     change_inputs,
@@ -19,8 +21,10 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
-from conformance.specs.rms_norm import NORM_ERRORS
+from conformance.specs.rms_norm import NORM_ERRORS, PROGRAMS, WIDE_WEIGHT
 from unsloth_ref.kernels import layer_norm
+
+ROUNDINGS = 1  # the contract rounds once, at the end; one more for another order of operations, in either pass
 
 
 def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
@@ -36,10 +40,16 @@ def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _y_terms(call: Call) -> Terms:
-    """|n weight| + |bias|; only float32 may see the difference from the mean."""
+    """|n weight| + |bias|; only float32 may see the difference from the mean.
+
+    With a weight or bias that is wider than x, only the result is rounded to the dtype of x.
+    """
     n, in_float32, _ = _parts(call)
     weight, bias = call.inputs["weight"].abs(), call.inputs["bias"].abs()
-    return Terms(n.abs() * weight + bias, torch.hypot(n * weight, bias), in_float32 * weight + bias)
+    wide = in_float32 * weight + bias
+    if call.wide("weight", "bias"):
+        return Terms(torch.zeros_like(wide), in_float32=wide)
+    return Terms(n.abs() * weight + bias, torch.hypot(n * weight, bias), wide)
 
 
 def _x_terms(call: Call) -> Terms:
@@ -60,6 +70,10 @@ def _weight_terms(call: Call) -> Terms:
     return Terms((dy * n).abs(), in_float32=dy.abs() * in_float32).over_rows()
 
 
+def _times_four(options: Options) -> Options:
+    return {"eps": 4 * options.get("eps", 1e-5)}
+
+
 spec = Spec(
     reference=layer_norm,
     drawing=Drawing(
@@ -72,7 +86,7 @@ spec = Spec(
     outputs=["y"],
     grads=["x", "weight", "bias"],
     budget=Budget(
-        roundings=1,  # the contract rounds once, at the end; one more for another order of operations, in either pass
+        roundings=ROUNDINGS,
         terms={
             "y": _y_terms,
             "x": _x_terms,
@@ -82,10 +96,20 @@ spec = Spec(
     ),
     rowwise=["x"],
     argument_kinds=leading_dimensions("x")
-    | {
-        "weight in float32": change_inputs(lambda i: {"weight": i["weight"].float()}),
-        "bias in float32": change_inputs(lambda i: {"bias": i["bias"].float()}),
+    | WIDE_WEIGHT
+    | {"bias in float32": change_inputs(lambda i: {"bias": i["bias"].float() * (1 + 2**-13)})},
+    laws={
+        "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=_times_four),
+        "weight and bias negated": Law({"weight": -1.0, "bias": -1.0}, {"y": -1.0, "x": -1.0}),
+        "x and weight negated": Law({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
+        "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
+    memory=Memory(
+        Case((("rows", 16384), ("hidden", 4096))),
+        grads=["x", "weight", "bias"],
+        saved=lambda inputs: 8 * len(inputs["x"]),  # mean and 1 / standard deviation
+        working=lambda inputs: 2 * 4 * PROGRAMS * inputs["x"].shape[-1],
+    ),
     errors=[
         *NORM_ERRORS,
         mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["bias"][:-1]}, undefined=True),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from conformance.bounds import SHARED, Bound, exact, float32_error, product, total
-from conformance.case import Draw
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -38,6 +39,7 @@ from conformance.specs.cross_entropy import (
 from unsloth_ref.kernels import linear_cross_entropy
 from unsloth_ref.types import IGNORE_INDEX
 
+LOGITS_BYTES = 2**29  # that a call may have at once
 LARGEST_EXPONENT = 80.0  # beyond it the allowed error is larger than any result
 LOGITS_PER_CHUNK = 2**26  # in float64: 512 MiB, so that the shapes of the bench fit on a GPU
 
@@ -244,6 +246,19 @@ spec = Spec(
     ),
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
+    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    laws={
+        "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),
+        "dloss four times as large": Law({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 8192), ("ignored", 2), ("vocab", 65536), ("hidden", 512))),
+        grads=["hidden", "weight"],
+        # Both gradients, that of the weight in float32; the log-sum-exp and the index of each row.
+        saved=lambda i: nbytes(i["hidden"]) + 4 * i["weight"].numel() + 32 * len(i["labels"]),
+        # The logits of some rows, far fewer than there are; the rows themselves; both gradients if computed later.
+        working=lambda i: LOGITS_BYTES + 2 * nbytes(i["hidden"]) + 4 * i["weight"].numel() + 32 * len(i["labels"]),
+    ),
     argument_kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
         "every second one is ignored": _every_second_ignored,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.bounds import Bound, added_in_float32, exact, product, total
-from conformance.case import Draw
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -92,9 +93,8 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _wide(call: Call) -> bool:
-    """Whether adapters have more bits than x: random float32 numbers do not fit into 16 bits."""
-    adapters = call.inputs["lora_a"], call.inputs["lora_b"]
-    return call.dtype != torch.float32 and any(not torch.equal(t.to(call.dtype).double(), t) for t in adapters)
+    """Whether adapters have more bits than x."""
+    return call.wide("lora_a", "lora_b")
 
 
 def _y_bound(call: Call) -> Bound:
@@ -160,6 +160,11 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return whole + narrow_in + narrow_out, dlow + sum(needs.get(name, 0) for name in grads)
 
 
+def _low_bytes(inputs: Inputs) -> int:
+    """x @ lora_a^T."""
+    return inputs["x"][..., 0].numel() * len(inputs["lora_a"]) * inputs["x"].element_size()
+
+
 def _bias_error(
     what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
 ) -> ErrorCase:
@@ -206,6 +211,23 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
+    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    laws={
+        "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]),
+        "lora_b half as large, with twice the scaling": Law(
+            {"lora_b": 0.5}, {"lora_b": 2.0}, options=lambda options: {"scaling": 2 * options.get("scaling", 1.0)}
+        ),
+        "dy four times as large": Law(
+            {}, dict.fromkeys(["x", "weight", "lora_a", "lora_b", "bias"], 4.0), grad_outputs=4.0
+        ),
+    },
+    memory=Memory(
+        Case((("rows", 16384), ("rank", 16), ("wide", 1), ("columns", 2048), ("out", 4096))),
+        grads=["x", "lora_a", "lora_b"],
+        saved=_low_bytes,
+        # Its gradient; both adapters in the dtype of x, and a float32 sum.
+        working=lambda i: _low_bytes(i) + 8 * (i["lora_a"].numel() + i["lora_b"].numel()),
+    ),
     argument_kinds=leading_dimensions("x")
     | {
         "a bias": change_inputs(lambda i: {"bias": i["weight"][:, 0].contiguous()}),

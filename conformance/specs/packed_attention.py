@@ -4,11 +4,10 @@ No input is row-wise: an output depends on all earlier rows of its document, and
 argument kinds that fill one document with NaN check that documents do not attend to each other.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import nan
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -16,7 +15,9 @@ from torch import Generator, Tensor
 
 from conformance.bounds import Terms
 from conformance.case import Case, Draw
-from conformance.spec import Budget, Call, Change, Drawing, ErrorCase, Inputs, Options, Spec, Speed, nbytes
+from conformance.promises import Law, Memory, Parts
+from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, nbytes
+from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
@@ -34,10 +35,6 @@ def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
     return [0, *ends[:-1], tokens]
 
 
-def _longest(bounds: list[int]) -> int:
-    return max(end - begin for begin, end in pairwise(bounds))
-
-
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
     cu_seqlens = torch.tensor(_bounds(tokens, documents, draw.case.seed), dtype=torch.int32)
     return {
@@ -51,7 +48,7 @@ def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, w
 
 def _required(case: Case) -> Options:
     """max_seqlen, exactly the length of the longest document."""
-    return {"max_seqlen": _longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
+    return {"max_seqlen": longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -168,13 +165,30 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return 2 * product, 5 * product if grads else 0
 
 
+def _documents(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+    """A call with these documents alone, in this order."""
+    bounds = inputs["cu_seqlens"].tolist()
+    rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in chosen]).to(inputs["q"].device)
+    starts = [0]
+    for i in chosen:
+        starts.append(starts[-1] + bounds[i + 1] - bounds[i])
+    picked = {name: inputs[name][rows] for name in ("q", "k", "v")}
+    picked["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
+    return picked, {"max_seqlen": longest(starts)}, rows
+
+
+def _lse_bytes(inputs: Inputs) -> int:
+    """A float32 per query and head."""
+    return 4 * inputs["q"][..., 0].numel()
+
+
 def _cut(cut: Callable[[int], list[int]]) -> Change:
     """Other document bounds; `cut` computes them from the number of tokens."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         bounds = cut(len(inputs["q"]))
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=inputs["q"].device)
-        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": _longest(bounds)}
+        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": longest(bounds)}
 
     return change
 
@@ -189,18 +203,6 @@ def _nan_in(document: int) -> Change:
         for name in ("q", "k", "v"):
             inputs[name][bounds[document] : bounds[document + 1]] = nan
         return inputs, options
-
-    return change
-
-
-def _change(**changes: Any) -> Change:
-    """A change of these inputs and options, each computed from the valid inputs."""
-
-    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        options = {"max_seqlen": _longest(inputs["cu_seqlens"].tolist()), **options}
-        made = {name: make(inputs) for name, make in changes.items()}
-        wrong = {name: value for name, value in made.items() if name in inputs}
-        return {**inputs, **wrong}, {**options, **{name: v for name, v in made.items() if name not in inputs}}
 
     return change
 
@@ -241,6 +243,22 @@ spec = Spec(
         },
     ),
     rowwise=[],
+    independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
+    far=["q", "k", "v"],
+    laws={
+        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0}),
+        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0}),
+        "q twice as large, with half the scale": Law(
+            {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
+        ),
+        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64))),
+        grads=["q", "k", "v"],
+        saved=_lse_bytes,  # log-sum-exps
+        working=_lse_bytes,  # sums of dout times out
+    ),
     argument_kinds={
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
@@ -250,75 +268,7 @@ spec = Spec(
         "NaN in between": _nan_in(1),
         "NaN behind": _nan_in(2),
     },
-    errors=[
-        ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", undefined=True),
-        ErrorCase("k has another length", _change(k=lambda i: i["k"][:-1]), ValueError, "k", undefined=True),
-        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", undefined=True),
-        ErrorCase("v has another length", _change(v=lambda i: i["v"][:-1]), ValueError, "v", undefined=True),
-        ErrorCase(
-            "heads of k do not divide those of q",
-            _change(**{n: lambda i: i["k"].repeat(1, 2 + i["q"].shape[1], 1) for n in ("k", "v")}),
-            ValueError,
-            "k",
-            undefined=True,
-        ),
-        ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
-        ErrorCase("v has another dtype", _change(v=lambda i: i["v"].double()), TypeError, "v"),
-        ErrorCase("q is integer", _change(**{n: lambda i, n=n: i[n].long() for n in "qkv"}), TypeError, "q"),
-        ErrorCase(
-            "cu_seqlens is a matrix", _change(cu_seqlens=lambda i: i["cu_seqlens"][None]), ValueError, "cu_seqlens"
-        ),
-        ErrorCase(
-            "cu_seqlens are floats", _change(cu_seqlens=lambda i: i["cu_seqlens"].float()), TypeError, "cu_seqlens"
-        ),
-        ErrorCase(
-            "cu_seqlens is of 64 bits", _change(cu_seqlens=lambda i: i["cu_seqlens"].long()), TypeError, "cu_seqlens"
-        ),
-        ErrorCase("cu_seqlens is empty", _change(cu_seqlens=lambda i: i["cu_seqlens"][:0]), ValueError, "cu_seqlens"),
-        ErrorCase(
-            "cu_seqlens ends early",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(max=len(i["q"]) - 1)),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens ends late",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"] + (i["cu_seqlens"] == len(i["q"])).int()),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens begins late",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(min=1)),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens falls",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].new_tensor([0, 2, 1, len(i["q"])])),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "max_seqlen is short of the longest document",
-            _change(max_seqlen=lambda i: _longest(i["cu_seqlens"].tolist()) - 1),
-            ValueError,
-            "max_seqlen",
-            device="cpu",
-        ),
-        ErrorCase("max_seqlen is negative", _change(max_seqlen=lambda i: -1), ValueError, "max_seqlen"),
-        ErrorCase("a window of nothing", _change(window=lambda i: 0), ValueError, "window"),
-        ErrorCase("softcap is negative", _change(softcap=lambda i: -1.0), ValueError, "softcap"),
-        ErrorCase("scale is infinite", _change(scale=lambda i: float("inf")), ValueError, "scale"),
-    ],
+    errors=ERRORS,
     speed=Speed(
         shapes={
             "text-mix-16k-d64": _bench(16384, 41, 64),

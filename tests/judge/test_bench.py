@@ -126,7 +126,7 @@ def test_a_peer_with_wrong_results_is_timed_all_the_same(measure: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("calls", "what"), [(10, "last timed forward"), (2 + 3 + 1 + 2 * MOST_ROUNDS + 30, "replayed")]
+    ("calls", "what"), [(13, "last timed forward"), (2 + 3 + 3 + 1 + 2 * MOST_ROUNDS + 30, "replayed")]
 )
 def test_the_last_timed_result_is_checked(
     calls: int, what: str, measure: Callable[..., dict[str, Row]], monkeypatch: pytest.MonkeyPatch

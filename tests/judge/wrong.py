@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.judge.contract import WRONG as WRONG
 from tests.judge.contract import Function, wrong
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import IGNORE_INDEX
