@@ -16,7 +16,7 @@ Terms
         largest      roundings u (1 + u) S + 2 log2(n) 2^-24 F,    S = sum |t|
         independent  sqrt(roundings) 0.42 u T,                      T = sqrt(sum t^2)
         shared       2^-23 F
-        scale        u S
+        scale        u S, and the float32 part of `largest` where F is not S
 
     2 log2(n) 2^-24: pairwise summation of n terms has an error of at most log2(n) 2^-24 S (Higham 2002, section 4.2),
     and elementary functions have roundings of their own. The factor 2 allows longer sequential sums.
@@ -106,7 +106,8 @@ class Terms:
 
     def scale(self, how: Arithmetic) -> Tensor:
         """Unit of a mean error."""
-        return how.unit * self.size
+        in_dtype = how.unit * self.size
+        return in_dtype if self.in_float32 is None else in_dtype + float32_error(how.elements) * self.in_float32
 
 
 def _rows(tensor: Tensor) -> Tensor:
