@@ -1,0 +1,238 @@
+"""The mutants of several operations: chosen, examined, given a verdict.
+
+A mutant is examined in two rounds, because most of them die at once. Those that the first few checks let pass run all
+other checks of which the unchanged backend runs the changed expression: in any other check nothing can differ.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from conformance import runner
+from conformance.backends import OPERATIONS, Judged
+from conformance.mutate.edits import mutants
+from conformance.mutate.equivalent import Equivalent
+from conformance.mutate.examine import QUICK, Check, Examination, Examined, checks
+from conformance.mutate.mutant import Mutant, Region
+from conformance.mutate.sources import sources_of
+from conformance.search import Result
+
+HANG_SECONDS = 60.0  # the longest case of a correct kernel takes 15, in Triton's interpreter or to be compiled
+Verdict = Literal["killed", "raised", "survived", "unreached", "same bits", "equivalent"]
+Key = tuple[str, Mutant]  # the operation that is examined, and the mutant
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant.
+
+    Attributes:
+        op: the operation that was examined.
+        mutant: the mutant.
+        verdict: "killed" by a property; "raised" if the plainest call raises; "survived"; "unreached" if it survived
+            because no case runs the changed expression; "same bits" if it is a launch parameter that was used and
+            changed no bit of any result; "equivalent" if it was confirmed to be.
+        failed: the checks that failed.
+        same: whether all results have the bits of the unchanged backend.
+        reason: why it is equivalent.
+    """
+
+    op: str
+    mutant: Mutant
+    verdict: Verdict
+    failed: tuple[Result, ...] = ()
+    same: bool = False
+    reason: str = ""
+
+    @property
+    def survives(self) -> bool:
+        """Whether the judge should have failed it, as far as anybody knows."""
+        return self.verdict in ("survived", "unreached")
+
+
+@dataclass
+class Original:
+    """What the unchanged backend does, by check."""
+
+    bits: dict[Check, int] = field(default_factory=dict)
+    reached: dict[Check, set[int]] = field(default_factory=dict)
+    failed: list[Result] = field(default_factory=list)
+
+    def add(self, found: Result) -> None:
+        """Add the checks of one task."""
+        found = _examined(found)
+        self.bits |= found.bits
+        self.reached |= found.reached
+        self.failed += found.failed
+
+    def passes(self, check: Check) -> bool:
+        """Whether a check can say anything about a mutant; one without a dtype is of a process that died."""
+        return not any(one.property == check[0] and one.dtype in (None, check[1]) for one in self.failed)
+
+
+def choose(
+    judged: Judged,
+    ops: Sequence[str],
+    *,
+    files: Sequence[Path] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    names: Collection[str] = (),
+) -> list[Key]:
+    """The mutants of these operations.
+
+    Args:
+        judged: the backend.
+        ops: operations that it defines.
+        files: mutate these alone; by default those that the operation's function comes from.
+        sample: number of mutants per operation, drawn at random; all by default.
+        seed: of the draw.
+        names: these mutants alone.
+    """
+    chosen: list[Key] = []
+    for op in ops:
+        found = [mutant for source in sources_of(judged.functions[op], files) for mutant in mutants(source)]
+        if names:
+            found = [mutant for mutant in found if mutant.name in names]
+        if sample is not None and sample < len(found):
+            drawn = set(random.Random(f"{seed} {op}").sample(range(len(found)), sample))
+            found = [mutant for index, mutant in enumerate(found) if index in drawn]
+        chosen += [(op, mutant) for mutant in found]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """How mutants are examined.
+
+    Attributes:
+        backend, device, profile: as for `conformance run`.
+        properties, dtypes: what to check.
+        jobs: number of processes.
+        every: do not stop at the first property that kills a mutant.
+        confirmed: mutants known to be equivalent.
+    """
+
+    backend: str
+    device: str
+    profile: str
+    properties: Sequence[str]
+    dtypes: Sequence[str]
+    jobs: int
+    every: bool = False
+    confirmed: Sequence[Equivalent] = ()
+
+    def run(
+        self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]
+    ) -> tuple[list[Outcome], dict[str, Original]]:
+        """Examine mutants.
+
+        Args:
+            chosen: operations and mutants.
+            on_outcome: called with each verdict when it is known.
+
+        Returns:
+            The outcomes in the order of the mutants, and what the unchanged backend does.
+        """
+        ordered = checks(self.properties, self.dtypes)
+        outcomes: dict[Key, Outcome] = {}
+        first: dict[Key, Examined] = {}
+
+        def conclude(key: Key, outcome: Outcome) -> None:
+            outcomes[key] = outcome
+            on_outcome(outcome)
+
+        def after_first(key: Key, found: Examined) -> None:
+            entry = next((one for one in self.confirmed if one.matches(key[1])), None)
+            if found.failed and not self.every:
+                conclude(key, Outcome(*key, "raised" if found.raised else "killed", found.failed))
+            elif entry is not None and not found.failed:
+                conclude(key, Outcome(*key, "equivalent", reason=entry.reason))
+            else:
+                first[key] = found
+
+        originals = self._originals({op: [] for op, _ in chosen}, ordered[:QUICK])
+        plans = {key: [c for c in ordered[:QUICK] if originals[key[0]].passes(c)] for key in chosen}
+        self._examine(plans, after_first)
+        regions: dict[str, list[tuple[str, Region]]] = {op: [] for op, _ in first}
+        for op, mutant in first:
+            if mutant.region is not None and (place := (str(mutant.source.path), mutant.region)) not in regions[op]:
+                regions[op].append(place)
+        originals |= self._originals(regions, ordered)
+        plans = {key: self._plan(key, originals[key[0]], regions[key[0]], ordered) for key in first}
+
+        def after_second(key: Key, found: Examined) -> None:
+            failed = first[key].failed + found.failed
+            if failed:
+                raised = first[key].raised or found.raised
+                conclude(key, Outcome(*key, "raised" if raised else "killed", failed))
+                return
+            bits = first[key].bits | found.bits
+            same = all(originals[key[0]].bits.get(check) == value for check, value in bits.items())
+            survived: Verdict = "survived" if plans[key] else "unreached"
+            conclude(key, Outcome(*key, "same bits" if plans[key] and same and key[1].choice else survived, same=same))
+
+        rest = {key: [c for c in plan if c not in ordered[:QUICK]] for key, plan in plans.items()}
+        self._examine(rest, after_second)
+        return [outcomes[key] for key in chosen], originals
+
+    def _plan(
+        self, key: Key, original: Original, regions: Sequence[tuple[str, Region]], ordered: Sequence[Check]
+    ) -> list[Check]:
+        """The checks in which the unchanged backend runs the changed expression, and passes."""
+        mutant = key[1]
+        passed = [check for check in ordered if original.passes(check)]
+        if mutant.region is None:
+            return passed
+        number = regions.index((str(mutant.source.path), mutant.region))
+        return [check for check in passed if number in original.reached.get(check, ())]
+
+    def _originals(
+        self, regions: Mapping[str, Sequence[tuple[str, Region]]], ordered: Sequence[Check]
+    ) -> dict[str, Original]:
+        """The unchanged backend under these checks, each property in a process of its own."""
+        found = {op: Original() for op in regions}
+        tasks = [
+            self._task(op, property=name, checks=tuple(c for c in ordered if c[0] == name), regions=tuple(places))
+            for name in dict.fromkeys(name for name, _ in ordered)
+            for op, places in regions.items()
+        ]
+        self._run(tasks, lambda task, result: found[task.op].add(result))
+        return found
+
+    def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
+        """Run every mutant under its checks; one without checks passes."""
+        tasks = {
+            self._task(
+                op, mutant=mutant.name, edited=(mutant.source.module, mutant.text), checks=tuple(plan), every=self.every
+            ): (op, mutant)
+            for (op, mutant), plan in plans.items()
+            if plan
+        }
+        self._run(tasks, lambda task, result: on_found(tasks[task], _examined(result)))
+        for key, plan in plans.items():
+            if not plan:
+                on_found(key, Examined(key[0], "", None, "pass"))
+
+    def _task(self, op: str, property: str = "", **facts: object) -> Examination:
+        return partial(Examination, self.backend, op, property, None, self.device, self.profile)(**facts)  # type: ignore[arg-type]
+
+    def _run(self, tasks: Iterable[Examination], on_result: Callable[..., None]) -> None:
+        preload = ["conformance.mutate.examine", *(f"conformance.specs.{op}" for op in OPERATIONS)]
+        if "triton" in sys.modules:  # the backend uses it
+            preload += ["triton", "triton.language", "triton.runtime.interpreter"]
+        runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS, preload=preload)
+
+
+def _examined(found: Result) -> Examined:
+    """The result of an examination; of one whose process died, the check that it ran is in its case."""
+    if isinstance(found, Examined):
+        return found
+    check, _, case = (found.case or "").partition(": ")
+    name, _, dtype = check.partition(" ")
+    facts = asdict(found) | {"property": name or found.property, "dtype": dtype or None, "case": case or None}
+    return Examined(**facts, failed=(Result(**facts),))
