@@ -24,7 +24,8 @@ from conformance.bench.measure import bench_case
 from conformance.case import LAYOUTS
 from conformance.report import commit, versions
 from conformance.search import DTYPES
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 from conformance.trial import Caught, Trial, describe
 from unsloth_fast.kernels._launch import launched_by_triton
 
@@ -98,7 +99,7 @@ def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dty
     """
     for op in ops:
         spec = specs()[op]
-        for shape in spec.bench if op in judged.functions else ():
+        for shape in spec.speed.shapes if op in judged.functions else ():
             launches: dict[tuple[Fingerprint, ...], None] = {}  # each once, in order
             blanks = [Fingerprint(op, shape, dtype, "", target) for target in targets]
             with _compiled_not_launched(blanks, launches.setdefault):
@@ -111,8 +112,8 @@ def _run(trial: Trial, spec: Spec, shape: str) -> None:
     case = bench_case(spec, shape)
     case = case.resized(**{spec.row_dimension: min(ROWS, case.size(spec.row_dimension))})
     inputs = trial.inputs(case)
-    inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
-    trial.run(case, inputs, grads=spec.bench[shape].get("grads"))
+    inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
+    trial.run(case, inputs, grads=spec.speed.shapes[shape].get("grads"))
 
 
 class _AbsentDriver:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
-from typing import Any, ClassVar, Self, get_origin, get_type_hints
+from typing import Any, Self, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
-import conformance.pieces
 import unsloth_ref.training
-from conformance.declarations import load
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
 from conformance.properties.signature_parity import demand_signature
+from conformance.property import Check, Property
 from conformance.trial import Caught, Function
 
 
@@ -74,7 +72,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-PieceCheck = Callable[["PieceTrial", Any], float | None]
+SHARE = 2.0  # of a profile's examples: the cases of a piece are small
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Piece:
 
     op: str
     draw: Callable[[int], st.SearchStrategy[Any]]
-    checks: Sequence[PieceCheck]
+    checks: Sequence[Check]
     simplest: PieceCase
     mistakes: Sequence[Mistake] = ()
 
@@ -118,38 +116,17 @@ class Piece:
         return getattr(unsloth_ref.training, self.op)
 
     @property
-    def properties(self) -> Mapping[str, PieceProperty]:
+    def properties(self) -> Mapping[str, Property]:
         """The properties by name, including those that hold for every piece."""
-        found = [PieceProperty(check.__name__, check) for check in self.checks]
-        found.append(PieceProperty("signature_parity", _same_signature, once=True))
+        found = [Property.of_function(check, share=SHARE) for check in self.checks]
+        found.append(Property.of_function(signature_parity, cases=_simplest))
         if self.mistakes:
-            found.append(PieceProperty("error_parity", _rejects, once=True))
+            found.append(Property.of_function(error_parity, cases=_simplest))
         return {each.name: each for each in found}
 
     def parse(self, line: str) -> PieceCase:
         """Parse a case of this piece; raises ValueError."""
         return type(self.simplest).parse(line)
-
-
-@dataclass(frozen=True)
-class PieceProperty:
-    """A property of a piece, as `search` expects it. It gets twice the examples of the profile, as they are small.
-
-    Attributes:
-        name: the name of the property.
-        check: raises Failure if the property does not hold.
-        once: whether the property concerns the function itself, so that one case is enough.
-    """
-
-    SHARE: ClassVar[float] = 2.0
-
-    name: str
-    check: PieceCheck
-    once: bool = False
-
-    def cases(self, spec: Any, profile: Profile) -> Sequence[PieceCase] | None:
-        """The fixed cases, or None to draw cases."""
-        return [spec.simplest] if self.once else None
 
 
 @dataclass(frozen=True)
@@ -171,12 +148,17 @@ class PieceTrial:
         return self.spec.draw(profile.elements)
 
 
-def _same_signature(trial: PieceTrial, case: PieceCase) -> None:
+def _simplest(piece: Piece, profile: Profile) -> list[PieceCase]:
+    """The case for properties of the function itself."""
+    return [piece.simplest]
+
+
+def signature_parity(trial: PieceTrial, case: PieceCase) -> None:
     """The signature is that of the reference; additional keywords have defaults."""
     demand_signature(trial.function, trial.spec.reference)
 
 
-def _rejects(trial: PieceTrial, case: PieceCase) -> None:
+def error_parity(trial: PieceTrial, case: PieceCase) -> None:
     """Calls that the contract rejects raise an error, because any returned result would be wrong."""
     for mistake in trial.spec.mistakes:
         positional, keywords = mistake.arguments()
@@ -187,14 +169,3 @@ def _rejects(trial: PieceTrial, case: PieceCase) -> None:
         if not isinstance(raised.error, (*REFUSALS, KeyError)):
             error = type(raised.error).__name__
             raise Failure(f"{mistake.what}: raised {error} ({raised.error}), should raise {mistake.raises.__name__}")
-
-
-@cache
-def pieces() -> Mapping[str, Piece]:
-    """Every training piece, by name.
-
-    Raises:
-        SpecError: a piece of `unsloth_ref.training` has no file in conformance/pieces, or a file has no piece or one of
-            another name.
-    """
-    return load(conformance.pieces, "piece", Piece, unsloth_ref.training)

@@ -11,7 +11,7 @@ class Profile:
 
     Attributes:
         name: on the command line.
-        examples: cases for a property whose SHARE is 1.
+        examples: cases for a property whose share is 1.
         elements: of the largest input.
         derandomize: whether every run draws the same cases.
         shrink_seconds: time to spend on finding a smaller failing case; 0 disables shrinking.

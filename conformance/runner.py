@@ -14,11 +14,13 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from conformance import backends
-from conformance.piece import PieceTrial, pieces
+from conformance.piece import PieceTrial
+from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import DTYPES, AnyCase, AnyProperty, AnyTrial, Result, reproduce, search
-from conformance.spec import specs
+from conformance.property import Property
+from conformance.search import DTYPES, AnyCase, AnyTrial, Result, reproduce, search
+from conformance.specs import specs
 from conformance.trial import Trial
 
 CASE_TIMEOUT_SECONDS = 300  # compiling for one case takes under 60
@@ -43,7 +45,7 @@ class Task:
             return reproduce(trial, prop, self.case, self.dtype)
         return search(trial, prop, PROFILES[self.profile], self.dtype, notify)
 
-    def _trial_and_property(self) -> tuple[AnyTrial, AnyProperty]:
+    def _trial_and_property(self) -> tuple[AnyTrial, Property]:
         judged = backends.load(self.backend, self.device)
         function = judged.functions[self.op]
         if self.dtype is None:
@@ -129,7 +131,7 @@ def next_task(queue: Iterable[Task], running: Iterable[Task]) -> Task | None:
 
 
 def _is_large(task: Task) -> bool:
-    return getattr(PROPERTIES.get(task.property), "LARGE", False)
+    return task.property in PROPERTIES and "gigabytes" in PROPERTIES[task.property].needs
 
 
 def _start(timeout: float, preload: Sequence[str] | None) -> _Worker:

@@ -4,7 +4,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -13,15 +12,15 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
 from conformance.gates import Failure
-from conformance.piece import PieceCase, PieceProperty, PieceTrial
+from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.trial import Caught, Trial, describe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 AnyCase = Case | PieceCase
 AnyTrial = Trial | PieceTrial
-AnyProperty = ModuleType | PieceProperty  # a module of `conformance.properties`, or a property of a piece
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class _Attempts:
     """Checks cases one by one; remembers which failed, so that shrinking can end on time."""
 
     def __init__(
-        self, trial: AnyTrial, prop: AnyProperty, dtype: str | None, seconds: float, notify: Callable[[str], None]
+        self, trial: AnyTrial, prop: Property, dtype: str | None, seconds: float, notify: Callable[[str], None]
     ) -> None:
         self._trial, self._property, self._dtype, self._notify = trial, prop, dtype, notify
         self._shrink_seconds = seconds
@@ -77,7 +76,7 @@ class _Attempts:
         """Check cases that Hypothesis draws; the last one that fails is the smallest."""
         last: list[AnyCase] = []
         # The same cases in every run, but different ones for every property, operation and dtype.
-        name = f"{self._trial.spec.op} {name_of(self._property)} {self._dtype}"
+        name = f"{self._trial.spec.op} {self._property.name} {self._dtype}"
         stream = zlib.crc32(name.encode()) if how.derandomize else None
 
         @(lambda test: test if stream is None else seed(stream)(test))
@@ -94,7 +93,7 @@ class _Attempts:
         return self._result()
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
-        who = self._trial.spec.op, name_of(self._property), self._dtype
+        who = self._trial.spec.op, self._property.name, self._dtype
         if failure is None:
             return Result(*who, "pass", self._used, self._count)
         return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
@@ -114,8 +113,7 @@ class _Attempts:
     def _check(self, case: AnyCase) -> Failure | None:
         try:
             with Caught() as caught:
-                check: Callable[..., float | None] = self._property.check
-                used = check(self._trial, case)
+                used = self._property.check(self._trial, case)
                 if used is not None:
                     self._used = max(used, self._used or 0.0)
                 return None
@@ -124,14 +122,9 @@ class _Attempts:
         return Failure(describe(caught.error))
 
 
-def name_of(prop: AnyProperty) -> str:
-    """The name of a property."""
-    return prop.name if isinstance(prop, PieceProperty) else prop.__name__.rsplit(".", 1)[-1]
-
-
 def search(
     trial: AnyTrial,
-    prop: AnyProperty,
+    prop: Property,
     profile: Profile,
     dtype: str | None,
     notify: Callable[[str], None] = lambda case: None,
@@ -140,23 +133,23 @@ def search(
 
     Args:
         trial: operation or piece, backend and device.
-        prop: a module of `conformance.properties`, or a property of the piece.
+        prop: of the operation or piece.
         profile: the settings of the search.
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
     """
-    if getattr(prop, "CUDA_ONLY", False) and trial.device != "cuda":
-        return Result(trial.spec.op, name_of(prop), dtype, "skip", message="needs CUDA")
+    if why := prop.lacks(trial.device):
+        return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
-    cases = prop.cases(trial.spec, profile) if hasattr(prop, "cases") else None
-    if cases is not None:
-        no_cases = Result(trial.spec.op, name_of(prop), dtype, "skip", message="no cases")
-        return attempts.over(cases) if cases else no_cases
-    return attempts.drawn(trial.cases(profile), profile.settings(getattr(prop, "SHARE", 1.0)))
+    if prop.cases is None:
+        return attempts.drawn(trial.cases(profile), profile.settings(prop.share))
+    cases = prop.cases(trial.spec, profile)
+    no_cases = Result(trial.spec.op, prop.name, dtype, "skip", message="no cases")
+    return attempts.over(cases) if cases else no_cases
 
 
-def reproduce(trial: AnyTrial, prop: AnyProperty, case: AnyCase, dtype: str | None) -> Result:
+def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:
     """Check one case."""
-    if getattr(prop, "CUDA_ONLY", False) and trial.device != "cuda":
-        return Result(trial.spec.op, name_of(prop), dtype, "skip", message="needs CUDA")
+    if why := prop.lacks(trial.device):
+        return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     return _Attempts(trial, prop, dtype, 0.0, lambda case: None).over([case])

@@ -6,7 +6,6 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from math import inf, log2, nan
 from numbers import Number
 from typing import Any
@@ -16,10 +15,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-import conformance.specs
-import unsloth_ref.kernels
 from conformance.case import Case, Draw
-from conformance.declarations import load
 from conformance.gates import UNIT_FLOAT32
 
 Inputs = dict[str, Tensor]
@@ -99,24 +95,72 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Everything that the judge knows about one operation.
+class Drawing:
+    """How cases are drawn and their tensors are built.
 
-    The fields, grouped by what uses them:
-
-    Drawing cases
-        op: name of the operation in `unsloth_ref.kernels`.
+    Attributes:
         sizes: for each dimension, a function from an element budget to a strategy. The last dimension is drawn first.
+        build: the input tensors of a case.
         options: for each keyword, the values to draw, the default first.
         consistent: whether these options may be combined.
         required: arguments that have no default and are not inputs, as keywords, from a case.
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
-        build: the input tensors of a case.
+    """
 
-    Structure
+    sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
+    build: Callable[..., Inputs]
+    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    consistent: Callable[[Options], bool] = lambda options: True
+    required: Callable[[Case], Options] = lambda case: {}
+    fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
+    shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The error that a correct kernel may make; the formulas are in conformance/gates.py.
+
+    Attributes:
+        roundings: roundings to the dtype of an output or gradient that a correct kernel may make before the last one.
+        terms: S, the size of the terms added up, for each output or gradient that cancels; for others S = |r|.
+        truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
+            in float64; the reference by default.
+    """
+
+    roundings: int
+    terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
+    truth: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the bench times, and the least work that it compares with.
+
+    Attributes:
+        shapes: by name: sizes, options, and under "grads" the inputs to differentiate.
+        bytes: fewest bytes that (forward, backward) move, from the inputs.
+        flops: floating-point operations of the matrix products of (forward, backward), from the inputs, the options
+            and the names of the differentiated inputs.
+        layout: layout that models give the differentiated inputs, a name in `conformance.case.LAYOUTS`.
+    """
+
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bytes: Callable[[Inputs], tuple[int, int]] = lambda inputs: (0, 0)
+    flops: Callable[[Inputs, Options, Collection[str]], tuple[int, int]] = lambda inputs, options, grads: (0, 0)
+    layout: str = "contiguous"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that the judge knows about one operation.
+
+    Attributes:
+        reference: the function that defines the operation; its name is the operation's.
+        drawing: read by what draws cases.
         outputs: one name per output.
         grads: the inputs that get a gradient, if a case has them.
+        budget: read by the gates.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
         argument_kinds: other valid kinds of arguments, by name.
@@ -124,93 +168,70 @@ class Spec:
         same_bits: whether outputs have the same bits with and without gradients.
         syncs: how often a pass may synchronise with the device, for example to read a size. If this is not 0, results
             in a CUDA graph, where it cannot synchronise, may have other bits.
-
-    Error budget (formulas in conformance/gates.py)
-        roundings: roundings to the dtype of an output or gradient that a correct kernel may make before the last one.
-        terms: S, the size of the terms added up, for each output or gradient that cancels; for others S = |r|.
-        truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
-            in float64; the reference by default.
-
-    Speed
-        bytes: fewest bytes that (forward, backward) move, from the inputs.
-        flops: floating-point operations of the matrix products of (forward, backward), from the inputs, the options
-            and the names of the differentiated inputs.
-        bench: shapes to time, by name: sizes, options, and under "grads" the inputs to differentiate.
-        bench_layout: layout that models give the differentiated inputs, a name in `conformance.case.LAYOUTS`.
-
-    Errors
         errors: calls that the contract refuses.
+        speed: read by the bench.
     """
 
-    op: str
-    sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
-    build: Callable[..., Inputs]
+    reference: Callable[..., Any]
+    drawing: Drawing
     outputs: Sequence[str]
     grads: Sequence[str]
-    rowwise: Sequence[str]
-    roundings: int
-    bytes: Callable[[Inputs], tuple[int, int]]
-    bench: Mapping[str, Mapping[str, Any]]
-    errors: Sequence[ErrorCase]
-    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    required: Callable[[Case], Options] = lambda case: {}
-    flops: Callable[[Inputs, Options, Collection[str]], tuple[int, int]] = lambda inputs, options, grads: (0, 0)
-    truth: Callable[..., Any] | None = None
-    fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
+    budget: Budget
+    rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
     argument_kinds: Mapping[str, Change] = field(default_factory=dict)
-    consistent: Callable[[Options], bool] = lambda options: True
     special_values: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
     syncs: int = 0
-    bench_layout: str = "contiguous"
-    shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
-    terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
+    errors: Sequence[ErrorCase] = ()
+    speed: Speed = field(default_factory=Speed)
 
     @property
-    def reference(self) -> Callable[..., Any]:
-        """The function of `unsloth_ref.kernels` that defines the operation."""
-        return getattr(unsloth_ref.kernels, self.op)
+    def op(self) -> str:
+        """The name of the operation."""
+        return self.reference.__name__
 
     @property
     def row_dimension(self) -> str:
         """The name of the dimension that counts rows, the first one."""
-        return next(iter(self.sizes))
+        return next(iter(self.drawing.sizes))
 
     def case(self, rows: int, columns: int) -> Case:
         """The simplest case with about this many rows and columns."""
-        return Case(tuple(zip(self.sizes, self.shape(rows, columns), strict=True)))
+        return Case(tuple(zip(self.drawing.sizes, self.drawing.shape(rows, columns), strict=True)))
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
         """The tensors of a case; the source device draws their elements."""
-        return self.build(Draw(case, dtype, device, source), **dict(case.sizes))
+        return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
     def parse(self, line: str) -> Case:
         """Parse a case of this operation; raises ValueError, also for an option with a value that is not allowed."""
-        case = Case.parse(line, tuple(self.sizes), tuple(self.options))
+        case = Case.parse(line, tuple(self.drawing.sizes), tuple(self.drawing.options))
         for name, value in case.options:
-            numbers = any(isinstance(one, Number) for one in self.options[name])
-            if value not in self.options[name] and not (numbers and isinstance(value, Number)):
-                allowed = ", ".join(map(str, self.options[name])) + (", or another number" if numbers else "")
+            numbers = any(isinstance(one, Number) for one in self.drawing.options[name])
+            if value not in self.drawing.options[name] and not (numbers and isinstance(value, Number)):
+                allowed = ", ".join(map(str, self.drawing.options[name])) + (", or another number" if numbers else "")
                 raise ValueError(f"case: got {name}={value}; allowed: {allowed}")
         return case
 
     def cases(self, elements: int, options: Sequence[str] | None = None) -> st.SearchStrategy[Case]:
         """A strategy for cases of at most this many elements; `options` restricts which options vary."""
-        drawn = {name: values for name, values in self.options.items() if options is None or name in options}
+        drawn = {name: values for name, values in self.drawing.options.items() if options is None or name in options}
 
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
             budget, sizes = elements, {}
-            for name, strategy in reversed(list(self.sizes.items())):
+            for name, strategy in reversed(list(self.drawing.sizes.items())):
                 sizes[name] = draw(strategy(budget), label=name)
                 budget = max(1, budget // max(1, sizes[name]))
             chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}
-            assume(self.consistent(chosen))
+            assume(self.drawing.consistent(chosen))
             return Case(
-                sizes=tuple((name, sizes[name]) for name in self.sizes),
-                options=tuple((name, value) for name, value in chosen.items() if value != self.options[name][0]),
-                fill=draw(st.sampled_from(self.fills), label="fill"),
+                sizes=tuple((name, sizes[name]) for name in self.drawing.sizes),
+                options=tuple(
+                    (name, value) for name, value in chosen.items() if value != self.drawing.options[name][0]
+                ),
+                fill=draw(st.sampled_from(self.drawing.fills), label="fill"),
                 seed=draw(st.integers(0, 3), label="seed"),
             )
 
@@ -254,19 +275,9 @@ def wrong_option(what: str, name: str, **options: Any) -> ErrorCase:
     return ErrorCase(what, lambda inputs, old: (inputs, {**old, **options}), ValueError, name)
 
 
-@cache
-def specs() -> Mapping[str, Spec]:
-    """The spec of every operation, by name.
-
-    Raises:
-        SpecError: an operation has no spec, a spec has no operation, or its name differs from that of its file.
-    """
-    return load(conformance.specs, "spec", Spec, unsloth_ref.kernels)
-
-
 def accepted_options(function: Callable[..., Any], spec: Spec) -> list[str]:
     """The spec's options that a function accepts."""
     parameters = inspect.signature(getattr(function, "forward", function)).parameters  # of a torch.nn.Module: forward
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return list(spec.options)
-    return [name for name in spec.options if name in parameters]
+        return list(spec.drawing.options)
+    return [name for name in spec.drawing.options if name in parameters]

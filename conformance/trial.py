@@ -89,7 +89,7 @@ class Trial:
 
     def options(self, case: Case) -> Options:
         """The keywords of a case, without those that the judged function does not accept."""
-        required = self.spec.required(case)
+        required = self.spec.drawing.required(case)
         accepted = {*accepted_options(self.function, self.spec), *required}
         return required | {name: value for name, value in case.options if name in accepted}
 
@@ -188,7 +188,8 @@ class Trial:
             grad_outputs = self.grad_outputs(case, peer.outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
-        contract = self.spec.truth or self.spec.reference
+        budget = self.spec.budget
+        contract = budget.truth or self.spec.reference
         truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
         info = torch.finfo(self.dtype)
         call = Call(wide_inputs, self.options(case), wide_grads, info.smallest_normal, info.eps / 2)
@@ -197,10 +198,11 @@ class Trial:
         for (key, name, y), (_, _, p), (_, _, r) in zip(
             run.named(self.spec), peer.named(self.spec), truth.named(self.spec), strict=True
         ):
+            terms = budget.terms[key](call) if key in budget.terms else r.abs()
             model = ErrorModel(
-                terms=(self.spec.terms[key](call) if key in self.spec.terms else r.abs()).nan_to_num(posinf=0.0),
+                terms=terms.nan_to_num(posinf=0.0),
                 elements=elements,
-                roundings=self.spec.roundings,
+                roundings=budget.roundings,
                 random=case.fill not in ("ones", "zeros"),
                 truncates=self.truncates,
             )

@@ -17,7 +17,8 @@ from conformance.bench.sampler import Times, interleave
 from conformance.bench.table import Row
 from conformance.case import LAYOUTS, Case
 from conformance.search import DTYPES
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 from conformance.trial import Trial
 
 CACHES = 4  # all sets of inputs together, in units of the L2 cache: a set is evicted before its next use
@@ -67,7 +68,7 @@ class Bench:
     def shapes(self, ops: Sequence[str]) -> Iterator[list[Row]]:
         """Measure every shape of these operations; yields one list of rows per shape."""
         for op in ops:
-            for shape in specs()[op].bench:
+            for shape in specs()[op].speed.shapes:
                 rows = self.measure(op, shape)
                 if rows:
                     yield rows
@@ -76,7 +77,7 @@ class Bench:
         """Measure one shape; returns one row per backend."""
         spec = specs()[op]
         case = bench_case(spec, shape)
-        spec = replace(spec, grads=spec.bench[shape].get("grads", spec.grads))
+        spec = replace(spec, grads=spec.speed.shapes[shape].get("grads", spec.grads))
         judged = {name: backends.load(name, self.card.device) for name in self.names}
         trials = {
             name: Trial(spec, one.functions[op], DTYPES[self.dtype], self.card.device, one.truncates, self.card.device)
@@ -89,8 +90,8 @@ class Bench:
     def _measure_trials(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
         card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
-        inputs |= {name: LAYOUTS[spec.bench_layout](inputs[name]) for name in spec.grads if name in inputs}
-        passes = zip(spec.bytes(inputs), spec.flops(inputs, dict(case.options), spec.grads), strict=True)
+        inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
+        passes = zip(spec.speed.bytes(inputs), spec.speed.flops(inputs, dict(case.options), spec.grads), strict=True)
         forward, backward = (Work(*needed) for needed in passes)
         work = {"forward": forward, "backward": backward, "full": forward + backward}
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
@@ -193,8 +194,8 @@ class Bench:
 
 def bench_case(spec: Spec, shape: str) -> Case:
     """The case of a shape in a spec's bench: its sizes and options."""
-    values = {name: value for name, value in spec.bench[shape].items() if name != "grads"}
-    sizes = tuple((name, values.pop(name)) for name in spec.sizes)
+    values = {name: value for name, value in spec.speed.shapes[shape].items() if name != "grads"}
+    sizes = tuple((name, values.pop(name)) for name in spec.drawing.sizes)
     return Case(sizes).with_options(values)
 
 

@@ -18,7 +18,7 @@ from conformance.bench.measure import Bench
 from conformance.bench.playback import PlaybackTimer
 from conformance.bench.table import Row
 from conformance.peers import Absent
-from conformance.spec import specs
+from conformance.specs import specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TIMES = ("forward", "full", "device_forward", "device_full")
@@ -32,7 +32,7 @@ def named(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per operation, shape, backend and kind of time, ordered so that one shape ends before the next."""
-    shapes = [(op, shape) for op, spec in specs().items() for shape in spec.bench]
+    shapes = [(op, shape) for op, spec in specs().items() for shape in spec.speed.shapes]
     names = named(metafunc.config)
     metafunc.parametrize(
         ("op", "shape", "backend", "kind"),

@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 
 from conformance.gates import Failure
-from conformance.piece import PieceCheck, PieceTrial
+from conformance.piece import PieceTrial
+from conformance.property import Check
 from conformance.trial import Caught, describe
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -51,7 +52,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def equal(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
+def equal(arguments: Callable[[Any, str], Arguments]) -> Check:
     """The property that a piece returns or raises the same as the reference, for the arguments of each case."""
 
     def equal(trial: PieceTrial, case: Any) -> None:
@@ -72,7 +73,7 @@ def equal(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
     return equal
 
 
-def inputs_untouched(arguments: Callable[[Any, str], Arguments]) -> PieceCheck:
+def inputs_untouched(arguments: Callable[[Any, str], Arguments]) -> Check:
     """The property that a piece does not modify the arguments of any case."""
 
     def inputs_untouched(trial: PieceTrial, case: Any) -> None:

@@ -76,7 +76,7 @@ def value(trial: PieceTrial, case: LossCase) -> float:
     call = Call(inputs, options, one, info.smallest_normal, info.eps / 2)
     used = 0.0
     for name, y, r, p in zip(("loss", "logits"), seen, truth, peer, strict=True):
-        terms = cross_entropy_spec.terms[name](call).view(r.shape)
+        terms = cross_entropy_spec.budget.terms[name](call).view(r.shape)
         used = max(used, judge(name, y, r, p, ErrorModel(terms, logits.numel(), roundings=0)))
     return used
 

@@ -1,19 +1,11 @@
 """The properties that every operation must satisfy, one per file.
 
-The docstring of a file states its property. Its function `check(trial, case)` raises Failure if the property does not
-hold; it returns the fraction of the error budget that was used, or None if the property has no budget. A file may also
-define:
-
-    SHARE                   fraction of the profile's examples to spend on this property; 1 by default
-    cases(spec, profile)    a fixed list of cases, used instead of drawn ones
-    CUDA_ONLY = True        skip the property on a CPU
-    LARGE = True            a case takes gigabytes: the runner never runs two such tasks at the same time
+The docstring of a file states its property. Its function `check(trial, case)` tests one case, and its last line,
+`PROPERTY = Property.of_file(check, ...)`, declares the property; see `conformance.property.Property`.
 
 A property tests behaviour that a user can suffer from, not how an implementation is built: a correct implementation in
 plain PyTorch passes all of them.
 """
-
-from types import ModuleType
 
 from conformance.properties import (
     argument_kinds,
@@ -45,9 +37,10 @@ from conformance.properties import (
     uninitialised,
     value,
 )
+from conformance.property import Property
 
 # In the order in which they run: the cheapest and most informative first.
-_MODULES = (
+_FILES = (
     metadata,
     value,
     gradients,
@@ -78,4 +71,4 @@ _MODULES = (
     no_sync,
 )
 
-PROPERTIES: dict[str, ModuleType] = {module.__name__.rsplit(".", 1)[-1]: module for module in _MODULES}
+PROPERTIES: dict[str, Property] = {file.PROPERTY.name: file.PROPERTY for file in _FILES}

@@ -2,6 +2,7 @@
 
 from conformance.case import Case
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial
 
@@ -19,3 +20,6 @@ def check(trial: Trial, case: Case) -> float:
         changed = case.with_options(options)
         used = max(used, trial.judge(changed, trial.run(changed, inputs), inputs))
     return used
+
+
+PROPERTY = Property.of_file(check, cases=cases)

@@ -3,9 +3,8 @@
 import torch
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Run, Trial, detached, leaf
-
-SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -15,3 +14,6 @@ def check(trial: Trial, case: Case) -> float:
         outputs = trial.call(inputs, trial.options(case))
     grads = trial.backward(outputs, inputs, trial.spec.grads, trial.grad_outputs(case, outputs))
     return trial.judge(case, Run(detached(outputs), grads))
+
+
+PROPERTY = Property.of_file(check, share=0.3)

@@ -6,9 +6,8 @@ A model runs the forward pass of every layer before the backward pass of any.
 from dataclasses import replace
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
-
-SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -22,3 +21,6 @@ def check(trial: Trial, case: Case) -> None:
     trial.run(replace(case, seed=case.seed + 2))
     demand_same_bits(trial.spec, alone, Run(detached(outputs), grads), "another call in between changes the results")
     del other  # kept alive until here, as a model keeps its activations
+
+
+PROPERTY = Property.of_file(check, share=0.2)

@@ -6,9 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
-
-SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -27,3 +26,6 @@ def check(trial: Trial, case: Case) -> float:
         except Failure as failure:
             raise Failure(f"{name}: {failure}", failure.used) from failure
     return used
+
+
+PROPERTY = Property.of_file(check, share=0.2)

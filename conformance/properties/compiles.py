@@ -8,15 +8,9 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.profiles import Profile
 from conformance.properties import opcheck
-from conformance.spec import Spec
+from conformance.property import Property
 from conformance.trial import Trial
-
-
-def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Every option at its default, the same in another layout, then every option set."""
-    return opcheck.cases(spec, profile)
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -25,3 +19,6 @@ def check(trial: Trial, case: Case) -> float:
     engine = "inductor" if trial.device == "cuda" else "aot_eager"
     compiled: Any = torch.compile(trial.function, fullgraph=True, backend=engine)
     return max(trial.judge(case, trial.run(case, function=compiled)) for _ in range(2))
+
+
+PROPERTY = Property.of_file(check, cases=opcheck.cases)

@@ -5,10 +5,8 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
-
-CUDA_ONLY = True
-SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -33,3 +31,6 @@ def check(trial: Trial, case: Case) -> None:
         trial.judge(case, captured, fresh, grad_outputs)
     else:
         demand_same_bits(trial.spec, eager, captured, "a replayed CUDA graph differs from an eager call")
+
+
+PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))

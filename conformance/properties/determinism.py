@@ -1,9 +1,8 @@
 """Repeated calls on the same inputs give the same bits."""
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -11,3 +10,6 @@ def check(trial: Trial, case: Case) -> None:
     first = trial.run(case)
     for _ in range(2):
         demand_same_bits(trial.spec, first, trial.run(case), "two runs on the same input differ")
+
+
+PROPERTY = Property.of_file(check, share=0.4)

@@ -11,6 +11,7 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Caught, Function, Trial, describe, leaf, widen
 
@@ -20,7 +21,7 @@ TOLERANCE = 0.05  # of the largest entry: separates a missing term from rounding
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """Few elements, so that second derivatives are not small beside the first; then each option value by itself."""
     case = spec.case(2, 5)
-    return [case, *(case.with_options({name: v}) for name, values in spec.options.items() for v in values[1:])]
+    return [case, *(case.with_options({name: v}) for name, values in spec.drawing.options.items() for v in values[1:])]
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -51,3 +52,6 @@ def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool
     # Like a gradient penalty added to the loss: autograd does not notice gradients that are cut off from the graph.
     total = torch.stack([o.double().sum() for o in outputs] + [g.double().square().sum() for g in grads]).sum()
     return dict(zip(leaves, torch.autograd.grad(total, [*leaves.values()]), strict=True))
+
+
+PROPERTY = Property.of_file(check, cases=cases)

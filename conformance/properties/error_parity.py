@@ -7,6 +7,7 @@ error does not. A separate test requires that `unsloth_ref` and `unsloth_fast` r
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import ErrorCase, Spec
 from conformance.trial import Caught, Trial
 
@@ -34,3 +35,6 @@ def _demand_refusal(trial: Trial, case: Case, mistake: ErrorCase) -> None:
     if not isinstance(caught.error, REFUSALS):
         kind = type(caught.error).__name__
         raise Failure(f"{mistake.what}: raised {kind} ({caught.error}), should raise {mistake.raises.__name__}")
+
+
+PROPERTY = Property.of_file(check, cases=cases)

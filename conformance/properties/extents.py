@@ -2,6 +2,7 @@
 
 from conformance.case import Case
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial
 
@@ -22,3 +23,6 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 def check(trial: Trial, case: Case) -> float:
     """Judge the forward pass alone, which may run another kernel, and then both passes."""
     return max(trial.judge(case, trial.run(case, grads=grads)) for grads in ((), None))
+
+
+PROPERTY = Property.of_file(check, cases=cases)

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Trial
 
 
@@ -12,3 +13,6 @@ def check(trial: Trial, case: Case) -> float:
     names = [name for name in trial.spec.grads if name in inputs]
     subsets = [subset for count in range(len(names), 0, -1) for subset in combinations(names, count)]
     return max(trial.judge(case, trial.run(case, inputs, grads=subset), inputs) for subset in subsets)
+
+
+PROPERTY = Property.of_file(check)

@@ -4,9 +4,8 @@ from math import nan
 
 from conformance.case import Case
 from conformance.memory import Fence
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -19,3 +18,6 @@ def check(trial: Trial, case: Case) -> None:
         return trial.run(case, fenced, grad_outputs=[Fence(gradient, band).tensor for gradient in grad_outputs])
 
     demand_same_bits(trial.spec, between(nan), between(0.0), "the memory around the inputs changes the results")
+
+
+PROPERTY = Property.of_file(check, share=0.4)

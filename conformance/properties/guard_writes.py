@@ -2,9 +2,9 @@
 
 from conformance.case import Case
 from conformance.memory import Allocations, Fence, demand_unbroken
+from conformance.property import Property
 from conformance.trial import Trial
 
-SHARE = 0.4
 BAND = 3.0  # around inputs; differs from the NaN around allocations, so that copying one element too many is found
 
 
@@ -19,3 +19,6 @@ def check(trial: Trial, case: Case) -> None:
     allocations.demand_unbroken()
     for name, fence in [*fences.items(), *(("grad_output", fence) for fence in grad_fences)]:
         demand_unbroken(name, fence)
+
+
+PROPERTY = Property.of_file(check, share=0.4)

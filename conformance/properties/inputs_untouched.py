@@ -4,9 +4,8 @@ from torch import Tensor
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Trial, bits, leaf
-
-SHARE = 0.5
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -28,3 +27,6 @@ def _demand_untouched(tensors: dict[str, Tensor], before: dict[str, tuple[Tensor
         old, version = before[name]
         if tensor._version != version or not old.equal(bits(tensor)):
             raise Failure(f"{when} wrote over {name}")
+
+
+PROPERTY = Property.of_file(check, share=0.5)

@@ -10,10 +10,10 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial
 
-LARGE = True
 FAR = 2**31
 
 
@@ -52,3 +52,6 @@ def _spread(rows: Tensor) -> Tensor:
     if not far.copy_(rows)[-1].equal(rows[-1]):
         raise Failure("this machine cannot allocate nine gigabytes of address space")
     return far
+
+
+PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes",))

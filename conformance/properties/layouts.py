@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from conformance.case import LAYOUTS, Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Trial
 
-SHARE = 0.2
 OF_GRADIENTS = {
     **LAYOUTS,
     "one number": lambda values: values.flatten()[0].expand(values.shape) if values.numel() else values,
@@ -49,3 +49,6 @@ class naming:
         """Add the prefix to a Failure."""
         if isinstance(error, Failure):
             raise Failure(f"{self._what}: {error}", error.used) from error
+
+
+PROPERTY = Property.of_file(check, share=0.2)

@@ -2,9 +2,8 @@
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Run, Trial, leaf
-
-SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -24,3 +23,6 @@ def check(trial: Trial, case: Case) -> None:
         ]:
             if seen.numel() and seen.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
                 raise Failure(f"{name} shares the memory of {other_name}")
+
+
+PROPERTY = Property.of_file(check, share=0.2)

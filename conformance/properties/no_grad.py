@@ -4,9 +4,8 @@ import torch
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
-
-SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -22,3 +21,6 @@ def check(trial: Trial, case: Case) -> float:
             demand_same_bits(trial.spec, trained, Run(outputs, {}), f"{type(context).__name__} changes the results")
         used = max(used, trial.judge(case, Run(outputs, {})))
     return used
+
+
+PROPERTY = Property.of_file(check, share=0.3)

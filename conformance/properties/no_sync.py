@@ -7,10 +7,8 @@ import torch
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Trial, leaf
-
-CUDA_ONLY = True
-SHARE = 0.3
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -44,3 +42,6 @@ class _Synchronisations:
         torch.cuda.set_sync_debug_mode("default")
         self._warnings.__exit__(*error)
         self.count = sum("called a synchronizing" in str(warning.message) for warning in self._seen or ())
+
+
+PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))

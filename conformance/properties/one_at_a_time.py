@@ -2,6 +2,7 @@
 
 from conformance.case import Case
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial
 
@@ -9,10 +10,13 @@ from conformance.trial import Trial
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """Each fill with every option at its default, then each other option value on standard normal elements."""
     case = spec.case(5, 130)
-    fills = [Case(case.sizes, fill=fill) for fill in spec.fills]
-    return fills + [case.with_options({name: v}) for name, values in spec.options.items() for v in values[1:]]
+    fills = [Case(case.sizes, fill=fill) for fill in spec.drawing.fills]
+    return fills + [case.with_options({name: v}) for name, values in spec.drawing.options.items() for v in values[1:]]
 
 
 def check(trial: Trial, case: Case) -> float:
     """Judge both passes."""
     return trial.judge(case, trial.run(case))
+
+
+PROPERTY = Property.of_file(check, cases=cases)

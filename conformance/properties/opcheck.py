@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Caught, Trial
 
@@ -31,11 +32,11 @@ class _Recorder(TorchDispatchMode):
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """Every option at its default, the same in another layout, then every option set."""
     case = spec.case(3, 70)
-    options = {name: values[-1] for name, values in spec.options.items()}
+    options = {name: values[-1] for name, values in spec.drawing.options.items()}
     return [
         case,
         replace(case, layout="transposed"),
-        *([case.with_options(options)] if options and spec.consistent(options) else []),
+        *([case.with_options(options)] if options and spec.drawing.consistent(options) else []),
     ]
 
 
@@ -49,3 +50,6 @@ def check(trial: Trial, case: Case) -> None:
             torch.library.opcheck(operator, tuple(args), kwargs)
         if caught.error is not None:
             raise Failure(f"opcheck of {operator}: {str(caught.error).strip()[:400]}") from caught.error
+
+
+PROPERTY = Property.of_file(check, cases=cases)

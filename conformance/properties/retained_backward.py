@@ -1,9 +1,8 @@
 """A second backward pass through a retained graph gives the same bits as the first."""
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -18,3 +17,6 @@ def check(trial: Trial, case: Case) -> None:
     demand_same_bits(
         trial.spec, Run(detached(outputs), first), Run(detached(outputs), second), "a second backward pass differs"
     )
+
+
+PROPERTY = Property.of_file(check, share=0.4)

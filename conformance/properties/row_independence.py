@@ -4,9 +4,8 @@ from math import nan
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.property import Property
 from conformance.trial import Run, Trial, bits
-
-SHARE = 0.25
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -34,3 +33,6 @@ def _demand_same_row(trial: Trial, first: Run, second: Run, kept: int) -> None:
     for (key, name, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
         if key in (*trial.spec.outputs, *trial.spec.rowwise) and not bits(one[kept]).equal(bits(other[kept])):
             raise Failure(f"row {kept} of {name} changed when the other rows changed")
+
+
+PROPERTY = Property.of_file(check, share=0.25)

@@ -3,10 +3,9 @@
 import torch
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
 
-CUDA_ONLY = True
-SHARE = 0.3
 WAIT_CYCLES = 20_000_000  # about 10 ms
 
 
@@ -26,3 +25,6 @@ def check(trial: Trial, case: Case) -> None:
         run = trial.run(case, late, grad_outputs=late_grads)
     torch.cuda.synchronize()
     demand_same_bits(trial.spec, on_default, run, "a side stream changes the results")
+
+
+PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))

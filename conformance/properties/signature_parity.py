@@ -8,13 +8,14 @@ import inspect
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
+from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Function, Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """One case: a signature does not depend on it."""
-    return [Case(tuple((name, 1) for name in spec.sizes))]
+    return [Case(tuple((name, 1) for name in spec.drawing.sizes))]
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -44,3 +45,6 @@ def demand_signature(function: Function, reference: Function) -> None:
 def _words(parameter: inspect.Parameter) -> str:
     default = "without a default" if parameter.default is parameter.empty else f"with default {parameter.default!r}"
     return f"{parameter.kind.description} {default}"
+
+
+PROPERTY = Property.of_file(check, cases=cases)

@@ -1,9 +1,8 @@
 """NaN and infinity propagate only where the formulas propagate them; an ignored row gives exactly zero."""
 
 from conformance.case import Case
+from conformance.property import Property
 from conformance.trial import Trial
-
-SHARE = 0.2
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -25,3 +24,6 @@ def _at_every_place(trial: Trial, case: Case) -> float:
                 grads = trial.spec.grads if value != value else ()
                 used = max(used, trial.judge(case, trial.run(case, inputs, grads=grads), inputs))
     return used
+
+
+PROPERTY = Property.of_file(check, share=0.2)

@@ -2,9 +2,8 @@
 
 from conformance.case import Case
 from conformance.memory import Allocations
+from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
-
-SHARE = 0.4
 
 
 def check(trial: Trial, case: Case) -> None:
@@ -14,3 +13,6 @@ def check(trial: Trial, case: Case) -> None:
     with Allocations(fill=1e4):
         second = trial.run(case)
     demand_same_bits(trial.spec, first, second, "uninitialised memory changes the results")
+
+
+PROPERTY = Property.of_file(check, share=0.4)

@@ -5,8 +5,21 @@ from dataclasses import replace
 from torch import Tensor
 
 from conformance.case import Draw
-from conformance.spec import Call, Inputs, Spec, column_counts, leading_dimensions, mistake, nbytes, row_counts
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    Inputs,
+    Spec,
+    Speed,
+    column_counts,
+    leading_dimensions,
+    mistake,
+    nbytes,
+    row_counts,
+)
 from conformance.specs import rms_norm
+from unsloth_ref.kernels import add_rms_norm
 
 
 def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
@@ -31,26 +44,25 @@ def _x_terms(call: Call) -> Tensor:
 
 
 spec = Spec(
-    op="add_rms_norm",
-    sizes={"rows": row_counts, "hidden": column_counts},
-    options=rms_norm.spec.options,
-    build=_build,
+    reference=add_rms_norm,
+    drawing=Drawing(
+        sizes={"rows": row_counts, "hidden": column_counts},
+        build=_build,
+        options=rms_norm.spec.drawing.options,
+    ),
     outputs=["normed", "sum"],
     grads=["x", "residual", "weight"],
-    rowwise=["x", "residual"],
-    roundings=3,  # the two of rms_norm, and that of the sum
-    terms={
-        "normed": lambda call: rms_norm.spec.terms["y"](_norm_of_the_sum(call)),
-        "x": _x_terms,
-        "residual": _x_terms,
-        "weight": lambda call: rms_norm.spec.terms["weight"](_norm_of_the_sum(call)),
-    },
-    argument_kinds=leading_dimensions("x", "residual"),
-    bytes=lambda inputs: (
-        4 * nbytes(inputs["x"]) + nbytes(inputs["weight"]),
-        4 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]),
+    budget=Budget(
+        roundings=3,  # the two of rms_norm, and that of the sum
+        terms={
+            "normed": lambda call: rms_norm.spec.budget.terms["y"](_norm_of_the_sum(call)),
+            "x": _x_terms,
+            "residual": _x_terms,
+            "weight": lambda call: rms_norm.spec.budget.terms["weight"](_norm_of_the_sum(call)),
+        },
     ),
-    bench=rms_norm.spec.bench,
+    rowwise=["x", "residual"],
+    argument_kinds=leading_dimensions("x", "residual"),
     errors=[
         *rms_norm.spec.errors,
         mistake(
@@ -63,4 +75,11 @@ spec = Spec(
         mistake("residual would broadcast", ValueError, "residual", lambda i: {"residual": i["residual"][:1]}),
         mistake("residual has another dtype", TypeError, "residual", lambda i: {"residual": i["residual"].double()}),
     ],
+    speed=Speed(
+        shapes=rms_norm.spec.speed.shapes,
+        bytes=lambda inputs: (
+            4 * nbytes(inputs["x"]) + nbytes(inputs["weight"]),
+            4 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]),
+        ),
+    ),
 )

@@ -8,17 +8,21 @@ from torch import Tensor
 
 from conformance.case import Draw
 from conformance.spec import (
+    Budget,
     Call,
+    Drawing,
     ErrorCase,
     Inputs,
     Options,
     Spec,
+    Speed,
     column_counts,
     few_row_counts,
     mistake,
     nbytes,
     wrong_option,
 )
+from unsloth_ref.kernels import cross_entropy
 from unsloth_ref.types import IGNORE_INDEX
 
 # Options of both cross entropies, and mistakes in them.
@@ -111,30 +115,27 @@ def _bytes(inputs: Inputs) -> tuple[int, int]:
 
 
 spec = Spec(
-    op="cross_entropy",
-    sizes={"tokens": few_row_counts, "vocab": column_counts},
-    options=OPTIONS,
-    fills=["randn", "ones", "zeros", "wide", "outlier", "saturated", "confident"],
-    build=_build,
+    reference=cross_entropy,
+    drawing=Drawing(
+        sizes={"tokens": few_row_counts, "vocab": column_counts},
+        build=_build,
+        options=OPTIONS,
+        consistent=may_be_combined,
+        fills=["randn", "ones", "zeros", "wide", "outlier", "saturated", "confident"],
+    ),
     outputs=["loss"],
     grads=["logits"],
+    budget=Budget(
+        roundings=0,  # everything is float32 until the gradient is rounded once
+        terms={"loss": _loss_terms, "logits": _logits_terms},
+    ),
     rowwise=["logits", "labels"],
     row_options={"reduction": "none", "num_items": None},
-    consistent=may_be_combined,
-    special_values=[nan, -inf],  # -inf excludes a class; +inf gives inf or NaN, depending on the log-sum-exp
-    same_bits=False,  # the order of summation of a total may depend on whether the gradient is computed with it
-    roundings=0,  # everything is float32 until the gradient is rounded once
-    terms={"loss": _loss_terms, "logits": _logits_terms},
     argument_kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
     },
-    bytes=_bytes,
-    bench={
-        "llama-2-7b": {"tokens": 8192, "vocab": 32000},
-        "llama-3.1-8b": {"tokens": 4096, "vocab": 128256},
-        "qwen-3-8b": {"tokens": 4096, "vocab": 151936},
-        "gemma-2-9b": {"tokens": 2048, "vocab": 256000},
-    },
+    special_values=[nan, -inf],  # -inf excludes a class; +inf gives inf or NaN, depending on the log-sum-exp
+    same_bits=False,  # the order of summation of a total may depend on whether the gradient is computed with it
     errors=[
         mistake("one label too few", ValueError, "labels", lambda i: {"labels": i["labels"][:-1]}, undefined=True),
         mistake("labels are a matrix", ValueError, "labels", lambda i: {"labels": i["labels"][None]}, undefined=True),
@@ -144,4 +145,13 @@ spec = Spec(
         label_error("a label is negative", lambda i: -1),
         *OPTION_ERRORS,
     ],
+    speed=Speed(
+        shapes={
+            "llama-2-7b": {"tokens": 8192, "vocab": 32000},
+            "llama-3.1-8b": {"tokens": 4096, "vocab": 128256},
+            "qwen-3-8b": {"tokens": 4096, "vocab": 151936},
+            "gemma-2-9b": {"tokens": 2048, "vocab": 256000},
+        },
+        bytes=_bytes,
+    ),
 )

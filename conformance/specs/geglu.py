@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Call, wrong_option
+from conformance.spec import Call, Speed, wrong_option
 from conformance.specs import swiglu
+from unsloth_ref.kernels import geglu
 from unsloth_ref.types import Approximate
 
 
@@ -66,21 +67,27 @@ def _gate_terms(call: Call) -> Tensor:
 
 spec = replace(
     swiglu.spec,
-    op="geglu",
-    options={"approximate": ["none", "tanh"]},
-    truth=truth,
-    terms={
-        "y": lambda call: _activation_terms(call, call.inputs["up"]),
-        "up": lambda call: _activation_terms(call, call.grad_outputs[0]),
-        "gate": _gate_terms,
-    },
-    bench={
-        "tanh": {"rows": 8192, "hidden": 8192, "approximate": "tanh"},
-        "none": {"rows": 8192, "hidden": 8192},
-        "gemma-2-9b": {"rows": 8192, "hidden": 14336, "approximate": "tanh"},
-    },
+    reference=geglu,
+    drawing=replace(swiglu.spec.drawing, options={"approximate": ["none", "tanh"]}),
+    budget=replace(
+        swiglu.spec.budget,
+        terms={
+            "y": lambda call: _activation_terms(call, call.inputs["up"]),
+            "up": lambda call: _activation_terms(call, call.grad_outputs[0]),
+            "gate": _gate_terms,
+        },
+        truth=truth,
+    ),
     errors=[
         *swiglu.spec.errors,
         wrong_option("approximate is unknown", "approximate", approximate="erf"),
     ],
+    speed=Speed(
+        shapes={
+            "tanh": {"rows": 8192, "hidden": 8192, "approximate": "tanh"},
+            "none": {"rows": 8192, "hidden": 8192},
+            "gemma-2-9b": {"rows": 8192, "hidden": 14336, "approximate": "tanh"},
+        },
+        bytes=swiglu.bytes_moved,
+    ),
 )

@@ -5,9 +5,12 @@ from torch import Tensor
 
 from conformance.case import Draw
 from conformance.spec import (
+    Budget,
     Call,
+    Drawing,
     Inputs,
     Spec,
+    Speed,
     change_inputs,
     column_counts,
     leading_dimensions,
@@ -16,6 +19,7 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs.rms_norm import NORM_ERRORS
+from unsloth_ref.kernels import layer_norm
 
 
 def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
@@ -47,35 +51,30 @@ def _summed_over_rows(terms: Tensor) -> Tensor:
 
 
 spec = Spec(
-    op="layer_norm",
-    sizes={"rows": row_counts, "hidden": column_counts},
-    options={"eps": [1e-5, 1e-6, 0.5]},
-    # "level": mean square minus squared mean is nothing but rounding errors.
-    fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "level"],
-    build=_build,
+    reference=layer_norm,
+    drawing=Drawing(
+        sizes={"rows": row_counts, "hidden": column_counts},
+        build=_build,
+        options={"eps": [1e-5, 1e-6, 0.5]},
+        # "level": mean square minus squared mean is nothing but rounding errors.
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "level"],
+    ),
     outputs=["y"],
     grads=["x", "weight", "bias"],
+    budget=Budget(
+        roundings=1,  # the contract rounds once, at the end; one more for another order of operations, in either pass
+        terms={
+            "y": _y_terms,
+            "x": _x_terms,
+            "weight": lambda call: _summed_over_rows(call.grad_outputs[0].abs() * _parts(call)[0]),
+            "bias": lambda call: _summed_over_rows(call.grad_outputs[0].abs()),
+        },
+    ),
     rowwise=["x"],
-    roundings=1,  # the contract rounds once, at the end; one more for another order of operations, in either pass
-    terms={
-        "y": _y_terms,
-        "x": _x_terms,
-        "weight": lambda call: _summed_over_rows(call.grad_outputs[0].abs() * _parts(call)[0]),
-        "bias": lambda call: _summed_over_rows(call.grad_outputs[0].abs()),
-    },
     argument_kinds=leading_dimensions("x")
     | {
         "weight in float32": change_inputs(lambda i: {"weight": i["weight"].float()}),
         "bias in float32": change_inputs(lambda i: {"bias": i["bias"].float()}),
-    },
-    bytes=lambda inputs: (
-        2 * nbytes(inputs["x"]) + nbytes(inputs["weight"], inputs["bias"]),
-        3 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]) + nbytes(inputs["bias"]),
-    ),
-    bench={
-        "phi-2": {"rows": 8192, "hidden": 2560},
-        "gpt-j-6b": {"rows": 8192, "hidden": 4096},
-        "starcoder2-15b": {"rows": 8192, "hidden": 6144},
     },
     errors=[
         *NORM_ERRORS,
@@ -83,4 +82,15 @@ spec = Spec(
         mistake("bias is a number", ValueError, "bias", lambda i: {"bias": i["bias"][0]}),
         mistake("bias is integer", TypeError, "bias", lambda i: {"bias": i["bias"].long()}),
     ],
+    speed=Speed(
+        shapes={
+            "phi-2": {"rows": 8192, "hidden": 2560},
+            "gpt-j-6b": {"rows": 8192, "hidden": 4096},
+            "starcoder2-15b": {"rows": 8192, "hidden": 6144},
+        },
+        bytes=lambda inputs: (
+            2 * nbytes(inputs["x"]) + nbytes(inputs["weight"], inputs["bias"]),
+            3 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]) + nbytes(inputs["bias"]),
+        ),
+    ),
 )

@@ -12,7 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Draw
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Call, Inputs, Options, Spec, change_inputs, column_counts, mistake, nbytes
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    column_counts,
+    mistake,
+    nbytes,
+)
 from conformance.specs.cross_entropy import (
     OPTION_ERRORS,
     OPTIONS,
@@ -209,43 +221,38 @@ def _bench(tokens: int, vocab: int, hidden: int, grads: tuple[str, ...], ignored
 
 
 spec = Spec(
-    op="linear_cross_entropy",
-    sizes={
-        "tokens": lambda budget: st.sampled_from([1, 2, 3, 4]),  # rows are independent: more would test nothing new
-        "ignored": lambda budget: st.sampled_from([2, 0, 5, 8]),
-        "vocab": column_counts,
-        "hidden": _hidden,
-    },
-    options=OPTIONS,
-    fills=["randn", "ones", "zeros", "tiny", "wide", "outlier"],
-    build=_build,
-    shape=_shape,
+    reference=linear_cross_entropy,
+    drawing=Drawing(
+        sizes={
+            "tokens": lambda budget: st.sampled_from([1, 2, 3, 4]),  # rows are independent: more would test nothing new
+            "ignored": lambda budget: st.sampled_from([2, 0, 5, 8]),
+            "vocab": column_counts,
+            "hidden": _hidden,
+        },
+        build=_build,
+        options=OPTIONS,
+        consistent=may_be_combined,
+        fills=["randn", "ones", "zeros", "tiny", "wide", "outlier"],
+        shape=_shape,
+    ),
     outputs=["loss"],
     grads=["hidden", "weight", "bias"],
+    budget=Budget(
+        roundings=ROUNDINGS,
+        terms={"loss": _loss_terms, "hidden": _hidden_terms, "weight": _weight_terms, "bias": _bias_terms},
+        truth=truth,
+    ),
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
-    consistent=may_be_combined,
-    special_values=[nan],  # infinity gives logits of both signs: inf or NaN, depending on the log-sum-exp
-    same_bits=False,  # the order of summation of a total may depend on whether gradients are computed with it
-    syncs=1,  # to read the number of rows that are not ignored, on which the sizes of all products depend
-    roundings=ROUNDINGS,
-    terms={"loss": _loss_terms, "hidden": _hidden_terms, "weight": _weight_terms, "bias": _bias_terms},
     argument_kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
         "every second one is ignored": _every_second_ignored,
         "all are ignored": change_inputs(lambda i: {"labels": torch.full_like(i["labels"], IGNORE_INDEX)}),
         "labels are int32": change_inputs(lambda i: {"labels": i["labels"].int()}),
     },
-    bytes=_bytes,
-    flops=_flops,
-    truth=truth,
-    bench={
-        "llama-3.2-1b, head frozen": _bench(8192, 128256, 2048, ("hidden",)),
-        "llama-3.2-1b, head frozen, half ignored": _bench(8192, 128256, 2048, ("hidden",), ignored=5),
-        "llama-3.1-8b, head frozen": _bench(8192, 128256, 4096, ("hidden",)),
-        "llama-3.2-1b, head trained": _bench(8192, 128256, 2048, ("hidden", "weight")),
-        "qwen-3-8b, head frozen": _bench(16384, 151936, 4096, ("hidden",)),
-    },
+    special_values=[nan],  # infinity gives logits of both signs: inf or NaN, depending on the log-sum-exp
+    same_bits=False,  # the order of summation of a total may depend on whether gradients are computed with it
+    syncs=1,  # to read the number of rows that are not ignored, on which the sizes of all products depend
     errors=[
         mistake("one label too few", ValueError, "labels", lambda i: {"labels": i["labels"][:-1]}, True),
         mistake("labels are a matrix", ValueError, "labels", lambda i: {"labels": i["labels"][None]}, True),
@@ -260,4 +267,15 @@ spec = Spec(
         mistake("weight is wider than hidden", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),
         *OPTION_ERRORS,
     ],
+    speed=Speed(
+        shapes={
+            "llama-3.2-1b, head frozen": _bench(8192, 128256, 2048, ("hidden",)),
+            "llama-3.2-1b, head frozen, half ignored": _bench(8192, 128256, 2048, ("hidden",), ignored=5),
+            "llama-3.1-8b, head frozen": _bench(8192, 128256, 4096, ("hidden",)),
+            "llama-3.2-1b, head trained": _bench(8192, 128256, 2048, ("hidden", "weight")),
+            "qwen-3-8b, head frozen": _bench(16384, 151936, 4096, ("hidden",)),
+        },
+        bytes=_bytes,
+        flops=_flops,
+    ),
 )

@@ -12,11 +12,14 @@ from torch import Tensor
 from conformance.case import Draw
 from conformance.gates import UNIT_FLOAT32
 from conformance.spec import (
+    Budget,
     Call,
+    Drawing,
     ErrorCase,
     Inputs,
     Options,
     Spec,
+    Speed,
     change_inputs,
     column_counts,
     leading_dimensions,
@@ -24,6 +27,7 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from unsloth_ref.kernels import lora_linear
 
 ROUNDINGS = 1
 NARROW = {2.0**-11: torch.float16, 2.0**-8: torch.bfloat16}  # by unit roundoff
@@ -203,30 +207,33 @@ def _bench(columns: int, out: int, wide: int = 1, tokens: int = 16384) -> dict[s
 
 
 spec = Spec(
-    op="lora_linear",
-    sizes={
-        "rows": lambda budget: row_counts(max(budget, 16)),
-        "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 64]),
-        "wide": lambda budget: st.sampled_from([0, 1]),
-        "columns": column_counts,
-        "out": _out,
-    },
-    options={"scaling": [1.0, 2.0, 0.25, 0.0]},
-    build=_build,
-    shape=_shape,
+    reference=lora_linear,
+    drawing=Drawing(
+        sizes={
+            "rows": lambda budget: row_counts(max(budget, 16)),
+            "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 64]),
+            "wide": lambda budget: st.sampled_from([0, 1]),
+            "columns": column_counts,
+            "out": _out,
+        },
+        build=_build,
+        options={"scaling": [1.0, 2.0, 0.25, 0.0]},
+        shape=_shape,
+    ),
     outputs=["y"],
     grads=["x", "weight", "lora_a", "lora_b", "bias"],
+    budget=Budget(
+        roundings=ROUNDINGS,
+        terms={
+            "y": _y_terms,
+            "x": _x_terms,
+            "weight": _weight_terms,
+            "lora_a": _adapter_terms(lambda terms: terms.product(_transposed(terms.dlow), terms.x)),
+            "lora_b": _adapter_terms(lambda terms: terms.product(_transposed(terms.dz), terms.low)),
+            "bias": _bias_terms,
+        },
+    ),
     rowwise=["x"],
-    special_values=[nan],  # infinity gives terms of both signs, and inf or NaN with a scaling of 0
-    roundings=ROUNDINGS,
-    terms={
-        "y": _y_terms,
-        "x": _x_terms,
-        "weight": _weight_terms,
-        "lora_a": _adapter_terms(lambda terms: terms.product(_transposed(terms.dlow), terms.x)),
-        "lora_b": _adapter_terms(lambda terms: terms.product(_transposed(terms.dz), terms.low)),
-        "bias": _bias_terms,
-    },
     argument_kinds=leading_dimensions("x")
     | {
         "a bias": change_inputs(lambda i: {"bias": i["weight"][:, 0].contiguous()}),
@@ -237,15 +244,7 @@ spec = Spec(
         ),
         "no output": change_inputs(lambda i: {n: i[n][:0] for n in ("weight", "lora_b")}),
     },
-    bytes=_bytes,
-    flops=_flops,
-    bench={
-        "llama-3.2-1b q, o": _bench(2048, 2048),
-        "llama-3.2-1b gate, up": _bench(2048, 8192),
-        "llama-3.2-1b down": _bench(8192, 2048),
-        "llama-3.2-1b down, adapters as x": _bench(8192, 2048, wide=0),
-        "llama-3.2-1b q, o, few": _bench(2048, 2048, tokens=2048),
-    },
+    special_values=[nan],  # infinity gives terms of both signs, and inf or NaN with a scaling of 0
     errors=[
         mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
@@ -268,4 +267,15 @@ spec = Spec(
         ),
         mistake("adapters of two dtypes", TypeError, "lora_b", lambda i: {"lora_b": i["lora_b"].half()}),
     ],
+    speed=Speed(
+        shapes={
+            "llama-3.2-1b q, o": _bench(2048, 2048),
+            "llama-3.2-1b gate, up": _bench(2048, 8192),
+            "llama-3.2-1b down": _bench(8192, 2048),
+            "llama-3.2-1b down, adapters as x": _bench(8192, 2048, wide=0),
+            "llama-3.2-1b q, o, few": _bench(2048, 2048, tokens=2048),
+        },
+        bytes=_bytes,
+        flops=_flops,
+    ),
 )

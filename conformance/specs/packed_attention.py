@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
 from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Call, Change, ErrorCase, Inputs, Options, Spec, nbytes
+from conformance.spec import Budget, Call, Change, Drawing, ErrorCase, Inputs, Options, Spec, Speed, nbytes
+from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
@@ -216,28 +217,32 @@ def _bench(tokens: int, documents: int, width: int) -> dict[str, int]:
 
 
 spec = Spec(
-    op="packed_attention",
-    sizes={
-        "tokens": lambda budget: st.integers(1, max(1, min(budget, max(32, budget // 64), 600))),
-        "documents": lambda budget: st.integers(1, 6 if budget > 2**15 else 2),
-        "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 1, 2]),
-        "group": lambda budget: st.sampled_from([1, 2, 3, 4] if budget > 2**15 else [1, 1, 2]),
-        "width": lambda budget: st.sampled_from(WIDTHS),
-    },
-    options={
-        "scale": [None, 0.05],
-        "window": [None, 1, 5, 100],
-        "softcap": [0.0, 30.0, 2.0],
-    },
-    required=_required,
-    shape=_shape,
-    fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
-    build=_build,
+    reference=packed_attention,
+    drawing=Drawing(
+        sizes={
+            "tokens": lambda budget: st.integers(1, max(1, min(budget, max(32, budget // 64), 600))),
+            "documents": lambda budget: st.integers(1, 6 if budget > 2**15 else 2),
+            "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 1, 2]),
+            "group": lambda budget: st.sampled_from([1, 2, 3, 4] if budget > 2**15 else [1, 1, 2]),
+            "width": lambda budget: st.sampled_from(WIDTHS),
+        },
+        build=_build,
+        options={
+            "scale": [None, 0.05],
+            "window": [None, 1, 5, 100],
+            "softcap": [0.0, 30.0, 2.0],
+        },
+        required=_required,
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+        shape=_shape,
+    ),
     outputs=["out"],
     grads=["q", "k", "v"],
+    budget=Budget(
+        roundings=ROUNDINGS,
+        terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
+    ),
     rowwise=[],
-    roundings=ROUNDINGS,
-    terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
     argument_kinds={
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
@@ -246,17 +251,6 @@ spec = Spec(
         "NaN before": _nan_in(0),
         "NaN in between": _nan_in(1),
         "NaN behind": _nan_in(2),
-    },
-    bytes=lambda inputs: (
-        2 * nbytes(inputs["q"]) + nbytes(inputs["k"], inputs["v"]),
-        4 * nbytes(inputs["q"]) + 2 * nbytes(inputs["k"], inputs["v"]),
-    ),
-    flops=_flops,
-    bench={
-        "text-mix-16k-d64": _bench(16384, 41, 64),
-        "text-mix-16k-d128": _bench(16384, 41, 128),
-        "long-16k-d64": _bench(16384, 1, 64),
-        "long-16k-d128": _bench(16384, 1, 128),
     },
     errors=[
         ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", undefined=True),
@@ -327,4 +321,17 @@ spec = Spec(
         ErrorCase("softcap is negative", _change(softcap=lambda i: -1.0), ValueError, "softcap"),
         ErrorCase("scale is infinite", _change(scale=lambda i: float("inf")), ValueError, "scale"),
     ],
+    speed=Speed(
+        shapes={
+            "text-mix-16k-d64": _bench(16384, 41, 64),
+            "text-mix-16k-d128": _bench(16384, 41, 128),
+            "long-16k-d64": _bench(16384, 1, 64),
+            "long-16k-d128": _bench(16384, 1, 128),
+        },
+        bytes=lambda inputs: (
+            2 * nbytes(inputs["q"]) + nbytes(inputs["k"], inputs["v"]),
+            4 * nbytes(inputs["q"]) + 2 * nbytes(inputs["k"], inputs["v"]),
+        ),
+        flops=_flops,
+    ),
 )

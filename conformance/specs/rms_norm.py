@@ -5,9 +5,12 @@ from torch import Tensor
 
 from conformance.case import Draw
 from conformance.spec import (
+    Budget,
     Call,
+    Drawing,
     Inputs,
     Spec,
+    Speed,
     column_counts,
     leading_dimensions,
     mistake,
@@ -15,6 +18,7 @@ from conformance.spec import (
     row_counts,
     wrong_option,
 )
+from unsloth_ref.kernels import rms_norm
 
 # Also mistakes in a call of the other two norms.
 NORM_ERRORS = (
@@ -56,26 +60,32 @@ def _weight_terms(call: Call) -> Tensor:
 
 
 spec = Spec(
-    op="rms_norm",
-    sizes={"rows": row_counts, "hidden": column_counts},
-    options={"eps": [1e-6, 1e-5, 0.5], "offset": [0.0, 1.0], "casting": ["llama", "gemma"]},
-    build=_build,
+    reference=rms_norm,
+    drawing=Drawing(
+        sizes={"rows": row_counts, "hidden": column_counts},
+        build=_build,
+        options={"eps": [1e-6, 1e-5, 0.5], "offset": [0.0, 1.0], "casting": ["llama", "gemma"]},
+    ),
     outputs=["y"],
     grads=["x", "weight"],
-    rowwise=["x"],
-    roundings=2,  # forward: the normalised row; backward: dy times weight; one more for another order of operations
-    terms={"y": _y_terms, "x": _x_terms, "weight": _weight_terms},
-    argument_kinds=leading_dimensions("x"),
-    bytes=lambda inputs: (
-        2 * nbytes(inputs["x"]) + nbytes(inputs["weight"]),
-        3 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]),
+    budget=Budget(
+        roundings=2,  # forward: the normalised row; backward: dy times weight; one more for another order of operations
+        terms={"y": _y_terms, "x": _x_terms, "weight": _weight_terms},
     ),
-    bench={
-        "llama-3.2-1b": {"rows": 8192, "hidden": 2048},
-        "llama-3.1-8b": {"rows": 8192, "hidden": 4096},
-        "llama-3.1-70b": {"rows": 8192, "hidden": 8192},
-        "short": {"rows": 2048, "hidden": 4096},
-        "llama-3.1-405b": {"rows": 4096, "hidden": 16384},
-    },
+    rowwise=["x"],
+    argument_kinds=leading_dimensions("x"),
     errors=[*NORM_ERRORS, CASTING_ERROR],
+    speed=Speed(
+        shapes={
+            "llama-3.2-1b": {"rows": 8192, "hidden": 2048},
+            "llama-3.1-8b": {"rows": 8192, "hidden": 4096},
+            "llama-3.1-70b": {"rows": 8192, "hidden": 8192},
+            "short": {"rows": 2048, "hidden": 4096},
+            "llama-3.1-405b": {"rows": 4096, "hidden": 16384},
+        },
+        bytes=lambda inputs: (
+            2 * nbytes(inputs["x"]) + nbytes(inputs["weight"]),
+            3 * nbytes(inputs["x"]) + 2 * nbytes(inputs["weight"]),
+        ),
+    ),
 )

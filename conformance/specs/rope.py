@@ -8,7 +8,20 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Draw
-from conformance.spec import Call, Change, ErrorCase, Inputs, Options, Spec, change_inputs, nbytes
+from conformance.spec import (
+    Budget,
+    Call,
+    Change,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    nbytes,
+)
+from unsloth_ref.kernels import rope
 
 ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
 
@@ -98,29 +111,33 @@ def _bench(batch: int, length: int, width: int) -> dict[str, int]:
 
 
 spec = Spec(
-    op="rope",
-    sizes={
-        "batch": lambda budget: st.integers(1, max(1, min(budget, 3))),
-        "heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
-        "kv_heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
-        "length": lambda budget: st.integers(1, max(1, min(budget, 2))),
-        "rotary": lambda budget: st.sampled_from(ROTARY),
-        "rest": lambda budget: st.sampled_from([0, 0, 1, 16, 33]),
-        "table": lambda budget: st.sampled_from([0, 1, 7, 40]),
-    },
-    shape=_shape,
-    fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
-    build=_build,
+    reference=rope,
+    drawing=Drawing(
+        sizes={
+            "batch": lambda budget: st.integers(1, max(1, min(budget, 3))),
+            "heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
+            "kv_heads": lambda budget: st.integers(1, max(1, min(budget, 9))),
+            "length": lambda budget: st.integers(1, max(1, min(budget, 2))),
+            "rotary": lambda budget: st.sampled_from(ROTARY),
+            "rest": lambda budget: st.sampled_from([0, 0, 1, 16, 33]),
+            "table": lambda budget: st.sampled_from([0, 1, 7, 40]),
+        },
+        build=_build,
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+        shape=_shape,
+    ),
     outputs=["rotated_q", "rotated_k"],
     grads=["q", "k"],
+    budget=Budget(
+        roundings=1,  # each product, before their sum
+        terms={
+            "rotated_q": lambda call: _forward_terms(call, call.inputs["q"]),
+            "rotated_k": lambda call: _forward_terms(call, call.inputs["k"]),
+            "q": lambda call: _backward_terms(call, call.grad_outputs[0]),
+            "k": lambda call: _backward_terms(call, call.grad_outputs[1]),
+        },
+    ),
     rowwise=["q", "k"],
-    roundings=1,  # each product, before their sum
-    terms={
-        "rotated_q": lambda call: _forward_terms(call, call.inputs["q"]),
-        "rotated_k": lambda call: _forward_terms(call, call.inputs["k"]),
-        "q": lambda call: _backward_terms(call, call.grad_outputs[0]),
-        "k": lambda call: _backward_terms(call, call.grad_outputs[1]),
-    },
     argument_kinds={
         "halves of cos and sin differ": _halves_that_differ,
         "each sequence has its own cos and sin": lambda i, o: (
@@ -132,16 +149,6 @@ spec = Spec(
         "a table and one row of positions": lambda i, o: _by_table(i, o, batch=1),
         "positions of 32 bits": lambda i, o: _by_table(i, o, dtype=torch.int32),
     },
-    bytes=lambda inputs: (
-        2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
-        2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
-    ),
-    bench={
-        "llama-3.1-8b": _bench(4, 2048, 128),
-        "llama-3.2-1b": _bench(4, 2048, 64),
-        "long": _bench(1, 16384, 128),
-    },
-    bench_layout="transposed",  # token by token, as projections produce them
     errors=[
         ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", undefined=True),
         ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", undefined=True),
@@ -205,4 +212,16 @@ spec = Spec(
             undefined=True,
         ),
     ],
+    speed=Speed(
+        shapes={
+            "llama-3.1-8b": _bench(4, 2048, 128),
+            "llama-3.2-1b": _bench(4, 2048, 64),
+            "long": _bench(1, 16384, 128),
+        },
+        bytes=lambda inputs: (
+            2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
+            2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),
+        ),
+        layout="transposed",  # token by token, as projections produce them
+    ),
 )

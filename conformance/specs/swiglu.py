@@ -4,7 +4,20 @@ import torch
 from torch import Tensor
 
 from conformance.case import Draw
-from conformance.spec import Call, Inputs, Spec, column_counts, leading_dimensions, mistake, nbytes, row_counts
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    Inputs,
+    Spec,
+    Speed,
+    column_counts,
+    leading_dimensions,
+    mistake,
+    nbytes,
+    row_counts,
+)
+from unsloth_ref.kernels import swiglu
 
 
 def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
@@ -24,31 +37,42 @@ def _gate_terms(call: Call) -> Tensor:
     return ((call.grad_outputs[0] * call.inputs["up"]).abs() + 2 * call.smallest) * size
 
 
+def bytes_moved(inputs: Inputs) -> tuple[int, int]:
+    """Forward: two tensors are read and one is written. Backward: three and two."""
+    return 3 * nbytes(inputs["gate"]), 5 * nbytes(inputs["gate"])
+
+
 spec = Spec(
-    op="swiglu",
-    sizes={"rows": row_counts, "hidden": column_counts},
-    # No fill has a gate near -88: there exp(-gate) overflows in float32, which gives 0 instead of 1e-36.
-    fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
-    build=_build,
+    reference=swiglu,
+    drawing=Drawing(
+        sizes={"rows": row_counts, "hidden": column_counts},
+        build=_build,
+        # No fill has a gate near -88: there exp(-gate) overflows in float32, which gives 0 instead of 1e-36.
+        fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
+    ),
     outputs=["y"],
     grads=["gate", "up"],
+    budget=Budget(
+        roundings=2,  # forward: the activation; backward: dy times up; one more for kernels that round the sigmoid
+        terms={
+            "y": lambda call: _silu_terms(call, call.inputs["up"]),
+            "up": lambda call: _silu_terms(call, call.grad_outputs[0]),
+            "gate": _gate_terms,
+        },
+    ),
     rowwise=["gate", "up"],
-    roundings=2,  # forward: the activation; backward: dy times up; one more for kernels that round the sigmoid
-    terms={
-        "y": lambda call: _silu_terms(call, call.inputs["up"]),
-        "up": lambda call: _silu_terms(call, call.grad_outputs[0]),
-        "gate": _gate_terms,
-    },
     argument_kinds=leading_dimensions("gate", "up"),
-    bytes=lambda inputs: (3 * nbytes(inputs["gate"]), 5 * nbytes(inputs["gate"])),
-    bench={
-        "llama-3.2-1b": {"rows": 8192, "hidden": 8192},
-        "llama-3.1-8b": {"rows": 8192, "hidden": 14336},
-    },
     errors=[
         mistake("up is one column short", ValueError, "up", lambda i: {"up": i["up"][..., :-1]}, undefined=True),
         mistake("up would broadcast", ValueError, "up", lambda i: {"up": i["up"][:1]}),
         mistake("up has another dtype", TypeError, "up", lambda i: {"up": i["up"].double()}),
         mistake("gate is integer", TypeError, "gate", lambda i: {name: i[name].long() for name in i}),
     ],
+    speed=Speed(
+        shapes={
+            "llama-3.2-1b": {"rows": 8192, "hidden": 8192},
+            "llama-3.1-8b": {"rows": 8192, "hidden": 14336},
+        },
+        bytes=bytes_moved,
+    ),
 )

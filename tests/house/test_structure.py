@@ -44,7 +44,7 @@ def test_every_training_piece_is_declared_and_every_declaration_a_piece() -> Non
     """conformance/pieces/<piece>.py declares that piece; files that begin with _ are shared helpers."""
     files = {path.stem for path in (ROOT / "conformance" / "pieces").glob("*.py")}
     assert {name for name in files if not name.startswith("_")} == set(import_module("unsloth_ref.training").__all__)
-    for name, piece in import_module("conformance.piece").pieces().items():
+    for name, piece in import_module("conformance.pieces").pieces().items():
         assert piece.op == name
         assert all(first_line(check) for check in piece.checks)
 

@@ -1,6 +1,6 @@
 """The bench on a fake card: what it times, checks and compares with the roofline, without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from conformance.bench.measure import Bench, bench_case
 from conformance.bench.sampler import FEWEST_ROUNDS, MOST_ROUNDS, Times, interleave
 from conformance.bench.table import Row
 from conformance.case import Case
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 from conformance.trial import Trial
 from tests.judge.fake_card import RATES, FakeCard
 
@@ -68,12 +69,16 @@ def not_implemented(gate: Tensor, up: Tensor) -> Tensor:
     raise NotImplementedError("no such thing")
 
 
+def with_speed(spec: Spec, **changes: Any) -> Spec:
+    return replace(spec, speed=replace(spec.speed, **changes))
+
+
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
     """Measure swiglu on one small shape; returns rows by backend. `liger` stands for other people's kernels."""
 
     def rows(card: Any, flops: tuple[int, int] = (0, 0), **functions: Callable[..., Any]) -> dict[str, Row]:
-        spec = replace(specs()["swiglu"], bench={"small": SHAPE}, flops=lambda *_: flops)
+        spec = with_speed(specs()["swiglu"], shapes={"small": SHAPE}, flops=lambda *_: flops)
 
         def load(name: str, device: str) -> backends.Judged:
             return backends.Judged(name, {"swiglu": functions[name]}, name, False)
@@ -210,26 +215,28 @@ def test_quantiles() -> None:
 
 
 def test_a_shape_may_set_options() -> None:
-    spec = replace(specs()["cross_entropy"], bench={"gemma": {"tokens": 3, "vocab": 5, "softcap": 30.0}})
+    spec = with_speed(specs()["cross_entropy"], shapes={"gemma": {"tokens": 3, "vocab": 5, "softcap": 30.0}})
     case = bench_case(spec, "gemma")
     assert case == Case((("tokens", 3), ("vocab", 5)), options=(("softcap", 30.0),))
 
 
-def small(spec: Spec) -> Spec:
-    return replace(
-        spec,
-        bench={name: {k: min(v, 8) if k in spec.sizes else v for k, v in b.items()} for name, b in spec.bench.items()},
-    )
+def small(spec: Spec, largest: int = 8) -> Spec:
+    """The spec with shapes of at most this many elements in each dimension."""
+
+    def cut(shape: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: min(v, largest) if name in spec.drawing.sizes else v for name, v in shape.items()}
+
+    return with_speed(spec, shapes={name: cut(shape) for name, shape in spec.speed.shapes.items()})
 
 
 @pytest.mark.parametrize("op", unsloth_ref.kernels.__all__)
 def test_every_spec_can_be_timed(op: str) -> None:
     """Its shapes can be built, its bytes are positive, and the reference is right on them."""
     spec = small(specs()[op])
-    for shape in spec.bench:
+    for shape in spec.speed.shapes:
         case = bench_case(spec, shape)
         inputs = spec.inputs(case, torch.float32, "cpu")
-        assert all(count > 0 for count in spec.bytes(inputs))
+        assert all(count > 0 for count in spec.speed.bytes(inputs))
         trial = Trial(spec, spec.reference, torch.float32, "cpu")
         contender = Contender(trial, case, inputs, ours=True)
         contender.prepare(2)
@@ -243,14 +250,14 @@ def test_every_spec_can_be_timed(op: str) -> None:
     [
         (op, shape)
         for op, spec in specs().items()
-        for shape in spec.bench
+        for shape in spec.speed.shapes
         if op != "packed_attention" and "ignored" not in shape
     ],
 )
 def test_matrix_products_are_counted(op: str, shape: str) -> None:
     """The counts are those of torch for the reference, without ignored labels, which the reference computes too."""
     spec = small(specs()[op])
-    case, grads = bench_case(spec, shape), spec.bench[shape].get("grads", spec.grads)
+    case, grads = bench_case(spec, shape), spec.speed.shapes[shape].get("grads", spec.grads)
     trial = Trial(spec, spec.reference, torch.float32, "cpu")
     inputs = spec.inputs(case, torch.float32, "cpu")
     if "labels" in inputs:
@@ -260,7 +267,7 @@ def test_matrix_products_are_counted(op: str, shape: str) -> None:
     with FlopCounterMode(display=False) as full:
         trial.run(case, inputs, grads=grads)
     counted = forward.get_total_flops(), full.get_total_flops() - forward.get_total_flops()
-    assert spec.flops(inputs, trial.options(case), grads) == counted
+    assert spec.speed.flops(inputs, trial.options(case), grads) == counted
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -273,8 +280,8 @@ def test_products_of_attention_are_those_of_visible_keys(window: int | None) -> 
     pairs = sum(document[i] == document[j] and i - j < (window or 29) for i in range(29) for j in range(i + 1))
     products = pairs * 2 * 3 * 5  # per query head and element
     options = dict(case.options)
-    assert spec.flops(inputs, options, spec.grads) == (4 * products, 10 * products)
-    assert spec.flops(inputs, options, ()) == (4 * products, 0)
+    assert spec.speed.flops(inputs, options, spec.grads) == (4 * products, 10 * products)
+    assert spec.speed.flops(inputs, options, ()) == (4 * products, 0)
 
 
 def on_gpu(test: Callable[..., None]) -> Any:
@@ -316,14 +323,11 @@ def test_a_card_measured(card: Card) -> None:
 @on_gpu
 @pytest.mark.parametrize("op", unsloth_ref.kernels.__all__)
 def test_the_fast_kernels_on_a_card(op: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = specs()[op]
-    spec = replace(
-        spec,
-        bench={"s": {k: min(v, 256) if k in spec.sizes else v for k, v in next(iter(spec.bench.values())).items()}},
-    )
+    spec = small(specs()[op], 256)
+    shape = next(iter(spec.speed.shapes))
     monkeypatch.setattr("conformance.bench.measure.specs", lambda: {op: spec})
     unlimited = Rates(1e18, 1e18)  # inputs this small stay in the cache
-    rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").measure(op, "s")}
+    rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").measure(op, shape)}
     assert rows.keys() == {"fast", "reference"}
     for row in rows.values():
         assert (row.red, row.failed) == (None, False)

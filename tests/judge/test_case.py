@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance.case import FILLS, LAYOUTS, Case
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 
 OPS = tuple(specs())
 
@@ -46,7 +47,7 @@ def test_parse_refuses_an_invalid_case(line: str, message: str) -> None:
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"expanded"}))
 def test_a_layout_does_not_change_elements(op: str, layout: str) -> None:
     spec = specs()[op]
-    case = spec.parse(" ".join(f"{name}=5" for name in spec.sizes))
+    case = spec.parse(" ".join(f"{name}=5" for name in spec.drawing.sizes))
     for name, contiguous in spec.inputs(case, torch.float16, "cpu").items():
         laid_out = spec.inputs(Case(case.sizes, layout=layout), torch.float16, "cpu")[name]
         assert laid_out.equal(contiguous)

@@ -12,9 +12,10 @@ import torch
 
 import unsloth_ref.kernels
 import unsloth_ref.training
-from conformance import declarations, spec
+from conformance import declarations
 from conformance.cli import main
 from conformance.properties import PROPERTIES
+from conformance.specs import specs
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "tests.judge.right.swiglu_by_sigmoid"
@@ -82,10 +83,10 @@ def test_cuda_without_cuda(arguments: tuple[str, ...], capsys: pytest.CaptureFix
 @pytest.fixture
 def fresh_specs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets a test change what `specs` loads."""
-    spec.specs.cache_clear()
+    specs.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    spec.specs.cache_clear()
+    specs.cache_clear()
 
 
 RUN_SWIGLU = ("run", "swiglu", "--backend", RIGHT, "--device", "cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.gates import Failure
 from conformance.properties import PROPERTIES
-from conformance.spec import specs
+from conformance.specs import specs
 from conformance.trial import Trial
 from unsloth_ref.kernels import swiglu
 
@@ -46,7 +46,7 @@ WRONG = {
 }
 
 
-CUDA_ONLY = [name for name, module in PROPERTIES.items() if getattr(module, "CUDA_ONLY", False)]
+CUDA_ONLY = [name for name, prop in PROPERTIES.items() if "cuda" in prop.needs]
 
 
 def check(name: str, function: Any) -> None:

@@ -16,7 +16,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
-from conformance.spec import specs
+from conformance.specs import specs
 from tests.judge.mutants import MUTANTS
 from tests.judge.right import RIGHT
 from tests.judge.sources import edited

@@ -13,7 +13,7 @@ import torch
 
 from conformance import peers
 from conformance.peers import PACKAGES, operation, refuse
-from conformance.spec import specs
+from conformance.specs import specs
 from unsloth_ref import kernels as reference
 
 WITH_PACKAGE = [peer for peer, package in PACKAGES.items() if package is not None]
@@ -42,12 +42,12 @@ def test_every_wrapper_has_the_signature_of_the_contract(peer: ModuleType) -> No
 def test_every_option_is_passed_on_or_refused_by_name(peer: ModuleType) -> None:
     for op, wrapper in operations(peer).items():
         spec = specs()[op]
-        for name, values in spec.options.items():
+        for name, values in spec.drawing.options.items():
             for value in values:
                 case = spec.case(2, 8)
                 inputs = spec.inputs(case, torch.float32, "cpu")
                 try:
-                    wrapper(*inputs.values(), **spec.required(case), **{name: value})
+                    wrapper(*inputs.values(), **spec.drawing.required(case), **{name: value})
                 except NotImplementedError as refused:
                     assert "; allowed with " in str(refused)
 

@@ -14,7 +14,8 @@ from hypothesis import given
 
 import unsloth_fast.training
 import unsloth_ref.training
-from conformance.piece import PieceCase, pieces
+from conformance.piece import PieceCase
+from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.runner import Task, run
 from conformance.search import Result

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformance.case import Case
 from conformance.declarations import SpecError
 from conformance.properties import special_values
-from conformance.spec import specs
-from conformance.specs import geglu, swiglu
+from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
 from conformance.trial import Run, Trial, widen
 from unsloth_fast import kernels as fast
@@ -75,7 +74,7 @@ def test_the_judge_uses_the_truth_of_the_spec(monkeypatch: pytest.MonkeyPatch) -
         dtypes.append(inputs[0].dtype)
         return linear.truth(*inputs, **options)
 
-    trial = Trial(replace(spec, truth=recorded), spec.reference, torch.float32, "cpu")
+    trial = Trial(replace(spec, budget=replace(spec.budget, truth=recorded)), spec.reference, torch.float32, "cpu")
     trial.judge(case, trial.run(case))
     assert dtypes == [torch.float64]
 
@@ -119,7 +118,10 @@ def test_an_operation_without_a_spec_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [(replace(swiglu.spec, op="geglu"), "got a spec named geglu; allowed: swiglu"), (None, "got spec = None")],
+    [
+        (replace(swiglu.spec, reference=reference.geglu), "got a spec named geglu; allowed: swiglu"),
+        (None, "got spec = None"),
+    ],
 )
 def test_a_spec_of_another_operation_is_refused(spec: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "spec", spec)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conformance.case import Case
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 from tests.operations.calls import CALL_NAMES, CALLS, DEVICE
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch, _replay
@@ -39,7 +40,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 def batches(spec: Spec, columns: int) -> Iterator[Case]:
     """Batches of one model whose sizes are multiples of 16: of several rows, lengths, documents and ignored rows."""
     for rows, other in ((33, 5), (1, 1), (2, 8), (3, 2), (16, 1), (32, 8)):
-        sizes = {name: other for name in ("length", "documents", "ignored") if name in spec.sizes}
+        sizes = {name: other for name in ("length", "documents", "ignored") if name in spec.drawing.sizes}
         if spec.op == "linear_cross_entropy":
             sizes["hidden"] = 64
         yield spec.case(rows, columns).resized(**sizes)
@@ -49,7 +50,7 @@ def run(spec: Spec, case: Case, options: dict[str, Any]) -> None:
     """The operation forward and backward."""
     inputs = spec.inputs(case, torch.float32, DEVICE)
     leaves = [inputs[name].requires_grad_() for name in spec.grads if name in inputs]
-    results = getattr(fast, spec.op)(**inputs, **spec.required(case), **options)
+    results = getattr(fast, spec.op)(**inputs, **spec.drawing.required(case), **options)
     results = results if isinstance(results, tuple) else (results,)
     torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results])
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.spec import ErrorCase, Spec, specs
+from conformance.spec import ErrorCase, Spec
+from conformance.specs import specs
 from tests.operations.calls import DEVICE
 from unsloth_ref import checks
 

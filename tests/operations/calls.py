@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from conformance.case import LAYOUTS
-from conformance.spec import Spec, specs
+from conformance.spec import Spec
+from conformance.specs import specs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Every operation with its defaults; those whose rows are results under other options with these too.
@@ -31,7 +32,7 @@ def call_of(
 
     def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
         arguments = inputs | dict(zip(names, leaves, strict=True))
-        results = getattr(kernels, spec.op)(**arguments, **spec.required(case), **options)
+        results = getattr(kernels, spec.op)(**arguments, **spec.drawing.required(case), **options)
         return results if isinstance(results, tuple) else (results,)
 
-    return call, [LAYOUTS[spec.bench_layout](inputs[name]) for name in names]
+    return call, [LAYOUTS[spec.speed.layout](inputs[name]) for name in names]

@@ -1,0 +1,58 @@
+"""What a property is: something that every correct implementation of an operation or training piece satisfies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from conformance.profiles import Profile
+
+# The trial is a Trial or a PieceTrial, the case a Case or a PieceCase, the declaration a Spec or a Piece.
+Check = Callable[[Any, Any], float | None]
+Cases = Callable[[Any, Profile], Sequence[Any]]
+Need = Literal["cuda", "gigabytes"]
+
+
+@dataclass(frozen=True)
+class Property:
+    """One property.
+
+    Attributes:
+        name: on the command line.
+        statement: what holds, in one sentence.
+        check: called with a trial and a case; raises Failure if the property does not hold. Returns the fraction of the
+            error budget that was used, or None if the property has no budget.
+        cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
+        share: fraction of the profile's examples to draw.
+        needs: "cuda" skips the property on a CPU; "gigabytes" keeps the runner from running two such tasks at once.
+    """
+
+    name: str
+    statement: str
+    check: Check
+    cases: Cases | None = None
+    share: float = 1.0
+    needs: Sequence[Need] = ()
+
+    @classmethod
+    def of_file(
+        cls, check: Check, *, cases: Cases | None = None, share: float = 1.0, needs: Sequence[Need] = ()
+    ) -> Property:
+        """The property that a file states: named as the file, with the first line of its docstring."""
+        statement = _first_line(sys.modules[check.__module__].__doc__)
+        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs)
+
+    @classmethod
+    def of_function(cls, check: Check, *, cases: Cases | None = None, share: float = 1.0) -> Property:
+        """The property that a function states: named as the function, with the first line of its docstring."""
+        return cls(check.__name__, _first_line(check.__doc__), check, cases, share)
+
+    def lacks(self, device: str) -> str | None:
+        """Why the property cannot be checked on a device ("cpu" or "cuda"); None if it can."""
+        return "needs CUDA" if "cuda" in self.needs and device != "cuda" else None
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]

@@ -1,0 +1,45 @@
+"""`conformance fingerprint`: registers, spills and the like of Triton kernels, without a GPU."""
+
+import argparse
+import os
+from pathlib import Path
+
+from conformance import backends
+from conformance.gates import Failure
+from conformance.search import DTYPES
+from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("fingerprint", help="registers, spills and the like of Triton kernels; needs no GPU")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="sm_80, sm_90, sm_100, gfx942 (all)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
+    parser.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write them to this file")
+    parser.set_defaults(verb=_fingerprint)
+
+
+def _fingerprint(arguments: argparse.Namespace) -> int:
+    ops = known("operation", arguments.ops, list(backends.OPERATIONS))
+    known("dtype", [arguments.dtype], list(DTYPES))
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+    from conformance import fingerprint
+
+    targets = known("target", arguments.target, list(fingerprint.TARGETS))
+    judged = backends.load(arguments.backend, "cuda")
+    demand_writable(arguments.json)
+    print(fingerprint.heading(judged, targets, arguments.dtype), flush=True)
+    found = []
+    try:
+        for prints in fingerprint.fingerprints(judged, ops, targets, arguments.dtype):
+            print(fingerprint.text(prints), flush=True)
+            found += prints
+    except Failure as failure:
+        raise UsageError(f"backend {arguments.backend} {failure}, on a CPU: nothing to compile") from failure
+    if not found:
+        raise UsageError(f"backend {arguments.backend} launches no Triton kernel for {', '.join(ops)}")
+    if arguments.json:
+        fingerprint.write_json(arguments.json, found, judged)
+    return 1 if any(one.problem for one in found) else 0

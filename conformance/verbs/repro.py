@@ -1,0 +1,58 @@
+"""`conformance repro`: run one case again, from the line that a failure printed."""
+
+import argparse
+from dataclasses import replace
+
+from conformance import backends, report
+from conformance.pieces import pieces
+from conformance.runner import Task, run
+from conformance.search import DTYPES
+from conformance.specs import specs
+from conformance.verbs._shared import UsageError, Verbs, add_backend, judged_by, known, properties_of
+
+LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
+    parser.add_argument("line", help=f"'{LINE}'")
+    add_backend(parser)
+    parser.set_defaults(verb=_repro)
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    op, dtype, name, line = _parsed(arguments.line)
+    try:
+        case = pieces()[op].parse(line) if dtype is None else specs()[op].parse(line)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    device, judged = judged_by(arguments)
+    if op not in judged.functions:
+        raise UsageError(f"backend {arguments.backend} does not define {op}")
+    task = Task(arguments.backend, op, name, dtype, device, case=case)
+    ((_, result),) = run([task], lambda *_: None)
+    if result.verdict == "fail":
+        print(report.failures([replace(result, case=str(case))], arguments.backend, device))
+        return 1
+    if result.verdict == "skip":
+        raise UsageError(f"{name}: {result.message}")
+    used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
+    print(f"ok   {' / '.join((op, name, *((dtype,) if dtype else ())))}: {case!r}{used}")
+    return 0
+
+
+def _parsed(line: str) -> tuple[str, str | None, str, str]:
+    """Operation or piece, dtype, property and case from a line that a failure printed."""
+    op, *words = line.split() or [""]
+    by_name = [word for word in words if "=" not in word]  # dtype and property; a piece has no dtype
+    if not words or (op in backends.PIECES and len(by_name) != 1):
+        raise UsageError(f"repro: got {line!r}; allowed: '{LINE}'")
+    known("operation", [op], [*backends.OPERATIONS, *backends.PIECES])
+    dtype = None
+    if op in backends.OPERATIONS:
+        dtype = words.pop(0)
+        known("dtype", [dtype], list(DTYPES))
+    name = words.pop(0) if words and "=" not in words[0] else "gradients"
+    known("property", [name], list(properties_of(op)))
+    return op, dtype, name, " ".join(words)

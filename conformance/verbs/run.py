@@ -1,0 +1,95 @@
+"""`conformance run`: check the operations and training pieces of a backend."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from conformance import backends, report
+from conformance.pieces import pieces
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.runner import Task, run
+from conformance.search import DTYPES, Result
+from conformance.specs import specs
+from conformance.verbs._shared import (
+    UsageError,
+    Verbs,
+    add_backend,
+    demand_writable,
+    judged_by,
+    known,
+    properties_of,
+)
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations and training pieces (all)")
+    parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
+    parser.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
+    parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
+    parser.add_argument("-x", "--stop", action="store_true", help="leave an operation after its first failure")
+    add_backend(parser)
+    parser.set_defaults(verb=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    ops = known("operation", arguments.ops, [*backends.OPERATIONS, *backends.PIECES])
+    dtypes = known("dtype", arguments.dtype, list(DTYPES))
+    specs()
+    properties = known("property", arguments.property, _properties())
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
+    device, judged = judged_by(arguments)
+    demand_writable(arguments.json)
+    if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
+        ops = list(backends.OPERATIONS)  # most backends define only kernels: do not list all pieces as missing
+    tasks = [
+        Task(arguments.backend, op, name, dtype, device, arguments.profile)
+        for op in ops
+        if op in judged.functions
+        for name in properties
+        for dtype in (dtypes if op in backends.OPERATIONS else [None])
+        if name in properties_of(op)
+    ]
+    if not tasks:
+        defined = [op for op in ops if op in judged.functions]
+        if defined:
+            raise UsageError(f"{', '.join(defined)}: no property of {', '.join(properties)}: nothing to run")
+        raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
+    print(report.heading(judged, device, arguments.profile), flush=True)
+    results: list[Result] = []
+
+    def on_result(task: Task, result: Result) -> None:
+        table.add(task, result)
+        results.append(result)
+        if arguments.json:  # after every result, so that a stopped run leaves what it found
+            report.write_json(arguments.json, results, judged, device, arguments.profile)
+
+    judged_ops = {task.op for task in tasks}
+    shown = [op for op in ops if op in judged_ops or op not in judged.functions]
+    columns = dtypes if any(op in backends.OPERATIONS for op in shown) else [""]  # pieces have no dtype
+    with report.Table(tasks, shown, columns) as table:
+        done = run(tasks, on_result, jobs=arguments.jobs, stop_at_failure=arguments.stop)
+    results = [result for _, result in done]
+    print()
+    if any(result.verdict == "fail" for result in results):
+        print(report.failures(results, arguments.backend, device), end="\n\n")
+    print(report.closing(results))
+    if arguments.json:
+        report.write_json(arguments.json, results, judged, device, arguments.profile)
+    return _status(results)
+
+
+def _properties() -> list[str]:
+    """The names of all properties, of operations and of pieces, without repetitions."""
+    return list(dict.fromkeys([*PROPERTIES, *(name for piece in pieces().values() for name in piece.properties)]))
+
+
+def _status(results: Sequence[Result]) -> int:
+    if any(result.verdict == "fail" for result in results):
+        return 1
+    return 0 if any(result.verdict == "pass" for result in results) else 2
