@@ -105,6 +105,17 @@ def choose(
     return chosen
 
 
+def users(judged: Judged, chosen: Sequence[Key]) -> dict[Key, list[str]]:
+    """For each mutant, the other operations of the backend that use the changed code."""
+    ops = [op for op in OPERATIONS if op in judged.functions]
+    names = {op: {source.module: source.names for source in sources_of(judged.functions[op])} for op in ops}
+    found: dict[Key, list[str]] = {}
+    for op, mutant in chosen:
+        module, name = mutant.source.module, mutant.function.partition(".")[0]
+        found[op, mutant] = [other for other in ops if other != op and name in (names[other].get(module) or ())]
+    return found
+
+
 @dataclass(frozen=True)
 class Campaign:
     """How mutants are examined.
@@ -127,31 +138,48 @@ class Campaign:
     confirmed: Sequence[Equivalent] = ()
 
     def run(
-        self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]
+        self, chosen: Sequence[Key], others: Mapping[Key, Sequence[str]], on_outcome: Callable[[Outcome], None]
     ) -> tuple[list[Outcome], dict[str, Original]]:
         """Examine mutants.
 
         Args:
             chosen: operations and mutants.
+            others: where the operation does not run the changed expression, these are examined in its place.
             on_outcome: called with each verdict when it is known.
 
         Returns:
             The outcomes in the order of the mutants, and what the unchanged backend does.
         """
-        ordered = checks(self.properties, self.dtypes)
         outcomes: dict[Key, Outcome] = {}
-        first: dict[Key, Examined] = {}
+        originals: dict[str, Original] = {}
+        waiting = {key: list(others.get(key, ())) for key in chosen}
+        current = {key: key for key in chosen}  # by what is examined now: what was asked for
+        while current:
+            moved: dict[Key, Key] = {}
 
-        def conclude(key: Key, outcome: Outcome) -> None:
-            outcomes[key] = outcome
-            on_outcome(outcome)
+            def conclude(outcome: Outcome, current: dict[Key, Key] = current, moved: dict[Key, Key] = moved) -> None:
+                key = current[outcome.op, outcome.mutant]
+                if outcome.verdict == "unreached" and waiting[key]:
+                    moved[waiting[key].pop(0), key[1]] = key
+                else:
+                    outcomes[key] = outcome
+                    on_outcome(outcome)
+
+            for op, original in self._round(list(current), conclude).items():
+                originals[op] = original
+            current = moved
+        return [outcomes[key] for key in chosen], originals
+
+    def _round(self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]) -> dict[str, Original]:
+        ordered = checks(self.properties, self.dtypes)
+        first: dict[Key, Examined] = {}
 
         def after_first(key: Key, found: Examined) -> None:
             entry = next((one for one in self.confirmed if one.matches(key[1])), None)
             if found.failed and not self.every:
-                conclude(key, Outcome(*key, "raised" if found.raised else "killed", found.failed))
+                on_outcome(Outcome(*key, "raised" if found.raised else "killed", found.failed))
             elif entry is not None and not found.failed:
-                conclude(key, Outcome(*key, "equivalent", reason=entry.reason))
+                on_outcome(Outcome(*key, "equivalent", reason=entry.reason))
             else:
                 first[key] = found
 
@@ -169,16 +197,16 @@ class Campaign:
             failed = first[key].failed + found.failed
             if failed:
                 raised = first[key].raised or found.raised
-                conclude(key, Outcome(*key, "raised" if raised else "killed", failed))
+                on_outcome(Outcome(*key, "raised" if raised else "killed", failed))
                 return
             bits = first[key].bits | found.bits
             same = all(originals[key[0]].bits.get(check) == value for check, value in bits.items())
             survived: Verdict = "survived" if plans[key] else "unreached"
-            conclude(key, Outcome(*key, "same bits" if plans[key] and same and key[1].choice else survived, same=same))
+            on_outcome(Outcome(*key, "same bits" if plans[key] and same and key[1].choice else survived, same=same))
 
         rest = {key: [c for c in plan if c not in ordered[:QUICK]] for key, plan in plans.items()}
         self._examine(rest, after_second)
-        return [outcomes[key] for key in chosen], originals
+        return originals
 
     def _plan(
         self, key: Key, original: Original, regions: Sequence[tuple[str, Region]], ordered: Sequence[Check]
@@ -206,17 +234,20 @@ class Campaign:
 
     def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
         """Run every mutant under its checks; one without checks passes."""
-        tasks = {
-            self._task(
-                op, mutant=mutant.name, edited=(mutant.source.module, mutant.text), checks=tuple(plan), every=self.every
-            ): (op, mutant)
-            for (op, mutant), plan in plans.items()
-            if plan
-        }
-        self._run(tasks, lambda task, result: on_found(tasks[task], _examined(result)))
-        for key, plan in plans.items():
-            if not plan:
-                on_found(key, Examined(key[0], "", None, "pass"))
+        keys: dict[Examination, list[Key]] = {}
+        for (op, mutant), plan in plans.items():
+            edited = mutant.source.module, mutant.text
+            task = self._task(op, mutant=mutant.name, edited=edited, checks=tuple(plan), every=self.every)
+            keys.setdefault(task, []).append((op, mutant))
+
+        def on_result(task: Examination, result: Result) -> None:
+            for key in keys[task]:
+                on_found(key, _examined(result))
+
+        self._run([task for task in keys if task.checks], on_result)
+        for task in keys:
+            if not task.checks:
+                on_result(task, Examined(task.op, "", None, "pass"))
 
     def _task(self, op: str, property: str = "", **facts: object) -> Examination:
         return partial(Examination, self.backend, op, property, None, self.device, self.profile)(**facts)  # type: ignore[arg-type]

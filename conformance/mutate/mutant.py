@@ -69,16 +69,19 @@ class Mutant:
     @property
     def change(self) -> tuple[str, str]:
         """The lines that differ, before and after, without indentation."""
-        before, after = self.source.text.splitlines(), self.text.splitlines()
-        old, new = [], []
-        for tag, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-            if tag != "equal":
-                old += before[i:j]
-                new += after[k:m]
-        return "\n".join(line.strip() for line in old), "\n".join(line.strip() for line in new)
+        text = self.source.text.encode()
+        begin = text.rfind(b"\n", 0, min(first for first, _, _ in self.edits)) + 1
+        end = text.find(b"\n", max(last for _, last, _ in self.edits)) % (len(text) + 1)
+        longer = len(self.text.encode()) - len(text)
+        old, new = text[begin:end], self.text.encode()[begin : end + longer]
+        return _unindented(old.decode()), _unindented(new.decode())
 
     @property
     def diff(self) -> str:
         """A unified diff with two lines of context, without the heading."""
         lines = difflib.unified_diff(self.source.text.splitlines(), self.text.splitlines(), n=2, lineterm="")
         return "\n".join(list(lines)[2:])
+
+
+def _unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())

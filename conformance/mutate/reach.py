@@ -66,7 +66,9 @@ class Reach:
         for index, (line, last, column, end) in enumerate(code.co_positions()):
             if line is None or last is None or column is None or end is None:
                 continue
-            numbers = {n for n, r in self._regions[code.co_filename] if r[:2] <= (line, column) and (last, end) <= r[2:]}
+            numbers = {
+                n for n, r in self._regions[code.co_filename] if r[:2] <= (line, column) and (last, end) <= r[2:]
+            }
             if numbers:
                 found[2 * index] = numbers
         return found
