@@ -21,7 +21,8 @@ from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
 from conformance.search import Result
 
-HANG_SECONDS = 60.0  # the longest case of a correct kernel takes 15, in Triton's interpreter or to be compiled
+# The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
+HANG_SECONDS = {"cpu": 60.0, "cuda": 150.0}
 Verdict = Literal["killed", "raised", "survived", "unreached", "same bits", "equivalent"]
 Key = tuple[str, Mutant]  # the operation that is examined, and the mutant
 
@@ -256,7 +257,7 @@ class Campaign:
         preload = ["conformance.mutate.examine", *(f"conformance.specs.{op}" for op in OPERATIONS)]
         if "triton" in sys.modules:  # the backend uses it
             preload += ["triton", "triton.language", "triton.runtime.interpreter"]
-        runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS, preload=preload)
+        runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS[self.device], preload=preload)
 
 
 def _examined(found: Result) -> Examined:

@@ -39,6 +39,7 @@ class Reach:
         """Trace this thread, in which backward passes then run too, and the kernels that Triton compiles."""
         before = sys.gettrace()
         with self._compiled_kernels(), torch.autograd.set_multithreading_enabled(False):
+            sys._getframe().f_trace_opcodes = True  # Python 3.12 reads this when tracing starts
             sys.settrace(self._on_call)
             try:
                 yield
