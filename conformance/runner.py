@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 
@@ -138,7 +139,7 @@ def _start(timeout: float, preload: Sequence[str] | None) -> _Worker:
     # Triton's interpreter multiplies matrices with NumPy, whose threads in several processes wait for each other: the
     # cases of packed_attention took 1.35 times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn" if preload is None else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if preload is None else "forkserver")
     if preload is not None:
         context.set_forkserver_preload(list(preload))
     ours, theirs = context.Pipe()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from conformance import runner
 from conformance.backends import OPERATIONS, Judged
@@ -24,6 +24,8 @@ from conformance.search import Result
 # The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
 HANG_SECONDS = {"cpu": 60.0, "cuda": 150.0}
 Verdict = Literal["killed", "raised", "survived", "unreached", "same bits", "equivalent"]
+OPEN = ("unreached", "same bits", "survived")
+WEIGHT = {verdict: weight for weight, verdict in enumerate((*OPEN, "equivalent", "raised", "killed"))}
 Key = tuple[str, Mutant]  # the operation that is examined, and the mutant
 
 
@@ -71,8 +73,8 @@ class Original:
         self.failed += found.failed
 
     def passes(self, check: Check) -> bool:
-        """Whether a check can say anything about a mutant; one without a dtype is of a process that died."""
-        return not any(one.property == check[0] and one.dtype in (None, check[1]) for one in self.failed)
+        """Whether a check can say anything about a mutant."""
+        return not any(one.property == "import" or (one.property, one.dtype) == check for one in self.failed)
 
 
 def choose(
@@ -145,7 +147,7 @@ class Campaign:
 
         Args:
             chosen: operations and mutants.
-            others: where the operation does not run the changed expression, these are examined in its place.
+            others: a mutant that survives one operation is examined under these too, which use the same code.
             on_outcome: called with each verdict when it is known.
 
         Returns:
@@ -160,14 +162,14 @@ class Campaign:
 
             def conclude(outcome: Outcome, current: dict[Key, Key] = current, moved: dict[Key, Key] = moved) -> None:
                 key = current[outcome.op, outcome.mutant]
-                if outcome.verdict == "unreached" and waiting[key]:
+                if key not in outcomes or WEIGHT[outcome.verdict] > WEIGHT[outcomes[key].verdict]:
+                    outcomes[key] = outcome
+                if outcomes[key].verdict in OPEN and waiting[key]:
                     moved[waiting[key].pop(0), key[1]] = key
                 else:
-                    outcomes[key] = outcome
-                    on_outcome(outcome)
+                    on_outcome(outcomes[key])
 
-            for op, original in self._round(list(current), conclude).items():
-                originals[op] = original
+            originals |= self._round(list(current), conclude)
             current = moved
         return [outcomes[key] for key in chosen], originals
 
@@ -223,14 +225,21 @@ class Campaign:
     def _originals(
         self, regions: Mapping[str, Sequence[tuple[str, Region]]], ordered: Sequence[Check]
     ) -> dict[str, Original]:
-        """The unchanged backend under these checks, each property in a process of its own."""
+        """The unchanged backend under these checks, in two processes per job."""
         found = {op: Original() for op in regions}
-        tasks = [
-            self._task(op, property=name, checks=tuple(c for c in ordered if c[0] == name), regions=tuple(places))
-            for name in dict.fromkeys(name for name, _ in ordered)
-            for op, places in regions.items()
-        ]
-        self._run(tasks, lambda task, result: found[task.op].add(result))
+        parts = max(1, 2 * self.jobs // max(1, len(regions)))
+        waiting = [(op, ordered[part::parts]) for part in range(parts) for op in regions]
+        while waiting:
+            tasks = {
+                self._task(op, checks=tuple(part), regions=tuple(regions[op]), every=True): part
+                for op, part in waiting
+                if part
+            }
+            waiting = []
+            for task, result in self._run(tasks):
+                found[task.op].add(result)
+                if not isinstance(result, Examined):  # the process died in one check: the others again
+                    waiting.append((task.op, [check for check in tasks[task] if found[task.op].passes(check)]))
         return found
 
     def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
@@ -253,11 +262,13 @@ class Campaign:
     def _task(self, op: str, property: str = "", **facts: object) -> Examination:
         return partial(Examination, self.backend, op, property, None, self.device, self.profile)(**facts)  # type: ignore[arg-type]
 
-    def _run(self, tasks: Iterable[Examination], on_result: Callable[..., None]) -> None:
+    def _run(
+        self, tasks: Iterable[Examination], on_result: Callable[..., None] = lambda task, result: None
+    ) -> list[tuple[Any, Result]]:
         preload = ["conformance.mutate.examine", *(f"conformance.specs.{op}" for op in OPERATIONS)]
         if "triton" in sys.modules:  # the backend uses it
             preload += ["triton", "triton.language", "triton.runtime.interpreter"]
-        runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS[self.device], preload=preload)
+        return runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS[self.device], preload=preload)
 
 
 def _examined(found: Result) -> Examined:
@@ -266,5 +277,9 @@ def _examined(found: Result) -> Examined:
         return found
     check, _, case = (found.case or "").partition(": ")
     name, _, dtype = check.partition(" ")
-    facts = asdict(found) | {"property": name or found.property, "dtype": dtype or None, "case": case or None}
+    facts = asdict(found) | {
+        "property": name or found.property or "import",
+        "dtype": dtype or None,
+        "case": case or None,
+    }
     return Examined(**facts, failed=(Result(**facts),))

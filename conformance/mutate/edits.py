@@ -187,7 +187,7 @@ class _Finder:
         elif name in ("range", "static_range") and node.args:
             stop = node.args[min(1, len(node.args) - 1)]
             self._add("range", stop, place, self._instead(stop, f"({self._text(stop)}) - 1"))
-        if name in ALLOCATIONS:
+        if name in ALLOCATIONS and not of_triton:
             self._allocation(node, name, place)
         if name in SWAPPED and (of_triton or owner is None) and len(node.args) > 1:
             at = self._end(function) - len(name)

@@ -21,6 +21,7 @@ class Equivalent:
         new: the same lines after the change; several entries that differ in nothing else list them together.
         reason: why no user can tell the difference.
         confirmed: who read it.
+        device: "cpu" or "cuda" if this holds there alone; None for every device.
     """
 
     file: str
@@ -29,6 +30,7 @@ class Equivalent:
     new: tuple[str, ...]
     reason: str
     confirmed: str
+    device: str | None = None
 
     def matches(self, mutant: Mutant) -> bool:
         """Whether the mutant is this change."""
@@ -37,10 +39,10 @@ class Equivalent:
         return where and old == self.old and new in self.new
 
 
-def confirmed(path: Path = FILE) -> list[Equivalent]:
-    """The entries of the file."""
+def confirmed(device: str | None = None, path: Path = FILE) -> list[Equivalent]:
+    """The entries of the file; those that hold on a device, if one is given."""
     entries = tomllib.loads(path.read_text(encoding="utf-8")).get("equivalent", [])
-    return [
+    found = [
         Equivalent(
             file=entry["file"],
             function=entry["function"],
@@ -48,9 +50,11 @@ def confirmed(path: Path = FILE) -> list[Equivalent]:
             new=(entry["new"],) if isinstance(entry["new"], str) else tuple(entry["new"]),
             reason=entry["reason"],
             confirmed=entry["confirmed"],
+            device=entry.get("device"),
         )
         for entry in entries
     ]
+    return [entry for entry in found if device is None or entry.device in (None, device)]
 
 
 def stale(entries: Sequence[Equivalent], mutants: Sequence[Mutant]) -> list[Equivalent]:

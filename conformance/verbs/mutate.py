@@ -69,7 +69,7 @@ def _mutate(arguments: argparse.Namespace) -> int:
         dtypes,
         arguments.jobs or (min(cores, GPU_JOBS) if device == "cuda" else cores),
         every=arguments.matrix,
-        confirmed=() if names else confirmed(),
+        confirmed=() if names else confirmed(device),
     )
     print(heading(judged, device, arguments.profile), flush=True)
     print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}", flush=True)
