@@ -101,7 +101,7 @@ class Examination(Task):
         for check in self.checks:
             name, dtype = check
             trial = Recording(specs()[self.op], subject.function, DTYPES[dtype], self.device, subject.truncates)
-            reach.seen.clear()
+            reach.forget()
             with reach.tracing() if self.regions else nullcontext(), _alone(name, self.device):
                 announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
                 result = search(trial, PROPERTIES[name], profile_of(self.profile), dtype, announce)

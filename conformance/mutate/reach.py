@@ -23,12 +23,13 @@ class Reach:
     """Notes which regions of some files run.
 
     Attributes:
-        seen: the numbers of the regions that ran since this was last emptied.
+        seen: the numbers of the regions that ran since `forget` was last called.
     """
 
     def __init__(self, regions: Sequence[tuple[str, Region]]) -> None:
         """Regions are pairs of the file's path and the place in it."""
         self.seen: set[int] = set()
+        self._left: dict[CodeType, dict[int, set[int]]] = {}  # as _codes, without what was seen
         self._regions: dict[str, list[tuple[int, Region]]] = {}
         for number, (path, region) in enumerate(regions):
             self._regions.setdefault(path, []).append((number, region))
@@ -52,15 +53,24 @@ class Reach:
             return None
         if code not in self._codes:
             self._codes[code] = self._inside(code)
-        if not self._codes[code]:
+        if not self._left.setdefault(code, self._codes[code]):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._on_instruction
 
     def _on_instruction(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "opcode":
-            self.seen |= self._codes[frame.f_code].get(frame.f_lasti, set())
+        found = self._left[frame.f_code].get(frame.f_lasti) if event == "opcode" else None
+        if found:
+            self.seen |= found
+            places = self._left[frame.f_code].items()
+            left = {place: rest for place, numbers in places if (rest := numbers - self.seen)}
+            self._left[frame.f_code] = left
         return self._on_instruction
+
+    def forget(self) -> None:
+        """Empty `seen`."""
+        self.seen.clear()
+        self._left.clear()
 
     def _inside(self, code: CodeType) -> dict[int, set[int]]:
         found: dict[int, set[int]] = {}
