@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +173,7 @@ class Campaign:
         return [outcomes[key] for key in chosen], originals
 
     def _round(self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]) -> dict[str, Original]:
+        """Examine each mutant under one operation; returns what the unchanged backend does."""
         ordered = checks(self.properties, self.dtypes)
         first: dict[Key, Examined] = {}
 
@@ -259,8 +259,8 @@ class Campaign:
             if not task.checks:
                 on_result(task, Examined(task.op, "", None, "pass"))
 
-    def _task(self, op: str, property: str = "", **facts: object) -> Examination:
-        return partial(Examination, self.backend, op, property, None, self.device, self.profile)(**facts)  # type: ignore[arg-type]
+    def _task(self, op: str, **facts: Any) -> Examination:
+        return Examination(self.backend, op, "", None, self.device, self.profile, **facts)
 
     def _run(
         self, tasks: Iterable[Examination], on_result: Callable[..., None] = lambda task, result: None

@@ -92,8 +92,8 @@ class Examination(Task):
                 import_edited(*self.edited)
             function = (judged := backends.load(self.backend, self.device)).functions[self.op]
             return self._examined(Subject(function, judged.truncates), notify)
-        message = f"raised {describe(caught.error)}"
-        return Examined(self.op, "import", None, "fail", message=message, raised=True)
+        failure = Result(self.op, "import", None, "fail", message=f"raised {describe(caught.error)}")
+        return Examined(**vars(failure), failed=(failure,), raised=True)
 
     def _examined(self, subject: "Subject", notify: Callable[[str], None]) -> Examined:
         failed, found, reached, examples = [], {}, {}, 0

@@ -16,9 +16,11 @@ from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Outcome, choose, users
 from conformance.mutate.edits import mutants
 from conformance.mutate.equivalent import Equivalent, confirmed, stale
+from conformance.mutate.examine import Examination
 from conformance.mutate.mutant import Mutant, Source
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import SHARED, import_edited, sources_of
+from conformance.runner import Task, run
 from conformance.trial import BackendError
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +192,28 @@ def test_most_of_a_sample_is_killed(backend: str, op: str, count: int, dtypes: t
     assert report.rate(outcomes) >= 5 / 6, survivors(outcomes)
     assert "mutants killed" in report.closing(outcomes)
     assert report.matrix(outcomes).startswith("kind")
+
+
+@here
+def test_a_mutant_may_hang_or_crash_or_fail_to_import() -> None:
+    text = (ROOT / "tests" / "judge" / "right" / "swiglu.py").read_text()
+    line = "    wide = gate.float()\n"
+    expected = {
+        "    import time\n\n    time.sleep(1000)\n": "no result in 20 s: the process was stopped",
+        "    import os\n\n    os.abort()\n": "the process died (SIGABRT)",
+        "    raise ValueError(gate.shape)\n": "raised ValueError: torch.Size",
+        "    wide = gate.float(\n": "raised BackendError: backend: got 'tests.judge.right",
+    }
+    tasks: dict[Task, str] = {
+        Examination(
+            "tests.judge.right.swiglu_by_sigmoid", "swiglu", "", None, "cpu", "dev",
+            edited=("tests.judge.right.swiglu", text.replace(line, new, 1)), checks=(("value", "float32"),),
+        ): message
+        for new, message in expected.items()
+    }  # fmt: skip
+    for task, result in run(tasks, lambda *_: None, jobs=2, timeout=20, preload=["conformance.mutate.examine"]):
+        assert result.verdict == "fail"
+        assert (result.message or "").startswith(tasks[task]), result.message
 
 
 @pytest.mark.parametrize(
