@@ -80,7 +80,7 @@ class Bench:
         spec = replace(spec, grads=spec.speed.shapes[shape].get("grads", spec.grads))
         judged = {name: backends.load(name, self.card.device) for name in self.names}
         trials = {
-            name: Trial(spec, one.functions[op], DTYPES[self.dtype], self.card.device, one.truncates, self.card.device)
+            name: Trial(spec, one.functions[op], DTYPES[self.dtype], self.card.device, self.card.device)
             for name, one in judged.items()
             if op in one.functions
         }

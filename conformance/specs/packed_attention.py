@@ -13,27 +13,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from conformance.bounds import Terms
 from conformance.case import Case, Draw
-from conformance.gates import UNIT_FLOAT32
 from conformance.promises import Law, Memory, Parts
-from conformance.spec import (
-    Budget,
-    Call,
-    Change,
-    Drawing,
-    Inputs,
-    Options,
-    Spec,
-    Speed,
-    nbytes,
-)
+from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, nbytes
 from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
-ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 
 
 def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
@@ -97,8 +86,7 @@ def _smallest(call: Call) -> float:
 def _parts(call: Call) -> Iterator[_Part]:
     """One document and key head at a time: the scores of all heads of a long document do not fit in memory."""
     q, k, v, cu_seqlens = (call.inputs[name] for name in ("q", "k", "v", "cu_seqlens"))
-    group, options = q.shape[1] // k.shape[1], call.options
-    scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
+    group, options, scale = q.shape[1] // k.shape[1], call.options, _scale(call)
     window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
     for begin, end in pairwise(cu_seqlens.tolist()):
         position = torch.arange(end - begin, device=q.device)
@@ -116,57 +104,52 @@ def _parts(call: Call) -> Iterator[_Part]:
             yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-def _float32_weight(call: Call) -> float:
-    """Weight of a float32 rounding in S: for 16 bits, the gates allow ROUNDINGS of u instead of log2(n) of 2^-24."""
-    return 1.0 if call.unit == UNIT_FLOAT32 else call.float32_error / ROUNDINGS / call.unit
+def _scale(call: Call) -> float:
+    scale = call.options.get("scale")
+    return call.inputs["q"].shape[2] ** -0.5 if scale is None else scale
 
 
-def _out_terms(call: Call) -> Tensor:
-    """Sum of p |v|; p carries a rounding to v's dtype, and the roundings of its score."""
-    terms, weight = torch.zeros_like(call.inputs["q"]), _float32_weight(call)
+def _p(part: _Part) -> tuple[Tensor, Tensor]:
+    """p carries a rounding to v's dtype, and in float32 the roundings of its score."""
+    return part.p, part.p * (1 + part.p_roundings)
+
+
+def _do(call: Call, part: _Part) -> Tensor:
+    return call.grad_outputs[0][part.rows, part.heads].transpose(0, 1)
+
+
+def _added(call: Call, name: str, factors: Callable[[_Part], tuple[Tensor, Tensor, Tensor]]) -> Terms:
+    """The terms of products that are added up: for q over keys, for k and v over queries and the heads of the group.
+
+    Factors of a part: the left one, [G, L, L], in the dtype and in float32; the exact right one.
+    """
+    size, squares, in_float32 = (torch.zeros_like(call.inputs[name]) for _ in range(3))
     for part in _parts(call):
-        terms[part.rows, part.heads] = (part.p * (1 + weight * part.p_roundings) @ part.v.abs()).transpose(0, 1)
-    return terms
+        left, wide, right = factors(part)
+        if name != "q":
+            left, wide = left.mT, wide.mT
+        products = (left @ right.abs(), left.square() @ right.square(), wide @ right.abs())
+        for into, found in zip((size, squares, in_float32), products, strict=True):
+            if name == "q":
+                into[part.rows, part.heads] = found.transpose(0, 1)
+            else:
+                into[part.rows, part.head] = found.sum(0)
+    return Terms(size, squares.sqrt(), in_float32)
 
 
-def _dv_terms(call: Call) -> Tensor:
-    """Sum of p |do| over queries and the heads of the group."""
-    terms, weight = torch.zeros_like(call.inputs["v"]), _float32_weight(call)
-    for part in _parts(call):
-        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-        terms[part.rows, part.head] = ((part.p * (1 + weight * part.p_roundings)).mT @ do).sum(0)
-    return terms
-
-
-def _ds_terms(call: Call, part: _Part) -> Tensor:
-    """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
-    cap, weight = call.options.get("softcap", 0.0), _float32_weight(call)
-    do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-    dp = do @ part.v.abs().mT
+def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
+    """Scale p (|dp| + |delta|), each with the terms of its sum; delta also carries the roundings of p in its sum."""
+    cap = call.options.get("softcap", 0.0)
+    dp = _do(call, part).abs() @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
     delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
     if cap:
-        scale = call.options.get("scale") or part.q.shape[2] ** -0.5
-        slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
-    in_float32 = (1 + part.p_roundings) * (dp + delta) + delta_roundings
-    return part.p * (slope * (dp + delta) + weight * in_float32) + (part.p > 0) * _smallest(call)
-
-
-def _dq_terms(call: Call) -> Tensor:
-    """Sum of scale |ds| |k| over keys."""
-    terms = torch.zeros_like(call.inputs["q"])
-    for part in _parts(call):
-        terms[part.rows, part.heads] = (_ds_terms(call, part) @ part.k.abs()).transpose(0, 1)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
-
-
-def _dk_terms(call: Call) -> Tensor:
-    """Sum of scale |ds| |q| over queries and the heads of the group."""
-    terms = torch.zeros_like(call.inputs["k"])
-    for part in _parts(call):
-        terms[part.rows, part.head] = (_ds_terms(call, part).mT @ part.q.abs()).sum(0)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+        slope = 1 - torch.tanh(part.q @ part.k.mT * _scale(call) / cap).square()
+    smallest = (part.p > 0) * _smallest(call)
+    in_dtype = part.p * slope * (dp + delta) + smallest
+    in_float32 = in_dtype + part.p * ((1 + part.p_roundings) * (dp + delta) + delta_roundings)
+    return in_dtype * _scale(call), in_float32 * _scale(call)
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
@@ -251,8 +234,13 @@ spec = Spec(
     outputs=["out"],
     grads=["q", "k", "v"],
     budget=Budget(
-        roundings=ROUNDINGS,
-        terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
+        roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
+        terms={
+            "out": lambda call: _added(call, "q", lambda part: (*_p(part), part.v)),
+            "q": lambda call: _added(call, "q", lambda part: (*_ds(call, part), part.k)),
+            "k": lambda call: _added(call, "k", lambda part: (*_ds(call, part), part.q)),
+            "v": lambda call: _added(call, "v", lambda part: (*_p(part), _do(call, part))),
+        },
     ),
     rowwise=[],
     independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from conformance.bounds import UNIT_FLOAT32, Terms, root_of_mean
 from conformance.case import Case, Draw
-from conformance.gates import UNIT_FLOAT32
 from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
@@ -52,29 +52,32 @@ def y_terms(call: Call) -> Tensor:
     return (normed(call)[0].abs() + 2 * call.smallest) * (call.inputs["weight"].abs() + call.options.get("offset", 0.0))
 
 
-def _y_terms(call: Call) -> Tensor:
+def _y_terms(call: Call) -> Terms | Tensor:
     """With a weight that is wider than x and "gemma" casting, all products are float32: nothing else is rounded."""
     terms = y_terms(call)
     if call.options.get("casting", "llama") == "llama" or not call.wide("weight"):
         return terms
-    return call.terms_of(call.float32_error * terms, ROUNDINGS, call.unit)
+    return Terms(torch.zeros_like(terms), in_float32=terms)
 
 
-def _x_terms(call: Call) -> Tensor:
+def _x_terms(call: Call) -> Terms:
     """r (|g| + |n| mean |g n|): the gradient of x is g without its part along the normalised row."""
     n, r = normed(call)
     g = call.grad_outputs[0] * (call.inputs["weight"] + call.options.get("offset", 0.0))
-    return r * (g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest)
+    size = g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest
+    return Terms(r * size, root=r * torch.hypot(g, n * root_of_mean(g * n)))
 
 
-def weight_terms(call: Call, rounded: bool) -> Tensor:
+def weight_terms(call: Call, rounded: bool) -> Terms:
     """Sum |dy n|: the gradient of the weight is a sum over rows; `rounded`: n is rounded to x's dtype.
 
     The gradient of a weight that is wider than x has a smaller unit roundoff than the rounding of n.
     """
-    terms = (normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
-    terms = terms.reshape(-1, terms.shape[-1]).sum(0)
-    return terms * (call.unit / UNIT_FLOAT32 if rounded and call.wide("weight") else 1.0)
+    n, dy = normed(call)[0], call.grad_outputs[0]
+    size, factor = (n.abs() + 2 * call.smallest) * dy.abs(), 1.0
+    if rounded and call.wide("weight"):
+        factor = call.unit / UNIT_FLOAT32
+    return Terms(factor * size, root=factor * (dy * n).abs(), in_float32=size).over_rows()
 
 
 def times_four(options: Options) -> Options:

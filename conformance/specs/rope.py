@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from conformance.bounds import Terms
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -75,18 +76,23 @@ def _other_half(values: Tensor, rotary: int) -> Tensor:
     return torch.cat([second, first, rest], -1)
 
 
-def _forward_terms(call: Call, x: Tensor) -> Tensor:
+def _sum_of_two(first: Tensor, second: Tensor) -> Terms:
+    return Terms(first + second, root=torch.hypot(first, second))
+
+
+def _forward_terms(call: Call, x: Tensor) -> Terms:
     """A sum of two products: |x cos| + |x' sin|, where x' is the other half; in float32 if cos and sin are."""
     cos, sin = _angles(call, x)
-    terms = x.abs() * cos + _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin
-    wide = call.wide("cos", "sin")
-    return call.terms_of(call.float32_error * terms, ROUNDINGS, call.unit) if wide else terms
+    terms = _sum_of_two(x.abs() * cos, _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin)
+    if call.wide("cos", "sin"):
+        return Terms(torch.zeros_like(terms.size), in_float32=terms.size)
+    return terms
 
 
-def _backward_terms(call: Call, dy: Tensor) -> Tensor:
+def _backward_terms(call: Call, dy: Tensor) -> Terms:
     """|dy cos| + |(dy sin)'|."""
     cos, sin = _angles(call, dy)
-    return dy.abs() * cos + _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1])
+    return _sum_of_two(dy.abs() * cos, _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1]))
 
 
 def _halves_that_differ(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:

@@ -81,7 +81,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
         spec = with_speed(specs()["swiglu"], shapes={"small": SHAPE}, flops=lambda *_: flops)
 
         def load(name: str, device: str) -> backends.Judged:
-            return backends.Judged(name, {"swiglu": functions[name]}, name, False)
+            return backends.Judged(name, {"swiglu": functions[name]}, name)
 
         monkeypatch.setattr("conformance.bench.measure.specs", lambda: {"swiglu": spec})
         monkeypatch.setattr(backends, "load", load)
