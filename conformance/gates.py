@@ -76,6 +76,8 @@ class ErrorModel:
         roundings: roundings to the dtype of y that the contract allows before the last one.
         random: whether the elements differ, so that their rounding errors can be expected to cancel.
         truncates: whether casts to bfloat16 truncate (Triton's interpreter).
+        extra: an error that G1 allows besides, broadcastable to r, where the condition is measured.
+        jumps: elements at a discontinuity, which are no part of the statistics of G2 and G3.
     """
 
     terms: Tensor
@@ -83,6 +85,8 @@ class ErrorModel:
     roundings: int
     random: bool = True
     truncates: bool = False
+    extra: Tensor | None = None
+    jumps: Tensor | None = None
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -119,24 +123,53 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
 
     wide, truth, terms = selected(y).double(), selected(r), selected(model.terms.expand(r.shape))
     peer = selected(torch.where(p.isfinite(), p.double(), r))
-    used = _componentwise(name, wide, truth, terms, unit, model, y.dtype, finite)
-    if not truncates:
+    extra = None if model.extra is None else selected(model.extra.expand(r.shape)) * unit / unit_roundoff(y.dtype)
+    used = _componentwise(name, wide, truth, terms, unit, model, y.dtype, finite, extra)
+    judged = selected(y)
+    if model.jumps is not None and bool(model.jumps.any()):
+        steady = ~selected(model.jumps)
+        wide, truth, terms, peer, judged = (tensor[steady] for tensor in (wide, truth, terms, peer, judged))
+        finite = finite & ~model.jumps
+    if not truncates and len(truth):
         error, peer_error = wide - truth, peer - truth
         try:
             against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
         except Failure:
-            if not model.roundings:
+            if not model.roundings and model.extra is None:
                 raise
             row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
-            most = model.roundings * unit
+            most = max(1, model.roundings) * unit
             error = _without_factor(error, truth, row, most)
             peer_error = _without_factor(peer_error, truth, row, most)
             against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
         used = max(used, against_peer)
         del error, peer_error
         if y.dtype != torch.float32 and model.random:
-            used = max(used, _bias(name, selected(y), truth, peer, terms, unit))
+            used = max(used, _bias(name, judged, truth, peer, terms, unit))
     return used
+
+
+def judge_exact(name: str, y: Tensor, r: Tensor, p: Tensor, flips: Tensor) -> None:
+    """Compare integers and booleans: each must be that of the truth or of the peer.
+
+    Where a rounding of the inputs changes the reference's result (`flips`: a tie, a threshold), any value of its range
+    is accepted.
+
+    Raises:
+        Failure: shape, dtype or an element differs.
+    """
+    if y.shape != p.shape or y.dtype != p.dtype:
+        seen, right = (f"{t.dtype} of shape {list(t.shape)}" for t in (y, p))
+        raise Failure(f"gate G0: {name} is {seen}, should be {right}")
+    wrong = (y != p) & (y != r)
+    if p.numel():
+        wrong &= ~flips | (y < torch.minimum(p.amin(), r.amin())) | (y > torch.maximum(p.amax(), r.amax()))
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise Failure(
+            f"gate G0: {name} is {y[index].item()} at index {index}, should be {p[index].item()}\n"
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
+        )
 
 
 def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
@@ -159,12 +192,15 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
 
 
 def _componentwise(
-    name: str, y: Tensor, r: Tensor, terms: Tensor, unit: float, model: ErrorModel, dtype: torch.dtype, finite: Tensor
-) -> float:
+    name: str, y: Tensor, r: Tensor, terms: Tensor, unit: float, model: ErrorModel, dtype: torch.dtype, finite: Tensor,
+    extra: Tensor | None,
+) -> float:  # fmt: skip
     tiny = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
     depth = max(1.0, math.log2(max(model.elements, 1)))
     allowed = unit * r.abs() + (model.roundings * unit * (1 + unit) + 2 * depth * UNIT_FLOAT32) * terms
     allowed += tiny * (terms > 0)
+    if extra is not None:
+        allowed += extra
     error = (y - r).abs()
     ratio = torch.where(error == 0, 0.0, error / allowed)
     worst = int(ratio.argmax())

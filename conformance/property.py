@@ -12,7 +12,7 @@ from conformance.profiles import Profile
 # The trial is a Trial or a PieceTrial, the case a Case or a PieceCase, the declaration a Spec or a Piece.
 Check = Callable[[Any, Any], float | None]
 Cases = Callable[[Any, Profile], Sequence[Any]]
-Need = Literal["cuda", "gigabytes"]
+Need = Literal["cuda", "gigabytes", "gradients", "rows", "a copy"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Property:
             error budget that was used, or None if the property has no budget.
         cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
         share: fraction of the profile's examples to draw.
-        needs: "cuda" skips the property on a CPU; "gigabytes" keeps the runner from running two such tasks at once.
+        needs: "cuda" skips the property on a CPU; "gigabytes" keeps the runner from running two such tasks at once;
+            "gradients" and "rows" skip it for operations that have none, "a copy" for those that work in place.
     """
 
     name: str
@@ -49,9 +50,20 @@ class Property:
         """The property that a function states: named as the function, with the first line of its docstring."""
         return cls(check.__name__, _first_line(check.__doc__), check, cases, share)
 
-    def lacks(self, device: str) -> str | None:
-        """Why the property cannot be checked on a device ("cpu" or "cuda"); None if it can."""
-        return "needs CUDA" if "cuda" in self.needs and device != "cuda" else None
+    def lacks(self, trial: Any) -> str | None:
+        """Why the property cannot be checked in a trial; None if it can."""
+        if "cuda" in self.needs and trial.device != "cuda":
+            return "needs CUDA"
+        why = {
+            "gradients": ("grads", "the operation has no gradients"),
+            "rows": ("rowwise", "no input is declared to have independent rows"),
+        }
+        for need, (attribute, reason) in why.items():
+            if need in self.needs and not getattr(trial.spec, attribute):
+                return reason
+        if "a copy" in self.needs and trial.spec.in_place:
+            return "the operation works in place"
+        return getattr(trial.spec, "lacks", {}).get(self.name)
 
 
 def _first_line(text: str | None) -> str:

@@ -62,6 +62,7 @@ class _Attempts:
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
+        self._refused = ""
 
     def over(self, cases: Iterable[AnyCase]) -> Result:
         """Check these cases in turn."""
@@ -94,6 +95,8 @@ class _Attempts:
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
         who = self._trial.spec.op, self._property.name, self._dtype
+        if failure is None and self._refused and not self._count:
+            return Result(*who, "skip", message=f"the reference refuses every case: {self._refused}")
         if failure is None:
             return Result(*who, "pass", self._used, self._count)
         return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
@@ -101,6 +104,9 @@ class _Attempts:
     def _attempt(self, case: AnyCase) -> None:
         if case not in self._failed and time.monotonic() > self._deadline:
             return  # time for shrinking is over: only cases known to fail still fail
+        if (why := self._trial.refused(case)) is not None:
+            self._refused = why
+            return
         self._count += 1
         self._notify(str(case))
         failure = self._failed.get(case) or self._check(case)
@@ -138,7 +144,7 @@ def search(
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
     """
-    if why := prop.lacks(trial.device):
+    if why := prop.lacks(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
     if prop.cases is None:
@@ -150,6 +156,6 @@ def search(
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:
     """Check one case."""
-    if why := prop.lacks(trial.device):
+    if why := prop.lacks(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     return _Attempts(trial, prop, dtype, 0.0, lambda case: None).over([case])

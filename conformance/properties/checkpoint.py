@@ -28,4 +28,4 @@ def check(trial: Trial, case: Case) -> float:
     return used
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property.of_file(check, share=0.2, needs=("a copy",))

@@ -54,4 +54,4 @@ def _spread(rows: Tensor) -> Tensor:
     return far
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes",))
+PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes", "rows"))

@@ -1,0 +1,315 @@
+"""How much may a correct kernel differ, where no spec says so? Measured on the reference itself.
+
+Gate G1 needs to know how large a rounding can become on its way to an output. A spec states it by hand: S, the size of
+the terms that are added up, and the number of roundings. Without one, the judge runs the reference in float64 and
+disturbs it as the roundings of a computation would, in the forward and in the backward pass:
+
+    B   every input, every incoming gradient and the result of every operator of PyTorch by one unit roundoff of
+        float32, 2^-24: the response is the error of a kernel that computes in float32
+    A   the result of every operator that the reference, run in the dtype under test, rounds to that dtype, by one unit
+        roundoff of the dtype: the response is the error of plain PyTorch. Where nothing is rounded to 16 bits on the
+        way, A is 0. The run in the dtype tells which operators those are; their order is the same.
+
+Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
+Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference casts to a
+narrower dtype, such as `x.float()`, stays float64 in these runs.
+
+From responses to a bound
+    Rounding errors are d_i = u v_i e_i with |e_i| <= 1, one for each number v_i that was rounded. To first order an
+    output changes by sum_i (dy/dv_i) d_i. With e_i = +1 or -1 at random, the mean square of that change over several
+    runs (probes) estimates R^2 = u^2 sum_i ((dy/dv_i) v_i)^2.
+      - True rounding errors are smaller: e_i uniform in [-1, 1] has standard deviation 1 / sqrt(3), so 3 R is five
+        standard deviations. In a chain of m operators the largest error possible is sqrt(m) R: 3 R covers nine.
+      - Equal numbers have equal rounding errors, which add up instead of averaging out. So in half of the probes the
+        sign is a function of the number itself; in the others it is drawn for each element, which also breaks ties.
+      - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
+        raised to that half: three standard deviations of 16 probes of one chain of two operators stay above the bound.
+    Hence, with u the unit roundoff of the dtype and n the number of elements,
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = R_B 2^24
+    The third term is that of gate G1. It is wide enough for 8 probes.
+
+    R is a root of a sum of squares, the S of a spec is a sum. R is at most S, and S at most R times the root of the
+    number of terms, so for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of
+    the project. It is looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
+
+Discontinuities
+    At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
+    in any probe is not compared beyond its range (`flips`). A float that changes by more than 64 units roundoff of
+    the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by itself, and does not enter the
+    statistics of gates G2 and G3.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from conformance.gates import UNIT_FLOAT32
+
+PROBES_A, PROBES_B = 16, 8
+FACTOR_A = 3.0
+JUMP = 64
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+KEPT = 8  # measured conditions: layouts of a case have the same elements
+EXACT = frozenset(
+    "clone copy_ copy cat stack index index_select gather where masked_fill masked_fill_ masked_select select_backward"
+    " slice_backward embedding neg neg_ abs abs_ sign relu relu_ threshold_backward maximum minimum max min amax amin"
+    " clamp clamp_ clamp_min clamp_max sort topk fill fill_ zero_ zeros zeros_like ones ones_like full full_like empty"
+    " empty_like empty_strided new_zeros new_ones new_full new_empty new_empty_strided arange scalar_tensor lift_fresh"
+    " lift_fresh_copy detach alias flip roll repeat constant_pad_nd tril triu scatter scatter_ slice_scatter"
+    " select_scatter set_ floor ceil round trunc nan_to_num unbind split".split()
+)
+
+Tensors = dict[str, Tensor]
+Again = Callable[[Tensors, Sequence[Tensor]], Tensors]
+
+
+@dataclass(frozen=True)
+class Response:
+    """The truth of one output or gradient, and how it responds to roundings.
+
+    Attributes:
+        truth: the reference in float64.
+        terms: S, float64.
+        extra: 3 R_A, float64.
+        flips: elements that some probe changed, for integers and booleans.
+        jumps: elements that some probe changed by far more than roundings do.
+    """
+
+    truth: Tensor
+    terms: Tensor
+    extra: Tensor
+    flips: Tensor
+    jumps: Tensor
+
+
+class Widened(TorchDispatchMode):
+    """Operators that are asked for a narrower floating-point dtype compute in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator in float64, then see what became of it."""
+        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        return self.seen(func, func(*args, **kwargs))
+
+    def seen(self, func: Any, found: Any) -> Any:
+        """What the operator returns."""
+        return found
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _is_view(func: Any) -> bool:
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+
+
+class _Order(Widened):
+    """Records the operators of a run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def seen(self, func: Any, found: Any) -> Any:
+        """Append the name, except that of a cast."""
+        if not _is_view(func) and _name(func) != "_to_copy":
+            self.names.append(_name(func))
+        return found
+
+
+class _Rounded(TorchDispatchMode):
+    """Records the operators of a run in 16 bits, and which results are rounded to 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.narrow: list[bool] = []
+        self._maker: dict[int, int] = {}  # of the memory at an address
+        self._alive: list[Any] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator; a cast to 16 bits rounds the result of the operator before it."""
+        found = func(*args, **(kwargs or {}))
+        if _is_view(func):
+            return found
+        made = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
+        narrow = any(t.element_size() == 2 for t in made)
+        if _name(func) == "_to_copy":
+            source = args[0].untyped_storage().data_ptr()
+            if source in self._maker:
+                place = self._maker[source]
+                self.narrow[place] |= narrow
+                self._keep(made, place)
+            return found
+        self.names.append(_name(func))
+        self.narrow.append(narrow)
+        self._keep(made, len(self.names) - 1)
+        return found
+
+    def _keep(self, made: Sequence[Tensor], place: int) -> None:
+        for tensor in made:
+            self._maker[tensor.untyped_storage().data_ptr()] = place
+            self._alive.append(tensor)
+
+
+class _Disturbed(Widened):
+    """Disturbs the results of operators by one unit roundoff each."""
+
+    def __init__(self, units: Callable[[int], float], smallest: float, seed: int) -> None:
+        """`units` gives the unit of the operator at a place of the run, 0 for none."""
+        super().__init__()
+        self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
+
+    def seen(self, func: Any, found: Any) -> Any:
+        """Disturb floating-point results of an operator that rounds."""
+        if _is_view(func) or (name := _name(func)) == "_to_copy":
+            return found
+        place = next(self._places)
+        unit = self._units(place)
+        if name in EXACT or not unit:
+            return found
+        if name.endswith("_"):
+            if isinstance(found, Tensor) and found.is_floating_point():
+                found.add_(self._noise(found, unit, place))
+            return found
+        return tree_map(lambda one: self.disturbed(one, unit, place), found)
+
+    def disturbed(self, value: Any, unit: float, place: int) -> Any:
+        """A tensor with one rounding error in each element."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+            return value
+        return value + self._noise(value, unit, place)
+
+    def _noise(self, values: Tensor, unit: float, place: int) -> Tensor:
+        size = values.abs().mul_(unit)
+        size = torch.where(values != 0, size.clamp_(min=self._smallest), 0.0).nan_to_num_(0.0, 0.0, 0.0)
+        if self._seed % 2:
+            key = values.abs().float().view(torch.int32).long()
+        else:
+            key = torch.arange(values.numel(), device=values.device).view(values.shape)
+        # A multiplicative hash: every bit of the key and of the place moves the sign.
+        key = (key + 7919 * (1000 * self._seed + place)) * 0x2545F4914F6CDD1D
+        key = (key ^ (key >> 29)) * 0x369DEA0F31A53F85
+        return torch.where(key >> 40 & 1 == 1, size, -size)
+
+
+def measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any) -> dict[str, Response]:
+    """The truth and the response to roundings of every output and gradient.
+
+    Args:
+        again: runs the reference on inputs and incoming gradients; returns outputs and gradients by name.
+        inputs: in the dtype under test.
+        grad_outputs: likewise.
+        dtype: under test.
+        key: what else the results depend on: they are kept for the next call with the same key and elements.
+    """
+    full = (key, dtype, *(_digest(tensor) for tensor in (*inputs.values(), *grad_outputs)))
+    if full not in _kept:
+        _kept[full] = _measured(again, inputs, grad_outputs, dtype)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    return _kept[full]
+
+
+_kept: OrderedDict[Any, dict[str, Response]] = OrderedDict()
+
+
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().view(integer).reshape(-1).long()
+    weights = (2 * torch.arange(flat.numel(), device=flat.device) + 1) * 0x2545F4914F6CDD1D
+    return (*tensor.shape, tensor.dtype, int(((flat ^ (flat >> 7)) * weights).sum()))
+
+
+def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Response]:
+    wide = {name: _widened(tensor) for name, tensor in inputs.items()}
+    gradients = [_widened(gradient) for gradient in grad_outputs]
+    with _Order() as order:
+        truth = again(wide, gradients)
+    square_a, square_b = ({name: torch.zeros_like(r, dtype=torch.float64) for name, r in truth.items()} for _ in "ab")
+    flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
+    jumps = {name: flip.clone() for name, flip in flips.items()}
+    unit = torch.finfo(dtype).eps / 2
+
+    def add(found: Mapping[str, Tensor], squares: Tensors, probes: int) -> None:
+        for name, r in truth.items():
+            if found[name].shape != r.shape:
+                flips[name].fill_(True)
+            elif not r.is_floating_point():
+                flips[name] |= found[name] != r
+            else:
+                change = torch.where(found[name] == r, 0.0, found[name] - r)
+                level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
+                jumps[name] |= ~(change.abs() <= JUMP * unit * level)
+                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
+
+    for disturbed in _computed(wide, gradients):
+        with disturbed.mode:
+            add(again(disturbed.inputs, disturbed.gradients), square_b, PROBES_B)
+    if dtype != torch.float32 and any(flags := _narrow(again, inputs, grad_outputs, order.names)):
+        smallest = torch.finfo(dtype).smallest_normal * unit
+        for seed in range(PROBES_A):
+            with _Disturbed(lambda place: unit if place >= len(flags) or flags[place] else 0.0, smallest, seed):
+                add(again(wide, gradients), square_a, PROBES_A)
+    return {
+        name: Response(
+            truth=r,
+            terms=_typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
+            extra=FACTOR_A * _typical(square_a[name].sqrt(), r),
+            flips=flips[name],
+            jumps=jumps[name],
+        )
+        for name, r in truth.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Probe:
+    mode: _Disturbed
+    inputs: Tensors
+    gradients: list[Tensor]
+
+
+def _computed(wide: Tensors, gradients: Sequence[Tensor]) -> Iterator[_Probe]:
+    """The probes of B: every operator in float32."""
+    for seed in range(PROBES_B):
+        mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed)
+        inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
+        yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
+
+
+def _typical(response: Tensor, r: Tensor) -> Tensor:
+    """The response, at least half of what is typical for the tensor in units of |r|."""
+    size = r.abs() if r.is_floating_point() else response
+    usual = (response / size)[(size > 0) & size.isfinite()]
+    return torch.maximum(response, usual.median() / 2 * size.nan_to_num(0.0, 0.0, 0.0)) if usual.numel() else response
+
+
+def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], names: Sequence[str]) -> list[bool]:
+    """For each operator of the run in float64, whether its result is rounded to 16 bits in the dtype under test."""
+    with _Rounded() as rounded:
+        again(inputs, grad_outputs)
+    if rounded.names == names:
+        return rounded.narrow
+    flags = [True] * len(names)  # where the runs differ
+    for mine, theirs, size in SequenceMatcher(None, names, rounded.names, autojunk=False).get_matching_blocks():
+        flags[mine : mine + size] = rounded.narrow[theirs : theirs + size]
+    return flags
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
