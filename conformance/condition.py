@@ -9,9 +9,11 @@ disturbs it as the roundings of a computation would, in the forward and in the b
     A   the result of every operator that the reference, run in the dtype under test, rounds to that dtype, by one unit
         roundoff of the dtype: the response is the error of plain PyTorch. Where nothing is rounded to 16 bits on the
         way, A is 0. The run in the dtype tells which operators those are; their order is the same.
+        The last rounding of a result, which nothing else reads, is left out: G1 has a term for it.
 
 Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
-Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference casts to a
+Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
+may cancel inside. Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference casts to a
 narrower dtype, such as `x.float()`, stays float64 in these runs.
 
 From responses to a bound
@@ -25,12 +27,14 @@ From responses to a bound
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
         raised to that half: three standard deviations of 16 probes of one chain of two operators stay above the bound.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
-        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = R_B 2^24
-    The third term is that of gate G1. It is wide enough for 8 probes.
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = 2 R_B 2^24
+    The third term is that of gate G1, wide enough for 8 probes. Its S is a sum of terms: in a chain of four operators
+    twice the root of the sum of their squares. A kernel may also take another formula than the reference, with other
+    roundings. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
-    R is a root of a sum of squares, the S of a spec is a sum. R is at most S, and S at most R times the root of the
-    number of terms, so for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of
-    the project. It is looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
+    R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
+    for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
+    looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
@@ -50,13 +54,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from conformance.gates import UNIT_FLOAT32
 
 PROBES_A, PROBES_B = 16, 8
-FACTOR_A = 3.0
+FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
+FACTOR_A, FACTOR_B = 3.0, 2.0
 JUMP = 64
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 KEPT = 8  # measured conditions: layouts of a case have the same elements
@@ -66,7 +72,19 @@ EXACT = frozenset(
     " clamp clamp_ clamp_min clamp_max sort topk fill fill_ zero_ zeros zeros_like ones ones_like full full_like empty"
     " empty_like empty_strided new_zeros new_ones new_full new_empty new_empty_strided arange scalar_tensor lift_fresh"
     " lift_fresh_copy detach alias flip roll repeat constant_pad_nd tril triu scatter scatter_ slice_scatter"
-    " select_scatter set_ floor ceil round trunc nan_to_num unbind split".split()
+    " select_scatter set_ broadcast_in_dim floor ceil round trunc nan_to_num unbind split".split()
+)
+
+CASTS = ("_to_copy", "convert_element_type")
+# Chains of simpler operators, in which numbers may cancel.
+COMPOSITE = frozenset(
+    "gelu gelu_backward silu silu_backward _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data"
+    " native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm"
+    " native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus softplus_backward var var_mean std"
+    " std_mean logsumexp mish mish_backward elu elu_backward smooth_l1_loss huber_loss mse_loss mse_loss_backward"
+    " log_sigmoid_forward log_sigmoid_backward binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss"
+    " addmm addmv baddbmm addcmul addcdiv lerp _scaled_dot_product_flash_attention_for_cpu hardswish glu glu_backward"
+    " sigmoid_backward tanh_backward logaddexp rsub dist".split()
 )
 
 Tensors = dict[str, Tensor]
@@ -98,9 +116,13 @@ class Widened(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator in float64, then see what became of it."""
         args, kwargs = tree_map(_wide, (args, kwargs or {}))
-        return self.seen(func, func(*args, **kwargs))
+        return self.seen(func, self.run(func, args, kwargs), args)
 
-    def seen(self, func: Any, found: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator."""
+        return func(*args, **kwargs)
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
         """What the operator returns."""
         return found
 
@@ -118,26 +140,56 @@ def _is_view(func: Any) -> bool:
 
 
 class _Order(Widened):
-    """Records the operators of a run in float64."""
+    """Records the operators of a run in float64, and whose results no other operator reads.
+
+    Attributes:
+        names: of the operators in order, without casts and views.
+        read: places of those whose results others read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.read: set[int] = set()
+        self._maker: dict[int, int] = {}  # of the memory at an address
+        self._alive: list[Tensor] = []  # so that no address is used twice
 
-    def seen(self, func: Any, found: Any) -> Any:
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
         """Append the name, except that of a cast."""
-        if not _is_view(func) and _name(func) != "_to_copy":
+        if _is_view(func):
+            return found
+        copies = _name(func) in (*CASTS, "clone", "copy_")
+        read = args[1:] if _name(func) == "copy_" else args
+        makers = {self._maker.get(t.untyped_storage().data_ptr(), -1) for t in tree_leaves(read) if isinstance(t, Tensor)}
+        if _name(func) not in CASTS:
             self.names.append(_name(func))
+        if not copies:
+            self.read |= makers
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._maker[tensor.untyped_storage().data_ptr()] = max(makers, default=-1) if copies else len(self.names) - 1
+                self._alive.append(tensor)
         return found
+
+    def last(self, result: Tensor) -> set[int]:
+        """The place of the operator whose result this is and nothing else; empty if another operator reads it."""
+        return {self._maker.get(result.untyped_storage().data_ptr(), -1)} - self.read
 
 
 class _Rounded(TorchDispatchMode):
-    """Records the operators of a run in 16 bits, and which results are rounded to 16 bits."""
+    """Records the operators of a run in 16 bits, and what is rounded to 16 bits.
+
+    Attributes:
+        names: of the operators in order, without casts and views.
+        narrow: whether the result of each is rounded, by itself or by a cast.
+        inputs: addresses of tensors that are cast although no operator made them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
         self.narrow: list[bool] = []
+        self.inputs: set[int] = set()
         self._maker: dict[int, int] = {}  # of the memory at an address
         self._alive: list[Any] = []  # so that no address is used twice
 
@@ -148,15 +200,17 @@ class _Rounded(TorchDispatchMode):
             return found
         made = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
         narrow = any(t.element_size() == 2 for t in made)
-        if _name(func) == "_to_copy":
+        if _name(func) in CASTS:
             source = args[0].untyped_storage().data_ptr()
             if source in self._maker:
                 place = self._maker[source]
                 self.narrow[place] |= narrow
                 self._keep(made, place)
+            elif narrow:
+                self.inputs.add(source)
             return found
         self.names.append(_name(func))
-        self.narrow.append(narrow)
+        self.narrow.append(narrow and _name(func) not in EXACT)
         self._keep(made, len(self.names) - 1)
         return found
 
@@ -169,18 +223,33 @@ class _Rounded(TorchDispatchMode):
 class _Disturbed(Widened):
     """Disturbs the results of operators by one unit roundoff each."""
 
-    def __init__(self, units: Callable[[int], float], smallest: float, seed: int) -> None:
-        """`units` gives the unit of the operator at a place of the run, 0 for none."""
+    def __init__(self, units: Callable[[int], float], smallest: float, seed: int, inside: bool) -> None:
+        """Disturb a run.
+
+        Args:
+            units: the unit of the operator at a place of the run, 0 for none.
+            smallest: the smallest rounding error of the dtype.
+            seed: of the signs.
+            inside: whether operators that are chains of simpler ones are disturbed inside, and exact ones not at all.
+        """
         super().__init__()
         self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
+        self._inside = inside
 
-    def seen(self, func: Any, found: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator, or the simpler ones that it consists of."""
+        if self._inside and _name(func) in COMPOSITE and func in decomposition_table:
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
         """Disturb floating-point results of an operator that rounds."""
-        if _is_view(func) or (name := _name(func)) == "_to_copy":
+        if _is_view(func) or (name := _name(func)) in CASTS:
             return found
         place = next(self._places)
         unit = self._units(place)
-        if name in EXACT or not unit:
+        if not unit or (name in EXACT and self._inside):
             return found
         if name.endswith("_"):
             if isinstance(found, Tensor) and found.is_floating_point():
@@ -257,19 +326,27 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
                 jumps[name] |= ~(change.abs() <= JUMP * unit * level)
                 squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
 
-    for disturbed in _computed(wide, gradients):
+    elements = max(tensor.numel() for tensor in (*inputs.values(), *truth.values()))
+    probes_a, probes_b = (max(min(FEWEST_PROBES, n), min(n, WORK // max(1, elements))) for n in (PROBES_A, PROBES_B))
+    for disturbed in _computed(wide, gradients, probes_b):
         with disturbed.mode:
-            add(again(disturbed.inputs, disturbed.gradients), square_b, PROBES_B)
-    if dtype != torch.float32 and any(flags := _narrow(again, inputs, grad_outputs, order.names)):
+            found = again(disturbed.inputs, disturbed.gradients)
+        add(found, square_b, probes_b)
+    narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
+    flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
+    if any(flags) or narrow.inputs:
         smallest = torch.finfo(dtype).smallest_normal * unit
-        for seed in range(PROBES_A):
-            with _Disturbed(lambda place: unit if place >= len(flags) or flags[place] else 0.0, smallest, seed):
-                add(again(wide, gradients), square_a, PROBES_A)
+        for seed in range(probes_a):
+            mode = _Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
+            rounded = {n: mode.disturbed(t, unit, -1) if n in narrow.inputs else t for n, t in wide.items()}
+            with mode:
+                found = again(rounded, gradients)
+            add(found, square_a, probes_a)
     return {
         name: Response(
             truth=r,
-            terms=_typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
-            extra=FACTOR_A * _typical(square_a[name].sqrt(), r),
+            terms=FACTOR_B * _typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
+            extra=FACTOR_A * (PROBES_A / probes_a) ** 0.5 * _typical(square_a[name].sqrt(), r),
             flips=flips[name],
             jumps=jumps[name],
         )
@@ -284,31 +361,45 @@ class _Probe:
     gradients: list[Tensor]
 
 
-def _computed(wide: Tensors, gradients: Sequence[Tensor]) -> Iterator[_Probe]:
+def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int) -> Iterator[_Probe]:
     """The probes of B: every operator in float32."""
-    for seed in range(PROBES_B):
-        mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed)
+    for seed in range(probes):
+        mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
         inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
         yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
 
 
 def _typical(response: Tensor, r: Tensor) -> Tensor:
     """The response, at least half of what is typical for the tensor in units of |r|."""
-    size = r.abs() if r.is_floating_point() else response
-    usual = (response / size)[(size > 0) & size.isfinite()]
-    return torch.maximum(response, usual.median() / 2 * size.nan_to_num(0.0, 0.0, 0.0)) if usual.numel() else response
+    size = r.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    if not size.any():
+        return response
+    usual = (response / size)[size > size.max() * UNIT_FLOAT32].median()  # not where results underflow
+    return torch.maximum(response, usual / 2 * size)
 
 
-def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], names: Sequence[str]) -> list[bool]:
-    """For each operator of the run in float64, whether its result is rounded to 16 bits in the dtype under test."""
+@dataclass(frozen=True)
+class _Narrow:
+    """What the reference rounds to 16 bits: results of operators, and inputs; the last roundings of 16-bit results."""
+
+    flags: list[bool]
+    inputs: set[str]
+    last: set[int]
+
+
+def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: _Order, truth: Tensors) -> _Narrow:
+    """What the run in the dtype under test rounds, in terms of the run in float64."""
     with _Rounded() as rounded:
-        again(inputs, grad_outputs)
-    if rounded.names == names:
-        return rounded.narrow
-    flags = [True] * len(names)  # where the runs differ
-    for mine, theirs, size in SequenceMatcher(None, names, rounded.names, autojunk=False).get_matching_blocks():
-        flags[mine : mine + size] = rounded.narrow[theirs : theirs + size]
-    return flags
+        results = again(inputs, grad_outputs)
+    cast = {name for name, tensor in inputs.items() if tensor.untyped_storage().data_ptr() in rounded.inputs}
+    last = {place for name, r in truth.items() if results[name].element_size() == 2 for place in order.last(r)}
+    flags = rounded.narrow
+    if rounded.names != order.names:
+        flags = [True] * len(order.names)  # where the runs differ
+        blocks = SequenceMatcher(None, order.names, rounded.names, autojunk=False).get_matching_blocks()
+        for mine, theirs, size in blocks:
+            flags[mine : mine + size] = rounded.narrow[theirs : theirs + size]
+    return _Narrow(flags, cast, last)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from conformance.spec import COLUMNS, Budget, Drawing, Inputs, Options, Spec
 from conformance.trial import Caught, Trial, describe, leaf
 
 PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
-LARGEST = 2**20  # elements of the largest case of `extents`
+LARGEST = 2**18  # elements of the largest case of `extents`
 FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not describe the operation
 PRESENT = "given"  # the value of an optional tensor that is there
 
