@@ -27,10 +27,8 @@ From responses to a bound
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
         raised to that half: three standard deviations of 16 probes of one chain of two operators stay above the bound.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
-        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = 2 R_B 2^24
-    The third term is that of gate G1, wide enough for 8 probes. Its S is a sum of terms: in a chain of four operators
-    twice the root of the sum of their squares. A kernel may also take another formula than the reference, with other
-    roundings. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = R_B 2^24
+    The third term is that of gate G1, wide enough for 8 probes. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
@@ -62,7 +60,7 @@ from conformance.gates import UNIT_FLOAT32
 
 PROBES_A, PROBES_B = 16, 8
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
-FACTOR_A, FACTOR_B = 3.0, 2.0
+FACTOR_A = 3.0
 JUMP = 64
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 KEPT = 8  # measured conditions: layouts of a case have the same elements
@@ -76,6 +74,7 @@ EXACT = frozenset(
 )
 
 CASTS = ("_to_copy", "convert_element_type")
+UNDERFLOWS = ("exp", "exp2", "_softmax")
 # Chains of simpler operators, in which numbers may cancel.
 COMPOSITE = frozenset(
     "gelu gelu_backward silu silu_backward _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data"
@@ -100,6 +99,7 @@ class Response:
         terms: S, float64.
         extra: 3 R_A, float64.
         flips: elements that some probe changed, for integers and booleans.
+        lowest, highest: the range of integers in all probes, at least that of places in an input.
         jumps: elements that some probe changed by far more than roundings do.
     """
 
@@ -107,6 +107,8 @@ class Response:
     terms: Tensor
     extra: Tensor
     flips: Tensor
+    lowest: float
+    highest: float
     jumps: Tensor
 
 
@@ -255,7 +257,15 @@ class _Disturbed(Widened):
             if isinstance(found, Tensor) and found.is_floating_point():
                 found.add_(self._noise(found, unit, place))
             return found
+        if name in UNDERFLOWS:
+            found = tree_map(self._underflown, found)
         return tree_map(lambda one: self.disturbed(one, unit, place), found)
+
+    def _underflown(self, value: Any) -> Any:
+        """Probabilities that underflow to 0 are no longer equal: ties between them are ties by rounding."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+            return value
+        return torch.where(value == 0, self._smallest, value)
 
     def disturbed(self, value: Any, unit: float, place: int) -> Any:
         """A tensor with one rounding error in each element."""
@@ -312,6 +322,8 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
     square_a, square_b = ({name: torch.zeros_like(r, dtype=torch.float64) for name, r in truth.items()} for _ in "ab")
     flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
     jumps = {name: flip.clone() for name, flip in flips.items()}
+    last_place = max((size for tensor in inputs.values() for size in tensor.shape), default=1) - 1.0
+    ranges = {name: [min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)] for name, r in truth.items()}
     unit = torch.finfo(dtype).eps / 2
 
     def add(found: Mapping[str, Tensor], squares: Tensors, probes: int) -> None:
@@ -320,6 +332,7 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
                 flips[name].fill_(True)
             elif not r.is_floating_point():
                 flips[name] |= found[name] != r
+                ranges[name] = [which(ranges[name][i], _extreme(found[name], which)) for i, which in enumerate((min, max))]
             else:
                 change = torch.where(found[name] == r, 0.0, found[name] - r)
                 level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
@@ -345,9 +358,11 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
     return {
         name: Response(
             truth=r,
-            terms=FACTOR_B * _typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
+            terms=_typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
             extra=FACTOR_A * (PROBES_A / probes_a) ** 0.5 * _typical(square_a[name].sqrt(), r),
             flips=flips[name],
+            lowest=ranges[name][0],
+            highest=ranges[name][1],
             jumps=jumps[name],
         )
         for name, r in truth.items()
@@ -367,6 +382,13 @@ def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int) -> Iterat
         mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
         inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
         yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
+
+
+def _extreme(r: Tensor, which: Callable[..., Any]) -> float:
+    """The smallest or largest integer of a tensor."""
+    if r.is_floating_point() or not r.numel():
+        return 0.0
+    return float((r.amin if which is min else r.amax)())
 
 
 def _typical(response: Tensor, r: Tensor) -> Tensor:

@@ -80,14 +80,10 @@ def specs(source: Source = Source()) -> Mapping[str, Spec]:
         SpecError: one cannot be loaded, or two have the same name.
     """
     if source.spec:
-        return {(spec := _spec(resolve(source.spec, "--spec"), source.spec)).op: spec}
+        spec = _spec(resolve(source.spec, "--spec"), source.spec)
+        return {spec.op: spec}
     if source.reference:
-        if source.example is None:
-            raise SpecError("--reference: needs --example, a call of it such as 'x=randn(64,128) eps=1e-6'; or --spec")
-        name = source.reference.rpartition(":")[2].rpartition(".")[2]
-        reference = calling.as_function(resolve(source.reference, "--reference"), name)
-        call = example.read(source.example)
-        spec = learn.Learner(reference, call, source.in_place, source.rows, source.grads).spec()
+        spec = learner(source).spec()
         return {spec.op: spec}
     found = dict(own.specs())
     for point in entry_points(group="conformance.specs"):
@@ -96,6 +92,18 @@ def specs(source: Source = Source()) -> Mapping[str, Spec]:
             raise SpecError(f"entry point {point.name}: an operation is called {spec.op} already")
         found[spec.op] = spec
     return found
+
+
+def learner(source: Source) -> learn.Learner:
+    """What learns an operation from the command line; raises SpecError."""
+    if source.reference is None or source.example is None:
+        raise SpecError("--reference: needs --example, a call of it such as 'x=randn(64,128) eps=1e-6'; or --spec")
+    name = source.reference.rpartition(":")[2].rpartition(".")[2]
+    found = resolve(source.reference, "--reference")
+    if not callable(found):
+        raise SpecError(f"--reference: got {source.reference}, which is no function; allowed: module:function")
+    call = example.read(source.example)
+    return learn.Learner(calling.as_function(found, name), call, source.in_place, source.rows, source.grads)
 
 
 def _spec(found: Any, where: str) -> Spec:

@@ -233,7 +233,7 @@ class Trial:
         for (_, name, y), (_, _, p) in zip(run.named(self.spec), peer.named(self.spec), strict=True):
             response = measured[name]
             if not p.is_floating_point():
-                judge_exact(name, y, response.truth, p, response.flips)
+                judge_exact(name, y, response.truth, p, response.flips, response.lowest, response.highest)
                 continue
             model = ErrorModel(
                 terms=response.terms.nan_to_num(posinf=0.0),
