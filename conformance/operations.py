@@ -72,26 +72,34 @@ class Source:
         return found
 
 
-@cache
 def specs(source: Source = Source()) -> Mapping[str, Spec]:
     """The specs under judgement, by the name of the operation.
 
     Raises:
         SpecError: one cannot be loaded, or two have the same name.
     """
-    if source.spec:
-        spec = _spec(resolve(source.spec, "--spec"), source.spec)
-        return {spec.op: spec}
-    if source.reference:
-        spec = learner(source).spec()
+    if source:
+        spec = _from(source)
         return {spec.op: spec}
     found = dict(own.specs())
-    for point in entry_points(group="conformance.specs"):
-        spec = _spec(_loaded(point), f"entry point {point.name}")
+    for name, spec in _installed():
         if spec.op in found:
-            raise SpecError(f"entry point {point.name}: an operation is called {spec.op} already")
+            raise SpecError(f"entry point {name}: an operation is called {spec.op} already")
         found[spec.op] = spec
     return found
+
+
+@cache
+def _from(source: Source) -> Spec:
+    if source.spec:
+        return _spec(resolve(source.spec, "--spec"), source.spec)
+    return learner(source).spec()
+
+
+@cache
+def _installed() -> list[tuple[str, Spec]]:
+    points = entry_points(group="conformance.specs")
+    return [(point.name, _spec(_loaded(point), f"entry point {point.name}")) for point in points]
 
 
 def learner(source: Source) -> learn.Learner:

@@ -115,16 +115,17 @@ class Table:
         else:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         properties = {result.property for result in results}
-        passed = properties - {result.property for result in results if result.verdict == "fail"}
+        passed = properties - {result.property for result in results if result.verdict != "pass"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
         return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{cases}"
 
 
 def _cell(results: Sequence[Result]) -> str:
-    used = [result.budget_use for result in results if result.budget_use is not None]
+    used = [result.budget_use for result in results if result.budget_use is not None and result.verdict != "xfail"]
     percent = f"{100 * max(used):.3g} %" if used else ""
-    verdict = "FAIL" if any(result.verdict == "fail" for result in results) else "ok"
-    return f"{verdict:<5}{percent}"
+    verdicts = {result.verdict for result in results}
+    verdict = "FAIL" if "fail" in verdicts else "known" if "xfail" in verdicts else "ok"
+    return f"{verdict:<6}{percent}"
 
 
 def failures(results: Sequence[Result], backend: str, device: str, source: Source = Source()) -> str:
@@ -159,11 +160,18 @@ def failures(results: Sequence[Result], backend: str, device: str, source: Sourc
 
 
 def closing(results: Sequence[Result]) -> str:
-    """One line: how many checks failed."""
+    """One line: how many checks failed, and before it each failure that was expected."""
+    known = [result for result in results if result.verdict == "xfail"]
+    lines = [
+        f"known {' / '.join((result.op, result.property, *((result.dtype,) if result.dtype else ())))}:"
+        f" {(result.message or '').partition(chr(10))[0].removeprefix('expected: ')}"
+        for result in known
+    ]
     run = [result for result in results if result.verdict != "skip"]
     failed = sum(result.verdict == "fail" for result in run)
     skipped = len(results) - len(run)
-    return f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
+    line = f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
+    return "\n".join([*lines, line + (f", {len(known)} known deviations" if known else "")])
 
 
 def _all_names(source: Source) -> list[str]:

@@ -29,7 +29,7 @@ class Result:
 
     Attributes:
         dtype: the dtype's name; None for a piece.
-        verdict: "pass", "fail" or "skip".
+        verdict: "pass", "fail" or "skip"; "xfail" for a failure that is declared, see conformance/deviations.py.
         budget_use: largest fraction of the error budget used; None if the property has no budget.
         examples: number of cases run.
         case: the smallest failing case, in the form that `conformance repro` reads.
@@ -39,7 +39,7 @@ class Result:
     op: str
     property: str
     dtype: str | None
-    verdict: Literal["pass", "fail", "skip"]
+    verdict: Literal["pass", "fail", "skip", "xfail"]
     budget_use: float | None = None
     examples: int = 0
     case: str | None = None
