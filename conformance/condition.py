@@ -27,8 +27,10 @@ From responses to a bound
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
         raised to that half: three standard deviations of 16 probes of one chain of two operators stay above the bound.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
-        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + tiny,     S = R_B 2^24
-    The third term is that of gate G1, wide enough for 8 probes. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 (S + max S) + tiny,     S = R_B 2^24
+    The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
+    another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
+    gradient of a softmax over the chosen logits, where one probability is nearly 1). Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
@@ -36,7 +38,7 @@ From responses to a bound
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
-    in any probe is not compared beyond its range (`flips`). A float that changes by more than 64 units roundoff of
+    in any probe is not compared beyond its range (`flips`); 32 more probes see to ties. A float that changes by more than 64 units roundoff of
     the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by itself, and does not enter the
     statistics of gates G2 and G3.
 """
@@ -48,6 +50,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import count
+from math import log2
 from typing import Any
 
 import torch
@@ -58,7 +61,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conformance.gates import UNIT_FLOAT32
 
-PROBES_A, PROBES_B = 16, 8
+PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 32
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
 FACTOR_A = 3.0
 JUMP = 64
@@ -97,7 +100,7 @@ class Response:
     Attributes:
         truth: the reference in float64.
         terms: S, float64.
-        extra: 3 R_A, float64.
+        extra: 3 R_A and the part of max S, float64.
         flips: elements that some probe changed, for integers and booleans.
         lowest, highest: the range of integers in all probes, at least that of places in an input.
         jumps: elements that some probe changed by far more than roundings do.
@@ -345,6 +348,11 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
         with disturbed.mode:
             found = again(disturbed.inputs, disturbed.gradients)
         add(found, square_b, probes_b)
+    if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe
+        for disturbed in _computed(wide, gradients, PROBES_OF_TIES, by_element=True):
+            with disturbed.mode:
+                found = again(disturbed.inputs, disturbed.gradients)
+            add({**truth, **{n: t for n, t in found.items() if not t.is_floating_point()}}, square_b, probes_b)
     narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
     flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
     if any(flags) or narrow.inputs:
@@ -355,11 +363,14 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
             with mode:
                 found = again(rounded, gradients)
             add(found, square_a, probes_a)
+    depth = 2 * max(1.0, log2(max(1, *(tensor.numel() for tensor in inputs.values())))) * UNIT_FLOAT32
+    terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, truth[name]) for name, square in square_b.items()}
+    rounded = FACTOR_A * (PROBES_A / probes_a) ** 0.5
     return {
         name: Response(
             truth=r,
-            terms=_typical(square_b[name].sqrt() / UNIT_FLOAT32, r),
-            extra=FACTOR_A * (PROBES_A / probes_a) ** 0.5 * _typical(square_a[name].sqrt(), r),
+            terms=terms[name],
+            extra=rounded * _typical(square_a[name].sqrt(), r) + depth * _largest(terms[name]),
             flips=flips[name],
             lowest=ranges[name][0],
             highest=ranges[name][1],
@@ -376,12 +387,18 @@ class _Probe:
     gradients: list[Tensor]
 
 
-def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int) -> Iterator[_Probe]:
+def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_element: bool = False) -> Iterator[_Probe]:
     """The probes of B: every operator in float32."""
-    for seed in range(probes):
+    for seed in range(0, 2 * probes, 2) if by_element else range(probes):
         mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
         inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
         yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
+
+
+def _largest(terms: Tensor) -> Tensor:
+    """The largest term of a tensor, for each element that has any."""
+    finite = terms.nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(terms > 0, finite.max() if finite.numel() else 0.0, 0.0)
 
 
 def _extreme(r: Tensor, which: Callable[..., Any]) -> float:

@@ -4,9 +4,11 @@ A file of them is TOML:
 
     [[deviation]]
     operation = "rms_norm"
-    property = "inputs_untouched"
-    dtype = "bfloat16"                 # all dtypes without this line
+    property = "inputs_untouched"      # "*" for any
     reason = "the backward pass writes over grad_output"
+    dtype = "bfloat16"                 # not needed: all dtypes
+    device = "cuda"                    # not needed: all devices
+    message = "grad_output"            # not needed: what the message of the failure contains
 
 `conformance/peers/NAME.toml` holds those of a peer of the project. An expected failure has the verdict "xfail" and does
 not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date.
@@ -23,7 +25,8 @@ from conformance import peers
 from conformance.declarations import SpecError
 from conformance.search import Result
 
-KEYS = ("operation", "property", "dtype", "reason")
+NEEDED = ("operation", "property", "reason")
+KEYS = (*NEEDED, "dtype", "device", "message")
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,23 @@ class Deviation:
     """One known deviation.
 
     Attributes:
-        operation, property: that fail.
+        operation, property: that fail; "*" for any property.
         reason: why, for the reader of a report.
-        dtype: in which it fails; None for all.
+        dtype, device: in which and where it fails; None for all.
+        message: what the message of the failure contains.
     """
 
     operation: str
     property: str
     reason: str
     dtype: str | None = None
+    device: str | None = None
+    message: str = ""
 
     def covers(self, result: Result) -> bool:
-        """Whether a result is that of this operation, property and dtype."""
-        same = (result.op, result.property) == (self.operation, self.property)
-        return same and self.dtype in (None, result.dtype)
+        """Whether a result is that of this operation, property and dtype, and fails in this way if it fails."""
+        same = result.op == self.operation and self.property in ("*", result.property)
+        return same and self.dtype in (None, result.dtype) and (not result.message or self.message in result.message)
 
 
 def shipped(backend: str) -> Path | None:
@@ -53,8 +59,8 @@ def shipped(backend: str) -> Path | None:
     return path if backend in peers.PACKAGES and path.is_file() else None
 
 
-def read(path: Path) -> list[Deviation]:
-    """The deviations of a file.
+def read(path: Path, device: str) -> list[Deviation]:
+    """The deviations of a file on a device.
 
     Raises:
         SpecError: it cannot be read, or an entry lacks a key or has another.
@@ -65,11 +71,11 @@ def read(path: Path) -> list[Deviation]:
         raise SpecError(f"--deviations: got {path}, which cannot be read: {error}") from error
     found = []
     for entry in entries:
-        wrong = [key for key in entry if key not in KEYS] + [key for key in KEYS if key != "dtype" and key not in entry]
+        wrong = [key for key in entry if key not in KEYS] + [key for key in NEEDED if key not in entry]
         if wrong or not all(isinstance(value, str) for value in entry.values()):
             raise SpecError(f"{path}: got an entry with {', '.join(entry)}; allowed: {', '.join(KEYS)}, each a text")
         found.append(Deviation(**entry))
-    return found
+    return [one for one in found if one.device in (None, device)]
 
 
 def expected(result: Result, known: Sequence[Deviation]) -> Result:

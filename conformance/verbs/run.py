@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
     print(report.heading(judged, device, arguments.profile, source), flush=True)
     path = arguments.deviations or deviations.shipped(arguments.backend)
-    known_deviations = deviations.read(path) if path else []
+    known_deviations = deviations.read(path, device) if path else []
     results: list[Result] = []
 
     def on_result(task: Task, result: Result) -> None:
