@@ -12,8 +12,8 @@ from typing import Any
 import unsloth_ref.kernels
 import unsloth_ref.training
 from conformance import calling, interpreter, operations
-from conformance.operations import Source
 from conformance.declarations import SpecError
+from conformance.operations import PROJECT, Source
 from conformance.peers import PACKAGES, Absent
 from conformance.trial import BackendError, Caught, Function, describe
 
@@ -44,7 +44,7 @@ class Judged:
 
 
 @cache
-def load(name: str, device: str, source: Source = Source()) -> Judged:
+def load(name: str, device: str, source: Source = PROJECT) -> Judged:
     """Import a backend, once.
 
     Args:
@@ -59,12 +59,11 @@ def load(name: str, device: str, source: Source = Source()) -> Judged:
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     names = operations.specs(source) if source else (*operations.specs(), *PIECES)
-    functions = _stranger(name, source) if source else {
-        op: getattr(namespace, op)
-        for namespace in _namespaces(name)
-        for op in names
-        if hasattr(namespace, op)
-    }
+    functions = (
+        _stranger(name, source)
+        if source
+        else {op: getattr(namespace, op) for namespace in _namespaces(name) for op in names if hasattr(namespace, op)}
+    )
     if not functions:
         error = Absent if name in PEERS else BackendError  # a peer may only have operations that the contract lacks
         raise error(f"backend: {name} defines no operation; the contract has {', '.join(names)}")

@@ -1,7 +1,7 @@
 """How an operation is called: which arguments go by place and which by name, and which tensors come back.
 
-The inputs of a case are tensors by name. `xs[0]` and `xs[1]` are the elements of the list `xs`. An operation may work in
-place on purpose: then it gets a copy of such an input, and the copy after the call is one more output. So every
+The inputs of a case are tensors by name. `xs[0]` and `xs[1]` are the elements of the list `xs`. An operation may work
+in place on purpose: then it gets a copy of such an input, and the copy after the call is one more output. So every
 property applies to it as to any other operation.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from typing import Any
 
 import torch

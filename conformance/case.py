@@ -207,9 +207,7 @@ class Draw:
         """[..., columns] with the case's fill and layout."""
         return self.place(FILLS[self.case.fill](self._generator(), shape))
 
-    def tensor(
-        self, kind: str, *shape: int, dtype: torch.dtype | None = None, low: int = 0, high: int = 2
-    ) -> Tensor:
+    def tensor(self, kind: str, *shape: int, dtype: torch.dtype | None = None, low: int = 0, high: int = 2) -> Tensor:
         """A tensor of any shape, with the case's fill and layout.
 
         Args:

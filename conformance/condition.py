@@ -13,8 +13,8 @@ disturbs it as the roundings of a computation would, in the forward and in the b
 
 Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
 Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
-may cancel inside. Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference casts to a
-narrower dtype, such as `x.float()`, stays float64 in these runs.
+may cancel inside. Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference
+casts to a narrower dtype, such as `x.float()`, stays float64 in these runs.
 
 From responses to a bound
     Rounding errors are d_i = u v_i e_i with |e_i| <= 1, one for each number v_i that was rounded. To first order an
@@ -30,7 +30,8 @@ From responses to a bound
         |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 (S + max S) + tiny,     S = R_B 2^24
     The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
     another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
-    gradient of a softmax over the chosen logits, where one probability is nearly 1). Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+    gradient of a softmax over the chosen logits, where one probability is nearly 1). Large cases have fewer probes,
+    down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
@@ -38,9 +39,9 @@ From responses to a bound
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
-    in any probe is not compared beyond its range (`flips`); 32 more probes see to ties. A float that changes by more than 64 units roundoff of
-    the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by itself, and does not enter the
-    statistics of gates G2 and G3.
+    in any probe is not compared beyond its range (`flips`); 32 more probes see to ties. A float that changes by more
+    than 64 units roundoff of the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by
+    itself, and does not enter the statistics of gates G2 and G3.
 """
 
 from __future__ import annotations
@@ -49,46 +50,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import count
 from math import log2
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from conformance.disturbance import Disturbed, Order, Rounded
 from conformance.gates import UNIT_FLOAT32
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 32
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
 FACTOR_A = 3.0
 JUMP = 64
-NARROW = (torch.float16, torch.bfloat16, torch.float32)
 KEPT = 8  # measured conditions: layouts of a case have the same elements
-EXACT = frozenset(
-    "clone copy_ copy cat stack index index_select gather where masked_fill masked_fill_ masked_select select_backward"
-    " slice_backward embedding neg neg_ abs abs_ sign relu relu_ threshold_backward maximum minimum max min amax amin"
-    " clamp clamp_ clamp_min clamp_max sort topk fill fill_ zero_ zeros zeros_like ones ones_like full full_like empty"
-    " empty_like empty_strided new_zeros new_ones new_full new_empty new_empty_strided arange scalar_tensor lift_fresh"
-    " lift_fresh_copy detach alias flip roll repeat constant_pad_nd tril triu scatter scatter_ slice_scatter"
-    " select_scatter set_ broadcast_in_dim floor ceil round trunc nan_to_num unbind split".split()
-)
-
-CASTS = ("_to_copy", "convert_element_type")
-UNDERFLOWS = ("exp", "exp2", "_softmax")
-# Chains of simpler operators, in which numbers may cancel.
-COMPOSITE = frozenset(
-    "gelu gelu_backward silu silu_backward _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data"
-    " native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm"
-    " native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus softplus_backward var var_mean std"
-    " std_mean logsumexp mish mish_backward elu elu_backward smooth_l1_loss huber_loss mse_loss mse_loss_backward"
-    " log_sigmoid_forward log_sigmoid_backward binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss"
-    " addmm addmv baddbmm addcmul addcdiv lerp _scaled_dot_product_flash_attention_for_cpu hardswish glu glu_backward"
-    " sigmoid_backward tanh_backward logaddexp rsub dist".split()
-)
-
 Tensors = dict[str, Tensor]
 Again = Callable[[Tensors, Sequence[Tensor]], Tensors]
 
@@ -115,181 +90,9 @@ class Response:
     jumps: Tensor
 
 
-class Widened(TorchDispatchMode):
-    """Operators that are asked for a narrower floating-point dtype compute in float64."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator in float64, then see what became of it."""
-        args, kwargs = tree_map(_wide, (args, kwargs or {}))
-        return self.seen(func, self.run(func, args, kwargs), args)
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run the operator."""
-        return func(*args, **kwargs)
-
-    def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """What the operator returns."""
-        return found
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.partition("::")[2]
-
-
-def _is_view(func: Any) -> bool:
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
-
-
-class _Order(Widened):
-    """Records the operators of a run in float64, and whose results no other operator reads.
-
-    Attributes:
-        names: of the operators in order, without casts and views.
-        read: places of those whose results others read.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.read: set[int] = set()
-        self._maker: dict[int, int] = {}  # of the memory at an address
-        self._alive: list[Tensor] = []  # so that no address is used twice
-
-    def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """Append the name, except that of a cast."""
-        if _is_view(func):
-            return found
-        copies = _name(func) in (*CASTS, "clone", "copy_")
-        read = args[1:] if _name(func) == "copy_" else args
-        makers = {self._maker.get(t.untyped_storage().data_ptr(), -1) for t in tree_leaves(read) if isinstance(t, Tensor)}
-        if _name(func) not in CASTS:
-            self.names.append(_name(func))
-        if not copies:
-            self.read |= makers
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor):
-                self._maker[tensor.untyped_storage().data_ptr()] = max(makers, default=-1) if copies else len(self.names) - 1
-                self._alive.append(tensor)
-        return found
-
-    def last(self, result: Tensor) -> set[int]:
-        """The place of the operator whose result this is and nothing else; empty if another operator reads it."""
-        return {self._maker.get(result.untyped_storage().data_ptr(), -1)} - self.read
-
-
-class _Rounded(TorchDispatchMode):
-    """Records the operators of a run in 16 bits, and what is rounded to 16 bits.
-
-    Attributes:
-        names: of the operators in order, without casts and views.
-        narrow: whether the result of each is rounded, by itself or by a cast.
-        inputs: addresses of tensors that are cast although no operator made them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.narrow: list[bool] = []
-        self.inputs: set[int] = set()
-        self._maker: dict[int, int] = {}  # of the memory at an address
-        self._alive: list[Any] = []  # so that no address is used twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator; a cast to 16 bits rounds the result of the operator before it."""
-        found = func(*args, **(kwargs or {}))
-        if _is_view(func):
-            return found
-        made = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
-        narrow = any(t.element_size() == 2 for t in made)
-        if _name(func) in CASTS:
-            source = args[0].untyped_storage().data_ptr()
-            if source in self._maker:
-                place = self._maker[source]
-                self.narrow[place] |= narrow
-                self._keep(made, place)
-            elif narrow:
-                self.inputs.add(source)
-            return found
-        self.names.append(_name(func))
-        self.narrow.append(narrow and _name(func) not in EXACT)
-        self._keep(made, len(self.names) - 1)
-        return found
-
-    def _keep(self, made: Sequence[Tensor], place: int) -> None:
-        for tensor in made:
-            self._maker[tensor.untyped_storage().data_ptr()] = place
-            self._alive.append(tensor)
-
-
-class _Disturbed(Widened):
-    """Disturbs the results of operators by one unit roundoff each."""
-
-    def __init__(self, units: Callable[[int], float], smallest: float, seed: int, inside: bool) -> None:
-        """Disturb a run.
-
-        Args:
-            units: the unit of the operator at a place of the run, 0 for none.
-            smallest: the smallest rounding error of the dtype.
-            seed: of the signs.
-            inside: whether operators that are chains of simpler ones are disturbed inside, and exact ones not at all.
-        """
-        super().__init__()
-        self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
-        self._inside = inside
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run the operator, or the simpler ones that it consists of."""
-        if self._inside and _name(func) in COMPOSITE and func in decomposition_table:
-            with self:
-                return decomposition_table[func](*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """Disturb floating-point results of an operator that rounds."""
-        if _is_view(func) or (name := _name(func)) in CASTS:
-            return found
-        place = next(self._places)
-        unit = self._units(place)
-        if not unit or (name in EXACT and self._inside):
-            return found
-        if name.endswith("_"):
-            if isinstance(found, Tensor) and found.is_floating_point():
-                found.add_(self._noise(found, unit, place))
-            return found
-        if name in UNDERFLOWS:
-            found = tree_map(self._underflown, found)
-        return tree_map(lambda one: self.disturbed(one, unit, place), found)
-
-    def _underflown(self, value: Any) -> Any:
-        """Probabilities that underflow to 0 are no longer equal: ties between them are ties by rounding."""
-        if not isinstance(value, Tensor) or value.dtype != torch.float64:
-            return value
-        return torch.where(value == 0, self._smallest, value)
-
-    def disturbed(self, value: Any, unit: float, place: int) -> Any:
-        """A tensor with one rounding error in each element."""
-        if not isinstance(value, Tensor) or value.dtype != torch.float64:
-            return value
-        return value + self._noise(value, unit, place)
-
-    def _noise(self, values: Tensor, unit: float, place: int) -> Tensor:
-        size = values.abs().mul_(unit)
-        size = torch.where(values != 0, size.clamp_(min=self._smallest), 0.0).nan_to_num_(0.0, 0.0, 0.0)
-        if self._seed % 2:
-            key = values.abs().float().view(torch.int32).long()
-        else:
-            key = torch.arange(values.numel(), device=values.device).view(values.shape)
-        # A multiplicative hash: every bit of the key and of the place moves the sign.
-        key = (key + 7919 * (1000 * self._seed + place)) * 0x2545F4914F6CDD1D
-        key = (key ^ (key >> 29)) * 0x369DEA0F31A53F85
-        return torch.where(key >> 40 & 1 == 1, size, -size)
-
-
-def measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any) -> dict[str, Response]:
+def measured(
+    again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any
+) -> dict[str, Response]:
     """The truth and the response to roundings of every output and gradient.
 
     Args:
@@ -320,7 +123,7 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
 def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Response]:
     wide = {name: _widened(tensor) for name, tensor in inputs.items()}
     gradients = [_widened(gradient) for gradient in grad_outputs]
-    with _Order() as order:
+    with Order() as order:
         truth = again(wide, gradients)
     square_a, square_b = ({name: torch.zeros_like(r, dtype=torch.float64) for name, r in truth.items()} for _ in "ab")
     flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
@@ -335,7 +138,9 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
                 flips[name].fill_(True)
             elif not r.is_floating_point():
                 flips[name] |= found[name] != r
-                ranges[name] = [which(ranges[name][i], _extreme(found[name], which)) for i, which in enumerate((min, max))]
+                ranges[name] = [
+                    which(ranges[name][i], _extreme(found[name], which)) for i, which in enumerate((min, max))
+                ]
             else:
                 change = torch.where(found[name] == r, 0.0, found[name] - r)
                 level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
@@ -358,7 +163,7 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
     if any(flags) or narrow.inputs:
         smallest = torch.finfo(dtype).smallest_normal * unit
         for seed in range(probes_a):
-            mode = _Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
+            mode = Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
             rounded = {n: mode.disturbed(t, unit, -1) if n in narrow.inputs else t for n, t in wide.items()}
             with mode:
                 found = again(rounded, gradients)
@@ -382,7 +187,7 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
 
 @dataclass(frozen=True)
 class _Probe:
-    mode: _Disturbed
+    mode: Disturbed
     inputs: Tensors
     gradients: list[Tensor]
 
@@ -390,7 +195,7 @@ class _Probe:
 def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_element: bool = False) -> Iterator[_Probe]:
     """The probes of B: every operator in float32."""
     for seed in range(0, 2 * probes, 2) if by_element else range(probes):
-        mode = _Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
+        mode = Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
         inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
         yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
 
@@ -426,9 +231,9 @@ class _Narrow:
     last: set[int]
 
 
-def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: _Order, truth: Tensors) -> _Narrow:
+def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: Order, truth: Tensors) -> _Narrow:
     """What the run in the dtype under test rounds, in terms of the run in float64."""
-    with _Rounded() as rounded:
+    with Rounded() as rounded:
         results = again(inputs, grad_outputs)
     cast = {name for name, tensor in inputs.items() if tensor.untyped_storage().data_ptr() in rounded.inputs}
     last = {place for name, r in truth.items() if results[name].element_size() == 2 for place in order.last(r)}

@@ -11,93 +11,25 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import gcd, inf, nan
+from math import inf, nan
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conformance import calling
 from conformance.case import Case, Draw
-from conformance.condition import Widened
+from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
 from conformance.example import Example, Follows, Size, TensorArgument, value_of
-from conformance.gates import Failure
-from conformance.spec import COLUMNS, Budget, Drawing, Inputs, Options, Spec
-from conformance.trial import Caught, Trial, describe, leaf
+from conformance.spec import Budget, Drawing, Inputs, Options, Spec
+from conformance.trial import Caught, describe, leaf
 
 PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
-LARGEST = 2**18  # elements of the largest case of `extents`
 FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not describe the operation
 PRESENT = "given"  # the value of an optional tensor that is there
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The sizes of one dimension: a function from an element budget to a strategy, as `Drawing.sizes` has them.
-
-    Attributes:
-        example: its size in the example.
-        of: every size is a multiple of this.
-        low, high: the smallest size above 0, and the largest if there is one.
-        growth: the power of the size that the reference's work grows with.
-        only: the sizes that are accepted, if they follow no rule.
-    """
-
-    example: int
-    of: int = 1
-    low: int = 1
-    high: int | None = None
-    growth: int = 1
-    only: Sequence[int] = ()
-
-    def __call__(self, budget: int) -> st.SearchStrategy[int]:
-        """Sizes within the budget, small ones first."""
-        top = max(self.low, int(budget ** (1 / self.growth)))
-        if self.only:
-            return st.sampled_from([n for n in self.only if n <= top] or [min(self.only)])
-        top = min(top, self.high or top)
-        first, last = -(-self.low // self.of), min(top, max(300, 8 * self.of)) // self.of
-        steps = st.integers(first, max(first, last)).map(lambda step: step * self.of)
-        edges = {self.fit(n) for n in (*COLUMNS, self.example)}
-        return st.one_of(steps, st.sampled_from(sorted(n for n in edges if n <= top) or [self.fit(self.low)]))
-
-    def fit(self, size: int) -> int:
-        """The closest size that is accepted."""
-        if self.only:
-            return min(self.only, key=lambda n: abs(n - size))
-        fitted = max(self.low, -(-size // self.of) * self.of)
-        return min(fitted, self.high // self.of * self.of) if self.high else fitted
-
-    def accepts(self, size: int) -> bool:
-        """Whether the rule allows a size."""
-        return size % self.of == 0 and self.low <= size <= (self.high or size)
-
-    def __str__(self) -> str:
-        """The rule in words."""
-        if self.only:
-            return str(self.only[0]) if len(self.only) == 1 else f"one of {', '.join(map(str, self.only))}"
-        parts = [f"multiples of {self.of}"] if self.of > 1 else []
-        parts += [f"from {self.low}"] if self.low > self.of else []
-        parts += [f"to {self.high}"] if self.high else []
-        return " ".join(parts) or "any"
-
-
-def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, ...]:
-    """Sizes with about this many rows, the first, and columns, the last; those between are small."""
-    wanted = dict.fromkeys(counts, 3)
-    names = list(counts)
-    wanted[names[0]], wanted[names[-1]] = rows, columns
-    left, found = LARGEST, {}
-    for name in (*names[1:-1], names[-1], names[0]):
-        one = counts[name]
-        most = max(one.low, int(left ** (1 / one.growth)))
-        found[name] = wanted[name] if wanted[name] == 0 else one.fit(min(wanted[name], most))
-        left = max(1, left // max(1, found[name]) ** one.growth)
-    return tuple(found[name] for name in names)
 
 
 def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[str, int]) -> Inputs:
@@ -232,7 +164,9 @@ class Learner:
         for name, values in self.example.arguments.items():
             parameter = self.parameters.get(name)
             has_default = parameter is not None and parameter.default is not parameter.empty
-            tensors = [value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)]
+            tensors = [
+                value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)
+            ]
             if tensors:
                 if None in values or (has_default and parameter is not None and parameter.default is None):
                     drawn[name] = [PRESENT, None]
@@ -301,11 +235,17 @@ class Learner:
         found: Sequence[Tensor | None] = []
         if roots:
             found = torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True)
-        grads = [n for n, g in zip([n for n, t in inputs.items() if t.requires_grad], found, strict=bool(roots)) if g is not None]
+        grads = [
+            n
+            for n, g in zip([n for n, t in inputs.items() if t.requires_grad], found, strict=bool(roots))
+            if g is not None
+        ]
         wanted = self.grads if self.grads is not None else self.example.grads
         for name in wanted or ():
             if name not in grads:
-                raise SpecError(f"--grads: got {name}; allowed: {', '.join(grads) or 'none: the reference has no gradient'}")
+                raise SpecError(
+                    f"--grads: got {name}; allowed: {', '.join(grads) or 'none: the reference has no gradient'}"
+                )
         return tuple(names), tuple(grads if wanted is None else wanted)
 
     def _accepted(self, spec: Spec, sizes: Mapping[str, int]) -> bool:
@@ -380,19 +320,11 @@ class Learner:
                     found.append(value)
             if caught.error is not None:
                 continue
-        return tuple(found) if all(o.is_floating_point() for o in call(spec, case, spec.inputs(case, torch.float32, "cpu"))) else ()
-
-
-def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:
-    """The rule that tells the accepted sizes from the others; a list of them if there is none."""
-    above = [n for n in accepted if n > 0] or [example]
-    if above == [example]:
-        return Counts(example, only=(example,))
-    high = None if above[-1] == max(probed) else above[-1]
-    counts = Counts(example, of=gcd(*above), low=above[0], high=high)
-    if [n for n in probed if n > 0 and counts.accepts(n)] == above:
-        return counts
-    return Counts(example, only=tuple(above))
+        return (
+            tuple(found)
+            if all(o.is_floating_point() for o in call(spec, case, spec.inputs(case, torch.float32, "cpu")))
+            else ()
+        )
 
 
 def call(spec: Spec, case: Case, inputs: Inputs) -> tuple[Any, ...]:

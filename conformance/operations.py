@@ -72,7 +72,10 @@ class Source:
         return found
 
 
-def specs(source: Source = Source()) -> Mapping[str, Spec]:
+PROJECT = Source()  # the operations of the project and of installed packages
+
+
+def specs(source: Source = PROJECT) -> Mapping[str, Spec]:
     """The specs under judgement, by the name of the operation.
 
     Raises:
@@ -136,7 +139,8 @@ def resolve(name: str, flag: str) -> Any:
             return getattr(module, attribute) if attribute else module
         return pkgutil.resolve_name(name)
     raise SpecError(
-        f"{flag}: got {name!r}, which cannot be imported ({describe(caught.error)}); allowed: module:object, file.py:object"
+        f"{flag}: got {name!r}, which cannot be imported ({describe(caught.error)});"
+        " allowed: module:object, file.py:object"
     ) from caught.error
 
 

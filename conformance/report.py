@@ -16,9 +16,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import operations
-from conformance.case import Case
 from conformance.backends import PIECES, Judged
-from conformance.operations import Source
+from conformance.case import Case
+from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
 from conformance.runner import Task
 from conformance.search import Result
@@ -39,7 +39,7 @@ def name_width(names: Iterable[str]) -> int:
     return 1 + max(map(len, (*names, "% of error budget")))
 
 
-def heading(judged: Judged, device: str, profile: str, source: Source = Source()) -> str:
+def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT) -> str:
     """One line: the backend, the reference, the versions and device, the profile; then what is known of a stranger."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     version = torch.__version__.split("+")[0]
@@ -55,7 +55,9 @@ def learned(spec: Spec) -> str:
     case = Case(tuple((name, getattr(size, "example", 1)) for name, size in spec.drawing.sizes.items()))
     always = spec.drawing.required(case)
     lines = {
-        "sizes": ", ".join(f"{name} {count}" for name, count in spec.drawing.sizes.items() if hasattr(count, "example")),
+        "sizes": ", ".join(
+            f"{name} {count}" for name, count in spec.drawing.sizes.items() if hasattr(count, "example")
+        ),
         "options": ", ".join(
             [
                 *(f"{name} {', '.join(map(str, values))}" for name, values in spec.drawing.options.items()),
@@ -128,7 +130,7 @@ def _cell(results: Sequence[Result]) -> str:
     return f"{verdict:<6}{percent}"
 
 
-def failures(results: Sequence[Result], backend: str, device: str, source: Source = Source()) -> str:
+def failures(results: Sequence[Result], backend: str, device: str, source: Source = PROJECT) -> str:
     """Every failure with its message, its smallest case and the command that reproduces it."""
     paragraphs = []
     for result in results:
@@ -179,7 +181,7 @@ def _all_names(source: Source) -> list[str]:
 
 
 def write_json(
-    path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str, source: Source = Source()
+    path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str, source: Source = PROJECT
 ) -> None:
     """Write the results as JSON."""
     meta = {

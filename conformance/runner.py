@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from conformance import backends, operations
-from conformance.operations import Source
+from conformance.operations import PROJECT, Source
 from conformance.piece import PieceTrial
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
@@ -37,7 +37,7 @@ class Task:
     device: str
     profile: str = "ci"
     case: AnyCase | None = None  # check only this one
-    source: Source = Source()  # of the operation
+    source: Source = PROJECT  # of the operation
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run in this process."""
@@ -53,7 +53,9 @@ class Task:
         if self.dtype is None:
             piece = pieces()[self.op]
             return PieceTrial(piece, function, self.device), piece.properties[self.property]
-        trial = Trial(operations.specs(self.source)[self.op], function, DTYPES[self.dtype], self.device, judged.truncates)
+        trial = Trial(
+            operations.specs(self.source)[self.op], function, DTYPES[self.dtype], self.device, judged.truncates
+        )
         return trial, PROPERTIES[self.property]
 
 

@@ -216,9 +216,7 @@ class Trial:
             used = max(used, judge(name, y, r, p, model))
         return used
 
-    def _judge_measured(
-        self, case: Case, run: Run, peer: Run, inputs: Inputs, grad_outputs: Sequence[Tensor]
-    ) -> float:
+    def _judge_measured(self, case: Case, run: Run, peer: Run, inputs: Inputs, grad_outputs: Sequence[Tensor]) -> float:
         """As `judge`, where the condition of the operation is measured."""
         names = [name for name in self.spec.grads if name in inputs] if run.grads else []
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from conformance.counts import Counts
 from conformance.example import Follows, Size, TensorArgument, word_of
-from conformance.learn import PRESENT, Counts, Learner
+from conformance.learn import PRESENT, Learner
 from conformance.spec import Spec
 
-_HINTS = '''    # Measured: conformance/condition.py. To state it by hand, give roundings, and terms for what cancels:
+_HINTS = """    # Measured: conformance/condition.py. To state it by hand, give roundings, and terms for what cancels:
     #     budget=Budget(roundings=1, terms={"result": lambda call: call.inputs["x"].abs()}),
-'''
+"""
 
 
 def text(learner: Learner, where: str) -> str:
@@ -74,7 +75,7 @@ def _imports(learner: Learner, module: str, name: str) -> list[str]:
         *special,
         *(["import torch", ""] if dtypes else []),
         "from conformance.case import Draw",
-        "from conformance.learn import Counts, shape",
+        "from conformance.counts import Counts, shape",
         *(["from conformance.operations import resolve"] if file else []),
         "from conformance.spec import Budget, Drawing, Inputs, Spec",
         *([] if file else [f"from {module} import {name}"]),
@@ -95,7 +96,11 @@ def _build(learner: Learner, spec: Spec, names: list[str]) -> list[str]:
 
 def _tensor(one: TensorArgument) -> str:
     words = [f'"{one.kind}"', *(_size(size) for size in one.shape)]
-    if one.dtype is not None and one.dtype not in (torch.bool,) and not (one.kind == "randint" and one.dtype == torch.int64):
+    if (
+        one.dtype is not None
+        and one.dtype not in (torch.bool,)
+        and not (one.kind == "randint" and one.dtype == torch.int64)
+    ):
         words.append(f"dtype={one.dtype}")
     if one.kind == "randint":
         words += [f"low={_size(one.low)}", f"high={_size(one.high)}"]

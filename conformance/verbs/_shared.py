@@ -9,7 +9,7 @@ import torch
 
 from conformance import backends, operations
 from conformance.backends import Judged
-from conformance.operations import Source
+from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.properties import PROPERTIES
 
@@ -29,11 +29,11 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that name an operation of your own."""
     group = parser.add_argument_group("an operation of your own")
-    group.add_argument("--reference", metavar="M:F", help="the function that defines it: module:function, file.py:function")
-    group.add_argument("--example", metavar="CALL", help="'x=randn(64,128) eps=1e-6', or a .py file that defines example")
+    group.add_argument("--reference", metavar="M:F", help="its definition: module:function or file.py:function")
+    group.add_argument("--example", metavar="CALL", help="'x=randn(64,128) eps=1e-6', or a file that defines example")
     group.add_argument("--spec", metavar="SPEC", help="in place of both: a module or file with a spec, as write prints")
     group.add_argument("--in-place", metavar="X,...", type=_names, default=(), help="inputs that it changes on purpose")
-    group.add_argument("--rows", metavar="X,...", type=_names, default=(), help="inputs whose rows do not affect each other")
+    group.add_argument("--rows", metavar="X,...", type=_names, default=(), help="inputs with independent rows")
     group.add_argument("--grads", metavar="X,...", type=_names, help="inputs to differentiate, or none (all)")
 
 
@@ -48,13 +48,13 @@ def source_of(arguments: argparse.Namespace) -> Source:
     if not arguments.spec and not arguments.reference:
         for flag in ("example", "in_place", "rows", "grads"):
             if getattr(arguments, flag):
-                raise UsageError(f"--{flag.replace('_', '-')}: needs --reference, the function that defines the operation")
+                raise UsageError(f"--{flag.replace('_', '-')}: needs --reference, the operation's definition")
     return Source(
         arguments.reference, arguments.example, arguments.spec, arguments.in_place, arguments.rows, arguments.grads
     )
 
 
-def judged_by(arguments: argparse.Namespace, source: Source = Source()) -> tuple[str, Judged]:
+def judged_by(arguments: argparse.Namespace, source: Source = PROJECT) -> tuple[str, Judged]:
     """The requested device and backend."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -34,7 +34,9 @@ def _list(arguments: argparse.Namespace) -> int:
         print(f"  {op:<{width}}{(piece.reference.__doc__ or '').splitlines()[0]}")
         for name, prop in piece.properties.items():
             print(f"    {name:<30}{prop.statement}")
-    print("backends:", f"  {', '.join((*backends.NAMES, *operations.peers()))}, or the dotted path of a module", sep="\n")
+    print(
+        "backends:", f"  {', '.join((*backends.NAMES, *operations.peers()))}, or the dotted path of a module", sep="\n"
+    )
     print(
         "profiles:",
         *(f"  {name:<{width}}{profile.examples} examples" for name, profile in PROFILES.items()),

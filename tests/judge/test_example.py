@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
 from conformance.example import Follows, TensorArgument, of_call, read, value_of
-from conformance.learn import Counts, rule
 
 
 def test_equal_numbers_are_one_size_unless_they_are_named() -> None:
