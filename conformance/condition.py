@@ -25,7 +25,7 @@ From responses to a bound
       - Equal numbers have equal rounding errors, which add up instead of averaging out. So in half of the probes the
         sign is a function of the number itself; in the others it is drawn for each element, which also breaks ties.
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
-        raised to that half: three standard deviations of 16 probes of one chain of two operators stay above the bound.
+        raised to that half: then 3 R covers a chain of two operators even if their signs differ in all probes.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
         |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 (S + max S) + tiny,     S = R_B 2^24
     The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
@@ -75,7 +75,8 @@ class Response:
     Attributes:
         truth: the reference in float64.
         terms: S, float64.
-        extra: 3 R_A and the part of max S, float64.
+        extra: 3 R_A, float64.
+        spread: the part of max S in the bound, float64.
         flips: elements that some probe changed, for integers and booleans.
         lowest, highest: the range of integers in all probes, at least that of places in an input.
         jumps: elements that some probe changed by far more than roundings do.
@@ -84,6 +85,7 @@ class Response:
     truth: Tensor
     terms: Tensor
     extra: Tensor
+    spread: Tensor
     flips: Tensor
     lowest: float
     highest: float
@@ -175,7 +177,8 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
         name: Response(
             truth=r,
             terms=terms[name],
-            extra=rounded * _typical(square_a[name].sqrt(), r) + depth * _largest(terms[name]),
+            extra=rounded * _typical(square_a[name].sqrt(), r),
+            spread=depth * _largest(terms[name]),
             flips=flips[name],
             lowest=ranges[name][0],
             highest=ranges[name][1],

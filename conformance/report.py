@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import operations
-from conformance.backends import PIECES, Judged
+from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.case import Case
 from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
@@ -36,7 +36,7 @@ GATES = {
 
 def name_width(names: Iterable[str]) -> int:
     """The width of a column of names."""
-    return 1 + max(map(len, (*names, "% of error budget")))
+    return 1 + max(map(len, (*names, *OPERATIONS, *PIECES)))
 
 
 def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT) -> str:
@@ -126,8 +126,8 @@ def _cell(results: Sequence[Result]) -> str:
     used = [result.budget_use for result in results if result.budget_use is not None and result.verdict != "xfail"]
     percent = f"{100 * max(used):.3g} %" if used else ""
     verdicts = {result.verdict for result in results}
-    verdict = "FAIL" if "fail" in verdicts else "known" if "xfail" in verdicts else "ok"
-    return f"{verdict:<6}{percent}"
+    verdict = "FAIL" if "fail" in verdicts else "known " if "xfail" in verdicts else "ok"
+    return f"{verdict:<5}{percent}"
 
 
 def failures(results: Sequence[Result], backend: str, device: str, source: Source = PROJECT) -> str:

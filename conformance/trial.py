@@ -239,7 +239,7 @@ class Trial:
                 roundings=0,
                 random=case.fill not in ("ones", "zeros"),
                 truncates=self.truncates,
-                extra=response.extra.nan_to_num(posinf=0.0),
+                extra=(response.extra + response.spread).nan_to_num(posinf=0.0),
                 jumps=response.jumps,
             )
             used = max(used, judge(name, y, response.truth, p, model))
