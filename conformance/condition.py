@@ -39,7 +39,7 @@ From responses to a bound
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
-    in any probe is not compared beyond its range (`flips`); 32 more probes see to ties. A float that changes by more
+    in any probe is not compared beyond its range (`flips`); 20 more probes see to ties. A float that changes by more
     than 64 units roundoff of the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by
     itself, and does not enter the statistics of gates G2 and G3.
 """
@@ -59,7 +59,7 @@ from torch import Tensor
 from conformance.disturbance import Disturbed, Order, Rounded
 from conformance.gates import UNIT_FLOAT32
 
-PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 32
+PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
 FACTOR_A = 3.0
 JUMP = 64

@@ -147,7 +147,7 @@ class PieceTrial:
         """The strategy that draws cases."""
         return self.spec.draw(profile.elements)
 
-    def refused(self, case: PieceCase) -> None:
+    def refused(self, case: Any) -> None:
         """No case is refused."""
 
 

@@ -245,7 +245,7 @@ class Trial:
             used = max(used, judge(name, y, response.truth, p, model))
         return used
 
-    def refused(self, case: Case) -> str | None:
+    def refused(self, case: Any) -> str | None:
         """Why the reference refuses a case; None if it does not, or if the spec draws only valid cases."""
         if not self.spec.drawing.partial:
             return None
