@@ -27,11 +27,11 @@ From responses to a bound
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
         raised to that half: then 3 R covers a chain of two operators even if their signs differ in all probes.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
-        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 (S + max S) + tiny,     S = R_B 2^24
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + 2^-23 max S + tiny,     S = R_B 2^24
     The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
     another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
-    gradient of a softmax over the chosen logits, where one probability is nearly 1). Large cases have fewer probes,
-    down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+    gradient of a softmax over the chosen logits, where one probability is nearly 1); 2^-23 are the roundings of gate
+    G2's floor. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
@@ -50,7 +50,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from math import log2
 from typing import Any
 
 import torch
@@ -122,67 +121,68 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
     return (*tensor.shape, tensor.dtype, int(((flat ^ (flat >> 7)) * weights).sum()))
 
 
+class _Changes:
+    """Adds up how results change from probe to probe."""
+
+    def __init__(self, truth: Tensors, unit: float, last_place: float) -> None:
+        """Start with the truth, the unit roundoff under test, and the largest place in an input."""
+        self._truth, self._unit = truth, unit
+        self.flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
+        self.jumps = {name: flip.clone() for name, flip in self.flips.items()}
+        self.ranges = {
+            name: (min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)) for name, r in truth.items()
+        }
+
+    def zeros(self) -> Tensors:
+        """Squares of changes, before any."""
+        return {name: torch.zeros_like(r, dtype=torch.float64) for name, r in self._truth.items()}
+
+    def add(self, found: Mapping[str, Tensor], squares: Tensors | None, probes: int) -> None:
+        """Add the results of one of so many probes; without squares, only integers."""
+        for name, r in self._truth.items():
+            if found[name].shape != r.shape:
+                self.flips[name].fill_(True)
+            elif not r.is_floating_point():
+                self.flips[name] |= found[name] != r
+                low, high = self.ranges[name]
+                self.ranges[name] = min(low, _extreme(found[name], min)), max(high, _extreme(found[name], max))
+            elif squares is not None:
+                change = torch.where(found[name] == r, 0.0, found[name] - r)
+                level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
+                self.jumps[name] |= ~(change.abs() <= JUMP * self._unit * level)
+                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
+
+
 def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Response]:
     wide = {name: _widened(tensor) for name, tensor in inputs.items()}
     gradients = [_widened(gradient) for gradient in grad_outputs]
     with Order() as order:
         truth = again(wide, gradients)
-    square_a, square_b = ({name: torch.zeros_like(r, dtype=torch.float64) for name, r in truth.items()} for _ in "ab")
-    flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
-    jumps = {name: flip.clone() for name, flip in flips.items()}
-    last_place = max((size for tensor in inputs.values() for size in tensor.shape), default=1) - 1.0
-    ranges = {name: [min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)] for name, r in truth.items()}
     unit = torch.finfo(dtype).eps / 2
-
-    def add(found: Mapping[str, Tensor], squares: Tensors, probes: int) -> None:
-        for name, r in truth.items():
-            if found[name].shape != r.shape:
-                flips[name].fill_(True)
-            elif not r.is_floating_point():
-                flips[name] |= found[name] != r
-                ranges[name] = [
-                    which(ranges[name][i], _extreme(found[name], which)) for i, which in enumerate((min, max))
-                ]
-            else:
-                change = torch.where(found[name] == r, 0.0, found[name] - r)
-                level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
-                jumps[name] |= ~(change.abs() <= JUMP * unit * level)
-                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
-
+    changes = _Changes(truth, unit, max((n for t in inputs.values() for n in t.shape), default=1) - 1.0)
+    square_a, square_b = changes.zeros(), changes.zeros()
     elements = max(tensor.numel() for tensor in (*inputs.values(), *truth.values()))
-    probes_a, probes_b = (max(min(FEWEST_PROBES, n), min(n, WORK // max(1, elements))) for n in (PROBES_A, PROBES_B))
+    probes_a, probes_b = (max(FEWEST_PROBES, min(n, WORK // max(1, elements))) for n in (PROBES_A, PROBES_B))
     for disturbed in _computed(wide, gradients, probes_b):
-        with disturbed.mode:
-            found = again(disturbed.inputs, disturbed.gradients)
-        add(found, square_b, probes_b)
+        changes.add(disturbed.results(again), square_b, probes_b)
     if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe
         for disturbed in _computed(wide, gradients, PROBES_OF_TIES, by_element=True):
-            with disturbed.mode:
-                found = again(disturbed.inputs, disturbed.gradients)
-            add({**truth, **{n: t for n, t in found.items() if not t.is_floating_point()}}, square_b, probes_b)
+            changes.add(disturbed.results(again), None, 1)
     narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
-    flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
-    if any(flags) or narrow.inputs:
-        smallest = torch.finfo(dtype).smallest_normal * unit
-        for seed in range(probes_a):
-            mode = Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
-            rounded = {n: mode.disturbed(t, unit, -1) if n in narrow.inputs else t for n, t in wide.items()}
-            with mode:
-                found = again(rounded, gradients)
-            add(found, square_a, probes_a)
-    depth = 2 * max(1.0, log2(max(1, *(tensor.numel() for tensor in inputs.values())))) * UNIT_FLOAT32
+    for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
+        changes.add(disturbed.results(again), square_a, probes_a)
     terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, truth[name]) for name, square in square_b.items()}
-    rounded = FACTOR_A * (PROBES_A / probes_a) ** 0.5
+    factor = FACTOR_A * (PROBES_A / probes_a) ** 0.5
     return {
         name: Response(
             truth=r,
             terms=terms[name],
-            extra=rounded * _typical(square_a[name].sqrt(), r),
-            spread=depth * _largest(terms[name]),
-            flips=flips[name],
-            lowest=ranges[name][0],
-            highest=ranges[name][1],
-            jumps=jumps[name],
+            extra=factor * _typical(square_a[name].sqrt(), r),
+            spread=2 * UNIT_FLOAT32 * _largest(terms[name]),
+            flips=changes.flips[name],
+            lowest=changes.ranges[name][0],
+            highest=changes.ranges[name][1],
+            jumps=changes.jumps[name],
         )
         for name, r in truth.items()
     }
@@ -192,7 +192,12 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
 class _Probe:
     mode: Disturbed
     inputs: Tensors
-    gradients: list[Tensor]
+    gradients: Sequence[Tensor]
+
+    def results(self, again: Again) -> Tensors:
+        """What the disturbed reference returns."""
+        with self.mode:
+            return again(self.inputs, self.gradients)
 
 
 def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_element: bool = False) -> Iterator[_Probe]:
@@ -201,6 +206,21 @@ def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_elemen
         mode = Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
         inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
         yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
+
+
+def _rounded(
+    wide: Tensors, gradients: Sequence[Tensor], narrow: _Narrow, dtype: torch.dtype, probes: int
+) -> Iterator[_Probe]:
+    """The probes of A: what is rounded to 16 bits; none if nothing is."""
+    unit = torch.finfo(dtype).eps / 2
+    flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
+    if not any(flags) and not narrow.inputs:
+        return
+    smallest = torch.finfo(dtype).smallest_normal * unit
+    for seed in range(probes):
+        mode = Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
+        inputs = {name: mode.disturbed(t, unit, -1) if name in narrow.inputs else t for name, t in wide.items()}
+        yield _Probe(mode, inputs, gradients)
 
 
 def _largest(terms: Tensor) -> Tensor:

@@ -21,9 +21,16 @@ from conformance.trial import Trial, widen
 #     rope in 16 bits: autograd rounds each product and each sum; the spec counts one rounding.
 #     packed_attention, gradients of q and k: the spec adds up every product of scores and values, which average out.
 #     lora_linear, gradients of the adapters: sums over all tokens and columns, which average out.
+#     add_rms_norm, gradients of the inputs: the reference rounds less often than the spec allows a kernel.
 #     layer_norm in 16 bits: torch's operator rounds once; the spec allows a kernel two roundings before that.
 LOOSEST = {"rope": 3.2, "rms_norm": 2.2, "add_rms_norm": 2.4}
-TIGHTEST = {"packed_attention": 0.003, "lora_linear": 0.12, "layer_norm": 0.12, "linear_cross_entropy": 0.2}
+TIGHTEST = {
+    "add_rms_norm": 0.25,
+    "packed_attention": 0.003,
+    "lora_linear": 0.12,
+    "layer_norm": 0.12,
+    "linear_cross_entropy": 0.2,
+}
 
 
 def measured(function: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Response]:
