@@ -7,6 +7,7 @@ import pkgutil
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import unsloth_ref.kernels
@@ -21,8 +22,6 @@ OPERATIONS = tuple(unsloth_ref.kernels.__all__)
 PIECES = tuple(unsloth_ref.training.__all__)
 PEERS = tuple(PACKAGES)
 NAMES = ("fast", "reference", *PEERS)
-# These have no Triton kernels of their own: on a CPU torch.compile generates C++.
-COMPILED_OR_EAGER = ("reference", *(peer for peer, package in PACKAGES.items() if package is None))
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,12 @@ class Judged:
     Attributes:
         name: from the command line.
         functions: its operations and training pieces by name; those that it does not define are absent.
-        description: its name, and the version and mode of Triton if it runs on Triton.
-        truncates: whether its casts to bfloat16 may truncate, as those of Triton's interpreter do: true if triton is
-            loaded on a CPU, by this backend or before it.
+        description: its name, and the version and mode of Triton if importing it loads Triton.
     """
 
     name: str
     functions: dict[str, Function]
     description: str
-    truncates: bool
 
 
 @cache
@@ -72,11 +68,11 @@ def load(name: str, device: str, source: Source = PROJECT) -> Judged:
             inspect.signature(function)
         if caught.error is not None:
             raise BackendError(f"backend: {name}.{op} is not a function with a signature: {describe(caught.error)}")
-    # Checked by name too, because Dynamo imports triton.
-    interpreted = device == "cpu" and name not in COMPILED_OR_EAGER and "triton" in sys.modules
-    if interpreted:
+    description = name + _triton(device)
+    if device == "cpu" and find_spec("triton"):  # a backend may import it later, in a call
         interpreter.patch_for_speed()
-    return Judged(name, functions, f"{name}{_triton(interpreted)}", interpreted)
+        interpreter.count_launches()
+    return Judged(name, functions, description)
 
 
 def _stranger(name: str, source: Source) -> dict[str, Function]:
@@ -118,8 +114,8 @@ def _namespaces(name: str) -> list[Any]:
     raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from caught.error
 
 
-def _triton(interpreted: bool) -> str:
+def _triton(device: str) -> str:
     """The version of Triton and whether it interprets, in parentheses; empty if triton is not loaded."""
     if "triton" not in sys.modules:
         return ""
-    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if interpreted else ''})"
+    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if device == 'cpu' else ''})"

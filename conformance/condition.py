@@ -55,8 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.bounds import ROUNDING_RMS, SHARED, UNIT_FLOAT32, Arithmetic, float32_error
 from conformance.disturbance import Disturbed, Order, Rounded
-from conformance.gates import UNIT_FLOAT32
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
@@ -89,6 +89,23 @@ class Response:
     lowest: float
     highest: float
     jumps: Tensor
+
+    def largest(self, how: Arithmetic) -> Tensor:
+        """Bound of the absolute error; twice R_A where casts truncate."""
+        truncated = 2.0 if how.unit > torch.finfo(torch.bfloat16).eps / 2 else 1.0
+        return float32_error(how.elements) * self.terms + truncated * self.extra + self.spread
+
+    def independent(self, how: Arithmetic) -> Tensor:
+        """Root mean square of the roundings to the dtype."""
+        return ROUNDING_RMS * self.extra / FACTOR_A
+
+    def shared(self) -> Tensor:
+        """Float32 roundings of a whole row."""
+        return SHARED * self.terms
+
+    def scale(self, how: Arithmetic) -> Tensor:
+        """Unit of a mean error."""
+        return how.unit * self.terms
 
 
 def measured(
@@ -178,7 +195,7 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
             truth=r,
             terms=terms[name],
             extra=factor * _typical(square_a[name].sqrt(), r),
-            spread=2 * UNIT_FLOAT32 * _largest(terms[name]),
+            spread=SHARED * _largest(terms[name]),
             flips=changes.flips[name],
             lowest=changes.ranges[name][0],
             highest=changes.ranges[name][1],

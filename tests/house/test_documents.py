@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
-VERBS = ("run", "list", "repro", "write", "bench", "fingerprint")
+VERBS = ("run", "list", "repro", "write", "bench", "fingerprint", "mutate")
 OURS = (
     "python -m conformance",
     "python examples/",
@@ -106,7 +106,7 @@ def shortened(code: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("unpatched", "desk")
+@pytest.mark.usefixtures("desk")
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(name, "python")])
 def test_python_runs(name: str) -> None:
     """All blocks of a document run, one after the other, as a reader would run them."""

@@ -1,6 +1,5 @@
 """The measured condition agrees with what specs state by hand, and sees what rounding can do and what it cannot."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conformance import condition
+from conformance.bounds import Arithmetic, unit_roundoff
 from conformance.condition import Response
-from conformance.gates import UNIT_FLOAT32, unit_roundoff
 from conformance.spec import Call
 from conformance.specs import specs
 from conformance.trial import Trial, widen
@@ -55,17 +54,15 @@ def test_the_condition_agrees_with_the_spec(op: str, dtype: torch.dtype) -> None
     gradients = trial.grad_outputs(case, run.outputs)
     trial.judge(case, run, inputs, gradients)  # the reference itself passes
     responses = next(reversed(condition._kept.values()))
-    info = torch.finfo(dtype)
     wide = {name: widen(tensor) for name, tensor in inputs.items()}
-    call = Call(wide, trial.options(case), [widen(g) for g in gradients], info.smallest_normal, info.eps / 2)
-    depth = 2 * math.log2(max(tensor.numel() for tensor in inputs.values())) * UNIT_FLOAT32
+    call = Call(wide, trial.options(case), [widen(g) for g in gradients], dtype)
     for key, name, seen in run.named(spec):
         response, unit = responses[name], unit_roundoff(seen.dtype)
         size = response.truth.abs()
-        terms = spec.budget.terms[key](call) if key in spec.budget.terms else size
-        by_hand = unit * size + (spec.budget.roundings * unit * (1 + unit) + depth) * terms
-        ours = unit * size + depth * response.terms + response.extra
-        ratio = float((ours / by_hand)[by_hand > 0].median())
+        how = Arithmetic(unit, spec.budget.roundings, call.elements)
+        by_hand = unit * size + spec.budget.error(key, call, response.truth).largest(how)
+        ours = unit * size + response.largest(how) - response.spread
+        ratio = float((ours / by_hand)[(by_hand > 0) & (size > 0)].median())
         assert TIGHTEST.get(op, 0.45) <= ratio <= LOOSEST.get(op, 2.0), f"{name}: {ratio:.2f}"
 
 
