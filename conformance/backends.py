@@ -12,7 +12,9 @@ from typing import Any
 
 import unsloth_ref.kernels
 import unsloth_ref.training
-from conformance import interpreter
+from conformance import calling, interpreter, operations
+from conformance.declarations import SpecError
+from conformance.operations import PROJECT, Source
 from conformance.peers import PACKAGES, Absent
 from conformance.trial import BackendError, Caught, Function, describe
 
@@ -38,12 +40,13 @@ class Judged:
 
 
 @cache
-def load(name: str, device: str) -> Judged:
+def load(name: str, device: str, source: Source = PROJECT) -> Judged:
     """Import a backend, once.
 
     Args:
         name: one of NAMES, or a dotted path.
         device: "cpu" selects Triton's interpreter before triton is imported.
+        source: of the operation, if it comes from the command line.
 
     Raises:
         Absent: a peer's package is not installed.
@@ -51,15 +54,15 @@ def load(name: str, device: str) -> Judged:
     """
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    functions = {
-        op: getattr(namespace, op)
-        for namespace in _namespaces(name)
-        for op in (*OPERATIONS, *PIECES)
-        if hasattr(namespace, op)
-    }
+    names = operations.specs(source) if source else (*operations.specs(), *PIECES)
+    functions = (
+        _stranger(name, source)
+        if source
+        else {op: getattr(namespace, op) for namespace in _namespaces(name) for op in names if hasattr(namespace, op)}
+    )
     if not functions:
         error = Absent if name in PEERS else BackendError  # a peer may only have operations that the contract lacks
-        raise error(f"backend: {name} defines no operation; the contract has {', '.join((*OPERATIONS, *PIECES))}")
+        raise error(f"backend: {name} defines no operation; the contract has {', '.join(names)}")
     for op, function in functions.items():
         with Caught() as caught:
             inspect.signature(function)
@@ -72,6 +75,24 @@ def load(name: str, device: str) -> Judged:
     return Judged(name, functions, description)
 
 
+def _stranger(name: str, source: Source) -> dict[str, Function]:
+    """The function that a backend has for the one operation of a source: of its name, or the backend itself."""
+    ((op, spec),) = operations.specs(source).items()
+    if name == "reference":
+        return {op: spec.reference}
+    if name in NAMES:
+        raise BackendError(f"backend: got {name}; allowed for {op}: module:function, file.py:function, or reference")
+    with Caught() as caught:
+        found: Any = operations.resolve(name, "--backend")
+        found = getattr(found, op) if hasattr(found, op) else found
+        if not callable(found):
+            raise BackendError(f"backend: {name} is no function and defines no {op}; allowed: module:function")
+        return {op: calling.in_words_of(spec.reference, calling.as_function(found, op))}
+    if isinstance(caught.error, (BackendError, SpecError)):
+        raise BackendError(str(caught.error)) from caught.error
+    raise BackendError(f"backend: {name} cannot be called as {op}: {describe(caught.error)}") from caught.error
+
+
 def _namespaces(name: str) -> list[Any]:
     if name == "reference":
         return [unsloth_ref.kernels, unsloth_ref.training]
@@ -82,6 +103,10 @@ def _namespaces(name: str) -> list[Any]:
             return [importlib.import_module(f"conformance.peers.{name}")]
         except Absent as absent:
             raise Absent(f"backend: {name} {absent}") from absent
+    if name in (installed := operations.peers()):
+        with Caught(SystemExit) as caught:
+            return [installed[name].load()]
+        raise Absent(f"backend: {name} cannot be imported: {describe(caught.error)}") from caught.error
     with Caught(SystemExit) as caught:
         return [pkgutil.resolve_name(name)]
     allowed = f"{', '.join(NAMES)}, or the dotted path of a module"

@@ -46,11 +46,12 @@ bfloat16, u is 2^-7, twice the usual value, and G2 and G3 are skipped, because t
 import math
 import sys
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from conformance.bounds import ROUNDING_RMS, Arithmetic, Bound, Terms, unit_roundoff
+from conformance.bounds import ROUNDING_RMS, Arithmetic, unit_roundoff
 
 G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
 G2_SAMPLE = 2**16  # elements among which distinct values are counted
@@ -67,6 +68,26 @@ class Failure(Exception):
         self.used = used
 
 
+class Allowance(Protocol):
+    """What Terms, Bound and a measured Response say of an error; see conformance/bounds.py."""
+
+    def largest(self, how: Arithmetic) -> Tensor:
+        """No correct result exceeds it."""
+        ...
+
+    def independent(self, how: Arithmetic) -> Tensor:
+        """Root mean square of the roundings that differ from element to element."""
+        ...
+
+    def shared(self) -> Tensor:
+        """Roundings that a whole row may share."""
+        ...
+
+    def scale(self, how: Arithmetic) -> Tensor:
+        """The unit of a mean error."""
+        ...
+
+
 @dataclass(frozen=True)
 class ErrorModel:
     """What the gates need besides y, r and p.
@@ -77,13 +98,15 @@ class ErrorModel:
         roundings: roundings to the dtype of y that the contract allows before the last one.
         random: whether the elements differ, so that their rounding errors can be expected to cancel.
         truncates: whether casts to bfloat16 truncate (Triton's interpreter).
+        jumps: elements at a discontinuity, which are no part of the statistics of G2 and G3.
     """
 
-    error: Terms | Bound
+    error: Allowance
     elements: int
     roundings: int
     random: bool = True
     truncates: bool = False
+    jumps: Tensor | None = None
 
 
 def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> float:
@@ -121,7 +144,18 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     used = _componentwise(name, wide, truth, allowed(model.error.largest(how)), unit, y.dtype, finite)
     if model.truncates and y.dtype == torch.bfloat16:
         return used
-    floors = _floors(truth, allowed(model.error.independent(how)), allowed(model.error.shared()), unit)
+    judged = selected(y)
+    independent, shared, scale = (
+        allowed(error) for error in (model.error.independent(how), model.error.shared(), model.error.scale(how))
+    )
+    if model.jumps is not None and bool(model.jumps.any()):
+        steady = ~selected(model.jumps)
+        wide, truth, peer, judged = (tensor[steady] for tensor in (wide, truth, peer, judged))
+        independent, shared, scale = (tensor[steady] for tensor in (independent, shared, scale))
+        finite = finite & ~model.jumps
+        if not len(truth):
+            return used
+    floors = _floors(truth, independent, shared, unit)
     error, peer_error = wide - truth, peer - truth
     try:
         against_peer = _against_peer(name, error, peer_error, truth, floors)
@@ -135,8 +169,30 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     used = max(used, against_peer)
     del error, peer_error
     if y.dtype != torch.float32 and model.random:
-        used = max(used, _bias(name, selected(y), truth, peer, allowed(model.error.scale(how)), unit))
+        used = max(used, _bias(name, judged, truth, peer, scale, unit))
     return used
+
+
+def judge_exact(name: str, y: Tensor, r: Tensor, p: Tensor, flips: Tensor, lowest: float, highest: float) -> None:
+    """Compare integers and booleans: each must be that of the truth or of the peer.
+
+    Where a rounding changes the reference's result (`flips`: a tie, a threshold), any value from `lowest` to `highest`
+    is accepted.
+
+    Raises:
+        Failure: shape, dtype or an element differs.
+    """
+    if y.shape != p.shape or y.dtype != p.dtype:
+        seen, right = (f"{t.dtype} of shape {list(t.shape)}" for t in (y, p))
+        raise Failure(f"gate G0: {name} is {seen}, should be {right}")
+    wrong = (y != p) & (y != r)
+    wrong &= ~flips | (y < lowest) | (y > highest)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise Failure(
+            f"gate G0: {name} is {y[index].item()} at index {index}, should be {p[index].item()}\n"
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
+        )
 
 
 def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:

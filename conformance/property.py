@@ -15,7 +15,7 @@ from conformance.profiles import Profile
 Check = Callable[[Any, Any], float | None]
 Cases = Callable[[Any, Profile], Sequence[Any]]
 Exempt = Callable[[Any], str]
-Need = Literal["cuda", "two devices", "gigabytes"]
+Need = Literal["cuda", "two devices", "gigabytes", "gradients", "rows", "a copy"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Property:
         cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
         share: fraction of the profile's examples to draw.
         needs: "cuda" skips the property on a CPU, "two devices" with fewer GPUs; "gigabytes" keeps the runner from
-            running two such tasks at once.
+            running two such tasks at once; "gradients" and "rows" skip it for operations that have none, "a copy" for
+            those that work in place.
         exempt: returns why a declaration promises nothing about the property; empty if it does.
     """
 
@@ -71,7 +72,15 @@ class Property:
 
     def skipped(self, trial: Any) -> str | None:
         """Why the property is not checked for a trial, on its device and of its declaration; None if it is."""
-        return self.lacks(trial.device) or self.exempt(trial.spec) or None
+        if why := self.lacks(trial.device):
+            return why
+        if "gradients" in self.needs and not trial.spec.grads:
+            return "the operation has no gradients"
+        if "rows" in self.needs and not trial.spec.rowwise:
+            return "no input is declared to have independent rows"
+        if "a copy" in self.needs and trial.spec.in_place:
+            return "the operation works in place"
+        return self.exempt(trial.spec) or getattr(trial.spec, "lacks", {}).get(self.name)
 
 
 def _first_line(text: str | None) -> str:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from conformance import backends
+from conformance import backends, operations
+from conformance.operations import PROJECT, Source
 from conformance.piece import PieceTrial
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
 from conformance.search import DTYPES, AnyCase, AnyTrial, Result, reproduce, search
-from conformance.specs import specs
 from conformance.trial import Trial
 
 CASE_TIMEOUT_SECONDS = 300  # compiling for one case takes under 60
@@ -38,6 +38,7 @@ class Task:
     device: str
     profile: str = "ci"
     case: AnyCase | None = None  # check only this one
+    source: Source = PROJECT  # of the operation
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run in this process."""
@@ -47,12 +48,13 @@ class Task:
         return search(trial, prop, PROFILES[self.profile], self.dtype, notify)
 
     def _trial_and_property(self) -> tuple[AnyTrial, Property]:
-        judged = backends.load(self.backend, self.device)
+        operations.install_properties()
+        judged = backends.load(self.backend, self.device, self.source)
         function = judged.functions[self.op]
         if self.dtype is None:
             piece = pieces()[self.op]
             return PieceTrial(piece, function, self.device), piece.properties[self.property]
-        trial = Trial(specs()[self.op], function, DTYPES[self.dtype], self.device)
+        trial = Trial(operations.specs(self.source)[self.op], function, DTYPES[self.dtype], self.device)
         return trial, PROPERTIES[self.property]
 
 

@@ -115,6 +115,7 @@ class Drawing:
         required: arguments that have no default and are not inputs, as keywords, from a case.
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
+        partial: whether the reference refuses some cases with an error; these are skipped.
     """
 
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
@@ -124,6 +125,7 @@ class Drawing:
     required: Callable[[Case], Options] = lambda case: {}
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,11 @@ class Budget:
             in float64; the reference by default.
     """
 
-    roundings: int
+    roundings: int = 0
     terms: Mapping[str, Callable[[Call], Tensor | Terms]] = field(default_factory=dict)
     bounds: Mapping[str, Callable[[Call], Bound]] = field(default_factory=dict)
     truth: Callable[..., Any] | None = None
+    measured: bool = False
 
     def error(self, key: str, call: Call, r: Tensor) -> Terms | Bound:
         """What is declared for an output or gradient with the truth r."""
@@ -179,6 +182,7 @@ class Spec:
         outputs: one name per output.
         grads: the inputs that get a gradient, if a case has them.
         budget: read by the gates.
+        in_place: the inputs that the operation changes on purpose. Each is one more output, after those returned.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
         independent: the independent parts of a call; rows by default.
@@ -193,6 +197,7 @@ class Spec:
             in a CUDA graph, where it cannot synchronise, may have other bits.
         errors: calls that the contract refuses.
         speed: read by the bench.
+        lacks: names of properties that do not apply to this operation, and why.
     """
 
     reference: Callable[..., Any]
@@ -200,6 +205,7 @@ class Spec:
     outputs: Sequence[str]
     grads: Sequence[str]
     budget: Budget
+    in_place: Sequence[str] = ()
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
     independent: Parts | None = None
@@ -213,6 +219,7 @@ class Spec:
     syncs: int = 0
     errors: Sequence[ErrorCase] = ()
     speed: Speed = field(default_factory=Speed)
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def op(self) -> str:

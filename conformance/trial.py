@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from conformance import calling, condition
 from conformance.case import Case, Draw
-from conformance.gates import ErrorModel, Failure, judge
+from conformance.gates import ErrorModel, Failure, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
@@ -121,14 +121,17 @@ class Trial:
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
         """The outputs as a tuple; raises Failure if the function raises or returns something else."""
         with Caught() as caught:
-            first = list(signature(self.spec.reference).parameters)[: len(inputs)]
-            leading = [tensor for name, tensor in inputs.items() if name in first]
-            by_name = {name: tensor for name, tensor in inputs.items() if name not in first}  # an option precedes them
-            found = (function or self.function)(*leading, **by_name, **options)
-            outputs = found if isinstance(found, tuple) else (found,)
+            written = {name: calling.copied(inputs[name]) for name in self.spec.in_place if name in inputs}
+            positional, by_name = calling.placed(self.spec.reference, {**inputs, **written})
+            found = (function or self.function)(*positional, **by_name, **options)
+            for name, copy in written.items():
+                calling.return_surroundings(inputs[name], copy)
+            outputs = tuple(calling.results(found, list(written.values())))
             wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
             if wrong or len(outputs) != len(self.spec.outputs):
                 seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
+                if written:
+                    seen = f"{seen}, with {' and '.join(written)} written in place"
                 raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
             return outputs
         raise Failure(f"raised {describe(caught.error)}") from caught.error
@@ -178,6 +181,8 @@ class Trial:
     ) -> dict[str, Tensor]:
         """Gradients by name, of the requested inputs that the case has; `keep` retains the graph."""
         grads = [name for name in grads if name in leaves]
+        if not grads:
+            return {}
         if not any(output.requires_grad for output in outputs):
             names = " and ".join(self.spec.outputs)
             raise Failure(f"output {names} has no graph, although {' and '.join(grads)} require gradients")
@@ -211,6 +216,8 @@ class Trial:
             grad_outputs = self.grad_outputs(case, peer.outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
+        if self.spec.budget.measured:
+            return self._judge_measured(case, run, peer, inputs, grad_outputs)
         budget = self.spec.budget
         contract = budget.truth or self.spec.reference
         truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
@@ -228,6 +235,47 @@ class Trial:
             )
             used = max(used, judge(name, y, r, p, model))
         return used
+
+    def _judge_measured(self, case: Case, run: Run, peer: Run, inputs: Inputs, grad_outputs: Sequence[Tensor]) -> float:
+        """As `judge`, where the condition of the operation is measured."""
+        names = [name for name in self.spec.grads if name in inputs] if run.grads else []
+
+        def again(tensors: Inputs, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+            found = self.run(case, tensors, function=self.spec.reference, grads=names, grad_outputs=gradients)
+            return {name: tensor for _, name, tensor in found.named(self.spec)}
+
+        key = self.spec.op, id(self.spec), str(self.options(case)), tuple(names)
+        measured = condition.measured(again, inputs, grad_outputs, self.dtype, key)
+        elements = max(tensor.numel() for tensor in inputs.values())
+        used = 0.0
+        for (_, name, y), truncates, (_, _, p) in zip(
+            run.named(self.spec), run.interpreted(), peer.named(self.spec), strict=True
+        ):
+            response = measured[name]
+            if not p.is_floating_point():
+                judge_exact(name, y, response.truth, p, response.flips, response.lowest, response.highest)
+                continue
+            model = ErrorModel(
+                error=response,
+                elements=elements,
+                roundings=1,
+                random=case.fill not in ("ones", "zeros"),
+                truncates=truncates,
+                jumps=response.jumps,
+            )
+            used = max(used, judge(name, y, response.truth, p, model))
+        return used
+
+    def refused(self, case: Any) -> str | None:
+        """Why the reference refuses a case; None if it does not, or if the spec draws only valid cases."""
+        if not self.spec.drawing.partial:
+            return None
+        with Caught() as caught:
+            try:
+                self.run(case, function=self.spec.reference)
+            except Failure as failure:
+                return str(failure)
+        return describe(caught.error) if caught.error is not None else None
 
 
 def is_plain(outputs: Sequence[Tensor]) -> bool:

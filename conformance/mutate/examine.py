@@ -115,14 +115,14 @@ class Examination(Task):
         raised = bool(failed) and (first.message or "").startswith(("raised", "backward raised"))
         return Examined(
             self.op, first.property, first.dtype, first.verdict, None, examples, first.case, first.message,
-            failed=tuple(failed), raised=raised and self._raises(subject), bits=found, reached=reached,
+            failed=tuple(failed), raised=raised and self._raises(function), bits=found, reached=reached,
         )  # fmt: skip
 
-    def _raises(self, subject: "Subject") -> bool:
+    def _raises(self, function: Callable[..., Any]) -> bool:
         """Whether the plainest call, forward and backward, raises."""
         spec = specs()[self.op]
         try:
-            Trial(spec, subject.function, torch.float32, self.device).run(spec.case(5, 130))
+            Trial(spec, function, torch.float32, self.device).run(spec.case(5, 130))
         except Failure:
             return True
         return False

@@ -4,6 +4,8 @@ The traced graph, run operator by operator, computes what eager calls compute: a
 or rounds a number that eager does not, has other bits. Inductor itself fuses and contracts arithmetic, which changes
 bits; on CUDA its results are therefore judged by the gates, with the eager run as the peer. On a CPU only the traced
 graph runs, to save time.
+There Triton's interpreter runs the kernels, which torch.compile cannot trace: only a GPU can tell about
+kernels that are launched without a custom operator.
 """
 
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from conformance.case import Case
+from conformance.gates import Failure
 from conformance.properties import opcheck
 from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
@@ -23,7 +26,12 @@ def check(trial: Trial, case: Case) -> float:
         torch._dynamo.reset()
         compiled: Any = torch.compile(trial.function, fullgraph=True, backend=engine)
         for _ in range(2):
-            run = trial.run(case, function=compiled)
+            try:
+                run = trial.run(case, function=compiled)
+            except Failure as failure:
+                if trial.device == "cpu" and "triton/runtime" in str(failure.__cause__):
+                    return used
+                raise
             used = max(used, trial.judge(case, run, peer=eager if engine == "inductor" else None))
             if engine == "aot_eager" and trial.spec.same_bits:
                 demand_same_bits(trial.spec, eager, run, "the traced graph differs from the eager call")

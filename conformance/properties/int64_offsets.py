@@ -72,4 +72,4 @@ def _spread(tensor: Tensor, dimension: int) -> Tensor:
     return far
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes",))
+PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes", "rows"))
