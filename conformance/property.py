@@ -62,12 +62,18 @@ class Property:
         """The property that a function states: named as the function, with the first line of its docstring."""
         return cls(check.__name__, _first_line(check.__doc__), check, cases, share)
 
+    def lacks(self, device: str) -> str | None:
+        """Why the property cannot be checked on a device ("cpu" or "cuda"); None if it can."""
+        if "cuda" in self.needs and device != "cuda":
+            return "needs CUDA"
+        if "two devices" in self.needs and (device != "cuda" or torch.cuda.device_count() < 2):
+            return "needs two CUDA devices"
+        return None
+
     def skipped(self, trial: Any) -> str | None:
         """Why the property is not checked for a trial, on its device and of its declaration; None if it is."""
-        if "cuda" in self.needs and trial.device != "cuda":
-            return "needs CUDA"
-        if "two devices" in self.needs and (trial.device != "cuda" or torch.cuda.device_count() < 2):
-            return "needs two CUDA devices"
+        if why := self.lacks(trial.device):
+            return why
         if "gradients" in self.needs and not trial.spec.grads:
             return "the operation has no gradients"
         if "rows" in self.needs and not trial.spec.rowwise:

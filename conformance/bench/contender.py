@@ -48,7 +48,7 @@ class Contender:
             self.failure = self.remark
         if self._complete:
             self._demand(lambda: honest_results.demand_honest(trial, case, copies(inputs)))
-            self._demand(process_state.demand_originals)
+            self._demand(lambda: process_state.demand_originals(process_state.TIMERS))
 
     def _demand(self, check: Callable[[], None]) -> None:
         try:
@@ -141,7 +141,7 @@ class Contender:
 
         A result that is kept for an address, or for a shape, is then that of the old elements.
         """
-        self._demand(process_state.demand_originals)
+        self._demand(lambda: process_state.demand_originals(process_state.TIMERS))
         if not (self.remark or self.failure):
             self._demand(self._demand_fresh)
 

@@ -90,17 +90,17 @@ class Examination(Task):
         with Caught(SystemExit) as caught:
             if self.edited is not None:
                 import_edited(*self.edited)
-            function = (judged := backends.load(self.backend, self.device)).functions[self.op]
-            return self._examined(Subject(function, judged.truncates), notify)
+            function = backends.load(self.backend, self.device).functions[self.op]
+            return self._examined(function, notify)
         failure = Result(self.op, "import", None, "fail", message=f"raised {describe(caught.error)}")
         return Examined(**vars(failure), failed=(failure,), raised=True)
 
-    def _examined(self, subject: "Subject", notify: Callable[[str], None]) -> Examined:
+    def _examined(self, function: Callable[..., Any], notify: Callable[[str], None]) -> Examined:
         failed, found, reached, examples = [], {}, {}, 0
         reach = Reach(self.regions)
         for check in self.checks:
             name, dtype = check
-            trial = Recording(specs()[self.op], subject.function, DTYPES[dtype], self.device, subject.truncates)
+            trial = Recording(specs()[self.op], function, DTYPES[dtype], self.device)
             reach.forget()
             with reach.tracing() if self.regions else nullcontext(), _alone(name, self.device):
                 announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
@@ -126,14 +126,6 @@ class Examination(Task):
         except Failure:
             return True
         return False
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A loaded function, and whether its casts to bfloat16 may truncate."""
-
-    function: Callable[..., Any]
-    truncates: bool
 
 
 @dataclass(frozen=True)

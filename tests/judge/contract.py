@@ -31,9 +31,8 @@ def compiled(function: Function) -> Function:
     return call
 
 
-WRONG: dict[
-    str, tuple[str, tuple[str, ...], str]
-] = {}  # by dotted path: operation, properties of which one finds it, dtype
+# By dotted path: operation, properties of which one finds it, dtype.
+WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}
 
 
 def wrong(

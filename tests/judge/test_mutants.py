@@ -35,7 +35,8 @@ WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.it
 # The cases of ci, without spending ten seconds on shrinking each failing one.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
-LONG = ("extents", "layouts", "batch_invariance")
+# In one dtype for each kernel: these take long, or their findings do not depend on the dtype.
+LONG = ("extents", "layouts", "batch_invariance", "changed_inputs", "honest_results", "process_state")
 # torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
 COMPILED = [backend for backend in WITHOUT_TRITON if backend.endswith("_compiled")]
 Results = dict[str, list[Result]]

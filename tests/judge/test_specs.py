@@ -15,7 +15,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.trial import Run, Trial, widen
+from conformance.trial import Run, Trial, is_plain, leaf, widen
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Approximate
@@ -146,3 +146,13 @@ def test_a_law_that_does_not_hold_is_reported() -> None:
         exact_laws.demand_law(
             Trial(swiglu.spec, reference.swiglu, torch.float32, "cpu"), swiglu.spec.case(3, 8), "doubled", law
         )
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_plain_pytorch_is_told_from_kernels_by_its_autograd_nodes(op: str) -> None:
+    spec = specs()[op]
+    case = spec.case(2, 8)
+    for package, plain in ((reference, True), (fast, False)):
+        trial = Trial(spec, getattr(package, op), torch.float32, "cpu")
+        inputs = {name: leaf(tensor, name in spec.grads) for name, tensor in trial.inputs(case).items()}
+        assert is_plain(trial.call(inputs, trial.options(case))) == plain
