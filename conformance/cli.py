@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
-from conformance.verbs import bench, fingerprint, listing, repro, run
+from conformance.verbs import bench, coverage, fingerprint, listing, repro, run
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, bench, fingerprint)
+VERBS = (run, listing, repro, coverage, bench, fingerprint)
 
 
 class _Parser(argparse.ArgumentParser):

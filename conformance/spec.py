@@ -5,7 +5,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, log2, nan
 from numbers import Number
 from typing import Any
@@ -106,6 +106,7 @@ class Drawing:
         required: arguments that have no default and are not inputs, as keywords, from a case.
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
+        counts: dimensions of which a call may have very many; by default the one that counts rows.
     """
 
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
@@ -115,6 +116,7 @@ class Drawing:
     required: Callable[[Case], Options] = lambda case: {}
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
+    counts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Speed:
     layout: str = "contiguous"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a spec is equal to itself alone, which makes it a key of caches
 class Spec:
     """Everything that the judge knows about one operation.
 
@@ -200,6 +202,11 @@ class Spec:
         """The simplest case with about this many rows and columns."""
         return Case(tuple(zip(self.drawing.sizes, self.drawing.shape(rows, columns), strict=True)))
 
+    def having(self, case: Case, options: Options) -> Case:
+        """The case with these options alone; those that have their default are left out."""
+        chosen = ((name, value) for name, value in options.items() if value != self.drawing.options[name][0])
+        return replace(case, options=tuple(chosen))
+
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
         """The tensors of a case; the source device draws their elements."""
         return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
@@ -226,14 +233,12 @@ class Spec:
                 budget = max(1, budget // max(1, sizes[name]))
             chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}
             assume(self.drawing.consistent(chosen))
-            return Case(
+            case = Case(
                 sizes=tuple((name, sizes[name]) for name in self.drawing.sizes),
-                options=tuple(
-                    (name, value) for name, value in chosen.items() if value != self.drawing.options[name][0]
-                ),
                 fill=draw(st.sampled_from(self.drawing.fills), label="fill"),
                 seed=draw(st.integers(0, 3), label="seed"),
             )
+            return self.having(case, chosen)
 
         return draw_case()
 

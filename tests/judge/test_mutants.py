@@ -31,8 +31,8 @@ EXPECTED = {
 EXPECTED |= {f"tests.judge.wrong.{name}": expected for name, expected in WRONG.items()}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
-# The cases of ci, without spending ten seconds on shrinking each failing one.
-BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
+# The cases of ci, without spending ten seconds on shrinking each failing one, or one on exploring each kernel.
+BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5, explored=0)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
 LONG = ("extents", "layouts")
 # torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
