@@ -1,6 +1,7 @@
-"""Settings of every test run, made before triton is imported; the order of files; a fixture that restores TRL."""
+"""Settings of every test run, made before triton is imported; the order of files; TRL restored for each test."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,11 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
-    """Remove `compat.patch_trl` from TRL before and after the test."""
-    from unsloth_fast import compat
-
-    compat.unpatch_trl()
+    """Remove `compat.patch_trl` from TRL before and after each test: importing and loading a model apply it."""
+    _unpatch()
     yield
-    compat.unpatch_trl()
+    _unpatch()
+
+
+def _unpatch() -> None:
+    if compat := sys.modules.get("unsloth_fast.compat"):  # not imported by tests that do not need TRL
+        compat.unpatch_trl()

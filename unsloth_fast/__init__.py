@@ -1,8 +1,10 @@
 """The contract of `unsloth_ref`, fast: Triton kernels, training pieces, and a trainer over TRL.
 
-Importing this package loads neither triton, transformers nor trl; they are loaded by the names that need them.
+Importing this package loads neither triton, transformers nor trl; they are loaded by the names that need them. The
+first import of a loader, such as `from unsloth_fast import FastLanguageModel`, also calls `compat.patch_trl`.
 """
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -97,4 +99,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise missing(__name__, name)
+    if name.startswith("Fast"):
+        _patch_trl_once()
     return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'language_model')}"), name)
+
+
+@cache  # so that a later use of a name does not undo `compat.unpatch_trl`
+def _patch_trl_once() -> None:
+    """Patch TRL for a script whose import line names a loader: its arguments are often made before its model."""
+    import_module(f"{__name__}.compat").patch_trl()

@@ -21,7 +21,7 @@ from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_f
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
 from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows, without_empty_media
-from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
+from unsloth_fast.data.facts import config_and_class, decide_batching, takes_images, vocabulary_size
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
 from unsloth_fast.models.experts import prepare_experts
@@ -80,7 +80,7 @@ def resolve_arguments(
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(args, updates)
     given = without_empty_media(given)
-    check_columns(given, settings, vocabulary, named=named)
+    check_columns(given, settings, vocabulary, named=named, images=takes_images(model, settings, given))
     check_processing_classes(given, settings, named=named)
     given = prepared_rows(given, settings)
     plan = decide_batching(model, settings, given)
@@ -203,9 +203,11 @@ def _on_this_card(args: SFTConfig) -> SFTConfig:
     """
     if args.bf16 and not isinstance(args, UnslothTrainingArguments) and args.device.type == "cuda":
         take_float16(args)
-        if args.fp16 and hasattr(args, "mixed_precision"):  # an environment variable in older releases
+        if args.fp16 and hasattr(args, "mixed_precision"):
             args.mixed_precision = "fp16"
         elif args.fp16:
+            # Older releases have no such field. Their arguments write "bf16" into this variable when they are made, and
+            # accelerate reads it when the trainer is built: fp16=True alone would not be seen.
             os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
     return args
 

@@ -29,6 +29,9 @@ def patch_trl() -> None:
     from `trl.SFTTrainer` behaves as before, and also accepts `tokenizer=`, `dataset_text_field=`, `max_seq_length=` and
     the like. `trl.SFTConfig` and `transformers.TrainingArguments` accept the names that older releases had for their
     fields. Patching again has no effect; existing trainers do not change.
+
+    `from unsloth_fast import FastLanguageModel`, or any other loader's name, calls it the first time, and so does each
+    model that is loaded.
     """
     if not is_patched():
         SFTTrainer.__init__ = _wrapped(SFTTrainer.__init__)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.collator import PackedCollator, without_repeated
-from unsloth_fast.data.lists import has_lists
+from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 
 _TRL_WARNS = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 16)
 SCORES = ("mean_token_accuracy", "entropy")  # TRL's names
@@ -159,10 +160,15 @@ def collator_for(dataset: object, usual: Any, padding: Any, *, row_per_document:
     Returns:
         The user's own collator; the padding one where rows are wanted of documents that are not packed; else the usual
         one, with the ends of examples in its batches.
+
+    Raises:
+        ValueError: packed rows for TRL's collator, which pads.
     """
+    if type(usual) is DataCollatorForLanguageModeling:
+        refuse_packed_rows(dataset, "eval_dataset", "the trainer was built with them")
     if not isinstance(usual, PackedCollator):
         return usual
-    if row_per_document and not has_lists(dataset, "seq_lengths"):
+    if row_per_document and not has_packed_rows(dataset):
         return padding
     return replace(usual, with_ends=True)
 

@@ -12,7 +12,8 @@ from unsloth_fast.keywords import CONVERTED, RENAMED, WITHOUT_EFFECT, current_na
 from unsloth_fast.seams import overrides
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # a number, but text for YAML 1.1 without dot and sign
-_OFF = {"report_to": "none"}  # what YAML's `no` means, where it is not "no"
+_OFF = {"report_to": "none"}  # what `no` means, where it is not "no"
+_NO = ("no", "off", "false")  # which YAML reads as False
 
 
 class Parser(TrlParser):
@@ -55,6 +56,11 @@ class Parser(TrlParser):
         while rest:
             option, is_joined, value = rest.pop(0).partition("=")
             name = option.removeprefix("--").replace("-", "_")
+            if option.startswith("--") and name in _OFF:
+                if is_joined and value.lower() in _NO:
+                    value = _OFF[name]
+                elif not is_joined and rest and rest[0].lower() in _NO:
+                    rest[0] = _OFF[name]
             if not option.startswith("--") or name in known or name not in (*RENAMED, *CONVERTED, *WITHOUT_EFFECT):
                 yield option + is_joined + value
                 continue

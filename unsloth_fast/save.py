@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth_fast import gguf, hub
 from unsloth_fast.gguf import ALLOWED_QUANTS
 from unsloth_fast.models import loading
-from unsloth_fast.models.fields import changed_by_trainers, restore
+from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
 from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
@@ -49,11 +50,7 @@ _LOADED = "unsloth_loaded"  # the attribute of a model with what `changed_by_tra
 _KEYWORDS = ("dtype", "max_shard_size", "is_main_process")  # of `save_pretrained_merged`, beyond those of every method
 # Unsloth's keywords that change nothing here: nothing temporary is kept, and only safetensors are written.
 _WITHOUT_EFFECT = (
-    "maximum_memory_usage",
-    "temporary_location",
-    "safe_serialization",
-    "use_temp_dir",
-    "first_conversion",
+    *("maximum_memory_usage", "temporary_location", "safe_serialization", "use_temp_dir", "first_conversion"),
 )
 
 
@@ -89,7 +86,7 @@ def save_pretrained_merged(
         ValueError: an unknown save_method or dtype; "lora" for a model without adapters; a model that cannot be merged.
         TypeError: an unknown keyword.
     """
-    _check_saving(model, save_method, dtype, kwargs)
+    _check_saving(model, save_method, kwargs | {"dtype": dtype, "max_shard_size": max_shard_size})
     if not is_main_process:
         return
     folder = Path(save_directory)
@@ -140,7 +137,7 @@ def push_to_hub_merged(
     Returns:
         The address of the commit.
     """
-    _check_saving(model, save_method, kwargs.get("dtype"), kwargs)
+    _check_saving(model, save_method, kwargs)
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_merged")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained_merged(model, folder, tokenizer, save_method, **kwargs)
@@ -166,20 +163,17 @@ def save_pretrained_gguf(
         tokenizer: becomes part of the files. None for the one that was loaded with the model.
         quantization_method: one of llama.cpp's methods, such as "q8_0" or "q4_k_m", or several. "not_quantized",
             "fast_quantized" and "quantized" stand for f16, q8_0 and q4_k_m.
-        **kwargs: further keywords of `save_pretrained_merged`.
+        **kwargs: further keywords of `save_pretrained_merged`; of save_method only "merged_16bit".
 
     Returns:
         The paths of the GGUF files, one per method.
 
     Raises:
-        ValueError: an unknown method, or no tokenizer.
+        ValueError: an unknown method or another save_method, or no tokenizer.
+        TypeError: an unknown keyword.
         RuntimeError: a program of llama.cpp is missing or failed.
     """
-    methods = gguf.resolve_methods(quantization_method)
-    gguf.find_programs(methods)
-    tokenizer = tokenizer or getattr(without_adapter(model), TOKENIZER, None)
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None; allowed: a tokenizer, which a GGUF file holds")
+    methods, tokenizer = _check_converting(model, tokenizer, quantization_method, kwargs)
     folder = Path(save_directory)
     save_pretrained_merged(model, folder, tokenizer, **kwargs)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
@@ -196,6 +190,9 @@ def push_to_hub_gguf(
     token: str | bool | None = None,
     private: bool | None = None,
     commit_message: str = "Upload GGUF files",
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
     **kwargs: Any,
 ) -> str:
     """Convert a model as `save_pretrained_gguf` does, and upload the GGUF files to a repository of the hub.
@@ -208,18 +205,21 @@ def push_to_hub_gguf(
         token: for the hub.
         private: whether a new repository is private.
         commit_message: of the upload.
-        **kwargs: further keywords of `save_pretrained_merged`.
+        commit_description: of the upload.
+        create_pr: whether to open a pull request instead of a commit.
+        revision: the branch to commit to.
+        **kwargs: as in `save_pretrained_gguf`.
 
     Returns:
         The address of the commit.
     """
-    gguf.find_programs(gguf.resolve_methods(quantization_method))
+    _check_converting(model, tokenizer, quantization_method, kwargs)
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_gguf")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
         save_pretrained_gguf(model, folder, tokenizer, quantization_method, **kwargs)
-        commit = {"commit_message": commit_message, "allow_patterns": "*.gguf"}
-        return hub.upload_folder(repository, str(folder), **commit)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return hub.upload_folder(repository, str(folder), revision=revision, allow_patterns="*.gguf", **commit)
 
 
 def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None) -> None:
@@ -278,27 +278,40 @@ def _bind(owner: object, functions: dict[str, Callable[..., Any]]) -> None:
 
 def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
     """`PreTrainedModel.save_pretrained`, with the values of the configuration that was loaded."""
-    now = changed_by_trainers(model.config)
-    restore(model.config, getattr(model, _LOADED))
-    try:
+    with with_values(model.config, getattr(model, _LOADED)):
         return type(model).save_pretrained(model, *positional, **keywords)
-    finally:
-        restore(model.config, now)
 
 
-def _check_saving(model: Any, save_method: str, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> None:
-    """Check the arguments of `save_pretrained_merged`."""
-    for name in kwargs:
+def _check_saving(model: Any, save_method: str, options: dict[str, Any]) -> None:
+    """Check the arguments of `save_pretrained_merged`; the options are those behind save_method."""
+    for name in options:
         if name not in (*_WITHOUT_EFFECT, *_KEYWORDS):
             own = ", ".join((*_KEYWORDS, *_WITHOUT_EFFECT))
             raise TypeError(f"save_pretrained_merged: got keyword {name!r}; allowed: {own}")
     checks.one_of("save_method", save_method, SAVE_METHODS)
-    checks.one_of("dtype", dtype, (None, *_SIXTEEN))
+    checks.one_of("dtype", options.get("dtype"), (None, *_SIXTEEN))
+    size = options.get("max_shard_size", 1)
+    if not (size > 0 if isinstance(size, int) else re.fullmatch(r"(?i)\s*\d+(\.\d+)?\s*[KMGT]B\s*", str(size))):
+        raise ValueError(f"max_shard_size: got {size!r}; allowed: a number of bytes from 1, or a text such as '5GB'")
     if save_method == "lora" and model is without_adapter(model):
         raise ValueError(
             f"save_method: got 'lora' for a {type(model).__name__}; allowed: 'lora' for a peft.PeftModel, or "
             "'merged_16bit'"
         )
+
+
+def _check_converting(
+    model: Any, tokenizer: Any, asked: str | Iterable[str] | None, options: dict[str, Any]
+) -> tuple[list[str], Any]:
+    """Check the arguments of `save_pretrained_gguf`; return llama.cpp's methods and the tokenizer."""
+    methods = gguf.resolve_methods(asked)
+    checks.one_of("save_method", options.get("save_method", SAVE_METHODS[0]), SAVE_METHODS[:1])
+    _check_saving(model, SAVE_METHODS[0], {name: options[name] for name in options if name != "save_method"})
+    tokenizer = tokenizer or getattr(without_adapter(model), TOKENIZER, None)
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None; allowed: a tokenizer, which a GGUF file holds")
+    gguf.find_programs(methods)
+    return methods, tokenizer
 
 
 def _dtype_of(model: Any, asked: torch.dtype | None) -> torch.dtype | None:

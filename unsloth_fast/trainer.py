@@ -21,6 +21,7 @@ from unsloth_fast.data.preparation import Preparation
 from unsloth_fast.loss_choice import choose_loss
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
+from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
 from unsloth_fast.models.head import head_without_adapter
 from unsloth_fast.noise import EmbeddingNoise
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
@@ -96,11 +97,11 @@ class UnslothTrainer(SFTTrainer):
         self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
         self._names_text_field = resolved.names_text_field
         follow_arguments(model, resolved.args)
-        use_cache = getattr(config_and_class(model, resolved.args)[0], "use_cache", None)
+        loaded = changed_by_trainers(config_and_class(model, resolved.args)[0])
         with head_without_adapter(model), kept_dtypes(self, model):
             super().__init__(model, resolved.args, **resolved.keywords)
-        if use_cache is not None:  # transformers turns it off, and would save the configuration so
-            self.model.config.use_cache = use_cache
+        self._fields = changed_by_trainers(self.model.config)
+        restore(self.model.config, loaded)  # the others would be saved; router logits break a generation with padding
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
         self._padding_collator = self.data_collator
         if self.padding_free:
@@ -190,13 +191,14 @@ class UnslothTrainer(SFTTrainer):
         """
         if self._noise is not None:
             self._noise.positions = inputs.get("position_ids")
-        if not self._own_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:
+        if self._own_loss and return_outputs:
             evaluation.warn_of_logits(self.args)
         asked = not self.model.training and evaluation.asks_for_scores(self.args.metric_for_best_model)
         options = {"with_outputs": return_outputs, "with_scores": return_outputs or asked}
-        found = model(**inputs, **options, use_cache=False, num_items=num_items_in_batch, backend_loss=True)
+        with with_values(self.model.config, self._fields):
+            if not self._own_loss:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = model(**inputs, **options, use_cache=False, num_items=num_items_in_batch, backend_loss=True)
         loss, outputs, scores = found if options["with_scores"] else (found, None, None)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all devices, and data parallelism averages the gradients over them.

@@ -1,4 +1,4 @@
-"""Names of Unsloth's API that have no counterpart here, because vision, audio, vLLM and GRPO are left out."""
+"""Names of Unsloth's API that do not exist here: vision, audio, vLLM and GRPO are left out, others are replaced."""
 
 _VISION = "images are not trained on here"
 _REINFORCEMENT = "there is no GRPO or other reinforcement learning here; use trl's own trainer"
@@ -17,13 +17,23 @@ _REASONS = {
     "vLLMSamplingParams": _VLLM,
     "SyntheticDataKit": f"{_VLLM}, which generates its data",
 }
+_INSTEAD = {
+    "construct_chat_template": "a template is made and set in one call here; allowed: apply_chat_template(dataset, "
+    "tokenizer, chat_template=...) for one with {INPUT} and {OUTPUT}, or get_chat_template(tokenizer, (template, end "
+    "token)) for one in Jinja",
+    "create_ollama_modelfile": "no files for Ollama are written here; allowed: save_pretrained_gguf, whose files hold "
+    "the chat template",
+}
 ALLOWED = "allowed: training on text with FastLanguageModel"
 
 
 def missing(module: str, name: str) -> Exception:
     """The error for a name that a module does not have: with the reason if Unsloth has it."""
-    reason = _REASONS.get(name)
-    if reason is None:
+    if name in _INSTEAD:
+        sentence = _INSTEAD[name]
+    elif name in _REASONS:
+        sentence = f"{_REASONS[name]}; {ALLOWED}"
+    else:
         return AttributeError(f"module {module!r} has no attribute {name!r}")
     # Python replaces the text of an AttributeError by its own in `from module import name`, but not an ImportError's.
-    return ImportError(f"{name}: {reason}; {ALLOWED}")
+    return ImportError(f"{name}: {sentence}")

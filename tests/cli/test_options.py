@@ -40,6 +40,13 @@ def parser() -> Parser:
         (["--evaluation_strategy", "steps"], {"eval_strategy": "steps"}),
         (["--group_by_length", "--overwrite_output_dir"], {"train_sampling_strategy": "group_by_length"}),
         (["--group_by_length", "False"], {"train_sampling_strategy": "random"}),
+        (["--report_to", "no"], {"report_to": []}),
+        (["--seed", "5", "--report-to", "No", "--packing"], {"report_to": [], "packing": True, "seed": 5}),
+        (["--report_to=false"], {"report_to": []}),
+        (
+            ["--report_to", "tensorboard", "--eval_strategy", "no"],
+            {"report_to": ["tensorboard"], "eval_strategy": "no"},
+        ),
         (["--save_safetensors", "true", "--optim", "adamw_8bit"], {"optim": "adamw_8bit"}),
     ],
 )

@@ -13,7 +13,7 @@ from torch.utils.data import SequentialSampler
 from trl import SFTConfig
 
 from tests import tiny
-from tests.data.samples import bloom, first_alone, stream, text, tokens, trainer_on
+from tests.data.samples import SKIP, bloom, first_alone, stream, text, tokens, trainer_on
 from tests.trainer.runs import TRL_DROPS_LABELS, arguments
 from unsloth_fast import UnslothTrainer
 
@@ -159,6 +159,31 @@ def test_rows_that_are_already_packed_are_kept(tmp_path: Path) -> None:
         assert trainer.train_dataset["seq_lengths"] == [[3, 4], [6]]
         first, again = trainer.evaluate(), trainer.evaluate(trainer.eval_dataset)
         assert first["eval_loss"] == again["eval_loss"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("options", [{}, SKIP], ids=["prepared", "skipped"])
+def test_rows_that_are_already_packed_are_not_padded(tmp_path: Path, options: dict[str, Any], streamed: bool) -> None:
+    """A plain `trl.SFTConfig` does not ask for padding; our arguments do, and a model may require it."""
+    data = tokens(7, 6, seq_lengths=[[3, 4], [6]])
+    rows = stream(data) if streamed else data
+    refused = (
+        "got packed rows .the column 'seq_lengths'., and padded batches, because {}; allowed: padding-free batches"
+    )
+    args = arguments(tmp_path, SFTConfig, **options)
+    given = {"model": tiny.model(), "processing_class": tiny.tokenizer()}
+    batch = next(iter(UnslothTrainer(args=args, train_dataset=rows, **given).get_train_dataloader()))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] or streamed
+    assert (batch["position_ids"] == 0).sum() >= 2 and batch["labels"][batch["position_ids"] == 0].unique() == -100
+    with pytest.raises(ValueError, match=refused.format("padding_free=False was requested")):
+        trainer_on(tmp_path, rows, padding_free=False, **options)
+    with pytest.raises(ValueError, match=refused.format(".*; the model takes no position_ids.*")):
+        trainer_on(tmp_path, tokens(3), eval_dataset={"a": tokens(4), "b": rows}, model=bloom(), **options)
+    trainer = trainer_on(tmp_path, tokens(3), padding_free=False, **options)
+    with pytest.raises(ValueError, match=f"eval_dataset: {refused.format('the trainer was built with them')}"):
+        trainer.evaluate(rows)
+    single = tokens(3, 4, seq_lengths=[[3], [4]])
+    assert trainer_on(tmp_path, single, padding_free=False, **options).train().global_step == 6
 
 
 def test_padding_and_packing_do_not_change_the_evaluation_loss(tmp_path: Path) -> None:

@@ -86,8 +86,10 @@ def test_documents_are_packed_as_a_whole_and_not_by_trl(
     rows, calls = prepare(tokens(3, 6, 1, name=["a", "b", "c"]), args, packing=True)
     assert [(call[0].max_length, *call[1:]) for call in calls] == [(None, False, None)]
     assert sorted(map(sorted, rows["input_ids"])) == sorted(map(sorted, expected))
-    spans = [] if strategy == "wrapped" else ["seq_lengths"]
-    assert rows.column_names == ["input_ids", "labels", *spans]
+    assert ("seq_lengths" in rows.column_names, "document_spans" in rows.column_names) == (
+        strategy != "wrapped",
+        strategy != "bfd",
+    )
 
 
 @pytest.mark.parametrize("completion_only", [False, True])
@@ -99,6 +101,15 @@ def test_a_completion_mask_becomes_labels(
     rows, _ = prepare(data, args_of(), packing, completion_only)
     assert rows["labels"] == [[-100, -100, 5] if completion_only else [3, 4, 5]]
     assert "completion_mask" not in rows.column_names
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_a_mask_keeps_the_begin_token_of_the_next_document_out(args_of: Callable[..., SFTConfig], mask: str) -> None:
+    """Also where documents follow one another in a row that counts as one document."""
+    data = ids([1, 4, 5], [1, 6, 7, 8, 9], [1, 10]).add_column(mask, [[0, 0, 1], [0, 1, 1, 1, 1], [0, 1]])
+    rows, _ = prepare(data, args_of(packing_strategy="wrapped"), True, True)
+    assert rows["input_ids"] == [[1, 4, 5, 1], [6, 7, 8, 9], [1, 10]]
+    assert rows["labels"] == [[-100, -100, 5, -100], [6, 7, 8, 9], [-100, 10]]
 
 
 @pytest.mark.skipif(not hasattr(SFTConfig, "shuffle_dataset"), reason="TRL's field since 0.26")

@@ -106,7 +106,7 @@ def shortened(code: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("unpatched", "desk")
+@pytest.mark.usefixtures("desk")
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(name, "python")])
 def test_python_runs(name: str) -> None:
     """All blocks of a document run, one after the other, as a reader would run them."""

@@ -1,4 +1,4 @@
-"""The properties that need CUDA fail kernels that are wrong only on CUDA, and pass the reference."""
+"""The properties that need CUDA fail kernels that are wrong only on CUDA, and pass the reference; replayed calls."""
 
 from typing import Any
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from conformance.gates import Failure
+from conformance.memory import fenced
 from conformance.properties import PROPERTIES
 from conformance.specs import specs
 from conformance.trial import Trial
+from tests.judge import scratch
 from unsloth_ref.kernels import swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -64,3 +66,43 @@ def test_a_property_fails_a_wrong_kernel(name: str) -> None:
 @pytest.mark.parametrize("name", CUDA_ONLY)
 def test_a_property_passes_the_reference(name: str) -> None:
     check(name, swiglu)
+
+
+@pytest.mark.parametrize("name", scratch.FAULTS)
+def test_a_fault_in_scratch_memory_is_found_in_first_and_in_replayed_calls(name: str) -> None:
+    prop, message = scratch.FAULTS[name]
+    for _ in range(3):  # the first call is recorded, later ones are replayed
+        with pytest.raises(Failure, match=message):
+            check(prop, getattr(scratch, name).swiglu)
+
+
+@pytest.mark.parametrize("name", ["one_past", "half", "tail_of_counters"])
+def test_these_faults_are_in_replayed_calls(name: str) -> None:
+    gate, up = (torch.randn(4, 130, device="cuda", requires_grad=True) for _ in range(2))
+    with fenced("cuda"):
+        calls = [getattr(scratch, name).swiglu(gate, up) for _ in range(2)]
+    assert all("CppNode" in y.grad_fn.name() for y in calls)
+
+
+@pytest.mark.parametrize("name", ["value", "guard_writes", "guard_reads", "uninitialised"])
+def test_right_scratch_memory_passes(name: str) -> None:
+    for _ in range(3):
+        check(name, scratch.right.swiglu)
+
+
+def test_fences_reach_other_streams_threads_and_graphs() -> None:
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    x = torch.randn(1000, device="cuda", requires_grad=True)
+    with fenced("cuda", 0x7B) as allocations:
+        with torch.cuda.stream(stream):
+            elsewhere = torch.empty(1000, device="cuda", dtype=torch.uint8)
+            kept = (x * 2).sum()
+        stream.synchronize()
+        kept.backward()  # on autograd's thread
+        with torch.cuda.graph(graph):
+            captured = torch.empty(1000, device="cuda", dtype=torch.uint8)
+            copied = captured.clone()
+        graph.replay()
+    allocations.demand_unbroken()
+    assert (elsewhere == 0x7B).all() and (copied == 0x7B).all() and allocations.count >= 6
+    assert torch.equal(x.grad, torch.full_like(x, 2))  # pyright: ignore[reportArgumentType]

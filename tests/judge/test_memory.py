@@ -1,17 +1,32 @@
-"""Fences detect writes outside of tensors, and torch's functions are restored; failures of worker processes."""
+"""Fences detect writes outside of tensors, poison reaches every allocation; failures of worker processes."""
 
+import ctypes
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
+import triton
 from torch import Tensor
 
 from conformance import memory
 from conformance.gates import Failure
 from conformance.memory import Allocations, Fence, demand_unbroken
+from conformance.properties import PROPERTIES
 from conformance.runner import Task, next_task, run
+from conformance.specs import specs
+from conformance.trial import Run, Trial
+from tests.judge import scratch
+from unsloth_fast.kernels._launch import INTERPRETED
 
+Fenced = Callable[..., Allocations]
+DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 
 
@@ -46,43 +61,163 @@ def test_a_write_inside_does_not_break_the_fence(dtype: torch.dtype) -> None:
     ids=["transposed", "expanded", "empty", "stepped"],
 )
 def test_a_fence_keeps_values_and_strides(tensor: Tensor) -> None:
-    fence = Fence(tensor, nan)
+    fence = Fence(tensor, 0xFF)
     assert fence.tensor.equal(tensor)
     assert fence.tensor.stride() == tensor.stride()
     assert fence.broken() is None
 
 
+def of_torch(poison: int = 0xFF, band: int = 0x25) -> Allocations:
+    """What is used where there is no compiler."""
+    return memory._FunctionsOfTorch(poison, band)
+
+
+def of_device(poison: int = 0xFF, band: int = 0x25) -> Allocations:
+    """By the compiled allocator."""
+    if memory._library("cpu") is None:
+        pytest.skip("needs a compiler")
+    return memory.fenced("cpu", poison, band)
+
+
+BOTH = pytest.mark.parametrize("fenced", [of_torch, of_device])
+
+
 def functions() -> list[object]:
-    """The functions that Allocations replaces."""
-    of_torch = [getattr(torch, name) for name in memory._FUNCTIONS]
-    return of_torch + [getattr(Tensor, name) for name in memory._METHODS]
+    """The functions that are replaced where there is no compiler."""
+    return [getattr(torch, name) for name in memory._FUNCTIONS] + [getattr(Tensor, name) for name in memory._METHODS]
 
 
 def test_torch_is_restored_after_an_exception() -> None:
     untouched, own = functions(), set(vars(Tensor))
-    with pytest.raises(ZeroDivisionError), Allocations():
+    with pytest.raises(ZeroDivisionError), of_torch():
         assert all(now is not then for now, then in zip(functions(), untouched, strict=True))
         raise ZeroDivisionError
     assert all(now == then for now, then in zip(functions(), untouched, strict=True))
     assert set(vars(Tensor)) == own
 
 
-@pytest.mark.parametrize("fill", [nan, 1e4])
-def test_allocations_fill_only_uninitialised_memory(fill: float) -> None:
-    like = torch.ones(2, 3)
-    with Allocations(fill) as allocations:
-        empties = [torch.empty(2, 3), torch.empty_like(like), like.new_empty(2, 3)]
-        zeros = [torch.zeros(2, 3), torch.zeros_like(like), like.new_zeros(2, 3)]
-    assert all(torch.full((2, 3), fill).equal(empty) or empty.isnan().all() for empty in empties)
+@BOTH
+@pytest.mark.parametrize("poison", memory.POISONS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
+def test_only_uninitialised_memory_is_poisoned(fenced: Fenced, poison: int, dtype: torch.dtype) -> None:
+    like = torch.ones(2, 3, dtype=dtype)
+    with fenced(poison) as allocations:
+        empties = [torch.empty(2, 3, dtype=dtype), torch.empty_like(like), like.new_empty(2, 3)]
+        zeros = [torch.zeros(2, 3, dtype=dtype), torch.zeros_like(like), like.new_zeros(2, 3)]
+    assert all((empty.view(torch.uint8) == poison).all() for empty in empties)
     assert all((zero == 0).all() for zero in zeros)
+    assert allocations.count >= 6
     allocations.demand_unbroken()
 
 
-def test_allocations_detect_a_write_past_the_end() -> None:
-    with Allocations() as allocations:
-        before_and_after(torch.empty(2, 3), 1)[-1] = 0.0
-    with pytest.raises(Failure, match=r"an allocated tensor of shape \[2, 3\].*, 1 elements past its end"):
+@BOTH
+def test_a_write_past_the_end_of_an_allocation_is_found_after_it_was_freed(fenced: Fenced) -> None:
+    with fenced() as allocations:
+        tensor = torch.empty(2, 3)
+        ctypes.memset(tensor.data_ptr() + tensor.nbytes, 0, 4)
+        del tensor
+    with pytest.raises(Failure, match=r"wrote outside an allocation of .*, 1 (elements|bytes) past its end"):
         allocations.demand_unbroken()
+
+
+@BOTH
+def test_a_write_before_the_start_of_an_allocation_is_found(fenced: Fenced) -> None:
+    with fenced() as allocations:
+        tensor = torch.empty(2, 3)
+        ctypes.memset(tensor.data_ptr() - 8, 0, 4)
+    with pytest.raises(Failure, match=r"wrote outside an allocation of .*, (2 elements|5 bytes) before its start"):
+        allocations.demand_unbroken()
+
+
+def test_tensors_outlive_the_context_in_which_they_were_allocated() -> None:
+    with of_device(0x7B):
+        tensor = torch.empty(5, dtype=torch.int64)
+    with of_device(0x00) as allocations:
+        tensor.resize_(2**12).fill_(3)
+    assert (tensor == 3).all() and allocations.count == 1
+    del tensor
+    allocations.demand_unbroken()
+
+
+def test_each_fault_in_scratch_memory_is_found_by_the_property_that_names_it() -> None:
+    of_device()
+    spec = specs()["swiglu"]
+    for name, (prop, message) in scratch.FAULTS.items():
+        with pytest.raises(Failure, match=message):
+            PROPERTIES[prop].check(Trial(spec, getattr(scratch, name).swiglu, torch.float32, DEVICE), spec.case(4, 130))
+    for prop in ("guard_writes", "guard_reads", "uninitialised"):
+        PROPERTIES[prop].check(Trial(spec, scratch.right.swiglu, torch.float32, DEVICE), spec.case(4, 130))
+
+
+SPEC = specs()["swiglu"]
+CASE = SPEC.case(4, 3)
+
+
+def unaffected(change: Callable[[int, int], float]) -> None:
+    """Compare right results, to which the number of the call and the content of memory add something."""
+    trial, calls = Trial(SPEC, SPEC.reference, torch.float32, "cpu"), iter(range(100))
+
+    def run(content: int) -> Run:
+        right = trial.run(case=CASE)
+        return Run((right.outputs[0] + change(next(calls), content),), right.grads)
+
+    memory.demand_unaffected(trial, CASE, run, (1, 0), "memory")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda call, content: call % 3,
+        lambda call, content: 1e-9 * (call % 3 * content),
+        lambda call, content: 1e-9 * (call == 1),
+    ],
+    ids=["always", "for one content, within the gates", "once, within the gates"],
+)
+def test_results_that_differ_by_themselves_are_not_a_fault_of_memory(change: Callable[[int, int], float]) -> None:
+    unaffected(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda call, content: 1e-9 * content,
+        lambda call, content: 1e-9 * (call == 0),
+        lambda call, content: (call % 3 + 1) * content,
+        lambda call, content: call % 3 + (nan if content else 0),
+    ],
+    ids=["content", "first call", "a race that memory opens", "at random, and NaN"],
+)
+def test_results_that_depend_on_memory_or_on_the_first_call_are_a_fault(change: Callable[[int, int], float]) -> None:
+    with pytest.raises(Failure, match=r"memory: (whether an element is finite: )?output y differs"):
+        unaffected(change)
+
+
+def test_without_a_compiler_the_functions_of_torch_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")  # part of the compiled file's name
+    memory._library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert isinstance(memory.fenced("cpu"), memory._FunctionsOfTorch)
+            assert isinstance(memory.fenced("cpu"), memory._FunctionsOfTorch)
+    finally:
+        memory._library.cache_clear()
+    assert [record.message.count("no-such-compiler") for record in caplog.records] == [1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_allocator_of_cuda_has_the_types_of_this_torch(tmp_path: Path) -> None:
+    """A CPU build of torch has all headers except one, which contains only settings."""
+    settings = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    settings.parent.mkdir(parents=True)
+    settings.touch()
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    include = [f"-I{path}" for path in (*torch.utils.cpp_extension.include_paths(), headers, tmp_path)]
+    source = Path(memory.__file__).with_suffix(".cpp")
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DCONFORMANCE_CUDA", *include, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_process_that_dies_is_a_failure_and_the_next_task_runs() -> None:

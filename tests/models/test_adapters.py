@@ -13,8 +13,6 @@ from tests import tiny
 from tests.models.test_language_model import TOKENS, load, loss_and_gradients, stepped, trained_names
 from unsloth_fast import FastLanguageModel
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:
     """Nothing else is trained; the seed determines the weights and does not change the global generator."""

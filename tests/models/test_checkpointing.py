@@ -15,8 +15,6 @@ from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArgum
 from unsloth_fast.models import checkpointing
 from unsloth_fast.models.head import without_adapter
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 @pytest.mark.parametrize("how", [True, "unsloth"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])

@@ -12,8 +12,6 @@ import unsloth_fast.save
 from tests import tiny
 from tests.models.adapted import adapted, load
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 class Hub:
     """Records what is uploaded."""
@@ -54,13 +52,8 @@ def test_a_model_is_pushed_to_the_hub(tmp_path: Path, hub: Hub, method: str) -> 
 def test_nothing_is_merged_for_a_hub_out_of_reach(
     tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message names the way by hand; a wrong keyword or method creates no repository."""
+    """The message names the way by hand."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
-    with pytest.raises(TypeError, match="save_pretrained_merged: got keyword 'push'; allowed: dtype, max_shard_size"):
-        model.push_to_hub_merged("me/name", tokenizer, push=True)
-    with pytest.raises(ValueError, match="save_method: got 'q9'"):
-        model.push_to_hub_merged("me/name", tokenizer, "q9")
-    assert not hub.calls
 
     def fail(repo_id: str, **options: Any) -> Any:
         raise HfHubHTTPError.__bases__[0]("no route")
@@ -116,13 +109,44 @@ def test_gguf_files_are_written_by_llama_cpp(tmp_path: Path, llama_cpp: Path) ->
         model.save_pretrained_gguf(str(tmp_path / "three"), tokenizer, quantization_method="f32")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push": True}, "save_pretrained_merged: got keyword 'push'; allowed: dtype, max_shard_size"),
+        ({"save_method": "q9"}, "save_method: got 'q9'; allowed: 'merged_16bit'"),
+        ({"dtype": "float64"}, "dtype: got 'float64'; allowed: None, torch.bfloat16"),
+        ({"max_shard_size": "5 lots"}, "max_shard_size: got '5 lots'; allowed: a number of bytes from 1, or a text"),
+        ({"max_shard_size": 0}, "max_shard_size: got 0; allowed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("method", ["push_to_hub_merged", "push_to_hub_gguf"])
+def test_wrong_keywords_create_no_repository(
+    hub: Hub, llama_cpp: Path, method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        getattr(unsloth_fast.save, method)(tiny.model(), "me/name", tiny.tokenizer(), **options)
+    assert not hub.calls
+
+
+def test_what_a_gguf_file_needs_is_checked_before_a_repository_is_created(hub: Hub, llama_cpp: Path) -> None:
+    """16 bits and a tokenizer; llama.cpp reads neither adapters nor bitsandbytes' weights."""
+    push = unsloth_fast.save.push_to_hub_gguf
+    for save_method in ("merged_4bit_forced", "lora"):
+        with pytest.raises(ValueError, match=f"save_method: got '{save_method}'; allowed: 'merged_16bit'$"):
+            push(tiny.model(), "me/name", tiny.tokenizer(), save_method=save_method)
+    with pytest.raises(ValueError, match="tokenizer: got None; allowed: a tokenizer, which a GGUF file holds"):
+        push(tiny.model(), "me/name")
+    assert not hub.calls
+
+
 def test_gguf_files_are_pushed_to_the_hub(tmp_path: Path, hub: Hub, llama_cpp: Path) -> None:
     """Without the file that llama-quantize started from, which was not asked for."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
-    model.push_to_hub_gguf("me/name", tokenizer, quantization_method="q5_k_m", token="secret")
+    model.push_to_hub_gguf("me/name", tokenizer, quantization_method="q5_k_m", token="secret", create_pr=True)
     (_, upload, files) = hub.calls[1]
     assert {name for name in files if name.endswith(".gguf")} == {"name.Q5_K_M.gguf"}
-    assert upload["allow_patterns"] == "*.gguf"
+    assert (upload["allow_patterns"], upload["create_pr"]) == ("*.gguf", True)
 
 
 def test_without_llama_cpp_the_commands_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ from tests.models.adapted import adapted, assert_near, load, logits_of, merged, 
 from unsloth_fast import FastLanguageModel
 from unsloth_fast.models import generation
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_deep_copys_methods_are_its_own(tmp_path: Path, adapter: bool) -> None:

@@ -17,7 +17,6 @@ from tests.trainer.runs import SGD, arguments
 from unsloth_fast import FastModel, UnslothTrainer, backends
 from unsloth_fast.models import loading, place
 
-pytestmark = pytest.mark.usefixtures("unpatched")
 NAMES = ["gemma3", "mistral3", "qwen2_5_vl"]
 
 

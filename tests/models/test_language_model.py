@@ -18,8 +18,6 @@ from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
 from unsloth_fast.models import loading, quantization
 from unsloth_fast.models.head import without_adapter
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 # By default a model would be loaded onto the GPU if there is one.
 PLAIN: dict[str, Any] = {"load_in_4bit": False, "backend": "reference", "device_map": "cpu", "dtype": torch.float32}

@@ -19,9 +19,6 @@ from tests.models.adapted import adapted, assert_near, config_of, load, logits_o
 from unsloth_fast import FastLanguageModel
 from unsloth_fast.models.merging import merged_model
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
-
 # The options of an adapter, and whether tied embeddings stay tied.
 ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA": ({}, True),

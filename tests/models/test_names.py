@@ -43,6 +43,16 @@ def test_what_stays_out_is_refused_at_the_import(module: str, name: str, reason:
         exec(f"from {module} import {name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("construct_chat_template", "apply_chat_template"), ("create_ollama_modelfile", "save_pretrained_gguf")],
+)
+def test_what_has_another_name_here_is_refused_at_the_import(name: str, instead: str) -> None:
+    for module in ("unsloth_fast", "unsloth_fast.chat_templates"):
+        with pytest.raises(ImportError, match=f"^{name}: .*; allowed: {instead}"):
+            exec(f"from {module} import {name}")
+
+
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/model", "a/b/c", "nowhere/"])
 def test_a_missing_folder_is_named(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"model_name: got '{name}', which does not exist .*; allowed: the "):

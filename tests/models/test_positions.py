@@ -16,8 +16,6 @@ from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer
 from unsloth_fast.models import positions
 
-pytestmark = pytest.mark.usefixtures("unpatched")
-
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rope_is_scaled_by_the_length_over_the_positions(

@@ -20,7 +20,6 @@ from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
 from unsloth_fast.models import quantization
 from unsloth_fast.models.experts import prepare_experts
 
-pytestmark = pytest.mark.usefixtures("unpatched")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 ALTUP = {"altup_projections", "altup_unembed_projections", "correction_coefs", "modality_router", "prediction_coefs"}

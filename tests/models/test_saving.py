@@ -7,9 +7,10 @@ import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 import unsloth_fast.save
 from tests import tiny
@@ -18,8 +19,6 @@ from tests.models.adapted import adapted, assert_near, config_of, load, logits_o
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer
 from unsloth_fast.models.auto import accept_bits, refuse_bits
-
-pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def check_config(folder: Path, base: str) -> None:
@@ -64,19 +63,34 @@ def test_the_saved_configuration_is_the_loaded_one(tmp_path: Path, way: str, use
         check_config(out, base)
 
 
-def test_a_trained_expert_model_generates_and_is_saved_without_trls_balancing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["loaded", "plain model", "path", "plain model, LoRA"])
+def test_a_trained_expert_model_generates_and_is_saved_without_trls_balancing(tmp_path: Path, way: str) -> None:
     """TRL turns on the router's logits, with which transformers fails on padded prompts with a cache."""
     base = zoo.folder(tmp_path / "base", "qwen3_moe")
-    model, tokenizer = load(base)
+    model, tokenizer = load(base) if way == "loaded" else (AutoModelForCausalLM.from_pretrained(base), tiny.tokenizer())
+    model = base if way == "path" else model
     options = {"max_steps": 1, "backend": "reference", "bf16": False, "use_cpu": True}
+    balances = hasattr(SFTConfig, "router_aux_loss_coef")  # not in older releases of TRL
+    options |= {"router_aux_loss_coef": 0.5} if balances else {}
+    if way == "plain model, LoRA":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     data = Dataset.from_dict({"text": tiny.texts(4)})
-    UnslothTrainer(model, arguments(tmp_path, **options), train_dataset=data, processing_class=tokenizer).train()
+    trainer = UnslothTrainer(model, arguments(tmp_path, **options), train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert not balances or trainer.state.log_history[0]["aux_loss"] > 0
+    model, tokenizer.padding_side = trainer.model.eval(), "left"
     balanced = model.config.output_router_logits
-    FastLanguageModel.for_inference(model)
+    assert balanced is False
+    if way == "loaded":
+        FastLanguageModel.for_inference(model)
     prompts = tokenizer(["w1 w2 w3", "w4"], return_tensors="pt", padding=True)
     found = model.generate(**prompts, max_new_tokens=4, do_sample=False)
     assert model.config.output_router_logits is balanced
-    model.save_pretrained(tmp_path / "out")
+    if way == "plain model, LoRA":
+        model = model.merge_and_unload()
+        model.save_pretrained(tmp_path / "out")
+    else:
+        trainer.save_model(tmp_path / "out")
     check_config(tmp_path / "out", base)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(plain.generate(**prompts, max_new_tokens=4, do_sample=False), found)

@@ -16,7 +16,6 @@ from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, 
 from tests.models.test_language_model import trained_names
 from unsloth_fast import FastLanguageModel, FastModel
 
-pytestmark = pytest.mark.usefixtures("unpatched")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 

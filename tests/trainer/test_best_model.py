@@ -158,7 +158,6 @@ def test_metrics_are_known_without_an_evaluation(tmp_path: Path) -> None:
     ).train()
 
 
-@pytest.mark.usefixtures("unpatched")
 def test_a_script_for_trl_finds_trls_metric(tmp_path: Path) -> None:
     from trl import SFTTrainer
 

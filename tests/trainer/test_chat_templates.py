@@ -125,10 +125,14 @@ def test_a_template_that_trl_ships() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"chat_template: got 'lama'; allowed: alpaca, chatml, .*zephyr, a template of"
-    ):
-        get_chat_template(tokenizer(), "lama")
+    """All names are listed, those of the installed trl too, and the nearest."""
+    for name, near in (("lama", "llama"), ("gpt-os", "gptoss"), ("qwen", "qwen3"), ("nothing like it", None)):
+        with pytest.raises(ValueError, match=f"^chat_template: got '{name}'; allowed: alpaca, chatml, .*zephyr, ") as e:
+            get_chat_template(tokenizer(), name)
+        of_trl = (Path(trl.__file__).parent / "chat_templates" / "gptoss.jinja").exists()
+        assert ("those of the installed trl (" in str(e.value) and "gptoss, " in str(e.value)) == of_trl
+        assert "a template of your own as (template, end token), or None for the tokenizer's own" in str(e.value)
+        assert str(e.value).endswith(f"(the nearest name is '{near}')" if near else "own") or not of_trl
     with pytest.raises(ValueError, match=r"chat_template: got 3; allowed: a name, or \(template, end token\)"):
         get_chat_template(tokenizer(), 3)  # type: ignore[arg-type]
 

@@ -9,11 +9,12 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import unsloth_fast
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, compat
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def losses(trainer: Any) -> list[float]:
@@ -160,6 +161,20 @@ def test_arguments_accept_older_names_while_trl_is_patched(tmp_path: Path, kind:
     assert inspect.signature(kind) == signature
     with pytest.raises(TypeError, match="unexpected keyword"):
         arguments(tmp_path, kind, **old)
+
+
+def test_the_import_of_a_loader_patches_trl_once(tmp_path: Path) -> None:
+    """Arguments may be made before a model is loaded, and `unpatch_trl` holds though the loader is used again."""
+    unsloth_fast._patch_trl_once.cache_clear()
+    exec("from unsloth_fast import UnslothTrainer, is_bfloat16_supported")
+    assert not compat.is_patched()
+    exec("from unsloth_fast import FastLanguageModel")
+    for kind in (SFTConfig, TrainingArguments):
+        args = arguments(tmp_path, kind, warmup_ratio=0.1, evaluation_strategy="steps", eval_steps=2)
+        assert (args.warmup_steps, args.eval_strategy) == (0.1, "steps")
+    compat.unpatch_trl()
+    exec("from unsloth_fast.models import FastModel")
+    assert not compat.is_patched()
 
 
 def test_a_script_of_years_ago_trains(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from trl import SFTConfig
 from tests.trainer.notebooks import SETTINGS, by_hand, losses, run, save_model, train_with_trl
 from tests.trainer.runs import TRL_DROPS_LABELS, arguments
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 SHAREGPT = [
     [("human", "Why is the sky blue?"), ("gpt", "Because of the air.")],

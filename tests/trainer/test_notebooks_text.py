@@ -16,7 +16,7 @@ from tests import tiny
 from tests.trainer.notebooks import SETTINGS, by_hand, losses, run, save_model, train_with_trl
 from tests.trainer.runs import arguments
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

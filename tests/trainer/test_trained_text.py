@@ -16,7 +16,7 @@ from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.chat_templates import train_on_responses_only
 from unsloth_fast.compat import patch_trl
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = [(name, streamed) for name in BATCHINGS for streamed in (False, True)]
 
@@ -133,3 +133,23 @@ def test_a_column_of_media_without_any_value_counts_as_absent(name: str, tmp_pat
     trainer = UnslothTrainer(tiny.model(), arguments(tmp_path), train_dataset=data, **options)
     assert documents(trainer) == [plain(made, text) for text in ("w1 w2<eos>", "w3<eos>")]
     assert name not in trainer.eval_dataset["a"].column_names
+
+
+@pytest.mark.parametrize("options", [{}, {"dataset_kwargs": {"skip_prepare_dataset": True}}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_for_a_model_of_text_are_refused(streamed: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    """Also in a data set to evaluate on; of other media the text is trained on."""
+    text, given = Dataset.from_dict({"text": ["w1 w2", "w3"]}), {"processing_class": tiny.tokenizer()}
+    args = arguments(tmp_path, **options)
+    for name, key in (("image", "train_dataset"), ("images", "train_dataset"), ("images", "eval_dataset")):
+        data: Any = text.add_column(name, ["a", "b"])
+        data = {"train_dataset": text} | {key: data.to_iterable_dataset() if streamed else data}
+        words = f"^{key}: got the column '{name}' for a model or a tokenizer of text alone; allowed: columns of text"
+        with pytest.raises(ValueError, match=words):
+            UnslothTrainer(tiny.model(), args, **data, **given)
+    if not options:
+        data = text.rename_column("text", "words").add_column("audio", ["a", "b"])
+        data = data.to_iterable_dataset() if streamed else data
+        with pytest.raises(ValueError, match="train_dataset: got no column 'text', only 'words', 'audio'"):
+            UnslothTrainer(tiny.model(), args, train_dataset=data, **given)
+        UnslothTrainer(tiny.model(), args, train_dataset=data, dataset_text_field="words", **given)

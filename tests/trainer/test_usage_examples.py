@@ -15,7 +15,7 @@ import unsloth_fast.trainer
 from tests import tiny
 from unsloth_fast import UnslothTrainer
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 EMBEDDING_RATE = """
 from unsloth import FastLanguageModel

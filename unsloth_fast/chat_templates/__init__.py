@@ -5,6 +5,7 @@ from unsloth_fast.chat_templates.custom import apply_chat_template
 from unsloth_fast.chat_templates.formats import FORMATS
 from unsloth_fast.chat_templates.responses import train_on_responses_only
 from unsloth_fast.chat_templates.tokenizer import get_chat_template
+from unsloth_fast.unsupported import missing
 
 CHAT_TEMPLATES = {name: (entry.template, entry.end or "eos_token") for name, entry in FORMATS.items()}
 
@@ -17,3 +18,7 @@ __all__ = [
     "to_sharegpt",
     "train_on_responses_only",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise missing(__name__, name)

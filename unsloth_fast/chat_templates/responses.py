@@ -13,7 +13,8 @@ from unsloth_fast.chat_templates.parts import find_parts
 from unsloth_fast.data.columns import datasets_of
 from unsloth_fast.data.labels import STREAM_CHECK
 from unsloth_fast.data.lists import flat
-from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches
+from unsloth_fast.data.packing import SPANS
+from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches, mask_cut_documents
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,10 @@ def train_on_responses_only(
 
     A response starts after `response_part` and ends before the next `instruction_part` or `response_part`, or at the
     end of its document: the end token belongs to it. In packed rows each document is masked separately. Tokens at the
-    start of a document are not a response until `response_part` occurs. So the strategies "wrapped" and "bfd_split" of
-    packing, which cut documents, lose the targets of a response that goes on in another row; a warning says so. Labels
-    that are masked already stay masked. Rows without a target are dropped, as TRL drops them, and counted in the log.
+    start of a document are not a response until `response_part` occurs. Documents that the strategies "wrapped" and
+    "bfd_split" cut are masked as a whole where `UnslothTrainer` packed them. Where TRL did, as it does with streams,
+    "bfd_split" loses the targets of a response that goes on in another row, and a warning says so. Labels that are
+    masked already stay masked. Rows without a target are dropped, as TRL drops them, and counted in the log.
 
     Args:
         trainer: a trainer whose data sets are tokenized, as those of `UnslothTrainer` and `trl.SFTTrainer` are; they
@@ -66,14 +68,9 @@ def train_on_responses_only(
     labels = ResponseLabels(*(forms_of(part, inner, exact=force_match) for part in parts))
     if return_function:
         return labels
-    args: Any = getattr(trainer, "args", None)
-    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "bfd":
-        logger.warning(
-            "packing_strategy: got %r, which cuts documents; responses that go on in another row are not trained on "
-            "there (packing_strategy='bfd' cuts none)",
-            args.packing_strategy,
-        )
     given = {name: getattr(trainer, name, None) for name in ("train_dataset", "eval_dataset")}
+    for name, data in datasets_of(given):
+        _check_cuts(data, name, getattr(trainer, "args", None))
     masked = {name: _masked(data, name, labels, parts, inner, num_proc) for name, data in datasets_of(given)}
     _keep_labels(trainer, inner, next(iter(masked.values()), None))
     if "train_dataset" in masked:
@@ -98,6 +95,29 @@ def _parts(tokenizer: Any, instruction: str | None, response: str | None) -> tup
     return instruction, response
 
 
+def _check_cuts(dataset: Any, name: str, args: Any) -> None:
+    """Refuse rows of concatenated documents if it is not known where they begin, and warn of pieces of documents.
+
+    Raises:
+        ValueError: a response would go on into the next document.
+    """
+    for_all, for_evaluation = (getattr(args, field, None) for field in ("packing", "eval_packing"))
+    packed = for_all if name == "train_dataset" or for_evaluation is None else for_evaluation
+    strategy, first = getattr(args, "packing_strategy", "bfd"), next(iter(dataset), None) or {}
+    if not packed or SPANS in first or strategy == "bfd":
+        return
+    if "seq_lengths" not in first:
+        raise ValueError(
+            f"packing_strategy: got {strategy!r}, and {name} does not show where its documents begin; allowed: "
+            "'bfd' or 'bfd_split', or an UnslothTrainer on a data set that is not a stream"
+        )
+    logger.warning(
+        "packing_strategy: got %r, which cuts documents; responses that go on in another row are not trained on there "
+        "(packing_strategy='bfd' cuts none)",
+        strategy,
+    )
+
+
 def _masked(
     dataset: Any, name: str, labels: ResponseLabels, parts: tuple[str, str], tokenizer: Any, num_proc: int | None
 ) -> Any:
@@ -108,8 +128,11 @@ def _masked(
         raise ValueError(f"{name}: got {columns}; allowed: rows of tokens in 'input_ids', as a trainer prepares them")
     if not isinstance(dataset, Dataset):
         return _masked_stream(dataset, name, labels, parts, tokenizer)
-    options: dict[str, Any] = {"num_proc": num_proc, "desc": f"Masking all but responses in {name}"}
-    result = dataset.with_format(None).map(labels, batched=True, **options)
+    if SPANS in first and "labels" in first:
+        result = mask_cut_documents(dataset, labels)
+    else:
+        options: dict[str, Any] = {"num_proc": num_proc, "desc": f"Masking all but responses in {name}"}
+        result = dataset.with_format(None).map(labels, batched=True, **options)
     found, lengths = flat(result, "labels")
     kept = _rows_with_targets(found.to_numpy(zero_copy_only=False), lengths)
     _report(name, kept, parts, tokenizer, first)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,24 +84,28 @@ def _choose(tokenizer: Any, asked: Any) -> Format | None:
         raise ValueError(f"chat_template: got {asked!r}; allowed: a name, or (template, end token)")
     if "{%" in asked or "{{" in asked:
         return Format(asked)
-    found = FORMATS_BY_PLAIN_NAME.get(plain_name(asked)) or _of_trl(asked)
-    if found is None:
-        raise ValueError(
-            f"chat_template: got {asked!r}; allowed: {', '.join(sorted(FORMATS))}, a template of your own as "
-            "(template, end token), or None for the tokenizer's own"
-        )
-    return found
+    if found := FORMATS_BY_PLAIN_NAME.get(plain_name(asked)):
+        return found
+    of_trl = _files_of_trl()
+    if path := of_trl.get(plain_name(asked)):
+        return Format(path.read_text(encoding="utf-8"))
+    others = [path.stem for name, path in of_trl.items() if name not in FORMATS_BY_PLAIN_NAME]
+    others = [name for name in others if not name.endswith("_training")]  # variants of the others
+    near = get_close_matches(asked, [*FORMATS, *others], n=1)
+    raise ValueError(
+        f"chat_template: got {asked!r}; allowed: {', '.join(sorted(FORMATS))}, "
+        + (f"those of the installed trl ({', '.join(others)}), " if others else "")
+        + "a template of your own as (template, end token), or None for the tokenizer's own"
+        + (f" (the nearest name is {near[0]!r})" if near else "")
+    )
 
 
-def _of_trl(name: str) -> Format | None:
-    """The template of another family of models, which the installed trl ships as a file."""
+def _files_of_trl() -> dict[str, Path]:
+    """The templates of further families of models that the installed trl ships, by their plain names."""
     spec = find_spec("trl")
-    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
-    if folder is None or not folder.is_dir():
-        return None
-    files = {plain_name(path.stem): path for path in sorted(folder.glob("*.jinja"))}
-    path = files.get(plain_name(name))
-    return Format(path.read_text(encoding="utf-8")) if path else None
+    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else Path()
+    paths = sorted(folder.glob("*.jinja")) if folder.name == "chat_templates" else []
+    return {plain_name(path.stem): path for path in paths}
 
 
 def _head(mapping: Mapping[str, str], system_message: str | None) -> str:

@@ -15,6 +15,7 @@ from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, r
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 
+_IMAGES = ("image", "images")  # by which TRL recognises data sets of images
 _VISION = frozenset(
     (
         *("image", "images", "image_sizes", "image_grid_thw", "pixel_values", "pixel_values_videos", "video", "videos"),
@@ -52,7 +53,9 @@ def completion_only(given: Mapping[str, Any], args: SFTConfig, *, named: bool = 
     return first.keys() >= set(PAIR) and trained_columns(data, first, args, named=named) != (args.dataset_text_field,)
 
 
-def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None, *, named: bool = False) -> None:
+def check_columns(
+    given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None, *, named: bool = False, images: bool = True
+) -> None:
     """Refuse, before any work is done, a data set that is empty or has no column to train on.
 
     Args:
@@ -60,6 +63,7 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
         args: the run's arguments.
         vocabulary: as in `check_vocabulary`; used here where skip_prepare_dataset leaves no later chance to check.
         named: as in `names_text_field`.
+        images: whether the rows may hold images, video or audio, which TRL then checks.
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
@@ -75,9 +79,14 @@ def check_columns(given: Mapping[str, Any], args: SFTConfig, vocabulary: int | N
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{name}: got no row; allowed: at least one (check its path, split and filters)")
+        if not images and (found := [column for column in _IMAGES if column in first]):
+            raise ValueError(
+                f"{name}: got the column {found[0]!r} for a model or a tokenizer of text alone; allowed: columns of "
+                "text (drop it with the data set's `remove_columns`)"
+            )
         if _skips_preparation(args):
             _check_prepared(dataset, name, first, vocabulary, given.get("data_collator") is not None)
-        elif not _VISION & first.keys() and (given.get("formatting_func") is None or TOKENS[0] in first):
+        elif not (images and _VISION & first.keys()) and (given.get("formatting_func") is None or TOKENS[0] in first):
             check_text(dataset, name, first, args, named=named)
 
 

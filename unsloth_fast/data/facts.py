@@ -11,7 +11,8 @@ from trl import SFTConfig
 
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
-from unsloth_fast.data.columns import has_vision_columns
+from unsloth_fast.data.columns import datasets_of, has_vision_columns
+from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.models.positions import depends_on_batch
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,35 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
         model: the model, or the name or path of one.
         args: the run's arguments.
         given: the trainer's other keywords.
+
+    Raises:
+        ValueError: rows that were packed earlier, and batches that are padded.
     """
     config, model_class = config_and_class(model, args)
     plan = batching_plan(_model_facts(config, model_class), _config_facts(model, args, given))
+    if not plan.padding_free and given.get("data_collator") is None:
+        for name, dataset in datasets_of(given):
+            refuse_packed_rows(dataset, name, "; ".join(plan.reasons) or "padding_free=False was requested")
     if plan.padding_free and depends_on_batch(config):
         logger.info(
             "positions: the frequencies of this model's RoPE depend on the longest document of a batch, as in "
             "transformers with padding"
         )
     return plan
+
+
+def takes_images(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> bool:
+    """Whether a processor was passed, or will be loaded for a model that takes more than tokens.
+
+    Args:
+        model: the model, or the name or path of one.
+        args: the run's arguments.
+        given: the trainer's other keywords.
+    """
+    processing_class = given.get("processing_class")
+    if processing_class is not None:
+        return isinstance(processing_class, ProcessorMixin)
+    return _model_facts(*config_and_class(model, args)).multimodal
 
 
 def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
@@ -80,8 +101,9 @@ def _model_facts(config: PreTrainedConfig, model_class: type) -> ModelFacts:
 def _config_facts(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
     padding_free = args.padding_free
     # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open.
-    if args.packing and not padding_free and not isinstance(args, UnslothTrainingArguments):
-        padding_free = None
+    if not padding_free and not isinstance(args, UnslothTrainingArguments):
+        packed = args.packing or any(has_packed_rows(dataset) for _, dataset in datasets_of(given))
+        padding_free = None if packed else False
     processor = given.get("processing_class")
     adapter = given.get("peft_config") or getattr(model, "active_peft_config", None)
     return ConfigFacts(

@@ -17,6 +17,7 @@ from unsloth_ref.types import PackingPlan, Strategy
 logger = logging.getLogger(__name__)
 
 COPIED_TOKENS = 2**24  # at a time; also keeps Arrow's 32-bit offsets from overflowing
+SPANS = "document_spans"
 
 
 def check_packed_rows(dataset: Dataset, name: str, max_length: int | None) -> None:
@@ -40,7 +41,9 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
 
     Returns:
         The packed rows, in memory, in columns of the same names and types. With "bfd" and "bfd_split" a column
-        `seq_lengths` holds the length of each document in a row; with "wrapped" each row counts as one document.
+        `seq_lengths` holds the length of each document in a row; with "wrapped" each row counts as one document. With
+        "bfd_split" and "wrapped", which cut documents, a column `document_spans` holds three numbers for each piece in
+        a row: its document, the index of its first token there, and its length.
 
     Raises:
         ValueError: a column does not hold lists of numbers, or its lengths differ from the first column's; or what
@@ -60,17 +63,22 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
     plan = training.pack(torch.from_numpy(lengths), capacity, strategy=strategy)
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
+    lengths_in_rows: list[pa.Array] = []
     spans: list[pa.Array] = []
     for part in _parts(plan):
         indices = training.packed_indices(part, offsets).numpy()
         ends = np.concatenate([[0], np.cumsum(part.lengths.numpy())])[part.offsets.numpy()].astype(np.int32)
         for name, (values, _) in columns.items():
             chunks[name].append(pa.ListArray.from_arrays(ends, values.take(pa.array(indices))))
-        held = pa.array(part.lengths.numpy().astype(np.int32))
-        spans.append(pa.ListArray.from_arrays(part.offsets.numpy().astype(np.int32), held))
+        pieces, held = part.offsets.numpy().astype(np.int32), pa.array(part.lengths.numpy().astype(np.int32))
+        lengths_in_rows.append(pa.ListArray.from_arrays(pieces, held))
+        numbers = torch.stack([part.documents, part.starts, part.lengths], dim=1).flatten().numpy()
+        spans.append(pa.ListArray.from_arrays(3 * pieces, pa.array(numbers)))
     packed = {name: pa.chunked_array(chunks[name], pa.list_(values.type)) for name, (values, _) in columns.items()}
     if strategy != "wrapped":
-        packed["seq_lengths"] = pa.chunked_array(spans, pa.list_(pa.int32()))
+        packed["seq_lengths"] = pa.chunked_array(lengths_in_rows, pa.list_(pa.int32()))
+    if strategy != "bfd":
+        packed[SPANS] = pa.chunked_array(spans, pa.list_(pa.int64()))
     fingerprint = Hasher.hash((dataset._fingerprint, capacity, strategy))
     return Dataset(pa.table(packed), split=dataset.split, fingerprint=fingerprint)
 

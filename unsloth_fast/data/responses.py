@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 from unsloth_fast.data.labels import labels_of
+from unsloth_fast.data.lists import flat
+from unsloth_fast.data.packing import COPIED_TOKENS, SPANS
 from unsloth_ref.types import IGNORE_INDEX
 
 Forms = tuple[tuple[int, ...], ...]
@@ -121,6 +125,38 @@ class ResponseLabels:
         found = np.flatnonzero(answered)
         begins[found + answered[found]] = found + answered[found]
         return np.maximum.accumulate(begins[: len(ids)]) > np.maximum.accumulate(stops)
+
+
+def mask_cut_documents(packed: Dataset, labels: ResponseLabels) -> Dataset:
+    """Mask the labels of packed rows whose documents were cut, by the responses of the whole documents.
+
+    Args:
+        packed: rows of `pack_dataset` with a column "document_spans", in any order.
+        labels: finds the responses.
+
+    Returns:
+        The rows with other labels.
+    """
+    ids, before, spans = (flat(packed, name)[0].to_numpy() for name in ("input_ids", "labels", SPANS))
+    document, start, size = spans.reshape(-1, 3).T
+    order = np.lexsort((start, document))
+    # The place, in the rows, of each token in the order of the documents.
+    shifts = (size.cumsum() - size)[order] - (size[order].cumsum() - size[order])
+    places = np.arange(len(ids)) + np.repeat(shifts, size[order])
+    after, done = np.full(len(ids), IGNORE_INDEX), 0
+    wholes = np.bincount(document, size).astype(np.int64)
+    for lengths in np.array_split(wholes, 1 + len(ids) // COPIED_TOKENS):
+        part = places[done : done + lengths.sum()]
+        after[part] = np.where(labels.mask(ids[part], lengths.tolist()), before[part], IGNORE_INDEX)
+        done += len(part)
+    ends = flat(packed, "input_ids")[1].cumsum()
+    begins = np.append(0, ends)
+
+    def of_rows(indices: Sequence[int]) -> dict[str, Any]:
+        return {"labels": [after[begins[index] : ends[index]] for index in indices]}
+
+    fingerprint = Hasher.hash((packed._fingerprint, labels))
+    return packed.map(lambda _, indices: of_rows(indices), with_indices=True, batched=True, new_fingerprint=fingerprint)
 
 
 _USED = ("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks")

@@ -8,7 +8,16 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from unsloth_fast.data.lists import RowsWith, arrow_column, flat, is_plain, list_lengths, row_with, without_rows
+from unsloth_fast.data.lists import (
+    RowsWith,
+    arrow_column,
+    flat,
+    has_lists,
+    is_plain,
+    list_lengths,
+    row_with,
+    without_rows,
+)
 
 _MASKS = ("completion_mask", "assistant_masks")
 _COLUMNS = ("input_ids", "labels", *_MASKS, "seq_lengths")
@@ -76,6 +85,28 @@ def check_packed_length(longest: int, name: str, max_length: int | None) -> None
         raise ValueError(
             f"{name}: got a packed row of {longest} tokens; allowed: up to max_length={max_length} (raise it, "
             "or give the documents themselves, without the column 'seq_lengths')"
+        )
+
+
+def has_packed_rows(dataset: Any) -> bool:
+    """Whether rows of tokens hold several documents; for a stream, whether its first row has the lengths of some."""
+    if isinstance(dataset, Dataset):
+        lengths = list_lengths(dataset, "seq_lengths") if has_lists(dataset, "seq_lengths") else None
+        return "input_ids" in dataset.column_names and lengths is not None and lengths.max(initial=0) > 1
+    first = next(iter(dataset), None) or {}
+    return "input_ids" in first and first.get("seq_lengths") is not None
+
+
+def refuse_packed_rows(dataset: Any, name: str, reason: str) -> None:
+    """Refuse rows that were packed earlier where batches are padded: their documents would see each other.
+
+    Raises:
+        ValueError: the reason why batches are padded, and what is allowed.
+    """
+    if has_packed_rows(dataset):
+        raise ValueError(
+            f"{name}: got packed rows (the column 'seq_lengths'), and padded batches, because {reason}; allowed: "
+            "padding-free batches, or the documents themselves, without the column 'seq_lengths'"
         )
 
 

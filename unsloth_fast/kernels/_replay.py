@@ -39,7 +39,6 @@ Function = type[torch.autograd.Function]
 Program = tuple[list[Any], list[Any], list[int]]  # buffers, launches and results, as _replay.cpp reads them
 Result = TypeVar("Result")
 
-_NEW_EMPTY = Tensor.new_empty
 # Properties of a kernel that a plain launch with its own arguments does not provide for.
 _SPECIAL = (
     "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "instrumentation_mode",
@@ -303,7 +302,6 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
         or torch._C._is_tracing()  # by torch.jit.trace
         or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False)
-        or Tensor.new_empty is not _NEW_EMPTY
     )
 
 

@@ -1,5 +1,7 @@
 """The fields of a model's configuration that trainers change, which are saved as they were loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,6 +21,17 @@ def restore(config: PreTrainedConfig, values: list[dict[str, Any]]) -> None:
         for name in _CHANGED:
             vars(part).pop(name, None)
         vars(part).update(found)
+
+
+@contextmanager
+def with_values(config: PreTrainedConfig, values: list[dict[str, Any]]) -> Iterator[None]:
+    """Let a configuration have other values, as `restore` gives them, for a while."""
+    now = changed_by_trainers(config)
+    restore(config, values)
+    try:
+        yield
+    finally:
+        restore(config, now)
 
 
 def _parts(config: PreTrainedConfig) -> list[Any]:
