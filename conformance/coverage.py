@@ -151,7 +151,7 @@ class Explored:
                 reached[row, [items[item] for item in _with_settings(self.pairs_of(one.variants))]] = 1
             return reached
 
-        contained = Counter((kernel, (setting,)) for kernel, pair in self.pairs for setting in pair)
+        contained: Counter[Pair] = Counter((kernel, (setting,)) for kernel, pair in self.pairs for setting in pair)
         worth = [(contained[item] or 1) / 2 ** sum(value in OFF for _, value in item[1]) for item in items]
         missed = torch.tensor(worth) * (1 - reach(self.drawn).mean(0)) ** random
         price = torch.tensor([one.cost for one in every], dtype=torch.float64)
@@ -269,7 +269,7 @@ def _sizes(spec: Spec, pool: Sequence[Mapping[str, int]], elements: int, random:
 
 def _options(spec: Spec, names: Sequence[str], kind: str, random: Random) -> Options:
     """Values of these options that may be combined: the defaults, values that are all set, or any."""
-    while True:
+    for _ in range(20):
         chosen: Options = {}
         for name in names:
             default, *others = spec.drawing.options[name]
@@ -277,6 +277,7 @@ def _options(spec: Spec, names: Sequence[str], kind: str, random: Random) -> Opt
             chosen[name] = random.choice(among)
         if spec.drawing.consistent(chosen):
             return chosen
+    return {}
 
 
 def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:

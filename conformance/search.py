@@ -192,10 +192,12 @@ def _checked(
     count = profile.count(prop.share)
     if explored is None or not isinstance(trial, Trial):
         return attempts.drawn(trial.cases(profile), profile.settings(count))
-    # Each dtype takes every third case: the dtypes together cover three times as many settings.
+    # Every dtype takes each third case of one cover, so that all together cover three times as many settings.
     turn = list(DTYPES.values()).index(trial.dtype)
-    covering = explored.cover(len(DTYPES) * (count // 2), profile.examples // 5)[turn :: len(DTYPES)]
-    failed = attempts.first(covering, explored.smaller)
+    whole = explore(replace(trial, dtype=torch.float32), profile) if trial.dtype != torch.float32 else explored
+    whole = whole if whole.pairs else explored
+    covering = whole.cover(len(DTYPES) * (count // 2), profile.examples // 5)[turn :: len(DTYPES)]
+    failed = attempts.first(covering, whole.smaller)
     return failed or attempts.drawn(trial.cases(profile), profile.settings(count - len(covering)))
 
 

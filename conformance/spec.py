@@ -23,6 +23,7 @@ Options = dict[str, Any]
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
+WIDE_COLUMNS = (32768, 65537, 131072)  # only within the budgets of a GPU
 
 
 def row_counts(budget: int) -> st.SearchStrategy[int]:
@@ -36,8 +37,10 @@ def few_row_counts(budget: int) -> st.SearchStrategy[int]:
 
 
 def column_counts(budget: int) -> st.SearchStrategy[int]:
-    """Numbers of columns: any small one, or one of COLUMNS."""
-    return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
+    """Numbers of columns: any small one, or one of COLUMNS and WIDE_COLUMNS."""
+    return st.one_of(
+        st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, *WIDE_COLUMNS, 1) if c <= budget])
+    )
 
 
 Change = Callable[[Inputs, Options], tuple[Inputs, Options]]  # from valid inputs and options to changed ones

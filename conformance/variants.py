@@ -2,7 +2,7 @@
 
 A launch has *settings*, on which its machine code and the paths through it depend:
 
-    a constexpr parameter, an option such as num_warps     its value
+    a constexpr parameter, an option such as num_warps     its value; that of an integer above 4 as for programs
     an integer                                             whether it is 1, which Triton compiles into the code
     a tensor                                               its dtype
     aligned                                                whether Triton may take all addresses and integers that it
@@ -118,7 +118,7 @@ def _modules(name: str, attribute: str) -> list[Any]:
 def _observing(original: Callable[..., Any], run: bool) -> Callable[..., Any]:
     def observing(kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
         if not warmup:
-            values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+            values: dict[str, Any] = dict(zip(kernel.arg_names, arguments, strict=False)) | options
             settings, name = _settings(kernel, values), kernel.fn.__name__
             integers = {name: place for place, name in enumerate(kernel.arg_names) if settings.get(name) in _ONE}
             _state.last = name, settings, integers
@@ -146,8 +146,8 @@ def _settings(kernel: Any, values: Mapping[str, Any]) -> dict[str, str]:
     constants, found, addresses = _constants(kernel.fn), {}, []
     for name, value in values.items():
         if name in constants or name not in kernel.arg_names or value is None:
-            exact = not isinstance(value, int) or value < 5  # a bool too
-            found[name] = (getattr(value, "__name__", None) or str(value)) if exact else _magnitude(value)
+            large = isinstance(value, int) and value > 4
+            found[name] = _magnitude(value) if large else getattr(value, "__name__", None) or str(value)
         elif isinstance(value, torch.Tensor):
             found[name] = str(value.dtype).removeprefix("torch.")
             addresses.append((name, value.data_ptr()))

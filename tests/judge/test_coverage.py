@@ -1,10 +1,14 @@
 """Launches are seen, cases are explored without running kernels, and cover what random cases miss."""
 
+# pyright: reportPrivateUsage=false
+
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conformance import variants
 from conformance.backends import load
 from conformance.case import Case
 from conformance.coverage import Explored, explore, shown
@@ -110,3 +114,32 @@ def test_the_case_that_found_it_is_simplified(found: Result) -> None:
     assert (case.fill, case.layout, case.seed) == ("randn", "contiguous", 0)
     prop = Property("planted", "", check)
     assert reproduce(trial_of("cross_entropy"), prop, case, "float32").verdict == "fail"
+
+
+def kernel_function(columns: int, x: torch.Tensor, COLUMNS: "tl.constexpr") -> None:  # noqa: F821
+    """The Python function of a kernel that is never run."""
+
+
+def test_a_launch_of_compiled_code_past_triton_is_seen() -> None:
+    parameters = [
+        SimpleNamespace(name=name, do_not_specialize=False, do_not_specialize_on_alignment=name == "columns")
+        for name in ("columns", "x", "COLUMNS")
+    ]
+    kernel = SimpleNamespace(fn=kernel_function, arg_names=[one.name for one in parameters], params=parameters)
+    module, calls = SimpleNamespace(_compiled={}), []
+    variants._observe(module)
+    by_triton = variants._observing(lambda *arguments, **options: "compiled", run=True)
+    with launches() as seen:
+        by_triton(kernel, 33, torch.zeros(4), COLUMNS=64, num_warps=4, grid=(20,))
+        compiled = "compiled", lambda *arguments: calls.append(arguments), "function", "metadata", ()
+        _, run, *_ = module._compiled.setdefault("key", compiled)
+    first = {
+        "columns": "is not 1", "x": "float32", "COLUMNS": "<256", "num_warps": "4", "programs": "<256",
+        "aligned": "True",
+    }  # fmt: skip
+    assert [dict(variant.settings) for variant in seen.variants] == [first]
+    arguments = (1, 1, 1, "stream", "function", "metadata", None, None, None, 1, 4096, 64)
+    with launches() as again:
+        run(*arguments)
+    assert calls == [arguments]
+    assert [dict(variant.settings) for variant in again.variants] == [first | {"columns": "is 1", "programs": "1"}]

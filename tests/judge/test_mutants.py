@@ -28,11 +28,13 @@ OPERATIONS = tuple(reference.__all__)
 EXPECTED = {
     f"tests.judge.mutants.{name}": (op, mutant.properties, mutant.dtype) for name, (op, mutant) in MUTANTS.items()
 }
+OF_RARE_CASES = {f"tests.judge.mutants.{name}" for name, (_, mutant) in MUTANTS.items() if mutant.rare}
 EXPECTED |= {f"tests.judge.wrong.{name}": expected for name, expected in WRONG.items()}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
 # The cases of ci, without spending ten seconds on shrinking each failing one, or one on exploring each kernel.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5, explored=0)
+RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0.5)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
 LONG = ("extents", "layouts")
 # torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
@@ -44,7 +46,7 @@ class Brief(Task):
     """A task in a profile of this file, which a worker process does not know."""
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
-        PROFILES.update({profile.name: profile for profile in (BRIEF, FEW)})
+        PROFILES.update({profile.name: profile for profile in (BRIEF, RARE, FEW)})
         for backend in WITHOUT_TRITON:
             load(backend, self.device)  # before triton is loaded: afterwards bfloat16 may truncate
         return super().__call__(notify)
@@ -63,7 +65,7 @@ def of_wrong() -> Results:
     """Each wrong kernel under the properties that may find it."""
     return judged(
         [
-            Brief(backend, op, name, dtype, "cpu", BRIEF.name)
+            Brief(backend, op, name, dtype, "cpu", RARE.name if backend in OF_RARE_CASES else BRIEF.name)
             for backend, (op, names, dtype) in EXPECTED.items()
             for name in names
         ],
