@@ -13,6 +13,8 @@ class Profile:
         name: on the command line.
         examples: cases for a property whose share is 1.
         elements: of the largest input.
+        explored: cases from which those are chosen that reach what random ones may miss, see conformance/coverage.py;
+            0 for none.
         derandomize: whether every run draws the same cases.
         shrink_seconds: time to spend on finding a smaller failing case; 0 disables shrinking.
     """
@@ -20,13 +22,18 @@ class Profile:
     name: str
     examples: int
     elements: int
+    explored: int
     derandomize: bool
     shrink_seconds: float
 
-    def settings(self, share: float) -> settings:
-        """Hypothesis settings for a property that gets this share of the examples."""
+    def count(self, share: float) -> int:
+        """The number of cases of a property that gets this share of the examples."""
+        return max(3, round(self.examples * share))
+
+    def settings(self, count: int) -> settings:
+        """Hypothesis settings for this many random cases."""
         return settings(
-            max_examples=max(3, round(self.examples * share)),
+            max_examples=count,
             derandomize=self.derandomize,
             database=None,
             deadline=None,
@@ -40,9 +47,9 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("dev", examples=8, elements=2**13, derandomize=False, shrink_seconds=5),
-        Profile("ci", examples=20, elements=2**14, derandomize=True, shrink_seconds=10),
-        Profile("gpu", examples=60, elements=2**22, derandomize=True, shrink_seconds=10),
-        Profile("nightly", examples=1000, elements=2**24, derandomize=False, shrink_seconds=60),
+        Profile("dev", examples=8, elements=2**13, explored=160, derandomize=False, shrink_seconds=5),
+        Profile("ci", examples=20, elements=2**14, explored=360, derandomize=True, shrink_seconds=10),
+        Profile("gpu", examples=60, elements=2**22, explored=480, derandomize=True, shrink_seconds=10),
+        Profile("nightly", examples=1000, elements=2**24, explored=960, derandomize=False, shrink_seconds=60),
     )
 }

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -85,7 +88,7 @@ class Table:
     def __enter__(self) -> Table:
         """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(f"{'% of error budget':<{self._width}}{dtypes}{'properties':<13}cases")
+        self._print(f"{'% of error budget':<{self._width}}{dtypes}{'properties':<13}{'coverage':<15}cases")
         self._bar.start()
         return self
 
@@ -119,7 +122,18 @@ class Table:
         properties = {result.property for result in results}
         passed = properties - {result.property for result in results if result.verdict != "pass"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
-        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{cases}"
+        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{_coverage(results):<15}{cases}"
+
+
+def _coverage(results: Sequence[Result]) -> str:
+    """The share of the explored pairs that any property ran, then the mean of the properties that draw cases."""
+    found = [(result, result.reached) for result in results if result.reached]
+    if not found:
+        return "-"
+    any_ran = [reduce(or_, (one for r, one in found if r.dtype == d)) for d in {r.dtype for r, _ in found}]
+    pairs = sum(one.pairs.bit_count() for one in any_ran) / sum(one.explored for one in any_ran)
+    drawn = [one.share for r, one in found if r.property in PROPERTIES and PROPERTIES[r.property].cases is None]
+    return f"{100 * pairs:.0f} %" + (f", mean {100 * mean(drawn):.0f} %" if drawn else "")
 
 
 def _cell(results: Sequence[Result]) -> str:

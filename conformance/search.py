@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,13 @@ from hypothesis import given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
+from conformance.coverage import Explored, Reached, explore
 from conformance.gates import Failure
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.trial import Caught, Trial, describe
+from conformance.variants import launches
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,6 +40,7 @@ class Result:
         examples: number of cases run.
         case: the smallest failing case, in the form that `conformance repro` reads.
         message: the broken gate with the measured and the allowed value; or why the property was skipped.
+        reached: the pairs of settings that its cases reached; None if there are none, or if they were not explored.
     """
 
     op: str
@@ -48,10 +51,12 @@ class Result:
     examples: int = 0
     case: str | None = None
     message: str | None = None
+    reached: Reached | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As written to JSON."""
-        return asdict(self)
+        """As written to JSON: the share of the pairs in place of `reached`."""
+        share = None if self.reached is None else self.reached.share
+        return {k: v for k, v in asdict(self).items() if k != "reached"} | {"coverage": share}
 
 
 class _Attempts:
@@ -67,6 +72,17 @@ class _Attempts:
         self._count = 0
         self._used: float | None = None
         self._refused = ""
+
+    def first(self, cases: Iterable[AnyCase], smaller: Callable[[Any], Iterable[AnyCase]]) -> Result | None:
+        """Check these cases in turn; simplify the first one that fails. None if all pass."""
+        result = self.over(cases)
+        if result.verdict != "fail":
+            return None
+        case = next(reversed(self._failed))
+        while case is not None:
+            case = next((one for one in smaller(case) if self.over([one]).verdict == "fail"), None)
+        case, failure = list(self._failed.items())[-1]
+        return self._result(case, failure)
 
     def over(self, cases: Iterable[AnyCase]) -> Result:
         """Check these cases in turn."""
@@ -96,6 +112,10 @@ class _Attempts:
         except Failure as failure:
             return self._result(last[0], failure)
         return self._result()
+
+    def skipped(self, why: str) -> Result:
+        """Nothing was checked."""
+        return Result(self._trial.spec.op, self._property.name, self._dtype, "skip", message=why)
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
         who = self._trial.spec.op, self._property.name, self._dtype
@@ -160,11 +180,31 @@ def search(
     if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
-    if prop.cases is None:
-        return attempts.drawn(trial.cases(profile), profile.settings(prop.share))
-    cases = prop.cases(trial.spec, profile)
-    no_cases = Result(trial.spec.op, prop.name, dtype, "skip", message="no cases")
-    return attempts.over(cases) if cases else no_cases
+    explored = explore(trial, profile) if isinstance(trial, Trial) and profile.explored else None
+    with launches() as seen:
+        result = _checked(attempts, trial, prop, profile, explored)
+    if explored is None or not explored.pairs:
+        return result
+    return replace(result, reached=explored.reached(seen.variants))
+
+
+def _checked(
+    attempts: _Attempts, trial: AnyTrial, prop: Property, profile: Profile, explored: Explored | None
+) -> Result:
+    """Check a property's own cases; or those that cover what was explored, then random ones."""
+    if prop.cases is not None:
+        cases = prop.cases(trial.spec, profile)
+        return attempts.over(cases) if cases else attempts.skipped("no cases")
+    count = profile.count(prop.share)
+    if explored is None or not isinstance(trial, Trial):
+        return attempts.drawn(trial.cases(profile), profile.settings(count))
+    # Every dtype takes each third case of one cover, so that all together cover three times as many settings.
+    turn = list(DTYPES.values()).index(trial.dtype)
+    whole = explore(replace(trial, dtype=torch.float32), profile) if trial.dtype != torch.float32 else explored
+    whole = whole if whole.pairs else explored
+    covering = whole.cover(len(DTYPES) * (count // 2), profile.examples // 5)[turn :: len(DTYPES)]
+    failed = attempts.first(covering, whole.smaller)
+    return failed or attempts.drawn(trial.cases(profile), profile.settings(count - len(covering)))
 
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:

@@ -5,7 +5,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, nan
 from numbers import Number
 from typing import Any
@@ -21,6 +21,7 @@ from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_pa
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
+WIDE_COLUMNS = (32768, 65537, 131072)  # only within the budgets of a GPU
 
 
 def row_counts(budget: int) -> st.SearchStrategy[int]:
@@ -34,8 +35,10 @@ def few_row_counts(budget: int) -> st.SearchStrategy[int]:
 
 
 def column_counts(budget: int) -> st.SearchStrategy[int]:
-    """Numbers of columns: any small one, or one of COLUMNS."""
-    return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, 1) if c <= budget]))
+    """Numbers of columns: any small one, or one of COLUMNS and WIDE_COLUMNS."""
+    return st.one_of(
+        st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, *WIDE_COLUMNS, 1) if c <= budget])
+    )
 
 
 Change = Callable[[Inputs, Options], tuple[Inputs, Options]]  # from valid inputs and options to changed ones
@@ -116,6 +119,7 @@ class Drawing:
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
         partial: whether the reference refuses some cases with an error; these are skipped.
+        counts: dimensions of which a call may have very many; by default the one that counts rows.
     """
 
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
@@ -126,6 +130,7 @@ class Drawing:
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     partial: bool = False
+    counts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Speed:
     layout: str = "contiguous"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a spec is equal to itself alone, which makes it a key of caches
 class Spec:
     """Everything that the judge knows about one operation.
 
@@ -240,6 +245,11 @@ class Spec:
         """The simplest case with about this many rows and columns."""
         return Case(tuple(zip(self.drawing.sizes, self.drawing.shape(rows, columns), strict=True)))
 
+    def having(self, case: Case, options: Options) -> Case:
+        """The case with these options alone; those that have their default are left out."""
+        chosen = ((name, value) for name, value in options.items() if value != self.drawing.options[name][0])
+        return replace(case, options=tuple(chosen))
+
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
         """The tensors of a case; the source device draws their elements."""
         return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
@@ -266,14 +276,12 @@ class Spec:
                 budget = max(1, budget // max(1, sizes[name]))
             chosen = {name: draw(st.sampled_from(values), label=name) for name, values in drawn.items()}
             assume(self.drawing.consistent(chosen))
-            return Case(
+            case = Case(
                 sizes=tuple((name, sizes[name]) for name in self.drawing.sizes),
-                options=tuple(
-                    (name, value) for name, value in chosen.items() if value != self.drawing.options[name][0]
-                ),
                 fill=draw(st.sampled_from(self.drawing.fills), label="fill"),
                 seed=draw(st.integers(0, 3), label="seed"),
             )
+            return self.having(case, chosen)
 
         return draw_case()
 

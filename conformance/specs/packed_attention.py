@@ -230,6 +230,7 @@ spec = Spec(
         required=_required,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
+        counts=["tokens", "documents"],
     ),
     outputs=["out"],
     grads=["q", "k", "v"],

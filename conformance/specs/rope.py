@@ -148,6 +148,7 @@ spec = Spec(
         build=_build,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
+        counts=["batch", "length"],
     ),
     outputs=["rotated_q", "rotated_k"],
     grads=["q", "k"],

@@ -30,10 +30,12 @@ EXPECTED = {
 }
 FILES_OF_WRONG = (cheats, wrong, wrong_process)  # importing them fills WRONG
 EXPECTED |= WRONG
+OF_RARE_CASES = {f"tests.judge.mutants.{name}" for name, (_, mutant) in MUTANTS.items() if mutant.rare}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
-# The cases of ci, without spending ten seconds on shrinking each failing one.
-BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5)
+# The cases of ci, without spending ten seconds on shrinking each failing one, or one on exploring each kernel.
+BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5, explored=0)
+RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0.5)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
 # In one dtype for each kernel: these take long, or their findings do not depend on the dtype.
 LONG = ("extents", "layouts", "batch_invariance", "changed_inputs", "honest_results", "process_state")
@@ -46,7 +48,7 @@ class Brief(Task):
     """A task in a profile of this file, which a worker process does not know."""
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
-        PROFILES.update({profile.name: profile for profile in (BRIEF, FEW)})
+        PROFILES.update({profile.name: profile for profile in (BRIEF, RARE, FEW)})
         return super().__call__(notify)
 
 
@@ -63,7 +65,7 @@ def of_wrong() -> Results:
     """Each wrong kernel under the properties that may find it."""
     return judged(
         [
-            Brief(backend, op, name, dtype, "cpu", BRIEF.name)
+            Brief(backend, op, name, dtype, "cpu", RARE.name if backend in OF_RARE_CASES else BRIEF.name)
             for backend, (op, names, dtype) in EXPECTED.items()
             for name in names
         ],

@@ -91,7 +91,7 @@ def test_parsing_a_printed_case_returns_the_case(op: str) -> None:
         assert piece.parse(str(case)) == case
 
     round_trip(piece.simplest)
-    PROFILES["dev"].settings(2.0)(given(piece.draw(64))(round_trip))()
+    PROFILES["dev"].settings(16)(given(piece.draw(64))(round_trip))()
 
 
 @pytest.mark.parametrize(

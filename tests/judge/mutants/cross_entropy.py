@@ -1,6 +1,6 @@
 """Wrong cross entropies."""
 
-from tests.judge.mutants.mutant import LYING, one
+from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "sum_not_rescaled": one("total = total * exp(maximum - base)", "total = total", "extents"),
@@ -63,6 +63,13 @@ TABLE = {
     ),
     "bad_label_gives_nan": one(
         "checks.labels_in_vocabulary(labels, logits.shape[1], options.ignore_index)", "pass", "error_parity"
+    ),
+    # Needs a label smoothing and a vocabulary of several segments.
+    "scratch_without_the_smoothing": Mutant(
+        (("1 + (1 + (options.label_smoothing != 0)) * segments", "1 + segments"),),
+        ("guard_writes",),
+        dtype="float16",
+        rare=True,
     ),
     "second_derivative_zero": one(*LYING),
 }

@@ -13,11 +13,13 @@ class Mutant:
         edits: what is changed.
         properties: those that may find it; at least one of them must.
         dtype: the dtype in which they are checked.
+        rare: whether random cases are not expected to show it, but those that cover what was explored.
     """
 
     edits: tuple[Edit, ...]
     properties: tuple[str, ...]
     dtype: str = "float32"
+    rare: bool = False
 
 
 def one(old: str, new: str, *properties: str, dtype: str = "float32") -> Mutant:
