@@ -20,7 +20,8 @@ class Counts:
     Attributes:
         example: its size in the example.
         of: every size is a multiple of this.
-        low, high: the smallest size above 0, and the largest if there is one.
+        low, high: the smallest size, and the largest if there is one. What is learned never includes 0: a stranger's
+            kernel may refuse empty tensors.
         growth: the power of the size that the reference's work grows with.
         only: the sizes that are accepted, if they follow no rule.
     """
@@ -73,7 +74,7 @@ def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, .
     for name in (*names[1:-1], names[-1], names[0]):
         one = counts[name]
         most = max(one.low, int(left ** (1 / one.growth)))
-        found[name] = wanted[name] if wanted[name] == 0 else one.fit(min(wanted[name], most))
+        found[name] = one.fit(min(wanted[name], most))
         left = max(1, left // max(1, found[name]) ** one.growth)
     return tuple(found[name] for name in names)
 
