@@ -22,10 +22,11 @@ ignore strides, or fail under `torch.compile`. The table shows what a test misse
 
 - **mutants**: the project's own kernels with one change, in most cases a mistake that published kernels have had.
 - **wrong**: implementations whose formulas are right and whose behaviour is wrong.
+- **cheats**: implementations that win a comparison or a timing without doing the work, as published reports describe.
 - **right**: correct implementations that differ in order, tiles, precision or method.
 """
 
-POPULATIONS = ("mutants", "wrong", "right")
+POPULATIONS = ("mutants", "wrong", "cheats", "right")
 
 
 def text(power: Json, peers: Sequence[Json]) -> str:
@@ -50,7 +51,7 @@ def _rejected(power: Json, name: str, population: str, op: str | None = None) ->
 
 
 def _table(power: Json) -> str:
-    rows = ["| oracle | mutants found | wrong found | right rejected |", "|---|---|---|---|"]
+    rows = ["| oracle | mutants found | wrong found | cheats found | right rejected |", "|---|---|---|---|---|"]
     for name in (JUDGE, *(oracle.name for oracle in ORACLES)):
         cells = ["{} of {}".format(*_rejected(power, name, population)) for population in POPULATIONS]
         rows.append(f"| {name} | {' | '.join(cells)} |")
@@ -69,7 +70,7 @@ def _by_operation(power: Json) -> str:
     for op in dict.fromkeys(kernel["op"] for kernel in power["kernels"]):
         cells = []
         for name in names:
-            pairs = [_rejected(power, name, population, op) for population in ("mutants", "wrong")]
+            pairs = [_rejected(power, name, population, op) for population in POPULATIONS[:-1]]
             found, asked = (sum(numbers) for numbers in zip(*pairs, strict=True))
             cells.append(f"{found}/{asked}" if asked else "-")
         rows.append(f"| {op} | {' | '.join(cells)} |")

@@ -10,12 +10,14 @@ from conformance.report import versions
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.specs import specs
+from tests.judge import cheats, wrong, wrong_process
+from tests.judge.contract import WRONG
 from tests.judge.mutants import MUTANTS
 from tests.judge.power.oracles import LIGER, ORACLES
 from tests.judge.right import RIGHT
-from tests.judge.wrong import WRONG
 
 JUDGE = "conformance"
+FILES_OF_WRONG = (cheats, wrong, wrong_process)  # importing them fills WRONG
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Kernel:
     Attributes:
         backend: its dotted path.
         op: its operation.
-        population: "mutants", "wrong" or "right".
+        population: "mutants", "wrong", "cheats" or "right".
         properties: those that may find it, checked before the others; empty for a right kernel.
         dtypes: in which the judge checks it.
     """
@@ -44,7 +46,7 @@ def kernels() -> list[Kernel]:
         for name, (op, mutant) in MUTANTS.items()
     ]
     found += [
-        Kernel(f"tests.judge.wrong.{name}", op, "wrong", properties, (dtype,))
+        Kernel(name, op, "cheats" if ".cheats." in name else "wrong", properties, (dtype,))
         for name, (op, properties, dtype) in WRONG.items()
     ]
     found += [
