@@ -34,8 +34,8 @@ OF_RARE_CASES = {f"tests.judge.mutants.{name}" for name, (_, mutant) in MUTANTS.
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
 # The cases of ci, without spending ten seconds on shrinking each failing one, or one on exploring each kernel.
-BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0.5, explored=0)
-RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0.5)
+BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0, explored=0)
+RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
 # In one dtype for each kernel: these take long, or their findings do not depend on the dtype.
 LONG = ("extents", "layouts", "batch_invariance", "changed_inputs", "honest_results", "process_state")
