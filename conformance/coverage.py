@@ -16,6 +16,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import combinations
@@ -30,6 +31,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance.case import Case
+from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.spec import Options, Spec, accepted_options
 from conformance.trial import Caught, Trial
@@ -293,12 +295,13 @@ def _dry(trial: Trial, case: Case, seen: Seen) -> _Launched:
     """What both passes of a case launch, without running it; nothing if they raise."""
     seen.clear()
     elements = 0
-    with Caught() as caught:
+    variants: frozenset[Variant] = frozenset()
+    with suppress(Failure), Caught():
         inputs = trial.inputs(case)
         elements = sum(tensor.numel() for tensor in inputs.values())
         trial.run(case, inputs)
-    cost = elements / ELEMENTS + (seen.programs if trial.device == "cpu" else 0)
-    return _Launched(case, frozenset() if caught.error else frozenset(seen.variants), cost)
+        variants = frozenset(seen.variants)
+    return _Launched(case, variants, elements / ELEMENTS + (seen.programs if trial.device == "cpu" else 0))
 
 
 def shown(pair: Pair) -> str:

@@ -202,7 +202,7 @@ def _checked(
     turn = list(DTYPES.values()).index(trial.dtype)
     whole = explore(replace(trial, dtype=torch.float32), profile) if trial.dtype != torch.float32 else explored
     whole = whole if whole.pairs else explored
-    covering = whole.cover(len(DTYPES) * (count // 2), profile.examples // 5)[turn :: len(DTYPES)]
+    covering = whole.cover(len(DTYPES) * (3 * count // 4), profile.examples // 5)[turn :: len(DTYPES)]
     failed = attempts.first(covering, whole.smaller)
     return failed or attempts.drawn(trial.cases(profile), profile.settings(count - len(covering)))
 

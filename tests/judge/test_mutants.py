@@ -33,9 +33,10 @@ EXPECTED |= WRONG
 OF_RARE_CASES = {f"tests.judge.mutants.{name}" for name, (_, mutant) in MUTANTS.items() if mutant.rare}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
-# The cases of ci, without spending ten seconds on shrinking each failing one, or one on exploring each kernel.
+# The cases of ci, without shrinking a failing one, and without the second that exploring each kernel takes.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0, explored=0)
-RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0)
+# For what only some cases of a cover show: more of them, in all dtypes, which share them out.
+RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0, examples=40)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
 # In one dtype for each kernel: these take long, or their findings do not depend on the dtype.
 LONG = ("extents", "layouts", "batch_invariance", "changed_inputs", "honest_results", "process_state")
@@ -66,8 +67,9 @@ def of_wrong() -> Results:
     return judged(
         [
             Brief(backend, op, name, dtype, "cpu", RARE.name if backend in OF_RARE_CASES else BRIEF.name)
-            for backend, (op, names, dtype) in EXPECTED.items()
+            for backend, (op, names, own) in EXPECTED.items()
             for name in names
+            for dtype in (DTYPES if backend in OF_RARE_CASES else [own])
         ],
         stop_at_failure=True,
     )

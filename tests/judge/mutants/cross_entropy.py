@@ -68,7 +68,6 @@ TABLE = {
     "scratch_without_the_smoothing": Mutant(
         (("1 + (1 + (options.label_smoothing != 0)) * segments", "1 + segments"),),
         ("guard_writes",),
-        dtype="float16",
         rare=True,
     ),
     "second_derivative_zero": one(*LYING),
