@@ -71,7 +71,7 @@ def _demand_same(trial: Trial, whole: Run, part: Run, rows: torch.Tensor, chosen
             )
 
 
-def _exempt(spec: Spec) -> str | None:
+def _exempt(spec: Spec) -> str:
     undeclared = spec.independent is None and not spec.rowwise
     return "no independent rows or parts are declared" if undeclared else spec.bits_vary
 
