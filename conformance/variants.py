@@ -122,7 +122,8 @@ def _observing(original: Callable[..., Any], run: bool) -> Callable[..., Any]:
             settings, name = _settings(kernel, values), kernel.fn.__name__
             integers = {name: place for place, name in enumerate(kernel.arg_names) if settings.get(name) in _ONE}
             _state.last = name, settings, integers
-            _add(name, settings, prod(grid(values) if callable(grid) else grid))
+            sizes: Any = grid(values) if callable(grid) else grid
+            _add(name, settings, prod(sizes))
             if not run:
                 return None
         return original(kernel, *arguments, grid=grid, warmup=warmup, **options)
@@ -146,8 +147,10 @@ def _settings(kernel: Any, values: Mapping[str, Any]) -> dict[str, str]:
     constants, found, addresses = _constants(kernel.fn), {}, []
     for name, value in values.items():
         if name in constants or name not in kernel.arg_names or value is None:
-            large = isinstance(value, int) and value > 4
-            found[name] = _magnitude(value) if large else getattr(value, "__name__", None) or str(value)
+            if isinstance(value, int) and value > 4:
+                found[name] = _magnitude(value)
+            else:
+                found[name] = getattr(value, "__name__", None) or str(value)
         elif isinstance(value, torch.Tensor):
             found[name] = str(value.dtype).removeprefix("torch.")
             addresses.append((name, value.data_ptr()))
