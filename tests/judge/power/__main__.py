@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from conformance.backends import OPERATIONS
 from tests.judge.power import document, measure
 
 
@@ -31,9 +32,12 @@ def main() -> None:
         text = document.text(_read(arguments.power), [_read(peer) for peer in arguments.peers])
         arguments.to.write_text(text)
     else:
-        found = measure.measure(arguments.ops, arguments.device, arguments.profile, arguments.jobs)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        kernels: list[object] = []
+        for op in arguments.ops or OPERATIONS:  # written after each, so that a stopped run leaves what it found
+            found = measure.measure([op], arguments.device, arguments.profile, arguments.jobs)
+            kernels += found["kernels"]
+            arguments.json.write_text(json.dumps(found | {"kernels": kernels}, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, object]:
