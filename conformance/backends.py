@@ -7,11 +7,14 @@ import pkgutil
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import unsloth_ref.kernels
 import unsloth_ref.training
-from conformance import interpreter
+from conformance import calling, interpreter, operations
+from conformance.declarations import SpecError
+from conformance.operations import PROJECT, Source
 from conformance.peers import PACKAGES, Absent
 from conformance.trial import BackendError, Caught, Function, describe
 
@@ -19,8 +22,6 @@ OPERATIONS = tuple(unsloth_ref.kernels.__all__)
 PIECES = tuple(unsloth_ref.training.__all__)
 PEERS = tuple(PACKAGES)
 NAMES = ("fast", "reference", *PEERS)
-# These have no Triton kernels of their own: on a CPU torch.compile generates C++.
-COMPILED_OR_EAGER = ("reference", *(peer for peer, package in PACKAGES.items() if package is None))
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,22 @@ class Judged:
     Attributes:
         name: from the command line.
         functions: its operations and training pieces by name; those that it does not define are absent.
-        description: its name, and the version and mode of Triton if it runs on Triton.
-        truncates: whether its casts to bfloat16 may truncate, as those of Triton's interpreter do: true if triton is
-            loaded on a CPU, by this backend or before it.
+        description: its name, and the version and mode of Triton if importing it loads Triton.
     """
 
     name: str
     functions: dict[str, Function]
     description: str
-    truncates: bool
 
 
 @cache
-def load(name: str, device: str) -> Judged:
+def load(name: str, device: str, source: Source = PROJECT) -> Judged:
     """Import a backend, once.
 
     Args:
         name: one of NAMES, or a dotted path.
         device: "cpu" selects Triton's interpreter before triton is imported.
+        source: of the operation, if it comes from the command line.
 
     Raises:
         Absent: a peer's package is not installed.
@@ -55,25 +54,43 @@ def load(name: str, device: str) -> Judged:
     """
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    functions = {
-        op: getattr(namespace, op)
-        for namespace in _namespaces(name)
-        for op in (*OPERATIONS, *PIECES)
-        if hasattr(namespace, op)
-    }
+    names = operations.specs(source) if source else (*operations.specs(), *PIECES)
+    functions = (
+        _stranger(name, source)
+        if source
+        else {op: getattr(namespace, op) for namespace in _namespaces(name) for op in names if hasattr(namespace, op)}
+    )
     if not functions:
         error = Absent if name in PEERS else BackendError  # a peer may only have operations that the contract lacks
-        raise error(f"backend: {name} defines no operation; the contract has {', '.join((*OPERATIONS, *PIECES))}")
+        raise error(f"backend: {name} defines no operation; the contract has {', '.join(names)}")
     for op, function in functions.items():
         with Caught() as caught:
             inspect.signature(function)
         if caught.error is not None:
             raise BackendError(f"backend: {name}.{op} is not a function with a signature: {describe(caught.error)}")
-    # Checked by name too, because Dynamo imports triton.
-    interpreted = device == "cpu" and name not in COMPILED_OR_EAGER and "triton" in sys.modules
-    if interpreted:
+    description = name + _triton(device)
+    if device == "cpu" and find_spec("triton"):  # a backend may import it later, in a call
         interpreter.patch_for_speed()
-    return Judged(name, functions, f"{name}{_triton(interpreted)}", interpreted)
+        interpreter.count_launches()
+    return Judged(name, functions, description)
+
+
+def _stranger(name: str, source: Source) -> dict[str, Function]:
+    """The function that a backend has for the one operation of a source: of its name, or the backend itself."""
+    ((op, spec),) = operations.specs(source).items()
+    if name == "reference":
+        return {op: spec.reference}
+    if name in NAMES:
+        raise BackendError(f"backend: got {name}; allowed for {op}: module:function, file.py:function, or reference")
+    with Caught() as caught:
+        found: Any = operations.resolve(name, "--backend")
+        found = getattr(found, op) if hasattr(found, op) else found
+        if not callable(found):
+            raise BackendError(f"backend: {name} is no function and defines no {op}; allowed: module:function")
+        return {op: calling.in_words_of(spec.reference, calling.as_function(found, op))}
+    if isinstance(caught.error, (BackendError, SpecError)):
+        raise BackendError(str(caught.error)) from caught.error
+    raise BackendError(f"backend: {name} cannot be called as {op}: {describe(caught.error)}") from caught.error
 
 
 def _namespaces(name: str) -> list[Any]:
@@ -86,6 +103,10 @@ def _namespaces(name: str) -> list[Any]:
             return [importlib.import_module(f"conformance.peers.{name}")]
         except Absent as absent:
             raise Absent(f"backend: {name} {absent}") from absent
+    if name in (installed := operations.peers()):
+        with Caught(SystemExit) as caught:
+            return [installed[name].load()]
+        raise Absent(f"backend: {name} cannot be imported: {describe(caught.error)}") from caught.error
     with Caught(SystemExit) as caught:
         return [pkgutil.resolve_name(name)]
     allowed = f"{', '.join(NAMES)}, or the dotted path of a module"
@@ -93,8 +114,8 @@ def _namespaces(name: str) -> list[Any]:
     raise BackendError(f"backend: got {name!r}, which cannot be imported ({why}); allowed: {allowed}") from caught.error
 
 
-def _triton(interpreted: bool) -> str:
+def _triton(device: str) -> str:
     """The version of Triton and whether it interprets, in parentheses; empty if triton is not loaded."""
     if "triton" not in sys.modules:
         return ""
-    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if interpreted else ''})"
+    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if device == 'cpu' else ''})"

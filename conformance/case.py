@@ -39,7 +39,7 @@ class Case:
     def __str__(self) -> str:
         """The case in the form that `conformance repro` reads: "rows=4 hidden=129 fill=tiny seed=0"."""
         words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
-        return " ".join(f"{name}={value}" for name, value in words)
+        return " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in words)
 
     def __repr__(self) -> str:
         """The case in the form of a constructor call, for messages."""
@@ -164,6 +164,18 @@ LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# What becomes of a fill in `Draw.tensor`.
+KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "randn": lambda values: values,
+    "zeros": lambda values: values,
+    "ones": lambda values: 1 + 0.5 * values,
+    "rand": lambda values: values.abs() / (1 + values.abs()),
+    "positive": lambda values: values.abs() + 1e-3,
+    "probabilities": lambda values: values.softmax(-1),
+    "log_probabilities": lambda values: values.log_softmax(-1),
+}
+
+
 class Draw:
     """Builds the tensors of one case; passed to a spec's `build`.
 
@@ -195,6 +207,29 @@ class Draw:
         """[..., columns] with the case's fill and layout."""
         return self.place(FILLS[self.case.fill](self._generator(), shape))
 
+    def tensor(self, kind: str, *shape: int, dtype: torch.dtype | None = None, low: int = 0, high: int = 2) -> Tensor:
+        """A tensor of any shape, with the case's fill and layout.
+
+        Args:
+            kind: "randn" takes the case's fill as it is; "ones" lies around 1, as a weight; "rand" is in [0, 1),
+                "positive" above 0; "probabilities" and "log_probabilities" are so along the last dimension; "randint"
+                and "mask" are integers and booleans, whatever the fill.
+            shape: may be empty.
+            dtype: instead of that of the case.
+            low, high: the range of "randint", without `high`; both ends occur.
+        """
+        generator = self._generator()
+        if kind in ("randint", "mask"):
+            values = torch.randint(low, max(high, low + 1), shape, generator=generator, device=generator.device)
+            ends = values.reshape(-1)[:2]
+            ends.copy_(torch.tensor([max(high, low + 1) - 1, low])[: len(ends)])
+            own = dtype or (torch.bool if kind == "mask" else torch.int64)
+            return LAYOUTS[self.case.layout](values.to(own).to(self.device))
+        fill = "randn" if kind == "ones" else self.case.fill
+        values = FILLS[fill](generator, (1,) * (2 - len(shape)) + shape).reshape(shape)
+        values = KINDS[kind](values)
+        return LAYOUTS[self.case.layout](values.to(dtype or self.dtype).to(self.device))
+
     def weight(self, size: int) -> Tensor:
         """[size] around 1, never constant: a weight of ones would hide a wrong index."""
         return self.place(1 + 0.5 * _randn(self._generator(), (size,)))
@@ -205,6 +240,8 @@ class Draw:
 
     def grad_output(self, like: Tensor) -> Tensor:
         """Standard normal in the dtype of an output, contiguous; for a scalar output 1 if the seed is even."""
+        if not like.is_floating_point():
+            return torch.zeros_like(like)  # takes the place of a gradient that does not exist
         if like.ndim == 0 and self.case.seed % 2 == 0:
             return torch.ones_like(like)
         return _randn(self._generator(), tuple(like.shape)).to(like.dtype).to(self.device)

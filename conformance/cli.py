@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
-from conformance.verbs import bench, coverage, fingerprint, listing, repro, run
+from conformance.verbs import bench, coverage, fingerprint, listing, mutate, repro, run, write
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, coverage, bench, fingerprint)
+VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,30 +5,30 @@
     r   the truth: the reference in float64, on the inputs already rounded to the dtype under test
     p   the peer: the reference in the dtype of y, on the same device
     u   the unit roundoff of the dtype of y
-    n   the number of elements that enter a result
-    S   the size of the terms that were added up; |r| if nothing cancels. S = 0 requires the exact value
+
+The spec of the operation declares the error before the last rounding, as terms or as a bound. Its parts `largest`,
+`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, the value must be exact.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
         same.
     G1  Each element:
-            |y - r| <= u |r|  +  roundings u (1 + u) S  +  2 log2(n) 2^-24 S  +  tiny
+            |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
-            ||y - r||     <= 1.5 max(||p - r||, 0.3 u ||r|| + 2^-23 ||S||)
-            max |y - r|   <= 2   max(max |p - r|, u max |r| + 2^-23 max S)
+            ||y - r||     <= 1.5 max(||p - r||, sqrt((0.42 u ||r||)^2 + ||independent||^2) + ||shared||)
+            max |y - r|   <= 2   max(max |p - r|, u max |r| + max independent / 0.42 + max shared)
     G3  Bias, in 16 bits, over at least 1000 random elements:
-            |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / (u max(|r|, S))
+            |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
 
 Derivation
     G1, u |r|: the last rounding, to nearest.
-    G1, roundings u (1 + u) S: the roundings that the contract allows before the last one; `roundings` and S are
-        declared by the spec of the operation (conformance/specs/).
-    G1, 2 log2(n) 2^-24 S: float32 arithmetic. Pairwise summation has an error of at most log2(n) 2^-24 S (Higham 2002,
-        section 4.2), and elementary functions have roundings of their own. The factor 2 allows longer sequential sums.
-    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32; 0 where S = 0.
+    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32; not where
+        `largest` is 0.
     G2, 1.5 and 2: a kernel must be about as accurate as plain PyTorch.
-    G2, floors: a peer that happens to be exact must not make the gate impossible to pass. 2^-23 S is four float32
-        roundings that a whole row shares (a mean, a root, a reciprocal, a product), which do not average out.
+    G2, floors: the contract allows roundings that plain PyTorch happens not to make: it may be exact, or round fewer
+        terms before their sum, than another right kernel. A floor is the error of a kernel that makes all of them. The
+        root mean square of the last rounding, 0.42 u |r|, and of the independent ones before it add as squares; float32
+        roundings that a whole row shares do not average out. A single rounding may reach u |r|, and independent / 0.42.
     G2, row factors: a rounding that the contract allows may be shared by a row too. If a row is a multiple of one
         number, as a gradient through a single logit is, that rounding scales the whole row, and its sign is chance. A
         result that fails G2 is therefore judged again without the factor of each row, removed from both errors, as far
@@ -46,11 +46,13 @@ bfloat16, u is 2^-7, twice the usual value, and G2 and G3 are skipped, because t
 import math
 import sys
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-UNIT_FLOAT32 = 2.0**-24
+from conformance.bounds import ROUNDING_RMS, Arithmetic, unit_roundoff
+
 G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
 G2_SAMPLE = 2**16  # elements among which distinct values are counted
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
@@ -66,28 +68,45 @@ class Failure(Exception):
         self.used = used
 
 
+class Allowance(Protocol):
+    """What Terms, Bound and a measured Response say of an error; see conformance/bounds.py."""
+
+    def largest(self, how: Arithmetic) -> Tensor:
+        """No correct result exceeds it."""
+        ...
+
+    def independent(self, how: Arithmetic) -> Tensor:
+        """Root mean square of the roundings that differ from element to element."""
+        ...
+
+    def shared(self) -> Tensor:
+        """Roundings that a whole row may share."""
+        ...
+
+    def scale(self, how: Arithmetic) -> Tensor:
+        """The unit of a mean error."""
+        ...
+
+
 @dataclass(frozen=True)
 class ErrorModel:
     """What the gates need besides y, r and p.
 
     Attributes:
-        terms: S, broadcastable to r, float64.
+        error: terms of y or a bound of its error before the last rounding, broadcastable to r, float64.
         elements: n.
         roundings: roundings to the dtype of y that the contract allows before the last one.
         random: whether the elements differ, so that their rounding errors can be expected to cancel.
         truncates: whether casts to bfloat16 truncate (Triton's interpreter).
+        jumps: elements at a discontinuity, which are no part of the statistics of G2 and G3.
     """
 
-    terms: Tensor
+    error: Allowance
     elements: int
     roundings: int
     random: bool = True
     truncates: bool = False
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of rounding to nearest."""
-    return torch.finfo(dtype).eps / 2
+    jumps: Tensor | None = None
 
 
 def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> float:
@@ -98,7 +117,7 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
         y: the judged tensor.
         r: the truth, float64, on the device of y.
         p: the peer, in the dtype that y must have.
-        model: terms, elements and roundings.
+        model: what y may be off by.
 
     Returns:
         The budget use: the largest measured / allowed over all gates, at most 1.
@@ -110,33 +129,70 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     finite = r.isfinite() & y.isfinite()
     if not finite.any():
         return 0.0
-    truncates = model.truncates and y.dtype == torch.bfloat16
-    unit = unit_roundoff(y.dtype) * (2 if truncates else 1)
+    unit = unit_roundoff(y.dtype, model.truncates)
+    how = Arithmetic(unit, model.roundings, model.elements)
     all_finite = bool(finite.all())
 
     def selected(tensor: Tensor) -> Tensor:
+        tensor = tensor.expand(r.shape)
         return tensor.reshape(-1) if all_finite else tensor[finite]  # a copy of 2^29 elements would take 4 GiB
 
-    wide, truth, terms = selected(y).double(), selected(r), selected(model.terms.expand(r.shape))
-    peer = selected(torch.where(p.isfinite(), p.double(), r))
-    used = _componentwise(name, wide, truth, terms, unit, model, y.dtype, finite)
-    if not truncates:
-        error, peer_error = wide - truth, peer - truth
-        try:
-            against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
-        except Failure:
-            if not model.roundings:
-                raise
-            row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
-            most = model.roundings * unit
-            error = _without_factor(error, truth, row, most)
-            peer_error = _without_factor(peer_error, truth, row, most)
-            against_peer = _against_peer(name, error, peer_error, truth, terms, unit)
-        used = max(used, against_peer)
-        del error, peer_error
-        if y.dtype != torch.float32 and model.random:
-            used = max(used, _bias(name, selected(y), truth, peer, terms, unit))
+    def allowed(error: Tensor) -> Tensor:
+        return selected(error.nan_to_num(posinf=0.0))
+
+    wide, truth, peer = selected(y).double(), selected(r), selected(torch.where(p.isfinite(), p.double(), r))
+    used = _componentwise(name, wide, truth, allowed(model.error.largest(how)), unit, y.dtype, finite)
+    if model.truncates and y.dtype == torch.bfloat16:
+        return used
+    judged = selected(y)
+    independent, shared, scale = (
+        allowed(error) for error in (model.error.independent(how), model.error.shared(), model.error.scale(how))
+    )
+    if model.jumps is not None and bool(model.jumps.any()):
+        steady = ~selected(model.jumps)
+        wide, truth, peer, judged = (tensor[steady] for tensor in (wide, truth, peer, judged))
+        independent, shared, scale = (tensor[steady] for tensor in (independent, shared, scale))
+        finite = finite & ~model.jumps
+        if not len(truth):
+            return used
+    floors = _floors(truth, independent, shared, unit)
+    error, peer_error = wide - truth, peer - truth
+    try:
+        against_peer = _against_peer(name, error, peer_error, truth, floors)
+    except Failure:
+        if not model.roundings:
+            raise
+        row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
+        most = model.roundings * unit
+        error, peer_error = (_without_factor(one, truth, row, most) for one in (error, peer_error))
+        against_peer = _against_peer(name, error, peer_error, truth, floors)
+    used = max(used, against_peer)
+    del error, peer_error
+    if y.dtype != torch.float32 and model.random:
+        used = max(used, _bias(name, judged, truth, peer, scale, unit))
     return used
+
+
+def judge_exact(name: str, y: Tensor, r: Tensor, p: Tensor, flips: Tensor, lowest: float, highest: float) -> None:
+    """Compare integers and booleans: each must be that of the truth or of the peer.
+
+    Where a rounding changes the reference's result (`flips`: a tie, a threshold), any value from `lowest` to `highest`
+    is accepted.
+
+    Raises:
+        Failure: shape, dtype or an element differs.
+    """
+    if y.shape != p.shape or y.dtype != p.dtype:
+        seen, right = (f"{t.dtype} of shape {list(t.shape)}" for t in (y, p))
+        raise Failure(f"gate G0: {name} is {seen}, should be {right}")
+    wrong = (y != p) & (y != r)
+    wrong &= ~flips | (y < lowest) | (y > highest)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise Failure(
+            f"gate G0: {name} is {y[index].item()} at index {index}, should be {p[index].item()}\n"
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
+        )
 
 
 def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
@@ -159,12 +215,10 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
 
 
 def _componentwise(
-    name: str, y: Tensor, r: Tensor, terms: Tensor, unit: float, model: ErrorModel, dtype: torch.dtype, finite: Tensor
+    name: str, y: Tensor, r: Tensor, before: Tensor, unit: float, dtype: torch.dtype, finite: Tensor
 ) -> float:
     tiny = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
-    depth = max(1.0, math.log2(max(model.elements, 1)))
-    allowed = unit * r.abs() + (model.roundings * unit * (1 + unit) + 2 * depth * UNIT_FLOAT32) * terms
-    allowed += tiny * (terms > 0)
+    allowed = unit * r.abs() + before + tiny * (before > 0)
     error = (y - r).abs()
     ratio = torch.where(error == 0, 0.0, error / allowed)
     worst = int(ratio.argmax())
@@ -187,7 +241,14 @@ def _without_factor(error: Tensor, r: Tensor, row: Tensor, most: float) -> Tenso
     return error - factor[row] * r
 
 
-def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms: Tensor, unit: float) -> float:
+def _floors(r: Tensor, independent: Tensor, shared: Tensor, unit: float) -> tuple[float, float]:
+    """The root mean square and the largest error that G2 allows before it multiplies, whatever the peer's."""
+    root = (ROUNDING_RMS * unit * r.norm()).hypot(independent.norm()) + shared.norm()
+    largest = unit * r.abs().max() + independent.max() / ROUNDING_RMS + shared.max()
+    return float(root), float(largest)
+
+
+def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, floors: tuple[float, float]) -> float:
     square = r.square().sum()
     # The effective number of elements: a norm that a few large ones dominate is no statistic.
     if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
@@ -197,13 +258,11 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
     if all(values[::every].float().unique().numel() < G2_ELEMENTS for values in (r, error)):
         return 0.0
     rms, peer_rms = float(error.norm()), float(peer_error.norm())
-    rms_floor = float(0.3 * unit * r.norm() + 2 * UNIT_FLOAT32 * terms.norm())
     largest, peer_largest = float(error.abs().max()), float(peer_error.abs().max())
-    largest_floor = float(unit * r.abs().max() + 2 * UNIT_FLOAT32 * terms.max())
     used = 0.0
     for which, factor, measured, other, floor in (
-        ("root mean square", G2_RMS, rms, peer_rms, rms_floor),
-        ("largest", G2_MAX, largest, peer_largest, largest_floor),
+        ("root mean square", G2_RMS, rms, peer_rms, floors[0]),
+        ("largest", G2_MAX, largest, peer_largest, floors[1]),
     ):
         allowed = factor * max(other, floor)
         used = max(used, measured / allowed)
@@ -217,14 +276,14 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, terms
     return used
 
 
-def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, terms: Tensor, unit: float) -> float:
+def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, least: Tensor, unit: float) -> float:
     smallest = torch.finfo(y.dtype).smallest_normal
     sums, peer_sums, counts = (r.new_zeros(2**16) for _ in range(3))  # one entry per value that 16 bits can represent
-    slices = zip(*(tensor.split(SLICE_ELEMENTS) for tensor in (y, r, p, terms)), strict=True)
-    for y, r, p, terms in slices:
+    slices = zip(*(tensor.split(SLICE_ELEMENTS) for tensor in (y, r, p, least)), strict=True)
+    for y, r, p, least in slices:
         normal = r.abs() >= smallest
         value = y.view(torch.int16)[normal].int() + 2**15
-        scale = r.sign() / (unit * torch.maximum(r.abs(), terms))
+        scale = r.sign() / torch.maximum(unit * r.abs(), least)
         for total, one in ((sums, y), (peer_sums, p)):
             total.index_add_(0, value, ((one.double() - r) * scale)[normal])
         counts += value.bincount(minlength=2**16)

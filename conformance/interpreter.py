@@ -1,21 +1,74 @@
-"""A monkeypatch that makes Triton's interpreter faster on a CPU, without changing what it computes.
+"""Triton's interpreter, which runs kernels on a CPU: did it run one, and monkeypatches that make it faster.
 
-`patch_for_speed` replaces two private functions of `triton.runtime.interpreter`, for the whole process:
+The interpreter truncates float32 to bfloat16, so the gates must know which results it computed. `count_launches`
+patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
+tells whether that happened in a block of code. What a module imports makes no difference.
+
+`patch_for_speed` replaces two private functions of the same module, without changing what it computes:
 
     _patch_lang      Triton replaces the functions of `triton.language` by interpreted ones at every call of a device
                      function, although the launch has already done so. `_OncePerLaunch` skips the repetitions.
     _get_np_dtype    Triton builds a table of all dtypes at every lookup. `_Memoised` keeps the results.
 
-These repetitions take two fifths of the time of the project's kernels in the interpreter. `conformance.backends.load`
-applies the patch whenever a backend runs on a CPU with Triton loaded, other people's kernels included. A version of
-Triton that lacks one of these functions stays as it is there.
+These repetitions take two fifths of the time of the project's kernels in the interpreter. A version of Triton that
+lacks one of these functions stays as it is there.
+
+`conformance.backends.load` applies both on a CPU, for the whole process, to other people's kernels too.
 """
+
+from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from inspect import ismodule
-from typing import Any
+from typing import Any, ClassVar
+
+
+class Interpreted:
+    """After a `with` block, true if the interpreter ran a kernel in it.
+
+    Attributes:
+        launches: kernels that the interpreter has run in this process.
+    """
+
+    launches: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self._before = self._after = 0
+
+    def __enter__(self) -> Interpreted:
+        """Start counting."""
+        self._before = Interpreted.launches
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop counting."""
+        self._after = Interpreted.launches
+
+    def __bool__(self) -> bool:
+        """Whether a kernel ran."""
+        return self._after > self._before
+
+
+@cache
+def count_launches() -> None:
+    """Count the kernels that the interpreter runs from now on, once per process; imports triton.
+
+    Raises:
+        ImportError: triton is not installed.
+        AttributeError: this version of Triton runs kernels in another way, which would be taken for no kernel at all.
+    """
+    executor: Any = importlib.import_module("triton.runtime.interpreter").GridExecutor
+    run_grid = executor.__call__
+
+    @wraps(run_grid)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        Interpreted.launches += 1
+        return run_grid(self, *args, **kwargs)
+
+    executor.__call__ = counted
 
 
 @cache

@@ -147,6 +147,9 @@ class PieceTrial:
         """The strategy that draws cases."""
         return self.spec.draw(profile.elements)
 
+    def refused(self, case: Any) -> None:
+        """No case is refused."""
+
 
 def _simplest(piece: Piece, profile: Profile) -> list[PieceCase]:
     """The case for properties of the function itself."""

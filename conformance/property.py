@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from conformance.profiles import Profile
 
 # The trial is a Trial or a PieceTrial, the case a Case or a PieceCase, the declaration a Spec or a Piece.
 Check = Callable[[Any, Any], float | None]
 Cases = Callable[[Any, Profile], Sequence[Any]]
-Need = Literal["cuda", "gigabytes"]
+Exempt = Callable[[Any], str]
+Need = Literal["cuda", "two devices", "gigabytes", "gradients", "rows", "a copy"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Property:
             error budget that was used, or None if the property has no budget.
         cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
         share: fraction of the profile's examples to draw.
-        needs: "cuda" skips the property on a CPU; "gigabytes" keeps the runner from running two such tasks at once.
+        needs: "cuda" skips the property on a CPU, "two devices" with fewer GPUs; "gigabytes" keeps the runner from
+            running two such tasks at once; "gradients" and "rows" skip it for operations that have none, "a copy" for
+            those that work in place.
+        exempt: returns why a declaration promises nothing about the property; empty if it does.
     """
 
     name: str
@@ -35,14 +41,21 @@ class Property:
     cases: Cases | None = None
     share: float = 1.0
     needs: Sequence[Need] = ()
+    exempt: Exempt = lambda declaration: ""
 
     @classmethod
     def of_file(
-        cls, check: Check, *, cases: Cases | None = None, share: float = 1.0, needs: Sequence[Need] = ()
+        cls,
+        check: Check,
+        *,
+        cases: Cases | None = None,
+        share: float = 1.0,
+        needs: Sequence[Need] = (),
+        exempt: Exempt = lambda declaration: "",
     ) -> Property:
         """The property that a file states: named as the file, with the first line of its docstring."""
         statement = _first_line(sys.modules[check.__module__].__doc__)
-        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs)
+        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs, exempt)
 
     @classmethod
     def of_function(cls, check: Check, *, cases: Cases | None = None, share: float = 1.0) -> Property:
@@ -51,7 +64,23 @@ class Property:
 
     def lacks(self, device: str) -> str | None:
         """Why the property cannot be checked on a device ("cpu" or "cuda"); None if it can."""
-        return "needs CUDA" if "cuda" in self.needs and device != "cuda" else None
+        if "cuda" in self.needs and device != "cuda":
+            return "needs CUDA"
+        if "two devices" in self.needs and (device != "cuda" or torch.cuda.device_count() < 2):
+            return "needs two CUDA devices"
+        return None
+
+    def skipped(self, trial: Any) -> str | None:
+        """Why the property is not checked for a trial, on its device and of its declaration; None if it is."""
+        if why := self.lacks(trial.device):
+            return why
+        if "gradients" in self.needs and not trial.spec.grads:
+            return "the operation has no gradients"
+        if "rows" in self.needs and not trial.spec.rowwise:
+            return "no input is declared to have independent rows"
+        if "a copy" in self.needs and trial.spec.in_place:
+            return "the operation works in place"
+        return self.exempt(trial.spec) or getattr(trial.spec, "lacks", {}).get(self.name)
 
 
 def _first_line(text: str | None) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -17,19 +18,59 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conformance import operations
 from conformance.backends import OPERATIONS, PIECES, Judged
+from conformance.case import Case
+from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
 from conformance.runner import Task
 from conformance.search import Result
+from conformance.spec import Spec
 
-NAME_WIDTH, CELL_WIDTH = 1 + max(map(len, (*OPERATIONS, *PIECES))), 17
+CELL_WIDTH = 17
+# What each gate asks, for readers of a failure; conformance/gates.py derives them.
+GATES = {
+    "gate G0": "shape and dtype, and NaN, infinity and integers must be where the reference has them",
+    "gate G1": "no element may be further from the reference in float64 than rounding explains",
+    "gate G2": "all elements together must be about as accurate as the reference run in the same dtype",
+    "gate G3": "rounding errors must not lean to one side",
+}
 
 
-def heading(judged: Judged, device: str, profile: str) -> str:
-    """One line: the backend, the reference, the versions and device, the profile."""
+def name_width(names: Iterable[str]) -> int:
+    """The width of a column of names."""
+    return 1 + max(map(len, (*names, *OPERATIONS, *PIECES)))
+
+
+def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT) -> str:
+    """One line: the backend, the reference, the versions and device, the profile; then what is known of a stranger."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     version = torch.__version__.split("+")[0]
-    return f"backend {judged.description} against reference, torch {version}{where}, profile {profile}"
+    reference = source.reference or source.spec or "reference"
+    line = f"backend {judged.description} against {reference}, torch {version}{where}, profile {profile}"
+    if not source:
+        return line
+    return "\n".join([line, *(learned(spec) for spec in operations.specs(source).values())])
+
+
+def learned(spec: Spec) -> str:
+    """What the judge draws for an operation from the command line, in a few lines."""
+    case = Case(tuple((name, getattr(size, "example", 1)) for name, size in spec.drawing.sizes.items()))
+    always = spec.drawing.required(case)
+    lines = {
+        "sizes": ", ".join(
+            f"{name} {count}" for name, count in spec.drawing.sizes.items() if hasattr(count, "example")
+        ),
+        "options": ", ".join(
+            [
+                *(f"{name} {', '.join(map(str, values))}" for name, values in spec.drawing.options.items()),
+                *(f"{name} {value}" for name, value in always.items() if name not in spec.drawing.options),
+            ]
+        ),
+        "outputs": ", ".join(spec.outputs),
+        "gradients": ", ".join(spec.grads) or "none",
+    }
+    return "\n".join(f"  {what:<10} {text}" for what, text in lines.items() if text)
 
 
 class Table:
@@ -38,6 +79,7 @@ class Table:
     def __init__(self, tasks: Sequence[Task], ops: Sequence[str], dtypes: Sequence[str]) -> None:
         """One row per name in `ops`, printed in any order; one column per dtype."""
         self._left, self._ops, self._dtypes = Counter(task.op for task in tasks), list(ops), dtypes
+        self._width = name_width(ops)
         self._results: dict[str, list[Result]] = {op: [] for op in ops}
         columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
@@ -46,7 +88,7 @@ class Table:
     def __enter__(self) -> Table:
         """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(f"{'% of error budget':<{NAME_WIDTH}}{dtypes}{'properties':<13}{'coverage':<15}cases")
+        self._print(f"{'% of error budget':<{self._width}}{dtypes}{'properties':<13}{'coverage':<15}cases")
         self._bar.start()
         return self
 
@@ -72,15 +114,15 @@ class Table:
         results = [result for result in self._results[op] if result.verdict != "skip"]
         if not results:
             why = "every property skipped" if self._results[op] else "not defined by this backend"
-            return f"{op:<{NAME_WIDTH}}-  {why}"
+            return f"{op:<{self._width}}-  {why}"
         if results[0].dtype is None:
             cells = f"{_cell(results):<{CELL_WIDTH * len(self._dtypes)}}"
         else:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         properties = {result.property for result in results}
-        passed = properties - {result.property for result in results if result.verdict == "fail"}
+        passed = properties - {result.property for result in results if result.verdict != "pass"}
         cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
-        return f"{op:<{NAME_WIDTH}}{cells}{f'{len(passed)}/{len(properties)}':<13}{_coverage(results):<15}{cases}"
+        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{_coverage(results):<15}{cases}"
 
 
 def _coverage(results: Sequence[Result]) -> str:
@@ -95,31 +137,37 @@ def _coverage(results: Sequence[Result]) -> str:
 
 
 def _cell(results: Sequence[Result]) -> str:
-    used = [result.budget_use for result in results if result.budget_use is not None]
+    used = [result.budget_use for result in results if result.budget_use is not None and result.verdict != "xfail"]
     percent = f"{100 * max(used):.3g} %" if used else ""
-    verdict = "FAIL" if any(result.verdict == "fail" for result in results) else "ok"
+    verdicts = {result.verdict for result in results}
+    verdict = "FAIL" if "fail" in verdicts else "known " if "xfail" in verdicts else "ok"
     return f"{verdict:<5}{percent}"
 
 
-def failures(results: Sequence[Result], backend: str, device: str) -> str:
+def failures(results: Sequence[Result], backend: str, device: str, source: Source = PROJECT) -> str:
     """Every failure with its message, its smallest case and the command that reproduces it."""
     paragraphs = []
     for result in results:
         if result.verdict != "fail":
             continue
         first, *rest = (result.message or "").split("\n")
-        where = f" --backend {backend}" * (backend != "fast") + f" --device {device}"
+        where = "".join(f" {shlex.quote(word)}" for word in source.words())
+        where += f" --backend {backend}" * (backend != "fast") + f" --device {device}"
         dtype = (result.dtype,) if result.dtype else ()
         line = " ".join((result.op, *dtype, result.property, str(result.case)))
         again = [
             f"  smallest case: {result.case}",
-            f"  reproduce:     python -m conformance repro{where} '{line}'",
+            f"  reproduce:     python -m conformance repro{where} {shlex.quote(line)}",
         ]
+        asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]
+        holds = PROPERTIES[result.property].statement if result.property in PROPERTIES else None
         paragraphs.append(
             "\n".join(
                 [
                     f"FAIL {' / '.join((result.op, result.property, *dtype))}: {first}",
                     *(f"  {text}" for text in rest),
+                    *asks,
+                    *([f"  must hold:     {holds}"] if holds else ()),
                     *(again if result.case else ()),
                 ]
             )
@@ -128,14 +176,27 @@ def failures(results: Sequence[Result], backend: str, device: str) -> str:
 
 
 def closing(results: Sequence[Result]) -> str:
-    """One line: how many checks failed."""
+    """One line: how many checks failed, and before it each failure that was expected."""
+    known = [result for result in results if result.verdict == "xfail"]
+    lines = [
+        f"known {' / '.join((result.op, result.property, *((result.dtype,) if result.dtype else ())))}:"
+        f" {(result.message or '').partition(chr(10))[0].removeprefix('expected: ')}"
+        for result in known
+    ]
     run = [result for result in results if result.verdict != "skip"]
     failed = sum(result.verdict == "fail" for result in run)
     skipped = len(results) - len(run)
-    return f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
+    line = f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
+    return "\n".join([*lines, line + (f", {len(known)} known deviations" if known else "")])
 
 
-def write_json(path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str) -> None:
+def _all_names(source: Source) -> list[str]:
+    return [*operations.specs(source), *(() if source else PIECES)]
+
+
+def write_json(
+    path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str, source: Source = PROJECT
+) -> None:
     """Write the results as JSON."""
     meta = {
         "versions": versions(),
@@ -144,7 +205,7 @@ def write_json(path: Path, results: Sequence[Result], judged: Judged, device: st
         "backend": judged.name,
         "profile": profile,
         "commit": commit(),
-        "not_defined": [op for op in (*OPERATIONS, *PIECES) if op not in judged.functions],
+        "not_defined": [op for op in _all_names(source) if op not in judged.functions],
     }
     path.write_text(
         json.dumps({"meta": meta, "results": [result.as_dict() for result in results]}, indent=1, allow_nan=False)

@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 
-from conformance import backends
+from conformance import backends, operations
+from conformance.operations import PROJECT, Source
 from conformance.piece import PieceTrial
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
 from conformance.search import DTYPES, AnyCase, AnyTrial, Result, reproduce, search
-from conformance.specs import specs
 from conformance.trial import Trial
 
 CASE_TIMEOUT_SECONDS = 300  # compiling for one case takes under 60
@@ -37,6 +38,7 @@ class Task:
     device: str
     profile: str = "ci"
     case: AnyCase | None = None  # check only this one
+    source: Source = PROJECT  # of the operation
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run in this process."""
@@ -46,12 +48,13 @@ class Task:
         return search(trial, prop, PROFILES[self.profile], self.dtype, notify)
 
     def _trial_and_property(self) -> tuple[AnyTrial, Property]:
-        judged = backends.load(self.backend, self.device)
+        operations.install_properties()
+        judged = backends.load(self.backend, self.device, self.source)
         function = judged.functions[self.op]
         if self.dtype is None:
             piece = pieces()[self.op]
             return PieceTrial(piece, function, self.device), piece.properties[self.property]
-        trial = Trial(specs()[self.op], function, DTYPES[self.dtype], self.device, judged.truncates)
+        trial = Trial(operations.specs(self.source)[self.op], function, DTYPES[self.dtype], self.device)
         return trial, PROPERTIES[self.property]
 
 
@@ -65,6 +68,8 @@ class _Worker:
     case: str = ""
     last_message: float = 0.0  # when it arrived
     timed_out: bool = False
+    timeout: float = CASE_TIMEOUT_SECONDS
+    preload: Sequence[str] | None = None
 
 
 def run(
@@ -73,6 +78,8 @@ def run(
     *,
     jobs: int | None = None,
     stop_at_failure: bool = False,
+    timeout: float = CASE_TIMEOUT_SECONDS,
+    preload: Sequence[str] | None = None,
 ) -> list[tuple[Task, Result]]:
     """Run tasks in worker processes.
 
@@ -81,13 +88,15 @@ def run(
         on_result: called with each result when it arrives.
         jobs: number of processes; by default one per core, at most 4.
         stop_at_failure: after a failure, skip the remaining tasks of the same backend and operation.
+        timeout: seconds that a case may take.
+        preload: modules that one server process imports. Then every task has a process of its own, forked from it.
 
     Returns:
         The results, in the order of the tasks.
     """
     queue, done, failed = list(tasks), {}, set()
     order = {task: index for index, task in enumerate(queue)}
-    workers = [_start() for _ in range(min(jobs or min(os.cpu_count() or 1, 4), len(queue)))]
+    workers = [_start(timeout, preload) for _ in range(min(jobs or min(os.cpu_count() or 1, 4), len(queue)))]
     try:
         idle = deque(workers)
         while queue or any(worker.task for worker in workers):
@@ -108,7 +117,8 @@ def run(
                 if result.verdict == "fail":
                     failed.add((task.backend, task.op))
                 # A failure may have broken the CUDA context of the process: an illegal access outlives the launch.
-                if not worker.process.is_alive() or (task.device == "cuda" and result.verdict == "fail"):
+                used_up = preload is not None or (task.device == "cuda" and result.verdict == "fail")
+                if used_up or not worker.process.is_alive():
                     worker = _replaced(workers, worker)
                 worker.task = None
                 idle.append(worker)
@@ -127,22 +137,24 @@ def _is_large(task: Task) -> bool:
     return task.property in PROPERTIES and "gigabytes" in PROPERTIES[task.property].needs
 
 
-def _start() -> _Worker:
+def _start(timeout: float, preload: Sequence[str] | None) -> _Worker:
     # Triton's interpreter multiplies matrices with NumPy, whose threads in several processes wait for each other: the
     # cases of packed_attention took 1.35 times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn" if preload is None else "forkserver")
+    if preload is not None:
+        context.set_forkserver_preload(list(preload))
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours, last_message=time.monotonic())
+    return _Worker(process, ours, last_message=time.monotonic(), timeout=timeout, preload=preload)
 
 
 def _replaced(workers: list[_Worker], worker: _Worker) -> _Worker:
     """Stop this worker and start a new one in its place."""
     _end([worker])
-    workers[workers.index(worker)] = new = _start()
+    workers[workers.index(worker)] = new = _start(worker.timeout, worker.preload)
     return new
 
 
@@ -186,7 +198,7 @@ def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
     for worker in pipes.values():
         if worker in ready:
             worker.last_message = time.monotonic()
-        elif time.monotonic() - worker.last_message > CASE_TIMEOUT_SECONDS:
+        elif time.monotonic() - worker.last_message > worker.timeout:
             worker.timed_out = True
             worker.process.kill()
     return ready
@@ -209,7 +221,7 @@ def _death(worker: _Worker) -> Result:
     code, task = worker.process.exitcode or 0, worker.task
     assert task is not None
     if worker.timed_out:
-        how = f"no result in {CASE_TIMEOUT_SECONDS} s: the process was stopped"
+        how = f"no result in {worker.timeout:g} s: the process was stopped"
     elif code < 0:
         name = signal.Signals(-code).name
         how = f"the process died ({name}): it accessed memory outside the tensors, or it was killed"

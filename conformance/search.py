@@ -35,7 +35,7 @@ class Result:
 
     Attributes:
         dtype: the dtype's name; None for a piece.
-        verdict: "pass", "fail" or "skip".
+        verdict: "pass", "fail" or "skip"; "xfail" for a failure that is declared, see conformance/deviations.py.
         budget_use: largest fraction of the error budget used; None if the property has no budget.
         examples: number of cases run.
         case: the smallest failing case, in the form that `conformance repro` reads.
@@ -46,7 +46,7 @@ class Result:
     op: str
     property: str
     dtype: str | None
-    verdict: Literal["pass", "fail", "skip"]
+    verdict: Literal["pass", "fail", "skip", "xfail"]
     budget_use: float | None = None
     examples: int = 0
     case: str | None = None
@@ -71,6 +71,7 @@ class _Attempts:
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
+        self._refused = ""
 
     def first(self, cases: Iterable[AnyCase], smaller: Callable[[Any], Iterable[AnyCase]]) -> Result | None:
         """Check these cases in turn; simplify the first one that fails. None if all pass."""
@@ -118,6 +119,8 @@ class _Attempts:
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
         who = self._trial.spec.op, self._property.name, self._dtype
+        if failure is None and self._refused and not self._count:
+            return Result(*who, "skip", message=f"the reference refuses every case: {self._refused}")
         if failure is None:
             return Result(*who, "pass", self._used, self._count)
         return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
@@ -125,6 +128,9 @@ class _Attempts:
     def _attempt(self, case: AnyCase) -> None:
         if case not in self._failed and time.monotonic() > self._deadline:
             return  # time for shrinking is over: only cases known to fail still fail
+        if (why := self._trial.refused(case)) is not None:
+            self._refused = why
+            return
         self._count += 1
         self._notify(str(case))
         failure = self._failed.get(case) or self._check(case)
@@ -171,7 +177,7 @@ def search(
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
     """
-    if why := prop.lacks(trial.device):
+    if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
     explored = explore(trial, profile) if isinstance(trial, Trial) and profile.explored else None
@@ -203,6 +209,6 @@ def _checked(
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:
     """Check one case."""
-    if why := prop.lacks(trial.device):
+    if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     return _Attempts(trial, prop, dtype, 0.0, lambda case: None).over([case])

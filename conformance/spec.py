@@ -6,7 +6,7 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, log2, nan
+from math import inf, nan
 from numbers import Number
 from typing import Any
 
@@ -15,11 +15,9 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conformance.bounds import Bound, Terms, unit_roundoff
 from conformance.case import Case, Draw
-from conformance.gates import UNIT_FLOAT32
-
-Inputs = dict[str, Tensor]
-Options = dict[str, Any]
+from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)
@@ -70,31 +68,42 @@ class ErrorCase:
 
 @dataclass(frozen=True)
 class Call:
-    """One call, the argument of a spec's `terms`. All floating-point tensors are float64.
+    """One call, the argument of a spec's `terms` and `bounds`. All floating-point tensors are float64.
 
     Attributes:
         inputs: by name.
         options: keywords whose value is not the default.
         grad_outputs: one per output; empty if only the forward pass is judged.
-        smallest: smallest normal number of the dtype under test; errors of smaller numbers are absolute.
-        unit: unit roundoff of the dtype under test. A term times 2^-24 / unit allows it one rounding to float32.
+        dtype: under test.
+        truncates: whether Triton's interpreter, which truncates to bfloat16, computed the result.
     """
 
     inputs: Inputs
     options: Options
     grad_outputs: Sequence[Tensor]
-    smallest: float
-    unit: float
+    dtype: torch.dtype
+    truncates: bool = False
+
+    def wide(self, *names: str) -> bool:
+        """Whether one of these inputs has more bits than the dtype under test, which has 16."""
+        return self.dtype != torch.float32 and any(
+            not torch.equal(self.inputs[name].to(self.dtype).double(), self.inputs[name]) for name in names
+        )
 
     @property
-    def float32_error(self) -> float:
-        """Relative error that gate G1 allows float32 arithmetic in a term: 2 log2(n) 2^-24."""
-        elements = max(1, *(tensor.numel() for tensor in self.inputs.values()))
-        return 2 * max(1.0, log2(elements)) * UNIT_FLOAT32
+    def unit(self) -> float:
+        """Largest relative error of a cast to the dtype. A term times 2^-24 / unit allows it a rounding to float32."""
+        return unit_roundoff(self.dtype, self.truncates)
 
-    def terms_of(self, error: Tensor, roundings: int, unit: float) -> Tensor:
-        """S for which gate G1 allows this error in a result with this unit roundoff and number of roundings."""
-        return error / (roundings * unit + self.float32_error)
+    @property
+    def smallest(self) -> float:
+        """Smallest normal number of the dtype; errors of smaller numbers are absolute."""
+        return torch.finfo(self.dtype).smallest_normal
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the largest input."""
+        return max(1, *(tensor.numel() for tensor in self.inputs.values()))
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Drawing:
         required: arguments that have no default and are not inputs, as keywords, from a case.
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
+        partial: whether the reference refuses some cases with an error; these are skipped.
         counts: dimensions of which a call may have very many; by default the one that counts rows.
     """
 
@@ -119,23 +129,34 @@ class Drawing:
     required: Callable[[Case], Options] = lambda case: {}
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
+    partial: bool = False
     counts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The error that a correct kernel may make; the formulas are in conformance/gates.py.
+    """The error that a correct kernel may make before its last rounding; the formulas are in conformance/bounds.py.
 
     Attributes:
         roundings: roundings to the dtype of an output or gradient that a correct kernel may make before the last one.
-        terms: S, the size of the terms added up, for each output or gradient that cancels; for others S = |r|.
+        terms: the terms of each output or gradient that cancels, or the sum of their sizes alone; for others |r|.
+        bounds: bound of the error of an output or gradient, in place of terms.
         truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
             in float64; the reference by default.
     """
 
-    roundings: int
-    terms: Mapping[str, Callable[[Call], Tensor]] = field(default_factory=dict)
+    roundings: int = 0
+    terms: Mapping[str, Callable[[Call], Tensor | Terms]] = field(default_factory=dict)
+    bounds: Mapping[str, Callable[[Call], Bound]] = field(default_factory=dict)
     truth: Callable[..., Any] | None = None
+    measured: bool = False
+
+    def error(self, key: str, call: Call, r: Tensor) -> Terms | Bound:
+        """What is declared for an output or gradient with the truth r."""
+        if key in self.bounds:
+            return self.bounds[key](call)
+        terms = self.terms[key](call) if key in self.terms else r.abs()
+        return terms if isinstance(terms, Terms) else Terms(terms)
 
 
 @dataclass(frozen=True)
@@ -166,8 +187,14 @@ class Spec:
         outputs: one name per output.
         grads: the inputs that get a gradient, if a case has them.
         budget: read by the gates.
+        in_place: the inputs that the operation changes on purpose. Each is one more output, after those returned.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
+        independent: the independent parts of a call; rows by default.
+        bits_vary: why the bits of a part may depend on the number of parts; empty if they may not.
+        far: inputs that may have more than 2^31 elements in a real run; the row-wise ones by default.
+        laws: exact ones, by a sentence.
+        memory: what a call may allocate; None for any amount.
         argument_kinds: other valid kinds of arguments, by name.
         special_values: special values that an input may contain.
         same_bits: whether outputs have the same bits with and without gradients.
@@ -175,6 +202,7 @@ class Spec:
             in a CUDA graph, where it cannot synchronise, may have other bits.
         errors: calls that the contract refuses.
         speed: read by the bench.
+        lacks: names of properties that do not apply to this operation, and why.
     """
 
     reference: Callable[..., Any]
@@ -182,19 +210,31 @@ class Spec:
     outputs: Sequence[str]
     grads: Sequence[str]
     budget: Budget
+    in_place: Sequence[str] = ()
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
+    independent: Parts | None = None
+    bits_vary: str = ""
+    far: Sequence[str] = ()
+    laws: Mapping[str, Law] = field(default_factory=dict)
+    memory: Memory | None = None
     argument_kinds: Mapping[str, Change] = field(default_factory=dict)
     special_values: Sequence[float] = (nan, inf, -inf)
     same_bits: bool = True
     syncs: int = 0
     errors: Sequence[ErrorCase] = ()
     speed: Speed = field(default_factory=Speed)
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
         """The name of the operation."""
         return self.reference.__name__
+
+    @property
+    def parts(self) -> Parts:
+        """The independent parts of a call."""
+        return self.independent or rows_as_parts(self.rowwise)
 
     @property
     def row_dimension(self) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -12,25 +12,42 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from conformance import calling, condition
 from conformance.case import Case, Draw
-from conformance.gates import ErrorModel, Failure, judge
+from conformance.gates import ErrorModel, Failure, judge, judge_exact
+from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 
 Function = Callable[..., Any]
 
+PLAIN_NODE = re.compile(r"\w*Backward\d+|torch::autograd::(AccumulateGrad|CopySlices|GraphRoot)")
+
 
 @dataclass(frozen=True)
 class Run:
-    """The results of one call: its outputs, and the gradients of the requested inputs."""
+    """The results of one call.
+
+    Attributes:
+        outputs: one per output of the spec.
+        grads: the gradients of the requested inputs.
+        forward_interpreted, backward_interpreted: whether Triton's interpreter ran a kernel in the pass.
+    """
 
     outputs: tuple[Tensor, ...]
     grads: dict[str, Tensor]
+    forward_interpreted: bool = False
+    backward_interpreted: bool = False
 
     def named(self, spec: Spec) -> list[tuple[str, str, Tensor]]:
         """(key in the spec, name for messages, tensor) of every output and gradient."""
         outputs = [(name, f"output {name}", value) for name, value in zip(spec.outputs, self.outputs, strict=True)]
         return outputs + [(name, f"gradient of {name}", value) for name, value in self.grads.items()]
+
+    def interpreted(self) -> list[bool]:
+        """Whether kernels that Triton's interpreter ran went into each of `named`; gradients depend on both passes."""
+        both = self.forward_interpreted or self.backward_interpreted
+        return [self.forward_interpreted] * len(self.outputs) + [both] * len(self.grads)
 
 
 class BackendError(Exception):
@@ -68,7 +85,6 @@ class Trial:
         function: the judged implementation.
         dtype: of the floating-point inputs.
         device: "cpu" or "cuda".
-        truncates: whether casts to bfloat16 may truncate, as in Triton's interpreter.
         source: the device that draws the elements.
     """
 
@@ -76,7 +92,6 @@ class Trial:
     function: Function
     dtype: torch.dtype
     device: str
-    truncates: bool = False
     source: str = "cpu"
 
     def cases(self, profile: Profile) -> SearchStrategy[Case]:
@@ -106,14 +121,17 @@ class Trial:
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
         """The outputs as a tuple; raises Failure if the function raises or returns something else."""
         with Caught() as caught:
-            first = list(signature(self.spec.reference).parameters)[: len(inputs)]
-            leading = [tensor for name, tensor in inputs.items() if name in first]
-            by_name = {name: tensor for name, tensor in inputs.items() if name not in first}  # an option precedes them
-            found = (function or self.function)(*leading, **by_name, **options)
-            outputs = found if isinstance(found, tuple) else (found,)
+            written = {name: calling.copied(inputs[name]) for name in self.spec.in_place if name in inputs}
+            positional, by_name = calling.placed(self.spec.reference, {**inputs, **written})
+            found = (function or self.function)(*positional, **by_name, **options)
+            for name, copy in written.items():
+                calling.return_surroundings(inputs[name], copy)
+            outputs = tuple(calling.results(found, list(written.values())))
             wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
             if wrong or len(outputs) != len(self.spec.outputs):
                 seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
+                if written:
+                    seen = f"{seen}, with {' and '.join(written)} written in place"
                 raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
             return outputs
         raise Failure(f"raised {describe(caught.error)}") from caught.error
@@ -143,12 +161,15 @@ class Trial:
         inputs = inputs or self.inputs(case)
         grads = [name for name in (self.spec.grads if grads is None else grads) if name in inputs]
         leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
-        outputs = self.call(leaves, self.options(case), function)
+        with Interpreted() as forward:
+            outputs = self.call(leaves, self.options(case), function)
         if not grads:
-            return Run(outputs, {})
+            return Run(outputs, {}, bool(forward))
         if grad_outputs is None:
             grad_outputs = self.grad_outputs(case, outputs)
-        return Run(detached(outputs), self.backward(outputs, leaves, grads, grad_outputs))
+        with Interpreted() as backward:
+            gradients = self.backward(outputs, leaves, grads, grad_outputs)
+        return Run(detached(outputs), gradients, bool(forward), bool(backward))
 
     def backward(
         self,
@@ -160,6 +181,8 @@ class Trial:
     ) -> dict[str, Tensor]:
         """Gradients by name, of the requested inputs that the case has; `keep` retains the graph."""
         grads = [name for name in grads if name in leaves]
+        if not grads:
+            return {}
         if not any(output.requires_grad for output in outputs):
             names = " and ".join(self.spec.outputs)
             raise Failure(f"output {names} has no graph, although {' and '.join(grads)} require gradients")
@@ -178,36 +201,93 @@ class Trial:
         return found
 
     def judge(
-        self, case: Case, run: Run, inputs: Inputs | None = None, grad_outputs: Sequence[Tensor] | None = None
+        self,
+        case: Case,
+        run: Run,
+        inputs: Inputs | None = None,
+        grad_outputs: Sequence[Tensor] | None = None,
+        peer: Run | None = None,
     ) -> float:
-        """Compare a run with the truth; returns the budget use, raises Failure."""
+        """Compare a run with the truth; returns the budget use, raises Failure. The default peer is the reference."""
         inputs = inputs or self.inputs(case)
         names = list(run.grads)
-        peer = self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
+        peer = peer or self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
         if grad_outputs is None:
             grad_outputs = self.grad_outputs(case, peer.outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
+        if self.spec.budget.measured:
+            return self._judge_measured(case, run, peer, inputs, grad_outputs)
         budget = self.spec.budget
         contract = budget.truth or self.spec.reference
         truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
-        info = torch.finfo(self.dtype)
-        call = Call(wide_inputs, self.options(case), wide_grads, info.smallest_normal, info.eps / 2)
-        elements = max(tensor.numel() for tensor in inputs.values())
+        call = Call(wide_inputs, self.options(case), wide_grads, self.dtype)
         used = 0.0
-        for (key, name, y), (_, _, p), (_, _, r) in zip(
-            run.named(self.spec), peer.named(self.spec), truth.named(self.spec), strict=True
+        for (key, name, y), truncates, (_, _, p), (_, _, r) in zip(
+            run.named(self.spec), run.interpreted(), peer.named(self.spec), truth.named(self.spec), strict=True
         ):
-            terms = budget.terms[key](call) if key in budget.terms else r.abs()
             model = ErrorModel(
-                terms=terms.nan_to_num(posinf=0.0),
-                elements=elements,
+                error=budget.error(key, replace(call, truncates=truncates), r),
+                elements=call.elements,
                 roundings=budget.roundings,
                 random=case.fill not in ("ones", "zeros"),
-                truncates=self.truncates,
+                truncates=truncates,
             )
             used = max(used, judge(name, y, r, p, model))
         return used
+
+    def _judge_measured(self, case: Case, run: Run, peer: Run, inputs: Inputs, grad_outputs: Sequence[Tensor]) -> float:
+        """As `judge`, where the condition of the operation is measured."""
+        names = [name for name in self.spec.grads if name in inputs] if run.grads else []
+
+        def again(tensors: Inputs, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+            found = self.run(case, tensors, function=self.spec.reference, grads=names, grad_outputs=gradients)
+            return {name: tensor for _, name, tensor in found.named(self.spec)}
+
+        key = self.spec.op, id(self.spec), str(self.options(case)), tuple(names)
+        measured = condition.measured(again, inputs, grad_outputs, self.dtype, key)
+        elements = max(tensor.numel() for tensor in inputs.values())
+        used = 0.0
+        for (_, name, y), truncates, (_, _, p) in zip(
+            run.named(self.spec), run.interpreted(), peer.named(self.spec), strict=True
+        ):
+            response = measured[name]
+            if not p.is_floating_point():
+                judge_exact(name, y, response.truth, p, response.flips, response.lowest, response.highest)
+                continue
+            model = ErrorModel(
+                error=response,
+                elements=elements,
+                roundings=1,
+                random=case.fill not in ("ones", "zeros"),
+                truncates=truncates,
+                jumps=response.jumps,
+            )
+            used = max(used, judge(name, y, response.truth, p, model))
+        return used
+
+    def refused(self, case: Any) -> str | None:
+        """Why the reference refuses a case; None if it does not, or if the spec draws only valid cases."""
+        if not self.spec.drawing.partial:
+            return None
+        with Caught() as caught:
+            try:
+                self.run(case, function=self.spec.reference)
+            except Failure as failure:
+                return str(failure)
+        return describe(caught.error) if caught.error is not None else None
+
+
+def is_plain(outputs: Sequence[Tensor]) -> bool:
+    """Whether the graphs of these outputs consist of PyTorch's own autograd nodes, whose names end with a number."""
+    nodes: set[Any] = set()
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return all(PLAIN_NODE.fullmatch(node.name()) for node in nodes)
 
 
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:

@@ -122,8 +122,8 @@ def _observing(original: Callable[..., Any], run: bool) -> Callable[..., Any]:
             settings, name = _settings(kernel, values), kernel.fn.__name__
             integers = {name: place for place, name in enumerate(kernel.arg_names) if settings.get(name) in _ONE}
             _state.last = name, settings, integers
-            sizes: Any = grid(values) if callable(grid) else grid
-            _add(name, settings, prod(sizes))
+            programs: Any = grid(values) if callable(grid) else grid
+            _add(name, settings, prod(programs))
             if not run:
                 return None
         return original(kernel, *arguments, grid=grid, warmup=warmup, **options)

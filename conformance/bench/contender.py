@@ -11,8 +11,9 @@ from torch import Tensor
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.properties import honest_results, process_state
 from conformance.spec import Inputs
-from conformance.trial import Caught, Run, Trial, bits, describe, leaf
+from conformance.trial import Caught, Run, Trial, bits, describe, detached, leaf
 
 
 class Contender:
@@ -21,6 +22,8 @@ class Contender:
     Attributes:
         error_use: fraction of the error budget used, if the result is correct.
         failure: what is wrong with its result, or why it cannot be timed.
+        cheat: what makes its times meaningless, even those of other people's kernels; see `conformance.properties`'
+            honest_results, process_state and changed_inputs.
         remark: which inputs it overwrites. If it does, its last timed result cannot be checked, because its inputs
             have changed.
         usable: whether it returned outputs.
@@ -30,17 +33,28 @@ class Contender:
         """Judge it; one of our own backends fails if it overwrites an input."""
         self.error_use: float | None = None
         self.failure: str | None = None
+        self.cheat: str | None = None
         self.remark: str | None = None
         self.usable = False
         self._trial, self._case, self._inputs, self._options = trial, case, inputs, trial.options(case)
         self._grads = [name for name in trial.spec.grads if name in inputs]
         self._judged: Run | None = None
+        self._complete = False  # whether both passes returned results
         try:
             self._judge()
         except Failure as failure:
             self.failure = str(failure).split("\n")[0]
         if ours and self.remark and not self.failure:
             self.failure = self.remark
+        if self._complete:
+            self._demand(lambda: honest_results.demand_honest(trial, case, copies(inputs)))
+            self._demand(lambda: process_state.demand_originals(process_state.TIMERS))
+
+    def _demand(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except Failure as failure:
+            self.cheat = self.cheat or str(failure).split("\n")[0]
 
     def _judge(self) -> None:
         trial, case = self._trial, self._case
@@ -50,6 +64,7 @@ class Contender:
         self.usable = True
         own, grad_outputs = copies(self._inputs), [gradient.clone() for gradient in self._grad_outputs]
         run = trial.run(case, own, grad_outputs=grad_outputs)
+        self._complete = True
         before = {**self._inputs, **_named(self._grad_outputs)}
         over = [n for n, tensor in {**own, **_named(grad_outputs)}.items() if not same_bits(tensor, before[n])]
         self.remark = f"writes over {' and '.join(over)}" if over else None
@@ -120,6 +135,31 @@ class Contender:
             self._trial.judge(self._case, found, self._inputs, self._grad_outputs)
         except Failure as failure:
             self.failure = f"{what}: {str(failure).splitlines()[0]}"
+
+    def check_times(self) -> None:
+        """Find what would explain times without work: call again on timed inputs that have changed in place.
+
+        A result that is kept for an address, or for a shape, is then that of the old elements.
+        """
+        self._demand(lambda: process_state.demand_originals(process_state.TIMERS))
+        if not (self.remark or self.failure):
+            self._demand(self._demand_fresh)
+
+    def _demand_fresh(self) -> None:
+        inputs, leaves, wanted, grad_outputs = self._sets[0]
+        for tensor in leaves:
+            if tensor.is_floating_point():
+                tensor.data.copy_(tensor.data.flip(0))  # the tensor's version stays
+        outputs = self._trial.function(*leaves, **self._options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs, wanted, grad_outputs)
+        seen = Run(outputs, dict(zip(self._grads, gradients, strict=True)))
+        honest_results.demand_plain(self._trial, seen)
+        changed = dict(zip(self._inputs, (tensor.clone() for tensor in inputs), strict=True))
+        try:
+            self._trial.judge(self._case, Run(detached(outputs), seen.grads), changed, grad_outputs)
+        except Failure as failure:
+            raise Failure(f"after the timed inputs have changed in place: {failure}") from failure
 
     def replay_over_nan(self, graph: Callable[[], Any], results: Any) -> None:
         """Fill the results with NaN and replay the graph, so that only results it writes can be correct."""

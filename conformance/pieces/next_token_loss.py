@@ -71,13 +71,12 @@ def value(trial: PieceTrial, case: LossCase) -> float:
     truth = _run(training.next_token_loss, case, logits.double(), found)
     inputs = {"logits": logits.double().flatten(0, 1), "labels": training.shift_labels(found).flatten()}
     options = {"num_items": case.num_items, "label_smoothing": case.label_smoothing / 100}
-    info = torch.finfo(torch.float32)
     one = [torch.ones((), dtype=torch.float64, device=trial.device)]
-    call = Call(inputs, options, one, info.smallest_normal, info.eps / 2)
+    call = Call(inputs, options, one, torch.float32)
     used = 0.0
     for name, y, r, p in zip(("loss", "logits"), seen, truth, peer, strict=True):
-        terms = cross_entropy_spec.budget.terms[name](call).view(r.shape)
-        used = max(used, judge(name, y, r, p, ErrorModel(terms, logits.numel(), roundings=0)))
+        error = cross_entropy_spec.budget.error(name, call, r).reshape(r.shape)
+        used = max(used, judge(name, y, r, p, ErrorModel(error, logits.numel(), roundings=0)))
     return used
 
 

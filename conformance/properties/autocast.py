@@ -3,6 +3,7 @@
 import torch
 
 from conformance.case import Case
+from conformance.interpreter import Interpreted
 from conformance.property import Property
 from conformance.trial import Run, Trial, detached, leaf
 
@@ -10,10 +11,11 @@ from conformance.trial import Run, Trial, detached, leaf
 def check(trial: Trial, case: Case) -> float:
     """Run the forward pass under autocast to bfloat16 and the backward pass outside it, as training does."""
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
-    with torch.autocast(trial.device, torch.bfloat16):
+    with torch.autocast(trial.device, torch.bfloat16), Interpreted() as forward:
         outputs = trial.call(inputs, trial.options(case))
-    grads = trial.backward(outputs, inputs, trial.spec.grads, trial.grad_outputs(case, outputs))
-    return trial.judge(case, Run(detached(outputs), grads))
+    with Interpreted() as backward:
+        grads = trial.backward(outputs, inputs, trial.spec.grads, trial.grad_outputs(case, outputs))
+    return trial.judge(case, Run(detached(outputs), grads, bool(forward), bool(backward)))
 
 
 PROPERTY = Property.of_file(check, share=0.3)

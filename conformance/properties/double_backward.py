@@ -46,12 +46,11 @@ def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool
     inputs = {n: widen(t) if wide else t for n, t in trial.inputs(case).items()}
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
     leaves = {name: inputs[name] for name in trial.spec.grads if name in inputs}
-    outputs = function(*inputs.values(), **trial.options(case))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = [output for output in trial.call(inputs, trial.options(case), function) if output.requires_grad]
     grads = torch.autograd.grad(outputs, [*leaves.values()], [torch.ones_like(o) for o in outputs], create_graph=True)
     # Like a gradient penalty added to the loss: autograd does not notice gradients that are cut off from the graph.
     total = torch.stack([o.double().sum() for o in outputs] + [g.double().square().sum() for g in grads]).sum()
     return dict(zip(leaves, torch.autograd.grad(total, [*leaves.values()]), strict=True))
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property.of_file(check, cases=cases, needs=("gradients",))

@@ -16,7 +16,7 @@ REFUSALS = (ValueError, TypeError, IndexError, RuntimeError)
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
     """One valid case, which each mistake of the spec makes invalid."""
-    return [spec.case(3, 8)]
+    return [spec.case(3, 8)] if spec.errors else []
 
 
 def check(trial: Trial, case: Case) -> None:

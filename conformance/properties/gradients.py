@@ -15,4 +15,4 @@ def check(trial: Trial, case: Case) -> float:
     return max(trial.judge(case, trial.run(case, inputs, grads=subset), inputs) for subset in subsets)
 
 
-PROPERTY = Property.of_file(check)
+PROPERTY = Property.of_file(check, needs=("gradients",))

@@ -4,6 +4,7 @@ import torch
 
 from conformance.case import Case
 from conformance.gates import Failure
+from conformance.interpreter import Interpreted
 from conformance.property import Property
 from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
 
@@ -13,13 +14,13 @@ def check(trial: Trial, case: Case) -> float:
     inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
     trained, used = Run(detached(trial.call(inputs, trial.options(case))), {}), 0.0
     for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
+        with context, Interpreted() as forward:
             outputs = trial.call(inputs, trial.options(case))
         if any(output.requires_grad for output in outputs):
             raise Failure(f"an output requires a gradient under {type(context).__name__}")
         if trial.spec.same_bits:
             demand_same_bits(trial.spec, trained, Run(outputs, {}), f"{type(context).__name__} changes the results")
-        used = max(used, trial.judge(case, Run(outputs, {})))
+        used = max(used, trial.judge(case, Run(outputs, {}, bool(forward))))
     return used
 
 

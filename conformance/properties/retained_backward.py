@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> None:
     )
 
 
-PROPERTY = Property.of_file(check, share=0.4)
+PROPERTY = Property.of_file(check, share=0.4, needs=("gradients",))

@@ -35,4 +35,4 @@ def _demand_same_row(trial: Trial, first: Run, second: Run, kept: int) -> None:
             raise Failure(f"row {kept} of {name} changed when the other rows changed")
 
 
-PROPERTY = Property.of_file(check, share=0.25)
+PROPERTY = Property.of_file(check, share=0.25, needs=("rows",))

@@ -26,4 +26,4 @@ def _at_every_place(trial: Trial, case: Case) -> float:
     return used
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property.of_file(check, share=0.2, needs=("rows",))

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
-from torch import Tensor
+import torch
 
+from conformance.bounds import Terms, root_of_mean
 from conformance.case import Draw
+from conformance.promises import Law
 from conformance.spec import (
     Budget,
     Call,
@@ -31,16 +33,18 @@ def _norm_of_the_sum(call: Call) -> Call:
     return replace(call, inputs={**call.inputs, "x": call.inputs["x"] + call.inputs["residual"]})
 
 
-def _x_terms(call: Call) -> Tensor:
+def _x_terms(call: Call) -> Terms:
     """|dsum| + r (|g| + 3 |n| mean |g n|): dsum is added to the gradient of the norm.
 
     The sum's rounding, by u at most, changes r by u and n by 2 u, and so the gradient by u r (|g| + 5 |n| mean |g n|);
     the other two roundings change it by u r (|g| + |n| mean |g n|) each: 3 |g| and 7 |n| mean |g n| in all.
     """
-    n, r = rms_norm.normed(_norm_of_the_sum(call))
+    (n, r), dsum = rms_norm.normed(_norm_of_the_sum(call)), call.grad_outputs[1]
     g = call.grad_outputs[0] * (call.inputs["weight"] + call.options.get("offset", 0.0))
-    norm = r * (g.abs() + 3 * n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest)
-    return norm + call.grad_outputs[1].abs()
+    along = (g * n).mean(-1, keepdim=True)
+    size = g.abs() + 3 * n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest
+    root = torch.hypot(torch.hypot(g, n * along), n * root_of_mean(g * n))
+    return Terms(r * size + dsum.abs(), root=torch.hypot(r * root, dsum))
 
 
 spec = Spec(
@@ -55,14 +59,19 @@ spec = Spec(
     budget=Budget(
         roundings=3,  # the two of rms_norm, and that of the sum
         terms={
-            "normed": lambda call: rms_norm.spec.budget.terms["y"](_norm_of_the_sum(call)),
+            "normed": lambda call: rms_norm.y_terms(_norm_of_the_sum(call)),
             "x": _x_terms,
             "residual": _x_terms,
-            "weight": lambda call: rms_norm.spec.budget.terms["weight"](_norm_of_the_sum(call)),
+            "weight": lambda call: rms_norm.weight_terms(_norm_of_the_sum(call), rounded=True),  # the sum is
         },
     ),
     rowwise=["x", "residual"],
-    argument_kinds=leading_dimensions("x", "residual"),
+    argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,
+    laws={
+        "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),
+        "dnormed and dsum four times as large": Law({}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0),
+    },
+    memory=replace(rms_norm.MEMORY, grads=["x", "residual", "weight"]),
     errors=[
         *rms_norm.spec.errors,
         mistake(

@@ -6,7 +6,8 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from conformance.case import Draw
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -55,6 +56,20 @@ def label_error(what: str, label: Callable[[Inputs], int]) -> ErrorCase:
 def may_be_combined(options: Options) -> bool:
     """num_items divides a total, which reduction "none" does not have."""
     return options.get("reduction") != "none" or options.get("num_items") is None
+
+
+def half_the_scale(options: Options) -> Options:
+    """A logit_scale for logits that are twice as large."""
+    return {"logit_scale": options.get("logit_scale", 1.0) / 2}
+
+
+def _twice_the_items(options: Options) -> Options:
+    return {"num_items": 2 * options["num_items"]}
+
+
+def has_items(options: Options) -> bool:
+    """Whether a number of items is given."""
+    return options.get("num_items") is not None
 
 
 def _build(draw: Draw, tokens: int, vocab: int) -> Inputs:
@@ -131,6 +146,19 @@ spec = Spec(
     ),
     rowwise=["logits", "labels"],
     row_options={"reduction": "none", "num_items": None},
+    laws={
+        "logits twice as large, with half the logit_scale": Law(
+            {"logits": 2.0}, {"logits": 0.5}, options=half_the_scale
+        ),
+        "twice the num_items": Law({}, {"loss": 0.5, "logits": 0.5}, options=_twice_the_items, holds=has_items),
+        "dloss four times as large": Law({}, {"logits": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 4096), ("vocab", 32768))),
+        grads=["logits"],
+        saved=lambda inputs: nbytes(inputs["logits"]) + 16 * len(inputs["labels"]),  # the gradient, lse and losses
+        working=lambda inputs: 16 * len(inputs["labels"]) * (1 + inputs["logits"].shape[1] // 1024),  # parts of a row
+    ),
     argument_kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
     },

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conformance.gates import UNIT_FLOAT32
+from conformance.bounds import UNIT_FLOAT32, Terms
 from conformance.spec import Call, Speed, wrong_option
 from conformance.specs import swiglu
 from unsloth_ref.kernels import geglu
@@ -28,15 +28,19 @@ def truth(gate: Tensor, up: Tensor, *, approximate: Approximate = "none") -> Ten
     return gate * _gate_fraction(gate, approximate) * up
 
 
-def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The fraction of the gate that passes, its derivative, and |exponent|, the number of roundings that both carry."""
+def _curve(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fraction of the gate that passes, its terms, its derivative, and |exponent|.
+
+    An exponential carries |exponent| roundings. The derivative is one; of the fraction, that part which decays is.
+    """
     x, approximate = call.inputs["gate"], call.options.get("approximate", "none")
-    fraction = _gate_fraction(x, approximate)
+    fraction, rest = (_gate_fraction(one, approximate) for one in (x, -x))
     if approximate == "none":
-        return fraction, torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
-    twice = _twice_z(x)
-    slope = fraction * torch.sigmoid(-twice) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
-    return fraction, slope, twice.abs()
+        slope, exponent = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi), x.square() / 2
+    else:
+        slope = fraction * rest * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
+        exponent = _twice_z(x).abs()
+    return fraction, fraction + torch.minimum(fraction, rest) * exponent, slope, exponent
 
 
 def _cancelled(call: Call, value: Tensor) -> Tensor:
@@ -44,25 +48,26 @@ def _cancelled(call: Call, value: Tensor) -> Tensor:
     return torch.clamp(value / UNIT_FLOAT32, max=1.0) * (UNIT_FLOAT32 / call.unit)
 
 
-def _activation_terms(call: Call, factor: Tensor) -> Tensor:
+def _activation_terms(call: Call, factor: Tensor) -> Terms:
     """The fraction is (1 + erf) / 2 or (1 + tanh) / 2; the activation may be below the normal numbers."""
     x = call.inputs["gate"]
-    fraction, _, exponent = _curve(call)
-    size = fraction * (1 + exponent) + _cancelled(call, fraction)
-    return (x * size * factor).abs() + 2 * call.smallest * factor.abs()
+    fraction, terms, _, _ = _curve(call)
+    size = terms + _cancelled(call, fraction)
+    return Terms((x * size * factor).abs() + 2 * call.smallest * factor.abs(), root=(x * fraction * factor).abs())
 
 
-def _gate_terms(call: Call) -> Tensor:
+def _gate_terms(call: Call) -> Terms:
     """fraction + gate slope, in any order, changes sign; with tanh, the slope is computed from 1 - tanh^2."""
     x = call.inputs["gate"]
-    fraction, slope, exponent = _curve(call)
-    size = fraction + x.abs() * slope
-    size = size * (1 + exponent) + _cancelled(call, size)
+    fraction, terms, slope, exponent = _curve(call)
+    root = torch.hypot(fraction, x * slope)
+    size = terms + x.abs() * slope * (1 + exponent) + _cancelled(call, fraction + x.abs() * slope)
     if call.options.get("approximate", "none") == "tanh":
         square = torch.sigmoid(2 * math.sqrt(2 / math.pi) * x.abs() * (1 + 0.044715 * x.square()))
         square = 4 * square * (1 - square)  # 1 - tanh^2
         size = size + _cancelled(call, square) * x.abs() * (1 + 3 * 0.044715 * x.square())
-    return ((call.grad_outputs[0] * call.inputs["up"]).abs() + 2 * call.smallest) * size
+    factor = (call.grad_outputs[0] * call.inputs["up"]).abs()
+    return Terms((factor + 2 * call.smallest) * size, root=factor * root)
 
 
 spec = replace(

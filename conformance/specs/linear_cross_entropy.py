@@ -1,8 +1,10 @@
 """Cross entropy of a linear layer's output against labels."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from math import nan
+from operator import add
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.case import Draw
-from conformance.gates import UNIT_FLOAT32
+from conformance.bounds import SHARED, Bound, exact, float32_error, product, total
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -36,7 +39,7 @@ from conformance.specs.cross_entropy import (
 from unsloth_ref.kernels import linear_cross_entropy
 from unsloth_ref.types import IGNORE_INDEX
 
-ROUNDINGS = 1
+LOGITS_BYTES = 2**29  # that a call may have at once
 LARGEST_EXPONENT = 80.0  # beyond it the allowed error is larger than any result
 LOGITS_PER_CHUNK = 2**26  # in float64: 512 MiB, so that the shapes of the bench fit on a GPU
 
@@ -78,50 +81,50 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some rows of a call, in float64.
+    """Some rows of a call.
 
     Attributes:
         hidden: of these rows, 0 in ignored ones.
-        loss_error: bound of the error of their losses.
-        dx, dx_error: the gradient of their logits, and a bound of its error.
+        loss: their losses; the value is not computed.
+        dx: the gradient of their logits.
     """
 
-    hidden: Tensor
-    loss_error: Tensor
-    dx: Tensor
-    dx_error: Tensor
+    hidden: Bound
+    loss: Bound
+    dx: Bound
 
 
 def _growth(exponent: Tensor) -> Tensor:
     return torch.expm1(exponent.clamp(max=LARGEST_EXPONENT))
 
 
-def _logits(call: Call, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and a bound of their error: a float32 sum of products, rounded once, and again after adding a bias."""
-    weight, bias = call.inputs["weight"], call.inputs.get("bias")
-    x = hidden @ weight.t()
-    error = call.float32_error * (hidden.abs() @ weight.abs().t()) + call.unit * x.abs()
-    if bias is not None:
-        x = x + bias
-        error += call.unit * x.abs()
-    return x, error + call.smallest * call.unit
+def _logits(call: Call, hidden: Bound) -> Bound:
+    """A float32 sum of products, rounded once, and again after adding a bias."""
+    x = product(hidden, exact(call.inputs["weight"]).t(), call.elements).rounded(call.unit, call.smallest)
+    bias = call.inputs.get("bias")
+    return x if bias is None else (x + exact(bias.expand_as(x.value))).rounded(call.unit, 0.0)
 
 
-def _capped(call: Call, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of the logits x, its error, dz/dx and its error; tanh and its derivative are not linear over the error of x.
+def _capped(call: Call, x: Bound) -> tuple[Bound, Bound]:
+    """z of the logits x, and dz/dx; tanh and its derivative are not linear over the error of x.
 
     log(1 - tanh^2) has a derivative of at most 2, which bounds the factor by which 1 - tanh^2 may change.
     """
     scale, cap = call.options.get("logit_scale", 1.0), call.options.get("softcap", 0.0)
-    slope, growth = torch.full_like(x, scale), torch.zeros_like(x)
-    z = scale * x
-    if cap:
-        slope = scale / torch.cosh((z / cap).clamp(-300, 300)).square()
-        growth = _growth(2 * abs(scale) / cap * error)
-        z = cap * torch.tanh(z / cap)
+    if not cap:
+        return x.times(scale), exact(torch.full_like(x.value, scale))
+    slope = scale / torch.cosh((scale * x.value / cap).clamp(-300, 300)).square()
+    growth = _growth(2 * abs(scale) / cap * x.error)
     steepest = (slope.abs() * (1 + growth)).clamp(max=abs(scale))
-    slope_error = slope.abs() * growth + (call.float32_error * abs(scale) if cap else 0.0)  # 1 - tanh^2 may cancel
-    return z, (steepest * error).clamp(max=2 * cap) if cap else steepest * error, slope, slope_error
+    z = Bound(
+        cap * torch.tanh(scale * x.value / cap),
+        (steepest * x.error).clamp(max=2 * cap),
+        (steepest.square() * x.square).clamp(max=cap**2),
+    )
+    # 1 - tanh^2 may cancel in float32
+    error = slope.abs() * growth + float32_error(call.elements) * abs(scale)
+    square = (2 * scale / cap * slope).square() * x.square + (SHARED * scale) ** 2
+    return z, Bound(slope, error, square)
 
 
 def _chunks(call: Call) -> Iterator[_Chunk]:
@@ -129,72 +132,71 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
 
     If logit j has an error of at most e_j, the log-sum-exp has one of at most D = log(sum of p_j exp(e_j)), and p_j
     changes by a factor of at most exp(e_j + D), for errors of any size. Float32 arithmetic adds the errors that it has
-    for exact logits, and dx is rounded.
+    for exact logits, and dx is rounded. Mean squares follow the first derivatives: of the log-sum-exp the p_j.
     """
     smoothing, z_loss = call.options.get("label_smoothing", 0.0), call.options.get("z_loss", 0.0)
     dloss = (call.grad_outputs[0] if call.grad_outputs else torch.ones((), dtype=torch.float64)) * loss_factor(call)
-    vocab, not_ignored = len(call.inputs["weight"]), counted(call)
+    vocab, not_ignored, in_float32 = len(call.inputs["weight"]), counted(call), float32_error(call.elements)
     for rows in torch.arange(len(not_ignored), device=not_ignored.device).split(max(1, LOGITS_PER_CHUNK // vocab)):
         kept = not_ignored[rows, None]
-        hidden = call.inputs["hidden"][rows].nan_to_num().masked_fill(~kept, 0.0)
-        x, error = _logits(call, hidden)
-        z, error, slope, slope_error = _capped(call, x, error)
-        lse = torch.logsumexp(z, -1, keepdim=True)
-        p = torch.exp(z - lse) + 2.0**-102  # float32 may flush p below 2^-126 to 0: one rounding of 2^-102
-        shift = torch.logsumexp(z - lse + error, -1, keepdim=True)
-        onehot = torch.zeros_like(z).scatter_(1, call.inputs["labels"][rows, None].clamp(0, vocab - 1), 1.0)
+        hidden = exact(call.inputs["hidden"][rows].nan_to_num().masked_fill(~kept, 0.0))
+        z, slope = _capped(call, _logits(call, hidden))
+        lse = torch.logsumexp(z.value, -1, keepdim=True)
+        p = torch.exp(z.value - lse) + 2.0**-102  # float32 may flush p below 2^-126 to 0: one rounding of 2^-102
+        shift = torch.logsumexp(z.value - lse + z.error, -1, keepdim=True)
+        shift_square = (p.square() * z.square).sum(-1, keepdim=True)
+        onehot = torch.zeros_like(p).scatter_(1, call.inputs["labels"][rows, None].clamp(0, vocab - 1), 1.0)
 
-        size = 1 + lse.abs() + (p * z.abs()).sum(-1, keepdim=True)
-        size = size + (onehot * z.abs()).sum(-1, keepdim=True) + smoothing * z.abs().mean(-1, keepdim=True)
+        size = 1 + lse.abs() + (p * z.value.abs()).sum(-1, keepdim=True)
+        size = size + (onehot * z.value.abs()).sum(-1, keepdim=True) + smoothing * z.value.abs().mean(-1, keepdim=True)
         size = size * (1 + 2 * z_loss * lse.abs())
-        loss_error = shift + (1 - smoothing) * (onehot * error).sum(-1, keepdim=True)
-        loss_error = loss_error + smoothing * error.mean(-1, keepdim=True) + z_loss * shift * (2 * lse.abs() + shift)
-
+        error = shift + (1 - smoothing) * (onehot * z.error).sum(-1, keepdim=True)
+        error = error + smoothing * z.error.mean(-1, keepdim=True) + z_loss * shift * (2 * lse.abs() + shift)
         dz_dlse = 1 + 2 * z_loss * lse
         dz = p * dz_dlse - (1 - smoothing) * onehot - smoothing / vocab
-        dz_error = p * _growth(error + shift) * (dz_dlse.abs() + 2 * z_loss * shift) + 2 * z_loss * shift * p
-        terms = p * (1 + z.abs() + lse.abs()) * (1 + 2 * z_loss * lse.abs()) + smoothing / vocab
-        dz_error = dz_error + call.float32_error * (terms + (1 - smoothing) * onehot)
+        square = (dz.square() * z.square).sum(-1, keepdim=True) + (SHARED * size) ** 2
+        loss = Bound(lse, error + in_float32 * size, square)
+
+        error = p * _growth(z.error + shift) * (dz_dlse.abs() + 2 * z_loss * shift) + 2 * z_loss * shift * p
+        terms = p * (1 + z.value.abs() + lse.abs()) * (1 + 2 * z_loss * lse.abs()) + smoothing / vocab
+        terms = terms + (1 - smoothing) * onehot
+        square = (p * dz_dlse).square() * (z.square + shift_square) + (2 * z_loss * p).square() * shift_square
+        dz = Bound(dz, error + in_float32 * terms, square + (SHARED * terms) ** 2)
         grad_loss = torch.where(kept, (dloss[rows, None] if dloss.ndim else dloss).abs(), 0.0)
-        dx = dz * slope * grad_loss
-        dx_error = (dz_error * (slope.abs() + slope_error) + dz.abs() * slope_error) * grad_loss + call.unit * dx.abs()
-        dx_error = torch.where(kept, dx_error + 2 * call.unit * call.smallest * (1 + grad_loss), 0.0)
-        yield _Chunk(hidden, torch.where(kept, loss_error + call.float32_error * size, 0.0)[:, 0], dx, dx_error)
+        dx = (dz * slope).times(grad_loss).rounded(call.unit, 2 * call.smallest * (1 + grad_loss))
+        yield _Chunk(hidden, loss.times(kept.double()).reshape(rows.shape), dx.times(kept.double()))
 
 
-def _loss_terms(call: Call) -> Tensor:
+def _joined(bounds: Iterable[Bound]) -> Bound:
+    """Those of consecutive rows, as one."""
+    return Bound(*(torch.cat(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
+
+
+def _loss_bound(call: Call) -> Bound:
     """Of each row or of the total; losses are float32 for every dtype under test."""
-    errors = torch.cat([call.inputs["hidden"].new_zeros(0), *(chunk.loss_error for chunk in _chunks(call))])
-    errors = errors * loss_factor(call)
-    errors = errors if call.options.get("reduction", "mean") == "none" else errors.sum()
-    return call.terms_of(errors, ROUNDINGS, UNIT_FLOAT32)
+    losses = _joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
+    if call.options.get("reduction", "mean") == "none":
+        return losses
+    return Bound(losses.value.sum(), losses.error.sum(), losses.square.sum())
 
 
-def _hidden_terms(call: Call) -> Tensor:
-    """dx @ weight: the error of dx, a sum in float32, and the rounding of a product with dloss."""
-    weight, found = call.inputs["weight"], [call.inputs["hidden"].new_zeros(0, call.inputs["hidden"].shape[1])]
-    for chunk in _chunks(call):
-        error = (chunk.dx_error + call.float32_error * chunk.dx.abs()) @ weight.abs()
-        found.append(error + call.unit * (chunk.dx @ weight).abs())
-    return call.terms_of(torch.cat(found), ROUNDINGS, call.unit)
+def _hidden_bound(call: Call) -> Bound:
+    """dx @ weight, and the rounding of a product with dloss."""
+    weight = exact(call.inputs["weight"])
+    found = _joined(product(chunk.dx, weight, call.elements) for chunk in _chunks(call))
+    return found.rounded(call.unit, call.smallest)
 
 
-def _weight_terms(call: Call) -> Tensor:
-    """dx^T @ hidden, with the same errors."""
-    error, value = (torch.zeros_like(call.inputs["weight"]) for _ in range(2))
-    for chunk in _chunks(call):
-        error += (chunk.dx_error + call.float32_error * chunk.dx.abs()).t() @ chunk.hidden.abs()
-        value += chunk.dx.t() @ chunk.hidden
-    return call.terms_of(error + call.unit * value.abs(), ROUNDINGS, call.unit)
+def _weight_bound(call: Call) -> Bound:
+    """dx^T @ hidden, with the same rounding."""
+    found = reduce(add, (product(chunk.dx.t(), chunk.hidden, call.elements) for chunk in _chunks(call)))
+    return found.rounded(call.unit, call.smallest)
 
 
-def _bias_terms(call: Call) -> Tensor:
-    """The sum of dx, with the same errors."""
-    error, value = (torch.zeros_like(call.inputs["bias"]) for _ in range(2))
-    for chunk in _chunks(call):
-        error += (chunk.dx_error + call.float32_error * chunk.dx.abs()).sum(0)
-        value += chunk.dx.sum(0)
-    return call.terms_of(error + call.unit * value.abs(), ROUNDINGS, call.unit)
+def _bias_bound(call: Call) -> Bound:
+    """The sum of dx, with the same rounding."""
+    found = reduce(add, (total(chunk.dx, call.elements) for chunk in _chunks(call)))
+    return found.rounded(call.unit, call.smallest)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
@@ -238,12 +240,25 @@ spec = Spec(
     outputs=["loss"],
     grads=["hidden", "weight", "bias"],
     budget=Budget(
-        roundings=ROUNDINGS,
-        terms={"loss": _loss_terms, "hidden": _hidden_terms, "weight": _weight_terms, "bias": _bias_terms},
+        roundings=1,  # that a row may share: of the only logit or gradient of a logit that matters
+        bounds={"loss": _loss_bound, "hidden": _hidden_bound, "weight": _weight_bound, "bias": _bias_bound},
         truth=truth,
     ),
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
+    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    laws={
+        "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),
+        "dloss four times as large": Law({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 8192), ("ignored", 2), ("vocab", 65536), ("hidden", 512))),
+        grads=["hidden", "weight"],
+        # Both gradients, that of the weight in float32; the log-sum-exp and the index of each row.
+        saved=lambda i: nbytes(i["hidden"]) + 4 * i["weight"].numel() + 32 * len(i["labels"]),
+        # The logits of some rows, far fewer than there are; the rows themselves; both gradients if computed later.
+        working=lambda i: LOGITS_BYTES + 2 * nbytes(i["hidden"]) + 4 * i["weight"].numel() + 32 * len(i["labels"]),
+    ),
     argument_kinds={
         "num_items is a tensor": lambda i, o: (i, {**o, "num_items": torch.tensor(7, device=i["labels"].device)}),
         "every second one is ignored": _every_second_ignored,

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Collection
 from copy import copy
-from dataclasses import dataclass
 from math import nan
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.case import Draw
-from conformance.gates import UNIT_FLOAT32
+from conformance.bounds import Bound, added_in_float32, exact, product, total
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -28,9 +28,6 @@ from conformance.spec import (
     row_counts,
 )
 from unsloth_ref.kernels import lora_linear
-
-ROUNDINGS = 1
-NARROW = {2.0**-11: torch.float16, 2.0**-8: torch.bfloat16}  # by unit roundoff
 
 
 def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) -> Inputs:
@@ -60,15 +57,7 @@ def _out(budget: int) -> st.SearchStrategy[int]:
     return st.sampled_from([1, 2, 4, 8, 16, 33, 64, *many])
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """A sum in float64, and a bound of the error of a computed one."""
-
-    value: Tensor
-    error: Tensor
-
-
-class _Terms:
+class _Steps:
     """The intermediate results of a call, with error bounds.
 
     Each product is a float32 sum that is rounded to the dtype of x, as are its factors: forward, x @ lora_a^T, its
@@ -77,27 +66,25 @@ class _Terms:
     """
 
     def __init__(self, call: Call) -> None:
-        self.unit, self.underflow = call.unit, call.unit * call.smallest
-        self.float32 = call.float32_error
+        self._call = call
         self.scaling = call.options.get("scaling", 1.0)
-        self.x, self.weight = _exact(_flattened(call.inputs["x"])), _exact(call.inputs["weight"])
-        cast_error = call.unit if _wide(call) else 0.0
-        self.a, self.b = (_Sum(t, cast_error * t.abs()) for t in (call.inputs["lora_a"], call.inputs["lora_b"]))
-        self.low = self.rounded(self.product(self.x, _transposed(self.a)))
+        self.x, self.weight = exact(_flattened(call.inputs["x"])), exact(call.inputs["weight"])
+        self.a, self.b = (exact(call.inputs[name]) for name in ("lora_a", "lora_b"))
+        if _wide(call):
+            self.a, self.b = self.rounded(self.a), self.rounded(self.b)
+        self.low = self.rounded(self.product(self.x, self.a.t()))
         if call.grad_outputs:
-            self.dy = _exact(_flattened(call.grad_outputs[0]))
-            self.dz = self.rounded(_Sum(self.scaling * self.dy.value, self.dy.error))
+            self.dy = exact(_flattened(call.grad_outputs[0]))
+            self.dz = self.rounded(self.dy.times(self.scaling))
             self.dlow = self.rounded(self.product(self.dz, self.b))
 
-    def product(self, left: _Sum, right: _Sum) -> _Sum:
+    def product(self, left: Bound, right: Bound) -> Bound:
         """left @ right, not yet rounded."""
-        size = left.value.abs()
-        error = (left.error + self.float32 * size) @ right.value.abs() + (size + left.error) @ right.error
-        return _Sum(left.value @ right.value, error)
+        return product(left, right, self._call.elements)
 
-    def rounded(self, sum_: _Sum) -> _Sum:
-        """The sum rounded to the dtype of x."""
-        return _Sum(sum_.value, sum_.error + self.unit * (sum_.value.abs() + sum_.error) + self.underflow)
+    def rounded(self, number: Bound) -> Bound:
+        """The number rounded to the dtype of x."""
+        return number.rounded(self._call.unit, self._call.smallest)
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -105,64 +92,49 @@ def _flattened(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _exact(tensor: Tensor) -> _Sum:
-    return _Sum(tensor, torch.zeros_like(tensor))
-
-
-def _transposed(sum_: _Sum) -> _Sum:
-    return _Sum(sum_.value.t(), sum_.error.t())
-
-
 def _wide(call: Call) -> bool:
-    """Whether adapters have more bits than x: random float32 numbers do not fit into 16 bits."""
-    narrow = NARROW.get(call.unit)
-    adapters = call.inputs["lora_a"], call.inputs["lora_b"]
-    return narrow is not None and any(not torch.equal(t.to(narrow).double(), t) for t in adapters)
+    """Whether adapters have more bits than x."""
+    return call.wide("lora_a", "lora_b")
 
 
-def _y_terms(call: Call) -> Tensor:
+def _y_bound(call: Call) -> Bound:
     """Two products and a bias, rounded one after the other; scaling adds a rounding."""
-    terms = _Terms(call)
-    base = terms.rounded(terms.product(terms.x, _transposed(terms.weight)))
-    error = base.error
+    steps = _Steps(call)
+    base = steps.rounded(steps.product(steps.x, steps.weight.t()))
     if "bias" in call.inputs:
-        bias = call.inputs["bias"]  # it may be the first term of the sum, to which all others are added
-        error = error + terms.float32 * bias.abs() + call.unit * (base.value + bias).abs() + terms.underflow
-    added = terms.rounded(terms.product(terms.low, _transposed(terms.b)))
-    scaled = terms.rounded(_Sum(terms.scaling * added.value, abs(terms.scaling) * added.error))
+        bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
+        base = steps.rounded(base + added_in_float32(bias, call.elements))
+    added = steps.rounded(steps.product(steps.low, steps.b.t()))
     shape = *call.inputs["x"].shape[:-1], call.inputs["weight"].shape[0]
-    return call.terms_of((error + scaled.error).reshape(shape), ROUNDINGS, call.unit)
+    return (base + steps.rounded(added.times(steps.scaling))).reshape(shape)
 
 
-def _x_terms(call: Call) -> Tensor:
+def _x_bound(call: Call) -> Bound:
     """dy @ weight and dlow @ lora_a, each rounded."""
-    terms = _Terms(call)
-    error = terms.rounded(terms.product(terms.dy, terms.weight)).error
-    error = error + terms.rounded(terms.product(terms.dlow, terms.a)).error
-    return call.terms_of(error.reshape(call.inputs["x"].shape), ROUNDINGS, call.unit)
+    steps = _Steps(call)
+    of_layer, of_adapter = steps.product(steps.dy, steps.weight), steps.product(steps.dlow, steps.a)
+    return (steps.rounded(of_layer) + steps.rounded(of_adapter)).reshape(call.inputs["x"].shape)
 
 
-def _adapter_terms(product: Callable[[_Terms], _Sum]) -> Callable[[Call], Tensor]:
-    """Terms of an adapter's gradient, which plain PyTorch rounds to the dtype of x even for float32 adapters."""
+def _adapter_bound(product: Callable[[_Steps], Bound]) -> Callable[[Call], Bound]:
+    """The gradient of an adapter, which plain PyTorch rounds to the dtype of x even for float32 adapters."""
 
-    def terms(call: Call) -> Tensor:
-        found = _Terms(call)
-        error = found.rounded(product(found)).error
-        return call.terms_of(error, ROUNDINGS, UNIT_FLOAT32 if _wide(call) else call.unit)
+    def bound(call: Call) -> Bound:
+        steps = _Steps(call)
+        return steps.rounded(product(steps))
 
-    return terms
+    return bound
 
 
-def _weight_terms(call: Call) -> Tensor:
+def _weight_bound(call: Call) -> Bound:
     """A product of two exact matrices: only the result is rounded."""
-    terms = _Terms(call)
-    return call.terms_of(terms.product(_transposed(terms.dy), terms.x).error, ROUNDINGS, call.unit)
+    steps = _Steps(call)
+    return steps.product(steps.dy.t(), steps.x)
 
 
-def _bias_terms(call: Call) -> Tensor:
-    """The sum of |dy|."""
-    error = call.float32_error * _flattened(call.grad_outputs[0]).abs().sum(0)
-    return call.terms_of(error, ROUNDINGS, call.unit)
+def _bias_bound(call: Call) -> Bound:
+    """The sum of dy over rows."""
+    return total(exact(_flattened(call.grad_outputs[0])), call.elements)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
@@ -186,6 +158,11 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     }
     dlow = narrow_out if {"x", "lora_a"}.intersection(grads) else 0
     return whole + narrow_in + narrow_out, dlow + sum(needs.get(name, 0) for name in grads)
+
+
+def _low_bytes(inputs: Inputs) -> int:
+    """x @ lora_a^T."""
+    return inputs["x"][..., 0].numel() * len(inputs["lora_a"]) * inputs["x"].element_size()
 
 
 def _bias_error(
@@ -223,17 +200,34 @@ spec = Spec(
     outputs=["y"],
     grads=["x", "weight", "lora_a", "lora_b", "bias"],
     budget=Budget(
-        roundings=ROUNDINGS,
-        terms={
-            "y": _y_terms,
-            "x": _x_terms,
-            "weight": _weight_terms,
-            "lora_a": _adapter_terms(lambda terms: terms.product(_transposed(terms.dlow), terms.x)),
-            "lora_b": _adapter_terms(lambda terms: terms.product(_transposed(terms.dz), terms.low)),
-            "bias": _bias_terms,
+        roundings=1,  # that a row may share: of x @ lora_a^T or dy @ lora_b if the rank is 1
+        bounds={
+            "y": _y_bound,
+            "x": _x_bound,
+            "weight": _weight_bound,
+            "lora_a": _adapter_bound(lambda steps: steps.product(steps.dlow.t(), steps.x)),
+            "lora_b": _adapter_bound(lambda steps: steps.product(steps.dz.t(), steps.low)),
+            "bias": _bias_bound,
         },
     ),
     rowwise=["x"],
+    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    laws={
+        "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]),
+        "lora_b half as large, with twice the scaling": Law(
+            {"lora_b": 0.5}, {"lora_b": 2.0}, options=lambda options: {"scaling": 2 * options.get("scaling", 1.0)}
+        ),
+        "dy four times as large": Law(
+            {}, dict.fromkeys(["x", "weight", "lora_a", "lora_b", "bias"], 4.0), grad_outputs=4.0
+        ),
+    },
+    memory=Memory(
+        Case((("rows", 16384), ("rank", 16), ("wide", 1), ("columns", 2048), ("out", 4096))),
+        grads=["x", "lora_a", "lora_b"],
+        saved=_low_bytes,
+        # Its gradient; both adapters in the dtype of x, and a float32 sum.
+        working=lambda i: _low_bytes(i) + 8 * (i["lora_a"].numel() + i["lora_b"].numel()),
+    ),
     argument_kinds=leading_dimensions("x")
     | {
         "a bias": change_inputs(lambda i: {"bias": i["weight"][:, 0].contiguous()}),

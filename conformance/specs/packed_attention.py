@@ -4,25 +4,25 @@ No input is row-wise: an output depends on all earlier rows of its document, and
 argument kinds that fill one document with NaN check that documents do not attend to each other.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import nan
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from conformance.bounds import Terms
 from conformance.case import Case, Draw
-from conformance.gates import UNIT_FLOAT32
-from conformance.spec import Budget, Call, Change, Drawing, ErrorCase, Inputs, Options, Spec, Speed, nbytes
+from conformance.promises import Law, Memory, Parts
+from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, nbytes
+from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
-ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 
 
 def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
@@ -33,10 +33,6 @@ def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
     weights = torch.exp(1.1 * torch.randn(documents, generator=Generator().manual_seed(seed), dtype=torch.float64))
     ends = (weights.cumsum(0) / weights.sum() * tokens).round().long().tolist()
     return [0, *ends[:-1], tokens]
-
-
-def _longest(bounds: list[int]) -> int:
-    return max(end - begin for begin, end in pairwise(bounds))
 
 
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
@@ -52,7 +48,7 @@ def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, w
 
 def _required(case: Case) -> Options:
     """max_seqlen, exactly the length of the longest document."""
-    return {"max_seqlen": _longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
+    return {"max_seqlen": longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -90,8 +86,7 @@ def _smallest(call: Call) -> float:
 def _parts(call: Call) -> Iterator[_Part]:
     """One document and key head at a time: the scores of all heads of a long document do not fit in memory."""
     q, k, v, cu_seqlens = (call.inputs[name] for name in ("q", "k", "v", "cu_seqlens"))
-    group, options = q.shape[1] // k.shape[1], call.options
-    scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
+    group, options, scale = q.shape[1] // k.shape[1], call.options, _scale(call)
     window, cap = options.get("window") or len(q), options.get("softcap", 0.0)
     for begin, end in pairwise(cu_seqlens.tolist()):
         position = torch.arange(end - begin, device=q.device)
@@ -109,57 +104,52 @@ def _parts(call: Call) -> Iterator[_Part]:
             yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
 
 
-def _float32_weight(call: Call) -> float:
-    """Weight of a float32 rounding in S: for 16 bits, the gates allow ROUNDINGS of u instead of log2(n) of 2^-24."""
-    return 1.0 if call.unit == UNIT_FLOAT32 else call.float32_error / ROUNDINGS / call.unit
+def _scale(call: Call) -> float:
+    scale = call.options.get("scale")
+    return call.inputs["q"].shape[2] ** -0.5 if scale is None else scale
 
 
-def _out_terms(call: Call) -> Tensor:
-    """Sum of p |v|; p carries a rounding to v's dtype, and the roundings of its score."""
-    terms, weight = torch.zeros_like(call.inputs["q"]), _float32_weight(call)
+def _p(part: _Part) -> tuple[Tensor, Tensor]:
+    """p carries a rounding to v's dtype, and in float32 the roundings of its score."""
+    return part.p, part.p * (1 + part.p_roundings)
+
+
+def _do(call: Call, part: _Part) -> Tensor:
+    return call.grad_outputs[0][part.rows, part.heads].transpose(0, 1)
+
+
+def _added(call: Call, name: str, factors: Callable[[_Part], tuple[Tensor, Tensor, Tensor]]) -> Terms:
+    """The terms of products that are added up: for q over keys, for k and v over queries and the heads of the group.
+
+    Factors of a part: the left one, [G, L, L], in the dtype and in float32; the exact right one.
+    """
+    size, squares, in_float32 = (torch.zeros_like(call.inputs[name]) for _ in range(3))
     for part in _parts(call):
-        terms[part.rows, part.heads] = (part.p * (1 + weight * part.p_roundings) @ part.v.abs()).transpose(0, 1)
-    return terms
+        left, wide, right = factors(part)
+        if name != "q":
+            left, wide = left.mT, wide.mT
+        products = (left @ right.abs(), left.square() @ right.square(), wide @ right.abs())
+        for into, found in zip((size, squares, in_float32), products, strict=True):
+            if name == "q":
+                into[part.rows, part.heads] = found.transpose(0, 1)
+            else:
+                into[part.rows, part.head] = found.sum(0)
+    return Terms(size, squares.sqrt(), in_float32)
 
 
-def _dv_terms(call: Call) -> Tensor:
-    """Sum of p |do| over queries and the heads of the group."""
-    terms, weight = torch.zeros_like(call.inputs["v"]), _float32_weight(call)
-    for part in _parts(call):
-        do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-        terms[part.rows, part.head] = ((part.p * (1 + weight * part.p_roundings)).mT @ do).sum(0)
-    return terms
-
-
-def _ds_terms(call: Call, part: _Part) -> Tensor:
-    """p (|dp| + |delta|), each with the terms of its own sum; delta also carries the roundings of p in its sum."""
-    cap, weight = call.options.get("softcap", 0.0), _float32_weight(call)
-    do = call.grad_outputs[0][part.rows, part.heads].transpose(0, 1).abs()
-    dp = do @ part.v.abs().mT
+def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
+    """Scale p (|dp| + |delta|), each with the terms of its sum; delta also carries the roundings of p in its sum."""
+    cap = call.options.get("softcap", 0.0)
+    dp = _do(call, part).abs() @ part.v.abs().mT
     delta = (part.p * dp).sum(-1, keepdim=True)
     delta_roundings = (part.p * part.p_roundings * dp).sum(-1, keepdim=True)
     slope: Tensor | float = 1.0
     if cap:
-        scale = call.options.get("scale") or part.q.shape[2] ** -0.5
-        slope = 1 - torch.tanh(part.q @ part.k.mT * scale / cap).square()
-    in_float32 = (1 + part.p_roundings) * (dp + delta) + delta_roundings
-    return part.p * (slope * (dp + delta) + weight * in_float32) + (part.p > 0) * _smallest(call)
-
-
-def _dq_terms(call: Call) -> Tensor:
-    """Sum of scale |ds| |k| over keys."""
-    terms = torch.zeros_like(call.inputs["q"])
-    for part in _parts(call):
-        terms[part.rows, part.heads] = (_ds_terms(call, part) @ part.k.abs()).transpose(0, 1)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
-
-
-def _dk_terms(call: Call) -> Tensor:
-    """Sum of scale |ds| |q| over queries and the heads of the group."""
-    terms = torch.zeros_like(call.inputs["k"])
-    for part in _parts(call):
-        terms[part.rows, part.head] = (_ds_terms(call, part).mT @ part.q.abs()).sum(0)
-    return terms * (call.options.get("scale") or terms.shape[2] ** -0.5)
+        slope = 1 - torch.tanh(part.q @ part.k.mT * _scale(call) / cap).square()
+    smallest = (part.p > 0) * _smallest(call)
+    in_dtype = part.p * slope * (dp + delta) + smallest
+    in_float32 = in_dtype + part.p * ((1 + part.p_roundings) * (dp + delta) + delta_roundings)
+    return in_dtype * _scale(call), in_float32 * _scale(call)
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
@@ -175,13 +165,30 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return 2 * product, 5 * product if grads else 0
 
 
+def _documents(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+    """A call with these documents alone, in this order."""
+    bounds = inputs["cu_seqlens"].tolist()
+    rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in chosen]).to(inputs["q"].device)
+    starts = [0]
+    for i in chosen:
+        starts.append(starts[-1] + bounds[i + 1] - bounds[i])
+    picked = {name: inputs[name][rows] for name in ("q", "k", "v")}
+    picked["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
+    return picked, {"max_seqlen": longest(starts)}, rows
+
+
+def _lse_bytes(inputs: Inputs) -> int:
+    """A float32 per query and head."""
+    return 4 * inputs["q"][..., 0].numel()
+
+
 def _cut(cut: Callable[[int], list[int]]) -> Change:
     """Other document bounds; `cut` computes them from the number of tokens."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         bounds = cut(len(inputs["q"]))
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=inputs["q"].device)
-        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": _longest(bounds)}
+        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": longest(bounds)}
 
     return change
 
@@ -196,18 +203,6 @@ def _nan_in(document: int) -> Change:
         for name in ("q", "k", "v"):
             inputs[name][bounds[document] : bounds[document + 1]] = nan
         return inputs, options
-
-    return change
-
-
-def _change(**changes: Any) -> Change:
-    """A change of these inputs and options, each computed from the valid inputs."""
-
-    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        options = {"max_seqlen": _longest(inputs["cu_seqlens"].tolist()), **options}
-        made = {name: make(inputs) for name, make in changes.items()}
-        wrong = {name: value for name, value in made.items() if name in inputs}
-        return {**inputs, **wrong}, {**options, **{name: v for name, v in made.items() if name not in inputs}}
 
     return change
 
@@ -240,10 +235,31 @@ spec = Spec(
     outputs=["out"],
     grads=["q", "k", "v"],
     budget=Budget(
-        roundings=ROUNDINGS,
-        terms={"out": _out_terms, "q": _dq_terms, "k": _dk_terms, "v": _dv_terms},
+        roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
+        terms={
+            "out": lambda call: _added(call, "q", lambda part: (*_p(part), part.v)),
+            "q": lambda call: _added(call, "q", lambda part: (*_ds(call, part), part.k)),
+            "k": lambda call: _added(call, "k", lambda part: (*_ds(call, part), part.q)),
+            "v": lambda call: _added(call, "v", lambda part: (*_p(part), _do(call, part))),
+        },
     ),
     rowwise=[],
+    independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
+    far=["q", "k", "v"],
+    laws={
+        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0}),
+        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0}),
+        "q twice as large, with half the scale": Law(
+            {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
+        ),
+        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64))),
+        grads=["q", "k", "v"],
+        saved=_lse_bytes,  # log-sum-exps
+        working=_lse_bytes,  # sums of dout times out
+    ),
     argument_kinds={
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
@@ -253,75 +269,7 @@ spec = Spec(
         "NaN in between": _nan_in(1),
         "NaN behind": _nan_in(2),
     },
-    errors=[
-        ErrorCase("q is a matrix", _change(q=lambda i: i["q"][0]), ValueError, "q", undefined=True),
-        ErrorCase("k has another length", _change(k=lambda i: i["k"][:-1]), ValueError, "k", undefined=True),
-        ErrorCase("k has another width", _change(k=lambda i: i["k"][..., :-1]), ValueError, "k", undefined=True),
-        ErrorCase("v has another length", _change(v=lambda i: i["v"][:-1]), ValueError, "v", undefined=True),
-        ErrorCase(
-            "heads of k do not divide those of q",
-            _change(**{n: lambda i: i["k"].repeat(1, 2 + i["q"].shape[1], 1) for n in ("k", "v")}),
-            ValueError,
-            "k",
-            undefined=True,
-        ),
-        ErrorCase("k has another dtype", _change(k=lambda i: i["k"].double()), TypeError, "k"),
-        ErrorCase("v has another dtype", _change(v=lambda i: i["v"].double()), TypeError, "v"),
-        ErrorCase("q is integer", _change(**{n: lambda i, n=n: i[n].long() for n in "qkv"}), TypeError, "q"),
-        ErrorCase(
-            "cu_seqlens is a matrix", _change(cu_seqlens=lambda i: i["cu_seqlens"][None]), ValueError, "cu_seqlens"
-        ),
-        ErrorCase(
-            "cu_seqlens are floats", _change(cu_seqlens=lambda i: i["cu_seqlens"].float()), TypeError, "cu_seqlens"
-        ),
-        ErrorCase(
-            "cu_seqlens is of 64 bits", _change(cu_seqlens=lambda i: i["cu_seqlens"].long()), TypeError, "cu_seqlens"
-        ),
-        ErrorCase("cu_seqlens is empty", _change(cu_seqlens=lambda i: i["cu_seqlens"][:0]), ValueError, "cu_seqlens"),
-        ErrorCase(
-            "cu_seqlens ends early",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(max=len(i["q"]) - 1)),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens ends late",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"] + (i["cu_seqlens"] == len(i["q"])).int()),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens begins late",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].clamp(min=1)),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "cu_seqlens falls",
-            _change(cu_seqlens=lambda i: i["cu_seqlens"].new_tensor([0, 2, 1, len(i["q"])])),
-            ValueError,
-            "cu_seqlens",
-            undefined=True,
-            device="cpu",
-        ),
-        ErrorCase(
-            "max_seqlen is short of the longest document",
-            _change(max_seqlen=lambda i: _longest(i["cu_seqlens"].tolist()) - 1),
-            ValueError,
-            "max_seqlen",
-            device="cpu",
-        ),
-        ErrorCase("max_seqlen is negative", _change(max_seqlen=lambda i: -1), ValueError, "max_seqlen"),
-        ErrorCase("a window of nothing", _change(window=lambda i: 0), ValueError, "window"),
-        ErrorCase("softcap is negative", _change(softcap=lambda i: -1.0), ValueError, "softcap"),
-        ErrorCase("scale is infinite", _change(scale=lambda i: float("inf")), ValueError, "scale"),
-    ],
+    errors=ERRORS,
     speed=Speed(
         shapes={
             "text-mix-16k-d64": _bench(16384, 41, 64),

@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
-from conformance.case import Draw
+from conformance.bounds import UNIT_FLOAT32, Terms, root_of_mean
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
     Drawing,
     Inputs,
+    Options,
     Spec,
     Speed,
+    change_inputs,
     column_counts,
     leading_dimensions,
     mistake,
@@ -28,6 +32,8 @@ NORM_ERRORS = (
     mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
     wrong_option("eps is negative", "eps", eps=-1.0),
 )
+# Forward: the normalised row; backward: dy times weight; one more for another order of operations.
+ROUNDINGS = 2
 CASTING_ERROR = wrong_option("casting is unknown", "casting", casting="lama")
 
 
@@ -41,22 +47,62 @@ def normed(call: Call) -> tuple[Tensor, Tensor]:
     return call.inputs["x"] * r, r
 
 
-def _y_terms(call: Call) -> Tensor:
+def y_terms(call: Call) -> Tensor:
     """|n| (|weight| + offset): offset + weight may cancel."""
     return (normed(call)[0].abs() + 2 * call.smallest) * (call.inputs["weight"].abs() + call.options.get("offset", 0.0))
 
 
-def _x_terms(call: Call) -> Tensor:
+def _y_terms(call: Call) -> Terms | Tensor:
+    """With a weight that is wider than x and "gemma" casting, all products are float32: nothing else is rounded."""
+    terms = y_terms(call)
+    if call.options.get("casting", "llama") == "llama" or not call.wide("weight"):
+        return terms
+    return Terms(torch.zeros_like(terms), in_float32=terms)
+
+
+def _x_terms(call: Call) -> Terms:
     """r (|g| + |n| mean |g n|): the gradient of x is g without its part along the normalised row."""
     n, r = normed(call)
     g = call.grad_outputs[0] * (call.inputs["weight"] + call.options.get("offset", 0.0))
-    return r * (g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest)
+    size = g.abs() + n.abs() * (g * n).abs().mean(-1, keepdim=True) + 2 * call.smallest
+    return Terms(r * size, root=r * torch.hypot(g, n * root_of_mean(g * n)))
 
 
-def _weight_terms(call: Call) -> Tensor:
-    """Sum |dy n|: the gradient of the weight is a sum over rows."""
-    terms = (normed(call)[0].abs() + 2 * call.smallest) * call.grad_outputs[0].abs()
-    return terms.reshape(-1, terms.shape[-1]).sum(0)
+def weight_terms(call: Call, rounded: bool) -> Terms:
+    """Sum |dy n|: the gradient of the weight is a sum over rows; `rounded`: n is rounded to x's dtype.
+
+    The gradient of a weight that is wider than x has a smaller unit roundoff than the rounding of n.
+    """
+    n, dy = normed(call)[0], call.grad_outputs[0]
+    size, factor = (n.abs() + 2 * call.smallest) * dy.abs(), 1.0
+    if rounded and call.wide("weight"):
+        factor = call.unit / UNIT_FLOAT32
+    return Terms(factor * size, root=factor * (dy * n).abs(), in_float32=size).over_rows()
+
+
+def times_four(options: Options) -> Options:
+    """An eps for rows that are twice as large."""
+    return {"eps": 4 * options.get("eps", 1e-6)}
+
+
+LAWS = {
+    "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=times_four),
+    "x negated": Law({"x": -1.0}, {"y": -1.0, "weight": -1.0}),
+    "weight negated": Law({"weight": -1.0}, {"y": -1.0, "x": -1.0}, holds=lambda o: o.get("offset", 0.0) == 0.0),
+    "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0}, grad_outputs=4.0),
+}
+WIDE_WEIGHT = {"weight in float32": change_inputs(lambda i: {"weight": i["weight"].float() * (1 + 2**-13)})}
+# The other casting does not hide the weight's rounding among its own.
+WIDE_WEIGHTS = WIDE_WEIGHT | {
+    "weight in float32, gemma": lambda i, o: WIDE_WEIGHT["weight in float32"](i, {**o, "casting": "gemma"})
+}
+PROGRAMS = 1024  # of a backward pass, each with a float32 row of partial sums: eight for each of 128 processors
+MEMORY = Memory(
+    Case((("rows", 16384), ("hidden", 4096))),
+    grads=["x", "weight"],
+    saved=lambda inputs: 4 * len(inputs["x"]),  # 1 / root mean square
+    working=lambda inputs: 4 * PROGRAMS * inputs["x"].shape[-1],
+)
 
 
 spec = Spec(
@@ -69,11 +115,17 @@ spec = Spec(
     outputs=["y"],
     grads=["x", "weight"],
     budget=Budget(
-        roundings=2,  # forward: the normalised row; backward: dy times weight; one more for another order of operations
-        terms={"y": _y_terms, "x": _x_terms, "weight": _weight_terms},
+        roundings=ROUNDINGS,
+        terms={
+            "y": _y_terms,
+            "x": _x_terms,
+            "weight": lambda call: weight_terms(call, call.options.get("casting", "llama") == "llama"),
+        },
     ),
     rowwise=["x"],
-    argument_kinds=leading_dimensions("x"),
+    argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
+    laws=LAWS,
+    memory=MEMORY,
     errors=[*NORM_ERRORS, CASTING_ERROR],
     speed=Speed(
         shapes={

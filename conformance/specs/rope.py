@@ -1,13 +1,15 @@
 """Rotary position embedding of queries and keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import pi
 
 import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.case import Draw
+from conformance.bounds import Terms
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
     Budget,
     Call,
@@ -23,6 +25,7 @@ from conformance.spec import (
 )
 from unsloth_ref.kernels import rope
 
+ROUNDINGS = 1  # each product, before their sum
 ROTARY = (2, 4, 6, 16, 30, 32, 62, 64, 66, 80, 96, 128, 256)
 
 
@@ -73,16 +76,23 @@ def _other_half(values: Tensor, rotary: int) -> Tensor:
     return torch.cat([second, first, rest], -1)
 
 
-def _forward_terms(call: Call, x: Tensor) -> Tensor:
-    """A sum of two products: |x cos| + |x' sin|, where x' is the other half."""
+def _sum_of_two(first: Tensor, second: Tensor) -> Terms:
+    return Terms(first + second, root=torch.hypot(first, second))
+
+
+def _forward_terms(call: Call, x: Tensor) -> Terms:
+    """A sum of two products: |x cos| + |x' sin|, where x' is the other half; in float32 if cos and sin are."""
     cos, sin = _angles(call, x)
-    return x.abs() * cos + _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin
+    terms = _sum_of_two(x.abs() * cos, _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin)
+    if call.wide("cos", "sin"):
+        return Terms(torch.zeros_like(terms.size), in_float32=terms.size)
+    return terms
 
 
-def _backward_terms(call: Call, dy: Tensor) -> Tensor:
+def _backward_terms(call: Call, dy: Tensor) -> Terms:
     """|dy cos| + |(dy sin)'|."""
     cos, sin = _angles(call, dy)
-    return dy.abs() * cos + _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1])
+    return _sum_of_two(dy.abs() * cos, _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1]))
 
 
 def _halves_that_differ(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
@@ -102,6 +112,19 @@ def _by_table(
 def _change(**changes: Callable[[Inputs], Tensor]) -> Change:
     """A change of these inputs, each computed from the valid inputs."""
     return change_inputs(lambda inputs: {name: change(inputs) for name, change in changes.items()})
+
+
+def _sequences(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+    """A call with these sequences alone; cos, sin and positions are those of all sequences, or of each."""
+    rows, batch = torch.tensor(chosen, device=inputs["q"].device), len(inputs["q"])
+    table = "positions" in inputs
+    own = ["q", "k", *(["positions"] if table else ["cos", "sin"])]
+    return {n: t[rows] if n in own and len(t) == batch else t for n, t in inputs.items()}, {}, rows
+
+
+def _wide_angles(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """Numbers that do not fit in 16 bits, as computed angles do not."""
+    return {**inputs, **{name: inputs[name].float() * (1 + 2**-13) for name in ("cos", "sin")}}, options
 
 
 def _bench(batch: int, length: int, width: int) -> dict[str, int]:
@@ -130,7 +153,7 @@ spec = Spec(
     outputs=["rotated_q", "rotated_k"],
     grads=["q", "k"],
     budget=Budget(
-        roundings=1,  # each product, before their sum
+        roundings=ROUNDINGS,
         terms={
             "rotated_q": lambda call: _forward_terms(call, call.inputs["q"]),
             "rotated_k": lambda call: _forward_terms(call, call.inputs["k"]),
@@ -139,13 +162,23 @@ spec = Spec(
         },
     ),
     rowwise=["q", "k"],
+    independent=Parts(lambda inputs: len(inputs["q"]), _sequences, ["q", "k"]),
+    laws={
+        "q and k twice as large": Law({"q": 2.0, "k": 2.0}, {"rotated_q": 2.0, "rotated_k": 2.0}),
+        "q and k negated": Law({"q": -1.0, "k": -1.0}, {"rotated_q": -1.0, "rotated_k": -1.0}),
+        "gradients four times as large": Law({}, {"q": 4.0, "k": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case(tuple(_bench(4, 4096, 128).items())),
+        grads=["q", "k"],
+    ),
     argument_kinds={
         "halves of cos and sin differ": _halves_that_differ,
         "each sequence has its own cos and sin": lambda i, o: (
             {**i, "cos": i["cos"].expand(len(i["q"]), -1, -1), "sin": i["sin"].expand(len(i["q"]), -1, -1)},
             o,
         ),
-        "cos and sin in float32": lambda i, o: ({**i, "cos": i["cos"].float(), "sin": i["sin"].float()}, o),
+        "cos and sin in float32": _wide_angles,
         "a table": _by_table,
         "a table and one row of positions": lambda i, o: _by_table(i, o, batch=1),
         "positions of 32 bits": lambda i, o: _by_table(i, o, dtype=torch.int32),

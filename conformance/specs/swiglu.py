@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from conformance.case import Draw
+from conformance.bounds import Terms
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -24,17 +26,26 @@ def _build(draw: Draw, rows: int, hidden: int) -> Inputs:
     return {"gate": draw.filled(rows, hidden), "up": draw.filled(rows, hidden)}
 
 
-def _silu_terms(call: Call, factor: Tensor) -> Tensor:
-    """exp(x) carries |x| roundings of its argument; the activation may be below the normal numbers."""
+def _silu_terms(call: Call, factor: Tensor) -> Terms:
+    """exp(-x) carries |x| roundings of its argument, and so s = sigmoid(x) carries |x| (1 - s).
+
+    The activation may be below the normal numbers.
+    """
     gate = call.inputs["gate"]
-    return (gate * torch.sigmoid(gate) * factor).abs() * (1 + gate.abs()) + 2 * call.smallest * factor.abs()
+    size, absolute = (gate * torch.sigmoid(gate) * factor).abs(), 2 * call.smallest * factor.abs()
+    return Terms(size * (1 + gate.abs() * torch.sigmoid(-gate)) + absolute, root=size)
 
 
-def _gate_terms(call: Call) -> Tensor:
-    """|dy up| s (1 + |gate| (1 - s)), with |gate| roundings in s: the derivative of SiLU changes sign."""
-    gate = call.inputs["gate"]
-    size = torch.sigmoid(gate) * (1 + gate.abs() * torch.sigmoid(-gate)) * (1 + gate.abs())
-    return ((call.grad_outputs[0] * call.inputs["up"]).abs() + 2 * call.smallest) * size
+def _gate_terms(call: Call) -> Terms:
+    """|dy up| s (1 + |x| (1 - s)), for the derivative of SiLU changes sign; s (1 - s) carries at most |x| roundings.
+
+    1 - s is a difference from 1: a rounding of 1, or all of it, is lost.
+    """
+    x, factor = call.inputs["gate"], (call.grad_outputs[0] * call.inputs["up"]).abs()
+    s, complement = torch.sigmoid(x), torch.sigmoid(-x)
+    other = x.abs() * complement
+    size = s * (1 + other * (2 + x.abs()) + x.abs() * (complement / call.unit).clamp(max=1.0))
+    return Terms((factor + 2 * call.smallest) * size, root=factor * torch.hypot(s, s * other))
 
 
 def bytes_moved(inputs: Inputs) -> tuple[int, int]:
@@ -61,6 +72,12 @@ spec = Spec(
         },
     ),
     rowwise=["gate", "up"],
+    laws={
+        "up twice as large": Law({"up": 2.0}, {"y": 2.0, "gate": 2.0}),
+        "up negated": Law({"up": -1.0}, {"y": -1.0, "gate": -1.0}),
+        "dy four times as large": Law({}, {"gate": 4.0, "up": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(Case((("rows", 8192), ("hidden", 8192))), grads=["gate", "up"]),
     argument_kinds=leading_dimensions("gate", "up"),
     errors=[
         mistake("up is one column short", ValueError, "up", lambda i: {"up": i["up"][..., :-1]}, undefined=True),

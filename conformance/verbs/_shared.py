@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.backends import Judged
+from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.properties import PROPERTIES
 
@@ -25,17 +26,51 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
 
 
-def judged_by(arguments: argparse.Namespace) -> tuple[str, Judged]:
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name an operation of your own."""
+    group = parser.add_argument_group("an operation of your own")
+    group.add_argument("--reference", metavar="M:F", help="its definition: module:function or file.py:function")
+    group.add_argument("--example", metavar="CALL", help="'x=randn(64,128) eps=1e-6', or a file that defines example")
+    group.add_argument("--spec", metavar="SPEC", help="in place of both: a module or file with a spec, as write prints")
+    group.add_argument("--in-place", metavar="X,...", type=_names, default=(), help="inputs that it changes on purpose")
+    group.add_argument("--rows", metavar="X,...", type=_names, default=(), help="inputs with independent rows")
+    group.add_argument("--grads", metavar="X,...", type=_names, help="inputs to differentiate, or none (all)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
+
+
+def source_of(arguments: argparse.Namespace) -> Source:
+    """The operation that the command line names; raises UsageError."""
+    if arguments.spec and (arguments.reference or arguments.example):
+        raise UsageError("--spec: takes the place of --reference and --example")
+    if not arguments.spec and not arguments.reference:
+        for flag in ("example", "in_place", "rows", "grads"):
+            if getattr(arguments, flag):
+                raise UsageError(f"--{flag.replace('_', '-')}: needs --reference, the operation's definition")
+    return Source(
+        arguments.reference, arguments.example, arguments.spec, arguments.in_place, arguments.rows, arguments.grads
+    )
+
+
+def judged_by(arguments: argparse.Namespace, source: Source = PROJECT) -> tuple[str, Judged]:
     """The requested device and backend."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
-    return device, backends.load(arguments.backend, device)
+    return device, backends.load(arguments.backend, device, source)
+
+
+def names_of(source: Source) -> tuple[list[str], list[str]]:
+    """The names of the operations and of the training pieces that can be judged."""
+    operations.install_properties()
+    return list(operations.specs(source)), [] if source else list(backends.PIECES)
 
 
 def properties_of(op: str) -> Collection[str]:
     """The names of the properties of an operation or piece."""
-    return PROPERTIES if op in backends.OPERATIONS else pieces()[op].properties
+    return pieces()[op].properties if op in backends.PIECES else PROPERTIES
 
 
 def demand_writable(path: Path | None) -> None:

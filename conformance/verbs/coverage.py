@@ -42,7 +42,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
     demand_writable(arguments.json)
     profile = PROFILES[arguments.profile]
-    explored = explore(Trial(specs()[op], judged.functions[op], DTYPES[dtype], device, judged.truncates), profile)
+    explored = explore(Trial(specs()[op], judged.functions[op], DTYPES[dtype], device), profile)
     if not explored.pairs:
         raise UsageError(f"{op}: backend {arguments.backend} launches no Triton kernel: nothing to cover")
     print(report.heading(judged, device, arguments.profile), flush=True)
@@ -71,7 +71,7 @@ def _table(explored: Explored, results: Sequence[Result]) -> str:
     found = [(result.property, result.reached) for result in results if result.reached]
     if len(found) > 1:
         found.append(("by any of these", reduce(or_, (reached for _, reached in found))))
-    lines += [f"  {name:<{report.NAME_WIDTH}}{100 * reached.share:>4.0f} %" for name, reached in found]
+    lines += [f"  {name:<{report.name_width(PROPERTIES)}}{100 * reached.share:>4.0f} %" for name, reached in found]
     return "\n".join(lines)
 
 

@@ -3,12 +3,22 @@
 import argparse
 from dataclasses import replace
 
-from conformance import backends, report
+from conformance import backends, operations, report
+from conformance.operations import Source
 from conformance.pieces import pieces
 from conformance.runner import Task, run
 from conformance.search import DTYPES
-from conformance.specs import specs
-from conformance.verbs._shared import UsageError, Verbs, add_backend, judged_by, known, properties_of
+from conformance.verbs._shared import (
+    UsageError,
+    Verbs,
+    add_backend,
+    add_source,
+    judged_by,
+    known,
+    names_of,
+    properties_of,
+    source_of,
+)
 
 LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
 
@@ -18,22 +28,24 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
     parser.add_argument("line", help=f"'{LINE}'")
     add_backend(parser)
+    add_source(parser)
     parser.set_defaults(verb=_repro)
 
 
 def _repro(arguments: argparse.Namespace) -> int:
-    op, dtype, name, line = _parsed(arguments.line)
+    source = source_of(arguments)
+    op, dtype, name, line = _parsed(arguments.line, source)
     try:
-        case = pieces()[op].parse(line) if dtype is None else specs()[op].parse(line)
+        case = pieces()[op].parse(line) if dtype is None else operations.specs(source)[op].parse(line)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    device, judged = judged_by(arguments)
+    device, judged = judged_by(arguments, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
-    task = Task(arguments.backend, op, name, dtype, device, case=case)
+    task = Task(arguments.backend, op, name, dtype, device, case=case, source=source)
     ((_, result),) = run([task], lambda *_: None)
     if result.verdict == "fail":
-        print(report.failures([replace(result, case=str(case))], arguments.backend, device))
+        print(report.failures([replace(result, case=str(case))], arguments.backend, device, source))
         return 1
     if result.verdict == "skip":
         raise UsageError(f"{name}: {result.message}")
@@ -42,15 +54,16 @@ def _repro(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parsed(line: str) -> tuple[str, str | None, str, str]:
+def _parsed(line: str, source: Source) -> tuple[str, str | None, str, str]:
     """Operation or piece, dtype, property and case from a line that a failure printed."""
     op, *words = line.split() or [""]
     by_name = [word for word in words if "=" not in word]  # dtype and property; a piece has no dtype
     if not words or (op in backends.PIECES and len(by_name) != 1):
         raise UsageError(f"repro: got {line!r}; allowed: '{LINE}'")
-    known("operation", [op], [*backends.OPERATIONS, *backends.PIECES])
+    ops, piece_names = names_of(source)
+    known("operation", [op], [*ops, *piece_names])
     dtype = None
-    if op in backends.OPERATIONS:
+    if op in ops:
         dtype = words.pop(0)
         known("dtype", [dtype], list(DTYPES))
     name = words.pop(0) if words and "=" not in words[0] else "gradients"

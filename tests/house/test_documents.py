@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
-VERBS = ("run", "list", "repro", "coverage", "bench", "fingerprint")
+VERBS = ("run", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate")
 OURS = (
     "python -m conformance",
     "python examples/",
@@ -211,11 +211,11 @@ def check_judge(verb: str, words: list[str]) -> None:
     assert flags(words) <= judge_options(verb)
     options = [index for index, word in enumerate(words) if word.startswith("-")]
     positional = words[: min(options, default=len(words))]
-    if verb != "repro":
+    if verb not in ("repro", "write"):
         assert set(positional) - {"OP"} <= {*backends.OPERATIONS, *backends.PIECES}
     for index in options:
         if words[index] == "--backend":
-            assert set(words[index + 1].split(",")) - {"mine"} <= set(backends.NAMES)
+            assert ":" in words[index + 1] or set(words[index + 1].split(",")) - {"mine"} <= set(backends.NAMES)
 
 
 def check_example(path: str, words: list[str]) -> None:

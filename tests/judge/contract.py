@@ -31,7 +31,8 @@ def compiled(function: Function) -> Function:
     return call
 
 
-WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}  # by name: operation, properties of which one finds it, dtype
+# By dotted path: operation, properties of which one finds it, dtype.
+WRONG: dict[str, tuple[str, tuple[str, ...], str]] = {}
 
 
 def wrong(
@@ -40,7 +41,7 @@ def wrong(
     """Make a function a wrong backend, with the contract's signature or, without contract, its own."""
 
     def register(function: Function) -> SimpleNamespace:
-        WRONG[function.__name__] = op, properties, dtype
+        WRONG[f"{function.__module__}.{function.__name__}"] = op, properties, dtype
         return as_backend(op, function) if contract else SimpleNamespace(**{op: function})
 
     return register

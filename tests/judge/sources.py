@@ -1,38 +1,14 @@
 """Modules with edited copies of the project's Triton kernels."""
 
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
-from importlib.abc import ExecutionLoader
 from pathlib import Path
 from types import ModuleType
 
+from conformance.mutate.sources import imported
+
 KERNELS = Path(__file__).parents[2] / "unsloth_fast" / "kernels"
 Edit = tuple[str, str]  # old text, which occurs exactly once in the operation's file and its imports; new text
-
-
-class _Text(ExecutionLoader):
-    """Imports source code from memory; Triton reads the source of kernels through this loader."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def get_source(self, fullname: str) -> str:
-        """The source."""
-        return self._text
-
-    def get_filename(self, fullname: str) -> str:
-        """The name of no existing file, which distinguishes the modules in tracebacks and caches."""
-        return f"{fullname}.py"
-
-
-def _module(name: str, text: str) -> ModuleType:
-    spec = importlib.util.spec_from_loader(name, _Text(text))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
@@ -50,7 +26,7 @@ def changed(op: str, name: str, edits: Sequence[Edit]) -> ModuleType:
     for file, text in texts.items():
         for other in texts:
             text = text.replace(f"unsloth_fast.kernels.{other} ", f"{name}_{other} ")
-        module = _module(name if file == op else f"{name}_{file}", text.replace("unsloth_fast", name))
+        module = imported(name if file == op else f"{name}_{file}", text.replace("unsloth_fast", name))
     return module
 
 

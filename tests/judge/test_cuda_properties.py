@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conformance.gates import Failure
 from conformance.memory import fenced
+from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.specs import specs
 from conformance.trial import Trial
@@ -41,31 +42,72 @@ def freezes_a_number(gate: Tensor, up: Tensor) -> Tensor:
     return swiglu(gate * (LARGEST[0] / largest), up)
 
 
+def works_on_a_stream_of_its_own(gate: Tensor, up: Tensor) -> Tensor:
+    """Waits for the current stream, which does not wait for it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    y = torch.empty_like(gate)
+    with torch.cuda.stream(stream):
+        return torch.add(swiglu(gate, up), y.zero_())
+
+
+class _SavesMuch(torch.autograd.Function):
+    """The identity, which keeps copies for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value.float(), value.double())
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
+
+
+def saves_much(gate: Tensor, up: Tensor) -> Tensor:
+    """Saves wider copies of its output."""
+    return _SavesMuch.apply(swiglu(gate, up))  # type: ignore[no-any-return]
+
+
+def leaves_its_device_current(gate: Tensor, up: Tensor) -> Tensor:
+    """Makes the device of its inputs the current one."""
+    torch.cuda.set_device(gate.device)
+    return swiglu(gate, up)
+
+
 WRONG = {
+    "honest_results": (works_on_a_stream_of_its_own, "was not complete when the call returned"),
+    "memory": (saves_much, "memory saved for the backward pass: got"),
+    "second_device": (leaves_its_device_current, "a call on cuda:1 left device 1 current; allowed: 0"),
     "side_stream": (on_the_default_stream, "a side stream changes the results"),
     "no_sync": (synchronises, "called a synchronizing CUDA operation"),
     "cuda_graph": (freezes_a_number, "a replayed CUDA graph differs from an eager call"),
 }
 
 
-CUDA_ONLY = [name for name, prop in PROPERTIES.items() if "cuda" in prop.needs]
-
-
 def check(name: str, function: Any) -> None:
-    spec = specs()["swiglu"]
-    PROPERTIES[name].check(Trial(spec, function, torch.float32, "cuda"), spec.case(4, 130))
+    spec, prop = specs()["swiglu"], PROPERTIES[name]
+    trial = Trial(spec, function, torch.float32, "cuda")
+    if why := prop.skipped(trial):
+        pytest.skip(why)
+    case = prop.cases(spec, PROFILES["dev"])[0] if name == "memory" and prop.cases else spec.case(4, 130)
+    prop.check(trial, case)
 
 
-@pytest.mark.parametrize("name", CUDA_ONLY)
+@pytest.mark.parametrize("name", WRONG)
 def test_a_property_fails_a_wrong_kernel(name: str) -> None:
     function, message = WRONG[name]
     with pytest.raises(Failure, match=message):
         check(name, function)
 
 
-@pytest.mark.parametrize("name", CUDA_ONLY)
+@pytest.mark.parametrize("name", WRONG)
 def test_a_property_passes_the_reference(name: str) -> None:
     check(name, swiglu)
+
+
+def test_every_property_that_needs_cuda_has_a_wrong_kernel() -> None:
+    assert {name for name, prop in PROPERTIES.items() if {"cuda", "two devices"}.intersection(prop.needs)} <= set(WRONG)
 
 
 @pytest.mark.parametrize("name", scratch.FAULTS)

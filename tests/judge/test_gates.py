@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conformance.bounds import Bound, Terms, unit_roundoff
 from conformance.gates import (
     G2_ELEMENTS,
     G2_MAX,
@@ -15,7 +16,6 @@ from conformance.gates import (
     ErrorModel,
     Failure,
     judge,
-    unit_roundoff,
 )
 from conformance.search import DTYPES
 
@@ -25,12 +25,12 @@ MARGIN = 0.01  # relative to a bound: much larger than the float64 rounding erro
 
 def model(r: Tensor, *, terms: Tensor | None = None, roundings: int = 0, truncates: bool = False) -> ErrorModel:
     """The error model of a truth whose elements do not cancel."""
-    return ErrorModel(r.abs() if terms is None else terms, r.numel(), roundings, truncates=truncates)
+    return ErrorModel(Terms(r.abs() if terms is None else terms), r.numel(), roundings, truncates=truncates)
 
 
 def bound(dtype: torch.dtype, roundings: int = 0, units: int = 1) -> float:
     """The bound of G1 relative to |r|, for two elements with S = |r|."""
-    unit = units * unit_roundoff(dtype)
+    unit = units * torch.finfo(dtype).eps / 2
     return unit + roundings * unit * (1 + unit) + 2 * 2.0**-24
 
 
@@ -78,7 +78,8 @@ BOTH = TWO * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(G2_ELEMENTS /
 def g2(error: Tensor, peer_error: Tensor) -> float:
     """The budget used by these errors compared with a peer's; the truth is about 1, and G1 allows any of them."""
     r = 1 + torch.arange(len(error), dtype=torch.float64) * 2**-20
-    return judge("output y", (r + error).float(), r, (r + peer_error).float(), ErrorModel(1000 * r, 2**30, roundings=0))
+    float32_alone = ErrorModel(Terms(1000 * r), 2**30, roundings=0)
+    return judge("output y", (r + error).float(), r, (r + peer_error).float(), float32_alone)
 
 
 def test_g2_root_mean_square() -> None:
@@ -97,17 +98,56 @@ def test_g2_largest() -> None:
         g2(one * (1 + MARGIN), peer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_g2_allows_the_roundings_of_terms_that_the_peer_does_not_make(dtype: torch.dtype) -> None:
+    """A sum of products whose factors and products are rounded, as autograd does; the peer rounds the sum alone."""
+    x, scale = torch.randn(2, 40, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = scale.to(dtype).double()
+    terms, r = x * scale, (x * scale).sum(0)
+    y = (x.to(dtype).double() * scale).to(dtype).double().sum(0).to(dtype)
+
+    def used(y: Tensor, of: Terms) -> float:
+        return judge("sum", y, r, r.to(dtype), ErrorModel(of, terms.numel(), roundings=2))
+
+    allowed = Terms(terms.abs()).over_rows()
+    assert 0.6 < used(y, allowed) < 0.75  # all roundings that the floor holds, of 1.5
+    with pytest.raises(Failure, match=r"gate G2 used 1\.1.* root mean square"):
+        used(y, Terms(allowed.size, root=torch.zeros_like(r)))
+    partial = torch.zeros(4096, dtype=dtype)
+    for row in terms:
+        partial = (partial + row).to(dtype)  # adding up in the dtype rounds more than terms
+    with pytest.raises(Failure, match="gate G2"):
+        used(partial, Terms(2 * allowed.size, allowed.root))  # G1 finds some of them
+
+
+def test_g1_allows_a_bound_and_the_last_rounding() -> None:
+    y = torch.tensor([2.0, 1.5], dtype=HALF)
+    for share, holds in ((1 - MARGIN, True), (1 + MARGIN, False)):
+        r = y.double() / torch.tensor([1.0, 1 + share * 1e-2], dtype=torch.float64)
+        rounding = torch.tensor([0.0, unit_roundoff(HALF) * float(r[1])])
+        bound = Bound(r, torch.tensor([0.0, 1e-2]) * r - rounding, torch.zeros(2))
+        if holds:
+            assert judge("y", y, r, y, ErrorModel(bound, 2, roundings=0)) == pytest.approx(share, rel=1e-3)
+        else:
+            with pytest.raises(Failure, match="gate G1"):
+                judge("y", y, r, y, ErrorModel(bound, 2, roundings=0))
+
+
 def test_g2_needs_enough_elements() -> None:
     peer = torch.full((G2_ELEMENTS - 1,), 2.0**-10, dtype=torch.float64)
     assert g2(peer * 2 * G2_RMS, peer) <= 1
 
 
 def test_g2_allows_a_row_the_factor_that_roundings_explain() -> None:
+    def shared(roundings: int) -> ErrorModel:
+        """Roundings of whole rows, not of elements."""
+        return ErrorModel(Terms(ROWS, root=torch.zeros_like(ROWS)), ROWS.numel(), roundings)
+
     moved = torch.stack([ROWS[0] + TWO, ROWS[1] - TWO]).to(HALF)
-    judge("output y", moved, ROWS, ROWS.to(HALF), model(ROWS, roundings=2))
+    judge("output y", moved, ROWS, ROWS.to(HALF), shared(2))
     for y, roundings in ((moved, 1), ((ROWS + BOTH).to(HALF), 2)):  # too large a factor; both signs in each row
         with pytest.raises(Failure, match="gate G2"):
-            judge("output y", y, ROWS, ROWS.to(HALF), model(ROWS, roundings=roundings))
+            judge("output y", y, ROWS, ROWS.to(HALF), shared(roundings))
 
 
 def test_g2_compares_with_a_peer_that_has_a_factor_of_its_own() -> None:
@@ -124,12 +164,12 @@ def test_g2_needs_elements_that_differ(different: int, judged: bool) -> None:
     off = (r + 2.0**-10).float()
     if judged:
         with pytest.raises(Failure, match="gate G2"):
-            judge("output y", off, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
+            judge("output y", off, r, r.float(), ErrorModel(Terms(1000 * r), 2**30, roundings=0))
     else:
-        judge("output y", off, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
+        judge("output y", off, r, r.float(), ErrorModel(Terms(1000 * r), 2**30, roundings=0))
     noisy = off + 1e-4 * torch.rand(r.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Failure, match="gate G2"):
-        judge("output y", noisy, r, r.float(), ErrorModel(1000 * r, 2**30, roundings=0))
+        judge("output y", noisy, r, r.float(), ErrorModel(Terms(1000 * r), 2**30, roundings=0))
 
 
 def rounded_up(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +200,7 @@ def test_g3_biased_results() -> None:
     y, r, p = rounded_up(last + 1)
     with pytest.raises(Failure, match=r"gate G3 .*biased to one side"):
         judge("y", y, r, p, model(r))
-    judge("y", y, r, p, ErrorModel(r, r.numel(), 0, random=False))  # elements that are not random may be biased
+    judge("y", y, r, p, ErrorModel(Terms(r), r.numel(), 0, random=False))  # elements that are not random may be biased
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""Patching Triton's interpreter does not change its results."""
+"""Kernels that Triton's interpreter runs are noticed; patching it does not change its results."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from conformance import backends
+from conformance.gates import Failure
 from conformance.interpreter import _Memoised, _OncePerLaunch
+from conformance.specs import swiglu
+from conformance.trial import Run, Trial
+from unsloth_ref import kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is selected for the whole process")
 
@@ -79,3 +83,47 @@ def test_fewer_tables_give_the_same_dtypes(interpreter: Any) -> None:
     for dtype in (*scalars, *(language.block_type(scalar, [4, 8]) for scalar in scalars)):
         assert memoised(dtype) == interpreter._get_np_dtype(dtype)
     assert calls == scalars
+
+
+def truncated_to_bfloat16(gate: Tensor, up: Tensor) -> Tensor:
+    y = kernels.swiglu(gate.float(), up.float())
+    return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
+
+
+def test_truncation_is_allowed_where_the_interpreter_ran_a_kernel_in_that_call() -> None:
+    fast = backends.load("fast", "cpu").functions["swiglu"]
+
+    def either(gate: Tensor, up: Tensor) -> Tensor:
+        return (fast if len(gate) > 1 else truncated_to_bfloat16)(gate, up)
+
+    trial = Trial(swiglu.spec, either, torch.bfloat16, "cpu")
+    of_kernel, of_torch = (trial.run(swiglu.spec.case(rows, 2000), grads=()) for rows in (2, 1))
+    assert of_kernel.interpreted() == [True]
+    assert of_torch.interpreted() == [False]
+    trial.judge(swiglu.spec.case(2, 2000), of_kernel)
+    with pytest.raises(Failure, match="gate G3"):
+        trial.judge(swiglu.spec.case(1, 2000), of_torch)
+
+
+class KernelBackward(torch.autograd.Function):
+    """swiglu in PyTorch whose backward pass runs a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            y = backends.load("fast", "cpu").functions["swiglu"](*leaves)
+        return torch.autograd.grad(y, leaves, dy)
+
+
+def test_gradients_depend_on_the_kernels_of_both_passes() -> None:
+    trial = Trial(swiglu.spec, KernelBackward.apply, torch.bfloat16, "cpu")
+    run = trial.run(swiglu.spec.case(1, 40))
+    assert run.interpreted() == [False, True, True]
+    assert Run(run.outputs, run.grads, True, False).interpreted() == [True] * 3
+    assert trial.run(swiglu.spec.case(1, 40), grads=()).interpreted() == [False]

@@ -10,14 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.case import Case
 from conformance.declarations import SpecError
-from conformance.properties import special_values
+from conformance.gates import Failure
+from conformance.profiles import PROFILES
+from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.trial import Run, Trial, widen
+from conformance.trial import Run, Trial, is_plain, leaf, widen
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Approximate
 
+OPERATIONS = tuple(reference.__all__)
 SIZES = {"tokens": 23, "ignored": 3, "vocab": 31, "hidden": 7}
 
 
@@ -127,3 +130,29 @@ def test_a_spec_of_another_operation_is_refused(spec: Any, message: str, monkeyp
     monkeypatch.setattr(swiglu, "spec", spec)
     with pytest.raises(SpecError, match=rf"specs/swiglu\.py: {message}"):
         specs.__wrapped__()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_reference_satisfies_every_exact_law_in_float64(op: str) -> None:
+    spec = specs()[op]
+    assert spec.laws
+    for case in exact_laws.cases(spec, PROFILES["dev"]):
+        exact_laws.check(Trial(spec, spec.reference, torch.float64, "cpu"), case.resized(wide=0))
+
+
+def test_a_law_that_does_not_hold_is_reported() -> None:
+    law = replace(next(iter(swiglu.spec.laws.values())), factors={"y": 4.0})
+    with pytest.raises(Failure, match="doubled: output y should be 4 times as large in every bit"):
+        exact_laws.demand_law(
+            Trial(swiglu.spec, reference.swiglu, torch.float32, "cpu"), swiglu.spec.case(3, 8), "doubled", law
+        )
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_plain_pytorch_is_told_from_kernels_by_its_autograd_nodes(op: str) -> None:
+    spec = specs()[op]
+    case = spec.case(2, 8)
+    for package, plain in ((reference, True), (fast, False)):
+        trial = Trial(spec, getattr(package, op), torch.float32, "cpu")
+        inputs = {name: leaf(tensor, name in spec.grads) for name, tensor in trial.inputs(case).items()}
+        assert is_plain(trial.call(inputs, trial.options(case))) == plain

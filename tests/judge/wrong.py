@@ -3,6 +3,7 @@
 Each is a backend, such as `tests.judge.wrong.rms_norm_writes_over_x`.
 """
 
+import importlib
 import itertools
 import os
 from typing import Any, ClassVar
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.judge.contract import WRONG as WRONG
-from tests.judge.contract import Function, as_backend, wrong
+from tests.judge.contract import Function, wrong
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -191,13 +191,12 @@ def swiglu_forgets_up(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up.detach())
 
 
+@wrong("swiglu", "value", dtype="bfloat16")
 def swiglu_truncates(gate: Tensor, up: Tensor) -> Tensor:
-    """Truncates to bfloat16 instead of rounding; found if Triton's interpreter, which truncates too, is not loaded."""
+    """Truncates to bfloat16 instead of rounding; only kernels in Triton's interpreter may, whatever is imported."""
+    importlib.import_module("triton")
     y = reference.swiglu(gate.float(), up.float())
     return (y.view(torch.int32) & -(2**16)).view(torch.float32).to(gate.dtype)
-
-
-swiglu_truncates = as_backend("swiglu", swiglu_truncates)
 
 
 @wrong("swiglu", "checkpoint")

@@ -32,6 +32,9 @@ TABLE = {
     "z_loss_without_gradient": one("dz *= 1.0 + 2.0 * z_loss * lse", "dz *= 1.0", "gradients"),
     "z_loss_gradient_halved": one("1.0 + 2.0 * z_loss * lse", "1.0 + z_loss * lse", "gradients"),
     "softcap_without_gradient": one("dz *= tanh_derivative(x * (logit_scale / softcap))", "dz *= 1.0", "gradients"),
+    "reciprocal_of_one_step": one(
+        "return tl.fma(found, tl.fma(-x, found, 1.0), found)", "return found", "value", "one_at_a_time"
+    ),
     "scale_after_the_cap": one(
         "softcap * tanh(x * (logit_scale / softcap))", "logit_scale * softcap * tanh(x / softcap)", "value"
     ),

@@ -46,6 +46,9 @@ TABLE = {
     "last_tile_not_started": one(
         'tiles = tokens // tile["ROWS"] + documents', 'tiles = tokens // tile["ROWS"] + documents - 1', "uninitialised"
     ),
+    "heads_in_32_bits": one(
+        "head = (tl.program_id(0) % heads).to(tl.int64)", "head = tl.program_id(0) % heads", "int64_offsets"
+    ),
     "neighbour_read": one(
         "(row < length)[:, None] & (column < width)[None, :], other=0.0)",
         "(row <= length)[:, None] & (column < width)[None, :], other=0.0)",

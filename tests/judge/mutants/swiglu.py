@@ -4,14 +4,14 @@ from tests.judge.mutants.mutant import LYING, one
 
 TABLE = {
     "up_for_gate_in_the_sigmoid": one("share, _ = share_and_slope(gate,", "share, _ = share_and_slope(up,", "value"),
-    "gelu_constant": one("sigmoids(gate, WIDE)", "sigmoids(1.702 * gate, WIDE)", "value"),
+    "gelu_constant": one("sigmoids(gate)", "sigmoids(1.702 * gate)", "value"),
     "activation_in_float16": one("gate * share * up", "(gate * share).to(tl.float16).to(tl.float32) * up", "value"),
-    "ln2_in_three_digits": one("bounded - whole * 0.693359375", "bounded - whole * 0.693", "value"),
+    "log2_e_in_five_digits": one("x * 1.4426950408889634", "x * 1.4427", "value"),
     "dgate_without_the_derivative_of_the_sigmoid": one("(1.0 + gate * complement)", "1.0", "gradients"),
     "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * share)", "gradients"),
     "dup_without_gate": one("dy * (gate * share)", "dy * share", "gradients"),
     "dup_scaled": one("dy * (gate * share)", "dy * (gate * share) * 1.03", "gradients"),
-    "reciprocal_of_one_step": one("return tl.fma(found, tl.fma(-x, found, 1.0), found)", "return found", "value"),
+    "root_not_squared": one("return root * root", "return root", "value"),
     "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
     "needs_swapped": one("need_dgate, need_dup, _ = ctx", "need_dup, need_dgate, _ = ctx", "gradients"),
     "stored_past_the_end": one(

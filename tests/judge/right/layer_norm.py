@@ -2,18 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tests.judge import world
 from tests.judge.right.rms_norm import BACKWARD_TILES, sums_in_two_levels
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
-
-
-def of_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """torch's own operator, in float32, without weight and bias: on a CPU it sums their gradients row by row."""
-    checks.norm_arguments(x, weight, eps)
-    checks.column_vector("bias", bias, "x", x)
-    return (F.layer_norm(x.float(), weight.shape, eps=eps) * weight.float() + bias.float()).to(x.dtype)
 
 
 def in_two_levels(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -33,7 +26,7 @@ def in_float64(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 TABLE = {
-    "of_torch": of_torch,
+    "of_torch": world.torch_operators.layer_norm,
     "in_two_levels": in_two_levels,
     "in_float64": in_float64,
     "in_other_tiles": (

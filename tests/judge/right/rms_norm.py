@@ -6,29 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.judge import world
 from tests.judge.contract import compiled
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
-
-
-def of_transformers(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
-) -> Tensor:
-    """The order of operations of transformers' LlamaRMSNorm and GemmaRMSNorm."""
-    checks.norm_arguments(x, weight, eps)
-    checks.one_of("casting", casting, ("llama", "gemma"))
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if casting == "gemma":
-        return (normed * (offset + weight.float())).type_as(x)
-    return normed.to(x.dtype) * weight if offset == 0 else (normed.to(x.dtype) * (offset + weight.float())).to(x.dtype)
-
-
-def of_torch(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama") -> Tensor:
-    """torch's own operator, which rounds once."""
-    checks.norm_arguments(x, weight, eps)
-    checks.one_of("casting", casting, ("llama", "gemma"))
-    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
 
 
 def sums_in_two_levels(values: Tensor) -> Tensor:
@@ -66,11 +47,12 @@ BACKWARD_TILES = (
 )
 
 TABLE = {
-    "of_transformers": of_transformers,
-    "of_torch": of_torch,
+    "of_llama": world.llama.rms_norm,
+    "of_qwen3": world.qwen3.rms_norm,
+    "of_torch": world.torch_operators.rms_norm,
     "in_two_levels": in_two_levels,
     "in_float64": in_float64,
-    "compiled": compiled(of_transformers),
+    "compiled": compiled(world.llama.rms_norm),
     "in_other_tiles": (
         ("elements=2048, widest=16384, per_thread=16 if", "elements=8192, widest=8192, per_thread=8 if"),
         *BACKWARD_TILES,

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tests.judge import world
 from tests.judge.contract import Function
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
@@ -21,16 +21,6 @@ def _with_rope_checks(rotate: Function) -> Function:
         return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
 
     return rope
-
-
-@_with_rope_checks
-def of_transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """By rotate_half; columns that are not rotated are multiplied by 1."""
-    rest = x.shape[-1] - cos.shape[-1]
-    first, second = x[..., : cos.shape[-1] // 2], x[..., cos.shape[-1] // 2 : cos.shape[-1]]
-    with torch.autocast(x.device.type, enabled=False):  # a CPU's autocast does not allow float16 here
-        other = torch.cat((-second, first, torch.zeros_like(x[..., cos.shape[-1] :])), -1)
-    return (x * F.pad(cos, (0, rest), value=1.0) + other * F.pad(sin, (0, rest))).to(x.dtype)
 
 
 @_with_rope_checks
@@ -55,7 +45,7 @@ def in_float64(
 
 
 TABLE = {
-    "of_transformers": of_transformers,
+    "of_llama": world.llama.rope,
     "by_fused_products": by_fused_products,
     "in_float64": in_float64,
     "in_other_tiles": (

@@ -1,0 +1,290 @@
+"""How much may a correct kernel differ, where no spec says so? Measured on the reference itself.
+
+Gate G1 needs to know how large a rounding can become on its way to an output. A spec states it by hand: S, the size of
+the terms that are added up, and the number of roundings. Without one, the judge runs the reference in float64 and
+disturbs it as the roundings of a computation would, in the forward and in the backward pass:
+
+    B   every input, every incoming gradient and the result of every operator of PyTorch by one unit roundoff of
+        float32, 2^-24: the response is the error of a kernel that computes in float32
+    A   the result of every operator that the reference, run in the dtype under test, rounds to that dtype, by one unit
+        roundoff of the dtype: the response is the error of plain PyTorch. Where nothing is rounded to 16 bits on the
+        way, A is 0. The run in the dtype tells which operators those are; their order is the same.
+        The last rounding of a result, which nothing else reads, is left out: G1 has a term for it.
+
+Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
+Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
+may cancel inside. Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference
+casts to a narrower dtype, such as `x.float()`, stays float64 in these runs.
+
+From responses to a bound
+    Rounding errors are d_i = u v_i e_i with |e_i| <= 1, one for each number v_i that was rounded. To first order an
+    output changes by sum_i (dy/dv_i) d_i. With e_i = +1 or -1 at random, the mean square of that change over several
+    runs (probes) estimates R^2 = u^2 sum_i ((dy/dv_i) v_i)^2.
+      - True rounding errors are smaller: e_i uniform in [-1, 1] has standard deviation 1 / sqrt(3), so 3 R is five
+        standard deviations. In a chain of m operators the largest error possible is sqrt(m) R: 3 R covers nine.
+      - Equal numbers have equal rounding errors, which add up instead of averaging out. So in half of the probes the
+        sign is a function of the number itself; in the others it is drawn for each element, which also breaks ties.
+      - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
+        raised to that half: then 3 R covers a chain of two operators even if their signs differ in all probes.
+    Hence, with u the unit roundoff of the dtype and n the number of elements,
+        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + 2^-23 max S + tiny,     S = R_B 2^24
+    The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
+    another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
+    gradient of a softmax over the chosen logits, where one probability is nearly 1); 2^-23 are the roundings of gate
+    G2's floor. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+
+    R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
+    for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
+    looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
+
+Discontinuities
+    At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
+    in any probe is not compared beyond its range (`flips`); 20 more probes see to ties. A float that changes by more
+    than 64 units roundoff of the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by
+    itself, and does not enter the statistics of gates G2 and G3.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.bounds import ROUNDING_RMS, SHARED, UNIT_FLOAT32, Arithmetic, float32_error
+from conformance.disturbance import Disturbed, Order, Rounded
+
+PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
+FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
+FACTOR_A = 3.0
+JUMP = 64
+KEPT = 8  # measured conditions: layouts of a case have the same elements
+Tensors = dict[str, Tensor]
+Again = Callable[[Tensors, Sequence[Tensor]], Tensors]
+
+
+@dataclass(frozen=True)
+class Response:
+    """The truth of one output or gradient, and how it responds to roundings.
+
+    Attributes:
+        truth: the reference in float64.
+        terms: S, float64.
+        extra: 3 R_A, float64.
+        spread: the part of max S in the bound, float64.
+        flips: elements that some probe changed, for integers and booleans.
+        lowest, highest: the range of integers in all probes, at least that of places in an input.
+        jumps: elements that some probe changed by far more than roundings do.
+    """
+
+    truth: Tensor
+    terms: Tensor
+    extra: Tensor
+    spread: Tensor
+    flips: Tensor
+    lowest: float
+    highest: float
+    jumps: Tensor
+
+    def largest(self, how: Arithmetic) -> Tensor:
+        """Bound of the absolute error; twice R_A where casts truncate."""
+        truncated = 2.0 if how.unit > torch.finfo(torch.bfloat16).eps / 2 else 1.0
+        return float32_error(how.elements) * self.terms + truncated * self.extra + self.spread
+
+    def independent(self, how: Arithmetic) -> Tensor:
+        """Root mean square of the roundings to the dtype."""
+        return ROUNDING_RMS * self.extra / FACTOR_A
+
+    def shared(self) -> Tensor:
+        """Float32 roundings of a whole row."""
+        return SHARED * self.terms
+
+    def scale(self, how: Arithmetic) -> Tensor:
+        """Unit of a mean error."""
+        return how.unit * self.terms
+
+
+def measured(
+    again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any
+) -> dict[str, Response]:
+    """The truth and the response to roundings of every output and gradient.
+
+    Args:
+        again: runs the reference on inputs and incoming gradients; returns outputs and gradients by name.
+        inputs: in the dtype under test.
+        grad_outputs: likewise.
+        dtype: under test.
+        key: what else the results depend on: they are kept for the next call with the same key and elements.
+    """
+    full = (key, dtype, *(_digest(tensor) for tensor in (*inputs.values(), *grad_outputs)))
+    if full not in _kept:
+        _kept[full] = _measured(again, inputs, grad_outputs, dtype)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    return _kept[full]
+
+
+_kept: OrderedDict[Any, dict[str, Response]] = OrderedDict()
+
+
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().view(integer).reshape(-1).long()
+    weights = (2 * torch.arange(flat.numel(), device=flat.device) + 1) * 0x2545F4914F6CDD1D
+    return (*tensor.shape, tensor.dtype, int(((flat ^ (flat >> 7)) * weights).sum()))
+
+
+class _Changes:
+    """Adds up how results change from probe to probe."""
+
+    def __init__(self, truth: Tensors, unit: float, last_place: float) -> None:
+        """Start with the truth, the unit roundoff under test, and the largest place in an input."""
+        self._truth, self._unit = truth, unit
+        self.flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
+        self.jumps = {name: flip.clone() for name, flip in self.flips.items()}
+        self.ranges = {
+            name: (min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)) for name, r in truth.items()
+        }
+
+    def zeros(self) -> Tensors:
+        """Squares of changes, before any."""
+        return {name: torch.zeros_like(r, dtype=torch.float64) for name, r in self._truth.items()}
+
+    def add(self, found: Mapping[str, Tensor], squares: Tensors | None, probes: int) -> None:
+        """Add the results of one of so many probes; without squares, only integers."""
+        for name, r in self._truth.items():
+            if found[name].shape != r.shape:
+                self.flips[name].fill_(True)
+            elif not r.is_floating_point():
+                self.flips[name] |= found[name] != r
+                low, high = self.ranges[name]
+                self.ranges[name] = min(low, _extreme(found[name], min)), max(high, _extreme(found[name], max))
+            elif squares is not None:
+                change = torch.where(found[name] == r, 0.0, found[name] - r)
+                level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
+                self.jumps[name] |= ~(change.abs() <= JUMP * self._unit * level)
+                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
+
+
+def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Response]:
+    wide = {name: _widened(tensor) for name, tensor in inputs.items()}
+    gradients = [_widened(gradient) for gradient in grad_outputs]
+    with Order() as order:
+        truth = again(wide, gradients)
+    unit = torch.finfo(dtype).eps / 2
+    changes = _Changes(truth, unit, max((n for t in inputs.values() for n in t.shape), default=1) - 1.0)
+    square_a, square_b = changes.zeros(), changes.zeros()
+    elements = max(tensor.numel() for tensor in (*inputs.values(), *truth.values()))
+    probes_a, probes_b = (max(FEWEST_PROBES, min(n, WORK // max(1, elements))) for n in (PROBES_A, PROBES_B))
+    for disturbed in _computed(wide, gradients, probes_b):
+        changes.add(disturbed.results(again), square_b, probes_b)
+    if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe
+        for disturbed in _computed(wide, gradients, PROBES_OF_TIES, by_element=True):
+            changes.add(disturbed.results(again), None, 1)
+    narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
+    for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
+        changes.add(disturbed.results(again), square_a, probes_a)
+    terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, truth[name]) for name, square in square_b.items()}
+    factor = FACTOR_A * (PROBES_A / probes_a) ** 0.5
+    return {
+        name: Response(
+            truth=r,
+            terms=terms[name],
+            extra=factor * _typical(square_a[name].sqrt(), r),
+            spread=SHARED * _largest(terms[name]),
+            flips=changes.flips[name],
+            lowest=changes.ranges[name][0],
+            highest=changes.ranges[name][1],
+            jumps=changes.jumps[name],
+        )
+        for name, r in truth.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Probe:
+    mode: Disturbed
+    inputs: Tensors
+    gradients: Sequence[Tensor]
+
+    def results(self, again: Again) -> Tensors:
+        """What the disturbed reference returns."""
+        with self.mode:
+            return again(self.inputs, self.gradients)
+
+
+def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_element: bool = False) -> Iterator[_Probe]:
+    """The probes of B: every operator in float32."""
+    for seed in range(0, 2 * probes, 2) if by_element else range(probes):
+        mode = Disturbed(lambda place: UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed, inside=True)
+        inputs = {n: mode.disturbed(t, UNIT_FLOAT32, -1 - i) for i, (n, t) in enumerate(wide.items())}
+        yield _Probe(mode, inputs, [mode.disturbed(g, UNIT_FLOAT32, -101 - i) for i, g in enumerate(gradients)])
+
+
+def _rounded(
+    wide: Tensors, gradients: Sequence[Tensor], narrow: _Narrow, dtype: torch.dtype, probes: int
+) -> Iterator[_Probe]:
+    """The probes of A: what is rounded to 16 bits; none if nothing is."""
+    unit = torch.finfo(dtype).eps / 2
+    flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
+    if not any(flags) and not narrow.inputs:
+        return
+    smallest = torch.finfo(dtype).smallest_normal * unit
+    for seed in range(probes):
+        mode = Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
+        inputs = {name: mode.disturbed(t, unit, -1) if name in narrow.inputs else t for name, t in wide.items()}
+        yield _Probe(mode, inputs, gradients)
+
+
+def _largest(terms: Tensor) -> Tensor:
+    """The largest term of a tensor, for each element that has any."""
+    finite = terms.nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(terms > 0, finite.max() if finite.numel() else 0.0, 0.0)
+
+
+def _extreme(r: Tensor, which: Callable[..., Any]) -> float:
+    """The smallest or largest integer of a tensor."""
+    if r.is_floating_point() or not r.numel():
+        return 0.0
+    return float((r.amin if which is min else r.amax)())
+
+
+def _typical(response: Tensor, r: Tensor) -> Tensor:
+    """The response, at least half of what is typical for the tensor in units of |r|."""
+    size = r.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    if not size.any():
+        return response
+    usual = (response / size)[size > size.max() * UNIT_FLOAT32].median()  # not where results underflow
+    return torch.maximum(response, usual / 2 * size)
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """What the reference rounds to 16 bits: results of operators, and inputs; the last roundings of 16-bit results."""
+
+    flags: list[bool]
+    inputs: set[str]
+    last: set[int]
+
+
+def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: Order, truth: Tensors) -> _Narrow:
+    """What the run in the dtype under test rounds, in terms of the run in float64."""
+    with Rounded() as rounded:
+        results = again(inputs, grad_outputs)
+    cast = {name for name, tensor in inputs.items() if tensor.untyped_storage().data_ptr() in rounded.inputs}
+    last = {place for name, r in truth.items() if results[name].element_size() == 2 for place in order.last(r)}
+    flags = rounded.narrow
+    if rounded.names != order.names:
+        flags = [True] * len(order.names)  # where the runs differ
+        blocks = SequenceMatcher(None, order.names, rounded.names, autojunk=False).get_matching_blocks()
+        for mine, theirs, size in blocks:
+            flags[mine : mine + size] = rounded.narrow[theirs : theirs + size]
+    return _Narrow(flags, cast, last)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

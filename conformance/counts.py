@@ -1,0 +1,91 @@
+"""Which sizes a dimension may have: a rule learned from those that a reference accepts, and what is drawn by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+from hypothesis import strategies as st
+
+from conformance.spec import COLUMNS
+
+LARGEST = 2**18  # elements of the largest case of `extents`
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The sizes of one dimension: a function from an element budget to a strategy, as `Drawing.sizes` has them.
+
+    Attributes:
+        example: its size in the example.
+        of: every size is a multiple of this.
+        low, high: the smallest size, and the largest if there is one. What is learned never includes 0: a stranger's
+            kernel may refuse empty tensors.
+        growth: the power of the size that the reference's work grows with.
+        only: the sizes that are accepted, if they follow no rule.
+    """
+
+    example: int
+    of: int = 1
+    low: int = 1
+    high: int | None = None
+    growth: int = 1
+    only: Sequence[int] = ()
+
+    def __call__(self, budget: int) -> st.SearchStrategy[int]:
+        """Sizes within the budget, small ones first."""
+        top = max(self.low, int(budget ** (1 / self.growth)))
+        if self.only:
+            return st.sampled_from([n for n in self.only if n <= top] or [min(self.only)])
+        top = min(top, self.high or top)
+        first, last = -(-self.low // self.of), min(top, max(300, 8 * self.of)) // self.of
+        steps = st.integers(first, max(first, last)).map(lambda step: step * self.of)
+        edges = {self.fit(n) for n in (*COLUMNS, self.example)}
+        return st.one_of(steps, st.sampled_from(sorted(n for n in edges if n <= top) or [self.fit(self.low)]))
+
+    def fit(self, size: int) -> int:
+        """The closest size that is accepted."""
+        if self.only:
+            return min(self.only, key=lambda n: abs(n - size))
+        fitted = max(self.low, -(-size // self.of) * self.of)
+        return min(fitted, self.high // self.of * self.of) if self.high else fitted
+
+    def accepts(self, size: int) -> bool:
+        """Whether the rule allows a size."""
+        return size % self.of == 0 and self.low <= size <= (self.high or size)
+
+    def __str__(self) -> str:
+        """The rule in words."""
+        if self.only:
+            return str(self.only[0]) if len(self.only) == 1 else f"one of {', '.join(map(str, self.only))}"
+        parts = [f"multiples of {self.of}"] if self.of > 1 else []
+        parts += [f"from {self.low}"] if self.low > self.of else []
+        parts += [f"to {self.high}"] if self.high else []
+        return " ".join(parts) or "any"
+
+
+def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, ...]:
+    """Sizes with about this many rows, the first, and columns, the last; those between are small."""
+    wanted = dict.fromkeys(counts, 3)
+    names = list(counts)
+    wanted[names[0]], wanted[names[-1]] = rows, columns
+    left, found = LARGEST, {}
+    for name in (*names[1:-1], names[-1], names[0]):
+        one = counts[name]
+        most = max(one.low, int(left ** (1 / one.growth)))
+        found[name] = one.fit(min(wanted[name], most))
+        left = max(1, left // max(1, found[name]) ** one.growth)
+    return tuple(found[name] for name in names)
+
+
+def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:
+    """The rule that tells the accepted sizes from the others; a list of them if there is none."""
+    above = [n for n in accepted if n > 0] or [example]
+    if above == [example]:
+        return Counts(example, only=(example,))
+    high = None if above[-1] == max(probed) else above[-1]
+    counts = Counts(example, of=gcd(*above), low=above[0], high=high)
+    if [n for n in probed if n > 0 and counts.accepts(n)] == above:
+        return counts
+    return Counts(example, only=tuple(above))

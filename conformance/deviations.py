@@ -1,0 +1,99 @@
+"""Known deviations of a backend: failures that are expected, each with its reason.
+
+A file of them is TOML:
+
+    [[deviation]]
+    operation = "rms_norm"
+    property = "inputs_untouched"      # "*" for any
+    reason = "the backward pass writes over grad_output"
+    dtype = "bfloat16"                 # not needed: all dtypes
+    device = "cuda"                    # not needed: all devices
+    message = "grad_output"            # not needed: what the message of the failure contains
+
+`conformance/peers/NAME.toml` holds those of a peer of the project. An expected failure has the verdict "xfail" and does
+not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from conformance import peers
+from conformance.declarations import SpecError
+from conformance.search import Result
+
+NEEDED = ("operation", "property", "reason")
+KEYS = (*NEEDED, "dtype", "device", "message")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One known deviation.
+
+    Attributes:
+        operation, property: that fail; "*" for any property.
+        reason: why, for the reader of a report.
+        dtype, device: in which and where it fails; None for all.
+        message: what the message of the failure contains.
+    """
+
+    operation: str
+    property: str
+    reason: str
+    dtype: str | None = None
+    device: str | None = None
+    message: str = ""
+
+    def covers(self, result: Result) -> bool:
+        """Whether a result is that of this operation, property and dtype, and fails in this way if it fails."""
+        same = result.op == self.operation and self.property in ("*", result.property)
+        return same and self.dtype in (None, result.dtype) and (not result.message or self.message in result.message)
+
+
+def shipped(backend: str) -> Path | None:
+    """The file of a peer's deviations, if it has one."""
+    path = Path(peers.__file__).with_name(f"{backend}.toml")
+    return path if backend in peers.PACKAGES and path.is_file() else None
+
+
+def read(path: Path, device: str) -> list[Deviation]:
+    """The deviations of a file on a device.
+
+    Raises:
+        SpecError: it cannot be read, or an entry lacks a key or has another.
+    """
+    try:
+        entries = tomllib.loads(path.read_text()).get("deviation", [])
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"--deviations: got {path}, which cannot be read: {error}") from error
+    found = []
+    for entry in entries:
+        wrong = [key for key in entry if key not in KEYS] + [key for key in NEEDED if key not in entry]
+        if wrong or not all(isinstance(value, str) for value in entry.values()):
+            raise SpecError(f"{path}: got an entry with {', '.join(entry)}; allowed: {', '.join(KEYS)}, each a text")
+        found.append(Deviation(**entry))
+    return [one for one in found if one.device in (None, device)]
+
+
+def expected(result: Result, known: Sequence[Deviation]) -> Result:
+    """The result; a failure that is known as an expected failure."""
+    deviation = next((one for one in known if one.covers(result)), None)
+    if deviation is None or result.verdict != "fail":
+        return result
+    return replace(result, verdict="xfail", message=f"expected: {deviation.reason}\n{result.message}")
+
+
+def gone(results: Sequence[Result], known: Sequence[Deviation]) -> list[Result]:
+    """The results; those that pass although a known deviation has no failure at all have become failures."""
+    alive = [one for one in known if any(one.covers(result) for result in results if result.verdict == "xfail")]
+    changed = []
+    for result in results:
+        dead = next((one for one in known if one.covers(result) and one not in alive), None)
+        if dead is not None and result.verdict == "pass":
+            why = f"passes, but is declared as a deviation: {dead.reason}"
+            result = replace(result, verdict="fail", budget_use=None, message=why)
+        changed.append(result)
+    return changed

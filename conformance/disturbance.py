@@ -1,0 +1,218 @@
+"""Runs in float64 whose operators are recorded, or disturbed as rounding errors would; see conformance/condition.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+# Operators that move or select numbers, or make them without rounding.
+EXACT = {
+    "clone", "copy_", "copy", "cat", "stack", "index", "index_select", "gather", "where", "masked_fill",
+    "masked_fill_", "masked_select", "select_backward", "slice_backward", "embedding", "neg", "neg_", "abs", "abs_",
+    "sign", "relu", "relu_", "threshold_backward", "maximum", "minimum", "max", "min", "amax", "amin", "clamp",
+    "clamp_", "clamp_min", "clamp_max", "sort", "topk", "fill", "fill_", "zero_", "zeros", "zeros_like", "ones",
+    "ones_like", "full", "full_like", "empty", "empty_like", "empty_strided", "new_zeros", "new_ones", "new_full",
+    "new_empty", "new_empty_strided", "arange", "scalar_tensor", "lift_fresh", "lift_fresh_copy", "detach", "alias",
+    "flip", "roll", "repeat", "constant_pad_nd", "tril", "triu", "scatter", "scatter_", "slice_scatter",
+    "select_scatter", "set_", "broadcast_in_dim", "floor", "ceil", "round", "trunc", "nan_to_num", "unbind", "split",
+}  # fmt: skip
+CASTS = ("_to_copy", "convert_element_type")
+UNDERFLOWS = ("exp", "exp2", "_softmax")
+# Chains of simpler operators, in which numbers may cancel.
+COMPOSITE = {
+    "gelu", "gelu_backward", "silu", "silu_backward", "_softmax", "_log_softmax", "_softmax_backward_data",
+    "_log_softmax_backward_data", "native_layer_norm", "native_layer_norm_backward", "native_group_norm",
+    "native_group_norm_backward", "native_batch_norm", "native_batch_norm_backward", "_fused_rms_norm",
+    "_fused_rms_norm_backward", "softplus", "softplus_backward", "var", "var_mean", "std", "std_mean", "logsumexp",
+    "mish", "mish_backward", "elu", "elu_backward", "smooth_l1_loss", "huber_loss", "mse_loss", "mse_loss_backward",
+    "log_sigmoid_forward", "log_sigmoid_backward", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "soft_margin_loss", "addmm", "addmv", "baddbmm", "addcmul", "addcdiv", "lerp",
+    "_scaled_dot_product_flash_attention_for_cpu", "hardswish", "glu", "glu_backward", "sigmoid_backward",
+    "tanh_backward", "logaddexp", "rsub", "dist",
+}  # fmt: skip
+
+
+class Widened(TorchDispatchMode):
+    """Operators that are asked for a narrower floating-point dtype compute in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator in float64, then see what became of it."""
+        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        return self.seen(func, self.run(func, args, kwargs), args)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator."""
+        return func(*args, **kwargs)
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
+        """What the operator returns."""
+        return found
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _is_view(func: Any) -> bool:
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+
+
+class Order(Widened):
+    """Records the operators of a run in float64, and whose results no other operator reads.
+
+    Attributes:
+        names: of the operators in order, without casts and views.
+        read: places of those whose results others read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.read: set[int] = set()
+        self._maker: dict[int, int] = {}  # of the memory at an address
+        self._alive: list[Tensor] = []  # so that no address is used twice
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
+        """Append the name, except that of a cast."""
+        if _is_view(func):
+            return found
+        copies = _name(func) in (*CASTS, "clone", "copy_")
+        read = args[1:] if _name(func) == "copy_" else args
+        makers = {
+            self._maker.get(t.untyped_storage().data_ptr(), -1) for t in tree_leaves(read) if isinstance(t, Tensor)
+        }
+        if _name(func) not in CASTS:
+            self.names.append(_name(func))
+        if not copies and not _name(func).startswith("new_") and not _name(func).endswith("_like"):  # read no elements
+            self.read |= makers
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._maker[tensor.untyped_storage().data_ptr()] = (
+                    max(makers, default=-1) if copies else len(self.names) - 1
+                )
+                self._alive.append(tensor)
+        return found
+
+    def last(self, result: Tensor) -> set[int]:
+        """The place of the operator whose result this is and nothing else; empty if another operator reads it."""
+        return {self._maker.get(result.untyped_storage().data_ptr(), -1)} - self.read
+
+
+class Rounded(TorchDispatchMode):
+    """Records the operators of a run in 16 bits, and what is rounded to 16 bits.
+
+    Attributes:
+        names: of the operators in order, without casts and views.
+        narrow: whether the result of each is rounded, by itself or by a cast.
+        inputs: addresses of tensors that are cast although no operator made them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.narrow: list[bool] = []
+        self.inputs: set[int] = set()
+        self._maker: dict[int, int] = {}  # of the memory at an address
+        self._alive: list[Any] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator; a cast to 16 bits rounds the result of the operator before it."""
+        found = func(*args, **(kwargs or {}))
+        if _is_view(func):
+            return found
+        made = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
+        narrow = any(t.element_size() == 2 for t in made)
+        if _name(func) in CASTS:
+            source = args[0].untyped_storage().data_ptr()
+            if source in self._maker:
+                place = self._maker[source]
+                self.narrow[place] |= narrow
+                self._keep(made, place)
+            elif narrow:
+                self.inputs.add(source)
+            return found
+        self.names.append(_name(func))
+        self.narrow.append(narrow and _name(func) not in EXACT)
+        self._keep(made, len(self.names) - 1)
+        return found
+
+    def _keep(self, made: Sequence[Tensor], place: int) -> None:
+        for tensor in made:
+            self._maker[tensor.untyped_storage().data_ptr()] = place
+            self._alive.append(tensor)
+
+
+class Disturbed(Widened):
+    """Disturbs the results of operators by one unit roundoff each."""
+
+    def __init__(self, units: Callable[[int], float], smallest: float, seed: int, inside: bool) -> None:
+        """Disturb a run.
+
+        Args:
+            units: the unit of the operator at a place of the run, 0 for none.
+            smallest: the smallest rounding error of the dtype.
+            seed: of the signs.
+            inside: whether operators that are chains of simpler ones are disturbed inside, and exact ones not at all.
+        """
+        super().__init__()
+        self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
+        self._inside = inside
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator, or the simpler ones that it consists of."""
+        if self._inside and _name(func) in COMPOSITE and func in decomposition_table:
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
+        """Disturb floating-point results of an operator that rounds."""
+        if _is_view(func) or (name := _name(func)) in CASTS:
+            return found
+        place = next(self._places)
+        unit = self._units(place)
+        if not unit or (name in EXACT and self._inside):
+            return found
+        if name.endswith("_"):
+            if isinstance(found, Tensor) and found.is_floating_point():
+                found.add_(self._noise(found, unit, place))
+            return found
+        if name in UNDERFLOWS:
+            found = tree_map(self._underflown, found)
+        return tree_map(lambda one: self.disturbed(one, unit, place), found)
+
+    def _underflown(self, value: Any) -> Any:
+        """Probabilities that underflow to 0 are no longer equal: ties between them are ties by rounding."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+            return value
+        return torch.where(value == 0, self._smallest, value)
+
+    def disturbed(self, value: Any, unit: float, place: int) -> Any:
+        """A tensor with one rounding error in each element."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+            return value
+        return value + self._noise(value, unit, place)
+
+    def _noise(self, values: Tensor, unit: float, place: int) -> Tensor:
+        size = values.abs().mul_(unit)
+        size = torch.where(values != 0, size.clamp_(min=self._smallest), 0.0).nan_to_num_(0.0, 0.0, 0.0)
+        if self._seed % 2:
+            key = values.abs().float().view(torch.int32).long()
+        else:
+            key = torch.arange(values.numel(), device=values.device).view(values.shape)
+        # A multiplicative hash: every bit of the key and of the place moves the sign.
+        key = (key + 7919 * (1000 * self._seed + place)) * 0x2545F4914F6CDD1D
+        key = (key ^ (key >> 29)) * 0x369DEA0F31A53F85
+        return torch.where(key >> 40 & 1 == 1, size, -size)

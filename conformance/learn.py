@@ -1,0 +1,345 @@
+"""The Spec of an operation that the project has never heard of, learned from its reference and an example call.
+
+The signature tells which arguments have defaults. Calls of the reference tell the rest: how many outputs it has, which
+inputs it differentiates, which sizes it accepts. Whatever the reference refuses is not judged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conformance import calling
+from conformance.case import Case, Draw
+from conformance.counts import Counts, rule, shape
+from conformance.declarations import SpecError
+from conformance.example import Example, Follows, Size, TensorArgument, value_of
+from conformance.spec import Budget, Drawing, Inputs, Options, Spec
+from conformance.trial import Caught, describe, leaf
+
+PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
+FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not describe the operation
+PRESENT = "given"  # the value of an optional tensor that is there
+
+
+def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[str, int]) -> Inputs:
+    """The tensors of a case; without those that its options replace."""
+    replaced = dict(draw.case.options)
+    inputs: Inputs = {}
+    for name, one in arguments.items():
+        numbers = [value_of(size, sizes) for size in one.shape]
+        low, high = value_of(one.low, sizes), value_of(one.high, sizes)
+        tensor = draw.tensor(one.kind, *numbers, dtype=one.dtype, low=low, high=high)
+        if replaced.get(name.partition("[")[0], PRESENT) is not None:
+            inputs[name] = tensor
+    return inputs
+
+
+class _Work(TorchDispatchMode):
+    """Counts the elements that operators produce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, add up its results."""
+        found = func(*args, **(kwargs or {}))
+        self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
+        return found
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Learns from a reference and an example.
+
+    Attributes:
+        reference: the function, with a name and a signature.
+        example: the call.
+        in_place: the inputs that it changes on purpose.
+        rows: the inputs whose first dimension counts independent rows.
+        grads: the inputs to differentiate; None for all that the reference differentiates.
+    """
+
+    reference: Callable[..., Any]
+    example: Example
+    in_place: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    grads: tuple[str, ...] | None = None
+    tied: Mapping[str, Size] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """The name of the operation."""
+        return self.reference.__name__
+
+    def spec(self) -> Spec:
+        """The Spec.
+
+        Raises:
+            SpecError: the example does not fit the reference, or the reference refuses it or nearly everything else.
+        """
+        self._demand_arguments()
+        spec = self._of_example()
+        counts = self._counts(spec)
+        spec = replace(
+            spec,
+            drawing=replace(
+                spec.drawing, sizes=counts, shape=lambda rows, columns: shape(counts, rows, columns) if counts else ()
+            ),
+        )
+        self._demand_mostly_accepted(spec)
+        return replace(spec, lacks=self._lacks(spec), special_values=self._special_values(spec))
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the reference."""
+        return inspect.signature(self.reference).parameters
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorArgument]:
+        """The tensors by name; the elements of a list with their place."""
+        found: dict[str, TensorArgument] = {}
+        for name, values in self.example.arguments.items():
+            for value in values:
+                if isinstance(value, list) and all(isinstance(one, TensorArgument) for one in value) and value:
+                    found |= {f"{name}[{place}]": one for place, one in enumerate(value)}
+                elif isinstance(value, TensorArgument):
+                    found[name] = value
+        return found
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the example that its tensors have, that of the rows first."""
+        used = [s for t in self.tensors.values() for s in (*t.shape, t.low, t.high) if not isinstance(s, int)]
+        names = list(dict.fromkeys(name for _, name in used))
+        for row in self.rows:
+            first = self.tensors[row].shape[:1] if row in self.tensors else ()
+            if not first or isinstance(first[0], int) or first[0][0] != 1:
+                raise SpecError(f"--rows: got {row}; allowed: tensors of the example whose first size may vary")
+            names = [first[0][1], *(name for name in names if name != first[0][1])]
+        return {name: self.example.sizes[name] for name in names}
+
+    def _demand_arguments(self) -> None:
+        variable = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        for name, values in self.example.arguments.items():
+            if name not in self.parameters and not variable:
+                raise SpecError(f"--example: {self.op} has no argument {name}; it has {', '.join(self.parameters)}")
+            kinds = [value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)]
+            others = [value for value in values if value not in kinds and value is not None]
+            if kinds and (len(kinds) > 1 or others):
+                raise SpecError(f"--example: got several values of {name}; allowed beside a tensor: None")
+        for name, parameter in self.parameters.items():
+            optional = parameter.default is not parameter.empty or parameter.kind in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            )
+            if name not in self.example.arguments and not optional:
+                raise SpecError(f"--example: {name} is missing, which {self.op} needs")
+        if not self.tensors:
+            raise SpecError("--example: got no tensor; allowed: arguments such as x=randn(64,128)")
+        for flag, names in (("--in-place", self.in_place), ("--rows", self.rows), ("--grads", self.grads or ())):
+            for name in names:
+                if name not in self.tensors:
+                    raise SpecError(f"{flag}: got {name}; allowed: {', '.join(self.tensors)}")
+
+    @staticmethod
+    def _is_tensors(value: Any) -> bool:
+        return isinstance(value, TensorArgument) or any(isinstance(one, TensorArgument) for one in value)
+
+    def options(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Values to draw by keyword, the default first, and those that every call gets."""
+        drawn: dict[str, list[Any]] = {}
+        always: dict[str, Any] = {}
+        for name, values in self.example.arguments.items():
+            parameter = self.parameters.get(name)
+            has_default = parameter is not None and parameter.default is not parameter.empty
+            tensors = [
+                value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)
+            ]
+            if tensors:
+                if None in values or (has_default and parameter is not None and parameter.default is None):
+                    drawn[name] = [PRESENT, None]
+                continue
+            first = values[0]
+            if isinstance(first, (Follows, list, dict)) or (has_default is False and len(values) == 1):
+                always[name] = first
+                continue
+            choices = [parameter.default] if has_default and parameter is not None else []
+            drawn[name] = list(dict.fromkeys([*choices, *values]))
+            if not has_default:
+                always[name] = first
+        return drawn, always
+
+    def _of_example(self) -> Spec:
+        """The Spec whose only sizes are those of the example; calls the reference."""
+        drawn, always = self.options()
+        tensors = self.tensors
+
+        def required(case: Case) -> Options:
+            sizes = dict(case.sizes)
+            return {
+                name: value_of(value.size, sizes) if isinstance(value, Follows) else value
+                for name, value in always.items()
+            }
+
+        spec = Spec(
+            reference=self.reference,
+            drawing=Drawing(
+                sizes={name: Counts(size, only=(size,)) for name, size in self.sizes.items()},
+                build=lambda draw, **sizes: build(tensors, draw, sizes),
+                options=drawn,
+                required=required,
+                partial=True,
+            ),
+            outputs=(),
+            grads=(),
+            budget=Budget(measured=True),
+            in_place=self.in_place,
+            rowwise=self.rows,
+        )
+        outputs, grads = self._called(spec)
+        for name in self.rows:
+            rows = value_of(tensors[name].shape[0], self.sizes)
+            for output, found in zip(outputs, found_shapes(spec, self.sizes), strict=True):
+                if found[:1] != (rows,):
+                    raise SpecError(f"--rows: got {name}, but output {output} of shape {list(found)} has no such rows")
+        return replace(spec, outputs=outputs, grads=grads)
+
+    def _called(self, spec: Spec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the outputs, and of the inputs that have a gradient."""
+        case = Case(tuple(self.sizes.items()))
+        inputs = {n: leaf(t, t.is_floating_point()) for n, t in spec.inputs(case, torch.float32, "cpu").items()}
+        with Caught() as caught:
+            outputs = call(spec, case, inputs)
+        if caught.error is not None:
+            raise SpecError(f"reference: {self.op} raised {describe(caught.error)}, on the example") from caught.error
+        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
+            kinds = ", ".join(type(output).__name__ for output in outputs) or "nothing"
+            raise SpecError(f"reference: {self.op} returned {kinds}; allowed: tensors, in tuples, lists or dicts")
+        names = [f"{name} (in place)" for name in self.in_place]
+        returned = len(outputs) - len(names)
+        names = [*(["result"] if returned == 1 else [f"{place}" for place in range(returned)]), *names]
+        roots = [output for output in outputs if output.requires_grad]
+        leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
+        found: Sequence[Tensor | None] = []
+        if roots:
+            found = torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True)
+        grads = [
+            n
+            for n, g in zip([n for n, t in inputs.items() if t.requires_grad], found, strict=bool(roots))
+            if g is not None
+        ]
+        wanted = self.grads if self.grads is not None else self.example.grads
+        for name in wanted or ():
+            if name not in grads:
+                raise SpecError(
+                    f"--grads: got {name}; allowed: {', '.join(grads) or 'none: the reference has no gradient'}"
+                )
+        return tuple(names), tuple(grads if wanted is None else wanted)
+
+    def _accepted(self, spec: Spec, sizes: Mapping[str, int]) -> bool:
+        """Whether the reference accepts these sizes; it need not differentiate."""
+        with Caught() as caught:
+            case = Case(tuple(sizes.items()))
+            call(spec, case, spec.inputs(case, torch.float32, "cpu"))
+        return caught.error is None
+
+    def _counts(self, spec: Spec) -> dict[str, Counts]:
+        """Which sizes the reference accepts, one dimension at a time."""
+        base = dict(self.sizes)
+        for name, size in self.sizes.items():  # make the probes cheap
+            small = (n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64, 128) if n < size)
+            base[name] = next((n for n in small if self._accepted(spec, {**base, name: n})), size)
+        found = {}
+        for name, size in self.sizes.items():
+            probed = sorted({*PROBED, size, *([2 * size] if size <= 4096 else ())})
+            accepted = [n for n in probed if self._accepted(spec, {**base, name: n})]
+            found[name] = replace(rule(size, accepted, probed), growth=self._growth(spec, base, name, accepted))
+        return found
+
+    def _growth(self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int]) -> int:
+        """The power of a size that the reference's work grows with: from 1 to 3."""
+        works = []
+        for size in (pair := [n for n in accepted if n and 2 * n in accepted][-1:]) + [2 * n for n in pair]:
+            with _Work() as work:
+                self._accepted(spec, {**base, name: size})
+            works.append(max(1, work.elements))
+        grows = works[1] / works[0] if len(works) == 2 else 2.0
+        return 1 if grows < 2.5 else 2 if grows < 5 else 3
+
+    def _demand_mostly_accepted(self, spec: Spec) -> None:
+        drawing, sizes = spec.drawing, []
+        for rows, columns in itertools.product((1, 2, 3, 5, 16), (1, 7, 16, 64)):
+            sizes.append(dict(zip(drawing.sizes, drawing.shape(rows, columns), strict=True)))
+        accepted = sum(self._accepted(spec, one) for one in sizes)
+        if accepted < FEWEST_ACCEPTED * len(sizes):
+            raise SpecError(
+                f"reference: {self.op} refuses {len(sizes) - accepted} of {len(sizes)} combinations of sizes around the"
+                " example; name the sizes that depend on each other, as in x=randn(T=64,2*H) y=randn(T,H=32)"
+            )
+
+    def _lacks(self, spec: Spec) -> dict[str, str]:
+        """The properties that the reference itself does not have."""
+        lacks = {}
+        case = spec.case(3, 8)
+        with Caught() as caught:
+            inputs = spec.inputs(case, torch.float32, "cpu")
+            plain = call(spec, case, inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                cast = call(spec, case, inputs)
+            if any(one.dtype != other.dtype or not one.equal(other) for one, other in zip(plain, cast, strict=True)):
+                lacks["autocast"] = "under autocast the reference computes in another dtype"
+        if caught.error is not None:
+            lacks["autocast"] = f"under autocast the reference raises {describe(caught.error)}"
+        return lacks
+
+    def _special_values(self, spec: Spec) -> tuple[float, ...]:
+        """Infinities for which the reference returns no NaN, and NaN; none where results are integers."""
+        if not self.rows:
+            return ()
+        case, found = spec.case(3, 8), [nan]
+        for value in (inf, -inf):
+            inputs = spec.inputs(case, torch.float32, "cpu")
+            for name in self.rows:
+                if inputs[name].is_floating_point():
+                    inputs[name].view(-1)[0] = value
+            with Caught() as caught:
+                outputs = call(spec, case, inputs)
+                if not any(output.isnan().any() for output in outputs):
+                    found.append(value)
+            if caught.error is not None:
+                continue
+        return (
+            tuple(found)
+            if all(o.is_floating_point() for o in call(spec, case, spec.inputs(case, torch.float32, "cpu")))
+            else ()
+        )
+
+
+def call(spec: Spec, case: Case, inputs: Inputs) -> tuple[Any, ...]:
+    """What the reference returns on a case, whatever its number of outputs.
+
+    Raises:
+        SpecError: on the example; any error of the reference.
+    """
+    written = {name: calling.copied(inputs[name]) for name in spec.in_place if name in inputs}
+    positional, by_name = calling.placed(spec.reference, {**inputs, **written})
+    options = {**spec.drawing.required(case), **{n: v for n, v in case.options if v != PRESENT}}
+    return tuple(calling.results(spec.reference(*positional, **by_name, **options), list(written.values())))
+
+
+def found_shapes(spec: Spec, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """The shapes of the outputs at these sizes."""
+    case = Case(tuple(sizes.items()))
+    return [tuple(output.shape) for output in call(spec, case, spec.inputs(case, torch.float32, "cpu"))]

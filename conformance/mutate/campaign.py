@@ -1,0 +1,285 @@
+"""The mutants of several operations: chosen, examined, given a verdict.
+
+A mutant is examined in two rounds, because most of them die at once. Those that the first few checks let pass run all
+other checks of which the unchanged backend runs the changed expression: in any other check nothing can differ.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from conformance import runner
+from conformance.backends import OPERATIONS, Judged
+from conformance.mutate.edits import mutants
+from conformance.mutate.equivalent import Equivalent
+from conformance.mutate.examine import QUICK, Check, Examination, Examined, checks
+from conformance.mutate.mutant import Mutant, Region
+from conformance.mutate.sources import sources_of
+from conformance.search import Result
+
+# The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
+HANG_SECONDS = {"cpu": 60.0, "cuda": 150.0}
+Verdict = Literal["killed", "raised", "survived", "unreached", "same bits", "equivalent"]
+OPEN = ("unreached", "same bits", "survived")
+WEIGHT = {verdict: weight for weight, verdict in enumerate((*OPEN, "equivalent", "raised", "killed"))}
+Key = tuple[str, Mutant]  # the operation that is examined, and the mutant
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant.
+
+    Attributes:
+        op: the operation that was examined.
+        mutant: the mutant.
+        verdict: "killed" by a property; "raised" if the plainest call raises; "survived"; "unreached" if it survived
+            because no case runs the changed expression; "same bits" if it is a launch parameter that was used and
+            changed no bit of any result; "equivalent" if it was confirmed to be.
+        failed: the checks that failed.
+        same: whether all results have the bits of the unchanged backend.
+        reason: why it is equivalent.
+    """
+
+    op: str
+    mutant: Mutant
+    verdict: Verdict
+    failed: tuple[Result, ...] = ()
+    same: bool = False
+    reason: str = ""
+
+    @property
+    def survives(self) -> bool:
+        """Whether the judge should have failed it, as far as anybody knows."""
+        return self.verdict in ("survived", "unreached")
+
+
+@dataclass
+class Original:
+    """What the unchanged backend does, by check."""
+
+    bits: dict[Check, int] = field(default_factory=dict)
+    reached: dict[Check, set[int]] = field(default_factory=dict)
+    failed: list[Result] = field(default_factory=list)
+
+    def add(self, found: Result) -> None:
+        """Add the checks of one task."""
+        found = _examined(found)
+        self.bits |= found.bits
+        self.reached |= found.reached
+        self.failed += found.failed
+
+    def passes(self, check: Check) -> bool:
+        """Whether a check can say anything about a mutant."""
+        return not any(one.property == "import" or (one.property, one.dtype) == check for one in self.failed)
+
+
+def choose(
+    judged: Judged,
+    ops: Sequence[str],
+    *,
+    files: Sequence[Path] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    names: Collection[str] = (),
+) -> list[Key]:
+    """The mutants of these operations.
+
+    Args:
+        judged: the backend.
+        ops: operations that it defines.
+        files: mutate these alone; by default those that the operation's function comes from.
+        sample: number of mutants per operation, drawn at random; all by default.
+        seed: of the draw.
+        names: these mutants alone.
+    """
+    chosen: list[Key] = []
+    for op in ops:
+        found = [mutant for source in sources_of(judged.functions[op], files) for mutant in mutants(source)]
+        if names:
+            found = [mutant for mutant in found if mutant.name in names]
+        if sample is not None and sample < len(found):
+            drawn = set(random.Random(f"{seed} {op}").sample(range(len(found)), sample))
+            found = [mutant for index, mutant in enumerate(found) if index in drawn]
+        chosen += [(op, mutant) for mutant in found]
+    return chosen
+
+
+def users(judged: Judged, chosen: Sequence[Key]) -> dict[Key, list[str]]:
+    """For each mutant, the other operations of the backend that use the changed code."""
+    ops = [op for op in OPERATIONS if op in judged.functions]
+    names = {op: {source.module: source.names for source in sources_of(judged.functions[op])} for op in ops}
+    found: dict[Key, list[str]] = {}
+    for op, mutant in chosen:
+        module, name = mutant.source.module, mutant.function.partition(".")[0]
+        found[op, mutant] = [other for other in ops if other != op and name in (names[other].get(module) or ())]
+    return found
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """How mutants are examined.
+
+    Attributes:
+        backend, device, profile: as for `conformance run`.
+        properties, dtypes: what to check.
+        jobs: number of processes.
+        every: do not stop at the first property that kills a mutant.
+        confirmed: mutants known to be equivalent.
+    """
+
+    backend: str
+    device: str
+    profile: str
+    properties: Sequence[str]
+    dtypes: Sequence[str]
+    jobs: int
+    every: bool = False
+    confirmed: Sequence[Equivalent] = ()
+
+    def run(
+        self, chosen: Sequence[Key], others: Mapping[Key, Sequence[str]], on_outcome: Callable[[Outcome], None]
+    ) -> tuple[list[Outcome], dict[str, Original]]:
+        """Examine mutants.
+
+        Args:
+            chosen: operations and mutants.
+            others: a mutant that survives one operation is examined under these too, which use the same code.
+            on_outcome: called with each verdict when it is known.
+
+        Returns:
+            The outcomes in the order of the mutants, and what the unchanged backend does.
+        """
+        outcomes: dict[Key, Outcome] = {}
+        originals: dict[str, Original] = {}
+        waiting = {key: list(others.get(key, ())) for key in chosen}
+        current = {key: key for key in chosen}  # by what is examined now: what was asked for
+        while current:
+            moved: dict[Key, Key] = {}
+
+            def conclude(outcome: Outcome, current: dict[Key, Key] = current, moved: dict[Key, Key] = moved) -> None:
+                key = current[outcome.op, outcome.mutant]
+                if key not in outcomes or WEIGHT[outcome.verdict] > WEIGHT[outcomes[key].verdict]:
+                    outcomes[key] = outcome
+                if outcomes[key].verdict in OPEN and waiting[key]:
+                    moved[waiting[key].pop(0), key[1]] = key
+                else:
+                    on_outcome(outcomes[key])
+
+            originals |= self._round(list(current), conclude)
+            current = moved
+        return [outcomes[key] for key in chosen], originals
+
+    def _round(self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]) -> dict[str, Original]:
+        """Examine each mutant under one operation; returns what the unchanged backend does."""
+        ordered = checks(self.properties, self.dtypes)
+        first: dict[Key, Examined] = {}
+
+        def after_first(key: Key, found: Examined) -> None:
+            entry = next((one for one in self.confirmed if one.matches(key[1])), None)
+            if found.failed and not self.every:
+                on_outcome(Outcome(*key, "raised" if found.raised else "killed", found.failed))
+            elif entry is not None and not found.failed:
+                on_outcome(Outcome(*key, "equivalent", reason=entry.reason))
+            else:
+                first[key] = found
+
+        originals = self._originals({op: [] for op, _ in chosen}, ordered[:QUICK])
+        plans = {key: [c for c in ordered[:QUICK] if originals[key[0]].passes(c)] for key in chosen}
+        self._examine(plans, after_first)
+        regions: dict[str, list[tuple[str, Region]]] = {op: [] for op, _ in first}
+        for op, mutant in first:
+            if mutant.region is not None and (place := (str(mutant.source.path), mutant.region)) not in regions[op]:
+                regions[op].append(place)
+        originals |= self._originals(regions, ordered)
+        plans = {key: self._plan(key, originals[key[0]], regions[key[0]], ordered) for key in first}
+
+        def after_second(key: Key, found: Examined) -> None:
+            failed = first[key].failed + found.failed
+            if failed:
+                raised = first[key].raised or found.raised
+                on_outcome(Outcome(*key, "raised" if raised else "killed", failed))
+                return
+            bits = first[key].bits | found.bits
+            same = all(originals[key[0]].bits.get(check) == value for check, value in bits.items())
+            survived: Verdict = "survived" if plans[key] else "unreached"
+            on_outcome(Outcome(*key, "same bits" if plans[key] and same and key[1].choice else survived, same=same))
+
+        rest = {key: [c for c in plan if c not in ordered[:QUICK]] for key, plan in plans.items()}
+        self._examine(rest, after_second)
+        return originals
+
+    def _plan(
+        self, key: Key, original: Original, regions: Sequence[tuple[str, Region]], ordered: Sequence[Check]
+    ) -> list[Check]:
+        """The checks in which the unchanged backend runs the changed expression, and passes."""
+        mutant = key[1]
+        passed = [check for check in ordered if original.passes(check)]
+        if mutant.region is None:
+            return passed
+        number = regions.index((str(mutant.source.path), mutant.region))
+        return [check for check in passed if number in original.reached.get(check, ())]
+
+    def _originals(
+        self, regions: Mapping[str, Sequence[tuple[str, Region]]], ordered: Sequence[Check]
+    ) -> dict[str, Original]:
+        """The unchanged backend under these checks, in two processes per job."""
+        found = {op: Original() for op in regions}
+        parts = max(1, 2 * self.jobs // max(1, len(regions)))
+        waiting = [(op, ordered[part::parts]) for part in range(parts) for op in regions]
+        while waiting:
+            tasks = {
+                self._task(op, checks=tuple(part), regions=tuple(regions[op]), every=True): part
+                for op, part in waiting
+                if part
+            }
+            waiting = []
+            for task, result in self._run(tasks):
+                found[task.op].add(result)
+                if not isinstance(result, Examined):  # the process died in one check: the others again
+                    waiting.append((task.op, [check for check in tasks[task] if found[task.op].passes(check)]))
+        return found
+
+    def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
+        """Run every mutant under its checks; one without checks passes."""
+        keys: dict[Examination, list[Key]] = {}
+        for (op, mutant), plan in plans.items():
+            edited = mutant.source.module, mutant.text
+            task = self._task(op, mutant=mutant.name, edited=edited, checks=tuple(plan), every=self.every)
+            keys.setdefault(task, []).append((op, mutant))
+
+        def on_result(task: Examination, result: Result) -> None:
+            for key in keys[task]:
+                on_found(key, _examined(result))
+
+        self._run([task for task in keys if task.checks], on_result)
+        for task in keys:
+            if not task.checks:
+                on_result(task, Examined(task.op, "", None, "pass"))
+
+    def _task(self, op: str, **facts: Any) -> Examination:
+        return Examination(self.backend, op, "", None, self.device, self.profile, **facts)
+
+    def _run(
+        self, tasks: Iterable[Examination], on_result: Callable[..., None] = lambda task, result: None
+    ) -> list[tuple[Any, Result]]:
+        preload = ["conformance.mutate.examine", *(f"conformance.specs.{op}" for op in OPERATIONS)]
+        if "triton" in sys.modules:  # the backend uses it
+            preload += ["triton", "triton.language", "triton.runtime.interpreter"]
+        return runner.run(tasks, on_result, jobs=self.jobs, timeout=HANG_SECONDS[self.device], preload=preload)
+
+
+def _examined(found: Result) -> Examined:
+    """The result of an examination; of one whose process died, the check that it ran is in its case."""
+    if isinstance(found, Examined):
+        return found
+    check, _, case = (found.case or "").partition(": ")
+    name, _, dtype = check.partition(" ")
+    facts = asdict(found) | {
+        "property": name or found.property or "import",
+        "dtype": dtype or None,
+        "case": case or None,
+    }
+    return Examined(**facts, failed=(Result(**facts),))

@@ -1,0 +1,52 @@
+"""An input that changed in place gives the results of its new elements, whatever earlier calls with it computed.
+
+Every optimizer step changes weights in place, and every data loader may fill the same memory again. A result, or a
+converted copy of a weight, that is kept per tensor, per address or per shape is then stale. Some optimizers and
+wrappers write through `.data`, which leaves the tensor's version as it was.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from conformance.case import Case
+from conformance.profiles import Profile
+from conformance.property import Property
+from conformance.spec import Inputs, Spec
+from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+
+
+def cases(spec: Spec, profile: Profile) -> list[Case]:
+    """One size, with an even and an odd seed: an odd one has the inputs that a case may lack."""
+    return [replace(spec.case(3, 70), seed=seed) for seed in (0, 1)]
+
+
+def check(trial: Trial, case: Case) -> float:
+    """Call, change one input of the same tensors in place, call again; compare with a call on fresh copies."""
+    other, through_data = trial.inputs(replace(case, seed=case.seed + 2)), case.seed % 2 == 1
+    leaves = {name: leaf(tensor.clone(), name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    grad_outputs = trial.grad_outputs(case, trial.run(case, leaves, grads=()).outputs)
+    for _ in range(2):  # a second call is one that may reuse what the first one kept
+        _run(trial, case, leaves, grad_outputs)
+    used = 0.0
+    for name, tensor in leaves.items():
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                (tensor.data if through_data else tensor).copy_(other[name])
+            seen = _run(trial, case, leaves, grad_outputs)
+            now = {n: t.detach().clone() for n, t in leaves.items()}
+            fresh = {n: leaf(t, n in trial.spec.grads) for n, t in now.items()}
+            how = "through .data" if through_data else "in place"
+            message = f"results are not those of {name}, which was changed {how}"
+            demand_same_bits(trial.spec, _run(trial, case, fresh, grad_outputs), seen, message)
+            used = max(used, trial.judge(case, seen, now, grad_outputs))  # kept by shape: stale for fresh copies too
+    return used
+
+
+def _run(trial: Trial, case: Case, leaves: Inputs, grad_outputs: list[torch.Tensor]) -> Run:
+    """Both passes on these very tensors; `Trial.run` makes new ones over the same memory."""
+    outputs = trial.call(leaves, trial.options(case))
+    return Run(detached(outputs), trial.backward(outputs, leaves, trial.spec.grads, grad_outputs))
+
+
+PROPERTY = Property.of_file(check, cases=cases)

@@ -1,0 +1,82 @@
+"""Memory beside inputs, outputs and gradients is at most what the spec declares: working memory, and what is saved.
+
+The allocator counts: the peak of each pass, and what is left between them. What records only PyTorch's own autograd
+nodes is plain PyTorch, which saves what its formulas need, and is not checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from conformance.case import Case
+from conformance.gates import Failure
+from conformance.profiles import Profile
+from conformance.promises import Memory
+from conformance.property import Property
+from conformance.spec import Spec, nbytes
+from conformance.trial import Trial, is_plain, leaf
+
+MEBIBYTE = 2**20
+
+
+def cases(spec: Spec, profile: Profile) -> list[Case]:
+    """The spec's case, large enough that a tensor too many is far beyond what is allowed."""
+    return [spec.memory.case] if spec.memory is not None else []
+
+
+def check(trial: Trial, case: Case) -> None:
+    """Measure both passes, after a first call that compiles."""
+    memory = trial.spec.memory
+    assert memory is not None
+    measure(replace(trial, source=trial.device), case, memory)  # a CPU takes seconds to draw so many elements
+
+
+def measure(trial: Trial, case: Case, memory: Memory) -> dict[str, tuple[int, int]]:
+    """(measured, allowed) bytes of each pass; raises Failure where more is measured."""
+    inputs = {name: leaf(tensor, name in memory.grads) for name, tensor in trial.inputs(case).items()}
+    options = trial.options(case)
+    outputs = trial.call(inputs, options)
+    if is_plain(outputs):
+        return {}
+    grad_outputs = trial.grad_outputs(case, outputs)
+    trial.backward(outputs, inputs, memory.grads, grad_outputs)
+    del outputs
+    for name in memory.grads:
+        inputs[name].grad = None
+    kept: list[Any] = []
+    forward, saved = _peak(lambda: kept.append(trial.call(inputs, options)))
+    outputs = kept[0]
+    of_outputs, of_grads = nbytes(*outputs), sum(nbytes(inputs[name]) for name in memory.grads)
+    backward, _ = _peak(lambda: kept.append(trial.backward(outputs, inputs, memory.grads, grad_outputs)))
+    allowed_saved, allowed_working = memory.saved(inputs), memory.working(inputs)
+    found = {
+        "saved for the backward pass": (saved - of_outputs, allowed_saved),
+        "at the peak of the forward pass": (forward - of_outputs, allowed_saved + allowed_working),
+        "at the peak of the backward pass": (backward - of_grads, allowed_working),
+    }
+    for what, (measured, allowed) in found.items():
+        if measured > allowed + MEBIBYTE:  # for counters and sums of any size of kernel
+            raise Failure(
+                f"memory {what}: got {measured / MEBIBYTE:.1f} MiB beside inputs, outputs and gradients;"
+                f" allowed: {allowed / MEBIBYTE + 1:.1f} MiB"
+            )
+    return found
+
+
+def _peak(call: Callable[[], Any]) -> tuple[int, int]:
+    """Requested bytes above those before the call: at the peak, and at its end."""
+    torch.cuda.synchronize()
+    before = _requested("current")
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return _requested("peak") - before, _requested("current") - before
+
+
+def _requested(which: str) -> int:
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
+
+
+PROPERTY = Property.of_file(check, cases=cases, needs=("cuda", "gigabytes"))

@@ -1,0 +1,97 @@
+"""`conformance mutate`: plant faults in a backend and see which ones the properties find."""
+
+import argparse
+import os
+from pathlib import Path
+
+from conformance import backends
+from conformance.mutate import report
+from conformance.mutate.campaign import Campaign, Outcome, choose, users
+from conformance.mutate.equivalent import confirmed
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.report import heading
+from conformance.search import DTYPES
+from conformance.verbs._shared import UsageError, Verbs, add_backend, demand_writable, judged_by, known
+
+GPU_JOBS = 16
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("mutate", help="plant faults in a backend and see which ones the properties find")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
+    parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
+    parser.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
+    parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
+    parser.add_argument("--sample", type=int, metavar="N", help="draw this many mutants of each operation (all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
+    parser.add_argument("--file", nargs="+", action="extend", type=Path, metavar="F", help="mutate only these files")
+    parser.add_argument("--mutant", nargs="+", action="extend", metavar="M", help="examine only these, by name")
+    parser.add_argument(
+        "--matrix", action="store_true", help="every property for every mutant, not the first that fails"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_backend(parser)
+    parser.set_defaults(verb=_mutate)
+
+
+def _mutate(arguments: argparse.Namespace) -> int:
+    ops = known("operation", arguments.ops, list(backends.OPERATIONS))
+    dtypes = known("dtype", arguments.dtype, list(DTYPES))
+    properties = known("property", arguments.property, list(PROPERTIES))
+    for name in ("jobs", "sample"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UsageError(f"--{name}: got {value}; allowed: 1 or more")
+    device, judged = judged_by(arguments)
+    demand_writable(arguments.json)
+    names = arguments.mutant or ()
+    chosen = choose(
+        judged,
+        [op for op in ops if op in judged.functions],
+        files=arguments.file or (),
+        sample=arguments.sample,
+        seed=arguments.seed,
+        names=names,
+    )
+    for name in names:
+        if name not in {mutant.name for _, mutant in chosen}:
+            raise UsageError(f"--mutant: got {name!r}; allowed: the name of a mutant of {', '.join(ops)}")
+    if not chosen:
+        raise UsageError(f"backend {arguments.backend} has no mutants for {', '.join(ops)}: nothing to run")
+    cores = os.cpu_count() or 1
+    campaign = Campaign(
+        arguments.backend,
+        device,
+        arguments.profile,
+        [name for name in properties if PROPERTIES[name].lacks(device) is None],
+        dtypes,
+        arguments.jobs or (min(cores, GPU_JOBS) if device == "cuda" else cores),
+        every=arguments.matrix,
+        confirmed=() if names else confirmed(device),
+    )
+    print(heading(judged, device, arguments.profile), flush=True)
+    print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}", flush=True)
+    done: list[Outcome] = []
+
+    def on_outcome(outcome: Outcome) -> None:
+        lines.add(outcome)
+        done.append(outcome)
+        if arguments.json:  # after every verdict, so that a stopped run leaves what it found
+            report.write_json(arguments.json, done, judged, device, arguments.profile)
+
+    with report.Lines(len(chosen)) as lines:
+        outcomes, originals = campaign.run(chosen, users(judged, chosen), on_outcome)
+    again = f"python -m conformance mutate {{op}} --backend {arguments.backend} --device {device}"
+    again += f" --profile {arguments.profile}"
+    parts = (
+        report.broken(originals),
+        report.survivors(outcomes, again),
+        report.matrix(outcomes),
+        report.closing(outcomes),
+    )
+    print("", *filter(None, parts), sep="\n\n")
+    if arguments.json:
+        report.write_json(arguments.json, outcomes, judged, device, arguments.profile)
+    return 1 if any(outcome.survives for outcome in outcomes) else 0

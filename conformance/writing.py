@@ -1,0 +1,147 @@
+"""A learned spec as the text of a Python file, which judges like the learned one and can be sharpened."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from conformance.counts import Counts
+from conformance.example import Follows, Size, TensorArgument, word_of
+from conformance.learn import PRESENT, Learner
+from conformance.spec import Spec
+
+_HINTS = """    # Measured: conformance/condition.py. To state it by hand, give roundings, and terms for what cancels:
+    #     budget=Budget(roundings=1, terms={"result": lambda call: call.inputs["x"].abs()}),
+"""
+
+
+def text(learner: Learner, where: str) -> str:
+    """The file.
+
+    Args:
+        learner: of the operation.
+        where: its reference, "module:function" or "file.py:function".
+    """
+    spec = learner.spec()
+    module, _, name = where.rpartition(":") if ":" in where else where.rpartition(".")
+    names = [name for name in spec.drawing.sizes]
+    counts = {name: count for name, count in spec.drawing.sizes.items() if isinstance(count, Counts)}
+    lines = [
+        f'"""The spec of {spec.op}: how it is drawn and judged."""',
+        "",
+        *_imports(learner, module, name),
+        "",
+        "",
+        *_build(learner, spec, names),
+        "",
+        "",
+        *(f"{line}" for line in _sizes(counts)),
+        "",
+        "",
+        "spec = Spec(",
+        f"    reference={_reference(module, name)},",
+        "    drawing=Drawing(",
+        "        sizes=SIZES,",
+        "        build=_build,",
+        *_options(learner),
+        '        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],',
+        "        shape=lambda rows, columns: shape(SIZES, rows, columns),",
+        "        partial=True,  # cases that the reference refuses are skipped",
+        "    ),",
+        f"    outputs={_list(spec.outputs)},",
+        f"    grads={_list(spec.grads)},",
+        *_HINTS.rstrip("\n").split("\n"),
+        "    budget=Budget(measured=True),",
+        *([f"    in_place={_list(spec.in_place)},"] if spec.in_place else []),
+        *([f"    rowwise={_list(spec.rowwise)},"] if spec.rowwise else []),
+        *([f"    special_values=[{', '.join(map(str, spec.special_values))}],"] if spec.rowwise else []),
+        *([f"    lacks={json.dumps(dict(spec.lacks))},"] if spec.lacks else []),
+        ")",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reference(module: str, name: str) -> str:
+    return f'resolve("{module}:{name}", "reference")' if module.endswith(".py") else name
+
+
+def _imports(learner: Learner, module: str, name: str) -> list[str]:
+    dtypes = any(one.dtype not in (None, torch.bool, torch.int64) for one in learner.tensors.values())
+    special = ["from math import inf, nan", ""] if learner.rows else []
+    file = module.endswith(".py")
+    return [
+        *special,
+        *(["import torch", ""] if dtypes else []),
+        "from conformance.case import Draw",
+        "from conformance.counts import Counts, shape",
+        *(["from conformance.operations import resolve"] if file else []),
+        "from conformance.spec import Budget, Drawing, Inputs, Spec",
+        *([] if file else [f"from {module} import {name}"]),
+    ]
+
+
+def _build(learner: Learner, spec: Spec, names: list[str]) -> list[str]:
+    optional = [name for name, values in spec.drawing.options.items() if PRESENT in values]
+    lines = [f"def _build(draw: Draw, {', '.join(f'{name}: int' for name in names)}) -> Inputs:", "    inputs = {"]
+    lines += [f'        "{name}": {_tensor(one)},' for name, one in learner.tensors.items()]
+    lines.append("    }")
+    for name in optional:
+        group = [one for one in learner.tensors if one.partition("[")[0] == name]
+        lines.append(f'    if dict(draw.case.options).get("{name}", "{PRESENT}") is None:')
+        lines += [f'        del inputs["{one}"]' for one in group]
+    return [*lines, "    return inputs"]
+
+
+def _tensor(one: TensorArgument) -> str:
+    words = [f'"{one.kind}"', *(_size(size) for size in one.shape)]
+    if (
+        one.dtype is not None
+        and one.dtype not in (torch.bool,)
+        and not (one.kind == "randint" and one.dtype == torch.int64)
+    ):
+        words.append(f"dtype={one.dtype}")
+    if one.kind == "randint":
+        words += [f"low={_size(one.low)}", f"high={_size(one.high)}"]
+    return f"draw.tensor({', '.join(words)})"
+
+
+def _size(size: Size) -> str:
+    return word_of(size).replace("*", " * ")
+
+
+def _sizes(counts: dict[str, Counts]) -> list[str]:
+    fields = ("of", "low", "high", "growth", "only")
+    usual = Counts(0)
+    lines = ["SIZES = {"]
+    for name, count in counts.items():
+        words = [str(count.example)]
+        words += [f"{f}={getattr(count, f)!r}" for f in fields if getattr(count, f) != getattr(usual, f)]
+        lines.append(f'    "{name}": Counts({", ".join(words)}),  # {count}')
+    return [*lines, "}"]
+
+
+def _options(learner: Learner) -> list[str]:
+    drawn, always = learner.options()
+    lines = []
+    if drawn:
+        inside = ", ".join(f"{json.dumps(name)}: [{', '.join(map(_value, values))}]" for name, values in drawn.items())
+        lines.append(f"        options={{{inside}}},")
+    if always:
+        inside = ", ".join(f"{json.dumps(name)}: {_value(value)}" for name, value in always.items())
+        lines.append(f"        required=lambda case: {{{inside}}},")
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Follows):
+        if isinstance(value.size, int):
+            return str(value.size)
+        factor, name = value.size
+        return f'case.size("{name}")' if factor == 1 else f'{factor} * case.size("{name}")'
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _list(names: Any) -> str:
+    return f"[{', '.join(json.dumps(name) for name in names)}]"

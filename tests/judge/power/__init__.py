@@ -1,0 +1,1 @@
+"""How many wrong kernels the judge finds, beside the tests of correctness of other projects."""

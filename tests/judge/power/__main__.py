@@ -1,0 +1,43 @@
+"""Writes docs/judge-power.md.
+
+python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
+python -m conformance run --backend liger --json out/liger.json    # and other peers
+python -m tests.judge.power write out/power.json out/liger.json ...
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tests.judge.power import document, measure
+
+
+def main() -> None:
+    """Run one of the two steps."""
+    parser = argparse.ArgumentParser(prog="python -m tests.judge.power")
+    steps = parser.add_subparsers(required=True)
+    first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
+    first.add_argument("ops", nargs="*", help="operations (all)")
+    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    first.add_argument("--profile", default="ci")
+    first.add_argument("--jobs", type=int, default=2)
+    first.add_argument("--json", type=Path, required=True)
+    second = steps.add_parser("write", help="write the document from the results")
+    second.add_argument("power", type=Path, help="the file that measure wrote")
+    second.add_argument("peers", type=Path, nargs="*", help="files that `conformance run --json` wrote")
+    second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
+    arguments = parser.parse_args()
+    if "power" in arguments:
+        text = document.text(_read(arguments.power), [_read(peer) for peer in arguments.peers])
+        arguments.to.write_text(text)
+    else:
+        found = measure.measure(arguments.ops, arguments.device, arguments.profile, arguments.jobs)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text())
+
+
+main()

@@ -1,0 +1,210 @@
+"""Kernels of the five operations: right ones, and wrong ones with the properties of which one finds each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RIGHT: dict[str, list[str]] = {}
+WRONG: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+
+
+def right(op: str) -> Callable[[Any], Any]:
+    """Register a right kernel of an operation."""
+
+    def register(kernel: Any) -> Any:
+        RIGHT.setdefault(op, []).append(kernel.__name__)
+        return kernel
+
+    return register
+
+
+def wrong(op: str, *properties: str) -> Callable[[Any], Any]:
+    """Register a wrong kernel of an operation."""
+
+    def register(kernel: Any) -> Any:
+        WRONG.setdefault(op, []).append((kernel.__name__, properties))
+        return kernel
+
+    return register
+
+
+@right("tempered_softmax")
+def softmax_by_exp(x: Tensor, temperature: float = 1.0) -> Tensor:
+    z = x.float() / temperature
+    e = torch.exp(z - z.amax(-1, keepdim=True).detach())
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@right("tempered_softmax")
+class Softmax(torch.autograd.Function):
+    """With other names, and a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, heat: float) -> Tensor:
+        y = torch.softmax(scores.float() / heat, -1)
+        ctx.save_for_backward(y)
+        ctx.heat, ctx.dtype = heat, scores.dtype
+        return y.to(scores.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        dy = dy.float()
+        dx = y * (dy - (dy * y).sum(-1, keepdim=True)) / ctx.heat
+        return dx.to(ctx.dtype), None
+
+
+@wrong("tempered_softmax", "one_at_a_time")
+def softmax_forgets_the_temperature(x: Tensor, temperature: float = 1.0) -> Tensor:
+    return torch.softmax(x.float(), -1).to(x.dtype)
+
+
+@wrong("tempered_softmax", "one_at_a_time")
+def softmax_overflows(x: Tensor, temperature: float = 1.0) -> Tensor:
+    e = torch.exp(x.float() / temperature)
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@wrong("tempered_softmax", "value")
+def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
+    return torch.softmax(x.float() / temperature, 0).to(x.dtype)
+
+
+@right("group_norm")
+def group_norm_by_moments(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, block: int = 128
+) -> Tensor:
+    rows = x.float().reshape(len(x), groups, -1)
+    centred = rows - rows.mean(-1, keepdim=True)
+    normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
+    per_channel = (1, -1, *(1,) * (x.ndim - 2))
+    y = normed * weight.float().view(per_channel)
+    return (y if bias is None else y + bias.float().view(per_channel)).to(x.dtype)
+
+
+@right("group_norm")
+class GroupNorm(torch.nn.Module):
+    """A module whose weights are arguments."""
+
+    def forward(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        return torch.native_group_norm(
+            x.contiguous(), weight, bias, len(x), x.shape[1], x[0, 0].numel() if len(x) else 1, groups, eps
+        )[0]
+
+
+@wrong("group_norm", "one_at_a_time")
+def group_norm_without_bias(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return F.group_norm(x, groups, weight, None if bias is None else bias * 0, eps)
+
+
+@wrong("group_norm", "one_at_a_time")
+def group_norm_unbiased(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    n = x[0].numel() // groups
+    return F.group_norm(x * (n / max(1, n - 1)) ** 0.5, groups, weight, bias, eps * 4)
+
+
+@wrong("group_norm", "one_at_a_time")
+def group_norm_detaches_the_mean(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    rows = x.float().reshape(len(x), groups, -1)
+    centred = rows - rows.mean(-1, keepdim=True).detach()
+    normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
+    per_channel = (1, -1, *(1,) * (x.ndim - 2))
+    y = normed * weight.float().view(per_channel)
+    return (y if bias is None else y + bias.float().view(per_channel)).to(x.dtype)
+
+
+@right("kl_divergence")
+def kl_by_entropy(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    wide = q.float()
+    each = torch.xlogy(wide, wide) - wide * log_p.float()
+    if reduction == "none":
+        return each.to(log_p.dtype)
+    return (each.sum() / (len(log_p) if reduction == "batchmean" else 1)).to(log_p.dtype)
+
+
+@right("kl_divergence")
+def kl_by_torch(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tensor:
+    return F.kl_div(input.float(), target.float(), reduction=reduction).to(input.dtype)
+
+
+@wrong("kl_divergence", "one_at_a_time")
+def kl_divides_by_all(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    return F.kl_div(log_p, q, reduction="mean" if reduction == "batchmean" else reduction)
+
+
+@wrong("kl_divergence", "one_at_a_time")
+def kl_the_other_way(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    return F.kl_div(q.log(), log_p.exp(), reduction=reduction)
+
+
+@wrong("kl_divergence", "gradients")
+def kl_without_gradient_of_q(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    return F.kl_div(log_p, q.detach(), reduction=reduction)
+
+
+@right("top_k_gate")
+def gate_by_sorting(logits: Tensor, k: int) -> list[Tensor]:
+    order = logits.float().sort(dim=-1, descending=True, stable=True)
+    gates = torch.softmax(logits.float(), -1).gather(-1, order.indices)[..., :k]
+    return [(gates / gates.sum(-1, keepdim=True)).to(logits.dtype), order.indices[..., :k].contiguous()]
+
+
+@right("top_k_gate")
+def gate_by_a_small_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    chosen, places = logits.float().topk(k, -1)
+    return torch.softmax(chosen, -1).to(logits.dtype), places
+
+
+@wrong("top_k_gate", "metadata")
+def gate_of_32_bits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    chosen, places = logits.float().topk(k, -1)
+    return torch.softmax(chosen, -1).to(logits.dtype), places.int()
+
+
+@wrong("top_k_gate", "value")
+def gate_not_normalised(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.softmax(logits, -1).topk(k, -1)
+
+
+@wrong("top_k_gate", "value")
+def gate_in_another_order(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    chosen, places = logits.float().topk(k, -1)
+    return torch.softmax(chosen, -1).to(logits.dtype), places.flip(-1)
+
+
+@right("scaled_add_")
+def add_by_operator(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    x += alpha * y
+    return x
+
+
+@right("scaled_add_")
+def add_returning_nothing(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> None:
+    x.copy_(torch.add(x, y, alpha=alpha))
+
+
+@wrong("scaled_add_", "value")
+def add_not_in_place(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return x + alpha * y
+
+
+@wrong("scaled_add_", "one_at_a_time")
+def add_unscaled(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return x.add_(y)
+
+
+@wrong("scaled_add_", "inputs_untouched")
+def add_scales_y_too(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    with torch.no_grad():
+        y.mul_(alpha)
+    return x.add_(y)

@@ -1,0 +1,31 @@
+"""Five operations as a stranger would define them."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def tempered_softmax(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """Softmax of x / temperature along the last dimension."""
+    return torch.softmax(x.float() / temperature, -1).to(x.dtype)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Group normalisation of x [N, C, ...]."""
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+def kl_divergence(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """Kullback-Leibler divergence of q from exp(log_p)."""
+    return F.kl_div(log_p, q, reduction=reduction)
+
+
+def top_k_gate(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest probabilities of each row, normalised, and their int64 places."""
+    gates, places = torch.softmax(logits, -1).topk(k, -1)
+    return gates / gates.sum(-1, keepdim=True), places
+
+
+def scaled_add_(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Adds alpha y to x, in place."""
+    return x.add_(y, alpha=alpha)

@@ -1,0 +1,50 @@
+"""Known deviations are expected failures, and fail when they are gone."""
+
+from pathlib import Path
+
+import pytest
+
+from conformance import peers
+from conformance.declarations import SpecError
+from conformance.deviations import Deviation, expected, gone, read, shipped
+from conformance.properties import PROPERTIES
+from conformance.search import Result
+from conformance.specs import specs
+
+FAILED = Result("rms_norm", "value", "float16", "fail", 3.0, 5, "rows=1", "gate G1 used 3")
+PASSED = Result("rms_norm", "value", "float32", "pass", 0.5, 5)
+KNOWN = Deviation("rms_norm", "value", "rounds twice")
+
+
+def test_a_failure_that_is_known_is_expected() -> None:
+    found = expected(FAILED, [KNOWN])
+    assert (found.verdict, found.message) == ("xfail", "expected: rounds twice\ngate G1 used 3")
+    assert expected(FAILED, [Deviation("rms_norm", "value", "", "bfloat16")]) == FAILED
+    assert expected(PASSED, [KNOWN]) == PASSED
+
+
+def test_a_deviation_that_is_gone_is_a_failure() -> None:
+    assert gone([expected(FAILED, [KNOWN]), PASSED], [KNOWN])[1].verdict == "pass"  # one dtype still has it
+    (found,) = gone([PASSED], [KNOWN])
+    assert (found.verdict, found.message) == ("fail", "passes, but is declared as a deviation: rounds twice")
+    assert gone([PASSED], [Deviation("rms_norm", "value", "", "float16")]) == [PASSED]  # which did not run
+
+
+def test_a_file_of_deviations(tmp_path: Path) -> None:
+    file = tmp_path / "known.toml"
+    file.write_text('[[deviation]]\noperation = "rms_norm"\nproperty = "value"\nreason = "rounds twice"\n')
+    assert read(file, "cpu") == [KNOWN]
+    file.write_text('[[deviation]]\noperation = "rms_norm"\nwhy = "?"\n')
+    with pytest.raises(SpecError, match="got an entry with operation, why; allowed: operation, property"):
+        read(file, "cpu")
+    with pytest.raises(SpecError, match="cannot be read"):
+        read(tmp_path / "none.toml", "cpu")
+
+
+def test_what_the_peers_declare_exists() -> None:
+    files = [path for peer in peers.PACKAGES if (path := shipped(peer))]
+    assert files
+    for deviation in (one for path in files for one in read(path, "cpu")):
+        assert deviation.operation in specs()
+        assert deviation.property in ("*", *PROPERTIES)
+        assert deviation.reason

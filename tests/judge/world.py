@@ -1,0 +1,126 @@
+"""The code that the world trains with, as backends: modules of transformers, and torch's own operators.
+
+A fair judge passes all of it. Each backend is an object, such as `tests.judge.world.llama`. A module keeps its own
+forward method; around it are the contract's checks and the options that the module lacks.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from tests.judge.contract import Function, as_backend
+from unsloth_ref import checks
+
+
+class _Norm:
+    """What the forward methods of the norms read; they are called without a module, whose weight would be a copy."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps, self.variance_epsilon = weight, eps, eps
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return GemmaRMSNorm._norm(self, x)  # type: ignore[arg-type]
+
+
+class _Gated:
+    """What the forward method of an MLP reads, without its three linear layers."""
+
+    def __init__(self, gate: Tensor, up: Tensor, activation: Function) -> None:
+        self._gate, self._up, self.act_fn = gate, up, activation
+
+    def gate_proj(self, x: None) -> Tensor:
+        return self._gate
+
+    def up_proj(self, x: None) -> Tensor:
+        return self._up
+
+    def down_proj(self, y: Tensor) -> Tensor:
+        return y
+
+
+def _norm(module: Any) -> Function:
+    """A norm that rounds before it multiplies; under casting="gemma" and offset=1 Gemma's, which rounds once."""
+
+    def rms_norm(
+        x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+    ) -> Tensor:
+        checks.norm_arguments(x, weight, eps)
+        checks.one_of("casting", casting, ("llama", "gemma"))
+        if casting == "gemma" and offset == 1:
+            return GemmaRMSNorm.forward(_Norm(weight, eps), x)  # type: ignore[arg-type]
+        stored = weight.float() + offset if offset else weight
+        return module.forward(_Norm(stored, eps), x.float() if casting == "gemma" else x).to(x.dtype)
+
+    return rms_norm
+
+
+def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """LlamaMLP."""
+    checks.gated_arguments(gate, up)
+    return LlamaMLP.forward(_Gated(gate, up, F.silu), None)  # type: ignore[arg-type]
+
+
+def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+    """GemmaMLP."""
+    checks.gated_arguments(gate, up)
+    return GemmaMLP.forward(_Gated(gate, up, partial(F.gelu, approximate=approximate)), None)  # type: ignore[arg-type]
+
+
+def llama_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb; columns that are not rotated go around it, as in Phi and GPT-NeoX."""
+    checks.rope_arguments(q, k, cos, sin, positions)
+    if positions is not None:
+        if checks.values_are_checked(positions):
+            checks.positions_in_table(positions, len(cos))
+        cos, sin = cos[positions.long()], sin[positions.long()]
+    width = cos.shape[-1]
+    with torch.autocast(q.device.type, enabled=False):  # a CPU's autocast does not allow float16 here
+        turned = apply_rotary_pos_emb(q[..., :width], k[..., :width], cos, sin)
+        turned_q, turned_k = (
+            torch.cat([rotated.to(x.dtype), x[..., width:]], -1) for rotated, x in zip(turned, (q, k), strict=True)
+        )
+    return turned_q, turned_k
+
+
+def torch_rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> Tensor:
+    """torch.nn.RMSNorm, which rounds once; with an offset in float32."""
+    checks.norm_arguments(x, weight, eps)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    if offset:
+        return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """torch.nn.LayerNorm; on a CPU in float32, for there it sums the gradients of the weight row by row in 16 bits."""
+    checks.norm_arguments(x, weight, eps)
+    checks.column_vector("bias", bias, "x", x)
+    if x.is_cuda and weight.dtype == bias.dtype == x.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return (F.layer_norm(x.float(), weight.shape, eps=eps) * weight.float() + bias.float()).to(x.dtype)
+
+
+def torch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """torch's silu, then a product."""
+    checks.gated_arguments(gate, up)
+    return F.silu(gate) * up
+
+
+def _backend(**functions: Function) -> SimpleNamespace:
+    return SimpleNamespace(**{op: getattr(as_backend(op, function), op) for op, function in functions.items()})
+
+
+llama = _backend(rms_norm=_norm(LlamaRMSNorm), swiglu=llama_swiglu, rope=llama_rope, geglu=gemma_geglu)
+qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm))
+torch_operators = _backend(rms_norm=torch_rms_norm, layer_norm=torch_layer_norm, swiglu=torch_swiglu)
