@@ -76,8 +76,11 @@ _current: list[Seen] = []  # of all contexts and threads: backward passes on a G
 
 @contextmanager
 def launches(run: bool = True) -> Iterator[Seen]:
-    """Within this context all launches of this process are seen; without `run`, kernels are not executed."""
-    seen = Seen()
+    """Within this context all launches of this process are seen; without `run`, kernels are not executed.
+
+    An outer context does not see what an inner one does not execute.
+    """
+    seen, outer = Seen(), list(_current)
     with ExitStack() as replaced:
         # Without triton nothing can be launched; and an outer context also sees for an inner one.
         if "triton" in sys.modules and not (run and _current):
@@ -92,11 +95,11 @@ def launches(run: bool = True) -> Iterator[Seen]:
                     replaced.enter_context(patch.object(module, "_library", lambda: None))
                 elif module._library.cache_info().currsize and (library := module._library()):
                     library.forget()
-        _current.append(seen)
+        _current[:] = [*outer, seen] if run else [seen]
         try:
             yield seen
         finally:
-            _current.remove(seen)
+            _current[:] = outer
 
 
 def _kernel_types() -> list[Any]:

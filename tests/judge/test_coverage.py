@@ -26,7 +26,7 @@ CI = replace(PROFILES["ci"], shrink_seconds=60)
 
 def trial_of(op: str, dtype: torch.dtype = torch.float32) -> Trial:
     judged = load("fast", "cpu")
-    return Trial(specs()[op], judged.functions[op], dtype, "cpu", judged.truncates)
+    return Trial(specs()[op], judged.functions[op], dtype, "cpu")
 
 
 def test_a_launch_is_seen_with_its_settings() -> None:
@@ -47,6 +47,8 @@ def test_a_dry_call_runs_no_kernel_and_a_real_one_afterwards_does() -> None:
     with launches(run=False) as dry:
         trial.run(case)
     with launches() as seen:
+        with launches(run=False):
+            trial.run(case.resized(hidden=5000))
         run = trial.run(case)
     assert dry.variants == seen.variants and dry.programs == seen.programs
     trial.judge(case, run)
