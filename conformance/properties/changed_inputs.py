@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
+from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
@@ -45,8 +46,11 @@ def check(trial: Trial, case: Case) -> float:
 
 def _run(trial: Trial, case: Case, leaves: Inputs, grad_outputs: list[torch.Tensor]) -> Run:
     """Both passes on these very tensors; `Trial.run` makes new ones over the same memory."""
-    outputs = trial.call(leaves, trial.options(case))
-    return Run(detached(outputs), trial.backward(outputs, leaves, trial.spec.grads, grad_outputs))
+    with Interpreted() as forward:
+        outputs = trial.call(leaves, trial.options(case))
+    with Interpreted() as backward:
+        grads = trial.backward(outputs, leaves, trial.spec.grads, grad_outputs)
+    return Run(detached(outputs), grads, bool(forward), bool(backward))
 
 
 PROPERTY = Property.of_file(check, cases=cases)
