@@ -189,9 +189,22 @@ def _with_settings(pairs: Iterable[Pair]) -> dict[Pair, None]:
     return dict.fromkeys([*pairs, *singles])
 
 
-def explore(trial: Trial, profile: Profile) -> Explored:
-    """The exploration of an operation, the same in every process; empty if the first cases launch no Triton kernel."""
-    return _explored(trial, profile.elements, profile.explored)
+def explore(trial: Trial, profile: Profile, notify: Callable[[str], None] = lambda case: None) -> Explored:
+    """The exploration of an operation, the same in every process; empty if the first cases launch no Triton kernel.
+
+    Args:
+        trial: of the operation.
+        profile: the number and size of the cases.
+        notify: called with each case before its call; not called for what this process has explored before.
+    """
+    _listeners.append(notify)
+    try:
+        return _explored(trial, profile.elements, profile.explored)
+    finally:
+        _listeners.pop()
+
+
+_listeners: list[Callable[[str], None]] = []
 
 
 @cache
@@ -293,6 +306,8 @@ def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
 
 def _dry(trial: Trial, case: Case, seen: Seen) -> _Launched:
     """What both passes of a case launch, without running it; nothing if they raise."""
+    for listener in _listeners:
+        listener(str(case))
     seen.clear()
     elements = 0
     variants: frozenset[Variant] = frozenset()

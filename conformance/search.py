@@ -180,7 +180,7 @@ def search(
     if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
-    explored = explore(trial, profile) if isinstance(trial, Trial) and profile.explored else None
+    explored = explore(trial, profile, notify) if isinstance(trial, Trial) and profile.explored else None
     with launches() as seen:
         result = _checked(attempts, trial, prop, profile, explored)
     if explored is None or not explored.pairs:

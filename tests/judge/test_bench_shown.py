@@ -16,6 +16,7 @@ from conformance.bench import conftest
 from conformance.bench.playback import PlaybackTimer
 from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
 from conformance.peers import Absent, import_kernels
+from conformance.verbs import bench as bench_verb
 from tests.judge.fake_card import RATES, STATE, FakeCard
 
 ROOT = Path(__file__).parents[2]
@@ -85,10 +86,10 @@ def test_an_absent_peer_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
 
     monkeypatch.setattr(backends, "load", load)
     line = "conformance: backend: liger needs the package liger-kernel, which is not installed"
-    assert cli._present(["fast", "liger", "fast"], "cpu")[0] == ["fast"]
+    assert bench_verb._present(["fast", "liger", "fast"], "cpu")[0] == ["fast"]
     assert capsys.readouterr().err == f"{line}: skipped\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "Card", FakeCard)
+    monkeypatch.setattr(bench_verb, "Card", FakeCard)
     assert cli.main(["bench", "--backend", "liger"]) == 2
     assert capsys.readouterr().err == f"{line}\n"
 

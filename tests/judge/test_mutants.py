@@ -32,16 +32,13 @@ FILES_OF_WRONG = (cheats, wrong, wrong_process)  # importing them fills WRONG
 EXPECTED |= WRONG
 OF_RARE_CASES = {f"tests.judge.mutants.{name}" for name, (_, mutant) in MUTANTS.items() if mutant.rare}
 CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
-WITHOUT_TRITON = [f"tests.judge.right.{name}" for name, (_, variant) in RIGHT.items() if callable(variant)]
 # The cases of ci, without shrinking a failing one, and without the second that exploring each kernel takes.
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0, explored=0)
 # For what only some cases of a cover show: more of them, in all dtypes, which share them out.
 RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0, examples=40)
 FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
-# In one dtype for each kernel: these take long, or their findings do not depend on the dtype.
-LONG = ("extents", "layouts", "batch_invariance", "changed_inputs", "honest_results", "process_state")
 # torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
-COMPILED = [backend for backend in WITHOUT_TRITON if backend.endswith("_compiled")]
+COMPILED = [backend for backend in CORRECT if backend.endswith("_compiled")]
 Results = dict[str, list[Result]]
 
 
@@ -80,14 +77,13 @@ def tasks_of_right(backend: str) -> list[Task]:
     if backend in COMPILED:
         case = specs()[op].case(5, 130)
         return [Brief(backend, op, "extents", dtype, "cpu", case=case) for dtype in ("float32", "bfloat16")]
-    # All dtypes take 100 s per kernel in Triton's interpreter, and half of all time goes to the long lists of cases:
-    # there each property runs in one dtype, which is another one for the next operation.
+    # All dtypes take 100 s per kernel: each property runs in one dtype, another one for the next operation.
     turn, dtypes = OPERATIONS.index(op), tuple(DTYPES)
     return [
         Brief(backend, op, name, dtype, "cpu", FEW.name)
         for index, name in enumerate(PROPERTIES)
         for place, dtype in enumerate(dtypes)
-        if (backend in WITHOUT_TRITON and name not in LONG) or place == (turn + index) % len(dtypes)
+        if place == (turn + index) % len(dtypes)
     ]
 
 

@@ -25,7 +25,7 @@ from conformance.trial import BackendError
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "unsloth_fast" / "kernels"
-TORCH_RMS_NORM = "tests.judge.right.rms_norm_of_transformers"
+TORCH_RMS_NORM = "tests.judge.right.rms_norm_of_llama"
 QUICK_PROPERTIES = ("one_at_a_time", "argument_kinds", "value")
 here = pytest.mark.skipif(
     torch.cuda.is_available(),

@@ -17,7 +17,10 @@ BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
 MISTAKES = [(spec, mistake) for spec in specs().values() for mistake in spec.errors]
 CASES = {spec.op: spec.case(3, 5) for spec in specs().values()}
 CASES["rope"] = specs()["rope"].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
-GOOD = {op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].required(case) for op, case in CASES.items()}
+GOOD = {
+    op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].drawing.required(case)
+    for op, case in CASES.items()
+}
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
