@@ -198,8 +198,10 @@ def explore(trial: Trial, profile: Profile, notify: Callable[[str], None] = lamb
         notify: called with each case before its call; not called for what this process has explored before.
     """
     _listeners.append(notify)
+    # Not a subclass, which may keep results: those of an exploration are those of kernels that did not run.
+    plain = Trial(trial.spec, trial.function, trial.dtype, trial.device)
     try:
-        return _explored(trial, profile.elements, profile.explored)
+        return _explored(plain, profile.elements, profile.explored)
     finally:
         _listeners.pop()
 
