@@ -25,7 +25,6 @@ from conformance.trial import BackendError
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "unsloth_fast" / "kernels"
-TORCH_RMS_NORM = "tests.judge.right.rms_norm_of_llama"
 QUICK_PROPERTIES = ("one_at_a_time", "argument_kinds", "value")
 here = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -179,7 +178,7 @@ def survivors(outcomes: list[Outcome]) -> list[str]:
 @here
 @pytest.mark.parametrize(
     ("backend", "op", "count", "dtypes"),
-    [("fast", "swiglu", 8, ("float32",)), (TORCH_RMS_NORM, "rms_norm", 12, ("float32", "float16"))],
+    [("fast", "swiglu", 8, ("float32",))],
 )
 def test_most_of_a_sample_is_killed(backend: str, op: str, count: int, dtypes: tuple[str, ...]) -> None:
     """Three quick properties and few cases kill five sixths of the mutants that can be killed."""
