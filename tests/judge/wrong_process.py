@@ -101,9 +101,22 @@ def swiglu_multiplies_large_numbers_in_another_order(gate: Tensor, up: Tensor) -
     return torch.where(up.abs() < 2, F.silu(gate) * up, gate * (torch.sigmoid(gate) * up))
 
 
+class _Copy(torch.autograd.Function):
+    """A copy, with a node of its own in the graph, as kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.clone()
+
+
 @wrong("swiglu", "compiles")
 def swiglu_multiplies_in_another_order_if_compiled(gate: Tensor, up: Tensor) -> Tensor:
     """Has a path for torch.compile; both are accurate."""
+    gate = _Copy.apply(gate)  # type: ignore[assignment]
     if torch.compiler.is_compiling():
         return gate * (torch.sigmoid(gate) * up)
     return F.silu(gate) * up
