@@ -8,7 +8,7 @@ disturbs it as the roundings of a computation would, in the forward and in the b
         float32, 2^-24: the response is the error of a kernel that computes in float32
     A   the result of every operator that the reference, run in the dtype under test, rounds to that dtype, by one unit
         roundoff of the dtype: the response is the error of plain PyTorch. Where nothing is rounded to 16 bits on the
-        way, A is 0. The run in the dtype tells which operators those are; their order is the same.
+        way, A is 0. The run in the dtype shows which operators those are; their order is the same.
         The last rounding of a result, which nothing else reads, is left out: G1 has a term for it.
 
 Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.

@@ -80,7 +80,7 @@ def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, .
 
 
 def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:
-    """The rule that tells the accepted sizes from the others; a list of them if there is none."""
+    """The rule that separates the accepted sizes from the others; a list of them if there is none."""
     above = [n for n in accepted if n > 0] or [example]
     if above == [example]:
         return Counts(example, only=(example,))

@@ -44,7 +44,6 @@ LAYOUTS = ("contiguous", "contiguous", "offset", "halves", "transposed")
 LARGER = 4  # how many times as many elements as the profile's cases the larger ones have
 ELEMENTS = 8192  # that cost as much as a program
 AFFORDABLE = 32.0  # what any case may cost: about 0.05 s in Triton's interpreter
-OPTIONS = ("set", "any")
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ class Explored:
         the one with the largest sum of these probabilities over the pairs that no case before it has. A single setting
         counts too, as much as all pairs that contain it: few cases should reach every setting before one of them
         reaches more combinations. What contains a flag that is off counts half: there the kernel leaves code out. The
-        sum is divided by the square root of the cost: cheap cases have few rows or
-        columns, and would be chosen alone if the cost counted in full.
+        sum is divided by the square root of the cost: cheap cases have few rows or columns, and would be chosen alone
+        if the cost counted in full.
         """
         found: list[Case] = []
         every = [one for one in (*self.drawn, *self.beyond) if one.cost <= self.most]
@@ -197,33 +196,35 @@ def explore(trial: Trial, profile: Profile, notify: Callable[[str], None] = lamb
         profile: the number and size of the cases.
         notify: called with each case before its call; not called for what this process has explored before.
     """
-    _listeners.append(notify)
-    # Not a subclass, which may keep results: those of an exploration are those of kernels that did not run.
-    plain = Trial(trial.spec, trial.function, trial.dtype, trial.device)
-    try:
-        return _explored(plain, profile.elements, profile.explored)
-    finally:
-        _listeners.pop()
+    # Not a subclass, which may keep results: those of an exploration are those of kernels that did not run. The source
+    # is the device, which draws faster if it is a GPU.
+    plain = Trial(trial.spec, trial.function, trial.dtype, trial.device, source=trial.device)
+    key = plain, profile.elements, profile.explored
+    if key not in _explored:
+        _explored[key] = _exploration(*key, notify)
+    return _explored[key]
 
 
-_listeners: list[Callable[[str], None]] = []
+_explored: dict[tuple[Trial, int, int], Explored] = {}
 
 
-@cache
-def _explored(trial: Trial, elements: int, count: int) -> Explored:
-    trial = replace(trial, source=trial.device)  # a GPU draws faster
+def _exploration(trial: Trial, elements: int, count: int, notify: Callable[[str], None]) -> Explored:
     options = tuple(accepted_options(trial.function, trial.spec))
     drawn: list[_Launched] = []
     with launches(run=False) as seen:
         for case in _drawn(trial.spec, elements, options, count // 4):
+            notify(str(case))
             drawn.append(_dry(trial, case, seen))
             if len(drawn) == 4 and not any(one.variants for one in drawn):
                 break
         if not any(one.variants for one in drawn):
             return Explored([], [], 0.0, trial.spec.drawing.consistent)
         most = max(AFFORDABLE, *(one.cost for one in drawn)) if trial.device == "cpu" else inf
-        larger = _larger(trial, LARGER * elements, options, count - len(drawn))
-        beyond = [one for case in larger if (one := _dry(trial, case, seen)).cost <= most]
+        beyond: list[_Launched] = []
+        for case in _larger(trial, LARGER * elements, options, count - len(drawn)):
+            notify(str(case))
+            if (one := _dry(trial, case, seen)).cost <= most:
+                beyond.append(one)
     return Explored(drawn, beyond, most, trial.spec.drawing.consistent)
 
 
@@ -265,7 +266,7 @@ def _larger(trial: Trial, elements: int, options: tuple[str, ...], count: int) -
     pool = _pool(spec, elements, count // 5)
     for index in range(count):
         sizes = _sizes(spec, pool, elements, random)
-        chosen = _options(spec, options, OPTIONS[index % len(OPTIONS)], random)
+        chosen = _options(spec, options, index % 2 == 0, random)
         case = Case(tuple(sizes.items()), (), spec.drawing.fills[0], random.choice(LAYOUTS), random.randint(0, 3))
         yield _counted(trial, spec.having(case, chosen), elements, random)
 
@@ -284,14 +285,13 @@ def _sizes(spec: Spec, pool: Sequence[Mapping[str, int]], elements: int, random:
     return {name: chosen[name] for name in spec.drawing.sizes}
 
 
-def _options(spec: Spec, names: Sequence[str], kind: str, random: Random) -> Options:
-    """Values of these options that may be combined: the defaults, values that are all set, or any."""
+def _options(spec: Spec, names: Sequence[str], all_set: bool, random: Random) -> Options:
+    """Values of these options that may be combined: any, or only values that are not the defaults."""
     for _ in range(20):
         chosen: Options = {}
         for name in names:
             default, *others = spec.drawing.options[name]
-            among = {"default": [default], "set": others or [default], "any": [default, *others]}[kind]
-            chosen[name] = random.choice(among)
+            chosen[name] = random.choice(others if all_set and others else [default, *others])
         if spec.drawing.consistent(chosen):
             return chosen
     return {}
@@ -308,8 +308,6 @@ def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
 
 def _dry(trial: Trial, case: Case, seen: Seen) -> _Launched:
     """What both passes of a case launch, without running it; nothing if they raise."""
-    for listener in _listeners:
-        listener(str(case))
     seen.clear()
     elements = 0
     variants: frozenset[Variant] = frozenset()

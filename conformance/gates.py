@@ -68,6 +68,10 @@ class Failure(Exception):
         self.used = used
 
 
+class Unchecked(Exception):
+    """A property says nothing about a case; the message states why. Neither a failure nor a pass."""
+
+
 class Allowance(Protocol):
     """What Terms, Bound and a measured Response say of an error; see conformance/bounds.py."""
 
@@ -156,18 +160,7 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
         if not len(truth):
             return used
     floors = _floors(truth, independent, shared, unit)
-    error, peer_error = wide - truth, peer - truth
-    try:
-        against_peer = _against_peer(name, error, peer_error, truth, floors)
-    except Failure:
-        if not model.roundings:
-            raise
-        row = torch.arange(r.numel(), device=r.device).view(r.shape)[finite] // (r.shape[-1] if r.ndim else 1)
-        most = model.roundings * unit
-        error, peer_error = (_without_factor(one, truth, row, most) for one in (error, peer_error))
-        against_peer = _against_peer(name, error, peer_error, truth, floors)
-    used = max(used, against_peer)
-    del error, peer_error
+    used = max(used, _with_row_factors(name, wide - truth, peer - truth, truth, floors, finite, model.roundings * unit))
     if y.dtype != torch.float32 and model.random:
         used = max(used, _bias(name, judged, truth, peer, scale, unit))
     return used
@@ -232,6 +225,27 @@ def _componentwise(
             used,
         )
     return used
+
+
+def _with_row_factors(
+    name: str,
+    error: Tensor,
+    peer_error: Tensor,
+    r: Tensor,
+    floors: tuple[float, float],
+    finite: Tensor,
+    most: float,
+) -> float:
+    """Gate G2; if it is broken, again without a factor of each row of at most `most`, if any is allowed."""
+    try:
+        return _against_peer(name, error, peer_error, r, floors)
+    except Failure:
+        if not most:
+            raise
+    row = torch.arange(finite.numel(), device=r.device).view(finite.shape)[finite]
+    row //= finite.shape[-1] if finite.ndim else 1
+    error, peer_error = (_without_factor(one, r, row, most) for one in (error, peer_error))
+    return _against_peer(name, error, peer_error, r, floors)
 
 
 def _without_factor(error: Tensor, r: Tensor, row: Tensor, most: float) -> Tensor:

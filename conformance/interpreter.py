@@ -2,7 +2,7 @@
 
 The interpreter truncates float32 to bfloat16, so the gates must know which results it computed. `count_launches`
 patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
-tells whether that happened in a block of code. What a module imports makes no difference.
+is true if that happened in a block of code. What a module imports makes no difference.
 
 `patch_for_speed` replaces two private functions of the same module, without changing what it computes:
 

@@ -1,6 +1,6 @@
 """The Spec of an operation that the project has never heard of, learned from its reference and an example call.
 
-The signature tells which arguments have defaults. Calls of the reference tell the rest: how many outputs it has, which
+The signature shows which arguments have defaults. Calls of the reference show the rest: how many outputs it has, which
 inputs it differentiates, which sizes it accepts. Whatever the reference refuses is not judged.
 """
 

@@ -25,8 +25,9 @@ class Property:
     Attributes:
         name: on the command line.
         statement: what holds, in one sentence.
-        check: called with a trial and a case; raises Failure if the property does not hold. Returns the fraction of the
-            error budget that was used, or None if the property has no budget.
+        check: called with a trial and a case; raises Failure if the property does not hold, and Unchecked if it says
+            nothing about the case. Returns the fraction of the error budget that was used, or None if the property has
+            no budget.
         cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
         share: fraction of the profile's examples to draw.
         needs: "cuda" skips the property on a CPU, "two devices" with fewer GPUs; "gigabytes" keeps the runner from

@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from importlib.metadata import version
+from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
 from statistics import mean
@@ -45,9 +47,9 @@ def name_width(names: Iterable[str]) -> int:
 def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT) -> str:
     """One line: the backend, the reference, the versions and device, the profile; then what is known of a stranger."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    version = torch.__version__.split("+")[0]
+    release = torch.__version__.split("+")[0]
     reference = source.reference or source.spec or "reference"
-    line = f"backend {judged.description} against {reference}, torch {version}{where}, profile {profile}"
+    line = f"backend {judged.description} against {reference}, torch {release}{where}, profile {profile}"
     if not source:
         return line
     return "\n".join([line, *(learned(spec) for spec in operations.specs(source).values())])
@@ -215,11 +217,10 @@ def write_json(
 
 def versions() -> dict[str, Any]:
     """Versions of the software that a result depends on."""
-    triton = sys.modules.get("triton")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
+        "triton": version("triton") if find_spec("triton") else None,
         "cuda": torch.version.cuda,
     }
 

@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
 from conformance.coverage import Explored, Reached, explore
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
@@ -65,13 +65,13 @@ class _Attempts:
     def __init__(
         self, trial: AnyTrial, prop: Property, dtype: str | None, seconds: float, notify: Callable[[str], None]
     ) -> None:
-        self._trial, self._property, self._dtype, self._notify = trial, prop, dtype, notify
+        self._trial, self._property, self._dtype, self.notify = trial, prop, dtype, notify
         self._shrink_seconds = seconds
         self._failed: dict[AnyCase, Failure] = {}
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
-        self._refused = ""
+        self._unchecked = ""  # why the last case that was not checked was not
 
     def first(self, cases: Iterable[AnyCase], smaller: Callable[[Any], Iterable[AnyCase]]) -> Result | None:
         """Check these cases in turn; simplify the first one that fails. None if all pass."""
@@ -119,8 +119,8 @@ class _Attempts:
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
         who = self._trial.spec.op, self._property.name, self._dtype
-        if failure is None and self._refused and not self._count:
-            return Result(*who, "skip", message=f"the reference refuses every case: {self._refused}")
+        if failure is None and self._unchecked and not self._count:
+            return Result(*who, "skip", message=self._unchecked)
         if failure is None:
             return Result(*who, "pass", self._used, self._count)
         return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
@@ -129,11 +129,16 @@ class _Attempts:
         if case not in self._failed and time.monotonic() > self._deadline:
             return  # time for shrinking is over: only cases known to fail still fail
         if (why := self._trial.refused(case)) is not None:
-            self._refused = why
+            self._unchecked = f"the reference refuses every case: {why}"
             return
         self._count += 1
-        self._notify(str(case))
-        failure = self._failed.get(case) or self._check(case)
+        self.notify(str(case))
+        try:
+            failure = self._failed.get(case) or self._check(case)
+        except Unchecked as why:
+            self._count -= 1
+            self._unchecked = str(why)
+            return
         if failure is not None:
             if not self._failed:
                 self._deadline = time.monotonic() + self._shrink_seconds
@@ -200,7 +205,7 @@ def _checked(
         return attempts.drawn(trial.cases(profile), profile.settings(count))
     # Every dtype takes each third case of one cover, so that all together cover three times as many settings.
     turn = list(DTYPES.values()).index(trial.dtype)
-    whole = explore(replace(trial, dtype=torch.float32), profile) if trial.dtype != torch.float32 else explored
+    whole = explore(replace(trial, dtype=torch.float32), profile, attempts.notify)
     whole = whole if whole.pairs else explored
     covering = whole.cover(len(DTYPES) * (3 * count // 4), profile.examples // 5)[turn :: len(DTYPES)]
     failed = attempts.first(covering, whole.smaller)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conformance import calling, condition
 from conformance.case import Case, Draw
-from conformance.gates import ErrorModel, Failure, judge, judge_exact
+from conformance.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
@@ -69,8 +69,8 @@ class Caught:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Store the error; do not catch Failure and interruptions."""
-        if isinstance(error, self._types) and not isinstance(error, Failure):
+        """Store the error; do not catch Failure, Unchecked and interruptions."""
+        if isinstance(error, self._types) and not isinstance(error, (Failure, Unchecked)):
             self.error = error
             return True
         return False
@@ -214,11 +214,11 @@ class Trial:
         peer = peer or self.run(case, inputs, function=self.spec.reference, grads=names, grad_outputs=grad_outputs)
         if grad_outputs is None:
             grad_outputs = self.grad_outputs(case, peer.outputs)
+        budget = self.spec.budget
+        if budget.measured:
+            return self._judge_measured(case, run, peer, inputs, grad_outputs)
         wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
         wide_grads = [widen(gradient) for gradient in grad_outputs]
-        if self.spec.budget.measured:
-            return self._judge_measured(case, run, peer, inputs, grad_outputs)
-        budget = self.spec.budget
         contract = budget.truth or self.spec.reference
         truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
         call = Call(wide_inputs, self.options(case), wide_grads, self.dtype)

@@ -175,13 +175,13 @@ def _constants(function: Callable[..., Any]) -> frozenset[str]:
 
 
 class _Compiled(dict[Any, Any]):
-    """The dictionary from which unsloth_fast launches compiled kernels; each tells what it launches."""
+    """The dictionary from which unsloth_fast launches compiled kernels; each reports what it launches."""
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """Add the machine code that Triton has just compiled and launched in this thread."""
         if _state.last is not None:
             compiled, run, *others = default
-            default = compiled, _telling(run, *_state.last), *others
+            default = compiled, _reporting(run, *_state.last), *others
         return super().setdefault(key, default)
 
 
@@ -190,14 +190,14 @@ def _observe(module: Any) -> None:
         module._compiled = _Compiled(module._compiled)
 
 
-def _telling(run: Callable[..., Any], kernel: str, settings: dict[str, str], integers: dict[str, int]) -> Any:
+def _reporting(run: Callable[..., Any], kernel: str, settings: dict[str, str], integers: dict[str, int]) -> Any:
     """The function that launches machine code, with the same signature as Triton's."""
 
-    def telling(programs: int, *arguments: Any) -> Any:
+    def reporting(programs: int, *arguments: Any) -> Any:
         if _current:
             values = arguments[8:]  # two more dimensions of the grid, the stream, the code, and what Triton's tools use
             changed = {name: _ONE[values[place] != 1] for name, place in integers.items()}
             _add(kernel, settings | changed, programs)
         return run(programs, *arguments)
 
-    return telling
+    return reporting

@@ -11,7 +11,7 @@ elsewhere.
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
@@ -37,7 +37,7 @@ def check(trial: Trial, case: Case) -> None:
     if trial.device == "cuda" or not whole_vectors:
         leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
         if is_plain(trial.call(leaves, trial.options(case))):
-            return
+            raise Unchecked("plain PyTorch, whose order of sums depends on the number of rows")
     count = parts.count(inputs)
     every = list(range(count))
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)

@@ -13,7 +13,7 @@ from conformance.profiles import Profile
 from conformance.promises import Law
 from conformance.property import Property
 from conformance.spec import Spec
-from conformance.trial import Run, Trial, bits
+from conformance.trial import Trial, bits
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.
 LEAST, MOST = 0.25, 4.0
@@ -48,10 +48,10 @@ def demand_law(trial: Trial, case: Case, name: str, law: Law) -> None:
     scaled = [gradient * law.grad_outputs for gradient in grad_outputs]
     second = trial.run(case.with_options(law.options(accepted)), changed, grad_outputs=scaled)
     for (key, what, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
-        _demand_multiple(name, what, one, other, law.factors.get(key, 1.0), first)
+        _demand_multiple(name, what, one, other, law.factors.get(key, 1.0))
 
 
-def _demand_multiple(law: str, what: str, one: torch.Tensor, other: torch.Tensor, factor: float, first: Run) -> None:
+def _demand_multiple(law: str, what: str, one: torch.Tensor, other: torch.Tensor, factor: float) -> None:
     wanted = one * factor
     smallest = 4 * torch.finfo(one.dtype).smallest_normal / min(1.0, abs(factor))
     differs = (bits(wanted) != bits(other)) & ((wanted.abs() > smallest) | (other.abs() > smallest))

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
-from conformance.promises import Memory
 from conformance.property import Property
 from conformance.spec import Spec, nbytes
 from conformance.trial import Trial, is_plain, leaf
@@ -30,16 +29,12 @@ def check(trial: Trial, case: Case) -> None:
     """Measure both passes, after a first call that compiles."""
     memory = trial.spec.memory
     assert memory is not None
-    measure(replace(trial, source=trial.device), case, memory)  # a CPU takes seconds to draw so many elements
-
-
-def measure(trial: Trial, case: Case, memory: Memory) -> dict[str, tuple[int, int]]:
-    """(measured, allowed) bytes of each pass; raises Failure where more is measured."""
+    trial = replace(trial, source=trial.device)  # a CPU takes seconds to draw so many elements
     inputs = {name: leaf(tensor, name in memory.grads) for name, tensor in trial.inputs(case).items()}
     options = trial.options(case)
     outputs = trial.call(inputs, options)
     if is_plain(outputs):
-        return {}
+        raise Unchecked("plain PyTorch, which saves what its formulas need")
     grad_outputs = trial.grad_outputs(case, outputs)
     trial.backward(outputs, inputs, memory.grads, grad_outputs)
     del outputs
@@ -62,7 +57,6 @@ def measure(trial: Trial, case: Case, memory: Memory) -> dict[str, tuple[int, in
                 f"memory {what}: got {measured / MEBIBYTE:.1f} MiB beside inputs, outputs and gradients;"
                 f" allowed: {allowed / MEBIBYTE + 1:.1f} MiB"
             )
-    return found
 
 
 def _peak(call: Callable[[], Any]) -> tuple[int, int]:

@@ -11,7 +11,9 @@ from conformance import backends, operations
 from conformance.backends import Judged
 from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
+from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
+from conformance.search import DTYPES
 
 Verbs = Any  # argparse's action that adds the parsers of verbs; it has no public name
 
@@ -24,6 +26,16 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add the options that select what is judged, and where."""
     parser.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a search: how many cases, in which dtypes, under which properties."""
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations, and training pieces where they apply (all)")
+    parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
+    parser.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
+    parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_backend(parser)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,10 @@ from conformance import backends
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
-from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.search import DTYPES
-from conformance.verbs._shared import UsageError, Verbs, add_backend, demand_writable, judged_by, known
+from conformance.verbs._shared import UsageError, Verbs, add_search, demand_writable, judged_by, known
 
 GPU_JOBS = 16
 
@@ -20,10 +19,7 @@ GPU_JOBS = 16
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("mutate", help="plant faults in a backend and see which ones the properties find")
-    parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
-    parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
-    parser.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
-    parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
+    add_search(parser)
     parser.add_argument("--sample", type=int, metavar="N", help="draw this many mutants of each operation (all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
     parser.add_argument("--file", nargs="+", action="extend", type=Path, metavar="F", help="mutate only these files")
@@ -32,8 +28,6 @@ def add(verbs: Verbs) -> None:
         "--matrix", action="store_true", help="every property for every mutant, not the first that fails"
     )
     parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    add_backend(parser)
     parser.set_defaults(verb=_mutate)
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from conformance import backends, deviations, report
 from conformance.pieces import pieces
-from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
-    add_backend,
+    add_search,
     add_source,
     demand_writable,
     judged_by,
@@ -27,15 +26,10 @@ from conformance.verbs._shared import (
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
-    parser.add_argument("ops", nargs="*", metavar="OP", help="operations and training pieces (all)")
-    parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
-    parser.add_argument("--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (all)")
-    parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_search(parser)
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     parser.add_argument("-x", "--stop", action="store_true", help="leave an operation after its first failure")
     parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
-    add_backend(parser)
     add_source(parser)
     parser.set_defaults(verb=_run)
 

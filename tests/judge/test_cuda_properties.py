@@ -1,12 +1,13 @@
 """The properties that need CUDA fail kernels that are wrong only on CUDA, and pass the reference; replayed calls."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.memory import fenced
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
@@ -103,7 +104,8 @@ def test_a_property_fails_a_wrong_kernel(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_property_passes_the_reference(name: str) -> None:
-    check(name, swiglu)
+    with pytest.raises(Unchecked, match="plain PyTorch") if name == "memory" else nullcontext():
+        check(name, swiglu)
 
 
 def test_every_property_that_needs_cuda_has_a_wrong_kernel() -> None:

@@ -1,10 +1,10 @@
-"""On a GPU the search checks each case twice, so that a property also sees calls that a backend has recorded."""
+"""The search: repeated calls on a GPU, which a backend may have recorded, and cases that are not checked."""
 
 import pytest
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.profiles import PROFILES
 from conformance.property import Property
 from conformance.search import reproduce, search
@@ -51,3 +51,16 @@ def test_a_fault_of_repeated_calls_is_reduced_to_its_smallest_case() -> None:
     result = search(trial, Property("repeated", "", check), PROFILES["ci"], "float32")
     assert result.message == "in a repeated call: wrong"
     assert (result.case or "").startswith("rows=1 hidden=2 ")
+
+
+@pytest.mark.parametrize(("said", "verdict", "examples"), [(7, "skip", 0), (3, "pass", 4)])
+def test_cases_that_are_not_checked_are_no_examples(said: int, verdict: str, examples: int) -> None:
+    def check(trial: Trial, case: Case) -> None:
+        if dict(case.sizes)["rows"] <= said:
+            raise Unchecked("only a GPU can tell")
+
+    spec = specs()["swiglu"]
+    prop = Property("partial", "", check, lambda spec, profile: [spec.case(rows, 3) for rows in range(1, 8)])
+    result = search(Trial(spec, swiglu, torch.float32, "cpu"), prop, PROFILES["ci"], "float32")
+    assert (result.verdict, result.examples) == (verdict, examples)
+    assert result.message == ("only a GPU can tell" if verdict == "skip" else None)
