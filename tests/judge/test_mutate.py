@@ -176,18 +176,14 @@ def survivors(outcomes: list[Outcome]) -> list[str]:
 
 
 @here
-@pytest.mark.parametrize(
-    ("backend", "op", "count", "dtypes"),
-    [("fast", "swiglu", 8, ("float32",))],
-)
-def test_most_of_a_sample_is_killed(backend: str, op: str, count: int, dtypes: tuple[str, ...]) -> None:
+def test_most_of_a_sample_is_killed() -> None:
     """Three quick properties and few cases kill five sixths of the mutants that can be killed."""
-    judged = backends.load(backend, "cpu")
-    chosen = choose(judged, [op], sample=count, seed=5)
-    campaign = Campaign(backend, "cpu", "dev", QUICK_PROPERTIES, dtypes, jobs=2, confirmed=confirmed("cpu"))
+    judged = backends.load("fast", "cpu")
+    chosen = choose(judged, ["swiglu"], sample=8, seed=5)
+    campaign = Campaign("fast", "cpu", "dev", QUICK_PROPERTIES, ("float32",), jobs=2, confirmed=confirmed("cpu"))
     outcomes, originals = campaign.run(chosen, users(judged, chosen), lambda outcome: None)
     assert not any(original.failed for original in originals.values())
-    assert len(outcomes) == count
+    assert len(outcomes) == 8
     assert report.rate(outcomes) >= 5 / 6, survivors(outcomes)
     assert "mutants killed" in report.closing(outcomes)
     assert report.matrix(outcomes).startswith("kind")
