@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 
 from unsloth_ref.types import IGNORE_INDEX
 
+MOST_EQUAL_ROWS = 512  # of an expanded tensor
+
 
 @dataclass(frozen=True, repr=False)
 class Case:
@@ -154,13 +156,24 @@ def _transposed(values: Tensor) -> Tensor:
     return values.transpose(first, second).contiguous().transpose(first, second)
 
 
+def _expanded(values: Tensor) -> Tensor:
+    """The first row with a stride of 0, for as many rows as there are.
+
+    Not of many rows, over which a product may add up: roundings of a long sum of equal terms all go to the same side,
+    and plain PyTorch would leave the gates too.
+    """
+    if values.ndim == 0 or not 0 < len(values) <= MOST_EQUAL_ROWS:
+        return values
+    return values[:1].expand(values.shape)
+
+
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda values: values,
     "offset": _offset,
     "step": _step,
     "halves": _halves,
     "transposed": _transposed,
-    "expanded": lambda values: values[:1].expand(values.shape) if values.ndim and len(values) else values,
+    "expanded": _expanded,
 }
 
 

@@ -6,6 +6,7 @@ reported in one line.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that worker processes are stopped
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a backend may be in the current folder
     try:

@@ -4,7 +4,6 @@ Each operation runs forward and backward on the benchmark shapes of its spec, wi
 being launched, each Triton kernel is compiled for all targets: no output is ever written, and no GPU is needed.
 """
 
-import json
 import re
 import subprocess
 import tempfile
@@ -19,10 +18,11 @@ from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from conformance import results_file
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
 from conformance.case import LAYOUTS
-from conformance.report import commit, versions
+from conformance.results_file import commit, versions
 from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.specs import specs
@@ -221,4 +221,4 @@ def _cell(one: Fingerprint) -> str:
 def write_json(path: Path, found: Sequence[Fingerprint], judged: Judged) -> None:
     """The same as JSON: {"meta": {...}, "results": [a fingerprint, ...]}."""
     meta = {"versions": versions(), "backend": judged.name, "commit": commit()}
-    path.write_text(json.dumps({"meta": meta, "results": [asdict(one) for one in found]}, indent=1) + "\n")
+    results_file.write(path, meta, [asdict(one) for one in found])

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from importlib.metadata import version
-from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conformance import operations
+from conformance import operations, results_file
 from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.case import Case
 from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
+from conformance.results_file import commit, versions
 from conformance.runner import Task
 from conformance.search import Result
 from conformance.spec import Spec
@@ -209,26 +204,4 @@ def write_json(
         "commit": commit(),
         "not_defined": [op for op in _all_names(source) if op not in judged.functions],
     }
-    path.write_text(
-        json.dumps({"meta": meta, "results": [result.as_dict() for result in results]}, indent=1, allow_nan=False)
-        + "\n"
-    )
-
-
-def versions() -> dict[str, Any]:
-    """Versions of the software that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
-        "cuda": torch.version.cuda,
-    }
-
-
-def commit() -> str | None:
-    """The commit of the current folder, or None if it is not in a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    results_file.write(path, meta, [result.as_dict() for result in results])

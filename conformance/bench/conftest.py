@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conformance.bench.card import Card, Rates
-from conformance.report import versions
+from conformance.results_file import versions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

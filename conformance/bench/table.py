@@ -1,16 +1,16 @@
 """The output of a bench: one table per shape, and JSON."""
 
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from conformance import results_file
 from conformance.bench.card import Card, Rates
 from conformance.bench.sampler import Times
 from conformance.peers import PACKAGES
-from conformance.report import commit, versions
+from conformance.results_file import commit, versions
 
 Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds
 
@@ -129,7 +129,7 @@ def write_json(
         "absent": absent,
         "commit": commit(),
     }
-    path.write_text(json.dumps({"meta": meta, "results": [row.as_dict() for row in rows]}, indent=1) + "\n")
+    results_file.write(path, meta, [row.as_dict() for row in rows])
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ other checks of which the unchanged backend runs the changed expression: in any 
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,14 +61,14 @@ class Original:
     """What the unchanged backend does, by check."""
 
     bits: dict[Check, int] = field(default_factory=dict)
-    reached: dict[Check, set[int]] = field(default_factory=dict)
+    ran: dict[Check, set[int]] = field(default_factory=dict)
     failed: list[Result] = field(default_factory=list)
 
     def add(self, found: Result) -> None:
         """Add the checks of one task."""
         found = _examined(found)
         self.bits |= found.bits
-        self.reached |= found.reached
+        self.ran |= found.ran
         self.failed += found.failed
 
     def passes(self, check: Check) -> bool:
@@ -220,7 +220,7 @@ class Campaign:
         if mutant.region is None:
             return passed
         number = regions.index((str(mutant.source.path), mutant.region))
-        return [check for check in passed if number in original.reached.get(check, ())]
+        return [check for check in passed if number in original.ran.get(check, ())]
 
     def _originals(
         self, regions: Mapping[str, Sequence[tuple[str, Region]]], ordered: Sequence[Check]
@@ -277,7 +277,7 @@ def _examined(found: Result) -> Examined:
         return found
     check, _, case = (found.case or "").partition(": ")
     name, _, dtype = check.partition(" ")
-    facts = asdict(found) | {
+    facts = vars(found) | {
         "property": name or found.property or "import",
         "dtype": dtype or None,
         "case": case or None,

@@ -58,13 +58,13 @@ class Examined(Result):
         failed: every check that failed.
         raised: whether the plainest call raises, or the import of the backend.
         bits: a digest of all results of each check.
-        reached: for each check, the numbers of the regions that it ran.
+        ran: for each check, the numbers of the regions that it ran.
     """
 
     failed: tuple[Result, ...] = ()
     raised: bool = False
     bits: dict[Check, int] = field(default_factory=dict)
-    reached: dict[Check, set[int]] = field(default_factory=dict)
+    ran: dict[Check, set[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Examination(Task):
         return Examined(**vars(failure), failed=(failure,), raised=True)
 
     def _examined(self, function: Callable[..., Any], notify: Callable[[str], None]) -> Examined:
-        failed, found, reached, examples = [], {}, {}, 0
+        failed, found, ran, examples = [], {}, {}, 0
         reach = Reach(self.regions)
         for check in self.checks:
             name, dtype = check
@@ -106,7 +106,7 @@ class Examination(Task):
                 announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
                 result = search(trial, PROPERTIES[name], profile_of(self.profile), dtype, announce)
             examples += result.examples
-            found[check], reached[check] = trial.digest(), set(reach.seen)
+            found[check], ran[check] = trial.digest(), set(reach.seen)
             if result.verdict == "fail":
                 failed.append(result)
                 if not self.every:
@@ -115,7 +115,7 @@ class Examination(Task):
         raised = bool(failed) and (first.message or "").startswith(("raised", "backward raised"))
         return Examined(
             self.op, first.property, first.dtype, first.verdict, None, examples, first.case, first.message,
-            failed=tuple(failed), raised=raised and self._raises(function), bits=found, reached=reached,
+            failed=tuple(failed), raised=raised and self._raises(function), bits=found, ran=ran,
         )  # fmt: skip
 
     def _raises(self, function: Callable[..., Any]) -> bool:

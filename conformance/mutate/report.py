@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conformance import results_file
 from conformance.backends import Judged
 from conformance.mutate.campaign import Original, Outcome
-from conformance.report import commit, versions
+from conformance.results_file import commit, versions
 
 KIND_WIDTH = 18
 
@@ -161,4 +161,4 @@ def write_json(path: Path, outcomes: Sequence[Outcome], judged: Judged, device: 
         }
         for one in outcomes
     ]
-    path.write_text(json.dumps({"meta": meta, "results": results}, indent=1) + "\n", encoding="utf-8")
+    results_file.write(path, meta, results)

@@ -1,13 +1,12 @@
 """`conformance coverage`: which pairs of settings of an operation's kernels the properties have not run."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 
-from conformance import backends, report
+from conformance import backends, report, results_file
 from conformance.case import Case
 from conformance.coverage import Explored, Pair, explore, shown
 from conformance.profiles import PROFILES
@@ -102,4 +101,4 @@ def _write(path: Path, results: Sequence[Result], missed: Mapping[str, Mapping[P
         for result in results
         if result.property in missed
     ]
-    path.write_text(json.dumps({"meta": {"versions": report.versions()}, "results": found}, indent=1) + "\n")
+    results_file.write(path, {"versions": results_file.versions()}, found)

@@ -53,6 +53,12 @@ def test_a_layout_does_not_change_elements(op: str, layout: str) -> None:
         assert laid_out.equal(contiguous)
 
 
+def test_a_long_sum_has_no_equal_terms() -> None:
+    assert LAYOUTS["expanded"](torch.randn(512, 2)).stride() == (0, 1)
+    many = torch.randn(513, 2)
+    assert LAYOUTS["expanded"](many) is many
+
+
 @pytest.mark.parametrize("fill", FILLS)
 def test_a_seed_determines_the_elements(fill: str) -> None:
     def inputs(seed: int) -> dict[str, Any]:

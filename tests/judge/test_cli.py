@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +187,20 @@ def test_repro_runs_one_case(name: str, status: int, verdict: str, capsys: pytes
     line = f"swiglu float16 {name} rows=2 hidden=3 fill=tiny seed=1"
     assert main(["repro", line, "--backend", "tests.judge.wrong.swiglu_forgets_up", "--device", "cpu"]) == status
     assert capsys.readouterr().out.startswith(verdict)
+
+
+def test_a_stopped_run_leaves_no_process() -> None:
+    """SIGTERM is what a time limit and a cancelled job send."""
+    command = [sys.executable, "-u", "-m", "conformance", "run", "rope", "--device", "cpu", "--jobs", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout
+    assert b"against reference" in process.stdout.readline()
+    assert b"budget" in process.stdout.readline()  # the worker has been started
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

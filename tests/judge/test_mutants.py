@@ -77,13 +77,13 @@ def tasks_of_right(backend: str) -> list[Task]:
     if backend in COMPILED:
         case = specs()[op].case(5, 130)
         return [Brief(backend, op, "extents", dtype, "cpu", case=case) for dtype in ("float32", "bfloat16")]
-    # All dtypes take 100 s per kernel: each property runs in one dtype, another one for the next operation.
-    turn, dtypes = OPERATIONS.index(op), tuple(DTYPES)
+    # Everything takes 100 s per kernel: a third of the properties, each in one dtype; the next kernel has others.
+    # `python -m tests.judge.power measure --population right` runs all properties.
+    turn, dtypes = list(CORRECT).index(backend), tuple(DTYPES)
     return [
-        Brief(backend, op, name, dtype, "cpu", FEW.name)
+        Brief(backend, op, name, dtypes[(turn + index) // 3 % len(dtypes)], "cpu", FEW.name)
         for index, name in enumerate(PROPERTIES)
-        for place, dtype in enumerate(dtypes)
-        if place == (turn + index) % len(dtypes)
+        if (turn + index) % 3 == 0
     ]
 
 

@@ -12,8 +12,9 @@ import torch
 
 from conformance import backends
 from conformance.cli import main
+from conformance.coverage import Reached
 from conformance.mutate import report
-from conformance.mutate.campaign import Campaign, Outcome, choose, users
+from conformance.mutate.campaign import Campaign, Original, Outcome, choose, users
 from conformance.mutate.edits import mutants
 from conformance.mutate.equivalent import Equivalent, confirmed, stale
 from conformance.mutate.examine import Examination
@@ -21,6 +22,7 @@ from conformance.mutate.mutant import Mutant, Source
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import SHARED, import_edited, sources_of
 from conformance.runner import Task, run
+from conformance.search import Result
 from conformance.trial import BackendError
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +189,15 @@ def test_most_of_a_sample_is_killed() -> None:
     assert report.rate(outcomes) >= 5 / 6, survivors(outcomes)
     assert "mutants killed" in report.closing(outcomes)
     assert report.matrix(outcomes).startswith("kind")
+
+
+def test_a_check_in_which_the_unchanged_backend_dies_says_nothing_about_mutants() -> None:
+    original = Original()
+    reached = Reached(1, 2)
+    original.add(Result("rope", "", None, "fail", case="value float32: heads=1", message="died", reached=reached))
+    assert not original.passes(("value", "float32"))
+    assert original.passes(("value", "float16"))
+    assert original.failed[0].case == "heads=1"
 
 
 @here

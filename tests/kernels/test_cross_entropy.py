@@ -54,6 +54,17 @@ def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
     assert not dlogits[-1].any()
 
 
+def test_a_softcap_adds_no_error_of_its_own_size() -> None:
+    """Logits far below the cap, about the place where the formula of tanh changes, and up to the cap."""
+    small = torch.logspace(-6, -1, 200, device=DEVICE)
+    shares = torch.cat([small, small + 0.35, torch.linspace(0.5, 4, 100, device=DEVICE)])
+    logits = torch.stack([torch.zeros_like(shares), 30 * shares], 1)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
+    loss = fast.cross_entropy(logits, labels, reduction="none", softcap=30.0)
+    z = 30 * torch.tanh(logits[:, 1].double() / 30)
+    assert_within(loss, torch.nn.functional.softplus(z), 4, 1 + z)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

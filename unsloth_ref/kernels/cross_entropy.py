@@ -80,4 +80,6 @@ def cross_entropy(
         return losses
     if num_items is None:
         num_items = (~ignored).sum() if reduction == "mean" else 1
-    return losses.sum() / torch.as_tensor(num_items, dtype=wide, device=logits.device).clamp(min=1)
+    if isinstance(num_items, Tensor):
+        return losses.sum() / num_items.to(wide).to(logits.device).clamp(min=1)
+    return losses.sum() / max(num_items, 1)  # as a tensor it would have to be copied to the device

@@ -7,6 +7,7 @@ python -m tests.judge.power write out/power.json out/liger.json ...
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from conformance.backends import OPERATIONS
@@ -19,6 +20,7 @@ def main() -> None:
     steps = parser.add_subparsers(required=True)
     first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
     first.add_argument("ops", nargs="*", help="operations (all)")
+    first.add_argument("--population", nargs="+", choices=document.POPULATIONS, default=document.POPULATIONS)
     first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     first.add_argument("--profile", default="ci")
     first.add_argument("--jobs", type=int, default=2)
@@ -33,11 +35,18 @@ def main() -> None:
         arguments.to.write_text(text)
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        kernels: list[object] = []
-        for op in arguments.ops or OPERATIONS:  # written after each, so that a stopped run leaves what it found
-            found = measure.measure([op], arguments.device, arguments.profile, arguments.jobs)
-            kernels += found["kernels"]
-            arguments.json.write_text(json.dumps(found | {"kernels": kernels}, indent=1) + "\n")
+        chosen = [
+            kernel
+            for op in arguments.ops or OPERATIONS
+            for kernel in measure.kernels()
+            if kernel.op == op and kernel.population in arguments.population
+        ]
+        measure.measure(chosen, arguments.device, arguments.profile, arguments.jobs, partial(_write, arguments.json))
+
+
+def _write(path: Path, found: dict[str, object]) -> None:
+    """Written after each kernel, so that a stopped run leaves what it found."""
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, object]:

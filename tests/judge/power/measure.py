@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from conformance import backends
+from conformance.mutate.examine import profile_of
 from conformance.properties import PROPERTIES
-from conformance.report import versions
+from conformance.results_file import versions
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import DTYPES, Result, search
 from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG
@@ -29,7 +31,7 @@ class Kernel:
         op: its operation.
         population: "mutants", "wrong", "cheats" or "right".
         properties: those that may find it, checked before the others; empty for a right kernel.
-        dtypes: in which the judge checks it.
+        dtypes: in which the judge checks it, each property in one of them.
     """
 
     backend: str
@@ -70,47 +72,68 @@ class _Oracle(Task):
         return Result(self.op, self.property, None, "xfail" if found else "pass")
 
 
-def measure(ops: Sequence[str], device: str, profile: str, jobs: int) -> dict[str, Any]:
+class _Check(Task):
+    """A task of the judge that does not look for a smaller case."""
+
+    def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
+        trial, prop = self._trial_and_property()
+        return search(trial, prop, profile_of(self.profile), self.dtype, notify)
+
+
+def measure(
+    chosen: Sequence[Kernel], device: str, profile: str, jobs: int, on_kernel: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Which kernels each oracle and the judge reject.
 
     Args:
-        ops: operations.
+        chosen: the kernels.
         device: "cpu" or "cuda".
         profile: of the judge.
         jobs: worker processes.
+        on_kernel: called with what was found of all kernels so far, as soon as it is known of another one.
 
     Returns:
-        {"meta": versions and settings, "kernels": [{"backend", "op", "population", "rejected_by"}]}; an oracle without
-        a tolerance for an operation is absent from the kernel's "asked".
+        {"meta": versions and settings, "kernels": [{"backend", "op", "population", "asked", "rejected_by"}]}; an oracle
+        without a tolerance for an operation is absent from the kernel's "asked".
     """
-    chosen = [kernel for kernel in kernels() if kernel.op in ops]
-    asked = {kernel.backend: [o.name for o in ORACLES if o.name != "liger" or kernel.op in LIGER] for kernel in chosen}
-    oracle_tasks: list[Task] = [
-        _Oracle(kernel.backend, kernel.op, name, None, device) for kernel in chosen for name in asked[kernel.backend]
-    ]
+    asked = {
+        kernel: [oracle.name for oracle in ORACLES if oracle.name != "liger" or kernel.op in LIGER] for kernel in chosen
+    }
+    tasks: list[Task] = []
+    for kernel, oracles in asked.items():
+        tasks += [_Oracle(kernel.backend, kernel.op, oracle, None, device) for oracle in oracles]
+        properties = dict.fromkeys((*kernel.properties, *PROPERTIES))
+        dtypes = cycle(kernel.dtypes)
+        tasks += [_Check(kernel.backend, kernel.op, prop, next(dtypes), device, profile) for prop in properties]
+    waiting = {kernel.backend: {task for task in tasks if task.backend == kernel.backend} for kernel in chosen}
     rejected: dict[str, set[str]] = {kernel.backend: set() for kernel in chosen}
-    for task, result in run(oracle_tasks, lambda *_: None, jobs=jobs):
+
+    def found() -> dict[str, Any]:
+        return {
+            "meta": {"versions": versions(), "device": device, "profile": profile},
+            "kernels": [
+                {
+                    "backend": kernel.backend,
+                    "op": kernel.op,
+                    "population": kernel.population,
+                    "asked": [JUDGE, *oracles],
+                    "rejected_by": sorted(rejected[kernel.backend]),
+                }
+                for kernel, oracles in asked.items()
+                if not waiting[kernel.backend]
+            ],
+        }
+
+    def on_result(task: Task, result: Result) -> None:
+        left = waiting[task.backend]
+        left.discard(task)
         if result.verdict == "xfail":
             rejected[task.backend].add(task.property)
-    judge_tasks = [
-        Task(kernel.backend, kernel.op, name, dtype, device, profile)
-        for kernel in chosen
-        for name in dict.fromkeys((*kernel.properties, *PROPERTIES))
-        for dtype in kernel.dtypes
-    ]
-    for task, result in run(judge_tasks, lambda *_: None, jobs=jobs, stop_at_failure=True):
-        if result.verdict == "fail":
+        elif result.verdict == "fail":  # the judge's other checks of this kernel are left out
             rejected[task.backend].add(JUDGE)
-    return {
-        "meta": {"versions": versions(), "device": device, "profile": profile},
-        "kernels": [
-            {
-                "backend": kernel.backend,
-                "op": kernel.op,
-                "population": kernel.population,
-                "asked": [JUDGE, *asked[kernel.backend]],
-                "rejected_by": sorted(rejected[kernel.backend]),
-            }
-            for kernel in chosen
-        ],
-    }
+            waiting[task.backend] = left = {task for task in left if isinstance(task, _Oracle)}
+        if not left:
+            on_kernel(found())
+
+    run(tasks, on_result, jobs=jobs, stop_at_failure=True)
+    return found()

@@ -1,0 +1,47 @@
+"""The file of results that a verb writes: {"meta": what they depend on, "results": one object each}."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write(path: Path, meta: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the file; a process that is stopped meanwhile leaves the old one.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps({"meta": meta, "results": results}, indent=1, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(text)
+        return
+    path = path.resolve()  # a link remains one
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of the software that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the current folder, or None if it is not in a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
