@@ -11,7 +11,7 @@ The spec of the operation declares the error before the last rounding, as terms 
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
-        same.
+        same. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
     G1  Each element:
             |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
@@ -53,6 +53,7 @@ from torch import Tensor
 
 from conformance.bounds import ROUNDING_RMS, Arithmetic, unit_roundoff
 
+G0_ELEMENTS, G0_SAMPLE = 16, 2**16
 G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
 G2_SAMPLE = 2**16  # elements among which distinct values are counted
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
@@ -205,6 +206,23 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
             f"gate G0: {name} is {float(y[index])!r} at index {index}, should be {float(rounded[index])!r}\n"
             f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}"
         )
+    _digits(name, y, r, p)
+
+
+def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
+    """A float32 result that was rounded to 16 bits on its way has none of the digits that only float32 holds."""
+    if y.dtype != torch.float32:
+        return
+    y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].float() for tensor in (y, r, p))
+    for dtype in (torch.bfloat16, torch.float16):
+        held, r_held, p_held = ((t == t.to(dtype).float()) | ~t.isfinite() for t in (y, r, p))
+        wrong = ~(r_held | p_held)
+        if held.all() and wrong.sum() >= G0_ELEMENTS:
+            index = int(wrong.nonzero()[0])
+            raise Failure(
+                f"gate G0: {name} was rounded to {dtype}, should be {torch.float32}\n"
+                f"{float(y[index])!r} at index {index} of the flattened tensor; reference {float(r[index])!r}"
+            )
 
 
 def _componentwise(

@@ -27,7 +27,7 @@ from conformance.spec import Spec
 CELL_WIDTH = 17
 # What each gate asks, for readers of a failure; conformance/gates.py derives them.
 GATES = {
-    "gate G0": "shape and dtype, and NaN, infinity and integers must be where the reference has them",
+    "gate G0": "shape, dtype and digits, and NaN, infinity and integers must be those of the reference",
     "gate G1": "no element may be further from the reference in float64 than rounding explains",
     "gate G2": "all elements together must be about as accurate as the reference run in the same dtype",
     "gate G3": "rounding errors must not lean to one side",

@@ -117,11 +117,12 @@ def _x_bound(call: Call) -> Bound:
 
 
 def _adapter_bound(product: Callable[[_Steps], Bound]) -> Callable[[Call], Bound]:
-    """The gradient of an adapter, which plain PyTorch rounds to the dtype of x even for float32 adapters."""
+    """The gradient of an adapter, rounded once: to the dtype of x, or to that of a wider adapter."""
 
     def bound(call: Call) -> Bound:
         steps = _Steps(call)
-        return steps.rounded(product(steps))
+        found = product(steps)
+        return found if _wide(call) else steps.rounded(found)
 
     return bound
 

@@ -240,3 +240,18 @@ def test_g0_shape_and_dtype() -> None:
         judge("y", torch.ones(2, 1), r, torch.ones(2), model(r))
     with pytest.raises(Failure, match=r"gate G0: y has dtype torch.float32, should be torch.float16"):
         judge("y", torch.ones(2), r, torch.ones(2, dtype=HALF), model(r))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_g0_a_float32_result_has_the_digits_of_float32(narrow: torch.dtype) -> None:
+    r = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loose = ErrorModel(Terms(100 * r.abs()), r.numel(), roundings=2**16)
+    few = r.float()
+    few[16:] = few[16:].to(narrow).float()
+    for y, peer in ((r.float(), r.float()), (few.to(narrow).float(), few.to(narrow).float()), (few, few)):
+        judge("gradient of lora_a", y, r, peer, loose)
+    judge("gradient of lora_a", r.to(narrow), r, r.to(narrow), loose)
+    with pytest.raises(Failure, match=f"gate G0: gradient of lora_a was rounded to {narrow}, should be torch.float32"):
+        judge("gradient of lora_a", r.to(narrow).float(), r, r.float(), loose)
+    exact = r.to(narrow).double()
+    judge("gradient of lora_a", exact.float(), exact, exact.float() * (1 + 2**-23), model(exact))

@@ -4,7 +4,7 @@
 
 Source: Hu 2021, arXiv:2106.09685. Rounding: as between modules: the layer's output, x @ lora_a^T, its product with
 lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such as
-float32 master weights of a bfloat16 layer, are first rounded to the dtype of x.
+float32 master weights of a bfloat16 layer, are first rounded to the dtype of x; their gradients are not.
 """
 
 import torch
@@ -37,5 +37,16 @@ def lora_linear(
     checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     x = x.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
-        low = linear(x, lora_a.to(x.dtype))
-        return linear(x, weight, bias) + scaling * linear(low, lora_b.to(x.dtype))
+        low = _linear(x, lora_a)
+        return linear(x, weight, bias) + scaling * _linear(low, lora_b)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer in the dtype of x, with the weight's gradient in that of the weight.
+
+    Converting the weight to the dtype of x would round its gradient too.
+    """
+    if weight.dtype == x.dtype:
+        return linear(x, weight)
+    rounded = weight + (weight.to(x.dtype).to(weight.dtype) - weight).detach()
+    return linear(x.to(weight.dtype), rounded).to(x.dtype)

@@ -21,6 +21,13 @@ TABLE = {
         "torch.mm(rows, lora_a.half().to(x.dtype).t(), out=low)",
         "value",
     ),
+    "gradient_of_a_wide_adapter_rounded": one(
+        "da = product(dlow, rows, lora_a.dtype)",
+        "da = product(dlow, rows, x.dtype).to(lora_a.dtype)",
+        "gradients",
+        "extents",
+        dtype="bfloat16",
+    ),
     "low_rounded_to_fewer_bits": one(
         "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
         "low.copy_(torch.mm(rows, lora_a.to(x.dtype).t()).bfloat16())",
