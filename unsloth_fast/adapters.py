@@ -1,15 +1,17 @@
 """Adding an adapter to a model: its arguments, an adapter that is there already, and the dtype of what is trained."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from unsloth_fast.models import kinds
 from unsloth_fast.models.head import without_adapter
+from unsloth_fast.models.loading import Source
 from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
@@ -19,12 +21,31 @@ _COMPARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "layers_to
 _NOT_COMPARED = ("init_lora_weights", "loftq_config", "ensure_weight_tying", "target_parameters", "exclude_modules")
 
 
-def check_arguments(r: int, dropout: float, bias: str, vision: bool | None, kwargs: dict[str, Any]) -> None:
-    """Raise for an argument of `get_peft_model` that is not allowed; take task_type out of kwargs."""
-    checks.in_range("r", r, 1)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout: got {dropout!r}; allowed: at least 0 and below 1")
-    checks.one_of("bias", bias, ("none", "all", "lora_only"))
+def check_arguments(base: Any, given: Mapping[str, Any], vision: bool | None, kwargs: dict[str, Any]) -> None:
+    """Raise for an argument of `get_peft_model` that is not allowed; take task_type out of kwargs.
+
+    Args:
+        base: the model without its adapter.
+        given: the arguments that become fields of `peft.LoraConfig`, and random_state.
+        vision: finetune_vision_layers.
+        kwargs: further fields of `peft.LoraConfig`.
+    """
+    kinds.whole("r", given["r"], 1)
+    kinds.whole("random_state", given["random_state"])
+    kinds.number("lora_alpha", given["lora_alpha"])
+    kinds.number("lora_dropout", given["lora_dropout"])
+    if not 0 <= given["lora_dropout"] < 1:
+        raise ValueError(f"lora_dropout: got {given['lora_dropout']!r}; allowed: at least 0 and below 1")
+    checks.one_of("bias", given["bias"], ("none", "all", "lora_only"))
+    kinds.switches({name: given.get(name) for name in ("use_rslora", "use_dora", "lora_bias")})
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        kinds.names(name, given.get(name), pattern=True)
+    for name in ("modules_to_save", "target_parameters"):
+        kinds.names(name, given.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(name, given.get(name))
+    _check_layers(base, given["layers_to_transform"], given["layers_pattern"])
+    _check_tokens(base, given.get("trainable_token_indices"))
     if vision:
         raise ValueError(
             f"finetune_vision_layers: got {vision!r}; allowed: False, None, as only text is trained on here"
@@ -36,7 +57,68 @@ def check_arguments(r: int, dropout: float, bias: str, vision: bool | None, kwar
             raise TypeError(f"get_peft_model: got keyword {name!r}; allowed: its own and the fields of peft.LoraConfig")
 
 
-def reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given: Iterable[str]) -> None:
+def _check_pattern(name: str, values: object) -> None:
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{name}: got {values!r}; allowed: a dictionary from names of modules to numbers")
+    for module, value in (values or {}).items():
+        kinds.number(f"{name}[{module!r}]", value)
+
+
+def _check_layers(base: Any, layers: object, pattern: object) -> None:
+    """Refuse layers that the model does not have: peft leaves them out."""
+    if layers is not None:
+        count = getattr(base.config.get_text_config(), "num_hidden_layers", None) if pattern is None else None
+        kinds.indices("layers_to_transform", [layers] if isinstance(layers, int) else layers, count, "layers")
+
+
+def _check_tokens(base: Any, tokens: object) -> None:
+    """Refuse tokens that the embedding does not have, of one list or of one per module."""
+    rows, field = base.get_input_embeddings().num_embeddings, "trainable_token_indices"
+    by_module = tokens.items() if isinstance(tokens, dict) else ()
+    listed = {f"{field}[{name!r}]": each for name, each in by_module} or {field: tokens or None}
+    for name, each in listed.items():
+        if each is not None:
+            kinds.indices(name, each, rows, "tokens of the model's embedding")
+
+
+def check_full_finetuning(asked: bool, source: Source) -> None:
+    """Refuse an adapter where all weights are to be trained."""
+    if asked and source.is_adapter:
+        raise ValueError(
+            f"full_finetuning: got True and model_name={source.name!r}, an adapter, whose base model stays frozen; "
+            "allowed: a whole model, such as save_pretrained_merged writes"
+        )
+
+
+def is_fully_trained(model: Any) -> bool:
+    """Whether the model was loaded with full_finetuning=True, so that it gets no adapter, which is logged."""
+    if isinstance(model, PeftModel) or not getattr(model, "unsloth_full_finetuning", False):
+        return False
+    logger.warning(
+        "full_finetuning: got True in from_pretrained, so get_peft_model has no effect: all weights are trained"
+    )
+    return True
+
+
+def adapt(model: Any, config: LoraConfig, targets: Targets, given: Iterable[str], seed: int) -> Any:
+    """The model with a new adapter, whose weights follow from the seed, or with the same one that it has already.
+
+    Args:
+        model: the model, changed in place.
+        config: what the call of `get_peft_model` asks for.
+        targets: what it trains.
+        given: further fields of the configuration that the call names.
+        seed: of the weights; the global generators do not change.
+    """
+    if isinstance(model, PeftModel):
+        _reuse_adapter(model, config, targets, given)
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given: Iterable[str]) -> None:
     """Let the adapter that a model has be trained further, if a call of `get_peft_model` asks for the same one.
 
     Args:

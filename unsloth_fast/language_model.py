@@ -4,12 +4,10 @@ transformers loads, bitsandbytes quantises and peft adapts. The results are obje
 save can be loaded without this package.
 """
 
-import logging
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft import get_peft_model as peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,8 +18,6 @@ from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.save import add_methods
 from unsloth_ref import checks
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +62,8 @@ class FastLanguageModel:
                 set. Vision towers, routers of experts and the projections of Mamba layers are not quantised.
             load_in_8bit: the same in bitsandbytes' 8 bits.
             load_in_16bit: the opposite of load_in_4bit: weights of `dtype`, not quantised.
-            full_finetuning: whether all weights will be trained; excludes 4 bits.
+            full_finetuning: whether all weights will be trained; excludes 4 bits, 8 bits and adapters.
+                `get_peft_model` then adds none.
             use_gradient_checkpointing: as in `get_peft_model`; None to leave it to that method, or to the trainer's
                 arguments.
             resize_model_vocab: the number of tokens to resize the model's embeddings to, before an adapter is loaded.
@@ -100,13 +97,15 @@ class FastLanguageModel:
         hub = {name: kwargs.pop(name) for name in loading.HUB_KEYWORDS if name in kwargs}
         source = loading.find_source(model_name, hub | {"token": token, "trust_remote_code": trust_remote_code})
 
+        adapters.check_full_finetuning(full_finetuning, source)
         config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         options = loading.known_keywords(kwargs, config)
         config = loading.with_fields(config, source, options)
         auto_class, stored_dtype = loading.model_class(config), loading.stored_dtype(config)
         positions.scale_positions(config, max_seq_length)
         options["dtype"] = dtype = loading.supported_dtype(dtype, stored_dtype)
-        bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config)
+        given = options.get("quantization_config")
+        bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config, given)
         if bits and "quantization_config" not in options:
             plain = loading.empty_model(auto_class, config, trust_remote_code)
             options["quantization_config"] = quantization.bits_config(bits, dtype, plain)
@@ -123,7 +122,7 @@ class FastLanguageModel:
         loading.prepare_tokenizer(tokenizer, model, max_seq_length)
         model.max_seq_length = max_seq_length or positions.position_limit(config)
         model.unsloth_length_asked = max_seq_length is not None
-        model.unsloth_backend = chosen.name
+        model.unsloth_backend, model.unsloth_full_finetuning = chosen.name, bool(full_finetuning)
         model.unsloth_checkpoint_dtype, model.unsloth_tokenizer = stored_dtype, tokenizer
         if source.is_adapter:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, **source.adapter_hub)
@@ -160,10 +159,12 @@ class FastLanguageModel:
         finetune_attention_modules: bool | None = None,
         finetune_mlp_modules: bool | None = None,
         **kwargs: Any,
-    ) -> PeftModel:
+    ) -> Any:
         """Add a LoRA adapter to a model and freeze the model's own weights, except for the modules that you name.
 
-        A model that has an adapter with these values already is returned for further training.
+        A model that has an adapter with these values already is returned for further training. A model that was loaded
+        with full_finetuning=True gets no adapter, which is logged, and all its weights are trained; of the other
+        arguments only max_seq_length and use_gradient_checkpointing then count.
 
         Args:
             model: the result of `from_pretrained`, or any other causal language model of transformers; changed in
@@ -198,7 +199,7 @@ class FastLanguageModel:
             **kwargs: further fields of `peft.LoraConfig`; of task_type only "CAUSAL_LM".
 
         Returns:
-            The model in a `peft.PeftModel`, in training mode.
+            The model in a `peft.PeftModel`, or with full_finetuning=True the model itself; in training mode.
 
         Raises:
             TypeError: an unknown keyword.
@@ -207,9 +208,7 @@ class FastLanguageModel:
         """
         checks.one_of("qat_scheme", qat_scheme, (None,))
         checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
-        adapters.check_arguments(r, lora_dropout, bias, finetune_vision_layers, kwargs)
         base = without_adapter(model)
-        positions.set_length(base, max_seq_length)
         fields: dict[str, Any] = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -221,23 +220,22 @@ class FastLanguageModel:
             "init_lora_weights": init_lora_weights,
             "loftq_config": loftq_config or {},
         }
+        further = {"target_modules": target_modules, "modules_to_save": modules_to_save, "random_state": random_state}
+        adapters.check_arguments(base, fields | kwargs | further, finetune_vision_layers, kwargs)
+        positions.set_length(base, max_seq_length)
+        if use_gradient_checkpointing is None:
+            use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", True)
+        if adapters.is_fully_trained(model):
+            return FastLanguageModel.for_training(model, use_gradient_checkpointing)
         parts = targets.Parts(finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)
         chosen = targets.choose_targets(base, target_modules, modules_to_save, parts, fields | kwargs)
         if adapters.is_tied(base) and not set(chosen.saved or ()).isdisjoint(targets.EMBEDDING_NAMES):
             kwargs.setdefault("ensure_weight_tying", True)
         fields.update(kwargs | chosen.fields())
         config = LoraConfig(task_type="CAUSAL_LM", **fields)
-        if isinstance(model, PeftModel):
-            adapters.reuse_adapter(model, config, chosen, kwargs)
-            adapted: Any = model
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(random_state)
-                adapted = peft_model(model, config)
+        adapted = adapters.adapt(model, config, chosen, kwargs, random_state)
         _add_methods(adapted)
         adapters.widen_float16(adapted)
-        if use_gradient_checkpointing is None:
-            use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", True)
         return FastLanguageModel.for_training(adapted, use_gradient_checkpointing)
 
     @staticmethod

@@ -118,10 +118,38 @@ def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None
     assert gradients.keys() == dict(model.named_parameters()).keys()
 
 
+def test_full_finetuning_leaves_an_adapter_nothing_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line says so, and all weights stay trained; the gradients are those of the model as it was loaded."""
+    model, _ = load(tiny.folder(tmp_path / "base"), full_finetuning=True)
+    expected = loss_and_gradients(model)
+    caplog.clear()
+    same = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj"], max_seq_length=32)
+    (line,) = caplog.messages
+    assert line.startswith("full_finetuning: got True in from_pretrained, so get_peft_model has no effect")
+    assert same is model and model.max_seq_length == 32 and model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(loss_and_gradients(model), expected)
+    with pytest.raises(ValueError, match="r: got 0"):
+        FastLanguageModel.get_peft_model(model, r=0)
+    other, _ = load(tiny.folder(tmp_path / "base"))
+    FastLanguageModel.get_peft_model(other, r=4).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"full_finetuning: got True and model_name=.*, an adapter, whose base model"):
+        load(str(tmp_path / "adapter"), full_finetuning=True)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"max_seq_length": 0}, ValueError, "max_seq_length: got 0"),
+        ({"max_seq_length": "32"}, ValueError, "max_seq_length: got '32'; allowed: a whole number from 1"),
+        ({"max_seq_length": 32.0}, ValueError, "max_seq_length: got 32.0; allowed: a whole number from 1"),
+        ({"resize_model_vocab": 50.0}, ValueError, "resize_model_vocab: got 50.0; allowed: a whole number from 1"),
+        ({"load_in_4bit": "False"}, ValueError, "load_in_4bit: got 'False'; allowed: True, False, None"),
+        (
+            {"quantization_config": {"load_in_4bit": True}, "full_finetuning": True},
+            ValueError,
+            "full_finetuning: got True and a quantization_config; allowed: one of the two",
+        ),
         ({"load_in_4bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_4bit"),
         ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8"),
         ({"backend": "slow"}, ValueError, "backend: got 'slow'"),
@@ -145,6 +173,11 @@ def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None
 def test_invalid_arguments_are_refused(tmp_path: Path, options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         load(tiny.folder(tmp_path), **options)
+
+
+def test_a_model_needs_a_name() -> None:
+    with pytest.raises(ValueError, match="model_name: got None; allowed: a name on the hub, or the path"):
+        FastLanguageModel.from_pretrained(None)  # type: ignore[arg-type]
 
 
 def test_fields_of_the_config_are_accepted(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from unsloth_fast.models import kinds
 from unsloth_fast.models.protocols import CausalLM
 from unsloth_ref import checks
 
@@ -124,9 +125,11 @@ def find_source(name: str, hub: Mapping[str, object]) -> Source:
     """Find out whether the name is that of an adapter, and of which model.
 
     Raises:
-        ValueError: an adapter that does not name its base model.
+        ValueError: no name, or an adapter that does not name its base model.
         FileNotFoundError: a folder that does not exist, or that holds no model.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"model_name: got {name!r}; allowed: a name on the hub, or the path of a folder")
     if "subfolder" not in hub:
         _check_folder(str(name))
     keywords: dict[str, Any] = dict(hub)
@@ -269,7 +272,7 @@ def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: So
     """
     rows = model.get_input_embeddings().num_embeddings
     if asked is not None:
-        checks.in_range("resize_model_vocab", asked, 1)
+        kinds.whole("resize_model_vocab", asked, 1)
         if asked < len(tokenizer):
             logger.warning("resize_model_vocab: got %d, fewer than the tokenizer's %d tokens", asked, len(tokenizer))
     elif source.is_adapter:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from unsloth_ref import checks
+from unsloth_fast.models.kinds import whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def set_length(model: Any, length: int | None) -> None:
     """
     if length is None:
         return
-    checks.in_range("max_seq_length", length, 1)
+    whole("max_seq_length", length, 1)
     limit = position_limit(model.config)
     if limit is not None and length > limit:
         raise ValueError(
@@ -52,7 +52,7 @@ def scale_positions(config: PreTrainedConfig, length: int | None) -> None:
     """
     limit = position_limit(config)
     if length is not None:
-        checks.in_range("max_seq_length", length, 1)
+        whole("max_seq_length", length, 1)
     if length is None or limit is None or length <= limit:
         return
     text: Any = config.get_text_config()

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from unsloth_fast.models import kinds
+
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_forward|ffn|expert|moe")
 _OWN_ATTENTION = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"))
@@ -30,22 +32,26 @@ def wanted_bits(
     load_in_16bit: bool,
     full_finetuning: bool,
     config: PreTrainedConfig,
+    given: object = None,
 ) -> int | None:
     """4 or 8 to quantise the weights while they are loaded to this many bits, None to leave them.
+
+    `given` is the user's own quantization_config.
 
     Raises:
         ValueError: two of 4 bits, 8 bits, load_in_16bit and full_finetuning, or 8 bits of a model stored in others.
         RuntimeError: 4 or 8 bits without bitsandbytes.
     """
+    bits: dict[str, object] = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    kinds.switches(bits | {"load_in_16bit": load_in_16bit, "full_finetuning": full_finetuning})
     stored = getattr(config, "quantization_config", None)
     unquantised = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
     asked = "load_in_8bit" if load_in_8bit else "load_in_4bit" if load_in_4bit else None
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_8bit: got True and load_in_4bit=True; allowed: one of the two")
-    if unquantised and (asked or stored):
-        raise ValueError(
-            f"{unquantised}: got True and {f'{asked}=True' if asked else 'a quantised model'}; allowed: one of the two"
-        )
+    if unquantised and (asked or stored or given):
+        other = f"{asked}=True" if asked else "a quantised model" if stored else "a quantization_config"
+        raise ValueError(f"{unquantised}: got True and {other}; allowed: one of the two")
     if load_in_8bit and stored and not _is_stored_in_8bit(stored):
         raise ValueError("load_in_8bit: got True and a model that is stored quantised otherwise; allowed: False")
     if stored or unquantised or (load_in_4bit is False and not load_in_8bit):
