@@ -7,7 +7,6 @@ import copy
 import functools
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
 from unsloth_fast.models.quantization import bits_config
+from unsloth_fast.save_arguments import SAVE_METHODS, SIXTEEN, check_saving
 from unsloth_ref import checks
 
 __all__ = [
@@ -44,14 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
-_SIXTEEN = (torch.bfloat16, torch.float16)
 _LOADED = "unsloth_loaded"  # the attribute of a model with what `changed_by_trainers` found when it was loaded
-_KEYWORDS = ("dtype", "max_shard_size", "is_main_process")  # of `save_pretrained_merged`, beyond those of every method
-# Unsloth's keywords that change nothing here: nothing temporary is kept, and only safetensors are written.
-_WITHOUT_EFFECT = (
-    *("maximum_memory_usage", "temporary_location", "safe_serialization", "use_temp_dir", "first_conversion"),
-)
 
 
 def save_pretrained_merged(
@@ -80,13 +73,16 @@ def save_pretrained_merged(
             range).
         max_shard_size: of one file, as in transformers.
         is_main_process: whether this process writes.
-        **kwargs: maximum_memory_usage, temporary_location and safe_serialization, which have no effect here.
+        **kwargs: Unsloth's other keywords, with values that ask for nothing, such as push_to_hub=False, tags=None; or
+            without effect here: maximum_memory_usage, temporary_location, safe_serialization, token, private.
 
     Raises:
-        ValueError: an unknown save_method or dtype; "lora" for a model without adapters; a model that cannot be merged.
+        ValueError: an unknown save_method or dtype; "lora" for a model without adapters; a model that cannot be merged;
+            a keyword that asks for what does not exist here.
         TypeError: an unknown keyword.
     """
-    _check_saving(model, save_method, kwargs | {"dtype": dtype, "max_shard_size": max_shard_size})
+    options = kwargs | {"dtype": dtype, "max_shard_size": max_shard_size}
+    check_saving(save_pretrained_merged, model, save_method, options)
     if not is_main_process:
         return
     folder = Path(save_directory)
@@ -137,7 +133,7 @@ def push_to_hub_merged(
     Returns:
         The address of the commit.
     """
-    _check_saving(model, save_method, kwargs)
+    check_saving(push_to_hub_merged, model, save_method, kwargs)
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_merged")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained_merged(model, folder, tokenizer, save_method, **kwargs)
@@ -173,7 +169,7 @@ def save_pretrained_gguf(
         TypeError: an unknown keyword.
         RuntimeError: a program of llama.cpp is missing or failed.
     """
-    methods, tokenizer = _check_converting(model, tokenizer, quantization_method, kwargs)
+    methods, tokenizer = _check_converting(save_pretrained_gguf, model, tokenizer, quantization_method, kwargs)
     folder = Path(save_directory)
     save_pretrained_merged(model, folder, tokenizer, **kwargs)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
@@ -213,7 +209,7 @@ def push_to_hub_gguf(
     Returns:
         The address of the commit.
     """
-    _check_converting(model, tokenizer, quantization_method, kwargs)
+    _check_converting(push_to_hub_gguf, model, tokenizer, quantization_method, kwargs)
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_gguf")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
@@ -282,31 +278,17 @@ def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
         return type(model).save_pretrained(model, *positional, **keywords)
 
 
-def _check_saving(model: Any, save_method: str, options: dict[str, Any]) -> None:
-    """Check the arguments of `save_pretrained_merged`; the options are those behind save_method."""
-    for name in options:
-        if name not in (*_WITHOUT_EFFECT, *_KEYWORDS):
-            own = ", ".join((*_KEYWORDS, *_WITHOUT_EFFECT))
-            raise TypeError(f"save_pretrained_merged: got keyword {name!r}; allowed: {own}")
-    checks.one_of("save_method", save_method, SAVE_METHODS)
-    checks.one_of("dtype", options.get("dtype"), (None, *_SIXTEEN))
-    size = options.get("max_shard_size", 1)
-    if not (size > 0 if isinstance(size, int) else re.fullmatch(r"(?i)\s*\d+(\.\d+)?\s*[KMGT]B\s*", str(size))):
-        raise ValueError(f"max_shard_size: got {size!r}; allowed: a number of bytes from 1, or a text such as '5GB'")
-    if save_method == "lora" and model is without_adapter(model):
-        raise ValueError(
-            f"save_method: got 'lora' for a {type(model).__name__}; allowed: 'lora' for a peft.PeftModel, or "
-            "'merged_16bit'"
-        )
-
-
 def _check_converting(
-    model: Any, tokenizer: Any, asked: str | Iterable[str] | None, options: dict[str, Any]
+    method: Callable[..., Any],
+    model: Any,
+    tokenizer: Any,
+    asked: str | Iterable[str] | None,
+    options: dict[str, Any],
 ) -> tuple[list[str], Any]:
-    """Check the arguments of `save_pretrained_gguf`; return llama.cpp's methods and the tokenizer."""
+    """Check the arguments of a method that writes GGUF files; return llama.cpp's methods and the tokenizer."""
     methods = gguf.resolve_methods(asked)
     checks.one_of("save_method", options.get("save_method", SAVE_METHODS[0]), SAVE_METHODS[:1])
-    _check_saving(model, SAVE_METHODS[0], {name: options[name] for name in options if name != "save_method"})
+    check_saving(method, model, SAVE_METHODS[0], {name: options[name] for name in options if name != "save_method"})
     tokenizer = tokenizer or getattr(without_adapter(model), TOKENIZER, None)
     if tokenizer is None:
         raise ValueError("tokenizer: got None; allowed: a tokenizer, which a GGUF file holds")
@@ -318,7 +300,7 @@ def _dtype_of(model: Any, asked: torch.dtype | None) -> torch.dtype | None:
     """The dtype of merged weights; None for float16 if they fit."""
     base = without_adapter(model)
     candidates = (asked, base.config.dtype, getattr(base, "unsloth_checkpoint_dtype", None))
-    return next((dtype for dtype in candidates if dtype in _SIXTEEN), None)
+    return next((dtype for dtype in candidates if dtype in SIXTEEN), None)
 
 
 def _merged(model: Any, asked: torch.dtype | None) -> Any:

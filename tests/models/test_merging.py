@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.models import zoo
 from tests.models.adapted import adapted, assert_near, config_of, load, logits_of, merged, trained
-from unsloth_fast import FastLanguageModel
+from unsloth_fast import FastLanguageModel, hub
 from unsloth_fast.models.merging import merged_model
 
 # The options of an adapter, and whether tied embeddings stay tied.
@@ -208,6 +208,10 @@ def test_the_adapter_alone_is_saved(tmp_path: Path) -> None:
         ({"save_method": "lora"}, ValueError, "save_method: got 'lora' for a LlamaForCausalLM; allowed"),
         ({"dtype": torch.float32}, ValueError, "dtype: got torch.float32; allowed: "),
         ({"method": "lora"}, TypeError, "save_pretrained_merged: got keyword 'method'; allowed"),
+        ({"push_to_hub": True}, ValueError, r"push_to_hub: got True; allowed: False, None, as push_to_hub_merged\("),
+        ({"state_dict": {}}, ValueError, "state_dict: got a dict; allowed: None, as the model's own weights"),
+        ({"save_peft_format": False}, ValueError, "save_peft_format: got False; allowed: True, None, as adapters"),
+        ({"variant": "fp16"}, ValueError, "variant: got 'fp16'; allowed: None"),
     ],
 )
 def test_unknown_ways_to_save_are_refused(tmp_path: Path, options: Any, error: type, message: str) -> None:
@@ -215,9 +219,35 @@ def test_unknown_ways_to_save_are_refused(tmp_path: Path, options: Any, error: t
     with pytest.raises(error, match=message):
         model.save_pretrained_merged(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    model.save_pretrained_merged(tmp_path / "out", maximum_memory_usage=0.75, temporary_location="x")
     model.save_pretrained_merged(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
+
+
+# The defaults of Unsloth's own parameters behind save_method and quantization_method.
+UNSLOTH_DEFAULTS: dict[str, Any] = {
+    "is_main_process": True,
+    "state_dict": None,
+    "save_function": torch.save,
+    "max_shard_size": "5GB",
+    "safe_serialization": True,
+    "variant": None,
+    "save_peft_format": True,
+    "tags": None,
+    "temporary_location": "_unsloth_temporary_saved_buffers",
+    "maximum_memory_usage": 0.75,
+    "datasets": None,
+}
+
+
+def test_keywords_that_ask_for_nothing_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the method on disk and by that for the hub, which write the same files."""
+    model, tokenizer = load(tiny.folder(tmp_path / "base"))
+    own = {"push_to_hub": False, "token": "", "private": None}
+    model.save_pretrained_merged(tmp_path / "out", tokenizer, **own, **UNSLOTH_DEFAULTS)
+    monkeypatch.setattr(hub, "create_repository", lambda repo_id, *_: repo_id)
+    monkeypatch.setattr(hub, "upload_folder", lambda _, folder, **__: sorted(p.name for p in Path(folder).iterdir()))
+    files = model.push_to_hub_merged("me/name", tokenizer, use_temp_dir=None, token=None, **UNSLOTH_DEFAULTS)
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir()) and "model.safetensors" in files
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
