@@ -253,6 +253,8 @@ def test_documents_that_trl_cuts(strategy: str, tmp_path: Path, caplog: pytest.L
         with pytest.raises(ValueError, match="packing_strategy: got 'wrapped', and train_dataset does not show where"):
             train_on_responses_only(trainer)
         return
+    with pytest.raises(ValueError, match="last_response_only: got True, and packing_strategy='bfd_split' cut the doc"):
+        train_on_responses_only(trainer, last_response_only=True)
     train_on_responses_only(trainer)
     assert "packing_strategy: got 'bfd_split', which cuts documents" in caplog.text
     for ids, labels in documents(trainer.train_dataset):

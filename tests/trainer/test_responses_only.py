@@ -169,6 +169,41 @@ def test_masks_of_rows(ids: list[int], lengths: list[int] | None, expected: str)
     assert label(batch)["labels"] == [found, found]
 
 
+@pytest.mark.parametrize(
+    ("ids", "lengths", "expected"),
+    [
+        ([5, 1, 6, 2, 7, 8, 1, 9, 2, 4], None, "---------+"),
+        ([2, 6, 2, 7, 7, 1, 5], None, "---++--"),
+        ([2, 6, 2], None, "-+-"),
+        ([1, 2, 5, 2, 6, 2, 7, 2, 8, 1], [5, 5], "----+---+-"),
+        ([2, 5, 1, 6, 2, 7], [2, 2], "-+---+"),
+        ([6, 7], None, "--"),
+        ([], None, ""),
+    ],
+)
+def test_the_last_response_of_each_document_alone(ids: list[int], lengths: list[int] | None, expected: str) -> None:
+    label = ResponseLabels(((1,),), ((2,),), last_only=True)
+    found = label({"input_ids": ids} | ({} if lengths is None else {"seq_lengths": lengths}))["labels"]
+    assert found == [token if mark == "+" else -100 for token, mark in zip(ids, expected, strict=True)]
+
+
+def test_only_the_last_answer_of_a_conversation_is_a_target() -> None:
+    made = get_chat_template(copy.deepcopy(byte_level()), "chatml")
+    messages = conversation(CONTENTS[1])
+    ids = made(made.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    options: dict[str, Any] = {"tokenizer": made, "return_function": True}
+    every, last = (
+        train_on_responses_only(None, last_response_only=only, **options)({"input_ids": ids})["labels"]
+        for only in (False, True)
+    )
+    assert every == responses_by_hand(made, messages)
+    begin = max(index for index in range(1, len(ids)) if every[index] >= 0 > every[index - 1])
+    assert last == [-100] * begin + every[begin:]
+    assert made.decode(ids[begin:]).startswith(CONTENTS[1][-1])
+    with pytest.raises(ValueError, match="last_response_only: got 'yes'; allowed: True, False"):
+        train_on_responses_only(None, last_response_only="yes", **options)  # type: ignore[arg-type]
+
+
 def test_a_part_does_not_match_across_documents() -> None:
     label = ResponseLabels(((1, 1),), ((2, 3),))
     assert label({"input_ids": [2, 3, 4], "seq_lengths": [1, 2]})["labels"] == [-100] * 3

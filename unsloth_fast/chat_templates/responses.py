@@ -15,6 +15,7 @@ from unsloth_fast.data.labels import STREAM_CHECK
 from unsloth_fast.data.lists import flat
 from unsloth_fast.data.packing import SPANS
 from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches, mask_cut_documents
+from unsloth_ref import checks
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def train_on_responses_only(
     tokenizer: Any = None,
     return_function: bool = False,
     num_proc: int | None = None,
+    last_response_only: bool = False,
 ) -> Any:
     """Mask every label outside responses, in a trainer's data sets.
 
@@ -51,26 +53,29 @@ def train_on_responses_only(
         return_function: whether to return the function that makes the labels, for `datasets.Dataset.map`, and leave
             the trainer as it is.
         num_proc: the number of processes, for data sets that are not streams.
+        last_response_only: whether to mask all responses of a document but its last.
 
     Returns:
         The trainer, or a function of a row or a batch of rows that returns {"labels": ...}.
 
     Raises:
         ValueError: a part that is empty or cannot be found; a data set that is not tokenized, or in which no row keeps
-            a target; a data collator that replaces labels.
+            a target; a data collator that replaces labels; last_response_only with documents that TRL cut.
     """
+    checks.one_of("last_response_only", last_response_only, (True, False))
     if tokenizer is None:
         tokenizer = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("tokenizer: got None; allowed: a tokenizer, or a trainer that has one")
     parts = _parts(tokenizer, instruction_part, response_part)
     inner = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
-    labels = ResponseLabels(*(forms_of(part, inner, exact=force_match) for part in parts))
+    asked, answered = (forms_of(part, inner, exact=force_match) for part in parts)
+    labels = ResponseLabels(asked, answered, last_response_only)
     if return_function:
         return labels
     given = {name: getattr(trainer, name, None) for name in ("train_dataset", "eval_dataset")}
     for name, data in datasets_of(given):
-        _check_cuts(data, name, getattr(trainer, "args", None))
+        _check_cuts(data, name, getattr(trainer, "args", None), last_response_only)
     masked = {name: _masked(data, name, labels, parts, inner, num_proc) for name, data in datasets_of(given)}
     _keep_labels(trainer, inner, next(iter(masked.values()), None))
     if "train_dataset" in masked:
@@ -95,11 +100,11 @@ def _parts(tokenizer: Any, instruction: str | None, response: str | None) -> tup
     return instruction, response
 
 
-def _check_cuts(dataset: Any, name: str, args: Any) -> None:
+def _check_cuts(dataset: Any, name: str, args: Any, last_only: bool) -> None:
     """Refuse rows of concatenated documents if it is not known where they begin, and warn of pieces of documents.
 
     Raises:
-        ValueError: a response would go on into the next document.
+        ValueError: a response would go on into the next document, or a piece would count as a document.
     """
     for_all, for_evaluation = (getattr(args, field, None) for field in ("packing", "eval_packing"))
     packed = for_all if name == "train_dataset" or for_evaluation is None else for_evaluation
@@ -110,6 +115,11 @@ def _check_cuts(dataset: Any, name: str, args: Any) -> None:
         raise ValueError(
             f"packing_strategy: got {strategy!r}, and {name} does not show where its documents begin; allowed: "
             "'bfd' or 'bfd_split', or an UnslothTrainer on a data set that is not a stream"
+        )
+    if last_only:
+        raise ValueError(
+            f"last_response_only: got True, and packing_strategy={strategy!r} cut the documents of {name}; allowed: "
+            "packing_strategy='bfd', or an UnslothTrainer on a data set that is not a stream"
         )
     logger.warning(
         "packing_strategy: got %r, which cuts documents; responses that go on in another row are not trained on there "

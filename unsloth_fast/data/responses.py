@@ -81,10 +81,12 @@ class ResponseLabels:
     Attributes:
         instruction: the forms of the text before what a user says; empty to end responses at the document's end.
         response: the forms of the text before a response.
+        last_only: whether only the last response of each document, of those with a token, has targets.
     """
 
     instruction: Forms
     response: Forms
+    last_only: bool = False
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """The labels of one row (input_ids [S]), or of several (lists of them); may have "labels" and masks."""
@@ -102,7 +104,7 @@ class ResponseLabels:
         return np.where(mask, np.asarray(labels, dtype=np.int64), IGNORE_INDEX).tolist()
 
     def mask(self, ids: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-        """Which tokens belong to a response.
+        """Which tokens belong to a response that has targets.
 
         Args:
             ids: [S], concatenated documents.
@@ -124,7 +126,13 @@ class ResponseLabels:
         begins = np.full(len(ids) + 1, -1)
         found = np.flatnonzero(answered)
         begins[found + answered[found]] = found + answered[found]
-        return np.maximum.accumulate(begins[: len(ids)]) > np.maximum.accumulate(stops)
+        begun = np.maximum.accumulate(begins[: len(ids)])
+        mask = begun > np.maximum.accumulate(stops)
+        if self.last_only and mask.any():
+            last = np.full(document[-1] + 1, -1)
+            np.maximum.at(last, document[mask], begun[mask])
+            mask &= begun == last[document]
+        return mask
 
 
 def mask_cut_documents(packed: Dataset, labels: ResponseLabels) -> Dataset:
