@@ -1,0 +1,78 @@
+"""Which checks does a backend have? One for every operation or piece that it defines, property and dtype."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from conformance import backends
+from conformance.backends import Judged
+from conformance.declarations import SpecError
+from conformance.operations import PROJECT, Source
+from conformance.pieces import pieces
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.runner import Task
+from conformance.search import DTYPES, Result
+from conformance.trial import BackendError
+from conformance.verbs._shared import UsageError, judged_by, known, names_of, properties_of
+
+
+def all_properties() -> list[str]:
+    """The names of all properties, of operations and of pieces, without repetitions."""
+    return list(dict.fromkeys([*PROPERTIES, *(name for piece in pieces().values() for name in piece.properties)]))
+
+
+def tasks_of(
+    judged: Judged,
+    device: str,
+    profile: str,
+    source: Source = PROJECT,
+    ops: Sequence[str] = (),
+    properties: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> list[Task]:
+    """The checks of a backend, operation by operation; an empty list of names stands for all of them."""
+    return [
+        Task(judged.name, op, name, dtype, device, profile, source=source)
+        for op in ops or judged.functions
+        if op in judged.functions
+        for name in properties or all_properties()
+        for dtype in ([None] if op in backends.PIECES else dtypes or DTYPES)
+        if name in properties_of(op)
+    ]
+
+
+@dataclass(frozen=True)
+class Found(Result):
+    """The result of a Catalogue: passed, with the checks."""
+
+    tasks: tuple[Task, ...] = ()
+
+
+@dataclass(frozen=True)
+class Catalogue(Task):
+    """A task that lists the checks of a backend, which only its worker process imports.
+
+    Attributes:
+        properties, dtypes: to check; all if empty.
+        asked: the device that was asked for; None for cuda if there is a CUDA device.
+    """
+
+    properties: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    asked: str | None = None
+
+    def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
+        """Found, or a failure whose message is that of a usage error."""
+        try:
+            names_of(self.source)  # with the properties of installed packages
+            properties = known("property", self.properties, all_properties())
+            dtypes = known("dtype", self.dtypes, list(DTYPES))
+            known("profile", [self.profile], list(PROFILES))
+            device, judged = judged_by(Namespace(backend=self.backend, device=self.asked), self.source)
+        except (UsageError, BackendError, SpecError) as error:
+            return Result("", "", None, "fail", message=str(error))
+        tasks = tasks_of(judged, device, self.profile, self.source, (), properties, dtypes)
+        return Found("", "", None, "pass", tasks=tuple(tasks))
