@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.backends import Judged
 from conformance.declarations import SpecError
 from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Task
+from conformance.runner import OneByOne, Task
 from conformance.search import DTYPES, Result
 from conformance.trial import BackendError
 from conformance.verbs._shared import UsageError, judged_by, known, names_of, properties_of
@@ -44,20 +46,56 @@ def tasks_of(
     ]
 
 
+def ask(
+    worker: OneByOne,
+    backend: str,
+    device: str | None,
+    profile: str,
+    source: Source = PROJECT,
+    properties: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> tuple[Task, ...]:
+    """The checks of a backend, which only the worker's process imports.
+
+    Args:
+        worker: keeps its process for later tasks.
+        backend, device, profile, source, properties, dtypes: as on the command line; `device` None for cuda if there is
+            a CUDA device, an empty list of names for all.
+
+    Raises:
+        UsageError: one of them is not usable.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the process takes it over: a backend may be in the current folder
+    found = worker(
+        _Catalogue(
+            *(backend, "", "", None, device or "cpu", profile),
+            source=source,
+            properties=tuple(properties),
+            dtypes=tuple(dtypes),
+            asked=device,
+        )
+    )
+    if not isinstance(found, _Found):
+        raise UsageError(found.message)
+    operations.install_properties()  # here too, for the report
+    return found.tasks
+
+
 @dataclass(frozen=True)
-class Found(Result):
-    """The result of a Catalogue: passed, with the checks."""
+class _Found(Result):
+    """The result of a _Catalogue that passed, with the checks."""
 
     tasks: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True)
-class Catalogue(Task):
-    """A task that lists the checks of a backend, which only its worker process imports.
+class _Catalogue(Task):
+    """A task that lists the checks of a backend.
 
     Attributes:
         properties, dtypes: to check; all if empty.
-        asked: the device that was asked for; None for cuda if there is a CUDA device.
+        asked: the device that was asked for.
     """
 
     properties: tuple[str, ...] = ()
@@ -65,14 +103,20 @@ class Catalogue(Task):
     asked: str | None = None
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
-        """Found, or a failure whose message is that of a usage error."""
+        """The checks, or a failure whose message is that of a usage error."""
         try:
-            names_of(self.source)  # with the properties of installed packages
-            properties = known("property", self.properties, all_properties())
-            dtypes = known("dtype", self.dtypes, list(DTYPES))
-            known("profile", [self.profile], list(PROFILES))
-            device, judged = judged_by(Namespace(backend=self.backend, device=self.asked), self.source)
+            return _Found("", "", None, "pass", tasks=tuple(self._tasks()))
         except (UsageError, BackendError, SpecError) as error:
             return Result("", "", None, "fail", message=str(error))
+
+    def _tasks(self) -> list[Task]:
+        names_of(self.source)  # adds the properties of installed packages
+        properties = known("property", self.properties, all_properties())
+        dtypes = known("dtype", self.dtypes, list(DTYPES))
+        known("device", [self.asked] if self.asked else None, ["cpu", "cuda"])
+        known("profile", [self.profile], list(PROFILES))
+        device, judged = judged_by(Namespace(backend=self.backend, device=self.asked), self.source)
         tasks = tasks_of(judged, device, self.profile, self.source, (), properties, dtypes)
-        return Found("", "", None, "pass", tasks=tuple(tasks))
+        if not tasks:
+            raise UsageError(f"{', '.join(judged.functions)}: no property of {', '.join(properties)}: nothing to run")
+        return tasks

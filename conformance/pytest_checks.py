@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from conformance import deviations, operations, report
-from conformance.catalogue import Catalogue, Found
+from conformance import deviations, report
+from conformance.catalogue import ask
 from conformance.declarations import SpecError
 from conformance.deviations import Deviation
 from conformance.pytest_plugin import NODE
 from conformance.runner import OneByOne, Task, takes_gigabytes
 from conformance.search import Result
+from conformance.verbs._shared import UsageError
 
 NAME = re.compile(rf"{NODE}::(?P<op>\w+)\[((?P<dtype>\w+)-)?(?P<property>\w+)\]")
 
@@ -82,18 +82,13 @@ class Backend(pytest.Collector):
             pytest.Collector.CollectError: the backend, the device, the profile or the file of deviations is unusable.
         """
         name, asked, profile = (self.config.getoption(f"conformance_{of}") for of in ("backend", "device", "profile"))
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # the worker process takes it over: a backend may be in the current folder
         check = OneByOne()
         self.config.add_cleanup(check.close)
-        found = check(Catalogue(name, "", "", None, asked or "cpu", profile, asked=asked))
-        if not isinstance(found, Found):
-            raise self.CollectError(f"--conformance-backend {name}: {found.message}")
-        operations.install_properties()
         try:
-            known = _known(self.config, found.tasks[0].device)
-        except SpecError as error:
-            raise self.CollectError(f"{error}") from error
+            tasks = ask(check, name, asked, profile)
+            known = _known(self.config, tasks[0].device)
+        except (UsageError, SpecError) as error:
+            raise self.CollectError(f"--conformance-backend {name}: {error}") from error
         return [
             Check.from_parent(
                 self,
@@ -102,7 +97,7 @@ class Backend(pytest.Collector):
                 check=check,
                 known=known,
             )
-            for task in found.tasks
+            for task in tasks
         ]
 
 
