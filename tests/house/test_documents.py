@@ -176,7 +176,9 @@ def test_commands_parse(name: str, line: str) -> None:
         asked = {extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)}
         assert asked <= extras.keys()
     elif program == "pytest":
-        assert (ROOT / words[0]).exists()
+        assert words[0].startswith("-") or (ROOT / words[0]).exists()
+        plugin = (ROOT / "conformance" / "pytest_plugin.py").read_text(encoding="utf-8")
+        assert all(f'"{flag}"' in plugin for flag in flags(words) if flag.startswith("--conformance"))
     elif words[:2] == ["-m", "conformance"]:
         check_judge(*words[2:3] or ["list"], words[3:])
     elif program == "python":
