@@ -81,7 +81,8 @@ class Backend(pytest.Collector):
         Raises:
             pytest.Collector.CollectError: the backend, the device, the profile or the file of deviations is unusable.
         """
-        name, asked, profile = (self.config.getoption(f"conformance_{of}") for of in ("backend", "device", "profile"))
+        option: Any = self.config.option
+        name, asked, profile = option.conformance_backend, option.conformance_device, option.conformance_profile
         check = OneByOne()
         self.config.add_cleanup(check.close)
         try:
@@ -127,9 +128,9 @@ def gone(config: pytest.Config, reports: Sequence[pytest.TestReport]) -> list[py
 
 
 def _known(config: pytest.Config, device: str) -> list[Deviation]:
-    path = config.getoption("conformance_deviations")
-    path = path or deviations.shipped(config.getoption("conformance_backend"))
-    return deviations.read(path, device) if path else []
+    option: Any = config.option
+    path = option.conformance_deviations or deviations.shipped(option.conformance_backend)
+    return deviations.read(path, device) if path and not option.runxfail else []
 
 
 @contextmanager

@@ -152,6 +152,15 @@ def test_a_mistake_is_an_error_of_the_collection(
     )
 
 
+@in_this_process
+def test_runxfail_expects_nothing(repository: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest_checks, "OneByOne", Here)
+    options = ["--conformance-backend", "their_kernels", "--conformance-deviations", "known.toml", "--runxfail"]
+    chosen = "swiglu and float32 and (gradients or determinism)"
+    done = repository.runpytest_inprocess(*PLUGIN, *OPTIONS, *options, "-k", chosen)
+    done.assert_outcomes(passed=1, failed=1)
+
+
 def test_checks_that_take_gigabytes_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     other = (
