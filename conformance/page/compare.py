@@ -1,0 +1,174 @@
+"""What changed against a base: improved, regressed, new, skipped or unsure?
+
+Verdicts are compared as they are. Budget use is compared where both sides ran the same cases on the same stack: then
+only the code can have changed it. `NEAR` says which changes are worth a line: a tenth of the budget. Times are compared
+on the same card, driver and versions. Each is a median between its 20 % and 80 % quantiles; the ratio of two lies between
+the quotients of opposite quantiles, widened by the ratio of the two clocks. If this interval excludes 1, the code is
+faster or slower; if it lies within `FACTOR` of 1, a change of that size is excluded, and there is nothing to report;
+anything else is unsure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from conformance.bench.table import Row, Spread
+from conformance.page.model import Check, Meta, Mutant, Results, percent
+
+T = TypeVar("T")
+Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
+WORDS: tuple[Word, ...] = ("regressed", "skipped", "unsure", "new", "improved")  # what asks for attention first
+NEAR = 0.1  # of the budget
+FACTOR = 1.05  # the smallest change of a time that somebody asks for
+PROFILES_WITH_SAME_CASES = ("ci", "gpu")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of a comparison: what it is about, such as an operation and property, and what happened to it."""
+
+    word: Word
+    name: str
+    text: str
+
+
+def changes(results: Sequence[Results], base: Sequence[Results]) -> list[Change]:
+    """The changes of the results against those of the base, in the order of WORDS.
+
+    A file is compared with that of the base that has its kind, backend, device and most of its operations.
+    """
+    found: list[Change] = []
+    compared: list[Results] = []
+    for one in results:
+        other = max((b for b in base if _shared(b, one)), key=lambda b: _shared(b, one), default=None)
+        if other is None:
+            found.append(Change("new", one.title, f"{one.summary}; the base has no such file"))
+        else:
+            compared.append(other)
+            found += [*_checks(one, other), *_rows(one, other), *_mutants(one, other)]
+    found += [Change("skipped", one.title, "only the base has such a file") for one in base if one not in compared]
+    return sorted(found, key=lambda change: WORDS.index(change.word))
+
+
+def _shared(one: Results, other: Results) -> int:
+    """How many operations two files of the same kind, backend and device share; 0 if they are not of the same."""
+    same = (one.kind, one.meta.backend, one.meta.device) == (other.kind, other.meta.backend, other.meta.device)
+    return len(one.ops & other.ops) if same else 0
+
+
+def _pairs(ours: Iterable[T], theirs: Iterable[T], key: Callable[[T], Hashable]) -> list[tuple[T | None, T | None]]:
+    """Those of the base beside ours, None where one side has none; ours first."""
+    left = {key(one): one for one in theirs}
+    found: list[tuple[T | None, T | None]] = [(one, left.pop(key(one), None)) for one in ours]
+    return [*found, *((None, one) for one in left.values())]
+
+
+def _checks(results: Results, base: Results) -> Iterable[Change]:
+    differ = _differences(results.meta, base.meta)
+    for check, other in _pairs(results.checks, base.checks, lambda one: (one.op, one.property, one.dtype)):
+        if check is None:
+            if other is not None and other.verdict != "skip":
+                yield Change("skipped", other.name, f"it was not run; the base says {other.verdict}")
+        elif other is None:
+            if check.verdict != "skip":
+                failed = check.verdict == "fail"
+                yield Change("regressed" if failed else "new", check.name, check.first_line or check.verdict)
+        elif change := _verdicts(check, other):
+            yield Change(*change)
+        elif check.budget_use is not None and other.budget_use is not None and check.verdict == other.verdict == "pass":
+            rise = check.budget_use - other.budget_use
+            if abs(rise) > NEAR:
+                word = "regressed" if rise > 0 else "improved"
+                text = f"budget use {percent(other.budget_use)} to {percent(check.budget_use)}"
+                yield Change("unsure", check.name, f"{text}; {differ}") if differ else Change(word, check.name, text)
+
+
+def _verdicts(check: Check, base: Check) -> tuple[Word, str, str] | None:
+    """The change between two verdicts that differ."""
+    now, before = check.verdict, base.verdict
+    if now == before:
+        return None
+    if now == "skip":
+        return "skipped", check.name, f"{check.first_line or 'no reason given'}; the base says {before}"
+    if before == "skip":
+        return ("regressed" if now == "fail" else "new"), check.name, check.first_line or f"it was skipped, now {now}"
+    bad = ("pass", "xfail", "fail")
+    word = "regressed" if bad.index(now) > bad.index(before) else "improved"
+    return word, check.name, check.first_line or f"{before} to {now}"
+
+
+def _differences(meta: Meta, base: Meta) -> str:
+    """Why a budget use may differ without a change of the code; empty if it may not."""
+    if meta.profile != base.profile:
+        return f"profile {meta.profile} against {base.profile}"
+    if meta.profile not in PROFILES_WITH_SAME_CASES:
+        return f"profile {meta.profile} draws other cases every time"
+    return _stacks(meta, base)
+
+
+def _stacks(meta: Meta, base: Meta) -> str:
+    ours, theirs = ({"card": m.gpu, "driver": m.driver, **m.versions} for m in (meta, base))
+    differ = [what for what in (ours | theirs) if ours.get(what) != theirs.get(what)]
+    return "; ".join(f"{what} {ours.get(what)} against {theirs.get(what)}" for what in differ)
+
+
+def _rows(results: Results, base: Results) -> Iterable[Change]:
+    differ = _stacks(results.meta, base.meta)
+    ours, theirs = results.meta.sm_clock_mhz, base.meta.sm_clock_mhz
+    clocks = max(ours, theirs) / min(ours, theirs) if ours and theirs else 1.0
+    unsure = 0
+    for row, other in _pairs(results.rows, base.rows, lambda one: (one.op, one.shape, one.dtype, one.backend)):
+        name = " ".join(((row or other).op, (row or other).shape, (row or other).dtype, (row or other).backend))  # type: ignore[union-attr]
+        if row is None or other is None:
+            yield Change("skipped", name, "it was not timed") if row is None else Change("new", name, _timed(row))
+        elif (row.red is None) != (other.red is None):
+            yield Change("regressed", name, row.red) if row.red else Change("improved", name, f"right, was {other.red}")
+        elif row.red is None and (times := _both(row, other)):
+            what, now, before = times
+            word = timing(now, before, clocks)
+            text = f"{what} {before[1]:.3f} to {now[1]:.3f} ms, {now[1] / before[1]:.2f} times"
+            unsure += bool(word and differ)
+            if word and not differ:
+                yield Change(word, name, text)
+    if unsure:
+        yield Change("unsure", results.title, f"{unsure} times moved, measured on another stack: {differ}")
+
+
+def _both(row: Row, base: Row) -> tuple[str, Spread, Spread] | None:
+    """The same time of both: on the device alone, else with launches."""
+    for what, key in (("device", "device_full"), ("call", "full")):
+        now, before = getattr(row, key), getattr(base, key)
+        if now and before and min(*now, *before) > 0:
+            return what, now, before
+    return None
+
+
+def timing(now: Spread, before: Spread, clocks: float = 1.0) -> Word | None:
+    """The word for a time against another; None for the same."""
+    low, high = now[0] / before[2] / clocks, now[2] / before[0] * clocks
+    if low >= 1 / FACTOR and high <= FACTOR:
+        return None
+    return "regressed" if low > 1 else "improved" if high < 1 else "unsure"
+
+
+def _timed(row: Row) -> str:
+    return row.red or (f"call {row.full[1]:.3f} ms" if row.full else "not timed")
+
+
+def _mutants(results: Results, base: Results) -> Iterable[Change]:
+    """By what was edited: line numbers move with every change of the file."""
+
+    def edit(one: Mutant) -> Hashable:
+        return one.op, one.kind, one.mutant.partition(":")[0], re.sub(r"^@@.*$", "", one.diff, flags=re.MULTILINE)
+
+    for one, other in _pairs(results.mutants, base.mutants, edit):
+        name = " ".join(filter(None, ((one or other).op, (one or other).mutant)))  # type: ignore[union-attr]
+        if one is None:
+            continue  # its source is gone, or the sample is another one
+        if one.survives and (other is None or not other.survives):
+            yield Change("regressed", name, f"{one.verdict}, was {other.verdict if other else 'not planted'}")
+        elif not one.survives and other is not None and other.survives:
+            yield Change("improved", name, f"{one.verdict}, was {other.verdict}")
