@@ -1,4 +1,4 @@
-"""The part of the page about checks: verdicts, a heat map of budget use, failures, skips, and pairs that were not run."""
+"""The part of the page about checks: verdicts, a heat map of budget use, failures, skips, pairs that were not run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 PAIRS = 20  # that are listed
 LEGEND = (
     "Percent of the error budget, the largest of all cases: 100 is the whole budget. ✓ passed where a budget has no"
-    " meaning, ✗ failed, k known deviation, – skipped, empty: not run."
+    " meaning, ✗ failed, k known deviation, - skipped, empty: not run."
 )
 
 
@@ -45,7 +45,7 @@ def _verdicts(checks: Sequence[Check]) -> Markup:
                 *cells,
                 f"{len(passed)}/{len({check.property for check in ran})}",
                 f"{sum(check.examples for check in ran):,}".replace(",", "\N{NO-BREAK SPACE}"),
-                percent(mean(shares)) if shares else "–",
+                percent(mean(shares)) if shares else "-",
             )
         )
     heads = ("operation", *dtypes, "properties passed", "cases", "coverage, mean")
@@ -57,7 +57,7 @@ def _cell(checks: Sequence[Check]) -> Markup:
     used = [check.budget_use for check in checks if check.budget_use is not None and check.verdict != "xfail"]
     verdicts = Counter(check.verdict for check in checks)
     if not verdicts.keys() - {"skip"}:
-        return tag("td", "– skipped" if checks else "", class_="dim")
+        return tag("td", "- skipped" if checks else "", class_="dim")
     word, style = "✓ ok", "ok"
     if verdicts["fail"]:
         word, style = f"✗ {verdicts['fail']} failed", "bad"
@@ -98,7 +98,7 @@ def _hot(check: Check | None, first: bool) -> Markup:
     style = "first " if first else ""
     if check is None:
         return tag("td", class_=style.strip() or None)
-    text = {"pass": "✓", "fail": "✗", "xfail": "k", "skip": "–"}[check.verdict]
+    text = {"pass": "✓", "fail": "✗", "xfail": "k", "skip": "-"}[check.verdict]
     title = f"{check.name}: {check.verdict}"
     if check.budget_use is not None:
         title += f", {percent(check.budget_use)} of the budget"
@@ -115,10 +115,7 @@ def _hot(check: Check | None, first: bool) -> Markup:
 def _failures(file: Results) -> Markup | None:
     """Each property that failed, with the commands that reproduce it."""
     found = failures(file.checks)
-    shown = [
-        _failure(checks, file.meta, unfolded=len(found) <= OPEN)
-        for checks in found.values()
-    ]
+    shown = [_failure(checks, file.meta, unfolded=len(found) <= OPEN) for checks in found.values()]
     return tag("div", tag("h3", "Failures"), *shown) if shown else None
 
 
@@ -173,7 +170,7 @@ def bar(fraction: float, label: str = "") -> Markup:
 def _skips(file: Results) -> Markup | None:
     """Why properties were skipped, what was expected to fail, and what the backend does not define."""
     said = Counter((c.property, c.first_line or "no reason given") for c in file.checks if c.verdict == "skip")
-    known = Counter((c.name, c.first_line) for c in file.checks if c.verdict == "xfail")
+    known = Counter((c.name, c.first_line.removeprefix("expected: ")) for c in file.checks if c.verdict == "xfail")
     rows = [("known deviation", name, reason) for name, reason in known]
     rows += [(f"skipped {count} times", name, reason) for (name, reason), count in said.items()]
     rows += [("not defined", ", ".join(file.meta.not_defined), "")] * bool(file.meta.not_defined)

@@ -1,22 +1,24 @@
 """What changed against a base: improved, regressed, new, skipped or unsure?
 
 Verdicts are compared as they are. Budget use is compared where both sides ran the same cases on the same stack: then
-only the code can have changed it. `NEAR` says which changes are worth a line: a tenth of the budget. Times are compared
-on the same card, driver and versions. Each is a median between its 20 % and 80 % quantiles; the ratio of two lies between
-the quotients of opposite quantiles, widened by the ratio of the two clocks. If this interval excludes 1, the code is
-faster or slower; if it lies within `FACTOR` of 1, a change of that size is excluded, and there is nothing to report;
-anything else is unsure.
+only the code can have changed it. `NEAR` says which changes are worth a line: a tenth of the budget.
+
+Times are compared on the same card, driver and versions. Each is a median between its 20 % and 80 % quantiles. A ratio
+of two lies between the quotients of opposite quantiles, widened by the ratio of the two clocks. If this interval lies
+within `FACTOR` of 1, a change of that size is excluded, and there is nothing to report. Otherwise the code is faster or
+slower if the interval excludes 1, and anything else is unsure.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
-from conformance.page.model import Check, Meta, Mutant, Results, percent
+from conformance.page.model import Check, Meta, Mutant, Results, in_order, percent
+from conformance.search import DTYPES
 
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
@@ -31,8 +33,14 @@ class Change:
     """One line of a comparison: what it is about, such as an operation and property, and what happened to it."""
 
     word: Word
-    name: str
+    subject: str
     text: str
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is about, with the dtypes."""
+        return " / ".join(filter(None, (self.subject, ", ".join(self.dtypes))))
 
 
 def changes(results: Sequence[Results], base: Sequence[Results]) -> list[Change]:
@@ -50,7 +58,15 @@ def changes(results: Sequence[Results], base: Sequence[Results]) -> list[Change]
             compared.append(other)
             found += [*_checks(one, other), *_rows(one, other), *_mutants(one, other)]
     found += [Change("skipped", one.title, "only the base has such a file") for one in base if one not in compared]
-    return sorted(found, key=lambda change: WORDS.index(change.word))
+    return sorted(_together(found), key=lambda change: WORDS.index(change.word))
+
+
+def _together(found: Iterable[Change]) -> Iterable[Change]:
+    """The same change in several dtypes as one."""
+    groups: dict[Change, list[str]] = {}
+    for change in found:
+        groups.setdefault(replace(change, dtypes=()), []).extend(change.dtypes)
+    return (replace(change, dtypes=tuple(in_order(dtypes, list(DTYPES)))) for change, dtypes in groups.items())
 
 
 def _shared(one: Results, other: Results) -> int:
@@ -69,35 +85,32 @@ def _pairs(ours: Iterable[T], theirs: Iterable[T], key: Callable[[T], Hashable])
 def _checks(results: Results, base: Results) -> Iterable[Change]:
     differ = _differences(results.meta, base.meta)
     for check, other in _pairs(results.checks, base.checks, lambda one: (one.op, one.property, one.dtype)):
-        if check is None:
-            if other is not None and other.verdict != "skip":
-                yield Change("skipped", other.name, f"it was not run; the base says {other.verdict}")
-        elif other is None:
-            if check.verdict != "skip":
-                failed = check.verdict == "fail"
-                yield Change("regressed" if failed else "new", check.name, check.first_line or check.verdict)
-        elif change := _verdicts(check, other):
-            yield Change(*change)
-        elif check.budget_use is not None and other.budget_use is not None and check.verdict == other.verdict == "pass":
-            rise = check.budget_use - other.budget_use
-            if abs(rise) > NEAR:
-                word = "regressed" if rise > 0 else "improved"
-                text = f"budget use {percent(other.budget_use)} to {percent(check.budget_use)}"
-                yield Change("unsure", check.name, f"{text}; {differ}") if differ else Change(word, check.name, text)
+        shown = check or other
+        found = _check(check, other, differ)
+        if found and shown:
+            dtypes = (shown.dtype,) if shown.dtype else ()
+            yield Change(found[0], f"{shown.op} / {shown.property}", found[1], dtypes)
 
 
-def _verdicts(check: Check, base: Check) -> tuple[Word, str, str] | None:
-    """The change between two verdicts that differ."""
-    now, before = check.verdict, base.verdict
-    if now == before:
-        return None
-    if now == "skip":
-        return "skipped", check.name, f"{check.first_line or 'no reason given'}; the base says {before}"
+def _check(check: Check | None, base: Check | None, differ: str) -> tuple[Word, str] | None:
+    """The change of one check; `differ` says why budget uses cannot be compared."""
+    now, before = check.verdict if check else "skip", base.verdict if base else "skip"
+    if check is None or (now == "skip" != before):
+        reason = check.first_line or "no reason given" if check else "it was not run"
+        return ("skipped", f"{reason}; the base says {before}") if before != "skip" else None
     if before == "skip":
-        return ("regressed" if now == "fail" else "new"), check.name, check.first_line or f"it was skipped, now {now}"
-    bad = ("pass", "xfail", "fail")
-    word = "regressed" if bad.index(now) > bad.index(before) else "improved"
-    return word, check.name, check.first_line or f"{before} to {now}"
+        return None if now == "skip" else (("regressed" if now == "fail" else "new"), check.first_line or now)
+    if now != before:
+        order = ("pass", "xfail", "fail")
+        word: Word = "regressed" if order.index(now) > order.index(before) else "improved"
+        return word, check.first_line or f"{before} to {now}"
+    if now != "pass" or base is None or check.budget_use is None or base.budget_use is None:
+        return None
+    rise = check.budget_use - base.budget_use
+    text = f"budget use {percent(base.budget_use)} to {percent(check.budget_use)}"
+    if abs(rise) <= NEAR:
+        return None
+    return ("unsure", f"{text}; {differ}") if differ else ("regressed" if rise > 0 else "improved", text)
 
 
 def _differences(meta: Meta, base: Meta) -> str:

@@ -11,7 +11,7 @@ from conformance.page.markup import Markup, table, tag
 from conformance.page.model import Results
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-SIGNS = {"regressed": "▲", "skipped": "–", "unsure": "?", "new": "+", "improved": "▼"}
+SIGNS = {"regressed": "✗", "skipped": "-", "unsure": "?", "new": "+", "improved": "✓"}
 
 
 def page(files: Sequence[Results], base: Sequence[Results] | None = None) -> str:
@@ -67,5 +67,3 @@ def _changes(files: Sequence[Results], base: Sequence[Results]) -> Markup:
     counts = ", ".join(f"{sum(change.word == word for change in found)} {word}" for word in WORDS)
     shown = table(("", "what", "how"), rows, caption="Changes against the base", wide=True) if rows else None
     return tag("section", tag("h2", "Against the base"), tag("p", counts, "."), shown, id="changes")
-
-

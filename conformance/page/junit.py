@@ -63,7 +63,9 @@ def _case(backend: str, op: str, name: str) -> Element:
 def _check(check: Check, case: Element, meta: Meta) -> Element:
     if check.verdict == "fail":
         again = check.again(meta)
-        _add(case, "failure", check.first_line, "\n".join(filter(None, (check.message, again and f"reproduce: {again}"))))
+        _add(
+            case, "failure", check.first_line, "\n".join(filter(None, (check.message, again and f"reproduce: {again}")))
+        )
     elif check.verdict in ("skip", "xfail"):
         _add(case, "skipped", check.first_line or "no reason given", "")
     return case

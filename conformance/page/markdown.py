@@ -13,7 +13,8 @@ from conformance.page.compare import WORDS, Change, changes
 from conformance.page.model import Check, Mutant, Results, failures, percent
 
 LIMIT = 65_536  # characters that GitHub takes in a comment
-RESERVE = 200  # for the line that says what was left out of a section, and its markup
+RESERVE = 300  # for the line that says what was left out of a section, and its markup
+LINE = 300  # characters of a name or the first line of a message
 MESSAGE = 1500  # characters of a message or diff that are shown
 
 
@@ -30,9 +31,7 @@ class Section:
 def comment(files: Sequence[Results], base: Sequence[Results] | None = None) -> str:
     """The comment, below GitHub's limit; what has no room is counted."""
     failed = sum(file.failed for file in files)
-    lines = [f"## Conformance: {'❌' if failed else '✅'} {_verdict(failed)}", "", "| results | |", "|---|---|"]
-    lines += [f"| {_cell(file.title)} | {file.summary} |" for file in files]
-    text = "\n".join(lines)
+    text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
     found = changes(files, base) if base is not None else []
     if base is not None:
         counts = [(word, sum(change.word == word for change in found)) for word in WORDS]
@@ -43,10 +42,6 @@ def comment(files: Sequence[Results], base: Sequence[Results] | None = None) -> 
     return f"{text}\n"
 
 
-def _verdict(failed: int) -> str:
-    return f"{failed} failed" if failed else "nothing failed"
-
-
 def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section]:
     """What asks for attention first."""
     by_word = {word: [f"- {code(c.name)}: {code(c.text)}" for c in found if c.word == word] for word in WORDS}
@@ -55,7 +50,9 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
     head = "| operation, shape, backend | call ms | device ms | roofline | budget use |\n|---|---|---|---|---|"
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
+    results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
     return [
+        Section("Results", results, "| results | |\n|---|---|"),
         Section("Regressed", by_word["regressed"]),
         Section("Failures", failed),
         Section("Times that mean nothing", bad),
@@ -68,8 +65,7 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
 
 def _cut(section: Section, room: int) -> str:
     """The section with as many items as there is room for."""
-    begin = f"\n\n### {section.title} ({len(section.items)})\n"
-    end = ""
+    begin, end = f"\n\n### {section.title} ({len(section.items)})\n", ""
     if section.folded:
         begin, end = f"\n\n<details><summary>{section.title} ({len(section.items)})</summary>\n", "\n\n</details>"
     begin += f"\n{section.head}" * bool(section.head)
@@ -81,14 +77,14 @@ def _cut(section: Section, room: int) -> str:
         kept.append(item)
     left = len(section.items) - len(kept)
     more = f"\n\nand {left} more, which the page and the files of results list" * bool(left)
-    return "\n".join([begin, *kept] if not section.head else ["\n".join([begin, *kept])]) + more + end
+    return "\n".join([begin, *kept]) + more + end
 
 
 def _failure(checks: Sequence[Check], file: Results) -> str:
     """The failures of a property in several dtypes."""
     first = checks[0]
     dtypes = ", ".join(check.dtype for check in checks if check.dtype)
-    lines = [f"**{code(f'{first.op} / {first.property}')}** {dtypes}, {code(file.title)}"]
+    lines = [f"**{code(f'{first.op} / {first.property}')}** {code(dtypes)}, {code(file.title)}"]
     for check in checks:
         again = check.again(file.meta)
         lines += ["", *_fenced(_clipped(check.message or "failed"), "text")]
@@ -110,7 +106,9 @@ def _speed(files: Sequence[Results]) -> list[str]:
         device = f"{row.device_full[1]:.3f}" if row.device_full else ""
         call = f"{row.full[1]:.3f}" if row.full else "not timed"
         share = percent(row.roofline.get("full"))
-        rows.append(f"| {name} | {call} | {device} | {share} | {_cell(row.red) if row.red else percent(row.error_use)} |")
+        rows.append(
+            f"| {name} | {call} | {device} | {share} | {_cell(row.red) if row.red else percent(row.error_use)} |"
+        )
     return rows
 
 
@@ -129,8 +127,9 @@ def _ticks(text: str, least: int) -> str:
 
 
 def code(text: str) -> str:
-    """A code span of one line."""
-    line = " ".join(text.split())[:MESSAGE]
+    """A code span of one line, clipped."""
+    line = " ".join(text.split())
+    line = line if len(line) <= LINE else f"{line[: LINE - 4]} ..."
     ticks = _ticks(line, 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{ticks}{pad}{line}{pad}{ticks}" if line else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-VOID = ("meta", "br", "wbr", "line", "rect")
+VOID = ("meta", "br", "wbr")  # have no end tag; elements of SVG have
 
 
 class Markup(str):

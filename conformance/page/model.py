@@ -204,7 +204,9 @@ def read(path: Path) -> Results:
     if not isinstance(meta, dict) or not isinstance(results, list):
         raise FileError(f'{path}: got JSON without "meta" and "results"; {ALLOWED}')
     where: Any = results[0] if results else meta
-    kind = next((k for k, keys in KINDS.items() if isinstance(where, dict) and keys[0 if results else 1] in where), None)
+    kind = next(
+        (k for k, keys in KINDS.items() if isinstance(where, dict) and keys[0 if results else 1] in where), None
+    )
     if kind is None:
         raise FileError(f"{path}: got {'results of no known kind' if results else 'no results'}; {ALLOWED}")
     kept = KINDS[kind][2]
@@ -265,7 +267,9 @@ def _value(hint: Any, found: Any, where: str) -> Any:
 
 def _finite(found: float, where: str) -> float:
     if abs(found) > sys.float_info.max:
-        raise ValueError(f"{where}: got {found:.5g}" if isinstance(found, float) else f"{where}: got a number too large")
+        raise ValueError(
+            f"{where}: got {found:.5g}" if isinstance(found, float) else f"{where}: got a number too large"
+        )
     return float(found)
 
 

@@ -50,7 +50,7 @@ def _survivor(one: Mutant, meta: Meta) -> Markup:
 def diff(text: str) -> Markup:
     """A diff whose lines are coloured; their first character says the same."""
     styles = {"+": "added", "-": "removed", "@": "dim"}
-    lines = (tag("span", f"{line}\n", class_=styles.get(line[:1])) for line in text.splitlines())
+    lines = (tag("span", line, class_=styles.get(line[:1])) for line in text.splitlines())
     return tag("pre", join(lines), class_="diff")
 
 

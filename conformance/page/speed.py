@@ -25,7 +25,8 @@ def part(file: Results) -> list[Markup]:
     rates = [f"copy {meta.copy_bytes_per_second / 1e12:.2f} TB/s"] if meta.copy_bytes_per_second else []
     rates += [f"bf16 matmul {meta.matmul_flops_per_second / 1e12:.0f} TFLOP/s"] if meta.matmul_flops_per_second else []
     names = list(dict.fromkeys(row.backend for row in file.rows))
-    found = [tag("p", ", ".join([*rates, HOW]) if rates else HOW, class_="small")]
+    found = [tag("p", f"The card: {', '.join(rates)}.")] if rates else []
+    found.append(tag("p", HOW, class_="small"))
     found += [tag("p", f"Not timed: {name}: {why}") for name, why in meta.absent.items()]
     for op in dict.fromkeys(row.op for row in file.rows):
         ours = [row for row in file.rows if row.op == op]
@@ -50,7 +51,15 @@ def _time(row: Row, device: bool) -> float:
 def _times(rows: Sequence[Row]) -> Markup:
     """The table of one shape."""
     best = min((row for row in rows if _right(row)), key=lambda row: _time(row, False), default=None)
-    heads = ("backend", "call, forward", "call, with backward", "device forward", "device backward", "MiB", "budget use")
+    heads = (
+        "backend",
+        "call, forward",
+        "call, with backward",
+        "device forward",
+        "device backward",
+        "MiB",
+        "budget use",
+    )
     shown = []
     for row in rows:
         name = tag("span", f"{row.backend} ", tag("small", "fastest call") if row is best else None)
@@ -66,7 +75,7 @@ def _times(rows: Sequence[Row]) -> Markup:
                 _measured(row, "full", row.full),
                 _measured(row, "device_forward", row.device_forward),
                 _measured(row, "device_backward", row.device_backward),
-                f"{row.peak_mebibytes:.0f}" if row.peak_mebibytes is not None else "–",
+                f"{row.peak_mebibytes:.0f}" if row.peak_mebibytes is not None else "-",
                 error,
                 tag("td", note, class_="small"),
             )
@@ -78,7 +87,7 @@ def _times(rows: Sequence[Row]) -> Markup:
 def _measured(row: Row, key: str, time: tuple[float, float, float] | float | None) -> Markup:
     """A time, its quantiles and its share of the roofline as number and bar."""
     if time is None:
-        return tag("td", "–", class_="dim")
+        return tag("td", "-", class_="dim")
     text = f"{time:.3f}" if isinstance(time, float) else f"{time[1]:.3f}"
     spread = None if isinstance(time, float) else tag("small", f" [{time[0]:.3f} {time[2]:.3f}]")
     share = row.roofline.get(key)
@@ -108,7 +117,13 @@ def _plot(groups: Sequence[Sequence[Row]], names: Sequence[str]) -> Markup | Non
     marks = [_mark(names.index(row.backend), x(ratio), y(row.error_use or 0.0), ratio, row) for ratio, row in points]
     label = "Speed against error: the better, the nearer to the lower left corner"
     svg = tag(
-        "svg", *_axes(octaves, x, y), *marks, viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="plot", role="img", aria_label=label
+        "svg",
+        *_axes(octaves, x, y),
+        *marks,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        class_="plot",
+        role="img",
+        aria_label=label,
     )
     used = [name for name in names if any(row.backend == name for _, row in points)]
     keys = [tag("li", _key(names.index(name)), f" {name}") for name in used]
@@ -123,7 +138,7 @@ def _axes(octaves: int, x: Callable[[float], float], y: Callable[[float], float]
     for octave in range(octaves + 1):
         at = f"{x(2.0**octave):.1f}"
         found.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="grid"))
-        found.append(tag("text", f"{2**octave}×", x=at, y=HEIGHT - BOTTOM + 14, text_anchor="middle"))
+        found.append(tag("text", f"{2**octave}x", x=at, y=HEIGHT - BOTTOM + 14, text_anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     words = "time, forward and backward, against the fastest right one"
     found.append(tag("text", words, x=middle, y=HEIGHT - 4, text_anchor="middle"))

@@ -38,6 +38,10 @@ def _report(arguments: argparse.Namespace) -> int:
         files, base = ([read(path) for path in paths or ()] for paths in (arguments.files, arguments.base))
     except FileError as error:
         raise UsageError(f"report: {error}") from error
+    if arguments.output and arguments.output.resolve() in [
+        path.resolve() for path in (*arguments.files, *(arguments.base or ()))
+    ]:
+        raise UsageError(f"--output: got {arguments.output}, a file of results; allowed: another file")
     text = FORMATS[name](files, base if arguments.base else None)
     if arguments.output is None:
         print(text, end="")

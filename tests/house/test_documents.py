@@ -211,7 +211,7 @@ def check_judge(verb: str, words: list[str]) -> None:
     assert flags(words) <= judge_options(verb)
     options = [index for index, word in enumerate(words) if word.startswith("-")]
     positional = words[: min(options, default=len(words))]
-    if verb not in ("repro", "write"):
+    if verb not in ("repro", "write", "report"):
         assert set(positional) - {"OP"} <= {*backends.OPERATIONS, *backends.PIECES}
     for index in options:
         if words[index] == "--backend":
