@@ -99,7 +99,7 @@ def _hot(check: Check | None, first: bool) -> Markup:
     if check is None:
         return tag("td", class_=style.strip() or None)
     text = {"pass": "✓", "fail": "✗", "xfail": "k", "skip": "-"}[check.verdict]
-    title = f"{check.name}: {check.verdict}"
+    title = f"{check.name()}: {check.verdict}"
     if check.budget_use is not None:
         title += f", {percent(check.budget_use)} of the budget"
         if check.verdict == "pass":
@@ -108,7 +108,7 @@ def _hot(check: Check | None, first: bool) -> Markup:
         style += f"h{min(STEPS, round(STEPS * (check.budget_use or 0)))}"
     else:
         style += {"fail": "bad", "xfail": "known", "skip": "dim"}[check.verdict]
-        title += f": {check.first_line}" if check.message else ""
+        title += f": {check.first_line()}" if check.message else ""
     return tag("td", text, class_=style, title=title)
 
 
@@ -169,8 +169,8 @@ def bar(fraction: float, label: str = "") -> Markup:
 
 def _skips(file: Results) -> Markup | None:
     """Why properties were skipped, what was expected to fail, and what the backend does not define."""
-    said = Counter((c.property, c.first_line or "no reason given") for c in file.checks if c.verdict == "skip")
-    known = Counter((c.name, c.first_line.removeprefix("expected: ")) for c in file.checks if c.verdict == "xfail")
+    said = Counter((c.property, c.first_line() or "no reason given") for c in file.checks if c.verdict == "skip")
+    known = Counter((c.name(), c.first_line().removeprefix("expected: ")) for c in file.checks if c.verdict == "xfail")
     rows = [("known deviation", name, reason) for name, reason in known]
     rows += [(f"skipped {count} times", name, reason) for (name, reason), count in said.items()]
     rows += [("not defined", ", ".join(file.meta.not_defined), "")] * bool(file.meta.not_defined)

@@ -96,14 +96,14 @@ def _check(check: Check | None, base: Check | None, differ: str) -> tuple[Word, 
     """The change of one check; `differ` says why budget uses cannot be compared."""
     now, before = check.verdict if check else "skip", base.verdict if base else "skip"
     if check is None or (now == "skip" != before):
-        reason = check.first_line or "no reason given" if check else "it was not run"
+        reason = check.first_line() or "no reason given" if check else "it was not run"
         return ("skipped", f"{reason}; the base says {before}") if before != "skip" else None
     if before == "skip":
-        return None if now == "skip" else (("regressed" if now == "fail" else "new"), check.first_line or now)
+        return None if now == "skip" else (("regressed" if now == "fail" else "new"), check.first_line() or now)
     if now != before:
         order = ("pass", "xfail", "fail")
         word: Word = "regressed" if order.index(now) > order.index(before) else "improved"
-        return word, check.first_line or f"{before} to {now}"
+        return word, check.first_line() or f"{before} to {now}"
     if now != "pass" or base is None or check.budget_use is None or base.budget_use is None:
         return None
     rise = check.budget_use - base.budget_use

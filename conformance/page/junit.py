@@ -64,10 +64,13 @@ def _check(check: Check, case: Element, meta: Meta) -> Element:
     if check.verdict == "fail":
         again = check.again(meta)
         _add(
-            case, "failure", check.first_line, "\n".join(filter(None, (check.message, again and f"reproduce: {again}")))
+            case,
+            "failure",
+            check.first_line(),
+            "\n".join(filter(None, (check.message, again and f"reproduce: {again}"))),
         )
     elif check.verdict in ("skip", "xfail"):
-        _add(case, "skipped", check.first_line or "no reason given", "")
+        _add(case, "skipped", check.first_line() or "no reason given", "")
     return case
 
 

@@ -72,12 +72,10 @@ class Check:
     coverage: float | None = None
     missed: tuple[dict[str, str], ...] = ()
 
-    @property
     def name(self) -> str:
         """Operation, property and dtype."""
         return " / ".join((self.op, self.property, *((self.dtype,) if self.dtype else ())))
 
-    @property
     def first_line(self) -> str:
         """Of the message."""
         return (self.message or "").partition("\n")[0]
@@ -203,18 +201,24 @@ def read(path: Path) -> Results:
     meta, results = (found.get("meta"), found.get("results")) if isinstance(found, dict) else (None, None)
     if not isinstance(meta, dict) or not isinstance(results, list):
         raise FileError(f'{path}: got JSON without "meta" and "results"; {ALLOWED}')
-    where: Any = results[0] if results else meta
-    kind = next(
-        (k for k, keys in KINDS.items() if isinstance(where, dict) and keys[0 if results else 1] in where), None
-    )
+    kind = _kind(meta, results)
     if kind is None:
         raise FileError(f"{path}: got {'results of no known kind' if results else 'no results'}; {ALLOWED}")
     kept = KINDS[kind][2]
     try:
         rows = tuple(_made(kept, one, f"result {place}") for place, one in enumerate(results, 1))
         return Results(_text(path.name), kind, _made(Meta, meta, "meta"), **{LISTS[kept]: rows})
-    except (ValueError, OverflowError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: {_one_line(error)}; {ALLOWED}") from error
+
+
+def _kind(meta: dict[str, Any], results: list[Any]) -> Kind | None:
+    """The verb that wrote the file, by a field of its first result, or of meta if it has none."""
+    names: Any = meta if not results else results[0] if isinstance(results[0], dict) else ()
+    for kind, (of_result, of_meta, _) in KINDS.items():
+        if (of_result if results else of_meta) in names:
+            return kind
+    return None
 
 
 def _no_constant(name: str) -> None:

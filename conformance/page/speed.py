@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import ceil, log2
 
-from conformance.bench.table import Row
+from conformance.bench.table import Row, Spread
 from conformance.page.checks import bar
 from conformance.page.markup import Markup, breakable, table, tag
 from conformance.page.model import Results, percent
@@ -84,15 +84,15 @@ def _times(rows: Sequence[Row]) -> Markup:
     return table((*heads, "remarks"), shown, caption=caption, wide=True, class_="figures times")
 
 
-def _measured(row: Row, key: str, time: tuple[float, float, float] | float | None) -> Markup:
+def _measured(row: Row, key: str, time: Spread | float | None) -> Markup:
     """A time, its quantiles and its share of the roofline as number and bar."""
     if time is None:
         return tag("td", "-", class_="dim")
-    text = f"{time:.3f}" if isinstance(time, float) else f"{time[1]:.3f}"
-    spread = None if isinstance(time, float) else tag("small", f" [{time[0]:.3f} {time[2]:.3f}]")
+    low, middle, high = time if isinstance(time, tuple) else (None, time, None)
+    spread = tag("small", f" [{low:.3f} {high:.3f}]") if low is not None else None
     share = row.roofline.get(key)
     shown = (tag("br"), bar(share), f" {percent(share)}") if share is not None else ()
-    return tag("td", tag("b", text), spread, *shown)
+    return tag("td", tag("b", f"{middle:.3f}"), spread, *shown)
 
 
 def _plot(groups: Sequence[Sequence[Row]], names: Sequence[str]) -> Markup | None:
