@@ -154,13 +154,13 @@ def _missed(checks: Sequence[Check]) -> Markup | None:
     )
 
 
-def bar(fraction: float, label: str = "") -> Markup:
+def bar(fraction: float) -> Markup:
     """A bar of a fraction, beside which its number stands; past 1 it is full."""
     length = max(0.0, min(1.0, fraction)) * 80
     return tag(
         "svg",
         tag("rect", width=80, height=8, y=2, class_="rail"),
-        tag("rect", width=f"{length:.1f}", height=8, y=2, class_=f"bar {label}".strip()),
+        tag("rect", width=f"{length:.1f}", height=8, y=2, class_="bar"),
         viewBox="0 0 80 12",
         class_="bar",
         aria_hidden="true",

@@ -283,8 +283,8 @@ def _shown(found: Any) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """As "31 %", and empty without a fraction."""
-    return "" if fraction is None else f"{100 * fraction:.3g} %" if fraction < 10 else f"{fraction:.2g} times"
+    """As "31 %", from ten times on as "12x", and empty without a fraction."""
+    return "" if fraction is None else f"{100 * fraction:.3g} %" if fraction < 10 else f"{fraction:.2g}x"
 
 
 def in_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
@@ -304,9 +304,10 @@ def properties_of(checks: Iterable[Check]) -> list[str]:
 
 
 def failures(checks: Sequence[Check]) -> dict[tuple[str, str], list[Check]]:
-    """The checks that failed, by operation and property."""
+    """The checks that failed, by operation and property, each in the order of dtypes."""
     found: dict[tuple[str, str], list[Check]] = {}
-    for check in checks:
-        if check.verdict == "fail":
-            found.setdefault((check.op, check.property), []).append(check)
+    dtypes, properties = dtypes_of(checks), properties_of(checks)
+    failed = [check for check in checks if check.verdict == "fail"]
+    for check in sorted(failed, key=lambda c: (c.op, properties.index(c.property), [c.dtype != d for d in dtypes])):
+        found.setdefault((check.op, check.property), []).append(check)
     return found
