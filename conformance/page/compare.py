@@ -43,21 +43,22 @@ class Change:
         return " / ".join(filter(None, (self.subject, ", ".join(self.dtypes))))
 
 
-def changes(results: Sequence[Results], base: Sequence[Results]) -> list[Change]:
-    """The changes of the results against those of the base, in the order of WORDS.
+def changes(results: Sequence[Results], base: Sequence[Results] | None) -> list[Change]:
+    """The changes of the results against those of the base, and those that a gate found, in the order of WORDS.
 
     A file is compared with that of the base that has its kind, backend, device and most of its operations.
     """
-    found: list[Change] = []
+    found = [change for one in results for change in _gated(one)]
+    theirs = [one for one in base or () if one.kind != "gate"]
     compared: list[Results] = []
-    for one in results:
-        other = max((b for b in base if _shared(b, one)), key=lambda b: _shared(b, one), default=None)
+    for one in (one for one in results if base is not None and one.kind != "gate"):
+        other = max((b for b in theirs if _shared(b, one)), key=lambda b: _shared(b, one), default=None)
         if other is None:
             found.append(Change("new", one.title, f"{one.summary}; the base has no such file"))
         else:
             compared.append(other)
             found += [*_checks(one, other), *_rows(one, other), *_mutants(one, other)]
-    found += [Change("skipped", one.title, "only the base has such a file") for one in base if one not in compared]
+    found += [Change("skipped", one.title, "only the base has such a file") for one in theirs if one not in compared]
     return sorted(_together(found), key=lambda change: WORDS.index(change.word))
 
 
@@ -73,6 +74,22 @@ def _shared(one: Results, other: Results) -> int:
     """How many operations two files of the same kind, backend and device share; 0 if they are not of the same."""
     same = (one.kind, one.meta.backend, one.meta.device) == (other.kind, other.meta.backend, other.meta.device)
     return len(one.ops & other.ops) if same else 0
+
+
+def _gated(results: Results) -> Iterable[Change]:
+    """What a gate says about its own two sides."""
+    words: dict[str | None, Word] = {"improved": "improved", "FASTER": "improved", "UNSURE": "unsure", "new": "new"}
+    said: set[str] = set()
+    for one in results.compared:
+        said.update(one.regressions)
+        for sentence in one.regressions:
+            yield Change("regressed", one.name(), sentence.removeprefix(f"{one.name()}: "))
+        word = "skipped" if one.verdict == "lost" or one.no_speed else words.get(one.verdict)
+        if word and not one.regressions:
+            yield Change(word, one.name(), one.ratios() or one.no_speed or str(one.verdict))
+    for sentence in results.meta.regressions:
+        if sentence not in said:
+            yield Change("regressed", results.title, sentence)
 
 
 def _pairs(ours: Iterable[T], theirs: Iterable[T], key: Callable[[T], Hashable]) -> list[tuple[T | None, T | None]]:

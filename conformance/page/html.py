@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.page import checks, mutants, speed
+from conformance.page import checks, gate, mutants, speed
 from conformance.page.compare import WORDS, changes
 from conformance.page.markup import Markup, table, tag
 from conformance.page.model import Results
@@ -36,7 +36,7 @@ def page(files: Sequence[Results], base: Sequence[Results] | None = None) -> str
         _summary(parts),
     )
     sections = [tag("section", tag("h2", file.title), *_part(file), id=name) for name, file in parts]
-    main = tag("main", top, _changes(files, base) if base is not None else None, *sections)
+    main = tag("main", top, _changes(files, base), *sections)
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
 
 
@@ -56,13 +56,17 @@ def _summary(parts: Sequence[tuple[str, Results]]) -> Markup:
 def _part(file: Results) -> list[Markup]:
     if file.kind == "bench":
         return speed.part(file)
+    if file.kind == "gate":
+        return gate.part(file)
     if file.kind == "mutate":
         return mutants.part(file)
     return checks.part(file)
 
 
-def _changes(files: Sequence[Results], base: Sequence[Results]) -> Markup:
+def _changes(files: Sequence[Results], base: Sequence[Results] | None) -> Markup | None:
     found = changes(files, base)
+    if base is None and not any(file.kind == "gate" for file in files):
+        return None
     rows = [(f"{SIGNS[change.word]} {change.word}", change.name, change.text) for change in found]
     counts = ", ".join(f"{sum(change.word == word for change in found)} {word}" for word in WORDS)
     shown = table(("", "what", "how"), rows, caption="Changes against the base", wide=True) if rows else None

@@ -36,7 +36,7 @@ def junit(files: Sequence[Results]) -> str:
 
 def _cases(file: Results) -> Iterable[tuple[str, Element]]:
     """Each test case with its operation."""
-    backend = file.meta.backend or "bench"
+    backend = file.meta.backend or file.kind
     for check in file.checks:
         name = f"{check.property}[{check.dtype}]" if check.dtype else check.property
         yield check.op, _check(check, _case(backend, check.op, name), file.meta)
@@ -54,6 +54,13 @@ def _cases(file: Results) -> Iterable[tuple[str, Element]]:
         elif mutant.verdict in ("same bits", "equivalent"):
             _add(case, "skipped", mutant.reason or mutant.verdict, "")
         yield mutant.op, case
+    for one in file.compared:
+        case = _case(backend, one.op, f"{one.kind}: {one.name()}")
+        if one.regressions:
+            _add(case, "failure", one.regressions[0], "\n".join(one.regressions))
+        elif one.no_speed:
+            _add(case, "skipped", one.no_speed, "")
+        yield one.op, case
 
 
 def _case(backend: str, op: str, name: str) -> Element:

@@ -32,8 +32,8 @@ def comment(files: Sequence[Results], base: Sequence[Results] | None = None) -> 
     """The comment, below GitHub's limit; what has no room is counted."""
     failed = sum(file.failed for file in files)
     text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
-    found = changes(files, base) if base is not None else []
-    if base is not None:
+    found = changes(files, base)
+    if base is not None or any(file.kind == "gate" for file in files):
         counts = [(word, sum(change.word == word for change in found)) for word in WORDS]
         text += "\n\nAgainst the base: " + ", ".join(f"{count} {word}" for word, count in counts) + "."
     sections = [section for section in _sections(files, found) if section.items]
@@ -49,6 +49,7 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
     bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
     head = "| operation, shape, backend | call ms | device ms | roofline | budget use |\n|---|---|---|---|---|"
+    notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
     results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
     return [
@@ -58,6 +59,7 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
         Section("Times that mean nothing", bad),
         Section("Mutants that survived", missed),
         *(Section(word.capitalize(), by_word[word], folded=word != "improved") for word in WORDS[1:]),
+        Section("Notes", notes, folded=True),
         Section("Speed", _speed(files), head, folded=True),
         Section("Measured with", stacks, folded=True),
     ]

@@ -1,29 +1,19 @@
-"""What is in the files of results? Reads those of run, coverage, bench and mutate, and checks every field."""
+"""What is in the files of results? Those of run, coverage, bench, mutate and gate, as the formats need them."""
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
-import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
 from conformance.bench.table import Row
 from conformance.properties import PROPERTIES
 from conformance.report import repro
 from conformance.search import DTYPES
 
-T = TypeVar("T")
-Kind = Literal["run", "coverage", "bench", "mutate"]
-FORBIDDEN = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")  # in XML 1.0, and useless in HTML
-
-
-class FileError(Exception):
-    """A file that cannot be shown; the message names it, what was seen and what is allowed."""
+Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +25,8 @@ class Meta:
         source: the options of the command line that name an operation of your own.
         absent: peers that are not installed, and why.
         kill_rate: the killed part of the mutants that are not equivalent.
+        base, head: the revisions of a gate.
+        regressions, notes: the sentences of a gate: what fails, and what a reader should know.
     """
 
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -51,6 +43,10 @@ class Meta:
     matmul_flops_per_second: float | None = None
     absent: dict[str, str] = field(default_factory=dict)
     kill_rate: float | None = None
+    base: str | None = None
+    head: str | None = None
+    regressions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,56 @@ class Mutant:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A time of the head divided by that of the base, and its interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def shown(self) -> str:
+        """In three digits."""
+        return f"{self.ratio:.3f} [{self.low:.3f} {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a gate found out about one check, kernel or shape.
+
+    Attributes:
+        kind: "property", "fingerprint" or "time".
+        verdict: such as "same", "regressed", "lost" or "FASTER"; None where there is no speed.
+        regressions: sentences.
+        times: by kind of time.
+        no_speed: why there is none.
+    """
+
+    op: str
+    kind: str
+    verdict: str | None
+    regressions: tuple[str, ...]
+    property: str | None = None
+    shape: str | None = None
+    dtype: str | None = None
+    kernel: str | None = None
+    target: str | None = None
+    index: int | None = None
+    times: dict[str, Ratio] = field(default_factory=dict)
+    no_speed: str | None = None
+
+    def name(self) -> str:
+        """As it begins the sentences."""
+        parts = (self.op, self.property, self.shape, self.dtype, self.kernel, self.target, self.index)
+        return " / ".join(str(part) for part in parts if part is not None)
+
+    def ratios(self) -> str:
+        """All times in one line."""
+        return ", ".join(f"{kind} {one.shown()}" for kind, one in self.times.items())
+
+
+@dataclass(frozen=True)
 class Results:
-    """A file of results: those of one kind, the other two empty."""
+    """A file of results: those of one kind, the others empty."""
 
     name: str
     kind: Kind
@@ -125,18 +169,19 @@ class Results:
     checks: tuple[Check, ...] = ()
     rows: tuple[Row, ...] = ()
     mutants: tuple[Mutant, ...] = ()
+    compared: tuple[Compared, ...] = ()
 
     @property
     def title(self) -> str:
         """What was done to which backend, and where."""
-        what = {"run": "Run of", "coverage": "Coverage of", "mutate": "Mutants of", "bench": "Speed"}[self.kind]
+        begins = {"run": "Run of", "coverage": "Coverage of", "mutate": "Mutants of", "bench": "Speed", "gate": "Gate"}
         where = self.meta.gpu or self.meta.device
-        return " ".join(filter(None, (what, self.meta.backend, f"on {where}" if where else "")))
+        return " ".join(filter(None, (begins[self.kind], self.meta.backend, f"on {where}" if where else "")))
 
     @property
     def ops(self) -> set[str]:
         """The operations and training pieces."""
-        return {one.op for one in (*self.checks, *self.rows, *self.mutants)}
+        return {one.op for one in (*self.checks, *self.rows, *self.mutants, *self.compared)}
 
     @property
     def ran(self) -> list[Check]:
@@ -145,9 +190,11 @@ class Results:
 
     @property
     def failed(self) -> int:
-        """How many checks failed, times mean nothing, mutants survived."""
+        """How many checks failed, times mean nothing, mutants survived, things regressed."""
         checks = sum(check.verdict == "fail" for check in self.checks)
-        return checks + sum(row.failed for row in self.rows) + sum(one.survives for one in self.mutants)
+        return (
+            checks + sum(row.failed for row in self.rows) + sum(one.survives for one in self.mutants) + self.regressed
+        )
 
     @property
     def stack(self) -> str:
@@ -156,9 +203,21 @@ class Results:
         words = [f"{what} {version}" for what, version in meta.versions.items() if version]
         clock = f"{meta.sm_clock_mhz:.0f} MHz" if meta.sm_clock_mhz else None
         commit = meta.commit and meta.commit[:12]
-        others = {"driver": meta.driver, "SM clock": clock, "profile": meta.profile, "commit": commit}
+        others = {
+            "base": meta.base and meta.base[:12],
+            "head": meta.head and meta.head[:12],
+            "driver": meta.driver,
+            "SM clock": clock,
+            "profile": meta.profile,
+            "commit": commit,
+        }
         words += [f"{what} {value}" for what, value in others.items() if value]
         return ", ".join(words)
+
+    @property
+    def regressed(self) -> int:
+        """How many regressions a gate found."""
+        return len(self.meta.regressions)
 
     @property
     def summary(self) -> str:
@@ -167,6 +226,9 @@ class Results:
             timed = [row for row in self.rows if row.full is not None]
             wrong = sum(row.red is not None for row in timed)
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
+        if self.kind == "gate":
+            words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())
+            return ", ".join([f"{self.regressed} regressions", *(f"{n} {word}" for word, n in sorted(words.items()))])
         if self.kind == "mutate":
             judged = [one for one in self.mutants if one.verdict not in ("same bits", "equivalent")]
             return f"{len(judged) - self.failed} of {len(judged)} mutants killed ({percent(self.meta.kill_rate)})"
@@ -174,112 +236,6 @@ class Results:
         known = sum(check.verdict == "xfail" for check in self.checks)
         ends = [f"{skipped} skipped"] * bool(skipped) + [f"{known} known deviations"] * bool(known)
         return ", ".join([f"{self.failed} of {ran} checks failed", *ends])
-
-
-KINDS: dict[Kind, tuple[str, str, type]] = {  # the field of a result and the field of meta that only this kind has
-    "mutate": ("mutant", "kill_rate", Mutant),
-    "bench": ("shape", "copy_bytes_per_second", Row),
-    "coverage": ("missed", "missed", Check),
-    "run": ("property", "not_defined", Check),
-}
-ALLOWED = f"allowed: a file that --json of {', '.join(sorted(KINDS))} wrote"
-LISTS = {Check: "checks", Row: "rows", Mutant: "mutants"}
-
-
-def read(path: Path) -> Results:
-    """The results of a file.
-
-    Raises:
-        FileError: it cannot be read, or is no file of results.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise FileError(f"{path}: it cannot be read: {error.strerror}; {ALLOWED}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: got no JSON ({_one_line(error)}); {ALLOWED}") from error
-    meta, results = (found.get("meta"), found.get("results")) if isinstance(found, dict) else (None, None)
-    if not isinstance(meta, dict) or not isinstance(results, list):
-        raise FileError(f'{path}: got JSON without "meta" and "results"; {ALLOWED}')
-    kind = _kind(meta, results)
-    if kind is None:
-        raise FileError(f"{path}: got {'results of no known kind' if results else 'no results'}; {ALLOWED}")
-    kept = KINDS[kind][2]
-    try:
-        rows = tuple(_made(kept, one, f"result {place}") for place, one in enumerate(results, 1))
-        return Results(_text(path.name), kind, _made(Meta, meta, "meta"), **{LISTS[kept]: rows})
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: {_one_line(error)}; {ALLOWED}") from error
-
-
-def _kind(meta: dict[str, Any], results: list[Any]) -> Kind | None:
-    """The verb that wrote the file, by a field of its first result, or of meta if it has none."""
-    names: Any = meta if not results else results[0] if isinstance(results[0], dict) else ()
-    for kind, (of_result, of_meta, _) in KINDS.items():
-        if (of_result if results else of_meta) in names:
-            return kind
-    return None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _text(text: str) -> str:
-    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def _made(cls: type[T], found: Any, where: str) -> T:
-    """An object of the dataclass from JSON; keys that it does not have are of a later version and left out."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: got {_shown(found)}, no object")
-    hints, values = get_type_hints(cls), {}
-    for one in fields(cls):  # type: ignore[arg-type]
-        if one.name in found:
-            values[one.name] = _value(hints[one.name], found[one.name], f"{where}, {one.name}")
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise ValueError(f'{where}: got no "{one.name}"')
-    return cls(**values)
-
-
-def _value(hint: Any, found: Any, where: str) -> Any:
-    """The value if JSON's is of the hinted type, tuples from lists; raises ValueError."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is UnionType or (origin is not None and NoneType in inner):
-        if found is None:
-            return None
-        (hint,) = (one for one in inner if one is not NoneType)
-        return _value(hint, found, where)
-    if origin is tuple and isinstance(found, list):
-        hints: Iterable[Any] = inner[:1] * len(found) if Ellipsis in inner else inner
-        if Ellipsis in inner or len(inner) == len(found):
-            return tuple(_value(one, value, where) for one, value in zip(hints, found, strict=True))
-    if origin is dict and isinstance(found, dict):
-        return {_text(key): _value(inner[1], value, where) for key, value in found.items()}
-    if origin is Literal and found in inner:
-        return found
-    if hint is float and isinstance(found, (int, float)) and not isinstance(found, bool):
-        return _finite(found, where)
-    if isinstance(hint, type) and origin is None and type(found) is hint:
-        return _text(found) if isinstance(found, str) else found
-    raise ValueError(f"{where}: got {_shown(found)}")
-
-
-def _finite(found: float, where: str) -> float:
-    if abs(found) > sys.float_info.max:
-        raise ValueError(
-            f"{where}: got {found:.5g}" if isinstance(found, float) else f"{where}: got a number too large"
-        )
-    return float(found)
-
-
-def _shown(found: Any) -> str:
-    text = json.dumps(found)
-    return text if len(text) < 60 else f"{text[:56]} ..."
 
 
 def percent(fraction: float | None) -> str:

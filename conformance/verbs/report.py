@@ -8,7 +8,8 @@ from conformance import results_file
 from conformance.page.html import page
 from conformance.page.junit import junit
 from conformance.page.markdown import comment
-from conformance.page.model import FileError, Results, read
+from conformance.page.model import Results
+from conformance.page.reading import FileError, read
 from conformance.verbs._shared import UsageError, Verbs, demand_writable
 
 FORMATS: dict[str, Callable[[Sequence[Results], Sequence[Results] | None], str]] = {

@@ -64,6 +64,41 @@ def coverage_file(path: Path) -> Path:
     return path
 
 
+SLOWER = "rope / 4x64 / bfloat16: device_full: SLOWER: 1.101 [1.080 1.120] times the base's; allowed: 1.020"
+LOST = "swiglu: is lost: it was defined before"
+FASTER = {"device_full": {"verdict": "FASTER", "ratio": 0.9, "low": 0.88, "high": 0.92, "margin": 0.02, "rounds": 9}}
+
+
+def gate_file(path: Path) -> Path:
+    """Two regressions of rows and one that no row has; a shape of each verdict."""
+    time = {"kind": "time", "op": "rope", "dtype": "bfloat16", "regressions": [], "base": {}, "head": {}}
+    time |= {"times": {}, "no_speed": None}
+    slower = {"device_full": FASTER["device_full"] | {"verdict": "SLOWER", "ratio": 1.101, "low": 1.08, "high": 1.12}}
+    rows = [
+        {"kind": "property", "op": "swiglu", "property": None, "verdict": "lost", "regressions": [LOST]},
+        {
+            "kind": "property",
+            "op": "rope",
+            "property": "value",
+            "dtype": "float32",
+            "verdict": "new",
+            "regressions": [],
+        },
+        time | {"shape": "4x64", "verdict": "SLOWER", "regressions": [SLOWER], "times": slower},
+        time | {"shape": "8x64", "verdict": "FASTER", "times": FASTER},
+        time | {"shape": "2x64", "verdict": None, "no_speed": "the head: gate G1"},
+        time | {"shape": "1x64", "verdict": "SAME", "times": {"full": FASTER["device_full"] | {"ratio": 1.0}}},
+    ]
+    meta = {
+        "versions": {"torch": "2.11"},
+        "base": "0123456789abcdef",
+        "head": "fedcba9876543210",
+        "notes": ["one host"],
+    }
+    results_file.write(path, meta | {"regressions": [LOST, SLOWER, "the yardstick moved"]}, rows)
+    return path
+
+
 def shown(output: Path, *arguments: Path | str) -> str:
     assert main(["report", *map(str, arguments), "-o", str(output)]) == 0
     return output.read_text(encoding="utf-8")

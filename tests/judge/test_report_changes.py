@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from conformance.page import compare
-from conformance.page.model import read
+from conformance.page.reading import read
 from conformance.search import Result
-from tests.judge.shown import RESULTS, bench_file, mutate_file, run_file, shown
+from tests.judge.shown import RESULTS, SLOWER, bench_file, gate_file, mutate_file, run_file, shown
 from tests.judge.test_bench_shown import ROWS
 
 
@@ -103,6 +103,21 @@ def test_mutants_are_the_same_on_other_lines(tmp_path: Path) -> None:
         ("regressed", "survived, was killed"),
         ("improved", "killed, was survived"),
     ]
+
+
+def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
+    gate = read(gate_file(tmp_path / "gate.json"))
+    assert [(change.word, change.name, change.text) for change in compare.changes([gate], None)] == [
+        ("regressed", "swiglu", "is lost: it was defined before"),
+        ("regressed", "rope / 4x64 / bfloat16", SLOWER.partition("bfloat16: ")[2]),
+        ("regressed", "Gate", "the yardstick moved"),
+        ("skipped", "rope / 2x64 / bfloat16", "the head: gate G1"),
+        ("new", "rope / value / float32", "new"),
+        ("improved", "rope / 8x64 / bfloat16", "device_full 0.900 [0.880 0.920]"),
+    ]
+    text = shown(tmp_path / "out.md", tmp_path / "gate.json")
+    assert "| `Gate` | 3 regressions, 1 FASTER, 1 SAME, 1 SLOWER |" in text
+    assert "Against the base: 3 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
 
 
 def test_the_comment(tmp_path: Path) -> None:

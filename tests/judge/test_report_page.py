@@ -16,7 +16,17 @@ from conformance.bench.table import Row
 from conformance.cli import main
 from conformance.operations import Source
 from conformance.search import Result
-from tests.judge.shown import MESSAGE, RESULTS, Parsed, bench_file, coverage_file, mutate_file, run_file, shown
+from tests.judge.shown import (
+    MESSAGE,
+    RESULTS,
+    Parsed,
+    bench_file,
+    coverage_file,
+    gate_file,
+    mutate_file,
+    run_file,
+    shown,
+)
 from tests.judge.test_bench_shown import ROWS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -27,7 +37,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'> & @s
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """One of each kind, as the verbs write them."""
-    made = (run_file, bench_file, mutate_file, coverage_file)
+    made = (run_file, bench_file, mutate_file, coverage_file, gate_file)
     return [make(tmp_path / f"{make.__name__}.json") for make in made]
 
 
@@ -53,7 +63,13 @@ def test_the_page_shows_every_kind(tmp_path: Path, files: list[Path]) -> None:
     assert reference == ["reference ", "not timed: gate G2 used 3"]
     assert ["compare", "·", "·", "✗ 1", "·", "·", "·"] in page.tables["Mutants by kind of fault"]
     assert ["kernel: SMOOTHING=True, SEGMENTS=4", "tokens=3 seed=0"] in page.tables["Not run"]
-    for text in (MESSAGE, "+b <= c", "cut-cross-entropy is not installed", "Kill rate 50 %"):
+    times = page.tables["Times of the head divided by those of the base, with their intervals"]
+    assert times[:2] == [
+        ["shape", "verdict", "device_full", "full"],
+        ["rope / 4x64 / bfloat16", "SLOWER", "1.101 [1.080 1.120]", "-"],
+    ]
+    assert ["✗ regressed", "swiglu", "is lost: it was defined before"] in page.tables["Changes against the base"]
+    for text in (MESSAGE, "Note: one host", "+b <= c", "cut-cross-entropy is not installed", "Kill rate 50 %"):
         assert text in page.words
 
 
@@ -107,7 +123,7 @@ def test_the_command_is_the_one_that_the_run_prints(tmp_path: Path, suffix: str)
 
 def test_junit(tmp_path: Path, files: list[Path]) -> None:
     root = ElementTree.fromstring(shown(tmp_path / "out.xml", *files).encode())
-    assert (root.tag, root.get("tests"), root.get("failures")) == ("testsuites", "13", "3")
+    assert (root.tag, root.get("tests"), root.get("failures")) == ("testsuites", "19", "5")
     rope = root[0]
     assert dict(rope.attrib) == {
         "name": "Run of mine.kernels on cpu: rope", "tests": "4", "failures": "1", "errors": "0", "skipped": "2",
@@ -157,7 +173,7 @@ def test_files_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.count("\n") == 1
     assert printed.startswith(f"conformance: report: {file}: ")
     assert seen in printed
-    assert "allowed: a file that --json of bench, coverage, mutate, run wrote" in printed
+    assert "allowed: a file that --json of bench, coverage, gate, mutate, run wrote" in printed
     assert not (tmp_path / "out.html").exists()
 
 
