@@ -1,12 +1,14 @@
 """The output of the bench: its table, its JSON, absent peers, pytest-benchmark."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from conformance import backends, cli
 from conformance.bench import conftest, exchange
 from conformance.bench.playback import PlaybackTimer
+from conformance.bench.plot import lacking, plot
 from conformance.bench.sampler import Times
 from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
 from conformance.peers import Absent, import_kernels
@@ -57,6 +60,28 @@ def test_the_table() -> None:
         assert fast[start - 1] == " " != fast[start]
         start += width
     assert max(map(len, (head, fast))) < 170
+
+
+def test_the_plot(tmp_path: Path) -> None:
+    """A panel per shape; times, shares of the roofline, and what was wrong."""
+    matplotlib = pytest.importorskip("matplotlib")
+    file = tmp_path / "bench.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts, not outlines
+        plot(file, [*ROWS, replace(FAST, shape="large 8x64", full=(1.0, 2.0, 3.0), roofline={})], "Fake card")
+    texts = {
+        " ".join(element.itertext()).strip()
+        for element in ElementTree.parse(file).iter()
+        if element.tag.endswith("}text")
+    }
+    assert {"swiglu small 4x64 bfloat16", "swiglu large 8x64 bfloat16", "fast", "liger", "reference"} <= texts
+    assert {"0.500, 55 %", "0.500, 55 %  wrong", "not timed: gate G2 used 3", "2.000"} <= texts
+    assert os.listdir(tmp_path) == ["bench.svg"]
+
+
+def test_a_plot_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lacking(Path("bench.gif")) == "got bench.gif; allowed: a name that ends in .png, .svg, .pdf"
+    monkeypatch.setattr("conformance.bench.plot.find_spec", lambda name: None)
+    assert "matplotlib is not installed" in str(lacking(Path("bench.png")))
 
 
 def test_the_heading_shows_the_card_and_its_rates() -> None:
@@ -136,7 +161,6 @@ def test_stored_times_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
 STORED = """
 import pytest
 from conformance.bench.playback import PlaybackTimer
-from conformance.bench.sampler import Times
 from conformance.bench.sampler import Times
 
 TIMER = PlaybackTimer()
