@@ -89,6 +89,11 @@ class Bench:
     dtype: str
     source: Source = PROJECT
 
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """The specs of the operations that can be timed."""
+        return operations.specs(self.source) if self.source else specs()
+
     def shapes(self, ops: Sequence[str]) -> Iterator[list[Row]]:
         """Measure every shape of these operations; yields one list of rows per shape."""
         for op in ops:
@@ -106,7 +111,7 @@ class Bench:
 
     def prepare(self, op: str, shape: str) -> Prepared:
         """Judge every backend on the inputs of one shape, and make it ready to be timed."""
-        card, spec = self.card, (operations.specs(self.source) if self.source else specs())[op]
+        card, spec = self.card, self.specs[op]
         case = bench_case(spec, shape)
         spec = replace(spec, grads=spec.speed.shapes[shape].get("grads", spec.grads))
         judged = {name: backends.load(name, card.device, self.source) for name in self.names}

@@ -170,7 +170,8 @@ class Pool:
         }
 
     def _differences(self, kind: str) -> list[float]:
-        return [median(logs.noise) for (_, other), logs in self._logs.items() if group(other) == group(kind)]
+        same = [logs.noise for (_, other), logs in self._logs.items() if group(other) == group(kind)]
+        return [median(noise) for noise in same if len(noise) >= LOOKS[0]]
 
 
 def group(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Verdicts about speed, on simulated cards: heavy-tailed noise, a clock that drifts and steps, processes that differ."""
+"""Verdicts about speed on simulated cards: heavy tails, a clock that drifts and steps, processes that differ."""
 
 import math
 import random
