@@ -103,7 +103,7 @@ def _bound(
 class Server:
     """Answers commands; the first is "start"."""
 
-    def __init__(self, card: Callable[[], Card] = Card) -> None:
+    def __init__(self, card: Callable[[], Card]) -> None:
         self._card = card
         self._bench: Bench | None = None
         self._job: Job | None = None
@@ -139,12 +139,12 @@ class Server:
         return self._job.ready()
 
 
-def main() -> None:
+def main(card: Callable[[], Card] = Card) -> None:
     """Serve on stdin and stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    server = Server()
+    server = Server(card)
     with static_shapes():
         for line in sys.stdin:
             answers.write(json.dumps(server.answer(**json.loads(line)), allow_nan=False) + "\n")

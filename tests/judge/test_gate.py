@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from conformance.cli import main
 from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
@@ -63,14 +65,24 @@ def demand_untouched(toy: Path) -> None:
     assert len(git(toy, "worktree", "list").splitlines()) == 1
 
 
+ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "judge" / "action.yml").read_text())
+
+
 @here
-def test_a_wrong_kernel_and_a_lost_operation_fail(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["gate", "--base", "HEAD~1", "--head", "HEAD", "layer_norm", "swiglu", "--backend", "toy_kernels"]
-    words += ["--dtype", "float32", "--property", "one_at_a_time", "--profile", "dev", "--jobs", "1"]
-    path = toy.parent / "gate.json"
-    assert main([*words, "--json", str(path)]) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("gate: ")
+def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> None:
+    """The step of the action, in the toy repository: the base is right, the head is not, neither are the files."""
+    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "gate")
+    path, summary = toy.parent / "gate.json", toy.parent / "summary.md"
+    values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
+    values |= {"backend": "toy_kernels", "base": "HEAD~1", "operations": "layer_norm swiglu", "profile": "dev"}
+    values |= {"arguments": "--head HEAD --dtype float32 --property one_at_a_time --jobs 1", "json": str(path)}
+    environment = {name: values[re.fullmatch(r"\${{ inputs\.(\w+) }}", text)[1]] for name, text in step["env"].items()}
+    path_of_programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | environment | {"GITHUB_STEP_SUMMARY": str(summary), "PATH": path_of_programs}
+    done = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert summary.read_text() == f"```text\n{done.stdout}```\n"
+    printed = done.stdout.splitlines()
     lost, failed = (line for line in printed if line.startswith("FAIL"))
     assert lost == "FAIL swiglu: is lost: it was defined before"
     assert failed.startswith("FAIL layer_norm / one_at_a_time / float32: passed before, and fails now: gate G1")
@@ -187,3 +199,18 @@ def test_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(RevisionError, match="is in no git repository"), checkouts("HEAD", None):
         pass
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The rows of a table of docs/gate.md."""
+    after = (ROOT / "docs" / "gate.md").read_text().partition(f"| {heading} |")[2]
+    lines = after.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_documents_name_every_option_and_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gate", "--help"])
+    options = set(re.findall(r"(?<![\w-])--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert {word for row in rows("option of `gate`") for word in re.findall(r"--[a-z-]+", row[0])} == options
+    assert [row[0].strip("`") for row in rows("input of the action")] == list(ACTION["inputs"])

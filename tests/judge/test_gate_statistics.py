@@ -2,8 +2,10 @@
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,31 @@ def gates(count: int, slowdown: float, kinds: tuple[str, ...] = KINDS) -> Iterat
 
 def shares(count: int, slowdown: float) -> Counter[Verdict]:
     return Counter(overall(found.values()) for found in gates(count, slowdown))
+
+
+def documented() -> Iterator[tuple[float, dict[Verdict, float]]]:
+    """The table of docs/gate.md: a slowdown and the share of each verdict."""
+    for line in (Path(__file__).parents[2] / "docs" / "gate.md").read_text().splitlines():
+        if row := re.match(r"\| (the base again|(\d) % (slower|faster)) \| \d+ \|(.*)\|", line):
+            slowdown = int(row[2] or 0) / 100 * (-1 if row[3] == "faster" else 1)
+            yield (
+                slowdown,
+                {one: int(cell.split()[0]) / 100 for one, cell in zip(ORDER, row[4].split("|"), strict=False)},
+            )
+
+
+ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
+
+
+def test_the_documents_give_the_shares_that_are_simulated() -> None:
+    """Within four standard deviations of a share of 60 gates, and half a percent of rounding."""
+    table = list(documented())
+    assert [slowdown for slowdown, _ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
+    for slowdown, expected in table:
+        found = shares(60, slowdown)
+        for one, share in expected.items():
+            spread = 4 * math.sqrt(max(share * (1 - share), 0.01) / 60) + 0.005
+            assert abs(found[one] / 60 - share) <= spread, (slowdown, one)
 
 
 def test_base_against_base_is_neither_faster_nor_slower() -> None:

@@ -1,8 +1,10 @@
 """What the gate calls worse, in one sentence each, and that only what is right has a speed: on a fake card."""
 
+import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from conformance import backends
 from conformance.bench.card import Rates
-from conformance.gate import job, verdict
+from conformance.gate import job, side, verdict
 from conformance.gate.job import Report, Request, compare_times
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.side import Server
 from conformance.gate.sides import Checkout, Unavailable
 from conformance.gate.statistics import SIDES
+from conformance.operations import PROJECT
 from conformance.spec import Spec
 from conformance.specs import specs
 from conformance.verbs.gate import text
@@ -218,9 +221,50 @@ def test_a_wrong_base_gives_no_ratio(timed: Callable[..., Report]) -> None:
     assert (report.rows[0]["verdict"], report.rows[0]["times"], report.regressions) == (None, {}, [])
 
 
+@pytest.fixture
+def standard_output() -> Iterator[None]:
+    """Restores what file descriptor 1 is."""
+    saved = os.dup(1)
+    yield
+    os.dup2(saved, 1)
+    os.close(saved)
+
+
+@pytest.mark.usefixtures("standard_output")
+def test_a_process_answers_line_by_line(
+    timed: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a backend prints does not get between the answers."""
+
+    def talkative(gate: Tensor, up: Tensor) -> Tensor:
+        os.write(1, b"hello\n")
+        return right(gate, up)
+
+    judged = backends.Judged("mine", {"swiglu": talkative}, "mine")
+    monkeypatch.setattr(backends, "load", lambda *_: judged)
+    commands: list[dict[str, Any]] = [
+        {"do": "start", "backend": "mine", "source": asdict(PROJECT)},
+        {"do": "shapes", "op": "swiglu"},
+        {"do": "shapes", "op": "rope"},
+        {"do": "prepare", "op": "swiglu", "shape": "small", "dtype": "float32"},
+        {"do": "sample", "kind": "full", "count": 20},
+        {"do": "finish"},
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, commands))))
+    side.main(lambda: Card(2.0))  # type: ignore[arg-type, return-value]
+    printed = capfd.readouterr()
+    start, shapes, none, ready, sample, finish = map(json.loads, printed.out.splitlines())
+    assert start["meta"]["gpu"] == "Fake card"
+    assert (shapes, none) == ({"shapes": ["small"]}, {"shapes": []})
+    assert (sorted(ready["kinds"]), ready["red"]) == (["device_forward", "device_full", "forward", "full"], None)
+    assert len(sample["milliseconds"]) == 20
+    assert finish["row"]["full"][1] == pytest.approx(2.0, rel=0.01)
+    assert "hello" in printed.err
+
+
 def test_a_side_takes_commands_in_order() -> None:
     with pytest.raises(ValueError, match="do: got 'sample'; allowed: start"):
-        Server().answer("sample", kind="full", count=1)
+        side.Server(side.Card).answer("sample", kind="full", count=1)
 
 
 HERE = Path.cwd()
