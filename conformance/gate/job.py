@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from conformance.operations import PROJECT, Source
 SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
 TIMED_DTYPE = "bfloat16"
 
+Job = tuple[str, str, str]  # operation, shape and dtype
 Found = tuple[dict[str, Any], list[dict[str, Any]]]  # meta and results, as in a file of the judge
 
 
@@ -139,14 +140,18 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         wrong = {(one["op"], one["dtype"]) for one in (*old, *new) if one["verdict"] == "fail"}
         report.notes += [f"{op} / {dtype}: no speed: a check fails" for op, dtype in sorted(wrong, key=str)]
     if request.device == "cuda" and request.minutes > 0 and pairs:
-        checkouts = {"base": base, "again": base, "head": head}
-        with ExitStack() as stack:
-            try:
-                sides = {name: stack.enter_context(closing(Side(checkouts[name]))) for name in SIDES}
-                compare_times(sides, request, sorted(pairs), report)
-            except Unavailable as why:
-                (report.sentences if why.side == "head" else report.notes).append(str(why))
+        try:
+            compare_times(lambda: _processes(base, head), request, sorted(pairs), report)
+        except Unavailable as why:
+            (report.sentences if why.side == "head" else report.notes).append(str(why))
     return report
+
+
+@contextmanager
+def _processes(base: Checkout, head: Checkout) -> Iterator[Mapping[str, Asked]]:
+    checkouts = {"base": base, "again": base, "head": head}
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(closing(Side(checkouts[name]))) for name in SIDES}
 
 
 def against_ledger(head: Checkout, request: Request, ledger: Ledger) -> Report:
@@ -197,16 +202,16 @@ def _compiling(request: Request, judged: Iterable[Mapping[str, Any]], dtype: str
 
 
 def compare_times(
-    sides: Mapping[str, Asked],
+    start: Callable[[], AbstractContextManager[Mapping[str, Asked]]],
     request: Request,
     pairs: Sequence[tuple[str, str]],
     report: Report,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Time what is right on both sides, shape by shape.
+    """Time what is right on both sides, shape by shape; then what changed again, in new processes.
 
     Args:
-        sides: by the names in SIDES; started, and told nothing yet.
+        start: starts the processes, by the names in SIDES.
         request: of which backend.
         pairs: operation and dtype.
         report: gets a row per shape.
@@ -215,36 +220,58 @@ def compare_times(
     Raises:
         Unavailable: a process ended. Rows of the shapes before it are in the report.
     """
-    for name in SIDES:  # one by one, because each measures the peak rates of the card
-        started = sides[name].ask("start", backend=request.backend, source=asdict(request.source))
-        report.meta |= started["meta"] if name == "head" else {}
-    jobs: list[tuple[str, str, str]] = []
-    for op, dtype in pairs:
-        known = sides["base"].ask("shapes", op=op)["shapes"]
-        jobs += [(op, shape, dtype) for shape in sides["head"].ask("shapes", op=op)["shapes"] if shape in known]
-    pool, found = Pool(), dict[str, tuple[dict[str, Any], dict[str, Any]]]()
+    pool, found = Pool(), dict[Job, tuple[dict[str, Any], dict[str, Any]]]()
     end = clock() + 60 * request.minutes
     try:
-        for number, (op, shape, dtype) in enumerate(jobs):
-            job = f"{op} {shape} {dtype}"
-            _progress(f"timing {job}, {number + 1} of {len(jobs)}")
-            deadline = clock() + max(0.0, end - clock()) / (len(jobs) - number)
-            _time(sides, pool, (op, shape, dtype), lambda deadline=deadline: clock() > deadline)
-            rows = {name: sides[name].ask("finish")["row"] for name in SIDES}
-            found[job] = rows["base"], rows["head"]
+        with start() as sides:
+            report.meta |= _started(sides, request)
+            jobs = list(_jobs(sides, pairs))
+            for number, job in enumerate(jobs):
+                _progress(f"timing {' '.join(job)}, {number + 1} of {len(jobs)}")
+                deadline = clock() + max(0.0, end - clock()) / (len(jobs) - number)
+                found[job] = _time(sides, pool, job, None, lambda deadline=deadline: clock() > deadline)
+        changed = {job: kinds for job in jobs if not _red(found[job]) and (kinds := pool.changed(" ".join(job)))}
+        if changed:
+            with start() as sides:
+                _started(sides, request)
+                for job, kinds in changed.items():
+                    _progress(f"timing {' '.join(job)} again, in new processes")
+                    rows = _time(sides, pool, job, kinds, lambda: clock() > end)
+                    found[job] = rows if _red(rows) else found[job]
     finally:  # at the end, when all that there is to learn about noise is known
-        report.rows += [verdict.times(base, head, pool.decisions(job)) for job, (base, head) in found.items()]
+        report.rows += [verdict.times(*rows, pool.decisions(" ".join(job))) for job, rows in found.items()]
 
 
-def _time(sides: Mapping[str, Asked], pool: Pool, job: tuple[str, str, str], late: Callable[[], bool]) -> None:
+def _started(sides: Mapping[str, Asked], request: Request) -> dict[str, Any]:
+    """The card as the head sees it; one side after the other measures its peak rates."""
+    command = {"backend": request.backend, "source": asdict(request.source)}
+    return {name: sides[name].ask("start", **command)["meta"] for name in SIDES}["head"]
+
+
+def _jobs(sides: Mapping[str, Asked], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:
+    """The shapes that both sides know."""
+    for op, dtype in pairs:
+        known = sides["base"].ask("shapes", op=op)["shapes"]
+        yield from ((op, shape, dtype) for shape in sides["head"].ask("shapes", op=op)["shapes"] if shape in known)
+
+
+def _red(rows: Iterable[Mapping[str, Any]]) -> bool:
+    return any(row["red"] for row in rows)
+
+
+def _time(
+    sides: Mapping[str, Asked], pool: Pool, job: Job, wanted: Sequence[str] | None, late: Callable[[], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time these kinds of time of one shape, or all of them; returns the rows of the base and of the head."""
     op, shape, dtype = job
-    for side in sides.values():
-        side.tell("prepare", op=op, shape=shape, dtype=dtype)
-    ready = [side.hear() for side in sides.values()]
-    if any(one["red"] for one in ready):
-        return
-    kinds = [kind for kind in ready[0]["kinds"] if all(kind in one["kinds"] for one in ready)]
-    slowest = {kind: max(one["kinds"][kind] for one in ready) for kind in kinds}
+    for name in SIDES:
+        sides[name].tell("prepare", op=op, shape=shape, dtype=dtype)
+    ready = [sides[name].hear() for name in SIDES]
+    slowest = {
+        kind: max(one["kinds"][kind] for one in ready)
+        for kind in ready[0]["kinds"]
+        if all(kind in one["kinds"] for one in ready) and (wanted is None or kind in wanted)
+    }
     counts = {
         kind: max(FEWEST_CALLS, min(MOST_CALLS, round(SAMPLE_MILLISECONDS / max(milliseconds, 1e-3))))
         for kind, milliseconds in slowest.items()
@@ -253,7 +280,10 @@ def _time(sides: Mapping[str, Asked], pool: Pool, job: tuple[str, str, str], lat
     def sample(side: str, kind: str) -> float:
         return median(sides[side].ask("sample", kind=kind, count=counts[kind])["milliseconds"])
 
-    pool.time(" ".join(job), kinds, sample, late)
+    if counts and not _red(ready):
+        pool.time(" ".join(job), list(counts), sample, late)
+    rows = {name: sides[name].ask("finish")["row"] for name in SIDES}
+    return rows["base"], rows["head"]
 
 
 def _progress(line: str) -> None:

@@ -214,6 +214,7 @@ def verb(checkout: Checkout, words: Sequence[str]) -> tuple[dict[str, Any], list
             command = ("-m", "conformance", *words, "--json", str(path))
             done = checkout.python(*command, stdout=2, stderr=subprocess.PIPE, text=True)
             if done.returncode in (0, 1, 2) and path.exists() and path.stat().st_size:
+                sys.stderr.write(done.stderr)
                 found = json.loads(path.read_text(encoding="utf-8"))
                 return found["meta"], found["results"]
         line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -15,22 +15,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from itertools import cycle, permutations
 from statistics import median
 
 LOOKS = (20, 40, 80, 160)  # numbers of rounds after which a comparison may end
-LEVEL = 2e-4  # probability that the interval of one comparison misses the median, at any look
+LEVEL = 1e-3  # probability that the interval of one comparison misses the median, at any look
 FLOOR = 0.01  # smallest change that is ever called one, as a log ratio
 # Differences between two processes of the same code that are expected before any were seen, as standard deviations of a
 # log ratio. A time with its launch depends on the host as well.
 EXPECTED = {"device": 0.0025, "host": 0.0075}
 WEIGHT = 4  # the expectation counts as much as this many observed differences
 # The head has a process of its own and the base two, so that the log ratio of the head varies by sqrt(3/4) of that of
-# base against base: 3.5 of the latter are 4 of the former, which chance exceeds in 6 of 100 000 comparisons.
-MARGIN = 3.5
+# base against base: 2.5 of the latter are 2.9 of the former, which chance exceeds in 4 of 1000 comparisons, and twice
+# in the same direction in 7 of a million.
+MARGIN = 2.5
 
 SIDES = ("base", "again", "head")  # `again` is a second process of the base
 
@@ -133,10 +134,14 @@ def decide(logs: Logs, noise: float) -> Decision:
 
 
 class Pool:
-    """All comparisons of one job, which share what they learn about noise."""
+    """All comparisons of one job, which share what they learn about noise.
+
+    A change must be seen twice, the second time by processes that were started anew: what a process has by chance is
+    then seldom the same.
+    """
 
     def __init__(self) -> None:
-        self._logs: dict[tuple[str, str], Logs] = {}
+        self._logs: dict[tuple[str, str], list[Logs]] = {}
 
     def time(self, job: str, kinds: Collection[str], sample: Sampler, late: Callable[[], bool]) -> None:
         """Time one job in rounds, until every kind of time has a verdict, or time is over.
@@ -147,7 +152,9 @@ class Pool:
             sample: times one side.
             late: whether no more rounds may begin; at least LOOKS[0] are run.
         """
-        unsure = {kind: self._logs.setdefault((job, kind), Logs()) for kind in kinds}
+        unsure = {kind: Logs() for kind in kinds}
+        for kind, logs in unsure.items():
+            self._logs.setdefault((job, kind), []).append(logs)
         orders = cycle(permutations(SIDES))  # each side comes first, second and last, after either of the others
         for rounds in range(1, LOOKS[-1] + 1):
             if rounds > LOOKS[0] and late():
@@ -156,22 +163,45 @@ class Pool:
             for kind, logs in unsure.items():
                 logs.add({side: sample(side, kind) for side in order})
             if rounds in LOOKS:
-                found = self.decisions(job)
+                found = {
+                    kind: decide(logs, margin(group(kind), self._differences(kind))) for kind, logs in unsure.items()
+                }
                 unsure = {kind: logs for kind, logs in unsure.items() if found[kind].verdict is Verdict.UNSURE}
             if not unsure:
                 return
 
+    def changed(self, job: str) -> list[str]:
+        """The kinds of time of a job that have a change to be seen again."""
+        return [kind for kind, found in self._seen(job).items() if found[0].verdict in (Verdict.FASTER, Verdict.SLOWER)]
+
     def decisions(self, job: str) -> dict[str, Decision]:
         """The verdict of each kind of time of a job, by what is known now."""
+        return {kind: _confirmed(found) for kind, found in self._seen(job).items()}
+
+    def _seen(self, job: str) -> dict[str, list[Decision]]:
+        """By kind of time, the decision of each time that a job was timed."""
         return {
-            kind: decide(logs, margin(group(kind), self._differences(kind)))
+            kind: [decide(one, margin(group(kind), self._differences(kind))) for one in logs if _complete(one)]
             for (name, kind), logs in self._logs.items()
-            if name == job
+            if name == job and _complete(logs[0])
         }
 
     def _differences(self, kind: str) -> list[float]:
-        same = [logs.noise for (_, other), logs in self._logs.items() if group(other) == group(kind)]
-        return [median(noise) for noise in same if len(noise) >= LOOKS[0]]
+        same = [one for (_, other), logs in self._logs.items() if group(other) == group(kind) for one in logs]
+        return [median(one.noise) for one in same if _complete(one)]
+
+
+def _complete(logs: Logs) -> bool:
+    return len(logs.head) >= LOOKS[0]
+
+
+def _confirmed(seen: list[Decision]) -> Decision:
+    """The smaller change of two that agree; UNSURE if they do not, or if a change was seen once."""
+    smallest = min(seen, key=lambda one: abs(math.log(one.ratio)))
+    sure = len({one.verdict for one in seen}) == 1 and (len(seen) > 1 or seen[0].verdict is Verdict.SAME)
+    return replace(
+        smallest, verdict=seen[0].verdict if sure else Verdict.UNSURE, rounds=sum(one.rounds for one in seen)
+    )
 
 
 def group(kind: str) -> str:

@@ -4,7 +4,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import pytest
 from conformance.gate.statistics import (
     EXPECTED,
     FLOOR,
-    LEVEL,
     LOOKS,
     MARGIN,
     SIDES,
@@ -56,11 +55,13 @@ def _group(kind: str) -> str:
     return "device" if kind.startswith("device") else "host"
 
 
-def gates(count: int, slowdown: float, kinds: tuple[str, ...] = KINDS) -> Iterator[dict[str, Decision]]:
+def gates(count: int, slowdown: float, kinds: Sequence[str] = KINDS) -> Iterator[dict[str, Decision]]:
     """The decisions of gates of a single operation with a single shape, the case in which least is learned."""
     for seed in range(count):
-        pool, card = Pool(), SimulatedCard(seed, slowdown)
-        pool.time("one", kinds, card.sample, late=lambda: False)
+        pool = Pool()
+        pool.time("one", kinds, SimulatedCard(seed, slowdown).sample, late=lambda: False)
+        if changed := pool.changed("one"):
+            pool.time("one", changed, SimulatedCard(count + seed, slowdown).sample, late=lambda: False)
         yield pool.decisions("one")
 
 
@@ -73,10 +74,8 @@ def documented() -> Iterator[tuple[float, dict[Verdict, float]]]:
     for line in (Path(__file__).parents[2] / "docs" / "gate.md").read_text().splitlines():
         if row := re.match(r"\| (the base again|(\d) % (slower|faster)) \| \d+ \|(.*)\|", line):
             slowdown = int(row[2] or 0) / 100 * (-1 if row[3] == "faster" else 1)
-            yield (
-                slowdown,
-                {one: int(cell.split()[0]) / 100 for one, cell in zip(ORDER, row[4].split("|"), strict=False)},
-            )
+            cells = zip(ORDER, row[4].split("|"), strict=False)
+            yield slowdown, {one: int(cell.split()[0]) / 100 for one, cell in cells}
 
 
 ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
@@ -118,13 +117,32 @@ def test_the_interval_holds_the_median_whatever_the_noise() -> None:
     for _ in range(2000):
         low, high = interval([source.expovariate(1.0) for _ in range(LOOKS[0])])
         misses += not low <= math.log(2) <= high
-    assert misses <= 5  # 0.08 expected
-    assert LEVEL < 1e-3
+    assert misses <= 5  # 0.4 expected
 
 
 def test_too_few_rounds_have_no_interval() -> None:
     with pytest.raises(ValueError, match="rounds: got 5; allowed: 20 or more"):
         interval([0.0] * 5)
+
+
+def test_processes_that_differ_by_four_times_as_much_are_rarely_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the margin expects is wrong there; a change must be seen by new processes too."""
+    monkeypatch.setattr(f"{__name__}.PROCESS", {name: 4 * value for name, value in PROCESS.items()})
+    found = shares(100, 0.0)
+    assert found[Verdict.FASTER] + found[Verdict.SLOWER] < 2
+
+
+def test_a_change_that_is_seen_once_is_unsure() -> None:
+    slow, same = SimulatedCard(1, 0.2), SimulatedCard(2, 0.0)
+    pool = Pool()
+    pool.time("one", ["device_full"], slow.sample, late=lambda: False)
+    assert pool.changed("one") == ["device_full"]
+    assert pool.decisions("one")["device_full"].verdict is Verdict.UNSURE
+    pool.time("one", ["device_full"], same.sample, late=lambda: False)
+    decision = pool.decisions("one")["device_full"]
+    assert (decision.verdict, round(decision.ratio, 1)) == (Verdict.UNSURE, 1.0)
+    pool.time("two", ["device_full"], same.sample, late=lambda: False)
+    assert pool.changed("two") == []
 
 
 def test_processes_that_differ_widen_the_margin() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,12 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Report]]:
             current[0] = function
 
         report = Report()
-        sides: Mapping[str, LocalSide] = {name: LocalSide(*(head if name == "head" else base), use) for name in SIDES}
+
+        def start() -> AbstractContextManager[Mapping[str, LocalSide]]:
+            return nullcontext({name: LocalSide(*(head if name == "head" else base), use) for name in SIDES})
+
         request = Request(["swiglu"], "mine", "cuda", dtypes=("float32",))
-        compare_times(sides, request, [("swiglu", "float32")], report)
+        compare_times(start, request, [("swiglu", "float32")], report)
         return report
 
     yield compare
@@ -194,6 +198,7 @@ def test_a_slower_head_fails_and_a_faster_one_is_a_record(timed: Callable[..., R
     assert slower.meta["copy_bytes_per_second"] == RATES.copy
     faster = timed((10.0, right), (9.0, right))
     assert (faster.rows[0]["verdict"], faster.regressions) == ("FASTER", [])
+    assert {one["rounds"] for one in faster.rows[0]["times"].values()} == {40}  # 20 in each of two sets of processes
     assert faster.rows[0]["head"]["device_full"][1] == pytest.approx(4.5, rel=0.01)  # two sets in each graph
     assert "better than the base: 1; record it" in text(faster)
 
