@@ -90,10 +90,11 @@ class Table:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Remove the progress bar, print the remaining rows."""
+        """Remove the progress bar, print the remaining rows; of a stopped run those that have results."""
         self._bar.stop()
         for op in [op for op in self._ops if self._left[op] >= 0]:
-            self._print(self._row(op))
+            if self._results[op] or not self._left[op]:
+                self._print(self._row(op))
 
     def add(self, task: Task, result: Result) -> None:
         """Record the result of a task."""

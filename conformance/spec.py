@@ -190,6 +190,7 @@ class Spec:
         in_place: the inputs that the operation changes on purpose. Each is one more output, after those returned.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
+        total_options: options of a total under which the gradients of a row do not depend on the number of rows.
         independent: the independent parts of a call; rows by default.
         bits_vary: why the bits of a part may depend on the number of parts; empty if they may not.
         far: inputs that may have more than 2^31 elements in a real run; the row-wise ones by default.
@@ -213,6 +214,7 @@ class Spec:
     in_place: Sequence[str] = ()
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
+    total_options: Options = field(default_factory=dict)
     independent: Parts | None = None
     bits_vary: str = ""
     far: Sequence[str] = ()

@@ -3,29 +3,80 @@
 In each dimension but the last in turn, the last index is 2^31 elements after the first: nine gigabytes of address
 space, of which only the elements are touched. Half a million tokens of 4096 elements are as many. A call that plain
 PyTorch refuses, because a library counts a stride in 32 bits, is not made.
+
+That shows how inputs are read. On a GPU with enough memory a kernel also gets as many elements in 16 bits, a smaller
+call repeated, and the results of the last repetition must be right: outputs, gradients and what is stored between.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property
-from conformance.spec import Inputs, Spec
-from conformance.trial import Trial
+from conformance.spec import Inputs, Spec, accepted_options
+from conformance.trial import Run, Trial, is_plain, leaf
 
 FAR = 2**31
+ROWS = 512  # of the call that is repeated
+FREE_BYTES = 64 * 2**30  # eight tensors of FAR elements in 16 bits
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
-    """Two rows of about one tile each; then several heads, where there are heads."""
-    return [spec.case(2, 130), spec.case(3, 15)]
+    """Two rows of about one tile each; then several heads, where there are heads; then the call to repeat."""
+    return [spec.case(2, 130), spec.case(3, 15), *_repeated(spec)]
+
+
+def _repeated(spec: Spec) -> list[Case]:
+    if spec.memory is None:
+        return []
+    case, rows = spec.memory.case, spec.row_dimension
+    return [case.resized(**{rows: min(ROWS, case.size(rows))})]
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Spread each input that may be so large, then the gradient of each output that has rows."""
+    """Spread each input that may be so large, then the gradient of each output that has rows; or repeat the case."""
+    return _check_repeated(trial, case) if case in _repeated(trial.spec) else _check_spread(trial, case)
+
+
+def _check_repeated(trial: Trial, case: Case) -> float:
+    if trial.device != "cuda" or trial.dtype == torch.float32:
+        raise Unchecked("so many elements are judged on a GPU, in 16 bits")
+    if torch.cuda.mem_get_info()[0] < FREE_BYTES:
+        raise Unchecked(f"this GPU has less than {FREE_BYTES / 2**30:.0f} GiB of free memory")
+    trial, total = replace(trial, source=trial.device), trial.spec.total_options
+    used = last_repetition(trial, trial.rowwise(case))
+    if total and set(total) <= set(accepted_options(trial.function, trial.spec)):
+        used = max(used, last_repetition(trial, case.with_options(total)))
+    return used
+
+
+def last_repetition(trial: Trial, case: Case) -> float:
+    """Repeat a case and judge the last repetition as if it were the only one; a total is not compared."""
+    parts, inputs = trial.spec.parts, trial.inputs(case)
+    grads = [name for name in parts.grads if name in trial.spec.grads]
+    peer = trial.run(case, inputs, function=trial.spec.reference, grads=grads)
+    if is_plain(trial.call({n: leaf(t, n in grads) for n, t in inputs.items()}, trial.options(case))):
+        raise Unchecked("plain PyTorch, which counts in 64 bits")
+    grad_outputs = trial.grad_outputs(case, peer.outputs)
+    times = FAR // max(inputs[name].numel() for name in grads) + 1
+    many, changed, rows = parts.pick(inputs, [*range(parts.count(inputs))] * times)
+    by_row = [output.ndim > 0 for output in peer.outputs]
+    gradients = [g[rows] if own else g for g, own in zip(grad_outputs, by_row, strict=True)]
+    run = trial.run(case.with_options(changed), many, grads=grads, grad_outputs=gradients)
+    last = Run(
+        tuple(y[-len(p) :] if own else p for y, p, own in zip(run.outputs, peer.outputs, by_row, strict=True)),
+        {name: gradient[-len(inputs[name]) :] for name, gradient in run.grads.items()},
+    )
+    with naming(f"the last of {times} repetitions"):
+        return trial.judge(case, last, inputs, grad_outputs, peer)
+
+
+def _check_spread(trial: Trial, case: Case) -> float:
     used = 0.0
     for name in trial.spec.far or trial.spec.rowwise:
         inputs = trial.inputs(case)

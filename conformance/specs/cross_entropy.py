@@ -146,6 +146,7 @@ spec = Spec(
     ),
     rowwise=["logits", "labels"],
     row_options={"reduction": "none", "num_items": None},
+    total_options={"num_items": 7},
     laws={
         "logits twice as large, with half the logit_scale": Law(
             {"logits": 2.0}, {"logits": 0.5}, options=half_the_scale

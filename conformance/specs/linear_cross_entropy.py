@@ -246,6 +246,7 @@ spec = Spec(
     ),
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
+    total_options={"num_items": 7},
     bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
     laws={
         "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),

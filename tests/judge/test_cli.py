@@ -197,8 +197,9 @@ def test_a_stopped_run_leaves_no_process() -> None:
     assert b"against reference" in process.stdout.readline()
     assert b"budget" in process.stdout.readline()  # the worker has been started
     process.terminate()
-    process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=30)
     assert process.returncode == 143
+    assert b"rope" not in printed  # which has no results yet
     deadline = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:

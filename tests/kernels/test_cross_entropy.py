@@ -6,10 +6,9 @@ from math import log2
 import pytest
 import torch
 
-from tests.kernels.test_fast_kernels import assert_within, random, with_gradients
+from tests.kernels.test_fast_kernels import NO_OPTIONS, assert_within, random, with_gradients
 from tests.operations.calls import DEVICE
 from unsloth_fast import kernels as fast
-from unsloth_fast.kernels._loss_options import LossOptions
 from unsloth_ref import kernels as reference
 
 
@@ -71,7 +70,7 @@ def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest
     """With as many segments as the largest vocabularies have, and also in place."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
-    options = LossOptions(label_smoothing=0.1, z_loss=1e-3)
+    options = NO_OPTIONS._replace(label_smoothing=0.1, z_loss=1e-3)
     found = []
     for processors in (132, 0):
         monkeypatch.setattr(module, "processors", lambda device, processors=processors: processors)
@@ -87,14 +86,14 @@ def test_rows_on_several_streams_do_not_block_each_other() -> None:
     """Each stream occupies part of the GPU with programs that wait for the rest of their row."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, labels = random(500, 256_000).bfloat16(), torch.arange(500, device=DEVICE) * 511
-    alone = module.cross_entropy_total(logits, labels, None, LossOptions())
+    alone = module.cross_entropy_total(logits, labels, None, NO_OPTIONS)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     found = []
     for _ in range(8):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(module.cross_entropy_total(logits, labels, None, LossOptions()))
+                found.append(module.cross_entropy_total(logits, labels, None, NO_OPTIONS))
     torch.cuda.synchronize()
     for other in found:
         assert all(map(torch.equal, alone, other))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.test_fast_kernels import NO_OPTIONS
 from tests.operations.linear_cross_entropy import (
     DEVICE,
     OPTIONS,
@@ -18,7 +19,6 @@ from tests.operations.linear_cross_entropy import (
     with_gradients,
 )
 from unsloth_fast.kernels import linear_cross_entropy
-from unsloth_fast.kernels._loss_options import LossOptions
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -153,7 +153,7 @@ def test_a_loss_scaler_keeps_float16_gradients_above_underflow() -> None:
 def test_an_unchecked_label_outside_the_vocabulary_gives_nan() -> None:
     """As on CUDA: the row's loss and gradient are NaN, and those of weight and bias; other rows are not affected."""
     hidden, weight, _, bias = inputs_of(4, dtype=torch.float32)
-    labels, options = torch.tensor([1, 11, IGNORE_INDEX, 3], device=DEVICE), LossOptions()
+    labels, options = torch.tensor([1, 11, IGNORE_INDEX, 3], device=DEVICE), NO_OPTIONS
     arguments = hidden.detach(), weight.detach(), bias.detach(), labels
     losses, _ = OPERATION.forward_op(*arguments, *options)
     assert losses.isnan().tolist() == [False, True, False, False]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from unsloth_ref import checks
-from unsloth_ref.types import IGNORE_INDEX
 
 # As ops take them: schemas have no type for a tuple of names.
 SCHEMA = "int ignore_index, float logit_scale, float softcap, float label_smoothing, float z_loss"
@@ -15,11 +14,11 @@ SCHEMA = "int ignore_index, float logit_scale, float softcap, float label_smooth
 class LossOptions(NamedTuple):
     """What the losses of rows depend on beside logits and labels; in the order of the kernels' parameters."""
 
-    ignore_index: int = IGNORE_INDEX
-    logit_scale: float = 1.0
-    softcap: float = 0.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    ignore_index: int
+    logit_scale: float
+    softcap: float
+    label_smoothing: float
+    z_loss: float
 
     def flags(self) -> dict[str, bool]:
         """Which options are in use, as constexpr parameters of the kernels."""
