@@ -1,7 +1,7 @@
 """What changed against a base: improved, regressed, new, skipped or unsure?
 
 Verdicts are compared as they are. Budget use is compared where both sides ran the same cases on the same stack: then
-only the code can have changed it. `NEAR` says which changes are worth a line: a tenth of the budget.
+only the code can have changed it. The gate says which changes are worth a line: a tenth of the budget.
 
 Times are compared on the same card, driver and versions. Each is a median between its 20 % and 80 % quantiles. A ratio
 of two lies between the quotients of opposite quantiles, widened by the ratio of the two clocks. If this interval lies
@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
+from conformance.gate.verdict import BUDGET_RISE
 from conformance.page.model import Check, Meta, Mutant, Results, in_order, percent
 from conformance.search import DTYPES
 
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
 WORDS: tuple[Word, ...] = ("regressed", "skipped", "unsure", "new", "improved")  # what asks for attention first
-NEAR = 0.1  # of the budget
 FACTOR = 1.05  # the smallest change of a time that somebody asks for
 PROFILES_WITH_SAME_CASES = ("ci", "gpu")
 
@@ -125,7 +125,7 @@ def _check(check: Check | None, base: Check | None, differ: str) -> tuple[Word, 
         return None
     rise = check.budget_use - base.budget_use
     text = f"budget use {percent(base.budget_use)} to {percent(check.budget_use)}"
-    if abs(rise) <= NEAR:
+    if abs(rise) <= BUDGET_RISE:
         return None
     return ("unsure", f"{text}; {differ}") if differ else ("regressed" if rise > 0 else "improved", text)
 
