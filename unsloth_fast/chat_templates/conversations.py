@@ -81,17 +81,17 @@ def conversation_columns(dataset: Any) -> list[str]:
         for name, value in row.items():
             if not found.get(name):
                 found[name] = keys_of(value) is not None or _are_conversations(kinds.get(name))
-        if not any(value is None or value == [] for value in row.values() if isinstance(value, list | None)):
+        if not any(value is None or (isinstance(value, list) and not value) for value in row.values()):
             break
     return [name for name, holds in found.items() if holds]
 
 
 def _are_conversations(kind: Any) -> bool:
     """Whether the Arrow type is that of lists of messages."""
-    is_list = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-    if not is_list or not pa.types.is_struct(kind.value_type):
+    if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
-    return keys_of([dict.fromkeys(field.name for field in kind.value_type)]) is not None
+    value = kind.value_type
+    return pa.types.is_struct(value) and keys_of([dict.fromkeys(field.name for field in value)]) is not None
 
 
 def keys_of(value: Any) -> tuple[str, str] | None:
