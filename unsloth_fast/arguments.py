@@ -20,7 +20,14 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
-from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows, without_empty_media
+from unsloth_fast.data.columns import (
+    check_columns,
+    completion_only,
+    has_stream,
+    prepared_rows,
+    with_rows,
+    without_empty_media,
+)
 from unsloth_fast.data.facts import config_and_class, decide_batching, takes_images, vocabulary_size
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
@@ -65,7 +72,7 @@ def resolve_arguments(
         keywords: the further keywords, in names of any release of TRL.
 
     Raises:
-        TypeError: an unknown keyword, too many arguments, one given twice, or args of another type.
+        TypeError: an unknown keyword, too many arguments, one given twice, args of another type, or no data set.
         ValueError: a value that is not allowed, or a data set that cannot be trained on.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
@@ -79,8 +86,9 @@ def resolve_arguments(
     prepare_experts(*config_and_class(model, settings), settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(args, updates)
-    given = without_empty_media(given)
-    check_columns(given, settings, vocabulary, named=named, images=takes_images(model, settings, given))
+    given = without_empty_media(with_rows(given, settings))
+    images = takes_images(model, settings, given)
+    check_columns(given, settings, vocabulary, named=named, images=images)
     check_processing_classes(given, settings, named=named)
     given = prepared_rows(given, settings)
     plan = decide_batching(model, settings, given)

@@ -143,7 +143,8 @@ def test_images_for_a_model_of_text_are_refused(streamed: bool, options: dict[st
     args = arguments(tmp_path, **options)
     for name, key in (("image", "train_dataset"), ("images", "train_dataset"), ("images", "eval_dataset")):
         data: Any = text.add_column(name, ["a", "b"])
-        data = {"train_dataset": text} | {key: data.to_iterable_dataset() if streamed else data}
+        rows = text.add_column("input_ids", [[3, 4]] * 2) if options else text
+        data = {"train_dataset": rows} | {key: data.to_iterable_dataset() if streamed else data}
         words = f"^{key}: got the column '{name}' for a model or a tokenizer of text alone; allowed: columns of text"
         with pytest.raises(ValueError, match=words):
             UnslothTrainer(tiny.model(), args, **data, **given)
