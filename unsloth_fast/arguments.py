@@ -25,6 +25,7 @@ from unsloth_fast.data.columns import (
     completion_only,
     has_stream,
     prepared_rows,
+    with_messages,
     with_rows,
     without_empty_media,
 )
@@ -90,7 +91,7 @@ def resolve_arguments(
     images = takes_images(model, settings, given)
     check_columns(given, settings, vocabulary, named=named, images=images)
     check_processing_classes(given, settings, named=named)
-    given = prepared_rows(given, settings)
+    given = with_messages(prepared_rows(given, settings), settings, named=named, images=images)
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
+from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
-from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
+from unsloth_fast.data.choice import CHATS, PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
-from unsloth_fast.data.reading import OPTIONS, read_columns
+from unsloth_fast.data.reading import OPTIONS, read_columns, under_known_name
 from unsloth_fast.data.streams import picklable
 from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
@@ -144,6 +145,40 @@ def _is_readable(row: Any) -> bool:
     """Whether it is a dictionary, of tokens in any format, or of values that are not arrays."""
     is_row = isinstance(row, Mapping)
     return is_row and (TOKENS[0] in row or not any(isinstance(value, np.ndarray) for value in row.values()))
+
+
+def with_messages(
+    given: Mapping[str, Any], args: SFTConfig, *, named: bool = False, images: bool = True
+) -> dict[str, Any]:
+    """The trainer's keywords; with assistant_only_loss, data sets of conversations as TRL's constructor expects them.
+
+    It tests the first row before it prepares the data sets: for a message, and under the names that it knows.
+
+    Args:
+        given: the trainer's keywords.
+        args: the run's arguments.
+        named: as in `names_text_field`.
+        images: as in `check_columns`.
+
+    Raises:
+        ValueError: no row has a message.
+    """
+    if not args.assistant_only_loss or _skips_preparation(args) or given.get("formatting_func") is not None:
+        return dict(given)
+
+    def as_messages(dataset: Any, name: str) -> Any:
+        first = next(iter(dataset))
+        columns = trained_columns(dataset, first, args, named=named)
+        transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
+        if transformed or not is_conversational(first, columns) or (images and _VISION & first.keys()):
+            return dataset
+        dataset = read_columns(dataset, name, columns, args.dataset_text_field)
+        first = next(iter(dataset))
+        if is_conversational_from_value(first):
+            return dataset.map(maybe_convert_to_chatml, remove_columns=[name for name in columns if name == CHATS[1]])
+        return under_known_name(dataset, columns)[0]
+
+    return _with_each(given, as_messages)
 
 
 def without_empty_media(given: Mapping[str, Any]) -> dict[str, Any]:
