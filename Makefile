@@ -59,5 +59,5 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --no-compile --upgrade pip
 	$(PY) -m pip install -q --no-compile '$(TORCH)'
-	$(PY) -m pip install -q --no-compile -e '.[demo]' --group dev '$(TRL)'
+	$(PY) -m pip install -q --no-compile -e '.[train,demo]' --group dev '$(TRL)'
 	touch $@

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
-from conformance.verbs import bench, coverage, fingerprint, listing, mutate, repro, run, write
+from conformance.verbs import bench, coverage, fingerprint, gate, ledger, listing, mutate, report, repro, run, write
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate)
+VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
 
 class _Parser(argparse.ArgumentParser):

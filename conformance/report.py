@@ -149,13 +149,11 @@ def failures(results: Sequence[Result], backend: str, device: str, source: Sourc
         if result.verdict != "fail":
             continue
         first, *rest = (result.message or "").split("\n")
-        where = "".join(f" {shlex.quote(word)}" for word in source.words())
-        where += f" --backend {backend}" * (backend != "fast") + f" --device {device}"
         dtype = (result.dtype,) if result.dtype else ()
         line = " ".join((result.op, *dtype, result.property, str(result.case)))
         again = [
             f"  smallest case: {result.case}",
-            f"  reproduce:     python -m conformance repro{where} {shlex.quote(line)}",
+            f"  reproduce:     {repro(line, backend, device, source.words())}",
         ]
         asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]
         holds = PROPERTIES[result.property].statement if result.property in PROPERTIES else None
@@ -171,6 +169,13 @@ def failures(results: Sequence[Result], backend: str, device: str, source: Sourc
             )
         )
     return "\n\n".join(paragraphs)
+
+
+def repro(line: str, backend: str, device: str, words: Sequence[str] = ()) -> str:
+    """The command that runs a case again; the words are the options that name an operation of your own."""
+    where = "".join(f" {shlex.quote(word)}" for word in words)
+    where += f" --backend {shlex.quote(backend)}" * (backend != "fast") + f" --device {shlex.quote(device)}"
+    return f"python -m conformance repro{where} {shlex.quote(line)}"
 
 
 def closing(results: Sequence[Result]) -> str:
@@ -202,6 +207,7 @@ def write_json(
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "backend": judged.name,
         "profile": profile,
+        "source": source.words(),
         "commit": commit(),
         "not_defined": [op for op in _all_names(source) if op not in judged.functions],
     }

@@ -18,13 +18,17 @@ def write(path: Path, meta: Mapping[str, Any], results: Sequence[Mapping[str, An
     Raises:
         ValueError: a number is NaN or infinite, which JSON does not have.
     """
-    text = json.dumps({"meta": meta, "results": results}, indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps({"meta": meta, "results": results}, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file in UTF-8; a process that is stopped meanwhile leaves the old one."""
     if path.exists() and not path.is_file():  # such as /dev/stdout
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()  # a link remains one
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

@@ -103,11 +103,7 @@ def run(
             while idle and (task := next_task(queue, [worker.task for worker in workers if worker.task])):
                 queue.remove(task)
                 if not (stop_at_failure and (task.backend, task.op) in failed):
-                    worker = idle.popleft()
-                    if not worker.process.is_alive():  # its last task may have ended it after the result
-                        worker = _replaced(workers, worker)
-                    worker.task, worker.case, worker.last_message = task, "", time.monotonic()
-                    worker.pipe.send(task)
+                    _give(workers, idle.popleft(), task)
             for worker in _ready(workers):
                 task, result = worker.task, _receive(worker)
                 if result is None or task is None:
@@ -116,9 +112,7 @@ def run(
                 on_result(task, result)
                 if result.verdict == "fail":
                     failed.add((task.backend, task.op))
-                # A failure may have broken the CUDA context of the process: an illegal access outlives the launch.
-                used_up = preload is not None or (task.device == "cuda" and result.verdict == "fail")
-                if used_up or not worker.process.is_alive():
+                if preload is not None or _broken(task, result):
                     worker = _replaced(workers, worker)
                 worker.task = None
                 idle.append(worker)
@@ -127,13 +121,54 @@ def run(
     return sorted(done.items(), key=lambda item: order[item[0]])
 
 
+class OneByOne:
+    """Runs tasks that come one by one in a worker process, which starts with the first and is replaced if it dies."""
+
+    def __init__(self, timeout: float = CASE_TIMEOUT_SECONDS) -> None:
+        """Start nothing yet; `timeout` is the number of seconds that a case may take."""
+        self._timeout = timeout
+        self._workers: list[_Worker] = []
+
+    def __call__(self, task: Task) -> Result:
+        """Run a task and wait for its result."""
+        self._workers = self._workers or [_start(self._timeout, None)]
+        worker = _give(self._workers, self._workers[0], task)
+        while True:
+            result = _receive(worker) if _ready(self._workers) else None
+            if result is not None:
+                if _broken(task, result):
+                    self.close()
+                worker.task = None
+                return result
+
+    def close(self) -> None:
+        """Stop the process; a later task starts another."""
+        _end(self._workers)
+        self._workers = []
+
+
+def _give(workers: list[_Worker], worker: _Worker, task: Task) -> _Worker:
+    """Send a task to a worker, or to the one that replaces it if it has died; returns that worker."""
+    if not worker.process.is_alive():  # its last task may have ended it, even after the result
+        worker = _replaced(workers, worker)
+    worker.task, worker.case, worker.last_message = task, "", time.monotonic()
+    worker.pipe.send(task)
+    return worker
+
+
+def _broken(task: Task, result: Result) -> bool:
+    """Whether a failure may have broken the CUDA context of the process: an illegal access outlives the launch."""
+    return task.device == "cuda" and result.verdict == "fail"
+
+
 def next_task(queue: Iterable[Task], running: Iterable[Task]) -> Task | None:
     """The first task that may start now, or None: at most one task that takes gigabytes runs at a time."""
-    large_runs = any(map(_is_large, running))
-    return next((task for task in queue if not (large_runs and _is_large(task))), None)
+    large_runs = any(map(takes_gigabytes, running))
+    return next((task for task in queue if not (large_runs and takes_gigabytes(task))), None)
 
 
-def _is_large(task: Task) -> bool:
+def takes_gigabytes(task: Task) -> bool:
+    """Whether a task must not run beside another such task."""
     return task.property in PROPERTIES and "gigabytes" in PROPERTIES[task.property].needs
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from unsloth_fast.unsupported import missing
+from unsloth_fast.unsupported import demand_extra, missing
 
 if TYPE_CHECKING:
     from unsloth_fast.chat_templates import (
@@ -99,9 +99,13 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise missing(__name__, name)
-    if name.startswith("Fast"):
-        _patch_trl_once()
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'language_model')}"), name)
+    try:
+        if name.startswith("Fast"):
+            _patch_trl_once()
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'language_model')}"), name)
+    except ModuleNotFoundError as error:
+        demand_extra(name, error)
+        raise
 
 
 @cache  # so that a later use of a name does not undo `compat.unpatch_trl`

@@ -226,12 +226,15 @@ def _check_template(path: str | None) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     """ScriptArguments, UnslothTrainingArguments, ModelConfig and DatasetMixtureConfig from the file and the options."""
+    try:
+        from unsloth_fast import UnslothTrainingArguments
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
     from yaml import YAMLError
 
     from unsloth_fast import backends
     from unsloth_fast.checkpoints import resolve_checkpoint
-    from unsloth_fast.config import UnslothTrainingArguments
     from unsloth_fast.options import Parser, target_modules
 
     if list(arguments[-1:]) == ["--config"]:

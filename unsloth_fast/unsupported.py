@@ -1,4 +1,7 @@
-"""Names of Unsloth's API that do not exist here: vision, audio, vLLM and GRPO are left out, others are replaced."""
+"""What is missing: names of Unsloth's API that do not exist here, and packages that only the trainer needs.
+
+Vision, audio, vLLM and GRPO are left out, other names are replaced.
+"""
 
 _VISION = "images are not trained on here"
 _REINFORCEMENT = "there is no GRPO or other reinforcement learning here; use trl's own trainer"
@@ -25,6 +28,7 @@ _INSTEAD = {
     "the chat template",
 }
 ALLOWED = "allowed: training on text with FastLanguageModel"
+_TRAIN = ("transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "dill", "bitsandbytes")
 
 
 def missing(module: str, name: str) -> Exception:
@@ -37,3 +41,15 @@ def missing(module: str, name: str) -> Exception:
         return AttributeError(f"module {module!r} has no attribute {name!r}")
     # Python replaces the text of an AttributeError by its own in `from module import name`, but not an ImportError's.
     return ImportError(f"{name}: {sentence}")
+
+
+def demand_extra(what: str, error: ModuleNotFoundError) -> None:
+    """Return if the module that was not found is not one of the extra `train`.
+
+    Raises:
+        ImportError: it is one; the message names the extra.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in _TRAIN:
+        extra = "install the packages of the trainer: pip install 'unsloth-fast[train]'"
+        raise ImportError(f"{what}: needs {package}, which is not installed; {extra}") from error

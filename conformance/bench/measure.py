@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.bench.card import Card, Rates
 from conformance.bench.contender import Contender
 from conformance.bench.sampler import Times, interleave
 from conformance.bench.table import Row
 from conformance.case import LAYOUTS, Case
+from conformance.operations import PROJECT, Source
 from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.specs import specs
@@ -50,6 +51,27 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """All backends on one shape, ready to be timed.
+
+    Attributes:
+        op: the operation.
+        title: the name of the shape, its sizes and options.
+        work: of "forward", "backward" and both, "full".
+        contenders: by the name of the backend.
+        timed: those that can be timed.
+        sets: sets of inputs that each uses in turn.
+    """
+
+    op: str
+    title: str
+    work: Mapping[str, Work]
+    contenders: Mapping[str, Contender]
+    timed: Mapping[str, Contender]
+    sets: int
+
+
+@dataclass(frozen=True)
 class Bench:
     """The settings that all measurements of one process share.
 
@@ -58,12 +80,19 @@ class Bench:
         rates: its peak rates.
         names: of the backends; operations that one does not define are skipped.
         dtype: of the inputs.
+        source: of the operation, if it comes from the command line.
     """
 
     card: Card
     rates: Rates
     names: Sequence[str]
     dtype: str
+    source: Source = PROJECT
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """The specs of the operations that can be timed."""
+        return operations.specs(self.source) if self.source else specs()
 
     def shapes(self, ops: Sequence[str]) -> Iterator[list[Row]]:
         """Measure every shape of these operations; yields one list of rows per shape."""
@@ -75,57 +104,49 @@ class Bench:
 
     def measure(self, op: str, shape: str) -> list[Row]:
         """Measure one shape; returns one row per backend."""
-        spec = specs()[op]
+        with static_shapes():
+            rows = self._measure(self.prepare(op, shape))
+        self.card.free_memory()
+        return rows
+
+    def prepare(self, op: str, shape: str) -> Prepared:
+        """Judge every backend on the inputs of one shape, and make it ready to be timed."""
+        card, spec = self.card, self.specs[op]
         case = bench_case(spec, shape)
         spec = replace(spec, grads=spec.speed.shapes[shape].get("grads", spec.grads))
-        judged = {name: backends.load(name, self.card.device) for name in self.names}
+        judged = {name: backends.load(name, card.device, self.source) for name in self.names}
         trials = {
-            name: Trial(spec, one.functions[op], DTYPES[self.dtype], self.card.device, self.card.device)
+            name: Trial(spec, one.functions[op], DTYPES[self.dtype], card.device, card.device)
             for name, one in judged.items()
             if op in one.functions
         }
-        with static_shapes():
-            return self._measure_trials(spec, f"{shape} {_words(case)}", case, trials)
-
-    def _measure_trials(self, spec: Spec, title: str, case: Case, trials: Mapping[str, Trial]) -> list[Row]:
-        card = self.card
         inputs = spec.inputs(case, DTYPES[self.dtype], card.device, source=card.device)
         inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
         passes = zip(spec.speed.bytes(inputs), spec.speed.flops(inputs, dict(case.options), spec.grads), strict=True)
         forward, backward = (Work(*needed) for needed in passes)
-        work = {"forward": forward, "backward": backward, "full": forward + backward}
         contenders = {name: Contender(t, case, inputs, ours=is_ours(name)) for name, t in trials.items()}
         card.free_memory()
         timed = {n: c for n, c in contenders.items() if c.usable and not (c.cheat or (c.failure and is_ours(n)))}
-        sets = max(FEWEST_SETS, min(MOST_SETS, math.ceil(CACHES * card.cache_bytes / forward.bytes)))
+        moved = forward.bytes or sum(tensor.nbytes for tensor in inputs.values()) or 1
+        sets = max(FEWEST_SETS, min(MOST_SETS, math.ceil(CACHES * card.cache_bytes / moved)))
         for contender in timed.values():
             contender.prepare(sets)
         timed = {name: contender for name, contender in timed.items() if contender.usable}
+        work = {"forward": forward, "backward": backward, "full": forward + backward}
+        return Prepared(spec.op, f"{shape} {_words(case)}", work, contenders, timed, sets)
+
+    def _measure(self, prepared: Prepared) -> list[Row]:
+        card, timed = self.card, prepared.timed
         samples: dict[str, dict[str, Times]] = {name: {} for name in timed}
         self._time_calls(timed, samples)
         peaks = {name: card.peak_mebibytes(contender.full) for name, contender in timed.items()}
-        graphs = self._time_graphs(timed, samples, sets)
+        graphs = self._time_graphs(timed, samples, prepared.sets)
         for contender in timed.values():
             contender.check_times()  # last, because it changes a set
-        peaks = {name: peak for name, peak in peaks.items() if not timed[name].cheat}
-        rows = [
-            self._row(
-                Row(
-                    *(spec.op, title, self.dtype, name),
-                    peak_mebibytes=peaks.get(name),
-                    error_use=c.error_use,
-                    red=c.cheat or c.failure,
-                ),
-                {} if c.cheat else samples.get(name, {}),
-                work,
-                "; ".join(filter(None, (c.remark if c.remark != c.failure else None, graphs.get(name)))) or None,
-            )
-            for name, c in contenders.items()
+        return [
+            self.row(prepared, name, samples.get(name, {}), peaks.get(name), graphs.get(name))
+            for name in prepared.contenders
         ]
-        rows = [replace(row, failed=row.failed or contenders[row.backend].cheat is not None) for row in rows]
-        del inputs, contenders, timed
-        card.free_memory()
-        return rows
 
     def _time_calls(self, timed: Mapping[str, Contender], samples: dict[str, dict[str, Times]]) -> None:
         """Time one call at a time, including its launch."""
@@ -157,9 +178,33 @@ class Bench:
                 timed[name].compare("replayed", *(last if what == "device_full" else (last,)))
         return refused
 
-    def _row(self, row: Row, samples: dict[str, Times], work: Mapping[str, Work], note: str | None) -> Row:
+    def row(
+        self, prepared: Prepared, name: str, samples: dict[str, Times], peak: float | None, refused: str | None
+    ) -> Row:
+        """The row of one backend, after its times have been checked.
+
+        Args:
+            prepared: what was timed.
+            name: of the backend.
+            samples: its times, by kind.
+            peak: MiB of memory of a full call.
+            refused: why there is no CUDA graph.
+        """
+        c = prepared.contenders[name]
+        notes = (c.remark if c.remark != c.failure else None, refused)
+        row = Row(
+            *(prepared.op, prepared.title, self.dtype, name),
+            peak_mebibytes=None if c.cheat else peak,
+            error_use=c.error_use,
+            red=c.cheat or c.failure,
+            note="; ".join(filter(None, notes)) or None,
+        )
+        row = self._with_times(row, {} if c.cheat else samples, prepared.work)
+        return replace(row, failed=row.failed or c.cheat is not None)
+
+    def _with_times(self, row: Row, samples: dict[str, Times], work: Mapping[str, Work]) -> Row:
         if not samples or (row.red and is_ours(row.backend)):
-            return replace(row, note=note, failed=is_ours(row.backend))
+            return replace(row, failed=is_ours(row.backend))
         medians = {what: times.median for what, times in samples.items()}
         if {"device_forward", "device_full"} <= medians.keys():
             medians["device_backward"] = max(0.0, medians["device_full"] - medians["device_forward"])
@@ -170,7 +215,7 @@ class Bench:
         if impossible:
             worst = max(impossible, key=lambda what: fractions[what])
             red = f"{worst}: {100 * fractions[worst]:.0f} % of the roofline: not all the work was done"
-            return replace(row, red=red, note=note, peak_mebibytes=None, failed=True)
+            return replace(row, red=red, peak_mebibytes=None, failed=True)
         if "device_backward" in floors and medians["device_backward"] < floors["device_backward"]:
             del fractions["device_backward"]  # the forward pass did part of it; the sum has been checked
         return replace(
@@ -178,7 +223,6 @@ class Bench:
             **{what: times.spread for what, times in samples.items()},
             device_backward=medians.get("device_backward"),
             roofline=fractions,
-            note=note,
             samples=samples,
         )
 

@@ -14,6 +14,7 @@ import torch
 
 from conformance import backends
 from conformance.bench.card import Card, Rates
+from conformance.bench.exchange import KINDS
 from conformance.bench.measure import Bench
 from conformance.bench.playback import PlaybackTimer
 from conformance.bench.table import Row
@@ -21,7 +22,6 @@ from conformance.peers import Absent
 from conformance.specs import specs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-TIMES = ("forward", "full", "device_forward", "device_full")
 TIMER = PlaybackTimer()
 
 
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = named(metafunc.config)
     metafunc.parametrize(
         ("op", "shape", "backend", "kind"),
-        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in TIMES],
+        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in KINDS],
     )
 
 

@@ -85,14 +85,14 @@ def properties_of(op: str) -> Collection[str]:
     return pieces()[op].properties if op in backends.PIECES else PROPERTIES
 
 
-def demand_writable(path: Path | None) -> None:
+def demand_writable(path: Path | None, flag: str = "--json") -> None:
     """Raise UsageError before any work if the results cannot be written."""
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
     except OSError as error:
-        raise UsageError(f"--json: got {path}; it cannot be written: {error.strerror}") from error
+        raise UsageError(f"{flag}: got {path}; it cannot be written: {error.strerror}") from error
 
 
 def known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from conformance import backends
+from conformance.bench import exchange
 from conformance.bench.card import Card
 from conformance.bench.measure import Bench
+from conformance.bench.plot import lacking, plot
 from conformance.bench.table import heading, text, write_json
 from conformance.peers import Absent
 from conformance.search import DTYPES
@@ -27,6 +29,8 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the times to this file")
+    parser.add_argument("--benchmark-json", type=Path, metavar="FILE", help="also write them as pytest-benchmark does")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them: a .png, .svg or .pdf (matplotlib)")
     parser.set_defaults(verb=_bench)
 
 
@@ -37,6 +41,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UsageError("bench: torch finds no CUDA device; times on a CPU would mean nothing for these kernels")
     specs()
     demand_writable(arguments.json)
+    if arguments.benchmark_json and (why := exchange.lacking()):
+        raise UsageError(f"--benchmark-json: {why}")
+    demand_writable(arguments.benchmark_json, "--benchmark-json")
+    if arguments.plot and (why := lacking(arguments.plot)):
+        raise UsageError(f"--plot: {why}")
+    demand_writable(arguments.plot, "--plot")
     card = Card()  # first: a peer imported before CUDA is initialised could choose the allocator for all of them
     names, absent = _present(arguments.backend.split(","), "cuda")
     rates, state = card.rates(), card.state()
@@ -47,8 +57,12 @@ def _bench(arguments: argparse.Namespace) -> int:
         rows += shape
         if arguments.json:
             write_json(arguments.json, rows, card, rates, state, absent)
+        if arguments.benchmark_json:
+            exchange.write(arguments.benchmark_json, rows, card, state)
     if not rows:
         raise UsageError(f"backend: none of {', '.join(names)} defines any of {', '.join(ops)}: nothing to time")
+    if arguments.plot:
+        plot(arguments.plot, rows, heading(card, rates, state).partition("\n")[0])
     return 1 if any(row.failed for row in rows) else 0
 
 

@@ -51,7 +51,8 @@ def _coverage(arguments: argparse.Namespace) -> int:
     print(_table(explored, results), end="\n\n")
     print(_listing(explored, missed, arguments))
     if arguments.json:
-        _write(arguments.json, results, missed)
+        meta = {"device": device, "backend": judged.name, "profile": arguments.profile}
+        _write(arguments.json, meta, results, missed)
     failures = report.failures(results, arguments.backend, device)
     if failures:
         print("", failures, sep="\n")
@@ -94,11 +95,13 @@ def _listing(explored: Explored, missed: Mapping[str, Mapping[Pair, Case]], argu
     return "\n".join([*lines, *([f"and {left} more cases; --json FILE lists every pair"] if left > 0 else [])])
 
 
-def _write(path: Path, results: Sequence[Result], missed: Mapping[str, Mapping[Pair, Case]]) -> None:
+def _write(
+    path: Path, meta: Mapping[str, str], results: Sequence[Result], missed: Mapping[str, Mapping[Pair, Case]]
+) -> None:
     """Results as those of `run`, each with the pairs that it did not run and the cheapest case that reaches each."""
     found = [
         result.as_dict() | {"missed": [{"pair": shown(p), "case": str(c)} for p, c in missed[result.property].items()]}
         for result in results
         if result.property in missed
     ]
-    results_file.write(path, {"versions": results_file.versions()}, found)
+    results_file.write(path, {"versions": results_file.versions(), **meta}, found)

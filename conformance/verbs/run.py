@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance import backends, deviations, report
-from conformance.pieces import pieces
-from conformance.properties import PROPERTIES
+from conformance.catalogue import all_properties, tasks_of
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
 from conformance.verbs._shared import (
@@ -18,7 +17,6 @@ from conformance.verbs._shared import (
     judged_by,
     known,
     names_of,
-    properties_of,
     source_of,
 )
 
@@ -39,21 +37,14 @@ def _run(arguments: argparse.Namespace) -> int:
     operations, piece_names = names_of(source)
     ops = known("operation", arguments.ops, [*operations, *piece_names])
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
-    properties = known("property", arguments.property, _properties())
+    properties = known("property", arguments.property, all_properties())
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
     device, judged = judged_by(arguments, source)
     demand_writable(arguments.json)
     if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
         ops = operations  # most backends define only kernels: do not list all pieces as missing
-    tasks = [
-        Task(arguments.backend, op, name, dtype, device, arguments.profile, source=source)
-        for op in ops
-        if op in judged.functions
-        for name in properties
-        for dtype in ([None] if op in piece_names else dtypes)
-        if name in properties_of(op)
-    ]
+    tasks = tasks_of(judged, device, arguments.profile, source, ops, properties, dtypes)
     if not tasks:
         defined = [op for op in ops if op in judged.functions]
         if defined:
@@ -85,11 +76,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report.write_json(arguments.json, results, judged, device, arguments.profile, source)
     return _status(results)
-
-
-def _properties() -> list[str]:
-    """The names of all properties, of operations and of pieces, without repetitions."""
-    return list(dict.fromkeys([*PROPERTIES, *(name for piece in pieces().values() for name in piece.properties)]))
 
 
 def _status(results: Sequence[Result]) -> int:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
-VERBS = ("run", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate")
+VERBS = ("run", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
 OURS = (
     "python -m conformance",
     "python examples/",
@@ -176,7 +176,9 @@ def test_commands_parse(name: str, line: str) -> None:
         asked = {extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)}
         assert asked <= extras.keys()
     elif program == "pytest":
-        assert (ROOT / words[0]).exists()
+        assert words[0].startswith("-") or (ROOT / words[0]).exists()
+        plugin = (ROOT / "conformance" / "pytest_plugin.py").read_text(encoding="utf-8")
+        assert all(f'"{flag}"' in plugin for flag in flags(words) if flag.startswith("--conformance"))
     elif words[:2] == ["-m", "conformance"]:
         check_judge(*words[2:3] or ["list"], words[3:])
     elif program == "python":
@@ -211,7 +213,7 @@ def check_judge(verb: str, words: list[str]) -> None:
     assert flags(words) <= judge_options(verb)
     options = [index for index, word in enumerate(words) if word.startswith("-")]
     positional = words[: min(options, default=len(words))]
-    if verb not in ("repro", "write"):
+    if verb not in ("repro", "write", "ledger", "report"):
         assert set(positional) - {"OP"} <= {*backends.OPERATIONS, *backends.PIECES}
     for index in options:
         if words[index] == "--backend":

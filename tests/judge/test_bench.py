@@ -17,6 +17,7 @@ from conformance.bench.measure import Bench, bench_case
 from conformance.bench.sampler import FEWEST_ROUNDS, MOST_ROUNDS, Times, interleave
 from conformance.bench.table import Row
 from conformance.case import Case
+from conformance.operations import Source
 from conformance.spec import Spec
 from conformance.specs import specs
 from conformance.trial import Trial
@@ -80,7 +81,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
     def rows(card: Any, flops: tuple[int, int] = (0, 0), **functions: Callable[..., Any]) -> dict[str, Row]:
         spec = with_speed(specs()["swiglu"], shapes={"small": SHAPE}, flops=lambda *_: flops)
 
-        def load(name: str, device: str) -> backends.Judged:
+        def load(name: str, device: str, source: Source) -> backends.Judged:
             return backends.Judged(name, {"swiglu": functions[name]}, name)
 
         monkeypatch.setattr("conformance.bench.measure.specs", lambda: {"swiglu": spec})

@@ -24,7 +24,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Row]]:
         spec = replace(swiglu, speed=replace(swiglu.speed, shapes={"small": {"rows": 4, "hidden": 64}}))
         monkeypatch.setattr("conformance.bench.measure.specs", lambda: {"swiglu": spec})
         judged = backends.Judged("liger", {"swiglu": function}, "liger")
-        monkeypatch.setattr(backends, "load", lambda name, device: judged)
+        monkeypatch.setattr(backends, "load", lambda name, device, source: judged)
         card: Any = FakeCard()
         (found,) = Bench(card, RATES, ["liger"], "float32").measure("swiglu", "small")
         return found

@@ -1,19 +1,23 @@
 """The output of the bench: its table, its JSON, absent peers, pytest-benchmark."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from conformance import backends, cli
-from conformance.bench import conftest
+from conformance.bench import conftest, exchange
 from conformance.bench.playback import PlaybackTimer
+from conformance.bench.plot import lacking, plot
+from conformance.bench.sampler import Times
 from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
 from conformance.peers import Absent, import_kernels
 from conformance.verbs import bench as bench_verb
@@ -56,6 +60,28 @@ def test_the_table() -> None:
         assert fast[start - 1] == " " != fast[start]
         start += width
     assert max(map(len, (head, fast))) < 170
+
+
+def test_the_plot(tmp_path: Path) -> None:
+    """A panel per shape; times, shares of the roofline, and what was wrong."""
+    matplotlib = pytest.importorskip("matplotlib")
+    file = tmp_path / "bench.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts, not outlines
+        plot(file, [*ROWS, replace(FAST, shape="large 8x64", full=(1.0, 2.0, 3.0), roofline={})], "Fake card")
+    texts = {
+        " ".join(element.itertext()).strip()
+        for element in ElementTree.parse(file).iter()
+        if element.tag.endswith("}text")
+    }
+    assert {"swiglu small 4x64 bfloat16", "swiglu large 8x64 bfloat16", "fast", "liger", "reference"} <= texts
+    assert {"0.500, 55 %", "0.500, 55 %  wrong", "not timed: gate G2 used 3", "2.000"} <= texts
+    assert os.listdir(tmp_path) == ["bench.svg"]
+
+
+def test_a_plot_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lacking(Path("bench.gif")) == "got bench.gif; allowed: a name that ends in .png, .svg, .pdf"
+    monkeypatch.setattr("conformance.bench.plot.find_spec", lambda name: None)
+    assert "matplotlib is not installed" in str(lacking(Path("bench.png")))
 
 
 def test_the_heading_shows_the_card_and_its_rates() -> None:
@@ -160,6 +186,34 @@ def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
     assert [s["rounds"] for s in stats] == [21, 21]
     assert [s["median"] for s in stats] == [pytest.approx(0.2e-3), pytest.approx(0.4e-3)]
     assert [s["min"] for s in stats] == [pytest.approx(0.1e-3), pytest.approx(0.2e-3)]
+
+
+def test_the_bench_writes_what_pytest_benchmark_reads(tmp_path: Path) -> None:
+    """Its statistics, the names of conformance/bench/test_speed.py, and a file that its `compare` shows."""
+    samples = {"full": Times(tuple(0.4 + 0.01 * n for n in range(21)))}
+    rows = [replace(FAST, samples=samples), replace(FAST, backend="liger", samples=samples, failed=True), ROWS[2]]
+    exchange.write(tmp_path / "0001_now.json", rows, FakeCard(), STATE)  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "0001_now.json").read_text())
+    assert written["machine_info"]["gpu"] == "Fake card"
+    (benchmark,) = written["benchmarks"]
+    assert benchmark["fullname"] == "conformance/bench/test_speed.py::test_speed[swiglu-small-fast-full]"
+    assert benchmark["group"] == "swiglu small 4x64 bfloat16 full"
+    assert benchmark["extra_info"]["peak_mebibytes"] == 12.0
+    assert (benchmark["stats"]["rounds"], benchmark["stats"]["median"]) == (21, pytest.approx(0.5e-3))
+    code = "from pytest_benchmark.cli import main; main()"
+    command = [sys.executable, "-c", code, "compare", "0001_now.json", "--columns=median"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "test_speed[swiglu-small-fast-full]" in done.stdout
+    assert "500.0000" in done.stdout
+
+
+def test_a_file_of_pytest_benchmark_needs_its_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(exchange, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--benchmark-json", "out.json"]) == 2
+    assert capsys.readouterr().err.startswith("conformance: --benchmark-json: needs pytest-benchmark, which is not")
 
 
 def test_the_playback_timer_advances_only_by_samples() -> None:

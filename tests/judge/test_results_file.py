@@ -13,8 +13,8 @@ def test_a_process_that_is_stopped_leaves_the_old_file(tmp_path: Path, monkeypat
     results_file.write(file, {"device": "cpu"}, [{"op": "rope"}])
     text = Path.write_text
 
-    def stopped(self: Path, data: str) -> int:
-        text(self, data[:9])
+    def stopped(self: Path, data: str, encoding: str) -> int:
+        text(self, data[:9], encoding)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_text", stopped)

@@ -2,8 +2,13 @@
 
 from importlib import import_module
 
-from unsloth_fast.models.placement import place, remove
-from unsloth_fast.unsupported import missing
+from unsloth_fast.unsupported import demand_extra, missing
+
+try:
+    from unsloth_fast.models.placement import place, remove
+except ModuleNotFoundError as lacking:
+    demand_extra(__name__, lacking)
+    raise
 
 __all__ = ["place", "remove"]
 

@@ -1,0 +1,291 @@
+"""The whole comparison: both sides are judged, compiled and timed in turns; with a ledger, one side is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+from conformance.gate import verdict
+from conformance.gate.ledger import Ledger, results_of
+from conformance.gate.sides import Checkout, Side, Unavailable, verb
+from conformance.gate.statistics import SIDES, Pool
+from conformance.gate.verdict import Row
+from conformance.operations import PROJECT, Source
+
+SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
+TIMED_DTYPE = "bfloat16"
+
+Job = tuple[str, str, str]  # operation, shape and dtype
+Found = tuple[dict[str, Any], list[dict[str, Any]]]  # meta and results, as in a file of the judge
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare, in the words of the command line.
+
+    Attributes:
+        ops: operations; none for all.
+        backend: under judgement, on both sides.
+        device: "cpu" or "cuda"; times need the latter.
+        judge: further options of `run`, for both sides.
+        dtypes: none for checks in all dtypes, and times and fingerprints in TIMED_DTYPE.
+        targets: of fingerprints, for which None means all.
+        minutes: for all rounds of times.
+        rise: of the budget use that is allowed, as a fraction of the budget.
+        source: of the operation, if it comes from the command line.
+    """
+
+    ops: Sequence[str]
+    backend: str
+    device: str
+    judge: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    targets: Sequence[str] | None = None
+    minutes: float = 20.0
+    rise: float = verdict.BUDGET_RISE
+    source: Source = PROJECT
+
+    @property
+    def timed(self) -> Sequence[str]:
+        """The dtypes of times and fingerprints."""
+        return self.dtypes or (TIMED_DTYPE,)
+
+    def run(self) -> list[str]:
+        """The command line that judges."""
+        where = ["--backend", self.backend, "--device", self.device]
+        dtypes = ["--dtype", *self.dtypes] if self.dtypes else []
+        return ["run", *self.ops, *where, *dtypes, *self.judge, *self.source.words()]
+
+    def fingerprint(self, ops: Sequence[str], dtype: str) -> list[str]:
+        """The command line that compiles."""
+        targets = ["--target", *self.targets] if self.targets else []
+        return ["fingerprint", *ops, "--backend", self.backend, "--dtype", dtype, *targets]
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        rows: see conformance/gate/verdict.py.
+        sentences: regressions that belong to no row.
+        notes: what could not be compared, and why.
+        meta: of the head: versions, card, peak rates.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def regressions(self) -> list[str]:
+        """All of them, each once."""
+        rows = [sentence for row in self.rows for sentence in row["regressions"]]
+        return list(dict.fromkeys((*self.sentences, *rows)))
+
+    def attempt(self, run: Callable[[], Found], fatal: bool = False) -> Found:
+        """Run what a side may be unable to do; then this is noted, or if fatal a regression, and nothing is found."""
+        try:
+            return run()
+        except Unavailable as why:
+            (self.sentences if fatal else self.notes).append(str(why))
+            return {}, []
+
+
+class Asked(Protocol):
+    """A process that measures on command; see conformance/gate/side.py."""
+
+    def tell(self, do: str, **command: Any) -> None:
+        """Send a command."""
+        ...
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for its answer."""
+        ...
+
+    def ask(self, do: str, **command: Any) -> dict[str, Any]:
+        """Both."""
+        ...
+
+
+def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
+    """Compare two checkouts.
+
+    Raises:
+        Unavailable: the head cannot be judged, and the base neither.
+    """
+    report = Report()
+    _, old = report.attempt(lambda: _judged(base, request))
+    try:
+        report.meta, new = _judged(head, request)
+    except Unavailable as why:
+        if not old:
+            raise
+        report.sentences.append(str(why))
+        new = []
+    report.rows += verdict.properties(old, new, request.rise)
+    for dtype in request.timed if old and new else ():
+        if words := _compiling(request, new, dtype):
+            _, one = report.attempt(lambda words=words: verb(base, base.words(words)))
+            _, other = report.attempt(lambda words=words: verb(head, head.words(words)), fatal=bool(one))
+            report.rows += verdict.fingerprints(one, other) if one else []
+    pairs = [pair for pair in verdict.right(old) & verdict.right(new) if pair[1] in request.timed]
+    if request.device == "cuda" and request.minutes > 0:
+        wrong = {(one["op"], one["dtype"]) for one in (*old, *new) if one["verdict"] == "fail"}
+        report.notes += [f"{op} / {dtype}: no speed: a check fails" for op, dtype in sorted(wrong, key=str)]
+    if request.device == "cuda" and request.minutes > 0 and pairs:
+        try:
+            compare_times(lambda: _processes(base, head), request, sorted(pairs), report)
+        except Unavailable as why:
+            (report.sentences if why.side == "head" else report.notes).append(str(why))
+    return report
+
+
+@contextmanager
+def _processes(base: Checkout, head: Checkout) -> Iterator[Mapping[str, Asked]]:
+    checkouts = {"base": base, "again": base, "head": head}
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(closing(Side(checkouts[name]))) for name in SIDES}
+
+
+def against_ledger(head: Checkout, request: Request, ledger: Ledger) -> Report:
+    """Compare one checkout with a ledger.
+
+    Raises:
+        Unavailable: it cannot be judged.
+    """
+    report = Report()
+    found = [_judged(head, request)]
+    report.meta, judged = found[0]
+    right = verdict.right(judged)
+    for dtype in request.timed:
+        if words := _compiling(request, judged, dtype):
+            found.append(report.attempt(lambda words=words: verb(head, head.words(words))))
+        ops = sorted(op for op, one in right if one == dtype)
+        if request.device == "cuda" and request.minutes > 0 and ops and not request.source:
+            words = ["bench", *ops, "--backend", request.backend, "--dtype", dtype]
+            found.append(report.attempt(lambda words=words: verb(head, head.words(words))))
+            report.meta |= found[-1][0]
+    for _, results in found:
+        report.rows += [_alone(result) for result in results]
+    report.sentences += ledger.regressions(results_of(report.meta, [row["head"] for row in report.rows]))
+    recorded = ledger.operations(request.backend)
+    lost = sorted((recorded & set(request.ops or recorded)) - {result["op"] for result in judged})
+    report.sentences += [f"{op}: is lost: the ledger has it" for op in lost]
+    return report
+
+
+def _alone(result: dict[str, Any]) -> Row:
+    kind = "time" if "roofline" in result else "fingerprint" if "kernel" in result else "property"
+    about = {name: result.get(name, 0) for name in verdict.KEYS[kind]}
+    return {"kind": kind, **about, "verdict": None, "regressions": [], "base": None, "head": result}
+
+
+def _judged(checkout: Checkout, request: Request) -> Found:
+    checkout.demand_own(request.backend)
+    _progress(f"judging the {checkout.name}, {checkout.revision}")
+    return verb(checkout, checkout.words(request.run()))
+
+
+def _compiling(request: Request, judged: Iterable[Mapping[str, Any]], dtype: str) -> list[str]:
+    """The command that compiles what launches Triton kernels; empty if nothing does, or nothing is asked for."""
+    ops = dict.fromkeys(one["op"] for one in judged if one.get("coverage") is not None)
+    if not ops or request.source or request.targets == ():
+        return []
+    return request.fingerprint(list(ops), dtype)
+
+
+def compare_times(
+    start: Callable[[], AbstractContextManager[Mapping[str, Asked]]],
+    request: Request,
+    pairs: Sequence[tuple[str, str]],
+    report: Report,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Time what is right on both sides, shape by shape; then what changed again, in new processes.
+
+    Args:
+        start: starts the processes, by the names in SIDES.
+        request: of which backend.
+        pairs: operation and dtype.
+        report: gets a row per shape.
+        clock: seconds.
+
+    Raises:
+        Unavailable: a process ended. Rows of the shapes before it are in the report.
+    """
+    pool, found = Pool(), dict[Job, tuple[dict[str, Any], dict[str, Any]]]()
+    end = clock() + 60 * request.minutes
+    try:
+        with start() as sides:
+            report.meta |= _started(sides, request)
+            jobs = list(_jobs(sides, pairs))
+            for number, job in enumerate(jobs):
+                _progress(f"timing {' '.join(job)}, {number + 1} of {len(jobs)}")
+                deadline = clock() + max(0.0, end - clock()) / (len(jobs) - number)
+                found[job] = _time(sides, pool, job, None, lambda deadline=deadline: clock() > deadline)
+        changed = {job: kinds for job in jobs if not _red(found[job]) and (kinds := pool.changed(" ".join(job)))}
+        if changed:
+            with start() as sides:
+                _started(sides, request)
+                for job, kinds in changed.items():
+                    _progress(f"timing {' '.join(job)} again, in new processes")
+                    rows = _time(sides, pool, job, kinds, lambda: clock() > end)
+                    found[job] = rows if _red(rows) else found[job]
+    finally:  # at the end, when all that there is to learn about noise is known
+        report.rows += [verdict.times(*rows, pool.decisions(" ".join(job))) for job, rows in found.items()]
+
+
+def _started(sides: Mapping[str, Asked], request: Request) -> dict[str, Any]:
+    """The card as the head sees it; one side after the other measures its peak rates."""
+    command = {"backend": request.backend, "source": asdict(request.source)}
+    return {name: sides[name].ask("start", **command)["meta"] for name in SIDES}["head"]
+
+
+def _jobs(sides: Mapping[str, Asked], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:
+    """The shapes that both sides know."""
+    for op, dtype in pairs:
+        known = sides["base"].ask("shapes", op=op)["shapes"]
+        yield from ((op, shape, dtype) for shape in sides["head"].ask("shapes", op=op)["shapes"] if shape in known)
+
+
+def _red(rows: Iterable[Mapping[str, Any]]) -> bool:
+    return any(row["red"] for row in rows)
+
+
+def _time(
+    sides: Mapping[str, Asked], pool: Pool, job: Job, wanted: Sequence[str] | None, late: Callable[[], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time these kinds of time of one shape, or all of them; returns the rows of the base and of the head."""
+    op, shape, dtype = job
+    for name in SIDES:
+        sides[name].tell("prepare", op=op, shape=shape, dtype=dtype)
+    ready = [sides[name].hear() for name in SIDES]
+    slowest = {
+        kind: max(one["kinds"][kind] for one in ready)
+        for kind in ready[0]["kinds"]
+        if all(kind in one["kinds"] for one in ready) and (wanted is None or kind in wanted)
+    }
+    counts = {
+        kind: max(FEWEST_CALLS, min(MOST_CALLS, round(SAMPLE_MILLISECONDS / max(milliseconds, 1e-3))))
+        for kind, milliseconds in slowest.items()
+    }
+
+    def sample(side: str, kind: str) -> float:
+        return median(sides[side].ask("sample", kind=kind, count=counts[kind])["milliseconds"])
+
+    if counts and not _red(ready):
+        pool.time(" ".join(job), list(counts), sample, late)
+    rows = {name: sides[name].ask("finish")["row"] for name in SIDES}
+    return rows["base"], rows["head"]
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"conformance gate: {line}\n")
+    sys.stderr.flush()

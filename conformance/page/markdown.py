@@ -1,0 +1,142 @@
+"""The results as the comment of a pull request: what changed against a base, and the failures with their commands.
+
+Names and messages stand in code spans and fences, so that nothing in them is markup or mentions a person.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conformance.page.compare import WORDS, Change, changes
+from conformance.page.model import Check, Mutant, Results, failures, percent
+
+LIMIT = 65_536  # characters that GitHub takes in a comment
+RESERVE = 300  # for the line that says what was left out of a section, and its markup
+LINE = 300  # characters of a name or the first line of a message
+MESSAGE = 1500  # characters of a message or diff that are shown
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the comment that may be cut between two items."""
+
+    title: str
+    items: Sequence[str]
+    head: str = ""
+    folded: bool = False
+
+
+def comment(files: Sequence[Results], base: Sequence[Results] | None = None) -> str:
+    """The comment, below GitHub's limit; what has no room is counted."""
+    failed = sum(file.failed for file in files)
+    text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
+    found = changes(files, base)
+    if base is not None or any(file.kind == "gate" for file in files):
+        counts = [(word, sum(change.word == word for change in found)) for word in WORDS]
+        text += "\n\nAgainst the base: " + ", ".join(f"{count} {word}" for word, count in counts) + "."
+    sections = [section for section in _sections(files, found) if section.items]
+    for place, section in enumerate(sections):
+        text += _cut(section, LIMIT - len(text) - RESERVE * (len(sections) - place))
+    return f"{text}\n"
+
+
+def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section]:
+    """What asks for attention first."""
+    by_word = {word: [f"- {code(c.name)}: {code(c.text)}" for c in found if c.word == word] for word in WORDS}
+    failed = [_failure(checks, file) for file in files for checks in failures(file.checks).values()]
+    bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
+    missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
+    head = "| operation, shape, backend | call ms | device ms | roofline | budget use |\n|---|---|---|---|---|"
+    notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
+    stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
+    results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
+    return [
+        Section("Results", results, "| results | |\n|---|---|"),
+        Section("Regressed", by_word["regressed"]),
+        Section("Failures", failed),
+        Section("Times that mean nothing", bad),
+        Section("Mutants that survived", missed),
+        *(Section(word.capitalize(), by_word[word], folded=word != "improved") for word in WORDS[1:]),
+        Section("Notes", notes, folded=True),
+        Section("Speed", _speed(files), head, folded=True),
+        Section("Measured with", stacks, folded=True),
+    ]
+
+
+def _cut(section: Section, room: int) -> str:
+    """The section with as many items as there is room for."""
+    begin, end = f"\n\n### {section.title} ({len(section.items)})\n", ""
+    if section.folded:
+        begin, end = f"\n\n<details><summary>{section.title} ({len(section.items)})</summary>\n", "\n\n</details>"
+    begin += f"\n{section.head}" * bool(section.head)
+    kept: list[str] = []
+    for item in section.items:
+        if len(begin) + len(item) + 1 > room:
+            break
+        room -= len(item) + 1
+        kept.append(item)
+    left = len(section.items) - len(kept)
+    more = f"\n\nand {left} more, which the page and the files of results list" * bool(left)
+    return "\n".join([begin, *kept]) + more + end
+
+
+def _failure(checks: Sequence[Check], file: Results) -> str:
+    """The failures of a property in several dtypes."""
+    first = checks[0]
+    dtypes = ", ".join(check.dtype for check in checks if check.dtype)
+    lines = [f"**{code(f'{first.op} / {first.property}')}** {code(dtypes)}, {code(file.title)}"]
+    for check in checks:
+        again = check.again(file.meta)
+        lines += ["", *_fenced(_clipped(check.message or "failed"), "text")]
+        lines += _fenced(again, "sh") if again else []
+    return "\n".join([*lines, ""])
+
+
+def _survivor(one: Mutant, file: Results) -> str:
+    title = f"**{code(f'{one.op} {one.mutant}')}** {one.verdict}"
+    again = one.again(file.meta)
+    lines = [title, "", *_fenced(_clipped(one.diff), "diff"), *(_fenced(again, "sh") if again else ()), ""]
+    return "\n".join(lines)
+
+
+def _speed(files: Sequence[Results]) -> list[str]:
+    rows = []
+    for row in (row for file in files for row in file.rows):
+        name = _cell(f"{row.op} {row.shape} {row.dtype}, {row.backend}")
+        device = f"{row.device_full[1]:.3f}" if row.device_full else ""
+        call = f"{row.full[1]:.3f}" if row.full else "not timed"
+        share = percent(row.roofline.get("full"))
+        rows.append(
+            f"| {name} | {call} | {device} | {share} | {_cell(row.red) if row.red else percent(row.error_use)} |"
+        )
+    return rows
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}\n... {len(text) - MESSAGE} characters more"
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    fence = _ticks(text, 3)
+    return [f"{fence}{language}", text, fence]
+
+
+def _ticks(text: str, least: int) -> str:
+    """A row of backticks longer than any in the text."""
+    return "`" * max([least, *(1 + len(run) for run in re.findall("`+", text))])
+
+
+def code(text: str) -> str:
+    """A code span of one line, clipped."""
+    line = " ".join(text.split())
+    line = line if len(line) <= LINE else f"{line[: LINE - 4]} ..."
+    ticks = _ticks(line, 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}" if line else ""
+
+
+def _cell(text: str) -> str:
+    """A code span in a table, where a bar ends the cell even in code."""
+    return code(text).replace("|", "\\|")

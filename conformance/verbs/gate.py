@@ -1,0 +1,132 @@
+"""`conformance gate`: compare two revisions, or one with a ledger; every regression fails, in one sentence."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance import results_file
+from conformance.gate import job, ledger
+from conformance.gate.job import Report, Request
+from conformance.gate.ledger import LedgerError
+from conformance.gate.sides import RevisionError, Unavailable, checkouts
+from conformance.gate.statistics import Verdict
+from conformance.gate.verdict import BUDGET_RISE, Row, name
+from conformance.search import DTYPES
+from conformance.verbs._shared import (
+    UsageError,
+    Verbs,
+    add_search,
+    add_source,
+    demand_writable,
+    known,
+    names_of,
+    source_of,
+)
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("gate", help="compare two revisions, or one with a ledger; fail for what got worse")
+    parser.add_argument("--base", metavar="REV", help="the revision to compare with")
+    parser.add_argument("--head", metavar="REV", help="the revision to judge (the files as they are)")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="in place of --base: the ledger of this card")
+    parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="for all times, on a GPU (20)")
+    parser.add_argument(
+        "--budget-rise", type=float, default=BUDGET_RISE, metavar="SHARE", help=f"of the error budget ({BUDGET_RISE})"
+    )
+    parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="of fingerprints, or none (all)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
+    parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
+    add_search(parser)
+    add_source(parser)
+    parser.set_defaults(verb=_gate)
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    if (arguments.base is None) == (arguments.ledger is None):
+        raise UsageError("gate: got both --base and --ledger, or neither; allowed: one of them")
+    request = _request(arguments)
+    try:
+        recorded = ledger.read(arguments.ledger) if arguments.ledger else None
+        demand_writable(arguments.json)
+        with checkouts(arguments.base, arguments.head) as (base, head):
+            print(f"gate: {head.revision} against {base.revision if base else arguments.ledger}", flush=True)
+            if base is not None:
+                report = job.against_base(base, head, request)
+            else:
+                assert recorded is not None
+                report = job.against_ledger(head, request, recorded)
+            report.meta |= {"head": head.revision, "base": base.revision if base else None}
+    except (RevisionError, LedgerError, Unavailable) as error:
+        raise UsageError(str(error)) from error
+    print(text(report, arguments.json))
+    if arguments.json:
+        meta = report.meta | {"notes": report.notes, "regressions": report.regressions}
+        results_file.write(arguments.json, meta, report.rows)
+    return 1 if report.regressions else 0
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    source = source_of(arguments)
+    operations, pieces = names_of(source)
+    known("operation", arguments.ops, [*operations, *pieces])
+    known("dtype", arguments.dtype, list(DTYPES))
+    for option, least in (("minutes", 0), ("budget_rise", 0), ("jobs", 1)):
+        if (value := getattr(arguments, option)) is not None and not value >= least:
+            raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    options = {"--profile": arguments.profile, "--jobs": arguments.jobs, "--deviations": arguments.deviations}
+    judge = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+    return Request(
+        arguments.ops,
+        arguments.backend,
+        arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        judge=judge + (["--property", *arguments.property] if arguments.property else []),
+        dtypes=tuple(arguments.dtype or ()),
+        targets=() if arguments.target == ["none"] else arguments.target,
+        minutes=arguments.minutes,
+        rise=arguments.budget_rise,
+        source=source,
+    )
+
+
+def text(report: Report, json: Path | None = None) -> str:
+    """Times shape by shape; then what is unsure, new records, notes, regressions, and the counts."""
+    times = [row for row in report.rows if row["kind"] == "time" and "times" in row]
+    lines = [_time(row) for row in times]
+    unsure = _of(times, Verdict.UNSURE)
+    lines += [f"warning: {name('time', row)}: UNSURE after all rounds or --minutes" for row in unsure]
+    if better := [*_of(times, Verdict.FASTER), *_of(report.rows, "improved")]:
+        update = f"python -m conformance ledger update {json or 'FILE, with --json FILE'}"
+        lines.append(f"better than the base: {len(better)}; record it: {update}")
+    lines += [f"note: {name(row['kind'], row)}: fails as before" for row in _of(report.rows, "wrong")]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"FAIL {sentence}" for sentence in report.regressions]
+    return "\n".join([*lines, _closing(report)])
+
+
+def _of(rows: Sequence[Row], verdict: str) -> list[Row]:
+    return [row for row in rows if row["verdict"] == verdict]
+
+
+def _time(row: Row) -> str:
+    about = name("time", row)
+    if row["verdict"] is None:
+        return f"{about}: no speed: {row['no_speed'] or 'no kind of time on all sides'}"
+    return f"{about}: {row['verdict']}  " + ", ".join(f"{kind} {_ratio(one)}" for kind, one in row["times"].items())
+
+
+def _ratio(one: dict[str, Any]) -> str:
+    return f"{one['ratio']:.3f} [{one['low']:.3f} {one['high']:.3f}]"
+
+
+def _closing(report: Report) -> str:
+    counts = Counter(row["kind"] for row in report.rows)
+    words = {"property": "checks", "fingerprint": "kernels", "time": "shapes"}
+    compared = ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind])
+    return f"{len(report.regressions)} regressions in {compared or 'nothing'}"

@@ -1,0 +1,52 @@
+"""`conformance report`: show files of results as a page, as the comment of a pull request or as JUnit's XML."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from conformance import results_file
+from conformance.page.html import page
+from conformance.page.junit import junit
+from conformance.page.markdown import comment
+from conformance.page.model import Results
+from conformance.page.reading import FileError, read
+from conformance.verbs._shared import UsageError, Verbs, demand_writable
+
+FORMATS: dict[str, Callable[[Sequence[Results], Sequence[Results] | None], str]] = {
+    "html": page,
+    "markdown": comment,
+    "junit": lambda files, _: junit(files),
+}
+SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".xml": "junit"}
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("report", help="show files of results: a page, a pull request's comment, JUnit's XML")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a verb wrote")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (standard output)")
+    parser.add_argument("--format", choices=FORMATS, help="(by the suffix .html, .md or .xml of -o, else html)")
+    parser.add_argument("--base", nargs="+", action="extend", type=Path, metavar="FILE", help="say what changed since")
+    parser.set_defaults(verb=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    suffix = arguments.output.suffix.lower() if arguments.output else ""
+    name = arguments.format or SUFFIXES.get(suffix, "html")
+    if arguments.base and name == "junit":
+        raise UsageError("--base: got format junit, which has no changes; allowed: html, markdown")
+    try:
+        files, base = ([read(path) for path in paths or ()] for paths in (arguments.files, arguments.base))
+    except FileError as error:
+        raise UsageError(f"report: {error}") from error
+    if arguments.output and arguments.output.resolve() in [
+        path.resolve() for path in (*arguments.files, *(arguments.base or ()))
+    ]:
+        raise UsageError(f"--output: got {arguments.output}, a file of results; allowed: another file")
+    text = FORMATS[name](files, base if arguments.base else None)
+    if arguments.output is None:
+        print(text, end="")
+        return 0
+    demand_writable(arguments.output, "--output")
+    results_file.write_text(arguments.output, text)
+    return 0

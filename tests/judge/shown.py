@@ -1,0 +1,141 @@
+"""Files of results as the verbs write them, and a parser of the page."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from conformance import report, results_file
+from conformance.backends import Judged
+from conformance.bench.table import Row, write_json
+from conformance.cli import main
+from conformance.mutate import report as mutate_report
+from conformance.mutate.campaign import Outcome
+from conformance.mutate.mutant import Mutant
+from conformance.mutate.mutant import Source as SourceFile
+from conformance.operations import Source
+from conformance.search import Result
+from tests.judge.fake_card import RATES, STATE, FakeCard
+from tests.judge.test_bench_shown import ROWS
+
+MESSAGE = "gate G1 used 2.74 of the budget in output loss at index ()\nmeasured 7e-07, allowed 2.5e-07"
+RESULTS = [
+    Result("rope", "value", "float32", "pass", 0.312, 20),
+    Result("rope", "value", "bfloat16", "fail", 2.74, 7, "rows=1 fill=randn seed=0", MESSAGE),
+    Result("rope", "no_sync", "float32", "skip", message="needs a CUDA device"),
+    Result(
+        "rope", "memory", "float32", "xfail", None, 3, "rows=1 seed=0", "expected: it keeps a copy\nallocates 3 MiB"
+    ),
+    Result("swiglu", "metadata", "float32", "pass", None, 4),
+    Result("pack", "nothing_lost", None, "pass", None, 9),
+]
+
+
+def judged(name: str = "mine.kernels") -> Judged:
+    return Judged(name, {}, name)
+
+
+def run_file(path: Path, results: list[Result] = RESULTS, backend: str = "mine.kernels", source: Any = None) -> Path:
+    report.write_json(path, results, judged(backend), "cpu", "ci", source or Source())
+    return path
+
+
+def bench_file(path: Path, rows: list[Row] = ROWS) -> Path:
+    write_json(path, rows, FakeCard(), RATES, STATE, {"cce": "cut-cross-entropy is not installed"})  # type: ignore[arg-type]
+    return path
+
+
+def mutate_file(path: Path, verdicts: tuple[str, ...] = ("killed", "survived", "equivalent"), line: int = 5) -> Path:
+    """One mutant per verdict, each of another kind."""
+    source = SourceFile("mine", Path("mine.py"), "mine.py", "a\n" * line + "b < c\n")
+    edits = ((2 * line, 2 * line + 5, "b <= c"),)
+    outcomes = []
+    for kind, verdict in zip(("flipped", "compare", "constant"), verdicts, strict=True):
+        mutant = Mutant(source, kind, line + 1, 0, "", edits, None)
+        failed, reason = RESULTS[1:2] * (verdict == "killed"), "no fault" * (verdict == "equivalent")
+        outcomes.append(Outcome("rope", mutant, verdict, tuple(failed), reason=reason))  # type: ignore[arg-type]
+    mutate_report.write_json(path, outcomes, judged(), "cpu", "ci")
+    return path
+
+
+def coverage_file(path: Path) -> Path:
+    missed = [{"pair": "kernel: SMOOTHING=True, SEGMENTS=4", "case": "tokens=3 seed=0"}]
+    found = [result.as_dict() | {"coverage": 0.25, "missed": missed} for result in RESULTS[:1]]
+    results_file.write(path, {"versions": {}, "device": "cpu", "backend": "fast", "profile": "ci"}, found)
+    return path
+
+
+SLOWER = "rope / 4x64 / bfloat16: device_full: SLOWER: 1.101 [1.080 1.120] times the base's; allowed: 1.020"
+LOST = "swiglu: is lost: it was defined before"
+FASTER = {"device_full": {"verdict": "FASTER", "ratio": 0.9, "low": 0.88, "high": 0.92, "margin": 0.02, "rounds": 9}}
+
+
+def gate_file(path: Path) -> Path:
+    """Two regressions of rows and one that no row has; a shape of each verdict."""
+    time = {"kind": "time", "op": "rope", "dtype": "bfloat16", "regressions": [], "base": {}, "head": {}}
+    time |= {"times": {}, "no_speed": None}
+    slower = {"device_full": FASTER["device_full"] | {"verdict": "SLOWER", "ratio": 1.101, "low": 1.08, "high": 1.12}}
+    rows = [
+        {"kind": "property", "op": "swiglu", "property": None, "verdict": "lost", "regressions": [LOST]},
+        {
+            "kind": "property",
+            "op": "rope",
+            "property": "value",
+            "dtype": "float32",
+            "verdict": "new",
+            "regressions": [],
+        },
+        time | {"shape": "4x64", "verdict": "SLOWER", "regressions": [SLOWER], "times": slower},
+        time | {"shape": "8x64", "verdict": "FASTER", "times": FASTER},
+        time | {"shape": "2x64", "verdict": None, "no_speed": "the head: gate G1"},
+        time | {"shape": "1x64", "verdict": "SAME", "times": {"full": FASTER["device_full"] | {"ratio": 1.0}}},
+    ]
+    meta = {
+        "versions": {"torch": "2.11"},
+        "base": "0123456789abcdef",
+        "head": "fedcba9876543210",
+        "notes": ["one host"],
+    }
+    results_file.write(path, meta | {"regressions": [LOST, SLOWER, "the yardstick moved"]}, rows)
+    return path
+
+
+def shown(output: Path, *arguments: Path | str) -> str:
+    assert main(["report", *map(str, arguments), "-o", str(output)]) == 0
+    return output.read_text(encoding="utf-8")
+
+
+class Parsed(HTMLParser):
+    """A page: its text, its attributes, the rows of its tables by caption; unclosed elements are an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.words = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "br", "wbr"):
+            self._open.append(tag)
+        if tag == "caption":
+            self._caption = ""
+        elif tag == "tr":
+            self.tables.setdefault(self._caption, []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self._caption][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if "caption" in self._open:
+            self._caption += data
+        elif {"td", "th"} & set(self._open):
+            self.tables[self._caption][-1][-1] += data

@@ -1,0 +1,216 @@
+"""The gate on a repository made for the test: it finds what got worse, and leaves the repository as it was."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conformance.cli import main
+from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
+
+ROOT = Path(__file__).parents[2]
+here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+KERNELS = """
+from torch.nn import functional
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+"""
+SWIGLU = """
+
+def swiglu(gate, up):
+    return functional.silu(gate) * up
+"""
+
+
+def git(folder: Path, *arguments: str) -> str:
+    author = ["-c", "user.name=toy", "-c", "user.email=toy@example.com"]
+    command = ["git", "-C", str(folder), *author, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two commits: right kernels; then a wrong layer_norm and no swiglu. The files as they are cannot be imported."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    for content in (KERNELS + SWIGLU, KERNELS.replace("eps)", "10 * eps)")):
+        (folder / "toy_kernels.py").write_text(content)
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "kernels")
+    (folder / "toy_kernels.py").write_text("raise SystemExit('these are the files as they are')")
+    monkeypatch.chdir(folder)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")  # an import path into the repository
+    return folder
+
+
+def demand_untouched(toy: Path) -> None:
+    """No checkout is left, on disk or in git's list."""
+    assert list((toy.parent / "tmp").iterdir()) == []
+    assert len(git(toy, "worktree", "list").splitlines()) == 1
+
+
+ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "judge" / "action.yml").read_text())
+
+
+@here
+def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> None:
+    """The step of the action, in the toy repository: the base is right, the head is not, neither are the files."""
+    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "gate")
+    path, summary = toy.parent / "gate.json", toy.parent / "summary.md"
+    values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
+    values |= {"backend": "toy_kernels", "base": "HEAD~1", "operations": "layer_norm swiglu", "profile": "dev"}
+    values |= {"arguments": "--head HEAD --dtype float32 --property one_at_a_time --jobs 1", "json": str(path)}
+    environment = {name: values[re.fullmatch(r"\${{ inputs\.(\w+) }}", text)[1]] for name, text in step["env"].items()}
+    path_of_programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | environment | {"GITHUB_STEP_SUMMARY": str(summary), "PATH": path_of_programs}
+    done = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert summary.read_text() == f"```text\n{done.stdout}```\n"
+    printed = done.stdout.splitlines()
+    lost, failed = (line for line in printed if line.startswith("FAIL"))
+    assert lost == "FAIL swiglu: is lost: it was defined before"
+    assert failed.startswith("FAIL layer_norm / one_at_a_time / float32: passed before, and fails now: gate G1")
+    assert printed[-1] == "2 regressions in 2 checks"
+    found = json.loads(path.read_text())
+    assert found["meta"]["base"] == git(toy, "rev-parse", "HEAD~1")[:12]
+    assert found["meta"]["head"] == git(toy, "rev-parse", "HEAD")[:12]
+    assert [row["verdict"] for row in found["results"]] == ["lost", "regressed"]
+    demand_untouched(toy)
+
+
+@here
+def test_sigterm_leaves_nothing(toy: Path) -> None:
+    """Neither a checkout nor a process, where the gate is stopped while a side runs."""
+    started = toy.parent / "started"
+    code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    (toy / "slow_kernels.py").write_text(code)
+    git(toy, "add", "-A")
+    git(toy, "commit", "-qm", "slow")
+    words = ["gate", "--base", "HEAD", "layer_norm", "--backend", "slow_kernels", "--json", str(toy.parent / "x.json")]
+    with subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL) as gate:
+        deadline = time.monotonic() + 240
+        while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        gate.send_signal(signal.SIGTERM)
+        assert gate.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    assert (toy.parent / "x.json").read_text() == ""
+    demand_untouched(toy)
+
+
+@pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
+def test_checkouts_are_removed_whatever_ends_them(toy: Path, ends: type[BaseException]) -> None:
+    def use() -> None:
+        with checkouts("HEAD~1", None) as (base, head):
+            assert base is not None
+            assert (base.root / "toy_kernels.py").read_text() == KERNELS + SWIGLU
+            assert (head.root, head.revision) == (toy.resolve(), "working tree")
+            raise ends
+
+    with pytest.raises(ends):
+        use()
+    demand_untouched(toy)
+
+
+def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the import path names inside of the repository; what it names outside stays."""
+    outside = toy.parent / "elsewhere"
+    monkeypatch.setattr(sys, "path", [str(toy), str(outside), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(toy / "lib"), str(outside))))
+    with checkouts("HEAD", None) as (base, head):
+        assert base is not None
+        entries = base.environment()["PYTHONPATH"].split(os.pathsep)
+        assert entries[0] == str(base.root)
+        assert not [entry for entry in entries if Path(entry).is_relative_to(toy)]
+        assert {str(base.root / "lib"), str(outside)} <= set(entries)
+        assert base.words([f"{toy}/a.py:f", "a.py:f", "8"]) == [f"{base.root}/a.py:f", "a.py:f", "8"]
+        assert head.words([f"{toy}/a.py:f"]) == [f"{toy.resolve()}/a.py:f"]
+        base.demand_own("toy_kernels")
+        monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": str(toy)})
+        (base.root / "toy_kernels.py").unlink()
+        with pytest.raises(Unavailable, match=r"base: toy_kernels is imported from .*, not from the checkout of"):
+            base.demand_own("toy_kernels")
+
+
+def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge of its own that is too old: a package called conformance that cannot measure on command."""
+    package = toy / "conformance"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    line = "conformance: operation: got 'rope'; allowed: none"
+    (package / "__main__.py").write_text(f"import sys\nsys.exit({line!r})")
+    git(toy, "add", "-A")
+    git(toy, "commit", "-qm", "an old judge")
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None
+        side = Side(base)
+        with pytest.raises(Unavailable, match=r"^base: \w{12} cannot be timed: it has no conformance.gate.side") as why:
+            side.ask("start", backend="toy_kernels", source={})
+        side.close()
+        assert "\n" not in str(why.value)
+        with pytest.raises(Unavailable, match="defines none of these operations"):
+            verb(base, ["run", "rope", "--backend", "toy_kernels"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--base", "no-such-branch"), "--base: got 'no-such-branch'; allowed: a revision of"),
+        (("--base", "HEAD", "--head", "--all"), "expected one argument"),
+        (("--base", "HEAD", "soup"), "operation: got 'soup'; allowed:"),
+        (("--base", "HEAD", "--dtype", "float8"), "dtype: got 'float8'"),
+        (("--base", "HEAD", "--minutes", "-1"), "--minutes: got -1.0; allowed: 0 or more"),
+        (("--base", "HEAD", "--budget-rise", "nan"), "--budget-rise: got nan; allowed: 0 or more"),
+        (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
+        ((), "got both --base and --ledger, or neither"),
+        (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
+        (("--ledger", "x.json"), "x.json: No such file or directory"),
+    ],
+)
+def test_a_usage_error_is_one_line(
+    words: tuple[str, ...], message: str, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gate", *words]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert message in printed.err
+    demand_untouched(toy)
+
+
+def test_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(RevisionError, match="is in no git repository"), checkouts("HEAD", None):
+        pass
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The rows of a table of docs/gate.md."""
+    after = (ROOT / "docs" / "gate.md").read_text().partition(f"| {heading} |")[2]
+    lines = after.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_documents_name_every_option_and_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gate", "--help"])
+    options = set(re.findall(r"(?<![\w-])--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert {word for row in rows("option of `gate`") for word in re.findall(r"--[a-z-]+", row[0])} == options
+    assert [row[0].strip("`") for row in rows("input of the action")] == list(ACTION["inputs"])

@@ -1,0 +1,192 @@
+"""Verdicts about speed on simulated cards: heavy tails, a clock that drifts and steps, processes that differ."""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from conformance.gate.statistics import (
+    EXPECTED,
+    FLOOR,
+    LOOKS,
+    MARGIN,
+    SIDES,
+    Decision,
+    Logs,
+    Pool,
+    Verdict,
+    decide,
+    interval,
+    margin,
+    overall,
+)
+
+NOISE = 0.01  # of one time in one round: a Student t distribution with 3 degrees of freedom, times this
+PROCESS = {"device": 0.002, "host": 0.005}  # standard deviation of what a process adds for as long as it lives
+CLOCKS = (1.0, 0.97, 0.94, 1.05)  # levels between which a clock steps
+KINDS = ("forward", "full", "device_forward", "device_full")
+
+
+class SimulatedCard:
+    """Its clock drifts by 3 % each way and steps once in a hundred calls; every side has its own lasting bias."""
+
+    def __init__(self, seed: int, slowdown: float) -> None:
+        self._random, self._slowdown = random.Random(seed), slowdown
+        self._calls, self._clock = 0, 1.0
+        self._phase = self._random.uniform(0, math.tau)
+        self._bias = {(s, k): self._random.gauss(0, PROCESS[_group(k)]) for s in SIDES for k in KINDS}
+
+    def sample(self, side: str, kind: str) -> float:
+        self._calls += 1
+        if self._random.random() < 0.01:
+            self._clock = self._random.choice(CLOCKS)
+        drift = 0.03 * math.sin(self._phase + self._calls / 300)
+        chi = sum(self._random.gauss(0, 1) ** 2 for _ in range(3))
+        noise = NOISE * self._random.gauss(0, 1) / math.sqrt(chi / 3)
+        slower = math.log1p(self._slowdown) if side == "head" else 0.0
+        return self._clock * math.exp(drift + noise + slower + self._bias[side, kind])
+
+
+def _group(kind: str) -> str:
+    return "device" if kind.startswith("device") else "host"
+
+
+def gates(count: int, slowdown: float, kinds: Sequence[str] = KINDS) -> Iterator[dict[str, Decision]]:
+    """The decisions of gates of a single operation with a single shape, the case in which least is learned."""
+    for seed in range(count):
+        pool = Pool()
+        pool.time("one", kinds, SimulatedCard(seed, slowdown).sample, late=lambda: False)
+        if changed := pool.changed("one"):
+            pool.time("one", changed, SimulatedCard(count + seed, slowdown).sample, late=lambda: False)
+        yield pool.decisions("one")
+
+
+@cache
+def shares(slowdown: float) -> Counter[Verdict]:
+    """How often each verdict is given in 60 gates, or in 200 of the base against itself."""
+    return Counter(overall(found.values()) for found in gates(60 if slowdown else 200, slowdown))
+
+
+def documented() -> Iterator[tuple[float, dict[Verdict, float]]]:
+    """The table of docs/gate.md: a slowdown and the share of each verdict."""
+    for line in (Path(__file__).parents[2] / "docs" / "gate.md").read_text().splitlines():
+        if row := re.match(r"\| (the base again|(\d) % (slower|faster)) \| \d+ \|(.*)\|", line):
+            slowdown = int(row[2] or 0) / 100 * (-1 if row[3] == "faster" else 1)
+            cells = zip(ORDER, row[4].split("|"), strict=False)
+            yield slowdown, {one: int(cell.split()[0]) / 100 for one, cell in cells}
+
+
+ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
+
+
+def test_the_documents_give_the_shares_that_are_simulated() -> None:
+    """Within four standard deviations of a share, and half a percent of rounding."""
+    table = list(documented())
+    assert [slowdown for slowdown, _ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
+    for slowdown, expected in table:
+        found = shares(slowdown)
+        for one, share in expected.items():
+            spread = 4 * math.sqrt(max(share * (1 - share), 0.01) / found.total()) + 0.005
+            assert abs(found[one] / found.total() - share) <= spread, (slowdown, one)
+
+
+def test_base_against_base_is_neither_faster_nor_slower() -> None:
+    """200 gates give at most one false verdict, and most are sure."""
+    found = shares(0.0)
+    assert found[Verdict.FASTER] + found[Verdict.SLOWER] < 2
+    assert found[Verdict.SAME] >= 160
+
+
+@pytest.mark.parametrize(("slowdown", "least"), [(0.05, 0.95), (0.02, 0.5)])
+def test_a_slowdown_is_found(slowdown: float, least: float) -> None:
+    assert shares(slowdown)[Verdict.SLOWER] >= least * 60
+
+
+def test_a_gain_is_found_and_never_called_slower() -> None:
+    found = shares(-0.05)
+    assert found[Verdict.FASTER] >= 57
+    assert found[Verdict.SLOWER] == 0
+
+
+def test_the_interval_holds_the_median_whatever_the_noise() -> None:
+    """Far fewer than one in a hundred of 2000 intervals miss, for lopsided noise as well."""
+    source = random.Random(0)
+    misses = 0
+    for _ in range(2000):
+        low, high = interval([source.expovariate(1.0) for _ in range(LOOKS[0])])
+        misses += not low <= math.log(2) <= high
+    assert misses <= 5  # 0.4 expected
+
+
+def test_too_few_rounds_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="rounds: got 5; allowed: 20 or more"):
+        interval([0.0] * 5)
+
+
+def test_processes_that_differ_by_four_times_as_much_are_rarely_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the margin expects is wrong there; a change must be seen by new processes too."""
+    monkeypatch.setattr(f"{__name__}.PROCESS", {name: 4 * value for name, value in PROCESS.items()})
+    found = Counter(overall(one.values()) for one in gates(100, 0.0))
+    assert found[Verdict.FASTER] + found[Verdict.SLOWER] < 2
+
+
+def test_a_change_that_is_seen_once_is_unsure() -> None:
+    slow, same = SimulatedCard(1, 0.2), SimulatedCard(2, 0.0)
+    pool = Pool()
+    pool.time("one", ["device_full"], slow.sample, late=lambda: False)
+    assert pool.changed("one") == ["device_full"]
+    assert pool.decisions("one")["device_full"].verdict is Verdict.UNSURE
+    pool.time("one", ["device_full"], same.sample, late=lambda: False)
+    decision = pool.decisions("one")["device_full"]
+    assert (decision.verdict, round(decision.ratio, 1)) == (Verdict.UNSURE, 1.0)
+    pool.time("two", ["device_full"], same.sample, late=lambda: False)
+    assert pool.changed("two") == []
+
+
+def test_processes_that_differ_widen_the_margin() -> None:
+    """A lasting difference between two processes of the base hides one of the same size in the head."""
+    assert margin("device", []) == max(FLOOR, MARGIN * EXPECTED["device"])
+    assert margin("host", []) > 1.5 * margin("device", [])
+    assert margin("device", [0.02, -0.02]) > 0.02
+    sure = Logs([0.03 + 1e-4 * n for n in range(20)], [1e-4 * n for n in range(20)])
+    assert decide(sure, margin("device", [])).verdict is Verdict.SLOWER
+    assert decide(sure, margin("device", [0.02] * 8)).verdict is not Verdict.SLOWER
+    apart = Logs(sure.head, [0.04] * 20)
+    assert decide(apart, margin("device", [])).verdict is not Verdict.SLOWER
+
+
+def test_rounds_end_with_the_time() -> None:
+    """The first look is always reached; then a late gate stops and says that it is unsure."""
+    pool, card = Pool(), SimulatedCard(3, 0.012)
+    pool.time("one", ["device_full"], card.sample, late=lambda: True)
+    (decision,) = pool.decisions("one").values()
+    assert (decision.rounds, decision.verdict) == (LOOKS[0], Verdict.UNSURE)
+
+
+def test_every_side_takes_every_place_in_a_round() -> None:
+    seen: list[str] = []
+
+    def sample(side: str, kind: str) -> float:
+        seen.append(side)
+        return 1.0
+
+    Pool().time("one", ["full"], sample, late=lambda: False)
+    rounds = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(rounds) == LOOKS[0]
+    assert len(set(rounds)) == 6
+    assert all(sorted(one) == sorted(SIDES) for one in rounds)
+
+
+def test_the_worst_kind_of_time_decides() -> None:
+    def of(*verdicts: Verdict) -> Verdict:
+        return overall([Decision(one, 1.0, 1.0, 1.0, 0.01, 20) for one in verdicts])
+
+    assert of(Verdict.FASTER, Verdict.SLOWER, Verdict.SAME) is Verdict.SLOWER
+    assert of(Verdict.FASTER, Verdict.UNSURE) is Verdict.UNSURE
+    assert of(Verdict.FASTER, Verdict.SAME) is Verdict.FASTER
+    assert of(Verdict.SAME, Verdict.SAME) is Verdict.SAME
