@@ -20,7 +20,15 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
 from unsloth_fast.data.choice import names_text_field
-from unsloth_fast.data.columns import check_columns, completion_only, has_stream, prepared_rows, without_empty_media
+from unsloth_fast.data.columns import (
+    check_columns,
+    completion_only,
+    has_stream,
+    prepared_rows,
+    with_messages,
+    with_rows,
+    without_empty_media,
+)
 from unsloth_fast.data.facts import config_and_class, decide_batching, takes_images, vocabulary_size
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
@@ -65,7 +73,7 @@ def resolve_arguments(
         keywords: the further keywords, in names of any release of TRL.
 
     Raises:
-        TypeError: an unknown keyword, too many arguments, one given twice, or args of another type.
+        TypeError: an unknown keyword, too many arguments, one given twice, args of another type, or no data set.
         ValueError: a value that is not allowed, or a data set that cannot be trained on.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
@@ -79,10 +87,11 @@ def resolve_arguments(
     prepare_experts(*config_and_class(model, settings), settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(args, updates)
-    given = without_empty_media(given)
-    check_columns(given, settings, vocabulary, named=named, images=takes_images(model, settings, given))
+    given = without_empty_media(with_rows(given, settings))
+    images = takes_images(model, settings, given)
+    check_columns(given, settings, vocabulary, named=named, images=images)
     check_processing_classes(given, settings, named=named)
-    given = prepared_rows(given, settings)
+    given = with_messages(prepared_rows(given, settings), settings, named=named, images=images)
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared

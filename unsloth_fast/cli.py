@@ -270,6 +270,11 @@ def _load_dataset(script_args: Any, mixture: Any) -> Any:
     try:
         if mixture.datasets:
             for part in mixture.datasets:
+                if not isinstance(getattr(part, "path", None), str):
+                    raise UsageError(
+                        f"datasets: got {getattr(part, 'path', part)!r}; allowed: a list of entries with a path, as in "
+                        "`- {path: json, data_files: train.jsonl}`; dataset_name takes a single file"
+                    )
                 part.path, part.data_files = _existing(part.path), _existing(part.data_files)
             return get_dataset(mixture)
         return _load_named(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)

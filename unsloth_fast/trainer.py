@@ -77,7 +77,7 @@ class UnslothTrainer(SFTTrainer):
         ValueError: an unknown backend; a data set that is empty, has no known column, a row without text or a token
             outside the vocabulary, or in which no token is a target; a packed row longer than `max_length`; nothing to
             train; bfloat16 on a card without it, activation_offloading on a CPU; or what `trl.SFTTrainer` raises.
-        TypeError: an unknown keyword.
+        TypeError: an unknown keyword, or what is no data set.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
 

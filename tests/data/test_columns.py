@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from trl import SFTConfig
 
 from tests.data.samples import SKIP, ids, labelled, stream, text, tokens
 from tests.trainer.runs import arguments
-from unsloth_fast.data.columns import check_columns, completion_only, datasets_of, has_stream, has_vision_columns
+from unsloth_fast.data.columns import (
+    check_columns,
+    completion_only,
+    datasets_of,
+    has_stream,
+    has_vision_columns,
+    with_rows,
+)
 
 CHAT = [{"role": "user", "content": "w1"}]
 PAIR = {"prompt": ["w1", "w2"], "completion": ["w3", "w4"]}
@@ -73,6 +81,9 @@ def check(folder: Path, data: Any, vocabulary: int | None = 48, **options: Any) 
         (stream(labelled([-100, -100], [5])), SKIP, "train_dataset: got no target in 2 documents; allowed"),
         (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 documents"),
         (ids([3, 4], [48]), SKIP, "train_dataset: got 48 in row 1 of column 'input_ids'"),
+        (text("w1"), SKIP, "train_dataset: got no column 'input_ids', only 'text'; allowed: rows with 'input_ids'"),
+        (ids([3]), SKIP | {"eval_dataset": {"a": text("w1")}}, "eval_dataset['a']: got no column 'input_ids', only"),
+        (stream(text("w1")), SKIP, "train_dataset: got no column 'input_ids', only 'text'"),
         (labelled([3, 4], [48]), SKIP, "train_dataset: got 48 in row 1 of column 'labels'"),
         (stream(labelled([-100, 48])), SKIP, "train_dataset: got 48 in row 0 of column 'labels'"),
     ],
@@ -100,7 +111,6 @@ def test_a_data_set_without_usable_columns_is_refused(
         (Dataset.from_dict({"body": ["w1"]}), {"formatting_func": str}),
         (Dataset.from_dict({"image": ["w1"]}), {}),
         (ids([3, 4]), SKIP),
-        (Dataset.from_dict({"body": ["w1"]}), SKIP),
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
@@ -111,10 +121,52 @@ def test_a_data_set_with_a_text_in_every_row_passes(
     check(tmp_path, stream(data) if streamed else data, **options)
 
 
-def test_several_data_sets_to_train_on_are_refused(tmp_path: Path) -> None:
-    """`load_dataset` returns them where no split is named."""
-    with pytest.raises(TypeError, match=r"^train_dataset: got a DatasetDict of 'train', 'test'; allowed: one of them"):
-        check(tmp_path, DatasetDict({"train": tokens(3), "test": tokens(3)}))
+def test_rows_that_another_collator_reads_pass(tmp_path: Path) -> None:
+    args = arguments(tmp_path, SFTConfig, **SKIP)
+    check_columns({"train_dataset": text("w1"), "data_collator": list}, args, None)
+    check_columns({"train_dataset": Dataset.from_dict({"image": ["w1"]})}, args, None)
+
+
+TABLE = torch.utils.data.TensorDataset(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (
+            {"train_dataset": DatasetDict({"train": tokens(3), "test": tokens(3)})},
+            {},
+            "train_dataset: got a DatasetDict of 'train', 'test'; allowed: one of them",
+        ),
+        ({"train_dataset": {"text": ["w1"]}}, {}, "train_dataset: got a dict of 'text'; allowed: one of them"),
+        ({"train_dataset": "a.jsonl"}, {}, "train_dataset: got 'a.jsonl'; allowed: a `Dataset` or `IterableDataset`"),
+        ({"train_dataset": "a.jsonl"}, SKIP, "train_dataset: got 'a.jsonl'; allowed: a `Dataset`"),
+        ({"train_dataset": tokens(3), "eval_dataset": Path("a")}, {}, "eval_dataset: got PosixPath('a'); allowed: a"),
+        ({"train_dataset": tokens(3), "eval_dataset": {"a": TABLE}}, {}, "eval_dataset['a']: got TensorDataset;"),
+        ({"train_dataset": [{"text": "w1"}]}, {}, "train_dataset: got list; allowed: a `Dataset`"),
+        ({"train_dataset": TABLE}, SKIP, "train_dataset: got rows of the type tuple; allowed: dictionaries"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(
+    tmp_path: Path, given: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError) as error:
+        with_rows(given, arguments(tmp_path, SFTConfig, **options))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["pandas", "arrow", "numpy"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_any_format_gives_dictionaries(tmp_path: Path, kind: str, streamed: bool) -> None:
+    """Of the columns that the format shows."""
+    given: Any = Dataset.from_dict({"messages": [CHAT], "text": [None]})
+    shown = given.to_iterable_dataset().remove_columns("text") if streamed else given
+    formatted = shown.with_format(kind) if streamed else shown.with_format(kind, columns=["messages"])
+    args = arguments(tmp_path, SFTConfig)
+    found = with_rows({"train_dataset": formatted, "eval_dataset": {"a": formatted}}, args)
+    assert [list(part) for _, part in datasets_of(found)] == [[{"messages": CHAT}]] * 2
+    prepared = tokens(3).with_format("torch")
+    assert with_rows({"train_dataset": prepared}, args)["train_dataset"] is prepared
 
 
 def test_every_data_set_of_a_trainer_has_a_name() -> None:

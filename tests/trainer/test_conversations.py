@@ -32,8 +32,18 @@ def test_sharegpt_becomes_standard(standardize: Any, column: str, streamed: bool
     assert [row["id"] for row in rows] == [0, 1, 2]
 
 
-def test_an_empty_conversation_first() -> None:
-    assert list(standardize_sharegpt(data([[], SHAREGPT])))[1]["conversations"] == MESSAGES
+def without_schema(rows: Dataset) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows.to_list()))
+
+
+@pytest.mark.parametrize("first", [[], None])
+@pytest.mark.parametrize("given", [Dataset.with_format, Dataset.to_iterable_dataset, without_schema])
+def test_an_empty_conversation_first(given: Any, first: Any) -> None:
+    """It does not hide the others, and its text is empty."""
+    rows = given(data([first, SHAREGPT]))
+    assert [row["conversations"] for row in standardize_sharegpt(rows)] == [[], MESSAGES]
+    made = get_chat_template(tokenizer(), "chatml")
+    assert [row["text"] for row in apply_chat_template(rows, made)] == ["", written(made, MESSAGES)]
 
 
 def test_a_standard_data_set_is_returned_as_it_is() -> None:
@@ -199,5 +209,5 @@ def test_an_example_that_is_none(example: str, options: dict[str, Any], message:
 
 
 def test_a_data_set_without_conversations() -> None:
-    with pytest.raises(ValueError, match="dataset: got the columns 'text'; allowed: one of conversations"):
+    with pytest.raises(ValueError, match="dataset: got no conversation in the columns 'text'; allowed: a column"):
         apply_chat_template(Dataset.from_dict({"text": ["a"]}), tokenizer(), EXAMPLES["alpaca"][0])

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.chat_tokenizers import byte_level, metaspace
@@ -79,6 +81,28 @@ def test_parts_found_in_the_template(name: str, kind: str) -> None:
         text = made.apply_chat_template(messages, tokenize=False, date_string="1 Jan 2024")
         ids = made(text, add_special_tokens=False)["input_ids"]
         assert label({"input_ids": ids})["labels"] == responses_by_hand(made, messages)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tensors_have_the_labels_of_lists(size: int) -> None:
+    """Rows of one length, as a tokenizer or a formatted data set returns them; a row of its own; other columns."""
+    label = ResponseLabels(((3, 4),), ((5,),))
+    rows = {"input_ids": [[3, 4, 8, 5, 9, 7], [5, 8, 3, 4, 5, 9]][:size]}
+    expected = [[-100, -100, -100, -100, 9, 7], [-100, 8, -100, -100, -100, 9]][:size]
+    assert label(rows) == {"labels": expected}
+    found = label({"input_ids": torch.tensor(rows["input_ids"], dtype=torch.int32)})["labels"]
+    assert isinstance(found, torch.Tensor) and found.dtype == torch.int64 and found.tolist() == expected
+    assert label({"input_ids": np.array(rows["input_ids"])}) == {"labels": expected}
+    several = label({"input_ids": list(map(torch.tensor, rows["input_ids"]))})["labels"]
+    assert [row.tolist() for row in several] == expected
+    assert label({"input_ids": torch.tensor(rows["input_ids"][0])})["labels"].tolist() == expected[0]
+    data = Dataset.from_dict(rows | {"completion_mask": [[1] * 5 + [0]] * size, "seq_lengths": [[4, 2]] * size})
+    wanted = data.map(label, batched=True)["labels"][:]
+    assert wanted[0] == [-100] * 6 and wanted[1:] == [[-100, 8, -100, -100, -100, -100]][: size - 1]
+    for kind in ("torch", "numpy"):
+        for batched in (True, False):
+            made = data.with_format(kind).map(label, batched=batched)
+            assert made.with_format(None)["labels"][:] == wanted
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,32 @@ def test_tool_calls_of_the_assistant_alone(how: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("column", ["messages", "conversations", "of ShareGPT"])
+def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing: bool, tmp_path: Path) -> None:
+    """Beside columns that are not read; after a conversation without a message; in each data set of an evaluation."""
+    made = tiny.tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}w1 {% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %} "
+        "{% endfor %}"
+    )
+    keys = ("from", "value") if column == "of ShareGPT" else ("role", "content")
+    turns = [[("user", "w5"), ("assistant", "w6 w7")], [], [("user", "w5"), ("assistant", "w8")]]
+    chats = [[dict(zip(keys, turn, strict=True)) for turn in chat] for chat in turns]
+    name = "messages" if column == "messages" else "conversations"
+    given = Dataset.from_dict({name: [[], *chats], "prompt": ["w9"] * 4, "text": ["w9"] * 4})
+    if name == "conversations":
+        given = given.add_column("messages", [None] * 4)
+    data: Any = given.to_iterable_dataset() if streamed else given
+    args = arguments(tmp_path, assistant_only_loss=True, packing=packing, max_length=8)
+    evaluated = {"a": data, "b": given}
+    trainer = UnslothTrainer(tiny.model(), args, train_dataset=data, eval_dataset=evaluated, processing_class=made)
+    rows = [list(trainer.train_dataset), *map(list, trainer.eval_dataset.values())]
+    labels = [made.decode([label for row in part for label in row["labels"] if label != -100]) for part in rows]
+    assert [sorted(text.split()) for text in labels] == [["w6", "w7", "w8"]] * 3
+
+
 @pytest.mark.parametrize("by_keyword", [True, False])
 def test_a_named_text_beside_a_prompt_and_a_completion(by_keyword: bool, tmp_path: Path) -> None:
     made = chatml()
@@ -143,7 +169,8 @@ def test_images_for_a_model_of_text_are_refused(streamed: bool, options: dict[st
     args = arguments(tmp_path, **options)
     for name, key in (("image", "train_dataset"), ("images", "train_dataset"), ("images", "eval_dataset")):
         data: Any = text.add_column(name, ["a", "b"])
-        data = {"train_dataset": text} | {key: data.to_iterable_dataset() if streamed else data}
+        rows = text.add_column("input_ids", [[3, 4]] * 2) if options else text
+        data = {"train_dataset": rows} | {key: data.to_iterable_dataset() if streamed else data}
         words = f"^{key}: got the column '{name}' for a model or a tokenizer of text alone; allowed: columns of text"
         with pytest.raises(ValueError, match=words):
             UnslothTrainer(tiny.model(), args, **data, **given)

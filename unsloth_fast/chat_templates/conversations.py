@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"observation": "tool", "function_response": "tool"}
 _EMPTY = (None, "", [], {})
+_STREAM_CHECK = 1000  # rows at the start of a stream without a schema that are searched for a conversation
 
 
 def standardize_sharegpt(
@@ -51,7 +53,7 @@ def standardize_sharegpt(
         raise ValueError("dataset: got no row; allowed: at least one")
     roles = _ROLES | dict.fromkeys(aliases_for_assistant, "assistant") | dict.fromkeys(aliases_for_user, "user")
     roles |= dict.fromkeys(aliases_for_system, "system")
-    columns = [name for name in first if _needs_rewriting(dataset, first, name, roles)]
+    columns = [name for name in conversation_columns(dataset) if _needs_rewriting(dataset, name, roles)]
     if not columns:
         return dataset
     rewrite = partial(_standard_rows, columns=columns, roles=roles)
@@ -66,9 +68,30 @@ def standardize_data_formats(dataset: Any, *positional: Any, **keywords: Any) ->
     return standardize_sharegpt(dataset, *positional, **keywords)
 
 
-def conversation_column(row: Mapping[str, Any]) -> str | None:
-    """The first column of a row that holds a conversation; None if there is none."""
-    return next((name for name, value in row.items() if keys_of(value) is not None), None)
+def conversation_columns(dataset: Any) -> list[str]:
+    """The columns that hold conversations, some of which may be empty or null.
+
+    Args:
+        dataset: a data set; or a stream, of which, where it does not know its schema, the first rows are searched.
+    """
+    found: dict[str, bool] = {}
+    features = getattr(dataset, "features", None)
+    kinds = {field.name: field.type for field in features.arrow_schema} if features else {}
+    for row in islice(dataset, 1 if kinds else _STREAM_CHECK):
+        for name, value in row.items():
+            if not found.get(name):
+                found[name] = keys_of(value) is not None or _are_conversations(kinds.get(name))
+        if not any(value is None or (isinstance(value, list) and not value) for value in row.values()):
+            break
+    return [name for name, holds in found.items() if holds]
+
+
+def _are_conversations(kind: Any) -> bool:
+    """Whether the Arrow type is that of lists of messages."""
+    if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    value = kind.value_type
+    return pa.types.is_struct(value) and keys_of([dict.fromkeys(field.name for field in value)]) is not None
 
 
 def keys_of(value: Any) -> tuple[str, str] | None:
@@ -88,17 +111,14 @@ def standard_messages(conversation: Iterable[Mapping[str, Any]], roles: Mapping[
     return messages
 
 
-def _needs_rewriting(dataset: Any, first: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> bool:
-    """Whether a column holds conversations, and any of them has other keys or roles than the standard ones."""
+def _needs_rewriting(dataset: Any, name: str, roles: Mapping[str, str]) -> bool:
+    """Whether any conversation of the column has other keys or roles than the standard ones."""
     if not isinstance(dataset, Dataset):  # later rows of a stream are unknown, and standard messages pass unchanged
-        return keys_of(first[name]) is not None
+        return True
     kind = dataset.data.schema.field(name).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    if not _are_conversations(kind):
         return False
-    keys = [field.name for field in kind.value_type]
-    if keys_of([dict.fromkeys(keys)]) is None:
-        return False
-    if not {"role", "content"} <= set(keys):
+    if not {"role", "content"} <= {field.name for field in kind.value_type}:
         return True
     table: Any = dataset.select_columns([name]).with_format("arrow")[:]
     for conversations in table.column(name).chunks:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from unsloth_fast.chat_templates.conversations import conversation_column, standard_messages
+from unsloth_fast.chat_templates.conversations import conversation_columns, standard_messages
 from unsloth_fast.chat_templates.formats import quoted, turns
 from unsloth_fast.chat_templates.tokenizer import get_chat_template
 from unsloth_fast.data.nulls import renderer
@@ -23,7 +23,7 @@ def apply_chat_template(
 ) -> Any:
     """Write each conversation of a data set as text, in a column "text".
 
-    Nulls that Arrow adds to tool calls are left out.
+    Nulls that Arrow adds to tool calls are left out. The text of a conversation without a message is empty.
 
     Args:
         dataset: a data set or a stream with a column of conversations, in the standard or in ShareGPT's form.
@@ -44,11 +44,11 @@ def apply_chat_template(
         ValueError: a template without {INPUT} or {OUTPUT}, or with them in another order; a default_system_message
             without {SYSTEM}; no column of conversations.
     """
-    first = next(iter(dataset), {})
-    column = conversation_column(first)
+    column = next(iter(conversation_columns(dataset)), None)
     if column is None:
+        names = ", ".join(map(repr, next(iter(dataset), {})))
         raise ValueError(
-            f"dataset: got the columns {', '.join(map(repr, first))}; allowed: one of conversations, as "
+            f"dataset: got no conversation in the columns {names}; allowed: a column of conversations, as "
             "`to_sharegpt` makes them"
         )
     if chat_template is not None:
@@ -68,7 +68,8 @@ def apply_chat_template(
 
 
 def _text(row: dict[str, Any], tokenizer: Any, column: str) -> dict[str, str]:
-    return {"text": tokenizer.apply_chat_template(standard_messages(row[column], ROLES), tokenize=False)}
+    messages = standard_messages(row[column] or [], ROLES)
+    return {"text": tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""}
 
 
 def jinja_of(example: str, tokenizer: Any) -> str:

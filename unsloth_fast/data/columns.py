@@ -1,15 +1,20 @@
 """The columns of a trainer's data sets: which of them are trained on, and errors for data sets without such columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from os import PathLike
 from typing import Any
 
-from datasets import IterableDataset
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
 from trl import SFTConfig
+from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
-from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
+from unsloth_fast.data.choice import CHATS, PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
-from unsloth_fast.data.reading import OPTIONS, read_columns
+from unsloth_fast.data.reading import OPTIONS, read_columns, under_known_name
 from unsloth_fast.data.streams import picklable
 from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
@@ -67,14 +72,7 @@ def check_columns(
 
     Raises:
         ValueError: which data set, what was found, and what is allowed.
-        TypeError: several data sets to train on.
     """
-    if isinstance(train := given.get("train_dataset"), dict):
-        names = ", ".join(map(repr, train))
-        raise TypeError(
-            f"train_dataset: got a {type(train).__name__} of {names}; allowed: one of them, as `train_dataset` must be "
-            "a `Dataset` or `IterableDataset`"
-        )
     for name, dataset in datasets_of(given):
         first = next(iter(dataset), None)
         if first is None:
@@ -84,9 +82,11 @@ def check_columns(
                 f"{name}: got the column {found[0]!r} for a model or a tokenizer of text alone; allowed: columns of "
                 "text (drop it with the data set's `remove_columns`)"
             )
+        media = images and bool(_VISION & first.keys())
         if _skips_preparation(args):
-            _check_prepared(dataset, name, first, vocabulary, given.get("data_collator") is not None)
-        elif not (images and _VISION & first.keys()) and (given.get("formatting_func") is None or TOKENS[0] in first):
+            collated = media or given.get("data_collator") is not None
+            _check_prepared(dataset, name, first, vocabulary, collated=collated)
+        elif not media and (given.get("formatting_func") is None or TOKENS[0] in first):
             check_text(dataset, name, first, args, named=named)
 
 
@@ -102,6 +102,83 @@ def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
         return dict(given)
     rows = _as_they_are if given.get("data_collator") is not None else _without_empty_rows
     return _with_each(given, lambda dataset, name: picklable(rows(dataset, name)))
+
+
+def with_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
+    """The trainer's keywords, whose data sets give rows as dictionaries, and conversations as lists, in any format.
+
+    Raises:
+        TypeError: what is no data set, or several data sets to train on.
+    """
+    if isinstance(train := given.get("train_dataset"), dict):
+        names = ", ".join(map(repr, train))
+        raise TypeError(
+            f"train_dataset: got a {type(train).__name__} of {names}; allowed: one of them, as `train_dataset` must be "
+            "a `Dataset` or `IterableDataset`"
+        )
+    # Rows that are left as they are may come from anything with rows.
+    others = (torch.utils.data.Dataset, list) if _skips_preparation(args) else ()
+    return _with_each(given, partial(_with_rows, kinds=(Dataset, IterableDataset, *others)))
+
+
+def _with_rows(dataset: Any, name: str, kinds: tuple[type, ...]) -> Any:
+    if not isinstance(dataset, kinds):
+        seen = repr(dataset) if isinstance(dataset, str | PathLike) else type(dataset).__name__
+        raise TypeError(
+            f"{name}: got {seen}; allowed: a `Dataset` or `IterableDataset` of the package datasets, whose "
+            "`load_dataset` reads files"
+        )
+    if _is_readable(first := next(iter(dataset), {})):
+        return dataset
+    if is_plain(dataset):
+        if not dataset.format["output_all_columns"]:
+            dataset = dataset.select_columns(dataset.format["columns"])
+        return dataset.with_format(None)
+    if isinstance(dataset, IterableDataset) and _is_readable(next(iter(plain := dataset.with_format(None)))):
+        return plain
+    if isinstance(first, Mapping):
+        return dataset
+    raise TypeError(f"{name}: got rows of the type {type(first).__name__}; allowed: dictionaries")
+
+
+def _is_readable(row: Any) -> bool:
+    """Whether it is a dictionary, of tokens in any format, or of values that are not arrays."""
+    is_row = isinstance(row, Mapping)
+    return is_row and (TOKENS[0] in row or not any(isinstance(value, np.ndarray) for value in row.values()))
+
+
+def with_messages(
+    given: Mapping[str, Any], args: SFTConfig, *, named: bool = False, images: bool = True
+) -> dict[str, Any]:
+    """The trainer's keywords; with assistant_only_loss, data sets of conversations as TRL's constructor expects them.
+
+    It tests the first row before it prepares the data sets: for a message, and under the names that it knows.
+
+    Args:
+        given: the trainer's keywords.
+        args: the run's arguments.
+        named: as in `names_text_field`.
+        images: as in `check_columns`.
+
+    Raises:
+        ValueError: no row has a message.
+    """
+    if not args.assistant_only_loss or _skips_preparation(args) or given.get("formatting_func") is not None:
+        return dict(given)
+
+    def as_messages(dataset: Any, name: str) -> Any:
+        first = next(iter(dataset))
+        columns = trained_columns(dataset, first, args, named=named)
+        transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
+        if transformed or not is_conversational(first, columns) or (images and _VISION & first.keys()):
+            return dataset
+        dataset = read_columns(dataset, name, columns, args.dataset_text_field)
+        first = next(iter(dataset))
+        if is_conversational_from_value(first):
+            return dataset.map(maybe_convert_to_chatml, remove_columns=[name for name in columns if name == CHATS[1]])
+        return under_known_name(dataset, columns)[0]
+
+    return _with_each(given, as_messages)
 
 
 def without_empty_media(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +218,15 @@ def _without_empty_rows(dataset: Any, name: str) -> Any:
 
 
 def _check_prepared(
-    dataset: Any, name: str, first: Mapping[str, Any], vocabulary: int | None, own_collator: bool
+    dataset: Any, name: str, first: Mapping[str, Any], vocabulary: int | None, *, collated: bool
 ) -> None:
-    """Check tokens and labels that the trainer takes as they are."""
-    if "input_ids" in first and not own_collator:
+    """Check tokens and labels that the trainer takes as they are; any columns if another collator makes the tokens."""
+    if not collated:
+        if TOKENS[0] not in first:
+            raise ValueError(
+                f"{name}: got no column 'input_ids', only {', '.join(map(repr, first))}; allowed: rows with "
+                "'input_ids', as skip_prepare_dataset leaves them as they are"
+            )
         check_tokens(dataset, name, first)
     check_vocabulary(dataset, name, vocabulary)
     if has_lists(dataset, "labels"):

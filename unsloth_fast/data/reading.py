@@ -57,6 +57,13 @@ def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *
     return _with_messages(dataset, name, columns) if conversational else dataset
 
 
+def under_known_name(dataset: Any, columns: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """The data set and its columns, with standard conversations in "messages", the only name that TRL knows."""
+    if columns != (CHATS[1],) or "role" not in next(iter(dataset))[CHATS[1]][0]:
+        return dataset, columns
+    return dataset.rename_column(CHATS[1], CHATS[0]), (CHATS[0],)
+
+
 def _quoted(columns: Sequence[str]) -> str:
     return " and ".join(map(repr, columns))
 

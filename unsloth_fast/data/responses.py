@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
@@ -89,19 +90,28 @@ class ResponseLabels:
     last_only: bool = False
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
-        """The labels of one row (input_ids [S]), or of several (lists of them); may have "labels" and masks."""
-        ids = rows["input_ids"]
-        if len(ids) and isinstance(ids[0], list | tuple | np.ndarray):
-            names = [name for name in _USED if name in rows]
-            each = ({name: rows[name][index] for name in names} for index in range(len(ids)))
-            return {"labels": [self._row(row) for row in each]}
-        return {"labels": self._row(rows)}
+        """The labels of one row (input_ids [S]), or of several ([B, S], or a list of them).
 
-    def _row(self, row: Mapping[str, Any]) -> list[int]:
-        labels = (dict(row) | labels_of(row, completion_only=True))["labels"]
+        Args:
+            rows: lists, arrays or tensors of integers; may have "labels" and masks.
+
+        Returns:
+            {"labels": ...}, as tensors where input_ids are tensors.
+        """
+        ids, names = rows["input_ids"], [name for name in _USED if name in rows]
+        if len(ids) and np.ndim(ids[0]):
+            each = [self._row({name: rows[name][index] for name in names}) for index in range(len(ids))]
+            return {"labels": torch.stack(each) if isinstance(ids, torch.Tensor) else each}
+        return {"labels": self._row({name: rows[name] for name in names})}
+
+    def _row(self, given: Mapping[str, Any]) -> Any:
+        row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in given.items()}
+        labels = (row | labels_of(row, completion_only=True))["labels"]
         ids = np.asarray(row["input_ids"], dtype=np.int64)
         mask = self.mask(ids, row.get("seq_lengths") or [len(ids)])
-        return np.where(mask, np.asarray(labels, dtype=np.int64), IGNORE_INDEX).tolist()
+        found = np.where(mask, np.asarray(labels, dtype=np.int64), IGNORE_INDEX)
+        tokens = given["input_ids"]
+        return torch.from_numpy(found).to(tokens.device) if isinstance(tokens, torch.Tensor) else found.tolist()
 
     def mask(self, ids: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """Which tokens belong to a response that has targets.

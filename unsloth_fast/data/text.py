@@ -20,7 +20,7 @@ from unsloth_fast.data.columns import check_text, datasets_of, has_vision_column
 from unsloth_fast.data.formatting import Formatting, formatting_of
 from unsloth_fast.data.lists import is_plain
 from unsloth_fast.data.nulls import renderer
-from unsloth_fast.data.reading import NAMES, read_columns
+from unsloth_fast.data.reading import NAMES, read_columns, under_known_name
 from unsloth_fast.data.turns import ends_of_turns
 
 logger = logging.getLogger(__name__)
@@ -77,10 +77,7 @@ def read_texts(
         formatting = formatting_of(formatting_func, rows, args.dataset_text_field)
     check_processing_class(processing_class, first, columns, args, formatted=formatting is not None)
     if formatting is None and is_conversational(first, columns):
-        read = columns
-        if columns == ("conversations",) and "role" in first["conversations"][0]:
-            read = ("messages",)  # the only name that TRL knows
-            dataset = dataset.rename_column("conversations", "messages")
+        dataset, read = under_known_name(dataset, columns)
         return Readable(dataset, renderer(processing_class, dataset, name, read), None, columns)
     tokens = _tokens(processing_class, columns or (DEFAULT_TEXT,), formatting, first, name)
     return Readable(_tokenized(dataset, name, args, tokens, first), processing_class, None, columns)
