@@ -22,6 +22,11 @@ def _lora_linear(product: Function) -> Function:
     return lora_linear
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A layer whose weight is not rounded to the dtype of x, and its gradient neither."""
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
 @_lora_linear
 def of_peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """The adapter's output is computed in the adapter's dtype."""
@@ -31,7 +36,7 @@ def of_peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bia
 @_lora_linear
 def scaled_first(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """Scaling multiplies x @ lora_a^T."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)) * scaling, b.to(x.dtype))
+    return F.linear(x, weight, bias) + _linear(_linear(x, a) * scaling, b)
 
 
 @_lora_linear
@@ -46,8 +51,8 @@ def of_the_merged_weight(
 @_lora_linear
 def side_by_side(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """One product of [x, x @ lora_a^T] with [weight, lora_b]."""
-    low = F.linear(x, a.to(x.dtype))
-    return F.linear(torch.cat((x, low), -1), torch.cat((weight, scaling * b.to(x.dtype)), 1), bias)
+    both = torch.cat((weight.to(b.dtype), scaling * b), 1)
+    return _linear(torch.cat((x, _linear(x, a)), -1), both, None if bias is None else bias.to(b.dtype))
 
 
 def in_float64(
