@@ -29,7 +29,7 @@ endif
 .PHONY: demo test trainer lint types floors conformance bench
 
 demo: $(READY)
-	$(PY) -m conformance run --profile dev --dtype float32 bfloat16
+	$(PY) -m conformance run --profile dev --dtype float32
 	$(PY) examples/first_run.py
 
 test: lint types floors $(READY)
