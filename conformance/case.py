@@ -17,7 +17,8 @@ from torch import Generator, Tensor
 
 from unsloth_ref.types import IGNORE_INDEX
 
-MOST_EQUAL_ROWS = 512  # of an expanded tensor
+# Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
+MOST_EQUAL_ROWS = 512
 
 
 @dataclass(frozen=True, repr=False)

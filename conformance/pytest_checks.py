@@ -6,11 +6,8 @@ backend's import changes, such as TRITON_INTERPRET, does not reach the tests of 
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from conformance.catalogue import ask
 from conformance.declarations import SpecError
 from conformance.deviations import Deviation
 from conformance.pytest_plugin import NODE
-from conformance.runner import OneByOne, Task, takes_gigabytes
+from conformance.runner import OneByOne, Task, alone
 from conformance.search import Result
 from conformance.verbs._shared import UsageError
 
@@ -49,7 +46,7 @@ class Check(pytest.Item):
         Raises:
             CheckFailed: the property does not hold, and no known deviation says so.
         """
-        with _one_at_a_time() if takes_gigabytes(self._task) else nullcontext():
+        with alone(self._task.property):
             result = self._check(self._task)
         if result.budget_use is not None:
             self.user_properties.append(("budget_use", result.budget_use))
@@ -131,13 +128,3 @@ def _known(config: pytest.Config, device: str) -> list[Deviation]:
     option: Any = config.option
     path = option.conformance_deviations or deviations.shipped(option.conformance_backend)
     return deviations.read(path, device) if path and not option.runxfail else []
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Wait while another process of this machine, such as one of xdist, runs a check that takes gigabytes."""
-    import fcntl  # which Windows lacks, and Triton too
-
-    with (Path(tempfile.gettempdir()) / f"conformance-gigabytes-{os.getuid()}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,13 +166,36 @@ def _broken(task: Task, result: Result) -> bool:
 
 def next_task(queue: Iterable[Task], running: Iterable[Task]) -> Task | None:
     """The first task that may start now, or None: at most one task that takes gigabytes runs at a time."""
-    large_runs = any(map(takes_gigabytes, running))
-    return next((task for task in queue if not (large_runs and takes_gigabytes(task))), None)
+    large_runs = any(_takes_gigabytes(task.property) for task in running)
+    return next((task for task in queue if not (large_runs and _takes_gigabytes(task.property))), None)
 
 
-def takes_gigabytes(task: Task) -> bool:
-    """Whether a task must not run beside another such task."""
-    return task.property in PROPERTIES and "gigabytes" in PROPERTIES[task.property].needs
+def _takes_gigabytes(name: str) -> bool:
+    return name in PROPERTIES and "gigabytes" in PROPERTIES[name].needs
+
+
+@contextmanager
+def alone(name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Check a property of this name, while no other process of this user checks one that takes gigabytes.
+
+    Args:
+        name: one that takes no gigabytes need not wait.
+        waiting: called every second until it is this process's turn, so that it is not taken for one that hangs.
+    """
+    if not _takes_gigabytes(name):
+        yield
+        return
+    import fcntl  # which Windows lacks, and Triton too
+
+    with (Path(tempfile.gettempdir()) / f"conformance-gigabytes-{os.getuid()}").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(1)
+        yield
 
 
 def _start(timeout: float, preload: Sequence[str] | None) -> _Worker:

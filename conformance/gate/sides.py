@@ -130,7 +130,7 @@ def _installed(path: Path) -> bool:
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    """End a process; a judge that is told to ends its workers first."""
+    """Stop a process: by SIGTERM, after which a judge stops its workers; then by SIGKILL."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

@@ -211,11 +211,6 @@ def _row(
     return {"kind": kind, **keys, "verdict": verdict, "regressions": sentences, "base": base, "head": head}
 
 
-def regressions(rows: Sequence[Row]) -> list[str]:
-    """All sentences, each once."""
-    return list(dict.fromkeys(sentence for row in rows for sentence in row["regressions"]))
-
-
 def right(results: Sequence[Result]) -> set[tuple[str, str]]:
     """The pairs of operation and dtype of which no check fails."""
     pairs = {(one["op"], one["dtype"]) for one in results if passed(one)}

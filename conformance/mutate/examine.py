@@ -4,12 +4,9 @@ The unchanged backend is examined in the same way. It shows which checks it pass
 the bits of every result: a mutant that reaches the same bits in every call cannot be told from the original.
 """
 
-import fcntl
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from conformance.mutate.reach import Reach
 from conformance.mutate.sources import import_edited
 from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
-from conformance.runner import Task
+from conformance.runner import Task, alone
 from conformance.search import DTYPES, Result, search
 from conformance.specs import specs
 from conformance.trial import Caught, Run, Trial, bits, describe
@@ -102,8 +99,11 @@ class Examination(Task):
             name, dtype = check
             trial = Recording(specs()[self.op], function, DTYPES[dtype], self.device)
             reach.forget()
-            with reach.tracing() if self.regions else nullcontext(), _alone(name, self.device):
-                announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
+            announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
+            with (
+                alone(name, lambda announce=announce: announce("waits for its turn")),
+                reach.tracing() if self.regions else nullcontext(),
+            ):
                 result = search(trial, PROPERTIES[name], profile_of(self.profile), dtype, announce)
             examples += result.examples
             found[check], ran[check] = trial.digest(), set(reach.seen)
@@ -158,14 +158,3 @@ def _digest(tensor: Tensor) -> Tensor:
     flat = bits(tensor).flatten().long()
     places = torch.arange(1, len(flat) + 1, device=flat.device)
     return ((flat + 0x9E3779B9) * (places * 2_654_435_761 + 1)).sum()
-
-
-@contextmanager
-def _alone(name: str, device: str) -> Iterator[None]:
-    """On a GPU, checks that take gigabytes wait for those of other processes."""
-    if device != "cuda" or "gigabytes" not in PROPERTIES[name].needs:
-        yield
-        return
-    with (Path(tempfile.gettempdir()) / "conformance-large.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -21,7 +21,7 @@ from conformance.mutate.examine import Examination
 from conformance.mutate.mutant import Mutant, Source
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import SHARED, import_edited, sources_of
-from conformance.runner import Task, run
+from conformance.runner import Task, alone, run
 from conformance.search import Result
 from conformance.trial import BackendError
 
@@ -189,6 +189,20 @@ def test_most_of_a_sample_is_killed() -> None:
     assert report.rate(outcomes) >= 5 / 6, survivors(outcomes)
     assert "mutants killed" in report.closing(outcomes)
     assert report.matrix(outcomes).startswith("kind")
+
+
+def test_checks_that_take_gigabytes_wait_for_each_other_and_say_so() -> None:
+    class Waited(Exception):
+        pass
+
+    def waiting() -> None:
+        raise Waited
+
+    with alone("int64_offsets"):
+        with alone("value", waiting):
+            pass
+        with pytest.raises(Waited), alone("int64_offsets", waiting):
+            pass
 
 
 def test_a_check_in_which_the_unchanged_backend_dies_says_nothing_about_mutants() -> None:
