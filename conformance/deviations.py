@@ -11,8 +11,8 @@ A file of them is TOML:
     message = "grad_output"            # not needed: what the message of the failure contains
 
 `conformance/peers/NAME.toml` holds those of a peer of the project. An expected failure has the verdict "xfail" and does
-not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date. Where
-other cases are drawn every time, random ones may miss it; and one of any property may hide from a run of few.
+not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date. That
+cannot be told where other random cases are drawn every time, nor of any property in a run of some.
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ class _Attempts:
         who = self._trial.spec.op, self._property.name, self._dtype
         if failure is None and self._lacking and self._property.each_option:
             (case, failure), *others = self._lacking.items()
-            names = ", ".join(f"{name}={value}" for other, _ in others for name, value in other.options)
-            text = f"{failure}\nrefused as well: {names}" if others else str(failure)
+            names = [f"{name}={value}" for other, _ in others for name, value in getattr(other, "options", ())]
+            text = f"{failure}\nrefused as well: {', '.join(names)}" if others else str(failure)
             return Result(*who, "fail", None, self._count, str(case), text)
         if failure is None and self._unchecked and not self._count:
             return Result(*who, "skip", message=self._unchecked)

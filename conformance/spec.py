@@ -259,7 +259,9 @@ class Spec:
     def without_options(self, options: Options) -> Options:
         """Those that have no default, with the first of their values."""
         parameters = inspect.signature(self.reference).parameters
-        needed = [name for name in options if name in parameters and parameters[name].default is inspect.Parameter.empty]
+        needed = [
+            name for name in options if name in parameters and parameters[name].default is inspect.Parameter.empty
+        ]
         return {name: self.drawing.options.get(name, [options[name]])[0] for name in needed}
 
     def parse(self, line: str) -> Case:

@@ -18,6 +18,7 @@ from conformance.mutate.equivalent import Equivalent
 from conformance.mutate.examine import QUICK, Check, Examination, Examined, checks
 from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
+from conformance.operations import PROJECT, Source
 from conformance.search import Result
 
 # The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
@@ -128,6 +129,7 @@ class Campaign:
         jobs: number of processes.
         every: do not stop at the first property that kills a mutant.
         confirmed: mutants known to be equivalent.
+        source: of the operation.
     """
 
     backend: str
@@ -138,6 +140,7 @@ class Campaign:
     jobs: int
     every: bool = False
     confirmed: Sequence[Equivalent] = ()
+    source: Source = PROJECT
 
     def run(
         self, chosen: Sequence[Key], others: Mapping[Key, Sequence[str]], on_outcome: Callable[[Outcome], None]
@@ -260,7 +263,7 @@ class Campaign:
                 on_result(task, Examined(task.op, "", None, "pass"))
 
     def _task(self, op: str, **facts: Any) -> Examination:
-        return Examination(self.backend, op, "", None, self.device, self.profile, **facts)
+        return Examination(self.backend, op, "", None, self.device, self.profile, source=self.source, **facts)
 
     def _run(
         self, tasks: Iterable[Examination], on_result: Callable[..., None] = lambda task, result: None

@@ -1,4 +1,4 @@
-"""The search: repeated calls on a GPU, which a backend may have recorded, cases not checked, options that are lacking."""
+"""The search: repeated calls on a GPU, which a backend may have recorded, cases not checked, options that lack."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,8 +1,11 @@
 """Writes docs/judge-power.md.
 
 python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
-python -m conformance run --backend liger --json out/liger.json    # and other peers
-python -m tests.judge.power write out/power.json out/liger.json ...
+python -m conformance run --backend liger --profile gpu --json out/liger.json    # and other peers
+python -m conformance mutate --json out/mutants.json
+python -m tests.judge.power write out/power.json out/liger.json ... out/mutants.json
+
+`measure` may be run in parts: `write` takes any number of its files.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from conformance import results_file
 from conformance.backends import OPERATIONS
 from tests.judge.power import document, measure
 
@@ -20,19 +24,25 @@ def main() -> None:
     steps = parser.add_subparsers(required=True)
     first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
     first.add_argument("ops", nargs="*", help="operations (all)")
-    first.add_argument("--population", nargs="+", choices=document.POPULATIONS, default=document.POPULATIONS)
+    first.add_argument(
+        "--population", nargs="+", choices=list(document.POPULATIONS), default=list(document.POPULATIONS)
+    )
     first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     first.add_argument("--profile", default="ci")
     first.add_argument("--jobs", type=int, default=2)
     first.add_argument("--json", type=Path, required=True)
     second = steps.add_parser("write", help="write the document from the results")
-    second.add_argument("power", type=Path, help="the file that measure wrote")
-    second.add_argument("peers", type=Path, nargs="*", help="files that `conformance run --json` wrote")
+    second.add_argument("files", type=Path, nargs="+", help="what measure, and conformance's run and mutate, wrote")
     second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
     arguments = parser.parse_args()
-    if "power" in arguments:
-        text = document.text(_read(arguments.power), [_read(peer) for peer in arguments.peers])
-        arguments.to.write_text(text)
+    if "files" in arguments:
+        files = {path.stem: json.loads(path.read_text()) for path in arguments.files}
+        measured = [file for file in files.values() if "kernels" in file]
+        if len({(file["meta"]["device"], file["meta"]["profile"]) for file in measured}) != 1:
+            parser.error("files: need what measure wrote, on one device under one profile")
+        mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
+        peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
+        results_file.write_text(arguments.to, document.text(measured, peers, mutants))
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         chosen = [
@@ -46,11 +56,7 @@ def main() -> None:
 
 def _write(path: Path, found: dict[str, object]) -> None:
     """Written after each kernel, so that a stopped run leaves what it found."""
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, object]:
-    return json.loads(path.read_text())
+    results_file.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 main()

@@ -1,9 +1,12 @@
 """Runs the judge and the oracles of other projects on every wrong and every right kernel of the tests."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
+
+import torch
 
 from conformance import backends
 from conformance.mutate.examine import profile_of
@@ -12,6 +15,7 @@ from conformance.results_file import versions
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result, search
 from conformance.specs import specs
+from conformance.trial import Caught
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG
 from tests.judge.mutants import MUTANTS
@@ -62,14 +66,18 @@ def kernels() -> list[Kernel]:
 class _Oracle(Task):
     """A task whose property is the name of an oracle.
 
-    The verdict is "xfail" if the oracle rejects the kernel: after "fail", a worker process on a GPU would be replaced.
+    The verdict is "xfail" if the oracle rejects the kernel; "fail" if the kernel has broken the CUDA context too, so
+    that the worker process is replaced.
     """
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         (oracle,) = (oracle for oracle in ORACLES if oracle.name == self.property)
         function = backends.load(self.backend, self.device).functions[self.op]
         found = oracle.finds(specs()[self.op], function, self.device)
-        return Result(self.op, self.property, None, "xfail" if found else "pass")
+        with Caught() as caught:
+            if found and self.device == "cuda":
+                torch.cuda.synchronize()
+        return Result(self.op, self.property, None, "fail" if caught.error else "xfail" if found else "pass")
 
 
 class _Check(Task):
@@ -99,18 +107,23 @@ def measure(
     asked = {
         kernel: [oracle.name for oracle in ORACLES if oracle.name != "liger" or kernel.op in LIGER] for kernel in chosen
     }
-    tasks: list[Task] = []
-    for kernel, oracles in asked.items():
-        tasks += [_Oracle(kernel.backend, kernel.op, oracle, None, device) for oracle in oracles]
+    asks = [_Oracle(kernel.backend, kernel.op, oracle, None, device) for kernel in chosen for oracle in asked[kernel]]
+    checks: list[Task] = []
+    for kernel in chosen:
         properties = dict.fromkeys((*kernel.properties, *PROPERTIES))
         dtypes = cycle(kernel.dtypes)
-        tasks += [_Check(kernel.backend, kernel.op, prop, next(dtypes), device, profile) for prop in properties]
-    waiting = {kernel.backend: {task for task in tasks if task.backend == kernel.backend} for kernel in chosen}
+        checks += [_Check(kernel.backend, kernel.op, prop, next(dtypes), device, profile) for prop in properties]
+    waiting = {
+        kernel.backend: {task for task in (*asks, *checks) if task.backend == kernel.backend} for kernel in chosen
+    }
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the worker processes import triton with this module
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     rejected: dict[str, set[str]] = {kernel.backend: set() for kernel in chosen}
 
     def found() -> dict[str, Any]:
         return {
-            "meta": {"versions": versions(), "device": device, "profile": profile},
+            "meta": {"versions": versions(), "device": device, "gpu": gpu, "profile": profile},
             "kernels": [
                 {
                     "backend": kernel.backend,
@@ -127,13 +140,15 @@ def measure(
     def on_result(task: Task, result: Result) -> None:
         left = waiting[task.backend]
         left.discard(task)
-        if result.verdict == "xfail":
-            rejected[task.backend].add(task.property)
+        if isinstance(task, _Oracle):
+            if result.verdict != "pass":
+                rejected[task.backend].add(task.property)
         elif result.verdict == "fail":  # the judge's other checks of this kernel are left out
             rejected[task.backend].add(JUDGE)
-            waiting[task.backend] = left = {task for task in left if isinstance(task, _Oracle)}
+            left.clear()
         if not left:
             on_kernel(found())
 
-    run(tasks, on_result, jobs=jobs, stop_at_failure=True)
+    run(asks, on_result, jobs=jobs)
+    run(checks, on_result, jobs=jobs, stop_at_failure=True)
     return found()
