@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from conformance.bench.contender import Contender
+from conformance.case import Case
 from conformance.gate.sides import Unavailable
 from conformance.gate.statistics import SIDES
 from conformance.specs import specs
+from conformance.trial import Trial
 from tests.judge.power import gate, gate_document, planted
 from unsloth_ref import kernels as reference
 
@@ -108,7 +111,7 @@ def test_gates_with_known_verdicts_are_counted(tmp_path: Path) -> None:
     assert "| 4.9 % to 5.1 % |" in document
     assert "| a wrong kernel | 4 | 0 | 0 | 0 | 0 | 4 | - | - |" in document
     assert "False changes: 0 of 40. With a confidence of 95 %, fewer than 7.2 % of all such gates." in document
-    assert "| device_full | 136 | 0.25 % | 0." in document  # 40 gates with two pairs, 16 with one
+    assert "| device_full | 96 | 0.25 % | 0." in document  # 40 gates with two pairs, 16 with one
     assert document.startswith("a\n") and document.endswith("\nb\n")
 
 
@@ -123,11 +126,11 @@ def test_a_false_change_and_a_lost_process_are_shown(tmp_path: Path) -> None:
 
 
 def test_measuring_ends_with_the_time_and_every_head_has_gates(tmp_path: Path) -> None:
-    found = measured(tmp_path / "gates.json", minutes=7, gates=2800)
-    assert 5 * 60 < found["meta"]["seconds"] <= 7 * 60
+    found = measured(tmp_path / "gates.json", minutes=5, gates=2800)
+    assert 4 * 60 < found["meta"]["seconds"] <= 5 * 60
     counts = Counter(one["head"] for one in found["results"])
     assert min(counts["0.05"], counts["0.02"]) > 5
-    assert counts["base"] > 50
+    assert counts["base"] > 25
 
 
 def test_files_of_two_cards_and_a_document_without_a_place_are_refused() -> None:
@@ -183,6 +186,25 @@ def test_a_slowdown_is_as_large_as_wanted_or_as_a_launch(share: float, measured:
     slowed(gates, up).sum().backward()
     assert device.passed - before == pytest.approx((0.2 + 0.2) * (1 + measured), rel=1e-3)
     assert len(found) == 1
+
+
+def test_a_slowed_kernel_is_right_where_it_is_timed() -> None:
+    spec, device = specs()["swiglu"], FakeDevice()
+
+    def kernel(gate: Tensor, up: Tensor) -> Tensor:
+        device.passed += 0.2
+        return _TakesTime.apply(reference.swiglu(gate, up), device)
+
+    slowed = planted.Slowed("swiglu", kernel, 0.05, lambda *_: None, device)
+    case = Case((("rows", 4), ("hidden", 64)))
+    inputs = spec.inputs(case, torch.float32, "cpu")
+    contender = Contender(Trial(spec, slowed, torch.float32, "cpu"), case, inputs, ours=True)
+    assert (contender.failure, contender.cheat, contender.usable) == (None, None, True)
+    contender.prepare(2)
+    assert device.milliseconds(contender.every_forward) == pytest.approx(2 * 0.2 * 1.05, rel=1e-3)
+    assert device.milliseconds(contender.every_full) == pytest.approx(2 * 0.4 * 1.05, rel=1e-3)
+    contender.check_times()
+    assert contender.failure is None
 
 
 class _TakesTime(torch.autograd.Function):

@@ -10,6 +10,7 @@ python -m tests.judge.power write-gate out/gates.json out/more.json
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main() -> None:
     if "gates" in arguments:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         gate.measure(arguments.gates, arguments.minutes, arguments.first, arguments.json)
-        print(gate_document.text([_read(arguments.json)]))
+        sys.stdout.write(gate_document.text([_read(arguments.json)]) + "\n")
     elif "gates_found" in arguments:
         found = [_read(path) for path in arguments.gates_found]
         arguments.to.write_text(gate_document.into(arguments.to.read_text(), found))

@@ -30,7 +30,7 @@ from tests.judge.power.planted import WRONG
 BASE, WRONG_KERNEL = "base", "wrong"  # what the head of a gate is, or the share by which it is slower
 CYCLE = (0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.02)  # of generations, by the share that is planted
 MINUTES = 0.5  # for one gate; all rounds of the shapes below take less
-BACKEND = "planted_kernels"
+BACKEND, LOG = "planted_kernels", "planted.jsonl"
 
 Shape = tuple[str, str]  # operation and the name of a shape in its spec
 
@@ -164,6 +164,8 @@ class Measurement:
         path: of the file of results, which is written after each gate.
         shares: what is known about the slowdowns that were planted, see tests/judge/power/planted.py.
         clock: seconds.
+        meta: of the file of results; the card and the versions are added.
+        results: one object per gate.
     """
 
     sets: Sets
@@ -198,7 +200,7 @@ class Measurement:
 
     def _write(self, begin: float, starting: float, sets: int) -> None:
         spent = {"seconds": self.clock() - begin, "seconds_of_starting": starting, "sets_of_processes": sets}
-        meta = self.meta | {"commit": results_file.commit(), "planted": self.shares(), **spent}
+        meta = self.meta | {"planted": self.shares(), **spent}
         results_file.write(self.path, meta, self.results)
 
     def _gate(self, processes: Processes, generation: Generation, head: str, shape: Shape) -> dict[str, Any]:
@@ -255,11 +257,14 @@ def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Aske
     for name, planted in (("base", 0.0), ("head", share)):
         root = folder / f"{share}" / name
         root.mkdir(parents=True, exist_ok=True)
-        text = f"from pathlib import Path\nfrom tests.judge.power.planted import kernels\n" \
-               f"globals().update(kernels({planted}, Path({str(folder / 'planted.jsonl')!r})))\n"
-        if not share:
-            text = "from unsloth_fast.kernels import *\n"
-        (root / f"{BACKEND}.py").write_text(text)
+        log = str(folder / LOG)
+        lines = [
+            "from pathlib import Path",
+            "from tests.judge.power.planted import kernels",
+            f"globals().update(kernels({planted}, Path({log!r})))",
+        ]
+        text = "\n".join(lines) if share else "from unsloth_fast.kernels import *"
+        (root / f"{BACKEND}.py").write_text(text + "\n")
     checkouts = {
         name: Checkout(name, f"{share:.0%} slower" if name == "head" else "fast", folder, folder / f"{share}" / name)
         for name in ("base", "head")
@@ -284,10 +289,11 @@ def measure(gates: int, minutes: float, first: int, path: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="gate-power-") as name:
         folder = Path(name).resolve()
-        log = folder / "planted.jsonl"
+        log = folder / LOG
 
         def shares() -> list[dict[str, Any]]:
             return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
         end = time.monotonic() + 60 * minutes
-        Measurement(partial(real, folder), end, path, shares).run(generations(gates, first))
+        meta = {"commit": results_file.commit()}
+        Measurement(partial(real, folder), end, path, shares, meta=meta).run(generations(gates, first))

@@ -54,7 +54,10 @@ def _verdict(gate: Json) -> str:
 
 def _verdicts(gates: Sequence[Json], planted: Sequence[Json]) -> str:
     order = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE, NO_SPEED)
-    rows = [f"| head | gates | {' | '.join(order)} | rounds | slower by, measured |", f"|---|---|{'---|' * len(order)}---|---|"]
+    rows = [
+        f"| head | gates | {' | '.join(order)} | rounds | slower by, measured |",
+        f"|---|---|{'---|' * len(order)}---|---|",
+    ]
     for head in dict.fromkeys((BASE, *sorted(_shares(gates)), WRONG_KERNEL)):
         own = [gate for gate in gates if gate["head"] == head]
         if not own:
@@ -97,7 +100,7 @@ def _false(gates: Sequence[Json]) -> str:
 
 
 def upper_bound(found: int, count: int) -> float:
-    """The largest probability at which this few are found with a probability above 1 - CONFIDENCE (Clopper, Pearson)."""
+    """The probability at which this few are found once in 1 / (1 - CONFIDENCE) times, by Clopper and Pearson."""
     low, high = found / count, 1.0
     for _ in range(50):
         middle = (low + high) / 2
