@@ -186,11 +186,11 @@ class Measurement:
                 start = partial(self.sets, generation.share)
                 processes = Processes(start, stack, self.clock, alone=generation.share > 0)
                 for head, shape in generation.gates:
-                    if self.clock() + longest >= end:
+                    ready = self.clock() + longest
+                    if ready >= end if processes.sets else ready + starting / max(sets, 1) >= self.end:
                         break
-                    then = self.clock()
                     found = self._gate(processes, generation, head, shape)
-                    longest = max(longest, self.clock() - then)
+                    longest = max(longest, found["seconds"])
                     self.results.append(found)
                     self._write(begin, starting + processes.seconds, sets + len(processes.sets))
                     if found["lost"]:
