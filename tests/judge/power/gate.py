@@ -295,5 +295,5 @@ def measure(gates: int, minutes: float, first: int, path: Path) -> None:
             return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
         end = time.monotonic() + 60 * minutes
-        meta = {"commit": results_file.commit()}
+        meta = {"gpu": None, "versions": results_file.versions(), "commit": results_file.commit()}
         Measurement(partial(real, folder), end, path, shares, meta=meta).run(generations(gates, first))
