@@ -122,7 +122,8 @@ def _differences(gates: Sequence[Json]) -> str:
             continue
         rounds = [gate["differences"][0][kind]["round"] for gate in gates if kind in (gate["differences"] or [{}])[0]]
         squares = math.sqrt(mean(one**2 for one in pairs))
-        shown = (EXPECTED[group(kind)], squares, quantiles(pairs, n=20, method="inclusive")[-1], max(pairs), mean(rounds))
+        most = quantiles(pairs, n=20, method="inclusive")[-1]
+        shown = (EXPECTED[group(kind)], squares, most, max(pairs), mean(rounds))
         rows.append(f"| {kind} | {len(pairs)} | {' | '.join(f'{100 * one:.2f} %' for one in shown)} |")
     return "\n".join(rows)
 
