@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.judge.power.measure import JUDGE
 from tests.judge.power.oracles import ORACLES
+from tests.judge.power.peers import escaped
 from tests.judge.power.peers import section as peers_section
 
 Json = Mapping[str, Any]
@@ -142,8 +143,14 @@ def _missed(kernels: Sequence[Json]) -> str:
     passed = [kernel for kernel in _wrong(kernels) if JUDGE not in kernel["rejected_by"]]
     alarms = [k for k in kernels if k["population"] == "right" and JUDGE in k["rejected_by"]]
     lines = [f"- passed: `{kernel['backend']}` ({kernel['op']}, {kernel['population']})" for kernel in passed]
-    lines += [f"- rejected, although it is right: `{kernel['backend']}` ({kernel['op']})" for kernel in alarms]
-    return "\n".join(lines) or "Nothing: it rejects every wrong kernel that was measured, and passes every right one."
+    for kernel in alarms:
+        lines.append(f"- rejected, although it is right: `{kernel['backend']}` ({kernel['op']})")
+        for finding in kernel.get("findings", ()):
+            what = (finding["message"] or "").partition("\n")[0]
+            lines.append(f"  - `{finding['property']}` ({finding['dtype']}), `{finding['case']}`: {escaped(what)}")
+    cases = sum(kernel.get("cases", 0) for kernel in kernels if kernel["population"] == "right")
+    told = f" in {cases} cases" if cases else ""
+    return "\n".join(lines) or f"Nothing: it rejects every wrong kernel and passes every right one{told}."
 
 
 def _false_alarms(kernels: Sequence[Json]) -> list[str]:

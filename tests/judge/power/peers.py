@@ -92,9 +92,9 @@ def _finding(meta: Json, group: Sequence[Json]) -> str:
     reason = lines.pop(0).removeprefix("expected: ") if known else ""
     properties = ", ".join(dict.fromkeys(f"`{result['property']}`" for result in group))
     dtypes = ", ".join(dict.fromkeys(result["dtype"] for result in group if result["dtype"]))
-    seen = _escaped("; ".join(line.strip() for line in lines[:2]))
+    seen = escaped("; ".join(line.strip() for line in lines[:2]))
     told = f"- {properties} ({dtypes})" if dtypes else f"- {properties}"
-    told += f", known: {_escaped(reason)}. Seen first: {seen}" if known else f": {seen}"
+    told += f", known: {escaped(reason)}. Seen first: {seen}" if known else f": {seen}"
     return "\n".join([told, "", "  ```sh", f"  {_command(meta, first)}", "  ```"])
 
 
@@ -108,6 +108,6 @@ def _command(meta: Json, result: Json) -> str:
     return repro(" ".join(words), backend, device, meta.get("source", ()))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Without characters that Markdown reads."""
     return re.sub(r"([*<>`\[\]|])", r"\\\1", text)
