@@ -95,8 +95,8 @@ def resolve_arguments(
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
-    # as for padding, which cuts them, and the collator concatenates them.
-    settings.packing, settings.padding_free = plan.packing, False
+    # as for padding, which cuts them, and the collator concatenates them. A script for TRL gets TRL's answer.
+    settings.packing, settings.padding_free = plan.packing, not updates and _asks_trl(settings, model)
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     only_completions = completion_only(given, settings, named=named)
@@ -270,6 +270,12 @@ def _max_length(args: SFTConfig, model: Any, asked: bool) -> int | None:
         return args.max_length
     logger.warning("max_length: %d, the max_seq_length of the model, replaces %s", length, args.max_length)
     return length
+
+
+def _asks_trl(args: SFTConfig, model: Any) -> bool:
+    """Whether a `trl.SFTConfig` asks for padding-free batches without packing, and the model brings no max_length."""
+    ours = isinstance(args, UnslothTrainingArguments) or getattr(model, "max_seq_length", None) is not None
+    return bool(args.padding_free) and not args.packing and not ours
 
 
 def _log_batching(plan: BatchingPlan, asked: bool) -> None:

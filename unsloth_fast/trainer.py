@@ -103,10 +103,9 @@ class UnslothTrainer(SFTTrainer):
         self._fields = changed_by_trainers(self.model.config)
         restore(self.model.config, loaded)  # the others would be saved; router logits break a generation with padding
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
-        self._padding_collator = self.data_collator
-        if self.padding_free:
-            self._padding_collator = padding_collator(self.data_collator)
-            self.data_collator = self._packed_collator()
+        by_trl = resolved.keywords.get("data_collator") is None
+        self._padding_collator = padding_collator(self.data_collator) if by_trl else self.data_collator
+        self.data_collator = self._packed_collator() if self.padding_free else self._padding_collator
         check_trainable(self.model, self.args)
         place(self.model, self.backend)
         self._own_loss = choose_loss(self, self.backend)
