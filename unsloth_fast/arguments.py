@@ -62,7 +62,12 @@ class ResolvedArguments:
 
 
 def resolve_arguments(
-    model: Any, args: TrainingArguments | None, positional: tuple[Any, ...], keywords: Mapping[str, Any]
+    model: Any,
+    args: TrainingArguments | None,
+    positional: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    *,
+    as_trl: bool = False,
 ) -> ResolvedArguments:
     """What holds for a trainer that is called with these arguments.
 
@@ -71,6 +76,7 @@ def resolve_arguments(
         args: as the user gave them.
         positional: what followed `args`.
         keywords: the further keywords, in names of any release of TRL.
+        as_trl: whether the call was one of `trl.SFTTrainer`.
 
     Raises:
         TypeError: an unknown keyword, too many arguments, one given twice, args of another type, or no data set.
@@ -96,7 +102,7 @@ def resolve_arguments(
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
     # as for padding, which cuts them, and the collator concatenates them. A script for TRL gets TRL's answer.
-    settings.packing, settings.padding_free = plan.packing, not updates and _asks_trl(settings, model)
+    settings.packing, settings.padding_free = plan.packing, as_trl and not updates and _asks_trl(settings, model)
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     only_completions = completion_only(given, settings, named=named)

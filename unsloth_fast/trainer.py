@@ -88,10 +88,11 @@ class UnslothTrainer(SFTTrainer):
     eval_dataset: Any
     optimizer: Any
     accelerator: Any
+    called_as_trls = False  # as `trl.SFTTrainer`, under `patch_trl`
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
-        resolved = resolve_arguments(model, args, positional, keywords)
+        resolved = resolve_arguments(model, args, positional, keywords, as_trl=self.called_as_trls)
         self.backend = resolved.backend
         # Not `resolved` itself: its keywords hold the data sets as they were before they were prepared.
         self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
