@@ -20,6 +20,7 @@ def main() -> None:
     steps = parser.add_subparsers(required=True)
     first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
     first.add_argument("ops", nargs="*", help="operations (all)")
+    first.add_argument("--kernel", nargs="+", help="names of kernels (all)")
     first.add_argument("--population", nargs="+", choices=document.POPULATIONS, default=document.POPULATIONS)
     first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     first.add_argument("--profile", default="ci")
@@ -38,8 +39,9 @@ def main() -> None:
         chosen = [
             kernel
             for op in arguments.ops or OPERATIONS
-            for kernel in measure.kernels()
+            for kernel in measure.kernels(arguments.device)
             if kernel.op == op and kernel.population in arguments.population
+            if not arguments.kernel or kernel.backend.rpartition(".")[2] in arguments.kernel
         ]
         measure.measure(chosen, arguments.device, arguments.profile, arguments.jobs, partial(_write, arguments.json))
 
