@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conformance import results_file
+from conformance.gate.history import points
+from conformance.gate.ledger import LedgerError
 from conformance.page.html import page
 from conformance.page.junit import junit
 from conformance.page.markdown import comment
@@ -23,10 +25,18 @@ SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".xml": "junit"}
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("report", help="show files of results: a page, a pull request's comment, JUnit's XML")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a verb wrote")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="what --json of a verb wrote")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (standard output)")
     parser.add_argument("--format", choices=FORMATS, help="(by the suffix .html, .md or .xml of -o, else html)")
     parser.add_argument("--base", nargs="+", action="extend", type=Path, metavar="FILE", help="say what changed since")
+    parser.add_argument(
+        "--history",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="LEDGER",
+        help="show its git revisions, or several ledgers",
+    )
     parser.set_defaults(verb=_report)
 
 
@@ -35,15 +45,21 @@ def _report(arguments: argparse.Namespace) -> int:
     name = arguments.format or SUFFIXES.get(suffix, "html")
     if arguments.base and name == "junit":
         raise UsageError("--base: got format junit, which has no changes; allowed: html, markdown")
+    if not arguments.files and not arguments.history:
+        raise UsageError("report: got no FILE; allowed: files that --json of a verb wrote, or --history LEDGER")
+    if arguments.history and name != "html":
+        raise UsageError(f"--history: got format {name}; allowed: html")
     try:
         files, base = ([read(path) for path in paths or ()] for paths in (arguments.files, arguments.base))
-    except FileError as error:
+        ledgers = points(arguments.history) if arguments.history else []
+    except (FileError, LedgerError) as error:
         raise UsageError(f"report: {error}") from error
     if arguments.output and arguments.output.resolve() in [
-        path.resolve() for path in (*arguments.files, *(arguments.base or ()))
+        path.resolve() for path in (*arguments.files, *(arguments.base or ()), *arguments.history)
     ]:
         raise UsageError(f"--output: got {arguments.output}, a file of results; allowed: another file")
-    text = FORMATS[name](files, base if arguments.base else None)
+    against = base if arguments.base else None
+    text = page(files, against, ledgers) if ledgers else FORMATS[name](files, against)
     if arguments.output is None:
         print(text, end="")
         return 0
