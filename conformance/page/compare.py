@@ -11,14 +11,14 @@ slower if the interval excludes 1, and anything else is unsure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
 from conformance.gate.verdict import BUDGET_RISE
-from conformance.page.model import Check, Meta, Mutant, Results, in_order, percent
+from conformance.mutate.mutant import edit
+from conformance.page.model import Check, Meta, Results, in_order, percent
 from conformance.search import DTYPES
 
 T = TypeVar("T")
@@ -191,10 +191,7 @@ def _timed(row: Row) -> str:
 def _mutants(results: Results, base: Results) -> Iterable[Change]:
     """By what was edited: line numbers move with every change of the file."""
 
-    def edit(one: Mutant) -> Hashable:
-        return one.op, one.kind, one.mutant.partition(":")[0], re.sub(r"^@@.*$", "", one.diff, flags=re.MULTILINE)
-
-    for one, other in _pairs(results.mutants, base.mutants, edit):
+    for one, other in _pairs(results.mutants, base.mutants, lambda m: edit(m.op, m.mutant, m.kind, m.diff)):
         name = " ".join(filter(None, ((one or other).op, (one or other).mutant)))  # type: ignore[union-attr]
         if one is None:
             continue  # its source is gone, or the sample is another one
