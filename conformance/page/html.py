@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conformance.gate.history import Point
 from conformance.page import checks, gate, history, mutants, speed
-from conformance.page.compare import WORDS, changes
+from conformance.page.compare import FACTOR, WORDS, changes
 from conformance.page.markup import Markup, table, tag
 from conformance.page.model import Results
 
@@ -15,7 +15,12 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SIGNS = {"regressed": "✗", "skipped": "-", "unsure": "?", "new": "+", "improved": "✓"}
 
 
-def page(files: Sequence[Results], base: Sequence[Results] | None = None, ledgers: Sequence[Point] = ()) -> str:
+def page(
+    files: Sequence[Results],
+    base: Sequence[Results] | None = None,
+    ledgers: Sequence[Point] = (),
+    factor: float = FACTOR,
+) -> str:
     """The page: a summary, what changed against the base, a part per file, then the history of a ledger."""
     style = Markup(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
     failed = sum(file.failed for file in files)
@@ -39,7 +44,7 @@ def page(files: Sequence[Results], base: Sequence[Results] | None = None, ledger
     sections = [tag("section", tag("h2", file.title), *_part(file), id=name) for name, file in parts]
     if ledgers:
         sections.append(tag("section", tag("h2", "History"), *history.part(ledgers), id="history"))
-    main = tag("main", top, _changes(files, base), *sections)
+    main = tag("main", top, _changes(files, base, factor), *sections)
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
 
 
@@ -70,8 +75,8 @@ def _part(file: Results) -> list[Markup]:
     return checks.part(file)
 
 
-def _changes(files: Sequence[Results], base: Sequence[Results] | None) -> Markup | None:
-    found = changes(files, base)
+def _changes(files: Sequence[Results], base: Sequence[Results] | None, factor: float) -> Markup | None:
+    found = changes(files, base, factor)
     if base is None and not any(file.kind == "gate" for file in files):
         return None
     rows = [(f"{SIGNS[change.word]} {change.word}", change.name, change.text) for change in found]
