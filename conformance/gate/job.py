@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from conformance import results_file
 from conformance.gate import verdict
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.sides import Checkout, Side, Unavailable, verb
@@ -103,6 +105,10 @@ class Report:
         """All of them, each once."""
         rows = [sentence for row in self.rows for sentence in row["regressions"]]
         return list(dict.fromkeys((*self.sentences, *rows)))
+
+    def write(self, path: Path) -> None:
+        """Write the file of results."""
+        results_file.write(path, self.meta | {"notes": self.notes, "regressions": self.regressions}, self.rows)
 
     def attempt(self, run: Callable[[], Found], fatal: bool = False) -> Found:
         """Run what a side may be unable to do; then this is noted, or if fatal a regression, and nothing is found."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from conformance import results_file
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import LedgerError
@@ -68,8 +67,7 @@ def _gate(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     print(text(report, arguments.json))
     if arguments.json:
-        meta = report.meta | {"notes": report.notes, "regressions": report.regressions}
-        results_file.write(arguments.json, meta, report.rows)
+        report.write(arguments.json)
     return 1 if report.regressions else 0
 
 

@@ -92,6 +92,15 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     assert found["meta"]["head"] == git(toy, "rev-parse", "HEAD")[:12]
     assert [row["verdict"] for row in found["results"]] == ["lost", "regressed"]
     demand_untouched(toy)
+    report = next(step for step in ACTION["runs"]["steps"] if step["name"] == "report")
+    environment |= {"JSON": str(path), "GITHUB_OUTPUT": str(toy.parent / "outputs")}
+    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)
+    outputs = dict(line.split("=") for line in (toy.parent / "outputs").read_text().splitlines())
+    assert ()
+    assert summary.read_text().endswith(Path(outputs["comment"]).read_text())
+    assert "Conformance: 2 failed" in Path(outputs["page"]).read_text()
+    path.write_text("")
+    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)  # a gate that could not run
 
 
 @here
