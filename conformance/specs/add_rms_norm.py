@@ -66,6 +66,7 @@ spec = Spec(
         },
     ),
     rowwise=["x", "residual"],
+    special_values=rms_norm.SPECIAL_VALUES,
     argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,
     laws={
         "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+from math import nan
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,8 @@ MEMORY = Memory(
 )
 
 
+SPECIAL_VALUES = [nan]  # infinity gives a row of 0, or of NaN, depending on how the squares are summed
+
 spec = Spec(
     reference=rms_norm,
     drawing=Drawing(
@@ -123,6 +127,7 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
+    special_values=SPECIAL_VALUES,
     argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
     laws=LAWS,
     memory=MEMORY,

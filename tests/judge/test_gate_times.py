@@ -186,6 +186,7 @@ def test_a_process_answers_line_by_line(
     assert start["meta"]["gpu"] == "Fake card"
     assert (shapes, none) == ({"shapes": ["small"]}, {"shapes": []})
     assert (sorted(ready["kinds"]), ready["red"]) == (["device_forward", "device_full", "forward", "full"], None)
+    assert min(ready["kinds"].values()) >= 2.0  # of a whole replay, which decides how many make a sample
     assert len(sample["milliseconds"]) == 20
     assert finish["row"]["full"][1] == pytest.approx(2.0, rel=0.01)
     assert "hello" in printed.err

@@ -36,7 +36,7 @@ CORRECT = {f"tests.judge.right.{name}": op for name, (op, _) in RIGHT.items()}
 BRIEF = replace(PROFILES["ci"], name="brief", shrink_seconds=0, explored=0)
 # For what only some cases of a cover show: more of them, in all dtypes, which share them out.
 RARE = replace(PROFILES["ci"], name="rare", shrink_seconds=0, examples=40)
-FEW = replace(BRIEF, name="few", examples=8)  # for right kernels, which pass every property
+FEW = replace(BRIEF, name="few", examples=5)  # for right kernels, which pass every property
 # torch.compile takes seconds per graph: one forward and one backward pass in each of two dtypes.
 COMPILED = [backend for backend in CORRECT if backend.endswith("_compiled")]
 Results = dict[str, list[Result]]

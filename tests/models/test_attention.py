@@ -137,7 +137,10 @@ def errors(seen: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fast_backend_is_as_close_to_float64_as_hugging_face(family: str) -> None:
-    """In float32, packed or not, by the judge's gate against a peer: RMS error at most 1.5x, maximum error 2x."""
+    """In float32, packed or not, by the judge's gate against a peer: RMS error at most 1.5x, maximum error 2x.
+
+    A family with windows and caps and one without run one document after the other as well.
+    """
     batch = tiny.packed(LENGTHS)
     with tiny.KeepFloat64():
         truth = separately(model_of(family), batch)
@@ -145,7 +148,8 @@ def test_the_fast_backend_is_as_close_to_float64_as_hugging_face(family: str) ->
     batch = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()}
     peer = errors(separately(model, batch), truth)
     place(model, backends.resolve("fast"))
-    for seen in (together(model, batch), separately(model, batch)):
+    for run in (together, separately) if family in ("llama", "gemma3") else (together,):
+        seen = run(model, batch)
         assert errors(seen, truth).square().mean() <= 1.5**2 * peer.square().mean()
         assert errors(seen, truth).abs().max() <= 2 * peer.abs().max()
 

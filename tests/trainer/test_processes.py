@@ -23,33 +23,43 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"] 
 # SGD, as AdamW would hide a gradient that is too large or too small by a constant factor.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
-LAUNCHES = {
-    "torchrun": (
-        TORCHRUN,
-        [
-            Run("packed", "full", 1, SGD),
-            Run("packed", "embedding rate", 4),
-            Run("padding-free", "full", 4, SGD),
-            Run("padding-free", "lora", 1),
-            Run("padded", "embedding rate", 1, resumed=True),
-            Run("padded", "lora", 4),
-        ],
-    ),
-    "torchrun, sharded": (
-        TORCHRUN,
-        [
-            Run("packed", "embedding rate", 4, sharded=True, resumed=True),
-            Run("padding-free", "full", 1, SGD, sharded=True),
-        ],
-    ),
-    "accelerate": (
-        ACCELERATE,
-        [Run("packed", "embedding rate", 4), Run("packed", "embedding rate", 4, sharded=True)],
-    ),
+RUNS = {
+    "torchrun": [
+        Run("packed", "full", 1, SGD),
+        Run("packed", "embedding rate", 4),
+        Run("padding-free", "full", 4, SGD),
+        Run("padding-free", "lora", 1),
+        Run("padded", "embedding rate", 1, resumed=True),
+        Run("padded", "lora", 4),
+    ],
+    "torchrun, sharded": [
+        Run("packed", "embedding rate", 4, sharded=True, resumed=True),
+        Run("padding-free", "full", 1, SGD, sharded=True),
+    ],
+    "accelerate": [Run("packed", "embedding rate", 4), Run("packed", "embedding rate", 4, sharded=True)],
 }
+EXACT = Run("packed", "embedding rate", 2, {"max_steps": 2, "backend": "reference"})
+PLAIN = replace(EXACT, dtype="float32")
+FAST = replace(PLAIN, options={"max_steps": 2, "backend": "fast"})
+BFLOAT16 = Run("packed", "embedding rate", 2, {"max_steps": 4, "bf16": True}, sharded=True, dtype="float32")
+
+Found = list[tuple[dict[str, Any], dict[str, Any]]]  # per run, the results of both processes
 
 
-def launch(folder: Path, launcher: list[str], runs: list[Run]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """The results by name; torchrun starts once for all that it runs, as starting takes longer than a run."""
+    of_torchrun = {name: runs for name, runs in RUNS.items() if name != "accelerate"}
+    of_torchrun |= {"float64": [EXACT, PLAIN, FAST], "bfloat16": [BFLOAT16]}
+    every = launch(
+        tmp_path_factory.mktemp("torchrun"), TORCHRUN, [run for runs in of_torchrun.values() for run in runs]
+    )
+    results = iter(every)
+    found = {name: [next(results) for _ in runs] for name, runs in of_torchrun.items()}
+    return found | {"accelerate": launch(tmp_path_factory.mktemp("accelerate"), ACCELERATE, RUNS["accelerate"])}
+
+
+def launch(folder: Path, launcher: list[str], runs: list[Run]) -> Found:
     """The results of both processes for each run."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "tests.trainer.rank", str(folder), rank.as_json(runs)],
@@ -57,7 +67,7 @@ def launch(folder: Path, launcher: list[str], runs: list[Run]) -> list[tuple[dic
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return list(zip(*(torch.load(folder / f"{index}.pt", weights_only=False) for index in (0, 1)), strict=True))
@@ -68,11 +78,10 @@ def mean(two: tuple[dict[str, Any], dict[str, Any]]) -> list[float]:
     return [(first + second) / 2 for first, second in zip(two[0]["losses"], two[1]["losses"], strict=True)]
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: str, found: dict[str, Found]) -> None:
     """In float64 only rounding differs, amplified by AdamW to at most 1e-12; a wrong count changes losses by 1e-2."""
-    launcher, runs = LAUNCHES[name]
-    for run, two in zip(runs, launch(tmp_path, launcher, runs), strict=True):
+    for run, two in zip(RUNS[name], found[name], strict=True):
         one = rank.train(tmp_path / "one", replace(run, sharded=False), 2)
         theirs = plain_trl(tmp_path / "theirs", run.batching, run.trained, **run.given)
         assert len(one["losses"]) >= 20
@@ -94,24 +103,18 @@ def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: s
                     assert their[key] == pytest.approx(mine[key], rel=2.0**-22), (run, key)
 
 
-def test_fast_on_two_processes_is_as_close_to_float64_as_the_reference(tmp_path: Path) -> None:
+def test_fast_on_two_processes_is_as_close_to_float64_as_the_reference(found: dict[str, Found]) -> None:
     """At most twice the reference's own error, plus one float32 spacing at the loss, as on one process."""
-    exact = Run("packed", "embedding rate", 2, {"max_steps": 2, "backend": "reference"})
-    plain = replace(exact, dtype="float32")
-    fast = replace(plain, options={"max_steps": 2, "backend": "fast"})
-    truth, reference, found = (
-        torch.tensor(mean(two), dtype=torch.float64) for two in launch(tmp_path, TORCHRUN, [exact, plain, fast])
-    )
-    assert (found - truth).abs().max() <= 2 * (reference - truth).abs().max() + truth.max() * 2.0**-23
-    assert not torch.equal(found, reference)  # the other backend computed it
+    truth, reference, fast = (torch.tensor(mean(two), dtype=torch.float64) for two in found["float64"])
+    assert (fast - truth).abs().max() <= 2 * (reference - truth).abs().max() + truth.max() * 2.0**-23
+    assert not torch.equal(fast, reference)  # the other backend computed it
 
 
-def test_the_loss_of_a_sharded_bfloat16_run_is_float32(tmp_path: Path) -> None:
+def test_the_loss_of_a_sharded_bfloat16_run_is_float32(found: dict[str, Found]) -> None:
     """In bfloat16 it would have only 3 digits."""
-    run = Run("packed", "embedding rate", 2, {"max_steps": 4, "bf16": True}, sharded=True, dtype="float32")
-    (two,) = launch(tmp_path, TORCHRUN, [run])
-    for found in two:
-        losses = torch.tensor([*found["losses"], found["eval_loss"]])
-        assert found["shards"] and len(losses) == 8
+    (two,) = found["bfloat16"]
+    for one in two:
+        losses = torch.tensor([*one["losses"], one["eval_loss"]])
+        assert one["shards"] and len(losses) == 8
         assert not torch.equal(losses, losses.bfloat16().float())
         assert (losses[:-1] != losses[:-1].bfloat16().float()).all()

@@ -14,12 +14,14 @@ class Mutant:
         properties: those that may find it; at least one of them must.
         dtype: the dtype in which they are checked.
         rare: whether random cases are not expected to show it, but those that cover what was explored.
+        device: where it is wrong; None for everywhere.
     """
 
     edits: tuple[Edit, ...]
     properties: tuple[str, ...]
     dtype: str = "float32"
     rare: bool = False
+    device: str | None = None
 
 
 def one(old: str, new: str, *properties: str, dtype: str = "float32") -> Mutant:

@@ -15,8 +15,8 @@ from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG
 from tests.judge.mutants import MUTANTS
-from tests.judge.power.oracles import LIGER, ORACLES
-from tests.judge.right import RIGHT
+from tests.judge.power.oracles import asked, rejecting
+from tests.judge.right import OF_A_CPU, RIGHT
 
 JUDGE = "conformance"
 FILES_OF_WRONG = (cheats, wrong, wrong_process)  # importing them fills WRONG
@@ -31,45 +31,47 @@ class Kernel:
         op: its operation.
         population: "mutants", "wrong", "cheats" or "right".
         properties: those that may find it, checked before the others; empty for a right kernel.
-        dtypes: in which the judge checks it, each property in one of them.
+        dtype: in which the judge checks it first.
     """
 
     backend: str
     op: str
     population: str
     properties: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    dtype: str
 
 
-def kernels() -> list[Kernel]:
-    """Every kernel, wrong ones first."""
+def kernels(device: str) -> list[Kernel]:
+    """Every kernel that is wrong or right on the device, wrong ones first."""
     found = [
-        Kernel(f"tests.judge.mutants.{name}", op, "mutants", mutant.properties, (mutant.dtype,))
+        Kernel(f"tests.judge.mutants.{name}", op, "mutants", mutant.properties, mutant.dtype)
         for name, (op, mutant) in MUTANTS.items()
+        if mutant.device in (None, device)
     ]
     found += [
-        Kernel(name, op, "cheats" if ".cheats." in name else "wrong", properties, (dtype,))
+        Kernel(name, op, "cheats" if ".cheats." in name else "wrong", properties, dtype)
         for name, (op, properties, dtype) in WRONG.items()
     ]
     found += [
-        Kernel(f"tests.judge.right.{name}", op, "right", (), tuple(DTYPES))
+        Kernel(f"tests.judge.right.{name}", op, "right", (), "float32")
         for name, (op, _) in RIGHT.items()
         if not name.endswith("_compiled")  # compiling takes seconds per case
+        and (device == "cpu" or name not in OF_A_CPU)
     ]
     return found
 
 
-class _Oracle(Task):
-    """A task whose property is the name of an oracle.
+class _Oracles(Task):
+    """A task that asks the oracles of other projects.
 
-    The verdict is "xfail" if the oracle rejects the kernel: after "fail", a worker process on a GPU would be replaced.
+    The message names those that reject the kernel. The verdict is "pass": after "fail", a worker process on a GPU would
+    be replaced.
     """
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
-        (oracle,) = (oracle for oracle in ORACLES if oracle.name == self.property)
         function = backends.load(self.backend, self.device).functions[self.op]
-        found = oracle.finds(specs()[self.op], function, self.device)
-        return Result(self.op, self.property, None, "xfail" if found else "pass")
+        names = rejecting(specs()[self.op], function, self.device)
+        return Result(self.op, self.property, None, "pass", message="\n".join(names))
 
 
 class _Check(Task):
@@ -93,20 +95,23 @@ def measure(
         on_kernel: called with what was found of all kernels so far, as soon as it is known of another one.
 
     Returns:
-        {"meta": versions and settings, "kernels": [{"backend", "op", "population", "asked", "rejected_by"}]}; an oracle
-        without a tolerance for an operation is absent from the kernel's "asked".
+        {"meta": versions and settings, "kernels": [{"backend", "op", "population", "asked", "rejected_by", "findings",
+        "cases"}]}; an oracle without a tolerance for an operation is absent from the kernel's "asked". The judge leaves
+        a wrong kernel at its first finding.
     """
-    asked = {
-        kernel: [oracle.name for oracle in ORACLES if oracle.name != "liger" or kernel.op in LIGER] for kernel in chosen
-    }
     tasks: list[Task] = []
-    for kernel, oracles in asked.items():
-        tasks += [_Oracle(kernel.backend, kernel.op, oracle, None, device) for oracle in oracles]
+    for kernel in chosen:
+        tasks.append(_Oracles(kernel.backend, kernel.op, "oracles", None, device))
         properties = dict.fromkeys((*kernel.properties, *PROPERTIES))
-        dtypes = cycle(kernel.dtypes)
-        tasks += [_Check(kernel.backend, kernel.op, prop, next(dtypes), device, profile) for prop in properties]
+        if kernel.population == "right":  # each property in one of the dtypes
+            checks = zip(properties, cycle(DTYPES), strict=False)
+        else:
+            checks = ((prop, dtype) for dtype in dict.fromkeys((kernel.dtype, *DTYPES)) for prop in properties)
+        tasks += [_Check(kernel.backend, kernel.op, prop, dtype, device, profile) for prop, dtype in checks]
     waiting = {kernel.backend: {task for task in tasks if task.backend == kernel.backend} for kernel in chosen}
     rejected: dict[str, set[str]] = {kernel.backend: set() for kernel in chosen}
+    judged: dict[str, list[Result]] = {kernel.backend: [] for kernel in chosen}
+    right = {kernel.backend for kernel in chosen if kernel.population == "right"}
 
     def found() -> dict[str, Any]:
         return {
@@ -116,10 +121,12 @@ def measure(
                     "backend": kernel.backend,
                     "op": kernel.op,
                     "population": kernel.population,
-                    "asked": [JUDGE, *oracles],
+                    "asked": [JUDGE, *(oracle.name for oracle in asked(kernel.op))],
                     "rejected_by": sorted(rejected[kernel.backend]),
+                    "findings": [result.as_dict() for result in judged[kernel.backend] if result.verdict == "fail"],
+                    "cases": sum(result.examples for result in judged[kernel.backend]),
                 }
-                for kernel, oracles in asked.items()
+                for kernel in chosen
                 if not waiting[kernel.backend]
             ],
         }
@@ -127,13 +134,18 @@ def measure(
     def on_result(task: Task, result: Result) -> None:
         left = waiting[task.backend]
         left.discard(task)
-        if result.verdict == "xfail":
-            rejected[task.backend].add(task.property)
-        elif result.verdict == "fail":  # the judge's other checks of this kernel are left out
+        if isinstance(task, _Check):
+            judged[task.backend].append(result)
+        if isinstance(task, _Oracles):
+            every = [oracle.name for oracle in asked(task.op)]  # if the process ended
+            rejected[task.backend].update(every if result.verdict == "fail" else (result.message or "").splitlines())
+        elif result.verdict == "fail":
             rejected[task.backend].add(JUDGE)
-            waiting[task.backend] = left = {task for task in left if isinstance(task, _Oracle)}
+            if task.backend not in right:  # the judge's other checks of this kernel are left out
+                waiting[task.backend] = left = {task for task in left if isinstance(task, _Oracles)}
         if not left:
             on_kernel(found())
 
-    run(tasks, on_result, jobs=jobs, stop_at_failure=True)
+    run([task for task in tasks if task.backend not in right], on_result, jobs=jobs, stop_at_failure=True)
+    run([task for task in tasks if task.backend in right], on_result, jobs=jobs)
     return found()

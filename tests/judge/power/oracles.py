@@ -6,8 +6,9 @@ be fair to all of them, each sees every option of an operation, one at a time, w
 Sources: the public tests of each project, as of November 2026; torch.testing's documented defaults.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -36,30 +37,6 @@ class Oracle:
     name: str
     dtypes: tuple[str, ...]
     close: Close
-
-    def finds(self, spec: Spec, function: Function, device: str) -> bool:
-        """Whether some case fails: the function raises, or a result is not close."""
-        return any(not self._agrees(spec, function, device, dtype, case) for dtype, case in self._cases(spec, function))
-
-    def _cases(self, spec: Spec, function: Function) -> Iterator[tuple[str, Case]]:
-        for dtype in self.dtypes:
-            for size in SIZES:
-                case = spec.case(*size)
-                yield dtype, case
-                for name, values in spec.drawing.options.items():
-                    yield from ((dtype, case.with_options({name: value})) for value in values[1:])
-
-    def _agrees(self, spec: Spec, function: Function, device: str, dtype: str, case: Case) -> bool:
-        trial = Trial(spec, function, DTYPES[dtype], device)
-        try:
-            found, right = trial.run(case), trial.run(case, function=spec.reference)
-        except Failure:
-            return False
-        pairs = zip(found.named(spec), right.named(spec), strict=True)
-        return all(
-            one.shape == other.shape and one.dtype == other.dtype and self.close(spec.op, one, other)
-            for (_, _, one), (_, _, other) in pairs
-        )
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -116,3 +93,46 @@ ORACLES = (
     Oracle("quack", ALL, _by_dtype({"float32": (1e-3, 1e-4), "float16": (1e-3, 1e-2), "bfloat16": (1e-3, 1e-1)})),
     Oracle("flashinfer-bench", ALL, _flashinfer_bench),
 )
+
+
+def asked(op: str) -> list[Oracle]:
+    """The oracles that have a tolerance for an operation."""
+    return [oracle for oracle in ORACLES if oracle.name != "liger" or op in LIGER]
+
+
+def rejecting(spec: Spec, function: Function, device: str) -> set[str]:
+    """The names of the oracles that reject a function: in some case it raises, or a result is not close.
+
+    Each case runs once for all oracles.
+    """
+    left = asked(spec.op)
+    for dtype, case in _cases(spec):
+        if interested := [oracle for oracle in left if dtype in oracle.dtypes]:
+            pairs = _pairs(Trial(spec, function, DTYPES[dtype], device), case)
+            left = [one for one in left if one not in interested or (pairs is not None and _agrees(one, spec, pairs))]
+    return {oracle.name for oracle in asked(spec.op) if oracle not in left}
+
+
+def _cases(spec: Spec) -> Iterator[tuple[str, Case]]:
+    for dtype, size in product(ALL, SIZES):
+        case = spec.case(*size)
+        yield dtype, case
+        for name, values in spec.drawing.options.items():
+            yield from ((dtype, case.with_options({name: value})) for value in values[1:])
+
+
+def _pairs(trial: Trial, case: Case) -> list[tuple[Tensor, Tensor]] | None:
+    """Each output and gradient beside plain PyTorch's; None if the function raises."""
+    right = trial.run(case, function=trial.spec.reference).named(trial.spec)
+    try:
+        found = trial.run(case).named(trial.spec)
+    except Failure:
+        return None
+    return [(one, other) for (_, _, one), (_, _, other) in zip(found, right, strict=True)]
+
+
+def _agrees(oracle: Oracle, spec: Spec, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return all(
+        one.shape == other.shape and one.dtype == other.dtype and oracle.close(spec.op, one, other)
+        for one, other in pairs
+    )

@@ -16,6 +16,11 @@ RIGHT = {
     for op in reference.__all__
     for name, variant in import_module(f"{__name__}.{op}").TABLE.items()
 }
+# Their control flow depends on labels or lengths, so that on a GPU they wait for the device.
+OF_A_CPU = {
+    "linear_cross_entropy_of_the_rows_that_count",
+    *(name for name, (op, variant) in RIGHT.items() if op == "packed_attention" and callable(variant)),
+}
 
 
 def __getattr__(name: str) -> ModuleType | SimpleNamespace:

@@ -75,7 +75,7 @@ TABLE = {
     "of_torch": of_torch,
     "in_float64": in_float64,
     "in_other_tiles": (
-        ("rows = (32 if width <= 128 else 16) if wide else 64 if width <= 128 else 32", "rows = 64 if wide else 128"),
+        ("rows = (32 if width <= 128 else 16) if wide else 64 if width <= 128 else 32", "rows = 16 if wide else 32"),
         ('"COLUMNS": rows, "WIDTH"', '"COLUMNS": 32, "WIDTH"'),
     ),
 }
