@@ -4,10 +4,10 @@ A mutant is examined in two rounds, because most of them die at once. Those that
 other checks of which the unchanged backend runs the changed expression: in any other check nothing can differ.
 """
 
-import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +92,8 @@ def choose(
         judged: the backend.
         ops: operations that it defines.
         files: mutate these alone; by default those that the operation's function comes from.
-        sample: number of mutants per operation, drawn at random; all by default.
+        sample: number of mutants per operation, drawn at random; all by default. A draw depends on each fault alone:
+            where the code stays as it was, the mutants of two revisions are the same.
         seed: of the draw.
         names: these mutants alone.
     """
@@ -102,10 +103,15 @@ def choose(
         if names:
             found = [mutant for mutant in found if mutant.name in names]
         if sample is not None and sample < len(found):
-            drawn = set(random.Random(f"{seed} {op}").sample(range(len(found)), sample))
-            found = [mutant for index, mutant in enumerate(found) if index in drawn]
+            drawn = sorted(found, key=lambda mutant: _draw(seed, op, mutant))[:sample]
+            found = [mutant for mutant in found if mutant in drawn]
         chosen += [(op, mutant) for mutant in found]
     return chosen
+
+
+def _draw(seed: int, op: str, mutant: Mutant) -> bytes:
+    """A random number of a fault, the same on every line of every revision."""
+    return sha256(repr((seed, op, mutant.kind, mutant.function, mutant.change, mutant.index)).encode()).digest()
 
 
 def users(judged: Judged, chosen: Sequence[Key]) -> dict[Key, list[str]]:
