@@ -47,13 +47,17 @@ def steps(path: Path) -> str:
     return _table(("", "1000 tokens/s", "peak GiB"), rows)
 
 
-def operations(path: Path) -> str:
-    """Times of a bench: ours beside the fastest other backend with correct results, shape by shape."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in read(path).rows:
-        groups.setdefault((row.op, row.shape, row.dtype), []).append(row)
+def operations(*paths: Path) -> str:
+    """Times of a bench: ours beside the fastest other backend with correct results, shape by shape.
+
+    Each file holds other operations: what is compared was measured in one run.
+    """
+    groups: dict[tuple[Path, str, str], list[Row]] = {}
+    for path in paths:
+        for row in read(path).rows:
+            groups.setdefault((path, row.op, row.shape), []).append(row)
     lines: list[tuple[str, ...]] = []
-    for (op, shape, _), rows in groups.items():
+    for (path, op, shape), rows in groups.items():
         ours = next((row for row in rows if row.backend == OURS), None)
         if ours is None or ours.red is not None or ours.full is None:
             raise FiguresError(
