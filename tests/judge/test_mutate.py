@@ -237,7 +237,7 @@ def test_a_mutant_may_hang_or_crash_or_fail_to_import() -> None:
     text = (ROOT / "tests" / "judge" / "right" / "swiglu.py").read_text()
     line = "    wide = gate.float()\n"
     expected = {
-        "    import time\n\n    time.sleep(1000)\n": "no result in 10 s: the process was stopped",
+        "    import time\n\n    time.sleep(1000)\n": "no result in 20 s: the process was stopped",
         "    import os\n\n    os.abort()\n": "the process died (SIGABRT)",
         "    raise ValueError(gate.shape)\n": "raised ValueError: torch.Size",
         "    wide = gate.float(\n": "raised BackendError: backend: got 'tests.judge.right",
@@ -249,7 +249,7 @@ def test_a_mutant_may_hang_or_crash_or_fail_to_import() -> None:
         ): message
         for new, message in expected.items()
     }  # fmt: skip
-    for task, result in run(tasks, lambda *_: None, jobs=2, timeout=10, preload=["conformance.mutate.examine"]):
+    for task, result in run(tasks, lambda *_: None, jobs=2, timeout=20, preload=["conformance.mutate.examine"]):
         assert result.verdict == "fail"
         assert (result.message or "").startswith(tasks[task]), result.message
 
