@@ -21,9 +21,8 @@ from triton.runtime import driver
 from conformance import results_file
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
-from conformance.case import LAYOUTS
+from conformance.case import DTYPES, LAYOUTS
 from conformance.results_file import commit, versions
-from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.specs import specs
 from conformance.trial import Caught, Trial, describe

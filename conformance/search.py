@@ -11,7 +11,7 @@ from hypothesis import given, reject, seed, settings
 from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.coverage import Explored, Reached, explore
 from conformance.gates import Failure, Unchecked
 from conformance.piece import PieceCase, PieceTrial
@@ -19,8 +19,6 @@ from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.trial import Caught, Lacking, Trial, describe
 from conformance.variants import launches
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
 # again, the first of them included. The second check compiles nothing: a run takes at most a third longer.

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from conformance import results_file
 from conformance.bench.table import Row, Spread
+from conformance.case import DTYPES
 from conformance.gate import ledger
 from conformance.page.html import page
 from conformance.page.markdown import comment
 from conformance.page.model import in_order, percent
 from conformance.page.reading import FileError, read
-from conformance.search import DTYPES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")

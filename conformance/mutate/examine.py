@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance import backends, operations
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.gates import Failure
 from conformance.mutate.mutant import Region
 from conformance.mutate.reach import Reach
@@ -21,7 +21,7 @@ from conformance.mutate.sources import import_edited
 from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, alone
-from conformance.search import DTYPES, Result, search
+from conformance.search import Result, search
 from conformance.trial import Caught, Run, Trial, bits, describe
 
 Check = tuple[str, str]  # property, dtype

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
+from conformance.case import DTYPES
 from conformance.gate.verdict import BUDGET_RISE
 from conformance.mutate.mutant import edit
 from conformance.page.model import Check, Meta, Results, in_order, percent
-from conformance.search import DTYPES
 
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]

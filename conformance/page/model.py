@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from conformance.bench.table import Row
+from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
 from conformance.report import repro
-from conformance.search import DTYPES
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 

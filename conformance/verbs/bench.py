@@ -13,8 +13,8 @@ from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.plot import lacking, plot
 from conformance.bench.table import heading, text, write_json
+from conformance.case import DTYPES
 from conformance.peers import Absent
-from conformance.search import DTYPES
 from conformance.specs import specs
 from conformance.trial import BackendError
 from conformance.verbs._shared import UsageError, Verbs, demand_writable, known

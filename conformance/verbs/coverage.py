@@ -8,13 +8,13 @@ from operator import or_
 from pathlib import Path
 
 from conformance import operations, report, results_file
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.coverage import Explored, Pair, explore, shown
 from conformance.operations import Source
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.trial import Trial
 from conformance.verbs._shared import (
     UsageError,

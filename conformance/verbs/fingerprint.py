@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from conformance import backends
+from conformance.case import DTYPES
 from conformance.gates import Failure
-from conformance.search import DTYPES
 from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from conformance.case import DTYPES
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import LedgerError
 from conformance.gate.sides import RevisionError, Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
-from conformance.search import DTYPES
 from conformance.verbs._shared import (
     UsageError,
     Verbs,

@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 
 from conformance import operations
+from conformance.case import DTYPES
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
 from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
-from conformance.search import DTYPES
 from conformance.verbs._shared import (
     UsageError,
     Verbs,

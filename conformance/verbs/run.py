@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance import backends, deviations, report
+from conformance.case import DTYPES
 from conformance.catalogue import all_properties, tasks_of
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
