@@ -139,8 +139,14 @@ def test_files_of_two_cards_and_a_document_without_a_place_are_refused() -> None
         gate_document.text([{"meta": meta, "results": []} for meta in metas])
     with pytest.raises(ValueError, match="document: got no"):
         gate_document.into("text", [])
-    before = (Path(__file__).parents[2] / "docs" / "gate.md").read_text()
-    assert before.count(gate_document.BEGIN) == before.count(gate_document.END) == 1
+
+
+def test_the_document_states_what_the_committed_files_hold() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    files = sorted((docs / "results" / "power").glob("*.json"))
+    document = (docs / "gate.md").read_text(encoding="utf-8")
+    again = f"python -m tests.judge.power write-gate {' '.join(path.name for path in files)}"
+    assert gate_document.into(document, [json.loads(path.read_text()) for path in files]) == document, again
 
 
 @pytest.mark.parametrize(("count", "found", "bound"), [(200, 0, 0.0149), (200, 1, 0.0235), (10, 10, 1.0)])

@@ -9,6 +9,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from conformance.gate.statistics import EXPECTED, Verdict, group
+from conformance.page.markdown import table
 from tests.judge.power.gate import BASE, WRONG_KERNEL
 
 Json = Mapping[str, Any]
@@ -17,6 +18,7 @@ BEGIN, END = "<!-- measured by tests.judge.power -->", "<!-- end of what is meas
 CONFIDENCE = 0.95
 KINDS = ("forward", "full", "device_forward", "device_full")
 NO_SPEED = "no speed"
+DIFFERENCES = "Two processes that run the same code, by the median over the rounds of a gate; and one round:"
 
 
 def into(document: str, files: Sequence[Json]) -> str:
@@ -54,20 +56,16 @@ def _verdict(gate: Json) -> str:
 
 def _verdicts(gates: Sequence[Json], planted: Sequence[Json]) -> str:
     order = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE, NO_SPEED)
-    rows = [
-        f"| head | gates | {' | '.join(order)} | rounds | slower by, measured |",
-        f"|---|---|{'---|' * len(order)}---|---|",
-    ]
+    rows: list[list[str]] = []
     for head in dict.fromkeys((BASE, *sorted(_shares(gates)), WRONG_KERNEL)):
         own = [gate for gate in gates if gate["head"] == head]
         if not own:
             continue
         counts = Counter(map(_verdict, own))
         rounds = [mean(one["rounds"] for one in gate["times"].values()) for gate in own if gate["times"]]
-        cells = [str(counts[one]) for one in order]
-        cells += [f"{mean(rounds):.0f}" if rounds else "-", _measured(head, planted)]
-        rows.append(f"| {_name(head)} | {len(own)} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        cells = [_name(head), str(len(own)), *(str(counts[one]) for one in order)]
+        rows.append([*cells, f"{mean(rounds):.0f}" if rounds else "-", _measured(head, planted)])
+    return table(("head", "gates", *order, "rounds", "slower by, measured"), rows)
 
 
 def _shares(gates: Sequence[Json]) -> set[str]:
@@ -110,12 +108,7 @@ def upper_bound(found: int, count: int) -> float:
 
 
 def _differences(gates: Sequence[Json]) -> str:
-    rows = [
-        "Two processes that run the same code, by the median over the rounds of a gate; and one round:",
-        "",
-        "| kind of time | pairs | expected | root mean square | 95 % are below | largest | one round |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[str]] = []
     for kind in KINDS:
         pairs = [abs(one) for one in _pairs(gates, kind)]
         if len(pairs) < 2:
@@ -124,8 +117,9 @@ def _differences(gates: Sequence[Json]) -> str:
         squares = math.sqrt(mean(one**2 for one in pairs))
         most = quantiles(pairs, n=20, method="inclusive")[-1]
         shown = (EXPECTED[group(kind)], squares, most, max(pairs), mean(rounds))
-        rows.append(f"| {kind} | {len(pairs)} | {' | '.join(f'{100 * one:.2f} %' for one in shown)} |")
-    return "\n".join(rows)
+        rows.append([kind, str(len(pairs)), *(f"{100 * one:.2f} %" for one in shown)])
+    heads = ("kind of time", "pairs", "expected", "root mean square", "95 % are below", "largest", "one round")
+    return f"{DIFFERENCES}\n\n{table(heads, rows)}"
 
 
 def _pairs(gates: Sequence[Json], kind: str) -> Iterator[float]:
