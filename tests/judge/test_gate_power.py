@@ -36,7 +36,7 @@ class Clock:
 
 
 class FakeSide:
-    """A process whose device kinds of time are slower by a share; it tells a wrong kernel from others."""
+    """A process whose device kinds of time are slower by a share; it recognises a wrong kernel."""
 
     def __init__(self, clock: Clock, seed: str, slower: float, dies: bool) -> None:
         self._clock, self._slower, self._dies = clock, slower, dies
@@ -110,7 +110,7 @@ def test_gates_with_known_verdicts_are_counted(tmp_path: Path) -> None:
     assert "| planted: 5 % slower | 8 | 8 | 0 | 0 | 0 | 0 |" in document
     assert "| 4.9 % to 5.1 % |" in document
     assert "| a wrong kernel | 4 | 0 | 0 | 0 | 0 | 4 | - | - |" in document
-    assert "False changes: 0 of 40. With a confidence of 95 %, fewer than 7.2 % of all such gates." in document
+    assert "False changes: 0 of 40. With a confidence of 95 % their rate is below 7.2 %." in document
     assert "| device_full | 96 | 0.25 % | 0." in document  # 40 gates with two pairs, 16 with one
     assert document.startswith("a\n") and document.endswith("\nb\n")
 

@@ -18,7 +18,8 @@ BEGIN, END = "<!-- measured by tests.judge.power -->", "<!-- end of what is meas
 CONFIDENCE = 0.95
 KINDS = ("forward", "full", "device_forward", "device_full")
 NO_SPEED = "no speed"
-DIFFERENCES = "Two processes that run the same code, by the median over the rounds of a gate; and one round:"
+DIFFERENCES = """The difference between two processes that run the same code, as the median over the rounds of a gate. The last column
+is the spread of a single round."""
 
 
 def into(document: str, files: Sequence[Json]) -> str:
@@ -65,7 +66,7 @@ def _verdicts(gates: Sequence[Json], planted: Sequence[Json]) -> str:
         rounds = [mean(one["rounds"] for one in gate["times"].values()) for gate in own if gate["times"]]
         cells = [_name(head), str(len(own)), *(str(counts[one]) for one in order)]
         rows.append([*cells, f"{mean(rounds):.0f}" if rounds else "-", _measured(head, planted)])
-    return table(("head", "gates", *order, "rounds", "slower by, measured"), rows)
+    return table(("head", "gates", *order, "rounds", "measured slowdown"), rows)
 
 
 def _shares(gates: Sequence[Json]) -> set[str]:
@@ -92,8 +93,8 @@ def _false(gates: Sequence[Json]) -> str:
     bound = 100 * upper_bound(len(false), len(own))
     named = f": {', '.join(sorted({' '.join((gate['op'], gate['shape'])) for gate in false}))}" if false else ""
     return (
-        f"False changes: {len(false)} of {len(own)}{named}. With a confidence of {100 * CONFIDENCE:.0f} %,"
-        f" fewer than {bound:.1f} % of all such gates."
+        f"False changes: {len(false)} of {len(own)}{named}."
+        f" With a confidence of {100 * CONFIDENCE:.0f} % their rate is below {bound:.1f} %."
     )
 
 
@@ -118,7 +119,7 @@ def _differences(gates: Sequence[Json]) -> str:
         most = quantiles(pairs, n=20, method="inclusive")[-1]
         shown = (EXPECTED[group(kind)], squares, most, max(pairs), mean(rounds))
         rows.append([kind, str(len(pairs)), *(f"{100 * one:.2f} %" for one in shown)])
-    heads = ("kind of time", "pairs", "expected", "root mean square", "95 % are below", "largest", "one round")
+    heads = ("kind of time", "pairs", "expected", "root mean square", "95 % are below", "largest", "single round")
     return f"{DIFFERENCES}\n\n{table(heads, rows)}"
 
 

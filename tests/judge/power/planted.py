@@ -1,7 +1,7 @@
 """Kernels that are slower by a known share of their own device time, or wrong: what a gate has to find.
 
-A slowed pass is followed by a sleep of the device. How long it has to be is measured when the kernel is first called
-with inputs of some shape: the time of the pass, the rate of the sleep, and what it costs to launch one.
+The device sleeps after a slowed pass. The length of the sleep is calibrated when the kernel is first called with inputs
+of a shape: from the time of the pass, the rate of the sleep, and the time to launch one.
 """
 
 from __future__ import annotations
