@@ -21,7 +21,7 @@ from conformance.trial import Caught, Lacking, Trial, describe
 from conformance.variants import launches
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
-# again, the first of them included. The second check compiles nothing: a run takes at most a third longer.
+# again, including the first one. The second check compiles nothing: a run takes at most a third longer.
 REPEATED = 3
 
 AnyCase = Case | PieceCase
@@ -71,10 +71,10 @@ class _Attempts:
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
-        self._unchecked = ""  # why the last case that was not checked was not
+        self._unchecked = ""  # the reason why the last unchecked case was not checked
 
     def first(self, cases: Iterable[AnyCase], smaller: Callable[[Any], Iterable[AnyCase]]) -> Result | None:
-        """Check these cases in turn; simplify the first one that fails. None if all pass."""
+        """Check these cases in turn; shrink the first one that fails. None if all pass."""
         result = self.over(cases)
         if result.verdict != "fail":
             return None
@@ -222,14 +222,14 @@ def search(
 def _checked(
     attempts: _Attempts, trial: AnyTrial, prop: Property, profile: Profile, explored: Explored | None
 ) -> Result:
-    """Check a property's own cases; or those that cover what was explored, then random ones."""
+    """Check the property's own cases if it has any; else those that cover what was explored, then random ones."""
     if prop.cases is not None:
         cases = prop.cases(trial.spec, profile)
         return attempts.over(cases) if cases else attempts.skipped("no cases")
     count = profile.count(prop.share)
     if explored is None or not isinstance(trial, Trial):
         return attempts.drawn(trial.cases(profile), profile.settings(count))
-    # Every dtype takes each third case of one cover, so that all together cover three times as many settings.
+    # Each dtype takes every third case of one cover, so that together they cover three times as many settings.
     turn = list(DTYPES.values()).index(trial.dtype)
     whole = explore(replace(trial, dtype=torch.float32), profile, attempts.notify)
     whole = whole if whole.pairs else explored

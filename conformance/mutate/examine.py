@@ -1,7 +1,7 @@
 """A mutant under the properties, in a process of its own: the first check that fails kills it.
 
 The unchanged backend is examined in the same way. It shows which checks it passes, which of them run an expression, and
-the bits of every result: a mutant that reaches the same bits in every call cannot be told from the original.
+the bits of every result: a mutant that reaches the same bits in every call cannot be distinguished from the original.
 """
 
 from collections.abc import Callable, Sequence

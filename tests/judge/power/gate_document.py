@@ -18,8 +18,9 @@ BEGIN, END = "<!-- measured by tests.judge.power -->", "<!-- end of what is meas
 CONFIDENCE = 0.95
 KINDS = ("forward", "full", "device_forward", "device_full")
 NO_SPEED = "no speed"
-DIFFERENCES = """The difference between two processes that run the same code, as the median over the rounds of a gate. The last column
-is the spread of a single round."""
+DIFFERENCES = """\
+The difference between two processes that run the same code, as the median over the rounds of a gate. The last column is
+the spread of a single round."""
 
 
 def into(document: str, files: Sequence[Json]) -> str:
