@@ -1,4 +1,4 @@
-"""Was memory read or written that is not a tensor's? Bands of canaries around inputs and around what a call allocates.
+"""Does a call read or write memory outside its tensors? Bands of canaries around inputs and allocations.
 
 `Fence` copies an input between two bands. `fenced` does the same for whatever judged code allocates, and fills it with
 poison. It replaces the allocator of the device by memory.cpp, which every allocation reaches: those of torch's

@@ -1,4 +1,4 @@
-"""Which figures do the documents state? Those of docs/results and the ledgers: this renders them into the documents.
+"""Which figures do the documents state? Those of docs/results and the ledgers, which this renders into the documents.
 
     python docs/figures.py
 
@@ -48,9 +48,9 @@ def steps(path: Path) -> str:
 
 
 def operations(*paths: Path) -> str:
-    """Times of a bench: ours beside the fastest other backend with correct results, shape by shape.
+    """Times of a bench by shape: ours beside the fastest other backend with correct results.
 
-    Each file holds other operations: what is compared was measured in one run.
+    Each file holds other operations, so that the backends of an operation were timed in one run.
     """
     groups: dict[tuple[Path, str, str], list[Row]] = {}
     for path in paths:
@@ -104,7 +104,7 @@ RENDERERS: dict[str, Callable[..., str]] = {one.__name__: one for one in (steps,
 
 
 def rendered(text: str, root: Path = ROOT) -> str:
-    """A document with its blocks made anew from their files.
+    """A document with its blocks rendered from their files.
 
     Raises:
         FiguresError: a block has no renderer or no source, or is not closed.
@@ -125,7 +125,7 @@ def rendered(text: str, root: Path = ROOT) -> str:
 
 
 def reports(root: Path = ROOT) -> dict[Path, str]:
-    """The page and the comment of the committed results, by their files."""
+    """The page and the comment of the committed results, by path."""
     files = [read(path) for path in sorted((root / RESULTS).glob("*.json")) if path.name != STEPS]
     return {root / RESULTS / name: make(files) for name, make in REPORTS.items()}
 
@@ -136,7 +136,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def main() -> int:
-    """Write what differs, and say which files did; 2 if something cannot be rendered."""
+    """Write each file that differs and print its name; return 2 if something cannot be rendered."""
     try:
         texts = {path: rendered(path.read_text(encoding="utf-8")) for path in documents()} | reports()
     except (FiguresError, FileError, ledger.LedgerError) as error:
