@@ -29,7 +29,7 @@ class Section:
 
 
 def comment(files: Sequence[Results], base: Sequence[Results] | None = None, factor: float = FACTOR) -> str:
-    """The comment, below GitHub's limit; what has no room is counted."""
+    """The comment, below GitHub's limit; it states how many items are left out."""
     failed = sum(file.failed for file in files)
     text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
     found = changes(files, base, factor)
@@ -43,7 +43,7 @@ def comment(files: Sequence[Results], base: Sequence[Results] | None = None, fac
 
 
 def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section]:
-    """What asks for attention first."""
+    """The sections, those that need attention first."""
     by_word = {word: [f"- {code(c.name)}: {code(c.text)}" for c in found if c.word == word] for word in WORDS}
     failed = [_failure(checks, file) for file in files for checks in failures(file.checks).values()]
     bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
@@ -124,7 +124,7 @@ def _fenced(text: str, language: str) -> list[str]:
 
 
 def _ticks(text: str, least: int) -> str:
-    """A row of backticks longer than any in the text."""
+    """A run of backticks that is longer than any in the text."""
     return "`" * max([least, *(1 + len(run) for run in re.findall("`+", text))])
 
 
