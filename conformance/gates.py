@@ -74,7 +74,7 @@ class Unchecked(Exception):
 
 
 class Allowance(Protocol):
-    """What Terms, Bound and a measured Response say of an error; see conformance/bounds.py."""
+    """The error that Terms, Bound or a measured Response allows; see conformance/bounds.py."""
 
     def largest(self, how: Arithmetic) -> Tensor:
         """No correct result exceeds it."""
@@ -95,7 +95,7 @@ class Allowance(Protocol):
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """What the gates need besides y, r and p.
+    """The inputs of the gates besides y, r and p.
 
     Attributes:
         error: terms of y or a bound of its error before the last rounding, broadcastable to r, float64.

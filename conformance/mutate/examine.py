@@ -48,7 +48,7 @@ def profile_of(name: str) -> Profile:
 
 @dataclass(frozen=True)
 class Examined(Result):
-    """What an examination found, after its last check; `property` and `dtype` are those of the check that failed.
+    """The result of an examination, after its last check; `property` and `dtype` are those of the check that failed.
 
     Attributes:
         failed: every check that failed.
@@ -139,7 +139,7 @@ class Recording(Trial):
     digests: list[Tensor] = field(default_factory=list)
 
     def run(self, case: Case, *arguments: Any, **keywords: Any) -> Run:
-        """As Trial.run."""
+        """As Trial.run; also records the bits of the results."""
         run = super().run(case, *arguments, **keywords)
         if keywords.get("function") is None:
             self.digests.extend(_digest(tensor) for _, _, tensor in run.named(self.spec))
