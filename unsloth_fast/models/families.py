@@ -1,8 +1,7 @@
 """The known model families, one row per family: what their classes are called and how they differ.
 
 To add a family, add its row here and a tiny model of it to tests/tiny.py; the tests then cover it. Classes are found by
-name, which transformers derives from the family's: LlamaRMSNorm, LlamaMLP, LlamaAttention, LlamaModel,
-LlamaForCausalLM.
+name, which transformers derives from the family's: LlamaRMSNorm, LlamaMLP, LlamaAttention, LlamaForCausalLM.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Literal
 
 from unsloth_ref.types import Casting
 
-Part = Literal["norm", "mlp", "attention", "stack", "causal_lm"]
+Part = Literal["norm", "mlp", "attention", "causal_lm"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Family:
         window: the attribute of the attention with the sliding window; W sees the keys i-W < j <= i. None for no
             window.
         softcap: the attribute of the attention with the cap on the scores. None for no cap.
-        stack: the class of the stack of layers where it is not the family's name with "Model".
         logit_scale: the field of the config with the factor on the logits. None for 1.
         logit_softcap: the field of the config with the cap on the logits, applied after the factor. None for no cap.
     """
@@ -45,7 +43,6 @@ class Family:
     norm: Norm | None = None
     window: str | None = None
     softcap: str | None = None
-    stack: str | None = None
     logit_scale: str | None = None
     logit_softcap: str | None = None
 
@@ -57,7 +54,6 @@ class Family:
             f"{name}RMSNorm": "norm",
             f"{name}MLP": "mlp",
             f"{name}Attention": "attention",
-            self.stack or f"{name}Model": "stack",
             f"{name}ForCausalLM": "causal_lm",
         }
 
@@ -80,7 +76,6 @@ FAMILIES: dict[str, Family] = {
     "Gemma3": Family(
         GEMMA_NORM,
         window="sliding_window",
-        stack="Gemma3TextModel",
         logit_softcap="final_logit_softcapping",
     ),
     "Phi3": Family(),

@@ -5,18 +5,20 @@ Classes, parameters and state-dict names do not change (see `unsloth_fast.models
 
 import logging
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.models.attention import attention_placement, packing_refusal, stack_forward
-from unsloth_fast.models.families import family_and_part, family_of
+from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.families import family_and_part
+from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mlp import mlp_placement
 from unsloth_fast.models.norm import norm_placement
-from unsloth_fast.models.protocols import Attention, Placement
+from unsloth_fast.models.packed import place_documents, remove_documents
+from unsloth_fast.models.protocols import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +32,20 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
 
     - the RMSNorms;
     - the MLP, if its gate is SiLU or GELU;
-    - the attention: rope, and packed_attention for packed batches (see `unsloth_fast.models.attention`). All other
-      batches are left to the model's attn_implementation; so are packed ones if the attention has dropout or its
-      implementation is neither sdpa nor eager;
+    - the attention: rope;
 
-    and peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`). All other modules
-    keep their forward, and so does a module whose forward somebody else has replaced. The log names those that look
-    like a norm, an MLP or an attention, each class once per model. Placing again replaces what was placed; `remove` is
-    the inverse.
+    peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`); and for every model
+    of transformers whose attention goes through its interface, packed_attention for packed batches: the model's
+    attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other batches (see
+    `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not compute, it
+    becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning.
+
+    All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
+    those that look like a norm, an MLP or an attention, each class once per model. Placing again replaces what was
+    placed; `remove` is the inverse.
 
     Args:
-        model: the model, changed in place; its parameters, their names and its config do not change.
+        model: the model, changed in place; its parameters and their names do not change, and saved files neither.
         backend: the result of `unsloth_fast.backends.resolve`.
 
     Returns:
@@ -50,6 +55,7 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     _restore_forwards(model)
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
+    packed = _place_stacks(model, backend)
     for module in model.modules():
         name = type(module).__name__
         placement = _placement_for(module, backend)
@@ -57,24 +63,45 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(operations)
-            if family_of(module, "attention") and "packed_attention" not in operations:
-                unchanged[f"packed {name} ({packing_refusal(cast(Attention, module))})"] += 1
-        elif name.endswith(("Norm", "MLP", "Attention")):
+        elif name.endswith(("Norm", "MLP", "Attention")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
+        if id(module) in packed:
+            reason = packed[id(module)]
+            placed.update(("packed_attention",) if reason is None else ())
+            unchanged.update(() if reason is None else (f"packed {name} ({reason})",))
     _log(model, f"backend {backend.name}: operations placed: {dict(placed)}", unchanged)
     return dict(placed)
 
 
 def remove(model: Module) -> None:
-    """Undo `place`: give every module that it changed its own forward back."""
+    """Undo `place`: give every module that it changed its own forward back, and the model its attn_implementation."""
     _restore_forwards(model)
     for module in model.modules():
         vars(module).pop(_LOGGED, None)
 
 
 def _restore_forwards(model: Module) -> None:
+    remove_documents(model)
     for module in model.modules():
         restore_method(module, "forward", "operation")
+
+
+def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
+    """Let each stack of layers take packed documents, as far as its attention can; before any forward is replaced.
+
+    Returns:
+        Why packed batches are not for `packed_attention`, or None, by the id of each attention of transformers'
+        interface.
+    """
+    reasons: dict[int, str | None] = {}
+    for stack in list(stacks_of(model)):
+        if has_own_method(stack, "forward"):
+            continue
+        found, forward = place_documents(stack, backend.kernels.packed_attention)
+        if forward is not None:
+            replace_method(stack, "forward", forward, "operation")
+        reasons |= {id(attention): found.foreign or found.masked for attention in found.attentions}
+    return reasons
 
 
 def _placement_for(module: Any, backend: Backend) -> Placement | None:
@@ -88,8 +115,7 @@ def _placement_for(module: Any, backend: Backend) -> Placement | None:
         return mlp_placement(module, backend)
     if part == "attention":
         return attention_placement(module, family, backend)
-    forward = stack_forward(module) if part == "stack" else None
-    return None if forward is None else ((), forward)
+    return None
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
