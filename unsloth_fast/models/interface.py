@@ -38,7 +38,7 @@ class Stack:
         foreign: why its masks and its attention are left to transformers; None if they are not.
         masked: why documents are kept apart by a mask for the attention it had before; None if `packed_attention`
             keeps them apart.
-        function: the attention function that it had before.
+        function: the attention function that it had before; None if it is foreign.
     """
 
     attentions: tuple[Module, ...] = ()
@@ -100,7 +100,6 @@ class _Uses:
         names: the names that it mentions.
         receivers: what it passes its attention_mask to: "self.NAME" or the name of a function. "" for any other use.
         functions: the names of variables that hold the attention function, and functions that make masks.
-        keywords: the keywords with which it calls its attention function.
         eager: the name of the function for "eager"; None for none.
         compares: whether it compares the implementation's name, other than with != "eager".
     """
@@ -108,7 +107,6 @@ class _Uses:
     names: frozenset[str]
     receivers: frozenset[str]
     functions: frozenset[str]
-    keywords: frozenset[str]
     eager: str | None
     compares: bool
 
@@ -136,13 +134,11 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
                 functions |= {target.id for target in targets if isinstance(target, ast.Name)}
             eager = next(iter(defaults), eager)
     masks = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == _MASK]
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node.func) in functions - MASKS]
     compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
     return _Uses(
         names=frozenset(names),
         receivers=frozenset(_receiver(node, parents) for node in masks),
         functions=frozenset(functions),
-        keywords=frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg),
         eager=eager,
         compares=any("_attn_implementation" in ast.unparse(node) and not _is_eager_test(node) for node in compared),
     )
@@ -160,7 +156,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
-    """What a mask is passed to, as in `_Uses.receivers`; "dict" for an entry of one."""
+    """What a mask is passed to, as in `_Uses.receivers`; "container" for an entry of a dict or a tuple."""
     parent = parents[node]
     call = parents[parent] if isinstance(parent, ast.keyword) else parent
     if not isinstance(node.ctx, ast.Load):
@@ -168,8 +164,8 @@ def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
     if isinstance(call, ast.Call) and call.func is not node:
         func = call.func
         return f"self.{func.attr}" if isinstance(func, ast.Attribute) and _name(func.value) == "self" else _name(func)
-    if isinstance(parent, ast.Dict):
-        return "dict"
+    if isinstance(parent, ast.Dict | ast.Tuple | ast.List):
+        return "container"
     return "isinstance" if isinstance(parent, ast.NamedExpr) and _is_type_test(parents[parent]) else ""
 
 
@@ -199,7 +195,7 @@ def _foreign_stack(stack: PreTrainedModel) -> str | None:
     if made - MASKS:
         return f"its masks: {', '.join(sorted(made - MASKS))}"
     own = [name for name in made if forward.__globals__.get(name) is not getattr(masking_utils, name)]
-    if own or uses.receivers - uses.functions - {"dict", "isinstance"}:
+    if own or uses.receivers - uses.functions - {"container", "isinstance"}:
         return "it changes its masks"
     return "it compares the name of its attn_implementation" if uses.compares else None
 
@@ -241,9 +237,7 @@ def _masked_attention(attention: Any, function: Callable[..., Any]) -> str | Non
     width = getattr(attention, "head_dim", 0)
     if isinstance(width, int) and width > WIDEST:
         return f"heads of {width} columns, above {WIDEST}"
-    uses = _uses(inspect.unwrap(type(attention).forward))
-    passed = extras_of(function) & (uses.keywords if uses else frozenset())
-    return f"the keyword {min(passed)}" if passed else _reads_of_its_own(function)
+    return _reads_of_its_own(function)
 
 
 @cache

@@ -16,7 +16,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ from unsloth_fast.models.protocols import Forward
 
 logger = logging.getLogger(__name__)
 
-_STATE = "unsloth_documents"  # the attribute of a stack and of the attentions below it
+_STATE = "unsloth_documents"  # the attribute of a stack, of the attentions below it, and of the bounds that it passes
+_DENSE = "unsloth_mask"  # the attribute of bounds with the mask that was made of them
 
 
 @dataclass
@@ -45,19 +46,19 @@ class Documents:
     """What a stack and its attentions know of packed batches; one per stack.
 
     Attributes:
-        kernel: the backend's `packed_attention`.
-        function: the attention function of the implementation before.
-        extras: its keywords that the kernel has no counterpart for.
-        masked: why all packed batches get a mask; None if they get none.
         name: the class of the stack, for the warning.
+        masked: why all packed batches get a mask, ours or transformers'; None if they get none.
+        kernel: the backend's `packed_attention`.
+        function: the attention function of the implementation before; None for one that is left to transformers.
+        extras: its keywords that the kernel has no counterpart for.
         warned: whether a mask was warned of.
     """
 
-    kernel: Callable[..., Tensor]
-    function: Callable[..., Any]
-    extras: frozenset[str]
-    masked: str | None
     name: str
+    masked: str | None
+    kernel: Callable[..., Tensor]
+    function: Callable[..., Any] | None
+    extras: frozenset[str]
     warned: bool = False
 
     def warn(self, reason: str, tokens: int) -> None:
@@ -85,24 +86,27 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
         kernel: the backend's `packed_attention`.
 
     Returns:
-        How it takes documents, and the forward that it needs for that; None for its own.
+        How it takes documents, and the forward that it needs for that or for the warning of a mask; None for its own.
     """
     implementation = implementation_of(stack.config)
     found = examine(stack, implementation)
-    if found.foreign is not None or found.function is None:
+    if implementation not in DELEGATES:
         return found, None
-    extras, name = extras_of(found.function), type(stack).__name__
-    documents = Documents(kernel, found.function, extras, found.masked, name)
-    for module in (stack, *found.attentions):
+    extras = frozenset[str]() if found.function is None else extras_of(found.function)
+    reason = found.foreign or found.masked
+    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras)
+    for module in (stack, *(found.attentions if found.function else ())):
         setattr(module, _STATE, documents)
-    stack.config._attn_implementation = f"{'masked' if found.masked else 'packed'}_{implementation}"
+    if found.function is not None:
+        stack.config._attn_implementation = f"{'masked' if reason else 'packed'}_{implementation}"
     return found, _forward_of(type(stack).forward)
 
 
 def remove_documents(model: Module) -> None:
     """Give each stack the implementation that it had before `place_documents`."""
     for module in model.modules():
-        if vars(module).pop(_STATE, None) is not None and isinstance(module, PreTrainedModel):
+        placed = vars(module).pop(_STATE, None) is not None and isinstance(module, PreTrainedModel)
+        if placed and module.config._attn_implementation in _NAMES:
             module.config._attn_implementation = implementation_of(module.config)
 
 
@@ -110,12 +114,13 @@ def _forward_of(own: Callable[..., Any]) -> Forward:
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bounds = kwargs.get("cu_seq_lens_q")
-        if isinstance(bounds, Tensor) and self.config._attn_implementation in _NAMES:
+        documents: Documents | None = getattr(self, _STATE, None)
+        if documents is not None and isinstance(bounds, Tensor) and documents.masked is not None:
+            documents.warn(documents.masked, _inputs(args, kwargs).shape[1])
+        if documents is not None and isinstance(bounds, Tensor) and self.config._attn_implementation in _NAMES:
             _check_batch(args, kwargs)
-            documents: Documents = getattr(self, _STATE)
-            if documents.masked is not None:
-                documents.warn(documents.masked, _inputs(args, kwargs).shape[1])
             kwargs["attention_mask"] = bounds.to(torch.int32).view(1, 1, -1)
+            _remember(kwargs["attention_mask"], _STATE, documents)
         return type(self).forward(self, *args, **kwargs)
 
     return forward
@@ -162,6 +167,9 @@ def _mask(
     if packed and allow_is_causal_skip:
         window = tokens if local_size is None else min(local_size, tokens)
         return bounds.view(1, 1, 1, -1).expand(1, 1, window, -1)
+    documents: Documents | None = getattr(attention_mask, _STATE, None)
+    if packed and documents is not None:
+        documents.warn("a mask that is neither causal nor sliding", tokens)
     return _dense(bounds, tokens, before, **options)
 
 
@@ -206,7 +214,7 @@ def _attention(
         **options: the keywords that the module calls its attention function with.
     """
     documents: Documents | None = getattr(module, _STATE, None)
-    function = _function_before(module, before) if documents is None else documents.function
+    function = documents and documents.function or _function_before(module, before)
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return function(module, query, key, value, attention_mask, **options)
     tokens, window, bounds = query.shape[2], attention_mask.shape[2], attention_mask[0, 0, 0]
@@ -251,14 +259,19 @@ def _obstacle(documents: Documents, query: Tensor, key: Tensor, value: Tensor, o
 
 def _dense_of(mask: Tensor, bounds: Tensor, tokens: int, before: str, dtype: torch.dtype) -> Any:
     """The mask of [1, 1, T, T] for bounds that an attention cannot take; layers that share these share it."""
-    made = None if torch.compiler.is_compiling() else getattr(mask, _STATE, None)
+    made = getattr(mask, _DENSE, None)
     if made is None:
         window = mask.shape[2]
         pattern = causal_mask_function if window >= tokens else sliding_window_causal_mask_function(window)
         made = _dense(bounds, tokens, before, mask_function=pattern, dtype=dtype, device=bounds.device)
-        if not torch.compiler.is_compiling():
-            cast(Any, mask).unsloth_documents = made
+        _remember(mask, _DENSE, made)
     return made
+
+
+def _remember(tensor: Tensor, name: str, value: object) -> None:
+    """Set an attribute of a tensor, which compiled code cannot."""
+    if not torch.compiler.is_compiling():
+        setattr(tensor, name, value)
 
 
 def _function_before(module: Module, before: str) -> Callable[..., Any]:

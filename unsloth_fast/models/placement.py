@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _LOGGED = "unsloth_placed"  # the attribute of a model with what was logged of it
 
 
-def place(model: Module, backend: Backend) -> dict[str, int]:
+def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[str, int]:
     """Give every module of a known class a forward that calls the backend's operations, and log which.
 
     Known are, for Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, also under peft's wrappers:
@@ -47,6 +47,7 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     Args:
         model: the model, changed in place; its parameters and their names do not change, and saved files neither.
         backend: the result of `unsloth_fast.backends.resolve`.
+        documents: whether packed batches are for packed_attention; False leaves the attn_implementation as it is.
 
     Returns:
         How many modules call each operation, such as {"rope": 16, "packed_attention": 16, "swiglu": 16,
@@ -55,7 +56,7 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     _restore_forwards(model)
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
-    packed = _place_stacks(model, backend)
+    packed = _place_stacks(model, backend) if documents else {}
     for module in model.modules():
         name = type(module).__name__
         placement = _placement_for(module, backend)
