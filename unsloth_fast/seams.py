@@ -79,7 +79,7 @@ SEAMS = (
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "read: the same"),
-    Seam("transformers.PreTrainedConfig._attn_implementation", "read and set: only sdpa and eager attention become ours"),
+    Seam("transformers.PreTrainedConfig._attn_implementation", "read and set: sdpa and eager become ours"),
     Seam("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "called: the mask that an implementation makes"),
     Seam("transformers.masking_utils.create_causal_mask", "recognised in forwards: it calls the mask function"),
     Seam("transformers.masking_utils.create_sliding_window_causal_mask", "recognised in forwards: the same"),

@@ -178,7 +178,7 @@ def test_an_architecture_that_nobody_has_heard_of(implementation: str) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_it_trains_as_with_plain_trl(tmp_path: Path, packing: bool) -> None:
-    """Documents in one row against padded ones, or packed by TRL; rounding is 1e-16, AdamW makes at most 1e-12 of it."""
+    """Documents in one row against padded ones, or packed by TRL. AdamW makes at most 1e-12 of rounding."""
     losses = []
     for trainer_kind, args_kind in ((UnslothTrainer, UnslothTrainingArguments), (SFTTrainer, SFTConfig)):
         own_loss = {"compute_loss_func": textbook} if trainer_kind is SFTTrainer else {}
@@ -240,6 +240,17 @@ def test_remove_is_the_inverse() -> None:
     assert not any("forward" in vars(module) or "unsloth_documents" in vars(module) for module in model.modules())
     assert torch.equal(twin(**batch).logits, packed)
     assert place(model, REFERENCE, documents=False) == {} and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_loaded_with_the_name_alone_computes_as_before(implementation: str) -> None:
+    """As trainers load a second model like the first."""
+    model, named = (model_of("Olmo3") for _ in range(2))
+    model.set_attn_implementation(implementation)
+    named.set_attn_implementation(f"packed_{implementation}")
+    batch = tiny.packed(LENGTHS)
+    for given in ({"input_ids": batch["input_ids"]}, batch):
+        assert torch.equal(named(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

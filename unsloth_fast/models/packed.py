@@ -105,9 +105,10 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
 def remove_documents(model: Module) -> None:
     """Give each stack the implementation that it had before `place_documents`."""
     for module in model.modules():
-        placed = vars(module).pop(_STATE, None) is not None and isinstance(module, PreTrainedModel)
-        if placed and module.config._attn_implementation in _NAMES:
-            module.config._attn_implementation = implementation_of(module.config)
+        if vars(module).pop(_STATE, None) is not None and isinstance(module, PreTrainedModel):
+            config: PreTrainedConfig = module.config
+            if config._attn_implementation in _NAMES:
+                config._attn_implementation = implementation_of(config)
 
 
 def _forward_of(own: Callable[..., Any]) -> Forward:
@@ -214,7 +215,7 @@ def _attention(
         **options: the keywords that the module calls its attention function with.
     """
     documents: Documents | None = getattr(module, _STATE, None)
-    function = documents and documents.function or _function_before(module, before)
+    function = (documents.function if documents else None) or _function_before(module, before)
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return function(module, query, key, value, attention_mask, **options)
     tokens, window, bounds = query.shape[2], attention_mask.shape[2], attention_mask[0, 0, 0]
