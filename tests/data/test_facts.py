@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
 from trl import SFTConfig
 
 from tests import tiny
@@ -62,6 +62,23 @@ def test_each_obstacle_gives_its_reason(tmp_path: Path, options: dict[str, Any],
     plan = decide(tmp_path, packing=True, **options)
     assert (plan.packing, plan.padding_free) == (False, False)
     assert any(text.startswith(reason) for text in plan.reasons)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("implementation", "allowed"), [(None, True), ("eager", True), ("flex_attention", False)])
+def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
+    tmp_path: Path, implementation: str | None, allowed: bool, named: bool
+) -> None:
+    """Of a model, or of the name of one that the run's arguments load."""
+    config = GptOssConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=16, num_local_experts=2, vocab_size=48)
+    options = {"attn_implementation": implementation} if implementation else {}
+    if named:
+        config.architectures = ["GptOssForCausalLM"]
+        config.save_pretrained(tmp_path / "model")
+        plan = decide(tmp_path, model=str(tmp_path / "model"), model_init_kwargs=options)
+    else:
+        plan = decide(tmp_path, model=GptOssForCausalLM._from_config(config, **options))
+    assert plan.padding_free == allowed
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,6 +1,5 @@
 """The table of model families against transformers: every class and attribute that a row names exists."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,20 +57,16 @@ def test_a_module_is_found_by_its_class() -> None:
     model = tiny.model("gemma3")
     gemma3 = families.FAMILIES["Gemma3"]
     assert families.family_and_part(model) == (gemma3, "causal_lm")
-    assert families.family_and_part(model.model) == (gemma3, "stack")
+    assert families.family_and_part(model.model) == (None, None)
     assert families.family_of(model.model.norm, "norm") is gemma3
     assert families.family_of(model.model.norm, "mlp") is None
     assert families.family_and_part(torch.nn.LayerNorm(4)) == (None, None)
 
 
-def test_the_stack_of_a_family_may_have_a_name_of_its_own() -> None:
-    """All other names are regular."""
-    family = families.Family(families.LLAMA_NORM)
-    assert family.classes("New") == {
+def test_names_are_regular() -> None:
+    assert families.Family(families.LLAMA_NORM).classes("New") == {
         "NewRMSNorm": "norm",
         "NewMLP": "mlp",
         "NewAttention": "attention",
-        "NewModel": "stack",
         "NewForCausalLM": "causal_lm",
     }
-    assert "NewTextModel" in replace(family, stack="NewTextModel").classes("New")

@@ -180,7 +180,8 @@ def _is_eager_test(node: ast.Compare) -> bool:
 
 
 def _takes_mask(module: Module) -> bool:
-    return _MASK in inspect.signature(type(module).forward).parameters
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
+    return code is not None and _MASK in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _foreign_stack(stack: PreTrainedModel) -> str | None:
