@@ -10,9 +10,11 @@ from trl import SFTConfig
 
 from tests import tiny
 from tests.data.samples import bloom, first_alone, tokens
+from tests.models.unheard import UnheardConfig, UnheardForCausalLM, UnheardWithOwnMask
 from tests.trainer.runs import arguments
-from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast import UnslothTrainingArguments, backends
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
+from unsloth_fast.models import place
 
 GIVEN = {"processing_class": "a tokenizer"}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
@@ -79,6 +81,17 @@ def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
     else:
         plan = decide(tmp_path, model=GptOssForCausalLM._from_config(config, **options))
     assert plan.padding_free == allowed
+
+
+def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_makes_them(tmp_path: Path) -> None:
+    """Also once the operations are placed."""
+    for model_class, allowed in ((UnheardForCausalLM, True), (UnheardWithOwnMask, False)):
+        model = model_class(UnheardConfig())
+        for _ in range(2):
+            plan = decide(tmp_path, model=model)
+            assert plan.padding_free == allowed
+            assert allowed or plan.reasons[0].startswith("the model is not of transformers and makes its own masks")
+            place(model, backends.resolve("reference"))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -128,3 +128,25 @@ class UnheardForCausalLM(UnheardPreTrainedModel, GenerationMixin):
         logits = self.lm_head(found.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class OwnMaskModel(UnheardModel):
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """With a causal mask that knows no documents."""
+        states = self.embed_tokens(input_ids)
+        seen = torch.ones(2 * input_ids.shape[1:], dtype=torch.bool).tril()
+        for layer in self.layers:
+            states = layer(states, attention_mask=seen[None, None], **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+
+class UnheardWithOwnMask(UnheardForCausalLM):
+    def __init__(self, config: UnheardConfig) -> None:
+        super().__init__(config)
+        self.model = OwnMaskModel(config)

@@ -22,6 +22,8 @@ class ModelFacts:
             would leak from one document into the next.
         takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
             without them each document would see those before it.
+        unknown_masks: whether the model is none of transformers' and makes masks by its own means, which may let
+            documents see each other.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
     """
@@ -33,6 +35,7 @@ class ModelFacts:
     recurrent: bool = False
     takes_positions: bool = True
     positions_by_axis: bool = False
+    unknown_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
         (leaks(model), "the model's attention lets the documents of a row see each other"),
+        (model.unknown_masks, "the model is not of transformers and makes its own masks, which may join documents"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),

@@ -3,9 +3,11 @@
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import transformers
+from torch.nn import Module
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 from trl import SFTConfig
 
@@ -13,7 +15,8 @@ from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
-from unsloth_fast.models.packed import implementation_of
+from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
     config, model_class = config_and_class(model, args)
     options: Any = args.model_init_kwargs or {}
     facts = _model_facts(config, model_class, options.get("attn_implementation") if isinstance(model, str) else None)
+    facts = replace(facts, unknown_masks=not isinstance(model, str) and _makes_unknown_masks(model))
     plan = batching_plan(facts, _config_facts(model, args, given))
     if not plan.padding_free and given.get("data_collator") is None:
         for name, dataset in datasets_of(given):
@@ -99,6 +103,13 @@ def _model_facts(config: PreTrainedConfig, model_class: type, implementation: st
         recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
         takes_positions=forward is not None and "position_ids" in inspect.signature(forward).parameters,
         positions_by_axis="mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}),
+    )
+
+
+def _makes_unknown_masks(model: Module) -> bool:
+    """Whether a stack of layers that is none of transformers' makes masks by its own means."""
+    return any(
+        is_foreign(stack) for stack in stacks_of(model) if not type(stack).__module__.startswith("transformers.")
     )
 
 

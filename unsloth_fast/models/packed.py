@@ -102,6 +102,15 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
     return found, _forward_of(type(stack).forward)
 
 
+def is_foreign(stack: PreTrainedModel) -> bool:
+    """Whether the masks of one of `stacks_of` are left to its own forward, placed or not."""
+    documents: Documents | None = getattr(stack, _STATE, None)
+    if documents is not None:
+        return documents.function is None
+    implementation = implementation_of(stack.config)
+    return implementation in DELEGATES and examine(stack, implementation).foreign is not None
+
+
 def remove_documents(model: Module) -> None:
     """Give each stack the implementation that it had before `place_documents`."""
     for module in model.modules():
