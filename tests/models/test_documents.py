@@ -14,10 +14,19 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.models.test_attention import LENGTHS, assert_near, gradients_of, separately, together
-from tests.models.unheard import UnheardConfig, UnheardForCausalLM
+from tests.models.unheard import (
+    ComparingLayer,
+    OwnMaskModel,
+    RenamingAttention,
+    ScalingModel,
+    SlicingAttention,
+    UnheardConfig,
+    UnheardForCausalLM,
+)
 from tests.trainer.runs import arguments, build, textbook
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, backends
 from unsloth_fast.models import place, remove
+from unsloth_fast.models.interface import examine
 
 REFERENCE = backends.resolve("reference")
 TOKENS = sum(LENGTHS)
@@ -261,6 +270,27 @@ def test_any_packed_batch_compiles_without_a_graph_break(dropout: float) -> None
     expected = model(**batch, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_near(compiled(**batch, use_cache=False).logits, expected, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "reason"),
+    [
+        ("model.layers.1.attention", SlicingAttention, "SlicingAttention changes its mask"),
+        ("model.layers.1.attention", RenamingAttention, "RenamingAttention takes its mask by another name"),
+        ("model.layers.1", ComparingLayer, "ComparingLayer compares the name of its attn_implementation"),
+        ("model", ScalingModel, "it changes its masks"),
+        ("model", OwnMaskModel, "its masks are its own"),
+    ],
+)
+def test_code_that_needs_the_mask_of_transformers_gets_it(part: str, kind: Any, reason: str) -> None:
+    """It computes what it did before."""
+    model, batch = unheard(), tiny.packed(LENGTHS)
+    model.set_submodule(part, kind(model.config).double())
+    expected = model(**batch).logits
+    assert examine(model.model, "sdpa").foreign == reason
+    assert place(model, REFERENCE) == {}
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def chunked() -> PreTrainedModel:

@@ -150,3 +150,41 @@ class UnheardWithOwnMask(UnheardForCausalLM):
     def __init__(self, config: UnheardConfig) -> None:
         super().__init__(config)
         self.model = OwnMaskModel(config)
+
+
+class SlicingAttention(UnheardAttention):
+    def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Changes its mask first, as with static caches."""
+        attention_mask = None if attention_mask is None else attention_mask[..., : states.shape[1]]
+        return super().forward(states, attention_mask=attention_mask, **kwargs)
+
+
+class ComparingLayer(UnheardLayer):
+    def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Does something else for one implementation."""
+        scale = 1.0 if self.attention.config._attn_implementation == "sdpa" else 2.0
+        return states + scale * self.attention(states, attention_mask=attention_mask, **kwargs)
+
+
+class RenamingAttention(UnheardAttention):
+    def forward(self, states: Tensor, mask: Any = None, **kwargs: Any) -> Tensor:
+        """Has its mask under another name."""
+        assert ALL_ATTENTION_FUNCTIONS
+        return super().forward(states, **kwargs)
+
+
+class ScalingModel(UnheardModel):
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Computes with the mask that transformers made."""
+        states = self.embed_tokens(input_ids)
+        mask: Any = create_causal_mask(self.config, states, attention_mask, None, position_ids)
+        mask = mask if mask is None else mask & True
+        for layer in self.layers:
+            states = layer(states, attention_mask=mask, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=states)

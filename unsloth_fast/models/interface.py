@@ -67,10 +67,10 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     foreign = foreign or _foreign_stack(stack)
     attentions: list[Module] = []
     for module in stack.modules():
-        if module is stack or not _takes_mask(module):
+        if module is stack or not (_takes_mask(module) or _looks_up(module)):
             continue
         uses = _uses(inspect.unwrap(type(module).forward))
-        if uses is not None and uses.looks_up:
+        if _looks_up(module):
             attentions.append(module)
         foreign = foreign or _foreign_layer(module, uses, stack)
     if not attentions:
@@ -101,6 +101,7 @@ class _Uses:
         receivers: what it passes its attention_mask to: "self.NAME" or the name of a function. "" for any other use.
         functions: the names of variables that hold the attention function, and functions that make masks.
         eager: the name of the function for "eager"; None for none.
+        alters: whether it computes with a mask that it made, by operators, methods, slices or another module.
         compares: whether it compares the implementation's name, other than with != "eager".
     """
 
@@ -108,12 +109,8 @@ class _Uses:
     receivers: frozenset[str]
     functions: frozenset[str]
     eager: str | None
+    alters: bool
     compares: bool
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether it looks its attention function up."""
-        return INTERFACE in self.names
 
 
 @cache
@@ -140,6 +137,10 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
         receivers=frozenset(_receiver(node, parents) for node in masks),
         functions=frozenset(functions),
         eager=eager,
+        alters=any(
+            isinstance(node, ast.Name) and node.id in functions - MASKS and _is_altered(node, parents)
+            for node in ast.walk(tree)
+        ),
         compares=any("_attn_implementation" in ast.unparse(node) and not _is_eager_test(node) for node in compared),
     )
 
@@ -169,6 +170,16 @@ def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
     return "isinstance" if isinstance(parent, ast.NamedExpr) and _is_type_test(parents[parent]) else ""
 
 
+def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a mask goes elsewhere than into a layer."""
+    parent = parents[node]
+    call = parents[parent] if isinstance(parent, ast.keyword) else parent
+    if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
+        return _name(call.func.value) != "self"
+    sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
+    return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
+
+
 def _is_type_test(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and _name(node.func) == "isinstance"
 
@@ -179,9 +190,18 @@ def _is_eager_test(node: ast.Compare) -> bool:
     return isinstance(node.ops[0], ast.NotEq) and isinstance(value, ast.Constant) and value.value == "eager"
 
 
+def _code_of(module: Module) -> Any:
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
+
+
 def _takes_mask(module: Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
+    code = _code_of(module)
     return code is not None and _MASK in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _looks_up(module: Module) -> bool:
+    code = _code_of(module)
+    return code is not None and INTERFACE in code.co_names
 
 
 def _foreign_stack(stack: PreTrainedModel) -> str | None:
@@ -196,7 +216,7 @@ def _foreign_stack(stack: PreTrainedModel) -> str | None:
     if made - MASKS:
         return f"its masks: {', '.join(sorted(made - MASKS))}"
     own = [name for name in made if forward.__globals__.get(name) is not getattr(masking_utils, name)]
-    if own or uses.receivers - uses.functions - {"container", "isinstance"}:
+    if own or uses.alters or uses.receivers - uses.functions - {"container", "isinstance"}:
         return "it changes its masks"
     return "it compares the name of its attn_implementation" if uses.compares else None
 
@@ -206,12 +226,14 @@ def _foreign_layer(module: Module, uses: _Uses | None, stack: PreTrainedModel) -
     name = type(module).__name__
     if uses is None or has_own_method(module, "forward"):
         return f"the forward of {name} is not its class's" if uses else f"{name} has no source"
+    if not _takes_mask(module):
+        return f"{name} takes its mask by another name"
     children = {f"self.{child}" for child in module._modules}
-    if uses.receivers - children - (uses.functions if uses.looks_up else set()):
+    if uses.receivers - children - (uses.functions if _looks_up(module) else set()):
         return f"{name} changes its mask"
     if uses.compares:
         return f"{name} compares the name of its attn_implementation"
-    if uses.looks_up:
+    if _looks_up(module):
         found = inspect.unwrap(type(module).forward).__globals__.get(INTERFACE)
         if found is not ALL_ATTENTION_FUNCTIONS or getattr(module, "config", None) is not stack.config:
             return f"{name} has an interface of its own"
