@@ -19,6 +19,7 @@ class CausalLM(Protocol):
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
+    training: bool
     forward: Callable[..., Any]
 
     @property
