@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.logits import logit_options
+from unsloth_fast.models.logits import logit_options, without_head
 from unsloth_fast.models.methods import forward_hooks, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
 from unsloth_fast.models.scores import score
@@ -67,7 +67,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
             checked[self.training] = logit_options(self, own, inputs | {"labels": labels})
         found = None if head is None else checked[self.training]
         if head is not None and found is not None:
-            hidden = self.base_model(*positional, **inputs).last_hidden_state
+            hidden = without_head(self)(*positional, **inputs).last_hidden_state
             loss, scores = _loss_of_hidden(self, head, hidden, labels, backend, options | found, with_scores)
             return (loss, None, scores) if with_scores else loss
         outputs = own(*positional, **inputs)

@@ -28,7 +28,7 @@ _ROUNDINGS = 4  # of the product, the factor, the quotient in the cap and the ca
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def logit_options(model: CausalLM, own: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, float] | None:
     """The options of `linear_cross_entropy` with which the model's logits are its head's; None where they are not.
 
@@ -54,9 +54,7 @@ def logit_options(model: CausalLM, own: Callable[..., Any], inputs: Mapping[str,
 
 
 def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, float] | str:
-    base, head = model.base_model, model.get_output_embeddings()
-    if base is model:
-        return "it has no base model of its own"
+    base, head = without_head(model), model.get_output_embeddings()
     last: list[Tensor] = []
     products: list[Tensor] = []
 
@@ -88,6 +86,11 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
     return agreeing[0]
 
 
+def without_head(model: Any) -> Any:
+    """The model below the head; some classes name another attribute than theirs as its place."""
+    return model.model if model.base_model is model else model.base_model  # AttributeError: it has none
+
+
 def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """One row of tokens, the step's switches, and zeros for its other whole numbers per token, such as their types."""
     given = {name: value for name, value in inputs.items() if isinstance(value, bool)}
@@ -103,8 +106,7 @@ def _undisturbed(base: nn.Module, device: torch.device) -> Iterator[None]:
     training = [module for module in base.modules() if module.training]
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings(action="ignore"):
             base.eval()
             yield
     finally:

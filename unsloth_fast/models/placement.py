@@ -1,10 +1,11 @@
-"""Placing a backend's operations under a model: each module of a known class gets another forward.
+"""Placing a backend's operations under a model: each module that they compute gets another forward.
 
 Classes, parameters and state-dict names do not change (see `unsloth_fast.models.methods`).
 """
 
 import logging
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any, cast
 
 from torch.nn import Module
@@ -14,9 +15,10 @@ from unsloth_fast.models.attention import attention_placement, packing_refusal, 
 from unsloth_fast.models.families import family_and_part, family_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
-from unsloth_fast.models.mlp import mlp_placement
-from unsloth_fast.models.norm import norm_placement
+from unsloth_fast.models.mlp import Gated, mlp_forward
+from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_fast.models.protocols import Attention, Placement
+from unsloth_fast.models.structure import Found, recognise
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +26,21 @@ _LOGGED = "unsloth_placed"  # the attribute of a model with what was logged of i
 
 
 def place(model: Module, backend: Backend) -> dict[str, int]:
-    """Give every module of a known class a forward that calls the backend's operations, and log which.
+    """Give every module that the backend's operations compute a forward that calls them, and log which.
 
-    Known are, for Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, also under peft's wrappers:
+    Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms;
-    - the MLP, if its gate is SiLU or GELU;
-    - the attention: rope, and packed_attention for packed batches (see `unsloth_fast.models.attention`). All other
-      batches are left to the model's attn_implementation; so are packed ones if the attention has dropout or its
-      implementation is neither sdpa nor eager;
+    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
+      check (see `unsloth_fast.models.structure`);
+    - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
 
-    and peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`). All other modules
-    keep their forward, and so does a module whose forward somebody else has replaced. The log names those that look
-    like a norm, an MLP or an attention, each class once per model. Placing again replaces what was placed; `remove` is
-    the inverse.
+    and in Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 the attention: rope, and packed_attention for packed batches
+    (see `unsloth_fast.models.attention`). All other batches are left to the model's attn_implementation; so are packed
+    ones if the attention has dropout or its implementation is neither sdpa nor eager.
+
+    All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
+    those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
+    Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
         model: the model, changed in place; its parameters, their names and its config do not change.
@@ -50,10 +53,13 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     _restore_forwards(model)
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
+    known: dict[Hashable, Found] = {}
     for module in model.modules():
         name = type(module).__name__
-        placement = _placement_for(module, backend)
-        if placement is not None and not has_own_method(module, "forward"):
+        placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
+        if isinstance(placement, str):
+            unchanged[f"{name} ({placement})"] += 1
+        elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(operations)
@@ -77,19 +83,20 @@ def _restore_forwards(model: Module) -> None:
         restore_method(module, "forward", "operation")
 
 
-def _placement_for(module: Any, backend: Backend) -> Placement | None:
-    """The operations and the forward for a module of a known class; None for any other module."""
+def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
+    """The operations and the forward for a module; why there are none for one that seemed to have some."""
     family, part = family_and_part(module)
-    if family is None or family.norm is None:
-        return lora_placement(module, backend)
-    if part == "norm":
-        return norm_placement(family.norm, backend)
-    if part == "mlp":
-        return mlp_placement(module, backend)
-    if part == "attention":
+    if family is not None and part == "attention":
         return attention_placement(module, family, backend)
-    forward = stack_forward(module) if part == "stack" else None
-    return None if forward is None else ((), forward)
+    if part == "stack":
+        forward = stack_forward(module)
+        return None if forward is None else ((), forward)
+    found = recognise(module, known)
+    if isinstance(found, Norm):
+        return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, Gated):
+        return (found.operation,), mlp_forward(found, backend.kernels)
+    return lora_placement(module, backend) if found is None else found
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
