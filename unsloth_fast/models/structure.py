@@ -78,7 +78,6 @@ def _norm(module: nn.Module, size: int) -> Norm | str | None:
     rows = sizes * torch.randn((3, 2, size), generator=generator)
     weight = torch.randn(size, generator=generator)
     found = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
-    largest = 0.0
     for weights, dtype, agree in (
         (torch.float32, torch.float32, _agree_in_float32),
         (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
@@ -86,14 +85,14 @@ def _norm(module: nn.Module, size: int) -> Norm | str | None:
     ):
         twin = _twin(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
         own = type(module).forward(twin, rows.to(dtype))
-        results = [(norm, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found]
-        found = [norm for norm, result in results if agree(cast(Tensor, result), own)]
-        if dtype == torch.float32:
-            largest = min(float((cast(Tensor, result) - own).abs().max()) for _, result in results)
-    return found[0] if len(found) == 1 else _refusal("rms_norm", len(found), largest)
+        results = {norm: cast(Tensor, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found}
+        found = [norm for norm, result in results.items() if agree(result, own)]
+        if not found:
+            return _refusal("rms_norm", 0, min(float((result - own).abs().max()) for result in results.values()))
+    return found[0] if len(found) == 1 else _refusal("rms_norm", len(found))
 
 
-def _refusal(operation: str, agreeing: int, difference: float) -> str:
+def _refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
     if agreeing:
         return f"{agreeing} ways to compute it by {operation} agree"
     return f"differs from every {operation} by {difference:.2g} at least"
