@@ -112,7 +112,7 @@ def _undisturbed(base: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        torch.clear_autocast_cache()  # its casts of weights have no gradient
+        torch.clear_autocast_cache()  # in some releases of torch it keeps casts without gradients
 
 
 def _hidden(head: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
