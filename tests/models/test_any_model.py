@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from tests import tiny
+from tests.models import zoo
 from tests.models.custom import CustomConfig, CustomForCausalLM
 from tests.models.zoo import EXPERTS, SIZES
 from unsloth_fast import backends
@@ -67,6 +68,15 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, tokens.masked_fill(torch.rand(2, 9) < 0.3, -100)
 
 
+def step(model: Any, tokens: torch.Tensor, labels: torch.Tensor, **options: Any) -> tuple[float, dict[str, Any]]:
+    """The loss and every gradient."""
+    model.zero_grad(set_to_none=True)
+    found = model(input_ids=tokens, labels=labels, use_cache=False, **options)
+    loss = found if options else found.loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_without_a_row(family: str, lora: bool) -> None:
@@ -78,19 +88,36 @@ def test_a_family_without_a_row(family: str, lora: bool) -> None:
         model = get_peft_model(model, LoraConfig(r=4, **LORA))
         expected |= {"lora_linear": 2 * linear}
     tokens, labels = batch()
-    results = []
     with tiny.KeepFloat64():
-        for own in (True, False):
-            if not own:
-                assert place(model, REFERENCE) == {name: count for name, count in expected.items() if count}
-                add_loss(without_adapter(model), WITHOUT_LOGITS)
-            found = model(input_ids=tokens, labels=labels, use_cache=False, **{} if own else {"backend_loss": True})
-            loss = found.loss if own else found
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (expected_loss, expected_gradients), (loss, gradients) = results
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-9)
+        expected_loss, expected_gradients = step(model, tokens, labels)
+        assert place(model, REFERENCE) == {name: count for name, count in expected.items() if count}
+        add_loss(without_adapter(model), WITHOUT_LOGITS)
+        loss, gradients = step(model, tokens, labels, backend_loss=True)
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-18, name
+
+
+@pytest.mark.parametrize("family", ["phi3", "custom"])
+def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> None:
+    """In all gradients together, at most twice the untouched float32 model's own error."""
+    fast, (tokens, labels) = backends.resolve("fast"), batch()
+    with tiny.KeepFloat64():
+        _, truth = step(build(family), tokens, labels)
+    model = build(family).float()
+    _, own = step(model, tokens, labels)
+    place(model, fast)
+    add_loss(model, fast)
+    _, found = step(model, tokens, labels, backend_loss=True)
+    assert 0 < error(found, truth) <= 2 * error(own, truth)
+
+
+def error(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    return sum((gradients[name] - gradient).norm().item() ** 2 for name, gradient in truth.items()) ** 0.5
+
+
+def test_an_adapter_on_another_layer_is_left_to_peft() -> None:
+    """GPT-2 has layers of its own, with transposed weights."""
+    model = get_peft_model(zoo.model("gpt2"), LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    assert place(model, REFERENCE) == {}

@@ -122,8 +122,7 @@ def _loss_of_hidden(
             return loss, None
 
         def logits_of(rows: Tensor) -> Tensor:
-            logits = linear(rows, weight, bias) * options.get("logit_scale", 1.0)
-            cap = options.get("softcap", 0.0)
+            logits, cap = linear(rows, weight, bias) * options["logit_scale"], options["softcap"]
             return cap * (logits / cap).tanh() if cap else logits
 
         return loss, score(hidden, targets, logits_of)
@@ -154,6 +153,7 @@ def plain_head(model: CausalLM) -> nn.Linear | None:
         own_class is nn.Linear
         and (_gathers(outer, head) or not isinstance(head.weight, DTensor))
         and head.weight.device.type != "meta"
+        and head.weight.dim() == 2  # DeepSpeed shards it in a way of its own
         and not any(_is_foreign(hook) for module in (outer, head) for hook in forward_hooks(module))
     )
     return head if plain else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.protocols import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
 
     def replace_last(module: nn.Module, args: object, outputs: Any) -> object:
         last.append(outputs.last_hidden_state)
-        outputs.last_hidden_state = _hidden(head, last[-1])
+        # In the dtype of the product: the loss takes a head that is stored in another one than the layers.
+        outputs.last_hidden_state = _hidden(head, last[-1].to(product_dtype(last[-1], head.weight)))
         products.append(head(outputs.last_hidden_state))
         return outputs
 
