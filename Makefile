@@ -3,6 +3,7 @@
 # make trainer      all tests except those of the judge, to test another release of trl
 # make conformance  judge every fast operation as in CI
 # make bench        time the operations; needs a GPU
+# make figures      render the figures of the documents from docs/results and ledger/
 #
 # Each command creates its environment in .venv. Other environments:
 #     make test VENV=0 PYTHON=python3                       an existing one
@@ -26,7 +27,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test trainer lint types floors conformance bench
+.PHONY: demo test trainer lint types floors conformance bench figures
 
 demo: $(READY)
 	$(PY) -m conformance run --profile dev --dtype float32
@@ -54,6 +55,9 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(PY) -m conformance bench
+
+figures: $(READY)
+	$(PY) docs/figures.py
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

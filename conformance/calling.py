@@ -77,7 +77,7 @@ def return_surroundings(tensor: Tensor, copy: Tensor) -> None:
 def as_function(found: Any, name: str) -> Callable[..., Any]:
     """A function, module, `torch.autograd.Function` or class of a module as a function with this name."""
     if isinstance(found, type) and issubclass(found, torch.autograd.Function):
-        return _named(found.apply, name, _without_first(found))
+        return _named(found.apply, name, _without_first(found), found)
     if isinstance(found, type) and issubclass(found, torch.nn.Module):
         found = found()
     if isinstance(found, torch.nn.Module):
@@ -85,6 +85,13 @@ def as_function(found: Any, name: str) -> Callable[..., Any]:
     if isinstance(getattr(found, "__name__", None), str):
         return found
     return _named(found, name, inspect.signature(found))
+
+
+def adapted(function: Any) -> Any:
+    """What `as_function` and `in_words_of` made a function from."""
+    while "adapted" in getattr(function, "__dict__", {}):
+        function = function.adapted
+    return function
 
 
 def _without_first(function: type[torch.autograd.Function]) -> inspect.Signature:
@@ -95,10 +102,13 @@ def _without_first(function: type[torch.autograd.Function]) -> inspect.Signature
     return inspect.Signature([p.replace(kind=p.POSITIONAL_ONLY) for p in parameters])
 
 
-def _named(function: Callable[..., Any], name: str, signature: inspect.Signature) -> Callable[..., Any]:
+def _named(
+    function: Callable[..., Any], name: str, signature: inspect.Signature, adapted: Any = None
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
+    call.adapted = adapted or function  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
@@ -144,6 +154,7 @@ def in_words_of(reference: Callable[..., Any], function: Callable[..., Any]) -> 
         first = [given.pop(name) for name in order if name in by_place]
         return function(*first, **given)
 
+    call.adapted = function  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = function.__name__
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [

@@ -34,6 +34,8 @@ class Property:
             running two such tasks at once; "gradients" and "rows" skip it for operations that have none, "a copy" for
             those that work in place.
         exempt: returns why a declaration promises nothing about the property; empty if it does.
+        each_option: whether the property tries what a backend may lack one by one, so that it fails for a call that
+            raises NotImplementedError. Under any other property a case with an option that is lacking is not checked.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Property:
     share: float = 1.0
     needs: Sequence[Need] = ()
     exempt: Exempt = lambda declaration: ""
+    each_option: bool = False
 
     @classmethod
     def of_file(
@@ -53,10 +56,11 @@ class Property:
         share: float = 1.0,
         needs: Sequence[Need] = (),
         exempt: Exempt = lambda declaration: "",
+        each_option: bool = False,
     ) -> Property:
         """The property that a file states: named as the file, with the first line of its docstring."""
         statement = _first_line(sys.modules[check.__module__].__doc__)
-        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs, exempt)
+        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs, exempt, each_option)
 
     @classmethod
     def of_function(cls, check: Check, *, cases: Cases | None = None, share: float = 1.0) -> Property:

@@ -119,7 +119,9 @@ def gone(config: pytest.Config, reports: Sequence[pytest.TestReport]) -> list[py
             longrepr=f"FAIL {new.op} / {new.property}: {new.message}",
             when="call",
         )
-        for old, new, before in zip(reports, deviations.gone(results, known), results, strict=True)
+        for old, new, before in zip(
+            reports, deviations.gone(results, known, config.option.conformance_profile), results, strict=True
+        )
         if new is not before
     ]
 

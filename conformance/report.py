@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from conformance import operations, results_file
 from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.case import Case
 from conformance.operations import PROJECT, Source
+from conformance.peers import PACKAGES
 from conformance.properties import PROPERTIES
 from conformance.results_file import commit, versions
 from conformance.runner import Task
@@ -201,8 +203,9 @@ def write_json(
     path: Path, results: Sequence[Result], judged: Judged, device: str, profile: str, source: Source = PROJECT
 ) -> None:
     """Write the results as JSON."""
+    package = PACKAGES.get(judged.name)
     meta = {
-        "versions": versions(),
+        "versions": versions() | ({package: version(package)} if package else {}),
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "backend": judged.name,

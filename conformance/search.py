@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from hypothesis import given, seed, settings
+from hypothesis import given, reject, seed, settings
+from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 
 from conformance.case import Case
@@ -16,7 +17,7 @@ from conformance.gates import Failure, Unchecked
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
-from conformance.trial import Caught, Trial, describe
+from conformance.trial import Caught, Lacking, Trial, describe
 from conformance.variants import launches
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,6 +69,7 @@ class _Attempts:
         self._trial, self._property, self._dtype, self.notify = trial, prop, dtype, notify
         self._shrink_seconds = seconds
         self._failed: dict[AnyCase, Failure] = {}
+        self._lacking: dict[AnyCase, Failure] = {}  # cases with an option that the backend lacks
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
@@ -90,7 +92,8 @@ class _Attempts:
             try:
                 self._attempt(case)
             except Failure as failure:
-                return self._result(case, failure)
+                if case not in self._lacking:
+                    return self._result(case, failure)
         return self._result()
 
     def drawn(self, cases: SearchStrategy[Any], how: settings) -> Result:
@@ -105,12 +108,21 @@ class _Attempts:
         @given(cases)
         def attempt(case: AnyCase) -> None:
             last[:] = [case]
-            self._attempt(case)
+            try:
+                self._attempt(case)
+            except Failure:
+                if case not in self._lacking:
+                    raise
+                if len(self._lacking) < 10 * how.max_examples:
+                    reject()  # another one is drawn
 
         try:
             attempt()
         except Failure as failure:
             return self._result(last[0], failure)
+        except Unsatisfiable:
+            if not self._lacking:
+                raise
         return self._result()
 
     def skipped(self, why: str) -> Result:
@@ -119,6 +131,11 @@ class _Attempts:
 
     def _result(self, case: AnyCase | None = None, failure: Failure | None = None) -> Result:
         who = self._trial.spec.op, self._property.name, self._dtype
+        if failure is None and self._lacking and self._property.each_option:
+            (case, failure), *others = self._lacking.items()
+            names = [f"{name}={value}" for other, _ in others for name, value in getattr(other, "options", ())]
+            text = f"{failure}\nrefused as well: {', '.join(names)}" if others else str(failure)
+            return Result(*who, "fail", None, self._count, str(case), text)
         if failure is None and self._unchecked and not self._count:
             return Result(*who, "skip", message=self._unchecked)
         if failure is None:
@@ -134,11 +151,17 @@ class _Attempts:
         self._count += 1
         self.notify(str(case))
         try:
-            failure = self._failed.get(case) or self._check(case)
+            failure = self._failed.get(case) or self._lacking.get(case) or self._check(case)
         except Unchecked as why:
             self._count -= 1
             self._unchecked = str(why)
             return
+        if failure is not None and _lacks(failure):
+            self._lacking[case] = failure
+            if not self._property.each_option:
+                self._count -= 1
+                self._unchecked = f"the backend lacks an option of every case: {failure}"
+            raise failure
         if failure is not None:
             if not self._failed:
                 self._deadline = time.monotonic() + self._shrink_seconds
@@ -164,6 +187,11 @@ class _Attempts:
         except Failure as failure:
             return failure
         return Failure(describe(caught.error))
+
+
+def _lacks(failure: BaseException | None) -> bool:
+    """Whether a failure, or what caused it, is that the backend lacks an option."""
+    return failure is not None and (isinstance(failure, Lacking) or _lacks(failure.__cause__))
 
 
 def search(

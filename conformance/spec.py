@@ -256,6 +256,14 @@ class Spec:
         """The tensors of a case; the source device draws their elements."""
         return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
+    def without_options(self, options: Options) -> Options:
+        """Those that have no default, with the first of their values."""
+        parameters = inspect.signature(self.reference).parameters
+        needed = [
+            name for name in options if name in parameters and parameters[name].default is inspect.Parameter.empty
+        ]
+        return {name: self.drawing.options.get(name, [options[name]])[0] for name in needed}
+
     def parse(self, line: str) -> Case:
         """Parse a case of this operation; raises ValueError, also for an option with a value that is not allowed."""
         case = Case.parse(line, tuple(self.drawing.sizes), tuple(self.drawing.options))

@@ -83,7 +83,7 @@ def judge(
         expected = deviations.read(Path(known), tasks[0].device) if known else []
         done = [(task, worker(task)) for task in tasks] if jobs == 1 else run(tasks, lambda *_: None, jobs=jobs)
     results = [deviations.expected(result, expected) for _, result in done]
-    results = deviations.gone(results, expected)
+    results = deviations.gone(results, expected, profile)
     if any(result.verdict == "fail" for result in results):
         shown = report.failures(results, backend or "", tasks[0].device, source)
         raise AssertionError(f"{shown}\n\n{report.closing(results)}")

@@ -54,6 +54,10 @@ class BackendError(Exception):
     """A backend cannot be judged; the message states the reason in one line."""
 
 
+class Lacking(Failure):
+    """A call raised NotImplementedError, and would not without its options: the backend lacks one."""
+
+
 class Caught:
     """Catches what judged code raises: for the judge that is a finding, not an error of its own."""
 
@@ -119,22 +123,31 @@ class Trial:
         return [draw.grad_output(output) for output in outputs]
 
     def call(self, inputs: Inputs, options: Options, function: Function | None = None) -> tuple[Tensor, ...]:
-        """The outputs as a tuple; raises Failure if the function raises or returns something else."""
+        """The outputs as a tuple; raises Failure if the function raises or returns something else, and Lacking."""
         with Caught() as caught:
-            written = {name: calling.copied(inputs[name]) for name in self.spec.in_place if name in inputs}
-            positional, by_name = calling.placed(self.spec.reference, {**inputs, **written})
-            found = (function or self.function)(*positional, **by_name, **options)
-            for name, copy in written.items():
-                calling.return_surroundings(inputs[name], copy)
-            outputs = tuple(calling.results(found, list(written.values())))
-            wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
-            if wrong or len(outputs) != len(self.spec.outputs):
-                seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
-                if written:
-                    seen = f"{seen}, with {' and '.join(written)} written in place"
-                raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
-            return outputs
-        raise Failure(f"raised {describe(caught.error)}") from caught.error
+            return self._outputs(inputs, options, function)
+        raised = f"raised {describe(caught.error)}"
+        if isinstance(caught.error, NotImplementedError):
+            with Caught() as plain:
+                self._outputs(inputs, self.spec.without_options(options), function)
+            if not isinstance(plain.error, NotImplementedError):
+                raise Lacking(raised) from caught.error
+        raise Failure(raised) from caught.error
+
+    def _outputs(self, inputs: Inputs, options: Options, function: Function | None) -> tuple[Tensor, ...]:
+        written = {name: calling.copied(inputs[name]) for name in self.spec.in_place if name in inputs}
+        positional, by_name = calling.placed(self.spec.reference, {**inputs, **written})
+        found = (function or self.function)(*positional, **by_name, **options)
+        for name, copy in written.items():
+            calling.return_surroundings(inputs[name], copy)
+        outputs = tuple(calling.results(found, list(written.values())))
+        wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
+        if wrong or len(outputs) != len(self.spec.outputs):
+            seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
+            if written:
+                seen = f"{seen}, with {' and '.join(written)} written in place"
+            raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")
+        return outputs
 
     def run(
         self,

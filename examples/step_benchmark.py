@@ -7,7 +7,7 @@ layer, in bfloat16, with AdamW, 8 rows of 2048 tokens per step, without gradient
 documents with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender
 runs in its own process, loads the same files and sees the same documents. The table shows tokens per second (of the
 median step), peak memory, and the first and the last loss, from which you see whether all train the same thing.
---profile also shows where the GPU's time goes, by kernel.
+steps.json has the same of all contenders. --profile also shows where the GPU's time goes, by kernel.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from step_contenders import CONTENDERS, LENGTH, ROWS, SHAPE, build
 
 WARMUP = 4  # steps that compile, allocate and choose kernels
 PROFILED = 3  # steps
+PACKAGES = ("transformers", "trl", "peft", "liger-kernel", "unsloth")
 
 
 def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
         "who": contender,
+        "what": CONTENDERS[contender],
         "tokens_per_second": ROWS * LENGTH / statistics.median(seconds),
         "step_ms": statistics.median(seconds) * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -98,6 +101,8 @@ def main() -> int:
         return 0
     import torch
 
+    from conformance import results_file
+
     if not torch.cuda.is_available():
         parser.error("got no CUDA device; this benchmark measures speed, and needs one")
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -106,11 +111,23 @@ def main() -> int:
     print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}  loss: first, last")
     with tempfile.TemporaryDirectory() as folder:
         random_llama.save(folder, "cuda", "bfloat16", **SHAPE)
-        return max([show(contender, folder, chosen) for contender in chosen.who])
+        results = [show(contender, folder, chosen) for contender in chosen.who]
+    meta = {"gpu": torch.cuda.get_device_name(), "rows": ROWS, "length": LENGTH, "commit": results_file.commit()}
+    meta["versions"] = results_file.versions() | {package: version_of(package) for package in PACKAGES}
+    results_file.write(chosen.out / "steps.json", meta, [result for result in results if result])
+    return int(None in results)
 
 
-def show(contender: str, model_path: str, chosen: argparse.Namespace) -> int:
-    """Run one contender and print its line of the table; 1 if it failed."""
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show(contender: str, model_path: str, chosen: argparse.Namespace) -> dict[str, Any] | None:
+    """Run one contender, print its line of the table and return its result; None if it failed."""
     command = [sys.executable, __file__, "--model", model_path, "--who", contender, "--steps", str(chosen.steps)]
     command += ["--out", str(chosen.out)] + ["--profile"] * chosen.profile
     done = subprocess.run(command, capture_output=True, text=True)
@@ -118,14 +135,14 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace) -> int:
         (chosen.out / f"step_{contender}.txt").write_text(done.stdout + done.stderr)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"{contender:<14}failed: {last[:150]}", flush=True)
-        return 1
+        return None
     result = json.loads((chosen.out / f"step_{contender}.json").read_text())
     losses = result["losses"]
     figures = f"{result['tokens_per_second']:>10,.0f}{result['step_ms']:>8.0f}{result['peak_gib']:>7.1f}"
     print(f"{contender:<14}{figures}  {losses[0]:.4f} {losses[-1]:.4f}  {CONTENDERS[contender]}", flush=True)
     for name, milliseconds in list((result["kernels"] or {}).items()):
         print(f"    {milliseconds:8.2f} ms  {name}")
-    return 0
+    return result
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ SHAPE = {
 }  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTENDERS = {
-    "trl": "trl, attention by PyTorch under a dense mask",
-    "varlen": "trl, attention document by document",
-    "liger-varlen": "trl with liger, attention document by document",
-    "unsloth": "unsloth",
-    "unsloth-4bit": "unsloth, 4-bit weights",
+    "trl": "TRL, attention under a dense mask",
+    "varlen": "TRL, attention by document",
+    "liger-varlen": "TRL with Liger, attention by document",
+    "unsloth": "Unsloth",
+    "unsloth-4bit": "Unsloth, 4-bit weights",
     "reference": "this trainer on the reference",
     "fast": "this trainer",
     "fast-4bit": "this trainer, 4-bit weights",

@@ -72,9 +72,14 @@ def _check_layers(base: Any, layers: object, pattern: object) -> None:
 
 
 def _check_tokens(base: Any, tokens: object) -> None:
-    """Refuse tokens that the embedding does not have, of one list or of one per module."""
+    """Refuse modules that the model does not have, and tokens that the embedding does not have."""
     rows, field = base.get_input_embeddings().num_embeddings, "trainable_token_indices"
     by_module = tokens.items() if isinstance(tokens, dict) else ()
+    paths = {module: f".{path}" for path, module in base.named_modules()}
+    for name, _ in by_module:
+        if not any(path.endswith(f".{name}") for path in paths.values()):
+            embedding = paths[base.get_input_embeddings()].rpartition(".")[2]
+            raise ValueError(f"{field}: got the module {name!r}; allowed: modules of the model, such as {embedding!r}")
     listed = {f"{field}[{name!r}]": each for name, each in by_module} or {field: tokens or None}
     for name, each in listed.items():
         if each is not None:

@@ -62,7 +62,12 @@ class ResolvedArguments:
 
 
 def resolve_arguments(
-    model: Any, args: TrainingArguments | None, positional: tuple[Any, ...], keywords: Mapping[str, Any]
+    model: Any,
+    args: TrainingArguments | None,
+    positional: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    *,
+    as_trl: bool = False,
 ) -> ResolvedArguments:
     """What holds for a trainer that is called with these arguments.
 
@@ -71,6 +76,7 @@ def resolve_arguments(
         args: as the user gave them.
         positional: what followed `args`.
         keywords: the further keywords, in names of any release of TRL.
+        as_trl: whether the call was one of `trl.SFTTrainer`.
 
     Raises:
         TypeError: an unknown keyword, too many arguments, one given twice, args of another type, or no data set.
@@ -95,8 +101,8 @@ def resolve_arguments(
     plan = decide_batching(model, settings, given)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
-    # as for padding, which cuts them, and the collator concatenates them.
-    settings.packing, settings.padding_free = plan.packing, False
+    # as for padding, which cuts them, and the collator concatenates them. A script for TRL gets TRL's answer.
+    settings.packing, settings.padding_free = plan.packing, as_trl and not updates and _asks_trl(settings, model)
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     only_completions = completion_only(given, settings, named=named)
@@ -270,6 +276,12 @@ def _max_length(args: SFTConfig, model: Any, asked: bool) -> int | None:
         return args.max_length
     logger.warning("max_length: %d, the max_seq_length of the model, replaces %s", length, args.max_length)
     return length
+
+
+def _asks_trl(args: SFTConfig, model: Any) -> bool:
+    """Whether a `trl.SFTConfig` asks for padding-free batches without packing, and the model brings no max_length."""
+    ours = isinstance(args, UnslothTrainingArguments) or getattr(model, "max_seq_length", None) is not None
+    return bool(args.padding_free) and not args.packing and not ours
 
 
 def _log_batching(plan: BatchingPlan, asked: bool) -> None:

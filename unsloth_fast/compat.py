@@ -58,7 +58,7 @@ def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: SFTTrainer, *positional: object, **keywords: object) -> None:
         if type(self) is SFTTrainer:
             trainer: Any = self
-            trainer.__class__ = UnslothTrainer
+            trainer.__class__, trainer.called_as_trls = UnslothTrainer, True
             trainer.__init__(*positional, **keywords)
             return
         given: dict[str, Any] = dict(zip(names, positional, strict=False)) | keywords

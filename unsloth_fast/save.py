@@ -114,7 +114,7 @@ def push_to_hub_merged(
     create_pr: bool = False,
     revision: str | None = None,
     **kwargs: Any,
-) -> str:
+) -> str | None:
     """Save a model as `save_pretrained_merged` does, and upload the files to a repository of the hub.
 
     Args:
@@ -131,9 +131,11 @@ def push_to_hub_merged(
         **kwargs: further keywords of `save_pretrained_merged`.
 
     Returns:
-        The address of the commit.
+        The address of the commit; None with is_main_process=False, where nothing is uploaded.
     """
     check_saving(push_to_hub_merged, model, save_method, kwargs)
+    if not kwargs.get("is_main_process", True):
+        return None
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_merged")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained_merged(model, folder, tokenizer, save_method, **kwargs)
@@ -162,7 +164,7 @@ def save_pretrained_gguf(
         **kwargs: further keywords of `save_pretrained_merged`; of save_method only "merged_16bit".
 
     Returns:
-        The paths of the GGUF files, one per method.
+        The paths of the GGUF files, one per method; none with is_main_process=False, where nothing is written.
 
     Raises:
         ValueError: an unknown method or another save_method, or no tokenizer.
@@ -170,6 +172,8 @@ def save_pretrained_gguf(
         RuntimeError: a program of llama.cpp is missing or failed.
     """
     methods, tokenizer = _check_converting(save_pretrained_gguf, model, tokenizer, quantization_method, kwargs)
+    if not kwargs.get("is_main_process", True):
+        return []
     folder = Path(save_directory)
     save_pretrained_merged(model, folder, tokenizer, **kwargs)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
@@ -190,7 +194,7 @@ def push_to_hub_gguf(
     create_pr: bool = False,
     revision: str | None = None,
     **kwargs: Any,
-) -> str:
+) -> str | None:
     """Convert a model as `save_pretrained_gguf` does, and upload the GGUF files to a repository of the hub.
 
     Args:
@@ -207,9 +211,11 @@ def push_to_hub_gguf(
         **kwargs: as in `save_pretrained_gguf`.
 
     Returns:
-        The address of the commit.
+        The address of the commit; None with is_main_process=False, where nothing is uploaded.
     """
     _check_converting(push_to_hub_gguf, model, tokenizer, quantization_method, kwargs)
+    if not kwargs.get("is_main_process", True):
+        return None
     repository = hub.create_repository(repo_id, token, private, "save_pretrained_gguf")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]

@@ -88,10 +88,11 @@ class UnslothTrainer(SFTTrainer):
     eval_dataset: Any
     optimizer: Any
     accelerator: Any
+    called_as_trls = False  # as `trl.SFTTrainer`, under `patch_trl`
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
-        resolved = resolve_arguments(model, args, positional, keywords)
+        resolved = resolve_arguments(model, args, positional, keywords, as_trl=self.called_as_trls)
         self.backend = resolved.backend
         # Not `resolved` itself: its keywords hold the data sets as they were before they were prepared.
         self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
@@ -103,10 +104,9 @@ class UnslothTrainer(SFTTrainer):
         self._fields = changed_by_trainers(self.model.config)
         restore(self.model.config, loaded)  # the others would be saved; router logits break a generation with padding
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
-        self._padding_collator = self.data_collator
-        if self.padding_free:
-            self._padding_collator = padding_collator(self.data_collator)
-            self.data_collator = self._packed_collator()
+        by_trl = resolved.keywords.get("data_collator") is None
+        self._padding_collator = padding_collator(self.data_collator) if by_trl else self.data_collator
+        self.data_collator = self._packed_collator() if self.padding_free else self._padding_collator
         check_trainable(self.model, self.args)
         place(self.model, self.backend)
         self._own_loss = choose_loss(self, self.backend)

@@ -7,18 +7,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from conformance import results_file
 from conformance.gate import verdict
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.sides import Checkout, Side, Unavailable, verb
 from conformance.gate.statistics import SIDES, Pool
 from conformance.gate.verdict import Row
 from conformance.operations import PROJECT, Source
+from conformance.properties import PROPERTIES
 
 SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
 TIMED_DTYPE = "bfloat16"
+HUGE = "int64_offsets"
 
 Job = tuple[str, str, str]  # operation, shape and dtype
 Found = tuple[dict[str, Any], list[dict[str, Any]]]  # meta and results, as in a file of the judge
@@ -36,6 +40,7 @@ class Request:
         dtypes: none for checks in all dtypes, and times and fingerprints in TIMED_DTYPE.
         targets: of fingerprints, for which None means all.
         minutes: for all rounds of times.
+        mutants: of each operation, planted on both sides; 0 for none.
         rise: of the budget use that is allowed, as a fraction of the budget.
         source: of the operation, if it comes from the command line.
     """
@@ -47,6 +52,7 @@ class Request:
     dtypes: Sequence[str] = ()
     targets: Sequence[str] | None = None
     minutes: float = 20.0
+    mutants: int = 0
     rise: float = verdict.BUDGET_RISE
     source: Source = PROJECT
 
@@ -60,6 +66,17 @@ class Request:
         where = ["--backend", self.backend, "--device", self.device]
         dtypes = ["--dtype", *self.dtypes] if self.dtypes else []
         return ["run", *self.ops, *where, *dtypes, *self.judge, *self.source.words()]
+
+    def mutate(self, ops: Sequence[str]) -> list[str]:
+        """The command line that plants faults; without a choice of dtypes and properties what is cheap."""
+        where = ["--backend", self.backend, "--device", self.device, "--sample", str(self.mutants)]
+        dtypes = ["--dtype", *(self.dtypes or ("float32",))]
+        # What allocates gigabytes waits for its turn, a minute per mutant.
+        cheap = [] if "--property" in self.judge else ["--property", *(one for one in PROPERTIES if one != HUGE)]
+        judge = list(self.judge)
+        if "--deviations" in judge:  # a check that the unchanged backend fails is left out anyway
+            del judge[(place := judge.index("--deviations")) : place + 2]
+        return ["mutate", *ops, *where, *dtypes, *judge, *cheap]
 
     def fingerprint(self, ops: Sequence[str], dtype: str) -> list[str]:
         """The command line that compiles."""
@@ -88,6 +105,10 @@ class Report:
         """All of them, each once."""
         rows = [sentence for row in self.rows for sentence in row["regressions"]]
         return list(dict.fromkeys((*self.sentences, *rows)))
+
+    def write(self, path: Path) -> None:
+        """Write the file of results."""
+        results_file.write(path, self.meta | {"notes": self.notes, "regressions": self.regressions}, self.rows)
 
     def attempt(self, run: Callable[[], Found], fatal: bool = False) -> Found:
         """Run what a side may be unable to do; then this is noted, or if fatal a regression, and nothing is found."""
@@ -135,6 +156,10 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
             _, one = report.attempt(lambda words=words: verb(base, base.words(words)))
             _, other = report.attempt(lambda words=words: verb(head, head.words(words)), fatal=bool(one))
             report.rows += verdict.fingerprints(one, other) if one else []
+    if request.mutants and not request.source:
+        _mutants(
+            base, head, request, sorted({op for op, dtype in verdict.right(old) & verdict.right(new) if dtype}), report
+        )
     pairs = [pair for pair in verdict.right(old) & verdict.right(new) if pair[1] in request.timed]
     if request.device == "cuda" and request.minutes > 0:
         wrong = {(one["op"], one["dtype"]) for one in (*old, *new) if one["verdict"] == "fail"}
@@ -145,6 +170,20 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         except Unavailable as why:
             (report.sentences if why.side == "head" else report.notes).append(str(why))
     return report
+
+
+def _mutants(base: Checkout, head: Checkout, request: Request, ops: Sequence[str], report: Report) -> None:
+    """Plant the same faults on both sides."""
+    if not ops:
+        return
+    words = request.mutate(ops)
+    _progress(f"planting {request.mutants} faults in each of {', '.join(ops)}, on both sides")
+    _, old = report.attempt(lambda: verb(base, base.words(words)))
+    _, new = report.attempt(lambda: verb(head, head.words(words)))
+    if old and new:
+        rows, note = verdict.mutants(old, new)
+        report.rows += rows
+        report.notes.append(note)
 
 
 @contextmanager

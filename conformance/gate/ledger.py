@@ -131,7 +131,12 @@ class Ledger:
 
 def read(path: Path) -> Ledger:
     """Read a ledger. Raises LedgerError."""
-    content = _json(path)
+    return parsed(_text(path), path)
+
+
+def parsed(text: str, path: Path) -> Ledger:
+    """The ledger that a text holds; errors name the path. Raises LedgerError."""
+    content = _json(text, path)
     found = schema.problem(content, schema.LEDGER, schema.LEDGER)
     if found:
         raise LedgerError(f"{path}: {found}")
@@ -151,7 +156,7 @@ def file_name(card: str) -> str:
 
 def results_in(path: Path) -> Results:
     """What a file of `run`, `bench`, `fingerprint` or `gate` holds for a ledger. Raises LedgerError."""
-    content = _json(path)
+    content = _json(_text(path), path)
     if not isinstance(content, dict) or not {"meta", "results"} <= content.keys():
         raise LedgerError(f"{path}: holds no results; allowed: a file that run, bench, fingerprint or gate wrote")
     try:
@@ -288,10 +293,17 @@ def _same(one: Environment, other: Environment) -> bool:
     return close and all(one[name] == other[name] for name in ENVIRONMENT[:-1])
 
 
-def _json(path: Path) -> Any:
+def _text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise LedgerError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{path}: no JSON: {error}") from error
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise LedgerError(f"{path}: no JSON: {error}") from error

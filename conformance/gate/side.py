@@ -110,7 +110,7 @@ class Server:
     """Answers commands; the first is "start"."""
 
     def __init__(self, card: Callable[[], Card]) -> None:
-        self._card = card
+        self._make_card = card
         self._bench: Bench | None = None
         self._job: Job | None = None
 
@@ -120,13 +120,17 @@ class Server:
             return self._start(**command)
         if do in ("shapes", "prepare") and self._bench is not None:
             return getattr(self, f"_{do}")(self._bench, **command)
-        if do in ("sample", "finish") and self._job is not None:
-            return getattr(self._job, do)(**command)
+        if do in ("sample", "finish") and self._bench is not None and self._job is not None:
+            answer = getattr(self._job, do)(**command)
+            if do == "finish":  # its memory is free for the other processes, which judge next
+                self._job = None
+                self._bench.card.free_memory()
+            return answer
         raise ValueError(f"do: got {do!r}; allowed: start, then shapes or prepare, then sample or finish")
 
     def _start(self, backend: str, source: dict[str, Any]) -> Answer:
         words: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in source.items()}
-        card = self._card()  # before the backend is imported, which could choose the allocator
+        card = self._make_card()  # before the backend is imported, which could choose the allocator
         rates, state = card.rates(), card.state()
         self._bench = Bench(card, rates, (backend,), "", Source(**words))
         backends.load(backend, card.device, self._bench.source)
@@ -139,8 +143,6 @@ class Server:
         return {"shapes": list(bench.specs[op].speed.shapes) if defined else []}
 
     def _prepare(self, bench: Bench, op: str, shape: str, dtype: str) -> Answer:
-        self._job = None
-        bench.card.free_memory()
         self._job = Job(replace(bench, dtype=dtype), op, shape)
         return self._job.ready()
 

@@ -161,21 +161,21 @@ def checkouts(base: str | None, head: str | None) -> Iterator[tuple[Checkout | N
                 sides[name] = Checkout(name, commit[:12] if commit else "working tree", repository, root)
                 if commit:
                     made.append(root)
-                    added = _git(repository, "worktree", "add", "--quiet", "--detach", str(root), commit)
+                    added = git(repository, "worktree", "add", "--quiet", "--detach", str(root), commit)
                     if added.returncode != 0:
                         why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
                         raise RevisionError(f"--{name}: {commit[:12]} cannot be checked out: {why}")
             yield sides["base"] if base else None, sides["head"]
         finally:
             for root in made:
-                if _git(repository, "worktree", "remove", "--force", str(root)).returncode != 0:
+                if git(repository, "worktree", "remove", "--force", str(root)).returncode != 0:
                     shutil.rmtree(root, ignore_errors=True)  # half made
-                    _git(repository, "worktree", "prune")
+                    git(repository, "worktree", "prune")
 
 
 def _repository() -> Path:
     try:
-        found = _git(Path.cwd(), "rev-parse", "--show-toplevel")
+        found = git(Path.cwd(), "rev-parse", "--show-toplevel")
     except FileNotFoundError as error:
         raise RevisionError("gate: needs git, which is not installed") from error
     if found.returncode != 0:
@@ -186,13 +186,14 @@ def _repository() -> Path:
 def _commit(repository: Path, name: str, revision: str | None) -> str | None:
     if revision is None:
         return None
-    found = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    found = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if found.returncode != 0:
         raise RevisionError(f"--{name}: got {revision!r}; allowed: a revision of {repository}")
     return found.stdout.strip()
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder. Raises FileNotFoundError if it is not installed."""
     # A hook runs git with variables that name its own repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), "-c", f"core.hooksPath={os.devnull}", *arguments]

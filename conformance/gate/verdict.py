@@ -1,8 +1,8 @@
 """What fails: the results of two sides compared, every regression in one sentence.
 
-A row compares one check, one kernel or one shape:
+A row compares one check, one kernel, one shape or one planted fault:
 
-    {"kind": "property" | "fingerprint" | "time", key fields, "verdict": ..., "regressions": [sentence, ...],
+    {"kind": "property" | "fingerprint" | "time" | "mutant", key fields, "verdict": ..., "regressions": [sentence, ...],
      "base": result or None, "head": result or None}
 
 Its verdict is "same", "improved", "regressed", "new", "lost" or "wrong" (on both sides); for times it is FASTER,
@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from conformance.gate.statistics import Decision, Verdict, overall
+from conformance.mutate.mutant import edit
 
 BUDGET_RISE = 0.1  # of the whole error budget
 COVERAGE_FALL = 0.05  # of all pairs of settings
@@ -25,6 +26,7 @@ COVERAGE_FALL = 0.05  # of all pairs of settings
 RESOURCE_RISE = 0.25
 # The caching allocator rounds requests up to 2 MiB: less is no change of what is asked for.
 MEMORY_RISE, MEMORY_STEP = 0.01, 2.0
+SURVIVES, KILLED = ("survived", "unreached"), ("killed", "raised")  # verdicts on mutants
 
 Result = Mapping[str, Any]
 Row = dict[str, Any]
@@ -33,6 +35,7 @@ KEYS = {
     "property": ("op", "property", "dtype"),
     "fingerprint": ("op", "shape", "dtype", "kernel", "target", "index"),
     "time": ("op", "shape", "dtype"),
+    "mutant": ("op", "mutant"),
 }
 
 
@@ -159,6 +162,36 @@ def fingerprint_change(base: Result | None, head: Result | None) -> tuple[list[s
         if head[what] < base[what]:
             sentences.append(f"{about}: widest {what}: got {head[what]} bytes; allowed: {base[what]}, as before")
     return sentences, "regressed" if sentences else "same"
+
+
+def mutants(base: Sequence[Result], head: Sequence[Result]) -> tuple[list[Row], str]:
+    """Compare the results of `mutate`: a row per fault of the head, and both kill rates in a sentence.
+
+    Only a fault that both sides have can be a regression: new code brings faults that may be none.
+    """
+    old = {edit(one["op"], one["mutant"], one["kind"], one["diff"]): one for one in base}
+    rows: list[Row] = []
+    for one in head:
+        before = old.get(edit(one["op"], one["mutant"], one["kind"], one["diff"]))
+        sentences: list[str] = []
+        verdict = "new" if before is None else "same"
+        if before is not None and before["verdict"] in KILLED and one["verdict"] in SURVIVES:
+            killer = " / ".join(filter(None, before["killed_by"][0][:2])) if before["killed_by"] else "a check"
+            verdict = "regressed"
+            sentences.append(f"{name('mutant', one)}: {one['verdict']} now; {killer} killed it before")
+        elif before is not None and before["verdict"] in SURVIVES and one["verdict"] in KILLED:
+            verdict = "improved"
+        rows.append(_row("mutant", one, sentences, verdict, before, one))
+    unseen = [row for row in rows if row["verdict"] == "new"]
+    survive = sum(row["head"]["verdict"] in SURVIVES for row in unseen)
+    new = f"; {len(unseen)} faults are new, of which {survive} survive" if unseen else ""
+    return rows, f"mutants killed: {_killed(base)} of the base, {_killed(head)} of the head{new}"
+
+
+def _killed(results: Sequence[Result]) -> str:
+    """Of those that are faults, as far as anybody knows."""
+    judged = [one["verdict"] for one in results if one["verdict"] in (*SURVIVES, *KILLED)]
+    return f"{sum(verdict in KILLED for verdict in judged)} of {len(judged)}"
 
 
 def times(base: Result, head: Result, decisions: Mapping[str, Decision]) -> Row:

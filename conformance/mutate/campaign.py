@@ -4,10 +4,10 @@ A mutant is examined in two rounds, because most of them die at once. Those that
 other checks of which the unchanged backend runs the changed expression: in any other check nothing can differ.
 """
 
-import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from conformance.mutate.equivalent import Equivalent
 from conformance.mutate.examine import QUICK, Check, Examination, Examined, checks
 from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
+from conformance.operations import PROJECT, Source
 from conformance.search import Result
 
 # The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
@@ -91,7 +92,8 @@ def choose(
         judged: the backend.
         ops: operations that it defines.
         files: mutate these alone; by default those that the operation's function comes from.
-        sample: number of mutants per operation, drawn at random; all by default.
+        sample: number of mutants per operation, drawn at random; all by default. A draw depends on each fault alone:
+            where the code stays as it was, the mutants of two revisions are the same.
         seed: of the draw.
         names: these mutants alone.
     """
@@ -101,10 +103,15 @@ def choose(
         if names:
             found = [mutant for mutant in found if mutant.name in names]
         if sample is not None and sample < len(found):
-            drawn = set(random.Random(f"{seed} {op}").sample(range(len(found)), sample))
-            found = [mutant for index, mutant in enumerate(found) if index in drawn]
+            drawn = sorted(found, key=lambda mutant: _draw(seed, op, mutant))[:sample]
+            found = [mutant for mutant in found if mutant in drawn]
         chosen += [(op, mutant) for mutant in found]
     return chosen
+
+
+def _draw(seed: int, op: str, mutant: Mutant) -> bytes:
+    """A random number of a fault, the same on every line of every revision."""
+    return sha256(repr((seed, op, mutant.kind, mutant.function, mutant.change, mutant.index)).encode()).digest()
 
 
 def users(judged: Judged, chosen: Sequence[Key]) -> dict[Key, list[str]]:
@@ -128,6 +135,7 @@ class Campaign:
         jobs: number of processes.
         every: do not stop at the first property that kills a mutant.
         confirmed: mutants known to be equivalent.
+        source: of the operation.
     """
 
     backend: str
@@ -138,6 +146,7 @@ class Campaign:
     jobs: int
     every: bool = False
     confirmed: Sequence[Equivalent] = ()
+    source: Source = PROJECT
 
     def run(
         self, chosen: Sequence[Key], others: Mapping[Key, Sequence[str]], on_outcome: Callable[[Outcome], None]
@@ -260,7 +269,7 @@ class Campaign:
                 on_result(task, Examined(task.op, "", None, "pass"))
 
     def _task(self, op: str, **facts: Any) -> Examination:
-        return Examination(self.backend, op, "", None, self.device, self.profile, **facts)
+        return Examination(self.backend, op, "", None, self.device, self.profile, source=self.source, **facts)
 
     def _run(
         self, tasks: Iterable[Examination], on_result: Callable[..., None] = lambda task, result: None

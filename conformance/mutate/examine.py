@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.mutate.mutant import Region
@@ -22,7 +22,6 @@ from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, alone
 from conformance.search import DTYPES, Result, search
-from conformance.specs import specs
 from conformance.trial import Caught, Run, Trial, bits, describe
 
 Check = tuple[str, str]  # property, dtype
@@ -87,17 +86,18 @@ class Examination(Task):
         with Caught(SystemExit) as caught:
             if self.edited is not None:
                 import_edited(*self.edited)
-            function = backends.load(self.backend, self.device).functions[self.op]
+            function = backends.load(self.backend, self.device, self.source).functions[self.op]
             return self._examined(function, notify)
         failure = Result(self.op, "import", None, "fail", message=f"raised {describe(caught.error)}")
         return Examined(**vars(failure), failed=(failure,), raised=True)
 
     def _examined(self, function: Callable[..., Any], notify: Callable[[str], None]) -> Examined:
         failed, found, ran, examples = [], {}, {}, 0
+        spec = operations.specs(self.source)[self.op]
         reach = Reach(self.regions)
         for check in self.checks:
             name, dtype = check
-            trial = Recording(specs()[self.op], function, DTYPES[dtype], self.device)
+            trial = Recording(spec, function, DTYPES[dtype], self.device)
             reach.forget()
             announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
             with (
@@ -120,7 +120,7 @@ class Examination(Task):
 
     def _raises(self, function: Callable[..., Any]) -> bool:
         """Whether the plainest call, forward and backward, raises."""
-        spec = specs()[self.op]
+        spec = operations.specs(self.source)[self.op]
         try:
             Trial(spec, function, torch.float32, self.device).run(spec.case(5, 130))
         except Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,11 @@ class Mutant:
         """A unified diff with two lines of context, without the heading."""
         lines = difflib.unified_diff(self.source.text.splitlines(), self.text.splitlines(), n=2, lineterm="")
         return "\n".join(list(lines)[2:])
+
+
+def edit(op: str, name: str, kind: str, diff: str) -> tuple[str, ...]:
+    """What a mutant is, whatever its line: the same for the same fault in another revision."""
+    return op, kind, name.partition(":")[0], re.sub(r"^@@.*$", "", diff, flags=re.MULTILINE)
 
 
 def _unindented(text: str) -> str:

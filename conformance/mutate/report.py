@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from conformance import results_file
 from conformance.backends import Judged
 from conformance.mutate.campaign import Original, Outcome
+from conformance.operations import PROJECT, Source
 from conformance.results_file import commit, versions
 
 KIND_WIDTH = 18
@@ -79,11 +80,12 @@ def survivors(outcomes: Sequence[Outcome], again: str) -> str:
 
 def _paragraph(title: str, outcome: Outcome, why: str, again: str) -> str:
     where = f" in {outcome.mutant.function}" if outcome.mutant.function else ""
+    command = again.replace("{op}", outcome.op)
     return "\n".join(
         (
             f"{title} {outcome.op} {outcome.mutant.name}{where}{why}",
             *(f"  {text}" for text in outcome.mutant.diff.splitlines()),
-            f"  again: {again.format(op=outcome.op)} --mutant '{outcome.mutant.name}'",
+            f"  again: {command} --mutant '{outcome.mutant.name}'",
         )
     )
 
@@ -138,13 +140,16 @@ def broken(originals: Mapping[str, Original]) -> str:
     )
 
 
-def write_json(path: Path, outcomes: Sequence[Outcome], judged: Judged, device: str, profile: str) -> None:
+def write_json(
+    path: Path, outcomes: Sequence[Outcome], judged: Judged, device: str, profile: str, source: Source = PROJECT
+) -> None:
     """Write the outcomes as JSON."""
     meta: dict[str, Any] = {
         "versions": versions(),
         "device": device,
         "backend": judged.name,
         "profile": profile,
+        "source": source.words(),
         "commit": commit(),
         "kill_rate": rate(outcomes),
     }

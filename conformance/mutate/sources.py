@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from conformance import calling
 from conformance.mutate.mutant import Source
 from conformance.trial import BackendError, Function
 
@@ -152,10 +153,12 @@ def sources_of(function: Function, files: Sequence[Path] = ()) -> list[Source]:
 
 
 def _home(function: Any) -> tuple[ModuleType, str]:
-    """The module and the top-level name of the code of a function, or of the class of a callable object."""
+    """The module and the top-level name of the code of a function or class, or of the class of a callable object."""
+    function = calling.adapted(function)
     code = getattr(function, "__code__", None)
     if code is None:
-        module, name = sys.modules.get(type(function).__module__), type(function).__qualname__
+        kind = function if isinstance(function, type) else type(function)
+        module, name = sys.modules.get(kind.__module__), kind.__qualname__
     else:  # not __module__, which functools.wraps copies
         named = (m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == code.co_filename)
         module, name = next(named, None), code.co_qualname

@@ -11,14 +11,14 @@ slower if the interval excludes 1, and anything else is unsure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
 from conformance.gate.verdict import BUDGET_RISE
-from conformance.page.model import Check, Meta, Mutant, Results, in_order, percent
+from conformance.mutate.mutant import edit
+from conformance.page.model import Check, Meta, Results, in_order, percent
 from conformance.search import DTYPES
 
 T = TypeVar("T")
@@ -43,10 +43,11 @@ class Change:
         return " / ".join(filter(None, (self.subject, ", ".join(self.dtypes))))
 
 
-def changes(results: Sequence[Results], base: Sequence[Results] | None) -> list[Change]:
+def changes(results: Sequence[Results], base: Sequence[Results] | None, factor: float = FACTOR) -> list[Change]:
     """The changes of the results against those of the base, and those that a gate found, in the order of WORDS.
 
-    A file is compared with that of the base that has its kind, backend, device and most of its operations.
+    A file is compared with that of the base that has its kind, backend, device and most of its operations. A time has
+    changed if that may be by more than the factor.
     """
     found = [change for one in results for change in _gated(one)]
     theirs = [one for one in base or () if one.kind != "gate"]
@@ -57,7 +58,7 @@ def changes(results: Sequence[Results], base: Sequence[Results] | None) -> list[
             found.append(Change("new", one.title, f"{one.summary}; the base has no such file"))
         else:
             compared.append(other)
-            found += [*_checks(one, other), *_rows(one, other), *_mutants(one, other)]
+            found += [*_checks(one, other), *_rows(one, other, factor), *_mutants(one, other)]
     found += [Change("skipped", one.title, "only the base has such a file") for one in theirs if one not in compared]
     return sorted(_together(found), key=lambda change: WORDS.index(change.word))
 
@@ -145,7 +146,7 @@ def _stacks(meta: Meta, base: Meta) -> str:
     return "; ".join(f"{what} {ours.get(what)} against {theirs.get(what)}" for what in differ)
 
 
-def _rows(results: Results, base: Results) -> Iterable[Change]:
+def _rows(results: Results, base: Results, factor: float) -> Iterable[Change]:
     differ = _stacks(results.meta, base.meta)
     ours, theirs = results.meta.sm_clock_mhz, base.meta.sm_clock_mhz
     clocks = max(ours, theirs) / min(ours, theirs) if ours and theirs else 1.0
@@ -158,7 +159,7 @@ def _rows(results: Results, base: Results) -> Iterable[Change]:
             yield Change("regressed", name, row.red) if row.red else Change("improved", name, f"right, was {other.red}")
         elif row.red is None and (times := _both(row, other)):
             what, now, before = times
-            word = timing(now, before, clocks)
+            word = timing(now, before, clocks, factor)
             text = f"{what} {before[1]:.3f} to {now[1]:.3f} ms, {now[1] / before[1]:.2f} times"
             unsure += bool(word and differ)
             if word and not differ:
@@ -176,10 +177,10 @@ def _both(row: Row, base: Row) -> tuple[str, Spread, Spread] | None:
     return None
 
 
-def timing(now: Spread, before: Spread, clocks: float = 1.0) -> Word | None:
+def timing(now: Spread, before: Spread, clocks: float = 1.0, factor: float = FACTOR) -> Word | None:
     """The word for a time against another; None for the same."""
     low, high = now[0] / before[2] / clocks, now[2] / before[0] * clocks
-    if low >= 1 / FACTOR and high <= FACTOR:
+    if low >= 1 / factor and high <= factor:
         return None
     return "regressed" if low > 1 else "improved" if high < 1 else "unsure"
 
@@ -191,10 +192,7 @@ def _timed(row: Row) -> str:
 def _mutants(results: Results, base: Results) -> Iterable[Change]:
     """By what was edited: line numbers move with every change of the file."""
 
-    def edit(one: Mutant) -> Hashable:
-        return one.op, one.kind, one.mutant.partition(":")[0], re.sub(r"^@@.*$", "", one.diff, flags=re.MULTILINE)
-
-    for one, other in _pairs(results.mutants, base.mutants, edit):
+    for one, other in _pairs(results.mutants, base.mutants, lambda m: edit(m.op, m.mutant, m.kind, m.diff)):
         name = " ".join(filter(None, ((one or other).op, (one or other).mutant)))  # type: ignore[union-attr]
         if one is None:
             continue  # its source is gone, or the sample is another one

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.page import checks, gate, mutants, speed
-from conformance.page.compare import WORDS, changes
+from conformance.gate.history import Point
+from conformance.page import checks, gate, history, mutants, speed
+from conformance.page.compare import FACTOR, WORDS, changes
 from conformance.page.markup import Markup, table, tag
 from conformance.page.model import Results
 
@@ -14,12 +15,17 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SIGNS = {"regressed": "✗", "skipped": "-", "unsure": "?", "new": "+", "improved": "✓"}
 
 
-def page(files: Sequence[Results], base: Sequence[Results] | None = None) -> str:
-    """The page: a summary, what changed against the base, then a part per file."""
+def page(
+    files: Sequence[Results],
+    base: Sequence[Results] | None = None,
+    ledgers: Sequence[Point] = (),
+    factor: float = FACTOR,
+) -> str:
+    """The page: a summary, what changed against the base, a part per file, then the history of a ledger."""
     style = Markup(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
     failed = sum(file.failed for file in files)
     verdict = f"{failed} failed" if failed else "nothing failed"
-    title = f"Conformance: {verdict}"
+    title = f"Conformance: {verdict}" if files else "Conformance: history"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -32,12 +38,18 @@ def page(files: Sequence[Results], base: Sequence[Results] | None = None) -> str
     parts = [(f"part-{place}", file) for place, file in enumerate(files, 1)]
     top = tag(
         "header",
-        tag("h1", "Conformance ", tag("span", f"{'✗' if failed else '✓'} {verdict}", class_="bad" if failed else "ok")),
-        _summary(parts),
+        tag("h1", "Conformance ", _verdict(failed, verdict) if files else None),
+        _summary(parts) if parts else None,
     )
     sections = [tag("section", tag("h2", file.title), *_part(file), id=name) for name, file in parts]
-    main = tag("main", top, _changes(files, base), *sections)
+    if ledgers:
+        sections.append(tag("section", tag("h2", "History"), *history.part(ledgers), id="history"))
+    main = tag("main", top, _changes(files, base, factor), *sections)
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
+
+
+def _verdict(failed: int, verdict: str) -> Markup:
+    return tag("span", f"{'✗' if failed else '✓'} {verdict}", class_="bad" if failed else "ok")
 
 
 def _summary(parts: Sequence[tuple[str, Results]]) -> Markup:
@@ -63,8 +75,8 @@ def _part(file: Results) -> list[Markup]:
     return checks.part(file)
 
 
-def _changes(files: Sequence[Results], base: Sequence[Results] | None) -> Markup | None:
-    found = changes(files, base)
+def _changes(files: Sequence[Results], base: Sequence[Results] | None, factor: float) -> Markup | None:
+    found = changes(files, base, factor)
     if base is None and not any(file.kind == "gate" for file in files):
         return None
     rows = [(f"{SIGNS[change.word]} {change.word}", change.name, change.text) for change in found]

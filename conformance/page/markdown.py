@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conformance.page.compare import WORDS, Change, changes
+from conformance.page.compare import FACTOR, WORDS, Change, changes
 from conformance.page.model import Check, Mutant, Results, failures, percent
 
 LIMIT = 65_536  # characters that GitHub takes in a comment
@@ -28,11 +28,11 @@ class Section:
     folded: bool = False
 
 
-def comment(files: Sequence[Results], base: Sequence[Results] | None = None) -> str:
+def comment(files: Sequence[Results], base: Sequence[Results] | None = None, factor: float = FACTOR) -> str:
     """The comment, below GitHub's limit; what has no room is counted."""
     failed = sum(file.failed for file in files)
     text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
-    found = changes(files, base)
+    found = changes(files, base, factor)
     if base is not None or any(file.kind == "gate" for file in files):
         counts = [(word, sum(change.word == word for change in found)) for word in WORDS]
         text += "\n\nAgainst the base: " + ", ".join(f"{count} {word}" for word, count in counts) + "."

@@ -129,7 +129,7 @@ class Compared:
     """What a gate found out about one check, kernel or shape.
 
     Attributes:
-        kind: "property", "fingerprint" or "time".
+        kind: "property", "fingerprint", "time" or "mutant".
         verdict: such as "same", "regressed", "lost" or "FASTER"; None where there is no speed.
         regressions: sentences.
         times: by kind of time.
@@ -141,6 +141,7 @@ class Compared:
     verdict: str | None
     regressions: tuple[str, ...]
     property: str | None = None
+    mutant: str | None = None
     shape: str | None = None
     dtype: str | None = None
     kernel: str | None = None
@@ -151,7 +152,7 @@ class Compared:
 
     def name(self) -> str:
         """As it begins the sentences."""
-        parts = (self.op, self.property, self.shape, self.dtype, self.kernel, self.target, self.index)
+        parts = (self.op, self.property, self.mutant, self.shape, self.dtype, self.kernel, self.target, self.index)
         return " / ".join(str(part) for part in parts if part is not None)
 
     def ratios(self) -> str:

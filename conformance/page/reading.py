@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from conformance.bench.table import Row
+from conformance.page import benchmarks
 from conformance.page.model import Check, Compared, Kind, Meta, Mutant, Results
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ KINDS: dict[Kind, tuple[str, str, type]] = {  # the field of a result and the fi
     "coverage": ("missed", "missed", Check),
     "run": ("property", "not_defined", Check),
 }
-ALLOWED = f"allowed: a file that --json of {', '.join(sorted(KINDS))} wrote"
+ALLOWED = f"allowed: a file that --json of {', '.join(sorted(KINDS))} wrote, or one of pytest-benchmark"
 LISTS = {Check: "checks", Row: "rows", Mutant: "mutants", Compared: "compared"}
 
 
@@ -45,6 +46,11 @@ def read(path: Path) -> Results:
         raise FileError(f"{path}: it cannot be read: {error.strerror}; {ALLOWED}") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: got no JSON ({_one_line(error)}); {ALLOWED}") from error
+    if benchmarks.is_one(found):
+        try:
+            found = benchmarks.as_bench(found)
+        except ValueError as error:
+            raise FileError(f"{path}: {error}; {ALLOWED}") from error
     meta, results = (found.get("meta"), found.get("results")) if isinstance(found, dict) else (None, None)
     if not isinstance(meta, dict) or not isinstance(results, list):
         raise FileError(f'{path}: got JSON without "meta" and "results"; {ALLOWED}')

@@ -17,6 +17,7 @@ HOW = (
     " A call includes its launches, device is without them. The bar and the percentage are the share of the roofline:"
     " bytes at the card's copy rate or matrix products at its matmul rate, whichever takes longer."
 )
+PLAIN = "Milliseconds: the median, and in brackets the quantiles that the file has."
 
 
 def part(file: Results) -> list[Markup]:
@@ -26,7 +27,7 @@ def part(file: Results) -> list[Markup]:
     rates += [f"bf16 matmul {meta.matmul_flops_per_second / 1e12:.0f} TFLOP/s"] if meta.matmul_flops_per_second else []
     names = list(dict.fromkeys(row.backend for row in file.rows))
     found = [tag("p", f"The card: {', '.join(rates)}.")] if rates else []
-    found.append(tag("p", HOW, class_="small"))
+    found.append(tag("p", HOW if rates else PLAIN, class_="small"))
     found += [tag("p", f"Not timed: {name}: {why}") for name, why in meta.absent.items()]
     for op in dict.fromkeys(row.op for row in file.rows):
         ours = [row for row in file.rows if row.op == op]

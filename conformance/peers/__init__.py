@@ -2,7 +2,7 @@
 
 Each module defines operations of the contract with one package: with the package's defaults, and in place where the
 package works in place. `operation` gives a wrapper the contract's signature; `refuse` rejects options that the package
-lacks with NotImplementedError, which appears as a failure of the property that uses the option.
+lacks with NotImplementedError, which is a failure of the property `one_at_a_time` alone.
 
 A package that is not installed raises Absent. A kernel that the installed version lacks, or that cannot be imported,
 raises only when it is called, so that the other kernels can still be judged. Settings of torch.compile that a package

@@ -1,16 +1,18 @@
 """Every kind of argument that the contract allows gives correct results: leading dimensions, numbers as tensors.
 
 Where arguments have several dtypes, the contract names that of the results. What returns the widest dtype instead, as
-PyTorch's promotion does, differs in a way that is seen at once, and loses nothing: it is not judged there.
+PyTorch's promotion does, differs in a way that is seen at once, and loses nothing: it is not judged there. Nor is a
+kind with an option that a backend lacks.
 """
 
 import torch
 
 from conformance.case import Case
+from conformance.gates import Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
-from conformance.trial import Run, Trial
+from conformance.trial import Lacking, Run, Trial
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
@@ -20,13 +22,19 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 
 def check(trial: Trial, case: Case) -> float:
     """Judge each kind of argument in turn."""
-    used = 0.0
+    used, lacking = 0.0, 0
     for kind in trial.spec.argument_kinds.values():
         inputs, options = kind(trial.inputs(case), trial.options(case))
         changed = case.with_options(options)
-        run = trial.run(changed, inputs)
+        try:
+            run = trial.run(changed, inputs)
+        except Lacking:
+            lacking += 1
+            continue
         if not _promotes(trial, inputs, run):
             used = max(used, trial.judge(changed, run, inputs))
+    if lacking == len(trial.spec.argument_kinds):
+        raise Unchecked("the backend lacks an option of every kind")
     return used
 
 

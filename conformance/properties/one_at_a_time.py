@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> float:
     return trial.judge(case, trial.run(case))
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property.of_file(check, cases=cases, each_option=True)

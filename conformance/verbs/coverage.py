@@ -1,27 +1,37 @@
 """`conformance coverage`: which pairs of settings of an operation's kernels the properties have not run."""
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 
-from conformance import backends, report, results_file
+from conformance import operations, report, results_file
 from conformance.case import Case
 from conformance.coverage import Explored, Pair, explore, shown
+from conformance.operations import Source
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
 from conformance.search import DTYPES, Result
-from conformance.specs import specs
 from conformance.trial import Trial
-from conformance.verbs._shared import UsageError, Verbs, add_backend, demand_writable, judged_by, known
+from conformance.verbs._shared import (
+    UsageError,
+    Verbs,
+    add_backend,
+    add_source,
+    demand_writable,
+    judged_by,
+    known,
+    source_of,
+)
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("coverage", help="show which paths of an operation's kernels its properties do not run")
-    parser.add_argument("op", metavar="OP", help="the operation")
+    parser.add_argument("op", metavar="OP", nargs="?", help="the operation; not needed with one of your own")
     parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
@@ -29,31 +39,34 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of them to this file")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     add_backend(parser)
+    add_source(parser)
     parser.set_defaults(verb=_coverage)
 
 
 def _coverage(arguments: argparse.Namespace) -> int:
-    (op,) = known("operation", [arguments.op], list(backends.OPERATIONS))
+    source = source_of(arguments)
+    specs = operations.specs(source)
+    (op,) = known("operation", [arguments.op] if arguments.op or not source else None, list(specs))
     (dtype,) = known("dtype", [arguments.dtype], list(DTYPES))
     names = known("property", arguments.property, list(PROPERTIES))
-    device, judged = judged_by(arguments)
+    device, judged = judged_by(arguments, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
     demand_writable(arguments.json)
     profile = PROFILES[arguments.profile]
-    explored = explore(Trial(specs()[op], judged.functions[op], DTYPES[dtype], device), profile)
+    explored = explore(Trial(specs[op], judged.functions[op], DTYPES[dtype], device), profile)
     if not explored.pairs:
         raise UsageError(f"{op}: backend {arguments.backend} launches no Triton kernel: nothing to cover")
-    print(report.heading(judged, device, arguments.profile), flush=True)
-    tasks = [Task(arguments.backend, op, name, dtype, device, profile.name) for name in names]
+    print(report.heading(judged, device, arguments.profile, source), flush=True)
+    tasks = [Task(arguments.backend, op, name, dtype, device, profile.name, source=source) for name in names]
     results = [result for _, result in run(tasks, lambda *_: None, jobs=arguments.jobs)]
     missed = {result.property: _missed(explored, result) for result in results if result.reached}
     print(_table(explored, results), end="\n\n")
-    print(_listing(explored, missed, arguments))
+    print(_listing(op, explored, missed, arguments, source))
     if arguments.json:
         meta = {"device": device, "backend": judged.name, "profile": arguments.profile}
         _write(arguments.json, meta, results, missed)
-    failures = report.failures(results, arguments.backend, device)
+    failures = report.failures(results, arguments.backend, device, source)
     if failures:
         print("", failures, sep="\n")
     return 1 if failures else 0
@@ -75,21 +88,28 @@ def _table(explored: Explored, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def _listing(explored: Explored, missed: Mapping[str, Mapping[Pair, Case]], arguments: argparse.Namespace) -> str:
+def _listing(
+    op: str,
+    explored: Explored,
+    missed: Mapping[str, Mapping[Pair, Case]],
+    arguments: argparse.Namespace,
+    source: Source,
+) -> str:
     """The pairs that were not run, together with those that the same case reaches; those of most properties first."""
     together: dict[tuple[Case, tuple[str, ...]], list[Pair]] = {}
     for pair, case in explored.pairs.items():
         if names := tuple(name for name, pairs in missed.items() if pair in pairs):
             together.setdefault((case, names), []).append(pair)
     ordered = sorted(together.items(), key=lambda item: (-len(item[0][1]), -len(item[1])))
-    where = f" --backend {arguments.backend}" * (arguments.backend != "fast")
+    where = "".join(f" {shlex.quote(word)}" for word in source.words())
+    where += f" --backend {arguments.backend}" * (arguments.backend != "fast")
     where += f" --device {arguments.device}" * bool(arguments.device)
     lines: list[str] = []
     for (case, names), pairs in ordered[: arguments.lines]:
         which = names[0] if len(names) == 1 else f"{len(names)} of {len(missed)} properties"
         others = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
         lines.append(f"not run by {which}: {shown(pairs[0])}{others}")
-        repro = f"{arguments.op} {arguments.dtype} {names[0]} {case}"
+        repro = f"{op} {arguments.dtype} {names[0]} {case}"
         lines.append(f"  run it: python -m conformance repro{where} '{repro}'")
     left = len(ordered) - arguments.lines
     return "\n".join([*lines, *([f"and {left} more cases; --json FILE lists every pair"] if left > 0 else [])])

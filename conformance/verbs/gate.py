@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from conformance import results_file
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import LedgerError
@@ -39,6 +38,7 @@ def add(verbs: Verbs) -> None:
         "--budget-rise", type=float, default=BUDGET_RISE, metavar="SHARE", help=f"of the error budget ({BUDGET_RISE})"
     )
     parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="of fingerprints, or none (all)")
+    parser.add_argument("--mutants", type=int, default=0, metavar="N", help="plant N faults in each operation (none)")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
     add_search(parser)
@@ -47,6 +47,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _gate(arguments: argparse.Namespace) -> int:
+    if arguments.mutants and arguments.ledger:
+        raise UsageError("--mutants: got a ledger, which records none; allowed: with --base")
     if (arguments.base is None) == (arguments.ledger is None):
         raise UsageError("gate: got both --base and --ledger, or neither; allowed: one of them")
     request = _request(arguments)
@@ -65,8 +67,7 @@ def _gate(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     print(text(report, arguments.json))
     if arguments.json:
-        meta = report.meta | {"notes": report.notes, "regressions": report.regressions}
-        results_file.write(arguments.json, meta, report.rows)
+        report.write(arguments.json)
     return 1 if report.regressions else 0
 
 
@@ -75,7 +76,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     operations, pieces = names_of(source)
     known("operation", arguments.ops, [*operations, *pieces])
     known("dtype", arguments.dtype, list(DTYPES))
-    for option, least in (("minutes", 0), ("budget_rise", 0), ("jobs", 1)):
+    for option, least in (("minutes", 0), ("budget_rise", 0), ("mutants", 0), ("jobs", 1)):
         if (value := getattr(arguments, option)) is not None and not value >= least:
             raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -90,6 +91,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         dtypes=tuple(arguments.dtype or ()),
         targets=() if arguments.target == ["none"] else arguments.target,
         minutes=arguments.minutes,
+        mutants=arguments.mutants,
         rise=arguments.budget_rise,
         source=source,
     )
@@ -127,6 +129,6 @@ def _ratio(one: dict[str, Any]) -> str:
 
 def _closing(report: Report) -> str:
     counts = Counter(row["kind"] for row in report.rows)
-    words = {"property": "checks", "fingerprint": "kernels", "time": "shapes"}
+    words = {"property": "checks", "fingerprint": "kernels", "time": "shapes", "mutant": "mutants"}
     compared = ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind])
     return f"{len(report.regressions)} regressions in {compared or 'nothing'}"

@@ -2,16 +2,27 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
-from conformance import backends
+from conformance import operations
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
+from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.search import DTYPES
-from conformance.verbs._shared import UsageError, Verbs, add_search, demand_writable, judged_by, known
+from conformance.verbs._shared import (
+    UsageError,
+    Verbs,
+    add_search,
+    add_source,
+    demand_writable,
+    judged_by,
+    known,
+    source_of,
+)
 
 GPU_JOBS = 16
 
@@ -28,17 +39,21 @@ def add(verbs: Verbs) -> None:
         "--matrix", action="store_true", help="every property for every mutant, not the first that fails"
     )
     parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
+    add_source(parser)
     parser.set_defaults(verb=_mutate)
 
 
 def _mutate(arguments: argparse.Namespace) -> int:
-    ops = known("operation", arguments.ops, list(backends.OPERATIONS))
+    source = source_of(arguments)
+    ops = known("operation", arguments.ops, list(operations.specs(source)))
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
     properties = known("property", arguments.property, list(PROPERTIES))
     for name in ("jobs", "sample"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UsageError(f"--{name}: got {value}; allowed: 1 or more")
-    device, judged = judged_by(arguments)
+    if source and arguments.backend.partition(":")[0].endswith(".py"):
+        raise UsageError(f"--backend: got {arguments.backend}; allowed for mutate: module:function, as it is imported")
+    device, judged = judged_by(arguments, source)
     demand_writable(arguments.json)
     names = arguments.mutant or ()
     chosen = choose(
@@ -64,8 +79,9 @@ def _mutate(arguments: argparse.Namespace) -> int:
         arguments.jobs or (min(cores, GPU_JOBS) if device == "cuda" else cores),
         every=arguments.matrix,
         confirmed=() if names else confirmed(device),
+        source=source,
     )
-    print(heading(judged, device, arguments.profile), flush=True)
+    print(heading(judged, device, arguments.profile, source), flush=True)
     print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}", flush=True)
     done: list[Outcome] = []
 
@@ -73,19 +89,23 @@ def _mutate(arguments: argparse.Namespace) -> int:
         lines.add(outcome)
         done.append(outcome)
         if arguments.json:  # after every verdict, so that a stopped run leaves what it found
-            report.write_json(arguments.json, done, judged, device, arguments.profile)
+            report.write_json(arguments.json, done, judged, device, arguments.profile, source)
 
     with report.Lines(len(chosen)) as lines:
         outcomes, originals = campaign.run(chosen, users(judged, chosen), on_outcome)
-    again = f"python -m conformance mutate {{op}} --backend {arguments.backend} --device {device}"
-    again += f" --profile {arguments.profile}"
     parts = (
         report.broken(originals),
-        report.survivors(outcomes, again),
+        report.survivors(outcomes, _again(arguments, device, source)),
         report.matrix(outcomes),
         report.closing(outcomes),
     )
     print("", *filter(None, parts), sep="\n\n")
     if arguments.json:
-        report.write_json(arguments.json, outcomes, judged, device, arguments.profile)
+        report.write_json(arguments.json, outcomes, judged, device, arguments.profile, source)
     return 1 if any(outcome.survives for outcome in outcomes) else 0
+
+
+def _again(arguments: argparse.Namespace, device: str, source: Source) -> str:
+    """The command that examines a mutant again, without its operation and its name."""
+    words = [*source.words(), "--backend", arguments.backend, "--device", device, "--profile", arguments.profile]
+    return f"python -m conformance mutate {{op}} {shlex.join(words)}"

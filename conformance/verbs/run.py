@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with report.Table(tasks, shown, columns) as table:
         done = run(tasks, on_result, jobs=arguments.jobs, stop_at_failure=arguments.stop)
     results = [deviations.expected(result, known_deviations) for _, result in done]
-    results = deviations.gone(results, known_deviations)
+    results = deviations.gone(results, known_deviations, arguments.profile)
     print()
     if any(result.verdict == "fail" for result in results):
         print(report.failures(results, arguments.backend, device, source), end="\n\n")

@@ -1,5 +1,6 @@
 """Files of results as the verbs write them, and a parser of the page."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from conformance import report, results_file
 from conformance.backends import Judged
 from conformance.bench.table import Row, write_json
 from conformance.cli import main
+from conformance.gate.job import Report
+from conformance.gate.statistics import Decision, Verdict
+from conformance.gate.verdict import properties, times
 from conformance.mutate import report as mutate_report
 from conformance.mutate.campaign import Outcome
 from conformance.mutate.mutant import Mutant
@@ -65,37 +69,24 @@ def coverage_file(path: Path) -> Path:
 
 
 SLOWER = "rope / 4x64 / bfloat16: device_full: SLOWER: 1.101 [1.080 1.120] times the base's; allowed: 1.020"
-LOST = "swiglu: is lost: it was defined before"
-FASTER = {"device_full": {"verdict": "FASTER", "ratio": 0.9, "low": 0.88, "high": 0.92, "margin": 0.02, "rounds": 9}}
 
 
 def gate_file(path: Path) -> Path:
     """Two regressions of rows and one that no row has; a shape of each verdict."""
-    time = {"kind": "time", "op": "rope", "dtype": "bfloat16", "regressions": [], "base": {}, "head": {}}
-    time |= {"times": {}, "no_speed": None}
-    slower = {"device_full": FASTER["device_full"] | {"verdict": "SLOWER", "ratio": 1.101, "low": 1.08, "high": 1.12}}
-    rows = [
-        {"kind": "property", "op": "swiglu", "property": None, "verdict": "lost", "regressions": [LOST]},
-        {
-            "kind": "property",
-            "op": "rope",
-            "property": "value",
-            "dtype": "float32",
-            "verdict": "new",
-            "regressions": [],
-        },
-        time | {"shape": "4x64", "verdict": "SLOWER", "regressions": [SLOWER], "times": slower},
-        time | {"shape": "8x64", "verdict": "FASTER", "times": FASTER},
-        time | {"shape": "2x64", "verdict": None, "no_speed": "the head: gate G1"},
-        time | {"shape": "1x64", "verdict": "SAME", "times": {"full": FASTER["device_full"] | {"ratio": 1.0}}},
-    ]
-    meta = {
-        "versions": {"torch": "2.11"},
-        "base": "0123456789abcdef",
-        "head": "fedcba9876543210",
-        "notes": ["one host"],
-    }
-    results_file.write(path, meta | {"regressions": [LOST, SLOWER, "the yardstick moved"]}, rows)
+    swiglu = replace(RESULTS[0], op="swiglu")
+    rows = properties([swiglu.as_dict()], [RESULTS[0].as_dict()])
+
+    def time(shape: str, red: str | None = None, **found: Decision) -> None:
+        row = replace(ROWS[0], op="rope", shape=shape, red=red).as_dict()
+        rows.append(times(row, row, found))
+
+    faster = Decision(Verdict.FASTER, 0.9, 0.88, 0.92, margin=0.02, rounds=9)
+    time("4x64", device_full=Decision(Verdict.SLOWER, 1.101, 1.08, 1.12, margin=0.02, rounds=9))
+    time("8x64", device_full=faster)
+    time("2x64", red="gate G1", device_full=faster)
+    time("1x64", full=replace(faster, verdict=Verdict.SAME, ratio=1.0))
+    meta = {"versions": {"torch": "2.11"}, "base": "0123456789abcdef", "head": "fedcba9876543210"}
+    Report(rows, sentences=["the yardstick moved"], notes=["one host"], meta=meta).write(path)
     return path
 
 

@@ -1,5 +1,6 @@
 """Known deviations are expected failures, and fail when they are gone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,24 @@ def test_a_failure_that_is_known_is_expected() -> None:
 
 
 def test_a_deviation_that_is_gone_is_a_failure() -> None:
-    assert gone([expected(FAILED, [KNOWN]), PASSED], [KNOWN])[1].verdict == "pass"  # one dtype still has it
-    (found,) = gone([PASSED], [KNOWN])
+    assert gone([expected(FAILED, [KNOWN]), PASSED], [KNOWN], "ci")[1].verdict == "pass"  # one dtype still has it
+    (found,) = gone([PASSED], [KNOWN], "ci")
     assert (found.verdict, found.message) == ("fail", "passes, but is declared as a deviation: rounds twice")
-    assert gone([PASSED], [Deviation("rms_norm", "value", "", "float16")]) == [PASSED]  # which did not run
+    assert gone([PASSED], [Deviation("rms_norm", "value", "", "float16")], "ci") == [PASSED]  # which did not run
+
+
+def test_a_deviation_of_any_property_is_gone_when_no_property_shows_it() -> None:
+    anywhere = Deviation("rms_norm", "*", "rounds twice")
+    assert gone([PASSED], [anywhere], "ci") == [PASSED]
+    results = [replace(PASSED, property=name) for name in PROPERTIES]
+    assert {result.verdict for result in gone(results, [anywhere], "ci")} == {"fail"}
+    assert gone([expected(FAILED, [anywhere]), *results], [anywhere], "ci")[1:] == results
+
+
+def test_random_cases_that_do_not_show_a_deviation_prove_nothing() -> None:
+    assert gone([PASSED], [KNOWN], "dev") == [PASSED]
+    fixed = replace(PASSED, property="one_at_a_time")
+    assert gone([fixed], [replace(KNOWN, property="one_at_a_time")], "dev")[0].verdict == "fail"
 
 
 def test_a_file_of_deviations(tmp_path: Path) -> None:

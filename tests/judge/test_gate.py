@@ -92,6 +92,14 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     assert found["meta"]["head"] == git(toy, "rev-parse", "HEAD")[:12]
     assert [row["verdict"] for row in found["results"]] == ["lost", "regressed"]
     demand_untouched(toy)
+    report = next(step for step in ACTION["runs"]["steps"] if step["name"] == "report")
+    environment |= {"JSON": str(path), "GITHUB_OUTPUT": str(toy.parent / "outputs")}
+    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)
+    outputs = dict(line.split("=") for line in (toy.parent / "outputs").read_text().splitlines())
+    assert summary.read_text().endswith(Path(outputs["comment"]).read_text())
+    assert "Conformance: 2 failed" in Path(outputs["page"]).read_text()
+    path.write_text("")
+    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)  # a gate that could not run
 
 
 @here
@@ -179,6 +187,8 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--minutes", "-1"), "--minutes: got -1.0; allowed: 0 or more"),
         (("--base", "HEAD", "--budget-rise", "nan"), "--budget-rise: got nan; allowed: 0 or more"),
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
+        (("--base", "HEAD", "--mutants", "-1"), "--mutants: got -1; allowed: 0 or more"),
+        (("--ledger", "x.json", "--mutants", "1"), "--mutants: got a ledger, which records none; allowed: with --base"),
         ((), "got both --base and --ledger, or neither"),
         (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
         (("--ledger", "x.json"), "x.json: No such file or directory"),

@@ -85,6 +85,32 @@ def test_fingerprints(change: dict[str, Any], sentence: str | None) -> None:
     assert found == ([f"rope / llama / float16 / k / sm_90 / 0: {sentence}"] if sentence else [])
 
 
+def mutant(verdict: str, line: int = 3, new: str = "<=") -> dict[str, Any]:
+    diff = f"@@ -{line},1 +{line},1 @@\n-a < b\n+a {new} b"
+    killed_by = [["value", "float32", "rows=1", "gate G1"]] if verdict == "killed" else []
+    return {
+        "op": "rope", "mutant": f"rope.py:{line}:compare:0", "kind": "compare", "verdict": verdict, "diff": diff,
+        "killed_by": killed_by,
+    }  # fmt: skip
+
+
+def test_mutants_are_compared_whatever_their_line() -> None:
+    """Only a fault that was killed can be a regression; faults of new code are counted."""
+    base = [mutant("killed"), mutant("survived", new="!="), mutant("killed", new="=="), mutant("same bits", new=">")]
+    head = [
+        mutant("survived", 9),
+        mutant("raised", 9, "!="),
+        mutant("equivalent", 9, "=="),
+        mutant("unreached", 9, "+"),
+    ]
+    rows, note = verdict.mutants(base, head)
+    assert [row["verdict"] for row in rows] == ["regressed", "improved", "same", "new"]
+    assert [sentence for row in rows for sentence in row["regressions"]] == [
+        "rope / rope.py:9:compare:0: survived now; value / float32 killed it before"
+    ]
+    assert note == "mutants killed: 2 of 3 of the base, 1 of 3 of the head; 1 faults are new, of which 1 survive"
+
+
 HERE = Path.cwd()
 BASE, HEAD = Checkout("base", "abc", HERE, HERE), Checkout("head", "working tree", HERE, HERE)
 ROW = {
@@ -144,6 +170,25 @@ def test_a_head_that_cannot_be_judged_compiled_or_timed_fails(
     verbs["base", "run"] = Unavailable("base", "cannot be imported")
     with pytest.raises(Unavailable, match="head: cannot be imported"):
         job.against_base(BASE, HEAD, Request(["rope"], "mine", "cpu"))
+
+
+def test_mutants_are_planted_in_what_is_right_on_both_sides(
+    verbs: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs |= {(side, "run"): [RIGHT] for side in ("base", "head")}
+    verbs |= {("base", "mutate"): [mutant("killed")], ("head", "mutate"): [mutant("survived")]}
+    judge = ("--profile", "dev", "--deviations", "x.toml", "--property", "value")
+    request = Request([], "mine", "cpu", judge, targets=(), mutants=4)
+    report = job.against_base(BASE, HEAD, request)
+    assert report.regressions == ["rope / rope.py:3:compare:0: survived now; value / float32 killed it before"]
+    assert report.notes == ["mutants killed: 1 of 1 of the base, 0 of 1 of the head"]
+    words = ["--backend", "mine", "--device", "cpu", "--sample", "4", "--dtype", "float32", "--profile", "dev"]
+    assert request.mutate(["rope"]) == ["mutate", "rope", *words, "--property", "value"]
+    verbs["base", "mutate"] = Unavailable("base", "has no mutants")
+    report = job.against_base(BASE, HEAD, request)
+    assert (report.regressions, report.notes) == ([], ["base: has no mutants"])
+    cheap = Request([], "mine", "cpu", mutants=4).mutate(["rope"])
+    assert "value" in cheap and "int64_offsets" not in cheap
 
 
 def test_without_a_base_the_ledger_is_compared(verbs: dict[tuple[str, str], Any]) -> None:

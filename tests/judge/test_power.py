@@ -1,6 +1,13 @@
 """The oracles of other projects find a kernel that is far off and pass a right one; the document counts them."""
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
 from conformance import backends
+from conformance.runner import Task
+from conformance.search import Result
 from conformance.specs import specs
 from tests.judge.power import document, measure
 from tests.judge.power.oracles import LIGER, ORACLES, rejecting
@@ -21,34 +28,77 @@ def test_every_kernel_of_the_tests_is_measured() -> None:
     assert set(LIGER) <= set(backends.OPERATIONS)
 
 
+def kernel(population: str, rejected_by: list[str]) -> dict[str, Any]:
+    asked = [measure.JUDGE, ORACLES[0].name]
+    name = f"tests.judge.{population}.one"
+    return {"backend": name, "op": "rope", "population": population, "asked": asked, "rejected_by": rejected_by}
+
+
+def result(name: str, dtype: str, message: str, verdict: str = "fail") -> dict[str, Any]:
+    case = "batch=1 length=1 fill=randn"
+    return {"op": "rope", "property": name, "dtype": dtype, "verdict": verdict, "case": case, "message": message}
+
+
+META = {"versions": {"torch": "2", "triton": None}, "device": "cuda", "gpu": "a card", "profile": "gpu"}
+
+
 def test_the_document_counts_what_each_oracle_rejects() -> None:
+    """Files of several parts count together; what was not measured has no column."""
     oracle = ORACLES[0].name
-    found = [
-        {
-            "backend": "a",
-            "op": "rope",
-            "population": "mutants",
-            "asked": [measure.JUDGE, oracle],
-            "rejected_by": [oracle],
-        },
-        {"backend": "b", "op": "rope", "population": "right", "asked": [measure.JUDGE, oracle], "rejected_by": []},
+    parts = [
+        {"meta": META, "kernels": [kernel("mutants", [oracle]), kernel("cheats", [measure.JUDGE])]},
+        {"meta": META, "kernels": [kernel("right", [oracle])]},
     ]
-    meta = {"versions": {"torch": "2", "triton": "3"}, "device": "cpu", "profile": "ci"}
-    peer = {
-        "meta": {"backend": "liger", "gpu": "a card", "device": "cuda", "profile": "ci"},
-        "results": [
-            {
-                "op": "rope",
-                "property": "value",
-                "dtype": "float32",
-                "verdict": "fail",
-                "case": "length=1",
-                "message": "gate G1 | used 2",
-            }
-        ],
-    }
-    text = document.text({"meta": meta, "kernels": found}, [peer])
-    assert f"| {measure.JUDGE} | 0 of 1 | 0 of 0 | 0 of 0 | 0 of 1 |" in text
-    assert f"| {oracle} | 1 of 1 | 0 of 0 | 0 of 0 | 0 of 1 |" in text
-    assert "a card, profile ci: 1 of 1 checks fail." in text
-    assert "| rope | value | float32 | `length=1` | gate G1 \\| used 2 |" in text
+    text = document.text(parts, {})
+    assert "Measured on a card (torch 2)." in text
+    assert "| test | mutants found | cheats found | right rejected |\n|---|---|---|---|" in text
+    assert f"| {measure.JUDGE} | 0 of 1 | 1 of 1 | 0 of 1 |" in text
+    assert f"| {oracle} | 1 of 1 | 0 of 1 | 1 of 1 |" in text
+    assert f"| {ORACLES[1].name} | - | - | - |" in text
+    assert "1 of 2 wrong kernels are found by the judge alone." in text
+    assert "- passed: `tests.judge.mutants.one` (rope, mutants)" in text
+    assert f"| `one` | rope | {oracle} |" in text
+
+
+def test_the_document_lists_the_findings_of_each_library() -> None:
+    """What differs in numbers alone is one finding; a known difference has its reason; each has a command."""
+    found = [
+        result("value", "float32", "gate G1 used 2.5 of the budget\n  measured 3, allowed 1"),
+        result("gradients", "float16", "gate G1 used 7 of the budget"),
+        result("one_at_a_time", "float16", "expected: has no <table>\nraised NotImplementedError", "xfail"),
+        result("layouts", "float32", "", "skip"),
+        result("determinism", "float32", "", "pass"),
+    ]
+    peer = {"meta": META | {"backend": "liger"}, "results": found}
+    text = document.text([{"meta": META, "kernels": [kernel("wrong", [])]}], {"liger": peer, "liger-2": peer})
+    assert "| liger (liger-2) | a card, profile `gpu` | 1 | 4 | 2 | 1 |" in text
+    assert "- `value`, `gradients` (float32, float16): gate G1 used 2.5 of the budget; measured 3, allowed 1\n" in text
+    known = "- `one_at_a_time` (float16), known: has no \\<table\\>. Seen first: raised NotImplementedError\n"
+    assert known in text
+    command = (
+        "python -m conformance repro --backend liger --device cuda 'rope float32 value batch=1 length=1 fill=randn'"
+    )
+    assert f"  ```sh\n  {command}\n  ```" in text
+
+
+def test_the_document_counts_automatic_mutants() -> None:
+    verdicts = ["killed", "raised", "survived", "same bits"]
+    file = {"meta": META, "results": [{"op": "rope", "verdict": verdict} for verdict in verdicts]}
+    text = document.text([{"meta": META, "kernels": []}], {}, [file])
+    assert "| rope | cuda, gpu | 4 | 1 | 2 of 3 | 66.7 % |" in text
+
+
+def test_the_judge_checks_a_kernel_that_ends_the_process_of_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(tasks: list[Task], on_result: Callable[[Task, Result], None], **how: Any) -> None:
+        for task in tasks:
+            verdict = "fail" if task.property in ("oracles", "value") else "pass"
+            on_result(task, Result(task.op, task.property, task.dtype, verdict))
+            if verdict == "fail" and how.get("stop_at_failure"):
+                return
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which measure sets
+    one = measure.Kernel("somewhere", "packed_attention", "wrong", ("value",), "float32")
+    (found,) = measure.measure([one], "cpu", "dev", 1, lambda found: None)["kernels"]
+    assert set(found["rejected_by"]) == set(found["asked"]) == {measure.JUDGE, *(o.name for o in ORACLES)} - {"liger"}
+    assert [finding["property"] for finding in found["findings"]] == ["value"]

@@ -173,7 +173,9 @@ def test_files_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert printed.count("\n") == 1
     assert printed.startswith(f"conformance: report: {file}: ")
     assert seen in printed
-    assert "allowed: a file that --json of bench, coverage, gate, mutate, run wrote" in printed
+    assert (
+        "allowed: a file that --json of bench, coverage, gate, mutate, run wrote, or one of pytest-benchmark" in printed
+    )
     assert not (tmp_path / "out.html").exists()
 
 

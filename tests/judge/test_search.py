@@ -1,4 +1,8 @@
-"""The search: repeated calls on a GPU, which a backend may have recorded, and cases that are not checked."""
+"""The search: repeated calls on a GPU, which a backend may have recorded, cases not checked, options that lack."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,10 +10,12 @@ import torch
 from conformance.case import Case
 from conformance.gates import Failure, Unchecked
 from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.search import reproduce, search
+from conformance.search import Result, reproduce, search
 from conformance.specs import specs
 from conformance.trial import Trial
+from unsloth_ref import kernels as reference
 from unsloth_ref.kernels import swiglu
 
 
@@ -64,3 +70,59 @@ def test_cases_that_are_not_checked_are_no_examples(said: int, verdict: str, exa
     result = search(Trial(spec, swiglu, torch.float32, "cpu"), prop, PROFILES["ci"], "float32")
     assert (result.verdict, result.examples) == (verdict, examples)
     assert result.message == ("only a GPU can tell" if verdict == "skip" else None)
+
+
+def without(*lacking: str) -> Callable[..., torch.Tensor]:
+    """A rms_norm that lacks these options: only their defaults are implemented."""
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, **options: Any) -> torch.Tensor:
+        for name in options.keys() & {*lacking}:
+            raise NotImplementedError(f"{name}: got {options[name]!r}")
+        return reference.rms_norm(x, weight, eps, **options)
+
+    return rms_norm
+
+
+def found(function: Callable[..., torch.Tensor], name: str, op: str = "rms_norm") -> Result:
+    trial = Trial(specs()[op], function, torch.float32, "cpu")
+    return search(trial, PROPERTIES[name], replace(PROFILES["dev"], explored=0), "float32")
+
+
+def test_an_option_that_a_backend_lacks_is_one_finding() -> None:
+    lacks = without("offset", "casting")
+    finding = found(lacks, "one_at_a_time")
+    assert (finding.verdict, (finding.case or "").split()[2]) == ("fail", "offset=1.0")
+    assert finding.message == "raised NotImplementedError: offset: got 1.0\nrefused as well: casting=gemma"
+    for name in ("value", "argument_kinds"):
+        assert found(lacks, name).verdict == "pass", name
+    assert found(lacks, "value").examples == PROFILES["dev"].examples  # others were drawn in place of the refused ones
+
+
+def test_a_fault_is_found_behind_an_option_that_is_lacking() -> None:
+    lacks = without("offset")
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, **options: Any) -> torch.Tensor:
+        return lacks(x, weight, eps, **options) * (2 if options.get("casting") == "gemma" else 1)
+
+    for name in ("value", "one_at_a_time"):
+        assert "gate G1" in (found(wrong, name).message or ""), name
+
+
+def test_a_backend_that_refuses_every_case_does_not_pass() -> None:
+    def by_total(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        if options.get("reduction") == "none":
+            raise NotImplementedError("no losses of rows")
+        return reference.cross_entropy(logits, labels, **options)
+
+    skipped = found(by_total, "row_independence", "cross_entropy")
+    why = "the backend lacks an option of every case: raised NotImplementedError: no losses of rows"
+    assert (skipped.verdict, skipped.examples, skipped.message) == ("skip", 0, why)
+
+
+def test_a_call_without_options_that_is_refused_is_a_failure() -> None:
+    def nothing(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, **options: Any) -> torch.Tensor:
+        raise NotImplementedError("later")
+
+    for name in ("value", "one_at_a_time", "row_independence"):
+        finding = found(nothing, name)
+        assert (finding.verdict, finding.message) == ("fail", "raised NotImplementedError: later"), name

@@ -128,6 +128,7 @@ def test_an_adapter_on_4_bits_gives_the_same_logits_here_and_in_plain_peft(tmp_p
         ({"max_seq_length": "32"}, ValueError, "max_seq_length: got '32'; allowed: a whole number from 1"),
         ({"trainable_token_indices": [5, 48]}, ValueError, "trainable_token_indices: got 48; allowed: .*, 0 to 47"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, ValueError, r"trainable_token_indices\['lm_head'\]: got -1"),
+        ({"trainable_token_indices": {"wte": [1]}}, ValueError, "trainable_token_indices: got .* 'wte'; .* 'embed_tok"),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout: got 1.0"),
         ({"bias": "some"}, ValueError, "bias: got 'some'"),
         ({"use_gradient_checkpointing": "yes"}, ValueError, "use_gradient_checkpointing: got 'yes'"),

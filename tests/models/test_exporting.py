@@ -49,6 +49,17 @@ def test_a_model_is_pushed_to_the_hub(tmp_path: Path, hub: Hub, method: str) -> 
     assert {"model.safetensors" if method == "merged_16bit" else "adapter_model.safetensors", "tokenizer.json"} <= files
 
 
+def test_other_processes_write_and_upload_nothing(
+    tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
+    monkeypatch.setattr(unsloth_fast.save, "save_pretrained_merged", None)
+    for push in (model.push_to_hub_merged, model.push_to_hub_gguf):
+        assert push("me/name", tokenizer, is_main_process=False) is None
+    assert model.save_pretrained_gguf(tmp_path / "out", tokenizer, is_main_process=False) == []
+    assert not hub.calls and not (tmp_path / "out").exists()
+
+
 def test_nothing_is_merged_for_a_hub_out_of_reach(
     tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,7 +260,7 @@ def test_dispatching_that_has_no_effect_is_warned_about(tmp_path: Path, caplog: 
         ({"packing": True, "padding_free": False}, False, False),
     ],
 )
-def test_trl_is_never_asked_for_padding_free_batches(
+def test_trl_is_not_asked_for_padding_free_batches(
     tmp_path: Path, options: dict[str, Any], packing: bool, padding_free: bool
 ) -> None:
     """TRL would refuse them with a max_length; the trainer's own collator makes them."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import OPTConfig, OPTForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import unsloth_fast
 from tests import tiny
@@ -175,6 +176,59 @@ def test_the_import_of_a_loader_patches_trl_once(tmp_path: Path) -> None:
     compat.unpatch_trl()
     exec("from unsloth_fast.models import FastModel")
     assert not compat.is_patched()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_length": 16},
+        {"max_length": None},
+        {"max_length": None, "data_collator": DataCollatorForLanguageModeling(0)},
+        {"max_length": 16, "packing": True},
+    ],
+    ids=str,
+)
+def test_padding_free_batches_of_a_script_for_trl(tmp_path: Path, given: dict[str, Any]) -> None:
+    """They are refused in TRL's words, where the installed release refuses them."""
+    given = dict(given)
+    more = {"data_collator": given.pop("data_collator", None), "processing_class": tiny.tokenizer()}
+    data = Dataset.from_dict({"text": tiny.texts(6)})
+
+    def outcome() -> Any:
+        args = arguments(tmp_path, SFTConfig, padding_free=True, **given)
+        try:
+            return SFTTrainer(model=tiny.model(), args=args, train_dataset=data, **more)
+        except ValueError as error:
+            return str(error)
+
+    plain = outcome()
+    compat.patch_trl()
+    patched = outcome()
+    if isinstance(plain, str):
+        assert patched == plain
+    else:
+        assert type(patched) is UnslothTrainer and patched.padding_free and patched.args.padding_free
+
+
+def test_padding_free_batches_of_a_script_for_unsloth(tmp_path: Path) -> None:
+    """The documents are cut to the length that the model was loaded with, or that the trainer was called with."""
+    compat.patch_trl()
+    loaded, data = tiny.model(), Dataset.from_dict({"text": [" ".join(["w4"] * 20)]})
+    loaded.max_seq_length = 16
+    for model, more in ((loaded, {}), (tiny.model(), {"max_seq_length": 16})):
+        args = arguments(tmp_path, SFTConfig, padding_free=True)
+        trainer: Any = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tiny.tokenizer(), **more)
+        assert trainer.padding_free and [len(row["input_ids"]) for row in trainer.train_dataset] == [16]
+
+
+def test_documents_that_a_model_would_mix_are_padded_in_a_script_for_trl(tmp_path: Path) -> None:
+    compat.patch_trl()
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=48, word_embed_proj_dim=16, **sizes))
+    args = arguments(tmp_path, SFTConfig, padding_free=True, max_length=None)
+    data = Dataset.from_dict({"text": tiny.texts(6)})
+    trainer: Any = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    assert not trainer.padding_free and not trainer.data_collator.padding_free
 
 
 def test_a_script_of_years_ago_trains(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -93,7 +93,7 @@ def test_tool_calls_of_the_assistant_alone(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("column", ["messages", "conversations", "of ShareGPT"])
+@pytest.mark.parametrize("column", ["messages", "conversations", "of ShareGPT", "messages of ShareGPT"])
 def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing: bool, tmp_path: Path) -> None:
     """Beside columns that are not read; after a conversation without a message; in each data set of an evaluation."""
     made = tiny.tokenizer()
@@ -101,10 +101,10 @@ def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing:
         "{% for m in messages %}w1 {% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %} "
         "{% endfor %}"
     )
-    keys = ("from", "value") if column == "of ShareGPT" else ("role", "content")
+    keys = ("from", "value") if column.endswith("of ShareGPT") else ("role", "content")
     turns = [[("user", "w5"), ("assistant", "w6 w7")], [], [("user", "w5"), ("assistant", "w8")]]
     chats = [[dict(zip(keys, turn, strict=True)) for turn in chat] for chat in turns]
-    name = "messages" if column == "messages" else "conversations"
+    name = "messages" if column.startswith("messages") else "conversations"
     given = Dataset.from_dict({name: [[], *chats], "prompt": ["w9"] * 4, "text": ["w9"] * 4})
     if name == "conversations":
         given = given.add_column("messages", [None] * 4)
@@ -115,6 +115,21 @@ def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing:
     rows = [list(trainer.train_dataset), *map(list, trainer.eval_dataset.values())]
     labels = [made.decode([label for row in part for label in row["labels"] if label != -100]) for part in rows]
     assert [sorted(text.split()) for text in labels] == [["w6", "w7", "w8"]] * 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_prompt_and_a_completion_in_the_keys_of_sharegpt(streamed: bool, tmp_path: Path) -> None:
+    """Trained on as in standard keys; the messages that were given do not change."""
+    made, standard = chatml(), [("role", "content")] * 2
+    rows: list[list[Any]] = []
+    for keys in (standard, [("from", "value")] * 2, [("from", "value"), ("role", "content")]):
+        turns = ("prompt", "user", "Hi"), ("completion", "assistant", "Hello")
+        row = {name: [dict(zip(key, turn, strict=True))] for key, (name, *turn) in zip(keys, turns, strict=True)}
+        own = [row, row]
+        data: Any = IterableDataset.from_generator(lambda own=own: iter(own)) if streamed else Dataset.from_list(own)
+        rows.append(list(built(UnslothTrainer, tmp_path, made, data, "padded", max_steps=1).train_dataset))
+        assert all({*row[name][0]} == {*key} for name, key in zip(row, keys, strict=True))
+    assert rows[0] == rows[1] == rows[2] and rows[0][0]["labels"][0] == -100
 
 
 @pytest.mark.parametrize("by_keyword", [True, False])

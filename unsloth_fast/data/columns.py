@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
-from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
-from unsloth_fast.data.choice import CHATS, PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
+from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
 from unsloth_fast.data.reading import OPTIONS, read_columns, under_known_name
@@ -172,11 +171,7 @@ def with_messages(
         transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
         if transformed or not is_conversational(first, columns) or (images and _VISION & first.keys()):
             return dataset
-        dataset = read_columns(dataset, name, columns, args.dataset_text_field)
-        first = next(iter(dataset))
-        if is_conversational_from_value(first):
-            return dataset.map(maybe_convert_to_chatml, remove_columns=[name for name in columns if name == CHATS[1]])
-        return under_known_name(dataset, columns)[0]
+        return under_known_name(read_columns(dataset, name, columns, args.dataset_text_field), columns)[0]
 
     return _with_each(given, as_messages)
 

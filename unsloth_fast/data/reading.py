@@ -12,6 +12,7 @@ from unsloth_fast.data.values import DICTIONARY, LIST, STRING, fits, wrong_value
 
 logger = logging.getLogger(__name__)
 
+_SHAREGPT = {"from": "role", "value": "content"}  # the keys of a message, and those that TRL knows
 OPTIONS = ("tools", "chat_template_kwargs")  # of chat templates
 # What TRL or a data collator reads by these names, beside the text.
 NAMES = (
@@ -58,10 +59,25 @@ def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *
 
 
 def under_known_name(dataset: Any, columns: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """The data set and its columns, with standard conversations in "messages", the only name that TRL knows."""
-    if columns != (CHATS[1],) or "role" not in next(iter(dataset))[CHATS[1]][0]:
+    """The data set and its columns, with conversations as TRL knows them.
+
+    That is with the keys role and content instead of ShareGPT's from and value, and not in "conversations".
+    """
+    row: Mapping[str, Any] = next(iter(dataset))
+    messages = [row[column][0] for column in columns]
+    if any(isinstance(message, Mapping) and message.keys() >= {*_SHAREGPT} for message in messages):
+        dataset = dataset.map(_standard, fn_kwargs={"columns": columns})
+    if columns != (CHATS[1],):
         return dataset, columns
     return dataset.rename_column(CHATS[1], CHATS[0]), (CHATS[0],)
+
+
+def _standard(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The conversations of a row with standard keys; those that were given do not change."""
+    return {
+        column: [{_SHAREGPT.get(key, key): value for key, value in message.items()} for message in row[column]]
+        for column in columns
+    }
 
 
 def _quoted(columns: Sequence[str]) -> str:

@@ -1,11 +1,14 @@
 """Writes docs/judge-power.md, and the measured error rates in docs/gate.md.
 
 python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
-python -m conformance run --backend liger --json out/liger.json    # and other peers
-python -m tests.judge.power write out/power.json out/liger.json ...
+python -m conformance run --backend liger --profile gpu --json out/liger.json     # and other peers
+python -m conformance mutate --json out/mutants.json
+python -m tests.judge.power write out/power.json out/liger.json ... out/mutants.json
 python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
 python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json       # others; all files count together
 python -m tests.judge.power write-gate out/gates.json out/more.json
+
+`measure` may be run in parts: `write` takes any number of its files.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from conformance import results_file
 from conformance.backends import OPERATIONS
 from tests.judge.power import document, gate, gate_document, measure
 
@@ -25,14 +30,14 @@ def main() -> None:
     first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
     first.add_argument("ops", nargs="*", help="operations (all)")
     first.add_argument("--kernel", nargs="+", help="names of kernels (all)")
-    first.add_argument("--population", nargs="+", choices=document.POPULATIONS, default=document.POPULATIONS)
+    populations = list(document.POPULATIONS)
+    first.add_argument("--population", nargs="+", choices=populations, default=populations)
     first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     first.add_argument("--profile", default="ci")
     first.add_argument("--jobs", type=int, default=2)
     first.add_argument("--json", type=Path, required=True)
     second = steps.add_parser("write", help="write the document from the results")
-    second.add_argument("power", type=Path, help="the file that measure wrote")
-    second.add_argument("peers", type=Path, nargs="*", help="files that `conformance run --json` wrote")
+    second.add_argument("files", type=Path, nargs="+", help="what measure, and conformance's run and mutate, wrote")
     second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
     third = steps.add_parser("gate", help="run gates whose right verdict is known, on a GPU")
     third.add_argument("--gates", type=int, default=280, help="without those of wrong kernels (280)")
@@ -50,9 +55,14 @@ def main() -> None:
     elif "gates_found" in arguments:
         found = [_read(path) for path in arguments.gates_found]
         arguments.to.write_text(gate_document.into(arguments.to.read_text(), found))
-    elif "power" in arguments:
-        text = document.text(_read(arguments.power), [_read(peer) for peer in arguments.peers])
-        arguments.to.write_text(text)
+    elif "files" in arguments:
+        files = {path.stem: _read(path) for path in arguments.files}
+        measured = [file for file in files.values() if "kernels" in file]
+        if len({(file["meta"]["device"], file["meta"]["profile"]) for file in measured}) != 1:
+            parser.error("files: need what measure wrote, on one device under one profile")
+        mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
+        peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
+        results_file.write_text(arguments.to, document.text(measured, peers, mutants))
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         chosen = [
@@ -67,10 +77,10 @@ def main() -> None:
 
 def _write(path: Path, found: dict[str, object]) -> None:
     """Written after each kernel, so that a stopped run leaves what it found."""
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    results_file.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 

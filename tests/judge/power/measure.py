@@ -1,9 +1,12 @@
 """Runs the judge and the oracles of other projects on every wrong and every right kernel of the tests."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
+
+import torch
 
 from conformance import backends
 from conformance.mutate.examine import profile_of
@@ -65,12 +68,14 @@ class _Oracles(Task):
     """A task that asks the oracles of other projects.
 
     The message names those that reject the kernel. The verdict is "pass": after "fail", a worker process on a GPU would
-    be replaced.
+    be replaced. If a kernel has broken the CUDA context, this raises, so that the process ends and another follows.
     """
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         function = backends.load(self.backend, self.device).functions[self.op]
         names = rejecting(specs()[self.op], function, self.device)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         return Result(self.op, self.property, None, "pass", message="\n".join(names))
 
 
@@ -99,23 +104,28 @@ def measure(
         "cases"}]}; an oracle without a tolerance for an operation is absent from the kernel's "asked". The judge leaves
         a wrong kernel at its first finding.
     """
+    oracles: list[Task] = [_Oracles(kernel.backend, kernel.op, "oracles", None, device) for kernel in chosen]
     tasks: list[Task] = []
     for kernel in chosen:
-        tasks.append(_Oracles(kernel.backend, kernel.op, "oracles", None, device))
         properties = dict.fromkeys((*kernel.properties, *PROPERTIES))
         if kernel.population == "right":  # each property in one of the dtypes
             checks = zip(properties, cycle(DTYPES), strict=False)
         else:
             checks = ((prop, dtype) for dtype in dict.fromkeys((kernel.dtype, *DTYPES)) for prop in properties)
         tasks += [_Check(kernel.backend, kernel.op, prop, dtype, device, profile) for prop, dtype in checks]
-    waiting = {kernel.backend: {task for task in tasks if task.backend == kernel.backend} for kernel in chosen}
+    waiting: dict[str, set[Task]] = {kernel.backend: set() for kernel in chosen}
+    for task in (*oracles, *tasks):
+        waiting[task.backend].add(task)
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the worker processes import triton with this module
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     rejected: dict[str, set[str]] = {kernel.backend: set() for kernel in chosen}
     judged: dict[str, list[Result]] = {kernel.backend: [] for kernel in chosen}
     right = {kernel.backend for kernel in chosen if kernel.population == "right"}
 
     def found() -> dict[str, Any]:
         return {
-            "meta": {"versions": versions(), "device": device, "profile": profile},
+            "meta": {"versions": versions(), "device": device, "gpu": gpu, "profile": profile},
             "kernels": [
                 {
                     "backend": kernel.backend,
@@ -142,10 +152,11 @@ def measure(
         elif result.verdict == "fail":
             rejected[task.backend].add(JUDGE)
             if task.backend not in right:  # the judge's other checks of this kernel are left out
-                waiting[task.backend] = left = {task for task in left if isinstance(task, _Oracles)}
+                left.clear()
         if not left:
             on_kernel(found())
 
+    run(oracles, on_result, jobs=jobs)  # apart: what ends their process is no reason to leave out the judge's checks
     run([task for task in tasks if task.backend not in right], on_result, jobs=jobs, stop_at_failure=True)
     run([task for task in tasks if task.backend in right], on_result, jobs=jobs)
     return found()

@@ -30,11 +30,13 @@ class Oracle:
 
     Attributes:
         name: shown in the table.
+        what: when a result is right, in words.
         dtypes: of the inputs.
         close: whether two tensors agree.
     """
 
     name: str
+    what: str
     dtypes: tuple[str, ...]
     close: Close
 
@@ -81,17 +83,48 @@ LIGER = {
 }
 
 ORACLES = (
-    Oracle("allclose 1e-2", ALL, _by_dtype(dict.fromkeys(ALL, (1e-2, 1e-2)))),
-    Oracle("allclose 1e-3", ALL, _by_dtype(dict.fromkeys(ALL, (1e-3, 1e-3)))),
+    Oracle(
+        "allclose 1e-2",
+        "`torch.allclose` with rtol 1e-2 and atol 1e-2",
+        ALL,
+        _by_dtype(dict.fromkeys(ALL, (1e-2, 1e-2))),
+    ),
+    Oracle(
+        "allclose 1e-3",
+        "`torch.allclose` with rtol 1e-3 and atol 1e-3",
+        ALL,
+        _by_dtype(dict.fromkeys(ALL, (1e-3, 1e-3))),
+    ),
     Oracle(
         "assert_close",
+        "`torch.testing.assert_close` with its defaults for the dtype",
         ALL,
         _by_dtype({"float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5), "bfloat16": (1.6e-2, 1e-5)}),
     ),
-    Oracle("KernelBench", ALL, _by_dtype({"float32": (1e-4, 1e-4), "float16": (1e-2, 1e-2), "bfloat16": (1e-2, 1e-2)})),
-    Oracle("liger", WIDE_AND_BFLOAT16, _liger),
-    Oracle("quack", ALL, _by_dtype({"float32": (1e-3, 1e-4), "float16": (1e-3, 1e-2), "bfloat16": (1e-3, 1e-1)})),
-    Oracle("flashinfer-bench", ALL, _flashinfer_bench),
+    Oracle(
+        "KernelBench",
+        "rtol and atol 1e-4 in float32, 1e-2 in 16 bits",
+        ALL,
+        _by_dtype({"float32": (1e-4, 1e-4), "float16": (1e-2, 1e-2), "bfloat16": (1e-2, 1e-2)}),
+    ),
+    Oracle(
+        "liger",
+        "the tolerances of the operation's own test, in float32 and bfloat16; only for operations that it has",
+        WIDE_AND_BFLOAT16,
+        _liger,
+    ),
+    Oracle(
+        "quack",
+        "rtol 1e-3; atol 1e-4 in float32, 1e-2 in float16, 1e-1 in bfloat16",
+        ALL,
+        _by_dtype({"float32": (1e-3, 1e-4), "float16": (1e-3, 1e-2), "bfloat16": (1e-3, 1e-1)}),
+    ),
+    Oracle(
+        "flashinfer-bench",
+        "no element has both an absolute and a relative error above 1e-2",
+        ALL,
+        _flashinfer_bench,
+    ),
 )
 
 

@@ -1,5 +1,6 @@
 """Operations that the project does not have are judged from a reference and an example alone, then with a spec."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from conformance import backends, operations
+from conformance.cli import main
 from conformance.declarations import SpecError
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
@@ -117,3 +119,32 @@ def test_an_example_that_does_not_fit_is_refused(source: Source, message: str) -
         specs(source)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+KERNEL = (
+    "--reference", f"{HERE}.references:tempered_softmax", "--backend", f"{HERE}.tempered_softmax:Softmax",
+    "--example", "x=randn(64,128) temperature=0.5", "--device", "cpu", "--profile", "dev", "--dtype", "float32",
+)  # fmt: skip
+
+
+@here
+def test_the_kernels_of_a_stranger_are_mutated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The autograd.Function that is judged leads to both kernels; the reference stays as it is."""
+    file = tmp_path / "mutants.json"
+    options = ("--property", "one_at_a_time", "--sample", "2", "--jobs", "1", "--json", str(file))
+    assert main(["mutate", *KERNEL, *options]) == 0
+    assert "2 of 2 mutants killed" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["meta"]["source"][:2] == list(KERNEL[:2])
+    assert {one["op"] for one in found["results"]} == {"tempered_softmax"}
+    assert all("strangers/tempered_softmax.py:" in one["mutant"] for one in found["results"])
+    assert main(["mutate", *KERNEL[:3], "kernels.py:fast", *KERNEL[4:]]) == 2
+    assert "--backend: got kernels.py:fast; allowed for mutate: module:function" in capsys.readouterr().err
+
+
+@here
+def test_the_coverage_of_the_kernels_of_a_stranger_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["coverage", *KERNEL, "--property", "value", "--jobs", "1", "--lines", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "pairs of settings of 2 kernels, of which were run" in printed
+    assert f"run it: python -m conformance repro --reference {KERNEL[1]} --example" in printed
