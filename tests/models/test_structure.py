@@ -176,11 +176,24 @@ def test_a_wrong_mlp_is_left_alone(name: str) -> None:
     assert place(WRONG[name], REFERENCE) == {}
 
 
+def test_the_check_takes_no_notice_of_defaults() -> None:
+    """Of the device and the dtype of new tensors, as loaders set them."""
+    norms, mlps = (list(cases.values()) for cases in (NORMS, MLPS))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            for module, expected in norms + mlps:
+                assert recognise(module, {}) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_equal_modules_are_checked_once_and_others_apart() -> None:
-    """The key has every attribute: another eps, another weight's size, another function."""
+    """The key has every attribute: another eps, another weight's size, another function; GELUs are equal."""
     known: dict[Any, Any] = {}
     norms = [LlamaRMSNorm(16), LlamaRMSNorm(16), LlamaRMSNorm(24), LlamaRMSNorm(16, eps=1e-3)]
-    mlps = [Named(), Named(), WRONG["clamp"], WRONG["cap"]]
+    config = LlamaConfig(hidden_size=16, num_attention_heads=1, hidden_act="gelu_pytorch_tanh")
+    mlps = [LlamaMLP(config), LlamaMLP(config), WRONG["clamp"], WRONG["cap"]]
     counts = []
     for module in norms + mlps:
         recognise(module, known)

@@ -47,7 +47,8 @@ def logit_options(model: CausalLM, own: Callable[..., Any], inputs: Mapping[str,
     try:
         found = _agreeing(model, own, inputs)
     except _FAILURES as failure:
-        found = f"the check on a few tokens failed: {type(failure).__name__}: {failure}"
+        why = str(failure).partition("\n")[0]
+        found = f"the check on a few tokens failed: {type(failure).__name__}: {why}"
     if isinstance(found, str):
         logger.warning("loss: all logits of a %s are computed: %s", type(model).__name__, found)
         return None
@@ -120,8 +121,8 @@ def _undisturbed(base: nn.Module, device: torch.device) -> Iterator[None]:
 def _hidden(head: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """Random hidden states [1, S, H] whose products with the head have the root mean squares `_SIZES` in turn."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(like.shape, generator=generator).to(like)
-    sizes = torch.tensor(_SIZES, device=like.device).repeat(_TOKENS // len(_SIZES))[:, None]
+    hidden = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
+    sizes = torch.tensor(_SIZES, dtype=torch.float32, device=like.device).repeat(_TOKENS // len(_SIZES))[:, None]
     own = head(hidden).float().square().mean(-1, keepdim=True).sqrt().to(like.device)
     return (hidden.float() * (sizes / own)).to(like.dtype)
 

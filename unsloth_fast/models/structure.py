@@ -9,6 +9,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -40,19 +41,24 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     others = [child for name, child in children.items() if name not in sizes]
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    state = [*module.buffers(recurse=False), *(tensor for child in others for tensor in child.state_dict().values())]
-    if not (is_norm or is_gated) or state or not _takes_one(type(module).forward):
+    if not (is_norm or is_gated) or _has_state(module, others) or not _takes_one(type(module).forward):
         return None
     shapes = tuple(tuple(tensor.shape) for tensor in parameters.values())
     attributes = tuple(_plain(each) for each in (module, *others))
     key = type(module), type(module).forward, shapes, tuple(sizes.items()), attributes
     if key not in known:
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
                 known[key] = _norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
         except _FAILURES as failure:
-            known[key] = f"its check failed: {type(failure).__name__}: {failure}"
+            known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
+
+
+def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
+    """Whether there are tensors beside a norm's weight and linear layers."""
+    tensors = itertools.chain(*((*child.parameters(), *child.buffers()) for child in others))
+    return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
 
 
 def _takes_one(forward: Callable[..., object]) -> bool:
@@ -64,7 +70,15 @@ def _takes_one(forward: Callable[..., object]) -> bool:
 def _plain(module: nn.Module) -> tuple[object, ...]:
     """The class of a module, and its attributes: numbers and text by value, all others by identity."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    return type(module), *((n, v if isinstance(v, int | float | str | None) else id(v)) for n, v in own.items())
+    return type(module), *((name, _value(value)) for name, value in own.items())
+
+
+def _value(value: object) -> object:
+    """Hashable; equal for the partial functions that each GELU of transformers makes for itself."""
+    if isinstance(value, partial):
+        keywords = ((name, _value(given)) for name, given in value.keywords.items())
+        return partial, id(value.func), *map(_value, value.args), *keywords
+    return value if isinstance(value, int | float | str | None) else id(value)
 
 
 def _norm(module: nn.Module, size: int) -> Norm | str | None:
@@ -74,9 +88,9 @@ def _norm(module: nn.Module, size: int) -> Norm | str | None:
         return None
     generator = torch.Generator().manual_seed(0)
     # The first rows are as small as eps is.
-    sizes = torch.tensor([getattr(module, eps) ** 0.5, 1.0, 30.0])[:, None, None]
-    rows = sizes * torch.randn((3, 2, size), generator=generator)
-    weight = torch.randn(size, generator=generator)
+    sizes = torch.tensor([getattr(module, eps) ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    rows = sizes * torch.randn((3, 2, size), generator=generator, dtype=torch.float32)
+    weight = torch.randn(size, generator=generator, dtype=torch.float32)
     found = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
     for weights, dtype, agree in (
         (torch.float32, torch.float32, _agree_in_float32),
