@@ -1,24 +1,26 @@
-"""Placing a backend's operations under a model: each module of a known class gets another forward.
+"""Placing a backend's operations under a model: each module that they compute gets another forward.
 
 Classes, parameters and state-dict names do not change (see `unsloth_fast.models.methods`).
 """
 
 import logging
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
-from unsloth_fast.models.families import family_and_part
+from unsloth_fast.models.families import family_of
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
-from unsloth_fast.models.mlp import mlp_placement
-from unsloth_fast.models.norm import norm_placement
+from unsloth_fast.models.mlp import Gated, mlp_forward
+from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.structure import Found, recognise
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +28,23 @@ _LOGGED = "unsloth_placed"  # the attribute of a model with what was logged of i
 
 
 def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[str, int]:
-    """Give every module of a known class a forward that calls the backend's operations, and log which.
+    """Give every module that the backend's operations compute a forward that calls them, and log which.
 
-    Known are, for Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, also under peft's wrappers:
+    Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms;
-    - the MLP, if its gate is SiLU or GELU;
-    - the attention: rope;
+    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
+      check (see `unsloth_fast.models.structure`);
+    - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
+    - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
+      the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
+      batches (see `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not
+      compute, it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
 
-    peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`); and for every model
-    of transformers whose attention goes through its interface, packed_attention for packed batches: the model's
-    attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other batches (see
-    `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not compute, it
-    becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning.
+    and rope in the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (see `unsloth_fast.models.attention`).
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
-    those that look like a norm, an MLP or an attention, each class once per model. Placing again replaces what was
-    placed; `remove` is the inverse.
+    those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
+    Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
         model: the model, changed in place; its parameters and their names do not change, and saved files neither.
@@ -57,10 +59,13 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
+    known: dict[Hashable, Found] = {}
     for module in model.modules():
         name = type(module).__name__
-        placement = _placement_for(module, backend)
-        if placement is not None and not has_own_method(module, "forward"):
+        placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
+        if isinstance(placement, str):
+            unchanged[f"{name} ({placement})"] += 1
+        elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(operations)
@@ -105,18 +110,16 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
     return reasons
 
 
-def _placement_for(module: Any, backend: Backend) -> Placement | None:
-    """The operations and the forward for a module of a known class; None for any other module."""
-    family, part = family_and_part(module)
-    if family is None or family.norm is None:
-        return lora_placement(module, backend)
-    if part == "norm":
-        return norm_placement(family.norm, backend)
-    if part == "mlp":
-        return mlp_placement(module, backend)
-    if part == "attention":
+def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
+    """The operations and the forward for a module; why there are none for one that seemed to have some."""
+    if (family := family_of(module)) is not None:
         return attention_placement(module, family, backend)
-    return None
+    found = recognise(module, known)
+    if isinstance(found, Norm):
+        return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, Gated):
+        return (found.operation,), mlp_forward(found, backend.kernels)
+    return lora_placement(module, backend) if found is None else found
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
