@@ -1,5 +1,6 @@
 """Families without a row, and a class that transformers does not have: what is placed, and that it is right."""
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,9 @@ def test_a_family_without_a_row(family: str, lora: bool) -> None:
     tokens, labels = batch()
     with tiny.KeepFloat64():
         expected_loss, expected_gradients = step(model, tokens, labels)
-        assert place(model, REFERENCE) == {name: count for name, count in expected.items() if count}
+        placed = Counter(place(model, REFERENCE))
+        del placed["packed_attention"]  # see test_documents.py
+        assert placed == Counter(expected)
         add_loss(without_adapter(model), WITHOUT_LOGITS)
         loss, gradients = step(model, tokens, labels, backend_loss=True)
     assert loss == pytest.approx(expected_loss, rel=1e-9)
