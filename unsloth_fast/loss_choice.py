@@ -49,10 +49,13 @@ def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
         return "the model has a load-balancing loss"
     if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning adds positions that have no label"
+    return "the sequence is split across devices" if sequence_is_split(trainer) else None
+
+
+def sequence_is_split(trainer: SFTTrainer) -> bool:
+    """Whether each device has a part of a row: then transformers asks for its own attention."""
     parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        return "the sequence is split across devices"
-    return None
+    return parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
 
 
 def _keep_loss_in_float32(trainer: SFTTrainer) -> None:

@@ -58,7 +58,7 @@ def kept_dtypes(trainer: Any, model: Any) -> Iterator[None]:
         return
     originals = _originals(trainer.model)
     for parameter in trainer.model.parameters():
-        if not parameter.requires_grad or parameter.dtype != torch.bfloat16:
+        if not parameter.requires_grad or parameter.dtype not in (torch.bfloat16, torch.float16):
             continue
         if parameter in given:
             parameter.data = given[parameter].to(parameter.device)

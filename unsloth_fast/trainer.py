@@ -18,7 +18,7 @@ from unsloth_fast.counting import Counter, logged_tokens
 from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
 from unsloth_fast.data.facts import config_and_class
 from unsloth_fast.data.preparation import Preparation
-from unsloth_fast.loss_choice import choose_loss
+from unsloth_fast.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
@@ -108,7 +108,7 @@ class UnslothTrainer(SFTTrainer):
         self._padding_collator = padding_collator(self.data_collator) if by_trl else self.data_collator
         self.data_collator = self._packed_collator() if self.padding_free else self._padding_collator
         check_trainable(self.model, self.args)
-        place(self.model, self.backend)
+        place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter = Counter(self.args.device)
         self._scores, self._evaluated = evaluation.Scores(), evaluation.Evaluated()

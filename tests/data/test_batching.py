@@ -11,7 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unsloth_fast.data.batching import LEAKING_MODELS, BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 
 LLAMA = ModelFacts("llama")
-VALUES: dict[str, tuple[Any, ...]] = {"model_type": ("llama", "gemma2", "gpt_oss"), "padding_free": (None, False, True)}
+VALUES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama", "gpt_oss"),
+    "attn_implementation": ("flex_attention",),
+    "padding_free": (None, False, True),
+}
 
 
 def combinations(facts: type[Any]) -> list[Any]:
@@ -20,10 +24,11 @@ def combinations(facts: type[Any]) -> list[Any]:
 
 
 def name_of(model: ModelFacts) -> str:
-    return " ".join([model.model_type, *(name for name, value in vars(model).items() if value is True)])
+    true = [name for name, value in vars(model).items() if value is True]
+    return " ".join([model.model_type, model.attn_implementation or "", *true])
 
 
-# 48 models and 192 runs: 9 216 combinations.
+# 128 models and 192 runs: 24 576 combinations.
 each_model = pytest.mark.parametrize("model", combinations(ModelFacts), ids=name_of)
 CONFIGS = combinations(ConfigFacts)
 
@@ -70,6 +75,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"custom_collator": True},
     {"takes_positions": False},
     {"positions_by_axis": True},
+    {"unknown_masks": True},
     {"prompt_learning": True},
 ]
 
@@ -84,7 +90,7 @@ def test_one_more_obstacle_turns_both_off(obstacle: dict[str, Any]) -> None:
         assert plan.reasons and not plan.packing and not plan.padding_free
 
 
-@pytest.mark.parametrize("model", [LLAMA, ModelFacts("gemma2")], ids=name_of)
+@pytest.mark.parametrize("model", [LLAMA, ModelFacts("gpt_oss")], ids=name_of)
 @pytest.mark.parametrize(
     ("packing", "padding_free", "expected"),
     [
@@ -110,9 +116,10 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"encoder_decoder": True}, {}, "an encoder-decoder"),
     ({"recurrent": True}, {}, "state would leak"),
     ({"model_type": "opt"}, {}, "see each other"),
-    ({"model_type": "gpt_oss"}, {}, "see each other"),
+    ({"model_type": "gpt_oss", "attn_implementation": "flex_attention"}, {}, "see each other"),
     ({"takes_positions": False}, {}, "takes no position_ids"),
     ({"positions_by_axis": True}, {}, "positions have several axes"),
+    ({"unknown_masks": True}, {}, "may join documents"),
     ({}, {"prompt_learning": True}, "belong to no document"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
 from trl import SFTConfig
 
 from tests import tiny
 from tests.data.samples import bloom, first_alone, tokens
+from tests.models.unheard import UnheardConfig, UnheardForCausalLM, UnheardWithOwnMask
 from tests.trainer.runs import arguments
-from unsloth_fast import UnslothTrainingArguments
+from unsloth_fast import UnslothTrainingArguments, backends
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
+from unsloth_fast.models import place
 
 GIVEN = {"processing_class": "a tokenizer"}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
@@ -62,6 +64,34 @@ def test_each_obstacle_gives_its_reason(tmp_path: Path, options: dict[str, Any],
     plan = decide(tmp_path, packing=True, **options)
     assert (plan.packing, plan.padding_free) == (False, False)
     assert any(text.startswith(reason) for text in plan.reasons)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("implementation", "allowed"), [(None, True), ("eager", True), ("flex_attention", False)])
+def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
+    tmp_path: Path, implementation: str | None, allowed: bool, named: bool
+) -> None:
+    """Of a model, or of the name of one that the run's arguments load."""
+    config = GptOssConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=16, num_local_experts=2, vocab_size=48)
+    options = {"attn_implementation": implementation} if implementation else {}
+    if named:
+        config.architectures = ["GptOssForCausalLM"]
+        config.save_pretrained(tmp_path / "model")
+        plan = decide(tmp_path, model=str(tmp_path / "model"), model_init_kwargs=options)
+    else:
+        plan = decide(tmp_path, model=GptOssForCausalLM._from_config(config, **options))
+    assert plan.padding_free == allowed
+
+
+def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_makes_them(tmp_path: Path) -> None:
+    """Also once the operations are placed."""
+    for model_class, allowed in ((UnheardForCausalLM, True), (UnheardWithOwnMask, False)):
+        model = model_class(UnheardConfig())
+        for _ in range(2):
+            plan = decide(tmp_path, model=model)
+            assert plan.padding_free == allowed
+            assert allowed or plan.reasons[0].startswith("the model is not of transformers and makes its own masks")
+            place(model, backends.resolve("reference"))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -61,7 +61,7 @@ def assert_near(seen: Tensor, expected: Tensor, relative: float) -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_equal_the_same_documents_alone(family: str, checkpointed: bool) -> None:
-    """Logits and every gradient, with windows, caps and grouped heads; every layer gets an empty mask."""
+    """Logits and every gradient, with windows, caps and grouped heads; every layer gets the bounds of the documents."""
     model, batch = model_of(family), tiny.packed(LENGTHS)
     masks: list[Tensor] = []
     with tiny.KeepFloat64():
@@ -73,7 +73,7 @@ def test_packed_documents_equal_the_same_documents_alone(family: str, checkpoint
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         logits, gradients = together(model, batch)
-    assert {mask.numel() for mask in masks} == {0}
+    assert {mask.untyped_storage().nbytes() for mask in masks} == {4 * (len(LENGTHS) + 1)}
     assert_near(logits, expected, 1e-14)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
@@ -205,14 +205,15 @@ def test_each_family_rotates_halves(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_placed_model_saves_the_same_files(family: str, tmp_path: Path) -> None:
-    """And the attn_implementation of its config does not change."""
+    """Its attn_implementation is ours meanwhile, which no file holds."""
     model = model_of(family, torch.float32)
     implementation = model.config._attn_implementation
     model.save_pretrained(tmp_path / "before")
     place(model, REFERENCE)
     model.save_pretrained(tmp_path / "under")
-    assert model.config._attn_implementation == implementation
+    assert model.config._attn_implementation == f"packed_{implementation}"
     remove(model)
+    assert model.config._attn_implementation == implementation
     assert not any("forward" in vars(module) for module in model.modules())
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "under" / file).read_bytes()

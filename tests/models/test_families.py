@@ -1,50 +1,27 @@
 """The table of model families against transformers: every class and attribute that a row names exists."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from tests import tiny
-from unsloth_fast.models import families
-
-PLACED = [name for name, family in families.FAMILIES.items() if family.norm]
+from unsloth_fast.models.families import FAMILIES, family_of
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    """Under its name in lower case; families of which only the head is known need none."""
-    assert list(tiny.FAMILIES) == [name.lower() for name in PLACED]
+    """Under its name in lower case."""
+    assert list(tiny.FAMILIES) == [name.lower() for name in FAMILIES]
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_every_class_of_a_row_is_in_its_model(name: str) -> None:
-    """The classes' names are derived from the family's: a class that transformers renames would not be placed."""
-    found = {type(module).__name__ for module in tiny.model(name.lower()).modules()}
-    assert set(families.FAMILIES[name].classes(name)) <= found
-
-
-@pytest.mark.parametrize("name", PLACED)
-def test_every_attribute_of_a_row_exists(name: str) -> None:
-    """On the norm, on the attention and on the config."""
-    family, model = families.FAMILIES[name], tiny.model(name.lower(), **tiny.FAMILIES[name.lower()].limits)
-    parts = [(module, families.family_and_part(module)[1]) for module in model.modules()]
-    norms, attentions = ([module for module, part in parts if part == kind] for kind in ("norm", "attention"))
-    assert family.norm is not None and all(isinstance(getattr(norm, family.norm.eps), float) for norm in norms)
-    for path in filter(None, (family.window, family.softcap)):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_attention_of_a_family_is_in_its_model_with_every_attribute_of_its_row(name: str) -> None:
+    """The class's name is derived from the family's: a class that transformers renames would not be placed."""
+    model = tiny.model(name.lower(), **tiny.FAMILIES[name.lower()].limits)
+    attentions = [module for module in model.modules() if family_of(module)]
+    assert attentions and all(family_of(attention) is FAMILIES[name] for attention in attentions)
+    for path in filter(None, (FAMILIES[name].window, FAMILIES[name].softcap)):
         assert any(value_of(attention, path) for attention in attentions), path
-    for field in filter(None, (family.logit_scale, family.logit_softcap)):
-        assert hasattr(model.config, field)
-
-
-@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in PLACED])
-def test_every_head_of_a_row_exists(name: str) -> None:
-    """With the fields of its config."""
-    (class_name,) = families.FAMILIES[name].classes(name)
-    model_class = getattr(transformers, class_name)
-    for field in filter(None, (families.FAMILIES[name].logit_scale, families.FAMILIES[name].logit_softcap)):
-        assert hasattr(model_class.config_class(), field)
 
 
 def value_of(module: Any, path: str) -> Any:
@@ -53,25 +30,6 @@ def value_of(module: Any, path: str) -> Any:
     return module
 
 
-def test_a_module_is_found_by_its_class() -> None:
-    """The family and the part; neither for a class of no family."""
+def test_no_other_module_has_a_family() -> None:
     model = tiny.model("gemma3")
-    gemma3 = families.FAMILIES["Gemma3"]
-    assert families.family_and_part(model) == (gemma3, "causal_lm")
-    assert families.family_and_part(model.model) == (gemma3, "stack")
-    assert families.family_of(model.model.norm, "norm") is gemma3
-    assert families.family_of(model.model.norm, "mlp") is None
-    assert families.family_and_part(torch.nn.LayerNorm(4)) == (None, None)
-
-
-def test_the_stack_of_a_family_may_have_a_name_of_its_own() -> None:
-    """All other names are regular."""
-    family = families.Family(families.LLAMA_NORM)
-    assert family.classes("New") == {
-        "NewRMSNorm": "norm",
-        "NewMLP": "mlp",
-        "NewAttention": "attention",
-        "NewModel": "stack",
-        "NewForCausalLM": "causal_lm",
-    }
-    assert "NewTextModel" in replace(family, stack="NewTextModel").classes("New")
+    assert [family_of(module) for module in (model, model.model, model.model.norm, torch.nn.LayerNorm(4))] == [None] * 4

@@ -108,7 +108,7 @@ def test_a_model_stored_in_4_bits_is_not_loaded_in_16() -> None:
 def test_a_cap_on_the_scores_is_applied(tmp_path: Path) -> None:
     """The sdpa of transformers ignores it, and before 5.23 Gemma 2 used sdpa by default."""
     model, _ = load(tiny.folder(tmp_path, "gemma2"))
-    assert model.config.attn_logit_softcapping and model.config._attn_implementation == "eager"
+    assert model.config.attn_logit_softcapping and model.config._attn_implementation == "packed_eager"
 
 
 def test_full_finetuning_trains_every_weight_unquantised(tmp_path: Path) -> None:

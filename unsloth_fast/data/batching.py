@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 # Models whose attention in transformers 5.23 lets documents of a row see each other even if position_ids restart: the
 # logits of a document were seen to change with the tokens of the document before it.
-LEAKING_MODELS = frozenset(("biogpt", "bloom", "falcon", "gpt_oss", "mpt", "openai-gpt", "opt", "xglm", "xlm"))
+LEAKING_MODELS = frozenset(("biogpt", "bloom", "falcon", "mpt", "openai-gpt", "opt", "xglm", "xlm"))
+# Those of which it is only the mask: ours keeps documents apart, and so does flash attention, by their lengths.
+LEAKING_MASKS = frozenset(("afmoe", "gpt_oss"))
 
 
 @dataclass(frozen=True)
@@ -13,22 +15,27 @@ class ModelFacts:
 
     Attributes:
         model_type: as in the model's config, such as "llama".
+        attn_implementation: as in the model's config; None for the default.
         encoder_decoder: whether the prompt is read by an encoder.
         multimodal: whether the model takes images, video or audio in addition to tokens.
         recurrent: whether a layer carries a state or a convolution from token to token (linear attention, Mamba), which
             would leak from one document into the next.
         takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
             without them each document would see those before it.
+        unknown_masks: whether the model is none of transformers' and makes masks by its own means, which may let
+            documents see each other.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
     """
 
     model_type: str = ""
+    attn_implementation: str | None = None
     encoder_decoder: bool = False
     multimodal: bool = False
     recurrent: bool = False
     takes_positions: bool = True
     positions_by_axis: bool = False
+    unknown_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         ),
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
-        (model.model_type in LEAKING_MODELS, "the model's attention lets the documents of a row see each other"),
+        (leaks(model), "the model's attention lets the documents of a row see each other"),
+        (model.unknown_masks, "the model is not of transformers and makes its own masks, which may join documents"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
@@ -108,3 +116,10 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
     reasons = tuple(reason for present, reason in obstacles if present)
     possible = not reasons
     return BatchingPlan(possible and config.packing, possible and config.padding_free is not False, reasons)
+
+
+def leaks(model: ModelFacts) -> bool:
+    """Whether the documents of a row see each other, whatever is placed under the model."""
+    implementation = model.attn_implementation or "sdpa"
+    own_mask = implementation in ("sdpa", "eager") or "flash" in implementation
+    return model.model_type in LEAKING_MODELS or (model.model_type in LEAKING_MASKS and not own_mask)

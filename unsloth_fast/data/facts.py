@@ -3,9 +3,11 @@
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import transformers
+from torch.nn import Module
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 from trl import SFTConfig
 
@@ -13,6 +15,8 @@ from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
+from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
 
 logger = logging.getLogger(__name__)
@@ -33,7 +37,10 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
         ValueError: rows that were packed earlier, and batches that are padded.
     """
     config, model_class = config_and_class(model, args)
-    plan = batching_plan(_model_facts(config, model_class), _config_facts(model, args, given))
+    options: Any = args.model_init_kwargs or {}
+    facts = _model_facts(config, model_class, options.get("attn_implementation") if isinstance(model, str) else None)
+    facts = replace(facts, unknown_masks=not isinstance(model, str) and _makes_unknown_masks(model))
+    plan = batching_plan(facts, _config_facts(model, args, given))
     if not plan.padding_free and given.get("data_collator") is None:
         for name, dataset in datasets_of(given):
             refuse_packed_rows(dataset, name, "; ".join(plan.reasons) or "padding_free=False was requested")
@@ -85,16 +92,24 @@ def config_and_class(model: Any, args: SFTConfig) -> tuple[PreTrainedConfig, typ
     return config, getattr(transformers, (config.architectures or [""])[0], object)  # the class that TRL loads
 
 
-def _model_facts(config: PreTrainedConfig, model_class: type) -> ModelFacts:
+def _model_facts(config: PreTrainedConfig, model_class: type, implementation: str | None = None) -> ModelFacts:
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     forward = getattr(model_class, "forward", None)
     return ModelFacts(
         model_type=config.model_type,
+        attn_implementation=implementation or implementation_of(config),
         encoder_decoder=bool(config.is_encoder_decoder),
         multimodal=any(hasattr(config, name) for name in _OTHER_INPUTS),
         recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
         takes_positions=forward is not None and "position_ids" in inspect.signature(forward).parameters,
         positions_by_axis="mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}),
+    )
+
+
+def _makes_unknown_masks(model: Module) -> bool:
+    """Whether a stack of layers that is none of transformers' makes masks by its own means."""
+    return any(
+        is_foreign(stack) for stack in stacks_of(model) if not type(stack).__module__.startswith("transformers.")
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.families import family_of
+from unsloth_fast.models.logits import logit_options, without_head
 from unsloth_fast.models.methods import forward_hooks, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
 from unsloth_fast.models.scores import score
@@ -30,9 +30,10 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
     and with `with_outputs=True` the pair of the loss and the model's outputs, with logits. With `with_scores=True` it
     returns the loss, the outputs or None, and the `scores.score` of the predictions, which need no whole logits either.
 
-    Head and cross entropy are the backend's `linear_cross_entropy` if the head is a plain linear layer of a known
-    family, trained or frozen, tied or not. The logits are computed first if outputs are wanted, and for any other head:
-    one with an adapter, a quantised one, one in tensor parallelism, one of an unknown family.
+    Head and cross entropy are the backend's `linear_cross_entropy` if the head is a plain linear layer of the last
+    hidden states, trained or frozen, tied or not, which the first call checks (`logits.logit_options`). The logits are
+    computed first if outputs are wanted, and for any other head: one with an adapter, a quantised one, one in tensor
+    parallelism, one whose logits are more than its product.
 
     Args:
         model: the language model itself, inside any adapter; its `forward` is replaced on the instance, and
@@ -43,7 +44,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
     """
     remove_loss(model)
     previous = model.forward
-    logit_options = _logit_options(model)
+    checked: dict[bool, dict[str, float] | None] = {}  # by mode: a layer before the head may work in training alone
 
     @functools.wraps(type(model).forward)  # `generate` reads the parameters
     def forward(
@@ -61,11 +62,14 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
             return own(*positional, **inputs)
         labels: Tensor = inputs.pop("labels")
         options = {"num_items": num_items, "label_smoothing": label_smoothing}
-        head = None if with_outputs or logit_options is None else plain_head(self)
-        if head is not None:
-            hidden = self.base_model(*positional, **inputs).last_hidden_state
-            found = _loss_of_hidden(self, head, hidden, labels, backend, options | (logit_options or {}), with_scores)
-            return (found[0], None, found[1]) if with_scores else found[0]
+        head = None if with_outputs else plain_head(self)
+        if head is not None and self.training not in checked:
+            checked[self.training] = logit_options(self, own, inputs | {"labels": labels})
+        found = None if head is None else checked[self.training]
+        if head is not None and found is not None:
+            hidden = without_head(self)(*positional, **inputs).last_hidden_state
+            loss, scores = _loss_of_hidden(self, head, hidden, labels, backend, options | found, with_scores)
+            return (loss, None, scores) if with_scores else loss
         outputs = own(*positional, **inputs)
         # A model that is split over several devices has its logits on the last one.
         labels = labels.to(outputs.logits.device)
@@ -118,8 +122,7 @@ def _loss_of_hidden(
             return loss, None
 
         def logits_of(rows: Tensor) -> Tensor:
-            logits = linear(rows, weight, bias) * options.get("logit_scale", 1.0)
-            cap = options.get("softcap", 0.0)
+            logits, cap = linear(rows, weight, bias) * options["logit_scale"], options["softcap"]
             return cap * (logits / cap).tanh() if cap else logits
 
         return loss, score(hidden, targets, logits_of)
@@ -150,6 +153,7 @@ def plain_head(model: CausalLM) -> nn.Linear | None:
         own_class is nn.Linear
         and (_gathers(outer, head) or not isinstance(head.weight, DTensor))
         and head.weight.device.type != "meta"
+        and head.weight.dim() == 2  # DeepSpeed shards it in a way of its own
         and not any(_is_foreign(hook) for module in (outer, head) for hook in forward_hooks(module))
     )
     return head if plain else None
@@ -162,16 +166,6 @@ def _gathers(*modules: nn.Module) -> bool:
 
 def _is_foreign(hook: Callable[..., object]) -> bool:
     return not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
-
-
-def _logit_options(model: CausalLM) -> dict[str, float] | None:
-    """The options of `linear_cross_entropy` for a model of a known family; None for any other."""
-    family = family_of(model, "causal_lm")
-    if family is None:
-        return None
-    fields = {"logit_scale": family.logit_scale, "softcap": family.logit_softcap}
-    values = {option: field and getattr(model.config, field) for option, field in fields.items()}
-    return {option: float(value) for option, value in values.items() if value}
 
 
 def without_adapter(model: Any) -> Any:

@@ -20,8 +20,10 @@ from unsloth_fast.models.methods import forward_hooks
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
 
-def lora_placement(module: nn.Module, backend: Backend) -> Placement | None:
+def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | None:
     """The operations and the forward for peft's linear layer with LoRA, in full precision or 4 bits; None for others.
+
+    For a layer of another class than torch's below LoRA, such as GPT-2's, the reason why peft computes it.
 
     The forward calls peft's own unless exactly one adapter is active, is not merged, and does nothing but LoRA: no
     dropout, no DoRA and the like.
@@ -29,6 +31,9 @@ def lora_placement(module: nn.Module, backend: Backend) -> Placement | None:
     if not isinstance(module, LoraLayer):  # without one, bitsandbytes is not imported
         return None
     if type(module) is Linear:
+        base = module.get_base_layer()
+        if not isinstance(base, nn.Linear):
+            return f"LoRA on a {type(base).__name__}"
         return ("lora_linear",), _linear_forward(backend.kernels.lora_linear)
     return ((), _quantised_forward) if type(module) is _linear_4bit() else None
 

@@ -1,39 +1,59 @@
-"""The gated MLP of a known family on the backend's activation."""
+"""A gated MLP on the backend's activation."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.protocols import GatedMLP, Placement
+from unsloth_fast.models.protocols import Forward
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
-# The operation, with its options, for each class of activation that the gate may have.
-_GATES: dict[str, tuple[str, dict[str, str]]] = {
-    "SiLU": ("swiglu", {}),
-    "SiLUActivation": ("swiglu", {}),
-    "GELUActivation": ("geglu", {"approximate": "none"}),
-    "GELUTanh": ("geglu", {"approximate": "tanh"}),
-}
+
+@dataclass(frozen=True)
+class Gated:
+    """How a gated MLP works: down(operation(gate(x), up(x))).
+
+    Attributes:
+        operation: the activation and the product.
+        approximate: of geglu; None for swiglu.
+        gate: the name of the layer that computes the gate.
+        up: the name of the layer that computes the other factor; the same if one layer computes both halves.
+        down: the name of the last layer.
+        gate_first: whether the gate is the first half.
+    """
+
+    operation: str
+    approximate: str | None
+    gate: str
+    up: str
+    down: str
+    gate_first: bool = True
 
 
-def mlp_placement(module: GatedMLP, backend: Backend) -> Placement | None:
-    """The operation and the forward of an MLP; None for an activation without an operation."""
-    activation = type(module.act_fn).__name__
-    if activation not in _GATES:
-        return None
-    operation, options = _GATES[activation]
-    gated = partial(getattr(backend.kernels, operation), **options)
+def mlp_forward(mlp: Gated, kernels: Any) -> Forward:
+    """The forward of an MLP that calls the operation of these kernels."""
+    options = {"approximate": mlp.approximate} if mlp.approximate else {}
+    gated = partial(getattr(kernels, mlp.operation), **options)
 
-    def forward(self: GatedMLP, hidden_states: Tensor) -> Tensor:
-        with recomputed(hidden_states):
-            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        gate, up = _factors(self, mlp, hidden_states)
         if gate.dtype != up.dtype:  # one of them has an adapter, or is in 4 bits
             gate, up = promoted(gate, up)
         # The widest activation of a layer: a quarter of what the layer would keep for the backward pass.
         hidden = recomputable(gated(gate, up), partial(gated, gate.detach(), up.detach()))
         with recomputed(hidden):
-            return self.down_proj(hidden)
+            return getattr(self, mlp.down)(hidden)
 
-    return (operation,), forward
+    return forward
+
+
+def _factors(module: nn.Module, mlp: Gated, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate and the other factor; views of one tensor if one layer computes both."""
+    with recomputed(hidden_states):
+        gate = getattr(module, mlp.gate)(hidden_states)
+        if mlp.up != mlp.gate:
+            return gate, getattr(module, mlp.up)(hidden_states)
+    first, second = gate.chunk(2, dim=-1)
+    return (first, second) if mlp.gate_first else (second, first)

@@ -1,35 +1,50 @@
-"""The RMSNorm of a known family on the backend's operation."""
+"""An RMSNorm on the backend's operation."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.families import Norm
-from unsloth_fast.models.protocols import Placement, RMSNorm
+from unsloth_fast.models.protocols import Forward, RMSNorm
 from unsloth_fast.models.recomputed import recomputable
+from unsloth_ref.types import Casting
 
 
-def norm_placement(norm: Norm, backend: Backend) -> Placement:
-    """The operation and the forward of a norm.
+@dataclass(frozen=True)
+class Norm:
+    """How an RMSNorm works.
 
-    The operation returns the dtype of its input. So does Gemma's own norm, while Llama's returns the promoted dtype of
-    input and weight.
+    Attributes:
+        eps: the name of the attribute with eps.
+        offset: added to the weight.
+        casting: how the result is rounded, as in `rms_norm`.
     """
-    rms_norm, eps_name = backend.kernels.rms_norm, norm.eps
+
+    eps: str
+    offset: float
+    casting: Casting
+
+
+def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
+    """The forward of a norm that calls the operation.
+
+    The operation returns the dtype of its input. So does a norm with Gemma's casting, while one with Llama's returns
+    the promoted dtype of input and weight.
+    """
     widened = _promoted if norm.casting == "llama" else _unchanged
 
     def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
         weight = self.weight
         if weight.dtype != hidden_states.dtype:
             hidden_states = widened(hidden_states, weight)
-        apply = partial(rms_norm, eps=getattr(self, eps_name), offset=norm.offset, casting=norm.casting)
+        apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
         return recomputable(normed, partial(apply, hidden_states.detach(), weight.detach()))
 
-    return ("rms_norm",), forward
+    return forward
 
 
 def _promoted(hidden_states: Tensor, weight: Tensor) -> Tensor:

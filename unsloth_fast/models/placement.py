@@ -1,47 +1,55 @@
-"""Placing a backend's operations under a model: each module of a known class gets another forward.
+"""Placing a backend's operations under a model: each module that they compute gets another forward.
 
 Classes, parameters and state-dict names do not change (see `unsloth_fast.models.methods`).
 """
 
 import logging
 from collections import Counter
-from typing import Any, cast
+from collections.abc import Hashable
+from typing import Any
 
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.models.attention import attention_placement, packing_refusal, stack_forward
-from unsloth_fast.models.families import family_and_part, family_of
+from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.families import family_of
+from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
-from unsloth_fast.models.mlp import mlp_placement
-from unsloth_fast.models.norm import norm_placement
-from unsloth_fast.models.protocols import Attention, Placement
+from unsloth_fast.models.mlp import Gated, mlp_forward
+from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.packed import place_documents, remove_documents
+from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.structure import Found, recognise
 
 logger = logging.getLogger(__name__)
 
 _LOGGED = "unsloth_placed"  # the attribute of a model with what was logged of it
 
 
-def place(model: Module, backend: Backend) -> dict[str, int]:
-    """Give every module of a known class a forward that calls the backend's operations, and log which.
+def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[str, int]:
+    """Give every module that the backend's operations compute a forward that calls them, and log which.
 
-    Known are, for Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3, also under peft's wrappers:
+    Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms;
-    - the MLP, if its gate is SiLU or GELU;
-    - the attention: rope, and packed_attention for packed batches (see `unsloth_fast.models.attention`). All other
-      batches are left to the model's attn_implementation; so are packed ones if the attention has dropout or its
-      implementation is neither sdpa nor eager;
+    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
+      check (see `unsloth_fast.models.structure`);
+    - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
+    - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
+      the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
+      batches (see `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not
+      compute, it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
 
-    and peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`). All other modules
-    keep their forward, and so does a module whose forward somebody else has replaced. The log names those that look
-    like a norm, an MLP or an attention, each class once per model. Placing again replaces what was placed; `remove` is
-    the inverse.
+    and rope in the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (see `unsloth_fast.models.attention`).
+
+    All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
+    those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
+    Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
-        model: the model, changed in place; its parameters, their names and its config do not change.
+        model: the model, changed in place; its parameters and their names do not change, and saved files neither.
         backend: the result of `unsloth_fast.backends.resolve`.
+        documents: whether packed batches are for packed_attention; False leaves the attn_implementation as it is.
 
     Returns:
         How many modules call each operation, such as {"rope": 16, "packed_attention": 16, "swiglu": 16,
@@ -50,46 +58,68 @@ def place(model: Module, backend: Backend) -> dict[str, int]:
     _restore_forwards(model)
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
+    packed = _place_stacks(model, backend) if documents else {}
+    known: dict[Hashable, Found] = {}
     for module in model.modules():
         name = type(module).__name__
-        placement = _placement_for(module, backend)
-        if placement is not None and not has_own_method(module, "forward"):
+        placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
+        if isinstance(placement, str):
+            unchanged[f"{name} ({placement})"] += 1
+        elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(operations)
-            if family_of(module, "attention") and "packed_attention" not in operations:
-                unchanged[f"packed {name} ({packing_refusal(cast(Attention, module))})"] += 1
-        elif name.endswith(("Norm", "MLP", "Attention")):
+        elif name.endswith(("Norm", "MLP", "Attention")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
+        if id(module) in packed:
+            reason = packed[id(module)]
+            placed.update(("packed_attention",) if reason is None else ())
+            unchanged.update(() if reason is None else (f"packed {name} ({reason})",))
     _log(model, f"backend {backend.name}: operations placed: {dict(placed)}", unchanged)
     return dict(placed)
 
 
 def remove(model: Module) -> None:
-    """Undo `place`: give every module that it changed its own forward back."""
+    """Undo `place`: give every module that it changed its own forward back, and the model its attn_implementation."""
     _restore_forwards(model)
     for module in model.modules():
         vars(module).pop(_LOGGED, None)
 
 
 def _restore_forwards(model: Module) -> None:
+    remove_documents(model)
     for module in model.modules():
         restore_method(module, "forward", "operation")
 
 
-def _placement_for(module: Any, backend: Backend) -> Placement | None:
-    """The operations and the forward for a module of a known class; None for any other module."""
-    family, part = family_and_part(module)
-    if family is None or family.norm is None:
-        return lora_placement(module, backend)
-    if part == "norm":
-        return norm_placement(family.norm, backend)
-    if part == "mlp":
-        return mlp_placement(module, backend)
-    if part == "attention":
+def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
+    """Let each stack of layers take packed documents, as far as its attention can; before any forward is replaced.
+
+    Returns:
+        Why packed batches are not for `packed_attention`, or None, by the id of each attention of transformers'
+        interface.
+    """
+    reasons: dict[int, str | None] = {}
+    for stack in list(stacks_of(model)):
+        if has_own_method(stack, "forward"):
+            continue
+        found, forward = place_documents(stack, backend.kernels.packed_attention)
+        if forward is not None:
+            replace_method(stack, "forward", forward, "operation")
+        reasons |= {id(attention): found.foreign or found.masked for attention in found.attentions}
+    return reasons
+
+
+def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
+    """The operations and the forward for a module; why there are none for one that seemed to have some."""
+    if (family := family_of(module)) is not None:
         return attention_placement(module, family, backend)
-    forward = stack_forward(module) if part == "stack" else None
-    return None if forward is None else ((), forward)
+    found = recognise(module, known)
+    if isinstance(found, Norm):
+        return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, Gated):
+        return (found.operation,), mlp_forward(found, backend.kernels)
+    return lora_placement(module, backend) if found is None else found
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:

@@ -19,6 +19,7 @@ class CausalLM(Protocol):
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
+    training: bool
     forward: Callable[..., Any]
 
     @property
@@ -36,18 +37,9 @@ class CausalLM(Protocol):
 
 
 class RMSNorm(Protocol):
-    """A norm of a known family; its eps is an attribute that the family names."""
+    """A norm; its eps is an attribute of some name."""
 
     weight: Tensor
-
-
-class GatedMLP(Protocol):
-    """down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
-
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    act_fn: nn.Module
 
 
 class Attention(Protocol):

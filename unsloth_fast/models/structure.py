@@ -1,0 +1,188 @@
+"""What is a module? A norm or a gated MLP, recognised by its parameters and by a numeric check against its own forward.
+
+The check calls the forward of the module's class on a twin on the CPU, with random weights and a few random rows, so
+the module's weights may be sharded, in 4 bits or without memory. Classes and their names play no part.
+"""
+
+import copy
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unsloth_fast.models.mlp import Gated, mlp_forward
+from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_ref import kernels as reference
+
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
+_GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
+_SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
+_OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_OF_EVERY_MODULE = vars(nn.Module())
+
+Found = Norm | Gated | str | None
+
+
+def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
+    """What a module is; why it is neither although its parameters are those of one, as text; None for any other.
+
+    Args:
+        module: a module whose forward is its class's.
+        known: what was found before in the same model, by class, attributes and sizes; extended in place.
+    """
+    parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
+    sizes = {name: size for name, child in children.items() if (size := _sizes(child))}
+    others = [child for name, child in children.items() if name not in sizes]
+    is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
+    is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
+    if not (is_norm or is_gated) or _has_state(module, others) or not _takes_one(type(module).forward):
+        return None
+    shapes = tuple(tuple(tensor.shape) for tensor in parameters.values())
+    attributes = tuple(_plain(each) for each in (module, *others))
+    key = type(module), type(module).forward, shapes, tuple(sizes.items()), attributes
+    if key not in known:
+        try:
+            with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
+                known[key] = _norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
+        except _FAILURES as failure:
+            known[key] = f"its check failed: {type(failure).__name__}"
+    return known[key]
+
+
+def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
+    """Whether there are tensors beside a norm's weight and linear layers."""
+    tensors = itertools.chain(*((*child.parameters(), *child.buffers()) for child in others))
+    return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
+
+
+def _takes_one(forward: Callable[..., object]) -> bool:
+    """Whether a forward has one parameter beside the module: a gated norm has another."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+
+
+def _plain(module: nn.Module) -> tuple[object, ...]:
+    """The class of a module, and its attributes: numbers and text by value, all others by identity."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return type(module), *((name, _value(value)) for name, value in own.items())
+
+
+def _value(value: object) -> object:
+    """Hashable; equal for the partial functions that each GELU of transformers makes for itself."""
+    if isinstance(value, partial):
+        keywords = ((name, _value(given)) for name, given in value.keywords.items())
+        return partial, id(value.func), *map(_value, value.args), *keywords
+    return value if isinstance(value, int | float | str | None) else id(value)
+
+
+def _norm(module: nn.Module, size: int) -> Norm | str | None:
+    """The offset from float32, then the casting from 16 bits, where alone it matters."""
+    eps = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+    if eps is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # The first rows are as small as eps is.
+    sizes = torch.tensor([getattr(module, eps) ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    rows = sizes * torch.randn((3, 2, size), generator=generator, dtype=torch.float32)
+    weight = torch.randn(size, generator=generator, dtype=torch.float32)
+    found = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
+    for weights, dtype, agree in (
+        (torch.float32, torch.float32, _agree_in_float32),
+        (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
+        (torch.float32, torch.bfloat16, _agree_in_kind),
+    ):
+        twin = _twin(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
+        own = type(module).forward(twin, rows.to(dtype))
+        results = {norm: cast(Tensor, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found}
+        found = [norm for norm, result in results.items() if agree(result, own)]
+        if not found:
+            return _refusal("rms_norm", 0, min(float((result - own).abs().max()) for result in results.values()))
+    return found[0] if len(found) == 1 else _refusal("rms_norm", len(found))
+
+
+def _refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
+    if agreeing:
+        return f"{agreeing} ways to compute it by {operation} agree"
+    return f"differs from every {operation} by {difference:.2g} at least"
+
+
+def _agree_in_float32(result: Tensor, own: Tensor) -> bool:
+    """Up to roundings of a mean over H, a root and three products, each of at most half an ulp."""
+    roundings = 4 + max(own.shape[-1], 2).bit_length()
+    return result.dtype == own.dtype and bool(((result - own).abs() <= roundings * 2.0**-24 * own.abs()).all())
+
+
+def _agree_in_16_bits(result: Tensor, own: Tensor) -> bool:
+    """In nearly all bits: float32 sums in another order rarely fall on the other side of a rounding."""
+    return _agree_in_kind(result, own) and float((result != own).float().mean()) <= _OTHER_ROUNDING
+
+
+def _agree_in_kind(result: Tensor, own: Tensor) -> bool:
+    """In dtype, and up to the two roundings to bfloat16 that either may make."""
+    error = (result.float() - own.float()).abs()
+    return result.dtype == own.dtype and bool((error <= 2 * torch.finfo(torch.bfloat16).eps * own.float().abs()).all())
+
+
+def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str | None:
+    """The roles of its linear layers and its activation, in float64 with sparse linear layers of the same sizes."""
+    candidates = list(_roles(sizes))
+    if not candidates:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(module, children={name: _sparse(size, generator) for name, size in sizes.items()})
+    twin.training = True  # dropout shows
+    scales = torch.tensor(_SCALES, dtype=torch.float64)[:, None]
+    rows = scales * torch.randn((len(_SCALES), sizes[candidates[0].gate][0]), generator=generator, dtype=torch.float64)
+    with torch.random.fork_rng([]):
+        own = type(module).forward(twin, rows)
+    agreeing, differences = [], []
+    for gated in candidates:
+        result = cast(Tensor, mlp_forward(gated, reference)(twin, rows))
+        differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
+        if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
+            agreeing.append(gated)
+    if len(agreeing) == 1:
+        return agreeing[0]
+    return _refusal("swiglu and geglu", len(agreeing), min(differences))
+
+
+def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
+    """Every way in which linear layers, inputs and outputs by name, can be a gate, an up and a down projection."""
+    for names in itertools.permutations(sizes):
+        *first, down = names
+        hidden, inner = sizes[down][1], sizes[down][0]
+        for operation, approximate in _GATES:
+            if len(first) == 2 and all(sizes[name] == (hidden, inner) for name in first):
+                yield Gated(operation, approximate, first[0], first[1], down)
+            elif len(first) == 1 and sizes[first[0]] == (hidden, 2 * inner):
+                for gate_first in (True, False):
+                    yield Gated(operation, approximate, first[0], first[0], down, gate_first)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, under peft's wrappers and in 4 bits too; None for any other module."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return cast(tuple[int, int], sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _twin(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
+    """A copy with other parameters or children, which shares all else with the module."""
+    twin: Any = copy.copy(module)
+    twin._parameters = {**module._parameters, **parameters}
+    twin._modules = {**module._modules, **children}
+    return twin
+
+
+def _sparse(sizes: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
+    inputs, outputs = sizes
+    each = -(-inputs // outputs)
+    taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
+    weights = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
+    return lambda x: (x[..., taken] * weights).sum(-1)
