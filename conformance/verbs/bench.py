@@ -29,8 +29,12 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the times to this file")
-    parser.add_argument("--benchmark-json", type=Path, metavar="FILE", help="also write them as pytest-benchmark does")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them: a .png, .svg or .pdf (matplotlib)")
+    parser.add_argument(
+        "--benchmark-json", type=Path, metavar="FILE", help="also write the times in pytest-benchmark's format"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the times: a .png, .svg or .pdf (matplotlib)"
+    )
     parser.set_defaults(verb=_bench)
 
 

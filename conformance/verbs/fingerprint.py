@@ -17,7 +17,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="sm_80, sm_90, sm_100, gfx942 (all)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write them to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.set_defaults(verb=_fingerprint)
 
 

@@ -27,7 +27,7 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
     add_search(parser)
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
-    parser.add_argument("-x", "--stop", action="store_true", help="leave an operation after its first failure")
+    parser.add_argument("-x", "--stop", action="store_true", help="stop an operation after its first failure")
     parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
     add_source(parser)
     parser.set_defaults(verb=_run)

@@ -134,7 +134,7 @@ def _by_operation(kernels: Sequence[Json]) -> str:
 
 
 def _missed(kernels: Sequence[Json]) -> str:
-    """What the judge got wrong, by name."""
+    """The kernels on which the judge is wrong, by name."""
     passed = [kernel for kernel in _wrong(kernels) if JUDGE not in kernel["rejected_by"]]
     alarms = [k for k in kernels if k["population"] == "right" and JUDGE in k["rejected_by"]]
     lines = [f"- passed: `{kernel['backend']}` ({kernel['op']}, {kernel['population']})" for kernel in passed]

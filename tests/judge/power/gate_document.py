@@ -37,7 +37,7 @@ def into(document: str, files: Sequence[Json]) -> str:
 
 
 def text(files: Sequence[Json]) -> str:
-    """What was measured, from files of one card and the same versions."""
+    """The measured rates, from files of one card and the same versions."""
     metas = [file["meta"] for file in files]
     if any((meta["gpu"], meta["versions"]) != (metas[0]["gpu"], metas[0]["versions"]) for meta in metas):
         raise ValueError("files: got different cards or versions; allowed: one")

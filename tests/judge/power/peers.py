@@ -1,4 +1,4 @@
-"""The part of docs/judge-power.md about other people's kernels: each finding, with the command that shows it again."""
+"""The part of docs/judge-power.md about other people's kernels: each finding, with the command that reproduces it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,7 @@ def _finding(meta: Json, group: Sequence[Json]) -> str:
 
 
 def _command(meta: Json, result: Json) -> str:
-    """What shows a finding again: its case, or the whole property if it has none."""
+    """The command that reproduces a finding: it runs the case, or the whole property if there is none."""
     backend, device = meta["backend"], meta["device"]
     if not result["case"]:
         words = f"{result['op']} --backend {backend} --device {device} --property {result['property']}"
@@ -110,5 +110,5 @@ def _command(meta: Json, result: Json) -> str:
 
 
 def escaped(text: str) -> str:
-    """Without characters that Markdown reads."""
+    """The text with Markdown's special characters escaped."""
     return re.sub(r"([*<>`\[\]|])", r"\\\1", text)
