@@ -7,7 +7,8 @@
     u   the unit roundoff of the dtype of y
 
 The spec of the operation declares the error before the last rounding, as terms or as a bound. Its parts `largest`,
-`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, the value must be exact.
+`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, only the last rounding
+is allowed, so that an exact 0 must be 0.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
