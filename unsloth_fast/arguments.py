@@ -7,12 +7,13 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
@@ -30,6 +31,7 @@ from unsloth_fast.data.columns import (
     without_empty_media,
 )
 from unsloth_fast.data.facts import config_and_class, decide_batching, takes_images, vocabulary_size
+from unsloth_fast.data.preparation import Preparation, TrlPreparation
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
 from unsloth_fast.models.experts import prepare_experts
@@ -45,6 +47,7 @@ class ResolvedArguments:
     Attributes:
         args: the arguments, as TRL's trainer receives them: a copy.
         keywords: TRL's further keywords, in the installed release's names.
+        config: the model's configuration, as it was loaded.
         backend: the backend that runs.
         batching: whether the run packs, whether its batches are padding-free, and what was refused, with reasons.
         vocabulary: how many tokens the model has; None if data may hold others.
@@ -54,11 +57,27 @@ class ResolvedArguments:
 
     args: SFTConfig
     keywords: dict[str, Any]
+    config: PreTrainedConfig
     backend: Backend
     batching: BatchingPlan
     vocabulary: int | None
     completion_only: bool
     names_text_field: bool
+
+    @property
+    def own_collator(self) -> bool:
+        """Whether the user gave a data collator, which then makes the batches itself."""
+        return self.keywords.get("data_collator") is not None
+
+    def preparation(self) -> Callable[[TrlPreparation], Preparation]:
+        """Makes the run's preparation from TRL's. It holds no data set, unlike `keywords`."""
+        return partial(
+            Preparation,
+            training=self.backend.training,
+            vocabulary=self.vocabulary,
+            completion_only=self.completion_only,
+            names_text_field=self.names_text_field,
+        )
 
 
 def resolve_arguments(
@@ -90,7 +109,8 @@ def resolve_arguments(
     spec = getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None)
     backend = backends.resolve(spec, on_cpu=settings.device.type == "cpu")
     check_device(settings)
-    prepare_experts(*config_and_class(model, settings), settings)
+    config, model_class = config_and_class(model, settings)
+    prepare_experts(config, model_class, settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(args, updates)
     given = without_empty_media(with_rows(given, settings))
@@ -106,7 +126,7 @@ def resolve_arguments(
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     only_completions = completion_only(given, settings, named=named)
-    return ResolvedArguments(settings, given, backend, plan, vocabulary, only_completions, named)
+    return ResolvedArguments(settings, given, config, backend, plan, vocabulary, only_completions, named)
 
 
 def _by_name(parameters: Sequence[str], positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:

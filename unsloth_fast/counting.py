@@ -63,6 +63,21 @@ class Counter:
         return tokens
 
 
+def scaled_by_devices(loss: Tensor, num_items: Tensor | int | None, trainer: Any) -> Tensor:
+    """The loss times the number of data-parallel processes where a count of all of them divided it.
+
+    Data parallelism averages the gradients over the processes, which would divide the loss once more.
+
+    Args:
+        loss: of a microbatch, 0-dim.
+        num_items: the count that divided it; None if its own targets did.
+        trainer: whose arguments say whether targets are counted over all processes.
+    """
+    if num_items is None or not trainer.args.average_tokens_across_devices:
+        return loss
+    return loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+
+
 def logged_tokens(state: Any, counter: Counter, counted_by_transformers: bool) -> int:
     """The tokens since training began, resumed runs included: the trainer's state, which checkpoints hold, keeps them.
 

@@ -30,9 +30,10 @@ class Scores:
     def __init__(self) -> None:
         self._total: Tensor | None = None
 
-    def add(self, scores: Tensor) -> None:
-        """Add what `models.scores.score` returned for a batch."""
-        self._total = scores if self._total is None else self._total + scores
+    def add(self, scores: Tensor | None) -> None:
+        """Add what `models.scores.score` returned for a batch; None if it was not asked."""
+        if scores is not None:
+            self._total = scores if self._total is None else self._total + scores
 
     def take(self, sum_over_devices: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The scores by TRL's names since this was last called; empty if none were added, 0 without a target.
@@ -48,9 +49,14 @@ class Scores:
 
 
 class Evaluated:
-    """The losses of the batches of one evaluation, weighted by their targets, and the scores where they are counted."""
+    """The losses of the batches of one evaluation, weighted by their targets, and the scores where they are counted.
 
-    def __init__(self) -> None:
+    Args:
+        finite_only: whether to leave out batches whose loss is not finite, unless there are no others.
+    """
+
+    def __init__(self, *, finite_only: bool = True) -> None:
+        self._finite_only = finite_only
         self._batches: list[tuple[Tensor, Tensor]] = []
         self.scores = Scores()
 
@@ -58,12 +64,11 @@ class Evaluated:
         """Add a batch: its mean loss and how many targets it has, both 0-dim."""
         self._batches.append((loss, targets))
 
-    def mean(self, sum_over_devices: Callable[[Tensor], Tensor], *, finite_only: bool) -> float | None:
+    def mean(self, sum_over_devices: Callable[[Tensor], Tensor]) -> float | None:
         """The mean loss over the targets of all batches on all devices.
 
         Args:
             sum_over_devices: adds up a tensor over all data-parallel processes.
-            finite_only: whether to leave out batches whose loss is not finite, unless there are no others.
 
         Returns:
             None if no batch was added.
@@ -71,30 +76,25 @@ class Evaluated:
         if not self._batches:
             return None
         losses, targets = (torch.stack(column).cpu().double() for column in zip(*self._batches, strict=True))
-        kept = losses.isfinite() | (not finite_only)
+        kept = losses.isfinite() | (not self._finite_only)
         sums = losses * targets
         totals = torch.stack([sums[kept].sum(), targets[kept].sum(), sums.sum()])
         total, count, everything = sum_over_devices(totals).tolist()
         return total / count if count else everything  # 0, or what is not finite
 
     def write_to(
-        self,
-        metrics: dict[str, float],
-        prefix: str,
-        sum_over_devices: Callable[[Tensor], Tensor],
-        *,
-        finite_only: bool,
+        self, metrics: dict[str, float] | None, prefix: str, sum_over_devices: Callable[[Tensor], Tensor]
     ) -> None:
         """Write the loss and the scores into the metrics of transformers' loop. Those of a user's function stay.
 
         Args:
-            metrics: of the evaluation, which are changed.
+            metrics: of the evaluation, which are changed; None if the loop made none.
             prefix: of their names: "eval", or "eval_NAME" for one of several data sets. The scores are then also under
                 "eval", as TRL logs them.
             sum_over_devices: as in `mean`.
-            finite_only: as in `mean`.
         """
-        loss = self.mean(sum_over_devices, finite_only=finite_only)
+        metrics = {} if metrics is None else metrics
+        loss = self.mean(sum_over_devices)
         if loss is not None:
             metrics[f"{prefix}_loss"] = loss
         scores = self.scores.take(sum_over_devices)
@@ -103,9 +103,9 @@ class Evaluated:
                 metrics.setdefault(f"{start}_{name}", value)
 
 
-def warn_of_logits(args: object) -> None:
-    """Repeat TRL's warning to a script for plain TRL that it will not get logits there for much longer."""
-    if not isinstance(args, UnslothTrainingArguments) and _TRL_WARNS:
+def warn_of_logits(args: object, *, asked: bool) -> None:
+    """Repeat TRL's warning to a script for plain TRL, which asked for logits: it will soon not get them there."""
+    if asked and not isinstance(args, UnslothTrainingArguments) and _TRL_WARNS:
         warnings.warn(
             "`return_outputs=True`: trl.SFTTrainer will not pass logits to `compute_metrics` and "
             "`preprocess_logits_for_metrics` from TRL 2.0 on; UnslothTrainer does",
@@ -114,9 +114,15 @@ def warn_of_logits(args: object) -> None:
         )
 
 
-def asks_for_scores(metric: str | None) -> bool:
-    """Whether the metric that chooses the best model, or stops training early, is one of the `SCORES`."""
-    return metric is not None and metric.endswith(SCORES)
+def wants_scores(trainer: Any, with_outputs: bool) -> bool:
+    """Whether a batch is scored: where its logits are computed anyway, and where the best model is chosen by a score.
+
+    Args:
+        trainer: an `UnslothTrainer`; the metric that chooses the best model is one of its evaluations.
+        with_outputs: whether the logits are computed.
+    """
+    metric = trainer.args.metric_for_best_model
+    return with_outputs or (not trainer.model.training and metric is not None and metric.endswith(SCORES))
 
 
 def check_best_metric(trainer: Any) -> None:
@@ -173,7 +179,7 @@ def collator_for(dataset: object, usual: Any, padding: Any, *, row_per_document:
     return replace(usual, with_ends=True)
 
 
-def labels_counted_once(labels: Tensor, ends: Tensor | None, gradient_state: Any, rank: int) -> Tensor:
+def labels_counted_once(labels: Tensor, ends: Tensor | None, accelerator: Any, tp_size: int) -> Tensor:
     """The labels of a batch; the targets of documents that another batch has already are taken out.
 
     accelerate repeats documents until the last batch of every process is full.
@@ -181,10 +187,25 @@ def labels_counted_once(labels: Tensor, ends: Tensor | None, gradient_state: Any
     Args:
         labels: [B, S].
         ends: [examples] int64, where each example ends if all are in one row; None for one row per example.
-        gradient_state: `accelerate.state.GradientState`.
-        rank: of this process among the data-parallel ones.
+        accelerator: `accelerate.Accelerator`, which knows how many documents of the last batches are new.
+        tp_size: how many processes share a batch in tensor parallelism.
     """
-    if not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+    state, rank = accelerator.gradient_state, accelerator.process_index // tp_size
+    if not state.end_of_dataloader or state.remainder <= 0:
         return labels
     size = len(labels) if ends is None else len(ends)
-    return without_repeated(labels, ends, gradient_state.remainder - rank * size)
+    return without_repeated(labels, ends, state.remainder - rank * size)
+
+
+def prediction_of(found: Any, labels: Tensor, *, loss_only: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, logits and labels of a batch, as transformers' loop takes them.
+
+    Args:
+        found: what `compute_loss` returned: the loss, or without loss_only the pair of the loss and the outputs.
+        labels: [B, S], those of repeated documents included: the loop leaves repeated rows out itself.
+        loss_only: whether only the loss is wanted; the others are None.
+    """
+    if loss_only:
+        return found, None, None
+    loss, outputs = found
+    return loss, outputs.logits, labels

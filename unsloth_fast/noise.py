@@ -22,16 +22,19 @@ class EmbeddingNoise:
             per row.
 
     Args:
-        alpha: `neftune_noise_alpha` of the arguments.
+        alpha: `neftune_noise_alpha` of the arguments; None for no noise.
     """
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, alpha: float | None) -> None:
         self.alpha = alpha
         self.positions: Tensor | None = None
 
     @contextmanager
     def added_to(self, model: Any) -> Iterator[None]:
         """Add noise to the embeddings of a model while it trains; evaluations have none."""
+        if self.alpha is None:
+            yield
+            return
         handle = without_adapter(model).get_input_embeddings().register_forward_hook(self._add)
         try:
             yield
@@ -40,12 +43,24 @@ class EmbeddingNoise:
             self.positions = None
 
     def _add(self, embedding: nn.Module, _: object, output: Tensor) -> Tensor:
-        if not embedding.training:
+        if not embedding.training or self.alpha is None:
             return output
         lengths: Tensor = document_lengths(self.positions, output).to(output.device)
         limits = self.alpha / (lengths * output.shape[-1]).float().sqrt()
         noise = torch.rand(output.shape, dtype=torch.float32, device=output.device) * 2 - 1
         return output + (noise * limits[..., None]).to(output.dtype)
+
+
+def noise_of_documents(trainer: Any) -> EmbeddingNoise:
+    """The noise that is scaled by documents: the trainer's, which then adds none itself, where they are concatenated.
+
+    Args:
+        trainer: an `UnslothTrainer`; its `neftune_noise_alpha` becomes None if the noise is added here.
+    """
+    if not trainer.padding_free:
+        return EmbeddingNoise(None)
+    alpha, trainer.neftune_noise_alpha = trainer.neftune_noise_alpha, None
+    return EmbeddingNoise(alpha)
 
 
 def document_lengths(positions: Tensor | None, embeddings: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,22 +13,22 @@ from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.counting import Counter, logged_tokens
-from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator
-from unsloth_fast.data.facts import config_and_class
-from unsloth_fast.data.preparation import Preparation
+from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
+from unsloth_fast.data.collator import collators, without_ends
+from unsloth_fast.evaluation import Evaluated, Scores
 from unsloth_fast.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
-from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
-from unsloth_fast.models.head import head_without_adapter
-from unsloth_fast.noise import EmbeddingNoise
+from unsloth_fast.models.fields import kept_fields, with_values
+from unsloth_fast.models.head import forward_with_loss, head_without_adapter
+from unsloth_fast.noise import noise_of_documents
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_fast.unsupported import missing
 from unsloth_ref.types import IGNORE_INDEX
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
+Count = Tensor | int | None  # of the targets of a step; None if they are not counted
 
 
 class UnslothTrainer(SFTTrainer):
@@ -89,33 +88,22 @@ class UnslothTrainer(SFTTrainer):
     optimizer: Any
     accelerator: Any
     called_as_trls = False  # as `trl.SFTTrainer`, under `patch_trl`
+    _embedding_rate: float | None = None
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
         resolved = resolve_arguments(model, args, positional, keywords, as_trl=self.called_as_trls)
-        self.backend = resolved.backend
-        # Not `resolved` itself: its keywords hold the data sets as they were before they were prepared.
-        self._vocabulary, self._completion_only = resolved.vocabulary, resolved.completion_only
-        self._names_text_field = resolved.names_text_field
+        self.backend, self._preparation = resolved.backend, resolved.preparation()
         follow_arguments(model, resolved.args)
-        loaded = changed_by_trainers(config_and_class(model, resolved.args)[0])
-        with head_without_adapter(model), kept_dtypes(self, model):
+        with kept_fields(self, resolved.config) as self._fields, head_without_adapter(model), kept_dtypes(self, model):
             super().__init__(model, resolved.args, **resolved.keywords)
-        self._fields = changed_by_trainers(self.model.config)
-        restore(self.model.config, loaded)  # the others would be saved; router logits break a generation with padding
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
-        by_trl = resolved.keywords.get("data_collator") is None
-        self._padding_collator = padding_collator(self.data_collator) if by_trl else self.data_collator
-        self.data_collator = self._packed_collator() if self.padding_free else self._padding_collator
+        self.data_collator, self._padding = collators(self, resolved.completion_only, own=resolved.own_collator)
         check_trainable(self.model, self.args)
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
-        self._counter = Counter(self.args.device)
-        self._scores, self._evaluated = evaluation.Scores(), evaluation.Evaluated()
-        self._noise = None
-        if self.padding_free and self.neftune_noise_alpha is not None:
-            self._noise, self.neftune_noise_alpha = EmbeddingNoise(self.neftune_noise_alpha), None
-        self._embedding_rate: float | None = None
+        self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
+        self._noise = noise_of_documents(self)
 
     # Documents to batches
 
@@ -124,19 +112,8 @@ class UnslothTrainer(SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         by_trl = partial(super()._prepare_dataset, packing=False, formatting_func=None, dataset_name=dataset_name)
-        reading = (self._vocabulary, self._completion_only, self._names_text_field)
-        prepare = Preparation(by_trl, self.backend.training, *reading)
+        prepare = self._preparation(by_trl)
         return prepare(dataset, f"{dataset_name} data set", processing_class, args, packing, formatting_func)
-
-    def _packed_collator(self) -> PackedCollator:
-        return PackedCollator(
-            pad_token_id=self.data_collator.pad_token_id,
-            padding_free=True,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-            collate=self.backend.training.collate,
-            vocab_size=self.model.config.get_text_config().vocab_size,
-            completion_only=self._completion_only,
-        )
 
     @overrides(SFTTrainer)
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -154,7 +131,7 @@ class UnslothTrainer(SFTTrainer):
     # One step
 
     @overrides(SFTTrainer)
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Count:
         """The targets of all microbatches on all devices, 0-dim int64."""
         if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
@@ -172,11 +149,7 @@ class UnslothTrainer(SFTTrainer):
 
     @overrides(SFTTrainer)
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Count = None
     ) -> Any:
         """The loss of one microbatch: its share of the mean over the whole batch, or its own mean without a count.
 
@@ -189,22 +162,15 @@ class UnslothTrainer(SFTTrainer):
         Returns:
             The loss, 0-dim, or (loss, outputs).
         """
-        if self._noise is not None:
-            self._noise.positions = inputs.get("position_ids")
-        if self._own_loss and return_outputs:
-            evaluation.warn_of_logits(self.args)
-        asked = not self.model.training and evaluation.asks_for_scores(self.args.metric_for_best_model)
-        options = {"with_outputs": return_outputs, "with_scores": return_outputs or asked}
+        self._noise.positions = inputs.get("position_ids")
         with with_values(self.model.config, self._fields):
             if not self._own_loss:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            found = model(**inputs, **options, use_cache=False, num_items=num_items_in_batch, backend_loss=True)
-        loss, outputs, scores = found if options["with_scores"] else (found, None, None)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The count is of all devices, and data parallelism averages the gradients over them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if scores is not None:
-            (self._scores if self.model.training else self._evaluated.scores).add(scores)
+            evaluation.warn_of_logits(self.args, asked=return_outputs)
+            wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
+            loss, outputs, scores = forward_with_loss(model, inputs, num_items_in_batch, **wanted)
+        (self._scores if self.model.training else self._evaluated.scores).add(scores)
+        loss = scaled_by_devices(loss, num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
 
     @overrides(SFTTrainer)
@@ -245,7 +211,7 @@ class UnslothTrainer(SFTTrainer):
         return self._loader(super().get_test_dataloader, test_dataset, test_dataset, True)
 
     def _loader(self, make: Any, given: Any, dataset: Any, row_per_document: bool) -> Any:
-        usual, padding = self.data_collator, self._padding_collator
+        usual, padding = self.data_collator, self._padding
         self.data_collator = evaluation.collator_for(dataset, usual, padding, row_per_document=row_per_document)
         try:
             return make(given)
@@ -262,10 +228,9 @@ class UnslothTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """transformers' loop; the loss is the mean over all targets, not over the batches' means."""
-        self._evaluated = evaluation.Evaluated()
+        self._evaluated = Evaluated(finite_only=self.args.logging_nan_inf_filter)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        finite_only, metrics = self.args.logging_nan_inf_filter, {} if output.metrics is None else output.metrics
-        self._evaluated.write_to(metrics, metric_key_prefix, self._sum_over_processes, finite_only=finite_only)
+        self._evaluated.write_to(output.metrics, metric_key_prefix, self._sum_over_processes)
         return output
 
     @overrides(SFTTrainer)
@@ -273,18 +238,16 @@ class UnslothTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of one batch of an evaluation, and its logits and labels unless only the loss is wanted."""
-        inputs = dict(inputs)
-        ends = inputs.pop(EXAMPLE_ENDS, None)
+        inputs, ends = without_ends(inputs)
         if not self._own_loss or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels, rank = inputs["labels"], self.accelerator.process_index // self.get_tp_size()
-        inputs["labels"] = evaluation.labels_counted_once(labels, ends, self.accelerator.gradient_state, rank)
+        labels = evaluation.labels_counted_once(inputs["labels"], ends, self.accelerator, self.get_tp_size())
         with torch.no_grad(), self.compute_loss_context_manager():
-            found = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
-        loss, logits = (found, None) if prediction_loss_only else (found[0], found[1].logits)
-        self._evaluated.add(loss, self.backend.training.count_targets([inputs["labels"]]))
-        return loss, logits, None if prediction_loss_only else labels
+            found = self.compute_loss(model, inputs | {"labels": labels}, return_outputs=not prediction_loss_only)
+        prediction = evaluation.prediction_of(found, inputs["labels"], loss_only=prediction_loss_only)
+        self._evaluated.add(prediction[0], self.backend.training.count_targets([labels]))
+        return prediction
 
     # Logs and checkpoints
 
@@ -312,7 +275,7 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        with nullcontext() if self._noise is None else self._noise.added_to(self.model):
+        with self._noise.added_to(self.model):
             return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

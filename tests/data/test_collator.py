@@ -1,6 +1,6 @@
 """The collator: the documents of a batch in one row, and the labels of documents that a batch repeats."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import unsloth_fast.training
 import unsloth_ref.training
-from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, padding_collator, without_repeated
+from unsloth_fast.data.collator import EXAMPLE_ENDS, PackedCollator, collators, without_ends, without_repeated
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 EXAMPLES = [{"input_ids": [3, 4, 5], "labels": [3, -100, 5]}, {"input_ids": [6, 7], "labels": [6, 7]}]
@@ -55,6 +55,14 @@ def test_the_ends_of_the_examples_are_in_the_batch_on_request() -> None:
     assert packed(with_ends=True)(rows)[EXAMPLE_ENDS].tolist() == [3, 5]
 
 
+def test_the_ends_are_no_input_of_the_model() -> None:
+    """The batch itself stays as it is."""
+    batch = {"input_ids": ROW, EXAMPLE_ENDS: torch.tensor([2, 6])}
+    inputs, ends = without_ends(batch)
+    assert inputs == {"input_ids": ROW} and ends is batch[EXAMPLE_ENDS]
+    assert without_ends(inputs) == (inputs, None)
+
+
 def test_a_row_is_filled_up_to_a_multiple() -> None:
     batch = packed(pad_to_multiple_of=8)(EXAMPLES)
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7, 0, 0, 0]]
@@ -67,10 +75,37 @@ def test_a_label_outside_the_vocabulary_is_refused() -> None:
         packed()([{"input_ids": [3, 4], "labels": [3, 48]}])
 
 
-def test_trls_collator_becomes_one_that_pads() -> None:
+def trainer_with(collator: Any, *, padding_free: bool) -> Any:
+    """The attributes of a trainer that decide about its collators."""
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=48))
+    return SimpleNamespace(
+        data_collator=collator,
+        padding_free=padding_free,
+        args=SimpleNamespace(pad_to_multiple_of=8),
+        backend=SimpleNamespace(training=unsloth_ref.training),
+        model=SimpleNamespace(config=config),
+    )
+
+
+def test_a_users_collator_makes_all_batches() -> None:
+    given = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    assert all(found is given for found in collators(trainer_with(given, padding_free=False), False, own=True))
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_documents_are_concatenated_by_the_backend_where_batches_are_padding_free(completion_only: bool) -> None:
+    given = DataCollatorForLanguageModeling(pad_token_id=0)
+    usual, _ = collators(trainer_with(given, padding_free=True), completion_only, own=False)
+    assert usual == packed(pad_to_multiple_of=8, completion_only=completion_only)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_trls_collator_becomes_one_that_pads(padding_free: bool) -> None:
     """As a copy; with packing TRL builds its collator padding-free."""
     given = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    batch = padding_collator(given)(EXAMPLES)
+    usual, padding = collators(trainer_with(given, padding_free=padding_free), False, own=False)
+    batch = padding(EXAMPLES)
+    assert (usual is padding) is not padding_free
     assert batch["input_ids"].tolist() == [[3, 4, 5], [6, 7, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert given.padding_free

@@ -16,7 +16,7 @@ from transformers import StableLmConfig, StableLmForCausalLM
 from tests import tiny
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer, backends
-from unsloth_fast.models.head import add_loss, plain_head, remove_loss, without_adapter
+from unsloth_fast.models.head import add_loss, forward_with_loss, plain_head, remove_loss, without_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -217,6 +217,30 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
             torch.testing.assert_close(parameter.grad, reference.grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("with_outputs", "with_scores", "returned", "expected"),
+    [
+        (False, False, "loss", ("loss", None, None)),
+        (True, False, ("loss", "outputs"), ("loss", "outputs", None)),
+        (False, True, ("loss", None, "scores"), ("loss", None, "scores")),
+        (True, True, ("loss", "outputs", "scores"), ("loss", "outputs", "scores")),
+    ],
+)
+def test_what_is_not_wanted_of_a_forward_is_none(
+    with_outputs: bool, with_scores: bool, returned: Any, expected: tuple[Any, ...]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def model(**inputs: Any) -> Any:
+        seen.update(inputs)
+        return returned
+
+    called: Any = model
+    wanted = {"with_outputs": with_outputs, "with_scores": with_scores}
+    assert forward_with_loss(called, {"labels": 1}, 5, **wanted) == expected
+    assert seen == {"labels": 1, "num_items": 5, "use_cache": False, "backend_loss": True} | wanted
 
 
 def test_removing_the_loss_gives_back_the_fused_head_of_trl(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Arguments of every release of TRL, resolved once: what was asked for, what holds, and no input changes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -12,6 +12,7 @@ from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.arguments import ResolvedArguments, as_sft_config, check_device, rename_arguments, resolve_arguments
+from unsloth_fast.data.preparation import Preparation
 
 PARAMETERS = ("data_collator", "train_dataset", "eval_dataset", "processing_class", "callbacks")
 TRL_MAX_LENGTH = 1024  # TRL's default
@@ -284,10 +285,14 @@ def test_a_refused_request_is_logged_as_a_warning(
 
 
 def test_the_vocabulary_and_the_trained_tokens_are_resolved(tmp_path: Path) -> None:
-    """A collator may change the tokens, so then the vocabulary counts as unknown."""
-    found: ResolvedArguments = resolve(arguments(tmp_path))
-    assert (found.vocabulary, found.completion_only) == (len(tiny.WORDS), False)
-    assert resolve(arguments(tmp_path), data_collator=lambda examples: {}).vocabulary is None
+    """For the preparation. A collator may change the tokens, so then the vocabulary counts as unknown."""
+    model, by_trl = tiny.model(), cast(Any, print)
+    found: ResolvedArguments = resolve(arguments(tmp_path), model)
+    assert (found.vocabulary, found.completion_only, found.own_collator) == (len(tiny.WORDS), False, False)
+    assert found.preparation()(by_trl) == Preparation(by_trl, found.backend.training, len(tiny.WORDS), False, False)
+    assert found.config is model.config
+    collated = resolve(arguments(tmp_path), data_collator=lambda examples: {})
+    assert collated.vocabulary is None and collated.own_collator
     pairs = Dataset.from_dict({"prompt": ["w1"], "completion": ["w2"]})
     assert resolve(arguments(tmp_path), train_dataset=pairs).completion_only
 

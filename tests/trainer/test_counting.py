@@ -11,7 +11,7 @@ from torch import Tensor
 
 import unsloth_fast.training
 import unsloth_ref.training
-from unsloth_fast.counting import Counter, logged_tokens
+from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 COUNT_TARGETS = unsloth_ref.training.count_targets
@@ -84,6 +84,22 @@ def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFix
     )
     assert (int(everywhere), int(here)) == (3, 0)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("num_items", "on_all", "tp_size", "factor"),
+    [(5, True, 1, 4), (5, True, 2, 2), (5, False, 1, 1), (None, True, 1, 1)],
+)
+def test_a_loss_that_a_count_of_all_devices_divided_is_scaled_by_them(
+    num_items: int | None, on_all: bool, tp_size: int, factor: int
+) -> None:
+    """Of four processes; tensor-parallel ones share a batch."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(average_tokens_across_devices=on_all),
+        accelerator=SimpleNamespace(num_processes=4),
+        get_tp_size=lambda: tp_size,
+    )
+    assert scaled_by_devices(torch.tensor(3.0), num_items, trainer).item() == 3 * factor
 
 
 class Tokens:

@@ -21,7 +21,7 @@ from tests.data.samples import tokens
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
 from unsloth_fast.data.collator import PackedCollator
-from unsloth_fast.evaluation import Evaluated, collator_for, labels_counted_once
+from unsloth_fast.evaluation import Evaluated, Scores, collator_for, labels_counted_once, prediction_of, wants_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -141,10 +141,10 @@ def test_the_mean_weighs_each_batch_by_its_targets(
     losses: list[float], targets: list[int], finite_only: bool, expected: float, processes: int
 ) -> None:
     """Over all processes; here each has the batches of this one."""
-    evaluated = Evaluated()
+    evaluated = Evaluated(finite_only=finite_only)
     for loss, count in zip(losses, targets, strict=True):
         evaluated.add(torch.tensor(loss), torch.tensor(count))
-    mean = evaluated.mean(lambda totals: totals * processes, finite_only=finite_only)
+    mean = evaluated.mean(lambda totals: totals * processes)
     assert mean == pytest.approx(expected, nan_ok=True)
 
 
@@ -152,11 +152,11 @@ def test_the_mean_includes_the_batches_of_other_processes() -> None:
     """The function that sums over devices receives the sum of losses, the targets, and the sum with all batches."""
     evaluated = Evaluated()
     evaluated.add(torch.tensor(2.0), torch.tensor(3))
-    assert evaluated.mean(lambda totals: totals + torch.tensor([4.0, 1, 4]), finite_only=True) == 2.5
+    assert evaluated.mean(lambda totals: totals + torch.tensor([4.0, 1, 4])) == 2.5
 
 
 def test_an_evaluation_without_batches_has_no_loss() -> None:
-    assert Evaluated().mean(lambda totals: totals, finite_only=True) is None
+    assert Evaluated().mean(lambda totals: totals) is None
 
 
 def test_the_mean_is_computed_in_float64() -> None:
@@ -164,7 +164,46 @@ def test_the_mean_is_computed_in_float64() -> None:
     evaluated = Evaluated()
     for loss in (2.0**24, 1.0):
         evaluated.add(torch.tensor(loss), torch.tensor(1))
-    assert evaluated.mean(lambda totals: totals, finite_only=True) == (2**24 + 1) / 2
+    assert evaluated.mean(lambda totals: totals) == (2**24 + 1) / 2
+
+
+def test_scores_that_were_not_asked_are_not_counted() -> None:
+    scores = Scores()
+    scores.add(None)
+    assert scores.take(lambda totals: totals) == {}
+    scores.add(torch.tensor([3.0, 2.0, 4.0]))
+    scores.add(None)
+    assert scores.take(lambda totals: totals) == {"mean_token_accuracy": 0.75, "entropy": 0.5}
+
+
+def test_the_loss_replaces_that_of_the_loop() -> None:
+    """A loop without metrics takes none."""
+    for metrics in ({"eval_loss": 9.0, "eval_runtime": 1.0}, None):
+        evaluated = Evaluated()
+        evaluated.add(torch.tensor(2.0), torch.tensor(3))
+        evaluated.write_to(metrics, "eval", lambda totals: totals)
+        assert metrics in ({"eval_loss": 2.0, "eval_runtime": 1.0}, None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("with_outputs", [False, True])
+@pytest.mark.parametrize(
+    ("metric", "is_score"), [(None, False), ("loss", False), ("entropy", True), ("eval_b_mean_token_accuracy", True)]
+)
+def test_a_batch_is_scored_for_its_logits_or_for_the_best_model(
+    metric: str | None, is_score: bool, with_outputs: bool, training: bool
+) -> None:
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(metric_for_best_model=metric), model=SimpleNamespace(training=training)
+    )
+    assert wants_scores(trainer, with_outputs) is (with_outputs or (is_score and not training))
+
+
+def test_a_prediction_is_a_loss_alone_or_has_logits_and_labels() -> None:
+    loss, logits, labels = torch.tensor(2.0), torch.zeros(1, 2, 3), torch.tensor([[1, 2]])
+    assert prediction_of(loss, labels, loss_only=True) == (loss, None, None)
+    found = prediction_of((loss, SimpleNamespace(logits=logits)), labels, loss_only=False)
+    assert found[0] is loss and found[1] is logits and found[2] is labels
 
 
 PACKED = PackedCollator(pad_token_id=0, padding_free=True, collate=unsloth_ref.training.collate, vocab_size=48)
@@ -190,6 +229,7 @@ def test_an_evaluation_in_one_row_holds_the_ends_of_its_examples() -> None:
     assert collator == replace(PACKED, with_ends=True) and not PACKED.with_ends
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize(
     ("last", "remainder", "rank", "kept"),
     [
@@ -203,14 +243,20 @@ def test_an_evaluation_in_one_row_holds_the_ends_of_its_examples() -> None:
         (True, 1, 1, 0),
     ],
 )
-def test_repeated_documents_of_the_last_batch_are_not_counted(last: bool, remainder: int, rank: int, kept: int) -> None:
-    """Two documents per process, in rows of their own and in one row. The last batch has `remainder` new documents."""
+def test_repeated_documents_of_the_last_batch_are_not_counted(
+    last: bool, remainder: int, rank: int, kept: int, tp_size: int
+) -> None:
+    """Two documents per process, in rows of their own and in one row. The last batch has `remainder` new documents.
+
+    Tensor-parallel processes share a batch, and with it a rank.
+    """
     state = SimpleNamespace(end_of_dataloader=last, remainder=remainder)
+    accelerator = SimpleNamespace(gradient_state=state, process_index=rank * tp_size + tp_size - 1)
     rows = torch.arange(6).reshape(2, 3)
-    found = labels_counted_once(rows, None, state, rank)
+    found = labels_counted_once(rows, None, accelerator, tp_size)
     assert torch.equal(found[:kept], rows[:kept]) and (found[kept:] == -100).all()
     row, ends = torch.arange(6)[None], torch.tensor([4, 6])
-    found = labels_counted_once(row, ends, state, rank)
+    found = labels_counted_once(row, ends, accelerator, tp_size)
     end = [0, 4, 6][kept]
     assert torch.equal(found[:, :end], row[:, :end]) and (found[:, end:] == -100).all()
 

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from tests import tiny
 from tests.trainer.runs import BATCHINGS, arguments
 from unsloth_fast import UnslothTrainer
-from unsloth_fast.noise import EmbeddingNoise, document_lengths
+from unsloth_fast.noise import EmbeddingNoise, document_lengths, noise_of_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,7 +55,9 @@ def test_the_noise_of_a_document_depends_on_its_own_length(tmp_path: Path, batch
     seen = noise_of(trainer)
     trainer.train()
     trainer.evaluate()
-    noise, positions, _ = seen[0]
+    noise, positions, _ = next(
+        batch for batch in seen if batch[2]
+    )  # the loss first checks the head, in evaluation mode
     starts = [*torch.flatten(positions == 0).nonzero()[:, 0].tolist(), noise.shape[1]]
     lengths = [end - start for start, end in pairwise(starts)]
     assert len(lengths) > 1 and set(lengths) <= {4, 30}
@@ -80,6 +83,23 @@ def test_the_noise_of_a_document_depends_on_its_own_length(tmp_path: Path, batch
 def test_the_length_of_the_document_of_each_token(positions: Any, lengths: list[list[int]]) -> None:
     positions = None if positions is None else torch.tensor(positions)
     assert document_lengths(positions, torch.zeros(2, 4, WIDTH)).tolist() == lengths
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, ALPHA])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_noise_is_taken_from_the_trainer_where_documents_are_concatenated(
+    padding_free: bool, alpha: float | None
+) -> None:
+    """Padded rows keep transformers' noise."""
+    trainer = SimpleNamespace(padding_free=padding_free, neftune_noise_alpha=alpha)
+    noise = noise_of_documents(trainer)
+    assert (noise.alpha, trainer.neftune_noise_alpha) == ((alpha, None) if padding_free else (None, alpha))
+
+
+def test_no_noise_adds_no_hook() -> None:
+    embedding = torch.nn.Embedding(2, 2)
+    with EmbeddingNoise(None).added_to(SimpleNamespace(get_input_embeddings=lambda: embedding)):
+        assert not embedding._forward_hooks
 
 
 def test_the_noise_is_removed_after_an_error() -> None:

@@ -1,7 +1,7 @@
 """Collation: the documents of a batch in one row, as the model's keyword arguments."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,37 @@ class PackedCollator(DataCollatorForLanguageModeling):
         return batch
 
 
-def padding_collator(collator: DataCollatorForLanguageModeling) -> DataCollatorForLanguageModeling:
-    """TRL's collator with one padded row per example; with packing TRL builds it padding-free."""
-    padding = copy.copy(collator)
-    padding.padding_free = False
-    return padding
+def collators(trainer: Any, completion_only: bool, *, own: bool) -> tuple[Any, Any]:
+    """The collator of a run's batches, and the one with a padded row per example.
+
+    Args:
+        trainer: an `UnslothTrainer` with the collator that TRL made or was given.
+        completion_only: as in `PackedCollator`.
+        own: whether the collator is the user's, which then makes all batches.
+    """
+    given = trainer.data_collator
+    if own:
+        return given, given
+    padding = copy.copy(given)
+    padding.padding_free = False  # with packing TRL builds it padding-free
+    if not trainer.padding_free:
+        return padding, padding
+    packed = PackedCollator(
+        pad_token_id=given.pad_token_id,
+        padding_free=True,
+        pad_to_multiple_of=trainer.args.pad_to_multiple_of,
+        collate=trainer.backend.training.collate,
+        vocab_size=trainer.model.config.get_text_config().vocab_size,
+        completion_only=completion_only,
+    )
+    return packed, padding
+
+
+def without_ends(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """The model's part of a batch of an evaluation, and where each example ends in the row; None if it is not known."""
+    inputs = dict(batch)
+    ends = inputs.pop(EXAMPLE_ENDS, None)
+    return inputs, ends
 
 
 def without_repeated(labels: Tensor, ends: Tensor | None, new: int) -> Tensor:

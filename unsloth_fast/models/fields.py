@@ -34,5 +34,24 @@ def with_values(config: PreTrainedConfig, values: list[dict[str, Any]]) -> Itera
         restore(config, now)
 
 
+@contextmanager
+def kept_fields(trainer: Any, config: PreTrainedConfig) -> Iterator[list[dict[str, Any]]]:
+    """Call TRL's constructor within the context: the configuration of its model keeps the fields as they were loaded.
+
+    Those are saved, and TRL's router logits would break a generation with padding. The loss needs TRL's: `with_values`.
+
+    Args:
+        trainer: the trainer that is built within the context.
+        config: the configuration of its model, or one that was loaded from the same place.
+
+    Yields:
+        A list that holds the values that TRL gave them once the context ends.
+    """
+    loaded, changed = changed_by_trainers(config), list[dict[str, Any]]()
+    yield changed
+    changed += changed_by_trainers(trainer.model.config)
+    restore(trainer.model.config, loaded)
+
+
 def _parts(config: PreTrainedConfig) -> list[Any]:
     return list({id(part): part for part in (config, config.get_text_config())}.values())

@@ -83,6 +83,25 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
     replace_method(model, "forward", forward, "loss")
 
 
+def forward_with_loss(
+    model: nn.Module, inputs: dict[str, Any], num_items: float | Tensor | None, *, with_outputs: bool, with_scores: bool
+) -> tuple[Tensor, Any, Tensor | None]:
+    """The loss of a batch, the outputs and the scores, by a forward that `add_loss` made; None for what is not wanted.
+
+    Args:
+        model: the model, inside any wrapper.
+        inputs: its keyword arguments, with labels [B, S].
+        num_items: as in `add_loss`.
+        with_outputs: whether the outputs are wanted.
+        with_scores: whether the scores are wanted.
+    """
+    options = {"num_items": num_items, "with_outputs": with_outputs, "with_scores": with_scores}
+    found = model(**inputs, **options, use_cache=False, backend_loss=True)
+    if with_scores:
+        return found
+    return (*found, None) if with_outputs else (found, None, None)
+
+
 def remove_loss(model: CausalLM) -> None:
     """Undo `add_loss`: give the model its previous forward back.
 
