@@ -55,9 +55,8 @@ def test_the_noise_of_a_document_depends_on_its_own_length(tmp_path: Path, batch
     seen = noise_of(trainer)
     trainer.train()
     trainer.evaluate()
-    noise, positions, _ = next(
-        batch for batch in seen if batch[2]
-    )  # the loss first checks the head, in evaluation mode
+    # The first step checks the head on a few tokens, in evaluation mode.
+    noise, positions, _ = next(batch for batch in seen if batch[2])
     starts = [*torch.flatten(positions == 0).nonzero()[:, 0].tolist(), noise.shape[1]]
     lengths = [end - start for start, end in pairwise(starts)]
     assert len(lengths) > 1 and set(lengths) <= {4, 30}
