@@ -91,7 +91,7 @@ def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_ma
         for _ in range(2):
             plan = decide(tmp_path, model=model)
             assert plan.padding_free == allowed
-            assert allowed or plan.reasons[0].startswith("the model makes its masks without a look at the documents")
+            assert allowed or plan.reasons[0].startswith("the model makes its masks without a look at documents")
             place(model, backends.resolve("reference"))
 
 

@@ -104,7 +104,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
         (leaks(model), "the model's attention lets the documents of a row see each other"),
-        (model.unknown_masks, "the model makes its masks without a look at the documents of a row, which may join them"),
+        (model.unknown_masks, "the model makes its masks without a look at documents of a row, which may join them"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
