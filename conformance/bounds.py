@@ -57,7 +57,7 @@ def float32_error(elements: int) -> float:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What turns terms into errors: the unit roundoff u of the result, its roundings, n."""
+    """The numbers that turn terms into errors: the unit roundoff u of the result, its roundings, and n."""
 
     unit: float
     roundings: int

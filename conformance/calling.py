@@ -88,7 +88,7 @@ def as_function(found: Any, name: str) -> Callable[..., Any]:
 
 
 def adapted(function: Any) -> Any:
-    """What `as_function` and `in_words_of` made a function from."""
+    """The object that `as_function` and `in_words_of` made this function from."""
     while "adapted" in getattr(function, "__dict__", {}):
         function = function.adapted
     return function

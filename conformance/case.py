@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 
 from unsloth_ref.types import IGNORE_INDEX
 
+# The dtypes that an operation is judged in, by the names of the command line.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
 MOST_EQUAL_ROWS = 512
 

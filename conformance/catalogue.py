@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from conformance import backends, operations
 from conformance.backends import Judged
+from conformance.case import DTYPES
 from conformance.declarations import SpecError
 from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import OneByOne, Task
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.trial import BackendError
 from conformance.verbs._shared import UsageError, judged_by, known, names_of, properties_of
 

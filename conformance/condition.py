@@ -212,7 +212,7 @@ class _Probe:
     gradients: Sequence[Tensor]
 
     def results(self, again: Again) -> Tensors:
-        """What the disturbed reference returns."""
+        """The results of the disturbed reference."""
         with self.mode:
             return again(self.inputs, self.gradients)
 
@@ -228,7 +228,7 @@ def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_elemen
 def _rounded(
     wide: Tensors, gradients: Sequence[Tensor], narrow: _Narrow, dtype: torch.dtype, probes: int
 ) -> Iterator[_Probe]:
-    """The probes of A: what is rounded to 16 bits; none if nothing is."""
+    """The probes of A, roundings to 16 bits; none if nothing is rounded to 16 bits."""
     unit = torch.finfo(dtype).eps / 2
     flags = [flag and place not in narrow.last for place, flag in enumerate(narrow.flags)]
     if not any(flags) and not narrow.inputs:
@@ -254,7 +254,7 @@ def _extreme(r: Tensor, which: Callable[..., Any]) -> float:
 
 
 def _typical(response: Tensor, r: Tensor) -> Tensor:
-    """The response, at least half of what is typical for the tensor in units of |r|."""
+    """The response, raised to at least half of the value, in units of |r|, that is typical for the tensor."""
     size = r.abs().double().nan_to_num(0.0, 0.0, 0.0)
     if not size.any():
         return response
@@ -264,7 +264,7 @@ def _typical(response: Tensor, r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Narrow:
-    """What the reference rounds to 16 bits: results of operators, and inputs; the last roundings of 16-bit results."""
+    """The reference's roundings to 16 bits: of operators' results, of inputs, and which are the last of a result."""
 
     flags: list[bool]
     inputs: set[str]
@@ -272,7 +272,7 @@ class _Narrow:
 
 
 def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: Order, truth: Tensors) -> _Narrow:
-    """What the run in the dtype under test rounds, in terms of the run in float64."""
+    """The roundings of the run in the dtype under test, by their places in the run in float64."""
     with Rounded() as rounded:
         results = again(inputs, grad_outputs)
     cast = {name for name, tensor in inputs.items() if tensor.untyped_storage().data_ptr() in rounded.inputs}

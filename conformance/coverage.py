@@ -64,13 +64,13 @@ class Reached:
         return self.pairs.bit_count() / self.explored
 
     def __or__(self, other: Reached) -> Reached:
-        """What was run by either."""
+        """The pairs that either of both reached."""
         return Reached(self.pairs | other.pairs, self.explored)
 
 
 @dataclass(frozen=True)
 class _Launched:
-    """What one case launches.
+    """The launches of one case.
 
     Attributes:
         variants: of all launches.
@@ -298,7 +298,7 @@ def _options(spec: Spec, names: Sequence[str], all_set: bool, random: Random) ->
 
 
 def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
-    """The case as it is or, in a quarter of all cases, with as many rows (or what a spec counts besides) as fit."""
+    """The case unchanged or, in one case of four, with as many rows (or whatever else the spec counts) as fit."""
     if random.random() < 0.75:
         return case
     name = random.choice(trial.spec.drawing.counts or [trial.spec.row_dimension])
@@ -307,7 +307,7 @@ def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
 
 
 def _dry(trial: Trial, case: Case, seen: Seen) -> _Launched:
-    """What both passes of a case launch, without running it; nothing if they raise."""
+    """The launches of both passes of a case, which are not executed; none if a pass raises."""
     seen.clear()
     elements = 0
     variants: frozenset[Variant] = frozenset()

@@ -11,7 +11,7 @@ class SpecError(Exception):
 
 
 class Declaration(Protocol):
-    """What specs and pieces have in common."""
+    """The members that specs and pieces share."""
 
     @property
     def op(self) -> str:

@@ -4,15 +4,15 @@ A file of them is TOML:
 
     [[deviation]]
     operation = "rms_norm"
-    property = "inputs_untouched"      # "*": any; for what random cases show under one property or another
+    property = "inputs_untouched"      # "*": any; for a failure that random cases show under different properties
     reason = "the backward pass writes over grad_output"
-    dtype = "bfloat16"                 # not needed: all dtypes
-    device = "cuda"                    # not needed: all devices
-    message = "grad_output"            # not needed: what the message of the failure contains
+    dtype = "bfloat16"                 # optional: all dtypes by default
+    device = "cuda"                    # optional: all devices by default
+    message = "grad_output"            # optional: a text that the message of the failure contains
 
 `conformance/peers/NAME.toml` holds those of a peer of the project. An expected failure has the verdict "xfail" and does
-not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date. That
-cannot be told where other random cases are drawn every time, nor of any property in a run of some.
+not fail a run. A deviation that no longer shows, in any of its dtypes that ran, fails it: the file is out of date. This
+is not decided if every run draws other random cases, nor for "*" if only some of the properties ran.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def gone(results: Sequence[Result], known: Sequence[Deviation], profile: str) ->
     """The results under a profile; those that pass although a known deviation does not show have become failures."""
     same = PROFILES[profile].derandomize
 
-    def tells(one: Deviation) -> bool:
+    def decisive(one: Deviation) -> bool:
         """Whether these results would show it."""
         if one.property == "*":
             return same and {r.property for r in results if r.op == one.operation} >= set(PROPERTIES)
@@ -102,7 +102,7 @@ def gone(results: Sequence[Result], known: Sequence[Deviation], profile: str) ->
     shown = [one for one in known if any(one.covers(result) for result in results if result.verdict == "xfail")]
     changed = []
     for result in results:
-        dead = next((one for one in known if one.covers(result) and one not in shown and tells(one)), None)
+        dead = next((one for one in known if one.covers(result) and one not in shown and decisive(one)), None)
         if dead is not None and result.verdict == "pass":
             why = f"passes, but is declared as a deviation: {dead.reason}"
             result = replace(result, verdict="fail", budget_use=None, message=why)

@@ -53,7 +53,7 @@ class Widened(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """What the operator returns."""
+        """The value that the operator returns."""
         return found
 
 

@@ -275,7 +275,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _kind(values: Tensor) -> str:
-    """What the values of a floating-point tensor have in common."""
+    """The distribution that the values of a floating-point tensor seem to have."""
 
     def sums_to_one(values: Tensor) -> bool:
         return values.ndim > 0 and values.shape[-1] > 1 and bool(((values.sum(-1) - 1).abs() < 1e-2).all())

@@ -21,9 +21,8 @@ from triton.runtime import driver
 from conformance import results_file
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
-from conformance.case import LAYOUTS
+from conformance.case import DTYPES, LAYOUTS
 from conformance.results_file import commit, versions
-from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.specs import specs
 from conformance.trial import Caught, Trial, describe
@@ -48,8 +47,10 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 

@@ -7,7 +7,8 @@
     u   the unit roundoff of the dtype of y
 
 The spec of the operation declares the error before the last rounding, as terms or as a bound. Its parts `largest`,
-`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, the value must be exact.
+`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, only the last rounding
+is allowed, so that an exact 0 must be 0.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
@@ -74,7 +75,7 @@ class Unchecked(Exception):
 
 
 class Allowance(Protocol):
-    """What Terms, Bound and a measured Response say of an error; see conformance/bounds.py."""
+    """The error that Terms, Bound or a measured Response allows; see conformance/bounds.py."""
 
     def largest(self, how: Arithmetic) -> Tensor:
         """No correct result exceeds it."""
@@ -95,7 +96,7 @@ class Allowance(Protocol):
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """What the gates need besides y, r and p.
+    """The inputs of the gates besides y, r and p.
 
     Attributes:
         error: terms of y or a bound of its error before the last rounding, broadcastable to r, float64.

@@ -328,7 +328,7 @@ class Learner:
 
 
 def call(spec: Spec, case: Case, inputs: Inputs) -> tuple[Any, ...]:
-    """What the reference returns on a case, whatever its number of outputs.
+    """Call the reference on a case, and return its outputs, however many there are.
 
     Raises:
         SpecError: on the example; any error of the reference.

@@ -1,4 +1,4 @@
-"""Was memory read or written that is not a tensor's? Bands of canaries around inputs and around what a call allocates.
+"""Does a call read or write memory outside its tensors? Bands of canaries around inputs and allocations.
 
 `Fence` copies an input between two bands. `fenced` does the same for whatever judged code allocates, and fills it with
 poison. It replaces the allocator of the device by memory.cpp, which every allocation reaches: those of torch's
@@ -111,7 +111,7 @@ class Allocations(ABC):
 
 
 class _AllocatorOfDevice(Allocations):
-    """By the allocator of memory.cpp."""
+    """Allocations by the allocator of memory.cpp."""
 
     def __init__(self, library: Any, poison: int, band: int) -> None:
         super().__init__(poison, band)
@@ -130,7 +130,7 @@ class _AllocatorOfDevice(Allocations):
 
 
 class _FunctionsOfTorch(Allocations):
-    """By replacing the functions of torch with which Python code allocates."""
+    """Allocations by replaced functions of torch, those with which Python code allocates."""
 
     def __init__(self, poison: int, band: int) -> None:
         super().__init__(poison, band)

@@ -106,7 +106,7 @@ def _installed() -> list[tuple[str, Spec]]:
 
 
 def learner(source: Source) -> learn.Learner:
-    """What learns an operation from the command line; raises SpecError."""
+    """The learner of the operation that the command line names; raises SpecError."""
     if source.reference is None or source.example is None:
         raise SpecError("--reference: needs --example, a call of it such as 'x=randn(64,128) eps=1e-6'; or --spec")
     name = source.reference.rpartition(":")[2].rpartition(".")[2]

@@ -59,7 +59,7 @@ class Check(pytest.Item):
             raise CheckFailed(report.failures([result], self._task.backend, self._task.device, self._task.source))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Of a failed check the message alone: a traceback would show the judge."""
+        """The message of a failed check, without a traceback, which would only show the judge."""
         if isinstance(excinfo.value, CheckFailed):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)

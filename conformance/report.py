@@ -53,7 +53,7 @@ def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT)
 
 
 def learned(spec: Spec) -> str:
-    """What the judge draws for an operation from the command line, in a few lines."""
+    """Describe in a few lines what the judge draws for an operation of the command line."""
     case = Case(tuple((name, getattr(size, "example", 1)) for name, size in spec.drawing.sizes.items()))
     always = spec.drawing.required(case)
     lines = {

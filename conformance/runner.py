@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from conformance import backends, operations
+from conformance.case import DTYPES
 from conformance.operations import PROJECT, Source
 from conformance.piece import PieceTrial
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.search import DTYPES, AnyCase, AnyTrial, Result, reproduce, search
+from conformance.search import AnyCase, AnyTrial, Result, reproduce, search
 from conformance.trial import Trial
 
 CASE_TIMEOUT_SECONDS = 300  # compiling for one case takes under 60

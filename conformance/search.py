@@ -11,7 +11,7 @@ from hypothesis import given, reject, seed, settings
 from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.coverage import Explored, Reached, explore
 from conformance.gates import Failure, Unchecked
 from conformance.piece import PieceCase, PieceTrial
@@ -20,10 +20,8 @@ from conformance.property import Property
 from conformance.trial import Caught, Lacking, Trial, describe
 from conformance.variants import launches
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
-# again, the first of them included. The second check compiles nothing: a run takes at most a third longer.
+# again, including the first one. The second check compiles nothing: a run takes at most a third longer.
 REPEATED = 3
 
 AnyCase = Case | PieceCase
@@ -73,10 +71,10 @@ class _Attempts:
         self._deadline = float("inf")
         self._count = 0
         self._used: float | None = None
-        self._unchecked = ""  # why the last case that was not checked was not
+        self._unchecked = ""  # the reason why the last unchecked case was not checked
 
     def first(self, cases: Iterable[AnyCase], smaller: Callable[[Any], Iterable[AnyCase]]) -> Result | None:
-        """Check these cases in turn; simplify the first one that fails. None if all pass."""
+        """Check these cases in turn; shrink the first one that fails. None if all pass."""
         result = self.over(cases)
         if result.verdict != "fail":
             return None
@@ -224,14 +222,14 @@ def search(
 def _checked(
     attempts: _Attempts, trial: AnyTrial, prop: Property, profile: Profile, explored: Explored | None
 ) -> Result:
-    """Check a property's own cases; or those that cover what was explored, then random ones."""
+    """Check the property's own cases if it has any; else those that cover what was explored, then random ones."""
     if prop.cases is not None:
         cases = prop.cases(trial.spec, profile)
         return attempts.over(cases) if cases else attempts.skipped("no cases")
     count = profile.count(prop.share)
     if explored is None or not isinstance(trial, Trial):
         return attempts.drawn(trial.cases(profile), profile.settings(count))
-    # Every dtype takes each third case of one cover, so that all together cover three times as many settings.
+    # Each dtype takes every third case of one cover, so that together they cover three times as many settings.
     turn = list(DTYPES.values()).index(trial.dtype)
     whole = explore(replace(trial, dtype=torch.float32), profile, attempts.notify)
     whole = whole if whole.pairs else explored

@@ -152,7 +152,7 @@ class Budget:
     measured: bool = False
 
     def error(self, key: str, call: Call, r: Tensor) -> Terms | Bound:
-        """What is declared for an output or gradient with the truth r."""
+        """The declared error of an output or gradient whose truth is r."""
         if key in self.bounds:
             return self.bounds[key](call)
         terms = self.terms[key](call) if key in self.terms else r.abs()
@@ -161,7 +161,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the bench times, and the least work that it compares with.
+    """The shapes that the bench times, and the least work that they need.
 
     Attributes:
         shapes: by name: sizes, options, and under "grads" the inputs to differentiate.
@@ -257,7 +257,7 @@ class Spec:
         return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
 
     def without_options(self, options: Options) -> Options:
-        """Those that have no default, with the first of their values."""
+        """The options that have no default, each with its first value."""
         parameters = inspect.signature(self.reference).parameters
         needed = [
             name for name in options if name in parameters and parameters[name].default is inspect.Parameter.empty

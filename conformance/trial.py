@@ -250,7 +250,7 @@ class Trial:
         return used
 
     def _judge_measured(self, case: Case, run: Run, peer: Run, inputs: Inputs, grad_outputs: Sequence[Tensor]) -> float:
-        """As `judge`, where the condition of the operation is measured."""
+        """As `judge`, for an operation whose condition is measured."""
         names = [name for name in self.spec.grads if name in inputs] if run.grads else []
 
         def again(tensors: Inputs, gradients: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Variant(NamedTuple):
 
 
 class Seen:
-    """What was launched within a context.
+    """The launches within a context.
 
     Attributes:
         variants: of all launches.

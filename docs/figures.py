@@ -1,4 +1,4 @@
-"""Which figures do the documents state? Those of docs/results and the ledgers: this renders them into the documents.
+"""Which figures do the documents state? Those of docs/results and the ledgers, which this renders into the documents.
 
     python docs/figures.py
 
@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from conformance import results_file
 from conformance.bench.table import Row, Spread
+from conformance.case import DTYPES
 from conformance.gate import ledger
 from conformance.page.html import page
-from conformance.page.markdown import comment
+from conformance.page.markdown import comment, table
 from conformance.page.model import in_order, percent
 from conformance.page.reading import FileError, read
-from conformance.search import DTYPES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
@@ -44,13 +44,13 @@ def steps(path: Path) -> str:
     """Speed and memory of a training step, the fastest trainer first."""
     trainers = sorted(json.loads(path.read_text())["results"], key=lambda one: -one["tokens_per_second"])
     rows = [(one["what"], f"{one['tokens_per_second'] / 1e3:.1f}", f"{one['peak_gib']:.1f}") for one in trainers]
-    return _table(("", "1000 tokens/s", "peak GiB"), rows)
+    return table(("", "1000 tokens/s", "peak GiB"), rows)
 
 
 def operations(*paths: Path) -> str:
-    """Times of a bench: ours beside the fastest other backend with correct results, shape by shape.
+    """Times of a bench by shape: ours beside the fastest other backend with correct results.
 
-    Each file holds other operations: what is compared was measured in one run.
+    Each file holds other operations, so that the backends of an operation were timed in one run.
     """
     groups: dict[tuple[Path, str, str], list[Row]] = {}
     for path in paths:
@@ -69,7 +69,7 @@ def operations(*paths: Path) -> str:
         device = _ms(ours.device_full), _fastest(others, lambda row: row.device_full)
         call = _ms(ours.full), _fastest(others, lambda row: row.full)
         lines.append((f"{op} {shape}", *device, " / ".join(f"{100 * share:.0f}" for share in shares), *call))
-    return _table(("", "device", "best other", "%", "call", "best other"), lines)
+    return table(("", "device", "best other", "%", "call", "best other"), lines)
 
 
 def budget(path: Path) -> str:
@@ -83,7 +83,7 @@ def budget(path: Path) -> str:
         which = one["op"], one["dtype"]
         largest[which] = max(one["budget_use"], largest.get(which, 0.0))
     rows = [(op, *(percent(largest.get((op, dtype))) for dtype in dtypes)) for op in sorted({op for op, _ in largest})]
-    return _table((f"operation, on {card.card}", *dtypes), rows)
+    return table((f"operation, on {card.card}", *dtypes), rows)
 
 
 def measured(*paths: Path) -> str:
@@ -97,14 +97,14 @@ def measured(*paths: Path) -> str:
             rates.append(f"matrix product {meta['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s")
         when = f"commit {meta['commit'][:12]}" if meta.get("commit") else meta.get("measured", "not recorded")
         rows.append((f"`{path.name}`", ", ".join([meta["gpu"] or meta["device"], *rates]), versions, when))
-    return _table(("file", "card", "versions", "measured at"), rows)
+    return table(("file", "card", "versions", "measured at"), rows)
 
 
 RENDERERS: dict[str, Callable[..., str]] = {one.__name__: one for one in (steps, operations, budget, measured)}
 
 
 def rendered(text: str, root: Path = ROOT) -> str:
-    """A document with its blocks made anew from their files.
+    """A document with its blocks rendered from their files.
 
     Raises:
         FiguresError: a block has no renderer or no source, or is not closed.
@@ -125,7 +125,7 @@ def rendered(text: str, root: Path = ROOT) -> str:
 
 
 def reports(root: Path = ROOT) -> dict[Path, str]:
-    """The page and the comment of the committed results, by their files."""
+    """The page and the comment of the committed results, by path."""
     files = [read(path) for path in sorted((root / RESULTS).glob("*.json")) if path.name != STEPS]
     return {root / RESULTS / name: make(files) for name, make in REPORTS.items()}
 
@@ -136,7 +136,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def main() -> int:
-    """Write what differs, and say which files did; 2 if something cannot be rendered."""
+    """Write each file that differs and print its name; return 2 if something cannot be rendered."""
     try:
         texts = {path: rendered(path.read_text(encoding="utf-8")) for path in documents()} | reports()
     except (FiguresError, FileError, ledger.LedgerError) as error:
@@ -160,11 +160,6 @@ def _fastest(rows: Iterable[Row], times: Callable[[Row], Spread | None]) -> str:
         return ""
     spread, row = min(timed, key=lambda one: one[0][1])
     return f"{_ms(spread)} {row.backend}" + ", in place" * ("writes over" in (row.note or ""))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head, *lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (heads, *rows)]
-    return "\n".join([head, "|---" * len(heads) + "|", *lines])
 
 
 if __name__ == "__main__":

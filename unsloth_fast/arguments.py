@@ -1,4 +1,4 @@
-"""From what a trainer is asked for to what holds: arguments of every release, checked and resolved once.
+"""How are the arguments of a trainer resolved? Those of every release are checked and resolved once.
 
 Nothing that is given is changed: the trainer receives copies.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResolvedArguments:
-    """What holds for a run.
+    """The arguments of a run as they are used.
 
     Attributes:
         args: the arguments, as TRL's trainer receives them: a copy.
@@ -69,7 +69,7 @@ def resolve_arguments(
     *,
     as_trl: bool = False,
 ) -> ResolvedArguments:
-    """What holds for a trainer that is called with these arguments.
+    """Resolve the arguments that a trainer is called with.
 
     Args:
         model: the model, or the name or path of one.

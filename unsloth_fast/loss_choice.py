@@ -39,7 +39,7 @@ def choose_loss(trainer: SFTTrainer, backend: Backend) -> bool:
 
 
 def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
-    """What this run needs that the backend's loss does not do; None if nothing."""
+    """The reason why this run needs TRL's loss; None if the backend's loss does all that it asks for."""
     args: Any = trainer.args  # a trl.SFTConfig
     if args.loss_type != "nll":
         return f"loss_type={args.loss_type!r}"

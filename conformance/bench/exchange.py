@@ -20,7 +20,7 @@ KINDS = ("forward", "full", "device_forward", "device_full")
 
 
 def lacking() -> str:
-    """What is missing here to write such a file; empty if nothing is."""
+    """The reason why such a file cannot be written here; empty if it can."""
     if find_spec("pytest_benchmark"):
         return ""
     return "needs pytest-benchmark, which is not installed: pip install 'unsloth-fast[bench]'"

@@ -15,9 +15,8 @@ from conformance.bench.card import Card, Rates
 from conformance.bench.contender import Contender
 from conformance.bench.sampler import Times, interleave
 from conformance.bench.table import Row
-from conformance.case import LAYOUTS, Case
+from conformance.case import DTYPES, LAYOUTS, Case
 from conformance.operations import PROJECT, Source
-from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.specs import specs
 from conformance.trial import Trial

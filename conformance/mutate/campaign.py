@@ -31,7 +31,7 @@ Key = tuple[str, Mutant]  # the operation that is examined, and the mutant
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant.
+    """The verdict on a mutant.
 
     Attributes:
         op: the operation that was examined.
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass
 class Original:
-    """What the unchanged backend does, by check."""
+    """The results of the unchanged backend, by check."""
 
     bits: dict[Check, int] = field(default_factory=dict)
     ran: dict[Check, set[int]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """A mutant under the properties, in a process of its own: the first check that fails kills it.
 
 The unchanged backend is examined in the same way. It shows which checks it passes, which of them run an expression, and
-the bits of every result: a mutant that reaches the same bits in every call cannot be told from the original.
+the bits of every result: a mutant that reaches the same bits in every call cannot be distinguished from the original.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance import backends, operations
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.gates import Failure
 from conformance.mutate.mutant import Region
 from conformance.mutate.reach import Reach
@@ -21,7 +21,7 @@ from conformance.mutate.sources import import_edited
 from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, alone
-from conformance.search import DTYPES, Result, search
+from conformance.search import Result, search
 from conformance.trial import Caught, Run, Trial, bits, describe
 
 Check = tuple[str, str]  # property, dtype
@@ -48,7 +48,7 @@ def profile_of(name: str) -> Profile:
 
 @dataclass(frozen=True)
 class Examined(Result):
-    """What an examination found, after its last check; `property` and `dtype` are those of the check that failed.
+    """The result of an examination, after its last check; `property` and `dtype` are those of the check that failed.
 
     Attributes:
         failed: every check that failed.
@@ -139,7 +139,7 @@ class Recording(Trial):
     digests: list[Tensor] = field(default_factory=list)
 
     def run(self, case: Case, *arguments: Any, **keywords: Any) -> Run:
-        """As Trial.run."""
+        """As Trial.run; also records the bits of the results."""
         run = super().run(case, *arguments, **keywords)
         if keywords.get("function") is None:
             self.digests.extend(_digest(tensor) for _, _, tensor in run.named(self.spec))

@@ -85,7 +85,7 @@ class Mutant:
 
 
 def edit(op: str, name: str, kind: str, diff: str) -> tuple[str, ...]:
-    """What a mutant is, whatever its line: the same for the same fault in another revision."""
+    """The identity of a mutant without its line: it is the same for the same fault in another revision."""
     return op, kind, name.partition(":")[0], re.sub(r"^@@.*$", "", diff, flags=re.MULTILINE)
 
 

@@ -23,7 +23,7 @@ class Lines:
     """A line for each mutant that is not killed, or for each if the output is no terminal; there a progress bar."""
 
     def __init__(self, count: int) -> None:
-        """Of this many mutants."""
+        """Prepare to show this many mutants."""
         self._terminal = sys.stdout.isatty()
         columns = (TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, transient=True, disable=not self._terminal)

@@ -56,7 +56,7 @@ class _Finder(MetaPathFinder):
 
 
 def import_edited(module: str, text: str) -> None:
-    """From now on this process imports a module from this text; raises RuntimeError if it is imported already."""
+    """Make this process import a module from this text; raises RuntimeError if it is imported already."""
     if module in sys.modules:
         raise RuntimeError(f"{module}: imported already; allowed: a module that this process has not imported")
     sys.meta_path.insert(0, _Finder(module, text))

@@ -1,1 +1,1 @@
-"""What do the results say? Files of results as a page, as the comment of a pull request, as JUnit's XML."""
+"""How are results shown? As a page, as the comment of a pull request, or as JUnit's XML."""

@@ -8,12 +8,12 @@ OURS = {"op", "shape", "dtype", "backend"}  # extra_info of what `bench --benchm
 
 
 def is_one(found: Any) -> bool:
-    """Whether JSON is a file of pytest-benchmark."""
+    """Whether the JSON object is that of pytest-benchmark."""
     return isinstance(found, dict) and {"benchmarks", "machine_info"} <= found.keys()
 
 
 def as_bench(found: dict[str, Any]) -> dict[str, Any]:
-    """The same as {"meta", "results"}, to be checked as such a file is.
+    """Convert it to {"meta", "results"}, which is then checked like a file of the judge.
 
     Raises:
         ValueError: a part is not what pytest-benchmark writes.

@@ -22,7 +22,7 @@ LEGEND = (
 
 
 def part(file: Results) -> list[Markup]:
-    """All of it; what a file does not have is left out."""
+    """Build the part, without what the file does not contain."""
     found = [_verdicts(file.checks), _heat(file.checks), _failures(file), _missed(file.checks), _skips(file)]
     return [one for one in found if one is not None]
 
@@ -53,7 +53,7 @@ def _verdicts(checks: Sequence[Check]) -> Markup:
 
 
 def _cell(checks: Sequence[Check]) -> Markup:
-    """The verdict on some checks, and their largest budget use."""
+    """A cell: the worst verdict on some checks, and their largest budget use."""
     used = [check.budget_use for check in checks if check.budget_use is not None and check.verdict != "xfail"]
     verdicts = Counter(check.verdict for check in checks)
     if not verdicts.keys() - {"skip"}:
@@ -155,7 +155,7 @@ def _missed(checks: Sequence[Check]) -> Markup | None:
 
 
 def bar(fraction: float) -> Markup:
-    """A bar of a fraction, beside which its number stands; past 1 it is full."""
+    """A bar that shows a fraction, beside its number; from 1 on it is full."""
     length = max(0.0, min(1.0, fraction)) * 80
     return tag(
         "svg",
@@ -168,7 +168,7 @@ def bar(fraction: float) -> Markup:
 
 
 def _skips(file: Results) -> Markup | None:
-    """Why properties were skipped, what was expected to fail, and what the backend does not define."""
+    """The reasons of skipped properties, known deviations, and operations that the backend does not define."""
     said = Counter((c.property, c.first_line() or "no reason given") for c in file.checks if c.verdict == "skip")
     known = Counter((c.name(), c.first_line().removeprefix("expected: ")) for c in file.checks if c.verdict == "xfail")
     rows = [("known deviation", name, reason) for name, reason in known]

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from conformance.bench.table import Row, Spread
+from conformance.case import DTYPES
 from conformance.gate.verdict import BUDGET_RISE
 from conformance.mutate.mutant import edit
 from conformance.page.model import Check, Meta, Results, in_order, percent
-from conformance.search import DTYPES
 
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
@@ -64,7 +64,7 @@ def changes(results: Sequence[Results], base: Sequence[Results] | None, factor: 
 
 
 def _together(found: Iterable[Change]) -> Iterable[Change]:
-    """The same change in several dtypes as one."""
+    """Join changes that differ only in the dtype."""
     groups: dict[Change, list[str]] = {}
     for change in found:
         groups.setdefault(replace(change, dtypes=()), []).extend(change.dtypes)
@@ -72,13 +72,13 @@ def _together(found: Iterable[Change]) -> Iterable[Change]:
 
 
 def _shared(one: Results, other: Results) -> int:
-    """How many operations two files of the same kind, backend and device share; 0 if they are not of the same."""
+    """How many operations two files of the same kind, backend and device share; 0 if any of these differs."""
     same = (one.kind, one.meta.backend, one.meta.device) == (other.kind, other.meta.backend, other.meta.device)
     return len(one.ops & other.ops) if same else 0
 
 
 def _gated(results: Results) -> Iterable[Change]:
-    """What a gate says about its own two sides."""
+    """The changes that a gate found between its two sides."""
     words: dict[str | None, Word] = {"improved": "improved", "FASTER": "improved", "UNSURE": "unsure", "new": "new"}
     said: set[str] = set()
     for one in results.compared:
@@ -94,7 +94,7 @@ def _gated(results: Results) -> Iterable[Change]:
 
 
 def _pairs(ours: Iterable[T], theirs: Iterable[T], key: Callable[[T], Hashable]) -> list[tuple[T | None, T | None]]:
-    """Those of the base beside ours, None where one side has none; ours first."""
+    """Pair entries with the same key, None where one side lacks it; those of ours come first."""
     left = {key(one): one for one in theirs}
     found: list[tuple[T | None, T | None]] = [(one, left.pop(key(one), None)) for one in ours]
     return [*found, *((None, one) for one in left.values())]
@@ -132,7 +132,7 @@ def _check(check: Check | None, base: Check | None, differ: str) -> tuple[Word, 
 
 
 def _differences(meta: Meta, base: Meta) -> str:
-    """Why a budget use may differ without a change of the code; empty if it may not."""
+    """The reason why a budget use may differ without a change of the code; empty if there is none."""
     if meta.profile != base.profile:
         return f"profile {meta.profile} against {base.profile}"
     if meta.profile not in PROFILES_WITH_SAME_CASES:
@@ -169,7 +169,7 @@ def _rows(results: Results, base: Results, factor: float) -> Iterable[Change]:
 
 
 def _both(row: Row, base: Row) -> tuple[str, Spread, Spread] | None:
-    """The same time of both: on the device alone, else with launches."""
+    """A kind of time that both rows have: without launches if possible, else with them."""
     for what, key in (("device", "device_full"), ("call", "full")):
         now, before = getattr(row, key), getattr(base, key)
         if now and before and min(*now, *before) > 0:
@@ -178,7 +178,7 @@ def _both(row: Row, base: Row) -> tuple[str, Spread, Spread] | None:
 
 
 def timing(now: Spread, before: Spread, clocks: float = 1.0, factor: float = FACTOR) -> Word | None:
-    """The word for a time against another; None for the same."""
+    """The word for the change of a time; None if it is excluded that the time changed by the factor."""
     low, high = now[0] / before[2] / clocks, now[2] / before[0] * clocks
     if low >= 1 / factor and high <= factor:
         return None
@@ -190,8 +190,7 @@ def _timed(row: Row) -> str:
 
 
 def _mutants(results: Results, base: Results) -> Iterable[Change]:
-    """By what was edited: line numbers move with every change of the file."""
-
+    """Pair mutants by their edits, because line numbers move with every change of the file."""
     for one, other in _pairs(results.mutants, base.mutants, lambda m: edit(m.op, m.mutant, m.kind, m.diff)):
         name = " ".join(filter(None, ((one or other).op, (one or other).mutant)))  # type: ignore[union-attr]
         if one is None:

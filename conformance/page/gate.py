@@ -1,4 +1,4 @@
-"""The part of the page about a gate: how much faster or slower each shape is; what changed stands above all parts."""
+"""The part of the page about a gate: how much faster or slower each shape is. Its regressions are above all parts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The part of the page about history: each figure of a ledger over its revisions, first and last value and a line.
+"""How did a card's results change? The part of the page that shows each figure of a ledger over its revisions.
 
-Budget use is the largest of all properties. Milliseconds of different environments are different lines.
+Each figure is a row with its first and last value and a line chart. The budget use is the largest of all properties.
+Times and memory that were measured in different environments are in different rows.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from conformance.gate.ledger import Entry
 from conformance.page.markup import Markup, table, tag
 from conformance.page.model import percent
 
-WIDTH, HEIGHT, EDGE = 160, 28, 4  # of a line and its margin, in its units
-HOW = "One point per revision that has a value; a line that falls is an improvement. The lower edge is zero."
+WIDTH, HEIGHT, EDGE = 160, 28, 4  # of a line chart, and its margin, in units of the SVG
+HOW = "One point per revision that has a value; lower is better. The lower edge of a chart is zero."
 
 
 class Series(NamedTuple):
-    """A figure over the points; None where a point has none."""
+    """One figure at each point in time; None where the ledger does not hold it."""
 
     name: str
     values: Sequence[float | None]
 
 
 def part(points: Sequence[Point]) -> list[Markup]:
-    """The points, then budget use by operation and dtype, then times and memory by shape."""
+    """Build the part: the revisions, then budget use by operation and dtype, then times and memory by shape."""
     found = [tag("p", f"{len(points)} revisions, from {points[0].label} to {points[-1].label}."), tag("p", HOW)]
     stacks = {stack: f"stack {place}" for place, stack in enumerate(dict.fromkeys(_stacks(points)), 1)}
     found += [tag("p", f"{name}: {stack}", class_="small") for stack, name in stacks.items()]
@@ -54,13 +55,10 @@ def _times(points: Sequence[Point], stacks: Mapping[str, str]) -> list[Series]:
 
     def values(point: Point) -> Iterable[tuple[str, float]]:
         for entry, stack in _timed(point):
-            times = entry["milliseconds"]
-            kind = "device_full" if "device_full" in times else "full"
-            if kind in times:
-                yield (
-                    f"{_shape(entry)}, {'device' if kind == 'device_full' else 'call'}, {stacks[stack]}",
-                    times[kind],
-                )
+            for kind, place in (("device_full", "device"), ("full", "call")):
+                if kind in entry["milliseconds"]:
+                    yield f"{_shape(entry)}, {place}, {stacks[stack]}", entry["milliseconds"][kind]
+                    break
 
     return _series(points, values)
 
@@ -75,12 +73,12 @@ def _memory(points: Sequence[Point], stacks: Mapping[str, str]) -> list[Series]:
 
 
 def _stacks(points: Sequence[Point]) -> Iterable[str]:
-    """The environments of all times, in words."""
+    """The environment of every time, in words."""
     return (stack for point in points for _, stack in _timed(point))
 
 
 def _timed(point: Point) -> Iterable[tuple[Entry, str]]:
-    """The times of a point, with the environment in words."""
+    """The times of a point, each with its environment in words."""
     for entry in point.ledger.entries.values():
         if entry["kind"] == "time":
             environment = point.ledger.environments[entry["environment"]]
@@ -92,7 +90,7 @@ def _shape(entry: Entry) -> str:
 
 
 def _series(points: Sequence[Point], values: Callable[[Point], Iterable[tuple[str, float]]]) -> list[Series]:
-    """One series per name, the largest value of a point."""
+    """One series per name: at each point the largest of its values."""
     found: dict[str, list[float | None]] = {}
     for place, point in enumerate(points):
         for name, value in values(point):
@@ -110,7 +108,7 @@ def _row(series: Series, points: Sequence[Point], shown: Callable[[float], str])
 
 
 def _line(series: Series, points: Sequence[Point], shown: Callable[[float], str]) -> Markup:
-    """A point per value, from zero to the largest, with a line through them."""
+    """A line chart with a dot per value; the vertical axis is from zero to the largest value."""
     largest = max(value for value in series.values if value is not None) or 1.0
     step = (WIDTH - 2 * EDGE) / max(1, len(points) - 1)
     at = [

@@ -6,7 +6,7 @@ Names and messages stand in code spans and fences, so that nothing in them is ma
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from conformance.page.compare import FACTOR, WORDS, Change, changes
@@ -29,7 +29,7 @@ class Section:
 
 
 def comment(files: Sequence[Results], base: Sequence[Results] | None = None, factor: float = FACTOR) -> str:
-    """The comment, below GitHub's limit; what has no room is counted."""
+    """The comment, below GitHub's limit; it states how many items are left out."""
     failed = sum(file.failed for file in files)
     text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
     found = changes(files, base, factor)
@@ -43,17 +43,17 @@ def comment(files: Sequence[Results], base: Sequence[Results] | None = None, fac
 
 
 def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section]:
-    """What asks for attention first."""
+    """The sections, those that need attention first."""
     by_word = {word: [f"- {code(c.name)}: {code(c.text)}" for c in found if c.word == word] for word in WORDS}
     failed = [_failure(checks, file) for file in files for checks in failures(file.checks).values()]
     bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
-    head = "| operation, shape, backend | call ms | device ms | roofline | budget use |\n|---|---|---|---|---|"
+    head = table(("operation, shape, backend", "call ms", "device ms", "roofline", "budget use"), ())
     notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
     results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
     return [
-        Section("Results", results, "| results | |\n|---|---|"),
+        Section("Results", results, table(("results", ""), ())),
         Section("Regressed", by_word["regressed"]),
         Section("Failures", failed),
         Section("Times that mean nothing", bad),
@@ -124,8 +124,14 @@ def _fenced(text: str, language: str) -> list[str]:
 
 
 def _ticks(text: str, least: int) -> str:
-    """A row of backticks longer than any in the text."""
+    """A run of backticks that is longer than any in the text."""
     return "`" * max([least, *(1 + len(run) for run in re.findall("`+", text))])
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the cells are Markdown."""
+    head, *lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (heads, *rows)]
+    return "\n".join([head, "|---" * len(heads) + "|", *lines])
 
 
 def code(text: str) -> str:

@@ -27,7 +27,7 @@ def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Mar
 
 
 def join(children: Iterable[Child]) -> Markup:
-    """One after the other."""
+    """Concatenate the parts."""
     return Markup("".join(_escaped(child) for child in children if child is not None))
 
 
@@ -63,5 +63,5 @@ def row(cells: Iterable[Child]) -> Markup:
 
 
 def scrolled(content: Markup, label: str) -> Markup:
-    """A region that is scrolled sideways, by keys too."""
+    """A region that scrolls sideways, with the keyboard as well."""
     return tag("div", content, class_="wide", tabindex=0, role="region", aria_label=label)

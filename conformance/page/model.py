@@ -1,4 +1,4 @@
-"""What is in the files of results? Those of run, coverage, bench, mutate and gate, as the formats need them."""
+"""What is in the files of results of run, coverage, bench, mutate and gate? The part that the formats show."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from conformance.bench.table import Row
+from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
 from conformance.report import repro
-from conformance.search import DTYPES
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 
@@ -73,7 +73,7 @@ class Check:
         return " / ".join((self.op, self.property, *((self.dtype,) if self.dtype else ())))
 
     def first_line(self) -> str:
-        """Of the message."""
+        """The first line of the message, empty without one."""
         return (self.message or "").partition("\n")[0]
 
     def again(self, meta: Meta) -> str | None:
@@ -86,7 +86,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault and what became of it, as conformance.mutate.report writes it."""
+    """A planted fault and its verdict, as conformance.mutate.report writes it."""
 
     op: str
     mutant: str
@@ -99,7 +99,7 @@ class Mutant:
 
     @property
     def survives(self) -> bool:
-        """Whether no property found it, as far as anybody knows."""
+        """Whether no property found it, and nobody confirmed that it is no fault."""
         return self.verdict in ("survived", "unreached")
 
     def again(self, meta: Meta) -> str | None:
@@ -120,13 +120,13 @@ class Ratio:
     high: float
 
     def shown(self) -> str:
-        """In three digits."""
+        """The ratio and its interval, with three decimals."""
         return f"{self.ratio:.3f} [{self.low:.3f} {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What a gate found out about one check, kernel or shape.
+    """The verdict of a gate on one check, mutant, kernel or shape.
 
     Attributes:
         kind: "property", "fingerprint", "time" or "mutant".
@@ -151,7 +151,7 @@ class Compared:
     no_speed: str | None = None
 
     def name(self) -> str:
-        """As it begins the sentences."""
+        """The words that its sentences begin with."""
         parts = (self.op, self.property, self.mutant, self.shape, self.dtype, self.kernel, self.target, self.index)
         return " / ".join(str(part) for part in parts if part is not None)
 
@@ -162,7 +162,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Results:
-    """A file of results: those of one kind, the others empty."""
+    """The results of one file; the fields of other kinds are empty."""
 
     name: str
     kind: Kind
@@ -174,7 +174,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        """What was done to which backend, and where."""
+        """The kind of results, the backend and the device."""
         begins = {"run": "Run of", "coverage": "Coverage of", "mutate": "Mutants of", "bench": "Speed", "gate": "Gate"}
         where = self.meta.gpu or self.meta.device
         return " ".join(filter(None, (begins[self.kind], self.meta.backend, f"on {where}" if where else "")))
@@ -191,7 +191,7 @@ class Results:
 
     @property
     def failed(self) -> int:
-        """How many checks failed, times mean nothing, mutants survived, things regressed."""
+        """The number of failed checks, meaningless times, surviving mutants and regressions."""
         checks = sum(check.verdict == "fail" for check in self.checks)
         return (
             checks + sum(row.failed for row in self.rows) + sum(one.survives for one in self.mutants) + self.regressed
@@ -240,12 +240,12 @@ class Results:
 
 
 def percent(fraction: float | None) -> str:
-    """As "31 %", from ten times on as "12x", and empty without a fraction."""
+    """A fraction as "31 %", from 10 on as "12x"; empty for None."""
     return "" if fraction is None else f"{100 * fraction:.3g} %" if fraction < 10 else f"{fraction:.2g}x"
 
 
 def in_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
-    """Without repetitions: the known ones in their order, then the others in theirs."""
+    """The names without repetitions: known ones in the order of `known`, then the others as they come."""
     found = dict.fromkeys(names)
     return [name for name in known if name in found] + [name for name in found if name not in known]
 

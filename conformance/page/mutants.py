@@ -48,7 +48,7 @@ def _survivor(one: Mutant, meta: Meta) -> Markup:
 
 
 def diff(text: str) -> Markup:
-    """A diff whose lines are coloured; their first character says the same."""
+    """A diff with coloured lines; the first character of a line has the same meaning as its colour."""
     styles = {"+": "added", "-": "removed", "@": "dim"}
     lines = (tag("span", line, class_=styles.get(line[:1])) for line in text.splitlines())
     return tag("pre", join(lines), class_="diff")

@@ -1,4 +1,4 @@
-"""Is a file one of results? Reads it and checks every field, so that the formats may rely on them."""
+"""Is this a file of results? Reads it and checks every field, so that the formats can rely on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORBIDDEN = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]"
 
 
 class FileError(Exception):
-    """A file that cannot be shown; the message names it, what was seen and what is allowed."""
+    """A file that cannot be shown; the message gives its name, the value seen and the values allowed."""
 
 
 KINDS: dict[Kind, tuple[str, str, type]] = {  # the field of a result and the field of meta that only this kind has
@@ -87,7 +87,7 @@ def _text(text: str) -> str:
 
 
 def _made(cls: type[T], found: Any, where: str) -> T:
-    """An object of the dataclass from JSON; keys that it does not have are of a later version and left out."""
+    """Make an object of the dataclass from JSON; unknown keys, which later versions write, are left out."""
     if not isinstance(found, dict):
         raise ValueError(f"{where}: got {_shown(found)}, no object")
     hints, values = get_type_hints(cls), {}
@@ -100,7 +100,7 @@ def _made(cls: type[T], found: Any, where: str) -> T:
 
 
 def _value(hint: Any, found: Any, where: str) -> Any:
-    """The value if JSON's is of the hinted type, tuples from lists; raises ValueError."""
+    """The value if it has the hinted type, lists converted to tuples; else raises ValueError."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is UnionType or (origin is not None and NoneType in inner):
         if found is None:

@@ -97,7 +97,7 @@ def _measured(row: Row, key: str, time: Spread | float | None) -> Markup:
 
 
 def _plot(groups: Sequence[Sequence[Row]], names: Sequence[str]) -> Markup | None:
-    """Budget use over the time against the fastest right contender of the shape; None without such times."""
+    """A plot of budget use over the time relative to the fastest correct backend; None without such times."""
     points: list[tuple[float, Row]] = []
     for rows in groups:
         timed = [row for row in rows if row.full is not None and row.error_use is not None]

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
+from unsloth_ref.types import IGNORE_INDEX
 
 (_linear_cross_entropy,) = import_kernels("cut-cross-entropy", "cut_cross_entropy:linear_cross_entropy")
 
@@ -12,7 +13,8 @@ from conformance.peers import import_kernels, operation, refuse
 @operation
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Any = None, *,
-    ignore_index: int = -100, softcap: float = 0.0, reduction: str = "mean", num_items: Any = None, **options: Any,
+    ignore_index: int = IGNORE_INDEX, softcap: float = 0.0, reduction: str = "mean", num_items: Any = None,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
     """With the package's defaults, which skip small gradients."""
     refuse("cut-cross-entropy", {"bias": bias, **options}, bias=None, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0)

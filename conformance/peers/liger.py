@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
+from unsloth_ref.types import IGNORE_INDEX
 
 _rms_norm, _add_rms_norm, _layer_norm, _rope, _swiglu, _geglu, _cross_entropy, _linear_cross_entropy = import_kernels(
     "liger-kernel",
@@ -62,8 +63,8 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 @operation
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, softcap: float = 0.0, label_smoothing: float = 0.0,
-    z_loss: float = 0.0, reduction: str = "mean", **options: Any,
+    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, softcap: float = 0.0,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean", **options: Any,
 ) -> Tensor:  # fmt: skip
     """As LigerCrossEntropyLoss: the forward pass writes the gradient over the logits."""
     refuse("liger-kernel", options, logit_scale=1.0, num_items=None)
@@ -73,7 +74,7 @@ def cross_entropy(
 
 @operation
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean", softcap: float = 0.0, label_smoothing: float = 0.0, z_loss: float = 0.0, **options: Any,
 ) -> Tensor:  # fmt: skip
     """As LigerFusedLinearCrossEntropyLoss: gradients in the forward pass, weight's summed in weight's dtype."""

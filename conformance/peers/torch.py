@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conformance.peers import operation, refuse
+from unsloth_ref.types import IGNORE_INDEX
 
 
 @operation
@@ -46,7 +47,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 @operation
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0,
+    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0,
     reduction: str = "mean", num_items: Any = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """As transformers' loss: in float32; without a valid target the mean is NaN."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
+from unsloth_ref.types import IGNORE_INDEX
 
 _rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = import_kernels(
     "unsloth",
@@ -52,7 +53,7 @@ def cross_entropy(
     reduction: str = "mean", num_items: Any = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """As fast_cross_entropy_loss: the backward pass writes the gradient over the logits."""
-    refuse("unsloth", options, ignore_index=-100, label_smoothing=0.0, z_loss=0.0)
+    refuse("unsloth", options, ignore_index=IGNORE_INDEX, label_smoothing=0.0, z_loss=0.0)
     scale = 0 if logit_scale == 1.0 else logit_scale  # 0 means none
     if reduction == "none":
         return _losses.apply(logits, labels, softcap, scale)
@@ -63,7 +64,7 @@ def cross_entropy(
 @operation
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, logit_scale: float = 1.0,
-    softcap: float = 0.0, reduction: str = "mean", num_items: Any = None, ignore_index: int = -100,
+    softcap: float = 0.0, reduction: str = "mean", num_items: Any = None, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, **options: Any,
 ) -> Tensor:  # fmt: skip
     """As unsloth_fused_ce_loss without a trainer: gradients in the forward pass, chunks sized by free memory."""

@@ -113,7 +113,7 @@ def _run(trial: Trial, case: Case, inputs: Inputs | None, grad_outputs: list[Ten
 
 
 def _dimensions(tensor: Tensor) -> list[int]:
-    """Those whose stride can be large: all but the last of a tensor of several, if they have two indices."""
+    """The dimensions whose stride can be large: of at least size 2, and not the last of several."""
     return [d for d in range(max(min(tensor.ndim, 1), tensor.ndim - 1)) if tensor.shape[d] > 1]
 
 

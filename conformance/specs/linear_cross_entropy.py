@@ -128,7 +128,7 @@ def _capped(call: Call, x: Bound) -> tuple[Bound, Bound]:
 
 
 def _chunks(call: Call) -> Iterator[_Chunk]:
-    """All rows, in chunks.
+    """The rows of the call, in chunks.
 
     If logit j has an error of at most e_j, the log-sum-exp has one of at most D = log(sum of p_j exp(e_j)), and p_j
     changes by a factor of at most exp(e_j + D), for errors of any size. Float32 arithmetic adds the errors that it has
@@ -168,12 +168,12 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
 
 
 def _joined(bounds: Iterable[Bound]) -> Bound:
-    """Those of consecutive rows, as one."""
+    """Join the bounds of consecutive rows."""
     return Bound(*(torch.cat(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
 
 
 def _loss_bound(call: Call) -> Bound:
-    """Of each row or of the total; losses are float32 for every dtype under test."""
+    """The bound of each row's loss, or of the total; losses are float32 for every dtype under test."""
     losses = _joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
     if call.options.get("reduction", "mean") == "none":
         return losses

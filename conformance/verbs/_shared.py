@@ -9,11 +9,11 @@ import torch
 
 from conformance import backends, operations
 from conformance.backends import Judged
+from conformance.case import DTYPES
 from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import DTYPES
 
 Verbs = Any  # argparse's action that adds the parsers of verbs; it has no public name
 

@@ -13,8 +13,8 @@ from conformance.bench.card import Card
 from conformance.bench.measure import Bench
 from conformance.bench.plot import lacking, plot
 from conformance.bench.table import heading, text, write_json
+from conformance.case import DTYPES
 from conformance.peers import Absent
-from conformance.search import DTYPES
 from conformance.specs import specs
 from conformance.trial import BackendError
 from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
@@ -29,8 +29,12 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the times to this file")
-    parser.add_argument("--benchmark-json", type=Path, metavar="FILE", help="also write them as pytest-benchmark does")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them: a .png, .svg or .pdf (matplotlib)")
+    parser.add_argument(
+        "--benchmark-json", type=Path, metavar="FILE", help="also write the times in pytest-benchmark's format"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the times: a .png, .svg or .pdf (matplotlib)"
+    )
     parser.set_defaults(verb=_bench)
 
 

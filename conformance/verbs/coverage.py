@@ -8,13 +8,13 @@ from operator import or_
 from pathlib import Path
 
 from conformance import operations, report, results_file
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.coverage import Explored, Pair, explore, shown
 from conformance.operations import Source
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.trial import Trial
 from conformance.verbs._shared import (
     UsageError,
@@ -36,7 +36,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--property", nargs="+", action="extend", metavar="P", help="properties, see list (all)")
     parser.add_argument("--lines", type=int, default=20, metavar="N", help="how many cases to list (20)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of them to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases to this file")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     add_backend(parser)
     add_source(parser)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from conformance.case import DTYPES
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import LedgerError
 from conformance.gate.sides import RevisionError, Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
-from conformance.search import DTYPES
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
@@ -32,12 +32,20 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("gate", help="compare two revisions, or one with a ledger; fail for what got worse")
     parser.add_argument("--base", metavar="REV", help="the revision to compare with")
     parser.add_argument("--head", metavar="REV", help="the revision to judge (the files as they are)")
-    parser.add_argument("--ledger", type=Path, metavar="FILE", help="in place of --base: the ledger of this card")
-    parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="for all times, on a GPU (20)")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="the ledger to compare with, in place of --base")
     parser.add_argument(
-        "--budget-rise", type=float, default=BUDGET_RISE, metavar="SHARE", help=f"of the error budget ({BUDGET_RISE})"
+        "--minutes", type=float, default=20.0, metavar="M", help="time limit of all timings, on a GPU (20)"
     )
-    parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="of fingerprints, or none (all)")
+    parser.add_argument(
+        "--budget-rise",
+        type=float,
+        default=BUDGET_RISE,
+        metavar="SHARE",
+        help=f"rise of a budget use that is allowed ({BUDGET_RISE})",
+    )
+    parser.add_argument(
+        "--target", nargs="+", action="extend", metavar="T", help="GPU targets of fingerprints, or none (all)"
+    )
     parser.add_argument("--mutants", type=int, default=0, metavar="N", help="plant N faults in each operation (none)")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
@@ -50,7 +58,7 @@ def _gate(arguments: argparse.Namespace) -> int:
     if arguments.mutants and arguments.ledger:
         raise UsageError("--mutants: got a ledger, which records none; allowed: with --base")
     if (arguments.base is None) == (arguments.ledger is None):
-        raise UsageError("gate: got both --base and --ledger, or neither; allowed: one of them")
+        raise UsageError("gate: got both --base and --ledger, or neither; allowed: exactly one of them")
     request = _request(arguments)
     try:
         recorded = ledger.read(arguments.ledger) if arguments.ledger else None
@@ -98,7 +106,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def text(report: Report, json: Path | None = None) -> str:
-    """Times shape by shape; then what is unsure, new records, notes, regressions, and the counts."""
+    """The times of each shape, then warnings, new records, notes, regressions and counts, one per line."""
     times = [row for row in report.rows if row["kind"] == "time" and "times" in row]
     lines = [_time(row) for row in times]
     unsure = _of(times, Verdict.UNSURE)

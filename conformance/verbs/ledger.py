@@ -15,9 +15,11 @@ def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("ledger", help="record the best results of a card, or show them")
     parser.add_argument("action", choices=("update", "show"), help="record results, or show what is recorded")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of results; to show: ledgers (all)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the ledgers ({FOLDER})")
-    parser.add_argument("--because", metavar="TEXT", help="why worse results are to replace better ones")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="files of results to record, or ledgers to show (all)"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"folder of the ledgers ({FOLDER})")
+    parser.add_argument("--because", metavar="TEXT", help="record worse results too, for this reason")
     parser.set_defaults(verb=_ledger)
 
 

@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 
 from conformance import operations
+from conformance.case import DTYPES
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
 from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
-from conformance.search import DTYPES
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
@@ -32,11 +32,11 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("mutate", help="plant faults in a backend and see which ones the properties find")
     add_search(parser)
     parser.add_argument("--sample", type=int, metavar="N", help="draw this many mutants of each operation (all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draw (0)")
     parser.add_argument("--file", nargs="+", action="extend", type=Path, metavar="F", help="mutate only these files")
     parser.add_argument("--mutant", nargs="+", action="extend", metavar="M", help="examine only these, by name")
     parser.add_argument(
-        "--matrix", action="store_true", help="every property for every mutant, not the first that fails"
+        "--matrix", action="store_true", help="run every property for every mutant, not only until one fails"
     )
     parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
     add_source(parser)

@@ -20,20 +20,26 @@ SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".xml": "junit"}
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("report", help="show files of results: a page, a pull request's comment, JUnit's XML")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="what --json of a verb wrote")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (standard output)")
-    parser.add_argument("--format", choices=FORMATS, help="(by the suffix .html, .md or .xml of -o, else html)")
-    parser.add_argument("--base", nargs="+", action="extend", type=Path, metavar="FILE", help="say what changed since")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of results, as --json writes them")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file to write (standard output)")
+    parser.add_argument("--format", choices=FORMATS, help="(that of the suffix of -o: .html, .md or .xml; else html)")
+    parser.add_argument(
+        "--base", nargs="+", action="extend", type=Path, metavar="FILE", help="older results, to report what changed"
+    )
     parser.add_argument(
         "--history",
         nargs="+",
         type=Path,
         default=[],
         metavar="LEDGER",
-        help="show its git revisions, or several ledgers",
+        help="add the history of a ledger, from its git revisions, or of several ledgers",
     )
     parser.add_argument(
-        "--factor", type=float, default=FACTOR, metavar="F", help=f"by which a time must change to count ({FACTOR})"
+        "--factor",
+        type=float,
+        default=FACTOR,
+        metavar="F",
+        help=f"factor by which a time must change to count ({FACTOR})",
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything regressed against the base")
     parser.set_defaults(verb=_report)

@@ -4,10 +4,10 @@ import argparse
 from dataclasses import replace
 
 from conformance import backends, operations, report
+from conformance.case import DTYPES
 from conformance.operations import Source
 from conformance.pieces import pieces
 from conformance.runner import Task, run
-from conformance.search import DTYPES
 from conformance.verbs._shared import (
     UsageError,
     Verbs,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance import backends, deviations, report
+from conformance.case import DTYPES
 from conformance.catalogue import all_properties, tasks_of
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
@@ -26,7 +27,7 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
     add_search(parser)
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
-    parser.add_argument("-x", "--stop", action="store_true", help="leave an operation after its first failure")
+    parser.add_argument("-x", "--stop", action="store_true", help="stop an operation after its first failure")
     parser.add_argument("--deviations", type=Path, metavar="FILE", help="known deviations of the backend, as TOML")
     add_source(parser)
     parser.set_defaults(verb=_run)

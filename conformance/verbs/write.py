@@ -9,7 +9,7 @@ from conformance.writing import text
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("write", help="print a spec of an operation of your own, to be sharpened")
+    parser = verbs.add_parser("write", help="print a spec of an operation of your own, for you to edit")
     parser.add_argument("function", metavar="M:F", help="the reference: module:function or file.py:function")
     add_source(parser)
     parser.set_defaults(verb=_write)

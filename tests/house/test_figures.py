@@ -1,4 +1,4 @@
-"""The figures of the documents are those of docs/results and the ledger; what no file holds is a record with a date."""
+"""Figures in the documents come from docs/results and the ledger; those without a file are records with a date."""
 
 import json
 import re
@@ -17,6 +17,7 @@ ROOT = figures.ROOT
 AGAIN = "; run: make figures"
 RECORD = re.compile(r"^<!-- record -->\n\n\*Recorded \d{4}-\d{2}-\d{2}\b.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 UNITS = re.compile(r"\d ?(?:ms|us|[GM]iB|tokens/s|TB/s|TFLOP/s)\b")
+# The blocks that a document must have.
 STATED = {"README.md": {"steps"}, "docs/benchmarks.md": {"measured", "budget", "steps"}}
 
 

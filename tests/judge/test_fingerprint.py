@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from conformance.cli import main
+from unsloth_ref import kernels
 
 ROOT = Path(__file__).parents[2]
-# The memory-bound operations and attention; the other two launch the kernels of cross_entropy, and library products.
-OPERATIONS = (
-    *("rms_norm", "add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy"),
-    "packed_attention",
-)
+# The other two launch the kernels of cross_entropy, and library products.
+OPERATIONS = [op for op in kernels.__all__ if op not in ("linear_cross_entropy", "lora_linear")]
 NUMBERS = {"prepare_kernel", "divided_sum_kernel"}  # these read one number per row
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
@@ -54,7 +52,7 @@ def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
     for dtype in ("float32", "float16"):
         ran, found = results(tmp_path, "layer_norm", "--dtype", dtype)
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert {one["target"] for one in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+        assert {one["target"] for one in found} == {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
         assert all(one["registers"] for one in found)
         for one in found:  # a warp of gfx942 has 64 threads: each holds half as much of a tile
@@ -86,7 +84,7 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 @pytest.mark.parametrize(
     ("arguments", "seen", "allowed"),
     [
-        (("--target", "sm_1"), "target: got 'sm_1'", "sm_80, sm_90, sm_100, gfx942"),
+        (("--target", "sm_1"), "target: got 'sm_1'", "sm_80, sm_86, sm_90, sm_100, sm_120, gfx942"),
         (("--backend", "reference", "swiglu"), "backend reference launches no Triton kernel", "swiglu"),
         (("--backend", "tests.judge.launching.insisting"), "got a CPU tensor", "nothing to compile"),
     ],

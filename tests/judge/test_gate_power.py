@@ -36,7 +36,7 @@ class Clock:
 
 
 class FakeSide:
-    """A process whose device kinds of time are slower by a share; it tells a wrong kernel from others."""
+    """A process whose device kinds of time are slower by a share; it recognises a wrong kernel."""
 
     def __init__(self, clock: Clock, seed: str, slower: float, dies: bool) -> None:
         self._clock, self._slower, self._dies = clock, slower, dies
@@ -110,7 +110,7 @@ def test_gates_with_known_verdicts_are_counted(tmp_path: Path) -> None:
     assert "| planted: 5 % slower | 8 | 8 | 0 | 0 | 0 | 0 |" in document
     assert "| 4.9 % to 5.1 % |" in document
     assert "| a wrong kernel | 4 | 0 | 0 | 0 | 0 | 4 | - | - |" in document
-    assert "False changes: 0 of 40. With a confidence of 95 %, fewer than 7.2 % of all such gates." in document
+    assert "False changes: 0 of 40. With a confidence of 95 % their rate is below 7.2 %." in document
     assert "| device_full | 96 | 0.25 % | 0." in document  # 40 gates with two pairs, 16 with one
     assert document.startswith("a\n") and document.endswith("\nb\n")
 
@@ -139,8 +139,14 @@ def test_files_of_two_cards_and_a_document_without_a_place_are_refused() -> None
         gate_document.text([{"meta": meta, "results": []} for meta in metas])
     with pytest.raises(ValueError, match="document: got no"):
         gate_document.into("text", [])
-    before = (Path(__file__).parents[2] / "docs" / "gate.md").read_text()
-    assert before.count(gate_document.BEGIN) == before.count(gate_document.END) == 1
+
+
+def test_the_document_states_what_the_committed_files_hold() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    files = sorted((docs / "results" / "power").glob("*.json"))
+    document = (docs / "gate.md").read_text(encoding="utf-8")
+    again = f"python -m tests.judge.power write-gate {' '.join(path.name for path in files)}"
+    assert gate_document.into(document, [json.loads(path.read_text()) for path in files]) == document, again
 
 
 @pytest.mark.parametrize(("count", "found", "bound"), [(200, 0, 0.0149), (200, 1, 0.0235), (10, 10, 1.0)])

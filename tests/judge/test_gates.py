@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from conformance.bounds import Bound, Terms, unit_roundoff
+from conformance.case import DTYPES
 from conformance.gates import (
     G2_ELEMENTS,
     G2_MAX,
@@ -17,7 +18,6 @@ from conformance.gates import (
     Failure,
     judge,
 )
-from conformance.search import DTYPES
 
 HALF = torch.float16
 MARGIN = 0.01  # relative to a bound: much larger than the float64 rounding error of the bound

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from conformance.case import DTYPES
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result
+from conformance.search import Result
 from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG

@@ -60,7 +60,7 @@ def test_budget_use_is_unsure_where_cases_or_versions_differ(tmp_path: Path) -> 
 
 
 def test_files_are_compared_with_their_like(tmp_path: Path) -> None:
-    ours, theirs = (read(run_file(tmp_path / "run.json", RESULTS[:1], name)) for name in ("mine", "liger"))
+    ours, theirs = (read(run_file(tmp_path / "run.json", RESULTS[:1], name)) for name in ("mine", "reference"))
     assert compare.changes([ours, theirs], [theirs, ours]) == []
     assert [change.word for change in compare.changes([ours], [theirs])] == ["skipped", "new"]
     assert compare.changes([], []) == []

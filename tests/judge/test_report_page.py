@@ -30,7 +30,7 @@ from tests.judge.shown import (
 from tests.judge.test_bench_shown import ROWS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
-LOOKED_AT = Path(__file__).with_name("looked_at.html")  # a page that looks at the page, in a frame
+FRAME = Path(__file__).with_name("frame.html")  # shows the page in a frame and measures it
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'> & @somebody ``` `|` \x1b[31m\ud800"
 
 
@@ -221,7 +221,7 @@ def test_in_a_browser(tmp_path: Path, files: list[Path], dark: bool) -> None:
     """It fits phones, its parts unfold, its texts stand out from what is behind them, its plot has its points."""
     text = shown(tmp_path / "page.html", *files, "--base", files[0])
     host = tmp_path / "host.html"
-    script = LOOKED_AT.read_text(encoding="utf-8").replace("PAGE", json.dumps(text).replace("</", "<\\/"))
+    script = FRAME.read_text(encoding="utf-8").replace("PAGE", json.dumps(text).replace("</", "<\\/"))
     host.write_text(script, encoding="utf-8")
     options = ["--no-sandbox", "--disable-gpu", "--headless", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--virtual-time-budget=5000", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom"]

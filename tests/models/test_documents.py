@@ -30,27 +30,13 @@ from unsloth_fast.models.interface import examine
 
 REFERENCE = backends.resolve("reference")
 TOKENS = sum(LENGTHS)
-SIZES: dict[str, Any] = {
-    "vocab_size": len(tiny.WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
 WINDOW = {"sliding_window": 4}
 WINDOWS = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
-# Names of families in transformers, and what a config needs beside SIZES.
+# Names of families in transformers, and what a config needs beside tiny.SIZES.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": WINDOW,
     "Qwen3Moe": EXPERTS | {"num_experts": 4},
@@ -79,7 +65,7 @@ def model_of(name: str, **config: Any) -> PreTrainedModel:
         pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
     options = {"experts_implementation": "eager"}  # the fast one takes no float64
-    made = model_class._from_config(model_class.config_class(**SIZES | ALL[name] | config), **options)
+    made = model_class._from_config(model_class.config_class(**tiny.SIZES | ALL[name] | config), **options)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -297,7 +283,7 @@ def test_code_that_needs_the_mask_of_transformers_gets_it(part: str, kind: Any, 
 
 
 def chunked() -> PreTrainedModel:
-    sizes = SIZES | {"intermediate_size_mlp": 40, "num_local_experts": 2, "attention_chunk_size": 8}
+    sizes = tiny.SIZES | {"intermediate_size_mlp": 40, "num_local_experts": 2, "attention_chunk_size": 8}
     return t.Llama4ForCausalLM(t.Llama4TextConfig(**sizes, moe_layers=[]))
 
 

@@ -65,7 +65,7 @@ def _in_order(row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> Iterat
 
 
 def allowed_in(columns: tuple[str, ...]) -> str:
-    """What each row of these columns may hold, as in `values.fits`."""
+    """The values that a row of these columns may hold, as in `values.fits`."""
     return EITHER if columns == PAIR else LIST if columns == TOKENS or columns[0] in CHATS else STRING
 
 

@@ -80,7 +80,7 @@ def formatting_of(function: Callable[[Any], Any], rows: Sequence[Mapping[str, An
 
 
 def _text_in(made: Any, field: str) -> Any:
-    """What the function returned, out of its dictionary; sequences as lists."""
+    """The texts that the function returned, taken out of a dictionary; a tuple becomes a list."""
     if isinstance(made, Mapping):
         made = made.get(DEFAULT_TEXT, made.get(field))
     return list(made) if isinstance(made, tuple) else made

@@ -85,7 +85,7 @@ def _quoted(columns: Sequence[str]) -> str:
 
 
 def _allowed(first: Mapping[str, Any], columns: tuple[str, ...]) -> str:
-    """What each row holds, as the first one does: a prompt and its completion are of one type."""
+    """The values that a row may hold, decided by the first one: a prompt and its completion have one type."""
     return (LIST if is_conversational(first, columns) else STRING) if columns == PAIR else allowed_in(columns)
 
 

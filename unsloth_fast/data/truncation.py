@@ -35,7 +35,7 @@ class Truncation:
 
 
 def truncation_of(args: SFTConfig, packing: bool) -> Truncation:
-    """What the arguments cut off: only "bfd" of the packing strategies cuts, always at the end."""
+    """The truncation that the arguments ask for: of the packing strategies only "bfd" cuts, always at the end."""
     if packing:
         return Truncation(args.max_length if args.packing_strategy == "bfd" else None)
     return Truncation(args.max_length, getattr(args, "truncation_mode", "keep_start") == "keep_end")  # since TRL 1.0

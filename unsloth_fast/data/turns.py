@@ -32,7 +32,7 @@ def written(tokenizer: Any, count: int, prompt: bool = False) -> str:
 
 
 def ends_of_turns(tokenizer: Any) -> tuple[str, ...]:
-    """What the template writes behind an answer, behind a question, and as the generation prompt.
+    """The parts that the template writes after an answer, after a question, and as the generation prompt.
 
     Without the whitespace that follows; an end that is whitespace alone is left out. () without a template, or where
     the template does not take such messages.

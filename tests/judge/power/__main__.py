@@ -1,14 +1,14 @@
-"""Writes docs/judge-power.md, and the measured error rates in docs/gate.md.
+"""How often is the judge wrong, and how often the gate? Measures both, and writes the results into documents.
 
 python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
 python -m conformance run --backend liger --profile gpu --json out/liger.json     # and other peers
 python -m conformance mutate --json out/mutants.json
 python -m tests.judge.power write out/power.json out/liger.json ... out/mutants.json
 python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
-python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json       # others; all files count together
+python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json       # more gates, in another order
 python -m tests.judge.power write-gate out/gates.json out/more.json
 
-`measure` may be run in parts: `write` takes any number of its files.
+`write` makes docs/judge-power.md, `write-gate` the measured error rates in docs/gate.md. Both take several files.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def main() -> None:
     second.add_argument("files", type=Path, nargs="+", help="what measure, and conformance's run and mutate, wrote")
     second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
     third = steps.add_parser("gate", help="run gates whose right verdict is known, on a GPU")
-    third.add_argument("--gates", type=int, default=280, help="without those of wrong kernels (280)")
-    third.add_argument("--minutes", type=float, default=7.0, help="after which none runs (7)")
+    third.add_argument("--gates", type=int, default=280, help="number of gates, without those of wrong kernels (280)")
+    third.add_argument("--minutes", type=float, default=7.0, help="time limit of all gates (7)")
     third.add_argument("--first", type=int, default=0, metavar="N", help="number of the first generation of gates (0)")
     third.add_argument("--json", type=Path, required=True)
-    fourth = steps.add_parser("write-gate", help="write what gates found into the document")
+    fourth = steps.add_parser("write-gate", help="write the measured error rates into the document")
     fourth.add_argument("gates_found", type=Path, nargs="+", help="files that gate wrote, of one card")
     fourth.add_argument("--to", type=Path, default=Path("docs/gate.md"))
     arguments = parser.parse_args()

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conformance.page.markdown import table
 from tests.judge.power.measure import JUDGE
 from tests.judge.power.oracles import ORACLES
 from tests.judge.power.peers import escaped
@@ -61,7 +62,7 @@ def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[
         HEAD,
         "\n".join(populations),
         f"Measured on {where(meta)}. The judge ran under the profile `{meta['profile']}`.",
-        _table(kernels),
+        _by_test(kernels),
         FAIR,
         _alone(kernels),
         "### The tests",
@@ -100,17 +101,11 @@ def _names() -> list[str]:
     return [JUDGE, *(oracle.name for oracle in ORACLES)]
 
 
-def rows(heading: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heading, ["---"] * len(heading), *cells]
-    return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
-
-
-def _table(kernels: Sequence[Json]) -> str:
+def _by_test(kernels: Sequence[Json]) -> str:
     groups = {name: [k for k in kernels if k["population"] == name] for name in POPULATIONS}
     shown = {name: found for name, found in groups.items() if found}
     cells = [[name, *(_cell(found, name) for found in shown.values())] for name in _names()]
-    return rows(["test", *(COLUMNS[name] for name in shown)], cells)
+    return table(["test", *(COLUMNS[name] for name in shown)], cells)
 
 
 def _wrong(kernels: Sequence[Json]) -> list[Json]:
@@ -127,7 +122,7 @@ def _alone(kernels: Sequence[Json]) -> str:
 
 def _tests() -> str:
     judge = [JUDGE, "every [property](judge.md#properties) holds: derived error bounds, and behaviour besides results"]
-    return rows(["test", "a kernel is right if"], [judge, *([oracle.name, oracle.what] for oracle in ORACLES)])
+    return table(["test", "a kernel is right if"], [judge, *([oracle.name, oracle.what] for oracle in ORACLES)])
 
 
 def _by_operation(kernels: Sequence[Json]) -> str:
@@ -135,11 +130,11 @@ def _by_operation(kernels: Sequence[Json]) -> str:
     if not ops:
         return "None was measured."
     of = {op: [kernel for kernel in _wrong(kernels) if kernel["op"] == op] for op in ops}
-    return rows(["operation", *_names()], [[op, *(_cell(of[op], name) for name in _names())] for op in ops])
+    return table(["operation", *_names()], [[op, *(_cell(of[op], name) for name in _names())] for op in ops])
 
 
 def _missed(kernels: Sequence[Json]) -> str:
-    """What the judge got wrong, by name."""
+    """The kernels on which the judge is wrong, by name."""
     passed = [kernel for kernel in _wrong(kernels) if JUDGE not in kernel["rejected_by"]]
     alarms = [k for k in kernels if k["population"] == "right" and JUDGE in k["rejected_by"]]
     lines = [f"- passed: `{kernel['backend']}` ({kernel['op']}, {kernel['population']})" for kernel in passed]
@@ -149,8 +144,8 @@ def _missed(kernels: Sequence[Json]) -> str:
             what = (finding["message"] or "").partition("\n")[0]
             lines.append(f"  - `{finding['property']}` ({finding['dtype']}), `{finding['case']}`: {escaped(what)}")
     cases = sum(kernel.get("cases", 0) for kernel in kernels if kernel["population"] == "right")
-    told = f" in {cases} cases" if cases else ""
-    return "\n".join(lines) or f"Nothing: it rejects every wrong kernel and passes every right one{told}."
+    extent = f" in {cases} cases" if cases else ""
+    return "\n".join(lines) or f"Nothing: it rejects every wrong kernel and passes every right one{extent}."
 
 
 def _false_alarms(kernels: Sequence[Json]) -> list[str]:
@@ -162,7 +157,7 @@ def _false_alarms(kernels: Sequence[Json]) -> list[str]:
     ]
     if not cells:
         return []
-    return ["### Right kernels that other tests reject", rows(["kernel", "operation", "rejected by"], cells)]
+    return ["### Right kernels that other tests reject", table(["kernel", "operation", "rejected by"], cells)]
 
 
 AUTOMATIC = """
@@ -187,7 +182,7 @@ def _automatic(files: Sequence[Json]) -> list[str]:
             cells.append([op, device, str(len(verdicts)), str(equivalent), f"{killed} of {judged}", rate])
     if not cells:
         return []
-    return [AUTOMATIC, rows(["operation", "device, profile", "mutants", "no fault", "killed", "rate"], cells)]
+    return [AUTOMATIC, table(["operation", "device, profile", "mutants", "no fault", "killed", "rate"], cells)]
 
 
 def _again(meta: Json, peers: Mapping[str, Json], mutants: bool) -> str:

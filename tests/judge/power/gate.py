@@ -1,8 +1,8 @@
-"""How often is a gate wrong on this card? Gates of one operation and shape whose right verdict is known.
+"""How often is a gate wrong on this card? Gates of one operation and shape whose correct verdict is known.
 
-A gate compares the base with itself, with kernels that are slower by a known share, or with a wrong kernel. It is the
-product's own: `compare_times`, with a pool of its own. What it does not have are processes of its own, which take
-seconds to start: the gates of a generation share them. A change is seen again by a second set of processes, as always.
+A gate compares the base with itself, with kernels that are slower by a known share, or with a wrong kernel. It calls
+`compare_times`, as `conformance gate` does. Processes take seconds to start, so the gates of a generation share them. A
+second set of processes has to see a change again, as always.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from conformance.gate.sides import Checkout, Side, Unavailable
 from conformance.gate.statistics import SIDES
 from tests.judge.power.planted import WRONG
 
-BASE, WRONG_KERNEL = "base", "wrong"  # what the head of a gate is, or the share by which it is slower
-CYCLE = (0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.02)  # of generations, by the share that is planted
+BASE, WRONG_KERNEL = "base", "wrong"  # heads of gates; any other head is the share by which its kernels are slower
+CYCLE = (0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.02)  # the planted share of each generation
 MINUTES = 0.5  # for one gate; all rounds of the shapes below take less
 BACKEND, LOG = "planted_kernels", "planted.jsonl"
 
 Shape = tuple[str, str]  # operation and the name of a shape in its spec
 
-# Shapes that are judged quickly. A sleep takes a microsecond to launch: passes that are to be slower by 2 % are longer.
+# Shapes that are judged quickly. Launching a sleep takes a microsecond, so slowdowns by 2 % need the longer passes.
 LONG: tuple[Shape, ...] = (
     *(("swiglu", shape) for shape in ("llama-3.2-1b", "llama-3.1-8b")),
     *(("geglu", shape) for shape in ("tanh", "none", "gemma-2-9b")),
@@ -60,7 +60,7 @@ class Generation:
     Attributes:
         number: from 0.
         share: by which the kernels of the head are slower.
-        gates: what the head of each gate is, its operation and shape.
+        gates: the head of each gate, its operation and shape.
     """
 
     number: int
@@ -69,15 +69,15 @@ class Generation:
 
     @property
     def weight(self) -> int:
-        """In proportion to the time it takes: a change is timed twice."""
+        """Proportional to its duration: a change is timed twice."""
         return len(self.gates) * (2 if self.share else 1)
 
 
 def generations(gates: int, first: int = 0) -> list[Generation]:
-    """A plan; a wrong kernel is added to each generation with a planted slowdown.
+    """Plan the gates; each generation with a planted slowdown also has a gate of a wrong kernel.
 
     Args:
-        gates: how many, without those of wrong kernels: 5 of 7 of the base against itself, 1 of 7 of each slowdown.
+        gates: how many, without those of wrong kernels; 5 of 7 compare the base with itself, 1 of 7 has each slowdown.
         first: the number of the first generation; plans of other numbers have other orders of shapes.
     """
     plan = []
@@ -93,10 +93,10 @@ def generations(gates: int, first: int = 0) -> list[Generation]:
 
 
 class Shared:
-    """A process that several gates use, each as if it had been started for it; keeps what is sampled."""
+    """A process that several gates use, each as if it had started it; records the samples."""
 
     def __init__(self, side: Asked, alone: bool) -> None:
-        """If `alone`, it prepares after the others are ready, because it measures meanwhile."""
+        """If `alone`, it prepares after the others are ready, because calibrating its kernels measures times."""
         self._side, self._alone = side, alone
         self._held: dict[str, Any] | None = None
         self._started: dict[str, Any] | None = None
@@ -118,7 +118,7 @@ class Shared:
         return self._side.hear()
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        """Send a command and wait; a process starts once, and has the shape of the gate alone."""
+        """Send a command and wait; the process starts once, and offers only the shape of the gate."""
         if do == "shapes":
             return {"shapes": [self.shape]}
         if do == "start":
@@ -132,7 +132,7 @@ class Shared:
 
 @dataclass
 class Processes:
-    """The processes of one generation: a set for what is timed first, another for changes; started when needed."""
+    """The processes of one generation: one set times first, another times changes again; started when needed."""
 
     start: Callable[[], AbstractContextManager[Mapping[str, Asked]]]
     stack: ExitStack
@@ -156,13 +156,13 @@ class Processes:
 
 @dataclass
 class Measurement:
-    """Runs gates until a plan, or the time, is over.
+    """Runs gates until the plan or the time ends.
 
     Attributes:
         sets: starts processes.
-        end: seconds of `clock` after which no gate runs, unless it takes longer than all before it.
-        path: of the file of results, which is written after each gate.
-        shares: what is known about the slowdowns that were planted, see tests/judge/power/planted.py.
+        end: the time of `clock` when the gates must have ended; a gate that takes longer than all before it exceeds it.
+        path: the file of results, which is written after each gate.
+        shares: returns the measured slowdowns of the planted kernels, see tests/judge/power/planted.py.
         clock: seconds.
         meta: of the file of results; the card and the versions are added.
         results: one object per gate.
@@ -177,7 +177,7 @@ class Measurement:
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, plan: Sequence[Generation]) -> None:
-        """Run the gates of a plan; each generation has its share of the time, so that every head has gates."""
+        """Run the gates of a plan; each generation gets its share of the time, so that every head has gates."""
         begin, starting, sets, longest = self.clock(), 0.0, 0, 0.0
         for index, generation in enumerate(plan):
             share = generation.weight / sum(one.weight for one in plan[index:])
@@ -194,7 +194,7 @@ class Measurement:
                     self.results.append(found)
                     self._write(begin, starting + processes.seconds, sets + len(processes.sets))
                     if found["lost"]:
-                        break  # its processes have no other answer
+                        break  # its processes can no longer answer
                 starting, sets = starting + processes.seconds, sets + len(processes.sets)
         self._write(begin, starting, sets)
 
@@ -231,7 +231,7 @@ class Measurement:
 
 
 def differences(sides: Mapping[str, Shared]) -> dict[str, dict[str, float]]:
-    """By kind of time, log ratios of three processes.
+    """The log ratios of the three processes, by kind of time.
 
     Returns:
         "again": the median of the second process of the base to the first; "head": that of the head to the first;
@@ -253,7 +253,7 @@ def differences(sides: Mapping[str, Shared]) -> dict[str, dict[str, float]]:
 
 
 def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Asked]]:
-    """Three processes on the card, of a base and a head that are folders with kernels; for no share, the fast ones."""
+    """Start three processes on the card; base and head are folders with kernels, the fast ones if the share is 0."""
     for name, planted in (("base", 0.0), ("head", share)):
         root = folder / f"{share}" / name
         root.mkdir(parents=True, exist_ok=True)
@@ -283,9 +283,9 @@ def measure(gates: int, minutes: float, first: int, path: Path) -> None:
 
     Args:
         gates: how many.
-        minutes: after which none runs.
+        minutes: time limit of all gates.
         first: the number of the first generation.
-        path: of the file of results.
+        path: the file of results.
     """
     with tempfile.TemporaryDirectory(prefix="gate-power-") as name:
         folder = Path(name).resolve()

@@ -9,6 +9,7 @@ from statistics import mean, quantiles
 from typing import Any
 
 from conformance.gate.statistics import EXPECTED, Verdict, group
+from conformance.page.markdown import table
 from tests.judge.power.gate import BASE, WRONG_KERNEL
 
 Json = Mapping[str, Any]
@@ -17,6 +18,9 @@ BEGIN, END = "<!-- measured by tests.judge.power -->", "<!-- end of what is meas
 CONFIDENCE = 0.95
 KINDS = ("forward", "full", "device_forward", "device_full")
 NO_SPEED = "no speed"
+DIFFERENCES = """\
+The difference between two processes that run the same code, as the median over the rounds of a gate. The last column is
+the spread of a single round."""
 
 
 def into(document: str, files: Sequence[Json]) -> str:
@@ -33,7 +37,7 @@ def into(document: str, files: Sequence[Json]) -> str:
 
 
 def text(files: Sequence[Json]) -> str:
-    """What was measured, from files of one card and the same versions."""
+    """The measured rates, from files of one card and the same versions."""
     metas = [file["meta"] for file in files]
     if any((meta["gpu"], meta["versions"]) != (metas[0]["gpu"], metas[0]["versions"]) for meta in metas):
         raise ValueError("files: got different cards or versions; allowed: one")
@@ -54,20 +58,16 @@ def _verdict(gate: Json) -> str:
 
 def _verdicts(gates: Sequence[Json], planted: Sequence[Json]) -> str:
     order = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE, NO_SPEED)
-    rows = [
-        f"| head | gates | {' | '.join(order)} | rounds | slower by, measured |",
-        f"|---|---|{'---|' * len(order)}---|---|",
-    ]
+    rows: list[list[str]] = []
     for head in dict.fromkeys((BASE, *sorted(_shares(gates)), WRONG_KERNEL)):
         own = [gate for gate in gates if gate["head"] == head]
         if not own:
             continue
         counts = Counter(map(_verdict, own))
         rounds = [mean(one["rounds"] for one in gate["times"].values()) for gate in own if gate["times"]]
-        cells = [str(counts[one]) for one in order]
-        cells += [f"{mean(rounds):.0f}" if rounds else "-", _measured(head, planted)]
-        rows.append(f"| {_name(head)} | {len(own)} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        cells = [_name(head), str(len(own)), *(str(counts[one]) for one in order)]
+        rows.append([*cells, f"{mean(rounds):.0f}" if rounds else "-", _measured(head, planted)])
+    return table(("head", "gates", *order, "rounds", "measured slowdown"), rows)
 
 
 def _shares(gates: Sequence[Json]) -> set[str]:
@@ -94,8 +94,8 @@ def _false(gates: Sequence[Json]) -> str:
     bound = 100 * upper_bound(len(false), len(own))
     named = f": {', '.join(sorted({' '.join((gate['op'], gate['shape'])) for gate in false}))}" if false else ""
     return (
-        f"False changes: {len(false)} of {len(own)}{named}. With a confidence of {100 * CONFIDENCE:.0f} %,"
-        f" fewer than {bound:.1f} % of all such gates."
+        f"False changes: {len(false)} of {len(own)}{named}."
+        f" With a confidence of {100 * CONFIDENCE:.0f} % their rate is below {bound:.1f} %."
     )
 
 
@@ -110,12 +110,7 @@ def upper_bound(found: int, count: int) -> float:
 
 
 def _differences(gates: Sequence[Json]) -> str:
-    rows = [
-        "Two processes that run the same code, by the median over the rounds of a gate; and one round:",
-        "",
-        "| kind of time | pairs | expected | root mean square | 95 % are below | largest | one round |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[str]] = []
     for kind in KINDS:
         pairs = [abs(one) for one in _pairs(gates, kind)]
         if len(pairs) < 2:
@@ -124,8 +119,9 @@ def _differences(gates: Sequence[Json]) -> str:
         squares = math.sqrt(mean(one**2 for one in pairs))
         most = quantiles(pairs, n=20, method="inclusive")[-1]
         shown = (EXPECTED[group(kind)], squares, most, max(pairs), mean(rounds))
-        rows.append(f"| {kind} | {len(pairs)} | {' | '.join(f'{100 * one:.2f} %' for one in shown)} |")
-    return "\n".join(rows)
+        rows.append([kind, str(len(pairs)), *(f"{100 * one:.2f} %" for one in shown)])
+    heads = ("kind of time", "pairs", "expected", "root mean square", "95 % are below", "largest", "single round")
+    return f"{DIFFERENCES}\n\n{table(heads, rows)}"
 
 
 def _pairs(gates: Sequence[Json], kind: str) -> Iterator[float]:

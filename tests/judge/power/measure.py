@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from conformance import backends
+from conformance.case import DTYPES
 from conformance.mutate.examine import profile_of
 from conformance.properties import PROPERTIES
 from conformance.results_file import versions
 from conformance.runner import Task, run
-from conformance.search import DTYPES, Result, search
+from conformance.search import Result, search
 from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG

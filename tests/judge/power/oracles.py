@@ -13,9 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from conformance.case import Case
+from conformance.case import DTYPES, Case
 from conformance.gates import Failure
-from conformance.search import DTYPES
 from conformance.spec import Spec
 from conformance.trial import Function, Trial
 
@@ -68,7 +67,7 @@ def _flashinfer_bench(op: str, one: Tensor, other: Tensor) -> bool:
     return not ((error > 1e-2) & (error > 1e-2 * other.abs().float())).any()
 
 
-ALL, WIDE_AND_BFLOAT16 = ("float32", "float16", "bfloat16"), ("float32", "bfloat16")
+ALL, WIDE_AND_BFLOAT16 = tuple(DTYPES), ("float32", "bfloat16")
 
 # (relative, absolute) in float32 and in bfloat16, by operation.
 LIGER = {

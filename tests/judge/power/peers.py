@@ -1,9 +1,10 @@
-"""The part of docs/judge-power.md about other people's kernels: each finding, with the command that shows it again."""
+"""The part of docs/judge-power.md about other people's kernels: each finding, with the command that reproduces it."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conformance.page.markdown import table
 from conformance.report import repro
 
 Json = Mapping[str, Any]
@@ -25,9 +26,9 @@ def section(peers: Mapping[str, Json]) -> list[str]:
     """The paragraphs; none without peers."""
     if not peers:
         return []
-    heading = "| library | judged on | operations | checks | of these fail | fail as known |"
-    summary = [heading, "|---" * 6 + "|", *(_summary(name, peer) for name, peer in peers.items())]
-    return [INTRODUCTION, "\n".join(summary), *(part for name, peer in peers.items() for part in _peer(name, peer))]
+    heads = ("library", "judged on", "operations", "checks", "of these fail", "fail as known")
+    summary = table(heads, (_summary(name, peer) for name, peer in peers.items()))
+    return [INTRODUCTION, summary, *(part for name, peer in peers.items() for part in _peer(name, peer))]
 
 
 def _title(name: str, peer: Json) -> str:
@@ -40,13 +41,13 @@ def _of(peer: Json, verdict: str) -> list[Json]:
     return [result for result in peer["results"] if result["verdict"] == verdict]
 
 
-def _summary(name: str, peer: Json) -> str:
+def _summary(name: str, peer: Json) -> tuple[str, ...]:
     meta = peer["meta"]
     judged = [result for result in peer["results"] if result["verdict"] != "skip"]
     ops = len({result["op"] for result in judged})
     numbers = [len(judged), len(_of(peer, "fail")), len(_of(peer, "xfail"))]
     device = f"{meta.get('gpu') or meta['device']}, profile `{meta['profile']}`"
-    return f"| {_title(name, peer)} | {device} | {ops} | {' | '.join(map(str, numbers))} |"
+    return _title(name, peer), device, str(ops), *map(str, numbers)
 
 
 def _peer(name: str, peer: Json) -> list[str]:
@@ -93,13 +94,13 @@ def _finding(meta: Json, group: Sequence[Json]) -> str:
     properties = ", ".join(dict.fromkeys(f"`{result['property']}`" for result in group))
     dtypes = ", ".join(dict.fromkeys(result["dtype"] for result in group if result["dtype"]))
     seen = escaped("; ".join(line.strip() for line in lines[:2]))
-    told = f"- {properties} ({dtypes})" if dtypes else f"- {properties}"
-    told += f", known: {escaped(reason)}. Seen first: {seen}" if known else f": {seen}"
-    return "\n".join([told, "", "  ```sh", f"  {_command(meta, first)}", "  ```"])
+    item = f"- {properties} ({dtypes})" if dtypes else f"- {properties}"
+    item += f", known: {escaped(reason)}. Seen first: {seen}" if known else f": {seen}"
+    return "\n".join([item, "", "  ```sh", f"  {_command(meta, first)}", "  ```"])
 
 
 def _command(meta: Json, result: Json) -> str:
-    """What shows a finding again: its case, or the whole property if it has none."""
+    """The command that reproduces a finding: it runs the case, or the whole property if there is none."""
     backend, device = meta["backend"], meta["device"]
     if not result["case"]:
         words = f"{result['op']} --backend {backend} --device {device} --property {result['property']}"
@@ -109,5 +110,5 @@ def _command(meta: Json, result: Json) -> str:
 
 
 def escaped(text: str) -> str:
-    """Without characters that Markdown reads."""
+    """The text with Markdown's special characters escaped."""
     return re.sub(r"([*<>`\[\]|])", r"\\\1", text)

@@ -1,7 +1,7 @@
 """Kernels that are slower by a known share of their own device time, or wrong: what a gate has to find.
 
-A slowed pass is followed by a sleep of the device. How long it has to be is measured when the kernel is first called
-with inputs of some shape: the time of the pass, the rate of the sleep, and what it costs to launch one.
+The device sleeps after a slowed pass. The length of the sleep is calibrated when the kernel is first called with inputs
+of a shape: from the time of the pass, the rate of the sleep, and the time to launch one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Sleeps:
-    """Cycles after a pass; 0 for no sleep at all."""
+    """Cycles that the device sleeps after each pass; 0 for no sleep."""
 
     forward: int = 0
     backward: int = 0
@@ -74,7 +74,7 @@ class Sleeps:
 
 @dataclass(frozen=True)
 class Shares:
-    """By how much a slowed kernel is slower, as a fraction of its device time, as measured."""
+    """The measured slowdown of a kernel, as a fraction of its device time."""
 
     forward: float
     full: float
@@ -82,14 +82,14 @@ class Shares:
 
 @dataclass
 class Slowed:
-    """A kernel that is slower by a share of its device time; without a share the same calls, and no sleep.
+    """A kernel that is slower by a share of its device time; a share of 0 makes the same calls without a sleep.
 
     Attributes:
         op: its operation.
         function: the kernel.
         share: of the time of each pass.
-        found: called with the shape of the first input, the options and the shares that were measured.
-        device: sleeps.
+        found: called with the shape of the first input, the options and the measured shares.
+        device: the device that sleeps.
     """
 
     op: str

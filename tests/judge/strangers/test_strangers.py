@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from conformance import backends, operations
+from conformance.case import DTYPES
 from conformance.cli import main
 from conformance.declarations import SpecError
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import DTYPES, Result, search
+from conformance.search import Result, search
 from conformance.trial import Trial
 from conformance.writing import text
 from tests.judge.strangers.kernels import RIGHT, WRONG
