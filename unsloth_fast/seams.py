@@ -123,6 +123,8 @@ SEAMS = (
     Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
     Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
+    Seam("torch.nn.Module._backward_hooks", "read: an MLP whose activation has hooks keeps its own forward"),
+    Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included; replaced in a copy"),
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),
     Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: whether a checkpoint or offloading is active"),

@@ -206,5 +206,5 @@ class _Sparse(nn.Module):
         self.taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
         self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return (x[..., self.taken] * self.weights).sum(-1)
