@@ -63,7 +63,7 @@ SEAMS = (
     Seam("triton.runtime.driver.DriverConfig._active", "replaced: stands for a GPU that is not there"),
     Seam("triton.runtime.driver.DriverConfig.set_active", "called: the same"),
     Seam("triton.backends.compiler.GPUTarget", "called: the architectures to compile for"),
-    Seam("triton.knobs.nvidia.cuobjdump", "called: the registers and the stack of a kernel"),
+    Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"

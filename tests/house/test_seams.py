@@ -42,13 +42,15 @@ def exists(path: str) -> bool:
             continue
     for name in path.removeprefix(f"{module}.").split("."):
         if not hasattr(found, name):
-            return inspect.isclass(found) and any(sets_attribute(base, name) for base in found.__mro__[:-1])
+            return inspect.isclass(found) and any(defines(base, name) for base in found.__mro__[:-1])
         found = getattr(found, name)
     return True
 
 
-def sets_attribute(kind: type, name: str) -> bool:
-    """Whether the source of a class assigns the attribute to its instances."""
+def defines(kind: type, name: str) -> bool:
+    """Whether a class has the attribute, or its source assigns it to instances."""
+    if name in vars(kind):
+        return True
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # of a class that is not written in Python
