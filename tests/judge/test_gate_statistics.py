@@ -85,7 +85,7 @@ ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
 
 
 def test_the_documents_give_the_shares_that_are_simulated() -> None:
-    """Each documented share is within four standard deviations, and half a percent of rounding, of the simulated one."""
+    """Documented shares are within four standard deviations, and half a percent of rounding, of simulated ones."""
     table = list(documented())
     assert [slowdown for slowdown, _ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
     for slowdown, expected in table:
