@@ -5,10 +5,10 @@ All counts stay on the device until they are logged: reading one back waits for 
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Counter:
         return tokens
 
 
-def logged_tokens(state: Any, counter: Counter, counted_by_transformers: bool) -> int:
+def logged_tokens(state: TrainerState, counter: Counter, counted_by_transformers: bool) -> int:
     """The tokens since training began, resumed runs included: the trainer's state, which checkpoints hold, keeps them.
 
     Args:

@@ -6,7 +6,6 @@ it is the whole batch, and eight documents would get a third of their noise.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class EmbeddingNoise:
         self.positions: Tensor | None = None
 
     @contextmanager
-    def added_to(self, model: Any) -> Iterator[None]:
+    def added_to(self, model: nn.Module) -> Iterator[None]:
         """Add noise to the embeddings of a model while it trains; evaluations have none."""
         handle = without_adapter(model).get_input_embeddings().register_forward_hook(self._add)
         try:
