@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from unsloth_fast.data.protocols import DataSet, Row
+from unsloth_fast.data.types import DataSet, Row
 
 Data = TypeVar("Data", bound=DataSet | Mapping[str, DataSet])
 

@@ -10,7 +10,7 @@ from unsloth_fast.chat_templates.conversations import conversation_columns, stan
 from unsloth_fast.chat_templates.formats import quoted, turns
 from unsloth_fast.chat_templates.tokenizer import get_chat_template
 from unsloth_fast.data.nulls import renderer
-from unsloth_fast.data.protocols import DataSet, ProcessingClass
+from unsloth_fast.data.types import DataSet, ProcessingClass
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from unsloth_fast.data.protocols import ProcessingClass
 from unsloth_fast.data.turns import TEXTS, written
+from unsloth_fast.data.types import ProcessingClass
 
 
 def find_parts(tokenizer: ProcessingClass) -> tuple[str, str]:

@@ -14,8 +14,8 @@ from unsloth_fast.data.columns import datasets_of
 from unsloth_fast.data.labels import STREAM_CHECK
 from unsloth_fast.data.lists import flat
 from unsloth_fast.data.packing import SPANS
-from unsloth_fast.data.protocols import ProcessingClass, TokenRow
 from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches, mask_cut_documents
+from unsloth_fast.data.types import ProcessingClass, TokenRow
 from unsloth_ref import checks
 from unsloth_ref.types import IGNORE_INDEX
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import ProcessorMixin
 
 from unsloth_fast.chat_templates.formats import FORMATS, FORMATS_BY_PLAIN_NAME, Format, plain_name
-from unsloth_fast.data.protocols import ProcessingClass
+from unsloth_fast.data.types import ProcessingClass
 
 Processing = TypeVar("Processing", bound=ProcessingClass)
 

@@ -7,7 +7,7 @@ from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
 from unsloth_fast.data.lists import is_plain, row_with
-from unsloth_fast.data.protocols import Keywords, Row, Rows
+from unsloth_fast.data.types import Keywords, Row, Rows
 from unsloth_fast.data.values import EITHER, LIST, STRING, fits
 
 TOKENS = ("input_ids",)

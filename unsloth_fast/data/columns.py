@@ -13,10 +13,10 @@ from trl import SFTConfig
 from unsloth_fast.data.choice import PAIR, TOKENS, allowed_in, is_conversational, is_empty, trained_columns
 from unsloth_fast.data.labels import require_targets, require_targets_in_stream
 from unsloth_fast.data.lists import has_lists, is_plain, row_with
-from unsloth_fast.data.protocols import DataSet, Keywords, Row, Rows, Value
 from unsloth_fast.data.reading import OPTIONS, read_columns, under_known_name
 from unsloth_fast.data.streams import picklable
 from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
+from unsloth_fast.data.types import DataSet, Keywords, Row, Rows, Value
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 

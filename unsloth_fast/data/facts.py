@@ -13,8 +13,8 @@ from trl import SFTConfig
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
-from unsloth_fast.data.protocols import Keywords
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
+from unsloth_fast.data.types import Keywords
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign

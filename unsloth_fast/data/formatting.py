@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from unsloth_fast.config import DEFAULT_TEXT
-from unsloth_fast.data.protocols import Row
+from unsloth_fast.data.types import Row
 
 # What a function of a batch raises for a row, and a function of a row for a batch.
 _OTHER_SHAPE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, TemplateError)

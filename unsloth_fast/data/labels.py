@@ -12,8 +12,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from unsloth_fast.data.lists import flat, has_lists
-from unsloth_fast.data.protocols import Rows, TokenRow
 from unsloth_fast.data.truncation import Truncation
+from unsloth_fast.data.types import Rows, TokenRow
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)

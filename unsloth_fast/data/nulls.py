@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from unsloth_fast.data.protocols import DataSet, ProcessingClass, Row
+from unsloth_fast.data.types import DataSet, ProcessingClass, Row
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from unsloth_fast.data.choice import CHATS, OF_TOKENS, PAIR, TOKENS, allowed_in, is_conversational, is_empty
 from unsloth_fast.data.lists import RowsWith, is_plain, list_lengths, row_with, without_rows
-from unsloth_fast.data.protocols import DataSet, Row
+from unsloth_fast.data.types import DataSet, Row
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, fits, wrong_value
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import dill
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from unsloth_fast.data.protocols import Value
+from unsloth_fast.data.types import Value
 
 
 class _PickledByDill:

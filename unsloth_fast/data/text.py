@@ -20,9 +20,9 @@ from unsloth_fast.data.columns import check_text, datasets_of, has_vision_column
 from unsloth_fast.data.formatting import Formatter, Formatting, formatting_of
 from unsloth_fast.data.lists import is_plain
 from unsloth_fast.data.nulls import renderer
-from unsloth_fast.data.protocols import DataSet, Keywords, ProcessingClass, Row
 from unsloth_fast.data.reading import NAMES, read_columns, under_known_name
 from unsloth_fast.data.turns import ends_of_turns
+from unsloth_fast.data.types import DataSet, Keywords, ProcessingClass, Row
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from unsloth_fast.data.lists import (
     row_with,
     without_rows,
 )
-from unsloth_fast.data.protocols import DataSet, Row, Rows
+from unsloth_fast.data.types import DataSet, Row, Rows
 
 _MASKS = ("completion_mask", "assistant_masks")
 _COLUMNS = ("input_ids", "labels", *_MASKS, "seq_lengths")

@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from unsloth_fast.data.protocols import ProcessingClass
+from unsloth_fast.data.types import ProcessingClass
 
 TEXTS = ("Alpha1", "Bravo2", "Charlie3", "Delta4")
 _ROLES = ("user", "assistant", "user", "assistant")

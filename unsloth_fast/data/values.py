@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sized
 from typing import Any
 
 from unsloth_fast.data.lists import is_plain
-from unsloth_fast.data.protocols import Row, Rows
+from unsloth_fast.data.types import Row, Rows
 
 STRING, LIST, DICTIONARY = "a string", "a list", "a dictionary"
 EITHER, TOOLS = "a string or a list", "a list, or a string of JSON"
