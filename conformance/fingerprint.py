@@ -47,8 +47,10 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 

@@ -103,6 +103,9 @@ def resolve_arguments(
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
     # as for padding, which cuts them, and the collator concatenates them. A script for TRL gets TRL's answer.
     settings.packing, settings.padding_free = plan.packing, as_trl and not updates and _asks_trl(settings, model)
+    if settings.eval_packing and not plan.padding_free:
+        logger.warning("eval_packing: off, as batches are padded")
+        settings.eval_packing = False
     if plan.padding_free or has_stream(given):
         settings.accelerator_config = _without_dispatch(settings.accelerator_config)
     only_completions = completion_only(given, settings, named=named)

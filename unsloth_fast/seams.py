@@ -58,10 +58,12 @@ class Seam(NamedTuple):
     Attributes:
         path: where it is: module, class and name, with dots.
         why: what it is needed for.
+        needs: without which the name does not exist: "CUDA", or a module of an optional package.
     """
 
     path: str
     why: str
+    needs: str = ""
 
 
 SEAMS = (
@@ -123,10 +125,18 @@ SEAMS = (
     Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
     Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
+    Seam("torch.nn.Module._backward_hooks", "read: an MLP whose activation has hooks keeps its own forward"),
+    Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included; replaced in a copy"),
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),
+    Seam("torch.utils._python_dispatch.TorchDispatchMode", "subclassed: sees the operators of a call to be recorded"),
+    Seam("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "read in names of parameters: torch.compile adds it"),
     Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: whether a checkpoint or offloading is active"),
-    Seam("torch._C._cuda_getCurrentRawStream", "called: the stream of a launch; the public call is 2 us slower"),
+    Seam(
+        "torch._C._cuda_getCurrentRawStream",
+        "called: the stream of a launch; the public call is 2 us slower",
+        needs="CUDA",
+    ),
     Seam("torch._C._len_torch_dispatch_stack", "called: whether a dispatch mode sees operations"),
     Seam("torch._C._are_functorch_transforms_active", "called: whether torch.func transforms the call"),
     Seam("torch._C._is_tracing", "called: whether torch.jit.trace records the call"),

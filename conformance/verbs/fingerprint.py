@@ -14,7 +14,8 @@ def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("fingerprint", help="registers, spills and the like of Triton kernels; needs no GPU")
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
-    parser.add_argument("--target", nargs="+", action="extend", metavar="T", help="sm_80, sm_90, sm_100, gfx942 (all)")
+    targets = "sm_80, sm_86, sm_90, sm_100, sm_120, gfx942"
+    parser.add_argument("--target", nargs="+", action="extend", metavar="T", help=f"{targets} (all)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")

@@ -119,7 +119,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"model_type": "gpt_oss", "attn_implementation": "flex_attention"}, {}, "see each other"),
     ({"takes_positions": False}, {}, "takes no position_ids"),
     ({"positions_by_axis": True}, {}, "positions have several axes"),
-    ({"unknown_masks": True}, {}, "may join documents"),
+    ({"unknown_masks": True}, {}, "may join them"),
     ({}, {"prompt_learning": True}, "belong to no document"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM, LlamaForCausalLM, RobertaForCausalLM
 from trl import SFTConfig
 
 from tests import tiny
@@ -90,8 +91,24 @@ def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_ma
         for _ in range(2):
             plan = decide(tmp_path, model=model)
             assert plan.padding_free == allowed
-            assert allowed or plan.reasons[0].startswith("the model is not of transformers and makes its own masks")
+            assert allowed or plan.reasons[0].startswith("the model makes its masks without a look at documents")
             place(model, backends.resolve("reference"))
+
+
+@pytest.mark.parametrize(("model_class", "allowed"), [(RobertaForCausalLM, False), (GPT2LMHeadModel, True)])
+def test_masks_that_transformers_makes_without_positions_are_an_obstacle(
+    tmp_path: Path, model_class: Any, allowed: bool
+) -> None:
+    """Documents of a row see each other, unless the masks know the positions that restart."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "is_decoder": True, "pad_token_id": 0}
+    options = {"vocab_size": len(tiny.WORDS), "max_position_embeddings": 64, "intermediate_size": 32}
+    model = model_class(model_class.config_class(**sizes, **options)).eval()
+    plan = decide(tmp_path, model=model)
+    assert plan.padding_free == allowed
+    place(model, backends.resolve("reference"))
+    batch = tiny.packed([5, 7])
+    last = [model(**batch | {"input_ids": batch["input_ids"].index_fill(1, torch.tensor([2]), 9)}).logits[:, 5:]]
+    assert torch.equal(model(**batch).logits[:, 5:], *last) == allowed
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,22 +1,34 @@
-"""The seams with other libraries: each row exists in the installed releases, and every private name has a row."""
+"""The seams with other libraries: each row exists in the installed releases, every private name has a row."""
 
 import ast
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import unsloth_fast
-from unsloth_fast.seams import SEAMS, Seam, overrides
+from conformance import seams as of_judge
+from unsloth_fast import seams as of_fast
+from unsloth_fast.seams import Seam, overrides
 
-PACKAGE = Path(unsloth_fast.__file__).parent
+ROOT = Path(__file__).parents[2]
+# The table of each folder. The examples use public names alone.
+TABLES = {
+    "unsloth_fast": of_fast.SEAMS,
+    "conformance": of_judge.SEAMS,
+    "tests/judge/power": of_judge.SEAMS,
+    "examples": (),
+}
+FILES = [(folder, path) for folder in TABLES for path in sorted((ROOT / folder).rglob("*.py"))]
 NAMED_TUPLE = {"_make", "_fields", "_replace", "_asdict"}  # public in spite of the underscore
-CUDA_ONLY = {"torch._C._cuda_getCurrentRawStream"}
+OURS = ("unsloth_ref", "unsloth_fast", "conformance", "tests")
+BY_NAME = ("getattr", "hasattr", "setattr", "patch.object")  # the second argument is a name
 
 
 def exists(path: str) -> bool:
@@ -30,13 +42,15 @@ def exists(path: str) -> bool:
             continue
     for name in path.removeprefix(f"{module}.").split("."):
         if not hasattr(found, name):
-            return inspect.isclass(found) and any(sets_attribute(base, name) for base in found.__mro__[:-1])
+            return inspect.isclass(found) and any(defines(base, name) for base in found.__mro__[:-1])
         found = getattr(found, name)
     return True
 
 
-def sets_attribute(kind: type, name: str) -> bool:
-    """Whether the source of a class assigns the attribute to its instances."""
+def defines(kind: type, name: str) -> bool:
+    """Whether a class has the attribute, or its source assigns it to instances."""
+    if name in vars(kind):
+        return True
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # of a class that is not written in Python
@@ -44,10 +58,15 @@ def sets_attribute(kind: type, name: str) -> bool:
     return f"self.{name} = " in source or f"self.{name}: " in source or f'"{name}"' in source
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.path)
+def is_there(needs: str) -> bool:
+    """Whether what a row needs is there."""
+    return torch.cuda.is_available() if needs == "CUDA" else find_spec(needs) is not None
+
+
+@pytest.mark.parametrize("seam", dict.fromkeys((*of_fast.SEAMS, *of_judge.SEAMS)), ids=lambda seam: seam.path)
 def test_the_installed_release_has_the_name(seam: Seam) -> None:
-    if seam.path in CUDA_ONLY and not torch.cuda.is_available():
-        pytest.skip("a build of torch without CUDA does not have it")
+    if seam.needs and not is_there(seam.needs):
+        pytest.skip(f"needs {seam.needs}")
     assert exists(seam.path), f"{seam.path} is gone: {seam.why}"
     assert seam.why
 
@@ -58,13 +77,16 @@ def test_a_name_that_is_gone_is_found() -> None:
 
 
 def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of every private attribute, keyword, import and getattr of something that is not `self`."""
+    """Line and name of every attribute, import, getattr and patch of something that is not `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
             yield node.lineno, node.attr
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("unsloth"):
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(OURS):
+            yield from ((node.lineno, part) for part in (node.module or "").split("."))
             yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, part) for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
             name = node.args[1]
             if isinstance(name, ast.Constant):
                 yield node.lineno, str(name.value)
@@ -73,26 +95,64 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def own_names(tree: ast.AST) -> set[str]:
     """The private names that a module defines: functions, classes, variables, attributes of its own instances."""
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return names
+    stored = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
+    names |= {node.id for node in stored if isinstance(node, ast.Name)}
+    return names | {
+        node.attr for node in stored if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+    }
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_private_name_without_a_row(path: Path) -> None:
-    """A name with a leading underscore that belongs to another library has a row in SEAMS."""
-    listed = {part for seam in SEAMS for part in seam.path.split(".")}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = {
+def names_in(rows: tuple[Seam, ...]) -> set[str]:
+    """Every name on the way to those of the rows."""
+    return {part for seam in rows for part in seam.path.split(".")}
+
+
+def without_a_row(source: str, rows: tuple[Seam, ...]) -> set[str]:
+    """Names with a leading underscore that neither the source defines nor a row lists."""
+    tree = ast.parse(source)
+    known = names_in(rows) | own_names(tree) | NAMED_TUPLE
+    return {
         f"line {line}: {name}"
         for line, name in private_names(tree)
-        if name.startswith("_") and not name.startswith("__") and name not in listed | own_names(tree) | NAMED_TUPLE
+        if name.startswith("_") and not name.startswith("__") and name not in known
     }
-    assert found == set()
+
+
+@pytest.mark.parametrize(("folder", "path"), FILES, ids=[str(path.relative_to(ROOT)) for _, path in FILES])
+def test_no_private_name_without_a_row(folder: str, path: Path) -> None:
+    """A name with a leading underscore that belongs to another library has a row in the table of its folder."""
+    assert without_a_row(path.read_text(encoding="utf-8"), TABLES[folder]) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.cuda._snooze(1)",
+        "import torch._snooze",
+        "from torch._snooze import wake",
+        "from torch import _snooze",
+        "getattr(torch, '_snooze')",
+        "patch.object(torch, '_snooze', None)",
+    ],
+)
+def test_a_private_name_without_a_row_is_found(source: str) -> None:
+    assert without_a_row(source, of_judge.SEAMS) == {"line 1: _snooze"}
+
+
+@pytest.mark.parametrize("folder", ["unsloth_fast", "conformance"])
+def test_every_row_is_used(folder: str) -> None:
+    """The name of each row stands in a module of the folder other than the table."""
+    texts = [path.read_text(encoding="utf-8") for _, path in FILES if path.parts[len(ROOT.parts)] == folder]
+    text = "\n".join(text for text in texts if "\nSEAMS = (" not in text)
+    used = set(re.findall(r"\w+", text))
+    assert {seam.path for seam in TABLES[folder]} == {
+        seam.path for seam in TABLES[folder] if seam.path.rpartition(".")[2] in used
+    }
 
 
 def classes() -> Iterator[type]:
     """Every class that a module of the package defines."""
-    for entry in pkgutil.walk_packages([str(PACKAGE)], "unsloth_fast."):
+    for entry in pkgutil.walk_packages([str(ROOT / "unsloth_fast")], "unsloth_fast."):
         module = import_module(entry.name)
         for value in vars(module).values():
             if inspect.isclass(value) and value.__module__ == entry.name:

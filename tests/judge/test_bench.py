@@ -172,7 +172,7 @@ def test_the_roofline_is_the_longer_of_the_times_for_bytes_and_products(measure:
 def test_a_time_too_short_for_the_products_is_an_error(
     flops: tuple[int, int], what: str, measure: Callable[..., dict[str, Row]]
 ) -> None:
-    """The time is long enough for the bytes."""
+    """A time that is long enough to move the bytes can be too short for the matrix products."""
     row = measure(FakeCard(milliseconds=2.0), flops, fast=right)["fast"]
     assert row.red == f"{what} of the roofline: not all the work was done"
     assert row.full is None
@@ -186,7 +186,7 @@ def test_products_may_be_faster_than_those_of_random_numbers(measure: Callable[.
 
 
 def test_a_single_call_may_leave_data_in_the_cache(measure: Callable[..., dict[str, Row]]) -> None:
-    """A call in a graph may not: it writes back what the call before left there."""
+    """A call in a graph may leave no data in the cache: it writes back what the call before it left there."""
     card = FakeCard(milliseconds=1e-7)
     card.cache_bytes = 2**20
     assert "device" in (measure(card, fast=right)["fast"].red or "")
@@ -232,7 +232,7 @@ def small(spec: Spec, largest: int = 8) -> Spec:
 
 @pytest.mark.parametrize("op", unsloth_ref.kernels.__all__)
 def test_every_spec_can_be_timed(op: str) -> None:
-    """Its shapes can be built, its bytes are positive, and the reference is right on them."""
+    """The shapes of a spec can be built, its bytes are positive, and the reference is right on them."""
     spec = small(specs()[op])
     for shape in spec.speed.shapes:
         case = bench_case(spec, shape)
@@ -256,7 +256,7 @@ def test_every_spec_can_be_timed(op: str) -> None:
     ],
 )
 def test_matrix_products_are_counted(op: str, shape: str) -> None:
-    """The counts are those of torch for the reference, without ignored labels, which the reference computes too."""
+    """A spec counts the products that torch counts for the reference, where no label is ignored."""
     spec = small(specs()[op])
     case, grads = bench_case(spec, shape), spec.speed.shapes[shape].get("grads", spec.grads)
     trial = Trial(spec, spec.reference, torch.float32, "cpu")

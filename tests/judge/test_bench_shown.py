@@ -63,7 +63,7 @@ def test_the_table() -> None:
 
 
 def test_the_plot(tmp_path: Path) -> None:
-    """A panel per shape; times, shares of the roofline, and what was wrong."""
+    """The plot has a panel per shape, and shows times, shares of the roofline, and which results are wrong."""
     matplotlib = pytest.importorskip("matplotlib")
     file = tmp_path / "bench.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts, not outlines
@@ -135,7 +135,7 @@ def test_a_missing_package_or_kernel_is_named() -> None:
 def test_importing_a_peer_leaves_the_compiler_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it prints goes to stderr, not into a table."""
+    """What a peer prints while it is imported goes to stderr, not into a table."""
     code = "import torch._inductor.config as c; c.dce = not c.dce; print('hello')\ndef thing(): return c.dce"
     (tmp_path / "meddling_peer.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -146,7 +146,7 @@ def test_importing_a_peer_leaves_the_compiler_as_it_was(
 
 
 def test_stored_times_name_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a baseline of one card would be compared with a run on another."""
+    """A stored time without its card could be a baseline for a run on another card."""
     monkeypatch.setattr(conftest, "the_card", lambda: (FakeCard(), RATES, STATE))
     info: dict[str, Any] = {}
     conftest.pytest_benchmark_update_machine_info(None, info)  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def test_recorded(benchmark, scale):
 
 
 def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
-    """Its statistics are those of the recorded milliseconds."""
+    """pytest-benchmark's statistics are those of the recorded milliseconds."""
     (tmp_path / "test_stored.py").write_text(STORED)
     python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
 
 
 def test_the_bench_writes_what_pytest_benchmark_reads(tmp_path: Path) -> None:
-    """Its statistics, the names of conformance/bench/test_speed.py, and a file that its `compare` shows."""
+    """The file has pytest-benchmark's statistics and the names of test_speed.py; its `compare` shows the file."""
     samples = {"full": Times(tuple(0.4 + 0.01 * n for n in range(21)))}
     rows = [replace(FAST, samples=samples), replace(FAST, backend="liger", samples=samples, failed=True), ROWS[2]]
     exchange.write(tmp_path / "0001_now.json", rows, FakeCard(), STATE)  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def test_a_failing_import_in_a_spec_is_not_reported_as_a_missing_spec(fresh_spec
 
 @here
 def test_the_json_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one property that passes, one that fails and one that needs CUDA."""
+    """The file has one property that passes, one that fails and one that needs CUDA."""
     file = tmp_path / "new" / "results.json"
     backend = "tests.judge.wrong.swiglu_forgets_up"
     properties = ("value", "gradients", "no_sync")
@@ -159,7 +159,7 @@ def test_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_closed_pipe_is_not_reported_as_an_error() -> None:
-    """As `head` does."""
+    """A reader such as `head` may close the pipe before the output ends."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "conformance", "list"]
@@ -190,7 +190,7 @@ def test_repro_runs_one_case(name: str, status: int, verdict: str, capsys: pytes
 
 
 def test_a_stopped_run_leaves_no_process() -> None:
-    """SIGTERM is what a time limit and a cancelled job send."""
+    """A time limit and a cancelled job send SIGTERM, after which no process may run."""
     command = [sys.executable, "-u", "-m", "conformance", "run", "rope", "--device", "cpu", "--jobs", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout

@@ -52,7 +52,7 @@ def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
     for dtype in ("float32", "float16"):
         ran, found = results(tmp_path, "layer_norm", "--dtype", dtype)
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert {one["target"] for one in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+        assert {one["target"] for one in found} == {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
         assert all(one["registers"] for one in found)
         for one in found:  # a warp of gfx942 has 64 threads: each holds half as much of a tile
@@ -84,7 +84,7 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 @pytest.mark.parametrize(
     ("arguments", "seen", "allowed"),
     [
-        (("--target", "sm_1"), "target: got 'sm_1'", "sm_80, sm_90, sm_100, gfx942"),
+        (("--target", "sm_1"), "target: got 'sm_1'", "sm_80, sm_86, sm_90, sm_100, sm_120, gfx942"),
         (("--backend", "reference", "swiglu"), "backend reference launches no Triton kernel", "swiglu"),
         (("--backend", "tests.judge.launching.insisting"), "got a CPU tensor", "nothing to compile"),
     ],

@@ -60,7 +60,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def demand_untouched(toy: Path) -> None:
-    """No checkout is left, on disk or in git's list."""
+    """Demand that no checkout is left, on disk or in git's list."""
     assert list((toy.parent / "tmp").iterdir()) == []
     assert len(git(toy, "worktree", "list").splitlines()) == 1
 
@@ -70,7 +70,7 @@ ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "judge" / "action.yml").
 
 @here
 def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> None:
-    """The step of the action, in the toy repository: the base is right, the head is not, neither are the files."""
+    """Run the action's step in the toy repository: the base is right, the head and the files are not."""
     (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "gate")
     path, summary = toy.parent / "gate.json", toy.parent / "summary.md"
     values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
@@ -104,7 +104,7 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
 
 @here
 def test_sigterm_leaves_nothing(toy: Path) -> None:
-    """Neither a checkout nor a process, where the gate is stopped while a side runs."""
+    """A gate that is stopped while a side runs leaves neither a checkout nor a process."""
     started = toy.parent / "started"
     code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
     (toy / "slow_kernels.py").write_text(code)
@@ -138,7 +138,7 @@ def test_checkouts_are_removed_whatever_ends_them(toy: Path, ends: type[BaseExce
 
 
 def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the import path names inside of the repository; what it names outside stays."""
+    """Import paths inside of the repository become those of the side's checkout; those outside stay."""
     outside = toy.parent / "elsewhere"
     monkeypatch.setattr(sys, "path", [str(toy), str(outside), *sys.path])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(toy / "lib"), str(outside))))
@@ -158,7 +158,7 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A judge of its own that is too old: a package called conformance that cannot measure on command."""
+    """The base has a judge of its own that is too old: its package conformance cannot measure on command."""
     package = toy / "conformance"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -85,7 +85,7 @@ ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
 
 
 def test_the_documents_give_the_shares_that_are_simulated() -> None:
-    """Within four standard deviations of a share, and half a percent of rounding."""
+    """Documented shares are within four standard deviations, and half a percent of rounding, of simulated ones."""
     table = list(documented())
     assert [slowdown for slowdown, _ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
     for slowdown, expected in table:
@@ -129,7 +129,7 @@ def test_too_few_rounds_have_no_interval() -> None:
 
 
 def test_processes_that_differ_by_four_times_as_much_are_rarely_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the margin expects is wrong there; a change must be seen by new processes too."""
+    """The margin expects less than these processes differ by, so new processes must see a change too."""
     monkeypatch.setattr(f"{__name__}.PROCESS", {name: 4 * value for name, value in PROCESS.items()})
     found = Counter(overall(one.values()) for one in gates(100, 0.0))
     assert found[Verdict.FASTER] + found[Verdict.SLOWER] < 2

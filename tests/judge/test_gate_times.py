@@ -135,7 +135,7 @@ def test_the_same_is_the_same(timed: Callable[..., Report]) -> None:
 
 @pytest.mark.parametrize("function", [wrong, WrongLater()])
 def test_what_is_not_right_has_no_speed(function: Any, timed: Callable[..., Report]) -> None:
-    """Neither before the rounds nor after them."""
+    """A kernel that is wrong before the rounds or after them has no times."""
     report = timed((10.0, right), (1.0, function))
     (row,) = report.rows
     assert (row["verdict"], row["times"]) == (None, {})

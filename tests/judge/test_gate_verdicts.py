@@ -52,7 +52,7 @@ def test_a_lost_operation_is_one_sentence() -> None:
 
 
 def test_coverage_that_falls_is_one_sentence() -> None:
-    """It is compared over the checks of both sides: a new property that covers little is no fall."""
+    """Coverage is compared over the checks of both sides: a new property that covers little lowers nothing."""
     base = [check(coverage=0.8), check(name="layouts", coverage=0.6)]
     head = [check(coverage=0.5), check(name="layouts", coverage=0.6), check(name="new", coverage=0.01)]
     found = [sentence for row in verdict.properties(base, head) for sentence in row["regressions"]]
@@ -79,7 +79,7 @@ PRINT = {
     ],
 )
 def test_fingerprints(change: dict[str, Any], sentence: str | None) -> None:
-    """The first of two launches of the same kernel changes, the second does not."""
+    """Only the launch that changed is reported, where a kernel is launched twice."""
     rows = verdict.fingerprints([PRINT, PRINT], [{**PRINT, **change}, PRINT])
     found = [sentence for row in rows for sentence in row["regressions"]]
     assert found == ([f"rope / llama / float16 / k / sm_90 / 0: {sentence}"] if sentence else [])
@@ -95,7 +95,7 @@ def mutant(verdict: str, line: int = 3, new: str = "<=") -> dict[str, Any]:
 
 
 def test_mutants_are_compared_whatever_their_line() -> None:
-    """Only a fault that was killed can be a regression; faults of new code are counted."""
+    """Only a mutant that was killed in the base can be a regression; those of new code are counted."""
     base = [mutant("killed"), mutant("survived", new="!="), mutant("killed", new="=="), mutant("same bits", new=">")]
     head = [
         mutant("survived", 9),
@@ -192,7 +192,7 @@ def test_mutants_are_planted_in_what_is_right_on_both_sides(
 
 
 def test_without_a_base_the_ledger_is_compared(verbs: dict[tuple[str, str], Any]) -> None:
-    """Checks, kernels and times; an operation that is no longer there is lost."""
+    """The ledger's checks, kernels and times are compared; an operation that is gone is lost."""
     verbs |= {("head", "run"): [RIGHT], ("head", "fingerprint"): [PRINT], ("head", "bench"): [ROW]}
     recorded = Ledger("Fake card")
     assert recorded.update(results_of(META, [RIGHT, PRINT, ROW])) == (3, [])

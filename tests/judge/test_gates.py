@@ -258,7 +258,7 @@ def test_g0_a_float32_result_has_the_digits_of_float32(narrow: torch.dtype) -> N
 
 
 def test_g0_terms_that_cancel_to_zero_have_no_digits() -> None:
-    """As the gradient of a softmax of equal numbers: 0 in one formula, noise far below its terms in another."""
+    """The gradient of a softmax of equal numbers is 0 in one formula, noise far below its terms in another."""
     noise = 1e-17 * torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y, peer = torch.zeros(64), noise.float() * 1e9
     assert judge("gradient of x", y, noise, peer, model(noise, terms=torch.ones_like(noise), roundings=1)) <= 1

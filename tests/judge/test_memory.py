@@ -68,12 +68,12 @@ def test_a_fence_keeps_values_and_strides(tensor: Tensor) -> None:
 
 
 def of_torch(poison: int = 0xFF, band: int = 0x25) -> Allocations:
-    """What is used where there is no compiler."""
+    """The context that is used where there is no compiler."""
     return memory._FunctionsOfTorch(poison, band)
 
 
 def of_device(poison: int = 0xFF, band: int = 0x25) -> Allocations:
-    """By the compiled allocator."""
+    """The context of the compiled allocator."""
     if memory._library("cpu") is None:
         pytest.skip("needs a compiler")
     return memory.fenced("cpu", poison, band)

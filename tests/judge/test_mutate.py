@@ -178,7 +178,7 @@ def survivors(outcomes: list[Outcome]) -> list[str]:
 
 
 def test_a_sample_stays_the_same_when_lines_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And when code is added, of which only a few new faults replace old ones."""
+    """Lines that move change no fault of a sample; code that is added replaces only a few."""
     monkeypatch.syspath_prepend(tmp_path)
     code = "def swiglu(gate, up):\n" + "".join(f"    x{n} = gate + {n} < up\n" for n in range(9)) + "    return x8\n"
     drawn = []

@@ -111,7 +111,7 @@ def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> N
 
 @in_this_process
 def test_what_is_collected(repository: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every property in every dtype, training pieces without one; by name and by marker."""
+    """Every property is collected in every dtype, those of training pieces without one; names and a marker select."""
     monkeypatch.setattr(pytest_checks, "OneByOne", Here)
     collect = [*PLUGIN, *OPTIONS, "--collect-only", "-q", "--conformance-backend", "reference"]
     done = repository.runpytest_inprocess(*collect, "-m", "conformance")

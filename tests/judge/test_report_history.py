@@ -58,7 +58,7 @@ def test_several_ledgers_in_the_order_given(ledgers: list[Path], tmp_path: Path)
 
 
 def test_the_revisions_of_one_ledger(ledgers: list[Path], tmp_path: Path) -> None:
-    """Only those that follow the schema; the file as it is comes last, if it differs from the last commit."""
+    """Revisions that follow the schema are shown; the file comes last, if it differs from the last commit."""
     folder = tmp_path / "repository"
     folder.mkdir()
     git(folder, "init", "--quiet")

@@ -36,7 +36,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'> & @s
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """One of each kind, as the verbs write them."""
+    """One file of each kind, as the verbs write them."""
     made = (run_file, bench_file, mutate_file, coverage_file, gate_file)
     return [make(tmp_path / f"{make.__name__}.json") for make in made]
 
@@ -218,7 +218,7 @@ def test_the_format_follows_the_suffix_and_goes_to_standard_output(
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_in_a_browser(tmp_path: Path, files: list[Path], dark: bool) -> None:
-    """It fits phones, its parts unfold, its texts stand out from what is behind them, its plot has its points."""
+    """The page fits phones, its parts unfold, its texts stand out from the background, its plot has its points."""
     text = shown(tmp_path / "page.html", *files, "--base", files[0])
     host = tmp_path / "host.html"
     script = FRAME.read_text(encoding="utf-8").replace("PAGE", json.dumps(text).replace("</", "<\\/"))

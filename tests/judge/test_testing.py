@@ -54,7 +54,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_ends_its_process_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any folder of the repository; the line reproduces it there."""
+    """The message has a line that reproduces the failure in the folder of the call, whatever that folder is."""
     monkeypatch.chdir(Path(__file__).parent)
     with pytest.raises(AssertionError, match=r"the process died \(SIGKILL\)") as raised:
         judge(deadly, reference=definition, example=EXAMPLE, properties=["no_sync", "value"], jobs=1, **ONE)
@@ -94,7 +94,7 @@ def test_several_processes_share_the_checks(monkeypatch: pytest.MonkeyPatch) -> 
 @in_this_process
 @pytest.mark.usefixtures("here")
 def test_what_is_wrong_is_said_as_by_run(tmp_path: Path) -> None:
-    """And is expected, if a file says so."""
+    """A failure has the message that `run` prints; a file of known deviations makes it expected."""
 
     def judged(**options: Any) -> Any:
         return judge(wrong, reference=definition, example=EXAMPLE, properties=["value"], jobs=1, **ONE, **options)
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_said_as_by_run(tmp_path: Path) -> None:
 @in_this_process
 @pytest.mark.usefixtures("here")
 def test_a_spec_takes_the_place_of_reference_and_example() -> None:
-    """By its name, or itself."""
+    """A spec is accepted by its name and as an object."""
     for spec in ("conformance.specs.swiglu", swiglu_spec):
         (result,) = judge(swiglu, spec=spec, properties=["value"], jobs=1, **ONE)
         assert (result.op, result.verdict) == ("swiglu", "pass")

@@ -154,5 +154,6 @@ def test_a_model_with_replaced_methods_can_be_pickled() -> None:
     model.disable_input_require_grads()  # its hook is a local function of transformers
     copied = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(copied(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    assert place(copied, REFERENCE) == place(model, REFERENCE)
     remove(copied)
     head.remove_loss(copied)

@@ -176,6 +176,43 @@ def test_a_wrong_mlp_is_left_alone(name: str) -> None:
     assert place(WRONG[name], REFERENCE) == {}
 
 
+class DropsOut(Named):
+    """With dropout in a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, 16] to [T, 16]."""
+        return self.w2(self.dropout(silu(self.w1(x)) * self.w3(x)))
+
+
+class ScalesInTraining(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, 16] to [T, 16]."""
+        return plain(self, 2 * x if self.training else x) * (2.0 if self.training else 1.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [DropsOut, lambda: ScalesInTraining(16)])
+def test_a_module_that_works_otherwise_in_training_is_left_alone(kind: Callable[[], nn.Module], training: bool) -> None:
+    """Whatever the mode in which it is found, which stays."""
+    module = kind().train(training)
+    assert recognise(module, {}) == "differs between training and evaluation"
+    assert {each.training for each in module.modules()} == {training}
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_an_activation_are_called(register: str) -> None:
+    """The MLP is left alone, and equal ones without hooks are not."""
+    model, seen = nn.Sequential(mlp(hidden=16), mlp(hidden=16)), []
+    getattr(model[1].act_fn, register)(lambda *given: seen.append(given))
+    assert place(model, REFERENCE) == {"swiglu": 1}
+    model(torch.randn(3, 16)).sum().backward()
+    assert len(seen) == 1
+
+
 def test_the_check_takes_no_notice_of_defaults() -> None:
     """Of the device and the dtype of new tensors, as loaders set them."""
     norms, mlps = (list(cases.values()) for cases in (NORMS, MLPS))

@@ -50,6 +50,14 @@ def by_hand(data: Dataset, dtype: torch.dtype = torch.float64) -> float:
     return total / targets
 
 
+def test_packed_evaluation_needs_batches_without_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is off where they are padded, which is logged, and `evaluate` works."""
+    options = {"padding_free": False, "eval_packing": True, "max_length": 24}
+    trainer = build(UnslothTrainer, arguments(tmp_path, **options), eval_dataset=texts())
+    assert "eval_packing: off, as batches are padded" in caplog.messages
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand(texts()), rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, size: int) -> None:

@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_with_the_same_bits(
 
 
 def test_the_last_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
-    """By number, not by name; None for an empty or a missing folder."""
+    """Checkpoints are ordered by number, not by name; an empty or a missing folder gives None."""
     assert last_checkpoint(tmp_path) is last_checkpoint(tmp_path / "none") is None
     texts = ('{"global_step": 9}', '{"global_step": 10}', '{"glob', "{}", '{"global_step": null}', "[]")
     for step, text in enumerate(texts, 9):

@@ -22,8 +22,8 @@ class ModelFacts:
             would leak from one document into the next.
         takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
             without them each document would see those before it.
-        unknown_masks: whether the model is none of transformers' and makes masks by its own means, which may let
-            documents see each other.
+        unknown_masks: whether the model makes its masks by its own means, or by transformers' without position_ids,
+            which may let documents see each other.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
     """
@@ -104,7 +104,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
         (leaks(model), "the model's attention lets the documents of a row see each other"),
-        (model.unknown_masks, "the model is not of transformers and makes its own masks, which may join documents"),
+        (model.unknown_masks, "the model makes its masks without a look at documents of a row, which may join them"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),

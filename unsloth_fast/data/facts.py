@@ -16,7 +16,7 @@ from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.interface import finds_documents, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
 
@@ -108,9 +108,10 @@ def _model_facts(config: PreTrainedConfig, model_class: type, implementation: st
 
 
 def _makes_unknown_masks(model: Module) -> bool:
-    """Whether a stack of layers that is none of transformers' makes masks by its own means."""
+    """Whether a stack of layers makes masks by its own means, or without position_ids in a model of transformers."""
     return any(
-        is_foreign(stack) for stack in stacks_of(model) if not type(stack).__module__.startswith("transformers.")
+        is_foreign(stack) and not (type(stack).__module__.startswith("transformers.") and finds_documents(stack))
+        for stack in stacks_of(model)
     )
 
 

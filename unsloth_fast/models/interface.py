@@ -24,6 +24,7 @@ MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
 WIDEST = 256  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
+_POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
 _KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
 _OF_MODULE = frozenset(("num_key_value_groups", "training", "head_dim"))  # what an eager attention may read
@@ -92,6 +93,42 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(entry.name for entry in named) - _KEYWORDS
 
 
+def finds_documents(stack: PreTrainedModel) -> bool:
+    """Whether a stack gives position_ids to the functions that make its masks, which find documents by them."""
+    classes = type(stack).__mro__
+    return any(_gives_positions(each) for each in classes[: classes.index(PreTrainedModel)])
+
+
+@cache
+def _gives_positions(owner: type) -> bool:
+    """Whether a method of the class calls a function that makes masks with position_ids; True without a source."""
+    tree = _tree(owner)
+    if tree is None:
+        return True
+    makers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and _makes_masks(node.id)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(_name(part) in makers for part in ast.walk(node.value)):
+            makers |= {_name(target) for target in node.targets}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func) in makers:
+            given = {keyword.arg for keyword in node.keywords}
+            if "position_ids" in given or len(node.args) > _POSITIONS:
+                return True
+            if None in given and "position_ids" in _keys(tree):
+                return True
+    return False
+
+
+def _makes_masks(name: str) -> bool:
+    return name.startswith("create_") and "mask" in name
+
+
+def _keys(tree: ast.AST) -> set[object]:
+    """The constant keys of all dictionaries."""
+    keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
+    return {key.value for key in keys if isinstance(key, ast.Constant)}
+
+
 @dataclass(frozen=True)
 class _Uses:
     """What the source of a forward shows.
@@ -145,7 +182,7 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
     )
 
 
-def _tree(function: Callable[..., Any]) -> ast.AST | None:
+def _tree(function: Callable[..., Any] | type) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -208,7 +245,7 @@ def _foreign_stack(stack: PreTrainedModel) -> str | None:
     """Why a stack's masks are left to transformers."""
     forward = inspect.unwrap(type(stack).forward)
     uses = _uses(forward)
-    made = set() if uses is None else {name for name in uses.names if name.startswith("create_") and "mask" in name}
+    made = set() if uses is None else set(filter(_makes_masks, uses.names))
     if uses is None or not made & MASKS:
         return "its masks are its own"
     if getattr(stack, "_is_stateful", False) or "create_recurrent_attention_mask" in made:

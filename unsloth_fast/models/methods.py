@@ -82,8 +82,12 @@ def replaced_method(instance: object, name: str, function: Callable[..., object]
 
 
 def has_own_method(instance: object, name: str) -> bool:
-    """Whether the instance has a method that is not its class's, whoever set it."""
-    return name in vars(instance)
+    """Whether the instance has a method that is not its class's, whoever set it.
+
+    A pickled instance whose method was replaced has its class's, as its own attribute.
+    """
+    own = vars(instance).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(instance), name, None)
 
 
 def forward_hooks(module: Module) -> tuple[Callable[..., object], ...]:

@@ -121,12 +121,16 @@ def remove_documents(model: Module) -> None:
 
 
 def _forward_of(own: Callable[..., Any]) -> Forward:
+    caches = "use_cache" in inspect.signature(own).parameters
+
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bounds = kwargs.get("cu_seq_lens_q")
         documents: Documents | None = getattr(self, _STATE, None)
         if documents is not None and isinstance(bounds, Tensor) and documents.masked is not None:
             documents.warn(documents.masked, _inputs(args, kwargs).shape[1])
+            if documents.function is None and caches:
+                kwargs["use_cache"] = False  # with a cache, transformers does not look for documents in a row
         if documents is not None and isinstance(bounds, Tensor) and self.config._attn_implementation in _NAMES:
             _check_batch(args, kwargs)
             kwargs["attention_mask"] = bounds.to(torch.int32).view(1, 1, -1)

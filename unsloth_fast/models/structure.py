@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from unsloth_fast.models.methods import forward_hooks
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_ref import kernels as reference
@@ -23,6 +24,7 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
+_BY_MODE = "differs between training and evaluation"
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
@@ -43,6 +45,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
     if not (is_norm or is_gated) or _has_state(module, others) or not _takes_one(type(module).forward):
         return None
+    if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
+        return "hooks on its activation"
     shapes = tuple(tuple(tensor.shape) for tensor in parameters.values())
     attributes = tuple(_plain(each) for each in (module, *others))
     key = type(module), type(module).forward, shapes, tuple(sizes.items()), attributes
@@ -98,7 +102,9 @@ def _norm(module: nn.Module, size: int) -> Norm | str | None:
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
         twin = _twin(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
-        own = type(module).forward(twin, rows.to(dtype))
+        own = _in_both_modes(twin, rows.to(dtype))
+        if own is None:
+            return _BY_MODE
         results = {norm: cast(Tensor, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found}
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
@@ -135,12 +141,13 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
     if not candidates:
         return None
     generator = torch.Generator().manual_seed(0)
-    twin = _twin(module, children={name: _sparse(size, generator) for name, size in sizes.items()})
-    twin.training = True  # dropout shows
+    others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in sizes}
+    twin = _twin(module, children=others | {name: _Sparse(size, generator) for name, size in sizes.items()})
     scales = torch.tensor(_SCALES, dtype=torch.float64)[:, None]
     rows = scales * torch.randn((len(_SCALES), sizes[candidates[0].gate][0]), generator=generator, dtype=torch.float64)
-    with torch.random.fork_rng([]):
-        own = type(module).forward(twin, rows)
+    own = _in_both_modes(twin, rows)
+    if own is None:
+        return _BY_MODE
     agreeing, differences = [], []
     for gated in candidates:
         result = cast(Tensor, mlp_forward(gated, reference)(twin, rows))
@@ -179,10 +186,25 @@ def _twin(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mappi
     return twin
 
 
-def _sparse(sizes: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def _in_both_modes(twin: Any, rows: Tensor) -> Tensor | None:
+    """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
+    results: list[Tensor] = []
+    for training in (False, True):
+        twin.train(training)
+        with torch.random.fork_rng([]):
+            results.append(type(twin).forward(twin, rows))
+    return results[0] if torch.equal(*results) else None
+
+
+class _Sparse(nn.Module):
     """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
-    inputs, outputs = sizes
-    each = -(-inputs // outputs)
-    taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
-    weights = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
-    return lambda x: (x[..., taken] * weights).sum(-1)
+
+    def __init__(self, sizes: tuple[int, int], generator: torch.Generator) -> None:
+        super().__init__()
+        inputs, outputs = sizes
+        each = -(-inputs // outputs)
+        self.taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
+        self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x[..., self.taken] * self.weights).sum(-1)

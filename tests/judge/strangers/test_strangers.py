@@ -56,7 +56,7 @@ def turn(number: int) -> str:
 @here
 @pytest.mark.parametrize(("op", "kernel"), [(op, kernel) for op, kernels in RIGHT.items() for kernel in kernels])
 def test_a_right_kernel_of_a_stranger_passes(op: str, kernel: str) -> None:
-    """Each property in one dtype, gradients in all."""
+    """A right kernel passes each property in one dtype, and `gradients` in all."""
     for number, name in enumerate(SHORT):
         for dtype in DTYPES if name == "gradients" else (turn(number),):
             result = judged(SOURCES[op], kernel, name, dtype)
