@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from unsloth_fast.models import kinds
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.loading import Source
+from unsloth_fast.models.protocols import CausalLM
 from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
@@ -21,7 +23,9 @@ _COMPARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "layers_to
 _NOT_COMPARED = ("init_lora_weights", "loftq_config", "ensure_weight_tying", "target_parameters", "exclude_modules")
 
 
-def check_arguments(base: Any, given: Mapping[str, Any], vision: bool | None, kwargs: dict[str, Any]) -> None:
+def check_arguments(
+    base: PreTrainedModel, given: Mapping[str, object], vision: bool | None, kwargs: dict[str, object]
+) -> None:
     """Raise for an argument of `get_peft_model` that is not allowed; take task_type out of kwargs.
 
     Args:
@@ -34,8 +38,9 @@ def check_arguments(base: Any, given: Mapping[str, Any], vision: bool | None, kw
     kinds.whole("random_state", given["random_state"])
     kinds.number("lora_alpha", given["lora_alpha"])
     kinds.number("lora_dropout", given["lora_dropout"])
-    if not 0 <= given["lora_dropout"] < 1:
-        raise ValueError(f"lora_dropout: got {given['lora_dropout']!r}; allowed: at least 0 and below 1")
+    dropout: Any = given["lora_dropout"]
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout: got {dropout!r}; allowed: at least 0 and below 1")
     checks.one_of("bias", given["bias"], ("none", "all", "lora_only"))
     kinds.switches({name: given.get(name) for name in ("use_rslora", "use_dora", "lora_bias")})
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -95,7 +100,7 @@ def check_full_finetuning(asked: bool, source: Source) -> None:
         )
 
 
-def is_fully_trained(model: Any) -> bool:
+def is_fully_trained(model: nn.Module) -> bool:
     """Whether the model was loaded with full_finetuning=True, so that it gets no adapter, which is logged."""
     if isinstance(model, PeftModel) or not getattr(model, "unsloth_full_finetuning", False):
         return False
@@ -105,7 +110,9 @@ def is_fully_trained(model: Any) -> bool:
     return True
 
 
-def adapt(model: Any, config: LoraConfig, targets: Targets, given: Iterable[str], seed: int) -> Any:
+def adapt(
+    model: PreTrainedModel | PeftModel, config: LoraConfig, targets: Targets, given: Iterable[str], seed: int
+) -> nn.Module:
     """The model with a new adapter, whose weights follow from the seed, or with the same one that it has already.
 
     Args:
@@ -178,7 +185,7 @@ def widen_float16(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def is_tied(model: Any) -> bool:
+def is_tied(model: CausalLM) -> bool:
     """Whether the head and the token embedding have the same weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight

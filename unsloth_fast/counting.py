@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def scaled_by_devices(loss: Tensor, num_items: Tensor | int | None, trainer: Any
     return loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
-def logged_tokens(state: Any, counter: Counter, counted_by_transformers: bool) -> int:
+def logged_tokens(state: TrainerState, counter: Counter, counted_by_transformers: bool) -> int:
     """The tokens since training began, resumed runs included: the trainer's state, which checkpoints hold, keeps them.
 
     Args:

@@ -268,7 +268,7 @@ class FastLanguageModel:
         Raises:
             ValueError: use_gradient_checkpointing is not one of the values allowed.
         """
-        base = without_adapter(model)
+        base: Any = without_adapter(model)
         if use_gradient_checkpointing is None:
             use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", False)
         checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING[1:])

@@ -30,7 +30,7 @@ class EmbeddingNoise:
         self.positions: Tensor | None = None
 
     @contextmanager
-    def added_to(self, model: Any) -> Iterator[None]:
+    def added_to(self, model: nn.Module) -> Iterator[None]:
         """Add noise to the embeddings of a model while it trains; evaluations have none."""
         if self.alpha is None:
             yield

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
 logger = logging.getLogger(__name__)
 
 
-def check_trainable(model: Any, args: Any) -> None:
+def check_trainable(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse a run that trains nothing, or in a precision that its device does not have.
 
     Raises:
@@ -33,7 +34,7 @@ def check_trainable(model: Any, args: Any) -> None:
 
 
 @contextmanager
-def kept_dtypes(trainer: Any, model: Any) -> Iterator[None]:
+def kept_dtypes(trainer: Trainer, model: nn.Module | str) -> Iterator[None]:
     """Call TRL's constructor within the context: the weights that are trained keep their dtype.
 
     TRL converts those of a quantised model to bfloat16, which loses small updates: in a small run 45 % of the entries
@@ -56,8 +57,9 @@ def kept_dtypes(trainer: Any, model: Any) -> Iterator[None]:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         logger.warning("dtype: TRL converts the trained weights of a quantised model to bfloat16")
         return
-    originals = _originals(trainer.model)
-    for parameter in trainer.model.parameters():
+    trained: Any = trainer.model
+    originals = _originals(trained)
+    for parameter in trained.parameters():
         if not parameter.requires_grad or parameter.dtype not in (torch.bfloat16, torch.float16):
             continue
         if parameter in given:
@@ -83,7 +85,7 @@ def _originals(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     }
 
 
-def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | None:
+def grouped_optimizer(trainer: Any, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]] | None:
     """The optimizer's class and options; the key "params" holds its parameter groups by role.
 
     Args:
@@ -123,7 +125,7 @@ def grouped_optimizer(trainer: Any, model: Any) -> tuple[Any, dict[str, Any]] | 
     return optimizer_class, {**options, "params": [group.as_dict() for group in groups]}
 
 
-def embedding_rate(optimizer: Any) -> float | None:
+def embedding_rate(optimizer: torch.optim.Optimizer) -> float | None:
     """The current learning rate of the embeddings; None where they have none of their own."""
     rates = [group["lr"] for group in optimizer.param_groups if group.get("role") == "embedding"]
     return float(rates[0]) if rates else None

@@ -8,12 +8,14 @@ import functools
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_fast import gguf, hub
 from unsloth_fast.gguf import ALLOWED_QUANTS
@@ -44,11 +46,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Model: TypeAlias = PreTrainedModel | PeftModel
+Module = TypeVar("Module", bound=nn.Module)
+
 _LOADED = "unsloth_loaded"  # the attribute of a model with what `changed_by_trainers` found when it was loaded
 
 
 def save_pretrained_merged(
-    model: Any,
+    model: Model,
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
@@ -87,7 +92,7 @@ def save_pretrained_merged(
         return
     folder = Path(save_directory)
     if save_method == "lora":
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
     elif save_method == "merged_16bit":
         _merged(model, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     else:
@@ -102,7 +107,7 @@ def save_pretrained_merged(
 
 
 def push_to_hub_merged(
-    model: Any,
+    model: Model,
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
@@ -144,7 +149,7 @@ def push_to_hub_merged(
 
 
 def save_pretrained_gguf(
-    model: Any,
+    model: Model,
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: str | Iterable[str] | None = "fast_quantized",
@@ -182,7 +187,7 @@ def save_pretrained_gguf(
 
 
 def push_to_hub_gguf(
-    model: Any,
+    model: Model,
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: str | Iterable[str] | None = "fast_quantized",
@@ -224,7 +229,7 @@ def push_to_hub_gguf(
         return hub.upload_folder(repository, str(folder), revision=revision, allow_patterns="*.gguf", **commit)
 
 
-def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None) -> None:
+def add_methods(model: nn.Module, further: Mapping[str, Callable[..., object]] | None = None) -> None:
     """Give a model the methods of this module, and the plain model inside it those that keep what was loaded.
 
     The inner model's `save_pretrained` writes what trainers change in the configuration, such as `use_cache`, as it was
@@ -239,17 +244,21 @@ def add_methods(model: Any, further: dict[str, Callable[..., Any]] | None = None
         setattr(base, _LOADED, changed_by_trainers(base.config))
     _bind(base, {"save_pretrained": _save_as_loaded, "generate": generate})
     for owner in {id(base): base, id(model): model}.values():
-        _bind(owner, _METHODS | (further or {}))
+        _bind(owner, _METHODS | dict(further or {}))
 
 
-def patch_saving_functions(model: Any) -> Any:
+def patch_saving_functions(model: Module) -> Module:
     """Give any model the methods of this module; return it."""
     add_methods(model)
     return model
 
 
 def unsloth_save_model(
-    model: Any, tokenizer: Any, save_directory: str | Path, save_method: str = "lora", **kwargs: Any
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
+    save_directory: str | Path,
+    save_method: str = "lora",
+    **kwargs: Any,
 ) -> None:
     """`save_pretrained_merged` with the arguments in another order and another default."""
     save_pretrained_merged(model, save_directory, tokenizer, save_method, **kwargs)
@@ -286,8 +295,8 @@ def _save_as_loaded(model: Any, *positional: Any, **keywords: Any) -> Any:
 
 def _check_converting(
     method: Callable[..., Any],
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
     asked: str | Iterable[str] | None,
     options: dict[str, Any],
 ) -> tuple[list[str], Any]:

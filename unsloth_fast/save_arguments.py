@@ -2,10 +2,11 @@
 
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from types import FunctionType
 
 import torch
+from torch import nn
 
 from unsloth_fast.models.head import without_adapter
 from unsloth_ref import checks
@@ -33,7 +34,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
-def check_saving(method: Callable[..., Any], model: Any, save_method: str, options: dict[str, Any]) -> None:
+def check_saving(method: FunctionType, model: nn.Module, save_method: str, options: Mapping[str, object]) -> None:
     """Raise for an argument of a method that saves a merged model.
 
     Args:

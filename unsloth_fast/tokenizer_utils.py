@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_fast.models import loading
 from unsloth_ref import checks
@@ -12,7 +12,7 @@ __all__ = ["add_new_tokens", "check_tokenizer", "load_correct_tokenizer"]
 
 
 def add_new_tokens(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: Sequence[str] = (),
     method: str = "mean",
@@ -66,6 +66,8 @@ def load_correct_tokenizer(
     return AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=trust_remote_code, **options)
 
 
-def check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase, *_: object, **__: object) -> Any:
+def check_tokenizer(
+    model: object, tokenizer: PreTrainedTokenizerBase, *_: object, **__: object
+) -> PreTrainedTokenizerBase:
     """The tokenizer itself: a token beyond the model's vocabulary is reported when a trainer is built."""
     return tokenizer

@@ -4,11 +4,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from unsloth_fast.data.types import DataSet, Row
+
+Data = TypeVar("Data", bound=DataSet | Mapping[str, DataSet])
 
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"observation": "tool", "function_response": "tool"}
@@ -17,14 +21,14 @@ _STREAM_CHECK = 1000  # rows at the start of a stream without a schema that are 
 
 
 def standardize_sharegpt(
-    dataset: Any,
-    tokenizer: Any = None,
+    dataset: Data,
+    tokenizer: object = None,
     aliases_for_system: Sequence[str] = ("system",),
     aliases_for_user: Sequence[str] = ("user", "human", "input"),
     aliases_for_assistant: Sequence[str] = ("gpt", "assistant", "output"),
     batch_size: int = 1000,
     num_proc: int | None = None,
-) -> Any:
+) -> Data:
     """Rewrite conversations of {"from", "value"} as {"role", "content"}, in whatever columns they are.
 
     Args:
@@ -47,20 +51,22 @@ def standardize_sharegpt(
     if isinstance(dataset, dict):
         rest = (tokenizer, aliases_for_system, aliases_for_user, aliases_for_assistant, batch_size, num_proc)
         parts = {name: standardize_sharegpt(part, *rest) for name, part in dataset.items()}
-        return type(dataset)(parts) if isinstance(dataset, DatasetDict | IterableDatasetDict) else parts
-    first = next(iter(dataset), None)
+        made = type(dataset)(parts) if isinstance(dataset, DatasetDict | IterableDatasetDict) else parts
+        return cast(Data, made)
+    rows = cast(DataSet, dataset)
+    first = next(iter(rows), None)
     if first is None:
         raise ValueError("dataset: got no row; allowed: at least one")
     roles = _ROLES | dict.fromkeys(aliases_for_assistant, "assistant") | dict.fromkeys(aliases_for_user, "user")
     roles |= dict.fromkeys(aliases_for_system, "system")
-    columns = [name for name in conversation_columns(dataset) if _needs_rewriting(dataset, name, roles)]
+    columns = [name for name in conversation_columns(rows) if _needs_rewriting(rows, name, roles)]
     if not columns:
         return dataset
     rewrite = partial(_standard_rows, columns=columns, roles=roles)
     options: dict[str, Any] = {}
-    if isinstance(dataset, Dataset):
+    if isinstance(rows, Dataset):
         options = {"num_proc": num_proc, "desc": "Standardizing conversations"}
-    return dataset.map(rewrite, batched=True, batch_size=batch_size, **options)
+    return cast(Data, rows.map(rewrite, batched=True, batch_size=batch_size, **options))
 
 
 def standardize_data_formats(dataset: Any, *positional: Any, **keywords: Any) -> Any:
@@ -68,7 +74,7 @@ def standardize_data_formats(dataset: Any, *positional: Any, **keywords: Any) ->
     return standardize_sharegpt(dataset, *positional, **keywords)
 
 
-def conversation_columns(dataset: Any) -> list[str]:
+def conversation_columns(dataset: DataSet) -> list[str]:
     """The columns that hold conversations, some of which may be empty or null.
 
     Args:
@@ -94,20 +100,21 @@ def _are_conversations(kind: Any) -> bool:
     return pa.types.is_struct(value) and keys_of([dict.fromkeys(field.name for field in value)]) is not None
 
 
-def keys_of(value: Any) -> tuple[str, str] | None:
+def keys_of(value: object) -> tuple[str, str] | None:
     """The keys of role and content in a conversation; None for anything else."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return None
     return next((keys for keys in _KEYS if value[0].keys() >= set(keys)), None)
 
 
-def standard_messages(conversation: Iterable[Mapping[str, Any]], roles: Mapping[str, str]) -> list[dict[str, Any]]:
+def standard_messages(conversation: Iterable[Row], roles: Mapping[str, str]) -> list[dict[str, object]]:
     """The messages of a conversation with the keys "role" and "content", and the roles renamed."""
     messages = []
     for message in conversation:
         role, content = next((keys for keys in _KEYS if message.get(keys[0]) is not None), _KEYS[0])
         rest = {name: value for name, value in message.items() if name not in (role, content) and value is not None}
-        messages.append({"role": roles.get(message[role], message[role]), "content": message[content]} | rest)
+        given: Any = message[role]
+        messages.append({"role": roles.get(given, given), "content": message[content]} | rest)
     return messages
 
 
@@ -135,14 +142,14 @@ def _standard_rows(
 
 
 def to_sharegpt(
-    dataset: Any,
+    dataset: DataSet,
     merged_prompt: str = "",
     merged_column_name: str = "instruction",
     output_column_name: str = "output",
     remove_unused_columns: bool = True,
     conversation_extension: int = 1,
     random_state: int = 3407,
-) -> Any:
+) -> DataSet:
     """Make conversations in ShareGPT's form from columns of instructions and answers.
 
     Args:
@@ -178,7 +185,7 @@ def to_sharegpt(
     removed = list(first) if remove_unused_columns else []
     merged = merged_column_name if merged_prompt and not remove_unused_columns else None
     make = partial(_conversation, prompt=prompt, answer=output_column_name, merged=merged)
-    result = dataset.map(make, remove_columns=removed)
+    result: Any = dataset.map(make, remove_columns=removed)
     if conversation_extension == 1:
         return result
     generator = np.random.default_rng(random_state)

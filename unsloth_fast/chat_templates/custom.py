@@ -10,17 +10,18 @@ from unsloth_fast.chat_templates.conversations import conversation_columns, stan
 from unsloth_fast.chat_templates.formats import quoted, turns
 from unsloth_fast.chat_templates.tokenizer import get_chat_template
 from unsloth_fast.data.nulls import renderer
+from unsloth_fast.data.types import DataSet, ProcessingClass
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def apply_chat_template(
-    dataset: Any,
-    tokenizer: Any,
+    dataset: DataSet,
+    tokenizer: ProcessingClass,
     chat_template: str | None = None,
     default_system_message: str | None = None,
     extra_eos_tokens: list[str] | None = None,
-) -> Any:
+) -> DataSet:
     """Write each conversation of a data set as text, in a column "text".
 
     Nulls that Arrow adds to tool calls are left out. The text of a conversation without a message is empty.
@@ -72,7 +73,7 @@ def _text(row: dict[str, Any], tokenizer: Any, column: str) -> dict[str, str]:
     return {"text": tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""}
 
 
-def jinja_of(example: str, tokenizer: Any) -> str:
+def jinja_of(example: str, tokenizer: ProcessingClass) -> str:
     """The Jinja template of an example conversation, as `apply_chat_template` describes it."""
     fields = re.findall(r"\{(SYSTEM|INPUT|OUTPUT)\}", example)
     turn = ["INPUT", "OUTPUT"]
@@ -95,9 +96,10 @@ def jinja_of(example: str, tokenizer: Any) -> str:
             f"chat_template: got {before!r} before the first {{INPUT}}; allowed: text that ends {header!r}"
         )
     once = before.removesuffix(header)
-    if not any(end.startswith(token) for token in tokenizer.all_special_tokens):
+    named: Any = tokenizer
+    if not any(end.startswith(token) for token in named.all_special_tokens):
         end = "<EOS>" + end
-    bos = tokenizer.bos_token or ""
+    bos = named.bos_token or ""
     written = opening.startswith(bos) if bos else True
     template = turns((header, ""), (between, "", end), (system[0], once) if system else None, bos=not written)
     # Without a {SYSTEM} the text before the first turn is written for every conversation.

@@ -6,9 +6,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from unsloth_fast.data.turns import TEXTS, written
+from unsloth_fast.data.types import ProcessingClass
 
 
-def find_parts(tokenizer: Any) -> tuple[str, str]:
+def find_parts(tokenizer: ProcessingClass) -> tuple[str, str]:
     """The text before the content of a user, and before that of the assistant, in a tokenizer's chat template.
 
     The token that ends the previous turn is in neither: it belongs to the response that it ends.

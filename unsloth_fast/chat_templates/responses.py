@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, ProcessorMixin
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, ProcessorMixin, Trainer
 
 from unsloth_fast.chat_templates.parts import find_parts
 from unsloth_fast.data.columns import datasets_of
@@ -15,6 +15,7 @@ from unsloth_fast.data.labels import STREAM_CHECK
 from unsloth_fast.data.lists import flat
 from unsloth_fast.data.packing import SPANS
 from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches, mask_cut_documents
+from unsloth_fast.data.types import ProcessingClass, TokenRow
 from unsloth_ref import checks
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -24,11 +25,11 @@ _TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "compl
 
 
 def train_on_responses_only(
-    trainer: Any,
+    trainer: Trainer | None,
     instruction_part: str | None = None,
     response_part: str | None = None,
     force_match: bool = True,
-    tokenizer: Any = None,
+    tokenizer: ProcessingClass | None = None,
     return_function: bool = False,
     num_proc: int | None = None,
     last_response_only: bool = False,
@@ -78,13 +79,14 @@ def train_on_responses_only(
         _check_cuts(data, name, getattr(trainer, "args", None), last_response_only)
     masked = {name: _masked(data, name, labels, parts, inner, num_proc) for name, data in datasets_of(given)}
     _keep_labels(trainer, inner, next(iter(masked.values()), None))
+    trained = cast(Trainer, trainer)
     if "train_dataset" in masked:
-        trainer.train_dataset = masked["train_dataset"]
-    if isinstance(trainer.eval_dataset, dict):
-        parts_of_eval = {key: masked[f"eval_dataset[{key!r}]"] for key in trainer.eval_dataset}
-        trainer.eval_dataset = type(trainer.eval_dataset)(parts_of_eval)
+        trained.train_dataset = masked["train_dataset"]
+    if isinstance(trained.eval_dataset, dict):
+        parts_of_eval = {key: masked[f"eval_dataset[{key!r}]"] for key in trained.eval_dataset}
+        trained.eval_dataset = type(trained.eval_dataset)(parts_of_eval)
     elif "eval_dataset" in masked:
-        trainer.eval_dataset = masked["eval_dataset"]
+        trained.eval_dataset = masked["eval_dataset"]
     return trainer
 
 
@@ -169,7 +171,7 @@ def _masked_stream(
     return result.filter(has_target)
 
 
-def has_target(row: Mapping[str, Any]) -> bool:
+def has_target(row: TokenRow) -> bool:
     """Whether a label after the first is a target."""
     return any(label != IGNORE_INDEX for label in row["labels"][1:])
 

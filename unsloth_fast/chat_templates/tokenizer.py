@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from transformers import ProcessorMixin
 
 from unsloth_fast.chat_templates.formats import FORMATS, FORMATS_BY_PLAIN_NAME, Format, plain_name
+from unsloth_fast.data.types import ProcessingClass
+
+Processing = TypeVar("Processing", bound=ProcessingClass)
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +22,12 @@ STANDARD_MAPPING = {"role": "role", "content": "content", "user": "user", "assis
 
 
 def get_chat_template(
-    tokenizer: Any,
+    tokenizer: Processing,
     chat_template: str | tuple[str, str] | None = None,
     mapping: Mapping[str, str] = STANDARD_MAPPING,
     map_eos_token: bool = True,
     system_message: str | None = None,
-) -> Any:
+) -> Processing:
     """Set a tokenizer's chat template.
 
     Args:

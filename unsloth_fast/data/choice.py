@@ -1,13 +1,13 @@
 """Which columns of a data set are trained on, where it has several that could be."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
 from unsloth_fast.data.lists import is_plain, row_with
+from unsloth_fast.data.types import Keywords, Row, Rows
 from unsloth_fast.data.values import EITHER, LIST, STRING, fits
 
 TOKENS = ("input_ids",)
@@ -16,7 +16,7 @@ CHATS = ("messages", "conversations")
 OF_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
-def names_text_field(args: TrainingArguments | None, keywords: Mapping[str, Any]) -> bool:
+def names_text_field(args: TrainingArguments | None, keywords: Keywords) -> bool:
     """Whether the user named dataset_text_field, as far as that is known: "text" in a `trl.SFTConfig` is its default.
 
     Args:
@@ -29,7 +29,7 @@ def names_text_field(args: TrainingArguments | None, keywords: Mapping[str, Any]
     )
 
 
-def trained_columns(dataset: Any, row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> tuple[str, ...]:
+def trained_columns(dataset: Rows, row: Row, args: SFTConfig, *, named: bool) -> tuple[str, ...]:
     """The columns that are trained on; () if the data set has none of them.
 
     Tokens come first. A text in `dataset_text_field` comes before conversations, and before a prompt and a completion
@@ -51,7 +51,7 @@ def trained_columns(dataset: Any, row: Mapping[str, Any], args: SFTConfig, *, na
     return present[0] if present else ()
 
 
-def _in_order(row: Mapping[str, Any], args: SFTConfig, *, named: bool) -> Iterator[tuple[str, ...]]:
+def _in_order(row: Row, args: SFTConfig, *, named: bool) -> Iterator[tuple[str, ...]]:
     text, chats = (args.dataset_text_field,), [(name,) for name in CHATS]
     pair = row.keys() >= set(PAIR)
     chat = any(isinstance(row.get(name), list) for name in CHATS)
@@ -69,7 +69,7 @@ def allowed_in(columns: tuple[str, ...]) -> str:
     return EITHER if columns == PAIR else LIST if columns == TOKENS or columns[0] in CHATS else STRING
 
 
-def is_empty(dataset: Any, first: Mapping[str, Any], name: str) -> bool:
+def is_empty(dataset: Rows, first: Row, name: str) -> bool:
     """Whether no row has a value in the column; of a stream, whether the first row has none."""
     if first.get(name) is not None:
         return False
@@ -78,11 +78,11 @@ def is_empty(dataset: Any, first: Mapping[str, Any], name: str) -> bool:
     return row_with(dataset, name, null=False) is None
 
 
-def is_conversational(row: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
+def is_conversational(row: Row, columns: tuple[str, ...]) -> bool:
     """Whether these columns of a row hold messages."""
     return columns not in ((), TOKENS) and not isinstance(row[columns[0]], str)
 
 
-def _has_nulls(dataset: Any, first: Mapping[str, Any], column: str) -> bool:
+def _has_nulls(dataset: Rows, first: Row, column: str) -> bool:
     """Whether the first row is null and another is not."""
     return first[column] is None and not is_empty(dataset, first, column)

@@ -16,6 +16,7 @@ from unsloth_fast.data.lists import has_lists, is_plain, row_with
 from unsloth_fast.data.reading import OPTIONS, read_columns, under_known_name
 from unsloth_fast.data.streams import picklable
 from unsloth_fast.data.tokens import check_tokens, check_tokens_while_reading, require_tokens, without_empty_rows
+from unsloth_fast.data.types import DataSet, Keywords, Row, Rows, Value
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_values, fits, wrong_value
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 
@@ -28,37 +29,39 @@ _VISION = frozenset(
 )
 
 
-def datasets_of(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def datasets_of(given: Keywords) -> Iterator[tuple[str, Rows]]:
     """The name and the value of each data set among a trainer's keywords, also of each entry of a dictionary."""
     for name in ("train_dataset", "eval_dataset"):
-        data = given.get(name)
+        data: Any = given.get(name)
         if isinstance(data, dict):
             yield from ((f"{name}[{key!r}]", part) for key, part in data.items())
         elif data is not None:
             yield name, data
 
 
-def has_stream(given: Mapping[str, Any]) -> bool:
+def has_stream(given: Keywords) -> bool:
     """Whether one of the trainer's data sets is a stream, which can only be read from its start."""
     return any(isinstance(dataset, IterableDataset) for _, dataset in datasets_of(given))
 
 
-def has_vision_columns(given: Mapping[str, Any]) -> bool:
+def has_vision_columns(given: Keywords) -> bool:
     """Whether one of the trainer's data sets has a column of images, video or audio."""
     return any(_VISION.intersection(_columns(dataset)) for _, dataset in datasets_of(given))
 
 
-def completion_only(given: Mapping[str, Any], args: SFTConfig, *, named: bool = False) -> bool:
+def completion_only(given: Keywords, args: SFTConfig, *, named: bool = False) -> bool:
     """Whether only completions are trained on, as TRL decides it from the first row."""
     if args.completion_only_loss is not None:
         return args.completion_only_loss
-    data = given.get("train_dataset")
-    first: Mapping[str, Any] = {} if data is None else next(iter(data))
+    data: Any = given.get("train_dataset")
+    if data is None:
+        return False
+    first: Row = next(iter(data))
     return first.keys() >= set(PAIR) and trained_columns(data, first, args, named=named) != (args.dataset_text_field,)
 
 
 def check_columns(
-    given: Mapping[str, Any], args: SFTConfig, vocabulary: int | None, *, named: bool = False, images: bool = True
+    given: Keywords, args: SFTConfig, vocabulary: int | None, *, named: bool = False, images: bool = True
 ) -> None:
     """Refuse, before any work is done, a data set that is empty or has no column to train on.
 
@@ -73,7 +76,7 @@ def check_columns(
         ValueError: which data set, what was found, and what is allowed.
     """
     for name, dataset in datasets_of(given):
-        first = next(iter(dataset), None)
+        first: Any = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{name}: got no row; allowed: at least one (check its path, split and filters)")
         if not images and (found := [column for column in _IMAGES if column in first]):
@@ -89,7 +92,7 @@ def check_columns(
             check_text(dataset, name, first, args, named=named)
 
 
-def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
+def prepared_rows(given: Mapping[str, Value], args: SFTConfig) -> dict[str, Value]:
     """The trainer's keywords; where it takes the rows of its data sets as they are, those without a token are dropped.
 
     A stream is also checked as it is read. A user's data collator receives all rows.
@@ -103,7 +106,7 @@ def prepared_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
     return _with_each(given, lambda dataset, name: picklable(rows(dataset, name)))
 
 
-def with_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
+def with_rows(given: Mapping[str, Value], args: SFTConfig) -> dict[str, Value]:
     """The trainer's keywords, whose data sets give rows as dictionaries, and conversations as lists, in any format.
 
     Raises:
@@ -120,7 +123,7 @@ def with_rows(given: Mapping[str, Any], args: SFTConfig) -> dict[str, Any]:
     return _with_each(given, partial(_with_rows, kinds=(Dataset, IterableDataset, *others)))
 
 
-def _with_rows(dataset: Any, name: str, kinds: tuple[type, ...]) -> Any:
+def _with_rows(dataset: DataSet, name: str, kinds: tuple[type, ...]) -> Any:
     if not isinstance(dataset, kinds):
         seen = repr(dataset) if isinstance(dataset, str | PathLike) else type(dataset).__name__
         raise TypeError(
@@ -147,8 +150,8 @@ def _is_readable(row: Any) -> bool:
 
 
 def with_messages(
-    given: Mapping[str, Any], args: SFTConfig, *, named: bool = False, images: bool = True
-) -> dict[str, Any]:
+    given: Mapping[str, Value], args: SFTConfig, *, named: bool = False, images: bool = True
+) -> dict[str, Value]:
     """The trainer's keywords; with assistant_only_loss, data sets of conversations as TRL's constructor expects them.
 
     It tests the first row before it prepares the data sets: for a message, and under the names that it knows.
@@ -165,7 +168,7 @@ def with_messages(
     if not args.assistant_only_loss or _skips_preparation(args) or given.get("formatting_func") is not None:
         return dict(given)
 
-    def as_messages(dataset: Any, name: str) -> Any:
+    def as_messages(dataset: DataSet, name: str) -> Any:
         first = next(iter(dataset))
         columns = trained_columns(dataset, first, args, named=named)
         transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
@@ -176,19 +179,19 @@ def with_messages(
     return _with_each(given, as_messages)
 
 
-def without_empty_media(given: Mapping[str, Any]) -> dict[str, Any]:
+def without_empty_media(given: Mapping[str, Value]) -> dict[str, Value]:
     """The trainer's keywords; of their data sets columns of images, video or audio without any value are taken out."""
     return _with_each(given, _without_empty_media)
 
 
-def _without_empty_media(dataset: Any, name: str) -> Any:
+def _without_empty_media(dataset: DataSet, name: str) -> Any:
     if not is_plain(dataset) or not len(dataset):
         return dataset
     empty = [column for column in dataset.column_names if column in _VISION and is_empty(dataset, dataset[0], column)]
     return dataset.remove_columns(empty) if empty else dataset
 
 
-def _with_each(given: Mapping[str, Any], changed: Callable[[Any, str], Any]) -> dict[str, Any]:
+def _with_each(given: Mapping[str, Value], changed: Callable[[Any, str], Any]) -> dict[str, Value]:
     """The trainer's keywords with each data set replaced by what the function of it and its name returns."""
     found = {name: changed(dataset, name) for name, dataset in datasets_of(given)}
     for name in ("train_dataset", "eval_dataset"):
@@ -197,24 +200,22 @@ def _with_each(given: Mapping[str, Any], changed: Callable[[Any, str], Any]) -> 
     return dict(given) | found
 
 
-def _as_they_are(dataset: Any, name: str) -> Any:
+def _as_they_are(dataset: DataSet, name: str) -> Any:
     return dataset
 
 
-def _without_empty_rows(dataset: Any, name: str) -> Any:
+def _without_empty_rows(dataset: DataSet, name: str) -> DataSet:
     first = next(iter(dataset))
     if TOKENS[0] not in first:
         return dataset
     if isinstance(dataset, IterableDataset):
-        dataset = without_empty_rows(check_tokens_while_reading(dataset, name), name)
-        require_tokens(dataset, name)
-        return dataset
+        stream = without_empty_rows(check_tokens_while_reading(dataset, name), name)
+        require_tokens(stream, name)
+        return stream
     return without_empty_rows(read_columns(dataset, name, TOKENS, TOKENS[0]), name)
 
 
-def _check_prepared(
-    dataset: Any, name: str, first: Mapping[str, Any], vocabulary: int | None, *, collated: bool
-) -> None:
+def _check_prepared(dataset: Rows, name: str, first: Row, vocabulary: int | None, *, collated: bool) -> None:
     """Check tokens and labels that the trainer takes as they are; any columns if another collator makes the tokens."""
     if not collated:
         if TOKENS[0] not in first:
@@ -230,9 +231,7 @@ def _check_prepared(
         require_targets_in_stream(check_while_reading(dataset, name, vocabulary), name)
 
 
-def check_text(
-    dataset: Any, name: str, first: Mapping[str, Any], args: SFTConfig, *, named: bool = False
-) -> tuple[str, ...]:
+def check_text(dataset: Rows, name: str, first: Row, args: SFTConfig, *, named: bool = False) -> tuple[str, ...]:
     """The columns that are trained on, with a text or tokens in every row.
 
     Args:
@@ -267,13 +266,13 @@ def check_text(
     return columns
 
 
-def _check_options(dataset: Any, name: str, first: Mapping[str, Any]) -> None:
+def _check_options(dataset: Rows, name: str, first: Row) -> None:
     """Check the columns that are passed to the chat template; their nulls are replaced when they are read."""
     for column, allowed in zip(OPTIONS, (TOOLS, DICTIONARY), strict=True):
         row = 0
         if first.get(column) is None and is_plain(dataset) and column in dataset.column_names:
             row = row_with(dataset, column, null=False) or 0
-        value = dataset[row][column] if row else first.get(column)
+        value = dataset[row][column] if row and is_plain(dataset) else first.get(column)
         if not fits(value, allowed, or_null=True):
             raise wrong_value(name, column, row, value, allowed)
 
@@ -283,5 +282,5 @@ def _skips_preparation(args: SFTConfig) -> bool:
     return bool(options.get("skip_prepare_dataset", False))
 
 
-def _columns(dataset: Any) -> Sequence[str]:
+def _columns(dataset: Rows) -> Sequence[str]:
     return getattr(dataset, "column_names", None) or ()  # a stream may not know them

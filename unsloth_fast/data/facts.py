@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,8 @@ from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
+from unsloth_fast.data.types import Keywords
+from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.interface import finds_documents, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
@@ -25,7 +26,7 @@ _OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_
 _ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 
 
-def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> BatchingPlan:
+def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> BatchingPlan:
     """Whether a run packs, whether its batches are padding-free, and what speaks against either.
 
     Args:
@@ -52,7 +53,7 @@ def decide_batching(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> Ba
     return plan
 
 
-def takes_images(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> bool:
+def takes_images(model: Module | str, args: SFTConfig, given: Keywords) -> bool:
     """Whether a processor was passed, or will be loaded for a model that takes more than tokens.
 
     Args:
@@ -66,7 +67,7 @@ def takes_images(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> bool:
     return _model_facts(*config_and_class(model, args)).multimodal
 
 
-def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> int | None:
+def vocabulary_size(model: Module | str, args: SFTConfig, given: Keywords) -> int | None:
     """How many tokens the model has; None where data may hold others: for a collator, or tokens that TRL adds.
 
     Args:
@@ -80,10 +81,10 @@ def vocabulary_size(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> in
     return getattr(config_and_class(model, args)[0].get_text_config(), "vocab_size", None)
 
 
-def config_and_class(model: Any, args: SFTConfig) -> tuple[PreTrainedConfig, type]:
+def config_and_class(model: Module | str, args: SFTConfig) -> tuple[PreTrainedConfig, type]:
     """The configuration and the class of a model, or of the name or path of one."""
     if not isinstance(model, str):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_adapter(model)
         return inner.config, type(inner)
     options: Any = args.model_init_kwargs or {}
     revision = options.get("revision") or "main"
@@ -114,7 +115,7 @@ def _makes_unknown_masks(model: Module) -> bool:
     )
 
 
-def _config_facts(model: Any, args: SFTConfig, given: Mapping[str, Any]) -> ConfigFacts:
+def _config_facts(model: Module | str, args: SFTConfig, given: Keywords) -> ConfigFacts:
     padding_free = args.padding_free
     # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open.
     if not padding_free and not isinstance(args, UnslothTrainingArguments):

@@ -3,14 +3,18 @@
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
 from unsloth_fast.config import DEFAULT_TEXT
+from unsloth_fast.data.types import Row
 
 # What a function of a batch raises for a row, and a function of a row for a batch.
 _OTHER_SHAPE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, TemplateError)
+
+Formatter: TypeAlias = Callable[[dict[str, object]], object]
+"""A user's function, which is called with a row or with a batch: a dictionary from columns to values."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,17 @@ class Formatting:
         field: the key of the texts, where it returns a dictionary without "text".
     """
 
-    function: Callable[[Any], Any]
+    function: Formatter
     batched: bool
     field: str
 
-    def __call__(self, row: Mapping[str, Any]) -> str:
+    def __call__(self, row: Row) -> str:
         """The text of a row.
 
         Raises:
             ValueError: the function returned anything but one text.
         """
-        given = {name: [value] for name, value in row.items()} if self.batched else dict(row)
+        given: dict[str, object] = {name: [value] for name, value in row.items()} if self.batched else dict(row)
         made = self.function(given)
         text = _text_in(made, self.field)
         if isinstance(text, list) and len(text) == 1:
@@ -43,7 +47,7 @@ class Formatting:
         return text
 
 
-def formatting_of(function: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]], field: str) -> Formatting:
+def formatting_of(function: Formatter, rows: Sequence[Row], field: str) -> Formatting:
     """Find out whether a user's function takes a row or a batch, by calling it with both.
 
     Args:

@@ -5,15 +5,15 @@ target, since no earlier token predicts it.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
-from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from unsloth_fast.data.lists import flat, has_lists
 from unsloth_fast.data.truncation import Truncation
+from unsloth_fast.data.types import Rows, TokenRow
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 STREAM_CHECK = 1000  # documents at the start of a stream that are searched for a target
 
 
-def labels_of(example: Mapping[str, Any], completion_only: bool) -> dict[str, Any]:
+def labels_of(example: TokenRow, completion_only: bool) -> dict[str, list[int]]:
     """The labels of an example that has none: its tokens, and -100 where one of its masks is 0.
 
     TRL derives them since 1.7.
@@ -89,7 +89,7 @@ def require_targets(
 
 
 def require_targets_in_stream(
-    rows: Iterable[Mapping[str, Any]],
+    rows: IterableDataset | Iterable[TokenRow],
     name: str,
     truncation: Truncation | None = None,
     *,
@@ -118,7 +118,7 @@ def require_targets_in_stream(
     logger.warning(_no_target(name, f"the first {count}", truncation))
 
 
-def require_kept_labels(given: Iterable[Mapping[str, Any]], prepared: Iterable[Mapping[str, Any]], name: str) -> None:
+def require_kept_labels(given: Rows, prepared: Rows, name: str) -> None:
     """Refuse a stream whose labels were lost while it was prepared.
 
     Raises:

@@ -1,7 +1,7 @@
 """Columns of lists of numbers, as flat arrays: checks and packing work on a whole data set at once."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -104,7 +104,7 @@ class RowsWith:
     missing: str
     logged: bool = False
 
-    def __call__(self, row: Mapping[str, Any]) -> bool:
+    def __call__(self, row: Mapping[str, Sized]) -> bool:
         """Whether the row is kept."""
         kept = all(len(row[column]) for column in self.columns)
         if not kept and not self.logged:

@@ -17,6 +17,8 @@ import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
 
+from unsloth_fast.data.types import DataSet, ProcessingClass, Row
+
 logger = logging.getLogger(__name__)
 
 STREAM_CHECK = 100  # rows at the start of a stream that are searched for nulls, for the log alone
@@ -26,7 +28,7 @@ _REPORTED = ("tool_calls", *_VARIABLES)  # nulls elsewhere, such as the tool_cal
 _MARK = "unsloth-fast-null"
 
 
-def renderer(processing_class: Any, dataset: Any, name: str, columns: Sequence[str]) -> Any:
+def renderer(processing_class: ProcessingClass, dataset: DataSet, name: str, columns: Sequence[str]) -> ProcessingClass:
     """The tokenizer or processor for the conversations of a data set, whose chat template is not given Arrow's nulls.
 
     Nulls in tool calls, tools and template variables are logged.
@@ -40,7 +42,7 @@ def renderer(processing_class: Any, dataset: Any, name: str, columns: Sequence[s
     Returns:
         A copy, or the argument itself where the data set has no null.
     """
-    first: Mapping[str, Any] = next(iter(dataset))
+    first: Row = next(iter(dataset))
     kept = _written_by_users(dataset, first)
     if kept & {*columns}:
         kept |= {"messages"}
@@ -64,12 +66,14 @@ def renderer(processing_class: Any, dataset: Any, name: str, columns: Sequence[s
             "nulls to dictionaries of different keys",
             *(name, fields.total(), ", ".join(map(repr, fields)), span),
         )
-    found = copy.copy(processing_class)
+    found: Any = copy.copy(processing_class)
     found.apply_chat_template = partial(render, processing_class, kept)
     return found
 
 
-def render(processing_class: Any, kept: Collection[str], conversation: Any, **options: Any) -> Any:
+def render(
+    processing_class: ProcessingClass, kept: Collection[str], conversation: Sequence[Row], **options: object
+) -> object:
     """`apply_chat_template` without nulls in the messages, the tools and the template's variables.
 
     A message without content keeps a null, which some templates test; where the template cannot read the null, or would
@@ -91,10 +95,11 @@ def render(processing_class: Any, kept: Collection[str], conversation: Any, **op
         conversation = [_message(message, kept) for message in conversation]
     if any(message.get("content") is None for message in conversation):
         conversation = _readable(processing_class, conversation, options)
-    return processing_class.apply_chat_template(conversation, **options)
+    template: Any = processing_class.apply_chat_template
+    return template(conversation, **options)
 
 
-def without_nulls(value: Any, kept: Collection[str] = ()) -> Any:
+def without_nulls(value: object, kept: Collection[str] = ()) -> object:
     """The value without the keys of dictionaries that are null, at any depth.
 
     Args:
@@ -114,14 +119,14 @@ def _message(message: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any
     return {name: message[name] if name in kept else without_nulls(message[name], kept) for name in names}
 
 
-def _readable(processing_class: Any, conversation: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+def _readable(processing_class: Any, conversation: Sequence[Row], options: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation, its null contents empty if the template cannot read null, or writes it as text."""
     of_tokens = ("return_dict", "return_assistant_tokens_mask")
     plain = {name: value for name, value in options.items() if name not in of_tokens} | {"tokenize": False}
 
     def contents(value: str | None) -> list[dict[str, Any]]:
         empty = [{} if message.get("content") is not None else {"content": value} for message in conversation]
-        return [message | content for message, content in zip(conversation, empty, strict=True)]
+        return [{**message, **content} for message, content in zip(conversation, empty, strict=True)]
 
     try:
         as_null = processing_class.apply_chat_template(contents(None), **plain)
@@ -132,7 +137,7 @@ def _readable(processing_class: Any, conversation: list[dict[str, Any]], options
     return contents("" if _MARK in marked and as_null in as_text else None)
 
 
-def _written_by_users(dataset: Any, first: Mapping[str, Any]) -> frozenset[str]:
+def _written_by_users(dataset: DataSet, first: Row) -> frozenset[str]:
     """The fields of a data set that hold JSON, to which Arrow adds no null."""
     found = {name for name in _VARIABLES if isinstance(first.get(name), str)}
     return frozenset(found | set(_json_fields(getattr(dataset, "features", None) or {})))

@@ -8,6 +8,7 @@ import numpy as np
 
 from unsloth_fast.data.choice import CHATS, OF_TOKENS, PAIR, TOKENS, allowed_in, is_conversational, is_empty
 from unsloth_fast.data.lists import RowsWith, is_plain, list_lengths, row_with, without_rows
+from unsloth_fast.data.types import DataSet, Row
 from unsloth_fast.data.values import DICTIONARY, LIST, STRING, fits, wrong_value
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ NAMES = (
 )
 
 
-def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *, named: bool = False) -> Any:
+def read_columns(dataset: DataSet, name: str, columns: tuple[str, ...], text: str, *, named: bool = False) -> DataSet:
     """The data set without the columns that are not read, and without rows that have no message.
 
     Args:
@@ -34,7 +35,7 @@ def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *
     Raises:
         ValueError: no row has a message.
     """
-    first: Mapping[str, Any] = next(iter(dataset))
+    first: Row = next(iter(dataset))
     names = [column for column in (OF_TOKENS if columns == TOKENS else {*NAMES, text}) if column in first]
     conversational = is_conversational(first, columns)
     kept = (*columns, *(OPTIONS if conversational else ()), *(OF_TOKENS if columns == TOKENS else ()))
@@ -58,12 +59,12 @@ def read_columns(dataset: Any, name: str, columns: tuple[str, ...], text: str, *
     return _with_messages(dataset, name, columns) if conversational else dataset
 
 
-def under_known_name(dataset: Any, columns: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+def under_known_name(dataset: DataSet, columns: tuple[str, ...]) -> tuple[DataSet, tuple[str, ...]]:
     """The data set and its columns, with conversations as TRL knows them.
 
     That is with the keys role and content instead of ShareGPT's from and value, and not in "conversations".
     """
-    row: Mapping[str, Any] = next(iter(dataset))
+    row: Row = next(iter(dataset))
     messages = [row[column][0] for column in columns]
     if any(isinstance(message, Mapping) and message.keys() >= {*_SHAREGPT} for message in messages):
         dataset = dataset.map(_standard, fn_kwargs={"columns": columns})
@@ -84,12 +85,12 @@ def _quoted(columns: Sequence[str]) -> str:
     return " and ".join(map(repr, columns))
 
 
-def _allowed(first: Mapping[str, Any], columns: tuple[str, ...]) -> str:
+def _allowed(first: Row, columns: tuple[str, ...]) -> str:
     """The values that a row may hold, decided by the first one: a prompt and its completion have one type."""
     return (LIST if is_conversational(first, columns) else STRING) if columns == PAIR else allowed_in(columns)
 
 
-def _with_messages(dataset: Any, name: str, columns: Sequence[str]) -> Any:
+def _with_messages(dataset: DataSet, name: str, columns: Sequence[str]) -> DataSet:
     """The rows that have a message in each column; TRL reads the first message of each."""
     if not is_plain(dataset):
         dataset = dataset.filter(RowsWith(name, columns, "message"))
@@ -111,6 +112,6 @@ def _checked(row: dict[str, Any], index: int, name: str, columns: Sequence[str],
     return _filled(row)
 
 
-def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(row: Row) -> dict[str, Any]:
     """No variables of the chat template instead of null, which TRL cannot unpack."""
     return {OPTIONS[1]: row.get(OPTIONS[1]) or {}} if OPTIONS[1] in row else {}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
 
 from unsloth_fast.data.labels import labels_of
 from unsloth_fast.data.lists import flat
@@ -24,7 +25,7 @@ _BEFORE = ("", "a", ".", " ", "\n", "\n\n")
 _AFTER = ("", "a", " a", "A", "1", ".", "\n", "\n\n")
 
 
-def forms_of(text: str, tokenizer: Any, *, exact: bool = True) -> Forms:
+def forms_of(text: str, tokenizer: PreTrainedTokenizerBase, *, exact: bool = True) -> Forms:
     """The sequences of tokens that a text becomes among others.
 
     A token that holds a part of the text and a part of its neighbours belongs to the form if the neighbours' part is

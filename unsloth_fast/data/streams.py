@@ -10,6 +10,8 @@ import dill
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from unsloth_fast.data.types import Value
+
 
 class _PickledByDill:
     """A data set that is pickled as its base class, by dill; in the process that reads it, it is of the base class."""
@@ -30,7 +32,7 @@ class _Transformed(_PickledByDill, Dataset):
     pass
 
 
-def picklable(dataset: Any) -> Any:
+def picklable(dataset: Value) -> Value:
     """The data set, which pickle accepts even where its functions are local ones.
 
     Args:

@@ -17,11 +17,12 @@ from trl import SFTConfig
 from unsloth_fast.config import DEFAULT_TEXT
 from unsloth_fast.data.choice import TOKENS, is_conversational, trained_columns
 from unsloth_fast.data.columns import check_text, datasets_of, has_vision_columns
-from unsloth_fast.data.formatting import Formatting, formatting_of
+from unsloth_fast.data.formatting import Formatter, Formatting, formatting_of
 from unsloth_fast.data.lists import is_plain
 from unsloth_fast.data.nulls import renderer
 from unsloth_fast.data.reading import NAMES, read_columns, under_known_name
 from unsloth_fast.data.turns import ends_of_turns
+from unsloth_fast.data.types import DataSet, Keywords, ProcessingClass, Row
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,20 @@ class Readable(NamedTuple):
         columns: which were trained on; () with a formatting_func.
     """
 
-    dataset: Any
-    processing_class: Any
+    dataset: DataSet
+    processing_class: ProcessingClass
     formatting_func: Any
     columns: tuple[str, ...]
 
 
 def read_texts(
-    dataset: Any, name: str, args: SFTConfig, processing_class: Any, formatting_func: Any = None, *, named: bool = False
+    dataset: DataSet,
+    name: str,
+    args: SFTConfig,
+    processing_class: ProcessingClass,
+    formatting_func: Formatter | None = None,
+    *,
+    named: bool = False,
 ) -> Readable:
     """Tokenize the texts of a data set; leave conversations to TRL, without the nulls that Arrow adds.
 
@@ -83,7 +90,7 @@ def read_texts(
     return Readable(_tokenized(dataset, name, args, tokens, first), processing_class, None, columns)
 
 
-def check_processing_classes(given: Mapping[str, Any], args: SFTConfig, *, named: bool) -> None:
+def check_processing_classes(given: Keywords, args: SFTConfig, *, named: bool) -> None:
     """Check the tokenizer of a trainer for all its data sets, before they are prepared.
 
     Args:
@@ -99,14 +106,14 @@ def check_processing_classes(given: Mapping[str, Any], args: SFTConfig, *, named
     if processing_class is None or has_vision_columns(given) or options.get("skip_prepare_dataset", False):
         return
     for _, dataset in datasets_of(given):
-        first = next(iter(dataset))
+        first: Any = next(iter(dataset))
         columns = trained_columns(dataset, first, args, named=named)
         formatted = given.get("formatting_func") is not None and columns != TOKENS
         check_processing_class(processing_class, first, columns, args, formatted=formatted)
 
 
 def check_processing_class(
-    processing_class: Any, row: Mapping[str, Any], columns: tuple[str, ...], args: SFTConfig, *, formatted: bool
+    processing_class: ProcessingClass, row: Row, columns: tuple[str, ...], args: SFTConfig, *, formatted: bool
 ) -> None:
     """Refuse a tokenizer without an end token for texts, and one without a chat template for conversations.
 
@@ -138,7 +145,7 @@ def check_processing_class(
             )
 
 
-def _inner(processing_class: Any) -> Any:
+def _inner(processing_class: ProcessingClass) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
@@ -210,10 +217,10 @@ class TextTokens:
 
 
 def _tokens(
-    processing_class: Any, columns: tuple[str, ...], formatting: Formatting | None, row: Mapping[str, Any], name: str
+    processing_class: ProcessingClass, columns: tuple[str, ...], formatting: Formatting | None, row: Row, name: str
 ) -> TextTokens:
     tokenizer = _inner(processing_class)
-    sample = row[columns[0]] if formatting is None else formatting(row)
+    sample: Any = row[columns[0]] if formatting is None else formatting(row)
     before, after = _added_tokens(tokenizer, sample)
     begin = "".join(tokenizer.convert_ids_to_tokens(list(before)))
     return TextTokens(tokenizer, columns, formatting, before, after, begin, ends_of_turns(processing_class), name)
@@ -229,7 +236,7 @@ def _added_tokens(tokenizer: Any, sample: str) -> tuple[tuple[int, ...], tuple[i
     return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
-def _tokenized(dataset: Any, name: str, args: SFTConfig, tokens: TextTokens, first: Mapping[str, Any]) -> Any:
+def _tokenized(dataset: DataSet, name: str, args: SFTConfig, tokens: TextTokens, first: Row) -> Any:
     """The data set with its tokens; what was found in its texts is logged."""
     # They do not belong to the tokens of this text.
     unread = [column for column in NAMES if column in first and column not in tokens.columns]

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +18,13 @@ from unsloth_fast.data.lists import (
     row_with,
     without_rows,
 )
+from unsloth_fast.data.types import DataSet, Row, Rows
 
 _MASKS = ("completion_mask", "assistant_masks")
 _COLUMNS = ("input_ids", "labels", *_MASKS, "seq_lengths")
 
 
-def check_tokens(dataset: Any, name: str, first: Mapping[str, Any]) -> None:
+def check_tokens(dataset: Rows, name: str, first: Row) -> None:
     """Refuse columns beside the tokens that hold something else, such as classes in "labels".
 
     Args:
@@ -42,19 +43,20 @@ def check_tokens(dataset: Any, name: str, first: Mapping[str, Any]) -> None:
             check_row({"input_ids": [], **dataset.with_format(None)[row]}, row, name)
 
 
-def check_row(row: Mapping[str, Any], index: int, name: str) -> None:
+def check_row(row: Row, index: int, name: str) -> None:
     """`check_tokens` for one row, whose number is `index`."""
     for column in _COLUMNS:
         if column not in row:
             continue
-        values = row[column]
+        values: Any = row[column]
         if not _is_column(values, column):
             rest = "" if column in ("input_ids", "seq_lengths") else f", one per token of 'input_ids'{_remedy(column)}"
             raise ValueError(
                 f"{name}: got {reprlib.repr(values)} in row {index} of column {column!r}; allowed: a list of integers"
                 f"{rest}"
             )
-        count, tokens = int(sum(values)) if column == "seq_lengths" else len(values), len(row["input_ids"])
+        of_tokens: Any = row["input_ids"]
+        count, tokens = int(sum(values)) if column == "seq_lengths" else len(values), len(of_tokens)
         if count != tokens:
             found = f"lengths of {count} tokens" if column == "seq_lengths" else f"{count} values"
             raise ValueError(
@@ -88,16 +90,17 @@ def check_packed_length(longest: int, name: str, max_length: int | None) -> None
         )
 
 
-def has_packed_rows(dataset: Any) -> bool:
+def has_packed_rows(dataset: object) -> bool:
     """Whether rows of tokens hold several documents; for a stream, whether its first row has the lengths of some."""
     if isinstance(dataset, Dataset):
         lengths = list_lengths(dataset, "seq_lengths") if has_lists(dataset, "seq_lengths") else None
         return "input_ids" in dataset.column_names and lengths is not None and lengths.max(initial=0) > 1
-    first = next(iter(dataset), None) or {}
+    rows: Any = dataset
+    first = next(iter(rows), None) or {}
     return "input_ids" in first and first.get("seq_lengths") is not None
 
 
-def refuse_packed_rows(dataset: Any, name: str, reason: str) -> None:
+def refuse_packed_rows(dataset: object, name: str, reason: str) -> None:
     """Refuse rows that were packed earlier where batches are padded: their documents would see each other.
 
     Raises:
@@ -120,7 +123,11 @@ def require_tokens(dataset: IterableDataset, name: str) -> None:
         raise ValueError(f"{name}: got no token in any row; allowed: at least one row with a token")
 
 
-def without_empty_rows(dataset: Any, name: str) -> Any:
+@overload
+def without_empty_rows(dataset: Dataset, name: str) -> Dataset: ...
+@overload
+def without_empty_rows(dataset: IterableDataset, name: str) -> IterableDataset: ...
+def without_empty_rows(dataset: DataSet, name: str) -> DataSet:
     """The data set without the rows that have no token, which are counted in the log; of a stream, as it is read.
 
     Raises:

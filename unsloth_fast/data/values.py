@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sized
 from typing import Any
 
 from unsloth_fast.data.lists import is_plain
+from unsloth_fast.data.types import Row, Rows
 
 STRING, LIST, DICTIONARY = "a string", "a list", "a dictionary"
 EITHER, TOOLS = "a string or a list", "a list, or a string of JSON"
 
 
-def fits(value: Any, allowed: str, *, or_null: bool = False) -> bool:
+def fits(value: object, allowed: str, *, or_null: bool = False) -> bool:
     """Whether the value is of an allowed type, one of those above.
 
     Args:
@@ -25,7 +26,7 @@ def fits(value: Any, allowed: str, *, or_null: bool = False) -> bool:
     return DICTIONARY in allowed if isinstance(value, Mapping) else isinstance(value, Sized) and LIST in allowed
 
 
-def check_values(dataset: Any, name: str, column: str, first: Mapping[str, Any], allowed: str) -> None:
+def check_values(dataset: Rows, name: str, column: str, first: Row, allowed: str) -> None:
     """Raise for a value of another type than allowed; of a stream only the first row is checked.
 
     Args:
@@ -49,7 +50,7 @@ def check_values(dataset: Any, name: str, column: str, first: Mapping[str, Any],
             raise wrong_value(name, column, index, row[column], allowed)
 
 
-def wrong_value(name: str, column: str, row: int, value: Any, allowed: str) -> ValueError:
+def wrong_value(name: str, column: str, row: int, value: object, allowed: str) -> ValueError:
     """The error for a value of another type than allowed."""
     return ValueError(
         f"{name}: got {reprlib.repr(value)} in row {row} of column {column!r}; allowed: {allowed} in every row (drop "

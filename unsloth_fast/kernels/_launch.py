@@ -237,7 +237,7 @@ _compiled: dict[tuple[object, ...], tuple[Any, Any, Any, Any, tuple[Any, ...]]] 
 _specialised: dict[int, list[tuple[bool, bool]]] = {}
 
 
-def register(schema: str, implementation: Callable[..., Any], outputs: Callable[..., Any]) -> Callable[..., Any]:
+def register(schema: str, implementation: Callable[..., object], outputs: Callable[..., object]) -> Callable[..., Any]:
     """Define an op of the unsloth_fast namespace, opaque to torch.compile, and return a function that calls it.
 
     Unless ops are traced or recorded, the function calls the implementation itself: the dispatcher takes 3 to 6 us.

@@ -10,12 +10,12 @@ from transformers import PreTrainedConfig
 _CHANGED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
-def changed_by_trainers(config: PreTrainedConfig) -> list[dict[str, Any]]:
+def changed_by_trainers(config: PreTrainedConfig) -> list[dict[str, object]]:
     """The values of these fields, in a configuration and in its text part; without those that it does not have."""
     return [{name: value for name, value in vars(part).items() if name in _CHANGED} for part in _parts(config)]
 
 
-def restore(config: PreTrainedConfig, values: list[dict[str, Any]]) -> None:
+def restore(config: PreTrainedConfig, values: list[dict[str, object]]) -> None:
     """Give a configuration the values that `changed_by_trainers` found."""
     for part, found in zip(_parts(config), values, strict=True):
         for name in _CHANGED:
@@ -24,7 +24,7 @@ def restore(config: PreTrainedConfig, values: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def with_values(config: PreTrainedConfig, values: list[dict[str, Any]]) -> Iterator[None]:
+def with_values(config: PreTrainedConfig, values: list[dict[str, object]]) -> Iterator[None]:
     """Let a configuration have other values, as `restore` gives them, for a while."""
     now = changed_by_trainers(config)
     restore(config, values)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 _SIDE = "unsloth_padding_side"  # the attribute of a model with its tokenizer's side before `pad_left`
 _BALANCING = "output_router_logits"
 TOKENIZER = "unsloth_tokenizer"
@@ -49,7 +51,7 @@ def _without_balancing(config: Any) -> Iterator[None]:
             setattr(config, _BALANCING, before)
 
 
-def pad_left(model: Any) -> None:
+def pad_left(model: nn.Module) -> None:
     """Let the tokenizer that was loaded with the model pad on the left, as generation requires."""
     tokenizer = getattr(model, TOKENIZER, None)
     if tokenizer is not None and tokenizer.padding_side != "left":
@@ -57,7 +59,7 @@ def pad_left(model: Any) -> None:
         tokenizer.padding_side = "left"
 
 
-def restore_padding(model: Any) -> None:
+def restore_padding(model: nn.Module) -> None:
     """Undo `pad_left`."""
     side = vars(model).pop(_SIDE, None)
     if side is not None:

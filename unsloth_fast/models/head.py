@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
@@ -187,9 +188,10 @@ def _is_foreign(hook: Callable[..., object]) -> bool:
     return not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
 
 
-def without_adapter(model: Any) -> Any:
+def without_adapter(model: object) -> PreTrainedModel:
     """The language model inside a `peft.PeftModel`; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
 
 @contextmanager

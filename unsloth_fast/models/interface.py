@@ -86,7 +86,7 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     return Stack(tuple(attentions), None, next(filter(None, reasons), None), function)
 
 
-def extras_of(function: Callable[..., Any]) -> frozenset[str]:
+def extras_of(function: Callable[..., object]) -> frozenset[str]:
     """The keywords of an attention function that `packed_attention` has no counterpart for."""
     parameters = inspect.signature(function).parameters.values()
     named = [entry for entry in parameters if entry.kind is entry.POSITIONAL_OR_KEYWORD][5:]  # module, q, k, v, mask

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
@@ -255,7 +256,9 @@ def default_device_map() -> dict[str, str] | None:
     return {"": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"} if torch.cuda.is_available() else None
 
 
-def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: Source, asked: int | None = None) -> None:
+def resize_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, asked: int | None = None
+) -> None:
     """Give a model the number of token embeddings that was asked for, or that its adapter was trained with.
 
     The adapter's weights show the number. Where they do not, the model gets a row for each token of the adapter's
@@ -270,7 +273,7 @@ def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: So
     Raises:
         ValueError: fewer than 1.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows: Any = model.get_input_embeddings().num_embeddings
     if asked is not None:
         kinds.whole("resize_model_vocab", asked, 1)
         if asked < len(tokenizer):
@@ -284,9 +287,9 @@ def resize_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, source: So
         model.resize_token_embeddings(asked)
 
 
-def grow_embeddings(model: Any, tokens: int) -> None:
+def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Give a model a row for each token, and no fewer than it has."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows: Any = model.get_input_embeddings().num_embeddings
     if tokens > rows:
         logger.info("the model's %d token embeddings become %d", rows, tokens)
         model.resize_token_embeddings(tokens)
@@ -311,7 +314,7 @@ def _rows_of_adapter(model: Any, source: Source) -> int | None:
     return None
 
 
-def find_template(tokenizer: Any, source: Source) -> None:
+def find_template(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
     """Give a tokenizer without a chat template that of its processor, if there is a file with one."""
     if tokenizer.chat_template is None:
         options = {"_raise_exceptions_for_missing_entries": False, **source.adapter_hub}

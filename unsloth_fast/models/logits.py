@@ -30,7 +30,7 @@ _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runti
 
 
 @torch.compiler.disable()
-def logit_options(model: CausalLM, own: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, float] | None:
+def logit_options(model: CausalLM, own: Callable[..., object], inputs: Mapping[str, object]) -> dict[str, float] | None:
     """The options of `linear_cross_entropy` with which the model's logits are its head's; None where they are not.
 
     The model runs twice on a few tokens, without gradients, in its own dtype, on its device and in its own wrappers;
@@ -89,9 +89,10 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
     return agreeing[0]
 
 
-def without_head(model: Any) -> Any:
+def without_head(model: CausalLM) -> nn.Module:
     """The model below the head; some classes name another attribute than theirs as its place."""
-    return model.model if model.base_model is model else model.base_model  # AttributeError: it has none
+    whole: Any = model
+    return whole.model if whole.base_model is whole else whole.base_model  # AttributeError: it has none
 
 
 def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

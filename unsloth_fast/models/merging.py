@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models.head import without_adapter
@@ -26,7 +27,7 @@ Weights = dict[str, Tensor]
 """The parameters and buffers of one module, by their names in it."""
 
 
-def merged_model(model: Any, dtype: torch.dtype) -> Any:
+def merged_model(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     """A plain model whose `save_pretrained` writes what `model` computes with its active adapters.
 
     Only what is saved is there, on the CPU; buffers that no file holds have no memory.

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ class Gated:
     gate_first: bool = True
 
 
-def mlp_forward(mlp: Gated, kernels: Any) -> Forward:
+def mlp_forward(mlp: Gated, kernels: object) -> Forward:
     """The forward of an MLP that calls the operation of these kernels."""
     options = {"approximate": mlp.approximate} if mlp.approximate else {}
     gated = partial(getattr(kernels, mlp.operation), **options)

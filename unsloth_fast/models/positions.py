@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_fast.models.kinds import whole
 
@@ -18,7 +18,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def set_length(model: Any, length: int | None) -> None:
+def set_length(model: PreTrainedModel, length: int | None) -> None:
     """Make `length` the model's `max_seq_length`; None to leave it.
 
     Raises:
@@ -33,7 +33,8 @@ def set_length(model: Any, length: int | None) -> None:
             f"max_seq_length: got {length}; allowed: 1 to {limit}, the model's max_position_embeddings. For longer "
             "texts pass max_seq_length to from_pretrained, which scales RoPE"
         )
-    model.max_seq_length, model.unsloth_length_asked = length, True
+    marked: Any = model
+    marked.max_seq_length, marked.unsloth_length_asked = length, True
 
 
 def scale_positions(config: PreTrainedConfig, length: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models import kinds
@@ -66,7 +66,7 @@ def _is_stored_in_8bit(stored: Any) -> bool:
     return bool(stored.get("load_in_8bit") if isinstance(stored, dict) else getattr(stored, "load_in_8bit", False))
 
 
-def bits_config(bits: int, dtype: torch.dtype, plain: nn.Module | None = None) -> BitsAndBytesConfig:
+def bits_config(bits: int, dtype: torch.dtype, plain: PreTrainedModel | None = None) -> BitsAndBytesConfig:
     """bitsandbytes' NF4 with nested scales and products in this dtype, or its 8 bits.
 
     Args:
@@ -87,7 +87,7 @@ def bits_config(bits: int, dtype: torch.dtype, plain: nn.Module | None = None) -
     )
 
 
-def kept_modules(plain: Any) -> list[str]:
+def kept_modules(plain: PreTrainedModel) -> list[str]:
     """The linear layers of a model that must not be quantised, for `llm_int8_skip_modules`; empty for no exception.
 
     They are those outside the text model, such as vision towers and projectors; routers of experts, whose rounding
@@ -112,7 +112,7 @@ def kept_modules(plain: Any) -> list[str]:
     return sorted(whole | ends)
 
 
-def text_names(model: Any, names: Iterable[str]) -> set[str]:
+def text_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """The names that belong to the model's text part, the head included: all of them for a model of text alone."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     prefixes = [name for name, module in model.named_modules() if module is decoder or module is head]
@@ -163,7 +163,7 @@ def _beside_read(model: nn.Module, layers: Iterable[str], read: set[str]) -> set
     return {name for name in layers if name.rpartition(".")[0] in mixers}
 
 
-def routers(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+def routers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
     """Linear layers outside attention with one output per expert, or with a single output, the gate of an expert."""
     config = model.config.get_text_config()
     counts = {getattr(config, name, None) for name in _ROUTED} - {None, 0, 1}

@@ -80,7 +80,7 @@ class Targets:
 
 
 def choose_targets(
-    model: Any, asked: list[str] | str | None, saved: list[str] | None, parts: Parts, fields: Mapping[str, Any]
+    model: nn.Module, asked: list[str] | str | None, saved: list[str] | None, parts: Parts, fields: Mapping[str, Any]
 ) -> Targets:
     """The modules that get LoRA and those trained in full. What a family lacks is left out, which is logged.
 
