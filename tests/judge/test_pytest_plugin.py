@@ -43,8 +43,8 @@ reason = "the derivative of the sigmoid is dropped"
 
 [[deviation]]
 operation = "swiglu"
-property = "determinism"
-reason = "it was random once"
+property = "exact_laws"
+reason = "it rounded twice once"
 """
 in_this_process = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -85,8 +85,8 @@ def test_without_the_option_nothing_is_added_and_nothing_heavy_is_imported(tmp_p
 
 def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> None:
     """A failure shows what `run` shows; a dead process is a failure; known deviations are strict, as in `run`."""
-    chosen = "own or float32 and (swiglu or geglu) and (-value or gradients or determinism or cuda_graph)"
-    chosen += " and not (geglu and (gradients or determinism))"
+    chosen = "own or float32 and (swiglu or geglu) and (-value or gradients or exact_laws or cuda_graph)"
+    chosen += " and not (geglu and (gradients or exact_laws))"
     arguments = ["--conformance-backend", "their_kernels", "--conformance-deviations", "known.toml", "-k", chosen]
     done = repository.runpytest_inprocess(*PLUGIN, *OPTIONS, *arguments, "-n", "2", "--junitxml", "out.xml")
     assert done.ret == 1
@@ -96,11 +96,11 @@ def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> N
     assert "  smallest case: rows=1 hidden=1 " in shown
     line = "repro --backend their_kernels --device cpu 'geglu float32 value rows=1 hidden=1 "
     assert f"  reproduce:     python -m conformance {line}" in shown
-    assert "FAIL swiglu / determinism: passes, but is declared as a deviation: it was random once" in shown
+    assert "FAIL swiglu / exact_laws: passes, but is declared as a deviation: it rounded twice once" in shown
     cases = ElementTree.parse(repository.path / "out.xml").findall(".//testcase[@classname='conformance']")
     of = {case.get("name"): case for case in cases}
     assert set(of) == {
-        *(f"swiglu[float32-{name}]" for name in ("value", "gradients", "determinism", "cuda_graph")),
+        *(f"swiglu[float32-{name}]" for name in ("value", "gradients", "exact_laws", "cuda_graph")),
         *(f"geglu[float32-{name}]" for name in ("value", "cuda_graph")),
     }
     used = of["swiglu[float32-value]"].find(".//property[@name='budget_use']")
@@ -156,6 +156,6 @@ def test_a_mistake_is_an_error_of_the_collection(
 def test_runxfail_expects_nothing(repository: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytest_checks, "OneByOne", Here)
     options = ["--conformance-backend", "their_kernels", "--conformance-deviations", "known.toml", "--runxfail"]
-    chosen = "swiglu and float32 and (gradients or determinism)"
+    chosen = "swiglu and float32 and (gradients or exact_laws)"
     done = repository.runpytest_inprocess(*PLUGIN, *OPTIONS, *options, "-k", chosen)
     done.assert_outcomes(passed=1, failed=1)
