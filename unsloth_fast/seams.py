@@ -123,7 +123,10 @@ SEAMS = (
     Seam("argparse.ArgumentParser._option_string_actions", "read: a switch needs no value"),
     # torch
     Seam("torch.Tensor._version", "read: a tensor that was written over is not recomputed"),
-    Seam("torch.nn.Module._forward_hooks", "read: a layer with hooks keeps its own forward"),
+    Seam(
+        "torch.nn.Module._forward_hooks",
+        "read: a layer with hooks keeps its own forward; emptied while a head is checked",
+    ),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._backward_hooks", "read: an MLP whose activation has hooks keeps its own forward"),
     Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),

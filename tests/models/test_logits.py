@@ -35,6 +35,20 @@ def test_factors_and_caps_of_the_config(dtype: torch.dtype, cap: float | None) -
     assert check(CustomForCausalLM(CustomConfig()).to(dtype)) == {"logit_scale": 0.25, "softcap": 0.0}
 
 
+def test_hooks_of_users_do_not_see_the_check() -> None:
+    """They stay where they are, in their order."""
+    model, seen = tiny.model(), list[str]()
+    parts = (model.get_input_embeddings(), model.model, model.lm_head)
+    for part in parts:
+        part.register_forward_pre_hook(lambda *_: seen.append("before"))
+        part.register_forward_hook(lambda *_: seen.append("after"))
+    hooks = [list(part._forward_hooks.values()) for part in parts]
+    assert check(model) == {"logit_scale": 1.0, "softcap": 0.0} and seen == []
+    assert [list(part._forward_hooks.values()) for part in parts] == hooks
+    model(TOKENS)
+    assert len(seen) == 6
+
+
 class Other(CustomForCausalLM):
     """Its logits come from the hidden states in a way of their own."""
 

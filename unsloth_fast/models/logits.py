@@ -26,6 +26,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SIZES = (1.0, 30.0, 1000.0)  # root mean squares of rows of products: below, near and above any cap that models have
 _TOKENS = 2 * len(_SIZES)
 _ROUNDINGS = 4  # of the product, the factor, the quotient in the cap and the cap itself
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "unsloth_fast")
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -68,13 +69,13 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
         return outputs
 
     few = _few_tokens(model, inputs)
-    with _undisturbed(base, few["input_ids"].device):
+    with _undisturbed(model, base, few["input_ids"].device):
         hook = base.register_forward_hook(replace_last)
         try:
             logits = own(**few).logits
         finally:
             hook.remove()
-    with _undisturbed(base, few["input_ids"].device):
+    with _undisturbed(model, base, few["input_ids"].device):
         alone = base(**few).last_hidden_state
     if len(last) != 1:
         return f"it calls its base model {len(last)} times"
@@ -105,18 +106,49 @@ def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _undisturbed(base: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without gradients, the base model in evaluation mode; restores its modes and the state of random numbers."""
+def _undisturbed(model: nn.Module, base: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without gradients, the base model in evaluation mode; restores its modes and the state of random numbers.
+
+    Hooks of users, which count and record steps, do not run.
+    """
     training = [module for module in base.modules() if module.training]
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings(action="ignore"):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            warnings.catch_warnings(action="ignore"),
+            _without_hooks_of_users(model),
+        ):
             base.eval()
             yield
     finally:
         for module in training:
             module.training = True
         torch.clear_autocast_cache()  # in some releases of torch it keeps casts without gradients
+
+
+@contextmanager
+def _without_hooks_of_users(model: nn.Module) -> Iterator[None]:
+    """Suspend their forward hooks; those of libraries gather shards and move tensors between devices."""
+    places = [place for module in model.modules() for place in (module._forward_pre_hooks, module._forward_hooks)]
+    given = [(place, dict(place)) for place in places if place]
+    for place, hooks in given:
+        for number, hook in hooks.items():
+            if not _of_a_library(hook):
+                del place[number]
+    try:
+        yield
+    finally:
+        for place, hooks in given:
+            place.clear()
+            place.update(hooks)
+
+
+def _of_a_library(hook: Callable[..., object]) -> bool:
+    function = getattr(hook, "func", hook)  # that of a partial
+    defined = getattr(function, "__module__", None) or type(function).__module__
+    return defined.partition(".")[0] in _LIBRARIES
 
 
 def _hidden(head: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
