@@ -33,6 +33,7 @@ NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
 VERBS = ("run", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
+VERBS += ("model",)
 OURS = (
     "python -m conformance",
     "python examples/",
@@ -213,7 +214,7 @@ def check_judge(verb: str, words: list[str]) -> None:
     assert flags(words) <= judge_options(verb)
     options = [index for index, word in enumerate(words) if word.startswith("-")]
     positional = words[: min(options, default=len(words))]
-    if verb not in ("repro", "write", "ledger", "report"):
+    if verb not in ("repro", "write", "ledger", "report", "model"):
         assert set(positional) - {"OP"} <= {*backends.OPERATIONS, *backends.PIECES}
     for index in options:
         if words[index] == "--backend":
