@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 """
 
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
+from unsloth_fast.kernels.causal_conv import causal_conv
 from unsloth_fast.kernels.cross_entropy import cross_entropy
 from unsloth_fast.kernels.geglu import geglu
 from unsloth_fast.kernels.layer_norm import layer_norm
@@ -16,6 +17,7 @@ from unsloth_fast.kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "cross_entropy",
     "geglu",
     "layer_norm",
