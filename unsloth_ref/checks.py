@@ -269,6 +269,31 @@ def causal_conv_arguments(
     one_of("activation", activation, (None, "silu"))
 
 
+def gated_delta_rule_arguments(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> None:
+    """Check q and k [T, N, D], v [T, M, E], g and beta [T, M], cu_seqlens [documents + 1] and the scale."""
+    dimensions("q", q, 3, "[T, N, D]")
+    dtype("q", q)
+    tokens, heads, width = q.shape
+    if heads == 0 or width == 0:
+        raise ValueError(f"q: got shape {list(q.shape)}; allowed: [T, N, D] with N and D at least 1")
+    same("k", k, "q", q)
+    dimensions("v", v, 3, "[T, M, E]")
+    if v.shape[0] != tokens or v.shape[1] == 0 or v.shape[1] % heads or v.shape[2] == 0:
+        seen = list(v.shape)
+        raise ValueError(f"v: got shape {seen}; allowed: [{tokens}, M, E], T of q, M a multiple of {heads}, the N of q")
+    dtype("v", v, (q.dtype,))
+    same_device("v", v, "q", q)
+    for name, tensor in (("g", g), ("beta", beta)):
+        shape(name, tensor, v.shape[:2], "T and M of v")
+        dtype(name, tensor)
+        same_device(name, tensor, "q", q)
+    document_bounds(cu_seqlens, "q", q)
+    if scale is not None:
+        in_range("scale", scale, 0.0)
+
+
 def document_bounds(cu_seqlens: Tensor, name: str, tokens: Tensor) -> None:
     """Raise unless cu_seqlens is a vector of at least one int32, on the device of the tokens."""
     dimensions("cu_seqlens", cu_seqlens, 1, "[documents + 1]")
