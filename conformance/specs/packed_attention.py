@@ -11,12 +11,13 @@ from math import nan
 
 import torch
 from hypothesis import strategies as st
-from torch import Generator, Tensor
+from torch import Tensor
 
 from conformance.bounds import Terms
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, nbytes
+from conformance.specs._documents import bounds_of, laid_out
 from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
@@ -25,30 +26,18 @@ WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
 FLUSHED = 2.0**-102
 
 
-def _bounds(tokens: int, documents: int, seed: int) -> list[int]:
-    """The start of each document, then the number of tokens. With few tokens, some documents are empty.
-
-    Lengths are log-normal like those of web pages: half of the tokens are in a sixth of the documents.
-    """
-    weights = torch.exp(1.1 * torch.randn(documents, generator=Generator().manual_seed(seed), dtype=torch.float64))
-    ends = (weights.cumsum(0) / weights.sum() * tokens).round().long().tolist()
-    return [0, *ends[:-1], tokens]
-
-
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
-    cu_seqlens = torch.tensor(_bounds(tokens, documents, draw.case.seed), dtype=torch.int32)
     return {
         "q": draw.filled(tokens, kv_heads * group, width),
         "k": draw.filled(tokens, kv_heads, width),
         "v": draw.filled(tokens, kv_heads, width),
-        # Expanding would change the bounds.
-        "cu_seqlens": cu_seqlens.to(draw.device) if draw.case.layout == "expanded" else draw.lay_out(cu_seqlens),
+        "cu_seqlens": laid_out(draw, tokens, documents),
     }
 
 
 def _required(case: Case) -> Options:
     """max_seqlen, exactly the length of the longest document."""
-    return {"max_seqlen": longest(_bounds(case.size("tokens"), case.size("documents"), case.seed))}
+    return {"max_seqlen": longest(bounds_of(case.size("tokens"), case.size("documents"), case.seed))}
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 """
 
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
+from unsloth_fast.kernels.causal_conv import causal_conv
 from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_fast.kernels.geglu import geglu
 from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,7 +18,9 @@ from unsloth_fast.kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "cross_entropy",
+    "gated_delta_rule",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",

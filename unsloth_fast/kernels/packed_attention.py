@@ -20,13 +20,18 @@ k and q. Bytes moved, with b bytes per element: (2N + 2K)TDb forward, (4N + 4K)T
 more for each tile on the other side. Multiplications: 2D per pair of query and key forward, 7D backward.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._launch import check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import (
+    check_runnable,
+    launch,
+    next_power_of_2,
+    register,
+    rows_in_one_piece,
+    strides_of,
+)
 from unsloth_fast.kernels._packed_attention import (
     packed_attention_dkdv_kernel,
     packed_attention_dq_kernel,
@@ -56,16 +61,6 @@ def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 def options_of(scale: float, softcap: float, window: int) -> tuple[tuple[float | int, ...], dict[str, bool]]:
     """The options as parameters of the kernels, and which of them are in use."""
     return (scale, softcap, window), {"SOFTCAP": softcap != 0, "WINDOW": window != 0}
-
-
-def rows_in_one_piece(*tensors: Tensor) -> Iterator[Tensor]:
-    """The tensors, with copies of those whose last stride is not 1."""
-    return (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors)
-
-
-def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """The strides between tokens and between heads of each tensor."""
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
 def packed_attention_forward(

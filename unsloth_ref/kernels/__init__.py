@@ -4,7 +4,9 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 """
 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
+from unsloth_ref.kernels.causal_conv import causal_conv
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_ref.kernels.geglu import geglu
 from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,7 +18,9 @@ from unsloth_ref.kernels.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "cross_entropy",
+    "gated_delta_rule",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
