@@ -228,6 +228,7 @@ def packed_attention_arguments(
     scale: float | None,
     window: int | None,
     softcap: float,
+    sinks: Tensor | None,
 ) -> None:
     """Check q [T, N, D], k and v [T, K, D], cu_seqlens [documents + 1] and the options of packed attention."""
     dimensions("q", q, 3, "[T, N, D]")
@@ -249,6 +250,10 @@ def packed_attention_arguments(
         in_range("scale", scale, 0.0)
     if window is not None:
         in_range("window", window, 1)
+    if sinks is not None:
+        dtype("sinks", sinks)
+        shape("sinks", sinks, (heads,), "[N], the N of q")
+        same_device("sinks", sinks, "q", q)
 
 
 def causal_conv_arguments(
