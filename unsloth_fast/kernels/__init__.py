@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.fused_swiglu import fused_swiglu
 from unsloth_fast.kernels.geglu import geglu
 from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from unsloth_fast.kernels.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
+    "fused_swiglu",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",

@@ -5,6 +5,7 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.fused_swiglu import fused_swiglu
 from unsloth_ref.kernels.geglu import geglu
 from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from unsloth_ref.kernels.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
+    "fused_swiglu",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
