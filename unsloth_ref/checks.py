@@ -6,6 +6,7 @@ Each message names the argument, the value seen and the values allowed.
 import os
 from collections.abc import Sequence
 from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -95,6 +96,19 @@ def gated_arguments(gate: Tensor, up: Tensor) -> None:
     has_rows("gate", gate)
     dtype("gate", gate)
     same("up", up, "gate", gate)
+
+
+def fused_gated_arguments(gate_up: Tensor, alpha: float, limit: float | None, offset: float) -> None:
+    """Check the arguments of a gated activation of one float tensor [..., 2F]."""
+    has_rows("gate_up", gate_up)
+    dtype("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: got shape {list(gate_up.shape)}; allowed: [..., 2F], an even number of columns")
+    in_range("alpha", alpha, 0.0)
+    if limit is not None:
+        in_range("limit", limit, 0.0)
+    if not isfinite(offset):
+        raise ValueError(f"offset: got {offset!r}; allowed: a finite number")
 
 
 def reduction_arguments(reduction: str, num_items: object) -> None:

@@ -55,6 +55,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @operation
+def fused_swiglu(gate_up: Tensor, *, interleaved: bool = False, **options: Any) -> Tensor:
+    """As LigerPhi3SwiGLUMLP: its swiglu of the halves, over which the backward pass writes."""
+    refuse(
+        "liger-kernel", {"interleaved": interleaved, **options}, interleaved=False, alpha=1.0, limit=None, offset=0.0
+    )
+    return _swiglu.apply(*gate_up.chunk(2, dim=-1))
+
+
+@operation
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """As LigerGEGLUMLP: the backward pass writes over gate and up."""
     refuse("liger-kernel", {"approximate": approximate}, approximate="tanh")

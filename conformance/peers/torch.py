@@ -40,6 +40,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @operation
+def fused_swiglu(
+    gate_up: Tensor, *, interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+) -> Tensor:
+    """As transformers' MLPs with one projection for gate and up."""
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)) * (up + offset if offset else up)
+
+
+@operation
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """As transformers' MLP with GELU."""
     return F.gelu(gate, approximate=approximate) * up

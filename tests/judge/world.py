@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from tests.judge.contract import Function, as_backend
@@ -65,6 +67,23 @@ def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """LlamaMLP."""
     checks.gated_arguments(gate, up)
     return LlamaMLP.forward(_Gated(gate, up, F.silu), None)  # type: ignore[arg-type]
+
+
+def gpt_oss_fused_swiglu(
+    gate_up: Tensor, *, interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+) -> Tensor:
+    """GptOssExperts for interleaved columns with an offset of 1, without options Phi3MLP, else as the former does."""
+    checks.fused_gated_arguments(gate_up, alpha, limit, offset)
+    if (interleaved, offset) == (True, 1.0):
+        own = SimpleNamespace(alpha=alpha, limit=torch.inf if limit is None else limit)
+        return GptOssExperts._apply_gate(own, gate_up)  # type: ignore[arg-type]
+    if (interleaved, alpha, limit, offset) == (False, 1.0, None, 0.0):
+        own = SimpleNamespace(gate_up_proj=lambda x: x, activation_fn=F.silu, down_proj=lambda y: y)
+        return Phi3MLP.forward(own, gate_up)  # type: ignore[arg-type]
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + offset) * (gate * torch.sigmoid(gate * alpha))
 
 
 def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
@@ -122,5 +141,6 @@ def _backend(**functions: Function) -> SimpleNamespace:
 
 
 llama = _backend(rms_norm=_norm(LlamaRMSNorm), swiglu=llama_swiglu, rope=llama_rope, geglu=gemma_geglu)
+gpt_oss = _backend(fused_swiglu=gpt_oss_fused_swiglu)
 qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm))
 torch_operators = _backend(rms_norm=torch_rms_norm, layer_norm=torch_layer_norm, swiglu=torch_swiglu)

@@ -150,7 +150,7 @@ def test_a_placed_mlp_computes_the_same(name: str) -> None:
     sources = [x, *module.parameters()]
     expected = module(x)
     gradients = torch.autograd.grad(expected.square().sum(), sources)
-    assert place(module, REFERENCE) == {MLPS[name][1].operation: 1}
+    assert place(module, REFERENCE) == {"fused_swiglu" if name == "fused" else MLPS[name][1].operation: 1}
     found = module(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for gradient, other in zip(torch.autograd.grad(found.square().sum(), sources), gradients, strict=True):

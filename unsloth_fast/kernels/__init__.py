@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.causal_conv import causal_conv
 from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.fused_swiglu import fused_swiglu
 from unsloth_fast.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_fast.kernels.geglu import geglu
 from unsloth_fast.kernels.layer_norm import layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv",
     "cross_entropy",
     "gated_delta_rule",
+    "fused_swiglu",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",

@@ -1,12 +1,14 @@
 """A gated MLP on the backend's activation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.protocols import Forward
+from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
 
@@ -29,6 +31,24 @@ class Gated:
     up: str
     down: str
     gate_first: bool = True
+
+
+def mlp_placement(mlp: Gated, backend: Backend) -> Placement:
+    """The operation of an MLP and its forward: fused_swiglu if one layer computes the gate and then the other half."""
+    if mlp.operation == "swiglu" and mlp.up == mlp.gate and mlp.gate_first and backend.fuses("fused_swiglu", "swiglu"):
+        return ("fused_swiglu",), _fused_forward(mlp, backend.kernels.fused_swiglu)
+    return (mlp.operation,), mlp_forward(mlp, backend.kernels)
+
+
+def _fused_forward(mlp: Gated, fused_swiglu: Callable[[Tensor], Tensor]) -> Forward:
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        with recomputed(hidden_states):
+            gate_up = getattr(self, mlp.gate)(hidden_states)
+        hidden = recomputable(fused_swiglu(gate_up), partial(fused_swiglu, gate_up.detach()))
+        with recomputed(hidden):
+            return getattr(self, mlp.down)(hidden)
+
+    return forward
 
 
 def mlp_forward(mlp: Gated, kernels: object) -> Forward:

@@ -16,7 +16,7 @@ from unsloth_fast.models.families import family_of
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
-from unsloth_fast.models.mlp import Gated, mlp_forward
+from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
@@ -118,7 +118,7 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) 
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
     if isinstance(found, Gated):
-        return (found.operation,), mlp_forward(found, backend.kernels)
+        return mlp_placement(found, backend)
     return lora_placement(module, backend) if found is None else found
 
 

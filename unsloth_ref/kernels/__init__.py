@@ -6,6 +6,7 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.causal_conv import causal_conv
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.fused_swiglu import fused_swiglu
 from unsloth_ref.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_ref.kernels.geglu import geglu
 from unsloth_ref.kernels.layer_norm import layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv",
     "cross_entropy",
     "gated_delta_rule",
+    "fused_swiglu",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
