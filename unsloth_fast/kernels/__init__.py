@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.cross_entropy import cross_entropy
 from unsloth_fast.kernels.geglu import geglu
+from unsloth_fast.kernels.grouped_gemm import grouped_gemm
 from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_fast.kernels.lora_linear import lora_linear
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "geglu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",

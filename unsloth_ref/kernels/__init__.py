@@ -6,6 +6,7 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.cross_entropy import cross_entropy
 from unsloth_ref.kernels.geglu import geglu
+from unsloth_ref.kernels.grouped_gemm import grouped_gemm
 from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_ref.kernels.lora_linear import lora_linear
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "geglu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
