@@ -338,6 +338,29 @@ def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
         raise ValueError(f"max_seqlen: got {max_seqlen}; allowed: at least {longest}, the longest document")
 
 
+def grouped_arguments(x: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
+    """Check x [T, H], weight [E, O, H] and group_sizes [E] of a product by groups of rows."""
+    dimensions("x", x, 2, "[T, H]")
+    dtype("x", x)
+    dimensions("weight", weight, 3, "[E, O, H]")
+    if weight.shape[0] == 0 or weight.shape[2] != x.shape[1]:
+        seen = list(weight.shape)
+        raise ValueError(f"weight: got shape {seen}; allowed: [E, O, {x.shape[1]}], the H of x, E at least 1")
+    dtype("weight", weight, (x.dtype,))
+    same_device("weight", weight, "x", x)
+    shape("group_sizes", group_sizes, weight.shape[:1], "one size per matrix of weight")
+    dtype("group_sizes", group_sizes, INTEGERS)
+    same_device("group_sizes", group_sizes, "x", x)
+
+
+def groups_fit(group_sizes: Tensor, rows: int) -> None:
+    """Raise ValueError unless the sizes of groups are not negative and add up to rows. Synchronises a GPU."""
+    sizes = group_sizes.tolist()
+    if min(sizes) < 0 or sum(sizes) != rows:
+        seen = sizes if len(sizes) <= 8 else f"{sizes[:4]} ... {sizes[-4:]}, in sum {sum(sizes)}"
+        raise ValueError(f"group_sizes: got {seen}; allowed: sizes from 0 that add up to {rows}, the T of x")
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether the values of labels, positions or lengths are checked: on a CPU, and on CUDA if UNSLOTH_DEBUG=1.
 

@@ -9,6 +9,7 @@ from unsloth_fast.kernels.cross_entropy import cross_entropy
 from unsloth_fast.kernels.fused_swiglu import fused_swiglu
 from unsloth_fast.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_fast.kernels.geglu import geglu
+from unsloth_fast.kernels.grouped_gemm import grouped_gemm
 from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_fast.kernels.lora_linear import lora_linear
@@ -24,6 +25,7 @@ __all__ = [
     "gated_delta_rule",
     "fused_swiglu",
     "geglu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",

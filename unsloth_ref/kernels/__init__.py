@@ -9,6 +9,7 @@ from unsloth_ref.kernels.cross_entropy import cross_entropy
 from unsloth_ref.kernels.fused_swiglu import fused_swiglu
 from unsloth_ref.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_ref.kernels.geglu import geglu
+from unsloth_ref.kernels.grouped_gemm import grouped_gemm
 from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_ref.kernels.lora_linear import lora_linear
@@ -24,6 +25,7 @@ __all__ = [
     "gated_delta_rule",
     "fused_swiglu",
     "geglu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
