@@ -91,6 +91,15 @@ def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
     in_range("eps", eps, 0.0)
 
 
+def gated_norm_arguments(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int | None) -> None:
+    """Check the arguments of a norm with a gate, whose groups of columns have this size."""
+    norm_arguments(x, weight, eps)
+    same("gate", gate, "x", x)
+    columns = x.shape[-1]
+    if group_size is not None and (group_size < 1 or columns % group_size):
+        raise ValueError(f"group_size: got {group_size}; allowed: a divisor of {columns}, the H of x, or None")
+
+
 def gated_arguments(gate: Tensor, up: Tensor) -> None:
     """Check the arguments of a gated activation: two float tensors [..., F] of the same shape, dtype and device."""
     has_rows("gate", gate)
