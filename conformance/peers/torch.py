@@ -100,15 +100,23 @@ def linear_cross_entropy(
 @operation
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
-    scale: float | None = None, window: int | None = None, **options: Any,
+    scale: float | None = None, window: int | None = None, sinks: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Scaled dot product attention of all tokens at once, under a dense mask with one block per document."""
+    """Scaled dot product attention of all tokens at once, under a dense mask with one block per document.
+
+    Sinks are the scores of one more key, whose value is 0.
+    """
     refuse("torch", options, softcap=0.0)
     position = torch.arange(len(q), device=q.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     mask = (document == document[:, None]) & (position <= position[:, None])
     if window is not None:
         mask &= position > position[:, None] - window
+    if sinks is not None:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+        column = sinks.to(q.dtype)[:, None, None].expand(-1, len(q), 1)
+        mask = torch.cat([bias.expand(len(sinks), -1, -1), column], -1)
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
