@@ -211,6 +211,23 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
             raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant; detach() makes one")
 
 
+def head_norm_arguments(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+) -> None:
+    """Check the arguments of a rotary embedding whose heads are normalised first, with weights [D]."""
+    rope_arguments(q, k, cos, sin, positions)
+    column_vector("q_weight", q_weight, "q", q)
+    column_vector("k_weight", k_weight, "k", k)
+    in_range("eps", eps, 0.0)
+
+
 def positions_in_table(positions: Tensor, rows: int) -> None:
     """Raise ValueError for a position outside [0, rows). Synchronises a GPU."""
     wrong = (positions < 0) | (positions >= rows)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from unsloth_fast.kernels._gated import sigmoids
 from unsloth_fast.kernels._launch import kernel
-from unsloth_fast.kernels._norms import column_sum, load_scale, load_tile, quotient, rounded
+from unsloth_fast.kernels._norms import load_scale, load_tile, quotient, rounded
 
 
 @triton.jit
@@ -179,9 +179,3 @@ def gated_rms_norm_backward_kernel(
             tl.debug_barrier()  # the next row reads the partial sums that this one wrote
     if NEED_DWEIGHT and WHOLE:
         tl.store(partial_ptr + column, tl.sum(dweight, 0, keep_dims=True), column < size)
-
-
-@kernel(varying=("rows",), fixed=("columns",))
-def gated_column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns per program."""
-    column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)

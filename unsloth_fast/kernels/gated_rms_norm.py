@@ -20,12 +20,11 @@ from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, once_differentiable
 from unsloth_fast.kernels._gated_rms_norm import (
-    gated_column_sum_kernel,
     gated_rms_norm_backward_kernel,
     gated_rms_norm_forward_kernel,
 )
 from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register, rows_of, tile
-from unsloth_fast.kernels._norms import BackwardTile, backward_stages, column_sum_grid
+from unsloth_fast.kernels._norms import BackwardTile, backward_stages, column_sum_grid, column_sum_kernel
 from unsloth_fast.kernels._replay import call_recorded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
@@ -88,7 +87,7 @@ def gated_rms_norm_backward(
     )  # fmt: skip
     if need_dweight:
         blocks, sums = column_sum_grid(programs, columns)
-        launch(gated_column_sum_kernel, blocks, x, partial, dweight, programs, columns, **sums)
+        launch(column_sum_kernel, blocks, x, partial, dweight, programs, columns, **sums)
     return dx, dgate, dweight
 
 
