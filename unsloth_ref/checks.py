@@ -91,6 +91,15 @@ def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
     in_range("eps", eps, 0.0)
 
 
+def gated_norm_arguments(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int | None) -> None:
+    """Check the arguments of a norm with a gate, whose groups of columns have this size."""
+    norm_arguments(x, weight, eps)
+    same("gate", gate, "x", x)
+    columns = x.shape[-1]
+    if group_size is not None and (group_size < 1 or columns % group_size):
+        raise ValueError(f"group_size: got {group_size}; allowed: a divisor of {columns}, the H of x, or None")
+
+
 def gated_arguments(gate: Tensor, up: Tensor) -> None:
     """Check the arguments of a gated activation: two float tensors [..., F] of the same shape, dtype and device."""
     has_rows("gate", gate)
@@ -200,6 +209,23 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
     for name, constant in (("cos", cos), ("sin", sin)):
         if constant.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant; detach() makes one")
+
+
+def head_norm_arguments(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+) -> None:
+    """Check the arguments of a rotary embedding whose heads are normalised first, with weights [D]."""
+    rope_arguments(q, k, cos, sin, positions)
+    column_vector("q_weight", q_weight, "q", q)
+    column_vector("k_weight", k_weight, "k", k)
+    in_range("eps", eps, 0.0)
 
 
 def positions_in_table(positions: Tensor, rows: int) -> None:

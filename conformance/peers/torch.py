@@ -28,6 +28,18 @@ def add_rms_norm(
 
 
 @operation
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, *, group_size: int | None = None,
+    norm_before_gate: bool = True, casting: str = "llama",
+) -> Tensor:  # fmt: skip
+    """torch.nn.RMSNorm of each group; SiLU and its product are rounded."""
+    factor, size = F.silu(gate), group_size or x.shape[-1]
+    groups = (x if norm_before_gate else x * factor).unflatten(-1, (-1, size))
+    normed = F.rms_norm(groups, (size,), None, eps).flatten(-2) * weight
+    return normed * factor if norm_before_gate else normed
+
+
+@operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """As torch.nn.LayerNorm."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -54,6 +66,12 @@ def fused_swiglu(
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """As transformers' MLP with GELU."""
     return F.gelu(gate, approximate=approximate) * up
+
+
+@operation
+def relu_squared(x: Tensor) -> Tensor:
+    """As transformers' ReLUSquaredActivation."""
+    return F.relu(x).square()
 
 
 @operation

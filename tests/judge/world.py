@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ReLUSquaredActivation
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from tests.judge.contract import Function, as_backend
 from unsloth_ref import checks
@@ -63,6 +67,27 @@ def _norm(module: Any) -> Function:
     return rms_norm
 
 
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, *, group_size: int | None = None,
+    norm_before_gate: bool = True, casting: str = "llama",
+) -> Tensor:  # fmt: skip
+    """Falcon-H1's for "gemma" casting, Mamba 2's for a gate before the norm, Qwen3-Next's per group otherwise."""
+    checks.gated_norm_arguments(x, gate, weight, eps, group_size)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    size = group_size or x.shape[-1]
+    own: Any = _Norm(weight, eps)
+    own.group_size, own.activation, own.norm_before_gate, own.n_groups = size, "silu", norm_before_gate, 1
+    if casting == "llama" and not norm_before_gate:
+        return MambaRMSNormGated.forward(own, x, gate).to(x.dtype)
+    if casting == "gemma":
+        own.n_groups = x.shape[-1] // max(1, size)
+        rows, gates = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gate))
+        return FalconH1RMSNormGated.forward(own, rows, gates).view(x.shape)
+    own.weight = weight.view(-1, size)
+    rows, gates = (tensor.unflatten(-1, (-1, size)) for tensor in (x, gate))
+    return Qwen3NextRMSNormGated.forward(own, rows, gates).flatten(-2)
+
+
 def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """LlamaMLP."""
     checks.gated_arguments(gate, up)
@@ -101,6 +126,13 @@ def in_pairs(x: Tensor, width: int) -> Tensor:
     """The inverse of `in_halves`."""
     halves = x[..., :width].unflatten(-1, (2, width // 2))
     return torch.cat([halves.transpose(-1, -2).flatten(-2), x[..., width:]], -1)
+
+
+def nemotron_relu_squared(x: Tensor) -> Tensor:
+    """The "relu2" of transformers."""
+    checks.has_rows("x", x)
+    checks.dtype("x", x)
+    return ReLUSquaredActivation()(x)
 
 
 def llama_rope(
@@ -154,6 +186,8 @@ def _backend(**functions: Function) -> SimpleNamespace:
 
 
 llama = _backend(rms_norm=_norm(LlamaRMSNorm), swiglu=llama_swiglu, rope=llama_rope, geglu=gemma_geglu)
+gated = _backend(gated_rms_norm=gated_rms_norm)
 gpt_oss = _backend(fused_swiglu=gpt_oss_fused_swiglu)
+nemotron = _backend(relu_squared=nemotron_relu_squared)
 qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm))
 torch_operators = _backend(rms_norm=torch_rms_norm, layer_norm=torch_layer_norm, swiglu=torch_swiglu)

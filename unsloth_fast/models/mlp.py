@@ -1,4 +1,4 @@
-"""A gated MLP on the backend's activation."""
+"""An MLP on the backend's activation, gated or not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from unsloth_fast.models.recomputed import recomputable, recomputed
 
 @dataclass(frozen=True)
 class Gated:
-    """How a gated MLP works: down(operation(gate(x), up(x))).
+    """How an MLP works: down(operation(gate(x), up(x))); down(operation(up(x))) for relu_squared.
 
     Attributes:
-        operation: the activation and the product.
+        operation: the activation, and the product if it is gated.
         approximate: of geglu; None for swiglu.
         gate: the name of the layer that computes the gate.
         up: the name of the layer that computes the other factor; the same if one layer computes both halves.
@@ -36,15 +36,17 @@ class Gated:
 def mlp_placement(mlp: Gated, backend: Backend) -> Placement:
     """The operation of an MLP and its forward: fused_swiglu if one layer computes the gate and then the other half."""
     if mlp.operation == "swiglu" and mlp.up == mlp.gate and mlp.gate_first and backend.fuses("fused_swiglu", "swiglu"):
-        return ("fused_swiglu",), _fused_forward(mlp, backend.kernels.fused_swiglu)
+        return ("fused_swiglu",), _forward_of_one(mlp, backend.kernels.fused_swiglu)
     return (mlp.operation,), mlp_forward(mlp, backend.kernels)
 
 
-def _fused_forward(mlp: Gated, fused_swiglu: Callable[[Tensor], Tensor]) -> Forward:
+def _forward_of_one(mlp: Gated, activation: Callable[[Tensor], Tensor]) -> Forward:
+    """The forward of an MLP whose activation takes one tensor."""
+
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         with recomputed(hidden_states):
-            gate_up = getattr(self, mlp.gate)(hidden_states)
-        hidden = recomputable(fused_swiglu(gate_up), partial(fused_swiglu, gate_up.detach()))
+            projected = getattr(self, mlp.up)(hidden_states)
+        hidden = recomputable(activation(projected), partial(activation, projected.detach()))
         with recomputed(hidden):
             return getattr(self, mlp.down)(hidden)
 
@@ -53,6 +55,8 @@ def _fused_forward(mlp: Gated, fused_swiglu: Callable[[Tensor], Tensor]) -> Forw
 
 def mlp_forward(mlp: Gated, kernels: object) -> Forward:
     """The forward of an MLP that calls the operation of these kernels."""
+    if mlp.operation == "relu_squared":
+        return _forward_of_one(mlp, getattr(kernels, mlp.operation))
     options = {"approximate": mlp.approximate} if mlp.approximate else {}
     gated = partial(getattr(kernels, mlp.operation), **options)
 

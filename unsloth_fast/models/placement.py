@@ -16,7 +16,7 @@ from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mlp import Gated, mlp_placement
-from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import Found, recognise
@@ -31,8 +31,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
-      check (see `unsloth_fast.models.structure`);
+    - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
+      whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -116,6 +116,8 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) 
     found = recognise(module, known)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, GatedNorm):
+        return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):
         return mlp_placement(found, backend)
     return lora_placement(module, backend) if found is None else found
