@@ -10,6 +10,7 @@ from unsloth_fast.kernels.grouped_gemm import grouped_gemm
 from unsloth_fast.kernels.layer_norm import layer_norm
 from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_fast.kernels.lora_linear import lora_linear
+from unsloth_fast.kernels.moe_mlp import moe_mlp
 from unsloth_fast.kernels.packed_attention import packed_attention
 from unsloth_fast.kernels.rms_norm import rms_norm
 from unsloth_fast.kernels.rope import rope
@@ -23,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "moe_mlp",
     "packed_attention",
     "rms_norm",
     "rope",
