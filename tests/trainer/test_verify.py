@@ -16,7 +16,11 @@ from tests.trainer import runs
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_ref import kernels as reference
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}  # enough elements for a statistic
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+}  # enough elements for a statistic
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def trained(folder: Path, lora: bool = False, **options: Any) -> Any:
     """A trainer after its training in float32."""
-    options = {"backend": "fast", "max_steps": 4} | options
+    options = {"backend": "fast", "max_steps": 2} | options
     model = tiny.model(dtype=torch.float32, **SIZES)
     trainer = runs.build(UnslothTrainer, runs.arguments(folder, **options), model=model, lora=lora)
     trainer.train()
@@ -59,13 +63,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_stay(case: str, plain: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Losses and weights have the same bits; every second log has the budget use of each placed operation."""
+    """Losses and weights have the same bits; the log of the second step has the budget use of each placed operation."""
     plain()
     without, verified = (trained(tmp_path / str(n), **CASES[case], verify_every=n) for n in (None, 2))
     assert without.losses == verified.losses
     assert all(torch.equal(tensor, weights(verified)[name]) for name, tensor in weights(without).items())
     logs = [entry for entry in verified.state.log_history if "loss" in entry]
-    assert [any(key.startswith("verify/") for key in entry) for entry in logs] == [False, True, False, True]
+    assert [any(key.startswith("verify/") for key in entry) for entry in logs] == [False, True]
     expected = {"rms_norm", "swiglu", "linear_cross_entropy"}
     expected |= set() if case.startswith("mixed") else {"rope"}
     expected |= {"lora_linear"} if CASES[case].get("lora") else set()
@@ -79,10 +83,7 @@ def test_numbers_stay(case: str, plain: Callable[..., None], tmp_path: Path, cap
 def test_the_real_kernels_stay_within_the_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The Triton kernels, forward and backward, in a step of one text."""
     options = {"max_steps": 1, "per_device_train_batch_size": 1, "backend": "reference,rms_norm=fast,swiglu=fast"}
-    without, verified = (trained(tmp_path / str(n), **options, verify_every=n) for n in (None, 1))
-    assert without.losses == verified.losses
-    assert all(torch.equal(tensor, weights(verified)[name]) for name, tensor in weights(without).items())
-    log = verified.state.log_history[0]
+    log = trained(tmp_path, **options, verify_every=1).state.log_history[0]
     assert 0 < log["verify/rms_norm_budget_use"] < 1
     assert 0 < log["verify/swiglu_budget_use"] < 1
     assert "verify_every" not in caplog.text
@@ -143,7 +144,7 @@ def test_other_values_are_refused(value: Any, tmp_path: Path) -> None:
 
 def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
     """Under the reference, and in compiled code."""
-    with pytest.raises(ValueError, match="verify_every: got 5 with backend 'reference'.*nothing to verify"):
+    with pytest.raises(ValueError, match=r"verify_every: got 5 with backend 'reference'.*nothing to verify"):
         trained(tmp_path, backend="reference", verify_every=5)
     with pytest.raises(ValueError, match="verify_every: got 5 with torch_compile=True"):
         trained(tmp_path, backend="fast", torch_compile=True, verify_every=5)
