@@ -4,21 +4,13 @@ A shadowed backend has the same operations. While its `Watch` is on, each call o
 the reference, and the errors are compared. The model's graph stays as it is, and with it every bit: the outputs are
 compared when the call returns, and the gradients are computed again when those of its outputs are known.
 
-Allowed is what unsloth_ref/accuracy.py says: about the error of plain PyTorch. The floor needs no spec:
-
-    0.42 u ||r|| + ||r' - r||   of the norm         u max |r| + max |r' - r|   of the largest error
-
-u is the unit roundoff of the result, r the truth, and r' the truth on inputs and incoming gradients that are each moved
-by a unit in the last place, up or down at random (in float32 by 2 log2(n) 2^-24, which sums in another order may
-differ by). So a result may be as wrong as its inputs' own roundings make it. A result too small for a statistic, such
-as a loss, is compared with the largest errors of four such moves, the peer's errors there included.
+What is allowed needs no spec: see `compared` in unsloth_ref/accuracy.py.
 
 The inputs of a call wait for its backward pass as autograd saves tensors: a checkpoint recomputes them.
 """
 
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +25,8 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_ref import kernels as reference_kernels
-from unsloth_ref.accuracy import ROUNDING_RMS, Comparison, against_peer, float32_error, is_statistic, unit_roundoff
+from unsloth_ref.accuracy import compared
 
-MOVES = 4  # for results too small for a statistic
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Tensors = dict[str, Tensor]
@@ -145,7 +136,10 @@ def _shadow(name: str, function: Callable[..., Any], watch: Watch) -> Callable[.
         if differentiable and trained:
             node: Any = _Saved.apply(torch.empty(0, requires_grad=True), *inputs.values()).grad_fn
             hook = functools.partial(call.compare_gradients, tuple(inputs), [node], [o.requires_grad for o in outputs])
-            register_multi_grad_hook(differentiable, hook)
+            if len(differentiable) == 1:  # the hook of several does not see a loss from which the backward pass starts
+                differentiable[0].register_hook(lambda gradient: hook((gradient,)))
+            else:
+                register_multi_grad_hook(differentiable, hook)
         if torch._C._current_graph_task_id() == -1:  # a backward pass only computes again what was compared
             call.compare_outputs(inputs, outputs)
         return found
@@ -255,7 +249,7 @@ class _Call:
         inputs = tensors | incoming
         try:
             with torch.no_grad(), torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
-                errors = list(_errors(own(), inputs, run))
+                errors = list(compared(own(), inputs, run))
         except _FAILURES as error:  # memory for the reference among them
             self.watch.unverified[self.operation] = f"{shapes}: {type(error).__name__}: {_first_line(error)}"
             return
@@ -266,72 +260,6 @@ class _Call:
 
 def _results(found: Any) -> list[Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
-
-
-def _errors(
-    found: Sequence[Tensor | None], inputs: Tensors, run: Callable[[Tensors], list[Tensor]]
-) -> Iterator[Comparison]:
-    """For each result the inequality that uses most of its budget."""
-    truth, peer = run(_widened(inputs)), run(inputs)
-    elements = max((tensor.numel() for tensor in (*inputs.values(), *truth)), default=1)
-    generator = torch.Generator(next(iter(inputs.values())).device).manual_seed(0)
-    moved: list[tuple[list[Tensor], list[Tensor]]] = []  # truths and errors of the peer
-    for place, (y, r, p) in enumerate(zip(found, truth, peer, strict=True)):
-        wrong = _structure(y, r, p)
-        if y is None or wrong:
-            missing = Comparison(wrong, 1.0, math.inf, 0.0, 0.0)
-            yield missing if y is not None or bool(r.any()) else replace(missing, measured=0.0)
-            continue
-        finite = y.isfinite() & r.isfinite() & p.isfinite()
-        right, error, of_peer = (t[finite] for t in (r, y.double() - r, p.double() - r))
-        if not error.numel():
-            yield Comparison("largest", 1.0, 0.0, 0.0, 0.0)
-            continue
-        enough = is_statistic(right, error)
-        while len(moved) < (1 if enough else MOVES):
-            others = {key: _moved(tensor, elements, generator) for key, tensor in inputs.items()}
-            truths = run(_widened(others))
-            moved.append((truths, [] if enough else [a.double() - b for a, b in zip(run(others), truths, strict=True)]))
-        yield _worst(y.dtype, right, error, of_peer, finite, place, moved, enough)
-
-
-def _worst(
-    dtype: torch.dtype, r: Tensor, error: Tensor, of_peer: Tensor, finite: Tensor, place: int,
-    moved: Sequence[tuple[list[Tensor], list[Tensor]]], enough: bool,
-) -> Comparison:  # fmt: skip
-    """The inequality of one result that uses most; of a result too small for a statistic, that of its largest error."""
-    unit, limits = unit_roundoff(dtype), torch.finfo(dtype)
-    tiny = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).tiny)
-    change = torch.stack([(truths[place][finite] - r).abs().nan_to_num() for truths, _ in moved]).amax(0)
-    rms = float(ROUNDING_RMS * unit * r.norm() + change.norm()) + tiny * r.numel() ** 0.5
-    largest = float(unit * r.abs().max() + change.max()) + tiny
-    if enough:
-        return max(against_peer(error, of_peer, (rms, largest)), key=lambda one: one.used)
-    others = [of_peer, *(errors[place][finite].nan_to_num() for _, errors in moved if errors)]
-    return against_peer(error, torch.stack(others).abs().amax(0), (rms, largest))[1]
-
-
-def _structure(y: Tensor | None, r: Tensor, p: Tensor) -> str:
-    """What is wrong with a result beside its error; empty for nothing."""
-    if y is None:
-        return "no result"
-    if y.shape != p.shape or y.dtype != p.dtype:
-        return f"{y.dtype} of shape {list(y.shape)} instead of {p.dtype} of shape {list(p.shape)}"
-    differs = (y.isfinite() != r.to(y.dtype).isfinite()) & (y.isfinite() != p.isfinite())
-    return "infinite or NaN at other elements" if bool(differs.any()) else ""
-
-
-def _widened(tensors: Tensors) -> Tensors:
-    return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-
-
-def _moved(tensor: Tensor, elements: int, generator: torch.Generator) -> Tensor:
-    """Floating-point numbers one unit in the last place off, or what float32 sums of so many may be off by."""
-    if not tensor.is_floating_point():
-        return tensor
-    size = max(torch.finfo(tensor.dtype).eps, float32_error(elements))
-    signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8) * 2 - 1
-    return (tensor.double() * (1 + size * signs)).to(tensor.dtype)
 
 
 def _first_line(error: BaseException) -> str:
