@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from conformance.models.shrinking import tiny_config
 from unsloth_fast.models.loading import model_class
 
-LENGTHS = (7, 12, 5)  # of the documents that are drawn: beyond a tiny model's window, and within it
+LENGTHS = (9, 6)  # of the documents that are drawn: beyond a tiny model's window, and within it
 IGNORED = 0.3  # the share of tokens that are no targets
 NOISE = 0.1  # on every weight of a random model, so that no norm has ones and no attention is even
 _SPECIAL = 3  # tokens of a tiny vocabulary that are never drawn
@@ -167,10 +167,13 @@ class Documents:
             "max_length_k": max(self.lengths),
         }
 
-    def with_others(self, kept: int) -> "Documents":
-        """Of the same lengths, with other tokens in all documents but one; each token of those is another one."""
-        others = tuple(tokens if i == kept else tokens.flip(0).roll(1) for i, tokens in enumerate(self.tokens))
-        return replace(self, tokens=others)
+    def with_others(self, kept: int, seed: int = 0) -> "Documents":
+        """Of the same lengths, with other tokens in all documents but one: those of all documents, drawn anew."""
+        known, generator = torch.cat(self.tokens), torch.Generator().manual_seed(seed)
+        drawn = (torch.randint(len(known), (length,), generator=generator) for length in self.lengths)
+        others = (known[indices.to(known.device)] for indices in drawn)
+        tokens = tuple(own if i == kept else o for i, (own, o) in enumerate(zip(self.tokens, others, strict=True)))
+        return replace(self, tokens=tokens)
 
 
 def documents_of(
