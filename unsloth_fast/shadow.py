@@ -56,6 +56,13 @@ class Finding:
     allowed: float
     used: float
 
+    def __str__(self) -> str:
+        """All of it in one line."""
+        return (
+            f"{self.operation} in {self.module}, {self.result} of ({self.inputs}): {self.which} error "
+            f"{self.measured:.3g}, allowed {self.allowed:.3g}, {self.used:.3g} times the budget"
+        )
+
 
 @dataclass
 class Watch:

@@ -4,14 +4,14 @@ A verified step has the numbers of any other: the calls are computed again besid
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch.nn import Module
 from transformers import TrainingArguments
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.shadow import Finding, Watch, fast_operations, shadowed
+from unsloth_fast.shadow import Watch, fast_operations, shadowed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,10 @@ class Verification:
             worst = max(calls, key=lambda finding: finding.used)
             self._used[name] = max(self._used.get(name, 0.0), worst.used)
             if worst.used > 1:
-                logger.warning("verify_every: step %d: %s", step, _sentence(worst, calls))
+                over = sum(finding.used > 1 for finding in calls)
+                logger.warning(
+                    "verify_every: step %d: %s; %d of %d results of %s are beyond it", step, worst, over, len(calls), name
+                )
         if not findings and not unverified:
             unverified = {"": "the model called no fast operation"}
         for name, reason in unverified.items():
@@ -83,13 +86,3 @@ def verification_of(args: TrainingArguments, backend: Backend) -> Verification |
             f"verify_every: got {every} with torch_compile=True; allowed: None, as compiled code is one call"
         )
     return Verification(backend, every)
-
-
-def _sentence(worst: Finding, calls: Sequence[Finding]) -> str:
-    """What is wrong in the worst of the results of an operation."""
-    over = sum(finding.used > 1 for finding in calls)
-    return (
-        f"{worst.operation} in {worst.module}, {worst.result} of ({worst.inputs}): {worst.which} error "
-        f"{worst.measured:.3g}, allowed {worst.allowed:.3g}, {worst.used:.3g} times the budget; "
-        f"{over} of {len(calls)} results of {worst.operation} are beyond it"
-    )

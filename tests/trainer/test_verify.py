@@ -1,8 +1,6 @@
 """`verify_every`: the same training to the bit, budget uses in its log, and a warning that names a wrong operation."""
 
-import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import unsloth_fast.kernels
 from tests import tiny
+from tests.planted import plant
 from tests.trainer import runs
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_ref import kernels as reference
@@ -21,19 +19,6 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "num_hidden_layers": 1,
 }  # enough elements for a statistic
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replace the fast kernels by plain PyTorch, which takes no interpreter, and some of them by wrong ones."""
-
-    def replace(**wrong: Callable[..., Any]) -> None:
-        for name in reference.__all__:
-            function = getattr(reference, name)
-            right = functools.wraps(function)(functools.partial(function))
-            monkeypatch.setattr(unsloth_fast.kernels, name, wrong.get(name, right))
-
-    return replace
 
 
 def trained(folder: Path, lora: bool = False, **options: Any) -> Any:
@@ -62,9 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_numbers_stay(case: str, plain: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_stay(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Losses and weights have the same bits; the log of the second step has the budget use of each placed operation."""
-    plain()
+    plant(monkeypatch)
     without, verified = (trained(tmp_path / str(n), **CASES[case], verify_every=n) for n in (None, 2))
     assert without.losses == verified.losses
     assert all(torch.equal(tensor, weights(verified)[name]) for name, tensor in weights(without).items())
@@ -119,11 +106,11 @@ def wrong_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 
     ids=["gradient", "output"],
 )
 def test_a_wrong_operation_is_named(
-    wrong: dict[str, Any], named: list[str], plain: Callable[..., None], tmp_path: Path,
+    wrong: dict[str, Any], named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """The warning names operation, module, result, shapes and dtype; no other operation is warned of."""
-    plain(**wrong)
+    plant(monkeypatch, **wrong)
     with caplog.at_level(logging.WARNING, "unsloth_fast.verification"):
         log = trained(tmp_path, max_steps=1, verify_every=1).state.log_history[0]
     (message,) = (record.message for record in caplog.records if record.name == "unsloth_fast.verification")
