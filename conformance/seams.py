@@ -42,6 +42,7 @@ SEAMS = (
     Seam("torch._inductor.config.get_config_copy", "called: the same"),
     Seam("torch._inductor.config.load_config", "called: the same"),
     Seam("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "written in names of parameters: torch.compile adds it"),
+    Seam("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", "set: tensors without elements have rows"),
     # triton
     Seam("triton.runtime.interpreter._patch_lang", "replaced: patches the language once a launch"),
     Seam("triton.runtime.interpreter._LangPatchScope", "called: the scope of a patch that is not repeated"),
