@@ -38,12 +38,7 @@ DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_hea
 DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
 SHARED = {"shared_expert_intermediate_size": 16}
 CONV = {"layer_types": ["conv", "full_attention"]}
-MAMBA = {
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_n_heads": 8,
-}
+MAMBA = {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_n_heads": 8}
 NEMOTRON = {"mamba_head_dim": 8, "mamba_num_heads": 8, "ssm_state_size": 8, "n_groups": 1}
 YARN = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
