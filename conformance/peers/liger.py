@@ -41,8 +41,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 @operation
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """As liger_rotary_pos_emb: both passes write over their inputs where these have the layout that it needs."""
+    refuse("liger-kernel", options, interleaved=False)
     if positions is not None:
         raise NotImplementedError("positions: got a tensor; allowed with liger-kernel: None")
     return _rope.apply(q, k, cos, sin)

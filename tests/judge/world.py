@@ -117,6 +117,17 @@ def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tenso
     return GemmaMLP.forward(_Gated(gate, up, partial(F.gelu, approximate=approximate)), None)  # type: ignore[arg-type]
 
 
+def in_halves(x: Tensor, width: int) -> Tensor:
+    """The even columns of the first `width`, then the odd ones, then the rest."""
+    return torch.cat([x[..., 0:width:2], x[..., 1:width:2], x[..., width:]], -1)
+
+
+def in_pairs(x: Tensor, width: int) -> Tensor:
+    """The inverse of `in_halves`."""
+    halves = x[..., :width].unflatten(-1, (2, width // 2))
+    return torch.cat([halves.transpose(-1, -2).flatten(-2), x[..., width:]], -1)
+
+
 def nemotron_relu_squared(x: Tensor) -> Tensor:
     """The "relu2" of transformers."""
     checks.has_rows("x", x)
@@ -125,7 +136,7 @@ def nemotron_relu_squared(x: Tensor) -> Tensor:
 
 
 def llama_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """apply_rotary_pos_emb; columns that are not rotated go around it, as in Phi and GPT-NeoX."""
     checks.rope_arguments(q, k, cos, sin, positions)
@@ -135,10 +146,12 @@ def llama_rope(
         cos, sin = cos[positions.long()], sin[positions.long()]
     width = cos.shape[-1]
     with torch.autocast(q.device.type, enabled=False):  # a CPU's autocast does not allow float16 here
+        q, k = (in_halves(x, width) if interleaved else x for x in (q, k))
         turned = apply_rotary_pos_emb(q[..., :width], k[..., :width], cos, sin)
         turned_q, turned_k = (
             torch.cat([rotated.to(x.dtype), x[..., width:]], -1) for rotated, x in zip(turned, (q, k), strict=True)
         )
+        turned_q, turned_k = (in_pairs(x, width) if interleaved else x for x in (turned_q, turned_k))
     return turned_q, turned_k
 
 

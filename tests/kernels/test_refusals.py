@@ -180,6 +180,7 @@ LIMITS = [
     ("rope", {"cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
     ("rope", TABLE),
     ("rope", TABLE | {"positions": torch.zeros(1, 4, dtype=torch.int32)}),
+    ("rope", TABLE | {"interleaved": True}),
     ("rope", {"q": torch.ones(2, 0, 4, 6)}),
     ("rope", {"q": torch.ones(2, 3, 4, 6).half(), "k": torch.ones(2, 3, 4, 6).half()}),
     ("qk_norm_rope", {"q": torch.ones(2, 0, 4, 6), "cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._grouped import group_plan, grouped_product, grouped_weight, tile_rows
+from unsloth_fast.kernels._grouped import group_plan, grouped_product, grouped_weight, new_plan
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
@@ -38,9 +38,7 @@ def grouped_gemm_backward(
 
 def grouped_gemm_forward_outputs(x: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate y and the plan."""
-    groups = len(group_sizes)
-    plan = group_sizes.new_empty(groups + 2 + len(x) // tile_rows(x.dtype) + groups + 1, dtype=torch.int32)
-    return x.new_empty(len(x), weight.shape[1]), plan
+    return x.new_empty(len(x), weight.shape[1]), new_plan(group_sizes, len(weight), len(x), x.dtype)
 
 
 def grouped_gemm_backward_outputs(
