@@ -29,7 +29,7 @@ from unsloth_ref.kernels import qk_norm_rope
 # backward of those, and of the gradients of the products and of n.
 ROUNDINGS = 4
 KINDS = ("halves of cos and sin differ", "cos and sin in float32", "a table", "a table and one row of positions")
-MISTAKES = ("k has another width", "k has another dtype", "cos is wider than q", "a position is negative")
+MISTAKES = ("k has another width", "k has another dtype", "cos is wider than q", "a position is the table's length")
 
 
 def _build(draw: Draw, **sizes: int) -> Inputs:
