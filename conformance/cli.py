@@ -20,6 +20,7 @@ from conformance.verbs import (
     gate,
     ledger,
     listing,
+    model,
     mutate,
     report,
     repro,
@@ -28,7 +29,7 @@ from conformance.verbs import (
 )
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
+VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
 
 class _Parser(argparse.ArgumentParser):

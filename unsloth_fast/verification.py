@@ -49,7 +49,12 @@ class Verification:
             if worst.used > 1:
                 over = sum(finding.used > 1 for finding in calls)
                 logger.warning(
-                    "verify_every: step %d: %s; %d of %d results of %s are beyond it", step, worst, over, len(calls), name
+                    "verify_every: step %d: %s; %d of %d results of %s are beyond it",
+                    step,
+                    worst,
+                    over,
+                    len(calls),
+                    name,
                 )
         if not findings and not unverified:
             unverified = {"": "the model called no fast operation"}
