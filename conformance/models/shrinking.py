@@ -52,7 +52,6 @@ _DEPTHS = (
     "num_blocks",
 )
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-_NO_DROPOUT = 0.0
 
 
 def tiny_config(model_type: str, **given: Any) -> PreTrainedConfig:
@@ -83,8 +82,6 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _SIZES[name]
         elif name in _SPECIAL:
             fields[name] = _SPECIAL[name]
-        elif "dropout" in name and isinstance(value, float):
-            fields[name] = _NO_DROPOUT
         elif depth and isinstance(value, list) and len(value) == values[depth]:
             fields[name] = [value[layer] for layer in layers]
     if fields.get("kv_lora_rank"):  # each head has keys of its own
