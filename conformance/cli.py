@@ -14,6 +14,7 @@ from conformance.declarations import SpecError
 from conformance.trial import BackendError
 from conformance.verbs import (
     bench,
+    bisect,
     coverage,
     fingerprint,
     gate,
@@ -28,7 +29,7 @@ from conformance.verbs import (
 )
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report, model)
+VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -55,8 +55,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance.bounds import ROUNDING_RMS, SHARED, UNIT_FLOAT32, Arithmetic, float32_error
+from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
+from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
