@@ -68,13 +68,18 @@ def _with_leaves(trial: ModelTrial, model: Any, batch: dict[str, Any]) -> tuple[
 
 
 def _moves_alone(trial: ModelTrial) -> bool:
-    """Whether a row of the untouched model changes bits with other rows, as products of experts' groups may."""
+    """Whether a document of the untouched model changes bits with others, as products of experts' groups may.
+
+    In rows of its own, and packed into one row.
+    """
     model, documents = trial.untouched(), trial.documents
-    for index in range(len(documents.lengths)):
+    starts = [0, *torch.tensor(documents.lengths).cumsum(0).tolist()]
+    for index, (start, end) in enumerate(pairwise(starts)):
         others = (documents.with_others(index, seed) for seed in range(NEIGHBOURS))
         with torch.no_grad():
-            first, *rest = (trial.logits(model, each.padded())[index] for each in (documents, *others))
-        if not all(torch.equal(first, other) for other in rest):
+            batches = [(each.padded(), each.packed()) for each in (documents, *others)]
+            rows = [(trial.logits(model, a)[index], trial.logits(model, b)[0, start:end]) for a, b in batches]
+        if not all(torch.equal(*both) for pair in rows for both in zip(pair, rows[0], strict=True)):
             return True
     return False
 
