@@ -41,10 +41,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int, int]] = {
     "ministral3": ("Ministral3", {}, 5, 2, 7),
     "hunyuan": ("HunYuanDenseV1", {}, 9, 2, 7),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | EAGER | {"num_experts": 4}, 9, 0, 4),
+    "mixtral": ("Mixtral", FOUR, 5, 0, 4),
     "gpt_oss": ("GptOss", FOUR, 5, 0, 4),
     "llama4": ("Llama4", FOUR | {"num_local_experts": 2}, 5, 2, 7),
     "custom": ("", {}, 5, 2, 3),
 }
+WITH_EXPERTS = ("qwen3_moe", "mixtral")
 
 
 def build(family: str) -> Any:
@@ -84,7 +86,7 @@ def test_a_family_without_a_row(family: str, lora: bool) -> None:
     """Loss and every gradient are the untouched model's in float64; no logits are made, and each part is placed."""
     model = build(family)
     _, _, norms, gated, linear = FAMILIES[family]
-    expected = {"rms_norm": norms, "swiglu": gated}
+    expected = {"rms_norm": norms, "swiglu": gated, "moe_mlp": 2 * (family in WITH_EXPERTS)}
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, **LORA))
         expected |= {"lora_linear": 2 * linear}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
@@ -16,6 +17,7 @@ from unsloth_fast.models.families import family_of
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
+from unsloth_fast.models.mixture import Experts, adapted_experts_placement, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
@@ -34,6 +36,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
       check (see `unsloth_fast.models.structure`);
+    - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
+      their weights (see `unsloth_fast.models.mixture`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -43,7 +47,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     and rope in the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (see `unsloth_fast.models.attention`).
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
-    those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
+    those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
     Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
@@ -69,7 +73,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(operations)
-        elif name.endswith(("Norm", "MLP", "Attention")) and packed.get(id(module), "") is not None:
+        elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
             reason = packed[id(module)]
@@ -114,7 +118,11 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) 
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
     if (family := family_of(module)) is not None:
         return attention_placement(module, family, backend)
-    found = recognise(module, known)
+    found = recognise(module.get_base_layer() if isinstance(module, ParamWrapper) else module, known)
+    if isinstance(module, ParamWrapper):
+        return adapted_experts_placement(module, found, backend) if isinstance(found, Experts) else None
+    if isinstance(found, Experts):
+        return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
     if isinstance(found, Gated):

@@ -1,4 +1,4 @@
-"""What is a module? A norm or a gated MLP, recognised by its parameters and by a numeric check against its own forward.
+"""What is a module? A norm, a gated MLP or experts, recognised by parameters and a numeric check of the own forward.
 
 The check calls the forward of the module's class on a twin on the CPU, with random weights and a few random rows, so
 the module's weights may be sharded, in 4 bits or without memory. Classes and their names play no part.
@@ -10,29 +10,34 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.mixture import Experts, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import ExpertActivation
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
+_EXPERTS = ("gate_up_proj", "down_proj")
+_ACTIVATIONS: tuple[ExpertActivation, ...] = ("silu", "gelu_tanh")
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | Gated | str | None
+Found = Norm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
-    """What a module is; why it is neither although its parameters are those of one, as text; None for any other.
+    """What a module is; why it is none of these although its parameters are those of one, as text; None for others.
 
     Args:
         module: a module whose forward is its class's.
@@ -43,7 +48,10 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     others = [child for name, child in children.items() if name not in sizes]
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    if not (is_norm or is_gated) or _has_state(module, others) or not _takes_one(type(module).forward):
+    is_experts = set(parameters) == set(_EXPERTS) and all(weight.dim() == 3 for weight in parameters.values())
+    if not (is_norm or is_gated or is_experts) or _has_state(module, others):
+        return None
+    if not _takes(type(module).forward, 3 if is_experts else 1):
         return None
     if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
         return "hooks on its activation"
@@ -53,7 +61,10 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     if key not in known:
         try:
             with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
-                known[key] = _norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
+                if is_norm:
+                    known[key] = _norm(module, shapes[0][0])
+                else:
+                    known[key] = _experts(module) if is_experts else _gated(module, sizes)
         except _FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
@@ -65,10 +76,10 @@ def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
     return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
 
 
-def _takes_one(forward: Callable[..., object]) -> bool:
-    """Whether a forward has one parameter beside the module: a gated norm has another."""
+def _takes(forward: Callable[..., object], count: int) -> bool:
+    """Whether a forward has so many parameters beside the module: a gated norm has more than one."""
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (1 + count)
 
 
 def _plain(module: nn.Module) -> tuple[object, ...]:
@@ -159,6 +170,41 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
     return _refusal("swiglu and geglu", len(agreeing), min(differences))
 
 
+def _experts(module: Any) -> Experts | str:
+    """The activation of experts, in float64 with few and small ones; all weights of a model take gigabytes."""
+    (count, wide, hidden), narrow = module.gate_up_proj.shape, module.down_proj.shape
+    if wide % 2 or narrow != (count, hidden, wide // 2):
+        return "its weights are stored otherwise"
+    experts, columns, inner, per_token = 3, 5, 4, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = randn(experts, 2 * inner, columns), randn(experts, columns, inner)
+    twin = _twin(
+        module, dict(zip(_EXPERTS, (nn.Parameter(each, requires_grad=False) for each in weights), strict=True))
+    )
+    for name, size in (("num_experts", experts), ("hidden_dim", columns), ("intermediate_dim", inner)):
+        if hasattr(module, name):
+            setattr(twin, name, size)
+    if hasattr(module, "config"):
+        twin.config = SimpleNamespace(_experts_implementation="eager")
+    rows = torch.tensor(_SCALES, dtype=torch.float64)[:, None] * randn(len(_SCALES), columns)
+    indices = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 1]])
+    inputs = rows, indices, randn(len(_SCALES), per_token)
+    own = _in_both_modes(twin, *inputs)
+    if own is None:
+        return _BY_MODE
+    agreeing, differences = [], []
+    for found in map(Experts, _ACTIVATIONS):
+        result = cast(Tensor, experts_forward(found, reference)(twin, *inputs))
+        differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
+        if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
+            agreeing.append(found)
+    return agreeing[0] if len(agreeing) == 1 else _refusal("moe_mlp", len(agreeing), min(differences))
+
+
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
     """Every way in which linear layers, inputs and outputs by name, can be a gate, an up and a down projection."""
     for names in itertools.permutations(sizes):
@@ -186,13 +232,13 @@ def _twin(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mappi
     return twin
 
 
-def _in_both_modes(twin: Any, rows: Tensor) -> Tensor | None:
+def _in_both_modes(twin: Any, *inputs: Tensor) -> Tensor | None:
     """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
     results: list[Tensor] = []
     for training in (False, True):
         twin.train(training)
         with torch.random.fork_rng([]):
-            results.append(type(twin).forward(twin, rows))
+            results.append(type(twin).forward(twin, *inputs))
     return results[0] if torch.equal(*results) else None
 
 
