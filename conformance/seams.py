@@ -64,6 +64,8 @@ SEAMS = (
     Seam("triton.runtime.driver.DriverConfig.set_active", "called: the same"),
     Seam("triton.backends.compiler.GPUTarget", "called: the architectures to compile for"),
     Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
+    Seam("triton.knobs.compilation", "set: exact arithmetic"),
+    Seam("torch.profiler.profile.profiler", "read: the dtypes of the operators of a call"),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"

@@ -86,7 +86,8 @@ def test_a_family_without_a_row(family: str, lora: bool) -> None:
     """Loss and every gradient are the untouched model's in float64; no logits are made, and each part is placed."""
     model = build(family)
     _, _, norms, gated, linear = FAMILIES[family]
-    expected = {"rms_norm": norms, "swiglu": gated, "moe_mlp": 2 * (family in WITH_EXPERTS)}
+    gate = "fused_swiglu" if family in ("phi3", "glm4") else "swiglu"
+    expected = {"rms_norm": norms, gate: gated, "moe_mlp": 2 * (family in WITH_EXPERTS)}
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, **LORA))
         expected |= {"lora_linear": 2 * linear}
@@ -116,6 +117,13 @@ def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> N
     add_loss(model, fast)
     _, found = step(model, tokens, labels, backend_loss=True)
     assert 0 < error(found, truth) <= 2 * error(own, truth)
+
+
+def test_a_setting_for_swiglu_separates_the_fused_operation() -> None:
+    """It governs the MLPs of Phi-3 too: the fused operation takes no other backend than its part."""
+    for setting in ("swiglu", "fused_swiglu"):
+        backend = backends.resolve(f"fast,{setting}=reference")
+        assert place(build("phi3"), backend).keys() == {"rms_norm", "swiglu", "packed_attention"}
 
 
 def error(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:

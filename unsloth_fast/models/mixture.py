@@ -43,7 +43,7 @@ def experts_forward(experts: Experts, kernels: Any) -> Forward:
     return forward
 
 
-def adapted_experts_placement(module: ParamWrapper, experts: Experts, backend: Backend) -> Placement:
+def adapted_experts_placement(experts: Experts, backend: Backend) -> Placement:
     """The operations and the forward for peft's adapter of a weight of these experts.
 
     The forward calls peft's own, which adds the adapters to the weights, unless each adapted weight has exactly one

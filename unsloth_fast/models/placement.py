@@ -13,13 +13,12 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
-from unsloth_fast.models.families import family_of
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixture import Experts, adapted_experts_placement, experts_forward
-from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.mlp import Gated, mlp_placement
+from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import Found, recognise
@@ -34,17 +33,17 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
-      check (see `unsloth_fast.models.structure`);
+    - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
+      whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
       their weights (see `unsloth_fast.models.mixture`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
-      batches (see `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not
-      compute, it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
-
-    and rope in the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (see `unsloth_fast.models.attention`).
+      batches (see `unsloth_fast.models.packed`). With dropout, or anything else that packed_attention does not compute,
+      it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
+    - rope in every attention that rotates by a function of its file which computes the same, half by half or
+      interleaved (see `unsloth_fast.models.attention`).
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
     those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
@@ -116,17 +115,19 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
 
 def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
-    if (family := family_of(module)) is not None:
-        return attention_placement(module, family, backend)
+    if (placement := attention_placement(module, backend)) is not None:
+        return placement
     found = recognise(module.get_base_layer() if isinstance(module, ParamWrapper) else module, known)
     if isinstance(module, ParamWrapper):
-        return adapted_experts_placement(module, found, backend) if isinstance(found, Experts) else None
+        return adapted_experts_placement(found, backend) if isinstance(found, Experts) else None
     if isinstance(found, Experts):
         return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, GatedNorm):
+        return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):
-        return (found.operation,), mlp_forward(found, backend.kernels)
+        return mlp_placement(found, backend)
     return lora_placement(module, backend) if found is None else found
 
 

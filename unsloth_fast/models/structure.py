@@ -1,7 +1,8 @@
-"""What is a module? A norm, a gated MLP or experts, recognised by parameters and a numeric check of the own forward.
+"""What is a module? A norm, with a gate or not, an MLP, or experts, recognised by parameters and a numeric check.
 
-The check calls the forward of the module's class on a twin on the CPU, with random weights and a few random rows, so
-the module's weights may be sharded, in 4 bits or without memory. Classes and their names play no part.
+The check compares it with its own forward: that of the module's class, called on a twin on the CPU, with random weights
+and a few random rows, so the module's weights may be sharded, in 4 bits or without memory. Classes and their names play
+no part.
 """
 
 import copy
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from unsloth_fast.models.methods import forward_hooks
 from unsloth_fast.models.mixture import Experts, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import ExpertActivation
 
@@ -30,10 +31,11 @@ _ACTIVATIONS: tuple[ExpertActivation, ...] = ("silu", "gelu_tanh")
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
+_AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | Gated | Experts | str | None
+Found = Norm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
@@ -49,9 +51,10 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
     is_experts = set(parameters) == set(_EXPERTS) and all(weight.dim() == 3 for weight in parameters.values())
+    taken = _taken(type(module).forward)
     if not (is_norm or is_gated or is_experts) or _has_state(module, others):
         return None
-    if not _takes(type(module).forward, 3 if is_experts else 1):
+    if taken not in ((1, 2) if is_norm else (3,) if is_experts else (1,)):
         return None
     if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
         return "hooks on its activation"
@@ -62,7 +65,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
         try:
             with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
                 if is_norm:
-                    known[key] = _norm(module, shapes[0][0])
+                    known[key] = (_norm if taken == 1 else _gated_norm)(module, shapes[0][0])
                 else:
                     known[key] = _experts(module) if is_experts else _gated(module, sizes)
         except _FAILURES as failure:
@@ -76,10 +79,10 @@ def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
     return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
 
 
-def _takes(forward: Callable[..., object], count: int) -> bool:
-    """Whether a forward has so many parameters beside the module: a gated norm has more than one."""
+def _taken(forward: Callable[..., object]) -> int | None:
+    """How many inputs a forward takes, all by position; a gated norm takes two, experts take three."""
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (1 + count)
+    return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
 
 
 def _plain(module: nn.Module) -> tuple[object, ...]:
@@ -98,29 +101,54 @@ def _value(value: object) -> object:
 
 def _norm(module: nn.Module, size: int) -> Norm | str | None:
     """The offset from float32, then the casting from 16 bits, where alone it matters."""
-    eps = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
-    if eps is None:
+    eps = _eps(module)
+    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma") if eps]
+    calls = {norm: norm_forward(norm, reference.rms_norm) for norm in candidates}
+    return _agreeing_norm(module, size, calls, "rms_norm", 1) if eps else None
+
+
+def _gated_norm(module: nn.Module, size: int) -> GatedNorm | str | None:
+    """The order and the groups from float32, then the casting from 16 bits."""
+    eps, count = _eps(module), getattr(module, "n_groups", None)
+    group = size // count if isinstance(count, int) and count > 0 else getattr(module, "group_size", size)
+    if eps is None or not isinstance(group, int) or group < 1 or size % group:
         return None
+    candidates = [GatedNorm(eps, group, before, casting) for before in (True, False) for casting in ("llama", "gemma")]
+    calls = {norm: gated_norm_forward(norm, reference.gated_rms_norm) for norm in candidates}
+    return _agreeing_norm(module, size, calls, "gated_rms_norm", 2)
+
+
+def _eps(module: nn.Module) -> str | None:
+    """The name of the attribute with eps."""
+    return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+
+
+def _agreeing_norm(
+    module: nn.Module, size: int, calls: Mapping[_AnyNorm, Callable[..., object]], operation: str, inputs: int
+) -> _AnyNorm | str:
+    """The one norm whose forward, of those in calls, agrees with the module's own; why there is none, as text."""
     generator = torch.Generator().manual_seed(0)
     # The first rows are as small as eps is.
-    sizes = torch.tensor([getattr(module, eps) ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
-    rows = sizes * torch.randn((3, 2, size), generator=generator, dtype=torch.float32)
+    sizes = torch.tensor([getattr(module, _eps(module) or "") ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    rows = [torch.randn((3, 2, size), generator=generator, dtype=torch.float32) for _ in range(inputs)]
+    rows[0] = sizes * rows[0]
     weight = torch.randn(size, generator=generator, dtype=torch.float32)
-    found = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
+    found = list(calls)
     for weights, dtype, agree in (
         (torch.float32, torch.float32, _agree_in_float32),
         (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
         twin = _twin(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
-        own = _in_both_modes(twin, rows.to(dtype))
+        given = [tensor.to(dtype) for tensor in rows]
+        own = _in_both_modes(twin, *given)
         if own is None:
             return _BY_MODE
-        results = {norm: cast(Tensor, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found}
+        results = {norm: cast(Tensor, calls[norm](twin, *given)) for norm in found}
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
-            return _refusal("rms_norm", 0, min(float((result - own).abs().max()) for result in results.values()))
-    return found[0] if len(found) == 1 else _refusal("rms_norm", len(found))
+            return _refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
+    return found[0] if len(found) == 1 else _refusal(operation, len(found))
 
 
 def _refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
@@ -167,6 +195,8 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
             agreeing.append(gated)
     if len(agreeing) == 1:
         return agreeing[0]
+    if all(gated.operation == "relu_squared" for gated in candidates):  # two layers and another activation
+        return None
     return _refusal("swiglu and geglu", len(agreeing), min(differences))
 
 
@@ -206,7 +236,7 @@ def _experts(module: Any) -> Experts | str:
 
 
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
-    """Every way in which linear layers, inputs and outputs by name, can be a gate, an up and a down projection."""
+    """Every way in which linear layers, inputs and outputs by name, can be an MLP, with or without a gate."""
     for names in itertools.permutations(sizes):
         *first, down = names
         hidden, inner = sizes[down][1], sizes[down][0]
@@ -216,6 +246,9 @@ def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
             elif len(first) == 1 and sizes[first[0]] == (hidden, 2 * inner):
                 for gate_first in (True, False):
                     yield Gated(operation, approximate, first[0], first[0], down, gate_first)
+        # The other order has fitting sizes too; layers are declared in the order of their use.
+        if len(first) == 1 and sizes[first[0]] == (hidden, inner) and names == tuple(sizes):
+            yield Gated("relu_squared", None, first[0], first[0], down)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int] | None:
