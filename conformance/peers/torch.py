@@ -69,6 +69,26 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 @operation
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    positions: Tensor | None = None, *, eps: float = 1e-6, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch.nn.RMSNorm of the heads, then transformers' apply_rotary_pos_emb."""
+    refuse("torch", options, offset=0.0, casting="llama")
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    width = cos.shape[-1]
+
+    def rotated(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:], weight, eps)
+        first, second = x[..., :width].chunk(2, -1)
+        y = x[..., :width] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        return torch.cat([y.to(x.dtype), x[..., width:]], -1) if width < x.shape[-1] else y.to(x.dtype)
+
+    return rotated(q, q_weight), rotated(k, k_weight)
+
+
+@operation
 def relu_squared(x: Tensor) -> Tensor:
     """As transformers' ReLUSquaredActivation."""
     return F.relu(x).square()

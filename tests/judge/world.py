@@ -155,6 +155,17 @@ def llama_rope(
     return turned_q, turned_k
 
 
+def qwen3_qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    positions: Tensor | None = None, *, eps: float = 1e-6, offset: float = 0.0, casting: str = "llama",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Qwen3RMSNorm of the heads, or Gemma's, then apply_rotary_pos_emb."""
+    checks.head_norm_arguments(q, k, q_weight, k_weight, cos, sin, positions, eps)
+    norm = _norm(Qwen3RMSNorm)
+    q, k = (norm(x, w, eps, offset=offset, casting=casting) for x, w in ((q, q_weight), (k, k_weight)))
+    return llama_rope(q, k, cos, sin, positions)
+
+
 def torch_rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> Tensor:
@@ -189,5 +200,5 @@ llama = _backend(rms_norm=_norm(LlamaRMSNorm), swiglu=llama_swiglu, rope=llama_r
 gated = _backend(gated_rms_norm=gated_rms_norm)
 gpt_oss = _backend(fused_swiglu=gpt_oss_fused_swiglu)
 nemotron = _backend(relu_squared=nemotron_relu_squared)
-qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm))
+qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm), qk_norm_rope=qwen3_qk_norm_rope)
 torch_operators = _backend(rms_norm=torch_rms_norm, layer_norm=torch_layer_norm, swiglu=torch_swiglu)

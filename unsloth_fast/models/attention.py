@@ -12,7 +12,7 @@ import __future__
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache, wraps
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
+from unsloth_fast.models.head_norms import apply, moved, norms_of
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.recomputed import recomputed
+from unsloth_fast.models.structure import Found
 from unsloth_ref import kernels as reference
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
@@ -74,25 +76,39 @@ _ROTATIONS = (
 )
 
 
-def attention_placement(module: nn.Module, backend: Backend) -> Placement | None:
-    """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does."""
+def attention_placement(module: nn.Module, backend: Backend, known: dict[Hashable, Found]) -> Placement | None:
+    """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
+
+    qk_norm_rope in place of rope where the norms of the heads stand directly before it, unless the backend separates
+    them. known: as in `recognise`.
+    """
     own = inspect.unwrap(type(module).forward)
     found = _rotations(own) if isinstance(own, FunctionType) else {}
-    make = _maker(own, tuple(found)) if found else None
+    functions = {name: _by(backend.kernels.rope, rotation, own.__globals__[name]) for name, rotation in found.items()}
+    operation, make = "rope", None
+    if len(found) == 1 and backend.fuses("qk_norm_rope", "rms_norm", "rope"):
+        (name, rotation), *_ = found.items()
+        norm = norms_of(module, known) if rotation.columns is _same and not rotation.interleaved else None
+        make = _maker(own, (name,), norms=True) if norm else None
+        if norm and make:
+            operation, functions = "qk_norm_rope", {name: apply(norm, backend.kernels.qk_norm_rope, functions[name])}
+    make = make or (_maker(own, tuple(found)) if found else None)
     if make is None:
         return None
-    made = make(*(_by(backend.kernels.rope, rotation, own.__globals__[name]) for name, rotation in found.items()))
+    made = make(*functions.values())
 
     @wraps(made)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         with recomputed(hidden_states):  # by the projections of queries, keys and values
             return made(self, hidden_states, *args, **kwargs)
 
-    return ("rope",), forward
+    return (operation,), forward
 
 
-def _by(rope: Rope, rotation: Rotation, own: Rope) -> Rope:
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, rope: Rope = operation, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if args or kwargs or q.ndim != 4 or cos.ndim != 3:  # heads in another dimension, or other positions
             return own(q, k, cos, sin, *args, **kwargs)
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
@@ -155,16 +171,21 @@ def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @cache
-def _maker(forward: FunctionType, names: tuple[str, ...]) -> Callable[..., Callable[..., Any]] | None:
+def _maker(
+    forward: FunctionType, names: tuple[str, ...], norms: bool = False
+) -> Callable[..., Callable[..., Any]] | None:
     """A function of the functions with these names that returns the forward which calls them.
 
-    None if the source is not that of the forward, or uses what the class alone provides.
+    With norms, the one function applies the norms of the heads too. None if that cannot be done, if the source is not
+    that of the forward, or if it uses what the class alone provides.
     """
     code = forward.__code__
     try:
         lines, first = inspect.getsourcelines(forward)
         own = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError):
+        return None
+    if norms and not moved(own.body[0], names[0]):  # type: ignore[arg-type]
         return None
     tree = ast.parse(f"def make({', '.join(names)}):\n    return {forward.__name__}")
     tree.body[0].body.insert(0, ast.increment_lineno(own, first - 1).body[0])  # type: ignore[attr-defined]

@@ -70,12 +70,10 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     The operation returns the dtype of its input. So does a norm with Gemma's casting, while one with Llama's returns
     the promoted dtype of input and weight.
     """
-    widened = _promoted if norm.casting == "llama" else _unchanged
 
     def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
         weight = self.weight
-        if weight.dtype != hidden_states.dtype:
-            hidden_states = widened(hidden_states, weight)
+        hidden_states = widened(norm, hidden_states, weight)
         apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
         return recomputable(normed, partial(apply, hidden_states.detach(), weight.detach()))
@@ -83,12 +81,15 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     return forward
 
 
+def widened(norm: Norm, hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """The input in the dtype that the norm returns."""
+    if weight.dtype == hidden_states.dtype or norm.casting != "llama":
+        return hidden_states
+    return _promoted(hidden_states, weight)
+
+
 def _promoted(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """In the promoted dtype, unless autocast rounds the result to the dtype of hidden_states in the next layer."""
     dtype = hidden_states.dtype
     rounds = product_dtype(hidden_states, weight) == dtype
     return hidden_states if rounds else hidden_states.to(torch.promote_types(dtype, weight.dtype))
-
-
-def _unchanged(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    return hidden_states

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
@@ -43,7 +44,11 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       batches (see `unsloth_fast.models.packed`). With dropout, or anything else that packed_attention does not compute,
       it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
     - rope in every attention that rotates by a function of its file which computes the same, half by half or
-      interleaved (see `unsloth_fast.models.attention`).
+      interleaved (see `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3
+      and Gemma 3, qk_norm_rope computes both.
+
+    A fused operation, qk_norm_rope or fused_swiglu, is placed if it and its parts come from the same package. A backend
+    with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
     those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
@@ -63,6 +68,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
     known: dict[Hashable, Found] = {}
+    inside: set[int] = set()  # norms that an attention's operation computes
     for module in model.modules():
         name = type(module).__name__
         placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
@@ -71,7 +77,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
         elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
-            placed.update(operations)
+            placed.update(() if id(module) in inside else operations)
+            inside |= {id(module._modules[name]) for name in NAMES if "qk_norm_rope" in operations}
         elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
@@ -115,7 +122,7 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
 
 def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
-    if (placement := attention_placement(module, backend)) is not None:
+    if (placement := attention_placement(module, backend, known)) is not None:
         return placement
     found = recognise(module.get_base_layer() if isinstance(module, ParamWrapper) else module, known)
     if isinstance(module, ParamWrapper):

@@ -1,6 +1,6 @@
 """Wrong norms with a gate."""
 
-from tests.judge.mutants.mutant import LYING, one
+from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "gate_not_normalised_with_x": one("x if BEFORE else x * activation, activation", "x, activation", "one_at_a_time"),
@@ -14,7 +14,9 @@ TABLE = {
         "    weight_ptr += group * size * weight_stride\n    y_ptr", "    y_ptr", "value", "gradients"
     ),
     "eps_hard_coded": one("mean + eps", "mean + 1e-6", "one_at_a_time"),
-    "slope_without_its_second_term": one("share * (1.0 + gate * complement)", "share", "gradients"),
+    "slope_without_its_second_term": one(
+        "gate * share, share * (1.0 + gate * complement)", "gate * share, share", "gradients"
+    ),
     "dgate_without_the_weight": one(
         "dy * (rounded(n, dtype, LLAMA) * scale) * slope", "dy * rounded(n, dtype, LLAMA) * slope", "gradients"
     ),
@@ -28,7 +30,10 @@ TABLE = {
     "long_groups_cut_short": one(
         "range(COLUMNS, size, COLUMNS)", "range(COLUMNS, size - COLUMNS + 1, COLUMNS)", "extents"
     ),
-    "long_partial_sums_not_added": one("before + of_product", "of_product", "extents"),
+    "long_partial_sums_not_added": Mutant(
+        (("BackwardTile(1, 4096, 0, 8, 256)", "BackwardTile(1, 4096, 0, 8, 1)"), ("before + of_product", "of_product")),
+        ("extents",),
+    ),
     "stored_past_the_end": one(
         "dgate.to(dtype), inside)\n            if NEED_DWEIGHT:\n                dweight +=",
         "dgate.to(dtype), (row < rows) & (column <= size))\n            if NEED_DWEIGHT:\n                dweight +=",
