@@ -48,9 +48,8 @@ class Verification:
             self._used[name] = max(self._used.get(name, 0.0), worst.used)
             if worst.used > 1:
                 over = sum(finding.used > 1 for finding in calls)
-                logger.warning(
-                    "verify_every: step %d: %s; %d of %d results of %s are beyond it", step, worst, over, len(calls), name
-                )
+                results = f"beyond it: {over} of {len(calls)} results"
+                logger.warning("verify_every: step %d: %s; %s", step, worst, results)
         if not findings and not unverified:
             unverified = {"": "the model called no fast operation"}
         for name, reason in unverified.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -29,14 +30,8 @@ NOISE = 0.1  # on every weight of a random model, so that no norm has ones and n
 _SPECIAL = 3  # tokens of a tiny vocabulary that are never drawn
 # What code of transformers raises for a configuration that it cannot use, or for a package that is missing.
 _FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
 )
 
 
@@ -64,15 +59,17 @@ class Subject:
         return cls(architecture, True, tuple(fields.items()))
 
     def config(self) -> PreTrainedConfig:
-        """Its configuration; raises NotBuilt."""
+        """Its configuration, without dropout; raises NotBuilt."""
         if not self.random:
-            return AutoConfig.from_pretrained(self.name)
+            return _without_noise(AutoConfig.from_pretrained(self.name))
         if self.name not in CONFIG_MAPPING:
             raise NotBuilt(f"transformers has no architecture {self.name}")
         try:
-            return tiny_config(self.name, **dict(self.fields))
+            config = tiny_config(self.name, **dict(self.fields))
+            model_class(config)  # raises ValueError for one that the package does not train
+            return _without_noise(config)
         except _FAILURES as failure:
-            raise NotBuilt(f"no tiny configuration: {_first_line(failure)}") from failure
+            raise NotBuilt(f"no configuration of a tiny model: {_first_line(failure)}") from failure
 
     def model(self, dtype: torch.dtype, device: str, *, experts: str | None = None) -> Any:
         """The untouched model in training mode, the same each time.
@@ -197,6 +194,15 @@ def documents_of(
     generator = torch.Generator().manual_seed(1)
     labels = [row.masked_fill(torch.rand(len(row), generator=generator) < IGNORED, -100) for row in tokens]
     return Documents(tuple(row.to(device) for row in tokens), tuple(row.to(device) for row in labels))
+
+
+def _without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration, and those inside it, without dropout and noise on routers: two runs must be the same."""
+    for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name, value in vars(inner).items() if isinstance(inner, PreTrainedConfig) else ():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(inner, name, 0.0)
+    return config
 
 
 def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor]:

@@ -51,7 +51,7 @@ class ModelTask:
         who = (self.op, self.property, self.dtype)
         with Caught() as caught:
             try:
-                trial = _trial(self.op, self.random, self.dtype, self.backend, self.device, self.data)
+                trial = trial_of(self)
                 used = LAWS[self.property].check(trial)
             except Unchecked as why:
                 return Result(*who, "skip", message=str(why))
@@ -66,6 +66,11 @@ class ModelTask:
         words += ["--law", self.property, "--dtype", self.dtype, "--backend", self.backend, "--device", self.device]
         words += ["--data", str(self.data)] if self.data else []
         return f"reproduce: python -m conformance model {shlex.join(words)}"
+
+
+def trial_of(task: ModelTask) -> ModelTrial:
+    """The trial of a task; the last one is kept."""
+    return _trial(task.op, task.random, task.dtype, task.backend, task.device, task.data)
 
 
 @lru_cache(maxsize=1)

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from conformance import condition
 from conformance.bounds import Arithmetic
-from conformance.condition import Response
+from conformance.condition import JUMP, Response
 from conformance.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.interpreter import Interpreted
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
-from conformance.models.running import GRADIENT, Results, run, without_cache
+from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
 from conformance.trial import Caught, describe
 from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import place
@@ -58,7 +58,7 @@ class Truth:
     peer: Results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelTrial:
     """One model, backend, dtype and device.
 
@@ -144,10 +144,11 @@ class ModelTrial:
             peer = run(models[self.dtype], batches, targets=targets)
             one = torch.ones(1, dtype=self.dtype, device=self.device)
             responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, (self, adapted), work=0)
+            twice = run(models[self.dtype], batches, targets=targets)
         if caught.error is not None:
             raise Unchecked(f"the untouched model raises {describe(caught.error)}") from caught.error
-        if not all(response.truth.isfinite().all() for response in responses.values()):
-            raise Unchecked("the untouched model's results are not finite")
+        if (why := _cannot_judge(responses, peer, twice, torch.finfo(self.dtype).eps / 2)) is not None:
+            raise Unchecked(f"the untouched model {why}")
         return Truth(responses, peer)
 
     def run(
@@ -278,6 +279,8 @@ class ModelTrial:
             if found is None and name.startswith(GRADIENT):
                 if response.truth.any():
                     raise Failure(f"{name} is missing (None)")
+            elif found is None and name not in (LOGITS, LOSS):
+                raise Failure(f"{name} are missing: the layer is not called")
             elif found is not None:
                 model = ErrorModel(
                     error=response,
@@ -288,6 +291,19 @@ class ModelTrial:
                 )
                 used = max(used, judge(name, found, response.truth, truth.peer[name], model))
         return used
+
+
+def _cannot_judge(responses: Mapping[str, Response], once: Results, twice: Results, unit: float) -> str | None:
+    """Why nothing can be compared with a truth; None if it can."""
+    if not all(response.truth.isfinite().all() for response in responses.values()):
+        return "computes what is not finite"
+    if any((once[name] - twice[name]).norm() > JUMP * unit * once[name].norm() for name in once):
+        return "computes something else in each run"
+    for name, response in responses.items():  # a gradient may be 0 but for roundings
+        allowed = response.largest(Arithmetic(unit, 1, response.truth.numel()))
+        if _no_gradient(name) and allowed.norm() > response.truth.norm():
+            return f"jumps: roundings change {name} by as much as these are"
+    return None
 
 
 def _no_gradient(name: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Terms
+from conformance.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, change_inputs, nbytes
@@ -22,6 +22,7 @@ from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72, 300, 512)
+ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
 
@@ -153,15 +154,20 @@ def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
     return in_dtype * _scale(call), in_float32 * _scale(call)
 
 
-def _dsinks(call: Call) -> Terms:
-    """A sum over queries of p |delta|, which is a sum over keys; delta carries the roundings of p, as in `_ds`."""
-    size, squares, in_float32 = (torch.zeros_like(call.inputs["sinks"]) for _ in range(3))
+def _dsinks(call: Call) -> Bound:
+    """A sum over queries of p delta, where delta is a sum over keys and carries the roundings of p, as in `_ds`.
+
+    Not as terms: whatever the dtype of the sinks is, the output in delta is rounded to that of q.
+    """
+    value, size, squares, in_float32 = (torch.zeros_like(call.inputs["sinks"]) for _ in range(4))
     for part in _parts(call):
         products = part.sink * part.p * (_do(call, part).abs() @ part.v.abs().mT)
-        wide = products * (1 + part.sink_roundings + part.p_roundings)
-        for into, found in zip((size, squares, in_float32), (products, products.square(), wide), strict=True):
-            into[part.heads] += found.sum((1, 2))
-    return Terms(size, squares.sqrt(), in_float32)
+        value[part.heads] -= (part.sink * part.p * (_do(call, part) @ part.v.mT)).sum((1, 2))
+        size[part.heads] += products.sum((1, 2))
+        squares[part.heads] += products.square().sum((1, 2))
+        in_float32[part.heads] += (products * (1 + part.sink_roundings + part.p_roundings)).sum((1, 2))
+    error = ROUNDINGS * call.unit * (1 + call.unit) * size + float32_error(call.elements) * in_float32
+    return Bound(value, error, ROUNDINGS * (ROUNDING_RMS * call.unit) ** 2 * squares + (SHARED * in_float32) ** 2)
 
 
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
@@ -254,14 +260,14 @@ spec = Spec(
     outputs=["out"],
     grads=["q", "k", "v", "sinks"],
     budget=Budget(
-        roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
+        roundings=ROUNDINGS,
         terms={
             "out": lambda call: _added(call, "q", lambda part: (*_p(part), part.v)),
             "q": lambda call: _added(call, "q", lambda part: (*_ds(call, part), part.k)),
             "k": lambda call: _added(call, "k", lambda part: (*_ds(call, part), part.q)),
             "v": lambda call: _added(call, "v", lambda part: (*_p(part), _do(call, part))),
-            "sinks": _dsinks,
         },
+        bounds={"sinks": _dsinks},
     ),
     rowwise=[],
     independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),

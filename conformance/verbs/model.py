@@ -25,6 +25,15 @@ TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser("model", help="hold whole models to the laws of models")
+    add_subject(parser)
+    parser.add_argument("--law", nargs="+", action="extend", metavar="L", help=f"{', '.join(LAWS)} (all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, each with its truths (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.set_defaults(verb=_model)
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name models, what is placed under them, and where."""
     parser.add_argument("models", nargs="*", metavar="PATH_OR_NAME", help="models to load")
     parser.add_argument(
         "--config", nargs="+", action="extend", metavar="ARCH", help="architectures to build at tiny size, or all"
@@ -37,17 +46,13 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (float32; on cuda bfloat16)"
     )
-    parser.add_argument("--law", nargs="+", action="extend", metavar="L", help=f"{', '.join(LAWS)} (all)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, each with its truths (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
-    parser.set_defaults(verb=_model)
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    tasks = _tasks(arguments)
+    tasks = tasks_asked(arguments)
     first, names = tasks[0], list(dict.fromkeys(task.op for task in tasks))
     dtypes = list(dict.fromkeys(task.dtype for task in tasks))
-    print(_heading(first), flush=True)
+    print(heading(first), flush=True)
     results: list[Result] = []
 
     def on_result(task: ModelTask, result: Result) -> None:
@@ -73,7 +78,7 @@ def _model(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0 if any(result.verdict == "pass" for result in results) else 2
 
 
-def _tasks(arguments: argparse.Namespace) -> list[ModelTask]:
+def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     """What the command line asks for; raises UsageError."""
     lacking = [name for name in PACKAGES if find_spec(name) is None]
     if lacking:
@@ -138,7 +143,7 @@ def _architectures(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def _heading(task: ModelTask) -> str:
+def heading(task: ModelTask) -> str:
     """One line: the backend, what it is compared with, and where."""
     where = f", {torch.cuda.get_device_name()}" if task.device == "cuda" else ""
     judged = backends.load("fast" if "fast" in task.backend else "reference", task.device)
@@ -148,7 +153,12 @@ def _heading(task: ModelTask) -> str:
 
 
 def _write(path: Path, results: Sequence[Result], task: ModelTask) -> None:
-    meta: dict[str, Any] = {
+    results_file.write(path, meta_of(task), [result.as_dict() for result in results])
+
+
+def meta_of(task: ModelTask) -> dict[str, Any]:
+    """What results of a task depend on."""
+    return {
         "versions": results_file.versions() | {name: version(name) for name in PACKAGES},
         "device": task.device,
         "gpu": torch.cuda.get_device_name() if task.device == "cuda" else None,
@@ -156,4 +166,3 @@ def _write(path: Path, results: Sequence[Result], task: ModelTask) -> None:
         "commit": results_file.commit(),
         "not_defined": [],
     }
-    results_file.write(path, meta, [result.as_dict() for result in results])
