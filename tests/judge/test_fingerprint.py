@@ -21,6 +21,7 @@ SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write 
 SPILLS = {
     ("packed_attention_dkdv_kernel", "text-mix-16k-d128"): 256,
     ("packed_attention_dkdv_kernel", "long-16k-d128"): 256,
+    ("packed_attention_dq_kernel", "gemma-4-16k-d512"): 24,
     ("rms_norm_backward_kernel", "llama-3.1-405b"): 32,
 }
 
