@@ -51,6 +51,8 @@ _DEPTHS = (
     "num_decoder_layers",
     "num_blocks",
 )
+# Sizes that no architecture can do without, although the default of some is None.
+_NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -78,12 +80,12 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     for name, value in values.items():
         if name == depth:
             fields[name] = len(layers)
-        elif name in _SIZES and isinstance(value, int) and value:
+        elif name in _SIZES and ((isinstance(value, int) and value) or (value is None and name in _NEEDED)):
             fields[name] = _SIZES[name]
         elif name in _SPECIAL:
             fields[name] = _SPECIAL[name]
         elif depth and isinstance(value, list) and len(value) == values[depth]:
-            fields[name] = [value[layer] for layer in layers]
+            fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
     if fields.get("kv_lora_rank"):  # each head has keys of its own
         fields["num_key_value_heads"] = HEADS
     return fields
@@ -102,5 +104,17 @@ def _take(values: Iterable[int], count: int) -> list[int]:
     return [value for value, _ in zip(values, range(count), strict=False)]
 
 
-# Where sizes depend on each other in ways that their names do not tell.
-_ADAPTED: dict[str, dict[str, Any]] = {}
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+# Where fields depend on each other in ways that their names do not tell, or where the default has one kind of layer.
+_ADAPTED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN, "sliding_attention": _PLAIN}},
+    "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
+    "lfm2": _CONV,
+    "lfm2_moe": _CONV | {"num_dense_layers": 1},
+    "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"n_mamba_heads": HEADS, "attention_hidden_size": 2 * HIDDEN},
+    "zaya": {"num_experts_per_tok": 1},
+}
