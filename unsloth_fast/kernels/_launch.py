@@ -105,6 +105,16 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def rows_in_one_piece(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors, with copies of those whose last stride, the third, is not 1."""
+    return (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors)
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """The strides between tokens and between heads of each tensor."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+
+
 def cdiv(dividend: int, divisor: int) -> int:
     """The quotient, rounded up. (triton.cdiv, which also works in kernels, takes 6 us on the host.)"""
     return -(-dividend // divisor)

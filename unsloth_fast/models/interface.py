@@ -6,23 +6,27 @@ of ours may be looked up instead, and nothing else of the model changes.
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch.nn import Module
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.models.methods import has_own_method
+from unsloth_ref import kernels as reference
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
-WIDEST = 256  # columns of a head that the judge holds packed_attention to
+WIDEST = 512  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
 _POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
@@ -40,12 +44,14 @@ class Stack:
         masked: why documents are kept apart by a mask for the attention it had before; None if `packed_attention`
             keeps them apart.
         function: the attention function that it had before; None if it is foreign.
+        sinks: whether that function reads sinks of its module.
     """
 
     attentions: tuple[Module, ...] = ()
     foreign: str | None = None
     masked: str | None = None
     function: Callable[..., Any] | None = None
+    sinks: bool = False
 
 
 def stacks_of(model: Module) -> Iterator[PreTrainedModel]:
@@ -83,7 +89,7 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     if functions or function is None:
         return Stack(tuple(attentions), "its eager attention function was not found")
     reasons = (_masked_attention(attention, function) for attention in attentions)
-    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function)
+    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, "sinks" in _read_of(function))
 
 
 def extras_of(function: Callable[..., object]) -> frozenset[str]:
@@ -302,15 +308,42 @@ def _masked_attention(attention: Any, function: Callable[..., Any]) -> str | Non
 
 @cache
 def _reads_of_its_own(function: Callable[..., Any]) -> str | None:
-    """What an eager attention function reads of its module beside the number of heads, such as sinks."""
+    """What an eager attention function uses that `packed_attention` is not given."""
     if function is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return None
-    tree = _tree(function)
+    tree, read = _tree(function), _read_of(function)
     if tree is None:
         return "an eager attention without source"
-    module = next(iter(inspect.signature(function).parameters))
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _name(node.value) == module}
-    if read - _OF_MODULE:
-        return f"{', '.join(sorted(read - _OF_MODULE))} in its eager attention"
+    if read - _OF_MODULE - {"sinks"}:
+        return f"{', '.join(sorted(read - _OF_MODULE - {'sinks'}))} in its eager attention"
+    if "sinks" in read and not _has_sinks(function):
+        return "sinks of another kind in its eager attention"
     loaded = any(isinstance(node, ast.Name) and node.id == "kwargs" for node in ast.walk(tree))
     return "keywords in its eager attention" if loaded else None
+
+
+def _read_of(function: Callable[..., Any]) -> set[str]:
+    """The attributes of its module that the source of an attention function reads."""
+    tree, module = _tree(function), next(iter(inspect.signature(function).parameters))
+    nodes = () if tree is None else ast.walk(tree)
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and _name(node.value) == module}
+
+
+def _has_sinks(function: Callable[..., Any]) -> bool:
+    """Whether an attention function takes the sinks of its module as `packed_attention` does.
+
+    Checked in float32, for means of numbers up to 1: weights have about 20 roundings, of at most 2^-24 each.
+    """
+    draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    q, k, v, sinks = draw(5, 4, 8), draw(5, 2, 8), draw(5, 2, 8), draw(4)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=2, head_dim=8, training=False)
+    mask = torch.full((1, 1, 5, 5), -torch.inf, device="cpu").triu(1)
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    try:
+        with torch.no_grad():
+            found, _ = function(module, *heads, mask, scaling=0.3)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    bounds = torch.tensor([0, 5], dtype=torch.int32, device="cpu")
+    expected = reference.packed_attention(q, k, v, bounds, 5, scale=0.3, sinks=sinks)
+    return found.shape[1:] == expected.shape and bool(((found[0] - expected).abs() <= 20 * 2.0**-24).all())

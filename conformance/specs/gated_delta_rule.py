@@ -1,0 +1,196 @@
+"""The gated delta rule on packed documents.
+
+No input is row-wise: an output depends on all earlier rows of its document, and a gradient on all rows of it. Inputs are
+those of models: q and k of length 1, beta between 0 and 1, and logarithms of decays in float32, weak in some heads and
+strong in others.
+"""
+
+from collections.abc import Collection
+from copy import copy
+from math import nan
+
+import torch
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from conformance.bounds import Terms
+from conformance.case import FILLS, Case, Draw
+from conformance.promises import Law, Memory
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    mistake,
+    nbytes,
+    wrong_option,
+)
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
+from conformance.specs._gated_delta_rule import CHUNK, Sizes, sizes_of
+from unsloth_ref.kernels import gated_delta_rule
+
+WIDTHS = (16, 64, 32, 128, 1, 7, 33, 80)
+TENSORS = ("q", "k", "v", "g", "beta")
+
+
+def _build(
+    draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, columns: int
+) -> Inputs:
+    """Fills are those of q, k and v; q and k are then normalised, as models do it."""
+    generator, heads = Generator().manual_seed(draw.case.seed), kv_heads * group
+    numbers = torch.randn((tokens, heads, 2), generator=generator, dtype=torch.float64)
+    rates = torch.exp(torch.linspace(-4, 1.5, max(2, heads), dtype=torch.float64))[:heads].flip(0)
+    logarithms = copy(draw)
+    logarithms.dtype = torch.float32
+    return {
+        "q": draw.place(_of_length_1(draw, 1, tokens, kv_heads, width)),
+        "k": draw.place(_of_length_1(draw, 2, tokens, kv_heads, width)),
+        "v": draw.filled(tokens, heads, columns),
+        "g": logarithms.place(-rates * torch.nn.functional.softplus(numbers[..., 0])),
+        "beta": draw.place(numbers[..., 1].sigmoid()),
+        "cu_seqlens": laid_out(draw, tokens, documents),
+    }
+
+
+def _of_length_1(draw: Draw, number: int, *shape: int) -> Tensor:
+    values = FILLS[draw.case.fill](Generator().manual_seed(1000 * draw.case.seed + 100 + number), shape)
+    return values * torch.rsqrt(values.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Columns up to 130 are the width of a head, more are tokens, including sizes around the ends of chunks."""
+    if columns <= 130 or rows == 0:
+        return min(rows, 70), 1 + rows % 2, 1, 1 + rows % 2, max(1, min(columns, 130)), max(1, (columns + 3) % 41)
+    return 1 + columns % 131, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 35
+
+
+class _Kept:
+    """The sizes of the last call: terms of six results are asked for one after the other."""
+
+    call: Call | None = None
+    sizes: Sizes | None = None
+
+
+def _terms(name: str, call: Call) -> Terms:
+    if _Kept.call is not call or _Kept.sizes is None:
+        _Kept.call, _Kept.sizes = call, sizes_of(call)
+    return _Kept.sizes.terms(name, call, name != "out" and name in ("g", "beta") and call.wide(name))
+
+
+def _bytes(inputs: Inputs) -> tuple[int, int]:
+    """Forward: the inputs are read and the output is written. Backward: these are read, five gradients are written."""
+    q, v, rest = inputs["q"], inputs["v"], nbytes(inputs["g"], inputs["beta"])
+    return 2 * nbytes(q) + 2 * nbytes(v) + rest, 4 * nbytes(q) + 3 * nbytes(v) + 2 * rest
+
+
+def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
+    """Three products with a state per token forward, nine backward; those within a chunk could be of any length."""
+    (tokens, heads, columns), width = inputs["v"].shape, inputs["q"].shape[2]
+    product = 2 * tokens * heads * columns * width
+    return 3 * product, 9 * product if grads else 0
+
+
+def _scratch(inputs: Inputs) -> int:
+    """Two matrices per chunk; two states per chunk, and two numbers per element of v, all of them float32."""
+    (tokens, heads, columns), width, documents = inputs["v"].shape, inputs["q"].shape[2], len(inputs["cu_seqlens"]) - 1
+    chunks = tokens // CHUNK + documents
+    return 4 * chunks * heads * (2 * CHUNK * CHUNK + 2 * width * columns) + 8 * tokens * heads * columns
+
+
+def _error(what: str, raises: type[Exception], undefined: bool = False, **changes: object) -> ErrorCase:
+    (name, change), *_ = changes.items()
+    return mistake(what, raises, name, lambda i: {name: change(i[name])}, undefined)  # type: ignore[operator]
+
+
+def _bench(tokens: int, documents: int, kv_heads: int, group: int) -> dict[str, int]:
+    sizes = {"tokens": tokens, "documents": documents, "kv_heads": kv_heads, "group": group}
+    return sizes | {"width": 128, "columns": 128}
+
+
+spec = Spec(
+    reference=gated_delta_rule,
+    drawing=Drawing(
+        sizes={
+            "tokens": lambda budget: st.integers(1, max(1, min(budget, max(32, budget // 64), 200))),
+            "documents": lambda budget: st.integers(1, 3),
+            "kv_heads": lambda budget: st.sampled_from([1, 1, 2]),
+            "group": lambda budget: st.sampled_from([1, 2] if budget > 2**9 else [1]),
+            "width": lambda budget: st.sampled_from(WIDTHS),
+            "columns": lambda budget: st.sampled_from([16, 8, 33, 1]),
+        },
+        build=_build,
+        options={"scale": [None, 0.5]},
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+        shape=_shape,
+        counts=["tokens", "documents"],
+    ),
+    outputs=["out"],
+    grads=["q", "k", "v", "g", "beta"],
+    budget=Budget(
+        roundings=1,  # of a state and of u: kernels may multiply them on tensor cores
+        terms={name: lambda call, name=name: _terms(name, call) for name in ("out", *TENSORS)},
+    ),
+    independent=documents_as_parts(TENSORS, TENSORS),
+    far=["q", "k", "v"],
+    laws={
+        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "g": 2.0, "beta": 2.0}),
+        "v negated": Law({"v": -1.0}, dict.fromkeys(["out", "q", "k", "g", "beta"], -1.0)),
+        "q twice as large, with half the scale": Law(
+            {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
+        ),
+        "dout four times as large": Law({}, dict.fromkeys(TENSORS, 4.0), grad_outputs=4.0),
+    },
+    memory=Memory(
+        Case(
+            (("tokens", 4096), ("documents", 2), ("kv_heads", 2), ("group", 2), ("width", 128), ("columns", 128)),
+        ),
+        grads=["q", "k", "v", "g", "beta"],
+        working=_scratch,
+    ),
+    argument_kinds=document_kinds(TENSORS)
+    | {
+        "no decay": change_inputs(lambda i: {"g": torch.zeros_like(i["g"])}),
+        "g as narrow as q": change_inputs(lambda i: {"g": i["g"].to(i["q"].dtype)}),
+        "beta in float32": change_inputs(lambda i: {"beta": i["beta"].float() * (1 + 2**-13)}),
+        "equal keys, which are replaced": change_inputs(
+            lambda i: {"k": i["k"][:1].expand(i["k"].shape).contiguous(), "beta": torch.ones_like(i["beta"])}
+        ),
+    },
+    special_values=[nan],
+    errors=[
+        _error("q is a matrix", ValueError, True, q=lambda q: q[0]),
+        mistake("q is integer", TypeError, "q", lambda i: {name: i[name].long() for name in "qkv"}),
+        _error("k has another length", ValueError, True, k=lambda k: k[:-1]),
+        _error("k has another width", ValueError, True, k=lambda k: k[..., :-1]),
+        _error("k has another dtype", TypeError, k=lambda k: k.double()),
+        _error("v has another length", ValueError, True, v=lambda v: v[:-1]),
+        _error("v has another dtype", TypeError, v=lambda v: v.double()),
+        mistake(
+            "heads of q do not divide those of v",
+            ValueError,
+            "v",
+            lambda i: {name: i[name].repeat(1, 1 + i["v"].shape[1], *[1] * (i[name].ndim - 2)) for name in "qk"},
+            undefined=True,
+        ),
+        _error("g has another length", ValueError, True, g=lambda g: g[:-1]),
+        _error("g is integer", TypeError, g=lambda g: g.long()),
+        _error("beta is a cube", ValueError, True, beta=lambda beta: beta[..., None]),
+        _error("beta is integer", TypeError, beta=lambda beta: beta.long()),
+        *bounds_errors("q"),
+        wrong_option("scale is infinite", "scale", scale=float("inf")),
+        wrong_option("scale is negative", "scale", scale=-1.0),
+    ],
+    speed=Speed(
+        shapes={
+            "qwen-3.5 text-mix-16k": _bench(16384, 41, 16, 2),
+            "qwen-3.5 long-16k": _bench(16384, 1, 16, 2),
+        },
+        bytes=_bytes,
+        flops=_flops,
+    ),
+)

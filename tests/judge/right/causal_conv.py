@@ -1,0 +1,77 @@
+"""Right short convolutions."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conformance.peers import operation
+from tests.judge.contract import Function
+from unsloth_ref import checks
+from unsloth_ref import kernels as reference
+
+
+def _causal_conv(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    """Complete the convolution of one document [L, C] with weight [C, W] to the contract, in float32."""
+
+    @operation
+    def causal_conv(
+        x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return reference.causal_conv(x, weight, cu_seqlens, bias, activation=activation)
+        checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+        bounds = checks.documents_cover(cu_seqlens, len(x), "x")
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [convolve(x[begin:end].float(), weight.float()) for begin, end in pairwise(bounds)]
+            z = torch.cat([*parts, x[:0].float()])
+            z = z if bias is None else z + bias.float()
+            return (F.silu(z) if activation else z).to(x.dtype)
+
+    return causal_conv
+
+
+@_causal_conv
+def of_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """torch's own convolution."""
+    if x.numel() == 0:
+        return x * weight[:, 0]
+    padded = F.pad(x.t(), (weight.shape[1] - 1, 0))
+    return F.conv1d(padded, weight[:, None], groups=len(weight)).t()
+
+
+@_causal_conv
+def by_windows(x: Tensor, weight: Tensor) -> Tensor:
+    """A product with the last W tokens of each token."""
+    padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
+    return (padded.unfold(0, weight.shape[1], 1) * weight).sum(-1)
+
+
+@_causal_conv
+def by_a_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """A matrix of all pairs of tokens."""
+    token = torch.arange(len(x), device=x.device)
+    back = token[:, None] - token
+    seen = (back >= 0) & (back < weight.shape[1])
+    taps = weight[:, (weight.shape[1] - 1 - back).clamp(0, weight.shape[1] - 1)] * seen
+    return torch.einsum("cts,sc->tc", taps, x)
+
+
+def in_float64(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """More exact than required."""
+    if not x.is_floating_point():
+        raise TypeError("x: got integers")
+    return reference.causal_conv(x.double(), weight, cu_seqlens, bias, activation=activation).to(x.dtype)
+
+
+TABLE = {
+    "of_torch": of_torch,
+    "by_windows": by_windows,
+    "by_a_matrix": by_a_matrix,
+    "in_float64": in_float64,
+    "in_other_tiles": (("Tile(1024 // width, width, 4)", "Tile(4096 // width, width, 4)"), ("PROGRAMS = 4096", "PROGRAMS = 8")),
+}

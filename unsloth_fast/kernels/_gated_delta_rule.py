@@ -1,0 +1,275 @@
+"""The kernels of gated_delta_rule; gated_delta_rule.py has their formulas and launches them."""
+
+# A constexpr is written as a plain value:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from unsloth_fast.kernels._launch import INTERPRETED, kernel
+from unsloth_fast.kernels._packed_attention import find_tile, load_rows, store_rows
+
+EMULATED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def halves(x):
+    """Two numbers of bfloat16 whose sum is x up to 2^-16 of it."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def multiply(a, b, WIDE: tl.constexpr):
+    """The matrix product of two float32 matrices; unless WIDE by tensor cores, with an error of 2^-16 of each term."""
+    if WIDE or EMULATED:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        high, low = halves(a)
+        other_high, other_low = halves(b)
+        return tl.dot(high, other_high) + (tl.dot(high, other_low) + tl.dot(low, other_high))
+
+
+@triton.jit
+def load_column(pointer, row, length, row_stride):
+    """Load one number per row of a chunk in float32, 0 beyond the document."""
+    return tl.load(pointer + row.to(tl.int64) * row_stride, row < length, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_decays(g_ptr, row, length, g_token, ROWS: tl.constexpr):
+    """Decays up to each row of a chunk, from each row to the last, over the whole chunk, and between rows j <= i."""
+    place = tl.arange(0, ROWS)
+    total = tl.cumsum(load_column(g_ptr, row, length, g_token), 0)
+    last = tl.sum(tl.where(place == ROWS - 1, total, 0.0), 0)
+    lower = place[None, :] <= place[:, None]
+    between = tl.where(lower, tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0)), 0.0)
+    return tl.exp(total), tl.exp(last - total), tl.exp(last), between
+
+
+@triton.jit
+def inverse(below, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """The inverse of I + below, for a matrix that is 0 on and above its diagonal.
+
+    Blocks of 16 x 16 on the diagonal by substitution, row by row. Their inverse is D, what is outside of them L: then
+    the inverse is (I + D L)^-1 D, and D L to the power of the number of blocks is 0.
+    """
+    BLOCKS: tl.constexpr = ROWS // 16
+    number = tl.arange(0, BLOCKS)
+    same = number[:, None, None, None] == number[None, None, :, None]
+    parts = tl.reshape(below, [BLOCKS, 16, BLOCKS, 16])
+    diagonal = tl.sum(tl.where(same, parts, 0.0), 2)
+    line = tl.arange(0, 16)[None, :, None]
+    solved = tl.where(line == tl.arange(0, 16)[None, None, :], 1.0, 0.0) + tl.zeros([BLOCKS, 16, 16], tl.float32)
+    for step in range(1, 16):
+        factors = tl.sum(tl.where(line == step, diagonal, 0.0), 1)
+        change = tl.sum(factors[:, :, None] * solved, 1)
+        solved = tl.where(line == step, solved - change[:, None, :], solved)
+    whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), [ROWS, ROWS])
+    if BLOCKS > 1:
+        outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]), WIDE)
+        whole -= multiply(outside, whole, WIDE)
+        if BLOCKS > 2:
+            whole += multiply(multiply(outside, outside, WIDE), whole, WIDE)
+    return whole
+
+
+@triton.jit
+def square(ROWS: tl.constexpr):
+    """Offsets of a matrix of ROWS x ROWS."""
+    place = tl.arange(0, ROWS)
+    return place[:, None] * ROWS + place[None, :]
+
+
+@triton.jit
+def find_document(cu_seqlens_ptr, document, tokens, ROWS: tl.constexpr):
+    """The first token of a document, its length, and the number of its first chunk among all chunks."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + document), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + document + 1), 0), tokens)
+    return begin.to(tl.int64), end - begin, (begin // ROWS + document).to(tl.int64)
+
+
+@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width"))
+def gated_delta_rule_solve_kernel(
+    q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr,
+    tokens, documents, heads, group, width, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(I + A)^-1 and P of one chunk and head of v per program."""
+    tile = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    if start >= length:
+        return
+    row = start + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    q = load_rows(q_ptr + begin * q_token + head // group * q_head, row, length, column, width, q_token).to(tl.float32)
+    k = load_rows(k_ptr + begin * k_token + head // group * k_head, row, length, column, width, k_token).to(tl.float32)
+    beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
+    _, _, _, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
+    below = row[None, :] < row[:, None]
+    a = tl.where(below, beta[:, None] * between * multiply(k, tl.trans(k), WIDE), 0.0)
+    solved = solved_ptr + (tile * heads + head) * (2 * ROWS * ROWS) + square(ROWS)
+    tl.store(solved, inverse(a, ROWS, WIDE))
+    tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k), WIDE))
+
+
+@kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
+def gated_delta_rule_forward_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, out_ptr, states_ptr, u_ptr,
+    tokens, heads, group, width, columns, slices,
+    q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
+    STATES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One document, head of v and slice of its columns per program: the output, or if STATES what backward needs."""
+    document = tl.program_id(0) // (slices * heads)
+    head = (tl.program_id(0) // slices % heads).to(tl.int64)
+    begin, length, first = find_document(cu_seqlens_ptr, document, tokens, ROWS)
+    depth = tl.arange(0, WIDTH)
+    column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
+    k_ptr += begin * k_token + head // group * k_head
+    q_ptr += begin * q_token + head // group * q_head
+    v_ptr += begin * v_token + head * v_head
+    g_ptr += begin * g_token + head * g_head
+    beta_ptr += begin * beta_token + head * beta_head
+    mine = (begin * heads + head) * columns
+    state = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    for index in range(0, (length + ROWS - 1) // ROWS):
+        row = index * ROWS + tl.arange(0, ROWS)
+        chunk = (first + index) * heads + head
+        if STATES:
+            store_rows(states_ptr + chunk * width * columns, state, depth, width, column, columns, columns)
+        k = load_rows(k_ptr, row, length, depth, width, k_token).to(tl.float32)
+        v = load_rows(v_ptr, row, length, column, columns, v_token).to(tl.float32)
+        beta = load_column(beta_ptr, row, length, beta_token)
+        until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
+        solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
+        rest = beta[:, None] * (v - until[:, None] * multiply(k, state, WIDE))
+        u = multiply(tl.load(solved), rest, WIDE)
+        if STATES:
+            store_rows(u_ptr + mine, u, row, length, column, columns, heads * columns)
+        else:
+            q = load_rows(q_ptr, row, length, depth, width, q_token).to(tl.float32)
+            out = until[:, None] * multiply(q, state, WIDE) + multiply(tl.load(solved + ROWS * ROWS), u, WIDE)
+            store_rows(out_ptr + mine, scale * out, row, length, column, columns, heads * columns)
+        state = whole * state + multiply(tl.trans(after[:, None] * k), u, WIDE)
+
+
+@kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
+def gated_delta_rule_backward_kernel(
+    do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, dstates_ptr, db_ptr, dv_ptr,
+    tokens, heads, group, width, columns, slices,
+    do_token, do_head, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head, scale,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One document, head of v and slice of its columns per program, the last chunk first: dv, and each chunk's dS."""
+    document = tl.program_id(0) // (slices * heads)
+    head = (tl.program_id(0) // slices % heads).to(tl.int64)
+    begin, length, first = find_document(cu_seqlens_ptr, document, tokens, ROWS)
+    depth = tl.arange(0, WIDTH)
+    column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
+    do_ptr += begin * do_token + head * do_head
+    q_ptr += begin * q_token + head // group * q_head
+    k_ptr += begin * k_token + head // group * k_head
+    g_ptr += begin * g_token + head * g_head
+    beta_ptr += begin * beta_token + head * beta_head
+    mine = (begin * heads + head) * columns
+    dstate = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    chunks = (length + ROWS - 1) // ROWS
+    for back in range(0, chunks):
+        index = chunks - 1 - back
+        row = index * ROWS + tl.arange(0, ROWS)
+        chunk = (first + index) * heads + head
+        store_rows(dstates_ptr + chunk * width * columns, dstate, depth, width, column, columns, columns)
+        q = load_rows(q_ptr, row, length, depth, width, q_token).to(tl.float32)
+        k = load_rows(k_ptr, row, length, depth, width, k_token).to(tl.float32)
+        do = scale * load_rows(do_ptr, row, length, column, columns, do_token).to(tl.float32)
+        beta = load_column(beta_ptr, row, length, beta_token)
+        until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
+        solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
+        du = multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do, WIDE)
+        du += multiply(after[:, None] * k, dstate, WIDE)
+        db = multiply(tl.trans(tl.load(solved)), du, WIDE)
+        store_rows(db_ptr + mine, db, row, length, column, columns, heads * columns)
+        dv = beta[:, None] * db
+        store_rows(dv_ptr + mine, dv, row, length, column, columns, heads * columns)
+        dstate = whole * dstate + multiply(tl.trans(until[:, None] * q), do, WIDE)
+        dstate -= multiply(tl.trans(until[:, None] * k), dv, WIDE)
+
+
+@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns"))
+def gated_delta_rule_gradients_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr,
+    dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
+    tokens, documents, heads, group, width, columns,
+    do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of one chunk and head of q per program, dg and dbeta of the heads of v in its group."""
+    kv_heads = heads // group
+    tile = tl.program_id(0) // kv_heads
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    if start >= length:
+        return
+    row = start + tl.arange(0, ROWS)
+    depth = tl.arange(0, WIDTH)
+    below = row[None, :] < row[:, None]
+    q = load_rows(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token).to(tl.float32)
+    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token).to(tl.float32)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    dk = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in range(0, group):
+        head = kv_head * group + index
+        chunk = tile * heads + head
+        beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
+        until, after, whole, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
+        mine = (begin * heads + head) * columns
+        dp = tl.zeros([ROWS, ROWS], tl.float32)
+        da = tl.zeros([ROWS, ROWS], tl.float32)
+        dbeta = tl.zeros([ROWS], tl.float32)
+        by_old = tl.zeros([ROWS], tl.float32)  # what the decays from the old state to a row contribute to dg
+        by_new = tl.zeros([ROWS], tl.float32)  # those from a row to the new state
+        through = 0.0  # that over the whole chunk
+        for left in range(0, columns, COLUMNS):
+            column = left + tl.arange(0, COLUMNS)
+            state = load_rows(states_ptr + chunk * width * columns, depth, width, column, columns, columns)
+            dstate = load_rows(dstates_ptr + chunk * width * columns, depth, width, column, columns, columns)
+            u = load_rows(u_ptr + mine, row, length, column, columns, heads * columns)
+            db = load_rows(db_ptr + mine, row, length, column, columns, heads * columns)
+            v_rows = v_ptr + begin * v_token + head * v_head
+            v = load_rows(v_rows, row, length, column, columns, v_token).to(tl.float32)
+            do_rows = do_ptr + begin * do_token + head * do_head
+            do = scale * load_rows(do_rows, row, length, column, columns, do_token).to(tl.float32)
+            dp += multiply(do, tl.trans(u), WIDE)
+            da -= multiply(db, tl.trans(u), WIDE)
+            part = until[:, None] * multiply(do, tl.trans(state), WIDE)
+            dq += part
+            by_old += tl.sum(part * q, 1)
+            part = (until * beta)[:, None] * multiply(db, tl.trans(state), WIDE)
+            dk -= part
+            by_old -= tl.sum(part * k, 1)
+            part = after[:, None] * multiply(u, tl.trans(dstate), WIDE)
+            dk += part
+            by_new += tl.sum(part * k, 1)
+            through += whole * tl.sum(tl.sum(state * dstate, 1), 0)
+            dbeta += tl.sum(db * (v - until[:, None] * multiply(k, state, WIDE)), 1)
+        da = tl.where(below, da * between, 0.0)
+        products = da * multiply(k, tl.trans(k), WIDE)
+        dbeta += tl.sum(products, 1)
+        da = da * beta[:, None]
+        dp = dp * between
+        dq += multiply(dp, k, WIDE)
+        dk += multiply(tl.trans(dp), q, WIDE) + multiply(da + tl.trans(da), k, WIDE)
+        pairs = tl.where(below, dp * multiply(q, tl.trans(k), WIDE), 0.0) + products * beta[:, None]
+        # Row l of dg is the sum over all decays across l: of pairs i >= l > j, and of those above.
+        before = tl.where(row[:, None] < row[None, :], 1.0, 0.0)
+        across = multiply(pairs, before, WIDE) + by_old[:, None]
+        dg = tl.sum(tl.where(row[None, :] <= row[:, None], across, 0.0), 0)
+        dg += tl.sum(before * by_new[:, None], 0) + through
+        place = (begin + row.to(tl.int64)) * heads + head
+        tl.store(dg_ptr + place, dg.to(dg_ptr.dtype.element_ty), row < length)
+        tl.store(dbeta_ptr + place, dbeta.to(dbeta_ptr.dtype.element_ty), row < length)
+    mine = (begin * kv_heads + kv_head) * width
+    store_rows(dq_ptr + mine, dq, row, length, depth, width, kv_heads * width)
+    store_rows(dk_ptr + mine, dk, row, length, depth, width, kv_heads * width)

@@ -1,0 +1,227 @@
+"""The gated delta rule: linear attention by a state that decays and is corrected token by token, within documents.
+
+    S'_t = exp(g_t) S_t-1        u_t = beta_t (v_t - S'_t^T k_t)        S_t = S'_t + k_t u_t^T        o_t = scale S_t^T q_t
+
+Documents are cut into chunks of C tokens. Within a chunk let S be the state at its begin, c_i the sum of g up to token
+i, and Q, K, V, U, O and B matrices with a row per token, as are rows of other factors. Unrolling the recurrence gives
+
+    A_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i        (I + A) U = B        B = beta (V - exp(c) K S)
+    P_ij = exp(c_i - c_j) q_i . k_j for j <= i              O = scale (exp(c) Q S + P U)
+    the next state: exp(c_C) S + (exp(c_C - c) K)^T U
+
+and, with dS the gradient of the next state and dO that of O times the scale, its derivatives:
+
+    dU = P^T dO + exp(c_C - c) K dS        dB = (I + A)^-T dU        dV = beta dB
+    the gradient of S: exp(c_C) dS + (exp(c) Q)^T dO - (exp(c) K)^T dV
+    dP = dO U^T for j <= i                 dA = -dB U^T for j < i
+    dQ = exp(c) dO S^T + (dP exp(c_i - c_j)) K
+    dK = exp(c_C - c) U dS^T - exp(c) dV S^T + (dP exp(c_i - c_j))^T Q + (D + D^T) K    with D_ij = dA_ij A_ij / k_i . k_j
+    dbeta = rows' sums of dB (V - exp(c) K S) and of dA A / beta
+    dg_l = the sum of each gradient times its factor over all decays across l: exp(c_i - c_j) for j < l <= i, exp(c_i)
+           for i >= l, exp(c_C - c_j) for j < l, and exp(c_C)
+
+I + A is inverted by substitution in blocks, never by powers of A, which grow where keys are alike.
+
+A pass first computes (I + A)^-1 and P of all chunks at once, then goes through each document, chunk by chunk, for each
+head and 32 columns of v at once. The backward pass does so three times: forward for the states and U, from the last
+chunk to the first for dS and dB, and for all chunks at once for dq, dk, dg and dbeta. That recomputes the states
+instead of keeping them: one more forward pass. All sums are in a fixed order.
+
+Saved: the inputs. Arithmetic is float32, and rounded once at each store. 16-bit inputs are multiplied by tensor cores as
+sums of two numbers of bfloat16, with an error of 2^-16 of each term; the products of smaller parts are left out.
+Scratch of the forward pass: 8TMC bytes; of the backward pass also 8TMDE / C for the states and dS, and 8TME for U and
+dB. Bytes moved at least, with b bytes per element: (2ND + 2ME)Tb forward, (4ND + 3ME)Tb backward.
+Multiplications per token and head of v: 3DE + 2CD + 2CE forward, 9DE + 6CD + 6CE backward.
+"""
+
+import torch
+from torch import Tensor
+
+from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
+from unsloth_fast.kernels._gated_delta_rule import (
+    gated_delta_rule_backward_kernel,
+    gated_delta_rule_forward_kernel,
+    gated_delta_rule_gradients_kernel,
+    gated_delta_rule_solve_kernel,
+)
+from unsloth_fast.kernels._launch import (
+    check_runnable,
+    launch,
+    next_power_of_2,
+    register,
+    rows_in_one_piece,
+    strides_of,
+)
+from unsloth_fast.kernels._replay import call
+from unsloth_ref import checks
+
+
+def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Tokens per chunk, columns of q and of v per program, from widths and dtype, not from lengths."""
+    width, wide = max(16, next_power_of_2(q.shape[2])), q.dtype == torch.float32
+    rows = 32 if wide or width > 128 else 64
+    columns = max(16, min(32, next_power_of_2(v.shape[2])))
+    return {"WIDE": wide, "ROWS": rows, "WIDTH": width, "COLUMNS": columns}
+
+
+class _Chunks:
+    """The arguments that kernels of one call share, and what all of its chunks need first."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> None:
+        self.q, self.k, self.v = rows_in_one_piece(q, k, v)
+        self.g, self.beta, self.bounds = g, beta, cu_seqlens.contiguous()
+        (tokens, kv_heads, width), (heads, columns) = q.shape, v.shape[1:]
+        self.tile, documents = tile_of(q, v), len(cu_seqlens) - 1
+        self.heads, self.kv_heads, self.documents = heads, kv_heads, documents
+        self.chunks = tokens // self.tile["ROWS"] + documents
+        slices = -(-columns // self.tile["COLUMNS"])
+        self.sizes = tokens, heads, heads // kv_heads, width, columns
+        self.slices, self.programs = slices, documents * heads * slices
+        rows = self.tile["ROWS"]
+        self.solved = q.new_empty((self.chunks, heads, 2, rows, rows), dtype=torch.float32)
+        launch(
+            gated_delta_rule_solve_kernel, self.chunks * heads, q,
+            self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
+            *strides_of(self.q, self.k, g, beta), WIDE=self.tile["WIDE"], ROWS=rows, WIDTH=self.tile["WIDTH"],
+            enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
+
+    def states(self) -> Tensor:
+        """Memory for a state per chunk and head."""
+        _, heads, _, width, columns = self.sizes
+        return self.q.new_empty((self.chunks, heads, width, columns), dtype=torch.float32)
+
+    def forward(self, scale: float, out: Tensor, states: Tensor, u: Tensor, *, keep: bool) -> None:
+        """Compute the output, or keep the states and U."""
+        launch(
+            gated_delta_rule_forward_kernel, self.programs, self.q,
+            self.q, self.k, self.v, self.g, self.beta, self.bounds, self.solved, out, states, u,
+            *self.sizes, self.slices, *strides_of(self.q, self.k, self.v, self.g, self.beta), scale,
+            STATES=keep, **self.tile, num_warps=4,
+        )  # fmt: skip
+
+
+def gated_delta_rule_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float
+) -> Tensor:
+    """Compute the output, new and contiguous."""
+    out = gated_delta_rule_forward_outputs(q, k, v)
+    if len(q) and len(cu_seqlens) > 1:
+        _Chunks(q, k, v, g, beta, cu_seqlens).forward(scale, out, out, out, keep=False)
+    return out
+
+
+def gated_delta_rule_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv, dg and dbeta, new and contiguous."""
+    dq, dk, dv, dg, dbeta = gradients = gated_delta_rule_backward_outputs(do, q, k, v, g, beta)
+    if len(q) == 0 or len(cu_seqlens) == 1:
+        return gradients
+    (do,) = rows_in_one_piece(do)
+    c = _Chunks(q, k, v, g, beta, cu_seqlens)
+    u, db = (v.new_empty(v.shape, dtype=torch.float32) for _ in range(2))
+    states, dstates = c.states(), c.states()
+    c.forward(scale, u, states, u, keep=True)
+    launch(
+        gated_delta_rule_backward_kernel, c.programs, q,
+        do, c.q, c.k, g, beta, c.bounds, c.solved, dstates, db, dv,
+        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=4,
+    )  # fmt: skip
+    launch(
+        gated_delta_rule_gradients_kernel, c.chunks * c.kv_heads, q,
+        do, c.q, c.k, c.v, g, beta, c.bounds, c.solved, states, dstates, u, db, dq, dk, dg, dbeta,
+        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile, num_warps=8,
+    )  # fmt: skip
+    return gradients
+
+
+def gated_delta_rule_forward_outputs(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
+    """Allocate the output."""
+    return v.new_empty(v.shape)
+
+
+def gated_delta_rule_backward_outputs(
+    do: Tensor, *inputs: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate dq, dk, dv, dg and dbeta."""
+    q, k, v, g, beta = (one.new_empty(one.shape) for one in inputs[:5] if isinstance(one, Tensor))
+    return q, k, v, g, beta
+
+
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor cu_seqlens, float scale"
+forward_op = register(
+    f"gated_delta_rule_forward({INPUTS}) -> Tensor", gated_delta_rule_forward, gated_delta_rule_forward_outputs
+)
+backward_op = register(
+    f"gated_delta_rule_backward(Tensor do, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gated_delta_rule_backward,
+    gated_delta_rule_backward_outputs,
+)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None
+    ) -> Tensor:
+        ctx.scale = q.shape[2] ** -0.5 if scale is None else scale
+        ctx.save_for_backward(q, k, v, g, beta, cu_seqlens)
+        return forward_op(q, k, v, g, beta, cu_seqlens, ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, do: Tensor, *saved: Tensor) -> Gradients:
+        return *backward_op(do, *saved, ctx.scale), None, None
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> None:
+    """Raise for arguments that gated_delta_rule does not allow."""
+    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    if checks.values_are_checked(cu_seqlens):
+        checks.documents_cover(cu_seqlens, len(q), "q")
+    for name, tensor in (("q", q), ("g", g), ("beta", beta)):
+        check_runnable(name, tensor)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Write v at k into the state of each head, which decays by exp(g), and read the state at q; documents apart.
+
+    Documents are independent: the bits of a document's output and gradients do not depend on any other document, even
+    if that contains NaN. A NaN within a document may reach all of its rows.
+
+    Args:
+        q: [T, N, D], float16, bfloat16 or float32. Views whose last stride is 1 are not copied; others are.
+        k: as q. The state does not grow if beta times the squared length of k is at most 2; models normalise k.
+        v: [T, M, E], as q; N divides M.
+        g: [T, M], float16, bfloat16 or float32: the logarithm of the decay, finite and at most 0. It is added up over
+            chunks of 32 or 64 tokens in float32.
+        beta: [T, M], float16, bfloat16 or float32: how much of the old value at k is replaced, 0 to 1 in most models.
+        cu_seqlens: [documents + 1], int32: the first token of each document, then T. Documents may be empty.
+        scale: factor of the output; 1 / sqrt(D) by default.
+
+    Returns:
+        [T, M, E] in q.dtype, contiguous.
+
+    Raises:
+        ValueError: wrong shapes or devices, a scale that is negative or infinite, or, on a CPU, cu_seqlens does not
+            rise from 0 to T. On CUDA and in compiled code, tokens outside of all documents are undefined instead, and
+            nothing outside the tensors is touched; UNSLOTH_DEBUG=1 makes CUDA raise too.
+        TypeError: q, g or beta does not have a float dtype or is float64, k or v differs from q in dtype, or cu_seqlens
+            is not int32.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Sources: Yang 2024, arXiv:2412.06464; chunks, Yang 2024, arXiv:2406.06484.
+    """
+    return call(_GatedDeltaRule, check, q, k, v, g, beta, cu_seqlens, scale)
