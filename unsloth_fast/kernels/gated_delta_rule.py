@@ -83,7 +83,7 @@ class _Chunks:
             gated_delta_rule_solve_kernel, self.chunks * heads, q,
             self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
             *strides_of(self.q, self.k, g, beta), WIDE=self.tile["WIDE"], ROWS=rows, WIDTH=self.tile["WIDTH"],
-            enable_fp_fusion=True, num_warps=4,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
 
     def states(self) -> Tensor:
@@ -97,7 +97,7 @@ class _Chunks:
             gated_delta_rule_forward_kernel, self.programs, self.q,
             self.q, self.k, self.v, self.g, self.beta, self.bounds, self.solved, out, states, u,
             *self.sizes, self.slices, *strides_of(self.q, self.k, self.v, self.g, self.beta), scale,
-            STATES=keep, **self.tile, num_warps=4,
+            STATES=keep, **self.tile, num_warps=8, num_stages=1,
         )  # fmt: skip
 
 
@@ -126,12 +126,12 @@ def gated_delta_rule_backward(
     launch(
         gated_delta_rule_backward_kernel, c.programs, q,
         do, c.q, c.k, g, beta, c.bounds, c.solved, dstates, db, dv,
-        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=4,
+        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=8, num_stages=1,
     )  # fmt: skip
     launch(
         gated_delta_rule_gradients_kernel, c.chunks * c.kv_heads, q,
         do, c.q, c.k, c.v, g, beta, c.bounds, c.solved, states, dstates, u, db, dq, dk, dg, dbeta,
-        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile, num_warps=8,
+        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile, num_warps=8, num_stages=1,
     )  # fmt: skip
     return gradients
 

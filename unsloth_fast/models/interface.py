@@ -8,8 +8,8 @@ of ours may be looked up instead, and nothing else of the model changes.
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -18,12 +18,16 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.models.methods import has_own_method
+from unsloth_fast.models.mixers import Mixer, recognise_mixer
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
 WIDEST = 256  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
+_CACHES = ("cache", "cache_params", "past_key_values")
+_STATES = "create_recurrent_attention_mask"  # makes the masks of layers that carry a state
+ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 _POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
 _KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
@@ -40,12 +44,14 @@ class Stack:
         masked: why documents are kept apart by a mask for the attention it had before; None if `packed_attention`
             keeps them apart.
         function: the attention function that it had before; None if it is foreign.
+        mixers: the modules below it that carry a state from token to token and are recognised, by their id.
     """
 
     attentions: tuple[Module, ...] = ()
     foreign: str | None = None
     masked: str | None = None
     function: Callable[..., Any] | None = None
+    mixers: Mapping[int, Mixer] = field(default_factory=dict)
 
 
 def stacks_of(model: Module) -> Iterator[PreTrainedModel]:
@@ -65,10 +71,11 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
         implementation: the attn_implementation that it has without ours.
     """
     foreign = None if implementation in DELEGATES else f"attn_implementation={implementation}"
-    foreign = foreign or _foreign_stack(stack)
+    mixers = _mixers_of(stack)
+    foreign = foreign or _foreign_stack(stack, len(mixers))
     attentions: list[Module] = []
     for module in stack.modules():
-        if module is stack or not (_takes_mask(module) or _looks_up(module)):
+        if module is stack or id(module) in mixers or not (_takes_mask(module) or _looks_up(module)):
             continue
         uses = _uses(inspect.unwrap(type(module).forward))
         if _looks_up(module):
@@ -83,7 +90,34 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     if functions or function is None:
         return Stack(tuple(attentions), "its eager attention function was not found")
     reasons = (_masked_attention(attention, function) for attention in attentions)
-    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function)
+    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, mixers)
+
+
+def _mixers_of(stack: Module) -> dict[int, Mixer]:
+    """The modules below a stack that are recognised as mixers, by their id."""
+    known: dict[Hashable, Any] = {}
+    modules = [module for module in stack.modules() if not has_own_method(module, "forward")]
+    found = {id(module): recognise_mixer(module, known) for module in modules}
+    return {key: mixer for key, mixer in found.items() if isinstance(mixer, Mixer)}
+
+
+def carriers_of(model: Module) -> list[str]:
+    """The classes of the modules that carry a state from token to token and are not recognised as mixers."""
+    mixers = _mixers_of(model)
+    names = {type(module).__name__ for module in model.modules() if id(module) not in mixers and _carries(module)}
+    return sorted(names)
+
+
+def _carries(module: Module) -> bool:
+    """Whether a module takes a cache, attends to nothing, and no module below it takes a cache."""
+    return _takes_cache(module) and not any(
+        _takes_cache(other) or _looks_up(other) for other in module.modules() if other is not module
+    ) and not _looks_up(module)  # fmt: skip
+
+
+def _takes_cache(module: Module) -> bool:
+    code = _code_of(module)
+    return code is not None and not {*_CACHES}.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def extras_of(function: Callable[..., object]) -> frozenset[str]:
@@ -241,19 +275,21 @@ def _looks_up(module: Module) -> bool:
     return code is not None and INTERFACE in code.co_names
 
 
-def _foreign_stack(stack: PreTrainedModel) -> str | None:
-    """Why a stack's masks are left to transformers."""
+def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
+    """Why a stack's masks are left to transformers; it has so many mixers."""
     forward = inspect.unwrap(type(stack).forward)
     uses = _uses(forward)
     made = set() if uses is None else set(filter(_makes_masks, uses.names))
     if uses is None or not made & MASKS:
         return "its masks are its own"
-    if getattr(stack, "_is_stateful", False) or "create_recurrent_attention_mask" in made:
-        return "its layers carry a state"
-    if made - MASKS:
-        return f"its masks: {', '.join(sorted(made - MASKS))}"
+    if getattr(stack, "_is_stateful", False) or _STATES in made:
+        layers = getattr(stack.config, "layer_types", None) or ()
+        if not mixers or mixers != sum(kind not in ATTENTION_LAYERS for kind in layers):
+            return "its layers carry a state"
+    if made - MASKS - {_STATES}:
+        return f"its masks: {', '.join(sorted(made - MASKS - {_STATES}))}"
     own = [name for name in made if forward.__globals__.get(name) is not getattr(masking_utils, name)]
-    if own or uses.alters or uses.receivers - uses.functions - {"container", "isinstance"}:
+    if own or uses.alters or uses.receivers - uses.functions - {_STATES, "container", "isinstance"}:
         return "it changes its masks"
     return "it compares the name of its attn_implementation" if uses.compares else None
 
@@ -265,7 +301,8 @@ def _foreign_layer(module: Module, uses: _Uses | None, stack: PreTrainedModel) -
         return f"the forward of {name} is not its class's" if uses else f"{name} has no source"
     if not _takes_mask(module):
         return f"{name} takes its mask by another name"
-    children = {f"self.{child}" for child in module._modules}
+    alike = (other for other in stack.modules() if type(other) is type(module))  # whose layer may be of another kind
+    children = {f"self.{child}" for other in alike for child in other._modules}
     if uses.receivers - children - (uses.functions if _looks_up(module) else set()):
         return f"{name} changes its mask"
     if uses.compares:

@@ -16,11 +16,12 @@ from unsloth_fast.models.families import family_of
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
+from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import Norm, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
-from unsloth_fast.models.structure import Found, recognise
+from unsloth_fast.models.structure import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
       check (see `unsloth_fast.models.structure`);
+    - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
+      `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -59,7 +62,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
-    known: dict[Hashable, Found] = {}
+    known: dict[Hashable, Any] = {}
     for module in model.modules():
         name = type(module).__name__
         placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
@@ -110,11 +113,14 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
     return reasons
 
 
-def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
+def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
     if (family := family_of(module)) is not None:
         return attention_placement(module, family, backend)
-    found = recognise(module, known)
+    mixer = recognise_mixer(module, known)
+    if isinstance(mixer, Mixer):
+        return mixer.operations, mixer_forward(mixer, backend.kernels)
+    found = mixer or recognise(module, known)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
     if isinstance(found, Gated):
