@@ -207,4 +207,5 @@ class Sparse(nn.Module):
         self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The products."""
         return (x[..., self.taken] * self.weights).sum(-1)

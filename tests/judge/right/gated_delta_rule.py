@@ -20,11 +20,11 @@ def _gated_delta_rule(attend: Callable[..., Tensor]) -> Function:
         q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
     ) -> Tensor:
         checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not len(q):
             return reference.gated_delta_rule(q, k, v, g, beta, cu_seqlens, scale=scale)
         bounds = checks.documents_cover(cu_seqlens, len(q), "q")
         group, factor = v.shape[1] // q.shape[1], q.shape[2] ** -0.5 if scale is None else scale
-        wide_q, wide_k = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (q * 1, k * 1))
+        wide_q, wide_k = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))
         heads = (wide_q * factor, wide_k, *(x.float().transpose(0, 1) for x in (v, g, beta)))
         with torch.autocast(q.device.type, enabled=False):
             parts = [attend(*(x[:, i:j] for x in heads)) for i, j in pairwise(bounds) if i < j]
