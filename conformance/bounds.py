@@ -35,24 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log, log2
 
 import torch
 from torch import Tensor
 
-UNIT_FLOAT32 = 2.0**-24
+from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error
+
 SHARED = 2 * UNIT_FLOAT32
-ROUNDING_RMS = (8 * log(2)) ** -0.5  # 0.42: of a rounding to nearest, in units of u |x|
-
-
-def unit_roundoff(dtype: torch.dtype, truncates: bool = False) -> float:
-    """Largest relative error of rounding to nearest; twice as large in bfloat16 if casts truncate."""
-    return torch.finfo(dtype).eps / (1 if truncates and dtype == torch.bfloat16 else 2)
-
-
-def float32_error(elements: int) -> float:
-    """Largest relative error of float32 arithmetic on so many elements: 2 log2(n) 2^-24."""
-    return 2 * max(1.0, log2(max(1, elements))) * UNIT_FLOAT32
 
 
 @dataclass(frozen=True)

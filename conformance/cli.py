@@ -12,10 +12,24 @@ from collections.abc import Sequence
 
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
-from conformance.verbs import bench, coverage, fingerprint, gate, ledger, listing, mutate, report, repro, run, write
+from conformance.verbs import (
+    bench,
+    bisect,
+    coverage,
+    fingerprint,
+    gate,
+    ledger,
+    listing,
+    model,
+    mutate,
+    report,
+    repro,
+    run,
+    write,
+)
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
+VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -55,8 +55,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance.bounds import ROUNDING_RMS, SHARED, UNIT_FLOAT32, Arithmetic, float32_error
+from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
+from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
@@ -109,7 +110,7 @@ class Response:
 
 
 def measured(
-    again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any
+    again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, key: Any, work: int = WORK
 ) -> dict[str, Response]:
     """The truth and the response to roundings of every output and gradient.
 
@@ -119,10 +120,11 @@ def measured(
         grad_outputs: likewise.
         dtype: under test.
         key: what else the results depend on: they are kept for the next call with the same key and elements.
+        work: elements in all probes, for cases with more than a few; 0 for the fewest probes.
     """
     full = (key, dtype, *(_digest(tensor) for tensor in (*inputs.values(), *grad_outputs)))
     if full not in _kept:
-        _kept[full] = _measured(again, inputs, grad_outputs, dtype)
+        _kept[full] = _measured(again, inputs, grad_outputs, dtype, work)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     return _kept[full]
@@ -170,7 +172,9 @@ class _Changes:
                 squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
 
 
-def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Response]:
+def _measured(
+    again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, work: int
+) -> dict[str, Response]:
     wide = {name: _widened(tensor) for name, tensor in inputs.items()}
     gradients = [_widened(gradient) for gradient in grad_outputs]
     with Order() as order:
@@ -179,7 +183,7 @@ def _measured(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dty
     changes = _Changes(truth, unit, max((n for t in inputs.values() for n in t.shape), default=1) - 1.0)
     square_a, square_b = changes.zeros(), changes.zeros()
     elements = max(tensor.numel() for tensor in (*inputs.values(), *truth.values()))
-    probes_a, probes_b = (max(FEWEST_PROBES, min(n, WORK // max(1, elements))) for n in (PROBES_A, PROBES_B))
+    probes_a, probes_b = (max(FEWEST_PROBES, min(n, work // max(1, elements))) for n in (PROBES_A, PROBES_B))
     for disturbed in _computed(wide, gradients, probes_b):
         changes.add(disturbed.results(again), square_b, probes_b)
     if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe

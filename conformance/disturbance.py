@@ -45,7 +45,7 @@ class Widened(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator in float64, then see what became of it."""
-        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in (kwargs or {}).items()}
         return self.seen(func, self.run(func, args, kwargs), args)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -191,6 +191,8 @@ class Disturbed(Widened):
             return found
         if name in UNDERFLOWS:
             found = tree_map(self._underflown, found)
+        if isinstance(found, Tensor):
+            return self.disturbed(found, unit, place)
         return tree_map(lambda one: self.disturbed(one, unit, place), found)
 
     def _underflown(self, value: Any) -> Any:

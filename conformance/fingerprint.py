@@ -1,7 +1,9 @@
 """What Triton compiles from a backend's kernels: registers, stack, shared memory, and widths of memory accesses.
 
-Each operation runs forward and backward on the benchmark shapes of its spec, with few rows, on the CPU. Instead of
-being launched, each Triton kernel is compiled for all targets: no output is ever written, and no GPU is needed.
+Each operation runs forward and backward on the benchmark shapes of its spec, with few rows; one from the command line
+on its example. Instead of being launched, each Triton kernel is compiled for all targets: no output is ever written,
+and no GPU is needed. Tensors have no elements (PyTorch's device "meta"), so that torch's operators compute nothing
+either. A function that reads elements runs on the CPU.
 """
 
 import re
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as shapes
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -21,15 +26,17 @@ from triton.runtime import driver
 from conformance import results_file
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
-from conformance.case import DTYPES, LAYOUTS
+from conformance.case import DTYPES, LAYOUTS, Case, Draw
+from conformance.counts import Counts
+from conformance.gates import Failure
 from conformance.results_file import commit, versions
 from conformance.spec import Spec
-from conformance.specs import specs
-from conformance.trial import Caught, Trial, describe
+from conformance.trial import Caught, Trial, describe, leaf
 from unsloth_fast.kernels._launch import launched_by_triton
 
 NAME_WIDTH, CELL_WIDTH = 36, 24
 ROWS = 64  # few are enough: launch parameters do not depend on the number of rows, or a row's bits would
+COLUMNS = 1024  # of a spec that has neither shapes nor an example
 
 
 @dataclass(frozen=True)
@@ -86,35 +93,77 @@ class Fingerprint:
     problem: str | None = None
 
 
-def fingerprints(judged: Judged, ops: Sequence[str], targets: Sequence[str], dtype: str) -> Iterator[list[Fingerprint]]:
+def fingerprints(
+    judged: Judged, ops: Sequence[Spec], targets: Sequence[str], dtype: str
+) -> Iterator[list[Fingerprint]]:
     """The fingerprints of each operation on each of its shapes: per kernel, in the order of launches, per target.
 
     Args:
-        judged: the backend; its functions must accept tensors on a CPU, as those of unsloth_fast do here.
-        ops: names of operations; those that the backend does not define or that launch no kernel are left out.
+        judged: the backend; its functions must accept tensors on another device than a GPU, as those of unsloth_fast
+            do here.
+        ops: the operations; those that the backend does not define or that launch no kernel are left out.
         targets: names in TARGETS.
         dtype: the dtype of the inputs, a name in DTYPES.
 
     Raises:
         Failure: a function raised.
     """
-    for op in ops:
-        spec = specs()[op]
-        for shape in spec.speed.shapes if op in judged.functions else ():
+    for spec in ops:
+        for shape, case in _cases(spec).items() if spec.op in judged.functions else ():
+            blanks = [Fingerprint(spec.op, shape, dtype, "", target) for target in targets]
+            grads = spec.speed.shapes.get(shape, {}).get("grads", spec.grads)
+            trial = Trial(spec, judged.functions[spec.op], DTYPES[dtype], "meta")
             launches: dict[tuple[Fingerprint, ...], None] = {}  # each once, in order
-            blanks = [Fingerprint(op, shape, dtype, "", target) for target in targets]
-            with _compiled_not_launched(blanks, launches.setdefault):
-                _run(Trial(spec, judged.functions[op], DTYPES[dtype], "cpu"), spec, shape)
+            try:
+                with _compiled_not_launched(blanks, launches.setdefault):
+                    _run(trial, case, _WithoutElements(case, trial.dtype, "meta"), grads)
+            except Failure:  # it reads elements
+                launches.clear()
+                with _compiled_not_launched(blanks, launches.setdefault):
+                    _run(replace(trial, device="cpu"), case, Draw(case, trial.dtype, "cpu"), grads)
             if launches:
                 yield [one for found in launches for one in found]
 
 
-def _run(trial: Trial, spec: Spec, shape: str) -> None:
-    case = bench_case(spec, shape)
-    case = case.resized(**{spec.row_dimension: min(ROWS, case.size(spec.row_dimension))})
-    inputs = trial.inputs(case)
+def _cases(spec: Spec) -> dict[str, Case]:
+    """The benchmark shapes with few rows; without them the example of a learned spec, or else some rows and columns."""
+    cases = {shape: bench_case(spec, shape) for shape in spec.speed.shapes}
+    if cases:
+        row = spec.row_dimension
+        return {shape: case.resized(**{row: min(ROWS, case.size(row))}) for shape, case in cases.items()}
+    sizes = spec.drawing.sizes
+    example = tuple((name, size.example) for name, size in sizes.items() if isinstance(size, Counts))
+    return {"example": Case(example) if len(example) == len(sizes) else spec.case(ROWS, COLUMNS)}
+
+
+class _WithoutElements(Draw):
+    """Builds floating-point tensors that have a shape, a dtype and strides alone."""
+
+    def filled(self, *shape: int) -> Tensor:
+        """[..., columns]."""
+        return self.place(torch.empty(shape, device="meta"))
+
+    def weight(self, size: int) -> Tensor:
+        """[size]."""
+        return self.filled(size)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns]."""
+        return self.filled(rows, columns)
+
+    def grad_output(self, like: Tensor) -> Tensor:
+        """As an output, contiguous."""
+        return torch.empty(like.shape, dtype=like.dtype, device="meta")
+
+
+def _run(trial: Trial, case: Case, draw: Draw, grads: Sequence[str]) -> None:
+    spec = trial.spec
+    inputs = spec.drawing.build(draw, **dict(case.sizes))
     inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
-    trial.run(case, inputs, grads=spec.speed.shapes[shape].get("grads"))
+    leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
+    with shapes.patch(meta_nonzero_assume_all_nonzero=True):  # rows that count: all
+        outputs = trial.call(leaves, trial.options(case))
+        trial.backward(outputs, leaves, grads, [draw.grad_output(output) for output in outputs])
 
 
 class _AbsentDriver:

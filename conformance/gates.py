@@ -44,7 +44,6 @@ Triton's interpreter truncates float32 to bfloat16 instead of rounding to neares
 bfloat16, u is 2^-7, twice the usual value, and G2 and G3 are skipped, because they would only find the truncation.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,11 +51,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conformance.bounds import ROUNDING_RMS, Arithmetic, unit_roundoff
+from conformance.bounds import Arithmetic
+from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff
 
 G0_ELEMENTS, G0_SAMPLE = 16, 2**16
-G2_ELEMENTS, G2_RMS, G2_MAX = 64, 1.5, 2.0
-G2_SAMPLE = 2**16  # elements among which distinct values are counted
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
 SLICE_ELEMENTS = 2**26  # G3 works on slices: memory may not hold several float64 copies of all elements
 
@@ -285,29 +283,17 @@ def _floors(r: Tensor, independent: Tensor, shared: Tensor, unit: float) -> tupl
 
 
 def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, floors: tuple[float, float]) -> float:
-    square = r.square().sum()
-    # The effective number of elements: a norm that a few large ones dominate is no statistic.
-    if r.numel() < G2_ELEMENTS or square == 0 or square**2 / r.pow(4).sum().clamp(min=1e-300) < G2_ELEMENTS:
+    if not is_statistic(r, error):
         return 0.0
-    # Neither are a few values that repeat, such as the sums of equal columns: they share their rounding errors too.
-    every = math.ceil(r.numel() / G2_SAMPLE) | 1  # odd, so that the sample does not come from a single column
-    if all(values[::every].float().unique().numel() < G2_ELEMENTS for values in (r, error)):
-        return 0.0
-    rms, peer_rms = float(error.norm()), float(peer_error.norm())
-    largest, peer_largest = float(error.abs().max()), float(peer_error.abs().max())
     used = 0.0
-    for which, factor, measured, other, floor in (
-        ("root mean square", G2_RMS, rms, peer_rms, floors[0]),
-        ("largest", G2_MAX, largest, peer_largest, floors[1]),
-    ):
-        allowed = factor * max(other, floor)
-        used = max(used, measured / allowed)
-        if measured > allowed:
+    for one in against_peer(error, peer_error, floors):
+        used = max(used, one.used)
+        if one.used > 1:
             raise Failure(
-                f"gate G2 used {measured / allowed:.3g} of the budget in {name}: {which} error of {len(r)} elements\n"
-                f"measured {measured:.3g}, allowed {allowed:.3g}: {factor} times plain PyTorch, {other:.3g},"
-                f" or the floor, {floor:.3g}",
-                measured / allowed,
+                f"gate G2 used {one.used:.3g} of the budget in {name}: {one.which} error of {len(r)} elements\n"
+                f"measured {one.measured:.3g}, allowed {one.allowed:.3g}: {one.factor} times plain PyTorch,"
+                f" {one.peer:.3g}, or the floor, {one.floor:.3g}",
+                one.used,
             )
     return used
 

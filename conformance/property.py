@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from conformance.profiles import Profile
 Check = Callable[[Any, Any], float | None]
 Cases = Callable[[Any, Profile], Sequence[Any]]
 Exempt = Callable[[Any], str]
-Need = Literal["cuda", "two devices", "gigabytes", "gradients", "rows", "a copy"]
+Need = Literal["cuda", "two devices", "fpsan", "gigabytes", "gradients", "rows", "a copy"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Property:
             no budget.
         cases: returns a fixed list of cases for a declaration and a profile; None to draw cases.
         share: fraction of the profile's examples to draw.
-        needs: "cuda" skips the property on a CPU, "two devices" with fewer GPUs; "gigabytes" keeps the runner from
-            running two such tasks at once; "gradients" and "rows" skip it for operations that have none, "a copy" for
-            those that work in place.
+        needs: "cuda" skips the property on a CPU, "two devices" with fewer GPUs, "fpsan" without a Triton that has that
+            sanitizer; "gigabytes" keeps the runner from running two such tasks at once; "gradients" and "rows" skip it
+            for operations that have none, "a copy" for those that work in place.
         exempt: returns why a declaration promises nothing about the property; empty if it does.
         each_option: whether the property tries what a backend may lack one by one, so that it fails for a call that
             raises NotImplementedError. Under any other property a case with an option that is lacking is not checked.
@@ -73,6 +74,8 @@ class Property:
             return "needs CUDA"
         if "two devices" in self.needs and (device != "cuda" or torch.cuda.device_count() < 2):
             return "needs two CUDA devices"
+        if "fpsan" in self.needs and not _has_fpsan():
+            return "needs Triton's floating-point sanitizer, which 3.9 is the first to have"
         return None
 
     def skipped(self, trial: Any) -> str | None:
@@ -86,6 +89,13 @@ class Property:
         if "a copy" in self.needs and trial.spec.in_place:
             return "the operation works in place"
         return self.exempt(trial.spec) or getattr(trial.spec, "lacks", {}).get(self.name)
+
+
+def _has_fpsan() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    knobs: Any = importlib.import_module("triton.knobs")
+    return hasattr(knobs.compilation, "fpsan_homomorphic_casts")
 
 
 def _first_line(text: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
@@ -22,7 +22,7 @@ from conformance.operations import PROJECT, Source
 from conformance.peers import PACKAGES
 from conformance.properties import PROPERTIES
 from conformance.results_file import commit, versions
-from conformance.runner import Task
+from conformance.runner import Work
 from conformance.search import Result
 from conformance.spec import Spec
 
@@ -73,10 +73,13 @@ def learned(spec: Spec) -> str:
 
 
 class Table:
-    """One row per operation or piece, printed when its last task is done; on a terminal a progress bar below."""
+    """One row per operation, piece or model, printed when its last task is done; on a terminal a progress bar below."""
 
-    def __init__(self, tasks: Sequence[Task], ops: Sequence[str], dtypes: Sequence[str]) -> None:
-        """One row per name in `ops`, printed in any order; one column per dtype."""
+    def __init__(
+        self, tasks: Sequence[Work], ops: Sequence[str], dtypes: Sequence[str], checked: str = "properties"
+    ) -> None:
+        """One row per name in `ops`, printed in any order; one column per dtype; `checked` is what they are held to."""
+        self._checked = checked
         self._left, self._ops, self._dtypes = Counter(task.op for task in tasks), list(ops), dtypes
         self._width = name_width(ops)
         self._results: dict[str, list[Result]] = {op: [] for op in ops}
@@ -87,7 +90,7 @@ class Table:
     def __enter__(self) -> Table:
         """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(f"{'% of error budget':<{self._width}}{dtypes}{'properties':<13}{'coverage':<15}cases")
+        self._print(f"{'% of error budget':<{self._width}}{dtypes}{self._checked:<13}{'coverage':<15}cases")
         self._bar.start()
         return self
 
@@ -98,7 +101,7 @@ class Table:
             if self._results[op] or not self._left[op]:
                 self._print(self._row(op))
 
-    def add(self, task: Task, result: Result) -> None:
+    def add(self, task: Work, result: Result) -> None:
         """Record the result of a task."""
         self._bar.advance(self._progress)
         self._results[task.op].append(result)
@@ -113,7 +116,7 @@ class Table:
     def _row(self, op: str) -> str:
         results = [result for result in self._results[op] if result.verdict != "skip"]
         if not results:
-            why = "every property skipped" if self._results[op] else "not defined by this backend"
+            why = f"all {self._checked} skipped" if self._results[op] else "not defined by this backend"
             return f"{op:<{self._width}}-  {why}"
         if results[0].dtype is None:
             cells = f"{_cell(results):<{CELL_WIDTH * len(self._dtypes)}}"
@@ -144,8 +147,22 @@ def _cell(results: Sequence[Result]) -> str:
     return f"{verdict:<5}{percent}"
 
 
-def failures(results: Sequence[Result], backend: str, device: str, source: Source = PROJECT) -> str:
-    """Every failure with its message, its smallest case and the command that reproduces it."""
+def failures(
+    results: Sequence[Result],
+    backend: str,
+    device: str,
+    source: Source = PROJECT,
+    statements: Mapping[str, str] | None = None,
+) -> str:
+    """Every failure with its message, its smallest case and the command that reproduces it.
+
+    Args:
+        results: of any verdict.
+        backend, device, source: of the command that reproduces a case.
+        statements: what must hold, by name; None for those of the properties.
+    """
+    if statements is None:
+        statements = {name: prop.statement for name, prop in PROPERTIES.items()}
     paragraphs = []
     for result in results:
         if result.verdict != "fail":
@@ -158,7 +175,7 @@ def failures(results: Sequence[Result], backend: str, device: str, source: Sourc
             f"  reproduce:     {repro(line, backend, device, source.words())}",
         ]
         asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]
-        holds = PROPERTIES[result.property].statement if result.property in PROPERTIES else None
+        holds = statements.get(result.property)
         paragraphs.append(
             "\n".join(
                 [

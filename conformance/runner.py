@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -62,13 +62,49 @@ class Task:
         return trial, PROPERTIES[self.property]
 
 
+class Work(Protocol):
+    """What a worker process can run: a check of something in a dtype, with a result for a table."""
+
+    @property
+    def op(self) -> str:
+        """What is checked."""
+        ...
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype's name; None without one."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """Whose code is checked."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        ...
+
+    @property  # the last one: in the rest of the class the name is this one's
+    def property(self) -> str:
+        """What must hold."""
+        ...
+
+    def __call__(self, notify: Callable[[str], None]) -> Result:
+        """Run in this process; call `notify` with each case before it runs."""
+        ...
+
+
+AnyWork = TypeVar("AnyWork", bound=Work)
+
+
 @dataclass
 class _Worker:
     """A process, our end of its pipe, and the task and case that it works on."""
 
     process: BaseProcess
     pipe: Connection
-    task: Task | None = None
+    task: Any = None
     case: str = ""
     last_message: float = 0.0  # when it arrived
     timed_out: bool = False
@@ -77,14 +113,14 @@ class _Worker:
 
 
 def run(
-    tasks: Iterable[Task],
-    on_result: Callable[[Task, Result], None],
+    tasks: Iterable[AnyWork],
+    on_result: Callable[[AnyWork, Result], None],
     *,
     jobs: int | None = None,
     stop_at_failure: bool = False,
     timeout: float = CASE_TIMEOUT_SECONDS,
     preload: Sequence[str] | None = None,
-) -> list[tuple[Task, Result]]:
+) -> list[tuple[AnyWork, Result]]:
     """Run tasks in worker processes.
 
     Args:
@@ -151,7 +187,7 @@ class OneByOne:
         self._workers = []
 
 
-def _give(workers: list[_Worker], worker: _Worker, task: Task) -> _Worker:
+def _give(workers: list[_Worker], worker: _Worker, task: Work) -> _Worker:
     """Send a task to a worker, or to the one that replaces it if it has died; returns that worker."""
     if not worker.process.is_alive():  # its last task may have ended it, even after the result
         worker = _replaced(workers, worker)
@@ -160,12 +196,12 @@ def _give(workers: list[_Worker], worker: _Worker, task: Task) -> _Worker:
     return worker
 
 
-def _broken(task: Task, result: Result) -> bool:
+def _broken(task: Work, result: Result) -> bool:
     """Whether a failure may have broken the CUDA context of the process: an illegal access outlives the launch."""
     return task.device == "cuda" and result.verdict == "fail"
 
 
-def next_task(queue: Iterable[Task], running: Iterable[Task]) -> Task | None:
+def next_task(queue: Iterable[AnyWork], running: Iterable[Work]) -> AnyWork | None:
     """The first task that may start now, or None: at most one task that takes gigabytes runs at a time."""
     large_runs = any(_takes_gigabytes(task.property) for task in running)
     return next((task for task in queue if not (large_runs and _takes_gigabytes(task.property))), None)

@@ -42,12 +42,16 @@ SEAMS = (
     Seam("torch._inductor.config.get_config_copy", "called: the same"),
     Seam("torch._inductor.config.load_config", "called: the same"),
     Seam("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "written in names of parameters: torch.compile adds it"),
+    Seam("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", "set: tensors without elements have rows"),
     # triton
     Seam("triton.runtime.interpreter._patch_lang", "replaced: patches the language once a launch"),
     Seam("triton.runtime.interpreter._LangPatchScope", "called: the scope of a patch that is not repeated"),
     Seam("triton.runtime.interpreter._LangPatchScope.restore", "replaced on an instance: the end of a launch"),
     Seam("triton.runtime.interpreter._get_np_dtype", "replaced: keeps its results"),
     Seam("triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts the kernels that the interpreter runs"),
+    Seam("triton.runtime.interpreter.GridExecutor._init_args_hst", "replaced: sees the tensors of a launch"),
+    Seam("triton.runtime.interpreter.InterpreterBuilder.create_masked_load", "replaced: sees the addresses of loads"),
+    Seam("triton.runtime.interpreter.InterpreterBuilder.create_int_to_ptr", "replaced: sees addresses from elsewhere"),
     Seam("triton.runtime.interpreter.InterpretedFunction.run", "replaced: sees every launch in the interpreter"),
     Seam("triton.JITFunction.run", "replaced: sees every launch; or compiles for other targets instead"),
     Seam("triton.JITFunction.params", "read: which arguments Triton may assume to be aligned"),
@@ -64,6 +68,8 @@ SEAMS = (
     Seam("triton.runtime.driver.DriverConfig.set_active", "called: the same"),
     Seam("triton.backends.compiler.GPUTarget", "called: the architectures to compile for"),
     Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
+    Seam("triton.knobs.compilation", "set: exact arithmetic"),
+    Seam("torch.profiler.profile.profiler", "read: the dtypes of the operators of a call"),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"

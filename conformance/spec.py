@@ -15,9 +15,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms, unit_roundoff
+from conformance.bounds import Bound, Terms
 from conformance.case import Case, Draw
 from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
+from unsloth_ref.accuracy import unit_roundoff
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
 COLUMNS = (511, 512, 513, 1021, 1023, 1024, 1025, 2048, 3584, 4095, 4096, 4097, 5120, 8191, 8192, 8193, 16384, 16385)

@@ -88,18 +88,27 @@ def launches(run: bool = True) -> Iterator[Seen]:
                 replaced.enter_context(patch.object(owner, "run", _observing(owner.run, run)))
             for module in _modules("_launch", "_compiled"):
                 _observe(module)
-                if not run:
-                    replaced.enter_context(patch.object(module, "_intercepted", True))
-            for module in _modules("_replay", "_library"):
-                if not run:
-                    replaced.enter_context(patch.object(module, "_library", lambda: None))
-                elif module._library.cache_info().currsize and (library := module._library()):
+            if not run:
+                replaced.enter_context(through_triton())
+            for module in _modules("_replay", "_library") if run else ():
+                if module._library.cache_info().currsize and (library := module._library()):
                     library.forget()
         _current[:] = [*outer, seen] if run else [seen]
         try:
             yield seen
         finally:
             _current[:] = outer
+
+
+@contextmanager
+def through_triton() -> Iterator[None]:
+    """Within this context unsloth_fast launches all kernels through Triton, and neither records nor replays calls."""
+    with ExitStack() as replaced:
+        for module in _modules("_launch", "_compiled"):
+            replaced.enter_context(patch.object(module, "_intercepted", True))
+        for module in _modules("_replay", "_library"):
+            replaced.enter_context(patch.object(module, "_library", lambda: None))
+        yield
 
 
 def _kernel_types() -> list[Any]:

@@ -5,14 +5,14 @@ MODEL is the name or the path of a model; without it the script makes a tiny one
 
 import sys
 
-import random_llama
+import random_model
 import torch
 from datasets import Dataset
 
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
 gpu = torch.cuda.is_available()
-name = sys.argv[1] if len(sys.argv) > 1 else random_llama.save("out/tiny_llama")
+name = sys.argv[1] if len(sys.argv) > 1 else random_model.save("out/tiny_llama")
 model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length=256, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=16)
 

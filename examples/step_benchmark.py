@@ -1,13 +1,14 @@
-"""Time a packed LoRA step of this trainer beside trl, liger and unsloth on one GPU.
+"""Time a packed training step of this trainer beside trl, liger and unsloth on one GPU.
 
-    python examples/step_benchmark.py [--who NAME ...] [--steps N] [--out DIR] [--profile]
+    python examples/step_benchmark.py [--shape NAME] [--rows N] [--length N] [--mode lora|embed|gc|full]
+                                      [--who NAME ...] [--steps N] [--out DIR] [--profile]
 
-All contenders train the same model (the shape of Llama 3.2 1B, random weights) with LoRA of rank 16 on every linear
-layer, in bfloat16, with AdamW, 8 rows of 2048 tokens per step, without gradient checkpointing. The rows are packed from
-documents with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender
-runs in its own process, loads the same files and sees the same documents. The table shows tokens per second (of the
-median step), peak memory, and the first and the last loss, from which you see whether all train the same thing.
-steps.json has the same of all contenders. --profile also shows where the GPU's time goes, by kernel.
+All contenders train the same model with random weights (without options, the shape of Llama 3.2 1B with LoRA of rank 16
+on every linear layer and 8 rows of 2048 tokens per step) in bfloat16 with AdamW. The rows are packed from documents
+with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender runs in its
+own process, loads the same files and sees the same documents. The table shows tokens per second (of the median step),
+peak memory, and the first and the last loss, from which you see whether all train the same thing. steps.json has the
+same of all contenders. --profile also shows where the GPU's time goes, by kernel.
 """
 
 import argparse
@@ -26,18 +27,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import random_llama
-from step_contenders import CONTENDERS, LENGTH, ROWS, SHAPE, build
+import random_model
+from step_contenders import CONTENDERS, MODES, Job, build
+from step_shapes import SHAPES
 
 WARMUP = 4  # steps that compile, allocate and choose kernels
 PROFILED = 3  # steps
 PACKAGES = ("transformers", "trl", "peft", "liger-kernel", "unsloth")
 
 
-def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[str, Any]:
+def run_one(contender: str, job: Job, profile: bool) -> dict[str, Any]:
     """Train with one contender, and measure each step."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(contender, model_path, folder, steps)  # before anything else is imported
+        trainer = build(contender, job, folder)  # before anything else is imported
         import torch
         from transformers import TrainerCallback
 
@@ -52,7 +54,7 @@ def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[
                 ends.append(time.perf_counter())
                 if len(ends) == WARMUP:
                     torch.cuda.reset_peak_memory_stats()
-                if profiler and len(ends) == steps - PROFILED:
+                if profiler and len(ends) == job.steps - PROFILED:
                     profiler.start()
 
         trainer.add_callback(Clock())
@@ -60,12 +62,12 @@ def run_one(contender: str, model_path: str, steps: int, profile: bool) -> dict[
         if profiler:
             profiler.stop()
     # The last steps are left out: under the profiler a step takes longer.
-    seconds = [after - before for before, after in pairwise(ends)][WARMUP - 1 : steps - PROFILED - 1]
+    seconds = [after - before for before, after in pairwise(ends)][WARMUP - 1 : job.steps - PROFILED - 1]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
         "who": contender,
         "what": CONTENDERS[contender],
-        "tokens_per_second": ROWS * LENGTH / statistics.median(seconds),
+        "tokens_per_second": job.rows * job.length / statistics.median(seconds),
         "step_ms": statistics.median(seconds) * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "losses": [log["loss"] for log in logs],
@@ -85,18 +87,25 @@ def by_kernel(profiler: Any) -> dict[str, float]:
 def main() -> int:
     """Run each contender in its own process and print the table; 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="the model (default: llama-3.2-1b)")
+    parser.add_argument("--rows", type=int, default=8, help="rows per step (default: 8)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default: 2048)")
+    modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
+    parser.add_argument("--mode", choices=MODES, default="lora", help=f"what is trained ({modes}; default: lora)")
     parser.add_argument("--who", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, at least 10 (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the numbers (default: out)")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # a folder: this is the process of one contender
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes, by kernel")
     chosen = parser.parse_args()
-    if chosen.steps < 10:
-        parser.error(f"argument --steps: got {chosen.steps}; allowed: an integer from 10")
+    for name, least in (("steps", 10), ("rows", 1), ("length", 8)):
+        if getattr(chosen, name) < least:
+            parser.error(f"argument --{name}: got {getattr(chosen, name)}; allowed: an integer from {least}")
     if chosen.model:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        result = run_one(chosen.who[0], chosen.model, chosen.steps, chosen.profile)
+        job = Job(chosen.shape, chosen.model, chosen.rows, chosen.length, chosen.mode, chosen.steps)
+        result = run_one(chosen.who[0], job, chosen.profile)
         (chosen.out / f"step_{chosen.who[0]}.json").write_text(json.dumps(result, indent=1))
         return 0
     import torch
@@ -107,12 +116,15 @@ def main() -> int:
         parser.error("got no CUDA device; this benchmark measures speed, and needs one")
     chosen.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {ROWS} rows of {LENGTH} tokens per step")
+    what = f"{chosen.shape}, {MODES[chosen.mode]}, {chosen.rows} rows of {chosen.length} tokens per step"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {what}")
     print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}  loss: first, last")
     with tempfile.TemporaryDirectory() as folder:
-        random_llama.save(folder, "cuda", "bfloat16", **SHAPE)
+        shape = SHAPES[chosen.shape]
+        random_model.save(folder, "cuda", "bfloat16", shape.model_type, **shape.fields)
         results = [show(contender, folder, chosen) for contender in chosen.who]
-    meta = {"gpu": torch.cuda.get_device_name(), "rows": ROWS, "length": LENGTH, "commit": results_file.commit()}
+    meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode")}
+    meta |= {"gpu": torch.cuda.get_device_name(), "commit": results_file.commit()}
     meta["versions"] = results_file.versions() | {package: version_of(package) for package in PACKAGES}
     results_file.write(chosen.out / "steps.json", meta, [result for result in results if result])
     return int(None in results)
@@ -128,8 +140,10 @@ def version_of(package: str) -> str | None:
 
 def show(contender: str, model_path: str, chosen: argparse.Namespace) -> dict[str, Any] | None:
     """Run one contender, print its line of the table and return its result; None if it failed."""
-    command = [sys.executable, __file__, "--model", model_path, "--who", contender, "--steps", str(chosen.steps)]
-    command += ["--out", str(chosen.out)] + ["--profile"] * chosen.profile
+    command = [sys.executable, __file__, "--model", model_path, "--who", contender, "--out", str(chosen.out)]
+    for name in ("shape", "rows", "length", "mode", "steps"):
+        command += [f"--{name}", str(getattr(chosen, name))]
+    command += ["--profile"] * chosen.profile
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         (chosen.out / f"step_{contender}.txt").write_text(done.stdout + done.stderr)

@@ -1,15 +1,18 @@
-"""The trainers that `step_benchmark.py` compares, each built as its users build it, on one shape and one data set."""
+"""The trainers that `step_benchmark.py` compares, each built as its users build it, on one model and one data set."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-ROWS, LENGTH, RANK = 8, 2048, 16
-SHAPE = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 500000.0,
-    "tie_word_embeddings": True, "max_position_embeddings": 131072,
-}  # fmt: skip
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from step_shapes import SHAPES, Shape
+
+RANK = 16
+MODES = {
+    "lora": "LoRA on every linear layer",
+    "embed": "the same, and embed_tokens and lm_head are trained",
+    "gc": "LoRA on every linear layer, with gradient checkpointing",
+    "full": "all weights",
+}
 CONTENDERS = {
     "trl": "TRL, attention under a dense mask",
     "varlen": "TRL, attention by document",
@@ -22,34 +25,61 @@ CONTENDERS = {
 }
 
 
-def documents(steps: int) -> Any:
+@dataclass(frozen=True)
+class Job:
+    """What every contender trains.
+
+    Attributes:
+        model: a name of `SHAPES`.
+        path: the folder of the model.
+        rows: per step.
+        length: of a row, in tokens.
+        mode: a name of `MODES`.
+        steps: number of optimizer steps.
+    """
+
+    model: str
+    path: str
+    rows: int
+    length: int
+    mode: str
+    steps: int
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes and its linear layers."""
+        return SHAPES[self.model]
+
+
+def documents(job: Job) -> Any:
     """Enough documents for the steps: a Dataset of token ids, of log-normal lengths as text has them."""
     import numpy
     from datasets import Dataset
 
     draw = numpy.random.default_rng(0)
-    lengths = numpy.clip(draw.lognormal(5.6, 0.9, size=steps * ROWS * LENGTH // 250).astype(int), 8, LENGTH)
+    count = job.steps * job.rows * job.length // 250
+    lengths = numpy.clip(draw.lognormal(5.6, 0.9, size=count).astype(int), 8, job.length)
     # A skewed distribution of tokens, so that there is something to learn.
-    tokens = (4 + draw.geometric(1e-3, lengths.sum()) % (SHAPE["vocab_size"] - 4)).tolist()
+    tokens = (4 + draw.geometric(1e-3, lengths.sum()) % (job.shape.fields["vocab_size"] - 4)).tolist()
     starts = [0, *lengths.cumsum().tolist()]
     return Dataset.from_dict({"input_ids": [tokens[a:b] for a, b in pairwise(starts)]})
 
 
-def options(folder: str, steps: int) -> dict[str, Any]:
+def options(job: Job, folder: str) -> dict[str, Any]:
     """The arguments that all trainers share."""
     return {
-        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": ROWS, "packing": True,
-        "max_length": LENGTH, "learning_rate": 2e-4, "lr_scheduler_type": "constant", "bf16": True,
-        "optim": "adamw_torch_fused", "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "seed": 0,
+        "output_dir": folder, "max_steps": job.steps, "per_device_train_batch_size": job.rows, "packing": True,
+        "max_length": job.length, "learning_rate": 2e-4, "lr_scheduler_type": "constant", "bf16": True,
+        "optim": "adamw_torch_fused", "gradient_checkpointing": job.mode == "gc", "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "seed": 0,
     }  # fmt: skip
 
 
-def build(contender: str, model_path: str, folder: str, steps: int) -> Any:
+def build(contender: str, job: Job, folder: str) -> Any:
     """Build the trainer of a contender. It must be the first to import trl: unsloth patches what is imported later."""
     kind = contender.partition("-")[0]
     builders = {"unsloth": unsloth_trainer, "fast": our_trainer, "reference": our_trainer}
-    return builders.get(kind, trl_trainer)(contender, model_path, folder, steps)
+    return builders.get(kind, trl_trainer)(contender, job, folder)
 
 
 def varlen_attention(
@@ -68,7 +98,7 @@ def varlen_attention(
     return attended.unflatten(0, (query.shape[0], -1)), None
 
 
-def trl_trainer(contender: str, model_path: str, folder: str, steps: int) -> Any:
+def trl_trainer(contender: str, job: Job, folder: str) -> Any:
     """TRL's own trainer, with or without liger."""
     import torch
     from peft import LoraConfig
@@ -80,36 +110,41 @@ def trl_trainer(contender: str, model_path: str, folder: str, steps: int) -> Any
         AttentionMaskInterface.register("varlen", lambda *_, **__: None)
     attention = "varlen" if "varlen" in contender else "sdpa"
     load = AutoModelForCausalLM.from_pretrained
-    model = load(model_path, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": 0})
-    args = SFTConfig(**options(folder, steps), use_liger_kernel="liger" in contender)
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    return SFTTrainer(model, args, train_dataset=documents(steps), processing_class=tokenizer, peft_config=lora)
+    model = load(job.path, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": 0})
+    args = SFTConfig(**options(job, folder), use_liger_kernel="liger" in contender)
+    whole = ["embed_tokens", "lm_head"] if job.mode == "embed" else None
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(job.shape.linear), modules_to_save=whole)
+    peft_config = None if job.mode == "full" else lora
+    tokenizer = AutoTokenizer.from_pretrained(job.path)
+    return SFTTrainer(model, args, train_dataset=documents(job), processing_class=tokenizer, peft_config=peft_config)
 
 
-def unsloth_trainer(contender: str, model_path: str, folder: str, steps: int) -> Any:
+def unsloth_trainer(contender: str, job: Job, folder: str) -> Any:
     """Unsloth's patched trainer."""
-    from unsloth import FastLanguageModel  # isort: skip  # before trl, which it patches
-    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
-    model, tokenizer = with_lora(FastLanguageModel, contender, model_path)
-    args = SFTConfig(**options(folder, steps))
-    return SFTTrainer(model, args, train_dataset=documents(steps), processing_class=tokenizer)
+    return loaded_trainer(FastLanguageModel, UnslothTrainer, UnslothTrainingArguments, contender, job, folder)
 
 
-def our_trainer(contender: str, model_path: str, folder: str, steps: int) -> Any:
+def our_trainer(contender: str, job: Job, folder: str) -> Any:
     """This project's trainer."""
     from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
-    backend = contender.partition("-")[0]
-    model, tokenizer = with_lora(FastLanguageModel, contender, model_path, backend=backend)
-    args = UnslothTrainingArguments(**options(folder, steps), backend=backend)
-    return UnslothTrainer(model, args, train_dataset=documents(steps), processing_class=tokenizer)
+    classes = (FastLanguageModel, UnslothTrainer, UnslothTrainingArguments)
+    return loaded_trainer(*classes, contender, job, folder, backend=contender.partition("-")[0])
 
 
-def with_lora(loader: Any, contender: str, model_path: str, **keywords: Any) -> tuple[Any, Any]:
-    """The model with LoRA on its linear layers, and its tokenizer, by Unsloth's loader or by ours."""
-    in_4bit = contender.endswith("4bit")
-    model, tokenizer = loader.from_pretrained(model_path, max_seq_length=LENGTH, load_in_4bit=in_4bit, **keywords)
-    lora = {"r": RANK, "lora_alpha": RANK, "target_modules": LINEAR, "use_gradient_checkpointing": False}
-    return loader.get_peft_model(model, **lora), tokenizer
+def loaded_trainer(
+    loader: Any, trainer: Any, arguments: Any, contender: str, job: Job, folder: str, **backend: str
+) -> Any:
+    """A trainer with Unsloth's interface: Unsloth's own, or this project's."""
+    full, checkpointing = job.mode == "full", "unsloth" if job.mode == "gc" else False
+    bits = {"load_in_4bit": contender.endswith("4bit"), "full_finetuning": full}
+    model, tokenizer = loader.from_pretrained(job.path, max_seq_length=job.length, **bits, **backend)
+    if not full:
+        targets = [*job.shape.linear, *(("embed_tokens", "lm_head") if job.mode == "embed" else ())]
+        lora = {"r": RANK, "lora_alpha": RANK, "use_gradient_checkpointing": checkpointing}
+        model = loader.get_peft_model(model, target_modules=targets, **lora)
+    rate = {"embedding_learning_rate": 2e-5} if job.mode == "embed" else {}
+    args = arguments(**options(job, folder), **rate, **backend)
+    return trainer(model=model, args=args, train_dataset=documents(job), processing_class=tokenizer)

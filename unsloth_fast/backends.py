@@ -40,6 +40,16 @@ class Backend:
     training: ModuleType
     reason: str
 
+    def fuses(self, fused: str, *parts: str) -> bool:
+        """Whether models call a fused operation: it and its parts come from the same package.
+
+        A setting for one of them, such as "fast,rope=reference", thus separates qk_norm_rope into rms_norm and rope,
+        each from the package of its own setting.
+        """
+        base, _, settings = self.name.partition(",")
+        chosen = dict(setting.split("=") for setting in settings.split(",") if setting)
+        return len({chosen.get(operation, base) for operation in (fused, *parts)}) == 1
+
     def __reduce__(self) -> tuple[Callable[[str, str], "Backend"], tuple[str, str]]:
         """Pickle the name: older releases of TRL send the trainer with its backend to processes that prepare data."""
         return _backend_named, (self.name, self.reason)

@@ -25,6 +25,7 @@ _COUNTS = {  # name and least value
     "dataloader_num_workers": 0,
     "dataloader_prefetch_factor": 1,
     "pad_to_multiple_of": 1,
+    "verify_every": 1,
 }
 _RATES = (
     *("learning_rate", "embedding_learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha"),
@@ -37,7 +38,7 @@ _SHARES = {  # name: greatest value, and the range in words
 }
 _OPTIONAL = (
     *("dataloader_prefetch_factor", "pad_to_multiple_of", "embedding_learning_rate", "neftune_noise_alpha"),
-    *("max_length", "dataset_num_proc"),
+    *("max_length", "dataset_num_proc", "verify_every"),
 )
 DEFAULT_TEXT = "text"  # TRL's dataset_text_field
 # Both of transformers' names for it; the second exists since 5.2x.
@@ -46,7 +47,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 @dataclass
 class UnslothTrainingArguments(SFTConfig):
-    """`trl.SFTConfig` with an embedding learning rate, a backend, and padding-free batches by default.
+    """`trl.SFTConfig` with an embedding learning rate, a backend and its verification, and padding-free by default.
 
     Args:
         gradient_checkpointing: whether the backward pass recomputes activations instead of keeping them. None for the
@@ -60,6 +61,9 @@ class UnslothTrainingArguments(SFTConfig):
             for `learning_rate`.
         backend: "auto", "fast" or "reference", optionally with exceptions for single operations:
             "fast,rms_norm=reference". None for the environment variable UNSLOTH_BACKEND, or "auto" if that is not set.
+        verify_every: compare the fast operations of every so many optimizer steps with the reference: each call of such
+            a step, forward and backward, on its own inputs. The log gets each operation's budget use, and a warning
+            where it is above 1. The training's numbers do not change. None for never.
 
     Names of older releases are accepted: max_seq_length, warmup_ratio, evaluation_strategy and others.
 
@@ -103,6 +107,13 @@ class UnslothTrainingArguments(SFTConfig):
             "'auto'."
         },
     )
+    verify_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare the fast operations of every so many optimizer steps with the reference, and log their "
+            "budget use. `None` for never."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the fields, TRL's and ours."""
@@ -137,7 +148,7 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
             continue
         value = getattr(args, name)
         if name in _COUNTS:
-            fits = isinstance(value, int) and value >= _COUNTS[name]
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= _COUNTS[name]
             _check(name, value, fits, f"an integer from {_COUNTS[name]}")
         elif name in _RATES:
             _check(name, value, _is_rate(value), "a finite number from 0")

@@ -143,6 +143,7 @@ SEAMS = (
     Seam("torch._C._len_torch_dispatch_stack", "called: whether a dispatch mode sees operations"),
     Seam("torch._C._are_functorch_transforms_active", "called: whether torch.func transforms the call"),
     Seam("torch._C._is_tracing", "called: whether torch.jit.trace records the call"),
+    Seam("torch._C._current_graph_task_id", "called: whether a backward pass recomputes a shadowed call"),
     Seam("torch._dynamo.compiled_autograd.compiled_autograd_enabled", "read: whether compiled autograd is on"),
     # triton
     Seam("triton.JITFunction.params", "read: which arguments select other machine code"),

@@ -1,5 +1,6 @@
 """`trl.SFTTrainer` on a backend of operations: documents packed, losses exact, the embeddings at their own rate."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from unsloth_fast.noise import noise_of_documents
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_fast.unsupported import missing
+from unsloth_fast.verification import verification_of
 from unsloth_ref.types import IGNORE_INDEX
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
@@ -94,6 +96,9 @@ class UnslothTrainer(SFTTrainer):
         """Build TRL's trainer and place the backend under its model."""
         resolved = resolve_arguments(model, args, positional, keywords, as_trl=self.called_as_trls)
         self.backend, self._preparation = resolved.backend, resolved.preparation()
+        self._verification = verification_of(resolved.args, self.backend)
+        if self._verification is not None:
+            self.backend = self._verification.backend
         follow_arguments(model, resolved.args)
         with kept_fields(self, resolved.config) as self._fields, head_without_adapter(model), kept_dtypes(self, model):
             super().__init__(model, resolved.args, **resolved.keywords)
@@ -144,7 +149,10 @@ class UnslothTrainer(SFTTrainer):
         """Forward and backward of one microbatch."""
         devices = set((getattr(self.model, "hf_device_map", None) or {}).values())
         # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
-        with torch.autograd.set_multithreading_enabled(len(devices) > 1):
+        verified = nullcontext()
+        if self._verification is not None:
+            verified = self._verification.microbatch(self.model, self.state.global_step + 1)
+        with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
             return super().training_step(*positional, **keywords)
 
     @overrides(SFTTrainer)
@@ -259,6 +267,8 @@ class UnslothTrainer(SFTTrainer):
             metrics["num_tokens"] = [self._tokens_so_far()]
             if self.model.training:
                 metrics |= {name: [value] for name, value in self._scores.take(self._sum_over_processes).items()}
+        if self._verification is not None and self.model.training:
+            metrics |= {name: [value] for name, value in self._verification.take().items()}
         if "learning_rate" in logs and self._embedding_rate is not None:
             logs["embedding_learning_rate"] = self._embedding_rate
         super().log(logs, start_time)

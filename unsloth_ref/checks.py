@@ -5,7 +5,7 @@ Each message names the argument, the value seen and the values allowed.
 
 import os
 from collections.abc import Sequence
-from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -90,11 +90,33 @@ def norm_arguments(x: Tensor, weight: Tensor, eps: float) -> None:
     in_range("eps", eps, 0.0)
 
 
+def gated_norm_arguments(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int | None) -> None:
+    """Check the arguments of a norm with a gate, whose groups of columns have this size."""
+    norm_arguments(x, weight, eps)
+    same("gate", gate, "x", x)
+    columns = x.shape[-1]
+    if group_size is not None and (group_size < 1 or columns % group_size):
+        raise ValueError(f"group_size: got {group_size}; allowed: a divisor of {columns}, the H of x, or None")
+
+
 def gated_arguments(gate: Tensor, up: Tensor) -> None:
     """Check the arguments of a gated activation: two float tensors [..., F] of the same shape, dtype and device."""
     has_rows("gate", gate)
     dtype("gate", gate)
     same("up", up, "gate", gate)
+
+
+def fused_gated_arguments(gate_up: Tensor, alpha: float, limit: float | None, offset: float) -> None:
+    """Check the arguments of a gated activation of one float tensor [..., 2F]."""
+    has_rows("gate_up", gate_up)
+    dtype("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: got shape {list(gate_up.shape)}; allowed: [..., 2F], an even number of columns")
+    in_range("alpha", alpha, 0.0)
+    if limit is not None:
+        in_range("limit", limit, 0.0)
+    if not isfinite(offset):
+        raise ValueError(f"offset: got {offset!r}; allowed: a finite number")
 
 
 def reduction_arguments(reduction: str, num_items: object) -> None:
@@ -188,6 +210,23 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
             raise ValueError(f"{name}: got a tensor that requires a gradient; allowed: a constant; detach() makes one")
 
 
+def head_norm_arguments(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+) -> None:
+    """Check the arguments of a rotary embedding whose heads are normalised first, with weights [D]."""
+    rope_arguments(q, k, cos, sin, positions)
+    column_vector("q_weight", q_weight, "q", q)
+    column_vector("k_weight", k_weight, "k", k)
+    in_range("eps", eps, 0.0)
+
+
 def positions_in_table(positions: Tensor, rows: int) -> None:
     """Raise ValueError for a position outside [0, rows). Synchronises a GPU."""
     wrong = (positions < 0) | (positions >= rows)
@@ -219,104 +258,66 @@ def lora_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bi
         same_device(name, tensor, "x", x)
 
 
-def packed_attention_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float | None,
-    window: int | None,
-    softcap: float,
-) -> None:
-    """Check q [T, N, D], k and v [T, K, D], cu_seqlens [documents + 1] and the options of packed attention."""
-    dimensions("q", q, 3, "[T, N, D]")
-    dtype("q", q)
-    dimensions("k", k, 3, "[T, K, D]")
-    tokens, heads, width = q.shape
-    shape("k", k, (tokens, k.shape[1], width), "[T, K, D] with T and D of q")
-    if heads == 0 or width == 0:
-        raise ValueError(f"q: got shape {list(q.shape)}; allowed: [T, N, D] with N and D at least 1")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"k: got shape {list(k.shape)}; allowed: [T, K, D] with a K that divides {heads}, the N of q")
-    dtype("k", k, (q.dtype,))
-    same_device("k", k, "q", q)
-    same("v", v, "k", k)
-    document_bounds(cu_seqlens, "q", q)
-    in_range("max_seqlen", max_seqlen, 0)
-    in_range("softcap", softcap, 0.0)
-    if scale is not None:
-        in_range("scale", scale, 0.0)
-    if window is not None:
-        in_range("window", window, 1)
-
-
-def causal_conv_arguments(
-    x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None, activation: str | None
-) -> None:
-    """Check x [T, C], weight [C, W], cu_seqlens [documents + 1], bias [C] and the activation of a convolution."""
-    dimensions("x", x, 2, "[T, C]")
+def grouped_arguments(x: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
+    """Check x [T, H], weight [E, O, H] and group_sizes [E] of a product by groups of rows."""
+    dimensions("x", x, 2, "[T, H]")
     dtype("x", x)
-    dimensions("weight", weight, 2, "[C, W]")
-    if weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+    dimensions("weight", weight, 3, "[E, O, H]")
+    if weight.shape[0] == 0 or weight.shape[2] != x.shape[1]:
         seen = list(weight.shape)
-        raise ValueError(f"weight: got shape {seen}; allowed: [{x.shape[1]}, W], the C of x, W at least 1")
-    dtype("weight", weight)
+        raise ValueError(f"weight: got shape {seen}; allowed: [E, O, {x.shape[1]}], the H of x, E at least 1")
+    dtype("weight", weight, (x.dtype,))
     same_device("weight", weight, "x", x)
-    document_bounds(cu_seqlens, "x", x)
-    if bias is not None:
-        column_vector("bias", bias, "x", x)
-    one_of("activation", activation, (None, "silu"))
+    shape("group_sizes", group_sizes, weight.shape[:1], "one size per matrix of weight")
+    dtype("group_sizes", group_sizes, INTEGERS)
+    same_device("group_sizes", group_sizes, "x", x)
 
 
-def gated_delta_rule_arguments(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None
+def groups_fit(group_sizes: Tensor, rows: int) -> None:
+    """Raise ValueError unless the sizes of groups are not negative and add up to rows. Synchronises a GPU."""
+    sizes = group_sizes.tolist()
+    if min(sizes) < 0 or sum(sizes) != rows:
+        seen = sizes if len(sizes) <= 8 else f"{sizes[:4]} ... {sizes[-4:]}, in sum {sum(sizes)}"
+        raise ValueError(f"group_sizes: got {seen}; allowed: sizes from 0 that add up to {rows}, the T of x")
+
+
+def expert_arguments(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, activation: str
 ) -> None:
-    """Check q and k [T, N, D], v [T, M, E], g and beta [T, M], cu_seqlens [documents + 1] and the scale."""
-    dimensions("q", q, 3, "[T, N, D]")
-    dtype("q", q)
-    tokens, heads, width = q.shape
-    if heads == 0 or width == 0:
-        raise ValueError(f"q: got shape {list(q.shape)}; allowed: [T, N, D] with N and D at least 1")
-    same("k", k, "q", q)
-    dimensions("v", v, 3, "[T, M, E]")
-    if v.shape[0] != tokens or v.shape[1] == 0 or v.shape[1] % heads or v.shape[2] == 0:
-        seen = list(v.shape)
-        raise ValueError(f"v: got shape {seen}; allowed: [{tokens}, M, E], T of q, M a multiple of {heads}, the N of q")
-    dtype("v", v, (q.dtype,))
-    same_device("v", v, "q", q)
-    for name, tensor in (("g", g), ("beta", beta)):
-        shape(name, tensor, v.shape[:2], "T and M of v")
-        dtype(name, tensor)
-        same_device(name, tensor, "q", q)
-    document_bounds(cu_seqlens, "q", q)
-    if scale is not None:
-        in_range("scale", scale, 0.0)
+    """Check x [T, H], gate_up [E, 2F, H], down [E, H, F], expert_indices and expert_weights [T, k] of expert MLPs."""
+    one_of("activation", activation, ("silu", "gelu_tanh"))
+    dimensions("x", x, 2, "[T, H]")
+    dtype("x", x)
+    rows, columns = x.shape
+    dimensions("gate_up", gate_up, 3, "[E, 2F, H]")
+    if gate_up.shape[0] == 0 or gate_up.shape[1] % 2 or gate_up.shape[2] != columns:
+        seen = list(gate_up.shape)
+        raise ValueError(f"gate_up: got shape {seen}; allowed: [E, 2F, {columns}], the H of x, E at least 1")
+    experts, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    shape("down", down, (experts, columns, inner), "[E, H, F], those of gate_up")
+    dimensions("expert_indices", expert_indices, 2, "[T, k]")
+    if expert_indices.shape[0] != rows or expert_indices.shape[1] == 0:
+        seen = list(expert_indices.shape)
+        raise ValueError(f"expert_indices: got shape {seen}; allowed: [{rows}, k], the T of x, k at least 1")
+    dtype("expert_indices", expert_indices, INTEGERS)
+    shape("expert_weights", expert_weights, expert_indices.shape, "the shape of expert_indices")
+    dtype("gate_up", gate_up, (x.dtype,))
+    dtype("down", down, (x.dtype,))
+    wider = [kind for kind in FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
+    dtype("expert_weights", expert_weights, wider)
+    others = {"gate_up": gate_up, "down": down, "expert_indices": expert_indices, "expert_weights": expert_weights}
+    for name, tensor in others.items():
+        same_device(name, tensor, "x", x)
 
 
-def document_bounds(cu_seqlens: Tensor, name: str, tokens: Tensor) -> None:
-    """Raise unless cu_seqlens is a vector of at least one int32, on the device of the tokens."""
-    dimensions("cu_seqlens", cu_seqlens, 1, "[documents + 1]")
-    if len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens: got shape [0]; allowed: [documents + 1]")
-    dtype("cu_seqlens", cu_seqlens, (torch.int32,))
-    same_device("cu_seqlens", cu_seqlens, name, tokens)
-
-
-def documents_cover(cu_seqlens: Tensor, tokens: int, name: str) -> list[int]:
-    """Raise ValueError unless cu_seqlens rises from 0 to tokens, the T of name; return it. Synchronises a GPU."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end < begin for begin, end in pairwise(bounds)):
-        seen = bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-4:]}"
-        raise ValueError(f"cu_seqlens: got {seen}; allowed: from 0 to {tokens}, the T of {name}, never falling")
-    return bounds
-
-
-def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
-    """Raise ValueError unless cu_seqlens rises from 0 to tokens, in steps up to max_seqlen. Synchronises a GPU."""
-    longest = max((end - begin for begin, end in pairwise(documents_cover(cu_seqlens, tokens, "q"))), default=0)
-    if longest > max_seqlen:
-        raise ValueError(f"max_seqlen: got {max_seqlen}; allowed: at least {longest}, the longest document")
+def experts_exist(expert_indices: Tensor, experts: int) -> None:
+    """Raise ValueError for an index outside [0, experts). Synchronises a GPU."""
+    wrong = (expert_indices < 0) | (expert_indices >= experts)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"expert_indices: got {int(expert_indices[index])} at index {index}; allowed: 0 to {experts - 1}"
+        )
 
 
 def values_are_checked(tensor: Tensor) -> bool:

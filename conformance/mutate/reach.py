@@ -29,6 +29,7 @@ class Reach:
     def __init__(self, regions: Sequence[tuple[str, Region]]) -> None:
         """Regions are pairs of the file's path and the place in it."""
         self.seen: set[int] = set()
+        self._every = set(range(len(regions)))
         self._left: dict[CodeType, dict[int, set[int]]] = {}  # as _codes, without what was seen
         self._regions: dict[str, list[tuple[int, Region]]] = {}
         for number, (path, region) in enumerate(regions):
@@ -37,7 +38,10 @@ class Reach:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Trace this thread, in which backward passes then run too, and the kernels that Triton compiles."""
+        """Trace this thread, in which backward passes then run too, and the kernels that Triton compiles.
+
+        Tracing ends with the last region: traced, the interpreter takes almost twice as long.
+        """
         before = sys.gettrace()
         with self._compiled_kernels(), torch.autograd.set_multithreading_enabled(False):
             sys._getframe().f_trace_opcodes = True  # Python 3.12 reads this when tracing starts
@@ -65,6 +69,8 @@ class Reach:
             places = self._left[frame.f_code].items()
             left = {place: rest for place, numbers in places if (rest := numbers - self.seen)}
             self._left[frame.f_code] = left
+            if self.seen >= self._every:
+                sys.settrace(None)
         return self._on_instruction
 
     def forget(self) -> None:

@@ -41,8 +41,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 @operation
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """As liger_rotary_pos_emb: both passes write over their inputs where these have the layout that it needs."""
+    refuse("liger-kernel", options, interleaved=False)
     if positions is not None:
         raise NotImplementedError("positions: got a tensor; allowed with liger-kernel: None")
     return _rope.apply(q, k, cos, sin)
@@ -52,6 +55,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As LigerSwiGLUMLP: the backward pass writes over gate and up."""
     return _swiglu.apply(gate, up)
+
+
+@operation
+def fused_swiglu(gate_up: Tensor, *, interleaved: bool = False, **options: Any) -> Tensor:
+    """As LigerPhi3SwiGLUMLP: its swiglu of the halves, over which the backward pass writes."""
+    refuse(
+        "liger-kernel", {"interleaved": interleaved, **options}, interleaved=False, alpha=1.0, limit=None, offset=0.0
+    )
+    return _swiglu.apply(*gate_up.chunk(2, dim=-1))
 
 
 @operation

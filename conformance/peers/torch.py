@@ -30,6 +30,18 @@ def add_rms_norm(
 
 
 @operation
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, *, group_size: int | None = None,
+    norm_before_gate: bool = True, casting: str = "llama",
+) -> Tensor:  # fmt: skip
+    """torch.nn.RMSNorm of each group; SiLU and its product are rounded."""
+    factor, size = F.silu(gate), group_size or x.shape[-1]
+    groups = (x if norm_before_gate else x * factor).unflatten(-1, (-1, size))
+    normed = F.rms_norm(groups, (size,), None, eps).flatten(-2) * weight
+    return normed * factor if norm_before_gate else normed
+
+
+@operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """As torch.nn.LayerNorm."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -42,9 +54,46 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @operation
+def fused_swiglu(
+    gate_up: Tensor, *, interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+) -> Tensor:
+    """As transformers' MLPs with one projection for gate and up."""
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)) * (up + offset if offset else up)
+
+
+@operation
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """As transformers' MLP with GELU."""
     return F.gelu(gate, approximate=approximate) * up
+
+
+@operation
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    positions: Tensor | None = None, *, eps: float = 1e-6, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch.nn.RMSNorm of the heads, then transformers' apply_rotary_pos_emb."""
+    refuse("torch", options, offset=0.0, casting="llama")
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    width = cos.shape[-1]
+
+    def rotated(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:], weight, eps)
+        first, second = x[..., :width].chunk(2, -1)
+        y = x[..., :width] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        return torch.cat([y.to(x.dtype), x[..., width:]], -1) if width < x.shape[-1] else y.to(x.dtype)
+
+    return rotated(q, q_weight), rotated(k, k_weight)
+
+
+@operation
+def relu_squared(x: Tensor) -> Tensor:
+    """As transformers' ReLUSquaredActivation."""
+    return F.relu(x).square()
 
 
 @operation
@@ -73,15 +122,23 @@ def linear_cross_entropy(
 @operation
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
-    scale: float | None = None, window: int | None = None, **options: Any,
+    scale: float | None = None, window: int | None = None, sinks: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Scaled dot product attention of all tokens at once, under a dense mask with one block per document."""
+    """Scaled dot product attention of all tokens at once, under a dense mask with one block per document.
+
+    Sinks are the scores of one more key, whose value is 0.
+    """
     refuse("torch", options, softcap=0.0)
     position = torch.arange(len(q), device=q.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     mask = (document == document[:, None]) & (position <= position[:, None])
     if window is not None:
         mask &= position > position[:, None] - window
+    if sinks is not None:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+        column = sinks.to(q.dtype)[:, None, None].expand(-1, len(q), 1)
+        mask = torch.cat([bias.expand(len(sinks), -1, -1), column], -1)
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)

@@ -38,8 +38,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 @operation
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """As fast_rope_embedding: q and k are rotated in place where they have the layout that it needs."""
+    refuse("unsloth", options, interleaved=False)
     if positions is not None:
         return _rope_at.apply(q, k, cos, sin, positions)
     if cos.shape[0] != 1:

@@ -18,7 +18,7 @@ def packed_attention(
     scale: float | None = None, window: int | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """With its defaults, which sum the gradient of q in no fixed order."""
-    refuse("torch.nn.attention.varlen", options, softcap=0.0)
+    refuse("torch.nn.attention.varlen", options, softcap=0.0, sinks=None)
     left = -1 if window is None else window - 1
     bounds, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
     out: Any = varlen_attn(q, k, v, *bounds, *longest, scale=scale, window_size=(left, 0), **_GROUPED)

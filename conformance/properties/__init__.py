@@ -21,6 +21,7 @@ from conformance.properties import (
     error_parity,
     exact_laws,
     extents,
+    fpsan,
     gradients,
     guard_reads,
     guard_writes,
@@ -83,6 +84,7 @@ _FILES = (
     no_sync,
     memory,
     second_device,
+    fpsan,
 )
 
 PROPERTIES: dict[str, Property] = {file.PROPERTY.name: file.PROPERTY for file in _FILES}

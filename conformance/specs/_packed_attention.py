@@ -85,5 +85,7 @@ ERRORS = (
     ErrorCase("max_seqlen is negative", _change(max_seqlen=lambda i: -1), ValueError, "max_seqlen"),
     ErrorCase("a window of nothing", _change(window=lambda i: 0), ValueError, "window"),
     ErrorCase("softcap is negative", _change(softcap=lambda i: -1.0), ValueError, "softcap"),
+    ErrorCase("sinks are one short", _change(sinks=lambda i: i["q"][0, 1:, 0]), ValueError, "sinks", undefined=True),
+    ErrorCase("sinks are integer", _change(sinks=lambda i: i["q"][0, :, 0].long()), TypeError, "sinks"),
     ErrorCase("scale is infinite", _change(scale=lambda i: float("inf")), ValueError, "scale"),
 )

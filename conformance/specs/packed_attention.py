@@ -13,26 +13,29 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Terms
+from conformance.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
-from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, nbytes
+from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, change_inputs, nbytes
 from conformance.specs._documents import bounds_of, laid_out
 from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
-WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72)
+WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72, 300, 512)
+ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
 
 
-def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int) -> Inputs:
-    return {
+def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, sinks: int = 0) -> Inputs:
+    """With `sinks`, each query head has one."""
+    inputs = {
         "q": draw.filled(tokens, kv_heads * group, width),
         "k": draw.filled(tokens, kv_heads, width),
         "v": draw.filled(tokens, kv_heads, width),
         "cu_seqlens": laid_out(draw, tokens, documents),
     }
+    return inputs | ({"sinks": draw.weight(kv_heads * group)} if sinks else {})
 
 
 def _required(case: Case) -> Options:
@@ -46,11 +49,12 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     Only very many rows give very many documents: the interpreter takes a hundredth of a second per document.
     """
     if rows >= 10_000:
-        return 2000 * columns if columns < 131 else columns, 2000, 1, 2, 64
+        return 2000 * columns if columns < 131 else columns, 2000, 1, 2, 64, rows % 2
     length = columns if columns < 131 else 1 + columns % 131
     if length < 16:
-        return min(rows, 3) * length, max(1, min(rows, 3)), 1 + (rows == 3), 1 + columns % 2, WIDTHS[columns % 11]
-    return length, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 2]
+        width = WIDTHS[columns % len(WIDTHS)]
+        return min(rows, 3) * length, max(1, min(rows, 3)), 1 + (rows == 3), 1 + columns % 2, width, columns % 2
+    return length, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 2], columns % 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class _Part:
     v: Tensor
     p: Tensor  # probabilities plus the smallest number with a relative error; 0 where a key is masked
     p_roundings: Tensor  # number of float32 roundings that p carries, relative to p
+    sink: Tensor  # the probability of the sink, [G, L, 1]; 0 without sinks
+    sink_roundings: Tensor  # number of float32 roundings that it carries, relative to it
 
 
 def _smallest(call: Call) -> float:
@@ -85,12 +91,19 @@ def _parts(call: Call) -> Iterator[_Part]:
             part_q, part_k, part_v = q[rows, heads].transpose(0, 1), k[rows, head], v[rows, head]
             z = part_q @ part_k.mT * scale
             z = cap * torch.tanh(z / cap) if cap else z
-            p = torch.softmax(z.masked_fill(~seen, -torch.inf), -1)
+            z = z.masked_fill(~seen, -torch.inf)
+            sink = q.new_full((group, 1, 1), -torch.inf)
+            if "sinks" in call.inputs:
+                sink = call.inputs["sinks"][heads, None, None]
+            lse = torch.logaddexp(z.logsumexp(-1, keepdim=True), sink)
+            p, p_sink = torch.exp(z - lse), torch.exp(sink - lse)
             # Roundings of a score are those of its sum; those of p add its log-sum-exp's and the mean of its row's.
-            score = 1 + z.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True).abs()
-            score = score + part_q.abs() @ part_k.abs().mT * scale
-            p_roundings = (score + (p * score).sum(-1, keepdim=True)).where(seen, 0.0)
-            yield _Part(rows, head, heads, part_q, part_k, part_v, (p + _smallest(call)).where(seen, 0.0), p_roundings)
+            score = 1 + lse.abs() + part_q.abs() @ part_k.abs().mT * scale
+            sink_score = 1 + lse.abs() + sink.abs().nan_to_num(posinf=0.0)
+            mean = (p * score).sum(-1, keepdim=True) + p_sink * sink_score
+            p = (p + _smallest(call)).where(seen, 0.0)
+            p_roundings, sink_roundings = (score + mean).where(seen, 0.0), sink_score + mean
+            yield _Part(rows, head, heads, part_q, part_k, part_v, p, p_roundings, p_sink, sink_roundings)
 
 
 def _scale(call: Call) -> float:
@@ -141,6 +154,22 @@ def _ds(call: Call, part: _Part) -> tuple[Tensor, Tensor]:
     return in_dtype * _scale(call), in_float32 * _scale(call)
 
 
+def _dsinks(call: Call) -> Bound:
+    """A sum over queries of p delta, where delta is a sum over keys and carries the roundings of p, as in `_ds`.
+
+    Not as terms: whatever the dtype of the sinks is, the output in delta is rounded to that of q.
+    """
+    value, size, squares, in_float32 = (torch.zeros_like(call.inputs["sinks"]) for _ in range(4))
+    for part in _parts(call):
+        products = part.sink * part.p * (_do(call, part).abs() @ part.v.abs().mT)
+        value[part.heads] -= (part.sink * part.p * (_do(call, part) @ part.v.mT)).sum((1, 2))
+        size[part.heads] += products.sum((1, 2))
+        squares[part.heads] += products.square().sum((1, 2))
+        in_float32[part.heads] += (products * (1 + part.sink_roundings + part.p_roundings)).sum((1, 2))
+    error = ROUNDINGS * call.unit * (1 + call.unit) * size + float32_error(call.elements) * in_float32
+    return Bound(value, error, ROUNDINGS * (ROUNDING_RMS * call.unit) ** 2 * squares + (SHARED * in_float32) ** 2)
+
+
 def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
     """Two products in the forward pass and five in the backward pass, per pair of a query and a visible key.
 
@@ -182,6 +211,11 @@ def _cut(cut: Callable[[int], list[int]]) -> Change:
     return change
 
 
+def _sinks(values: Callable[[int], Tensor]) -> Change:
+    """These sinks, from the number of query heads."""
+    return change_inputs(lambda inputs: {"sinks": values(inputs["q"].shape[1]).to(inputs["q"].device)})
+
+
 def _nan_in(document: int) -> Change:
     """Three documents, one filled with NaN: a tile that reads into its neighbour is found."""
 
@@ -196,8 +230,9 @@ def _nan_in(document: int) -> Change:
     return change
 
 
-def _bench(tokens: int, documents: int, width: int) -> dict[str, int]:
-    return {"tokens": tokens, "documents": documents, "kv_heads": 8, "group": 4, "width": width}
+def _bench(tokens: int, documents: int, width: int, group: int = 4, sinks: int = 0) -> dict[str, int]:
+    heads = {"kv_heads": 8, "group": group}
+    return {"tokens": tokens, "documents": documents, **heads, "width": width, "sinks": sinks}
 
 
 spec = Spec(
@@ -209,6 +244,7 @@ spec = Spec(
             "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 1, 2]),
             "group": lambda budget: st.sampled_from([1, 2, 3, 4] if budget > 2**15 else [1, 1, 2]),
             "width": lambda budget: st.sampled_from(WIDTHS),
+            "sinks": lambda budget: st.integers(0, 1),
         },
         build=_build,
         options={
@@ -222,29 +258,30 @@ spec = Spec(
         counts=["tokens", "documents"],
     ),
     outputs=["out"],
-    grads=["q", "k", "v"],
+    grads=["q", "k", "v", "sinks"],
     budget=Budget(
-        roundings=3,  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
+        roundings=ROUNDINGS,
         terms={
             "out": lambda call: _added(call, "q", lambda part: (*_p(part), part.v)),
             "q": lambda call: _added(call, "q", lambda part: (*_ds(call, part), part.k)),
             "k": lambda call: _added(call, "k", lambda part: (*_ds(call, part), part.q)),
             "v": lambda call: _added(call, "v", lambda part: (*_p(part), _do(call, part))),
         },
+        bounds={"sinks": _dsinks},
     ),
     rowwise=[],
     independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
     far=["q", "k", "v"],
     laws={
-        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0}),
-        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0}),
+        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "sinks": 2.0}),
+        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0, "sinks": -1.0}),
         "q twice as large, with half the scale": Law(
             {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
         ),
-        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0}, grad_outputs=4.0),
+        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0, "sinks": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
-        Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64))),
+        Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64), ("sinks", 0))),
         grads=["q", "k", "v"],
         saved=_lse_bytes,  # log-sum-exps
         working=_lse_bytes,  # sums of dout times out
@@ -253,6 +290,9 @@ spec = Spec(
         "one document": _cut(lambda tokens: [0, tokens]),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
         "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens]),
+        "sinks in float32, with a stride": _sinks(lambda heads: torch.linspace(-4, 4, 2 * heads)[::2]),
+        "a sink that takes nothing": _sinks(lambda heads: torch.full((heads,), -torch.inf)),
+        "a sink that takes nearly all": _sinks(lambda heads: torch.full((heads,), 100.0)),
         "a longer max_seqlen": lambda i, o: (i, {**o, "max_seqlen": 10_000}),
         "NaN before": _nan_in(0),
         "NaN in between": _nan_in(1),
@@ -263,8 +303,10 @@ spec = Spec(
         shapes={
             "text-mix-16k-d64": _bench(16384, 41, 64),
             "text-mix-16k-d128": _bench(16384, 41, 128),
+            "gpt-oss-16k-d64": _bench(16384, 41, 64, group=8, sinks=1) | {"window": 128},
             "long-16k-d64": _bench(16384, 1, 64),
             "long-16k-d128": _bench(16384, 1, 128),
+            "gemma-4-16k-d512": _bench(16384, 41, 512) | {"kv_heads": 1, "group": 8},
         },
         bytes=lambda inputs: (
             2 * nbytes(inputs["q"]) + nbytes(inputs["k"], inputs["v"]),

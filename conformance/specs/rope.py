@@ -70,20 +70,33 @@ def _angles(call: Call, like: Tensor) -> tuple[Tensor, Tensor]:
     return pad(cos, (0, rest), value=1.0)[:, None].abs(), pad(sin, (0, rest))[:, None].abs()
 
 
+def _halves_first(call: Call, x: Tensor) -> Tensor:
+    """The columns in the order of halves: interleaved, the even ones of those that are rotated come first."""
+    rotary = call.inputs["cos"].shape[-1]
+    order = torch.arange(x.shape[-1], device=x.device)
+    if call.options.get("interleaved"):
+        order[:rotary] = torch.cat([order[0:rotary:2], order[1:rotary:2]])
+    return order
+
+
 def _other_half(values: Tensor, rotary: int) -> Tensor:
     """The values with the halves of the rotated columns exchanged."""
     first, second, rest = values.split([rotary // 2, rotary // 2, values.shape[-1] - rotary], -1)
     return torch.cat([second, first, rest], -1)
 
 
-def _sum_of_two(first: Tensor, second: Tensor) -> Terms:
-    return Terms(first + second, root=torch.hypot(first, second))
+def _sum_of_two(first: Tensor, second: Tensor, order: Tensor) -> Terms:
+    """The terms, whose columns come in this order."""
+    back = order.argsort()
+    return Terms((first + second)[..., back], root=torch.hypot(first, second)[..., back])
 
 
 def _forward_terms(call: Call, x: Tensor) -> Terms:
     """A sum of two products: |x cos| + |x' sin|, where x' is the other half; in float32 if cos and sin are."""
     cos, sin = _angles(call, x)
-    terms = _sum_of_two(x.abs() * cos, _other_half(x.abs(), call.inputs["cos"].shape[-1]) * sin)
+    order = _halves_first(call, x)
+    x = x.abs()[..., order]
+    terms = _sum_of_two(x * cos, _other_half(x, call.inputs["cos"].shape[-1]) * sin, order)
     if call.wide("cos", "sin"):
         return Terms(torch.zeros_like(terms.size), in_float32=terms.size)
     return terms
@@ -92,7 +105,9 @@ def _forward_terms(call: Call, x: Tensor) -> Terms:
 def _backward_terms(call: Call, dy: Tensor) -> Terms:
     """|dy cos| + |(dy sin)'|."""
     cos, sin = _angles(call, dy)
-    return _sum_of_two(dy.abs() * cos, _other_half(dy.abs() * sin, call.inputs["cos"].shape[-1]))
+    order = _halves_first(call, dy)
+    dy = dy.abs()[..., order]
+    return _sum_of_two(dy * cos, _other_half(dy * sin, call.inputs["cos"].shape[-1]), order)
 
 
 def _halves_that_differ(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
@@ -146,6 +161,7 @@ spec = Spec(
             "table": lambda budget: st.sampled_from([0, 1, 7, 40]),
         },
         build=_build,
+        options={"interleaved": [False, True]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts=["batch", "length"],
@@ -251,6 +267,7 @@ spec = Spec(
             "llama-3.1-8b": _bench(4, 2048, 128),
             "llama-3.2-1b": _bench(4, 2048, 64),
             "long": _bench(1, 16384, 128),
+            "glm-4-9b": _bench(4, 2048, 64) | {"kv_heads": 2, "rest": 64, "interleaved": True},
         },
         bytes=lambda inputs: (
             2 * nbytes(inputs["q"], inputs["k"]) + nbytes(inputs["cos"], inputs["sin"]),

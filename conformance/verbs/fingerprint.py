@@ -4,10 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.case import DTYPES
 from conformance.gates import Failure
-from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+from conformance.verbs._shared import UsageError, Verbs, add_source, demand_writable, known, source_of
 
 
 def add(verbs: Verbs) -> None:
@@ -19,22 +19,25 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_source(parser)
     parser.set_defaults(verb=_fingerprint)
 
 
 def _fingerprint(arguments: argparse.Namespace) -> int:
-    ops = known("operation", arguments.ops, list(backends.OPERATIONS))
+    source = source_of(arguments)
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+    specs = operations.specs(source)
+    ops = known("operation", arguments.ops, list(specs))
     known("dtype", [arguments.dtype], list(DTYPES))
-    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
     from conformance import fingerprint
 
     targets = known("target", arguments.target, list(fingerprint.TARGETS))
-    judged = backends.load(arguments.backend, "cuda")
+    judged = backends.load(arguments.backend, "cuda", source)
     demand_writable(arguments.json)
     print(fingerprint.heading(judged, targets, arguments.dtype), flush=True)
     found = []
     try:
-        for prints in fingerprint.fingerprints(judged, ops, targets, arguments.dtype):
+        for prints in fingerprint.fingerprints(judged, [specs[op] for op in ops], targets, arguments.dtype):
             print(fingerprint.text(prints), flush=True)
             found += prints
     except Failure as failure:

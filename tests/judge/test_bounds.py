@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms, added_in_float32, exact, product, root_of_mean, total, unit_roundoff
+from conformance.bounds import Bound, Terms, added_in_float32, exact, product, root_of_mean, total
+from unsloth_ref.accuracy import unit_roundoff
 
 DTYPE = torch.float16
 UNIT, SMALLEST = unit_roundoff(DTYPE), torch.finfo(DTYPE).smallest_normal

@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms, unit_roundoff
+from conformance.bounds import Bound, Terms
 from conformance.case import DTYPES
 from conformance.gates import (
-    G2_ELEMENTS,
-    G2_MAX,
-    G2_RMS,
     G3_BIAS,
     G3_ELEMENTS,
     ErrorModel,
     Failure,
     judge,
 )
+from unsloth_ref.accuracy import G2_ELEMENTS, G2_MAX, G2_RMS, unit_roundoff
 
 HALF = torch.float16
 MARGIN = 0.01  # relative to a bound: much larger than the float64 rounding error of the bound

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from conformance import backends
 from conformance.gates import Failure
-from conformance.interpreter import _Memoised, _OncePerLaunch
+from conformance.interpreter import _Memoised, _OncePerLaunch, reads
+from conformance.properties import PROPERTIES
 from conformance.specs import swiglu
 from conformance.trial import Run, Trial
 from unsloth_ref import kernels
@@ -127,3 +130,50 @@ def test_gradients_depend_on_the_kernels_of_both_passes() -> None:
     assert run.interpreted() == [False, True, True]
     assert Run(run.outputs, run.grads, True, False).interpreted() == [True] * 3
     assert trial.run(swiglu.spec.case(1, 40), grads=()).interpreted() == [False]
+
+
+@triton.jit
+def doubling_kernel(x_ptr, y_ptr, count, MASKED: tl.constexpr):
+    """Twice x; unless MASKED it reads behind x, and forgets what it read there."""
+    place = tl.arange(0, 16)
+    x = tl.load(x_ptr + place, (place < count) | (not MASKED), other=0.0)
+    tl.store(y_ptr + place, 2 * x, place < count)
+
+
+@triton.jit
+def far_kernel(addresses_ptr, y_ptr):
+    """Reads a tensor whose address it is given in another one."""
+    x_ptr = tl.load(addresses_ptr).to(tl.pointer_type(tl.float32))
+    tl.store(y_ptr, 2 * tl.load(x_ptr))
+
+
+@pytest.mark.parametrize(("count", "masked", "outside"), [(16, False, False), (9, True, False), (9, False, True)])
+def test_a_load_from_outside_is_seen_whatever_becomes_of_it(count: int, masked: bool, outside: bool) -> None:
+    x, y = torch.ones(count), torch.zeros(16)
+    launched: Any = doubling_kernel
+    with reads() as seen:
+        launched[(1,)](x, y, count, MASKED=masked)
+    assert y[:count].eq(2).all()
+    assert seen.outside == (
+        "a load of doubling_kernel: 7 of 16 elements are outside the memory of its tensors" * outside or None
+    )
+
+
+def test_a_launch_that_is_given_addresses_is_not_checked() -> None:
+    x, y = torch.ones(1), torch.zeros(1)
+    launched: Any = far_kernel
+    with reads() as seen:
+        launched[(1,)](torch.tensor([x.data_ptr()]), y)
+    assert y == 2 and seen.outside is None
+
+
+def test_a_kernel_that_reads_outside_fails() -> None:
+    def doubled(gate: Tensor, up: Tensor) -> Tensor:
+        y = torch.empty_like(gate.detach())
+        launched: Any = doubling_kernel
+        launched[(1,)](gate, y, gate.numel(), MASKED=False)
+        return kernels.swiglu(gate, up) + 0 * y.sum()
+
+    trial = Trial(swiglu.spec, doubled, torch.float32, "cpu")
+    with pytest.raises(Failure, match="a load of doubling_kernel: 13 of 16 elements"):
+        PROPERTIES["guard_reads"].check(trial, swiglu.spec.case(1, 3))

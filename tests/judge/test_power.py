@@ -1,6 +1,9 @@
 """The oracles of other projects find a kernel that is far off and pass a right one; the document counts them."""
 
+import json
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +61,35 @@ def test_the_document_counts_what_each_oracle_rejects() -> None:
     assert "1 of 2 wrong kernels are found by the judge alone." in text
     assert "- passed: `tests.judge.mutants.one` (rope, mutants)" in text
     assert f"| `one` | rope | {oracle} |" in text
+
+
+def test_the_document_says_which_population_was_measured_where() -> None:
+    on_cpu = META | {"device": "cpu", "gpu": None}
+    parts = [
+        {"meta": on_cpu, "kernels": [kernel("mutants", []), kernel("cheats", [])]},
+        {"meta": META, "kernels": [kernel("right", [])]},
+    ]
+    text = document.text(parts, {})
+    assert "Measured on a CPU (torch 2): mutants, cheats. Measured on a card (torch 2): right. All tests" in text
+    assert "| test | mutants found on a CPU | cheats found on a CPU | right rejected on a card |" in text
+    assert (
+        "measure --population mutants cheats --device cpu --profile gpu --jobs 16 --json out/power_cpu.json\n" in text
+    )
+    assert "write out/power_cpu.json out/power_cuda.json\n" in text
+
+
+@pytest.mark.parametrize("other", [{"device": "cpu", "gpu": None}, {"profile": "ci"}])
+def test_a_population_is_measured_on_one_device_under_one_profile(
+    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "one.json", tmp_path / "other.json"]
+    for path, meta in zip(paths, [META, META | other], strict=True):
+        path.write_text(json.dumps({"meta": meta, "kernels": [kernel("mutants", [])]}))
+    monkeypatch.setattr("sys.argv", ["power", "write", *map(str, paths), "--to", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit):
+        runpy.run_module("tests.judge.power", run_name="__main__")
+    assert "files: " in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_the_document_lists_the_findings_of_each_library() -> None:

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ReLUSquaredActivation
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from tests.judge.contract import Function, as_backend
 from unsloth_ref import checks
@@ -61,10 +67,48 @@ def _norm(module: Any) -> Function:
     return rms_norm
 
 
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, *, group_size: int | None = None,
+    norm_before_gate: bool = True, casting: str = "llama",
+) -> Tensor:  # fmt: skip
+    """Falcon-H1's for "gemma" casting, Mamba 2's for a gate before the norm, Qwen3-Next's per group otherwise."""
+    checks.gated_norm_arguments(x, gate, weight, eps, group_size)
+    checks.one_of("casting", casting, ("llama", "gemma"))
+    size = group_size or x.shape[-1]
+    own: Any = _Norm(weight, eps)
+    own.group_size, own.activation, own.norm_before_gate, own.n_groups = size, "silu", norm_before_gate, 1
+    if casting == "llama" and not norm_before_gate:
+        return MambaRMSNormGated.forward(own, x, gate).to(x.dtype)
+    if casting == "gemma":
+        own.n_groups = x.shape[-1] // max(1, size)
+        rows, gates = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gate))
+        return FalconH1RMSNormGated.forward(own, rows, gates).view(x.shape)
+    own.weight = weight.view(-1, size)
+    rows, gates = (tensor.unflatten(-1, (-1, size)) for tensor in (x, gate))
+    return Qwen3NextRMSNormGated.forward(own, rows, gates).flatten(-2)
+
+
 def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """LlamaMLP."""
     checks.gated_arguments(gate, up)
     return LlamaMLP.forward(_Gated(gate, up, F.silu), None)  # type: ignore[arg-type]
+
+
+def gpt_oss_fused_swiglu(
+    gate_up: Tensor, *, interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
+) -> Tensor:
+    """GptOssExperts for interleaved columns with an offset of 1, without options Phi3MLP, else as the former does."""
+    checks.fused_gated_arguments(gate_up, alpha, limit, offset)
+    if (interleaved, offset) == (True, 1.0):
+        own = SimpleNamespace(alpha=alpha, limit=torch.inf if limit is None else limit)
+        return GptOssExperts._apply_gate(own, gate_up)  # type: ignore[arg-type]
+    if (interleaved, alpha, limit, offset) == (False, 1.0, None, 0.0):
+        own = SimpleNamespace(gate_up_proj=lambda x: x, activation_fn=F.silu, down_proj=lambda y: y)
+        return Phi3MLP.forward(own, gate_up)  # type: ignore[arg-type]
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + offset) * (gate * torch.sigmoid(gate * alpha))
 
 
 def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
@@ -73,8 +117,26 @@ def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tenso
     return GemmaMLP.forward(_Gated(gate, up, partial(F.gelu, approximate=approximate)), None)  # type: ignore[arg-type]
 
 
+def in_halves(x: Tensor, width: int) -> Tensor:
+    """The even columns of the first `width`, then the odd ones, then the rest."""
+    return torch.cat([x[..., 0:width:2], x[..., 1:width:2], x[..., width:]], -1)
+
+
+def in_pairs(x: Tensor, width: int) -> Tensor:
+    """The inverse of `in_halves`."""
+    halves = x[..., :width].unflatten(-1, (2, width // 2))
+    return torch.cat([halves.transpose(-1, -2).flatten(-2), x[..., width:]], -1)
+
+
+def nemotron_relu_squared(x: Tensor) -> Tensor:
+    """The "relu2" of transformers."""
+    checks.has_rows("x", x)
+    checks.dtype("x", x)
+    return ReLUSquaredActivation()(x)
+
+
 def llama_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """apply_rotary_pos_emb; columns that are not rotated go around it, as in Phi and GPT-NeoX."""
     checks.rope_arguments(q, k, cos, sin, positions)
@@ -84,11 +146,24 @@ def llama_rope(
         cos, sin = cos[positions.long()], sin[positions.long()]
     width = cos.shape[-1]
     with torch.autocast(q.device.type, enabled=False):  # a CPU's autocast does not allow float16 here
+        q, k = (in_halves(x, width) if interleaved else x for x in (q, k))
         turned = apply_rotary_pos_emb(q[..., :width], k[..., :width], cos, sin)
         turned_q, turned_k = (
             torch.cat([rotated.to(x.dtype), x[..., width:]], -1) for rotated, x in zip(turned, (q, k), strict=True)
         )
+        turned_q, turned_k = (in_pairs(x, width) if interleaved else x for x in (turned_q, turned_k))
     return turned_q, turned_k
+
+
+def qwen3_qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    positions: Tensor | None = None, *, eps: float = 1e-6, offset: float = 0.0, casting: str = "llama",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Qwen3RMSNorm of the heads, or Gemma's, then apply_rotary_pos_emb."""
+    checks.head_norm_arguments(q, k, q_weight, k_weight, cos, sin, positions, eps)
+    norm = _norm(Qwen3RMSNorm)
+    q, k = (norm(x, w, eps, offset=offset, casting=casting) for x, w in ((q, q_weight), (k, k_weight)))
+    return llama_rope(q, k, cos, sin, positions)
 
 
 def torch_rms_norm(
@@ -122,5 +197,8 @@ def _backend(**functions: Function) -> SimpleNamespace:
 
 
 llama = _backend(rms_norm=_norm(LlamaRMSNorm), swiglu=llama_swiglu, rope=llama_rope, geglu=gemma_geglu)
-qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm))
+gated = _backend(gated_rms_norm=gated_rms_norm)
+gpt_oss = _backend(fused_swiglu=gpt_oss_fused_swiglu)
+nemotron = _backend(relu_squared=nemotron_relu_squared)
+qwen3 = _backend(rms_norm=_norm(Qwen3RMSNorm), qk_norm_rope=qwen3_qk_norm_rope)
 torch_operators = _backend(rms_norm=torch_rms_norm, layer_norm=torch_layer_norm, swiglu=torch_swiglu)

@@ -16,7 +16,8 @@ from unsloth_ref import checks
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
 MISTAKES = [(spec, mistake) for spec in specs().values() for mistake in spec.errors]
 CASES = {spec.op: spec.case(3, 5) for spec in specs().values()}
-CASES["rope"] = specs()["rope"].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
+for name in ("rope", "qk_norm_rope"):
+    CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
     op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].drawing.required(case)
     for op, case in CASES.items()
@@ -68,6 +69,27 @@ BAD = [
     ("geglu", {"up": torch.ones(3, 4)}, ValueError, "up", "[3, 4]", "[3, 5], the shape of gate"),
     ("geglu", {"up": torch.ones(3, 5).half()}, TypeError, "up", "torch.float16", "torch.float32"),
     ("geglu", {"approximate": "erf"}, ValueError, "approximate", "'erf'", "'none', 'tanh'"),
+    (
+        "fused_swiglu",
+        {"gate_up": torch.tensor(1.0)},
+        ValueError,
+        "gate_up",
+        "a 0-dimensional",
+        "at least one dimension",
+    ),
+    ("fused_swiglu", {"gate_up": torch.ones(3, 5)}, ValueError, "gate_up", "[3, 5]", "[..., 2F], an even number"),
+    ("fused_swiglu", {"gate_up": torch.ones(3, 6).int()}, TypeError, "gate_up", "torch.int32", "torch.float16"),
+    ("fused_swiglu", {"alpha": -1.0}, ValueError, "alpha", "-1.0", "a finite number from 0.0"),
+    ("fused_swiglu", {"limit": nan}, ValueError, "limit", "nan", "a finite number from 0.0"),
+    ("fused_swiglu", {"offset": inf}, ValueError, "offset", "inf", "a finite number"),
+    ("gated_rms_norm", {"gate": torch.ones(3, 4)}, ValueError, "gate", "[3, 4]", "[3, 5], the shape of x"),
+    ("gated_rms_norm", {"gate": torch.ones(3, 5).half()}, TypeError, "gate", "torch.float16", "torch.float32"),
+    ("gated_rms_norm", {"weight": torch.ones(6)}, ValueError, "weight", "[6]", "[5], one entry per column of x"),
+    ("gated_rms_norm", {"eps": nan}, ValueError, "eps", "nan", "from 0.0"),
+    ("gated_rms_norm", {"group_size": 2}, ValueError, "group_size", "2", "a divisor of 5, the H of x"),
+    ("gated_rms_norm", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
+    ("relu_squared", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
+    ("relu_squared", {"x": torch.ones(3, 5).int()}, TypeError, "x", "torch.int32", "torch.float16"),
     ("rope", {"q": torch.ones(3, 4, 6)}, ValueError, "q", "[3, 4, 6]", "[B, N, S, D]"),
     ("rope", {"q": torch.ones(2, 3, 4, 6).int()}, TypeError, "q", "torch.int32", "torch.bfloat16"),
     ("rope", {"k": torch.ones(4, 6)}, ValueError, "k", "[4, 6]", "[B, K, S, D]"),
@@ -115,6 +137,12 @@ BAD = [
     ("gated_delta_rule", {"beta": torch.ones(3, 2).int()}, TypeError, "beta", "torch.int32", "torch.bfloat16"),
     ("gated_delta_rule", {"cu_seqlens": BOUNDS - 1}, ValueError, "cu_seqlens", "[-1, 2]", "from 0 to 3, the T of q"),
     ("gated_delta_rule", {"scale": inf}, ValueError, "scale", "inf", "a finite number from 0.0"),
+    ("qk_norm_rope", {"k": torch.ones(2, 1, 5, 6)}, ValueError, "k", "[2, 1, 5, 6]", "[2, 1, 4, 6]"),
+    ("qk_norm_rope", {"q_weight": torch.ones(5)}, ValueError, "q_weight", "[5]", "[6], one entry per column of q"),
+    ("qk_norm_rope", {"k_weight": torch.ones(6).int()}, TypeError, "k_weight", "torch.int32", "torch.float16"),
+    ("qk_norm_rope", {"eps": -1.0}, ValueError, "eps", "-1.0", "from 0.0"),
+    ("qk_norm_rope", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
+    ("qk_norm_rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index", "0 to 8"),
     ("cross_entropy", {"logits": torch.ones(5)}, ValueError, "logits", "[5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(1, 3, 5)}, ValueError, "logits", "[1, 3, 5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(3, 0)}, ValueError, "logits", "[3, 0]", "V at least 1"),
@@ -161,14 +189,21 @@ LIMITS = [
     ("swiglu", {"gate": torch.ones(0), "up": torch.ones(0)}),
     ("geglu", {"gate": torch.ones(0), "up": torch.ones(0)}),
     ("geglu", {"approximate": "tanh"}),
+    ("fused_swiglu", {"gate_up": torch.ones(0), "alpha": 0.0, "limit": 0.0, "offset": -1.0}),
+    ("gated_rms_norm", {"group_size": 1, "norm_before_gate": False}),
+    ("gated_rms_norm", {"group_size": None, "weight": torch.ones(5).half(), "eps": 0}),
+    ("relu_squared", {"x": torch.ones(0)}),
     ("rope", {"cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
     ("rope", TABLE),
     ("rope", TABLE | {"positions": torch.zeros(1, 4, dtype=torch.int32)}),
+    ("rope", TABLE | {"interleaved": True}),
     ("rope", {"q": torch.ones(2, 0, 4, 6)}),
     ("rope", {"q": torch.ones(2, 3, 4, 6).half(), "k": torch.ones(2, 3, 4, 6).half()}),
     ("causal_conv", {"x": torch.ones(0, 5), "cu_seqlens": BOUNDS * 0}),
     ("causal_conv", {"weight": torch.ones(5, 9).half(), "bias": torch.ones(5).bfloat16(), "activation": "silu"}),
     ("gated_delta_rule", {"scale": 0, "g": torch.zeros(3, 2), "beta": torch.zeros(3, 2).half()}),
+    ("qk_norm_rope", {"q": torch.ones(2, 0, 4, 6), "cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
+    ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("cross_entropy", {"softcap": 0, "label_smoothing": 0, "z_loss": 0}),
     ("cross_entropy", {"label_smoothing": 1}),
     ("cross_entropy", {"num_items": 0}),

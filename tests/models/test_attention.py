@@ -1,6 +1,5 @@
 """Packed, padded and cached batches through placed models, compared with the untouched model on single documents."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -193,17 +192,6 @@ def test_packed_batches_on_the_fast_backend_compile_without_a_graph_break() -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_rotates_halves(family: str) -> None:
-    """Its own rotation has the same bits as the contract's, so it may be replaced."""
-    modeling = importlib.import_module(type(tiny.model(family)).__module__)
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
-    cos, sin = (torch.randn(1, 5, 8, generator=generator) for _ in range(2))
-    expected = modeling.apply_rotary_pos_emb(q, k, cos, sin)
-    assert all(map(torch.equal, REFERENCE.kernels.rope(q, k, cos, sin), expected))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_placed_model_saves_the_same_files(family: str, tmp_path: Path) -> None:
     """Its attn_implementation is ours meanwhile, which no file holds."""
     model = model_of(family, torch.float32)
@@ -262,7 +250,6 @@ def test_attention_that_cannot_be_packed_is_left_unchanged_and_logged(
             {"attention_mask": torch.ones(1, 40, dtype=torch.int64)},
             "attention_mask: got one together with cu_seq_lens_q",
         ),
-        ({"max_length_q": None}, "max_length_q: got None"),
         ({"input_ids": torch.ones(2, 40, dtype=torch.int64)}, "input_ids: got 2 rows"),
     ],
 )
@@ -271,6 +258,15 @@ def test_a_malformed_packed_batch_is_refused(change: dict[str, Any], message: st
     place(model, REFERENCE)
     with pytest.raises(ValueError, match=message):
         model(**tiny.packed(LENGTHS) | change)
+
+
+def test_the_length_of_the_longest_document_is_optional() -> None:
+    model, batch = tiny.model(), tiny.packed(LENGTHS)
+    place(model, REFERENCE)
+    expected = model(**batch).logits
+    assert torch.equal(
+        model(**{name: value for name, value in batch.items() if "max_length" not in name}).logits, expected
+    )
 
 
 def test_a_packed_batch_after_a_cache_is_refused() -> None:

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, silu
 from transformers import LlamaConfig
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
+from tests import tiny
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.mlp import Gated
-from unsloth_fast.models.norm import Norm
+from unsloth_fast.models.norm import GatedNorm, Norm
 from unsloth_fast.models.structure import recognise
 
 REFERENCE = backends.resolve("reference")
@@ -86,6 +90,49 @@ def test_norms(name: str) -> None:
     assert recognise(module, {}) == expected
 
 
+def ungated(self: Any, x: Tensor, gate: Tensor) -> Tensor:
+    return llama_norm(self, x) * gate
+
+
+GATED_NORMS = {
+    "qwen3_next": (Qwen3NextRMSNormGated(16), GatedNorm("variance_epsilon", 16, True, "llama")),
+    "mamba2": (MambaRMSNormGated(16, 4), GatedNorm("variance_epsilon", 4, False, "llama")),
+    "falcon_h1": (FalconH1RMSNormGated(16, n_groups=2), GatedNorm("variance_epsilon", 8, True, "gemma")),
+    "falcon_h1, gate first": (
+        FalconH1RMSNormGated(16, norm_before_gate=False),
+        GatedNorm("variance_epsilon", 16, False, "gemma"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED_NORMS)
+def test_gated_norms(name: str) -> None:
+    """Their order, groups and rounding; placed they compute the same, in value and gradients, in float64."""
+    module, expected = GATED_NORMS[name]
+    assert recognise(module, {}) == expected
+    module = module.double()
+    x, gate = (torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sources = [x, gate, module.weight]
+    with tiny.KeepFloat64():
+        own = module(x, gate)
+        gradients = torch.autograd.grad(own.square().sum(), sources)
+    assert place(module, REFERENCE) == {"gated_rms_norm": 1}
+    found = module(x, gate)
+    torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-12)
+    for gradient, other in zip(torch.autograd.grad(found.square().sum(), sources), gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_with_another_gate_is_left_alone() -> None:
+    """Multiplied by the gate itself; and a norm without its gate computes what it did."""
+    found = recognise(changed(LlamaRMSNorm, ungated)(16), {})
+    assert isinstance(found, str) and found.startswith("differs from every gated_rms_norm by ")
+    norm, x = MambaRMSNormGated(16, 4), torch.randn(3, 16)
+    expected = norm(x)
+    place(norm, REFERENCE)
+    assert torch.equal(norm(x), expected)
+
+
 @pytest.mark.parametrize("change", [offset_by_half, centered, another_eps, rounds_twice, gated])
 def test_a_wrong_norm_is_left_alone(change: Callable[..., Tensor], caplog: pytest.LogCaptureFixture) -> None:
     """Its class has the name and the attributes of LlamaRMSNorm; the log says by how much it differs."""
@@ -125,11 +172,25 @@ def halves(product: Callable[[Tensor, Tensor], Tensor], gate_first: bool = True)
     return Fused(lambda both: product(*(both.chunk(2, -1) if gate_first else both.chunk(2, -1)[::-1])))
 
 
+class Squared(nn.Module):
+    """Without a gate."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(16, 40), nn.Linear(40, 16)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, 16] to [T, 16]."""
+        return self.out(self.activation(self.into(x)))
+
+
 MLPS = {
     "llama": (mlp(), Gated("swiglu", None, "gate_proj", "up_proj", "down_proj")),
     "gelu": (mlp("gelu", hidden=40), Gated("geglu", "none", "gate_proj", "up_proj", "down_proj")),
     "tanh": (mlp("gelu_pytorch_tanh"), Gated("geglu", "tanh", "gate_proj", "up_proj", "down_proj")),
     "other names": (Named(), Gated("swiglu", None, "w1", "w3", "w2")),
+    "squared": (Squared(lambda x: x.relu() ** 2), Gated("relu_squared", None, "into", "into", "out")),
     "fused": (halves(lambda gate, up: silu(gate) * up), Gated("swiglu", None, "both", "both", "out")),
     "gate last": (halves(lambda g, u: silu(g) * u, False), Gated("swiglu", None, "both", "both", "out", False)),
 }
@@ -150,7 +211,7 @@ def test_a_placed_mlp_computes_the_same(name: str) -> None:
     sources = [x, *module.parameters()]
     expected = module(x)
     gradients = torch.autograd.grad(expected.square().sum(), sources)
-    assert place(module, REFERENCE) == {MLPS[name][1].operation: 1}
+    assert place(module, REFERENCE) == {"fused_swiglu" if name == "fused" else MLPS[name][1].operation: 1}
     found = module(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for gradient, other in zip(torch.autograd.grad(found.square().sum(), sources), gradients, strict=True):
@@ -174,6 +235,11 @@ def test_a_wrong_mlp_is_left_alone(name: str) -> None:
     found = recognise(WRONG[name], {})
     assert isinstance(found, str) and found.startswith("differs from every swiglu and geglu by ")
     assert place(WRONG[name], REFERENCE) == {}
+
+
+def test_an_mlp_with_another_activation_is_none() -> None:
+    """There are many, such as those of vision towers: the log does not name them."""
+    assert recognise(Squared(torch.nn.functional.gelu), {}) is None
 
 
 class DropsOut(Named):

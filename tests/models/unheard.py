@@ -62,6 +62,26 @@ class UnheardAttention(nn.Module):
         return self.out(heads.flatten(2))
 
 
+def eager_attention_with_loud_sinks(module: Any, *args: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    """They multiply what the softmax gives."""
+    heads, weights = eager_attention_forward(module, *args, **given)
+    return heads * module.sinks[:, None], weights
+
+
+class LoudAttention(UnheardAttention):
+    def __init__(self, config: UnheardConfig) -> None:
+        super().__init__(config)
+        self.sinks = nn.Parameter(torch.linspace(0.5, 2.0, 4))
+
+    def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        q, k, v = self.mixed(states).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), 1)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_with_loud_sinks
+        )
+        heads, _ = attention(self, q, k, v, attention_mask, scaling=0.3, **kwargs)
+        return self.out(heads.flatten(2))
+
+
 class UnheardLayer(nn.Module):
     def __init__(self, config: UnheardConfig) -> None:
         super().__init__()

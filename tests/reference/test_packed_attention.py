@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as attention_with_sinks
 
 from tests.operations.packed_attention import (
     DEVICE,
@@ -31,7 +32,8 @@ FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 def formulas(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, lengths: list[int], **options: Any
 ) -> list[np.ndarray]:
-    """o, dq, dk and dv, query by query, by the formulas of the module's docstring."""
+    """o, dq, dk, dv and dsinks, query by query, by the formulas of the module's docstring."""
+    sinks, dsinks = options.get("sinks", np.full(q.shape[1], -np.inf)), np.zeros(q.shape[1])
     scale, cap = options.get("scale") or q.shape[2] ** -0.5, options.get("softcap", 0.0)
     group = q.shape[1] // k.shape[1]
     o, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -46,15 +48,17 @@ def formulas(
                 if cap:
                     z = cap * np.tanh(z / cap)
                     slope = 1 - (z / cap) ** 2
-                p = np.exp(z) / np.exp(z).sum()
+                total = np.exp(sinks[h]) + np.exp(z).sum()
+                p = np.exp(z) / total
                 o[i, h] = p @ v[seen, g]
                 dv[seen, g] += p[:, None] * do[i, h]
                 dp = v[seen, g] @ do[i, h]
                 ds = p * (dp - p @ dp) * slope
+                dsinks[h] -= np.exp(sinks[h]) / total * p @ dp
                 dq[i, h] = scale * ds @ k[seen, g]
                 dk[seen, g] += scale * ds[:, None] * q[i, h]
         begin += length
-    return [o, dq, dk, dv]
+    return [o, dq, dk, dv, dsinks]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -64,20 +68,30 @@ def formulas(
     group=st.integers(1, 3),
     width=st.integers(1, 5),
     options=st.sampled_from(OPTIONS),
+    with_sinks=st.booleans(),
     spare=st.integers(0, 2),
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(
-    lengths: list[int], kv_heads: int, group: int, width: int, options: dict[str, Any], spare: int, seed: int
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    width: int,
+    options: dict[str, Any],
+    with_sinks: bool,
+    spare: int,
+    seed: int,
 ) -> None:
     """Output and gradients, for documents of any lengths, for empty documents and for none."""
     tensors = inputs_of(sum(lengths), kv_heads * group, kv_heads, width, seed=seed)
     do = randn(*tensors[0].shape, seed=seed + 3).detach()
     cu_seqlens, longest = bounds_of(*lengths)
-    out = packed_attention(*tensors, cu_seqlens, longest + spare, **options)
-    found = [out, *grad(out, tensors, do)]
-    expected = formulas(*(x.detach().cpu().numpy() for x in (*tensors, do)), lengths, **options)
-    for ours, right in zip(found, expected, strict=True):
+    sinks = {"sinks": randn(kv_heads * group, seed=seed + 4)} if with_sinks else {}
+    out = packed_attention(*tensors, cu_seqlens, longest + spare, **options, **sinks)
+    found = [out, *grad(out, (*tensors, *sinks.values()), do)]
+    as_numpy = {name: sink.detach().cpu().numpy() for name, sink in sinks.items()}
+    expected = formulas(*(x.detach().cpu().numpy() for x in (*tensors, do)), lengths, **options, **as_numpy)
+    for ours, right in zip(found, expected[: len(found)], strict=True):
         torch.testing.assert_close(ours.detach().cpu().numpy(), right, **FLOAT64)
 
 
@@ -96,11 +110,11 @@ def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
     """First and second derivatives against finite differences."""
     cu_seqlens, longest = bounds_of(2, 0, 3)
 
-    def out(*tensors: Tensor) -> Tensor:
-        return packed_attention(*tensors, cu_seqlens, longest, **options)
+    def out(sinks: Tensor, *tensors: Tensor) -> Tensor:
+        return packed_attention(*tensors, cu_seqlens, longest, **options, sinks=sinks)
 
-    assert gradcheck(out, inputs_of(5, 2, 1, 2))
-    assert gradgradcheck(out, inputs_of(5, 2, 1, 2))
+    assert gradcheck(out, (randn(2, seed=7), *inputs_of(5, 2, 1, 2)))
+    assert gradgradcheck(out, (randn(2, seed=7), *inputs_of(5, 2, 1, 2)))
 
 
 def test_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +159,19 @@ def test_agrees_with_transformers(softcap: float | None) -> None:
     ours = packed_attention(q, k, v, *bounds_of(length, length), scale=0.3, window=window, softcap=softcap or 0.0)
     # transformers computes the softmax in float32.
     torch.testing.assert_close(ours, theirs.flatten(0, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_sinks_agree_with_transformers() -> None:
+    """gpt-oss's eager attention, which adds a column to the scores and drops it after the softmax."""
+    q, k, v = inputs_of(7, 4, 2, 8)
+    sinks = randn(4, seed=9)
+    hidden = torch.ones(7, 7, dtype=torch.bool, device=DEVICE).triu(1)
+    mask = torch.zeros(1, 1, 7, 7, dtype=q.dtype, device=DEVICE).masked_fill(hidden, -torch.inf)
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    module: Any = SimpleNamespace(num_key_value_groups=2, sinks=sinks, training=False)
+    theirs, _ = attention_with_sinks(module, *heads, mask, scaling=8**-0.5)
+    ours = packed_attention(q, k, v, *bounds_of(7), sinks=sinks)
+    torch.testing.assert_close(ours, theirs[0], **FLOAT64)
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

@@ -75,6 +75,34 @@ def test_formulas_of_the_docstring(
         torch.testing.assert_close(dx, torch.cat([dy1 * c1 + dy2 * s2, dy2 * c2 - dy1 * s1, dpassing], -1), **FLOAT64)
 
 
+def test_interleaved_pairs_are_complex_numbers_in_memory() -> None:
+    """x_2i + i x_2i+1 times exp(i angle); the gradient is the rotation back; other columns are copied."""
+    cos, sin = table(5, 6)
+    q, k = randn(2, 3, 5, 8), randn(2, 1, 5, 8, seed=1)
+    turned, _ = rope(q, k, cos[None], sin[None], interleaved=True)
+    angles = torch.complex(cos[:, :3], sin[:, :3])
+    pairs = torch.view_as_complex(q[..., :6].unflatten(-1, (3, 2)))
+    torch.testing.assert_close(turned[..., :6], torch.view_as_real(pairs * angles).flatten(-2), **FLOAT64)
+    assert torch.equal(turned[..., 6:], q[..., 6:])
+    dq = randn(2, 3, 5, 8, seed=2).detach()
+    (found,) = grad(turned, q, dq)
+    torch.testing.assert_close(found, rope(dq, k, cos[None], -sin[None], interleaved=True)[0], **FLOAT64)
+
+
+def test_interleaved_angles_that_differ_within_a_pair() -> None:
+    """The first half of cos and sin belongs to the even columns, the second to the odd ones."""
+    q, cos, sin = (randn(1, 1, 1, 4, seed=seed).detach() for seed in range(3))
+    turned, _ = rope(q, q, cos[0], sin[0], interleaved=True)
+    (x, c, s) = (tensor.flatten().tolist() for tensor in (q, cos, sin))
+    expected = [
+        x[0] * c[0] - x[1] * s[0],
+        x[1] * c[2] + x[0] * s[2],
+        x[2] * c[1] - x[3] * s[1],
+        x[3] * c[3] + x[2] * s[3],
+    ]
+    assert turned.flatten().tolist() == pytest.approx(expected, rel=1e-15)
+
+
 @pytest.mark.parametrize("positions", [None, torch.tensor([[3, 0, 2]])])
 def test_gradients_are_the_derivatives(positions: Tensor | None) -> None:
     """First and second derivatives against finite differences."""

@@ -16,8 +16,9 @@ from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, ba
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
+from unsloth_fast.models.documents import carriers_of, finds_documents
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.interface import ATTENTION_LAYERS, carriers_of, finds_documents, stacks_of
+from unsloth_fast.models.interface import ATTENTION_LAYERS, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, next_power_of_2, shared_memory
+from unsloth_fast.kernels._launch import cdiv, kernel, next_power_of_2, shared_memory
 
 
 @triton.jit
@@ -52,6 +52,12 @@ def column_sum(partial_ptr, sum_ptr, block, rows, columns, row_stride, ROWS: tl.
     column = (block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     total = tl.sum(load_tile(partial_ptr, row, column, rows, columns, row_stride, 1), 0, keep_dims=True)
     tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), column < columns)
+
+
+@kernel(varying=("rows",), fixed=("columns",))
+def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One block of columns per program."""
+    column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)
 
 
 class BackwardTile(NamedTuple):

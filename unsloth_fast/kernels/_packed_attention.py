@@ -81,11 +81,12 @@ def weights_and_slopes(
 
 @kernel(varying=("tokens", "documents", "tiles", "heads", "group", "window"), fixed=("width",))
 def packed_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
     q_token, q_head, k_token, k_head, v_token, v_head,
     scale, softcap, window,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head per program; those with the most keys come first."""
     head, begin, length, start = find_queries(cu_seqlens_ptr, tiles, heads, documents, tokens, ROWS)
@@ -99,6 +100,9 @@ def packed_attention_forward_kernel(
     q = load_rows(q_ptr, query, length, column, width, q_token)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
+    if SINKS:
+        highest = tl.full([ROWS], 0.0, tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        total = tl.full([ROWS], 1.0, tl.float32)
     out = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
     for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):
@@ -125,13 +129,14 @@ def packed_attention_forward_kernel(
 
 @kernel(varying=("tokens", "documents", "tiles", "heads", "group", "window"), fixed=("width",))
 def packed_attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dsinks_ptr, cu_seqlens_ptr,
     tokens, documents, tiles, heads, group, width,
     q_token, q_head, k_token, k_head, v_token, v_head, do_token, do_head,
     scale, softcap, window,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dq of ROWS queries of one head per program, and their delta, the sum over D of out * do."""
+    """dq of ROWS queries of one head per program, their delta, the sum over D of out * do, and their part of dsink."""
     head, begin, length, start = find_queries(cu_seqlens_ptr, tiles, heads, documents, tokens, ROWS)
     if start >= length:
         return
@@ -149,6 +154,9 @@ def packed_attention_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + head * tokens + begin + query, delta, query < length)
     lse = tl.load(lse_ptr + head * tokens + begin + query, query < length, other=0.0)
+    if SINKS:
+        p = tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - lse)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.where(query < length, p * delta, 0.0)))
     dq = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     first = tl.maximum(start - window + 1, 0) // COLUMNS * COLUMNS if WINDOW else 0
     for key_start in range(first, tl.minimum(start + ROWS, length), COLUMNS):

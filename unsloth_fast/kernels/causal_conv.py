@@ -25,7 +25,7 @@ from unsloth_fast.kernels._causal_conv import (
 from unsloth_fast.kernels._launch import Tile, cdiv, check_runnable, launch, next_power_of_2, register
 from unsloth_fast.kernels._norms import column_sum_grid
 from unsloth_fast.kernels._replay import call
-from unsloth_ref import checks
+from unsloth_ref import checks, document_checks
 
 PROGRAMS = 4096  # of a backward pass, about, each of which sums up several tiles; constant, and so are the bits
 
@@ -141,9 +141,9 @@ class _CausalConv(torch.autograd.Function):
 
 def check(x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None, activation: str | None) -> None:
     """Raise for arguments that causal_conv does not allow."""
-    checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+    document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
     if checks.values_are_checked(cu_seqlens):
-        checks.documents_cover(cu_seqlens, len(x), "x")
+        document_checks.documents_cover(cu_seqlens, len(x), "x")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_runnable(name, tensor)

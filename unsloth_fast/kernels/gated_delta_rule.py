@@ -53,7 +53,7 @@ from unsloth_fast.kernels._launch import (
     strides_of,
 )
 from unsloth_fast.kernels._replay import call
-from unsloth_ref import checks
+from unsloth_ref import checks, document_checks
 
 
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -178,9 +178,9 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None) -> None:
     """Raise for arguments that gated_delta_rule does not allow."""
-    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     if checks.values_are_checked(cu_seqlens):
-        checks.documents_cover(cu_seqlens, len(q), "q")
+        document_checks.documents_cover(cu_seqlens, len(q), "q")
     for name, tensor in (("q", q), ("g", g), ("beta", beta)):
         check_runnable(name, tensor)
 

@@ -22,8 +22,8 @@ from unsloth_fast.kernels._norms import (
     backward_programs,
     backward_stages,
     backward_tile,
-    column_sum,
     column_sum_grid,
+    column_sum_kernel,
     load_scale,
     load_tile,
     quotient,
@@ -157,12 +157,6 @@ def rms_norm_backward_long_kernel(
                 before = tl.load(partial, inside & (row > program * each), other=0.0)
                 tl.store(partial, before + dy * rounded(normed, dtype, LLAMA), inside)
         tl.debug_barrier()  # the next row reads the partial sums that this one wrote
-
-
-@kernel(varying=("rows",), fixed=("columns",))
-def column_sum_kernel(partial_ptr, sum_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns per program."""
-    column_sum(partial_ptr, sum_ptr, tl.program_id(0), rows, columns, columns, ROWS, COLUMNS)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, llama: bool) -> tuple[Tensor, Tensor]:

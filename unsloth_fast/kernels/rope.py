@@ -1,7 +1,9 @@
-"""Rotary position embedding of queries and keys; each column of a head's first half pairs with one of its second half.
+"""Rotary position embedding of queries and keys: pairs of columns of a head, of both halves or neighbours, are rotated.
 
     y1 = x1 * cos1 - x2 * sin1      y2 = x2 * cos2 + x1 * sin2
     dx1 = dy1 * cos1 + dy2 * sin2   dx2 = dy2 * cos2 - dy1 * sin1
+
+x1 and x2 are the halves of the first D' columns of a head; interleaved, they are its even and its odd columns.
 
 One launch rotates q and k: a program takes one token with all of its heads and reads its row of cos and sin once. The
 backward pass is the same kernel with sin1 and sin2 exchanged and negated, so it can itself be differentiated. Saved:
@@ -30,12 +32,32 @@ def load_halves(row_ptr, inside, column, column_stride, half, other):
 
 
 @triton.jit
-def store_rotated(out_ptr, first, second, inside, column, half, cos1, cos2, sin1, sin2):
-    """Rotate and store the halves of the heads of a token, with one rounding."""
-    dtype = out_ptr.dtype.element_ty
+def load_pairs(row_ptr, head_inside, column, column_stride, units, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Load the first and the second columns of all pairs of the heads of a token, [HEADS, HALF] each."""
+    if INTERLEAVED:  # one load of whole vectors
+        inside = head_inside & (column // UNIT < 2 * units)
+        both = tl.load(row_ptr + column * column_stride, inside, other=0.0)
+        return tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
+    else:
+        return load_halves(row_ptr, head_inside & (column // UNIT < units), column, column_stride, units * UNIT, 0.0)
+
+
+@triton.jit
+def store_rotated(
+    out_ptr, first, second, head_inside, column, units, cos1, cos2, sin1, sin2,
+    UNIT: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rotate and store the pairs of the heads of a token, with one rounding."""
     first, second = first.to(tl.float32), second.to(tl.float32)
-    tl.store(out_ptr + column, (first * cos1 - second * sin1).to(dtype), inside)
-    tl.store(out_ptr + half + column, (second * cos2 + first * sin2).to(dtype), inside)
+    dtype = out_ptr.dtype.element_ty
+    rotated1, rotated2 = (first * cos1 - second * sin1).to(dtype), (second * cos2 + first * sin2).to(dtype)
+    if INTERLEAVED:
+        both = tl.reshape(tl.join(rotated1, rotated2), [first.shape[0], 2 * first.shape[1]])
+        tl.store(out_ptr + column, both, head_inside & (column // UNIT < 2 * units))
+    else:
+        inside = head_inside & (column // UNIT < units)
+        tl.store(out_ptr + column, rotated1, inside)
+        tl.store(out_ptr + units * UNIT + column, rotated2, inside)
 
 
 @triton.jit
@@ -52,7 +74,7 @@ def rope_kernel(
     length, q_heads, k_heads, steps, units, rest, table,
     q_batch, q_head, q_token, q_column, k_batch, k_head, k_token, k_column,
     cos_batch, cos_row, cos_column, sin_batch, sin_row, sin_column, positions_batch, positions_token,
-    TRANSPOSED: tl.constexpr, POSITIONS: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    TRANSPOSED: tl.constexpr, POSITIONS: tl.constexpr, TOKEN_MAJOR: tl.constexpr, INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token per program, Q_HEADS of q and K_HEADS of k per step; 0 for one that is not wanted.
@@ -66,9 +88,8 @@ def rope_kernel(
     half = units * UNIT
     width = (2 * units + rest) * UNIT
     column = tl.arange(0, HALF).to(tl.int64)[None, :]
-    rotated = column // UNIT < units
     row = token
-    known = rotated
+    known = column // UNIT < units
     if POSITIONS:
         row = tl.load(positions_ptr + batch * positions_batch + token * positions_token).to(tl.int64)
         known = column // UNIT < tl.where((row >= 0) & (row < table), units, 0)  # none if the row is outside the table
@@ -79,6 +100,8 @@ def rope_kernel(
     cos1, cos2, sin1, sin2 = cos1.to(tl.float32), cos2.to(tl.float32), sin1.to(tl.float32), sin2.to(tl.float32)
     if TRANSPOSED:
         sin1, sin2 = -sin2, -sin1
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF).to(tl.int64)[None, :]
     q_ptr += batch * q_batch + token * q_token
     k_ptr += batch * k_batch + token * k_token
     if TOKEN_MAJOR:
@@ -95,18 +118,18 @@ def rope_kernel(
             head = (step * Q_HEADS + tl.arange(0, Q_HEADS)).to(tl.int64)[:, None]
             q_known = head < q_heads
             q_rows, q_outs = q_ptr + head * q_head, q_out_ptr + head * width * spacing
-            q1, q2 = load_halves(q_rows, q_known & rotated, column, q_column, half, 0.0)
+            q1, q2 = load_pairs(q_rows, q_known, column, q_column, units, UNIT, INTERLEAVED)
         if K_HEADS:
             head = (step * K_HEADS + tl.arange(0, K_HEADS)).to(tl.int64)[:, None]
             k_known = head < k_heads
             k_rows, k_outs = k_ptr + head * k_head, k_out_ptr + head * width * spacing
-            k1, k2 = load_halves(k_rows, k_known & rotated, column, k_column, half, 0.0)
+            k1, k2 = load_pairs(k_rows, k_known, column, k_column, units, UNIT, INTERLEAVED)
         if Q_HEADS:
-            store_rotated(q_outs, q1, q2, q_known & rotated, column, half, cos1, cos2, sin1, sin2)
+            store_rotated(q_outs, q1, q2, q_known, column, units, cos1, cos2, sin1, sin2, UNIT, INTERLEAVED)
             if REST:
                 copy_rest(q_outs, q_rows, q_known, q_column, 2 * half, rest, UNIT, REST)
         if K_HEADS:
-            store_rotated(k_outs, k1, k2, k_known & rotated, column, half, cos1, cos2, sin1, sin2)
+            store_rotated(k_outs, k1, k2, k_known, column, units, cos1, cos2, sin1, sin2, UNIT, INTERLEAVED)
             if REST:
                 copy_rest(k_outs, k_rows, k_known, k_column, 2 * half, rest, UNIT, REST)
 
@@ -122,11 +145,12 @@ def rope_rotate(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
+    interleaved: bool,
     transposed: bool,
     token_major: bool,
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k, or rotate them back; at most one of them is None, for which the result is empty."""
-    q_out, k_out = rope_rotate_outputs(q, k, cos, sin, positions, transposed, token_major)
+    q_out, k_out = rope_rotate_outputs(q, k, cos, sin, positions, interleaved, transposed, token_major)
     x = q if q is not None else k
     assert x is not None
     if q_out.numel() + k_out.numel() == 0:
@@ -148,8 +172,9 @@ def rope_rotate(
         x if q is None else q, x if k is None else k, cos, sin, cos if positions is None else positions, q_out, k_out,
         length, q_heads, k_heads, steps, half // unit, rest // unit, len(cos),
         *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
-        TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, UNIT=unit, HALF=half_tile,
-        REST=next_power_of_2(rest) if rest else 0, Q_HEADS=q_tile, K_HEADS=k_tile,
+        TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
+        INTERLEAVED=interleaved, UNIT=unit, HALF=half_tile, REST=next_power_of_2(rest) if rest else 0,
+        Q_HEADS=q_tile, K_HEADS=k_tile,
         num_warps=min(8, warps),
     )  # fmt: skip
     return q_out, k_out
@@ -161,6 +186,7 @@ def rope_rotate_outputs(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
+    interleaved: bool,
     transposed: bool,
     token_major: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -178,8 +204,8 @@ def rope_rotate_outputs(
 
 
 rotate_op = register(
-    "rope_rotate(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool transposed, bool token_major) "
-    "-> (Tensor, Tensor)",
+    "rope_rotate(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool transposed, "
+    "bool token_major) -> (Tensor, Tensor)",
     rope_rotate,
     rope_rotate_outputs,
 )
@@ -194,6 +220,7 @@ class _Rope(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None,
+        interleaved: bool,
         transposed: bool,
         token_major: bool | None,
     ) -> tuple[Tensor, Tensor]:
@@ -201,8 +228,8 @@ class _Rope(torch.autograd.Function):
             token_major = q is not None and q.stride(1) < q.stride(2)
         ctx.save_for_backward(cos, sin, positions)
         ctx.set_materialize_grads(False)
-        ctx.transposed, ctx.token_major = transposed, token_major
-        rotated = rotate_op(q, k, cos, sin, positions, transposed, token_major)
+        ctx.interleaved, ctx.transposed, ctx.token_major = interleaved, transposed, token_major
+        rotated = rotate_op(q, k, cos, sin, positions, interleaved, transposed, token_major)
         ctx.mark_non_differentiable(*[r for r, need in zip(rotated, ctx.needs_input_grad, strict=False) if not need])
         return rotated
 
@@ -211,11 +238,11 @@ class _Rope(torch.autograd.Function):
         cos, sin, positions = ctx.saved_tensors
         dq, dk = (resolved(one) if need else None for one, need in zip((dq, dk), ctx.needs_input_grad, strict=False))
         if dq is None and dk is None:
-            return (None,) * 7
+            return (None,) * 8
         differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rotate = _Rope.apply if differentiated else rotate_op  # the former can be differentiated again
-        q_grad, k_grad = rotate(dq, dk, cos, sin, positions, not ctx.transposed, ctx.token_major)
-        return None if dq is None else q_grad, None if dk is None else k_grad, *(None,) * 5
+        q_grad, k_grad = rotate(dq, dk, cos, sin, positions, ctx.interleaved, not ctx.transposed, ctx.token_major)
+        return None if dq is None else q_grad, None if dk is None else k_grad, *(None,) * 6
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: object) -> None:
@@ -226,7 +253,9 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | No
     check_runnable("q", q)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their positions.
 
     Args:
@@ -236,6 +265,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
             constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
+        interleaved: False pairs column i with column D'/2 + i, True column 2i with column 2i + 1. In both, column i of
+            cos and sin is for the first column of pair i, column D'/2 + i for the second.
 
     Returns:
         q and k rotated, each in its own shape and dtype; in memory token by token if q is, else contiguous.
@@ -251,4 +282,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     Source: Su 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
     """
     run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
-    return run(_Rope, check, q, k, cos, sin, positions, False, None)
+    return run(_Rope, check, q, k, cos, sin, positions, interleaved, False, None)

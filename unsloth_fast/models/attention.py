@@ -1,79 +1,197 @@
-"""Attention of the known families: the rotary embedding.
+"""How does the attention of any family get the backend's rope?
 
-One forward serves every family: they differ only in the norms on the heads, the window and the cap on the scores. Their
-own forward cannot be kept because it takes the rotary embedding from its module's globals: torch.compile looks globals
-up in the module of that name, so it would bypass a copy of the function with other globals.
-
-The attention itself, its mask and its caches are those of the model's attn_implementation, which is ours for packed
-batches (see `unsloth_fast.models.packed`).
+The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin). Where it
+rotates as the contract does, up to the layout of cos and sin, it can be replaced: under one module, by a forward that
+is compiled again from the source of the class's own, with the function's name as a variable of an enclosing function.
+All other names stay globals of the family's file, so torch.compile finds them there. What differs between families,
+such as norms on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
-import sys
-from collections.abc import Callable
-from typing import Any
+import __future__
 
-from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Hashable
+from functools import cache, wraps
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.families import Family
-from unsloth_fast.models.protocols import Attention, Forward, KeyValueCache, Placement
+from unsloth_fast.models.head_norms import apply, moved, norms_of
+from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.recomputed import recomputed
+from unsloth_fast.models.structure import Found
+from unsloth_ref import kernels as reference
+
+_PARAMETERS = ["q", "k", "cos", "sin"]
+_WIDTH = 8  # of a head in the numeric check
+_FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+
+Rope = Callable[..., tuple[Tensor, Tensor]]
 
 
-def attention_placement(attention: Attention, family: Family, backend: Backend) -> Placement:
-    """The backend's rope, and the forward."""
-    eager = sys.modules[type(attention).__module__].eager_attention_forward  # the default of the class's own forward
-    return ("rope",), _attention_forward(family, backend.kernels.rope, eager)
+class Rotation(NamedTuple):
+    """How to call `rope` in place of a family's function.
+
+    Attributes:
+        interleaved: whether neighbouring columns are pairs.
+        angles: makes the contract's cos from the family's: the first columns of all pairs, then the second ones.
+        columns: the order of q and k before they are rotated.
+    """
+
+    interleaved: bool
+    angles: Callable[[Tensor], Tensor]
+    columns: Callable[[Tensor], Tensor]
 
 
-def _attention_forward(
-    family: Family, rope: Callable[..., tuple[Tensor, Tensor]], eager: Callable[..., Any]
-) -> Forward:
-    def forward(
-        self: Attention,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: KeyValueCache | None = None,
-        cache: KeyValueCache | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None]:
-        rows = hidden_states.shape[:-1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        with recomputed(hidden_states):
-            q, k, v = (projection(hidden_states).view(*rows, -1, self.head_dim) for projection in projections)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]
-        if q.dtype != k.dtype:  # one of them has an adapter, or is in 4 bits
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _twice(angle: Tensor) -> Tensor:
+    return torch.cat([angle, angle], -1)
+
+
+def _half_twice(angle: Tensor) -> Tensor:
+    """For a function that does not read the second half of its angles."""
+    return _twice(angle.chunk(2, -1)[0])
+
+
+def _even_first(x: Tensor) -> Tensor:
+    return torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+
+
+_ROTATIONS = (
+    Rotation(False, _same, _same),
+    Rotation(False, _same, _even_first),  # neighbours become halves, as in DeepSeek V3
+    Rotation(False, _half_twice, _even_first),  # the same since transformers 5.24
+    Rotation(False, _twice, _same),  # one angle per pair, as in gpt-oss
+    Rotation(True, _half_twice, _same),  # as in GLM-4
+    Rotation(True, _even_first, _same),  # an angle per column, as in Cohere
+)
+
+
+def attention_placement(module: nn.Module, backend: Backend, known: dict[Hashable, Found]) -> Placement | None:
+    """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
+
+    qk_norm_rope in place of rope where the norms of the heads stand directly before it, unless the backend separates
+    them. known: as in `recognise`.
+    """
+    own = inspect.unwrap(type(module).forward)
+    found = _rotations(own) if isinstance(own, FunctionType) else {}
+    functions = {name: _by(backend.kernels.rope, rotation, own.__globals__[name]) for name, rotation in found.items()}
+    operation, make = "rope", None
+    if len(found) == 1 and backend.fuses("qk_norm_rope", "rms_norm", "rope"):
+        (name, rotation), *_ = found.items()
+        norm = norms_of(module, known) if rotation.columns is _same and not rotation.interleaved else None
+        make = _maker(own, (name,), norms=True) if norm else None
+        if norm and make:
+            operation, functions = "qk_norm_rope", {name: apply(norm, backend.kernels.qk_norm_rope, functions[name])}
+    make = make or (_maker(own, tuple(found)) if found else None)
+    if make is None:
+        return None
+    made = make(*functions.values())
+
+    @wraps(made)
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with recomputed(hidden_states):  # by the projections of queries, keys and values
+            return made(self, hidden_states, *args, **kwargs)
+
+    return (operation,), forward
+
+
+def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, rope: Rope = operation, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if args or kwargs or q.ndim != 4 or cos.ndim != 3:  # heads in another dimension, or other positions
+            return own(q, k, cos, sin, *args, **kwargs)
+        if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.
-        cos, sin = (angle if angle.dtype == q.dtype else angle.float() for angle in position_embeddings)
-        q, k = rope(q, k, cos, sin)
-        if cache is not None:  # the name of past_key_values since transformers 5.24
-            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
-        elif past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        window, softcap = _attribute(self, family.window), _attribute(self, family.softcap)
-        implementation: Any = self.config._attn_implementation
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        dropout = self.attention_dropout if self.training else 0.0
-        limits = {"scaling": self.scaling, "sliding_window": window}
-        if softcap is not None:
-            limits["softcap"] = softcap
-        heads, weights = attention(self, q, k, v, attention_mask, dropout=dropout, **limits, **kwargs)
-        return self.o_proj(heads.reshape(*rows, -1)), weights
+        cos, sin = (rotation.angles(angle if angle.dtype == q.dtype else angle.float()) for angle in (cos, sin))
+        return rope(rotation.columns(q), rotation.columns(k), cos, sin, interleaved=rotation.interleaved)
 
-    return forward
+    return rotate
 
 
-def _attribute(attention: Attention, path: str | None) -> Any:
-    """The value of an attribute such as "config.sliding_window"; None for no path."""
-    if path is None:
+@cache
+def _rotations(forward: FunctionType) -> dict[str, Rotation]:
+    """The functions of its file that a forward calls and that rotate as `rope` does, by name."""
+    parameters = list(inspect.signature(forward).parameters)
+    functions = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+    found = {
+        name: rotation
+        for name, function in functions.items()
+        if isinstance(function, FunctionType) and list(inspect.signature(function).parameters)[:4] == _PARAMETERS
+        if (rotation := _rotation(function)) is not None
+    }
+    return found if parameters[1:2] == ["hidden_states"] else {}
+
+
+def _rotation(function: Rope) -> Rotation | None:
+    """The one way of calling `rope` that agrees with a function in float32, for whole and half rotations of a head.
+
+    All numbers are between -1 and 1, so that each side has an error of at most 2^-22: two products and their sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) - 1
+
+    agreeing = set(_ROTATIONS)
+    computed = False
+    for columns in (_WIDTH, _WIDTH // 2):
+        given = uniform(2, 3, 5, _WIDTH), uniform(2, 1, 5, _WIDTH), uniform(2, 5, columns), uniform(2, 5, columns)
+        expected = _results(function, *given)
+        if expected is not None:
+            computed = True
+            results = {each: _results(_by(reference.rope, each, function), *given) for each in agreeing}
+            agreeing = {each for each, result in results.items() if result is not None and _agree(result, expected)}
+    return agreeing.pop() if computed and len(agreeing) == 1 else None
+
+
+def _results(function: Rope, *given: Tensor) -> list[Tensor] | None:
+    """The rotated queries and keys; None if the function raises."""
+    try:
+        with torch.no_grad():
+            return list(function(*given))
+    except _FAILURES:
         return None
-    value: Any = attention
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+
+
+def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
+    shapes = [one.shape for one in found] == [one.shape for one in expected]
+    return shapes and all(bool(((x - y).abs() <= 2.0**-21).all()) for x, y in zip(found, expected, strict=True))
+
+
+@cache
+def _maker(
+    forward: FunctionType, names: tuple[str, ...], norms: bool = False
+) -> Callable[..., Callable[..., Any]] | None:
+    """A function of the functions with these names that returns the forward which calls them.
+
+    With norms, the one function applies the norms of the heads too. None if that cannot be done, if the source is not
+    that of the forward, or if it uses what the class alone provides.
+    """
+    code = forward.__code__
+    try:
+        lines, first = inspect.getsourcelines(forward)
+        own = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError):
+        return None
+    if norms and not moved(own.body[0], names[0]):  # type: ignore[arg-type]
+        return None
+    tree = ast.parse(f"def make({', '.join(names)}):\n    return {forward.__name__}")
+    tree.body[0].body.insert(0, ast.increment_lineno(own, first - 1).body[0])  # type: ignore[attr-defined]
+    options = code.co_flags & __future__.annotations.compiler_flag
+    made: dict[str, Any] = {}
+    exec(compile(tree, code.co_filename, "exec", options, dont_inherit=True), forward.__globals__, made)
+    again = inspect.unwrap(made["make"](*names)).__code__
+    same = set(again.co_names) == set(code.co_names) - set(names) and again.co_varnames == code.co_varnames
+    return made["make"] if same and not code.co_freevars else None

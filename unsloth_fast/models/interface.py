@@ -6,29 +6,31 @@ of ours may be looked up instead, and nothing else of the model changes.
 """
 
 import ast
+import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch.nn import Module
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.models.methods import has_own_method
-from unsloth_fast.models.mixers import Mixer, recognise_mixer
+from unsloth_fast.models.mixers import Mixer, mixers_of
+from unsloth_ref import kernels as reference
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
-WIDEST = 256  # columns of a head that the judge holds packed_attention to
+WIDEST = 512  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
-_CACHES = ("cache", "cache_params", "past_key_values")
 _STATES = "create_recurrent_attention_mask"  # makes the masks of layers that carry a state
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
-_POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
 _KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
 _OF_MODULE = frozenset(("num_key_value_groups", "training", "head_dim"))  # what an eager attention may read
@@ -44,6 +46,7 @@ class Stack:
         masked: why documents are kept apart by a mask for the attention it had before; None if `packed_attention`
             keeps them apart.
         function: the attention function that it had before; None if it is foreign.
+        sinks: whether that function reads sinks of its module.
         mixers: the modules below it that carry a state from token to token and are recognised, by their id.
     """
 
@@ -51,6 +54,7 @@ class Stack:
     foreign: str | None = None
     masked: str | None = None
     function: Callable[..., Any] | None = None
+    sinks: bool = False
     mixers: Mapping[int, Mixer] = field(default_factory=dict)
 
 
@@ -71,14 +75,14 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
         implementation: the attn_implementation that it has without ours.
     """
     foreign = None if implementation in DELEGATES else f"attn_implementation={implementation}"
-    mixers = _mixers_of(stack)
+    mixers = mixers_of(stack)
     foreign = foreign or _foreign_stack(stack, len(mixers))
     attentions: list[Module] = []
     for module in stack.modules():
-        if module is stack or id(module) in mixers or not (_takes_mask(module) or _looks_up(module)):
+        if module is stack or id(module) in mixers or not (_takes_mask(module) or looks_up(module)):
             continue
         uses = _uses(inspect.unwrap(type(module).forward))
-        if _looks_up(module):
+        if looks_up(module):
             attentions.append(module)
         foreign = foreign or _foreign_layer(module, uses, stack)
     if not attentions:
@@ -90,34 +94,8 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     if functions or function is None:
         return Stack(tuple(attentions), "its eager attention function was not found")
     reasons = (_masked_attention(attention, function) for attention in attentions)
-    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, mixers)
-
-
-def _mixers_of(stack: Module) -> dict[int, Mixer]:
-    """The modules below a stack that are recognised as mixers, by their id."""
-    known: dict[Hashable, Any] = {}
-    modules = [module for module in stack.modules() if not has_own_method(module, "forward")]
-    found = {id(module): recognise_mixer(module, known) for module in modules}
-    return {key: mixer for key, mixer in found.items() if isinstance(mixer, Mixer)}
-
-
-def carriers_of(model: Module) -> list[str]:
-    """The classes of the modules that carry a state from token to token and are not recognised as mixers."""
-    mixers = _mixers_of(model)
-    names = {type(module).__name__ for module in model.modules() if id(module) not in mixers and _carries(module)}
-    return sorted(names)
-
-
-def _carries(module: Module) -> bool:
-    """Whether a module takes a cache, attends to nothing, and no module below it takes a cache."""
-    return _takes_cache(module) and not any(
-        _takes_cache(other) or _looks_up(other) for other in module.modules() if other is not module
-    ) and not _looks_up(module)  # fmt: skip
-
-
-def _takes_cache(module: Module) -> bool:
-    code = _code_of(module)
-    return code is not None and not {*_CACHES}.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    sinks = "sinks" in _read_of(function)
+    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, sinks, mixers)
 
 
 def extras_of(function: Callable[..., object]) -> frozenset[str]:
@@ -127,40 +105,8 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(entry.name for entry in named) - _KEYWORDS
 
 
-def finds_documents(stack: PreTrainedModel) -> bool:
-    """Whether a stack gives position_ids to the functions that make its masks, which find documents by them."""
-    classes = type(stack).__mro__
-    return any(_gives_positions(each) for each in classes[: classes.index(PreTrainedModel)])
-
-
-@cache
-def _gives_positions(owner: type) -> bool:
-    """Whether a method of the class calls a function that makes masks with position_ids; True without a source."""
-    tree = _tree(owner)
-    if tree is None:
-        return True
-    makers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and _makes_masks(node.id)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(_name(part) in makers for part in ast.walk(node.value)):
-            makers |= {_name(target) for target in node.targets}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _name(node.func) in makers:
-            given = {keyword.arg for keyword in node.keywords}
-            if "position_ids" in given or len(node.args) > _POSITIONS:
-                return True
-            if None in given and "position_ids" in _keys(tree):
-                return True
-    return False
-
-
-def _makes_masks(name: str) -> bool:
+def makes_masks(name: str) -> bool:
     return name.startswith("create_") and "mask" in name
-
-
-def _keys(tree: ast.AST) -> set[object]:
-    """The constant keys of all dictionaries."""
-    keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
-    return {key.value for key in keys if isinstance(key, ast.Constant)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +133,7 @@ class _Uses:
 @cache
 def _uses(forward: Callable[..., Any]) -> _Uses | None:
     """What the source of a forward shows; None without a source."""
-    tree = _tree(forward)
+    tree = tree_of(forward)
     if tree is None:
         return None
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -216,14 +162,14 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
     )
 
 
-def _tree(function: Callable[..., Any] | type) -> ast.AST | None:
+def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
-def _name(node: ast.AST) -> str:
+def name_of(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -235,7 +181,9 @@ def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
         return ""
     if isinstance(call, ast.Call) and call.func is not node:
         func = call.func
-        return f"self.{func.attr}" if isinstance(func, ast.Attribute) and _name(func.value) == "self" else _name(func)
+        return (
+            f"self.{func.attr}" if isinstance(func, ast.Attribute) and name_of(func.value) == "self" else name_of(func)
+        )
     if isinstance(parent, ast.Dict | ast.Tuple | ast.List):
         return "container"
     return "isinstance" if isinstance(parent, ast.NamedExpr) and _is_type_test(parents[parent]) else ""
@@ -246,13 +194,13 @@ def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     parent = parents[node]
     call = parents[parent] if isinstance(parent, ast.keyword) else parent
     if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
-        return _name(call.func.value) != "self"
+        return name_of(call.func.value) != "self"
     sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
     return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
 
 
 def _is_type_test(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and _name(node.func) == "isinstance"
+    return isinstance(node, ast.Call) and name_of(node.func) == "isinstance"
 
 
 def _is_eager_test(node: ast.Compare) -> bool:
@@ -261,17 +209,17 @@ def _is_eager_test(node: ast.Compare) -> bool:
     return isinstance(node.ops[0], ast.NotEq) and isinstance(value, ast.Constant) and value.value == "eager"
 
 
-def _code_of(module: Module) -> Any:
+def code_of(module: Module) -> Any:
     return getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
 
 
 def _takes_mask(module: Module) -> bool:
-    code = _code_of(module)
+    code = code_of(module)
     return code is not None and _MASK in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def _looks_up(module: Module) -> bool:
-    code = _code_of(module)
+def looks_up(module: Module) -> bool:
+    code = code_of(module)
     return code is not None and INTERFACE in code.co_names
 
 
@@ -279,7 +227,7 @@ def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
     """Why a stack's masks are left to transformers; it has so many mixers."""
     forward = inspect.unwrap(type(stack).forward)
     uses = _uses(forward)
-    made = set() if uses is None else set(filter(_makes_masks, uses.names))
+    made = set() if uses is None else set(filter(makes_masks, uses.names))
     if uses is None or not made & MASKS:
         return "its masks are its own"
     if getattr(stack, "_is_stateful", False) or _STATES in made:
@@ -303,11 +251,11 @@ def _foreign_layer(module: Module, uses: _Uses | None, stack: PreTrainedModel) -
         return f"{name} takes its mask by another name"
     alike = (other for other in stack.modules() if type(other) is type(module))  # whose layer may be of another kind
     children = {f"self.{child}" for other in alike for child in other._modules}
-    if uses.receivers - children - (uses.functions if _looks_up(module) else set()):
+    if uses.receivers - children - (uses.functions if looks_up(module) else set()):
         return f"{name} changes its mask"
     if uses.compares:
         return f"{name} compares the name of its attn_implementation"
-    if _looks_up(module):
+    if looks_up(module):
         found = inspect.unwrap(type(module).forward).__globals__.get(INTERFACE)
         if found is not ALL_ATTENTION_FUNCTIONS or getattr(module, "config", None) is not stack.config:
             return f"{name} has an interface of its own"
@@ -339,15 +287,42 @@ def _masked_attention(attention: Any, function: Callable[..., Any]) -> str | Non
 
 @cache
 def _reads_of_its_own(function: Callable[..., Any]) -> str | None:
-    """What an eager attention function reads of its module beside the number of heads, such as sinks."""
+    """What an eager attention function uses that `packed_attention` is not given."""
     if function is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return None
-    tree = _tree(function)
+    tree, read = tree_of(function), _read_of(function)
     if tree is None:
         return "an eager attention without source"
-    module = next(iter(inspect.signature(function).parameters))
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _name(node.value) == module}
-    if read - _OF_MODULE:
-        return f"{', '.join(sorted(read - _OF_MODULE))} in its eager attention"
+    if read - _OF_MODULE - {"sinks"}:
+        return f"{', '.join(sorted(read - _OF_MODULE - {'sinks'}))} in its eager attention"
+    if "sinks" in read and not _has_sinks(function):
+        return "sinks of another kind in its eager attention"
     loaded = any(isinstance(node, ast.Name) and node.id == "kwargs" for node in ast.walk(tree))
     return "keywords in its eager attention" if loaded else None
+
+
+def _read_of(function: Callable[..., Any]) -> set[str]:
+    """The attributes of its module that the source of an attention function reads."""
+    tree, module = tree_of(function), next(iter(inspect.signature(function).parameters))
+    nodes = () if tree is None else ast.walk(tree)
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and name_of(node.value) == module}
+
+
+def _has_sinks(function: Callable[..., Any]) -> bool:
+    """Whether an attention function takes the sinks of its module as `packed_attention` does.
+
+    Checked in float32, for means of numbers up to 1: weights have about 20 roundings, of at most 2^-24 each.
+    """
+    draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    q, k, v, sinks = draw(5, 4, 8), draw(5, 2, 8), draw(5, 2, 8), draw(4)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=2, head_dim=8, training=False)
+    mask = torch.full((1, 1, 5, 5), -torch.inf, device="cpu").triu(1)
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    try:
+        with torch.no_grad():
+            found, _ = function(module, *heads, mask, scaling=0.3)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    bounds = torch.tensor([0, 5], dtype=torch.int32, device="cpu")
+    expected = reference.packed_attention(q, k, v, bounds, 5, scale=0.3, sinks=sinks)
+    return found.shape[1:] == expected.shape and bool(((found[0] - expected).abs() <= 20 * 2.0**-24).all())

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.methods import forward_hooks, has_own_method
 from unsloth_fast.models.protocols import Forward
 from unsloth_fast.models.structure import FAILURES, Sparse, in_both_modes, plain, sizes_of, twin_of
 from unsloth_ref import kernels as reference
 
-_CACHES = ("cache", "cache_params", "past_key_values")
+CACHES = ("cache", "cache_params", "past_key_values")
 _SEPARATE = frozenset(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"))
 _FUSED = frozenset(("in_proj_qkvz", "in_proj_ba", "out_proj"))
 _EPS = 1e-6  # added to the squared length of q and k
@@ -56,7 +56,7 @@ def mixer_forward(mixer: Mixer, kernels: Any) -> Forward:
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
         bounds = kwargs.get("seq_idx") if bounds is None else bounds
-        cached = any(kwargs.get(name) is not None for name in _CACHES)
+        cached = any(kwargs.get(name) is not None for name in CACHES)
         if cached and bounds is not None:
             raise ValueError("past_key_values: got a cache and cu_seq_lens_q; allowed: none")
         if args or cached or (bounds is not None and bounds.ndim != 1):
@@ -130,6 +130,14 @@ def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | st
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
+
+
+def mixers_of(model: nn.Module) -> dict[int, Mixer]:
+    """The modules of a model that are recognised as mixers, by their id; their forwards are those of their classes."""
+    known: dict[Hashable, Any] = {}
+    modules = [module for module in model.modules() if not has_own_method(module, "forward")]
+    found = {id(module): recognise_mixer(module, known) for module in modules}
+    return {key: mixer for key, mixer in found.items() if isinstance(mixer, Mixer)}
 
 
 def _candidate(module: nn.Module) -> Mixer | None:

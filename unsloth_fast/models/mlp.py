@@ -1,21 +1,23 @@
-"""A gated MLP on the backend's activation."""
+"""An MLP on the backend's activation, gated or not."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.protocols import Forward
+from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
 
 @dataclass(frozen=True)
 class Gated:
-    """How a gated MLP works: down(operation(gate(x), up(x))).
+    """How an MLP works: down(operation(gate(x), up(x))); down(operation(up(x))) for relu_squared.
 
     Attributes:
-        operation: the activation and the product.
+        operation: the activation, and the product if it is gated.
         approximate: of geglu; None for swiglu.
         gate: the name of the layer that computes the gate.
         up: the name of the layer that computes the other factor; the same if one layer computes both halves.
@@ -31,8 +33,30 @@ class Gated:
     gate_first: bool = True
 
 
+def mlp_placement(mlp: Gated, backend: Backend) -> Placement:
+    """The operation of an MLP and its forward: fused_swiglu if one layer computes the gate and then the other half."""
+    if mlp.operation == "swiglu" and mlp.up == mlp.gate and mlp.gate_first and backend.fuses("fused_swiglu", "swiglu"):
+        return ("fused_swiglu",), _forward_of_one(mlp, backend.kernels.fused_swiglu)
+    return (mlp.operation,), mlp_forward(mlp, backend.kernels)
+
+
+def _forward_of_one(mlp: Gated, activation: Callable[[Tensor], Tensor]) -> Forward:
+    """The forward of an MLP whose activation takes one tensor."""
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        with recomputed(hidden_states):
+            projected = getattr(self, mlp.up)(hidden_states)
+        hidden = recomputable(activation(projected), partial(activation, projected.detach()))
+        with recomputed(hidden):
+            return getattr(self, mlp.down)(hidden)
+
+    return forward
+
+
 def mlp_forward(mlp: Gated, kernels: object) -> Forward:
     """The forward of an MLP that calls the operation of these kernels."""
+    if mlp.operation == "relu_squared":
+        return _forward_of_one(mlp, getattr(kernels, mlp.operation))
     options = {"approximate": mlp.approximate} if mlp.approximate else {}
     gated = partial(getattr(kernels, mlp.operation), **options)
 

@@ -1,8 +1,9 @@
-"""An RMSNorm on the backend's operation."""
+"""An RMSNorm, with or without a gate, on the backend's operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,18 +29,51 @@ class Norm:
     casting: Casting
 
 
+@dataclass(frozen=True)
+class GatedNorm:
+    """How an RMSNorm with a gate works.
+
+    Attributes:
+        eps: the name of the attribute with eps.
+        group_size: the columns of a group.
+        norm_before_gate: whether the normalised rows are multiplied by the gate.
+        casting: how the result is rounded, as in `gated_rms_norm`.
+    """
+
+    eps: str
+    group_size: int
+    norm_before_gate: bool
+    casting: Casting
+
+
+def gated_norm_forward(norm: GatedNorm, gated_rms_norm: Callable[..., Tensor]) -> Forward:
+    """The forward of a norm that calls the operation; without a gate, or with one of another dtype, the class's own.
+
+    A norm with Llama's casting and the gate before the norm returns the promoted dtype of input and weight.
+    """
+    widens = norm.casting == "llama" and not norm.norm_before_gate
+    options = {"group_size": norm.group_size, "norm_before_gate": norm.norm_before_gate, "casting": norm.casting}
+
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None or gate.dtype != hidden_states.dtype:
+            return type(self).forward(self, hidden_states, gate)
+        if widens and self.weight.dtype != hidden_states.dtype:
+            hidden_states, gate = _promoted(hidden_states, self.weight), _promoted(gate, self.weight)
+        return gated_rms_norm(hidden_states, gate, self.weight, getattr(self, norm.eps), **options)
+
+    return forward
+
+
 def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     """The forward of a norm that calls the operation.
 
     The operation returns the dtype of its input. So does a norm with Gemma's casting, while one with Llama's returns
     the promoted dtype of input and weight.
     """
-    widened = _promoted if norm.casting == "llama" else _unchanged
 
     def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
         weight = self.weight
-        if weight.dtype != hidden_states.dtype:
-            hidden_states = widened(hidden_states, weight)
+        hidden_states = widened(norm, hidden_states, weight)
         apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
         return recomputable(normed, partial(apply, hidden_states.detach(), weight.detach()))
@@ -47,12 +81,15 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     return forward
 
 
+def widened(norm: Norm, hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """The input in the dtype that the norm returns."""
+    if weight.dtype == hidden_states.dtype or norm.casting != "llama":
+        return hidden_states
+    return _promoted(hidden_states, weight)
+
+
 def _promoted(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """In the promoted dtype, unless autocast rounds the result to the dtype of hidden_states in the next layer."""
     dtype = hidden_states.dtype
     rounds = product_dtype(hidden_states, weight) == dtype
     return hidden_states if rounds else hidden_states.to(torch.promote_types(dtype, weight.dtype))
-
-
-def _unchanged(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    return hidden_states

@@ -1,9 +1,9 @@
 """How do concatenated documents go through transformers' attention interface without seeing each other?
 
-A packed batch is one row of documents, in the form that transformers' flash attention takes: cu_seq_lens_q and
-max_length_q among the keyword arguments, no attention_mask. The stack of layers passes the bounds of the documents as a
-mask of [1, 1, documents + 1], int32, which transformers hands to the mask function of the model's attn_implementation.
-Ours, "packed_sdpa" or "packed_eager", answers with the same bounds as [1, 1, W, documents + 1], W being the window. The
+A packed batch is one row of documents, in the form that transformers' flash attention takes: cu_seq_lens_q among the
+keyword arguments, no attention_mask. The stack of layers passes the bounds of the documents as a mask of
+[1, 1, documents + 1], int32, which transformers hands to the mask function of the model's attn_implementation. Ours,
+"packed_sdpa" or "packed_eager", answers with the same bounds as [1, 1, W, documents + 1], W being the window. The
 attention function of that name calls `packed_attention` for such a mask. So whatever reaches the attention, in a
 checkpoint's recomputation too, says by itself what may be seen, and any other mask goes to the implementation before.
 
@@ -51,6 +51,7 @@ class Documents:
         kernel: the backend's `packed_attention`.
         function: the attention function of the implementation before; None for one that is left to transformers.
         extras: its keywords that the kernel has no counterpart for.
+        sinks: whether it reads sinks of its module.
         mixed: whether layers carry a state, which needs the bounds too.
         warned: whether a mask was warned of.
     """
@@ -60,6 +61,7 @@ class Documents:
     kernel: Callable[..., Tensor]
     function: Callable[..., Any] | None
     extras: frozenset[str]
+    sinks: bool
     mixed: bool = False
     warned: bool = False
 
@@ -96,7 +98,8 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
         return found, None
     extras = frozenset[str]() if found.function is None else extras_of(found.function)
     reason = found.foreign or found.masked
-    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, bool(found.mixers))
+    mixed = bool(found.mixers)
+    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks, mixed)
     for module in (stack, *(found.attentions if found.function else ())):
         setattr(module, _STATE, documents)
     if found.function is not None:
@@ -151,7 +154,7 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for a packed batch of several rows, with a mask or a cache, or without max_length_q."""
+    """Raise ValueError for a packed batch of several rows, or with a mask or a cache."""
     mask, rows = kwargs.get("attention_mask"), _inputs(args, kwargs).shape[0]
     if mask is not None and not isinstance(mask, dict):  # an image-text model made masks of its own
         raise ValueError(
@@ -162,8 +165,6 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the first name since transformers 5.24
     if cache is not None and cache.get_seq_length():
         raise ValueError(f"past_key_values: got {cache.get_seq_length()} tokens and cu_seq_lens_q; allowed: none")
-    if kwargs.get("max_length_q") is None:
-        raise ValueError("max_length_q: got None and cu_seq_lens_q; allowed: the length of the longest document")
 
 
 def _mask(
@@ -253,7 +254,8 @@ def _attention(
         value = pad(value, (0, query.shape[3] - width))
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     limits = {"scale": options.get("scaling"), "softcap": options.get("softcap") or 0.0}
-    out = documents.kernel(q, k, v, bounds, tokens, window=window if window < tokens else None, **limits)
+    limits |= {"window": window if window < tokens else None, "sinks": module.sinks if documents.sinks else None}
+    out = documents.kernel(q, k, v, bounds, tokens, **limits)
     return out[None, :, :, :width], None
 
 

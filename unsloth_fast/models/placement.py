@@ -12,13 +12,13 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
-from unsloth_fast.models.families import family_of
+from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
-from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.mlp import Gated, mlp_placement
+from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import recognise
@@ -33,17 +33,21 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, recognised by a numeric
-      check (see `unsloth_fast.models.structure`);
+    - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
+      whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
-      batches (see `unsloth_fast.models.packed`). With sinks, dropout, or anything else that packed_attention does not
-      compute, it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
+      batches (see `unsloth_fast.models.packed`). With dropout, or anything else that packed_attention does not compute,
+      it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
+    - rope in every attention that rotates by a function of its file which computes the same, half by half or
+      interleaved (see `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3
+      and Gemma 3, qk_norm_rope computes both.
 
-    and rope in the attention of Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (see `unsloth_fast.models.attention`).
+    A fused operation, qk_norm_rope or fused_swiglu, is placed if it and its parts come from the same package. A backend
+    with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
     those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
@@ -63,6 +67,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
     known: dict[Hashable, Any] = {}
+    inside: set[int] = set()  # norms that an attention's operation computes
     for module in model.modules():
         name = type(module).__name__
         placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
@@ -71,7 +76,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
         elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
-            placed.update(operations)
+            placed.update(() if id(module) in inside else operations)
+            inside |= {id(module._modules[name]) for name in NAMES if "qk_norm_rope" in operations}
         elif name.endswith(("Norm", "MLP", "Attention")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
@@ -115,16 +121,18 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
 
 def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
-    if (family := family_of(module)) is not None:
-        return attention_placement(module, family, backend)
+    if (placement := attention_placement(module, backend, known)) is not None:
+        return placement
     mixer = recognise_mixer(module, known)
     if isinstance(mixer, Mixer):
         return mixer.operations, mixer_forward(mixer, backend.kernels)
     found = mixer or recognise(module, known)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, GatedNorm):
+        return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):
-        return (found.operation,), mlp_forward(found, backend.kernels)
+        return mlp_placement(found, backend)
     return lora_placement(module, backend) if found is None else found
 
 

@@ -42,32 +42,6 @@ class RMSNorm(Protocol):
     weight: Tensor
 
 
-class Attention(Protocol):
-    """The attention of a known family; window and softcap are attributes that the family names."""
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    q_norm: nn.Module  # Qwen3 and Gemma 3 only
-    k_norm: nn.Module
-    head_dim: int
-    layer_idx: int
-    scaling: float
-    attention_dropout: float
-    is_causal: bool
-    training: bool
-    config: PreTrainedConfig
-
-
-class KeyValueCache(Protocol):
-    """A `transformers.Cache`."""
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, /, **options: Any) -> tuple[Tensor, Tensor]:
-        """Append to the layer's keys and values [B, K, S, D]; return all of them."""
-        ...
-
-
 class LoraLinear(Protocol):
     """peft's `LoraLayer` around a linear layer; each mapping is keyed by the adapter's name."""
 

@@ -1,7 +1,8 @@
-"""What is a module? A norm or a gated MLP, recognised by its parameters and by a numeric check against its own forward.
+"""What is a module? A norm, with a gate or not, or an MLP, recognised by its parameters and by a numeric check.
 
-The check calls the forward of the module's class on a twin on the CPU, with random weights and a few random rows, so
-the module's weights may be sharded, in 4 bits or without memory. Classes and their names play no part.
+The check compares it with its own forward: that of the module's class, called on a twin on the CPU, with random weights
+and a few random rows, so the module's weights may be sharded, in 4 bits or without memory. Classes and their names play
+no part.
 """
 
 import copy
@@ -10,14 +11,14 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from unsloth_fast.models.methods import forward_hooks
 from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
@@ -25,10 +26,11 @@ _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
+_AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | Gated | str | None
+Found = Norm | GatedNorm | Gated | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
@@ -43,7 +45,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     others = [child for name, child in children.items() if name not in sizes]
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    if not (is_norm or is_gated) or _has_state(module, others) or not _takes_one(type(module).forward):
+    taken = _taken(type(module).forward)
+    if not (is_norm or is_gated) or _has_state(module, others) or taken not in ((1, 2) if is_norm else (1,)):
         return None
     if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
         return "hooks on its activation"
@@ -53,7 +56,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     if key not in known:
         try:
             with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
-                known[key] = _norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
+                norm = _norm if taken == 1 else _gated_norm
+                known[key] = norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
@@ -65,10 +69,10 @@ def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
     return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
 
 
-def _takes_one(forward: Callable[..., object]) -> bool:
-    """Whether a forward has one parameter beside the module: a gated norm has another."""
+def _taken(forward: Callable[..., object]) -> int | None:
+    """How many inputs a forward takes, all by position; a gated norm takes two."""
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+    return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
 
 
 def plain(module: nn.Module) -> tuple[object, ...]:
@@ -87,29 +91,54 @@ def _value(value: object) -> object:
 
 def _norm(module: nn.Module, size: int) -> Norm | str | None:
     """The offset from float32, then the casting from 16 bits, where alone it matters."""
-    eps = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
-    if eps is None:
+    eps = _eps(module)
+    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma") if eps]
+    calls = {norm: norm_forward(norm, reference.rms_norm) for norm in candidates}
+    return _agreeing_norm(module, size, calls, "rms_norm", 1) if eps else None
+
+
+def _gated_norm(module: nn.Module, size: int) -> GatedNorm | str | None:
+    """The order and the groups from float32, then the casting from 16 bits."""
+    eps, count = _eps(module), getattr(module, "n_groups", None)
+    group = size // count if isinstance(count, int) and count > 0 else getattr(module, "group_size", size)
+    if eps is None or not isinstance(group, int) or group < 1 or size % group:
         return None
+    candidates = [GatedNorm(eps, group, before, casting) for before in (True, False) for casting in ("llama", "gemma")]
+    calls = {norm: gated_norm_forward(norm, reference.gated_rms_norm) for norm in candidates}
+    return _agreeing_norm(module, size, calls, "gated_rms_norm", 2)
+
+
+def _eps(module: nn.Module) -> str | None:
+    """The name of the attribute with eps."""
+    return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+
+
+def _agreeing_norm(
+    module: nn.Module, size: int, calls: Mapping[_AnyNorm, Callable[..., object]], operation: str, inputs: int
+) -> _AnyNorm | str:
+    """The one norm whose forward, of those in calls, agrees with the module's own; why there is none, as text."""
     generator = torch.Generator().manual_seed(0)
     # The first rows are as small as eps is.
-    sizes = torch.tensor([getattr(module, eps) ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
-    rows = sizes * torch.randn((3, 2, size), generator=generator, dtype=torch.float32)
+    sizes = torch.tensor([getattr(module, _eps(module) or "") ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    rows = [torch.randn((3, 2, size), generator=generator, dtype=torch.float32) for _ in range(inputs)]
+    rows[0] = sizes * rows[0]
     weight = torch.randn(size, generator=generator, dtype=torch.float32)
-    found = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
+    found = list(calls)
     for weights, dtype, agree in (
         (torch.float32, torch.float32, _agree_in_float32),
         (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
         twin = twin_of(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
-        own = in_both_modes(twin, rows.to(dtype))
+        given = [tensor.to(dtype) for tensor in rows]
+        own = in_both_modes(twin, *given)
         if own is None:
             return _BY_MODE
-        results = {norm: cast(Tensor, norm_forward(norm, reference.rms_norm)(twin, rows.to(dtype))) for norm in found}
+        results = {norm: cast(Tensor, calls[norm](twin, *given)) for norm in found}
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
-            return _refusal("rms_norm", 0, min(float((result - own).abs().max()) for result in results.values()))
-    return found[0] if len(found) == 1 else _refusal("rms_norm", len(found))
+            return _refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
+    return found[0] if len(found) == 1 else _refusal(operation, len(found))
 
 
 def _refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
@@ -156,11 +185,13 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
             agreeing.append(gated)
     if len(agreeing) == 1:
         return agreeing[0]
+    if all(gated.operation == "relu_squared" for gated in candidates):  # two layers and another activation
+        return None
     return _refusal("swiglu and geglu", len(agreeing), min(differences))
 
 
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
-    """Every way in which linear layers, inputs and outputs by name, can be a gate, an up and a down projection."""
+    """Every way in which linear layers, inputs and outputs by name, can be an MLP, with or without a gate."""
     for names in itertools.permutations(sizes):
         *first, down = names
         hidden, inner = sizes[down][1], sizes[down][0]
@@ -170,6 +201,9 @@ def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
             elif len(first) == 1 and sizes[first[0]] == (hidden, 2 * inner):
                 for gate_first in (True, False):
                     yield Gated(operation, approximate, first[0], first[0], down, gate_first)
+        # The other order has fitting sizes too; layers are declared in the order of their use.
+        if len(first) == 1 and sizes[first[0]] == (hidden, inner) and names == tuple(sizes):
+            yield Gated("relu_squared", None, first[0], first[0], down)
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
@@ -186,13 +220,13 @@ def twin_of(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Map
     return twin
 
 
-def in_both_modes(twin: Any, rows: Tensor, **options: Tensor) -> Tensor | None:
+def in_both_modes(twin: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
     """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
     results: list[Tensor] = []
     for training in (False, True):
         twin.train(training)
         with torch.random.fork_rng([]):
-            results.append(type(twin).forward(twin, rows, **options))
+            results.append(type(twin).forward(twin, *inputs, **options))
     return results[0] if torch.equal(*results) else None
 
 

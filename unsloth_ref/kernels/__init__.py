@@ -6,12 +6,18 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.causal_conv import causal_conv
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.fused_swiglu import fused_swiglu
 from unsloth_ref.kernels.gated_delta_rule import gated_delta_rule
+from unsloth_ref.kernels.gated_rms_norm import gated_rms_norm
 from unsloth_ref.kernels.geglu import geglu
+from unsloth_ref.kernels.grouped_gemm import grouped_gemm
 from unsloth_ref.kernels.layer_norm import layer_norm
 from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_ref.kernels.lora_linear import lora_linear
+from unsloth_ref.kernels.moe_mlp import moe_mlp
 from unsloth_ref.kernels.packed_attention import packed_attention
+from unsloth_ref.kernels.qk_norm_rope import qk_norm_rope
+from unsloth_ref.kernels.relu_squared import relu_squared
 from unsloth_ref.kernels.rms_norm import rms_norm
 from unsloth_ref.kernels.rope import rope
 from unsloth_ref.kernels.swiglu import swiglu
@@ -20,12 +26,18 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "cross_entropy",
+    "fused_swiglu",
     "gated_delta_rule",
+    "gated_rms_norm",
     "geglu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "moe_mlp",
     "packed_attention",
+    "qk_norm_rope",
+    "relu_squared",
     "rms_norm",
     "rope",
     "swiglu",

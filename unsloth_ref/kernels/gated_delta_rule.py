@@ -18,7 +18,7 @@ once, at the end.
 import torch
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 
 
 def gated_delta_rule(
@@ -53,9 +53,9 @@ def gated_delta_rule(
             T. Compiled code does not check the last; there, tokens outside of all documents are undefined.
         TypeError: q, g or beta does not have a float dtype, k or v differs from q in dtype, or cu_seqlens is not int32.
     """
-    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     if not torch.compiler.is_compiling():
-        checks.documents_cover(cu_seqlens, len(q), "q")
+        document_checks.documents_cover(cu_seqlens, len(q), "q")
     (tokens, heads, width), wide = q.shape, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = (x.to(wide).repeat_interleave(v.shape[1] // heads, 1)[..., None] for x in (q, k))  # [T, M, D, 1]
     factor = width**-0.5 if scale is None else scale

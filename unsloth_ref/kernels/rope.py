@@ -1,11 +1,11 @@
-"""Rotary position embedding of queries and keys; each column of a head's first half pairs with one of its second half.
+"""Rotary position embedding of queries and keys: pairs of columns of a head, of both halves or neighbours, are rotated.
 
     y1 = x1 * cos1 - x2 * sin1      y2 = x2 * cos2 + x1 * sin2
     dx1 = dy1 * cos1 + dy2 * sin2   dx2 = dy2 * cos2 - dy1 * sin1
 
-x1 and x2 are the halves of the first D' columns of a head; cos1, cos2, sin1 and sin2 are the halves of cos and sin. The
-two halves are usually equal: the backward pass is then the rotation by the opposite angle. Columns from D' on are
-copied.
+x1 and x2 are the halves of the first D' columns of a head; interleaved, they are its even and its odd columns. cos1,
+cos2, sin1 and sin2 are the halves of cos and sin. The two halves are usually equal: the backward pass is then the
+rotation by the opposite angle. Columns from D' on are copied.
 
 Source: Su 2021, arXiv:2104.09864. Rounding: as transformers' apply_rotary_pos_emb: each product and then the sum are
 rounded to the wider dtype of x and cos.
@@ -16,7 +16,9 @@ from torch import Tensor
 from unsloth_ref import checks
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their positions.
 
     Args:
@@ -26,6 +28,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
             their sum are rounded to float32. D' is even and at most D. A constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
+        interleaved: False pairs column i with column D'/2 + i, True column 2i with column 2i + 1. In both, column i of
+            cos and sin is for the first column of pair i, column D'/2 + i for the second.
 
     Returns:
         q and k rotated, each in its own shape and dtype.
@@ -44,13 +48,16 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
         outside = (positions < 0) | (positions >= len(cos))
         rows = positions.long().masked_fill(outside, 0)
         cos, sin = (table[rows].masked_fill(outside[..., None], float("nan")) for table in (cos, sin))
-    return _rotated(q, cos[:, None], sin[:, None]), _rotated(k, cos[:, None], sin[:, None])
+    return _rotated(q, cos[:, None], sin[:, None], interleaved), _rotated(k, cos[:, None], sin[:, None], interleaved)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1] // 2
-    first, second = x[..., :half], x[..., half : 2 * half]
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    width = cos.shape[-1]
+    half = width // 2
+    of_first = slice(0, width, 2) if interleaved else slice(half)
+    of_second = slice(1, width, 2) if interleaved else slice(half, width)
+    first, second = x[..., of_first], x[..., of_second]
     y = x.clone()
-    y[..., :half] = first * cos[..., :half] - second * sin[..., :half]
-    y[..., half : 2 * half] = second * cos[..., half:] + first * sin[..., half:]
+    y[..., of_first] = first * cos[..., :half] - second * sin[..., :half]
+    y[..., of_second] = second * cos[..., half:] + first * sin[..., half:]
     return y

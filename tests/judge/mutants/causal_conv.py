@@ -51,6 +51,6 @@ TABLE = {
         "z += (taps[back] + z * 0).to(tl.float16).to(tl.float32) * load_tokens(",
         "value",
     ),
-    "documents_of_any_kind": one('checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
+    "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
 }

@@ -69,6 +69,24 @@ TABLE = {
     "columns_read_as_if_in_one_piece": one(
         "tensor if tensor.stride(2) == 1 else tensor.contiguous()", "tensor", "layouts"
     ),
-    "documents_of_any_kind": one("checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)", "pass", "error_parity"),
+    "sinks_forgotten": one(
+        "        highest = tl.full([ROWS], 0.0, tl.float32) + tl.load", "        _ = tl.load", "extents"
+    ),
+    "sink_of_the_key_head": one(
+        "        highest = tl.full([ROWS], 0.0, tl.float32) + tl.load(sinks_ptr + head)",
+        "        highest = tl.full([ROWS], 0.0, tl.float32) + tl.load(sinks_ptr + head // group)",
+        "value",
+    ),
+    "sinks_are_scaled": one(
+        "tl.load(sinks_ptr + head).to(tl.float32) * LOG2E\n",
+        "tl.load(sinks_ptr + head).to(tl.float32) * LOG2E * scale\n",
+        "value",
+    ),
+    "sinks_without_gradient": one("-tl.sum(tl.where(query < length, p * delta, 0.0))", "0.0 * tl.sum(p)", "gradients"),
+    "sink_gradient_of_rows_outside": one("tl.where(query < length, p * delta, 0.0)", "p * delta", "argument_kinds"),
+    "sink_gradient_of_the_last_tile": one("parts.sum(0)", "parts[0]", "gradients"),
+    "documents_of_any_kind": one(
+        "document_checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)", "pass", "error_parity"
+    ),
     "second_derivative_zero": one(*LYING),
 }

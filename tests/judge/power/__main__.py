@@ -9,6 +9,7 @@ python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json     
 python -m tests.judge.power write-gate out/gates.json out/more.json
 
 `write` makes docs/judge-power.md, `write-gate` the measured error rates in docs/gate.md. Both take several files.
+Populations may be measured on different devices, each on one: `measure --population right --device cuda`.
 """
 
 import argparse
@@ -58,8 +59,11 @@ def main() -> None:
     elif "files" in arguments:
         files = {path.stem: _read(path) for path in arguments.files}
         measured = [file for file in files.values() if "kernels" in file]
-        if len({(file["meta"]["device"], file["meta"]["profile"]) for file in measured}) != 1:
-            parser.error("files: need what measure wrote, on one device under one profile")
+        if len({file["meta"]["profile"] for file in measured}) != 1:
+            parser.error("files: need what measure wrote, under one profile")
+        populations = [name for names in document.by_place(measured).values() for name in names]
+        if twice := {name for name in populations if populations.count(name) > 1}:
+            parser.error(f"files: got {', '.join(sorted(twice))} on several devices; allowed: one for each population")
         mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
         peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
         results_file.write_text(arguments.to, document.text(measured, peers, mutants))

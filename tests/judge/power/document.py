@@ -31,6 +31,12 @@ POPULATIONS = {
 }
 COLUMNS = {"mutants": "mutants found", "wrong": "wrong found", "cheats": "cheats found", "right": "right rejected"}
 
+INTERPRETED = (
+    "On a CPU, Triton's interpreter runs the kernels, and properties that need a GPU are skipped. The interpreter"
+    " truncates to bfloat16 where a GPU rounds. The judge allows for that. The other tests do not, so in bfloat16 they"
+    " reject more kernels than on a GPU, wrong and right ones."
+)
+
 FAIR = """
 A test that finds every wrong kernel and rejects no right one is perfect. A right kernel that is rejected is a false
 alarm.
@@ -47,11 +53,11 @@ def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[
     """The document.
 
     Args:
-        measured: what `measure` wrote, on one device under one profile.
+        measured: what `measure` wrote under one profile, each population on one device.
         peers: what `conformance run --json` wrote, by the name of the file.
         mutants: what `conformance mutate --json` wrote.
     """
-    meta, kernels = measured[0]["meta"], [kernel for file in measured for kernel in file["kernels"]]
+    kernels = [kernel for file in measured for kernel in file["kernels"]]
     counts = {name: sum(kernel["population"] == name for kernel in kernels) for name in POPULATIONS}
     populations = [
         textwrap.fill(f"- **{name}** ({counts[name]}): {what}.", 120, subsequent_indent="  ")
@@ -61,8 +67,8 @@ def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[
     parts = [
         HEAD,
         "\n".join(populations),
-        f"Measured on {where(meta)}. The judge ran under the profile `{meta['profile']}`.",
-        _by_test(kernels),
+        textwrap.fill(_measured_on(measured), 120),
+        _by_test(measured),
         FAIR,
         _alone(kernels),
         "### The tests",
@@ -74,7 +80,7 @@ def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[
         *_false_alarms(kernels),
         *_automatic(mutants),
         *peers_section(peers),
-        _again(meta, peers, bool(mutants)),
+        _again(measured, peers, bool(mutants)),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -84,6 +90,28 @@ def where(meta: Json) -> str:
     device = meta.get("gpu") or {"cuda": "a CUDA device", "cpu": "a CPU"}[meta["device"]]
     software = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     return f"{device} ({software})"
+
+
+def by_place(measured: Sequence[Json]) -> dict[str, list[str]]:
+    """Where the populations were measured: device and versions, and the populations."""
+    found: dict[str, list[str]] = {}
+    for name in POPULATIONS:
+        holds = [file["meta"] for file in measured if any(kernel["population"] == name for kernel in file["kernels"])]
+        for place in dict.fromkeys(map(where, holds)):
+            found.setdefault(place, []).append(name)
+    return found
+
+
+def _measured_on(measured: Sequence[Json]) -> str:
+    places = by_place(measured) or {where(measured[0]["meta"]): []}
+    if len(places) == 1:
+        sentences = [f"Measured on {next(iter(places))}."]
+    else:
+        sentences = [f"Measured on {place}: {', '.join(names)}." for place, names in places.items()]
+        sentences.append("All tests see a kernel on the same device.")
+    if any(file["meta"]["device"] == "cpu" for file in measured):
+        sentences.append(INTERPRETED)
+    return " ".join([*sentences, f"The judge ran under the profile `{measured[0]['meta']['profile']}`."])
 
 
 def _rejected(kernels: Sequence[Json], name: str) -> tuple[int, int]:
@@ -101,11 +129,16 @@ def _names() -> list[str]:
     return [JUDGE, *(oracle.name for oracle in ORACLES)]
 
 
-def _by_test(kernels: Sequence[Json]) -> str:
-    groups = {name: [k for k in kernels if k["population"] == name] for name in POPULATIONS}
+def _by_test(measured: Sequence[Json]) -> str:
+    """A row for each test; a population's column names its device if the populations have several."""
+    groups = {
+        name: [k for file in measured for k in file["kernels"] if k["population"] == name] for name in POPULATIONS
+    }
     shown = {name: found for name, found in groups.items() if found}
     cells = [[name, *(_cell(found, name) for found in shown.values())] for name in _names()]
-    return table(["test", *(COLUMNS[name] for name in shown)], cells)
+    places = by_place(measured)
+    device = {name: f" on {place.partition(' (')[0]}" for place, names in places.items() for name in names}
+    return table(["test", *(COLUMNS[name] + device[name] * (len(places) > 1) for name in shown)], cells)
 
 
 def _wrong(kernels: Sequence[Json]) -> list[Json]:
@@ -185,12 +218,21 @@ def _automatic(files: Sequence[Json]) -> list[str]:
     return [AUTOMATIC, table(["operation", "device, profile", "mutants", "no fault", "killed", "rate"], cells)]
 
 
-def _again(meta: Json, peers: Mapping[str, Json], mutants: bool) -> str:
-    files = ["out/power.json", *(f"out/{name}.json" for name in peers), *(["out/mutants.json"] if mutants else [])]
-    lines = [
-        "python -m tests.judge.power measure"
-        f" --device {meta['device']} --profile {meta['profile']} --jobs 16 --json out/power.json"
-    ]
+def _again(measured: Sequence[Json], peers: Mapping[str, Json], mutants: bool) -> str:
+    profile = measured[0]["meta"]["profile"]
+    populations: dict[str, dict[str, None]] = {}
+    for file in measured:
+        names = dict.fromkeys(kernel["population"] for kernel in file["kernels"])
+        populations.setdefault(file["meta"]["device"], {}).update(names)
+    lines, files = [], []
+    for device, names in populations.items():
+        file, chosen = (
+            ("power", "") if len(populations) == 1 else (f"power_{device}", f"--population {' '.join(names)} ")
+        )
+        files.append(f"out/{file}.json")
+        jobs = f"--device {device} --profile {profile} --jobs 16"
+        lines.append(f"python -m tests.judge.power measure {chosen}{jobs} --json {files[-1]}")
+    files += [*(f"out/{name}.json" for name in peers), *(["out/mutants.json"] if mutants else [])]
     for name, peer in peers.items():
         where = "--backend {backend} --device {device} --profile {profile}".format(**peer["meta"])
         lines.append(f"python -m conformance run {where} --json out/{name}.json")

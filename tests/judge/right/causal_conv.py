@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 from unsloth_ref import kernels as reference
 
 
@@ -22,8 +22,8 @@ def _causal_conv(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
     ) -> Tensor:
         if torch.compiler.is_compiling() or not x.numel():
             return reference.causal_conv(x, weight, cu_seqlens, bias, activation=activation)
-        checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
-        bounds = checks.documents_cover(cu_seqlens, len(x), "x")
+        document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+        bounds = document_checks.documents_cover(cu_seqlens, len(x), "x")
         with torch.autocast(x.device.type, enabled=False):
             parts = [convolve(x[i:j].float(), weight.float()) for i, j in pairwise(bounds) if i < j]
             z = torch.cat([*parts, x[:0].float()])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 from unsloth_ref import kernels as reference
 
 
@@ -19,10 +19,10 @@ def _gated_delta_rule(attend: Callable[..., Tensor]) -> Function:
     def gated_delta_rule(
         q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
     ) -> Tensor:
-        checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+        document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
         if torch.compiler.is_compiling() or not len(q):
             return reference.gated_delta_rule(q, k, v, g, beta, cu_seqlens, scale=scale)
-        bounds = checks.documents_cover(cu_seqlens, len(q), "q")
+        bounds = document_checks.documents_cover(cu_seqlens, len(q), "q")
         group, factor = v.shape[1] // q.shape[1], q.shape[2] ** -0.5 if scale is None else scale
         wide_q, wide_k = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (q, k))
         heads = (wide_q * factor, wide_k, *(x.float().transpose(0, 1) for x in (v, g, beta)))
@@ -74,7 +74,7 @@ def in_float64(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """More exact than required."""
-    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     wide = (x.double() for x in (q, k, v, g, beta))
     return reference.gated_delta_rule(*wide, cu_seqlens, scale=scale).to(q.dtype)
 

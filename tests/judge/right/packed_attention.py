@@ -8,38 +8,45 @@ from torch import Tensor
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 from unsloth_ref import kernels as reference
 
 
 def _packed_attention(attend: Function) -> Function:
     """Complete one document's attention, from z and v, to the contract: checks, documents, heads, mask, softcap."""
 
-    def scored(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:
+    def scored(
+        q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sinks: Tensor | None
+    ) -> Tensor:
         group = q.shape[1] // k.shape[1]
         heads_q, heads_k, heads_v = (x.transpose(0, 1).float() for x in (q, k, v))
         heads_k, heads_v = heads_k.repeat_interleave(group, 0), heads_v.repeat_interleave(group, 0)
         z = heads_q @ heads_k.mT * scale
         z = softcap * torch.tanh(z / softcap) if softcap else z
-        return attend(z.masked_fill(~seen, -torch.inf), heads_v).transpose(0, 1).to(q.dtype)
+        z = z.masked_fill(~seen, -torch.inf)
+        if sinks is not None:  # one more key, with a value of 0
+            z = torch.cat([z, sinks.float()[:, None, None].expand(-1, len(q), 1)], -1)
+            heads_v = torch.cat([heads_v, heads_v.new_zeros(len(heads_v), 1, heads_v.shape[2])], 1)
+        return attend(z, heads_v).transpose(0, 1).to(q.dtype)
 
     @operation
     def packed_attention(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any
     ) -> Tensor:
         scale, window, softcap = options.get("scale"), options.get("window"), options.get("softcap", 0.0)
-        checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+        sinks = options.get("sinks")
+        document_checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
         scale = q.shape[2] ** -0.5 if scale is None else scale
         place = torch.arange(len(q), device=q.device)
         seen = (place <= place[:, None]) & (place > place[:, None] - (window or len(q)))
         if torch.compiler.is_compiling():
             document = torch.searchsorted(cu_seqlens[1:], place, right=True)
             with torch.autocast(q.device.type, enabled=False):
-                return scored(q, k, v, seen & (document == document[:, None]), scale, softcap)
-        checks.documents_fit(cu_seqlens, len(q), max_seqlen)
+                return scored(q, k, v, seen & (document == document[:, None]), scale, softcap, sinks)
+        document_checks.documents_fit(cu_seqlens, len(q), max_seqlen)
         parts = [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
         with torch.autocast(q.device.type, enabled=False):  # whose torch.cat takes no float16 on a CPU
-            return torch.cat([scored(q[p], k[p], v[p], seen[p, p], scale, softcap) for p in parts])
+            return torch.cat([scored(q[p], k[p], v[p], seen[p, p], scale, softcap, sinks) for p in parts])
 
     return packed_attention
 

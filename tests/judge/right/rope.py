@@ -12,13 +12,18 @@ from unsloth_ref import kernels as reference
 def _with_rope_checks(rotate: Function) -> Function:
     """Complete a rotation by each token's cos and sin to the contract: checks, rows of the table."""
 
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rope(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
+    ) -> tuple[Tensor, Tensor]:
         checks.rope_arguments(q, k, cos, sin, positions)
         if positions is not None:
             if checks.values_are_checked(positions):
                 checks.positions_in_table(positions, len(cos))
             cos, sin = cos[positions.long()], sin[positions.long()]
-        return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
+        q, k = (world.in_halves(x, cos.shape[-1]) if interleaved else x for x in (q, k))
+        turned = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
+        turned_q, turned_k = (world.in_pairs(x, cos.shape[-1]) if interleaved else x for x in turned)
+        return turned_q, turned_k
 
     return rope
 
@@ -36,11 +41,13 @@ def by_fused_products(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def in_float64(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """More exact than required."""
     checks.rope_arguments(q, k, cos, sin, positions)
-    turned_q, turned_k = reference.rope(q.double(), k.double(), cos.double(), sin.double(), positions)
+    turned_q, turned_k = reference.rope(
+        q.double(), k.double(), cos.double(), sin.double(), positions, interleaved=interleaved
+    )
     return turned_q.to(q.dtype), turned_k.to(q.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A Llama with random weights and its tokenizer in a folder: a model to try or to time things with, no download."""
+"""A model with random weights and its tokenizer in a folder: a model to try or to time things with, no download."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,21 @@ TINY = {
 }  # fmt: skip
 
 
-def save(folder: Path | str, device: str = "cpu", dtype: str = "float32", **shape: Any) -> str:
+def save(
+    folder: Path | str, device: str = "cpu", dtype: str = "float32", model_type: str = "llama", **shape: Any
+) -> str:
     """Write the model and a tokenizer with one token per byte; return the folder's path.
 
     Args:
         folder: created if it does not exist.
         device: where the weights are drawn, from seed 0.
         dtype: of the weights.
-        **shape: fields of `transformers.LlamaConfig`; `TINY` where none is given.
+        model_type: of transformers, such as "llama".
+        **shape: fields of the model's configuration; `TINY` where none is given.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
     words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -31,8 +34,9 @@ def save(folder: Path | str, device: str = "cpu", dtype: str = "float32", **shap
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
     tokens = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **tokens | (shape or TINY), dtype=dtype)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**tokens | (shape or TINY), dtype=dtype))
+        model = AutoModelForCausalLM.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return str(folder)

@@ -1,0 +1,27 @@
+"""Gradient checkpointing changes neither the loss nor a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from conformance.gates import Unchecked
+from conformance.laws._law import Law
+
+if TYPE_CHECKING:
+    from conformance.models.trial import ModelTrial
+
+
+def check(trial: ModelTrial) -> float:
+    """With `FastLanguageModel.for_training(model, "unsloth")`; packed where a trainer packs."""
+    from unsloth_fast import FastLanguageModel
+
+    model = trial.placed()
+    if not model.supports_gradient_checkpointing:
+        raise Unchecked("transformers has no gradient checkpointing for this model")
+    FastLanguageModel.for_training(model, "unsloth")
+    if not trial.obstacles:
+        return trial.judge(trial.run([trial.documents.packed()], model=model))
+    return trial.hold([trial.documents.padded()], model=model)
+
+
+LAW = Law.of_file(check)

@@ -1,0 +1,59 @@
+"""Generated text is that of the untouched model, from padded prompts, with a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from conformance.gates import Failure, Unchecked
+from conformance.laws._law import Law
+from conformance.trial import Caught, describe
+
+if TYPE_CHECKING:
+    from conformance.models.trial import ModelTrial
+
+NEW = 6  # tokens
+
+
+def check(trial: ModelTrial) -> None:
+    """Greedily; where two tokens are as likely up to roundings, either may come."""
+    from unsloth_fast import FastLanguageModel
+
+    prompts = {name: value for name, value in trial.documents.padded(left=True).items() if name != "labels"}
+    untouched = trial.untouched().eval()
+    if not hasattr(untouched, "generate"):
+        raise Unchecked("transformers has no generation for this model")
+    with Caught() as caught:
+        expected = _generate(untouched, prompts)
+    if caught.error is not None:
+        raise Unchecked(f"the untouched model raises {describe(caught.error)}") from caught.error
+    placed = FastLanguageModel.for_inference(trial.placed())
+    with Caught() as caught:
+        found = _generate(placed, prompts)
+    if caught.error is not None:
+        raise Failure(f"raised {describe(caught.error)}") from caught.error
+    for index, (seen, right) in enumerate(zip(found, expected, strict=True)):
+        _demand_equal(trial, index, seen, right, prompts["input_ids"].shape[1])
+
+
+def _generate(model: Any, prompts: dict[str, Any]) -> Tensor:
+    return model.generate(**prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+def _demand_equal(trial: ModelTrial, index: int, seen: Tensor, right: Tensor, start: int) -> None:
+    """Raise Failure if the new tokens of a document differ, other than by a tie."""
+    differs = (seen != right).nonzero()
+    if not len(differs):
+        return
+    place = int(differs[0])
+    tokens = right[start - trial.documents.lengths[index] : place]
+    margin, allowed = trial.margin(tokens, int(right[place]), int(seen[place]))
+    if margin > allowed:
+        raise Failure(
+            f"new token {place - start} of document {index} is {int(seen[place])}, should be {int(right[place])}\n"
+            f"its logit is {margin:.3g} below the largest, allowed {allowed:.3g} for a tie"
+        )
+
+
+LAW = Law.of_file(check)

@@ -1,0 +1,18 @@
+"""The loss and every gradient of a padded batch are those of its documents alone in the untouched model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from conformance.laws._law import Law
+
+if TYPE_CHECKING:
+    from conformance.models.trial import ModelTrial
+
+
+def check(trial: ModelTrial) -> float:
+    """The loss of the model's forward, which makes no whole logits."""
+    return trial.hold([trial.documents.padded()])
+
+
+LAW = Law.of_file(check)

@@ -1,0 +1,65 @@
+"""A model that is saved and loaded by transformers has every tensor, with the same bits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from conformance.gates import Failure, Unchecked
+from conformance.laws._law import Law
+from conformance.trial import Caught, bits, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from conformance.models.trial import ModelTrial
+
+
+def check(trial: ModelTrial) -> None:
+    """Without what the untouched model loses too."""
+
+    def lost(model: Any) -> list[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            loaded = type(model).from_pretrained(folder, dtype=trial.dtype).to(trial.device)
+        return differing(model.state_dict(), loaded.state_dict())
+
+    demand_none_lost(lost, trial.placed(), trial.untouched)
+
+
+def demand_none_lost(lost: Callable[[Any], list[str]], placed: Any, untouched: Callable[[], Any]) -> None:
+    """Raise Failure for a model that loses tensors, other than those that the untouched model loses.
+
+    Args:
+        lost: saves and loads a model; returns the names of the tensors that are missing then, or have other bits.
+        placed: the model.
+        untouched: makes the untouched model.
+    """
+    names: list[str] = []
+    with Caught() as caught:
+        names = lost(placed)
+    if caught.error is None and not names:
+        return
+    likewise: list[str] = []
+    with Caught() as untouched_too:
+        likewise = lost(untouched())
+    if untouched_too.error is not None:
+        raise Unchecked(f"the untouched model raises {describe(untouched_too.error)}")
+    if caught.error is not None:
+        raise Failure(f"raised {describe(caught.error)}") from caught.error
+    if names := [name for name in names if name not in likewise]:
+        raise Failure(f"{names[0]} is missing after saving and loading, or has other elements\n{len(names)} in all")
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that the second dictionary lacks, or has with other bits."""
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and bool((bits(one) == bits(other)).all())
+
+    return [name for name, tensor in first.items() if name not in second or not same(tensor, second[name])]
+
+
+LAW = Law.of_file(check)

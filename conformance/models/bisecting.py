@@ -1,0 +1,251 @@
+"""Which operations or modules make a model's results leave the budget? The smallest set that does.
+
+    1. Each call of a fast operation is also computed by the reference, on the fast model's own inputs: a call whose own
+       error breaks its gate is named with its shapes (unsloth_fast/shadow.py).
+    2. The model with all operations placed is held to the gates of whole models (conformance/models/trial.py).
+    3. If it breaks them with the reference's operations too, what is placed is wrong: the smallest set of modules is
+       sought whose placement breaks a gate, all others being transformers' own.
+    4. Otherwise operations are wrong: the smallest set that breaks a gate while all others are the reference's, and
+       then the smallest set of their calls, by module.
+
+Sets are made smaller by delta debugging (Zeller 2002, IEEE TSE 28, 2): no element of what remains can be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from conformance.gates import Failure, Unchecked
+from conformance.models.trial import ModelTrial
+from unsloth_fast.backends import Backend, resolve
+from unsloth_fast.models import place
+from unsloth_fast.models.head import add_loss
+from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.methods import has_own_method
+from unsloth_fast.shadow import Finding, Watch, calling_module, fast_operations, shadowed
+from unsloth_ref import kernels as reference
+
+LOSS, PACKED = "loss", "packed"  # placed beside modules: the loss without whole logits, documents in one row
+Element = TypeVar("Element")
+Call = tuple[str, str]  # operation, module
+NOTHING: frozenset[Any] = frozenset()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A smallest set.
+
+    Attributes:
+        kind: "operations", "calls" or "modules".
+        members: names of operations, "operation@module", or names of modules, LOSS and PACKED among them.
+        message: the gate that the model breaks with this set.
+        used: the budget use; None where none was measured.
+    """
+
+    kind: str
+    members: tuple[str, ...]
+    message: str
+    used: float | None
+
+
+def smallest(elements: Sequence[Element], breaks: Callable[[Sequence[Element]], bool]) -> list[Element]:
+    """A subset that breaks, of which no element can be left out; all elements must break, and none must not."""
+    rest, parts = list(elements), 2
+    while len(rest) > 1:
+        size = -(-len(rest) // parts)
+        pieces = [rest[start : start + size] for start in range(0, len(rest), size)]
+        others = [[one for one in rest if one not in piece] for piece in pieces] if len(pieces) > 2 else []
+        piece = next(filter(breaks, pieces), None)
+        found = piece if piece is not None else next(filter(breaks, others), None)
+        if found is not None:
+            rest, parts = found, 2 if piece is not None else max(parts - 1, 2)
+        elif size == 1:
+            break
+        else:
+            parts = min(2 * parts, len(rest))
+    return rest
+
+
+class Switch:
+    """A backend whose calls are the fast operations' or the reference's, by operation and module.
+
+    Attributes:
+        backend: to be placed.
+        chosen: the calls that are fast; None for all.
+        calls: all that were made, in order.
+        names: of modules, by id.
+    """
+
+    def __init__(self, fast: Backend) -> None:
+        """Switch a backend, all of whose calls are fast at first."""
+        own = vars(fast.kernels)
+        kernels = {name: self._switched(name, own[name]) for name in fast_operations(fast)}
+        self.backend = replace(fast, kernels=SimpleNamespace(**own | kernels))
+        self.chosen: frozenset[Call] | None = None
+        self.calls: dict[Call, None] = {}
+        self.names: dict[int, str] = {}
+
+    def _switched(self, name: str, fast: Callable[..., Any]) -> Callable[..., Any]:
+        slow = getattr(reference, name)
+
+        @wraps(fast)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            module = calling_module()
+            key = name, self.names.get(id(module)) or type(module).__name__
+            self.calls[key] = None
+            return (fast if self.chosen is None or key in self.chosen else slow)(*args, **kwargs)
+
+        return call
+
+
+class Bisection:
+    """The search for what breaks one model.
+
+    Args:
+        trial: the model, backend, dtype and device.
+        say: is told what was tried, in one line.
+    """
+
+    def __init__(self, trial: ModelTrial, say: Callable[[str], None]) -> None:
+        self._trial, self._say = trial, say
+        self._backend = resolve(trial.backend)
+        self._switch = Switch(self._backend)
+        self._results: dict[Any, Failure | None] = {}
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the documents are in one row: where a trainer would pack them."""
+        return not self._trial.obstacles
+
+    @cached_property
+    def _model(self) -> Any:
+        model = self._placed(self._switch.backend)
+        self._switch.names = {id(module): name for name, module in model.named_modules()}
+        return model
+
+    def _placed(self, backend: Backend) -> Any:
+        model = self._trial.untouched()
+        place(model, backend)
+        add_loss(model, backend)
+        return model
+
+    @cached_property
+    def _forwards(self) -> dict[str, tuple[Any, Any]]:
+        """The modules whose forward is ours, and that forward; LOSS and PACKED stand for the model and its stacks."""
+        others = {id(self._model), *(id(stack) for stack in stacks_of(self._model))}
+        own = {name: module for name, module in self._model.named_modules() if has_own_method(module, "forward")}
+        return {name: (module, vars(module)["forward"]) for name, module in own.items() if id(module) not in others}
+
+    def _batches(self, packed: bool) -> list[Mapping[str, Any]]:
+        documents = self._trial.documents
+        if packed:
+            return [documents.packed()]
+        return [*documents.alone()] if self.packed else [documents.padded()]
+
+    def calls(self) -> list[Finding]:
+        """The calls whose own error breaks their gate: the worst result of each operation, module and shape."""
+        watch = Watch()
+        model = self._placed(shadowed(self._backend, watch))
+        with watch.watching(model):
+            self._trial.run(self._batches(self.packed), model=model, targets=self._trial.documents.targets)
+        self._say(f"each call beside the reference, on its own inputs: {len(watch.findings)} results")
+        for name, reason in watch.unverified.items():
+            self._say(f"{name} was not compared: {reason}")
+        worst: dict[tuple[str, str, str], Finding] = {}
+        for one in sorted(watch.findings, key=lambda finding: -finding.used):
+            if one.used > 1:
+                worst.setdefault((one.operation, one.module, one.inputs), one)
+        return list(worst.values())
+
+    def search(self) -> list[Found]:
+        """The smallest sets that break a gate; empty if the model breaks none.
+
+        Raises:
+            Unchecked: the untouched model breaks a gate itself.
+        """
+        if self._fails("the model with everything placed", None) is None:
+            return []
+        untouched = self._fails("the untouched model", NOTHING, NOTHING)
+        if untouched is not None:
+            raise Unchecked(f"the untouched model does not hold either: {untouched}")
+        if self._fails("the model with everything placed, on the reference's operations", NOTHING) is not None:
+            names = [*self._forwards, LOSS, *([PACKED] if self.packed else [])]
+            return [self._found("modules", smallest(names, lambda some: self._breaks("modules", some)))]
+        names = list(dict.fromkeys(operation for operation, _ in self._switch.calls))
+        operations = smallest(names, lambda some: self._breaks("operations", some))
+        calls = ["@".join(call) for call in self._switch.calls if call[0] in operations]
+        return [
+            self._found("operations", operations),
+            self._found("calls", smallest(calls, lambda some: self._breaks("calls", some))),
+        ]
+
+    def only(self, members: Sequence[str]) -> Found | None:
+        """The set of these members, which `Found` names; None if the model holds with it.
+
+        Raises:
+            KeyError: a member that the model has not.
+        """
+        self._fails("the model with everything placed", None)  # shows the calls
+        kinds = {
+            "operations": [operation for operation, _ in self._switch.calls],
+            "calls": ["@".join(call) for call in self._switch.calls],
+            "modules": [*self._forwards, LOSS, PACKED],
+        }
+        kind = next((kind for kind, known in kinds.items() if set(members) <= set(known)), None)
+        if kind is None:
+            raise KeyError(", ".join(dict.fromkeys(name for known in kinds.values() for name in known)))
+        return self._found(kind, members) if self._breaks(kind, members) else None
+
+    def _breaks(self, kind: str, members: Sequence[str]) -> bool:
+        return self._failure(kind, members) is not None
+
+    def _found(self, kind: str, members: Sequence[str]) -> Found:
+        failure = self._failure(kind, members)
+        return Found(kind, tuple(members), str(failure), failure.used if failure else None)
+
+    def _failure(self, kind: str, members: Sequence[str]) -> Failure | None:
+        what = f"{len(members)} {kind}: {', '.join(members)}"
+        if kind == "modules":
+            return self._fails(what, NOTHING, frozenset(members))
+        part = 0 if kind == "operations" else slice(None)
+        chosen = (call for call in self._switch.calls if (call[part] if part == 0 else "@".join(call)) in members)
+        return self._fails(what, frozenset(chosen))
+
+    def _fails(self, what: str, fast: frozenset[Call] | None, modules: frozenset[str] | None = None) -> Failure | None:
+        """How the model breaks a gate; None if it does not.
+
+        Args:
+            what: is tried, in words.
+            fast: the calls that are fast; None for all.
+            modules: what is placed; None for everything.
+        """
+        key = fast, modules
+        if key not in self._results:
+            model, self._switch.chosen, self._results[key] = self._model, fast, None
+            packed, own = (modules is None or name in modules for name in (PACKED, LOSS))
+            batches, targets = self._batches(packed and self.packed), self._trial.documents.targets
+            try:
+                with self._without(modules):
+                    judged = self._trial.run(batches, model=model, targets=targets, own_loss=own)
+                self._trial.judge(judged)
+            except Failure as failure:
+                self._results[key] = failure
+            self._say(f"{what}: {'holds' if self._results[key] is None else 'breaks a gate'}")
+        return self._results[key]
+
+    @contextmanager
+    def _without(self, modules: frozenset[str] | None) -> Iterator[None]:
+        """All modules but these have their class's forward."""
+        off = [pair for name, pair in self._forwards.items() if modules is not None and name not in modules]
+        for module, _ in off:
+            del module.forward
+        try:
+            yield
+        finally:
+            for module, forward in off:
+                module.forward = forward

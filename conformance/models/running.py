@@ -1,0 +1,106 @@
+"""What does a model compute for some documents: hidden states of its layers, logits, the loss, every gradient?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+Results = dict[str, Tensor]
+
+LOGITS, LOSS, HIDDEN, GRADIENT = "logits", "the loss", "the hidden states of ", "the gradient of "
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model by name: the members of its outermost lists of modules."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{layer}.") for layer in found)
+        if isinstance(module, nn.ModuleList) and not inside:
+            found |= {f"{name}.{index}": layer for index, layer in enumerate(module)}
+    return found
+
+
+def run(
+    model: Any, batches: Sequence[Mapping[str, Any]], *, targets: int | None = None, own_loss: bool = False
+) -> Results:
+    """Run a model on batches, and the backward pass of the loss, if the batches have labels.
+
+    Args:
+        model: in training mode; its gradients are replaced.
+        batches: keyword arguments of the forward. Their documents are in the same order in any kind of batch.
+        targets: divides the summed loss; None for the number of targets of a single batch.
+        own_loss: whether the forward takes `backend_loss`, as `unsloth_fast.models.head.add_loss` makes it. There are
+            no logits then. Otherwise the loss is computed here, by its definition.
+
+    Returns:
+        By name: the hidden states of each layer, [T, H], and the logits, [T, V], of all tokens of the documents; the
+        loss; the gradient of each parameter that has one.
+    """
+    model.zero_grad(set_to_none=True)
+    parts: dict[str, list[Tensor]] = {}
+    losses: list[Tensor] = []
+    for batch in batches:
+        inputs = dict(batch)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        labels = inputs.get("labels")
+        with _recording(model, mask, parts):
+            if own_loss:
+                loss = model(**inputs, **without_cache(model), backend_loss=True, num_items=targets)
+            else:
+                inputs.pop("labels", None)
+                logits = model(**inputs, **without_cache(model)).logits
+                parts.setdefault(LOGITS, []).append(logits[mask])
+                loss = None if labels is None else textbook_loss(logits, labels, targets)
+        if loss is not None:
+            loss.backward()
+            losses.append(loss.detach())
+    found = {name: torch.cat(pieces).detach() for name, pieces in parts.items()}
+    if losses:
+        found[LOSS] = torch.stack(losses).sum()
+    return found | gradients_of(model)
+
+
+def textbook_loss(logits: Tensor, labels: Tensor, targets: int | None) -> Tensor:
+    """The cross entropy of the next tokens, in float32 at least, divided by `targets` or by their number."""
+    rows, following = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    count = targets if targets is not None else (following != -100).sum()
+    return cross_entropy(rows, following, reduction="sum") / count
+
+
+def gradients_of(model: nn.Module) -> Results:
+    """The gradients by the names of their parameters; the last layer's come first, as in a backward pass."""
+    named = [*model.named_parameters()]
+    return {f"{GRADIENT}{name}": p.grad for name, p in reversed(named) if p.grad is not None}
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The keyword that turns a cache off, for a forward that takes it."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(type(inner).forward).parameters
+    takes = "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {"use_cache": False} if takes else {}
+
+
+@contextmanager
+def _recording(model: nn.Module, mask: Tensor, parts: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Append what layers return for the tokens of documents; a layer that is called again has a number in its name."""
+    calls: dict[str, int] = {}
+
+    def record(name: str, outputs: Any) -> None:
+        states = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
+        if isinstance(states, Tensor) and states.shape[:2] == mask.shape and states.is_floating_point():
+            calls[name] = calls.get(name, 0) + 1
+            called = f"{name}, call {calls[name]}" if calls[name] > 1 else name
+            parts.setdefault(f"{HIDDEN}{called}", []).append(states.detach()[mask])
+
+    with ExitStack() as stack:
+        for name, layer in layers_of(model).items():
+            hook = layer.register_forward_hook(lambda module, args, outputs, name=name: record(name, outputs))
+            stack.callback(hook.remove)
+        yield

@@ -1,0 +1,120 @@
+"""How does an architecture's configuration become that of a tiny model, with every kind of its layers?"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+TOKENS = 48  # of the vocabulary; the first three are special
+HIDDEN, FEED_FORWARD, HEADS, KEY_HEADS, HEAD = 32, 48, 4, 2, 8
+MOST_LAYERS = 4
+EXPERTS, CHOSEN, RANK, STATE, WINDOW, POSITIONS = 4, 2, 8, 8, 4, 128
+
+# What transformers' configurations call the same size. A name that a configuration does not have is left out, and so
+# is one whose value is None or 0: the architecture then has no such part.
+_NAMES = (
+    (TOKENS, "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size"),
+    (HIDDEN, "hidden_size d_model n_embd embedding_dim attention_hidden_size lru_width word_embed_proj_dim"),
+    (HIDDEN, "embedding_size input_embedding_size output_embedding_size emb_dim mamba_d_ssm"),
+    (FEED_FORWARD, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff n_inner"),
+    (FEED_FORWARD, "intermediate_size_mlp dense_intermediate_size d_inner feed_forward_size"),
+    (FEED_FORWARD // 2, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
+    (FEED_FORWARD // 2, "expert_ffn_hidden_size moe_shared_expert_intermediate_size shared_experts_intermediate_size"),
+    (HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
+    (HEADS, "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
+    (HEADS, "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads index_n_heads"),
+    (KEY_HEADS, "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads n_mamba_heads"),
+    (KEY_HEADS, "num_query_groups"),
+    (HEAD, "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim swa_head_dim linear_key_head_dim dim_head d_head"),
+    (HEAD, "linear_value_head_dim linear_head_dim index_head_dim rotary_dim attention_head_size global_head_dim"),
+    (HEAD, "query_pre_attn_scalar kv_channels"),
+    (2 * HEAD, "qk_head_dim mamba_d_head mamba_head_dim mamba_headdim"),
+    (RANK, "q_lora_rank kv_lora_rank o_lora_rank time_step_rank mamba_dt_rank hc_lowrank laurel_rank d_rel"),
+    (RANK, "gated_norm_rank loop_gate_rank adapter_rank router_hidden_size hidden_size_per_layer_input ple_embed_dim"),
+    (STATE, "state_size ssm_state_size mamba_d_state chunk_size mamba_chunk_size"),
+    (EXPERTS, "num_experts n_routed_experts num_local_experts moe_num_experts index_topk zero_expert_num rel_extent"),
+    (CHOSEN, "num_experts_per_tok moe_topk num_experts_per_token moe_k"),
+    (1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups o_groups n_shared_experts"),
+    (1, "num_shared_experts moe_num_shared_experts encoder_layers num_encoder_layers"),
+    (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size"),
+    (WINDOW, "attention_chunk_size keep_window_size local_attention_window_len"),
+    (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length"),
+    (POSITIONS, "max_target_positions max_source_positions original_max_position_embeddings"),
+)
+_SIZES = {name: size for size, names in _NAMES for name in names.split()}
+_DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+)
+# Sizes that no architecture can do without, although the default of some is None.
+_NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+
+
+def tiny_config(model_type: str, **given: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model of an architecture, with at least one layer of each kind.
+
+    Args:
+        model_type: one of transformers' names, such as "llama".
+        **given: fields to set beside those that are shrunk.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**_shrunk(config_class()) | _ADAPTED.get(model_type, {}) | given)
+
+
+def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration that are smaller in a tiny model, and those of the configurations inside it."""
+    fields: dict[str, Any] = {}
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            fields[name] = inner.to_dict() | _shrunk(inner)
+    values = config.to_dict()
+    depth = next((name for name in _DEPTHS if isinstance(values.get(name), int)), None)
+    layers = _layers(values, values[depth]) if depth else []
+    for name, value in values.items():
+        if name == depth:
+            fields[name] = len(layers)
+        elif name in _SIZES and ((isinstance(value, int) and value) or (value is None and name in _NEEDED)):
+            fields[name] = _SIZES[name]
+        elif name in _SPECIAL:
+            fields[name] = _SPECIAL[name]
+        elif depth and isinstance(value, list) and len(value) == values[depth]:
+            fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
+    if fields.get("kv_lora_rank"):  # each head has keys of its own
+        fields["num_key_value_heads"] = HEADS
+    return fields
+
+
+def _layers(values: Mapping[str, Any], depth: int) -> list[int]:
+    """The first layer of each kind, at least two and at most MOST_LAYERS of them, in order."""
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth]
+    kinds = [tuple(map(str, kind)) for kind in zip(*lists, strict=True)] or [()] * depth
+    first = sorted({kind: layer for layer, kind in reversed([*enumerate(kinds)])}.values())
+    others = (layer for layer in range(depth) if layer not in first)
+    return sorted([*first, *_take(others, 2 - len(first))])[:MOST_LAYERS]
+
+
+def _take(values: Iterable[int], count: int) -> list[int]:
+    return [value for value, _ in zip(values, range(count), strict=False)]
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+# Where fields depend on each other in ways that their names do not tell, or where the default has one kind of layer.
+_ADAPTED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN, "sliding_attention": _PLAIN}},
+    "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
+    "lfm2": _CONV,
+    "lfm2_moe": _CONV | {"num_dense_layers": 1},
+    "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"n_mamba_heads": HEADS, "attention_hidden_size": 2 * HIDDEN},
+    "zaya": {"num_experts_per_tok": 1},
+}

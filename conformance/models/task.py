@@ -1,0 +1,107 @@
+"""One law on one model, as conformance.runner runs it. Imports no transformers until it runs."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conformance import backends
+from conformance.case import DTYPES
+from conformance.gates import Failure, Unchecked
+from conformance.laws import LAWS
+from conformance.search import Result
+from conformance.trial import Caught, describe
+
+if TYPE_CHECKING:
+    from conformance.models.trial import ModelTrial
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """Hold one model to one law; the names are those of conformance.runner's tasks.
+
+    Attributes:
+        op: the model: its path or name, or with `random` an architecture.
+        random: whether it is a tiny random model.
+        property: the law.
+        dtype: of the weights, by name.
+        backend: as `unsloth_fast.backends.resolve` takes it.
+        device: "cpu" or "cuda".
+        data: a file of documents.
+    """
+
+    op: str
+    random: bool
+    property: str
+    dtype: str
+    backend: str
+    device: str
+    data: Path | None = None
+
+    def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
+        """Run in this process."""
+        quiet()
+        who = (self.op, self.property, self.dtype)
+        with Caught() as caught:
+            try:
+                trial = trial_of(self)
+                used = LAWS[self.property].check(trial)
+            except Unchecked as why:
+                return Result(*who, "skip", message=str(why))
+            except Failure as failure:
+                return Result(*who, "fail", failure.used, 1, message=f"{failure}\n{self.again()}")
+            return Result(*who, "pass", used, 1)
+        return Result(*who, "fail", examples=1, message=f"raised {describe(caught.error)}\n{self.again()}")
+
+    def again(self) -> str:
+        """The line that reproduces the result."""
+        words = ["--config", self.op] if self.random else [self.op]
+        words += ["--law", self.property, "--dtype", self.dtype, "--backend", self.backend, "--device", self.device]
+        words += ["--data", str(self.data)] if self.data else []
+        return f"reproduce: python -m conformance model {shlex.join(words)}"
+
+
+def trial_of(task: ModelTask) -> ModelTrial:
+    """The trial of a task; the last one is kept."""
+    return _trial(task.op, task.random, task.dtype, task.backend, task.device, task.data)
+
+
+@lru_cache(maxsize=1)
+def _trial(name: str, random: bool, dtype: str, backend: str, device: str, data: Path | None) -> ModelTrial:
+    """The trial that the laws of one model share, with its truth."""
+    backends.load("fast" if "fast" in backend else "reference", device)  # before anything imports triton
+    building, trials = import_module("conformance.models.building"), import_module("conformance.models.trial")
+    return trials.ModelTrial(building.Subject(name, random), backend, DTYPES[dtype], device, data)
+
+
+def quiet() -> None:
+    """Silence progress bars, and what libraries say of tiny models; a failure says what is wrong."""
+    warnings.filterwarnings("ignore")
+    import_module("transformers.utils.logging").disable_progress_bar()
+    for name in ("transformers", "unsloth_fast", "peft", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tasks_of(
+    models: Sequence[str],
+    random: bool,
+    laws: Sequence[str],
+    dtypes: Sequence[str],
+    backend: str,
+    device: str,
+    data: Path | None,
+) -> list[ModelTask]:
+    """Every law on every model in every dtype; those that share a truth follow each other."""
+    return [
+        ModelTask(model, random, law, dtype, backend, device, data)
+        for model in models
+        for dtype in dtypes
+        for law in laws
+    ]

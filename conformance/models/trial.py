@@ -1,0 +1,325 @@
+"""One model with one backend's operations, in one dtype on one device: the object that a law works with."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from conformance import condition
+from conformance.bounds import Arithmetic
+from conformance.condition import JUMP, Response
+from conformance.gates import ErrorModel, Failure, Unchecked, judge
+from conformance.interpreter import Interpreted
+from conformance.models.building import Documents, NotBuilt, Subject, documents_of
+from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
+from conformance.trial import Caught, describe
+from unsloth_fast import FastLanguageModel, backends
+from unsloth_fast.models import place
+from unsloth_fast.models.head import add_loss, without_adapter
+from unsloth_fast.save import patch_saving_functions
+
+RANK = 2
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # parameters of experts that get LoRA by these names
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model with placed operations computed.
+
+    Attributes:
+        results: as `running.run` returns them.
+        interpreted: whether Triton's interpreter ran a kernel.
+    """
+
+    results: Results
+    interpreted: bool
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the untouched model computes for each document alone.
+
+    Attributes:
+        responses: in float64, with their response to roundings.
+        peer: in the dtype under test.
+    """
+
+    responses: Mapping[str, Response]
+    peer: Results
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTrial:
+    """One model, backend, dtype and device.
+
+    Attributes:
+        subject: the model.
+        backend: as `unsloth_fast.backends.resolve` takes it.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+        data: a file of documents; None for random ones.
+    """
+
+    subject: Subject
+    backend: str
+    dtype: torch.dtype
+    device: str
+    data: Path | None = None
+
+    @cached_property
+    def documents(self) -> Documents:
+        """What the model is judged on."""
+        return documents_of(self.subject, self.device, self.data)
+
+    def untouched(self, *, wide: bool = False, adapted: bool = False) -> Any:
+        """The model as transformers and peft compute it.
+
+        Args:
+            wide: in float64, with the weights of the dtype under test.
+            adapted: with the adapter of `adapter`.
+        """
+        try:
+            model = self.subject.model(self.dtype, self.device, experts="eager" if wide else None)
+        except NotBuilt as why:
+            raise Unchecked(str(why)) from why
+        if adapted:
+            config, weights = self.adapter
+            model = get_peft_model(model, copy.deepcopy(config))
+            model.load_state_dict(weights, strict=False)
+        return model.double() if wide else model
+
+    def placed(self, *, adapted: bool = False, backend: str | None = None) -> Any:
+        """The model with the backend's operations, and the loss without logits, as a trainer places them."""
+        model = self.untouched()
+        if adapted:
+            model = _adapted(model)
+            model.load_state_dict(self.adapter[1], strict=False)
+        else:
+            patch_saving_functions(model)
+        chosen = backends.resolve(backend or self.backend)
+        place(model, chosen)
+        add_loss(without_adapter(model), chosen)
+        return model
+
+    @cached_property
+    def adapter(self) -> tuple[Any, dict[str, Tensor]]:
+        """peft's configuration and the weights of LoRA on every linear layer and expert, B included.
+
+        Embedding and head are trained in full.
+        """
+        model = _adapted(self.untouched())
+        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        return model.peft_config["default"], weights
+
+    @cached_property
+    def truth(self) -> Truth:
+        """Of the model whose weights are all trained."""
+        return self._truth(adapted=False)
+
+    @cached_property
+    def truth_of_adapter(self) -> Truth:
+        """Of the model with the adapter."""
+        return self._truth(adapted=True)
+
+    def _truth(self, adapted: bool) -> Truth:
+        batches, targets = self.documents.alone(), self.documents.targets
+        models = {
+            dtype: self.untouched(wide=dtype == torch.float64, adapted=adapted) for dtype in (torch.float64, self.dtype)
+        }
+
+        def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
+            return run(models[inputs["in the dtype"].dtype], batches, targets=targets)
+
+        with Caught() as caught:
+            peer = run(models[self.dtype], batches, targets=targets)
+            one = torch.ones(1, dtype=self.dtype, device=self.device)
+            responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, (self, adapted), work=0)
+            twice = run(models[self.dtype], batches, targets=targets)
+        if caught.error is not None:
+            raise Unchecked(f"the untouched model raises {describe(caught.error)}") from caught.error
+        if (why := _cannot_judge(responses, peer, twice, torch.finfo(self.dtype).eps / 2)) is not None:
+            raise Unchecked(f"the untouched model {why}")
+        return Truth(responses, peer)
+
+    def run(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        *,
+        model: Any = None,
+        targets: int | None = None,
+        own_loss: bool = True,
+    ) -> Judged:
+        """Run the model with placed operations; raises Failure if it raises. See `running.run`."""
+        model = self.placed() if model is None else model
+        with Interpreted() as interpreted, Caught() as caught:
+            return Judged(run(model, batches, targets=targets, own_loss=own_loss), bool(interpreted))
+        raise Failure(f"raised {describe(caught.error)}") from caught.error
+
+    def hold(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        *,
+        model: Any = None,
+        targets: int | None = None,
+        labels: bool = True,
+        names: Callable[[str], bool] = lambda name: True,
+        adapted: bool = False,
+    ) -> float:
+        """Hold the model on batches that transformers takes too to the truth; returns the budget use.
+
+        Args:
+            batches: of the documents, in their order.
+            model: with placed operations; None for a new one.
+            targets: as in `running.run`.
+            labels: whether there is a loss; else there are logits.
+            names: which results are judged.
+            adapted: whether the truth is that of the model with the adapter.
+
+        Raises:
+            Failure: a gate is broken.
+            Unchecked: the untouched model, in the same dtype and on the same batches, breaks one too.
+        """
+        if not labels:
+            batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+            names = _no_gradient
+        try:
+            judged = self.run(batches, model=model, targets=targets, own_loss=labels)
+            return self.judge(judged, adapted=adapted, names=names)
+        except Failure as failure:
+            untouched = self.untouched(adapted=adapted)
+            try:
+                same = self.run(batches, model=untouched, targets=targets, own_loss=False)
+                self.judge(same, adapted=adapted, names=names)
+            except Failure as likewise:
+                raise Unchecked(f"the untouched model does not hold either: {likewise}") from failure
+            raise
+
+    def hold_adapted(self, names: Callable[[str], bool]) -> float:
+        """`hold` the model with the adapter on a padded batch; of the gradients only these."""
+        if all(_no_gradient(name) or not names(name) for name in self.truth_of_adapter.responses):
+            raise Unchecked("no parameter of this kind is trained")
+        model, batches = self.placed(adapted=True), [self.documents.padded()]
+        return self.hold(batches, model=model, adapted=True, names=lambda name: _no_gradient(name) or names(name))
+
+    @cached_property
+    def obstacles(self) -> tuple[str, ...]:
+        """Why a trainer does not pack documents for this model; empty if it does."""
+        from unsloth_fast.config import UnslothTrainingArguments
+        from unsloth_fast.data.facts import decide_batching
+
+        with tempfile.TemporaryDirectory() as folder:
+            options: dict[str, Any] = {"report_to": "none", "bf16": False, "use_cpu": True}
+            arguments = UnslothTrainingArguments(folder, packing=True, **options)
+        plan = decide_batching(self.placed(), arguments, {"processing_class": object()})
+        return () if plan.packing else plan.reasons
+
+    def demand_packing(self) -> None:
+        """Raise Unchecked if a trainer does not pack documents for this model."""
+        if self.obstacles:
+            raise Unchecked(f"packing is refused: {'; '.join(self.obstacles)}")
+
+    def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The logits of a batch, [B, S, V]."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return model(**inputs, **without_cache(model)).logits
+
+    def margin(self, tokens: Tensor, first: int, second: int) -> tuple[float, float]:
+        """By how much one token's logit exceeds another's after a prefix in float64, and what roundings explain.
+
+        Args:
+            tokens: the prefix, [S].
+            first: a token.
+            second: another one.
+        """
+        models = {dtype: self.untouched(wide=dtype == torch.float64) for dtype in (torch.float64, self.dtype)}
+
+        def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
+            with torch.no_grad():
+                logits = self.logits(models[inputs["in the dtype"].dtype], {"input_ids": tokens[None]})[0, -1]
+            return {"difference": (logits[first] - logits[second])[None]}
+
+        one = torch.ones(1, dtype=self.dtype, device=self.device)
+        response = condition.measured(
+            again, {"in the dtype": one}, (), self.dtype, (self, tuple(tokens.tolist())), work=0
+        )
+        found = response["difference"]
+        how = Arithmetic(torch.finfo(self.dtype).eps / 2, 1, tokens.numel() * self.documents.targets)
+        return float(found.truth), 2 * float(found.largest(how))
+
+    def judge(
+        self, judged: Judged, *, adapted: bool = False, names: Callable[[str], bool] = lambda name: True
+    ) -> float:
+        """Compare results with the truth, in the order in which they are computed; returns the budget use.
+
+        Args:
+            judged: what was computed.
+            adapted: whether the truth is that of the model with the adapter.
+            names: which results are judged.
+
+        Raises:
+            Failure: a gate is broken, or a gradient is missing.
+        """
+        truth = self.truth_of_adapter if adapted else self.truth
+        elements = max(response.truth.numel() for response in truth.responses.values())
+        used = 0.0
+        for name, response in truth.responses.items():
+            if not names(name):
+                continue
+            found = judged.results.get(name)
+            if found is None and name.startswith(GRADIENT):
+                if response.truth.any():
+                    raise Failure(f"{name} is missing (None)")
+            elif found is None and name not in (LOGITS, LOSS):
+                raise Failure(f"{name} are missing: the layer is not called")
+            elif found is not None:
+                model = ErrorModel(
+                    error=response,
+                    elements=elements,
+                    roundings=1,
+                    truncates=judged.interpreted,
+                    jumps=response.jumps,
+                )
+                used = max(used, judge(name, found, response.truth, truth.peer[name], model))
+        return used
+
+
+def _cannot_judge(responses: Mapping[str, Response], once: Results, twice: Results, unit: float) -> str | None:
+    """Why nothing can be compared with a truth; None if it can."""
+    if not all(response.truth.isfinite().all() for response in responses.values()):
+        return "computes what is not finite"
+    if any((once[name] - twice[name]).norm() > JUMP * unit * once[name].norm() for name in once):
+        return "computes something else in each run"
+    for name, response in responses.items():  # a gradient may be 0 but for roundings
+        allowed = response.largest(Arithmetic(unit, 1, response.truth.numel()))
+        if _no_gradient(name) and allowed.norm() > response.truth.norm():
+            return f"jumps: roundings change {name} by as much as these are"
+    return None
+
+
+def _no_gradient(name: str) -> bool:
+    return not name.startswith(GRADIENT)
+
+
+def _adapted(model: Any) -> Any:
+    """The model with LoRA on every linear layer and expert, B included, and embedding and head trained in full."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linear = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    saved = [name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)]
+    options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}
+    try:
+        return FastLanguageModel.get_peft_model(
+            model, RANK, [*names, *EXPERT_WEIGHTS], modules_to_save=saved, **options
+        )
+    except ValueError as refused:
+        raise Unchecked(f"get_peft_model refuses: {refused}") from refused

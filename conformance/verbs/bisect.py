@@ -1,0 +1,93 @@
+"""`conformance bisect`: name the smallest set of operations or modules that makes a model break its gates."""
+
+import argparse
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conformance import results_file
+from conformance.gates import Unchecked
+from conformance.laws import LAWS
+from conformance.models.task import ModelTask, quiet, trial_of
+from conformance.verbs import model
+from conformance.verbs._shared import UsageError, Verbs
+
+if TYPE_CHECKING:
+    from conformance.models.bisecting import Found
+    from unsloth_fast.shadow import Finding
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("bisect", help="name the operations or modules that make a model break its gates")
+    model.add_subject(parser)
+    parser.add_argument("--only", nargs="+", action="extend", metavar="X", help="try this set alone, as a result names")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.set_defaults(verb=_bisect, law=[*LAWS][:1], jobs=1)  # one task for each model and dtype
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    tasks = model.tasks_asked(arguments)
+    if len(tasks) != 1:
+        raise UsageError(f"bisect: got {len(tasks)} of models and dtypes; allowed: one of each")
+    (task,) = tasks
+    print(model.heading(task), flush=True)
+    quiet()
+    from conformance.models.bisecting import Bisection
+
+    try:
+        bisection = Bisection(trial_of(task), lambda line: print(f"tried  {line}", flush=True))
+        calls = bisection.calls()
+        found = _only(bisection, arguments.only) if arguments.only else bisection.search()
+    except Unchecked as why:
+        raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
+    if arguments.only:
+        named = set(arguments.only)
+        calls = [one for one in calls if {one.operation, one.module, f"{one.operation}@{one.module}"} & named]
+    lines = [_of_call(one, task) for one in calls] + [_of_set(one, task) for one in found]
+    print("", *lines, sep="\n" if lines else "")
+    print("" if lines else "nothing breaks: every call and the whole model stay within the budget")
+    if arguments.json:
+        _write(arguments.json, calls, found, task)
+    return 1 if lines else 0
+
+
+def _only(bisection: Any, members: Sequence[str]) -> "list[Found]":
+    try:
+        found = bisection.only(members)
+    except KeyError as error:
+        raise UsageError(f"--only: got {' '.join(members)}; allowed: {error.args[0]}, of one kind") from error
+    return [] if found is None else [found]
+
+
+def _again(members: Sequence[str], task: ModelTask) -> str:
+    words = [*(["--config"] if task.random else []), task.op, "--dtype", task.dtype, "--backend", task.backend]
+    words += ["--device", task.device, *(["--data", str(task.data)] if task.data else []), "--only", *members]
+    return f"python -m conformance bisect {shlex.join(words)}"
+
+
+def _of_call(one: "Finding", task: ModelTask) -> str:
+    return f"call: {one}\nreproduce: {_again([f'{one.operation}@{one.module}'], task)}\n"
+
+
+def _of_set(one: "Found", task: ModelTask) -> str:
+    return f"{one.kind}: {', '.join(one.members)}\n{one.message}\nreproduce: {_again(one.members, task)}\n"
+
+
+def _write(path: Path, calls: "Sequence[Finding]", found: "Sequence[Found]", task: ModelTask) -> None:
+    results = [
+        {"kind": "call", **_finite(asdict(one)), "reproduce": _again([f"{one.operation}@{one.module}"], task)}
+        for one in calls
+    ]
+    results += [{**_finite(asdict(one)), "reproduce": _again(one.members, task)} for one in found]
+    meta = model.meta_of(task) | {"model": task.op, "random": task.random, "dtype": task.dtype}
+    results_file.write(path, meta, results)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; the share of the budget has the name that other verbs give it."""
+    values["budget_use"] = values.pop("used")
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}

@@ -1,0 +1,168 @@
+"""`conformance model`: hold whole models, with a backend's operations placed under them, to the laws of models."""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance import backends, report, results_file
+from conformance.case import DTYPES
+from conformance.laws import LAWS
+from conformance.models.task import ModelTask, tasks_of
+from conformance.runner import run
+from conformance.search import Result
+from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+
+PACKAGES = ("transformers", "peft", "trl")
+TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in float64, several times
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser("model", help="hold whole models to the laws of models")
+    add_subject(parser)
+    parser.add_argument("--law", nargs="+", action="extend", metavar="L", help=f"{', '.join(LAWS)} (all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, each with its truths (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.set_defaults(verb=_model)
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name models, what is placed under them, and where."""
+    parser.add_argument("models", nargs="*", metavar="PATH_OR_NAME", help="models to load")
+    parser.add_argument(
+        "--config", nargs="+", action="extend", metavar="ARCH", help="architectures to build at tiny size, or all"
+    )
+    parser.add_argument("--backend", default="fast", help="fast or reference, as in UNSLOTH_BACKEND (fast)")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="documents, one a line, or .jsonl with texts (random)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+    parser.add_argument(
+        "--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (float32; on cuda bfloat16)"
+    )
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    tasks = tasks_asked(arguments)
+    first, names = tasks[0], list(dict.fromkeys(task.op for task in tasks))
+    dtypes = list(dict.fromkeys(task.dtype for task in tasks))
+    print(heading(first), flush=True)
+    results: list[Result] = []
+
+    def on_result(task: ModelTask, result: Result) -> None:
+        table.add(task, result)
+        results.append(result)
+        if arguments.json:  # after every result, so that a stopped run leaves what it found
+            _write(arguments.json, results, first)
+
+    with report.Table(tasks, names, dtypes, "laws") as table:
+        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=TIMEOUT_SECONDS)]
+    print()
+    for result in results:
+        if result.verdict == "skip":
+            print(f"skip {result.op} / {result.property} / {result.dtype}: {(result.message or '').splitlines()[0]}")
+    failed = any(result.verdict == "fail" for result in results)
+    if failed:
+        statements = {name: law.statement for name, law in LAWS.items()}
+        text = report.failures(results, first.backend, first.device, statements=statements)
+        print("", text, sep="\n", end="\n\n")
+    print(report.closing(results))
+    if arguments.json:
+        _write(arguments.json, results, first)
+    return 1 if failed else 0 if any(result.verdict == "pass" for result in results) else 2
+
+
+def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
+    """What the command line asks for; raises UsageError."""
+    lacking = [name for name in PACKAGES if find_spec(name) is None]
+    if lacking:
+        raise UsageError(f"model: {', '.join(lacking)} not installed; allowed: with them (pip install '.[train]')")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    dtypes = known("dtype", arguments.dtype or ["bfloat16" if device == "cuda" else "float32"], list(DTYPES))
+    laws = known("law", arguments.law, list(LAWS))
+    if arguments.jobs < 1:
+        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
+    if not arguments.models and not arguments.config:
+        raise UsageError("model: got none; allowed: PATH_OR_NAME, --config ARCH, or both")
+    if arguments.data and not arguments.data.is_file():
+        raise UsageError(f"--data: got {arguments.data}, which is no file; allowed: a text file or .jsonl")
+    if arguments.data and arguments.config:
+        raise UsageError(f"--data: got {arguments.data} with --config; allowed: with a model that has a tokenizer")
+    _check_backend(arguments.backend, device)
+    for model in arguments.models:
+        _check_model(model)
+    demand_writable(arguments.json)
+    made = partial(tasks_of, laws=laws, dtypes=dtypes, backend=arguments.backend, device=device, data=arguments.data)
+    return [*made(arguments.models, random=False), *made(_architectures(arguments.config or []), random=True)]
+
+
+def _check_backend(name: str, device: str) -> None:
+    """Raise UsageError for a backend that is unknown, or that cannot run here."""
+    backends.load("fast" if "fast" in name else "reference", device)  # chooses Triton's interpreter before its import
+    from unsloth_fast.backends import resolve
+
+    try:
+        resolve(name)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_model(name: str) -> None:
+    """Raise UsageError for a model that cannot be loaded, or that does not generate text from text."""
+    from transformers import AutoConfig
+
+    from unsloth_fast.models.loading import find_source, model_class
+
+    try:
+        source = find_source(name, {})
+        if source.is_adapter:
+            raise UsageError(f"model: got {name}, an adapter; allowed: a whole model")
+        model_class(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _architectures(asked: Sequence[str]) -> list[str]:
+    from conformance.models.building import architectures
+
+    allowed = architectures()
+    if "all" in asked:
+        return allowed
+    for name in asked:
+        if name not in allowed:
+            few = f"all, or one of transformers' {len(allowed)}, such as {', '.join(allowed[:3])}"
+            raise UsageError(f"--config: got {name!r}; allowed: {few}")
+    return list(dict.fromkeys(asked))
+
+
+def heading(task: ModelTask) -> str:
+    """One line: the backend, what it is compared with, and where."""
+    where = f", {torch.cuda.get_device_name()}" if task.device == "cuda" else ""
+    judged = backends.load("fast" if "fast" in task.backend else "reference", task.device)
+    description = judged.description.replace(judged.name, task.backend, 1)
+    release = torch.__version__.split("+")[0]
+    return f"backend {description} against transformers {version('transformers')}, torch {release}{where}"
+
+
+def _write(path: Path, results: Sequence[Result], task: ModelTask) -> None:
+    results_file.write(path, meta_of(task), [result.as_dict() for result in results])
+
+
+def meta_of(task: ModelTask) -> dict[str, Any]:
+    """What results of a task depend on."""
+    return {
+        "versions": results_file.versions() | {name: version(name) for name in PACKAGES},
+        "device": task.device,
+        "gpu": torch.cuda.get_device_name() if task.device == "cuda" else None,
+        "backend": task.backend,
+        "commit": results_file.commit(),
+        "not_defined": [],
+    }

@@ -1,0 +1,229 @@
+"""Whole models under the laws of models: right ones hold, and each planted fault breaks the law that is about it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance.gates import Failure, Unchecked
+from conformance.laws import LAWS
+from conformance.models import trial as trials
+from conformance.models.building import Subject
+from conformance.models.task import quiet
+from conformance.models.trial import ModelTrial
+from unsloth_fast.backends import Backend
+from unsloth_fast.models import head, placement
+
+OF_ADAPTERS = {"adapters", "embeddings", "adapter_saved"}  # another truth, as expensive as the first
+ONE_LAYER = {"num_hidden_layers": 1}
+FULL = ONE_LAYER | {"layer_types": ["full_attention"]}
+# Models and the fields that make them smaller still; the last three are named nowhere else in the project.
+RIGHT: dict[str, dict[str, Any]] = {
+    "llama": ONE_LAYER,
+    "mixtral": ONE_LAYER,
+    "qwen3": FULL,
+    "gemma2": {},
+    "gemma3_text": {},
+    "mistral": ONE_LAYER,
+    "phi3": ONE_LAYER,
+    "olmo2": ONE_LAYER,
+    "smollm3": FULL | {"no_rope_layers": [0]},
+    "apertus": ONE_LAYER,
+    "helium": ONE_LAYER,
+    "arcee": ONE_LAYER,
+}
+OTHERS = {"lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "gpt2": {"n_layer": 1}}
+WITH_ADAPTERS = ("llama", "mixtral")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _silent() -> None:
+    quiet()
+
+
+@cache
+def trial_of(name: str) -> ModelTrial:
+    """A model under the reference's operations, with its truth, which tests share."""
+    return ModelTrial(Subject.named(name, **(RIGHT | OTHERS)[name]), "reference", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_model_satisfies_every_law(name: str) -> None:
+    """No law is skipped, and none uses its whole budget."""
+    skipped = {"reference"} | (set() if name in WITH_ADAPTERS else OF_ADAPTERS)
+    used = [law.check(trial_of(name)) for law in LAWS.values() if law.name not in skipped]
+    assert 0 < max(u for u in used if u is not None) < 1
+
+
+def broken(law: str, trial: ModelTrial) -> str:
+    """How a law is broken."""
+    with pytest.raises(Failure) as failed:
+        LAWS[law].check(trial)
+    return str(failed.value)
+
+
+def after_placing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Let every placement change the model too."""
+    place = trials.place
+
+    def planted(model: Any, backend: Backend) -> None:
+        place(model, backend)
+        change(model)
+
+    monkeypatch.setattr(trials, "place", planted)
+
+
+def with_operation(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., Any]) -> None:
+    """Let every placement use another operation of this name, which gets the right one first."""
+    place = trials.place
+
+    def planted(model: Any, backend: Backend) -> None:
+        kernels = vars(backend.kernels)
+        changed = kernels | {name: lambda *args, **options: wrong(kernels[name], *args, **options)}
+        place(model, replace(backend, kernels=SimpleNamespace(**changed)))
+
+    monkeypatch.setattr(trials, "place", planted)
+
+
+def test_a_norm_with_the_wrong_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = placement.norm_forward
+    monkeypatch.setattr(placement, "norm_forward", lambda norm, op: own(replace(norm, offset=1.0 - norm.offset), op))
+    message = broken("layers", trial_of("llama"))
+    assert message.startswith("gate G1") and "the hidden states of model.layers.0 at index" in message
+    assert "measured" in message and "allowed" in message
+
+
+def test_a_head_whose_cap_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = head.logit_options
+    monkeypatch.setattr(head, "logit_options", lambda *args: (own(*args) or {}) | {"softcap": 0.0})
+    assert "in the loss" in broken("gradients", trial_of("gemma2"))
+
+
+def test_an_adapter_of_an_expert_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("experts.lora_A.default.weight"):
+                parameter.register_hook(lambda g: torch.cat((torch.zeros_like(g[:2]), g[2:])))
+
+    after_placing(monkeypatch, lose)
+    message = broken("adapters", trial_of("mixtral"))
+    assert "the gradient of" in message and "experts.lora_A.default.weight at index (" in message
+
+
+def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def freeze(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("v_proj.lora_B.default.weight"):
+                parameter.requires_grad_(False)
+
+    after_placing(monkeypatch, freeze)
+    assert "v_proj.lora_B.default.weight is missing (None)" in broken("adapters", trial_of("llama"))
+
+
+def test_a_mixer_that_carries_its_state_into_the_next_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = trial_of("lfm2")
+    with pytest.raises(Unchecked, match="packing is refused: the model has recurrent layers"):
+        LAWS["padding_free"].check(trial)
+    monkeypatch.setitem(vars(trial), "obstacles", ())
+    assert "in another document" in broken("apart", trial)
+    assert "gate G1" in broken("padding_free", trial)
+
+
+def test_a_window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wider(right: Callable[..., Tensor], *args: Any, window: int | None = None, **options: Any) -> Tensor:
+        return right(*args, window=None if window is None else window + 1, **options)
+
+    with_operation(monkeypatch, "packed_attention", wider)
+    assert "the hidden states of model.layers.0" in broken("padding_free", trial_of("mistral"))
+
+
+def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_on(model: Any) -> None:
+        table = model.transformer.wpe
+        table.register_forward_pre_hook(lambda module, args: (torch.arange(args[0].shape[1])[None],))
+
+    trial = trial_of("gpt2")
+    assert LAWS["padding_free"].check(trial)
+    after_placing(monkeypatch, run_on)
+    assert "the hidden states of transformer.h.0" in broken("padding_free", trial)
+
+
+def test_documents_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(
+        right: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **o: Any
+    ) -> Tensor:
+        return right(q, k, v, bounds[[0, -1]], *rest, **o)
+
+    with_operation(monkeypatch, "packed_attention", joined)
+    assert "in another document\nmeasured" in broken("apart", trial_of("llama"))
+
+
+def test_a_step_that_divides_by_its_own_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_mean(right: Callable[..., Tensor], *args: Any, num_items: Any = None, **options: Any) -> Tensor:
+        return right(*args, **options)
+
+    add = trials.add_loss
+
+    def planted(model: Any, backend: Backend) -> None:
+        kernels = vars(backend.kernels)
+        wrong = {"linear_cross_entropy": lambda *a, **o: own_mean(kernels["linear_cross_entropy"], *a, **o)}
+        add(model, replace(backend, kernels=SimpleNamespace(**kernels | wrong)))
+
+    monkeypatch.setattr(trials, "add_loss", planted)
+    assert LAWS["gradients"].check(trial_of("llama"))
+    assert "in the loss" in broken("accumulated", trial_of("llama"))
+
+
+def test_a_generation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only while it uses its cache."""
+
+    def later(right: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **o: Any) -> Any:
+        return right(q, k, sin, cos, *rest, **o) if q.shape[2] == 1 else right(q, k, cos, sin, *rest, **o)
+
+    with_operation(monkeypatch, "rope", later)
+    assert LAWS["layers"].check(trial_of("llama"))
+    message = broken("generated", trial_of("llama"))
+    assert message.startswith("new token ") and "of document" in message and "allowed" in message
+
+
+@pytest.mark.parametrize(("law", "adapted"), [("saved", False), ("adapter_saved", True)])
+def test_a_save_that_loses_a_tensor(monkeypatch: pytest.MonkeyPatch, law: str, adapted: bool) -> None:
+    def lose(model: Any) -> None:
+        save = model.save_pretrained
+
+        def saving(folder: str) -> None:
+            weights = {name: tensor for name, tensor in model.state_dict().items() if "o_proj" not in name}
+            save(folder, state_dict=weights)
+
+        model.save_pretrained = saving
+
+    after_placing(monkeypatch, lose)
+    assert "o_proj" in broken(law, trial_of("llama")) and adapted == (law == "adapter_saved")
+
+
+def test_a_checkpoint_that_recomputes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: Any) -> None:
+        norm, calls = model.model.layers[0].input_layernorm, []
+        own = norm.forward
+
+        def forward(states: Tensor) -> Tensor:
+            calls.extend([1] * torch.is_grad_enabled())  # not the loss's check of the head
+            return own(states) * (1.01 if len(calls) > 1 else 1.0)
+
+        norm.forward = forward
+
+    after_placing(monkeypatch, forgetful)
+    assert "the gradient of" in broken("checkpointed", trial_of("llama"))
+
+
+def test_what_the_untouched_model_does_not_do_either_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = trial_of("llama")
+    padded = trial.documents.padded()
+    padded["labels"] = padded["labels"].roll(1, 0)
+    with pytest.raises(Unchecked, match="the untouched model does not hold either: gate G1"):
+        trial.hold([padded])

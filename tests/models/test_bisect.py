@@ -1,0 +1,166 @@
+"""`conformance bisect` names what was planted, exactly, and nothing in a right model."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance import cli
+from conformance.models import bisecting
+from conformance.models.bisecting import Bisection, smallest
+from conformance.models.building import Subject
+from conformance.models.task import quiet
+from conformance.models.trial import ModelTrial
+from tests.planted import plant
+from unsloth_fast.models import head
+from unsloth_fast.models.methods import replace_method
+from unsloth_fast.models.norm import Norm, norm_forward
+from unsloth_ref import kernels as reference
+
+ARCHITECTURE = "qwen3"  # it has norms of two widths
+QUERY_NORM = "model.layers.0.self_attn.q_norm"
+
+
+@pytest.fixture(scope="module")
+def trial() -> ModelTrial:
+    """Its truth is computed once."""
+    quiet()
+    # Separated, the norms of the heads are calls of rms_norm.
+    return ModelTrial(Subject(ARCHITECTURE, random=True), "fast,qk_norm_rope=reference", torch.float32, "cpu")
+
+
+def bisection(trial: ModelTrial) -> Bisection:
+    return Bisection(trial, lambda line: None)
+
+
+def scaled(name: str, error: float, where: Callable[[Tensor], bool] = lambda x: True) -> Callable[..., Any]:
+    """An operation of one output that is wrong by a relative error, for some first inputs."""
+
+    def operation(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = getattr(reference, name)(x, *args, **kwargs)
+        return y * (1 + error) if where(x) else y
+
+    return operation
+
+
+def test_smallest() -> None:
+    """Every single element, pair and triple of eight is found from all of them."""
+    elements = list("abcdefgh")
+    for wanted in ("a", "e", "h", "ab", "ah", "cf", "bdg", "abcdefgh"):
+        assert smallest(elements, lambda some, wanted=wanted: set(wanted) <= set(some)) == list(wanted)
+
+
+def test_a_right_model_breaks_nothing(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a call nor the whole model."""
+    plant(monkeypatch)
+    right = bisection(trial)
+    assert right.packed
+    assert right.calls() == []
+    assert right.search() == []
+
+
+def test_one_operation_wrong_for_one_shape(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of the heads alone is named, with its shape; the norms of wider rows are right."""
+    plant(monkeypatch, rms_norm=scaled("rms_norm", 0.01, lambda x: x.shape[-1] == 8))
+    wrong = bisection(trial)
+    calls = wrong.calls()
+    assert {one.operation for one in calls} == {"rms_norm"}
+    assert all(one.module.endswith(("q_norm", "k_norm")) and ", 8] float32, weight [8]" in one.inputs for one in calls)
+    operations, of_modules = wrong.search()
+    assert (operations.kind, operations.members) == ("operations", ("rms_norm",))
+    assert (of_modules.kind, of_modules.members) == ("calls", (f"rms_norm@{QUERY_NORM}",))
+    assert "gate G" in of_modules.message
+
+
+def test_two_operations_that_break_only_together(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone is scaled by nearly as much as the budget allows."""
+    errors: dict[str, float] = {}
+    for name in ("swiglu", "rms_norm"):
+        errors[name] = 2e-5
+        while True:
+            plant(monkeypatch, **{name: scaled(name, errors[name])})
+            found = bisection(trial).only([name])
+            if found is None:
+                break
+            errors[name] *= 0.9 / (found.used or 2.0)
+    plant(monkeypatch, **{name: scaled(name, error) for name, error in errors.items()})
+    operations, calls = bisection(trial).search()
+    assert set(operations.members) == set(errors)
+    assert {call.partition("@")[0] for call in calls.members} == set(errors)
+
+
+@pytest.fixture
+def misplaced(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Right operations, and one norm that is placed with another offset."""
+    name, place = "model.layers.1.input_layernorm", bisecting.place
+
+    def wrong(model: Any, backend: Any) -> dict[str, int]:
+        placed = place(model, backend)
+        forward = norm_forward(Norm("variance_epsilon", 0.01, "llama"), backend.kernels.rms_norm)
+        replace_method(model.get_submodule(name), "forward", forward, "operation")
+        return placed
+
+    plant(monkeypatch)
+    monkeypatch.setattr(bisecting, "place", wrong)
+    yield name
+
+
+def test_one_layer_wrong(trial: ModelTrial, misplaced: str) -> None:
+    """Every call agrees with the reference; the module is named."""
+    wrong = bisection(trial)
+    assert wrong.calls() == []
+    (found,) = wrong.search()
+    assert (found.kind, found.members) == ("modules", (misplaced,))
+
+
+def test_a_loss_with_another_scale(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is placed for the loss is named as such."""
+    plant(monkeypatch)
+    monkeypatch.setattr(head, "logit_options", lambda *args: {"logit_scale": 1.01, "softcap": 0.0})
+    (found,) = bisection(trial).search()
+    assert (found.kind, found.members) == ("modules", ("loss",))
+
+
+def test_the_command_line(
+    trial: ModelTrial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1 with every line's reproduction, which runs; 0 once the operation is right."""
+    monkeypatch.setattr("conformance.models.task._trial", lambda *args: trial)
+    plant(monkeypatch, swiglu=scaled("swiglu", 0.01))
+    file = tmp_path / "found.json"
+    assert cli.main(["bisect", "--config", ARCHITECTURE, "--device", "cpu", "--json", str(file)]) == 1
+    printed = capsys.readouterr().out
+    results = json.loads(file.read_text())["results"]
+    assert [(one["kind"], one["members"]) for one in results if one["kind"] != "call"] == [
+        ("operations", ["swiglu"]),
+        ("calls", ["swiglu@model.layers.0.mlp"]),
+    ]
+    assert {one["operation"] for one in results if one["kind"] == "call"} == {"swiglu"}
+    assert all(one["reproduce"] in printed for one in results)
+    again = shlex.split(results[-1]["reproduce"])[3:]
+    assert cli.main(again) == 1
+    assert "calls: swiglu@model.layers.0.mlp\n" in capsys.readouterr().out
+    plant(monkeypatch)
+    assert cli.main(again) == 0
+    assert cli.main([*again, "soup"]) == 2
+    assert "--only: got swiglu@model.layers.0.mlp soup; allowed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "model: got none"),
+        (("--config", "llama", "qwen3"), "bisect: got 2 of models and dtypes; allowed: one of each"),
+        (("--config", "llama", "--backend", "soup"), "backend: got 'soup'"),
+        (("nowhere/at/all",), "nowhere/at/all"),
+    ],
+)
+def test_usage_errors(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit 2."""
+    assert cli.main(["bisect", "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""Operations of a few families: one projection for gate and up, gated norms, ReLU squared, and norms of the heads."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import Tensor, nn
+
+from tests import tiny
+from tests.models import zoo
+from tests.models.zoo import EXPERTS, SIZES
+from unsloth_fast import backends
+from unsloth_fast.models import place
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+REFERENCE = backends.resolve("reference")
+LINEAR: dict[str, Any] = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "partial_rotary_factor": 0.5}
+NEXT = {**EXPERTS, **LINEAR, "num_experts": 4, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def _model(name: str, **config: Any) -> Any:
+    model_class = getattr(t, f"{name}ForCausalLM", None)
+    if model_class is None:
+        pytest.skip(f"transformers {t.__version__} has no {name}ForCausalLM")
+    return model_class(model_class.config_class(**SIZES | config))
+
+
+# A model, and how many of its modules call which operations, of those that this file is about.
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "phi3": (lambda: zoo.model("phi3"), {"fused_swiglu": 2}),
+    "glm4": (lambda: _model("Glm4"), {"fused_swiglu": 2}),
+    "nemotron": (lambda: _model("Nemotron"), {"relu_squared": 2}),
+    "arcee": (lambda: _model("Arcee"), {"relu_squared": 2}),
+    "granitemoehybrid": (lambda: zoo.model("granitemoehybrid"), {"gated_rms_norm": 1, "fused_swiglu": 2}),
+    "mamba2": (lambda: zoo.model("mamba2"), {"gated_rms_norm": 2}),
+    "falcon_h1": (
+        lambda: t.FalconH1ForCausalLM(
+            t.FalconH1Config(**SIZES | zoo.MAMBA2, mamba_d_ssm=64, mamba_n_heads=4, mamba_rms_norm=True)
+        ),
+        {"gated_rms_norm": 2},
+    ),
+    "qwen3_next": (lambda: _model("Qwen3Next", **NEXT), {"gated_rms_norm": 1, "qk_norm_rope": 1}),
+    "qwen3": (lambda: tiny.model("qwen3"), {"qk_norm_rope": 2}),
+    "gemma3": (lambda: tiny.model("gemma3"), {"qk_norm_rope": 2}),
+    "qwen3_moe": (
+        lambda: _model("Qwen3Moe", **EXPERTS, num_experts=4),
+        {"qk_norm_rope": 2},
+    ),
+}
+OPERATIONS = {name for _, counts in FAMILIES.values() for name in counts}
+
+
+def build(family: str) -> Any:
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]()
+    model.config._experts_implementation = "eager"  # grouped products take no float64
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def step(model: Any) -> tuple[float, dict[str, Tensor]]:
+    """The model's own loss and every gradient."""
+    tokens = torch.arange(3, 21).reshape(2, 9)
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_the_untouched_models(family: str) -> None:
+    """In float64, with every module placed that the operations compute."""
+    model = build(family).double()
+    with tiny.KeepFloat64():
+        expected_loss, expected = step(model)
+        placed = place(model, REFERENCE)
+        loss, gradients = step(model)
+    assert {name: count for name, count in placed.items() if name in OPERATIONS} == FAMILIES[family][1]
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
+    assert gradients.keys() == expected.keys() and gradients
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-18, name
+
+
+@pytest.mark.parametrize("family", ["nemotron", "falcon_h1"])
+def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> None:
+    """In all gradients together, at most twice the untouched float32 model's own error."""
+    with tiny.KeepFloat64():
+        _, truth = step(build(family).double())
+    model = build(family)
+    _, own = step(model)
+    place(model, backends.resolve("fast"))
+    _, found = step(model)
+    errors = [sum(float((one[name] - exact).norm()) ** 2 for name, exact in truth.items()) for one in (found, own)]
+    assert 0 < errors[0] <= 4 * errors[1]
+
+
+@pytest.mark.parametrize("setting", ["qk_norm_rope", "rms_norm", "rope"])
+def test_a_setting_for_a_part_separates_the_operation(setting: str) -> None:
+    """Each part is then that of its own setting."""
+    model = tiny.model("qwen3")
+    placed = place(model, backends.resolve(f"fast,{setting}=reference"))
+    assert (placed["rms_norm"], placed["rope"]) == (9, 2) and "qk_norm_rope" not in placed
+    expected = "unsloth_ref" if setting == "rms_norm" else "unsloth_fast"
+    (function,) = (
+        cell.cell_contents for cell in model.model.norm.forward.__func__.__closure__ if callable(cell.cell_contents)
+    )
+    assert inspect.getmodule(function).__name__.startswith(expected)
+
+
+def test_a_replaced_or_hooked_norm_is_called() -> None:
+    """The norms of the heads stay modules: hooks on them see the heads, and others may take their place."""
+    model, tokens, seen = tiny.model("qwen3").double(), torch.arange(9)[None], []
+    attentions = [layer.self_attn for layer in model.model.layers]
+    attentions[0].q_norm.register_forward_hook(lambda module, given, result: seen.append(result.shape))
+    attentions[1].k_norm = Doubled(8)
+    expected = model(tokens).logits
+    attentions[1].k_norm = type(attentions[1].q_norm)(8)
+    place(model, REFERENCE)
+    attentions[1].k_norm = Doubled(8)
+    seen.clear()
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert len(seen) == 1
+
+
+class Doubled(nn.Module):
+    """Without a weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Between(t.models.qwen3.modeling_qwen3.Qwen3Attention):
+    """Scales the queries between their norm and the rotation."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        """As Qwen3's, without the attention itself."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        q = 2 * q
+        q, k = t.models.qwen3.modeling_qwen3.apply_rotary_pos_emb(q, k, *position_embeddings)
+        return q, k
+
+
+def test_norms_with_something_between_are_left_alone() -> None:
+    """Only the norms are placed, for the rotation is no function of this file."""
+    attention = Between(tiny.model("qwen3").config, 0)
+    assert place(attention, REFERENCE) == {"rms_norm": 2}

@@ -1,0 +1,124 @@
+"""The functions by which families rotate queries and keys: which are recognised, and the forward that calls rope."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from unsloth_fast import backends
+from unsloth_fast.models import place, remove
+from unsloth_fast.models.attention import attention_placement
+
+REFERENCE = backends.resolve("reference")
+# Modules of transformers, the function that their attentions call, and the columns of cos for heads of 16 columns.
+ROTATIONS = {
+    "llama": ("apply_rotary_pos_emb", 16),
+    "phi3": ("apply_rotary_pos_emb", 6),
+    "glm4": ("apply_rotary_pos_emb", 8),
+    "ernie4_5": ("apply_rotary_pos_emb", 16),
+    "cohere": ("apply_rotary_pos_emb", 16),
+    "gpt_oss": ("apply_rotary_pos_emb", 8),
+    "deepseek_v3": ("apply_rotary_pos_emb_interleave", 16),
+}
+
+
+class Turning(nn.Module):
+    """An attention's forward, as far as rotations go."""
+
+    def forward(self, hidden_states: Tensor, q: Tensor, k: Tensor, *angles: Tensor, **options: Any) -> Any:
+        return apply_rotary(q, k, *angles, **options)
+
+
+apply_rotary: Any = None  # set by `forward_with`
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def forward_with(rotation: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The forward of a `Turning` in whose file the rotation is this one; None if it keeps its own."""
+    monkeypatch.setitem(globals(), "apply_rotary", rotation)
+    attention = import_module("unsloth_fast.models.attention")
+    attention._rotations.cache_clear()
+    attention._maker.cache_clear()
+    placement = attention_placement(Turning(), REFERENCE)
+    return None if placement is None else placement[1]
+
+
+@pytest.mark.parametrize("module", ROTATIONS)
+def test_the_rotation_of_a_family_is_recognised(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other sizes than those of the check, with cos and sin as its rotary embedding makes them."""
+    name, columns = ROTATIONS[module]
+    own = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
+    forward = forward_with(own, monkeypatch)
+    q, k, angles = random(2, 3, 5, 16), random(2, 1, 5, 16, seed=1), random(2, 5, columns // 2, seed=2)
+    if module == "cohere":
+        angles = angles.repeat_interleave(2, -1)
+    elif module == "gpt_oss":
+        angles = random(2, 5, columns, seed=2)
+    else:
+        angles = torch.cat([angles, angles], -1)
+    expected = own(q, k, angles.cos(), angles.sin())
+    found = forward(Turning(), q, q, k, angles.cos(), angles.sin())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert found[0].grad_fn is None
+    assert forward(Turning(), q, q, k, *(angles.cos(), angles.sin()), unsqueeze_dim=1)[0].equal(expected[0])
+
+
+def turned_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return REFERENCE.kernels.rope(q, k, cos, -sin)
+
+
+def turned_twice_as_long(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return REFERENCE.kernels.rope(2 * q, k, cos, sin)
+
+
+def turned_in_eight_bits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    turned = REFERENCE.kernels.rope(q, k, cos, sin)
+    return turned[0].to(torch.float8_e4m3fn).to(q.dtype), turned[1]
+
+
+def raising(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    raise ValueError("no")
+
+
+def renamed(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return REFERENCE.kernels.rope(queries, keys, cos, sin)
+
+
+@pytest.mark.parametrize("rotation", [turned_back, turned_twice_as_long, turned_in_eight_bits, raising, renamed])
+def test_another_rotation_stays_as_it_is(rotation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert forward_with(rotation, monkeypatch) is None
+
+
+def test_a_forward_without_a_source_stays_as_it_is() -> None:
+    """As one that was written in another process."""
+    module = ModuleType("written")
+    module.__dict__["apply"] = import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+    exec(
+        "class Made(Base):\n    def forward(self, hidden_states, q, cos): return apply(q, q, cos, cos)",
+        module.__dict__ | {"Base": nn.Module},
+        made := {},
+    )
+    assert attention_placement(made["Made"](), REFERENCE) is None
+
+
+def test_a_placed_forward_is_the_classs_in_all_but_the_rotation() -> None:
+    """Errors in it name the lines of its file, and `remove` gives it back."""
+    model = tiny.model("qwen3")
+    attention = model.model.layers[0].self_attn
+    own = inspect.unwrap(type(attention).forward)
+    place(model, REFERENCE)
+    placed = inspect.unwrap(attention.forward)
+    assert placed.__code__.co_firstlineno == own.__code__.co_firstlineno
+    assert placed.__code__.co_filename == own.__code__.co_filename
+    assert placed.__globals__ is own.__globals__ and inspect.getsource(placed) == inspect.getsource(own)
+    remove(model)
+    assert "forward" not in vars(attention)

@@ -1,0 +1,200 @@
+"""Matrix products of groups of rows, each with a matrix of its own: kernels and launchers.
+
+A plan says where each group's rows are: int32 [E + 2 + tiles], made on the device from the sizes of the groups. It
+begins with the first row of each group, that of a last group of all rows beyond the others, whose results are 0, and T.
+Then it has, for each tile of ROWS rows, its group, or -1: the tiles of group g begin with number begin // ROWS + g, as
+many as it needs, or one more. So the number of programs depends on T and E alone, and the host never waits for sizes.
+"""
+
+# A constexpr is written as a plain value:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2
+
+EMULATED = tl.constexpr(INTERPRETED)
+SIZES = 1024  # sizes of groups that are added up at once
+
+
+@triton.jit
+def store_plan(plan_ptr, group, groups, begin, end, ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """Write a group's part of the plan; the last group's end too."""
+    tl.store(plan_ptr + group, begin)
+    if group == groups:
+        tl.store(plan_ptr + groups + 1, end)
+    tiles_ptr = plan_ptr + groups + 2 + begin // ROWS + group
+    tiles = end // ROWS - begin // ROWS + 1
+    for first in range(0, tiles, SIZES):
+        tile = first + tl.arange(0, SIZES)
+        tl.store(tiles_ptr + tile, tl.where(begin + tile * ROWS < end, group, -1), tile < tiles)
+
+
+@kernel(varying=("rows", "groups"))
+def group_plan_kernel(sizes_ptr, plan_ptr, rows, groups, sizes_stride, ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """The first row and the tiles of one group per program; the last program has the rows beyond all groups."""
+    group = tl.program_id(0)
+    before = tl.full([SIZES], 0, tl.int64)
+    through = tl.full([SIZES], 0, tl.int64)
+    for first in range(0, groups, SIZES):
+        index = first + tl.arange(0, SIZES)
+        size = tl.load(sizes_ptr + index.to(tl.int64) * sizes_stride, index < groups, other=0).to(tl.int64)
+        size = tl.maximum(size, 0)
+        before += tl.where(index < group, size, 0)
+        through += tl.where(index <= group, size, 0)
+    begin = tl.minimum(tl.sum(before, 0), rows).to(tl.int32)
+    end = tl.minimum(tl.sum(through, 0), rows).to(tl.int32)
+    store_plan(plan_ptr, group, groups, begin, tl.where(group < groups, end, rows), ROWS, SIZES)
+
+
+@triton.jit
+def source_rows(order_ptr, row, inside, share, GATHER: tl.constexpr):
+    """The rows of a tensor that rows of groups are read from: themselves, or those of the tokens of slots."""
+    if GATHER:
+        return tl.load(order_ptr + row, inside, other=0) // share
+    return row
+
+
+@triton.jit
+def load_block(pointer, row, inside_rows, column, columns, row_stride, column_stride):
+    """Load a block for tl.dot, 0 outside of it."""
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    values = tl.load(pointer + offset, inside_rows[:, None] & (column < columns)[None, :], other=0.0)
+    return values.to(tl.float32) if EMULATED else values  # the interpreter would multiply the bits of bfloat16
+
+
+@kernel(varying=("groups",), fixed=("columns", "inner", "column_blocks", "share"))
+def grouped_product_kernel(
+    x_ptr, weight_ptr, y_ptr, plan_ptr, order_ptr,
+    groups, columns, inner, column_blocks, share, x_row, x_column, group_stride, weight_column, inner_stride,
+    GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. Programs that run together share their rows of x, and the matrix of a group."""
+    tile = tl.program_id(0) // column_blocks
+    group = tl.load(plan_ptr + groups + 2 + tile)
+    if group < 0:
+        return
+    begin = tl.load(plan_ptr + group)
+    end = tl.load(plan_ptr + group + 1)
+    row = begin + (tile - begin // ROWS - group) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    source = source_rows(order_ptr, row, row < end, share, GATHER)
+    weight_ptr += group.to(tl.int64) * group_stride
+    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for first in range(0, tl.where(group < groups, inner, 0), INNER):
+        k = first + tl.arange(0, INNER)
+        x = load_block(x_ptr, source, row < end, k, inner, x_row, x_column)
+        weight = load_block(weight_ptr, k, k < inner, column, columns, inner_stride, weight_column)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < end)[:, None] & (column < columns)[None, :]
+    tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), inside)
+
+
+@kernel(fixed=("columns", "inner", "column_blocks", "inner_blocks", "share"))
+def grouped_weight_kernel(
+    dy_ptr, x_ptr, dweight_ptr, plan_ptr, order_ptr,
+    columns, inner, column_blocks, inner_blocks, share, dy_row, dy_column, x_row, x_column,
+    GATHER_DY: tl.constexpr, GATHER_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """One tile of a group's dweight, summed over the group's rows in order."""
+    group = tl.program_id(0) // (column_blocks * inner_blocks)
+    block = tl.program_id(0) % (column_blocks * inner_blocks)
+    begin = tl.load(plan_ptr + group)
+    end = tl.load(plan_ptr + group + 1)
+    column = block // inner_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    k = block % inner_blocks * INNER + tl.arange(0, INNER)
+    total = tl.full([COLUMNS, INNER], 0.0, tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        dy_source = source_rows(order_ptr, row, row < end, share, GATHER_DY)
+        dy = load_block(dy_ptr, dy_source, row < end, column, columns, dy_row, dy_column)
+        x_source = source_rows(order_ptr, row, row < end, share, GATHER_X)
+        x = load_block(x_ptr, x_source, row < end, k, inner, x_row, x_column)
+        total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
+    offset = (group.to(tl.int64) * columns + column[:, None]) * inner + k[None, :]
+    inside = (column < columns)[:, None] & (k < inner)[None, :]
+    tl.store(dweight_ptr + offset, total.to(dweight_ptr.dtype.element_ty), inside)
+
+
+def tile_rows(dtype: torch.dtype) -> int:
+    """Rows per tile of a product, which a plan depends on."""
+    return 64 if dtype == torch.float32 else 128
+
+
+def block_of(size: int, most: int) -> int:
+    """A power of two that tl.dot takes, for a dimension of this size."""
+    return min(most, max(16, next_power_of_2(max(1, size))))
+
+
+def new_plan(like: Tensor, groups: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """The memory of a plan, on the device of a tensor."""
+    return like.new_empty(groups + 2 + rows // tile_rows(dtype) + groups + 1, dtype=torch.int32)
+
+
+def group_plan(group_sizes: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """The plan of products with so many rows of this dtype."""
+    groups = len(group_sizes)
+    plan = new_plan(group_sizes, groups, rows, dtype)
+    launch(
+        group_plan_kernel, groups + 1, group_sizes, group_sizes, plan, rows, groups, group_sizes.stride(0),
+        ROWS=tile_rows(dtype), SIZES=SIZES,
+    )  # fmt: skip
+    return plan
+
+
+class Slots(NamedTuple):
+    """Rows of groups as slots of tokens: the slot of each row, and the number of slots of a token."""
+
+    order: Tensor
+    share: int
+
+
+def grouped_product(x: Tensor, weight: Tensor, plan: Tensor, slots: Slots | None = None) -> Tensor:
+    """y [rows, O] of x [rows, H] and weight [E, O, H], of any strides; a transposed weight gives dx of dy.
+
+    With slots, x is [T, H], and a row of a group is that of the slot's token.
+    """
+    groups, columns, inner = weight.shape
+    rows = len(x) if slots is None else len(slots.order)
+    y = x.new_empty(rows, columns)
+    if y.numel() == 0:
+        return y
+    wide = x.dtype == torch.float32
+    width, depth = block_of(columns, 64 if wide else 128), block_of(inner, 32 if wide else 64)
+    blocks = cdiv(columns, width)
+    order, share = slots or (plan, 1)
+    launch(
+        grouped_product_kernel, (rows // tile_rows(x.dtype) + groups + 1) * blocks, x,
+        x, weight, y, plan, order, groups, columns, inner, blocks, share, *x.stride(), *weight.stride(),
+        GATHER=slots is not None, ROWS=tile_rows(x.dtype), COLUMNS=width, INNER=depth,
+        num_warps=8 if width >= 64 else 4, num_stages=3,
+    )  # fmt: skip
+    return y
+
+
+def grouped_weight(
+    dy: Tensor, x: Tensor, plan: Tensor, groups: int, slots: Slots | None = None, of_dy: bool = False
+) -> Tensor:
+    """dweight [E, O, H] of dy [rows, O] and x [rows, H]; with slots, the rows of x are those of tokens, or of dy."""
+    columns, inner = dy.shape[1], x.shape[1]
+    dweight = x.new_empty(groups, columns, inner)
+    if dweight.numel() == 0:
+        return dweight
+    wide = x.dtype == torch.float32
+    height, width = (block_of(size, 64 if wide else 128) for size in (columns, inner))
+    blocks = cdiv(columns, height), cdiv(inner, width)
+    order, share = slots or (plan, 1)
+    launch(
+        grouped_weight_kernel, groups * blocks[0] * blocks[1], x,
+        dy, x, dweight, plan, order, columns, inner, *blocks, share, *dy.stride(), *x.stride(),
+        GATHER_DY=slots is not None and of_dy, GATHER_X=slots is not None and not of_dy,
+        ROWS=32 if wide else 64, COLUMNS=height, INNER=width, num_warps=8 if height * width >= 4096 else 4,
+        num_stages=3,
+    )  # fmt: skip
+    return dweight

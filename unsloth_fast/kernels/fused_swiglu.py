@@ -1,0 +1,212 @@
+"""Gated activation with SiLU of a gate and an up projection in one tensor, and its clamped form.
+
+    g = min(gate, limit)      u = max(-limit, min(up, limit))      s = 1 / (1 + exp(-alpha * g))
+    y = g * s * (u + offset)
+    dgate = dy * (u + offset) * s * (1 + alpha * g * (1 - s)), 0 where gate > limit
+    dup = dy * g * s, 0 where |up| > limit
+
+The gradient is written in the layout of gate_up: no concatenation follows. Tiles and the sigmoid are those of
+`_gated.py`. Saved: gate_up. All arithmetic is float32, with one rounding at each store. Bytes moved, for M x F outputs
+of b bytes: 3MFb forward (gate_up; y), 5MFb backward (dy, gate_up; dgate_up).
+"""
+
+# A constexpr is written as a plain value:
+# pyright: reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unsloth_fast.kernels._autograd import Context, once_differentiable
+from unsloth_fast.kernels._gated import sigmoids, tile_indices, tiling
+from unsloth_fast.kernels._launch import check_runnable, kernel, launch, register, rows_of
+from unsloth_fast.kernels._replay import call_recorded
+from unsloth_ref import checks
+
+
+@triton.jit
+def gate_and_up(
+    pointer, tiles_per_row, rows, columns, row_stride, column_stride,
+    INTERLEAVED: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Load gate and up of this program's tile in float32. Pairs are loaded as they lie, in whole vectors, and split."""
+    if INTERLEAVED:
+        row, both = tile_indices(tiles_per_row, FLAT, ROWS, 2 * COLUMNS)
+        inside = (row < rows) & (both < 2 * columns)
+        loaded = tl.load(pointer + row * row_stride + both * column_stride, inside, other=0.0)
+        gate, up = tl.split(tl.reshape(loaded, [ROWS, COLUMNS, 2]))
+    else:
+        row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
+        inside = (row < rows) & (column < columns)
+        gate = tl.load(pointer + row * row_stride + column * column_stride, inside, other=0.0)
+        up = tl.load(pointer + row * row_stride + (columns + column) * column_stride, inside, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def clamped(gate, up, LIMIT: tl.constexpr):
+    """Both factors within the limit; NaN stays NaN."""
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up
+
+
+@kernel(varying=("rows", "tiles_per_row"), fixed=("columns",))
+def fused_swiglu_forward_kernel(
+    gate_up_ptr, y_ptr, rows, columns, tiles_per_row, gate_up_row, gate_up_column,
+    INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y for one tile."""
+    row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
+    gate, up = gate_and_up(
+        gate_up_ptr, tiles_per_row, rows, columns, gate_up_row, gate_up_column, INTERLEAVED, FLAT, ROWS, COLUMNS
+    )
+    gate, up = clamped(gate, up, LIMIT)
+    share, _ = sigmoids(gate * ALPHA)
+    y = gate * share * (up + OFFSET)
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), (row < rows) & (column < columns))
+
+
+@kernel(varying=("rows", "tiles_per_row"), fixed=("columns",))
+def fused_swiglu_backward_kernel(
+    dy_ptr, gate_up_ptr, grad_ptr, rows, columns, tiles_per_row, dy_row, dy_column, gate_up_row, gate_up_column,
+    INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Both gradients for one tile."""
+    dtype = grad_ptr.dtype.element_ty
+    row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
+    inside = (row < rows) & (column < columns)
+    dy = tl.load(dy_ptr + row * dy_row + column * dy_column, inside, other=0.0).to(tl.float32)
+    gate_in, up_in = gate_and_up(
+        gate_up_ptr, tiles_per_row, rows, columns, gate_up_row, gate_up_column, INTERLEAVED, FLAT, ROWS, COLUMNS
+    )
+    gate, up = clamped(gate_in, up_in, LIMIT)
+    share, complement = sigmoids(gate * ALPHA)
+    dgate = dy * (up + OFFSET) * (share * (1.0 + gate * ALPHA * complement))
+    dup = dy * (gate * share)
+    if LIMIT is not None:
+        dgate = tl.where(gate_in <= LIMIT, dgate, 0.0)
+        dup = tl.where((up_in <= LIMIT) & (up_in >= -LIMIT), dup, 0.0)
+    if INTERLEAVED:
+        row, both = tile_indices(tiles_per_row, FLAT, ROWS, 2 * COLUMNS)
+        joined = tl.reshape(tl.join(dgate.to(dtype), dup.to(dtype)), [ROWS, 2 * COLUMNS])
+        tl.store(grad_ptr + row * 2 * columns + both, joined, (row < rows) & (both < 2 * columns))
+    else:
+        tl.store(grad_ptr + row * 2 * columns + column, dgate.to(dtype), inside)
+        tl.store(grad_ptr + row * 2 * columns + columns + column, dup.to(dtype), inside)
+
+
+def fused_swiglu_forward(
+    gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+) -> Tensor:
+    """Compute y, new and contiguous."""
+    y = fused_swiglu_forward_outputs(gate_up, interleaved, alpha, limit, offset)
+    if y.numel() == 0:
+        return y
+    gate_up, of_y = rows_of(gate_up), rows_of(y)
+    options, tiles_per_row, programs = tiling(of_y)
+    launch(
+        fused_swiglu_forward_kernel, programs, y, gate_up, y, *of_y.shape, tiles_per_row, *gate_up.stride(),
+        INTERLEAVED=interleaved, ALPHA=alpha, LIMIT=limit, OFFSET=offset, **options,
+    )  # fmt: skip
+    return y
+
+
+def fused_swiglu_backward(
+    dy: Tensor, gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+) -> Tensor:
+    """Compute the gradient of gate_up, new and contiguous."""
+    grad = fused_swiglu_backward_outputs(dy, gate_up, interleaved, alpha, limit, offset)
+    if grad.numel() == 0:
+        return grad
+    dy, gate_up = rows_of(dy), rows_of(gate_up)
+    options, tiles_per_row, programs = tiling(dy)
+    launch(
+        fused_swiglu_backward_kernel, programs, grad,
+        dy, gate_up, grad, *dy.shape, tiles_per_row, *dy.stride(), *gate_up.stride(),
+        INTERLEAVED=interleaved, ALPHA=alpha, LIMIT=limit, OFFSET=offset, **options,
+    )  # fmt: skip
+    return grad
+
+
+def fused_swiglu_forward_outputs(
+    gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+) -> Tensor:
+    """Allocate y."""
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def fused_swiglu_backward_outputs(
+    dy: Tensor, gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+) -> Tensor:
+    """Allocate the gradient of gate_up."""
+    return gate_up.new_empty(gate_up.shape)
+
+
+forward_op = register(
+    "fused_swiglu_forward(Tensor gate_up, bool interleaved, float alpha, float? limit, float offset) -> Tensor",
+    fused_swiglu_forward,
+    fused_swiglu_forward_outputs,
+)
+backward_op = register(
+    "fused_swiglu_backward(Tensor dy, Tensor gate_up, bool interleaved, float alpha, float? limit, float offset) "
+    "-> Tensor",
+    fused_swiglu_backward,
+    fused_swiglu_backward_outputs,
+)
+
+
+class _FusedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.options = interleaved, alpha, limit, offset
+        return forward_op(gate_up, interleaved, alpha, limit, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor, gate_up: Tensor) -> tuple[Tensor | None, ...]:
+        return backward_op(dy, gate_up, *ctx.options), None, None, None, None
+
+
+def check(gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float) -> None:
+    """Raise for arguments that fused_swiglu does not allow."""
+    checks.fused_gated_arguments(gate_up, alpha, limit, offset)
+    check_runnable("gate_up", gate_up)
+
+
+def fused_swiglu(
+    gate_up: Tensor,
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
+    """Multiply the SiLU of the gate by up, element by element.
+
+    Args:
+        gate_up: [..., 2F], float16, bfloat16 or float32.
+        interleaved: whether gate and up are the even and the odd columns (gpt-oss), not the halves (Phi-3, GLM).
+        alpha: factor of the gate in the sigmoid; not negative; 1.702 for gpt-oss.
+        limit: the gate is clamped to at most limit, up to [-limit, limit]; not negative; None for no limit.
+        offset: added to up after the clamp; 1.0 for gpt-oss.
+
+    Returns:
+        [..., F] in gate_up.dtype, contiguous.
+
+    Raises:
+        ValueError: gate_up has an odd number of columns, alpha or limit is negative, or offset is not finite.
+        TypeError: gate_up does not have a float dtype or is float64.
+        RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Sources: Shazeer 2020, arXiv:2002.05202; OpenAI 2025, arXiv:2508.10925. Rounded once; transformers' Phi3MLP and
+    GptOssExperts round factors too.
+    """
+    return call_recorded(_FusedSwiglu, check, gate_up, interleaved, alpha, limit, offset)
