@@ -1,5 +1,7 @@
 """PyTorch's own operators without torch.compile, fused where PyTorch has a fused one."""
 
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,9 +145,78 @@ def packed_attention(
 
 
 @operation
+def causal_conv(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """A depthwise convolution of each document, then SiLU."""
+    taps, parts = weight[:, None].to(x.dtype), [x[:0]]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        if begin < end:
+            padded = F.pad(x[begin:end].t(), (weight.shape[1] - 1, 0))
+            parts.append(F.conv1d(padded, taps, None if bias is None else bias.to(x.dtype), groups=len(weight)).t())
+    z = torch.cat(parts)
+    return F.silu(z) if activation == "silu" else z
+
+
+@operation
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """In chunks of 64 tokens of each document, by float32 products and triangular solutions, as transformers."""
+    group, factor = v.shape[1] // q.shape[1], q.shape[2] ** -0.5 if scale is None else scale
+    q, k = (heads.repeat_interleave(group, 1) for heads in (q, k))
+    parts = [v[:0].float()]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        if begin < end:
+            rows = (x[begin:end].float().transpose(0, 1) for x in (q, k, v, g[..., None], beta[..., None]))
+            parts.append(factor * _delta_rule_of_document(*rows).transpose(0, 1))
+    return torch.cat(parts).to(v.dtype)
+
+
+def _delta_rule_of_document(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Of one document [M, L, ...]; rows of zeros complete its last chunk."""
+    length = q.shape[1]
+    q, k, v, g, beta = (F.pad(x, (0, 0, 0, -length % 64)).unflatten(1, (-1, 64)) for x in (q, k, v, g, beta))
+    total = g.cumsum(2)
+    lower = torch.ones(64, 64, dtype=torch.bool, device=q.device).tril()
+    between = (total - total.mT).masked_fill(~lower, float("-inf")).exp()
+    system = beta * between * (k @ k.mT)
+    solve = partial(torch.linalg.solve_triangular, system, upper=False, unitriangular=True)
+    values, reads, weights = solve(beta * v), solve(beta * total.exp() * k), between * (q @ k.mT)
+    until, after = total.exp() * q, (total[:, :, -1:] - total).exp() * k
+    state, rows = q.new_zeros(len(q), q.shape[3], v.shape[3]), []
+    for chunk in range(q.shape[1]):
+        u = values[:, chunk] - reads[:, chunk] @ state
+        rows.append(until[:, chunk] @ state + weights[:, chunk] @ u)
+        state = total[:, chunk, -1:].exp() * state + after[:, chunk].mT @ u
+    return torch.cat(rows, 1)[:, :length]
+
+
+@operation
 def lora_linear(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
     """Three linear layers and a sum; adapters of another dtype are cast to that of x."""
     low = F.linear(x, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
+
+
+@operation
+def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    """torch's grouped product."""
+    return F.grouped_mm(x, weight.mT, offs=group_sizes.cumsum(0, dtype=torch.int32))
+
+
+@operation
+def moe_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, *,
+    activation: str = "silu",
+) -> Tensor:  # fmt: skip
+    """As transformers' experts with torch's grouped products."""
+    slots, order = expert_indices.flatten().sort(stable=True)
+    ends = torch.searchsorted(slots, torch.arange(len(gate_up), device=x.device), right=True).int()
+    rows = x[order // expert_indices.shape[1]]
+    gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, -1)
+    hidden = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    out = F.grouped_mm(hidden, down.mT, offs=ends) * expert_weights.flatten()[order, None]
+    return out[order.argsort()].unflatten(0, expert_indices.shape).sum(1).to(x.dtype)
