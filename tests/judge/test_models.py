@@ -46,7 +46,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "helium": ONE_LAYER,
     "arcee": ONE_LAYER,
 }
-OTHERS = {"lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "gpt2": {"n_layer": 1}}
+OTHERS: dict[str, dict[str, Any]] = {"nemotron_h": {}, "gpt2": {"n_layer": 1}}
 WITH_ADAPTERS = ("llama", "mixtral")
 
 
@@ -135,7 +135,7 @@ def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_mixer_that_carries_its_state_into_the_next_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = trial_of("lfm2")
+    trial = trial_of("nemotron_h")
     with pytest.raises(Unchecked, match="packing is refused: the model has recurrent layers"):
         LAWS["padding_free"].check(trial)
     monkeypatch.setitem(vars(trial), "obstacles", ())
@@ -265,10 +265,10 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 
     after_placing(monkeypatch, enlarge)
     words = ["--law", "layers", "padding_free", "--json", str(tmp_path / "out.json")]
-    assert cli.main(["model", "--config", "llama", "lfm2", *OPTIONS, *words]) == 1
+    assert cli.main(["model", "--config", "llama", "nemotron_h", *OPTIONS, *words]) == 1
     shown = capsys.readouterr().out
     assert "% of error budget" in shown and "laws" in shown
-    assert "skip lfm2 / padding_free / float32: packing is refused: " in shown
+    assert "skip nemotron_h / padding_free / float32: packing is refused: " in shown
     assert "FAIL llama / layers / float32: gate G1 used " in shown and " in logits at index (" in shown
     again = "python -m conformance model --config llama --law layers --dtype float32 --backend reference --device cpu"
     assert f"  reproduce: {again}\n" in shown
@@ -284,7 +284,7 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 @pytest.mark.parametrize(("law", "status"), [("layers", 0), ("padding_free", 2)])
 def test_exit_status_without_a_failure(law: str, status: int) -> None:
     """2 if every law was skipped."""
-    assert cli.main(["model", "--config", "lfm2", "--law", law, *OPTIONS]) == status
+    assert cli.main(["model", "--config", "nemotron_h", "--law", law, *OPTIONS]) == status
 
 
 @pytest.mark.parametrize(
