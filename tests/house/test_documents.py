@@ -42,6 +42,7 @@ OURS = (
     "unsloth-fast",
     "accelerate launch -m",
 )
+VERBS += ("bisect",)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
