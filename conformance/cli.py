@@ -29,7 +29,7 @@ from conformance.verbs import (
 )
 from conformance.verbs._shared import UsageError
 
-VERBS = (run, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report, model, bisect)
+VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -97,10 +97,9 @@ class Subject:
         return model.to(device).train()
 
     def _loaded(self, dtype: torch.dtype, device: str, experts: str | None) -> Any:
-        config = self.config()
-        if experts is not None:
-            config._experts_implementation = experts
-        return model_class(config).from_pretrained(self.name, config=config, dtype=dtype).to(device).train()
+        config, options = self.config(), {} if experts is None else {"experts_implementation": experts}
+        model = model_class(config).from_pretrained(self.name, config=config, dtype=dtype, **options)
+        return model.to(device).train()
 
 
 def architectures() -> list[str]:

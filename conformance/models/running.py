@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from unsloth_fast.models.head import without_adapter
+
 Results = dict[str, Tensor]
 
 LOGITS, LOSS, HIDDEN, GRADIENT = "logits", "the loss", "the hidden states of ", "the gradient of "
@@ -81,8 +83,7 @@ def gradients_of(model: nn.Module) -> Results:
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """The keyword that turns a cache off, for a forward that takes it."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(type(inner).forward).parameters
+    parameters = inspect.signature(type(without_adapter(model)).forward).parameters
     takes = "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     return {"use_cache": False} if takes else {}
 

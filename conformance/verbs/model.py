@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from conformance.models.task import ModelTask, tasks_of
 from conformance.runner import run
 from conformance.search import Result
 from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")
 TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in float64, several times
@@ -80,9 +81,6 @@ def _model(arguments: argparse.Namespace) -> int:
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     """What the command line asks for; raises UsageError."""
-    lacking = [name for name in PACKAGES if find_spec(name) is None]
-    if lacking:
-        raise UsageError(f"model: {', '.join(lacking)} not installed; allowed: with them (pip install '.[train]')")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
@@ -97,6 +95,7 @@ def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     if arguments.data and arguments.config:
         raise UsageError(f"--data: got {arguments.data} with --config; allowed: with a model that has a tokenizer")
     _check_backend(arguments.backend, device)
+    _demand_packages()
     for model in arguments.models:
         _check_model(model)
     demand_writable(arguments.json)
@@ -113,6 +112,19 @@ def _check_backend(name: str, device: str) -> None:
         resolve(name)
     except (RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def _demand_packages() -> None:
+    """Raise UsageError if a package of the trainer is not installed."""
+    try:
+        for name in PACKAGES:
+            import_module(name)
+    except ModuleNotFoundError as lacking:
+        try:
+            demand_extra("model", lacking)
+        except ImportError as error:
+            raise UsageError(str(error)) from error
+        raise
 
 
 def _check_model(name: str) -> None:

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
-VERBS = ("run", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
+VERBS = ("run", "model", "bisect", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate", "gate")
+VERBS += ("ledger", "report")
 OURS = (
     "python -m conformance",
     "python examples/",
@@ -42,7 +43,6 @@ OURS = (
     "unsloth-fast",
     "accelerate launch -m",
 )
-VERBS += ("bisect",)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
@@ -214,7 +214,7 @@ def check_judge(verb: str, words: list[str]) -> None:
     assert flags(words) <= judge_options(verb)
     options = [index for index, word in enumerate(words) if word.startswith("-")]
     positional = words[: min(options, default=len(words))]
-    if verb not in ("repro", "write", "ledger", "report"):
+    if verb not in ("repro", "write", "ledger", "report", "model"):
         assert set(positional) - {"OP"} <= {*backends.OPERATIONS, *backends.PIECES}
     for index in options:
         if words[index] == "--backend":

@@ -75,13 +75,13 @@ def main_of_pytest():
 
 
 if __name__ == "__main__":
-    misused = ("coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
+    misused = ("model", "bisect", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
     names = ("run", "list", "repro", "write", *misused)
     found = {
         "home": conformance.__file__,
         "verbs": [verb.__name__.rpartition(".")[2] for verb in VERBS],
-        "help": {name: run(name, "--help")["status"] for name in (*names, "bisect")},
-        "mistakes": {name: run(name, "soup") for name in (*misused, "bisect")},
+        "help": {name: run(name, "--help")["status"] for name in names},
+        "mistakes": {name: run(name, "soup") for name in misused},
         "fingerprint": run("fingerprint", "swiglu", "--target", "sm_80"),  # before Triton's interpreter is chosen
         "list": run("list"),
         "write": run("write", "torch.nn.functional:silu", "--example", "input=randn(8,16)"),

@@ -1,21 +1,30 @@
 """Whole models under the laws of models: right ones hold, and each planted fault breaks the law that is about it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from conformance import cli
 from conformance.gates import Failure, Unchecked
 from conformance.laws import LAWS
+from conformance.models import task
 from conformance.models import trial as trials
-from conformance.models.building import Subject
+from conformance.models.building import LENGTHS, NotBuilt, Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.page.reading import read
+from conformance.search import Result
+from conformance.verbs import model as verb
+from tests import tiny
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import head, placement
 
@@ -227,3 +236,98 @@ def test_what_the_untouched_model_does_not_do_either_is_no_failure(monkeypatch: 
     padded["labels"] = padded["labels"].roll(1, 0)
     with pytest.raises(Unchecked, match="the untouched model does not hold either: gate G1"):
         trial.hold([padded])
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run tasks in this process, on the models of this file."""
+
+    def run(tasks: Any, on_result: Callable[[Any, Result], None], **_: Any) -> list[tuple[Any, Result]]:
+        done = [(each, each()) for each in tasks]
+        for each in done:
+            on_result(*each)
+        return done
+
+    monkeypatch.setattr(verb, "run", run)
+    monkeypatch.setattr(task, "_trial", lambda name, *_: trial_of(name))
+
+
+OPTIONS = ["--backend", "reference", "--device", "cpu"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_verb_shows_what_fails_and_how_to_run_it_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def enlarge(model: Any) -> None:
+        for norm in (module for name, module in model.named_modules() if name == "model.norm"):
+            norm.register_forward_hook(lambda *args: 1.01 * args[2])
+
+    after_placing(monkeypatch, enlarge)
+    words = ["--law", "layers", "padding_free", "--json", str(tmp_path / "out.json")]
+    assert cli.main(["model", "--config", "llama", "lfm2", *OPTIONS, *words]) == 1
+    shown = capsys.readouterr().out
+    assert "% of error budget" in shown and "laws" in shown
+    assert "skip lfm2 / padding_free / float32: packing is refused: " in shown
+    assert "FAIL llama / layers / float32: gate G1 used " in shown and " in logits at index (" in shown
+    again = "python -m conformance model --config llama --law layers --dtype float32 --backend reference --device cpu"
+    assert f"  reproduce: {again}\n" in shown
+    assert f"must hold:     {LAWS['layers'].statement}" in shown
+    file = read(tmp_path / "out.json")
+    assert file.kind == "run" and [check.verdict for check in file.checks] == ["fail", "fail", "pass", "skip"]
+    assert (file.checks[0].op, file.checks[0].property, file.checks[0].dtype) == ("llama", "layers", "float32")
+    assert file.checks[0].message is not None and file.checks[0].message.endswith(again)
+    assert "transformers" in file.meta.versions
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("law", "status"), [("layers", 0), ("padding_free", 2)])
+def test_exit_status_without_a_failure(law: str, status: int) -> None:
+    """2 if every law was skipped."""
+    assert cli.main(["model", "--config", "lfm2", "--law", law, *OPTIONS]) == status
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model: got none; allowed: PATH_OR_NAME, --config ARCH, or both"),
+        (["--config", "soup"], "--config: got 'soup'; allowed: all, or one of transformers' "),
+        (["--config", "llama", "--law", "order"], "law: got 'order'; allowed: layers, gradients"),
+        (["--config", "llama", "--dtype", "float64"], "dtype: got 'float64'; allowed: "),
+        (["--config", "llama", "--jobs", "0"], "--jobs: got 0; allowed: 1 or more"),
+        (["--config", "llama", "--data", "nowhere.txt"], "--data: got nowhere.txt, which is no file"),
+        (["--config", "llama", "--backend", "soup"], "backend: got 'soup'; allowed: "),
+        (["./nowhere"], "model_name: got './nowhere', which does not exist"),
+    ],
+)
+def test_usage_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [] if "--backend" in words else OPTIONS[:2]
+    assert cli.main(["model", *words, *options, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith(f"conformance: {message}")
+
+
+def test_a_model_in_a_folder_with_texts(tmp_path: Path) -> None:
+    """It has its own weights and tokenizer; documents are cut."""
+    folder = tiny.folder(tmp_path / "model")
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.texts(6)))
+    trial = ModelTrial(Subject(folder), "reference", torch.float32, "cpu", data)
+    assert all(1 < length <= max(LENGTHS) for length in trial.documents.lengths)
+    assert 0 < (LAWS["gradients"].check(trial) or 0) < 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "gemma3n_text", "mamba2", "gpt_oss"])
+def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
+    """And few parameters."""
+    subject = Subject.named(name)
+    config = subject.config().get_text_config()
+    assert set(getattr(config, "layer_types", None) or ()) == set(
+        getattr(CONFIG_MAPPING[name](), "layer_types", None) or ()
+    )
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() < 10**5
+
+
+def test_an_encoder_decoder_is_refused_in_one_sentence() -> None:
+    with pytest.raises(NotBuilt, match=r"got a model of type 'bart'; allowed: causal language models"):
+        Subject.named("bart").config()
