@@ -116,7 +116,7 @@ class _Expert:
         dweights: [slots].
     """
 
-    slots: tuple[Tensor, Tensor]
+    slots: tuple[Tensor, ...]
     index: int
     weighted: Bound
     hidden: Bound
