@@ -16,6 +16,7 @@ from unsloth_ref import checks
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
 MISTAKES = [(spec, mistake) for spec in specs().values() for mistake in spec.errors]
 CASES = {spec.op: spec.case(3, 5) for spec in specs().values()}
+CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
