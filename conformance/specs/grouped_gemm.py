@@ -79,7 +79,7 @@ def groups_of(inputs: Inputs) -> Iterator[tuple[int, slice]]:
     return enumerate(slice(begin, end) for begin, end in pairwise(ends))
 
 
-def joined(bounds: Sequence[Bound], join: Callable[[Sequence[Tensor]], Tensor]) -> Bound:
+def joined(bounds: Sequence[Bound], join: Callable[[tuple[Tensor, ...]], Tensor]) -> Bound:
     """The bounds of groups as one, by torch.cat or torch.stack."""
     return Bound(*(join(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
 

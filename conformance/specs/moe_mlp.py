@@ -58,7 +58,7 @@ def _build(draw: Draw, tokens: int, experts: int, per_token: int, wide: int, inn
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """An even number of columns is that of x, an odd one that of the MLP; an odd number of rows has wide weights."""
     few, columns = 3 + columns % 5, columns if columns <= 130 else 20 + columns % 61
-    return rows, 2 + columns % 3, 1 + columns % 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
+    return rows, 2 + columns % 3, 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
 
 
 def _hidden(budget: int) -> st.SearchStrategy[int]:
@@ -116,7 +116,7 @@ class _Expert:
         dweights: [slots].
     """
 
-    slots: tuple[Tensor, Tensor]
+    slots: tuple[Tensor, ...]
     index: int
     weighted: Bound
     hidden: Bound

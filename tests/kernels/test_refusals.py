@@ -16,6 +16,7 @@ from unsloth_ref import checks
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
 MISTAKES = [(spec, mistake) for spec in specs().values() for mistake in spec.errors]
 CASES = {spec.op: spec.case(3, 5) for spec in specs().values()}
+CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
@@ -196,9 +197,9 @@ BAD = [
     ("moe_mlp", {"gate_up": torch.ones(4, 3, 8)}, ValueError, "gate_up", "[4, 3, 8]", "[E, 2F, 8]"),
     ("moe_mlp", {"down": torch.ones(4, 5, 8)}, ValueError, "down", "[4, 5, 8]", "those of gate_up"),
     ("moe_mlp", {"expert_indices": torch.zeros(3, 0).long()}, ValueError, "expert_indices", "[3, 0]", "k at least 1"),
-    ("moe_mlp", {"expert_indices": torch.full((3, 1), 4)}, ValueError, "expert_indices", "4 at index (0, 0)", "0 to 3"),
-    ("moe_mlp", {"expert_weights": torch.ones(3, 2)}, ValueError, "expert_weights", "[3, 2]", "of expert_indices"),
-    ("moe_mlp", {"expert_weights": torch.ones(3, 1).half()}, TypeError, "expert_weights", "torch.float16", "float32"),
+    ("moe_mlp", {"expert_indices": torch.full((3, 2), 4)}, ValueError, "expert_indices", "4 at index (0, 0)", "0 to 3"),
+    ("moe_mlp", {"expert_weights": torch.ones(3, 1)}, ValueError, "expert_weights", "[3, 1]", "of expert_indices"),
+    ("moe_mlp", {"expert_weights": torch.ones(3, 2).half()}, TypeError, "expert_weights", "torch.float16", "float32"),
 ]
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
@@ -225,7 +226,7 @@ LIMITS = [
     ("qk_norm_rope", {"q": torch.ones(2, 0, 4, 6), "cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
-    ("moe_mlp", {"expert_indices": torch.full((3, 1), 3, dtype=torch.int32)}),
+    ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
     ("cross_entropy", {"softcap": 0, "label_smoothing": 0, "z_loss": 0}),
     ("cross_entropy", {"label_smoothing": 1}),
     ("cross_entropy", {"num_items": 0}),

@@ -8,12 +8,6 @@ TABLE = {
         "tl.store(place_ptr + slot, slots - 1 - place, expert == group)",
         "value",
     ),
-    "an_expert_before_counts_twice": one(
-        "before += (expert < group).to(tl.int32)",
-        "before += 2 * (expert < group).to(tl.int32)",
-        "value",
-        "guard_writes",
-    ),
     "indices_read_as_if_in_one_piece": one(
         "slots, experts, share, *indices.stride(),", "slots, experts, share, share, 1,", "layouts"
     ),
@@ -44,10 +38,9 @@ TABLE = {
     "slope_is_the_activation": one("dgate = dhidden * up * slope", "dgate = dhidden * up * share_of_gate", "gradients"),
     "dx_weighted_again": one("place, weights, weighted=False)", "place, weights, weighted=True)", "gradients"),
     "dgate_up_lost_with_a_frozen_x": one(
-        "need_dz = Slots(order, weights.shape[1]), need_x or need_gate_up",
-        "need_dz = Slots(order, weights.shape[1]), need_x",
+        "grouped_weight(dz, x, plan, len(down), slots)",
+        "need_x * grouped_weight(dz, x, plan, len(down), slots)",
         "gradients",
-        "uninitialised",
     ),
     "indices_of_any_kind": one("expert_checks.experts_exist(indices, len(gate_up))", "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),

@@ -25,7 +25,7 @@ def _grouped_gemm(product: Function) -> Function:
 @_grouped_gemm
 def of_each_row(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """A copy of its matrix for each row."""
-    return (weight[group].float() @ x.float()[..., None])[..., 0].to(x.dtype)
+    return (weight.float()[group] @ x.float()[..., None])[..., 0].to(x.dtype)
 
 
 @_grouped_gemm

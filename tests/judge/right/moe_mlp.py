@@ -20,16 +20,16 @@ def _moe_mlp(mlp: Function) -> Function:
         if not torch.compiler.is_compiling():
             expert_checks.experts_exist(expert_indices, len(gate_up))
         with torch.autocast(x.device.type, enabled=False):
-            z = torch.einsum("th,tkfh->tkf", x.float(), gate_up[expert_indices].float()).to(x.dtype)
+            z = torch.einsum("th,tkfh->tkf", x.float(), gate_up.float()[expert_indices]).to(x.dtype)
             gate, up = z.chunk(2, -1)
             a = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-            return mlp(a, up, down[expert_indices], expert_weights[..., None]).to(x.dtype)
+            return mlp(a, up, down.float()[expert_indices], expert_weights[..., None]).to(x.dtype)
 
     return moe_mlp
 
 
 def _product(hidden: Tensor, down: Tensor) -> Tensor:
-    return torch.einsum("tkf,tkhf->tkh", hidden.float(), down.float())
+    return torch.einsum("tkf,tkhf->tkh", hidden.float(), down)
 
 
 @_moe_mlp
