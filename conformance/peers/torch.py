@@ -1,5 +1,7 @@
 """PyTorch's own operators without torch.compile, fused where PyTorch has a fused one."""
 
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,6 +142,54 @@ def packed_attention(
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
+
+
+@operation
+def causal_conv(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """A depthwise convolution of each document, then SiLU."""
+    taps, parts = weight[:, None].to(x.dtype), [x[:0]]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        if begin < end:
+            padded = F.pad(x[begin:end].t(), (weight.shape[1] - 1, 0))
+            parts.append(F.conv1d(padded, taps, None if bias is None else bias.to(x.dtype), groups=len(weight)).t())
+    z = torch.cat(parts)
+    return F.silu(z) if activation == "silu" else z
+
+
+@operation
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """In chunks of 64 tokens of each document, by float32 products and triangular solutions, as transformers."""
+    group, factor = v.shape[1] // q.shape[1], q.shape[2] ** -0.5 if scale is None else scale
+    q, k = (heads.repeat_interleave(group, 1) for heads in (q, k))
+    parts = [v[:0].float()]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        if begin < end:
+            rows = (x[begin:end].float().transpose(0, 1) for x in (q, k, v, g[..., None], beta[..., None]))
+            parts.append(factor * _delta_rule_of_document(*rows).transpose(0, 1))
+    return torch.cat(parts).to(v.dtype)
+
+
+def _delta_rule_of_document(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Of one document [M, L, ...]; rows of zeros complete its last chunk."""
+    length = q.shape[1]
+    q, k, v, g, beta = (F.pad(x, (0, 0, 0, -length % 64)).unflatten(1, (-1, 64)) for x in (q, k, v, g, beta))
+    total = g.cumsum(2)
+    lower = torch.ones(64, 64, dtype=torch.bool, device=q.device).tril()
+    between = (total - total.mT).masked_fill(~lower, float("-inf")).exp()
+    system = beta * between * (k @ k.mT)
+    solve = partial(torch.linalg.solve_triangular, system, upper=False, unitriangular=True)
+    values, reads, weights = solve(beta * v), solve(beta * total.exp() * k), between * (q @ k.mT)
+    until, after = total.exp() * q, (total[:, :, -1:] - total).exp() * k
+    state, rows = q.new_zeros(len(q), q.shape[3], v.shape[3]), []
+    for chunk in range(q.shape[1]):
+        u = values[:, chunk] - reads[:, chunk] @ state
+        rows.append(until[:, chunk] @ state + weights[:, chunk] @ u)
+        state = total[:, chunk, -1:].exp() * state + after[:, chunk].mT @ u
+    return torch.cat(rows, 1)[:, :length]
 
 
 @operation

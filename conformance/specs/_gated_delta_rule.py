@@ -1,8 +1,8 @@
 """How far off a result of the gated delta rule may be.
 
 A bound term by term would be useless: |I - beta k k^T| makes a state of |values| grow without end. But I - beta k k^T
-itself lengthens no vector if beta |k|^2 <= 2, nor does a decay. So errors are followed by their lengths, for each column
-of a state, which is a recurrence of its own: a rounding at one token reaches later ones at most at its own length.
+itself lengthens no vector if beta |k|^2 <= 2, nor does a decay. So errors are followed by their lengths, for each
+column of a state, a recurrence of its own: a rounding at one token reaches later ones at most at its own length.
 
 With s the column before token t, s' = exp(g) s, p = k . s', r = v - p, u = beta r, one unit of relative error makes
 

@@ -1,8 +1,8 @@
 """The gated delta rule on packed documents.
 
-No input is row-wise: an output depends on all earlier rows of its document, and a gradient on all rows of it. Inputs are
-those of models: q and k of length 1, beta between 0 and 1, and logarithms of decays in float32, weak in some heads and
-strong in others.
+No input is row-wise: an output depends on all earlier rows of its document, and a gradient on all rows of it. Inputs
+are those of models: q and k of length 1, beta between 0 and 1, and logarithms of decays in float32, weak in some heads
+and strong in others.
 """
 
 from collections.abc import Collection
@@ -38,9 +38,7 @@ WIDTHS = (16, 64, 32, 128, 1, 7, 33, 80)
 TENSORS = ("q", "k", "v", "g", "beta")
 
 
-def _build(
-    draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, columns: int
-) -> Inputs:
+def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, columns: int) -> Inputs:
     """Fills are those of q, k and v; q and k are then normalised, as models do it."""
     generator, heads = Generator().manual_seed(draw.case.seed), kv_heads * group
     numbers = torch.randn((tokens, heads, 2), generator=generator, dtype=torch.float64)
@@ -65,21 +63,17 @@ def _of_length_1(draw: Draw, number: int, *shape: int) -> Tensor:
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """Columns up to 130 are the width of a head, more are tokens, including sizes around the ends of chunks."""
     if columns <= 130 or rows == 0:
-        return min(rows, 70), 1 + rows % 2, 1, 1 + rows % 2, max(1, min(columns, 130)), max(1, (columns + 3) % 41)
-    return 1 + columns % 131, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 35
+        return min(rows, 40), 1 + rows % 2, 1 + (rows == 3), 1 + rows % 2, max(1, columns), max(1, (columns + 3) % 31)
+    return 1 + columns % 67, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 31
 
 
-class _Kept:
-    """The sizes of the last call: terms of six results are asked for one after the other."""
-
-    call: Call | None = None
-    sizes: Sizes | None = None
+_last: list[tuple[Call, Sizes]] = []  # one entry: the terms of six results are asked for one after the other
 
 
 def _terms(name: str, call: Call) -> Terms:
-    if _Kept.call is not call or _Kept.sizes is None:
-        _Kept.call, _Kept.sizes = call, sizes_of(call)
-    return _Kept.sizes.terms(name, call, name != "out" and name in ("g", "beta") and call.wide(name))
+    if not _last or _last[0][0] is not call:
+        _last[:] = [(call, sizes_of(call))]
+    return _last[0][1].terms(name, call, wide=name in ("g", "beta") and call.wide(name))
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
@@ -116,10 +110,11 @@ spec = Spec(
     reference=gated_delta_rule,
     drawing=Drawing(
         sizes={
-            "tokens": lambda budget: st.integers(1, max(1, min(budget, max(32, budget // 64), 200))),
-            "documents": lambda budget: st.integers(1, 3),
-            "kv_heads": lambda budget: st.sampled_from([1, 1, 2]),
-            "group": lambda budget: st.sampled_from([1, 2] if budget > 2**9 else [1]),
+            # The interpreter takes a quarter of a second per chunk and head.
+            "tokens": lambda budget: st.integers(1, max(1, min(budget, max(36, budget // 256), 300))),
+            "documents": lambda budget: st.integers(1, 3 if budget > 2**15 else 2),
+            "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1]),
+            "group": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 2]),
             "width": lambda budget: st.sampled_from(WIDTHS),
             "columns": lambda budget: st.sampled_from([16, 8, 33, 1]),
         },

@@ -15,6 +15,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama", "gpt_oss"),
     "attn_implementation": ("flex_attention",),
     "padding_free": (None, False, True),
+    "recurrent_layers": ((),),
 }
 
 
@@ -115,6 +116,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"vision_columns": True}, "columns of images or video"),
     ({"encoder_decoder": True}, {}, "an encoder-decoder"),
     ({"recurrent": True}, {}, "state would leak"),
+    ({"recurrent": True, "recurrent_layers": ("JambaMambaMixer",)}, {}, "recurrent layers (JambaMambaMixer), whose"),
     ({"model_type": "opt"}, {}, "see each other"),
     ({"model_type": "gpt_oss", "attn_implementation": "flex_attention"}, {}, "see each other"),
     ({"takes_positions": False}, {}, "takes no position_ids"),

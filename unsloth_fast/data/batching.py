@@ -18,12 +18,13 @@ class ModelFacts:
         attn_implementation: as in the model's config; None for the default.
         encoder_decoder: whether the prompt is read by an encoder.
         multimodal: whether the model takes images, video or audio in addition to tokens.
-        recurrent: whether a layer carries a state or a convolution from token to token (linear attention, Mamba), which
-            would leak from one document into the next.
+        recurrent: whether a layer carries a state or a convolution from token to token (Mamba) that nothing placed
+            keeps within documents, so that it would leak from one into the next.
+        recurrent_layers: the classes of these layers, as far as they are known.
         takes_positions: whether the forward takes position_ids. transformers finds the documents of a row by them;
             without them each document would see those before it.
-        unknown_masks: whether the model makes its masks by its own means, or by transformers' without position_ids,
-            which may let documents see each other.
+        unknown_masks: whether the model makes its masks by its own means, such as sparse attention, or by
+            transformers' without position_ids, which may let documents see each other.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
     """
@@ -33,6 +34,7 @@ class ModelFacts:
     encoder_decoder: bool = False
     multimodal: bool = False
     recurrent: bool = False
+    recurrent_layers: tuple[str, ...] = ()
     takes_positions: bool = True
     positions_by_axis: bool = False
     unknown_masks: bool = False
@@ -102,7 +104,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
             "the data set has columns of images or video",
         ),
         (model.encoder_decoder, "the model is an encoder-decoder"),
-        (model.recurrent, "the model has recurrent layers, whose state would leak from one document into the next"),
+        (model.recurrent, f"the model has {_recurrent(model)}, whose state would leak from one document into the next"),
         (leaks(model), "the model's attention lets the documents of a row see each other"),
         (model.unknown_masks, "the model makes its masks without a look at documents of a row, which may join them"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
@@ -116,6 +118,10 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
     reasons = tuple(reason for present, reason in obstacles if present)
     possible = not reasons
     return BatchingPlan(possible and config.packing, possible and config.padding_free is not False, reasons)
+
+
+def _recurrent(model: ModelFacts) -> str:
+    return f"recurrent layers ({', '.join(model.recurrent_layers)})" if model.recurrent_layers else "recurrent layers"
 
 
 def leaks(model: ModelFacts) -> bool:

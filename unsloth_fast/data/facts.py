@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 import transformers
 from torch.nn import Module
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
@@ -15,15 +16,16 @@ from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, ba
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
+from unsloth_fast.models.documents import carriers_of, finds_documents
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.interface import finds_documents, stacks_of
+from unsloth_fast.models.interface import ATTENTION_LAYERS, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
 
 logger = logging.getLogger(__name__)
 
 _OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_index", "projector_config")
-_ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+_RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding")
 
 
 def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> BatchingPlan:
@@ -40,7 +42,10 @@ def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> Ba
     config, model_class = config_and_class(model, args)
     options: Any = args.model_init_kwargs or {}
     facts = _model_facts(config, model_class, options.get("attn_implementation") if isinstance(model, str) else None)
-    facts = replace(facts, unknown_masks=not isinstance(model, str) and _makes_unknown_masks(model))
+    if facts.recurrent:
+        facts = _with_mixers(facts, _empty(config, model_class) if isinstance(model, str) else model)
+    if not isinstance(model, str):
+        facts = replace(facts, unknown_masks=facts.unknown_masks or _makes_unknown_masks(model))
     plan = batching_plan(facts, _config_facts(model, args, given))
     if not plan.padding_free and given.get("data_collator") is None:
         for name, dataset in datasets_of(given):
@@ -96,15 +101,34 @@ def config_and_class(model: Module | str, args: SFTConfig) -> tuple[PreTrainedCo
 def _model_facts(config: PreTrainedConfig, model_class: type, implementation: str | None = None) -> ModelFacts:
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     forward = getattr(model_class, "forward", None)
+    recurrent = bool(getattr(model_class, "_is_stateful", False)) or not {*_RECURRENT}.isdisjoint(layers)
     return ModelFacts(
         model_type=config.model_type,
         attn_implementation=implementation or implementation_of(config),
         encoder_decoder=bool(config.is_encoder_decoder),
         multimodal=any(hasattr(config, name) for name in _OTHER_INPUTS),
-        recurrent=bool(getattr(model_class, "_is_stateful", False)) or not _ATTENTION_LAYERS.issuperset(layers),
+        recurrent=recurrent,
+        unknown_masks=not recurrent and not ATTENTION_LAYERS.issuperset(layers),
         takes_positions=forward is not None and "position_ids" in inspect.signature(forward).parameters,
         positions_by_axis="mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}),
     )
+
+
+def _empty(config: PreTrainedConfig, model_class: Any) -> Module | None:
+    """The model without memory for its weights; None if the class makes none."""
+    if not hasattr(model_class, "_from_config"):
+        return None
+    with torch.device("meta"):
+        return model_class._from_config(config)
+
+
+def _with_mixers(facts: ModelFacts, model: Module | None) -> ModelFacts:
+    """The facts of a model with recurrent layers: what is placed may keep their state within documents."""
+    stacks = [] if model is None else list(stacks_of(model))
+    if stacks and not any(is_foreign(stack) for stack in stacks):
+        # The bounds of documents reach each layer, so that nothing looks for them in the positions.
+        return replace(facts, recurrent=False, positions_by_axis=False)
+    return replace(facts, recurrent_layers=() if model is None else tuple(carriers_of(model)))
 
 
 def _makes_unknown_masks(model: Module) -> bool:

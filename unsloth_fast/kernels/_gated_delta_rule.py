@@ -21,13 +21,32 @@ def halves(x):
 
 @triton.jit
 def multiply(a, b, WIDE: tl.constexpr):
-    """The matrix product of two float32 matrices; unless WIDE by tensor cores, with an error of 2^-16 of each term."""
+    """The matrix product of two matrices, of float32 or exact numbers of bfloat16.
+
+    Unless WIDE by tensor cores, with an error of 2^-16 of each term. One accumulator: several do not fit in registers.
+    """
     if WIDE or EMULATED:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.bfloat16:
+        if b.dtype == tl.bfloat16:
+            return tl.dot(a, b)
+        else:
+            high, low = halves(b)
+            return tl.dot(a, high, tl.dot(a, low))
     else:
         high, low = halves(a)
-        other_high, other_low = halves(b)
-        return tl.dot(high, other_high) + (tl.dot(high, other_low) + tl.dot(low, other_high))
+        if b.dtype == tl.bfloat16:
+            return tl.dot(high, b, tl.dot(low, b))
+        else:
+            other_high, other_low = halves(b)
+            return tl.dot(high, other_high, tl.dot(low, other_high, tl.dot(high, other_low)))
+
+
+@triton.jit
+def load_factor(pointer, row, length, column, width, row_stride):
+    """Load rows of a document for `multiply`: bfloat16 as it is, others in float32; 0 outside."""
+    values = load_rows(pointer, row, length, column, width, row_stride)
+    return values if values.dtype == tl.bfloat16 else values.to(tl.float32)
 
 
 @triton.jit
@@ -103,8 +122,8 @@ def gated_delta_rule_solve_kernel(
         return
     row = start + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    q = load_rows(q_ptr + begin * q_token + head // group * q_head, row, length, column, width, q_token).to(tl.float32)
-    k = load_rows(k_ptr + begin * k_token + head // group * k_head, row, length, column, width, k_token).to(tl.float32)
+    q = load_factor(q_ptr + begin * q_token + head // group * q_head, row, length, column, width, q_token)
+    k = load_factor(k_ptr + begin * k_token + head // group * k_head, row, length, column, width, k_token)
     beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
     _, _, _, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
     below = row[None, :] < row[:, None]
@@ -139,7 +158,7 @@ def gated_delta_rule_forward_kernel(
         chunk = (first + index) * heads + head
         if STATES:
             store_rows(states_ptr + chunk * width * columns, state, depth, width, column, columns, columns)
-        k = load_rows(k_ptr, row, length, depth, width, k_token).to(tl.float32)
+        k = load_factor(k_ptr, row, length, depth, width, k_token)
         v = load_rows(v_ptr, row, length, column, columns, v_token).to(tl.float32)
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
@@ -149,10 +168,10 @@ def gated_delta_rule_forward_kernel(
         if STATES:
             store_rows(u_ptr + mine, u, row, length, column, columns, heads * columns)
         else:
-            q = load_rows(q_ptr, row, length, depth, width, q_token).to(tl.float32)
+            q = load_factor(q_ptr, row, length, depth, width, q_token)
             out = until[:, None] * multiply(q, state, WIDE) + multiply(tl.load(solved + ROWS * ROWS), u, WIDE)
             store_rows(out_ptr + mine, scale * out, row, length, column, columns, heads * columns)
-        state = whole * state + multiply(tl.trans(after[:, None] * k), u, WIDE)
+        state = whole * state + multiply(tl.trans(k), after[:, None] * u, WIDE)
 
 
 @kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
@@ -181,20 +200,20 @@ def gated_delta_rule_backward_kernel(
         row = index * ROWS + tl.arange(0, ROWS)
         chunk = (first + index) * heads + head
         store_rows(dstates_ptr + chunk * width * columns, dstate, depth, width, column, columns, columns)
-        q = load_rows(q_ptr, row, length, depth, width, q_token).to(tl.float32)
-        k = load_rows(k_ptr, row, length, depth, width, k_token).to(tl.float32)
-        do = scale * load_rows(do_ptr, row, length, column, columns, do_token).to(tl.float32)
+        q = load_factor(q_ptr, row, length, depth, width, q_token)
+        k = load_factor(k_ptr, row, length, depth, width, k_token)
+        do = load_factor(do_ptr, row, length, column, columns, do_token)
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
         solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
-        du = multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do, WIDE)
-        du += multiply(after[:, None] * k, dstate, WIDE)
+        du = scale * multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do, WIDE)
+        du += after[:, None] * multiply(k, dstate, WIDE)
         db = multiply(tl.trans(tl.load(solved)), du, WIDE)
         store_rows(db_ptr + mine, db, row, length, column, columns, heads * columns)
         dv = beta[:, None] * db
         store_rows(dv_ptr + mine, dv, row, length, column, columns, heads * columns)
-        dstate = whole * dstate + multiply(tl.trans(until[:, None] * q), do, WIDE)
-        dstate -= multiply(tl.trans(until[:, None] * k), dv, WIDE)
+        dstate = whole * dstate + multiply(tl.trans(q), (scale * until)[:, None] * do.to(tl.float32), WIDE)
+        dstate -= multiply(tl.trans(k), until[:, None] * dv, WIDE)
 
 
 @kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns"))
@@ -215,8 +234,8 @@ def gated_delta_rule_gradients_kernel(
     row = start + tl.arange(0, ROWS)
     depth = tl.arange(0, WIDTH)
     below = row[None, :] < row[:, None]
-    q = load_rows(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token).to(tl.float32)
-    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token).to(tl.float32)
+    q = load_factor(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token)
+    k = load_factor(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     dk = tl.zeros([ROWS, WIDTH], tl.float32)
     for index in range(0, group):
@@ -240,25 +259,25 @@ def gated_delta_rule_gradients_kernel(
             v_rows = v_ptr + begin * v_token + head * v_head
             v = load_rows(v_rows, row, length, column, columns, v_token).to(tl.float32)
             do_rows = do_ptr + begin * do_token + head * do_head
-            do = scale * load_rows(do_rows, row, length, column, columns, do_token).to(tl.float32)
+            do = load_factor(do_rows, row, length, column, columns, do_token)
             dp += multiply(do, tl.trans(u), WIDE)
             da -= multiply(db, tl.trans(u), WIDE)
-            part = until[:, None] * multiply(do, tl.trans(state), WIDE)
+            part = (scale * until)[:, None] * multiply(do, tl.trans(state), WIDE)
             dq += part
-            by_old += tl.sum(part * q, 1)
+            by_old += tl.sum(part * q.to(tl.float32), 1)
             part = (until * beta)[:, None] * multiply(db, tl.trans(state), WIDE)
             dk -= part
-            by_old -= tl.sum(part * k, 1)
+            by_old -= tl.sum(part * k.to(tl.float32), 1)
             part = after[:, None] * multiply(u, tl.trans(dstate), WIDE)
             dk += part
-            by_new += tl.sum(part * k, 1)
+            by_new += tl.sum(part * k.to(tl.float32), 1)
             through += whole * tl.sum(tl.sum(state * dstate, 1), 0)
             dbeta += tl.sum(db * (v - until[:, None] * multiply(k, state, WIDE)), 1)
         da = tl.where(below, da * between, 0.0)
         products = da * multiply(k, tl.trans(k), WIDE)
         dbeta += tl.sum(products, 1)
         da = da * beta[:, None]
-        dp = dp * between
+        dp = scale * dp * between
         dq += multiply(dp, k, WIDE)
         dk += multiply(tl.trans(dp), q, WIDE) + multiply(da + tl.trans(da), k, WIDE)
         pairs = tl.where(below, dp * multiply(q, tl.trans(k), WIDE), 0.0) + products * beta[:, None]

@@ -9,8 +9,8 @@ x and dz are 0 outside of the document of token t, which a program finds by bise
 
 Saved: x, weight, cu_seqlens and bias. All arithmetic is float32, rounded once at each store; the backward pass computes
 z again, of W tokens for each token, from rows that are in the cache. Bytes moved, for T x C elements of b bytes: 2TCb
-forward (x; y), 3TCb backward (dy, x; dx). dweight and dbias are sums in a fixed order: of each program's tokens, then of
-the programs.
+forward (x; y), 3TCb backward (dy, x; dx). dweight and dbias are sums in a fixed order: of each program's tokens, then
+of the programs.
 """
 
 import torch
@@ -25,7 +25,7 @@ from unsloth_fast.kernels._causal_conv import (
 from unsloth_fast.kernels._launch import Tile, cdiv, check_runnable, launch, next_power_of_2, register
 from unsloth_fast.kernels._norms import column_sum_grid
 from unsloth_fast.kernels._replay import call
-from unsloth_ref import checks
+from unsloth_ref import checks, document_checks
 
 PROGRAMS = 4096  # of a backward pass, about, each of which sums up several tiles; constant, and so are the bits
 
@@ -69,9 +69,7 @@ def causal_conv_backward(
     need_dx: bool, need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute dx, dweight and dbias, new and contiguous; those that are not needed have no elements."""
-    dx, dweight, dbias = causal_conv_backward_outputs(
-        dy, x, weight, cu_seqlens, bias, activation, need_dx, need_sums
-    )
+    dx, dweight, dbias = causal_conv_backward_outputs(dy, x, weight, cu_seqlens, bias, activation, need_dx, need_sums)
     documents = len(cu_seqlens) - 1
     if x.numel() == 0 or documents == 0:
         return dx, dweight.zero_(), dbias.zero_()
@@ -112,9 +110,7 @@ def causal_conv_backward_outputs(
 
 
 TENSORS = "Tensor x, Tensor weight, Tensor cu_seqlens, Tensor? bias, str? activation"
-forward_op = register(
-    f"causal_conv_forward({TENSORS}) -> Tensor", causal_conv_forward, causal_conv_forward_outputs
-)
+forward_op = register(f"causal_conv_forward({TENSORS}) -> Tensor", causal_conv_forward, causal_conv_forward_outputs)
 backward_op = register(
     f"causal_conv_backward(Tensor dy, {TENSORS}, bool need_dx, bool need_sums) -> (Tensor, Tensor, Tensor)",
     causal_conv_backward,
@@ -145,9 +141,9 @@ class _CausalConv(torch.autograd.Function):
 
 def check(x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None, activation: str | None) -> None:
     """Raise for arguments that causal_conv does not allow."""
-    checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+    document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
     if checks.values_are_checked(cu_seqlens):
-        checks.documents_cover(cu_seqlens, len(x), "x")
+        document_checks.documents_cover(cu_seqlens, len(x), "x")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_runnable(name, tensor)

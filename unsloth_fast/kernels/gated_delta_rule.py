@@ -1,6 +1,6 @@
 """The gated delta rule: linear attention by a state that decays and is corrected token by token, within documents.
 
-    S'_t = exp(g_t) S_t-1        u_t = beta_t (v_t - S'_t^T k_t)        S_t = S'_t + k_t u_t^T        o_t = scale S_t^T q_t
+    S'_t = exp(g_t) S_t-1      u_t = beta_t (v_t - S'_t^T k_t)      S_t = S'_t + k_t u_t^T      o_t = scale S_t^T q_t
 
 Documents are cut into chunks of C tokens. Within a chunk let S be the state at its begin, c_i the sum of g up to token
 i, and Q, K, V, U, O and B matrices with a row per token, as are rows of other factors. Unrolling the recurrence gives
@@ -15,7 +15,7 @@ and, with dS the gradient of the next state and dO that of O times the scale, it
     the gradient of S: exp(c_C) dS + (exp(c) Q)^T dO - (exp(c) K)^T dV
     dP = dO U^T for j <= i                 dA = -dB U^T for j < i
     dQ = exp(c) dO S^T + (dP exp(c_i - c_j)) K
-    dK = exp(c_C - c) U dS^T - exp(c) dV S^T + (dP exp(c_i - c_j))^T Q + (D + D^T) K    with D_ij = dA_ij A_ij / k_i . k_j
+    dK = exp(c_C - c) U dS^T - exp(c) dV S^T + (dP exp(c_i - c_j))^T Q + (D + D^T) K, D_ij = dA_ij beta_i exp(c_i - c_j)
     dbeta = rows' sums of dB (V - exp(c) K S) and of dA A / beta
     dg_l = the sum of each gradient times its factor over all decays across l: exp(c_i - c_j) for j < l <= i, exp(c_i)
            for i >= l, exp(c_C - c_j) for j < l, and exp(c_C)
@@ -27,8 +27,8 @@ head and 32 columns of v at once. The backward pass does so three times: forward
 chunk to the first for dS and dB, and for all chunks at once for dq, dk, dg and dbeta. That recomputes the states
 instead of keeping them: one more forward pass. All sums are in a fixed order.
 
-Saved: the inputs. Arithmetic is float32, and rounded once at each store. 16-bit inputs are multiplied by tensor cores as
-sums of two numbers of bfloat16, with an error of 2^-16 of each term; the products of smaller parts are left out.
+Saved: the inputs. Arithmetic is float32, and rounded once at each store. With 16-bit inputs tensor cores multiply: each
+number of float32 as the sum of two of bfloat16, with an error of 2^-16; the product of the smaller two is left out.
 Scratch of the forward pass: 8TMC bytes; of the backward pass also 8TMDE / C for the states and dS, and 8TME for U and
 dB. Bytes moved at least, with b bytes per element: (2ND + 2ME)Tb forward, (4ND + 3ME)Tb backward.
 Multiplications per token and head of v: 3DE + 2CD + 2CE forward, 9DE + 6CD + 6CE backward.
@@ -53,7 +53,7 @@ from unsloth_fast.kernels._launch import (
     strides_of,
 )
 from unsloth_fast.kernels._replay import call
-from unsloth_ref import checks
+from unsloth_ref import checks, document_checks
 
 
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -83,7 +83,7 @@ class _Chunks:
             gated_delta_rule_solve_kernel, self.chunks * heads, q,
             self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
             *strides_of(self.q, self.k, g, beta), WIDE=self.tile["WIDE"], ROWS=rows, WIDTH=self.tile["WIDTH"],
-            enable_fp_fusion=True, num_warps=4,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
 
     def states(self) -> Tensor:
@@ -97,7 +97,7 @@ class _Chunks:
             gated_delta_rule_forward_kernel, self.programs, self.q,
             self.q, self.k, self.v, self.g, self.beta, self.bounds, self.solved, out, states, u,
             *self.sizes, self.slices, *strides_of(self.q, self.k, self.v, self.g, self.beta), scale,
-            STATES=keep, **self.tile, num_warps=4,
+            STATES=keep, **self.tile, num_warps=8, num_stages=1,
         )  # fmt: skip
 
 
@@ -126,12 +126,13 @@ def gated_delta_rule_backward(
     launch(
         gated_delta_rule_backward_kernel, c.programs, q,
         do, c.q, c.k, g, beta, c.bounds, c.solved, dstates, db, dv,
-        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=4,
+        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=8, num_stages=1,
     )  # fmt: skip
     launch(
         gated_delta_rule_gradients_kernel, c.chunks * c.kv_heads, q,
         do, c.q, c.k, c.v, g, beta, c.bounds, c.solved, states, dstates, u, db, dq, dk, dg, dbeta,
-        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile, num_warps=8,
+        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return gradients
 
@@ -175,13 +176,11 @@ class _GatedDeltaRule(torch.autograd.Function):
         return *backward_op(do, *saved, ctx.scale), None, None
 
 
-def check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, scale: float | None) -> None:
     """Raise for arguments that gated_delta_rule does not allow."""
-    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     if checks.values_are_checked(cu_seqlens):
-        checks.documents_cover(cu_seqlens, len(q), "q")
+        document_checks.documents_cover(cu_seqlens, len(q), "q")
     for name, tensor in (("q", q), ("g", g), ("beta", beta)):
         check_runnable(name, tensor)
 

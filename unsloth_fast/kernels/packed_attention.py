@@ -40,7 +40,7 @@ from unsloth_fast.kernels._packed_attention import (
     packed_attention_forward_kernel,
 )
 from unsloth_fast.kernels._replay import call
-from unsloth_ref import checks
+from unsloth_ref import checks, document_checks
 
 
 def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
@@ -169,9 +169,9 @@ def check(
     softcap: float, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that packed_attention does not allow."""
-    checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
+    document_checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
     if checks.values_are_checked(cu_seqlens):
-        checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
+        document_checks.documents_fit(cu_seqlens, q.shape[0], max_seqlen)
     check_runnable("q", q)
 
 

@@ -9,8 +9,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth_fast.models.methods import has_own_method
+from unsloth_fast.models.mixers import Mixer, mixers_of
 from unsloth_ref import kernels as reference
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -28,7 +29,8 @@ MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
 WIDEST = 512  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
-_POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
+_STATES = "create_recurrent_attention_mask"  # makes the masks of layers that carry a state
+ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
 _KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
 _OF_MODULE = frozenset(("num_key_value_groups", "training", "head_dim"))  # what an eager attention may read
@@ -45,6 +47,7 @@ class Stack:
             keeps them apart.
         function: the attention function that it had before; None if it is foreign.
         sinks: whether that function reads sinks of its module.
+        mixers: the modules below it that carry a state from token to token and are recognised, by their id.
     """
 
     attentions: tuple[Module, ...] = ()
@@ -52,6 +55,7 @@ class Stack:
     masked: str | None = None
     function: Callable[..., Any] | None = None
     sinks: bool = False
+    mixers: Mapping[int, Mixer] = field(default_factory=dict)
 
 
 def stacks_of(model: Module) -> Iterator[PreTrainedModel]:
@@ -71,13 +75,14 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
         implementation: the attn_implementation that it has without ours.
     """
     foreign = None if implementation in DELEGATES else f"attn_implementation={implementation}"
-    foreign = foreign or _foreign_stack(stack)
+    mixers = mixers_of(stack)
+    foreign = foreign or _foreign_stack(stack, len(mixers))
     attentions: list[Module] = []
     for module in stack.modules():
-        if module is stack or not (_takes_mask(module) or _looks_up(module)):
+        if module is stack or id(module) in mixers or not (_takes_mask(module) or looks_up(module)):
             continue
         uses = _uses(inspect.unwrap(type(module).forward))
-        if _looks_up(module):
+        if looks_up(module):
             attentions.append(module)
         foreign = foreign or _foreign_layer(module, uses, stack)
     if not attentions:
@@ -89,7 +94,8 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     if functions or function is None:
         return Stack(tuple(attentions), "its eager attention function was not found")
     reasons = (_masked_attention(attention, function) for attention in attentions)
-    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, "sinks" in _read_of(function))
+    sinks = "sinks" in _read_of(function)
+    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, sinks, mixers)
 
 
 def extras_of(function: Callable[..., object]) -> frozenset[str]:
@@ -99,40 +105,9 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(entry.name for entry in named) - _KEYWORDS
 
 
-def finds_documents(stack: PreTrainedModel) -> bool:
-    """Whether a stack gives position_ids to the functions that make its masks, which find documents by them."""
-    classes = type(stack).__mro__
-    return any(_gives_positions(each) for each in classes[: classes.index(PreTrainedModel)])
-
-
-@cache
-def _gives_positions(owner: type) -> bool:
-    """Whether a method of the class calls a function that makes masks with position_ids; True without a source."""
-    tree = _tree(owner)
-    if tree is None:
-        return True
-    makers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and _makes_masks(node.id)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(_name(part) in makers for part in ast.walk(node.value)):
-            makers |= {_name(target) for target in node.targets}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _name(node.func) in makers:
-            given = {keyword.arg for keyword in node.keywords}
-            if "position_ids" in given or len(node.args) > _POSITIONS:
-                return True
-            if None in given and "position_ids" in _keys(tree):
-                return True
-    return False
-
-
-def _makes_masks(name: str) -> bool:
+def makes_masks(name: str) -> bool:
+    """Whether a name is that of a function of transformers that makes masks."""
     return name.startswith("create_") and "mask" in name
-
-
-def _keys(tree: ast.AST) -> set[object]:
-    """The constant keys of all dictionaries."""
-    keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
-    return {key.value for key in keys if isinstance(key, ast.Constant)}
 
 
 @dataclass(frozen=True)
@@ -159,7 +134,7 @@ class _Uses:
 @cache
 def _uses(forward: Callable[..., Any]) -> _Uses | None:
     """What the source of a forward shows; None without a source."""
-    tree = _tree(forward)
+    tree = tree_of(forward)
     if tree is None:
         return None
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -188,14 +163,16 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
     )
 
 
-def _tree(function: Callable[..., Any] | type) -> ast.AST | None:
+def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
+    """The syntax tree of a function or class; None without a source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
-def _name(node: ast.AST) -> str:
+def name_of(node: ast.AST) -> str:
+    """The name that a node is; "" for any other node."""
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -207,7 +184,9 @@ def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
         return ""
     if isinstance(call, ast.Call) and call.func is not node:
         func = call.func
-        return f"self.{func.attr}" if isinstance(func, ast.Attribute) and _name(func.value) == "self" else _name(func)
+        return (
+            f"self.{func.attr}" if isinstance(func, ast.Attribute) and name_of(func.value) == "self" else name_of(func)
+        )
     if isinstance(parent, ast.Dict | ast.Tuple | ast.List):
         return "container"
     return "isinstance" if isinstance(parent, ast.NamedExpr) and _is_type_test(parents[parent]) else ""
@@ -218,13 +197,13 @@ def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     parent = parents[node]
     call = parents[parent] if isinstance(parent, ast.keyword) else parent
     if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
-        return _name(call.func.value) != "self"
+        return name_of(call.func.value) != "self"
     sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
     return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
 
 
 def _is_type_test(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and _name(node.func) == "isinstance"
+    return isinstance(node, ast.Call) and name_of(node.func) == "isinstance"
 
 
 def _is_eager_test(node: ast.Compare) -> bool:
@@ -233,33 +212,37 @@ def _is_eager_test(node: ast.Compare) -> bool:
     return isinstance(node.ops[0], ast.NotEq) and isinstance(value, ast.Constant) and value.value == "eager"
 
 
-def _code_of(module: Module) -> Any:
-    return getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
+def code_of(module: Module) -> Any:
+    """The code of the forward of a module's class; None for a scripted module."""
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
 
 
 def _takes_mask(module: Module) -> bool:
-    code = _code_of(module)
+    code = code_of(module)
     return code is not None and _MASK in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
-def _looks_up(module: Module) -> bool:
-    code = _code_of(module)
+def looks_up(module: Module) -> bool:
+    """Whether the forward of a module's class takes its attention function from transformers' interface."""
+    code = code_of(module)
     return code is not None and INTERFACE in code.co_names
 
 
-def _foreign_stack(stack: PreTrainedModel) -> str | None:
-    """Why a stack's masks are left to transformers."""
+def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
+    """Why a stack's masks are left to transformers; it has so many mixers."""
     forward = inspect.unwrap(type(stack).forward)
     uses = _uses(forward)
-    made = set() if uses is None else set(filter(_makes_masks, uses.names))
+    made = set() if uses is None else set(filter(makes_masks, uses.names))
     if uses is None or not made & MASKS:
         return "its masks are its own"
-    if getattr(stack, "_is_stateful", False) or "create_recurrent_attention_mask" in made:
-        return "its layers carry a state"
-    if made - MASKS:
-        return f"its masks: {', '.join(sorted(made - MASKS))}"
+    if getattr(stack, "_is_stateful", False) or _STATES in made:
+        layers = getattr(stack.config, "layer_types", None) or ()
+        if not mixers or mixers != sum(kind not in ATTENTION_LAYERS for kind in layers):
+            return "its layers carry a state"
+    if made - MASKS - {_STATES}:
+        return f"its masks: {', '.join(sorted(made - MASKS - {_STATES}))}"
     own = [name for name in made if forward.__globals__.get(name) is not getattr(masking_utils, name)]
-    if own or uses.alters or uses.receivers - uses.functions - {"container", "isinstance"}:
+    if own or uses.alters or uses.receivers - uses.functions - {_STATES, "container", "isinstance"}:
         return "it changes its masks"
     return "it compares the name of its attn_implementation" if uses.compares else None
 
@@ -271,12 +254,13 @@ def _foreign_layer(module: Module, uses: _Uses | None, stack: PreTrainedModel) -
         return f"the forward of {name} is not its class's" if uses else f"{name} has no source"
     if not _takes_mask(module):
         return f"{name} takes its mask by another name"
-    children = {f"self.{child}" for child in module._modules}
-    if uses.receivers - children - (uses.functions if _looks_up(module) else set()):
+    alike = (other for other in stack.modules() if type(other) is type(module))  # whose layer may be of another kind
+    children = {f"self.{child}" for other in alike for child in other._modules}
+    if uses.receivers - children - (uses.functions if looks_up(module) else set()):
         return f"{name} changes its mask"
     if uses.compares:
         return f"{name} compares the name of its attn_implementation"
-    if _looks_up(module):
+    if looks_up(module):
         found = inspect.unwrap(type(module).forward).__globals__.get(INTERFACE)
         if found is not ALL_ATTENTION_FUNCTIONS or getattr(module, "config", None) is not stack.config:
             return f"{name} has an interface of its own"
@@ -311,7 +295,7 @@ def _reads_of_its_own(function: Callable[..., Any]) -> str | None:
     """What an eager attention function uses that `packed_attention` is not given."""
     if function is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return None
-    tree, read = _tree(function), _read_of(function)
+    tree, read = tree_of(function), _read_of(function)
     if tree is None:
         return "an eager attention without source"
     if read - _OF_MODULE - {"sinks"}:
@@ -324,9 +308,9 @@ def _reads_of_its_own(function: Callable[..., Any]) -> str | None:
 
 def _read_of(function: Callable[..., Any]) -> set[str]:
     """The attributes of its module that the source of an attention function reads."""
-    tree, module = _tree(function), next(iter(inspect.signature(function).parameters))
+    tree, module = tree_of(function), next(iter(inspect.signature(function).parameters))
     nodes = () if tree is None else ast.walk(tree)
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and _name(node.value) == module}
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and name_of(node.value) == module}
 
 
 def _has_sinks(function: Callable[..., Any]) -> bool:

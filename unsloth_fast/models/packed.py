@@ -52,6 +52,7 @@ class Documents:
         function: the attention function of the implementation before; None for one that is left to transformers.
         extras: its keywords that the kernel has no counterpart for.
         sinks: whether it reads sinks of its module.
+        mixed: whether layers carry a state, which needs the bounds too.
         warned: whether a mask was warned of.
     """
 
@@ -61,6 +62,7 @@ class Documents:
     function: Callable[..., Any] | None
     extras: frozenset[str]
     sinks: bool
+    mixed: bool = False
     warned: bool = False
 
     def warn(self, reason: str, tokens: int) -> None:
@@ -96,7 +98,8 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
         return found, None
     extras = frozenset[str]() if found.function is None else extras_of(found.function)
     reason = found.foreign or found.masked
-    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks)
+    mixed = bool(found.mixers)
+    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks, mixed)
     for module in (stack, *(found.attentions if found.function else ())):
         setattr(module, _STATE, documents)
     if found.function is not None:
@@ -135,6 +138,9 @@ def _forward_of(own: Callable[..., Any]) -> Forward:
                 kwargs["use_cache"] = False  # with a cache, transformers does not look for documents in a row
         if documents is not None and isinstance(bounds, Tensor) and self.config._attn_implementation in _NAMES:
             _check_batch(args, kwargs)
+            if documents.mixed:  # a cache would hold a state; some layers pass on no other keyword
+                kwargs["seq_idx"] = bounds
+                kwargs |= {"use_cache": False} if caches else {}
             kwargs["attention_mask"] = bounds.to(torch.int32).view(1, 1, -1)
             _remember(kwargs["attention_mask"], _STATE, documents)
         return type(self).forward(self, *args, **kwargs)

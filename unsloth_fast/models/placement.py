@@ -17,12 +17,13 @@ from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
+from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mixture import Experts, adapted_experts_placement, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
-from unsloth_fast.models.structure import Found, recognise
+from unsloth_fast.models.structure import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
       their weights (see `unsloth_fast.models.mixture`);
+    - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
+      `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -67,7 +70,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     placed: Counter[str] = Counter()
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
-    known: dict[Hashable, Found] = {}
+    known: dict[Hashable, Any] = {}
     inside: set[int] = set()  # norms that an attention's operation computes
     for module in model.modules():
         name = type(module).__name__
@@ -120,13 +123,17 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
     return reasons
 
 
-def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Found]) -> Placement | str | None:
+def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
     if (placement := attention_placement(module, backend, known)) is not None:
         return placement
-    found = recognise(module.get_base_layer() if isinstance(module, ParamWrapper) else module, known)
     if isinstance(module, ParamWrapper):
-        return adapted_experts_placement(found, backend) if isinstance(found, Experts) else None
+        adapted = recognise(module.get_base_layer(), known)
+        return adapted_experts_placement(adapted, backend) if isinstance(adapted, Experts) else None
+    mixer = recognise_mixer(module, known)
+    if isinstance(mixer, Mixer):
+        return mixer.operations, mixer_forward(mixer, backend.kernels)
+    found = mixer or recognise(module, known)
     if isinstance(found, Experts):
         return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):

@@ -32,7 +32,7 @@ _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap 
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
 _AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
 Found = Norm | GatedNorm | Gated | Experts | str | None
@@ -46,7 +46,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
         known: what was found before in the same model, by class, attributes and sizes; extended in place.
     """
     parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
-    sizes = {name: size for name, child in children.items() if (size := _sizes(child))}
+    sizes = {name: size for name, child in children.items() if (size := sizes_of(child))}
     others = [child for name, child in children.items() if name not in sizes]
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
@@ -59,7 +59,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
         return "hooks on its activation"
     shapes = tuple(tuple(tensor.shape) for tensor in parameters.values())
-    attributes = tuple(_plain(each) for each in (module, *others))
+    attributes = tuple(plain(each) for each in (module, *others))
     key = type(module), type(module).forward, shapes, tuple(sizes.items()), attributes
     if key not in known:
         try:
@@ -68,7 +68,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
                     known[key] = (_norm if taken == 1 else _gated_norm)(module, shapes[0][0])
                 else:
                     known[key] = _experts(module) if is_experts else _gated(module, sizes)
-        except _FAILURES as failure:
+        except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
 
@@ -85,7 +85,7 @@ def _taken(forward: Callable[..., object]) -> int | None:
     return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
 
 
-def _plain(module: nn.Module) -> tuple[object, ...]:
+def plain(module: nn.Module) -> tuple[object, ...]:
     """The class of a module, and its attributes: numbers and text by value, all others by identity."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     return type(module), *((name, _value(value)) for name, value in own.items())
@@ -139,9 +139,9 @@ def _agreeing_norm(
         (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
-        twin = _twin(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
+        twin = twin_of(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
         given = [tensor.to(dtype) for tensor in rows]
-        own = _in_both_modes(twin, *given)
+        own = in_both_modes(twin, *given)
         if own is None:
             return _BY_MODE
         results = {norm: cast(Tensor, calls[norm](twin, *given)) for norm in found}
@@ -181,10 +181,10 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
         return None
     generator = torch.Generator().manual_seed(0)
     others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in sizes}
-    twin = _twin(module, children=others | {name: _Sparse(size, generator) for name, size in sizes.items()})
+    twin = twin_of(module, children=others | {name: Sparse(size, generator) for name, size in sizes.items()})
     scales = torch.tensor(_SCALES, dtype=torch.float64)[:, None]
     rows = scales * torch.randn((len(_SCALES), sizes[candidates[0].gate][0]), generator=generator, dtype=torch.float64)
-    own = _in_both_modes(twin, rows)
+    own = in_both_modes(twin, rows)
     if own is None:
         return _BY_MODE
     agreeing, differences = [], []
@@ -212,7 +212,7 @@ def _experts(module: Any) -> Experts | str:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     weights = randn(experts, 2 * inner, columns), randn(experts, columns, inner)
-    twin = _twin(
+    twin = twin_of(
         module, dict(zip(_EXPERTS, (nn.Parameter(each, requires_grad=False) for each in weights), strict=True))
     )
     for name, size in (("num_experts", experts), ("hidden_dim", columns), ("intermediate_dim", inner)):
@@ -223,7 +223,7 @@ def _experts(module: Any) -> Experts | str:
     rows = torch.tensor(_SCALES, dtype=torch.float64)[:, None] * randn(len(_SCALES), columns)
     indices = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 1]])
     inputs = rows, indices, randn(len(_SCALES), per_token)
-    own = _in_both_modes(twin, *inputs)
+    own = in_both_modes(twin, *inputs)
     if own is None:
         return _BY_MODE
     agreeing, differences = [], []
@@ -251,13 +251,13 @@ def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
             yield Gated("relu_squared", None, first[0], first[0], down)
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
     """Inputs and outputs of a linear layer, under peft's wrappers and in 4 bits too; None for any other module."""
     sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return cast(tuple[int, int], sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def _twin(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
+def twin_of(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
     """A copy with other parameters or children, which shares all else with the module."""
     twin: Any = copy.copy(module)
     twin._parameters = {**module._parameters, **parameters}
@@ -265,17 +265,17 @@ def _twin(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mappi
     return twin
 
 
-def _in_both_modes(twin: Any, *inputs: Tensor) -> Tensor | None:
+def in_both_modes(twin: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
     """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
     results: list[Tensor] = []
     for training in (False, True):
         twin.train(training)
         with torch.random.fork_rng([]):
-            results.append(type(twin).forward(twin, *inputs))
+            results.append(type(twin).forward(twin, *inputs, **options))
     return results[0] if torch.equal(*results) else None
 
 
-class _Sparse(nn.Module):
+class Sparse(nn.Module):
     """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
 
     def __init__(self, sizes: tuple[int, int], generator: torch.Generator) -> None:
@@ -286,4 +286,5 @@ class _Sparse(nn.Module):
         self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The products."""
         return (x[..., self.taken] * self.weights).sum(-1)

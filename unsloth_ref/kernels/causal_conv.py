@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 
 
 def causal_conv(
@@ -46,9 +46,9 @@ def causal_conv(
             code does not check the last; there, tokens outside of all documents are undefined.
         TypeError: x, weight or bias does not have a float dtype, or cu_seqlens is not int32.
     """
-    checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+    document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
     if not torch.compiler.is_compiling():
-        checks.documents_cover(cu_seqlens, len(x), "x")
+        document_checks.documents_cover(cu_seqlens, len(x), "x")
     wide, tokens = torch.float64 if x.dtype == torch.float64 else torch.float32, len(x)
     token = torch.arange(tokens, device=x.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)

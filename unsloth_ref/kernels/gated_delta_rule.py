@@ -1,6 +1,6 @@
 """The gated delta rule: linear attention by a state that decays and is corrected token by token, within documents.
 
-    S'_t = exp(g_t) S_t-1        u_t = beta_t (v_t - S'_t^T k_t)        S_t = S'_t + k_t u_t^T        o_t = scale S_t^T q_t
+    S'_t = exp(g_t) S_t-1      u_t = beta_t (v_t - S'_t^T k_t)      S_t = S'_t + k_t u_t^T      o_t = scale S_t^T q_t
 
 S is [D, E] for each head of v, and 0 at the begin of each document. In one formula, transposed as in the literature:
 S_t = exp(g_t) S_t-1 (I - beta_t k_t k_t^T) + beta_t v_t k_t^T. With dS_t the gradient of S_t, that of o_t included:
@@ -18,7 +18,7 @@ once, at the end.
 import torch
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 
 
 def gated_delta_rule(
@@ -53,15 +53,16 @@ def gated_delta_rule(
             T. Compiled code does not check the last; there, tokens outside of all documents are undefined.
         TypeError: q, g or beta does not have a float dtype, k or v differs from q in dtype, or cu_seqlens is not int32.
     """
-    checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
+    document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     if not torch.compiler.is_compiling():
-        checks.documents_cover(cu_seqlens, len(q), "q")
+        document_checks.documents_cover(cu_seqlens, len(q), "q")
     (tokens, heads, width), wide = q.shape, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = (x.to(wide).repeat_interleave(v.shape[1] // heads, 1)[..., None] for x in (q, k))  # [T, M, D, 1]
     factor = width**-0.5 if scale is None else scale
     values, rate, decay = v.to(wide), beta.to(wide)[..., None], g.to(wide).exp()[..., None, None]
     starts = (torch.arange(tokens, device=q.device) == cu_seqlens[:, None]).any(0)
-    state, parts = values.new_zeros(v.shape[1], width, v.shape[2]), [values[:0]]
+    state = values.new_zeros(v.shape[1], width, v.shape[2])
+    parts = [values[:0] + (q[:0] * k[:0]).sum(2) + rate[:0] + decay[:0, ..., 0]]  # no tokens have gradients too
     for t in range(tokens):
         state = torch.where(starts[t], 0.0, state) * decay[t]
         correction = rate[t] * (values[t] - (state * k[t]).sum(1))

@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 
 QUERIES = 1024  # per block of scores, which bounds memory
 
@@ -65,13 +65,13 @@ def packed_attention(
             max_seqlen. Compiled code does not check the last two; it masks tokens of other documents.
         TypeError: q or sinks do not have a float dtype, k or v differs from q in dtype, or cu_seqlens is not int32.
     """
-    checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
+    document_checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
     tokens, limits = q.shape[0], (float(q.shape[2] ** -0.5 if scale is None else scale), window or q.shape[0], softcap)
     if torch.compiler.is_compiling():  # compiled code cannot read lengths
         document = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=q.device), right=True)
         with torch.autocast(q.device.type, enabled=False):
             return _attention(q, k, v, sinks, *limits, document)
-    checks.documents_fit(cu_seqlens, tokens, max_seqlen)
+    document_checks.documents_fit(cu_seqlens, tokens, max_seqlen)
     bounds = [(begin, end) for begin, end in pairwise(cu_seqlens.tolist()) if begin < end] or [(0, 0)]
     with torch.autocast(q.device.type, enabled=False):
         return torch.cat([_attention(q[i:j], k[i:j], v[i:j], sinks, *limits) for i, j in bounds])

@@ -1,14 +1,20 @@
 """Wrong short convolutions."""
 
-from tests.judge.mutants.mutant import LYING, one
+from tests.judge.mutants.mutant import LYING, Mutant, one
+
+ONE_PROGRAM = ("PROGRAMS = 4096", "PROGRAMS = 1")
 
 TABLE = {
-    "documents_run_on": one("inside = (token - back >= begin)", "inside = (token - back >= 0)", "argument_kinds", "value"),
+    "documents_run_on": one(
+        "inside = (token - back >= begin)", "inside = (token - back >= 0)", "argument_kinds", "value"
+    ),
     "gradient_of_the_next_document": one(
         "inside = (token + ahead < end)", "inside = (token + ahead < tokens)", "argument_kinds", "gradients"
     ),
     "tap_of_the_token_is_the_first": one(
-        "column * weight_row + (WIDTH - 1 - back) * weight_column", "column * weight_row + back * weight_column", "value"
+        "column * weight_row + (WIDTH - 1 - back) * weight_column",
+        "column * weight_row + back * weight_column",
+        "value",
     ),
     "activation_forgotten": one("        z = z * share\n", "        z = z + 0 * share\n", "one_at_a_time"),
     "activation_without_gradient": one(
@@ -22,8 +28,8 @@ TABLE = {
     "dweight_in_reverse": one(
         "column * WIDTH + (WIDTH - 1 - back), total", "column * WIDTH + back, total", "gradients"
     ),
-    "dweight_of_the_last_tile": one("sums += (dtaps[back] + dz *", "sums += (dz *", "extents"),
-    "dbias_of_the_last_tile": one("dbias += dz", "dbias = dz", "extents"),
+    "dweight_of_the_last_tile": Mutant((ONE_PROGRAM, ("sums += (dtaps[back] + dz *", "sums += (dz *")), ("extents",)),
+    "dbias_of_the_last_tile": Mutant((ONE_PROGRAM, ("dbias += dz", "dbias = dz")), ("gradients",)),
     "dbias_lost_with_a_frozen_weight": one("need_dx, need_dweight or need_dbias", "need_dx, need_dweight", "gradients"),
     "bias_read_as_the_weight_lies": one(
         "0 if bias is None else bias.stride(0),\n        WIDTH=weight.shape[1]",
@@ -31,7 +37,9 @@ TABLE = {
         "layouts",
         "value",
     ),
-    "grad_output_read_as_x_lies": one("*dy.stride(), *x.stride(), *weight", "*x.stride(), *x.stride(), *weight", "layouts"),
+    "grad_output_read_as_x_lies": one(
+        "*dy.stride(), *x.stride(), *weight", "*x.stride(), *x.stride(), *weight", "layouts"
+    ),
     "neighbour_read": one("inside & (column < columns), other=0.0)", "inside, other=0.0)", "guard_reads"),
     "tokens_in_32_bits": one(
         "token = ((tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
@@ -39,8 +47,10 @@ TABLE = {
         "int64_offsets",
     ),
     "sum_rounded_to_16_bits": one(
-        "z += taps[back] * load_tokens(", "z += (taps[back] + z * 0).to(tl.float16).to(tl.float32) * load_tokens(", "value"
+        "z += taps[back] * load_tokens(",
+        "z += (taps[back] + z * 0).to(tl.float16).to(tl.float32) * load_tokens(",
+        "value",
     ),
-    "documents_of_any_kind": one('checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
+    "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
 }

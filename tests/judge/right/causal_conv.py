@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 from unsloth_ref import kernels as reference
 
 
@@ -20,12 +20,12 @@ def _causal_conv(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
     def causal_conv(
         x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
     ) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not x.numel():
             return reference.causal_conv(x, weight, cu_seqlens, bias, activation=activation)
-        checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
-        bounds = checks.documents_cover(cu_seqlens, len(x), "x")
+        document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
+        bounds = document_checks.documents_cover(cu_seqlens, len(x), "x")
         with torch.autocast(x.device.type, enabled=False):
-            parts = [convolve(x[begin:end].float(), weight.float()) for begin, end in pairwise(bounds)]
+            parts = [convolve(x[i:j].float(), weight.float()) for i, j in pairwise(bounds) if i < j]
             z = torch.cat([*parts, x[:0].float()])
             z = z if bias is None else z + bias.float()
             return (F.silu(z) if activation else z).to(x.dtype)
@@ -36,8 +36,6 @@ def _causal_conv(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
 @_causal_conv
 def of_torch(x: Tensor, weight: Tensor) -> Tensor:
     """torch's own convolution."""
-    if x.numel() == 0:
-        return x * weight[:, 0]
     padded = F.pad(x.t(), (weight.shape[1] - 1, 0))
     return F.conv1d(padded, weight[:, None], groups=len(weight)).t()
 
@@ -73,5 +71,8 @@ TABLE = {
     "by_windows": by_windows,
     "by_a_matrix": by_a_matrix,
     "in_float64": in_float64,
-    "in_other_tiles": (("Tile(1024 // width, width, 4)", "Tile(4096 // width, width, 4)"), ("PROGRAMS = 4096", "PROGRAMS = 8")),
+    "in_other_tiles": (
+        ("Tile(1024 // width, width, 4)", "Tile(4096 // width, width, 4)"),
+        ("PROGRAMS = 4096", "PROGRAMS = 8"),
+    ),
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import document_checks
 from unsloth_ref import kernels as reference
 
 
@@ -35,7 +35,7 @@ def _packed_attention(attend: Function) -> Function:
     ) -> Tensor:
         scale, window, softcap = options.get("scale"), options.get("window"), options.get("softcap", 0.0)
         sinks = options.get("sinks")
-        checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
+        document_checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
         scale = q.shape[2] ** -0.5 if scale is None else scale
         place = torch.arange(len(q), device=q.device)
         seen = (place <= place[:, None]) & (place > place[:, None] - (window or len(q)))
@@ -43,7 +43,7 @@ def _packed_attention(attend: Function) -> Function:
             document = torch.searchsorted(cu_seqlens[1:], place, right=True)
             with torch.autocast(q.device.type, enabled=False):
                 return scored(q, k, v, seen & (document == document[:, None]), scale, softcap, sinks)
-        checks.documents_fit(cu_seqlens, len(q), max_seqlen)
+        document_checks.documents_fit(cu_seqlens, len(q), max_seqlen)
         parts = [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
         with torch.autocast(q.device.type, enabled=False):  # whose torch.cat takes no float16 on a CPU
             return torch.cat([scored(q[p], k[p], v[p], seen[p, p], scale, softcap, sinks) for p in parts])

@@ -1,0 +1,63 @@
+"""What decides beside attention whether documents may share a row: positions, and layers that carry a state."""
+
+import ast
+from functools import cache
+
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from unsloth_fast.models.interface import code_of, looks_up, makes_masks, name_of, tree_of
+from unsloth_fast.models.mixers import CACHES, mixers_of
+
+_POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
+
+
+def finds_documents(stack: PreTrainedModel) -> bool:
+    """Whether a stack gives position_ids to the functions that make its masks, which find documents by them."""
+    classes = type(stack).__mro__
+    return any(_gives_positions(each) for each in classes[: classes.index(PreTrainedModel)])
+
+
+@cache
+def _gives_positions(owner: type) -> bool:
+    """Whether a method of the class calls a function that makes masks with position_ids; True without a source."""
+    tree = tree_of(owner)
+    if tree is None:
+        return True
+    makers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and makes_masks(node.id)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(name_of(part) in makers for part in ast.walk(node.value)):
+            makers |= {name_of(target) for target in node.targets}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and name_of(node.func) in makers:
+            given = {keyword.arg for keyword in node.keywords}
+            if "position_ids" in given or len(node.args) > _POSITIONS:
+                return True
+            if None in given and "position_ids" in _keys(tree):
+                return True
+    return False
+
+
+def _keys(tree: ast.AST) -> set[object]:
+    """The constant keys of all dictionaries."""
+    keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
+    return {key.value for key in keys if isinstance(key, ast.Constant)}
+
+
+def carriers_of(model: Module) -> list[str]:
+    """The classes of the modules that carry a state from token to token and are not recognised as mixers."""
+    mixers = mixers_of(model)
+    names = {type(module).__name__ for module in model.modules() if id(module) not in mixers and _carries(module)}
+    return sorted(names)
+
+
+def _carries(module: Module) -> bool:
+    """Whether a module takes a cache, attends to nothing, and no module below it takes a cache."""
+    return _takes_cache(module) and not any(
+        _takes_cache(other) or looks_up(other) for other in module.modules() if other is not module
+    ) and not looks_up(module)  # fmt: skip
+
+
+def _takes_cache(module: Module) -> bool:
+    code = code_of(module)
+    return code is not None and not {*CACHES}.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
