@@ -45,6 +45,11 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
 FUSED: dict[str, Any] = {"rotation": "qk_norm_rope"}
 GATED: dict[str, Any] = {"others": {"gated_rms_norm": 1}}
+MIXED: dict[str, Any] = {"packed": 1, "others": {"causal_conv": 1}}
+MIXED_DELTA: dict[str, Any] = FUSED | {
+    "packed": 1,
+    "others": {"gated_rms_norm": 1, "causal_conv": 1, "gated_delta_rule": 1},
+}
 STATE = "its layers carry a state"
 
 
@@ -60,6 +65,7 @@ class Family:
         vision: the config of its vision tower, if it has one.
         gate, rotation: the operations of the MLPs and of the attentions.
         others: how many modules get further operations.
+        packed: how many attentions `packed_attention` gets, unless foreign.
         foreign: why packed batches are left to transformers; None if `packed_attention` gets them.
     """
 
@@ -73,6 +79,7 @@ class Family:
     gate: str = "swiglu"
     rotation: str = "rope"
     others: dict[str, int] = field(default_factory=dict)
+    packed: int = 2
     foreign: str | None = None
     experts: int = 0
 
@@ -80,7 +87,7 @@ class Family:
     def placed(self) -> Counter[str]:
         """What `place` returns, without LoRA."""
         own = {"rms_norm": self.norms, self.gate: self.gated, self.rotation: self.rope, "moe_mlp": self.experts}
-        return +Counter(own | {"packed_attention": 0 if self.foreign else 2} | self.others)
+        return +Counter(own | {"packed_attention": 0 if self.foreign else self.packed} | self.others)
 
 
 # Those that people fine-tune, beside the ones of tests/tiny.py.
@@ -123,13 +130,9 @@ FAMILIES: dict[str, Family] = {
     "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 5, 0, linear=8, experts=2, **FUSED),
-    "qwen3_next": Family(
-        "Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, foreign=STATE, **FUSED, **GATED
-    ),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, foreign=STATE, **FUSED, **GATED),
-    "qwen3_5_moe": Family(
-        "Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, foreign=STATE, **FUSED, **GATED
-    ),
+    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, **MIXED_DELTA),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -151,8 +154,8 @@ FAMILIES: dict[str, Family] = {
         gate="geglu",
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
-    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, foreign=STATE),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, foreign=STATE, experts=1),
+    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, **MIXED),
+    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, experts=1, **MIXED),
     "nemotron_h": Family(
         "NemotronHForCausalLM",
         NEMOTRON | {"layers_block_type": ["mamba", "attention"]},
@@ -252,7 +255,7 @@ def test_packed_documents_of_a_family_equal_the_same_documents_alone(name: str) 
         (stack,) = (stack for stack in stacks_of(model) if stack.get_input_embeddings() is model.get_input_embeddings())
         assert examine(stack, "sdpa").foreign == foreign
         return
-    sizes = assert_alone(model, 2)
+    sizes = assert_alone(model, FAMILIES[name].packed)
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 
