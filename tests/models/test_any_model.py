@@ -1,7 +1,7 @@
 """Families that people fine-tune, and a class that transformers does not have: what is placed, and that it is right."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +43,13 @@ NEMOTRON = {"mamba_head_dim": 8, "mamba_num_heads": 8, "ssm_state_size": 8, "n_g
 YARN = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+FUSED: dict[str, Any] = {"rotation": "qk_norm_rope"}
+GATED: dict[str, Any] = {"others": {"gated_rms_norm": 1}}
+MIXED: dict[str, Any] = {"packed": 1, "others": {"causal_conv": 1}}
+MIXED_DELTA: dict[str, Any] = FUSED | {
+    "packed": 1,
+    "others": {"gated_rms_norm": 1, "causal_conv": 1, "gated_delta_rule": 1},
+}
 STATE = "its layers carry a state"
 
 
@@ -53,9 +60,12 @@ class Family:
     Attributes:
         model: its class; "" for `CustomForCausalLM`.
         config: of the model, or of its language model.
-        norms, gated, rope, experts: how many modules get these operations.
+        norms, gated, rope, experts: how many norms, MLPs, attentions and blocks of experts get an operation.
         linear: how many layers get LoRA; None leaves LoRA out.
         vision: the config of its vision tower, if it has one.
+        gate, rotation: the operations of the MLPs and of the attentions.
+        others: how many modules get further operations.
+        packed: how many attentions `packed_attention` gets, unless foreign.
         foreign: why packed batches are left to transformers; None if `packed_attention` gets them.
     """
 
@@ -67,15 +77,17 @@ class Family:
     linear: int | None = None
     vision: dict[str, Any] | None = None
     gate: str = "swiglu"
+    rotation: str = "rope"
+    others: dict[str, int] = field(default_factory=dict)
+    packed: int = 2
     foreign: str | None = None
     experts: int = 0
 
     @property
     def placed(self) -> Counter[str]:
         """What `place` returns, without LoRA."""
-        attention = 0 if self.foreign else 2
-        placed = {"rms_norm": self.norms, self.gate: self.gated, "rope": self.rope, "packed_attention": attention}
-        return +Counter(placed | {"moe_mlp": self.experts})
+        own = {"rms_norm": self.norms, self.gate: self.gated, self.rotation: self.rope, "moe_mlp": self.experts}
+        return +Counter(own | {"packed_attention": 0 if self.foreign else self.packed} | self.others)
 
 
 # Those that people fine-tune, beside the ones of tests/tiny.py.
@@ -90,8 +102,10 @@ FAMILIES: dict[str, Family] = {
         5,
         2,
         1,
+        gate="fused_swiglu",
         foreign=STATE,
         experts=2,
+        **GATED,
     ),
     "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14),
     "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14),
@@ -115,18 +129,19 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
     "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 9, 0, linear=8, experts=2),
-    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE, experts=2),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 7, 2, 1, foreign=STATE),
-    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE, experts=2),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 5, 0, linear=8, experts=2, **FUSED),
+    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, **MIXED_DELTA),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         MROPE,
-        9,
+        5,
         2,
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         foreign="it changes its masks",
+        **FUSED,
     ),
     "gemma4": Family(
         "Gemma4ForCausalLM",
@@ -139,10 +154,16 @@ FAMILIES: dict[str, Family] = {
         gate="geglu",
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
-    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, foreign=STATE),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, foreign=STATE, experts=1),
+    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, **MIXED),
+    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, experts=1, **MIXED),
     "nemotron_h": Family(
-        "NemotronHForCausalLM", NEMOTRON | {"layers_block_type": ["mamba", "attention"]}, 3, 0, 0, foreign=STATE
+        "NemotronHForCausalLM",
+        NEMOTRON | {"layers_block_type": ["mamba", "attention"]},
+        3,
+        0,
+        0,
+        foreign=STATE,
+        **GATED,
     ),
     "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, foreign=STATE),
     "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 9, 2, vision=zoo.VISION),
@@ -207,7 +228,8 @@ def test_a_family_computes_what_it_did(name: str) -> None:
 def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     family = FAMILIES[name]
     model = get_peft_model(build(name), LoraConfig(r=4, **LORA))
-    check(model, family.placed | {"lora_linear": family.linear})
+    adapted = Counter({"lora_linear": family.linear, "grouped_gemm": 2 * family.experts})  # experts in two parameters
+    check(model, family.placed | +adapted)
 
 
 def check(model: Any, expected_operations: dict[str, Any]) -> None:
@@ -233,7 +255,7 @@ def test_packed_documents_of_a_family_equal_the_same_documents_alone(name: str) 
         (stack,) = (stack for stack in stacks_of(model) if stack.get_input_embeddings() is model.get_input_embeddings())
         assert examine(stack, "sdpa").foreign == foreign
         return
-    sizes = assert_alone(model, 2)
+    sizes = assert_alone(model, FAMILIES[name].packed)
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 
@@ -255,7 +277,7 @@ def test_a_setting_for_swiglu_separates_the_fused_operation() -> None:
     """It governs the MLPs of Phi-3 too: the fused operation takes no other backend than its part."""
     for setting in ("swiglu", "fused_swiglu"):
         backend = backends.resolve(f"fast,{setting}=reference")
-        assert place(build("phi3"), backend).keys() == {"rms_norm", "swiglu", "packed_attention"}
+        assert place(build("phi3"), backend).keys() == {"rms_norm", "swiglu", "rope", "packed_attention"}
 
 
 def error(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
