@@ -1,7 +1,7 @@
 """Families that people fine-tune, and a class that transformers does not have: what is placed, and that it is right."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +56,8 @@ class Family:
         norms, gated, rope: how many modules get these operations.
         linear: how many layers get LoRA; None leaves LoRA out.
         vision: the config of its vision tower, if it has one.
+        gate: the operation of the gated MLPs.
+        others: how many modules get further operations.
         foreign: why packed batches are left to transformers; None if `packed_attention` gets them.
     """
 
@@ -67,6 +69,7 @@ class Family:
     linear: int | None = None
     vision: dict[str, Any] | None = None
     gate: str = "swiglu"
+    others: dict[str, int] = field(default_factory=dict)
     foreign: str | None = None
 
     @property
@@ -75,9 +78,11 @@ class Family:
         attention = 0 if self.foreign else 2
         return +Counter(
             {"rms_norm": self.norms, self.gate: self.gated, "rope": self.rope, "packed_attention": attention}
+            | self.others
         )
 
 
+NEXT = {"qk_norm_rope": 1, "gated_rms_norm": 1}
 # Those that people fine-tune, beside the ones of tests/tiny.py.
 FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3ForCausalLM", {"sliding_window": 4}, 5, 2, linear=8, gate="fused_swiglu"),
@@ -90,6 +95,8 @@ FAMILIES: dict[str, Family] = {
         5,
         2,
         1,
+        gate="fused_swiglu",
+        others={"gated_rms_norm": 1},
         foreign=STATE,
     ),
     "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14),
@@ -113,16 +120,18 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
     "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 9, 0, linear=8),
-    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 7, 2, 1, foreign=STATE),
-    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 5, 0, 0, linear=8, others={"qk_norm_rope": 2}),
+    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 0, foreign=STATE, others=NEXT),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 0, foreign=STATE, others=NEXT),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 0, foreign=STATE, others=NEXT),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         MROPE,
-        9,
+        5,
         2,
+        0,
+        others={"qk_norm_rope": 2},
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         foreign="it changes its masks",
     ),
@@ -140,7 +149,13 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, foreign=STATE),
     "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, foreign=STATE),
     "nemotron_h": Family(
-        "NemotronHForCausalLM", NEMOTRON | {"layers_block_type": ["mamba", "attention"]}, 3, 0, 0, foreign=STATE
+        "NemotronHForCausalLM",
+        NEMOTRON | {"layers_block_type": ["mamba", "attention"]},
+        3,
+        0,
+        0,
+        foreign=STATE,
+        others={"gated_rms_norm": 1},
     ),
     "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, foreign=STATE),
     "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 9, 2, vision=zoo.VISION),
@@ -253,7 +268,7 @@ def test_a_setting_for_swiglu_separates_the_fused_operation() -> None:
     """It governs the MLPs of Phi-3 too: the fused operation takes no other backend than its part."""
     for setting in ("swiglu", "fused_swiglu"):
         backend = backends.resolve(f"fast,{setting}=reference")
-        assert place(build("phi3"), backend).keys() == {"rms_norm", "swiglu", "packed_attention"}
+        assert place(build("phi3"), backend).keys() == {"rms_norm", "swiglu", "rope", "packed_attention"}
 
 
 def error(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
