@@ -39,6 +39,12 @@ def _build(draw: Draw, **sizes: int) -> Inputs:
     return {"q": q, "k": k, "q_weight": draw.weight(width), "k_weight": draw.weight(width), **inputs}
 
 
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Columns up to 256 are the width of a head; few heads of one token each, for tokens take the interpreter long."""
+    rotary = max(2, min(columns, 256) // 2 * 2)
+    return rows, 1 + columns % 3, 1 + columns % 2, 1, rotary, columns % 2 if columns > 2 else 0, 0
+
+
 def _of(call: Call, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the heads q or k: the normalised ones n, r, and offset + weight, itself and the sum of both sizes."""
     x, weight, offset = call.inputs[name], call.inputs[f"{name}_weight"], call.options.get("offset", 0.0)
@@ -118,7 +124,7 @@ spec = Spec(
         build=_build,
         options={"eps": [1e-6, 0.5], "offset": [0.0, 1.0], "casting": ["llama", "gemma"]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
-        shape=rope.spec.drawing.shape,
+        shape=_shape,
         counts=["batch", "length"],
     ),
     outputs=["rotated_q", "rotated_k"],

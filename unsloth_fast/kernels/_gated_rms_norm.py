@@ -1,7 +1,7 @@
 """The Triton kernels of gated_rms_norm, whose formulas are in `gated_rms_norm.py`."""
 
 # A constexpr is written as a plain value:
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -76,7 +76,9 @@ _ROTATIONS = (
 )
 
 
-def attention_placement(module: nn.Module, backend: Backend, known: dict[Hashable, Found]) -> Placement | None:
+def attention_placement(
+    module: nn.Module, backend: Backend, known: dict[Hashable, Found] | None = None
+) -> Placement | None:
     """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
 
     qk_norm_rope in place of rope where the norms of the heads stand directly before it, unless the backend separates
@@ -88,7 +90,11 @@ def attention_placement(module: nn.Module, backend: Backend, known: dict[Hashabl
     operation, make = "rope", None
     if len(found) == 1 and backend.fuses("qk_norm_rope", "rms_norm", "rope"):
         (name, rotation), *_ = found.items()
-        norm = norms_of(module, known) if rotation.columns is _same and not rotation.interleaved else None
+        norm = (
+            norms_of(module, {} if known is None else known)
+            if rotation.columns is _same and not rotation.interleaved
+            else None
+        )
         make = _maker(own, (name,), norms=True) if norm else None
         if norm and make:
             operation, functions = "qk_norm_rope", {name: apply(norm, backend.kernels.qk_norm_rope, functions[name])}

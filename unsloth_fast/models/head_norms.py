@@ -28,8 +28,10 @@ def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
     """
     norms = [attention._modules.get(name) for name in NAMES]
     found = [None if norm is None or has_own_method(norm, "forward") else recognise(norm, known) for norm in norms]
-    alike = isinstance(found[0], Norm) and found[0] == found[1]
-    return found[0] if alike and len({getattr(norm, found[0].eps) for norm in norms}) == 1 else None
+    how = found[0]
+    if not isinstance(how, Norm) or found[1] != how:
+        return None
+    return how if len({getattr(norm, how.eps) for norm in norms}) == 1 else None
 
 
 def moved(function: ast.FunctionDef, rotation: str) -> bool:
@@ -92,8 +94,9 @@ def _norm_of(before: list[ast.stmt], variable: ast.expr, name: str) -> ast.Call 
         if sorted(ast.unparse(argument) for argument in value.args) != ["1", "2"]:
             return None
         value = value.func.value
-    own = isinstance(value, ast.Call) and ast.unparse(value.func) == f"self.{name}"
-    return value if own and len(value.args) == 1 and not value.keywords else None
+    if not isinstance(value, ast.Call) or ast.unparse(value.func) != f"self.{name}":
+        return None
+    return value if len(value.args) == 1 and not value.keywords else None
 
 
 def _rotates(statement: ast.stmt, calls: list[ast.Call]) -> bool:

@@ -35,10 +35,7 @@ def in_float64(x: Tensor, gate: Tensor, weight: Tensor, *others: Any, **options:
 TILES = (
     ("WIDEST = 8192", "WIDEST = 512"),
     ("BackwardTile(1, 4096, 0, 8, 256)", "BackwardTile(1, 256, 0, 4, 3)"),
-    (
-        "2048 // width, width, 1, 4, 384)\n    return BackwardTile(1, width",
-        "4, width, 1, 4, 3)\n    return BackwardTile(1, width",
-    ),
+    ("BackwardTile(2048 // width, width, 1, 4, 384)\n    #", "BackwardTile(4, width, 1, 4, 3)\n    #"),
 )
 
 TABLE = {
