@@ -44,6 +44,7 @@ YARN = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
 STATE = "its layers carry a state"
+RULE = ("causal_conv", "gated_delta_rule")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Family:
         linear: how many layers get LoRA; None leaves LoRA out.
         vision: the config of its vision tower, if it has one.
         foreign: why packed batches are left to transformers; None if `packed_attention` gets them.
+        mixer: the operations of the first layer, if it carries a state; the other one attends.
     """
 
     model: str
@@ -68,14 +70,15 @@ class Family:
     vision: dict[str, Any] | None = None
     gate: str = "swiglu"
     foreign: str | None = None
+    mixer: tuple[str, ...] = ()
 
     @property
     def placed(self) -> Counter[str]:
         """What `place` returns, without LoRA."""
-        attention = 0 if self.foreign else 2
+        attention = 0 if self.foreign else 1 if self.mixer else 2
         return +Counter(
             {"rms_norm": self.norms, self.gate: self.gated, "rope": self.rope, "packed_attention": attention}
-        )
+        ) + Counter(self.mixer)
 
 
 # Those that people fine-tune, beside the ones of tests/tiny.py.
@@ -114,9 +117,9 @@ FAMILIES: dict[str, Family] = {
     "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 9, 0, linear=8),
-    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE),
-    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 7, 2, 1, foreign=STATE),
-    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, foreign=STATE),
+    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 7, 2, 1, mixer=RULE),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -137,8 +140,8 @@ FAMILIES: dict[str, Family] = {
         gate="geglu",
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
-    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, foreign=STATE),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, foreign=STATE),
+    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, mixer=("causal_conv",)),
+    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, mixer=("causal_conv",)),
     "nemotron_h": Family(
         "NemotronHForCausalLM", NEMOTRON | {"layers_block_type": ["mamba", "attention"]}, 3, 0, 0, foreign=STATE
     ),
@@ -231,7 +234,7 @@ def test_packed_documents_of_a_family_equal_the_same_documents_alone(name: str) 
         (stack,) = (stack for stack in stacks_of(model) if stack.get_input_embeddings() is model.get_input_embeddings())
         assert examine(stack, "sdpa").foreign == foreign
         return
-    sizes = assert_alone(model, 2)
+    sizes = assert_alone(model, FAMILIES[name].placed["packed_attention"])
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 

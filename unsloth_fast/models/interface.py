@@ -106,6 +106,7 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
 
 
 def makes_masks(name: str) -> bool:
+    """Whether a function of this name makes masks."""
     return name.startswith("create_") and "mask" in name
 
 
@@ -163,6 +164,7 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
 
 
 def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
+    """The syntax tree of the source; None without one."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -170,6 +172,7 @@ def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
 
 
 def name_of(node: ast.AST) -> str:
+    """The name, if the node is one."""
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -210,6 +213,7 @@ def _is_eager_test(node: ast.Compare) -> bool:
 
 
 def code_of(module: Module) -> Any:
+    """The code of the forward of the module's class."""
     return getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
 
 
@@ -219,6 +223,7 @@ def _takes_mask(module: Module) -> bool:
 
 
 def looks_up(module: Module) -> bool:
+    """Whether a module looks up its attention function."""
     code = code_of(module)
     return code is not None and INTERFACE in code.co_names
 
