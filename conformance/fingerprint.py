@@ -161,7 +161,8 @@ def _run(trial: Trial, case: Case, draw: Draw, grads: Sequence[str]) -> None:
     inputs = spec.drawing.build(draw, **dict(case.sizes))
     inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
     leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
-    with shapes.patch(meta_nonzero_assume_all_nonzero=True):  # rows that count: all
+    # Of rows that count: all.
+    with shapes.patch(meta_nonzero_assume_all_nonzero=True):  # pyright: ignore[reportAttributeAccessIssue]
         outputs = trial.call(leaves, trial.options(case))
         trial.backward(outputs, leaves, grads, [draw.grad_output(output) for output in outputs])
 

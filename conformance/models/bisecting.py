@@ -34,6 +34,7 @@ LOSS, PACKED = "loss", "packed"  # placed beside modules: the loss without whole
 Element = TypeVar("Element")
 Call = tuple[str, str]  # operation, module
 NOTHING: frozenset[Any] = frozenset()
+SHOWN = 3  # of the members of a set, while it is tried
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,11 @@ class Bisection:
         """The calls whose own error breaks their gate: the worst result of each operation, module and shape."""
         watch = Watch()
         model = self._placed(shadowed(self._backend, watch))
-        with watch.watching(model):
-            self._trial.run(self._batches(self.packed), model=model, targets=self._trial.documents.targets)
+        try:
+            with watch.watching(model):
+                self._trial.run(self._batches(self.packed), model=model, targets=self._trial.documents.targets)
+        except Failure as failure:
+            self._say(f"each call beside the reference: {failure}")
         self._say(f"each call beside the reference, on its own inputs: {len(watch.findings)} results")
         for name, reason in watch.unverified.items():
             self._say(f"{name} was not compared: {reason}")
@@ -198,7 +202,7 @@ class Bisection:
         }
         kind = next((kind for kind, known in kinds.items() if set(members) <= set(known)), None)
         if kind is None:
-            raise KeyError(", ".join(dict.fromkeys(name for known in kinds.values() for name in known)))
+            raise KeyError("; ".join(f"{kind} such as {' '.join(known[:1])}" for kind, known in kinds.items() if known))
         return self._found(kind, members) if self._breaks(kind, members) else None
 
     def _breaks(self, kind: str, members: Sequence[str]) -> bool:
@@ -209,7 +213,8 @@ class Bisection:
         return Found(kind, tuple(members), str(failure), failure.used if failure else None)
 
     def _failure(self, kind: str, members: Sequence[str]) -> Failure | None:
-        what = f"{len(members)} {kind}: {', '.join(members)}"
+        others = f" and {len(members) - SHOWN} more" if len(members) > SHOWN else ""
+        what = f"{kind} {', '.join(members[:SHOWN])}{others}"
         if kind == "modules":
             return self._fails(what, NOTHING, frozenset(members))
         part = 0 if kind == "operations" else slice(None)

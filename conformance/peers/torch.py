@@ -199,3 +199,24 @@ def lora_linear(
     """Three linear layers and a sum; adapters of another dtype are cast to that of x."""
     low = F.linear(x, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
+
+
+@operation
+def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    """torch's grouped product."""
+    return F.grouped_mm(x, weight.mT, offs=group_sizes.cumsum(0, dtype=torch.int32))
+
+
+@operation
+def moe_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, *,
+    activation: str = "silu",
+) -> Tensor:  # fmt: skip
+    """As transformers' experts with torch's grouped products."""
+    slots, order = expert_indices.flatten().sort(stable=True)
+    ends = torch.searchsorted(slots, torch.arange(len(gate_up), device=x.device), right=True).int()
+    rows = x[order // expert_indices.shape[1]]
+    gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, -1)
+    hidden = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    out = F.grouped_mm(hidden, down.mT, offs=ends) * expert_weights.flatten()[order, None]
+    return out[order.argsort()].unflatten(0, expert_indices.shape).sum(1).to(x.dtype)

@@ -23,10 +23,8 @@ from conformance.spec import (
     Speed,
     change_inputs,
     nbytes,
-    row_counts,
 )
 from conformance.specs._moe_mlp import ERRORS
-from conformance.specs.grouped_gemm import moderate, moderate_column_counts
 from unsloth_ref.kernels import moe_mlp
 
 
@@ -59,14 +57,13 @@ def _build(draw: Draw, tokens: int, experts: int, per_token: int, wide: int, inn
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """An even number of columns is that of x, an odd one that of the MLP; an odd number of rows has wide weights."""
-    few, columns = 3 + columns % 13, moderate(columns)
+    few, columns = 3 + columns % 5, columns if columns <= 130 else 20 + columns % 61
     return rows, 2 + columns % 3, 1 + columns % 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
 
 
-def _inner(budget: int) -> st.SearchStrategy[int]:
-    """Numbers of columns of an expert's MLP, mostly small, so that x can have many."""
-    many = [size for size in (96, 129, 512) if size <= budget // 256]
-    return st.sampled_from([1, 2, 8, 16, 33, *many])
+def _hidden(budget: int) -> st.SearchStrategy[int]:
+    """Numbers of columns around the edges of one tile; the products themselves are those of grouped_gemm."""
+    return st.sampled_from([size for size in (16, 1, 5, 20, 31, 33, 64, 65, 129) if size <= max(16, budget // 16)])
 
 
 def _activation(gate: Tensor, name: str) -> Tensor:
@@ -250,12 +247,12 @@ spec = Spec(
     reference=moe_mlp,
     drawing=Drawing(
         sizes={
-            "tokens": lambda budget: row_counts(max(budget, 16)),
-            "experts": lambda budget: st.sampled_from([1, 2, 3, 5, 8]),
-            "per_token": lambda budget: st.sampled_from([1, 2, 4]),
+            "tokens": lambda budget: st.integers(1, max(16, min(budget, 40))),
+            "experts": lambda budget: st.sampled_from([3, 1, 2, 4]),
+            "per_token": lambda budget: st.sampled_from([2, 1, 3]),
             "wide": lambda budget: st.sampled_from([0, 1]),
-            "inner": _inner,
-            "hidden": moderate_column_counts,
+            "inner": lambda budget: st.sampled_from([8, 1, 2, 16, 33]),
+            "hidden": _hidden,
         },
         build=_build,
         options={"activation": ["silu", "gelu_tanh"]},

@@ -37,12 +37,13 @@ def _bisect(arguments: argparse.Namespace) -> int:
     print(model.heading(task), flush=True)
     quiet()
     from conformance.models.bisecting import Bisection
+    from conformance.models.building import NotBuilt
 
     try:
         bisection = Bisection(trial_of(task), lambda line: print(f"tried  {line}", flush=True))
         calls = bisection.calls()
         found = _only(bisection, arguments.only) if arguments.only else bisection.search()
-    except Unchecked as why:
+    except (NotBuilt, Unchecked) as why:
         raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
     if arguments.only:
         named = set(arguments.only)
@@ -59,7 +60,7 @@ def _only(bisection: Any, members: Sequence[str]) -> "list[Found]":
     try:
         found = bisection.only(members)
     except KeyError as error:
-        raise UsageError(f"--only: got {' '.join(members)}; allowed: {error.args[0]}, of one kind") from error
+        raise UsageError(f"--only: got {' '.join(members)}; allowed: {error.args[0]}, all of one kind") from error
     return [] if found is None else [found]
 
 

@@ -32,20 +32,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 README_WORDS = 1200
-VERBS = (
-    "run",
-    "bisect",
-    "list",
-    "repro",
-    "write",
-    "coverage",
-    "bench",
-    "fingerprint",
-    "mutate",
-    "gate",
-    "ledger",
-    "report",
-)
+VERBS = ("run", "model", "bisect", "list", "repro", "write", "coverage", "bench", "fingerprint", "mutate", "gate")
+VERBS += ("ledger", "report")
 OURS = (
     "python -m conformance",
     "python examples/",

@@ -75,7 +75,7 @@ def main_of_pytest():
 
 
 if __name__ == "__main__":
-    misused = ("bisect", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
+    misused = ("model", "bisect", "coverage", "bench", "fingerprint", "mutate", "gate", "ledger", "report")
     names = ("run", "list", "repro", "write", *misused)
     found = {
         "home": conformance.__file__,

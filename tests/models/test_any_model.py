@@ -54,7 +54,7 @@ class Family:
     Attributes:
         model: its class; "" for `CustomForCausalLM`.
         config: of the model, or of its language model.
-        norms, gated, rope: how many modules get these operations.
+        norms, gated, rope, experts: how many modules get these operations.
         linear: how many layers get LoRA; None leaves LoRA out.
         vision: the config of its vision tower, if it has one.
         foreign: why packed batches are left to transformers; None if `packed_attention` gets them.
@@ -70,15 +70,15 @@ class Family:
     vision: dict[str, Any] | None = None
     gate: str = "swiglu"
     foreign: str | None = None
+    experts: int = 0
     mixer: tuple[str, ...] = ()
 
     @property
     def placed(self) -> Counter[str]:
         """What `place` returns, without LoRA."""
         attention = 0 if self.foreign else 1 if self.mixer else 2
-        return +Counter(
-            {"rms_norm": self.norms, self.gate: self.gated, "rope": self.rope, "packed_attention": attention}
-        ) + Counter(self.mixer)
+        placed = {"rms_norm": self.norms, self.gate: self.gated, "rope": self.rope, "packed_attention": attention}
+        return +Counter(placed | {"moe_mlp": self.experts}) + Counter(self.mixer)
 
 
 # Those that people fine-tune, beside the ones of tests/tiny.py.
@@ -94,14 +94,15 @@ FAMILIES: dict[str, Family] = {
         2,
         1,
         foreign=STATE,
+        experts=2,
     ),
     "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14),
     "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14),
     "seed_oss": Family("SeedOssForCausalLM", {"residual_dropout": 0.0, "attention_dropout": 0.0}, 5, 2, linear=14),
     "smollm3": Family("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}, 5, 2, linear=14),
     "glm4": Family("Glm4ForCausalLM", {}, 9, 2, linear=12, gate="fused_swiglu"),
-    "glm4_moe": Family("Glm4MoeForCausalLM", ROUTED, 5, 2),
-    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", ROUTED | LATENT, 9, 2),
+    "glm4_moe": Family("Glm4MoeForCausalLM", ROUTED, 5, 2, experts=1),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", ROUTED | LATENT, 9, 2, experts=1),
     "glm5": Family(
         "GlmMoeDsaForCausalLM",
         ROUTED | LATENT | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
@@ -109,17 +110,18 @@ FAMILIES: dict[str, Family] = {
         2,
         4,
         foreign="GlmMoeDsaAttention changes its mask",
+        experts=1,
     ),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, experts=1),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 0, foreign=STATE),
     "ministral": Family("MinistralForCausalLM", {"sliding_window": 4}, 5, 2, linear=14),
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
-    "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2),
+    "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 9, 0, linear=8),
-    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 9, 0, linear=8, experts=2),
+    "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE, experts=2),
     "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 7, 2, 1, mixer=RULE),
-    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 7, 2, 1, mixer=RULE, experts=2),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -141,7 +143,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
     "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, mixer=("causal_conv",)),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, mixer=("causal_conv",)),
+    "lfm2_moe": Family(
+        "Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, mixer=("causal_conv",), experts=1
+    ),
     "nemotron_h": Family(
         "NemotronHForCausalLM", NEMOTRON | {"layers_block_type": ["mamba", "attention"]}, 3, 0, 0, foreign=STATE
     ),
@@ -156,10 +160,10 @@ FAMILIES: dict[str, Family] = {
         linear=14,
         foreign="its masks: create_chunked_causal_mask",
     ),
-    "mixtral": Family("MixtralForCausalLM", LOCAL, 5, 0),
+    "mixtral": Family("MixtralForCausalLM", LOCAL, 5, 0, experts=2),
     "ernie4_5": Family("Ernie4_5ForCausalLM", {}, 5, 2),
-    "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}, 5, 2),
-    "minimax_m2": Family("MiniMaxM2ForCausalLM", LOCAL | {"rotary_dim": 4}, 9, 0),
+    "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}, 5, 2, experts=1),
+    "minimax_m2": Family("MiniMaxM2ForCausalLM", LOCAL | {"rotary_dim": 4}, 9, 0, experts=2),
     "custom": Family("", {}, 5, 2, 0, linear=6, foreign="?"),
 }
 

@@ -126,6 +126,21 @@ def test_a_loss_with_another_scale(trial: ModelTrial, monkeypatch: pytest.Monkey
     assert (found.kind, found.members) == ("modules", ("loss",))
 
 
+def test_an_operation_that_raises(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named like one that is wrong."""
+
+    def rope(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    plant(monkeypatch, rope=rope)
+    wrong = bisection(trial)
+    assert wrong.calls() == []
+    operations, _ = wrong.search()
+    assert operations.members == ("rope",)
+    assert operations.message == "raised RuntimeError: no such kernel"
+    assert operations.used is None
+
+
 def test_the_command_line(
     trial: ModelTrial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def forward_with(rotation: Callable[..., tuple[Tensor, Tensor]], monkeypatch: py
     attention = import_module("unsloth_fast.models.attention")
     attention._rotations.cache_clear()
     attention._maker.cache_clear()
-    placement = attention_placement(Turning(), REFERENCE)
+    placement = attention_placement(Turning(), REFERENCE, {})
     return None if placement is None else placement[1]
 
 
@@ -107,7 +107,7 @@ def test_a_forward_without_a_source_stays_as_it_is() -> None:
         module.__dict__ | {"Base": nn.Module},
         made := {},
     )
-    assert attention_placement(made["Made"](), REFERENCE) is None
+    assert attention_placement(made["Made"](), REFERENCE, {}) is None
 
 
 def test_a_placed_forward_is_the_classs_in_all_but_the_rotation() -> None:

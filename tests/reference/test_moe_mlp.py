@@ -44,18 +44,14 @@ def test_values_worked_by_hand() -> None:
 @pytest.mark.parametrize("per_token", [1, 3])
 def test_transformers_experts_agree(name: str, activation: Any, per_token: int) -> None:
     """Value and all gradients; some tokens have an expert twice."""
-    config = MixtralConfig(
-        hidden_size=COLUMNS, intermediate_size=INNER, num_local_experts=EXPERTS, hidden_act=name
-    )  # fmt: skip
+    sizes = {"hidden_size": COLUMNS, "intermediate_size": INNER, "num_local_experts": EXPERTS}
+    config = MixtralConfig(**sizes, hidden_act=name)
     config._experts_implementation = "eager"
     module: Any = MixtralExperts(config).to(DEVICE, torch.float64)
     x, gate_up, down, indices, weights = inputs_of(9, per_token)
     with torch.no_grad():
         module.gate_up_proj.copy_(gate_up)
         module.down_proj.copy_(down)
-    # transformers counts how often an expert occurs in a token at most once.
-    distinct = torch.stack([torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(t)) for t in range(9)])
-    indices = distinct[:, :per_token].to(DEVICE)
     ours, theirs = moe_mlp(x, gate_up, down, indices, weights, activation=activation), module(x, indices, weights)
     dy = randn(9, COLUMNS, seed=5).detach()
     found = [ours, *grad(ours, (x, gate_up, down, weights), dy)]

@@ -61,10 +61,9 @@ def source_rows(order_ptr, row, inside, share, GATHER: tl.constexpr):
 
 
 @triton.jit
-def load_block(pointer, row, inside_rows, column, columns, row_stride, column_stride):
+def load_block(pointers, inside):
     """Load a block for tl.dot, 0 outside of it."""
-    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    values = tl.load(pointer + offset, inside_rows[:, None] & (column < columns)[None, :], other=0.0)
+    values = tl.load(pointers, inside, other=0.0)
     return values.to(tl.float32) if EMULATED else values  # the interpreter would multiply the bits of bfloat16
 
 
@@ -83,17 +82,20 @@ def grouped_product_kernel(
     end = tl.load(plan_ptr + group + 1)
     row = begin + (tile - begin // ROWS - group) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside_rows, inside_columns = (row < end)[:, None], (column < columns)[None, :]
     source = source_rows(order_ptr, row, row < end, share, GATHER)
-    weight_ptr += group.to(tl.int64) * group_stride
+    x_rows = x_ptr + source.to(tl.int64)[:, None] * x_row
+    weight_columns = weight_ptr + group.to(tl.int64) * group_stride + column.to(tl.int64)[None, :] * weight_column
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     for first in range(0, tl.where(group < groups, inner, 0), INNER):
         k = first + tl.arange(0, INNER)
-        x = load_block(x_ptr, source, row < end, k, inner, x_row, x_column)
-        weight = load_block(weight_ptr, k, k < inner, column, columns, inner_stride, weight_column)
+        x = load_block(x_rows + k.to(tl.int64)[None, :] * x_column, inside_rows & (k < inner)[None, :])
+        weight = load_block(
+            weight_columns + k.to(tl.int64)[:, None] * inner_stride, (k < inner)[:, None] & inside_columns
+        )
         total = tl.dot(x, weight, total, input_precision="ieee")
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
-    inside = (row < end)[:, None] & (column < columns)[None, :]
-    tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), inside_rows & inside_columns)
 
 
 @kernel(fixed=("columns", "inner", "column_blocks", "inner_blocks", "share"))
@@ -109,13 +111,15 @@ def grouped_weight_kernel(
     end = tl.load(plan_ptr + group + 1)
     column = block // inner_blocks * COLUMNS + tl.arange(0, COLUMNS)
     k = block % inner_blocks * INNER + tl.arange(0, INNER)
+    dy_columns = dy_ptr + column.to(tl.int64)[None, :] * dy_column
+    x_columns = x_ptr + k.to(tl.int64)[None, :] * x_column
     total = tl.full([COLUMNS, INNER], 0.0, tl.float32)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        dy_source = source_rows(order_ptr, row, row < end, share, GATHER_DY)
-        dy = load_block(dy_ptr, dy_source, row < end, column, columns, dy_row, dy_column)
-        x_source = source_rows(order_ptr, row, row < end, share, GATHER_X)
-        x = load_block(x_ptr, x_source, row < end, k, inner, x_row, x_column)
+        dy_source = source_rows(order_ptr, row, row < end, share, GATHER_DY).to(tl.int64)[:, None]
+        dy = load_block(dy_columns + dy_source * dy_row, (row < end)[:, None] & (column < columns)[None, :])
+        x_source = source_rows(order_ptr, row, row < end, share, GATHER_X).to(tl.int64)[:, None]
+        x = load_block(x_columns + x_source * x_row, (row < end)[:, None] & (k < inner)[None, :])
         total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
     offset = (group.to(tl.int64) * columns + column[:, None]) * inner + k[None, :]
     inside = (column < columns)[:, None] & (k < inner)[None, :]

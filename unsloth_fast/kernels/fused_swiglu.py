@@ -100,6 +100,12 @@ def fused_swiglu_backward_kernel(
         tl.store(grad_ptr + row * 2 * columns + columns + column, dup.to(dtype), inside)
 
 
+def tiles_of(y: Tensor) -> tuple[dict[str, int], int, int]:
+    """As `tiling`, for a matrix [rows, F] of which one row is no other kernel than several: batches may have any."""
+    options, tiles_per_row, programs = tiling(y)
+    return options | {"FLAT": False}, tiles_per_row, programs
+
+
 def fused_swiglu_forward(
     gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
 ) -> Tensor:
@@ -108,7 +114,7 @@ def fused_swiglu_forward(
     if y.numel() == 0:
         return y
     gate_up, of_y = rows_of(gate_up), rows_of(y)
-    options, tiles_per_row, programs = tiling(of_y)
+    options, tiles_per_row, programs = tiles_of(of_y)
     launch(
         fused_swiglu_forward_kernel, programs, y, gate_up, y, *of_y.shape, tiles_per_row, *gate_up.stride(),
         INTERLEAVED=interleaved, ALPHA=alpha, LIMIT=limit, OFFSET=offset, **options,
@@ -124,7 +130,7 @@ def fused_swiglu_backward(
     if grad.numel() == 0:
         return grad
     dy, gate_up = rows_of(dy), rows_of(gate_up)
-    options, tiles_per_row, programs = tiling(dy)
+    options, tiles_per_row, programs = tiles_of(dy)
     launch(
         fused_swiglu_backward_kernel, programs, grad,
         dy, gate_up, grad, *dy.shape, tiles_per_row, *dy.stride(), *gate_up.stride(),

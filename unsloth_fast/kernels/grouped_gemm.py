@@ -18,7 +18,7 @@ from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiab
 from unsloth_fast.kernels._grouped import group_plan, grouped_product, grouped_weight, new_plan
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call, call_recorded
-from unsloth_ref import checks
+from unsloth_ref import checks, expert_checks
 
 
 def grouped_gemm_forward(x: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +78,9 @@ class _GroupedGemm(torch.autograd.Function):
 
 def check(x: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
     """Raise for arguments that grouped_gemm does not allow."""
-    checks.grouped_arguments(x, weight, group_sizes)
+    expert_checks.grouped_arguments(x, weight, group_sizes)
     if checks.values_are_checked(group_sizes):
-        checks.groups_fit(group_sizes, len(x))
+        expert_checks.groups_fit(group_sizes, len(x))
     check_runnable("x", x)
 
 

@@ -26,7 +26,7 @@ from unsloth_fast.kernels._grouped import Slots, grouped_product, grouped_weight
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._moe_mlp import activation_backward, combined, route
 from unsloth_fast.kernels._replay import call, call_recorded
-from unsloth_ref import checks
+from unsloth_ref import checks, expert_checks
 from unsloth_ref.types import ExpertActivation
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "tanh"}  # by their names in `_gated.py`
@@ -121,9 +121,9 @@ class _MoeMlp(torch.autograd.Function):
 
 def check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, activation: str) -> None:
     """Raise for arguments that moe_mlp does not allow."""
-    checks.expert_arguments(x, gate_up, down, indices, weights, activation)
+    expert_checks.expert_arguments(x, gate_up, down, indices, weights, activation)
     if checks.values_are_checked(indices):
-        checks.experts_exist(indices, len(gate_up))
+        expert_checks.experts_exist(indices, len(gate_up))
     check_runnable("x", x)
     check_runnable("expert_weights", weights)
 

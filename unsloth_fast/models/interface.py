@@ -106,7 +106,7 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
 
 
 def makes_masks(name: str) -> bool:
-    """Whether a function of this name makes masks."""
+    """Whether a name is that of a function of transformers that makes masks."""
     return name.startswith("create_") and "mask" in name
 
 
@@ -164,7 +164,7 @@ def _uses(forward: Callable[..., Any]) -> _Uses | None:
 
 
 def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
-    """The syntax tree of the source; None without one."""
+    """The syntax tree of a function or class; None without a source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -172,7 +172,7 @@ def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
 
 
 def name_of(node: ast.AST) -> str:
-    """The name, if the node is one."""
+    """The name that a node is; "" for any other node."""
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -213,8 +213,8 @@ def _is_eager_test(node: ast.Compare) -> bool:
 
 
 def code_of(module: Module) -> Any:
-    """The code of the forward of the module's class."""
-    return getattr(inspect.unwrap(type(module).forward), "__code__", None)  # a scripted module has none
+    """The code of the forward of a module's class; None for a scripted module."""
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
 
 
 def _takes_mask(module: Module) -> bool:
@@ -223,7 +223,7 @@ def _takes_mask(module: Module) -> bool:
 
 
 def looks_up(module: Module) -> bool:
-    """Whether a module looks up its attention function."""
+    """Whether the forward of a module's class takes its attention function from transformers' interface."""
     code = code_of(module)
     return code is not None and INTERFACE in code.co_names
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
@@ -17,6 +18,7 @@ from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
+from unsloth_fast.models.mixture import Experts, adapted_experts_placement, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
@@ -35,6 +37,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
       whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
+    - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
+      their weights (see `unsloth_fast.models.mixture`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
@@ -50,7 +54,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
-    those that look like a norm, an MLP or an attention, each class once per model, with what the check found.
+    those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
     Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
@@ -78,7 +82,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
             inside |= {id(module._modules[name]) for name in NAMES if "qk_norm_rope" in operations}
-        elif name.endswith(("Norm", "MLP", "Attention")) and packed.get(id(module), "") is not None:
+        elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
             reason = packed[id(module)]
@@ -123,10 +127,15 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
     if (placement := attention_placement(module, backend, known)) is not None:
         return placement
+    if isinstance(module, ParamWrapper):
+        adapted = recognise(module.get_base_layer(), known)
+        return adapted_experts_placement(adapted, backend) if isinstance(adapted, Experts) else None
     mixer = recognise_mixer(module, known)
     if isinstance(mixer, Mixer):
         return mixer.operations, mixer_forward(mixer, backend.kernels)
     found = mixer or recognise(module, known)
+    if isinstance(found, Experts):
+        return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
     if isinstance(found, GatedNorm):

@@ -1,4 +1,4 @@
-"""What is a module? A norm, with a gate or not, or an MLP, recognised by its parameters and by a numeric check.
+"""What is a module? A norm, with a gate or not, an MLP, or experts, recognised by parameters and a numeric check.
 
 The check compares it with its own forward: that of the module's class, called on a twin on the CPU, with random weights
 and a few random rows, so the module's weights may be sharded, in 4 bits or without memory. Classes and their names play
@@ -11,18 +11,23 @@ import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.mixture import Experts, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import ExpertActivation
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
+_EXPERTS = ("gate_up_proj", "down_proj")
+_ACTIVATIONS: tuple[ExpertActivation, ...] = ("silu", "gelu_tanh")
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
@@ -30,11 +35,11 @@ _AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | GatedNorm | Gated | str | None
+Found = Norm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
-    """What a module is; why it is neither although its parameters are those of one, as text; None for any other.
+    """What a module is; why it is none of these although its parameters are those of one, as text; None for others.
 
     Args:
         module: a module whose forward is its class's.
@@ -45,8 +50,11 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     others = [child for name, child in children.items() if name not in sizes]
     is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
+    is_experts = set(parameters) == set(_EXPERTS) and all(weight.dim() == 3 for weight in parameters.values())
     taken = _taken(type(module).forward)
-    if not (is_norm or is_gated) or _has_state(module, others) or taken not in ((1, 2) if is_norm else (1,)):
+    if not (is_norm or is_gated or is_experts) or _has_state(module, others):
+        return None
+    if taken not in ((1, 2) if is_norm else (3,) if is_experts else (1,)):
         return None
     if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
         return "hooks on its activation"
@@ -56,8 +64,10 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     if key not in known:
         try:
             with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
-                norm = _norm if taken == 1 else _gated_norm
-                known[key] = norm(module, shapes[0][0]) if is_norm else _gated(module, sizes)
+                if is_norm:
+                    known[key] = (_norm if taken == 1 else _gated_norm)(module, shapes[0][0])
+                else:
+                    known[key] = _experts(module) if is_experts else _gated(module, sizes)
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
@@ -70,7 +80,7 @@ def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
 
 
 def _taken(forward: Callable[..., object]) -> int | None:
-    """How many inputs a forward takes, all by position; a gated norm takes two."""
+    """How many inputs a forward takes, all by position; a gated norm takes two, experts take three."""
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
 
@@ -188,6 +198,41 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
     if all(gated.operation == "relu_squared" for gated in candidates):  # two layers and another activation
         return None
     return _refusal("swiglu and geglu", len(agreeing), min(differences))
+
+
+def _experts(module: Any) -> Experts | str:
+    """The activation of experts, in float64 with few and small ones; all weights of a model take gigabytes."""
+    (count, wide, hidden), narrow = module.gate_up_proj.shape, module.down_proj.shape
+    if wide % 2 or narrow != (count, hidden, wide // 2):
+        return "its weights are stored otherwise"
+    experts, columns, inner, per_token = 3, 5, 4, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = randn(experts, 2 * inner, columns), randn(experts, columns, inner)
+    twin = twin_of(
+        module, dict(zip(_EXPERTS, (nn.Parameter(each, requires_grad=False) for each in weights), strict=True))
+    )
+    for name, size in (("num_experts", experts), ("hidden_dim", columns), ("intermediate_dim", inner)):
+        if hasattr(module, name):
+            setattr(twin, name, size)
+    if hasattr(module, "config"):
+        twin.config = SimpleNamespace(_experts_implementation="eager")
+    rows = torch.tensor(_SCALES, dtype=torch.float64)[:, None] * randn(len(_SCALES), columns)
+    indices = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 1]])
+    inputs = rows, indices, randn(len(_SCALES), per_token)
+    own = in_both_modes(twin, *inputs)
+    if own is None:
+        return _BY_MODE
+    agreeing, differences = [], []
+    for found in map(Experts, _ACTIVATIONS):
+        result = cast(Tensor, experts_forward(found, reference)(twin, *inputs))
+        differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
+        if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
+            agreeing.append(found)
+    return agreeing[0] if len(agreeing) == 1 else _refusal("moe_mlp", len(agreeing), min(differences))
 
 
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from unsloth_ref import checks
+from unsloth_ref import expert_checks
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
             does not check the last two; rows beyond all groups are 0 in the result.
         TypeError: x does not have a float dtype, weight differs from it in dtype, or group_sizes are no integers.
     """
-    checks.grouped_arguments(x, weight, group_sizes)
+    expert_checks.grouped_arguments(x, weight, group_sizes)
     x, weight = x.contiguous(), weight.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():  # compiled code cannot read sizes
             return _masked(x, weight, group_sizes)
-        checks.groups_fit(group_sizes, len(x))
+        expert_checks.groups_fit(group_sizes, len(x))
         groups = zip(x.split(group_sizes.tolist()), weight.unbind(), strict=True)
         return torch.cat([linear(rows, matrix) for rows, matrix in groups])
 

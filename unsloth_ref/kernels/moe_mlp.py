@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from unsloth_ref import checks
+from unsloth_ref import expert_checks
 from unsloth_ref.kernels.grouped_gemm import grouped_gemm
 from unsloth_ref.types import ExpertActivation
 
@@ -51,10 +51,10 @@ def moe_mlp(
         TypeError: x does not have a float dtype, gate_up or down differs from it in dtype, expert_weights is narrower,
             or expert_indices are no integers.
     """
-    checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
+    expert_checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
     experts, slots = len(gate_up), expert_indices.flatten()
     if not torch.compiler.is_compiling():
-        checks.experts_exist(expert_indices, experts)
+        expert_checks.experts_exist(expert_indices, experts)
     per_token = expert_indices.shape[1]
     slots = slots.where((slots >= 0) & (slots < experts), experts)
     order = slots.argsort(stable=True)

@@ -20,6 +20,7 @@ TABLE = {
         "total = load_tile(x_ptr, row, start + column, rows, columns, x_row, x_column)\n            squares",
         "extents",
     ),
+    "gradient_of_the_sum_alone_doubled": one("dx, dweight = dsum, None", "dx, dweight = 2 * dsum, None", "gradients"),
     "residual_read_as_x_lies": one(
         "columns, *x.stride(), *residual.stride()", "columns, *x.stride(), *x.stride()", "layouts"
     ),

@@ -4,7 +4,7 @@ from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "matrix_of_the_first_group": one(
-        "weight_ptr += group.to(tl.int64) * group_stride", "weight_ptr += group.to(tl.int64) * 0", "value"
+        "weight_ptr + group.to(tl.int64) * group_stride", "weight_ptr + group.to(tl.int64) * 0", "value"
     ),
     "sizes_counted_through_the_group": one(
         "before += tl.where(index < group, size, 0)", "before += tl.where(index <= group, size, 0)", "value"
@@ -23,13 +23,11 @@ TABLE = {
         "value",
     ),
     "stored_past_the_group": one(
-        "inside = (row < end)[:, None] & (column < columns)[None, :]",
-        "inside = (row <= end)[:, None] & (column < columns)[None, :]",
+        "inside_rows, inside_columns = (row < end)[:, None]",
+        "inside_rows, inside_columns = (row <= end)[:, None]",
         "guard_writes",
     ),
-    "rows_in_32_bits": one(
-        "offset = row.to(tl.int64)[:, None] * row_stride", "offset = row[:, None] * row_stride", "int64_offsets"
-    ),
+    "rows_in_32_bits": one("source.to(tl.int64)[:, None] * x_row", "source[:, None] * x_row", "int64_offsets"),
     "matrix_read_as_if_in_one_piece": one(
         "*x.stride(), *weight.stride(),", "*x.stride(), *weight.contiguous().stride(),", "gradients", "layouts"
     ),
@@ -38,8 +36,8 @@ TABLE = {
     ),
     "dweight_with_a_row_of_the_next_group": Mutant(
         (
-            ("dy = load_block(dy_ptr, dy_source, row < end", "dy = load_block(dy_ptr, dy_source, row <= end"),
-            ("x = load_block(x_ptr, x_source, row < end", "x = load_block(x_ptr, x_source, row <= end"),
+            ("dy_source * dy_row, (row < end)", "dy_source * dy_row, (row <= end)"),
+            ("x_source * x_row, (row < end)", "x_source * x_row, (row <= end)"),
         ),
         ("gradients",),
     ),
@@ -54,6 +52,6 @@ TABLE = {
         "need_dweight, need_dx, _ = ctx.needs_input_grad",
         "gradients",
     ),
-    "sizes_of_any_kind": one("checks.groups_fit(group_sizes, len(x))", "pass", "error_parity"),
+    "sizes_of_any_kind": one("expert_checks.groups_fit(group_sizes, len(x))", "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
 }

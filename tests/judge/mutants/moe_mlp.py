@@ -49,6 +49,6 @@ TABLE = {
         "gradients",
         "uninitialised",
     ),
-    "indices_of_any_kind": one("checks.experts_exist(indices, len(gate_up))", "pass", "error_parity"),
+    "indices_of_any_kind": one("expert_checks.experts_exist(indices, len(gate_up))", "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
 }

@@ -33,8 +33,8 @@ def in_float64(x: Tensor, gate: Tensor, weight: Tensor, *others: Any, **options:
 
 # So that a program sums several tiles, and short groups are read in parts.
 TILES = (
-    ("WIDEST = 8192", "WIDEST = 64"),
-    ("BackwardTile(1, 4096, 0, 8, 256)", "BackwardTile(1, 32, 0, 4, 3)"),
+    ("WIDEST = 8192", "WIDEST = 512"),
+    ("BackwardTile(1, 4096, 0, 8, 256)", "BackwardTile(1, 256, 0, 4, 3)"),
     (
         "2048 // width, width, 1, 4, 384)\n    return BackwardTile(1, width",
         "4, width, 1, 4, 3)\n    return BackwardTile(1, width",

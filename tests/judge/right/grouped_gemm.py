@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import expert_checks
 from unsloth_ref import kernels as reference
 
 
@@ -12,9 +12,9 @@ def _grouped_gemm(product: Function) -> Function:
     """Complete a product with the group of each row to the contract: checks, and no effect of autocast."""
 
     def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
-        checks.grouped_arguments(x, weight, group_sizes)
+        expert_checks.grouped_arguments(x, weight, group_sizes)
         if not torch.compiler.is_compiling():
-            checks.groups_fit(group_sizes, len(x))
+            expert_checks.groups_fit(group_sizes, len(x))
         group = torch.searchsorted(group_sizes.cumsum(0), torch.arange(len(x), device=x.device), right=True)
         with torch.autocast(x.device.type, enabled=False):
             return product(x, weight, group)
@@ -38,7 +38,7 @@ def of_all_rows(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
 def in_float64(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     """More exact than required."""
-    checks.grouped_arguments(x, weight, group_sizes)
+    expert_checks.grouped_arguments(x, weight, group_sizes)
     return reference.grouped_gemm(x.double(), weight.double(), group_sizes).to(x.dtype)
 
 

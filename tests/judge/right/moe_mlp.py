@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import expert_checks
 from unsloth_ref import kernels as reference
 
 
@@ -16,9 +16,9 @@ def _moe_mlp(mlp: Function) -> Function:
         x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, *,
         activation: str = "silu",
     ) -> Tensor:  # fmt: skip
-        checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
+        expert_checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
         if not torch.compiler.is_compiling():
-            checks.experts_exist(expert_indices, len(gate_up))
+            expert_checks.experts_exist(expert_indices, len(gate_up))
         with torch.autocast(x.device.type, enabled=False):
             z = torch.einsum("th,tkfh->tkf", x.float(), gate_up[expert_indices].float()).to(x.dtype)
             gate, up = z.chunk(2, -1)
@@ -55,7 +55,7 @@ def in_float64(
     activation: str = "silu",
 ) -> Tensor:  # fmt: skip
     """More exact than required."""
-    checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
+    expert_checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, activation)
     wide = [tensor.double() for tensor in (x, gate_up, down)]
     y = reference.moe_mlp(*wide, expert_indices, expert_weights.double(), activation=activation)  # type: ignore[arg-type]
     return y.to(x.dtype)

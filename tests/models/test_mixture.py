@@ -1,0 +1,152 @@
+"""Experts on the backend's operations, with and without adapters of their weights; experts of other kinds stay."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from torch.nn import Module
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from tests import tiny
+from tests.models.test_any_model import batch, build, error, step
+from unsloth_fast import backends
+from unsloth_fast.models import place, remove
+from unsloth_fast.models.mixture import Experts
+from unsloth_fast.models.structure import recognise
+
+REFERENCE = backends.resolve("reference")
+WEIGHTS = ("gate_up_proj", "down_proj")
+SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+
+
+def adapted(model: Any, *weights: str) -> Any:
+    """The model with LoRA on weights of its experts, trained a little."""
+    parameters = [f"mlp.experts.{name}" for name in weights]
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def assert_same(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[str, Any]]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-9)
+    assert found[1].keys() == expected[1].keys() and found[1]
+    for name, gradient in expected[1].items():
+        assert gradient.any()
+        assert (found[1][name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]], ids=["both", "gate_up", "down"])
+def test_adapters_of_experts_get_their_gradients(weights: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of peft in float64, without its sum of weights and adapters."""
+    model, (tokens, labels) = adapted(build("mixtral"), *weights), batch()
+    with tiny.KeepFloat64():
+        expected = step(model, tokens, labels)
+        placed = place(model, REFERENCE)
+        assert (placed["moe_mlp"], placed["grouped_gemm"]) == (2, 2 * len(weights))
+        monkeypatch.setattr(ParamWrapper, "_activate_lora", None)
+        assert_same(step(model, tokens, labels), expected)
+
+
+def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
+    """A second adapter that is active too, adapters that are disabled, and merged ones."""
+    model, (tokens, labels) = adapted(build("qwen3_moe"), *WEIGHTS), batch()
+    config = model.peft_config["default"]
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    with tiny.KeepFloat64():
+        expected = step(model, tokens, labels)
+        place(model, REFERENCE)
+        assert_same(step(model, tokens, labels), expected)
+        both = model(tokens).logits
+        with model.disable_adapter():
+            without = model(tokens).logits
+        model.merge_adapter()
+        merged = model(tokens).logits
+        remove(model)
+        torch.testing.assert_close(merged, both, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model(tokens).logits, merged, rtol=1e-10, atol=1e-10)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(tokens).logits, without, rtol=1e-10, atol=1e-10)
+
+
+def mixtral(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    sizes = tiny.SIZES | SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM._from_config(MixtralConfig(**sizes), experts_implementation="eager")
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["full", "adapters"])
+def test_the_fast_kernels_are_as_close_to_float64_as_the_model(weights: tuple[str, ...]) -> None:
+    """In all gradients together, at most twice the untouched float32 model's own error."""
+    fast, (tokens, labels) = backends.resolve("fast"), batch()
+
+    def made(dtype: torch.dtype) -> Any:
+        model = mixtral(dtype)
+        if weights:
+            torch.manual_seed(1)
+            model = adapted(model, *weights).to(dtype)
+        return model
+
+    wide, model = made(torch.float64), made(torch.float32)
+    wide.load_state_dict(model.state_dict())
+    with tiny.KeepFloat64():
+        _, truth = step(wide, tokens, labels)
+    _, own = step(model, tokens, labels)
+    place(model, fast)
+    _, found = step(model, tokens, labels)
+    assert 0 < error(found, truth) <= 2 * error(own, truth)
+
+
+def experts(forward: Any = None, activation: str = "silu") -> MixtralExperts:
+    """Experts of a model, or of a class with another forward."""
+    kind = type("MixtralExperts", (MixtralExperts,), {"forward": forward}) if forward else MixtralExperts
+    return kind(MixtralConfig(hidden_size=16, intermediate_size=12, num_local_experts=8, hidden_act=activation))
+
+
+def clamped(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """As gpt-oss, whose experts bound what goes into the activation."""
+    return MixtralExperts.forward(self, hidden_states.clamp(max=7.0), top_k_index, top_k_weights)
+
+
+def unweighted(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    return MixtralExperts.forward(self, hidden_states, top_k_index, top_k_weights / top_k_weights)
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (experts(), Experts("silu")),
+        (experts(activation="gelu_pytorch_tanh"), Experts("gelu_tanh")),
+        (experts(activation="relu"), "differs from every moe_mlp by "),
+        (experts(clamped), "differs from every moe_mlp by "),
+        (experts(unweighted), "differs from every moe_mlp by "),
+    ],
+)
+def test_experts_are_recognised_by_what_they_compute(module: Module, found: Any) -> None:
+    seen = recognise(module, {})
+    assert seen.startswith(found) if isinstance(found, str) and isinstance(seen, str) else seen == found
+
+
+def test_experts_that_differ_stay_and_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert place(torch.nn.ModuleDict({"experts": experts(clamped)}), REFERENCE) == {}
+    assert "MixtralExperts (differs from every moe_mlp by " in caplog.text
+
+
+def test_a_part_of_the_experts_is_left_to_transformers() -> None:
+    """An index that is no expert's stands for an expert of another process."""
+    module = experts().double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    x, indices, weights = torch.randn(3, 16).double(), torch.tensor([[0, 8], [7, 8], [8, 8]]), torch.rand(3, 2).double()
+    module.config._experts_implementation = "eager"
+    module._is_expert_parallel = True
+    expected = module(x, indices, weights)
+    place(torch.nn.ModuleDict({"experts": module}), REFERENCE)
+    assert torch.equal(module(x, indices, weights), expected)
