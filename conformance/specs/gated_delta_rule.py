@@ -64,7 +64,8 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """Columns up to 130 are the width of a head, more are tokens, including sizes around the ends of chunks."""
     if columns <= 130 or rows == 0:
         return min(rows, 40), 1 + rows % 2, 1 + (rows == 3), 1 + rows % 2, max(1, columns), max(1, (columns + 3) % 31)
-    return 1 + columns % 67, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 31
+    tokens = 66 + columns % 7 if rows == 1 else 30 + columns % 31
+    return tokens, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 31
 
 
 _last: list[tuple[Call, Sizes]] = []  # one entry: the terms of six results are asked for one after the other

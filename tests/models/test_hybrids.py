@@ -152,8 +152,8 @@ def test_a_layer_that_carries_a_state_is_refused_by_name(name: str, layer: str, 
 class Doubled(modeling_qwen3_5.Qwen3_5GatedDeltaNet):
     """Another rule under the same names."""
 
-    def forward(self, hidden_states: Tensor, **options: Any) -> Any:
-        """Twice the result."""
+    def forward(self, hidden_states: Tensor, cache: Any = None, cache_params: Any = None, **options: Any) -> Any:
+        """Twice the result, without a cache."""
         return 2 * super().forward(hidden_states, **options)
 
 

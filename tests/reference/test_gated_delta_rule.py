@@ -50,16 +50,19 @@ def test_it_is_the_formula_of_each_document(scale: float | None) -> None:
 
 
 def test_documents_are_independent() -> None:
-    """The gradient of one document's output is exactly 0 in others, even if they hold NaN."""
-    leaves = [x.detach().clone() for x in inputs_of(11)]
-    for x in leaves:
-        x[:5] = float("nan")
-        x.requires_grad_()
-    out = gated_delta_rule(*leaves, torch.tensor(BOUNDS, dtype=torch.int32))
-    assert out[5:].isfinite().all()
-    for gradient in grad(out[5:].sum(), leaves):
-        assert not gradient[:5].any()
-        assert gradient[5:].isfinite().all()
+    """The gradient of one document's output is exactly 0 in others, and its bits are the same if they hold NaN."""
+    found = []
+    for other in (1.0, float("nan")):
+        leaves = [x.detach().clone() for x in inputs_of(11)]
+        for x in leaves:
+            x[:5] *= other
+            x.requires_grad_()
+        out = gated_delta_rule(*leaves, torch.tensor(BOUNDS, dtype=torch.int32))[5:]
+        found.append([out, *grad(out.square().sum(), leaves)])
+    assert not any(gradient[:5].any() for gradient in found[0][1:])
+    assert torch.equal(found[0][0], found[1][0])
+    for gradient, beside_nan in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(gradient[5:], beside_nan[5:])
 
 
 def test_the_first_token_of_a_document_has_no_decay() -> None:

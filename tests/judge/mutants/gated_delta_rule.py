@@ -14,8 +14,8 @@ TABLE = {
         "argument_kinds",
     ),
     "heads_share_by_remainder": one(
-        "q_ptr += begin * q_token + head // group * q_head\n    v_ptr",
-        "q_ptr += begin * q_token + head % (heads // group) * q_head\n    v_ptr",
+        "q_ptr + begin * q_token + head // group * q_head, row",
+        "q_ptr + begin * q_token + head % (heads // group) * q_head, row",
         "extents",
     ),
     "state_not_decayed": one("state = whole * state +", "state = state +", "extents"),
@@ -45,8 +45,8 @@ TABLE = {
         "tl.where(row[None, :] < row[:, None], across, 0.0)",
         "gradients",
     ),
-    "strides_of_g_are_those_of_beta": one(
-        "*strides_of(do, c.q, c.k, g, beta), scale", "*strides_of(do, c.q, c.k, beta, beta), scale", "layouts"
+    "grad_output_read_as_v_lies": one(
+        "strides_of(do, c.q, c.k, c.v, g, beta)", "strides_of(c.v, c.q, c.k, c.v, g, beta)", "layouts"
     ),
     "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(q), "q")', "pass", "error_parity"),
     "second_derivative_zero": one(*LYING),
