@@ -100,12 +100,13 @@ def test_another_rotation_stays_as_it_is(rotation: Any, monkeypatch: pytest.Monk
 
 def test_a_forward_without_a_source_stays_as_it_is() -> None:
     """As one that was written in another process."""
+    made: dict[str, Any] = {}
     module = ModuleType("written")
     module.__dict__["apply"] = import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
     exec(
         "class Made(Base):\n    def forward(self, hidden_states, q, cos): return apply(q, q, cos, cos)",
         module.__dict__ | {"Base": nn.Module},
-        made := {},
+        made,
     )
     assert attention_placement(made["Made"](), REFERENCE, {}) is None
 
