@@ -51,7 +51,7 @@ class _Error:
         return _Error(self.size + other.size, self.square + other.square)
 
     def times(self, factor: Tensor) -> "_Error":
-        return _Error(self.size * factor, self.square * factor.square())
+        return _Error(self.size * factor.abs(), self.square * factor.square())
 
     def summed(self, dim: int) -> "_Error":
         return _Error(self.size.sum(dim), self.square.sum(dim))
@@ -79,10 +79,10 @@ class _Token:
         self.u = self.beta * self.r
         p = _rounded(self.lk * self.length) + _rounded(self.v) + _rounded(self.r)
         self.r_error = self.error.times(self.lk) + p
-        self.u_error = self.r_error.times(self.beta.abs())
+        self.u_error = self.r_error.times(self.beta)
         self.state = self.decayed + self.k[:, :, None] * self.u[:, None]
         growth = (1 - self.beta * self.lk.square()).abs().clamp(min=1.0)
-        added = p.times((self.lk * self.beta).abs()) + _rounded(self.lk * self.u)
+        added = p.times(self.lk * self.beta) + _rounded(self.lk * self.u)
         self.after = self.error.times(growth) + added
 
 
@@ -141,7 +141,7 @@ def _backward(seen: list[_Token], do: Tensor, starts: set[int], into: dict[str, 
         length = dstate.norm(dim=1)
         du = torch.einsum("mde,md->me", dstate, token.k)
         du_error = error.times(token.lk) + _rounded(token.lk * length)
-        dv, dv_error = token.beta * du, du_error.times(token.beta.abs())
+        dv, dv_error = token.beta * du, du_error.times(token.beta)
         before = dstate - token.k[:, :, None] * dv[:, None]
         growth = (1 - token.beta * token.lk.square()).abs().clamp(min=1.0)
         before_error = error.times(growth) + _rounded(token.lk.square() * token.beta * length)
@@ -162,7 +162,7 @@ def _backward(seen: list[_Token], do: Tensor, starts: set[int], into: dict[str, 
         }  # fmt: skip
         width = len(token.q[0])
         for name, one in found.items():
-            size, square = one.size.abs(), one.square / width
+            size, square = one.size, one.square / width
             if name in ("q", "k"):
                 heads = into[name][0].shape[1]
                 size, square = (x.view(heads, -1).sum(1)[:, None] for x in (size, square))

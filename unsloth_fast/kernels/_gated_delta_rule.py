@@ -6,47 +6,20 @@
 import triton
 import triton.language as tl
 
-from unsloth_fast.kernels._launch import INTERPRETED, kernel
+from unsloth_fast.kernels._launch import kernel
 from unsloth_fast.kernels._packed_attention import find_tile, load_rows, store_rows
 
-EMULATED = tl.constexpr(INTERPRETED)
-
 
 @triton.jit
-def halves(x):
-    """Two numbers of bfloat16 whose sum is x up to 2^-16 of it."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def multiply(a, b, WIDE: tl.constexpr):
-    """The matrix product of two matrices, of float32 or exact numbers of bfloat16.
-
-    Unless WIDE by tensor cores, with an error of 2^-16 of each term. One accumulator: several do not fit in registers.
-    """
-    if WIDE or EMULATED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif a.dtype == tl.bfloat16:
-        if b.dtype == tl.bfloat16:
-            return tl.dot(a, b)
-        else:
-            high, low = halves(b)
-            return tl.dot(a, high, tl.dot(a, low))
-    else:
-        high, low = halves(a)
-        if b.dtype == tl.bfloat16:
-            return tl.dot(high, b, tl.dot(low, b))
-        else:
-            other_high, other_low = halves(b)
-            return tl.dot(high, other_high, tl.dot(low, other_high, tl.dot(high, other_low)))
+def multiply(a, b):
+    """The matrix product of two matrices in float32."""
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def load_factor(pointer, row, length, column, width, row_stride):
-    """Load rows of a document for `multiply`: bfloat16 as it is, others in float32; 0 outside."""
-    values = load_rows(pointer, row, length, column, width, row_stride)
-    return values if values.dtype == tl.bfloat16 else values.to(tl.float32)
+    """Load rows of a document in float32, 0 outside."""
+    return load_rows(pointer, row, length, column, width, row_stride).to(tl.float32)
 
 
 @triton.jit
@@ -67,7 +40,7 @@ def load_decays(g_ptr, row, length, g_token, ROWS: tl.constexpr):
 
 
 @triton.jit
-def inverse(below, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def inverse(below, ROWS: tl.constexpr):
     """The inverse of I + below, for a matrix that is 0 on and above its diagonal.
 
     Blocks of 16 x 16 on the diagonal by substitution, row by row. Their inverse is D, what is outside of them L: then
@@ -86,10 +59,10 @@ def inverse(below, ROWS: tl.constexpr, WIDE: tl.constexpr):
         solved = tl.where(line == step, solved - change[:, None, :], solved)
     whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), [ROWS, ROWS])
     if BLOCKS > 1:
-        outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]), WIDE)
-        whole -= multiply(outside, whole, WIDE)
+        outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]))
+        whole -= multiply(outside, whole)
         if BLOCKS > 2:
-            whole += multiply(multiply(outside, outside, WIDE), whole, WIDE)
+            whole += multiply(multiply(outside, outside), whole)
     return whole
 
 
@@ -112,7 +85,7 @@ def find_document(cu_seqlens_ptr, document, tokens, ROWS: tl.constexpr):
 def gated_delta_rule_solve_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr,
     tokens, documents, heads, group, width, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 and P of one chunk and head of v per program."""
     tile = tl.program_id(0) // heads
@@ -127,10 +100,10 @@ def gated_delta_rule_solve_kernel(
     beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
     _, _, _, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
     below = row[None, :] < row[:, None]
-    a = tl.where(below, beta[:, None] * between * multiply(k, tl.trans(k), WIDE), 0.0)
+    a = tl.where(below, beta[:, None] * between * multiply(k, tl.trans(k)), 0.0)
     solved = solved_ptr + (tile * heads + head) * (2 * ROWS * ROWS) + square(ROWS)
-    tl.store(solved, inverse(a, ROWS, WIDE))
-    tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k), WIDE))
+    tl.store(solved, inverse(a, ROWS))
+    tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k)))
 
 
 @kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
@@ -138,7 +111,7 @@ def gated_delta_rule_forward_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, out_ptr, states_ptr, u_ptr,
     tokens, heads, group, width, columns, slices,
     q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
-    STATES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    STATES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One document, head of v and slice of its columns per program: the output, or if STATES what backward needs."""
     document = tl.program_id(0) // (slices * heads)
@@ -163,15 +136,15 @@ def gated_delta_rule_forward_kernel(
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
         solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
-        rest = beta[:, None] * (v - until[:, None] * multiply(k, state, WIDE))
-        u = multiply(tl.load(solved), rest, WIDE)
+        rest = beta[:, None] * (v - until[:, None] * multiply(k, state))
+        u = multiply(tl.load(solved), rest)
         if STATES:
             store_rows(u_ptr + mine, u, row, length, column, columns, heads * columns)
         else:
             q = load_factor(q_ptr, row, length, depth, width, q_token)
-            out = until[:, None] * multiply(q, state, WIDE) + multiply(tl.load(solved + ROWS * ROWS), u, WIDE)
+            out = until[:, None] * multiply(q, state) + multiply(tl.load(solved + ROWS * ROWS), u)
             store_rows(out_ptr + mine, scale * out, row, length, column, columns, heads * columns)
-        state = whole * state + multiply(tl.trans(k), after[:, None] * u, WIDE)
+        state = whole * state + multiply(tl.trans(k), after[:, None] * u)
 
 
 @kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
@@ -179,7 +152,7 @@ def gated_delta_rule_backward_kernel(
     do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, dstates_ptr, db_ptr, dv_ptr,
     tokens, heads, group, width, columns, slices,
     do_token, do_head, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head, scale,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One document, head of v and slice of its columns per program, the last chunk first: dv, and each chunk's dS."""
     document = tl.program_id(0) // (slices * heads)
@@ -206,14 +179,14 @@ def gated_delta_rule_backward_kernel(
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
         solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
-        du = scale * multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do, WIDE)
-        du += after[:, None] * multiply(k, dstate, WIDE)
-        db = multiply(tl.trans(tl.load(solved)), du, WIDE)
+        du = scale * multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do)
+        du += after[:, None] * multiply(k, dstate)
+        db = multiply(tl.trans(tl.load(solved)), du)
         store_rows(db_ptr + mine, db, row, length, column, columns, heads * columns)
         dv = beta[:, None] * db
         store_rows(dv_ptr + mine, dv, row, length, column, columns, heads * columns)
-        dstate = whole * dstate + multiply(tl.trans(q), (scale * until)[:, None] * do.to(tl.float32), WIDE)
-        dstate -= multiply(tl.trans(k), until[:, None] * dv, WIDE)
+        dstate = whole * dstate + multiply(tl.trans(q), (scale * until)[:, None] * do)
+        dstate -= multiply(tl.trans(k), until[:, None] * dv)
 
 
 @kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns"))
@@ -222,7 +195,7 @@ def gated_delta_rule_gradients_kernel(
     dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
     tokens, documents, heads, group, width, columns,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dq and dk of one chunk and head of q per program, dg and dbeta of the heads of v in its group."""
     kv_heads = heads // group
@@ -260,30 +233,30 @@ def gated_delta_rule_gradients_kernel(
             v = load_rows(v_rows, row, length, column, columns, v_token).to(tl.float32)
             do_rows = do_ptr + begin * do_token + head * do_head
             do = load_factor(do_rows, row, length, column, columns, do_token)
-            dp += multiply(do, tl.trans(u), WIDE)
-            da -= multiply(db, tl.trans(u), WIDE)
-            part = (scale * until)[:, None] * multiply(do, tl.trans(state), WIDE)
+            dp += multiply(do, tl.trans(u))
+            da -= multiply(db, tl.trans(u))
+            part = (scale * until)[:, None] * multiply(do, tl.trans(state))
             dq += part
             by_old += tl.sum(part * q.to(tl.float32), 1)
-            part = (until * beta)[:, None] * multiply(db, tl.trans(state), WIDE)
+            part = (until * beta)[:, None] * multiply(db, tl.trans(state))
             dk -= part
             by_old -= tl.sum(part * k.to(tl.float32), 1)
-            part = after[:, None] * multiply(u, tl.trans(dstate), WIDE)
+            part = after[:, None] * multiply(u, tl.trans(dstate))
             dk += part
             by_new += tl.sum(part * k.to(tl.float32), 1)
             through += whole * tl.sum(tl.sum(state * dstate, 1), 0)
-            dbeta += tl.sum(db * (v - until[:, None] * multiply(k, state, WIDE)), 1)
+            dbeta += tl.sum(db * (v - until[:, None] * multiply(k, state)), 1)
         da = tl.where(below, da * between, 0.0)
-        products = da * multiply(k, tl.trans(k), WIDE)
+        products = da * multiply(k, tl.trans(k))
         dbeta += tl.sum(products, 1)
         da = da * beta[:, None]
         dp = scale * dp * between
-        dq += multiply(dp, k, WIDE)
-        dk += multiply(tl.trans(dp), q, WIDE) + multiply(da + tl.trans(da), k, WIDE)
-        pairs = tl.where(below, dp * multiply(q, tl.trans(k), WIDE), 0.0) + products * beta[:, None]
+        dq += multiply(dp, k)
+        dk += multiply(tl.trans(dp), q) + multiply(da + tl.trans(da), k)
+        pairs = tl.where(below, dp * multiply(q, tl.trans(k)), 0.0) + products * beta[:, None]
         # Row l of dg is the sum over all decays across l: of pairs i >= l > j, and of those above.
         before = tl.where(row[:, None] < row[None, :], 1.0, 0.0)
-        across = multiply(pairs, before, WIDE) + by_old[:, None]
+        across = multiply(pairs, before) + by_old[:, None]
         dg = tl.sum(tl.where(row[None, :] <= row[:, None], across, 0.0), 0)
         dg += tl.sum(before * by_new[:, None], 0) + through
         place = (begin + row.to(tl.int64)) * heads + head

@@ -27,8 +27,9 @@ head and 32 columns of v at once. The backward pass does so three times: forward
 chunk to the first for dS and dB, and for all chunks at once for dq, dk, dg and dbeta. That recomputes the states
 instead of keeping them: one more forward pass. All sums are in a fixed order.
 
-Saved: the inputs. Arithmetic is float32, and rounded once at each store. With 16-bit inputs tensor cores multiply: each
-number of float32 as the sum of two of bfloat16, with an error of 2^-16; the product of the smaller two is left out.
+Saved: the inputs. All arithmetic is float32, the products included, and each result is rounded once at its store. On an
+H200 with Triton 3.6, products of numbers split into two of bfloat16 were wrong and read outside of memory; float32 is
+right, and does not use the tensor cores.
 Scratch of the forward pass: 8TMC bytes; of the backward pass also 8TMDE / C for the states and dS, and 8TME for U and
 dB. Bytes moved at least, with b bytes per element: (2ND + 2ME)Tb forward, (4ND + 3ME)Tb backward.
 Multiplications per token and head of v: 3DE + 2CD + 2CE forward, 9DE + 6CD + 6CE backward.
@@ -57,11 +58,9 @@ from unsloth_ref import checks, document_checks
 
 
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Tokens per chunk, columns of q and of v per program, from widths and dtype, not from lengths."""
-    width, wide = max(16, next_power_of_2(q.shape[2])), q.dtype == torch.float32
-    rows = 32 if wide or width > 128 else 64
-    columns = max(16, min(32, next_power_of_2(v.shape[2])))
-    return {"WIDE": wide, "ROWS": rows, "WIDTH": width, "COLUMNS": columns}
+    """Tokens per chunk, columns of q and of v per program, from widths, not from lengths."""
+    width, columns = (max(16, next_power_of_2(tensor.shape[2])) for tensor in (q, v))
+    return {"ROWS": 32, "WIDTH": width, "COLUMNS": min(32, columns)}
 
 
 class _Chunks:
@@ -82,7 +81,7 @@ class _Chunks:
         launch(
             gated_delta_rule_solve_kernel, self.chunks * heads, q,
             self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
-            *strides_of(self.q, self.k, g, beta), WIDE=self.tile["WIDE"], ROWS=rows, WIDTH=self.tile["WIDTH"],
+            *strides_of(self.q, self.k, g, beta), ROWS=rows, WIDTH=self.tile["WIDTH"],
             num_warps=8, num_stages=1,
         )  # fmt: skip
 

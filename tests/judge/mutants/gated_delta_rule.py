@@ -28,17 +28,17 @@ TABLE = {
         "part = (scale * until)[:, None] * multiply(do,", "part = until[:, None] * multiply(do,", "extents"
     ),
     "dstate_without_the_correction": one(
-        "dstate -= multiply(tl.trans(k), until[:, None] * dv, WIDE)", "dstate -= 0.0", "extents"
+        "dstate -= multiply(tl.trans(k), until[:, None] * dv)", "dstate -= 0.0", "extents"
     ),
     "inverse_not_transposed": one(
-        "db = multiply(tl.trans(tl.load(solved)), du, WIDE)", "db = multiply(tl.load(solved), du, WIDE)", "gradients"
+        "db = multiply(tl.trans(tl.load(solved)), du)", "db = multiply(tl.load(solved), du)", "gradients"
     ),
     "dk_of_the_first_head": one(
         "for index in range(0, group):\n        head = kv_head * group + index\n        chunk",
         "for index in range(0, 1):\n        head = kv_head * group + index\n        chunk",
         "extents",
     ),
-    "dk_of_one_side": one("multiply(da + tl.trans(da), k, WIDE)", "multiply(da, k, WIDE)", "gradients"),
+    "dk_of_one_side": one("multiply(da + tl.trans(da), k)", "multiply(da, k)", "gradients"),
     "dbeta_without_the_keys": one("dbeta += tl.sum(products, 1)", "dbeta += 0.0", "gradients"),
     "dg_of_earlier_rows": one(
         "tl.where(row[None, :] <= row[:, None], across, 0.0)",

@@ -85,7 +85,7 @@ TABLE = {
     "by_halves": by_halves,
     "in_float64": in_float64,
     "in_other_chunks": (
-        ("rows = 32 if wide or width > 128 else 64", "rows = 16 if wide else 32"),
-        ("max(16, min(32, next_power_of_2(v.shape[2])))", "16"),
+        ('"ROWS": 32', '"ROWS": 16'),
+        ("min(32, columns)", "16"),
     ),
 }
