@@ -287,11 +287,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_table_of_operations() -> None:
-    """README.md names every operation, and the inputs that get a gradient."""
-    rows = table("README.md", "operation")
-    assert sorted(row[0].strip("`") for row in rows) == sorted(kernels.__all__)
-    for operation, _, gradients in rows:
-        assert gradients.split(", ") == list(specs()[operation.strip("`")].grads)
+    """README.md names every operation."""
+    assert sorted(first_column("README.md", "operation")) == sorted(kernels.__all__)
 
 
 def test_the_tables_of_the_judge() -> None:
