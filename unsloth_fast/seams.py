@@ -78,6 +78,11 @@ SEAMS = (
         "replaced on an instance: offloads inputs",
     ),
     Seam("transformers.PreTrainedModel._can_record_outputs", "read: a model that returns no router logits"),
+    Seam("transformers.PreTrainedModel._from_config", "called: a model without memory, whose mixers are recognised"),
+    Seam(
+        "transformers.integrations.moe.use_experts_implementation._is_expert_parallel",
+        "read: experts of which this device has some alone are left to transformers",
+    ),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "read: the same"),

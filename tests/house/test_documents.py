@@ -23,7 +23,6 @@ from conformance import backends
 from conformance import cli as judge_cli
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.specs import specs
 from tests import tiny
 from unsloth_fast import FastLanguageModel, UnslothTrainingArguments, cli
 from unsloth_ref import batch_checks, kernels

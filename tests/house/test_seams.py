@@ -42,13 +42,13 @@ def exists(path: str) -> bool:
             continue
     for name in path.removeprefix(f"{module}.").split("."):
         if not hasattr(found, name):
-            return inspect.isclass(found) and any(defines(base, name) for base in found.__mro__[:-1])
+            return any(defines(one, name) for one in (found.__mro__[:-1] if inspect.isclass(found) else [found]))
         found = getattr(found, name)
     return True
 
 
-def defines(kind: type, name: str) -> bool:
-    """Whether a class has the attribute, or its source assigns it to instances."""
+def defines(kind: Any, name: str) -> bool:
+    """Whether a class has the attribute, or its source, or that of a decorator of classes, assigns it to instances."""
     if name in vars(kind):
         return True
     try:

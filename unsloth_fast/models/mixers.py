@@ -118,7 +118,7 @@ def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | st
     if mixer is None:
         return None
     conv = getattr(module, mixer.conv)
-    if forward_hooks(conv) or hasattr(conv, "_hf_hook"):  # its forward is not called
+    if forward_hooks(conv) or has_own_method(conv, "forward"):  # its forward is not called
         return "hooks on its convolution"
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters() if "lora_" not in name)
     attributes = tuple(entry for entry in plain(module) if not isinstance(entry, tuple) or entry[0] != "layer_idx")
