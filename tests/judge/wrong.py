@@ -282,36 +282,40 @@ def geglu_by_tanh_without_gradients(gate: Tensor, up: Tensor, *, approximate: st
 
 
 @wrong("rope", "inputs_untouched")
-def rope_in_place(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+def rope_in_place(q: Tensor, k: Tensor, *angles: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
     """Rotates q in place, as kernels that save memory do."""
-    turned_q, turned_k = reference.rope(q.clone(), k.clone(), *angles)
+    turned_q, turned_k = reference.rope(q.clone(), k.clone(), *angles, **options)
     q.detach().copy_(turned_q.detach())
     return turned_q, turned_k
 
 
 @wrong("rope", "value")
-def rope_of_interleaved_pairs(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+def rope_of_interleaved_pairs(q: Tensor, k: Tensor, *angles: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
     """Rotates pairs of neighbouring columns, as GPT-J does."""
     if q.shape[-1] % 2:
-        return reference.rope(q, k, *angles)
+        return reference.rope(q, k, *angles, **options)
     q, k = (torch.cat([x[..., ::2], x[..., 1::2]], -1) for x in (q, k))
-    return reference.rope(q, k, *angles)
+    return reference.rope(q, k, *angles, **options)
 
 
 @wrong("rope", "row_independence", "value")
-def rope_one_angle_for_all(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_one_angle_for_all(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *positions: Tensor, **options: bool
+) -> tuple[Tensor, Tensor]:
     """Uses the positions of the first sequence for all, which suits batches with equal padding."""
     return (
-        reference.rope(q, k, cos, sin, *(p[:1] for p in positions))
+        reference.rope(q, k, cos, sin, *(p[:1] for p in positions), **options)
         if positions
-        else reference.rope(q, k, cos[:1], sin[:1])
+        else reference.rope(q, k, cos[:1], sin[:1], **options)
     )
 
 
 @wrong("rope", "metadata", dtype="float16")
-def rope_in_the_dtype_of_float32_angles(q: Tensor, k: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor]:
+def rope_in_the_dtype_of_float32_angles(
+    q: Tensor, k: Tensor, *angles: Tensor, **options: bool
+) -> tuple[Tensor, Tensor]:
     """Does not round the result back to q's dtype."""
-    turned_q, turned_k = reference.rope(q, k, *angles)
+    turned_q, turned_k = reference.rope(q, k, *angles, **options)
     return turned_q.float(), turned_k.float()
 
 

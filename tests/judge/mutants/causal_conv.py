@@ -30,7 +30,6 @@ TABLE = {
     ),
     "dweight_of_the_last_tile": Mutant((ONE_PROGRAM, ("sums += (dtaps[back] + dz *", "sums += (dz *")), ("extents",)),
     "dbias_of_the_last_tile": Mutant((ONE_PROGRAM, ("dbias += dz", "dbias = dz")), ("gradients",)),
-    "dbias_lost_with_a_frozen_weight": one("need_dx, need_dweight or need_dbias", "need_dx, need_dweight", "gradients"),
     "bias_read_as_the_weight_lies": one(
         "0 if bias is None else bias.stride(0),\n        WIDTH=weight.shape[1]",
         "0 if bias is None else weight.stride(0),\n        WIDTH=weight.shape[1]",

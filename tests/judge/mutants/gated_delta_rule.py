@@ -22,8 +22,8 @@ TABLE = {
     "correction_by_later_tokens_alone": one(
         "below = row[None, :] < row[:, None]\n    a =", "below = row[None, :] + 1 < row[:, None]\n    a =", "value"
     ),
-    "inverse_of_blocks_alone": one("    if BLOCKS > 1:\n", "    if BLOCKS > 8:\n", "one_at_a_time"),
-    "substitution_ends_early": one("for step in range(1, 16)", "for step in range(1, 15)", "one_at_a_time"),
+    "inverse_of_blocks_alone": one("    if BLOCKS > 1:\n", "    if BLOCKS > 8:\n", "extents"),
+    "substitution_ends_early": one("for step in range(1, 16)", "for step in range(1, 15)", "extents"),
     "scale_forgotten_in_dq": one(
         "part = (scale * until)[:, None] * multiply(do,", "part = until[:, None] * multiply(do,", "extents"
     ),

@@ -23,7 +23,9 @@ TABLE = {
         "guard_writes",
     ),
     "position_is_the_row": one("row = tl.load(positions_ptr", "row = token + 0 * tl.load(positions_ptr", "value"),
-    "first_sequence_for_all": one("cos_ptr += batch * cos_batch", "cos_ptr += 0 * cos_batch", "value"),
+    "first_sequence_for_all": one(
+        "cos_ptr += batch * cos_batch", "cos_ptr += 0 * cos_batch", "value", "changed_inputs"
+    ),
     "shared_angles_read_past": one("(0, *s[1:]) if len(cos) == 1 and", "s if len(cos) == 1 and", "argument_kinds"),
     "shared_positions_read_past": one(
         "positions.stride(0) if len(positions) > 1 else 0", "positions.shape[1]", "argument_kinds"
