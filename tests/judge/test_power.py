@@ -31,6 +31,15 @@ def test_every_kernel_of_the_tests_is_measured() -> None:
     assert set(LIGER) <= set(backends.OPERATIONS)
 
 
+def test_the_document_is_that_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    files = [
+        json.loads((root / "docs/results/power" / name).read_text()) for name in ("wrong_cpu.json", "right_h200.json")
+    ]
+    again = "python -m tests.judge.power write docs/results/power/wrong_cpu.json docs/results/power/right_h200.json"
+    assert document.text(files, {}) == (root / "docs/judge-power.md").read_text(), again
+
+
 def kernel(population: str, rejected_by: list[str]) -> dict[str, Any]:
     asked = [measure.JUDGE, ORACLES[0].name]
     name = f"tests.judge.{population}.one"
