@@ -48,12 +48,12 @@ def _terms(size: Tensor, root: Tensor, roundings: int) -> Terms:
 def _activation_terms(call: Call, factor: Tensor, offset: bool) -> Terms:
     """As swiglu's: s = sigmoid(alpha g) carries |alpha g| (1 - s) roundings of its argument.
 
-    Roundings: s, and g s; with an offset, that of the other factor.
+    Roundings: s, and g s; with an offset, that of the other factor. s and g s may be below the normal numbers.
     """
     gate, alpha = _factors(call)[0], call.options.get("alpha", 1.0)
     x = alpha * gate
     size = (gate * torch.sigmoid(x) * factor).abs()
-    absolute = 2 * call.smallest * factor.abs()
+    absolute = 2 * call.smallest * (1 + gate.abs()) * factor.abs()
     return _terms(size * (1 + x.abs() * torch.sigmoid(-x)) + absolute, size, 2 + offset)
 
 

@@ -140,16 +140,20 @@ def _x_terms(call: Call) -> Terms:
 
 
 def _gate_terms(call: Call) -> Terms:
-    """|dy weight n| or |dv x|, times s (1 + |gate| (1 - s)): the derivative of SiLU changes sign."""
+    """|dy weight n| or |dv x|, times s (1 + |gate| (1 - s)): the derivative of SiLU changes sign.
+
+    s may be below the normal numbers.
+    """
     parts = _parts(call)
+    slope = parts.slope + 2 * call.smallest * (1 + call.inputs["gate"].abs().unflatten(-1, parts.x.shape[-2:]))
     if _before(call):
         root = (parts.dy * parts.weight * parts.n).abs()
         size = root + 2 * call.smallest * parts.dy.abs() * (1 + parts.weight.abs())
         in_float32 = size
     else:
         size, root, in_float32 = (part * parts.x.abs() for part in parts.of_v(call.smallest))
-    in_float32 = in_float32 * parts.slope + size * parts.slope_in_float32
-    return Terms((size * parts.slope).flatten(-2), (root * parts.slope_root).flatten(-2), in_float32.flatten(-2))
+    in_float32 = in_float32 * slope + size * parts.slope_in_float32
+    return Terms((size * slope).flatten(-2), (root * parts.slope_root).flatten(-2), in_float32.flatten(-2))
 
 
 def _weight_terms(call: Call) -> Terms:

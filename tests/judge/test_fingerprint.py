@@ -14,7 +14,7 @@ from unsloth_ref import kernels
 ROOT = Path(__file__).parents[2]
 # lora_linear launches library products alone.
 OPERATIONS = [op for op in kernels.__all__ if op != "lora_linear"]
-NUMBERS = {"prepare_kernel", "divided_sum_kernel"}  # these read one number per row
+NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel"}  # these read one number per row
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
 # two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless.

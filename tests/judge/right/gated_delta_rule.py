@@ -34,18 +34,6 @@ def _gated_delta_rule(attend: Callable[..., Tensor]) -> Function:
 
 
 @_gated_delta_rule
-def of_whole_documents(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """A document as one chunk: a triangular system of all its tokens."""
-    total = g.cumsum(1)
-    lower = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
-    between = (total[:, :, None] - total[:, None]).masked_fill(~lower, -torch.inf).exp()
-    system = beta[..., None] * between.tril(-1) * (k @ k.mT)
-    eye = torch.eye(q.shape[1], device=q.device)
-    u = torch.linalg.solve_triangular(system + eye, beta[..., None] * v, upper=False, unitriangular=True)
-    return (between * (q @ k.mT)) @ u
-
-
-@_gated_delta_rule
 def by_matrices(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """The state times exp(g) (I - beta k k^T), token by token."""
     state, rows = v.new_zeros(len(v), v.shape[2], k.shape[2]), []
@@ -80,7 +68,6 @@ def in_float64(
 
 
 TABLE = {
-    "of_whole_documents": of_whole_documents,
     "by_matrices": by_matrices,
     "by_halves": by_halves,
     "in_float64": in_float64,

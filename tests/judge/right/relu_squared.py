@@ -8,10 +8,10 @@ from unsloth_ref import checks
 
 
 def by_a_product(x: Tensor) -> Tensor:
-    """ReLU times x: the gradient is a sum of two terms."""
+    """ReLU times ReLU: the gradient is a sum of two terms."""
     checks.has_rows("x", x)
     checks.dtype("x", x)
-    return x.relu() * x
+    return x.relu() * x.relu()
 
 
 def by_a_clamp(x: Tensor) -> Tensor:
