@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -47,9 +48,8 @@ class ModelTask:
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run in this process."""
-        quiet()
         who = (self.op, self.property, self.dtype)
-        with Caught() as caught:
+        with quiet(), Caught() as caught:
             try:
                 trial = trial_of(self)
                 used = LAWS[self.property].check(trial)
@@ -81,12 +81,20 @@ def _trial(name: str, random: bool, dtype: str, backend: str, device: str, data:
     return trials.ModelTrial(building.Subject(name, random), backend, DTYPES[dtype], device, data)
 
 
-def quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence progress bars, and what libraries say of tiny models; a failure says what is wrong."""
-    warnings.filterwarnings("ignore")
     import_module("transformers.utils.logging").disable_progress_bar()
-    for name in ("transformers", "unsloth_fast", "peft", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("transformers", "unsloth_fast", "peft", "torch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def tasks_of(

@@ -35,16 +35,8 @@ def _bisect(arguments: argparse.Namespace) -> int:
         raise UsageError(f"bisect: got {len(tasks)} of models and dtypes; allowed: one of each")
     (task,) = tasks
     print(model.heading(task), flush=True)
-    quiet()
-    from conformance.models.bisecting import Bisection
-    from conformance.models.building import NotBuilt
-
-    try:
-        bisection = Bisection(trial_of(task), lambda line: print(f"tried  {line}", flush=True))
-        calls = bisection.calls()
-        found = _only(bisection, arguments.only) if arguments.only else bisection.search()
-    except (NotBuilt, Unchecked) as why:
-        raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
+    with quiet():
+        calls, found = _searched(task, arguments.only)
     if arguments.only:
         named = set(arguments.only)
         calls = [one for one in calls if {one.operation, one.module, f"{one.operation}@{one.module}"} & named]
@@ -54,6 +46,18 @@ def _bisect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write(arguments.json, calls, found, task)
     return 1 if lines else 0
+
+
+def _searched(task: ModelTask, only: Sequence[str] | None) -> "tuple[list[Finding], list[Found]]":
+    """The calls that break their own gates, and the smallest sets that break those of the model."""
+    from conformance.models.bisecting import Bisection
+    from conformance.models.building import NotBuilt
+
+    try:
+        bisection = Bisection(trial_of(task), lambda line: print(f"tried  {line}", flush=True))
+        return list(bisection.calls()), list(_only(bisection, only) if only else bisection.search())
+    except (NotBuilt, Unchecked) as why:
+        raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
 
 
 def _only(bisection: Any, members: Sequence[str]) -> "list[Found]":

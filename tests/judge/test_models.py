@@ -1,7 +1,7 @@
 """Whole models under the laws of models: right ones hold, and each planted fault breaks the law that is about it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -51,8 +51,9 @@ WITH_ADAPTERS = ("llama", "mixtral")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _silent() -> None:
-    quiet()
+def _silent() -> Iterator[None]:
+    with quiet():
+        yield
 
 
 @cache

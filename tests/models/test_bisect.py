@@ -27,11 +27,10 @@ QUERY_NORM = "model.layers.0.self_attn.q_norm"
 
 
 @pytest.fixture(scope="module")
-def trial() -> ModelTrial:
+def trial() -> Iterator[ModelTrial]:
     """Its truth is computed once."""
-    quiet()
-    # Separated, the norms of the heads are calls of rms_norm.
-    return ModelTrial(Subject(ARCHITECTURE, random=True), "fast,qk_norm_rope=reference", torch.float32, "cpu")
+    with quiet():  # separated, the norms of the heads are calls of rms_norm
+        yield ModelTrial(Subject(ARCHITECTURE, random=True), "fast,qk_norm_rope=reference", torch.float32, "cpu")
 
 
 def bisection(trial: ModelTrial) -> Bisection:
