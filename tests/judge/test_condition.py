@@ -21,7 +21,7 @@ from unsloth_ref.accuracy import unit_roundoff
 #     rope in 16 bits: autograd rounds each product and each sum; the spec counts one rounding.
 #     packed_attention, gradients of q and k: the spec adds up every product of scores and values, which average out.
 #     lora_linear, gradients of the adapters: sums over all tokens and columns, which average out.
-#     add_rms_norm, gated_rms_norm, gradients of the inputs: the reference rounds less often than the specs allow kernels.
+#     add_rms_norm, gated_rms_norm, gradients of the inputs: the reference rounds less often than specs allow kernels.
 #     gated_delta_rule: the spec follows the lengths of errors, not their directions.
 #     layer_norm and causal_conv in 16 bits: the reference rounds once; the specs allow two roundings before that.
 #     relu_squared in 16 bits: as rope; its gradient is a product of two rounded ones.
