@@ -82,7 +82,7 @@ def tasks_of_right(backend: str) -> list[Task]:
     # `python -m tests.judge.power measure --population right` runs all properties.
     turn, dtypes = list(CORRECT).index(backend), tuple(DTYPES)
     return [
-        Brief(backend, op, name, dtypes[(turn + index) // 12 % len(dtypes)], "cpu", FEW.name)
+        Brief(backend, op, name, dtypes[(turn + index) // 6 % len(dtypes)], "cpu", FEW.name)
         for index, name in enumerate(PROPERTIES)
         if (turn + index) % 12 == 0
     ]
