@@ -73,14 +73,14 @@ class Contender:
 
     def prepare(self, sets: int) -> None:
         """Make this many sets of inputs, which calls use in turn, and run every pass to compile it."""
-        self._sets: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor], list[Tensor]]] = []
+        self._sets: list[tuple[Inputs, Inputs, list[Tensor], list[Tensor]]] = []
         with Caught() as caught:
             for _ in range(sets):
                 inputs = copies(self._inputs)
                 leaves = {name: leaf(tensor, name in self._grads) for name, tensor in inputs.items()}
                 wanted = [leaves[name] for name in self._grads]
                 grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
-                self._sets.append((tuple(inputs.values()), tuple(leaves.values()), wanted, grad_outputs))
+                self._sets.append((inputs, leaves, wanted, grad_outputs))
             self._turn = cycle(self._sets)
             for call in (self.forward, self.full, self.full):
                 call()
@@ -93,22 +93,22 @@ class Contender:
         """Run the forward pass on the next set."""
         inputs, _, _, _ = next(self._turn)
         with torch.no_grad():
-            return self._trial.function(*inputs, **self._options)
+            return self._trial.function(**inputs, **self._options)
 
     def full(self) -> tuple[Any, Sequence[Tensor | None]]:
         """Run the forward pass and compute all gradients on the next set."""
         _, leaves, wanted, grad_outputs = next(self._turn)
-        outputs = self._trial.function(*leaves, **self._options)
+        outputs = self._trial.function(**leaves, **self._options)
         return outputs, torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
 
     def every_forward(self) -> list[Any]:
         """Run the forward pass on every set; all results are kept, so that each has its own memory."""
         with torch.no_grad():
-            return [self._trial.function(*inputs, **self._options) for inputs, _, _, _ in self._sets]
+            return [self._trial.function(**inputs, **self._options) for inputs, _, _, _ in self._sets]
 
     def every_full(self) -> list[tuple[Any, Sequence[Tensor | None]]]:
         """Run the forward pass on every set, then compute all gradients, so that none has its inputs in the cache."""
-        outputs = [self._trial.function(*leaves, **self._options) for _, leaves, _, _ in self._sets]
+        outputs = [self._trial.function(**leaves, **self._options) for _, leaves, _, _ in self._sets]
         return [
             (output, torch.autograd.grad(output, wanted, grad_outputs, allow_unused=True))
             for output, (_, _, wanted, grad_outputs) in zip(outputs, self._sets, strict=True)
@@ -147,15 +147,15 @@ class Contender:
 
     def _demand_fresh(self) -> None:
         inputs, leaves, wanted, grad_outputs = self._sets[0]
-        for tensor in leaves:
+        for tensor in leaves.values():
             if tensor.is_floating_point():
                 tensor.data.copy_(tensor.data.flip(0))  # the tensor's version stays
-        outputs = self._trial.function(*leaves, **self._options)
+        outputs = self._trial.function(**leaves, **self._options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = torch.autograd.grad(outputs, wanted, grad_outputs)
         seen = Run(outputs, dict(zip(self._grads, gradients, strict=True)))
         honest_results.demand_plain(self._trial, seen)
-        changed = dict(zip(self._inputs, (tensor.clone() for tensor in inputs), strict=True))
+        changed = {name: tensor.clone() for name, tensor in inputs.items()}
         try:
             self._trial.judge(self._case, Run(detached(outputs), seen.grads), changed, grad_outputs)
         except Failure as failure:
@@ -166,7 +166,7 @@ class Contender:
         inputs_at = {
             tensor.untyped_storage().data_ptr()
             for inputs, _, _, grad_outputs in self._sets
-            for tensor in (*inputs, *grad_outputs)
+            for tensor in (*inputs.values(), *grad_outputs)
         }
         for tensor in _tensors(results):
             if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in inputs_at:

@@ -38,7 +38,7 @@ TIGHTEST = {
     "gated_delta_rule": 0.002,
     "linear_cross_entropy": 0.2,
     "grouped_gemm": 0.2,
-    "moe_mlp": 0.05,
+    "moe_mlp": 0.01,
     "gated_rms_norm": 0.25,
 }
 

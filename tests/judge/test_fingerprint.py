@@ -18,7 +18,7 @@ OPERATIONS = [op for op in kernels.__all__ if op != "lora_linear"]
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless. Other tiles of gated_delta_rule,
+# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless. Others of gated_delta_rule,
 # whose products of float32 keep operands in registers, have not been measured.
 DELTA = {"solve": 288, "forward": 728, "backward": 416, "gradients": 2272}
 SPILLS = {
