@@ -14,17 +14,17 @@ def by_a_product(x: Tensor) -> Tensor:
     return x.relu() * x.relu()
 
 
-def by_a_clamp(x: Tensor) -> Tensor:
+def by_a_power(x: Tensor) -> Tensor:
     """In float32, rounded once."""
     checks.has_rows("x", x)
     checks.dtype("x", x)
-    return (x.float().clamp(min=0.0) ** 2).to(x.dtype)
+    return (x.float().relu() ** 2).to(x.dtype)
 
 
 TABLE = {
     "of_transformers": world.nemotron.relu_squared,
     "by_a_product": by_a_product,
-    "by_a_clamp": by_a_clamp,
-    "compiled": compiled(by_a_clamp),
+    "by_a_power": by_a_power,
+    "compiled": compiled(by_a_power),
     "in_other_tiles": (("TILE = 1024", "TILE = 4096"),),
 }
