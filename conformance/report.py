@@ -78,7 +78,7 @@ class Table:
     def __init__(
         self, tasks: Sequence[Work], ops: Sequence[str], dtypes: Sequence[str], checked: str = "properties"
     ) -> None:
-        """One row per name in `ops`, printed in any order; one column per dtype; `checked` is what they are held to."""
+        """One row per name in `ops`, printed in any order; one column per dtype; `checked` names what was checked."""
         self._checked = checked
         self._left, self._ops, self._dtypes = Counter(task.op for task in tasks), list(ops), dtypes
         self._width = name_width(ops)

@@ -34,7 +34,7 @@ from unsloth_fast.data.facts import config_and_class, decide_batching, takes_ima
 from unsloth_fast.data.preparation import Preparation, TrlPreparation
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
-from unsloth_fast.models.experts import prepare_experts
+from unsloth_fast.models.load_balancing import prepare_experts
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)

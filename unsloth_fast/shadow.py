@@ -24,10 +24,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.failures import FAILURES
 from unsloth_ref import kernels as reference_kernels
 from unsloth_ref.accuracy import compared
-
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Tensors = dict[str, Tensor]
 
@@ -257,7 +256,7 @@ class _Call:
         try:
             with torch.no_grad(), torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
                 errors = list(compared(own(), inputs, run))
-        except _FAILURES as error:  # memory for the reference among them
+        except FAILURES as error:  # memory for the reference among them
             self.watch.unverified[self.operation] = f"{shapes}: {type(error).__name__}: {_first_line(error)}"
             return
         for name, error in zip(names, errors, strict=True):

@@ -4,7 +4,7 @@ The docstring of a file states its law. Its function `check(trial)` tests one mo
 `LAW = Law.of_file(check)`, declares the law; see `conformance.laws._law.Law`.
 
 A law tests what a user can suffer from. Most compare with one truth, the untouched model in float64 on each document
-alone, so that padding, packing, accumulation and checkpointing are all held to the same numbers.
+alone, so that padding, packing, accumulation and checkpointing are all compared with the same numbers.
 """
 
 from conformance.laws import (

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """One document in each microbatch, with different numbers of targets."""
-    return trial.hold(trial.documents.alone(), targets=trial.documents.targets)
+    return trial.compare(trial.documents.alone(), targets=trial.documents.targets)
 
 
 LAW = Law.of_file(check)

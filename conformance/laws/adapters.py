@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """A and B, with a B that is not 0; and the loss and the hidden states with them."""
-    return trial.hold_adapted(lambda name: "modules_to_save" not in name)
+    return trial.compare_adapted(lambda name: "modules_to_save" not in name)
 
 
 LAW = Law.of_file(check)

@@ -21,7 +21,7 @@ def check(trial: ModelTrial) -> float:
     FastLanguageModel.for_training(model, "unsloth")
     if not trial.obstacles:
         return trial.judge(trial.run([trial.documents.packed()], model=model))
-    return trial.hold([trial.documents.padded()], model=model)
+    return trial.compare([trial.documents.padded()], model=model)
 
 
 LAW = Law.of_file(check)

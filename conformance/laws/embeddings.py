@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """Those in peft's `modules_to_save`."""
-    return trial.hold_adapted(lambda name: "modules_to_save" in name)
+    return trial.compare_adapted(lambda name: "modules_to_save" in name)
 
 
 LAW = Law.of_file(check)

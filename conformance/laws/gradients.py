@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """The loss of the model's forward, which makes no whole logits."""
-    return trial.hold([trial.documents.padded()])
+    return trial.compare([trial.documents.padded()])
 
 
 LAW = Law.of_file(check)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """Run each document alone, with logits; the first layer that differs is reported."""
-    return trial.hold(trial.documents.alone(), labels=False)
+    return trial.compare(trial.documents.alone(), labels=False)
 
 
 LAW = Law.of_file(check)

@@ -15,7 +15,7 @@ def check(trial: ModelTrial) -> float:
     """The same batch as in the law of gradients."""
     if trial.backend == "reference":
         raise Unchecked("the backend is the reference")
-    return trial.hold([trial.documents.padded()], model=trial.placed(backend="reference"))
+    return trial.compare([trial.documents.padded()], model=trial.placed(backend="reference"))
 
 
 LAW = Law.of_file(check)

@@ -1,1 +1,1 @@
-"""Whole models under judgement: how they are built or loaded, run, and held to the laws of conformance/laws."""
+"""Whole models under judgement: how they are built or loaded, run, and tested by the laws of conformance/laws."""

@@ -2,7 +2,7 @@
 
     1. Each call of a fast operation is also computed by the reference, on the fast model's own inputs: a call whose own
        error breaks its gate is named with its shapes (unsloth_fast/shadow.py).
-    2. The model with all operations placed is held to the gates of whole models (conformance/models/trial.py).
+    2. The model with all operations placed is compared by the gates of whole models (conformance/models/trial.py).
     3. If it breaks them with the reference's operations too, what is placed is wrong: the smallest set of modules is
        sought whose placement breaks a gate, all others being transformers' own.
     4. Otherwise operations are wrong: the smallest set that breaks a gate while all others are the reference's, and
@@ -109,7 +109,7 @@ class Bisection:
 
     Args:
         trial: the model, backend, dtype and device.
-        say: is told what was tried, in one line.
+        say: called with one line about each set that was tried.
     """
 
     def __init__(self, trial: ModelTrial, say: Callable[[str], None]) -> None:
@@ -176,7 +176,7 @@ class Bisection:
             return []
         untouched = self._fails("the untouched model", NOTHING, NOTHING)
         if untouched is not None:
-            raise Unchecked(f"the untouched model does not hold either: {untouched}")
+            raise Unchecked(f"the untouched model breaks a gate too: {untouched}")
         if self._fails("the model with everything placed, on the reference's operations", NOTHING) is not None:
             names = [*self._forwards, LOSS, *([PACKED] if self.packed else [])]
             return [self._found("modules", smallest(names, lambda some: self._breaks("modules", some)))]

@@ -165,7 +165,7 @@ class ModelTrial:
             return Judged(run(model, batches, targets=targets, own_loss=own_loss), bool(interpreted))
         raise Failure(f"raised {describe(caught.error)}") from caught.error
 
-    def hold(
+    def compare(
         self,
         batches: Sequence[Mapping[str, Any]],
         *,
@@ -175,7 +175,7 @@ class ModelTrial:
         names: Callable[[str], bool] = lambda name: True,
         adapted: bool = False,
     ) -> float:
-        """Hold the model on batches that transformers takes too to the truth; returns the budget use.
+        """Compare the model's results on batches that transformers takes too with the truth; returns the budget use.
 
         Args:
             batches: of the documents, in their order.
@@ -201,15 +201,15 @@ class ModelTrial:
                 same = self.run(batches, model=untouched, targets=targets, own_loss=False)
                 self.judge(same, adapted=adapted, names=names)
             except Failure as likewise:
-                raise Unchecked(f"the untouched model does not hold either: {likewise}") from failure
+                raise Unchecked(f"the untouched model breaks a gate too: {likewise}") from failure
             raise
 
-    def hold_adapted(self, names: Callable[[str], bool]) -> float:
-        """`hold` the model with the adapter on a padded batch; of the gradients only these."""
+    def compare_adapted(self, names: Callable[[str], bool]) -> float:
+        """`compare` the model with the adapter on a padded batch; of the gradients only these."""
         if all(_no_gradient(name) or not names(name) for name in self.truth_of_adapter.responses):
             raise Unchecked("no parameter of this kind is trained")
         model, batches = self.placed(adapted=True), [self.documents.padded()]
-        return self.hold(batches, model=model, adapted=True, names=lambda name: _no_gradient(name) or names(name))
+        return self.compare(batches, model=model, adapted=True, names=lambda name: _no_gradient(name) or names(name))
 
     @cached_property
     def obstacles(self) -> tuple[str, ...]:

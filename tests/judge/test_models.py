@@ -235,8 +235,8 @@ def test_what_the_untouched_model_does_not_do_either_is_no_failure(monkeypatch: 
     trial = trial_of("llama")
     padded = trial.documents.padded()
     padded["labels"] = padded["labels"].roll(1, 0)
-    with pytest.raises(Unchecked, match="the untouched model does not hold either: gate G1"):
-        trial.hold([padded])
+    with pytest.raises(Unchecked, match="the untouched model breaks a gate too: gate G1"):
+        trial.compare([padded])
 
 
 @pytest.fixture

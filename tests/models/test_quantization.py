@@ -18,7 +18,7 @@ from tests.models.adapted import adapted, load, logits_of, merged
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
 from unsloth_fast.models import quantization
-from unsloth_fast.models.experts import prepare_experts
+from unsloth_fast.models.load_balancing import prepare_experts
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}

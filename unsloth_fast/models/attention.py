@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.head_norms import apply, moved, norms_of
+from unsloth_fast.models.head_norms import move_norms, norms_of, rotation_with_norms
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.recomputed import recomputed
 from unsloth_fast.models.structure import Found
@@ -30,7 +31,6 @@ from unsloth_ref import kernels as reference
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
 _WIDTH = 8  # of a head in the numeric check
-_FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 Rope = Callable[..., tuple[Tensor, Tensor]]
 
@@ -81,27 +81,24 @@ def attention_placement(
 ) -> Placement | None:
     """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
 
-    qk_norm_rope in place of rope where the norms of the heads stand directly before it, unless the backend separates
-    them. known: as in `recognise`.
+    Where the norms of the heads stand directly before the rotation, qk_norm_rope computes both, unless the backend
+    separates them.
+
+    Args:
+        module: any module.
+        backend: its operations are called.
+        known: as in `recognise`.
     """
     own = inspect.unwrap(type(module).forward)
     found = _rotations(own) if isinstance(own, FunctionType) else {}
     functions = {name: _by(backend.kernels.rope, rotation, own.__globals__[name]) for name, rotation in found.items()}
-    operation, make = "rope", None
-    if len(found) == 1 and backend.fuses("qk_norm_rope", "rms_norm", "rope"):
-        (name, rotation), *_ = found.items()
-        norm = (
-            norms_of(module, {} if known is None else known)
-            if rotation.columns is _same and not rotation.interleaved
-            else None
-        )
-        make = _maker(own, (name,), norms=True) if norm else None
-        if norm and make:
-            operation, functions = "qk_norm_rope", {name: apply(norm, backend.kernels.qk_norm_rope, functions[name])}
-    make = make or (_maker(own, tuple(found)) if found else None)
-    if make is None:
-        return None
-    made = make(*functions.values())
+    made = _fused(module, backend, own, found, functions, {} if known is None else known)
+    operation = "rope" if made is None else "qk_norm_rope"
+    if made is None:
+        make = _maker(own, tuple(found)) if found else None
+        if make is None:
+            return None
+        made = make(*functions.values())
 
     @wraps(made)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +106,25 @@ def attention_placement(
             return made(self, hidden_states, *args, **kwargs)
 
     return (operation,), forward
+
+
+def _fused(
+    module: nn.Module,
+    backend: Backend,
+    own: FunctionType,
+    found: dict[str, Rotation],
+    functions: dict[str, Rope],
+    known: dict[Hashable, Found],
+) -> Callable[..., Any] | None:
+    """The forward that calls qk_norm_rope; None unless its one rotation is of halves and follows two like norms."""
+    if len(found) != 1 or not backend.fuses("qk_norm_rope", "rms_norm", "rope"):
+        return None
+    ((name, rotation),) = found.items()
+    if rotation.interleaved or rotation.columns is not _same:
+        return None
+    norm = norms_of(module, known)
+    make = _maker(own, (name,), norms=True) if norm else None
+    return make(rotation_with_norms(norm, backend.kernels.qk_norm_rope, functions[name])) if norm and make else None
 
 
 def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
@@ -167,7 +183,7 @@ def _results(function: Rope, *given: Tensor) -> list[Tensor] | None:
     try:
         with torch.no_grad():
             return list(function(*given))
-    except _FAILURES:
+    except FAILURES:
         return None
 
 
@@ -191,7 +207,7 @@ def _maker(
         own = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError):
         return None
-    if norms and not moved(own.body[0], names[0]):  # type: ignore[arg-type]
+    if norms and not move_norms(own.body[0], names[0]):  # type: ignore[arg-type]
         return None
     tree = ast.parse(f"def make({', '.join(names)}):\n    return {forward.__name__}")
     tree.body[0].body.insert(0, ast.increment_lineno(own, first - 1).body[0])  # type: ignore[attr-defined]

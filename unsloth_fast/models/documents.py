@@ -53,11 +53,13 @@ def carriers_of(model: Module) -> list[str]:
 
 def _carries(module: Module) -> bool:
     """Whether a module takes a cache, attends to nothing, and no module below it takes a cache."""
-    return _takes_cache(module) and not any(
-        _takes_cache(other) or looks_up(other) for other in module.modules() if other is not module
-    ) and not looks_up(module)  # fmt: skip
+    below = (other for other in module.modules() if other is not module)
+    if not _takes_cache(module) or looks_up(module):
+        return False
+    return not any(_takes_cache(other) or looks_up(other) for other in below)
 
 
 def _takes_cache(module: Module) -> bool:
+    """Whether the forward of a module's class has a parameter for a cache."""
     code = code_of(module)
     return code is not None and not {*CACHES}.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])

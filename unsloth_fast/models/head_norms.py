@@ -1,9 +1,9 @@
 """Does an attention normalise the heads directly before it rotates them, so that one operation can compute both?
 
 The attentions of Qwen3, Gemma 3 and others compute `q = self.q_norm(...)`, `k = self.k_norm(...)` and then call the
-rotation of q and k. `moved` rewrites such a forward so that the norms are applied inside the rotation, which receives
-them as arguments. Between a norm and the rotation there may be a transposition of heads and tokens, which commutes with
-a norm over the columns, and nothing else.
+rotation of q and k. `move_norms` rewrites such a forward: the rotation receives the norms as arguments and applies
+them. Between a norm and the rotation there may be a transposition of heads and tokens, which commutes with a norm over
+the columns, and nothing else.
 """
 
 import ast
@@ -34,7 +34,7 @@ def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
     return how if len({getattr(norm, how.eps) for norm in norms}) == 1 else None
 
 
-def moved(function: ast.FunctionDef, rotation: str) -> bool:
+def move_norms(function: ast.FunctionDef, rotation: str) -> bool:
     """Move the norms of a forward into the arguments of its rotation, in place; False where that cannot be done."""
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _is_name(node.func, rotation)]
     places = [index for index, statement in enumerate(function.body) if _rotates(statement, calls)]
@@ -54,7 +54,9 @@ def moved(function: ast.FunctionDef, rotation: str) -> bool:
     return True
 
 
-def apply(norm: Norm, qk_norm_rope: Callable[..., Any], separate: Callable[..., Any]) -> Callable[..., Any]:
+def rotation_with_norms(
+    norm: Norm, qk_norm_rope: Callable[..., Any], separate: Callable[..., Any]
+) -> Callable[..., Any]:
     """A rotation that receives the norms too: by the operation, or by the norms themselves and `separate`.
 
     The latter if somebody has replaced or hooked a norm, or if heads have another layout than the operation's.

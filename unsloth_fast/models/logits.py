@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.protocols import CausalLM
 
@@ -27,7 +28,6 @@ _SIZES = (1.0, 30.0, 1000.0)  # root mean squares of rows of products: below, ne
 _TOKENS = 2 * len(_SIZES)
 _ROUNDINGS = 4  # of the product, the factor, the quotient in the cap and the cap itself
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "unsloth_fast")
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @torch.compiler.disable()
@@ -47,7 +47,7 @@ def logit_options(model: CausalLM, own: Callable[..., object], inputs: Mapping[s
     """
     try:
         found = _agreeing(model, own, inputs)
-    except _FAILURES as failure:
+    except FAILURES as failure:
         why = str(failure).partition("\n")[0]
         found = f"the check on a few tokens failed: {type(failure).__name__}: {why}"
     if isinstance(found, str):

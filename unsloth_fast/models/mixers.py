@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.methods import forward_hooks, has_own_method
 from unsloth_fast.models.protocols import Forward
-from unsloth_fast.models.structure import FAILURES, Sparse, in_both_modes, plain, sizes_of, twin_of
+from unsloth_fast.models.structure import Sparse, in_both_modes, plain, sizes_of, twin_of
 from unsloth_ref import kernels as reference
 
 CACHES = ("cache", "cache_params", "past_key_values")
@@ -58,7 +59,7 @@ def mixer_forward(mixer: Mixer, kernels: Any) -> Forward:
         bounds = kwargs.get("seq_idx") if bounds is None else bounds
         cached = any(kwargs.get(name) is not None for name in CACHES)
         if cached and bounds is not None:
-            raise ValueError("past_key_values: got a cache and cu_seq_lens_q; allowed: none")
+            raise ValueError("past_key_values: got a cache beside cu_seq_lens_q; allowed: one of them")
         if args or cached or (bounds is not None and bounds.ndim != 1):
             return type(self).forward(self, hidden_states, *args, **kwargs)
         mask: Tensor | None = kwargs.get("attention_mask")

@@ -13,12 +13,12 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward
 from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
-from unsloth_fast.models.mixture import Experts, adapted_experts_placement, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
@@ -38,7 +38,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
       whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
-      their weights (see `unsloth_fast.models.mixture`);
+      their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);

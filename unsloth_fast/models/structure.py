@@ -17,8 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from unsloth_fast.failures import FAILURES
+from unsloth_fast.models.experts import Experts, experts_forward
 from unsloth_fast.models.methods import forward_hooks
-from unsloth_fast.models.mixture import Experts, experts_forward
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
@@ -32,7 +33,6 @@ _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap 
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
 _AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OF_EVERY_MODULE = vars(nn.Module())
 
 Found = Norm | GatedNorm | Gated | Experts | str | None

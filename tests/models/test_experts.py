@@ -15,7 +15,7 @@ from tests import tiny
 from tests.models.test_any_model import batch, build, error, step
 from unsloth_fast import backends
 from unsloth_fast.models import place, remove
-from unsloth_fast.models.mixture import Experts
+from unsloth_fast.models.experts import Experts
 from unsloth_fast.models.structure import recognise
 
 REFERENCE = backends.resolve("reference")
