@@ -30,7 +30,8 @@ _SEPARATE = frozenset(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "ou
 _FUSED = frozenset(("in_proj_qkvz", "in_proj_ba", "out_proj"))
 _EPS = 1e-6  # added to the squared length of q and k
 _TOKENS = 6
-_TOLERANCE = _TOKENS * 64 * 2.0**-24  # transformers computes the rule in float32 for any dtype
+_CHUNK = 64  # tokens: transformers computes the rule in chunks, in float32 for any dtype, and adds up over each
+_TOLERANCE = _TOKENS * _CHUNK * 2.0**-24
 
 
 @dataclass(frozen=True)
