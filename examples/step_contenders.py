@@ -8,9 +8,9 @@ from step_shapes import SHAPES, Shape
 
 RANK = 16
 MODES = {
-    "lora": "LoRA on every linear layer",
-    "embed": "the same, and embed_tokens and lm_head are trained",
-    "gc": "LoRA on every linear layer, with gradient checkpointing",
+    "lora": "LoRA on the linear layers that step_shapes.py names",
+    "embed": "the same, and embed_tokens and lm_head in full",
+    "gc": "the same, with gradient checkpointing",
     "full": "all weights",
 }
 CONTENDERS = {
