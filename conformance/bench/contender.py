@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conformance import calling
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.properties import honest_results, process_state
 from conformance.spec import Inputs
 from conformance.trial import Caught, Run, Trial, bits, describe, detached, leaf
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Tensors in memory of their own, and the calls that use them."""
+
+    inputs: Inputs
+    leaves: Inputs
+    wanted: list[Tensor]
+    grad_outputs: list[Tensor]
+    forward: Callable[[], Any]
+    forward_of_leaves: Callable[[], Any]
 
 
 class Contender:
@@ -73,14 +88,15 @@ class Contender:
 
     def prepare(self, sets: int) -> None:
         """Make this many sets of inputs, which calls use in turn, and run every pass to compile it."""
-        self._sets: list[tuple[Inputs, Inputs, list[Tensor], list[Tensor]]] = []
+        self._sets: list[_Set] = []
         with Caught() as caught:
             for _ in range(sets):
                 inputs = copies(self._inputs)
                 leaves = {name: leaf(tensor, name in self._grads) for name, tensor in inputs.items()}
                 wanted = [leaves[name] for name in self._grads]
                 grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
-                self._sets.append((inputs, leaves, wanted, grad_outputs))
+                calls = self._bound(inputs), self._bound(leaves)
+                self._sets.append(_Set(inputs, leaves, wanted, grad_outputs, *calls))
             self._turn = cycle(self._sets)
             for call in (self.forward, self.full, self.full):
                 call()
@@ -89,29 +105,34 @@ class Contender:
             self.usable = False
             self.failure = self.failure or f"raised {describe(caught.error)}"
 
+    def _bound(self, inputs: Inputs) -> Callable[[], Any]:
+        """The call with these inputs; a timed call binds nothing."""
+        positional, by_name = calling.placed(self._trial.spec.reference, inputs)
+        return partial(self._trial.function, *positional, **by_name, **self._options)
+
     def forward(self) -> Any:
         """Run the forward pass on the next set."""
-        inputs, _, _, _ = next(self._turn)
+        one = next(self._turn)
         with torch.no_grad():
-            return self._trial.function(**inputs, **self._options)
+            return one.forward()
 
     def full(self) -> tuple[Any, Sequence[Tensor | None]]:
         """Run the forward pass and compute all gradients on the next set."""
-        _, leaves, wanted, grad_outputs = next(self._turn)
-        outputs = self._trial.function(**leaves, **self._options)
-        return outputs, torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
+        one = next(self._turn)
+        outputs = one.forward_of_leaves()
+        return outputs, torch.autograd.grad(outputs, one.wanted, one.grad_outputs, allow_unused=True)
 
     def every_forward(self) -> list[Any]:
         """Run the forward pass on every set; all results are kept, so that each has its own memory."""
         with torch.no_grad():
-            return [self._trial.function(**inputs, **self._options) for inputs, _, _, _ in self._sets]
+            return [one.forward() for one in self._sets]
 
     def every_full(self) -> list[tuple[Any, Sequence[Tensor | None]]]:
         """Run the forward pass on every set, then compute all gradients, so that none has its inputs in the cache."""
-        outputs = [self._trial.function(**leaves, **self._options) for _, leaves, _, _ in self._sets]
+        outputs = [one.forward_of_leaves() for one in self._sets]
         return [
-            (output, torch.autograd.grad(output, wanted, grad_outputs, allow_unused=True))
-            for output, (_, _, wanted, grad_outputs) in zip(outputs, self._sets, strict=True)
+            (output, torch.autograd.grad(output, one.wanted, one.grad_outputs, allow_unused=True))
+            for output, one in zip(outputs, self._sets, strict=True)
         ]
 
     def compare(self, what: str, outputs: Any, gradients: Sequence[Tensor | None] = ()) -> None:
@@ -146,18 +167,18 @@ class Contender:
             self._demand(self._demand_fresh)
 
     def _demand_fresh(self) -> None:
-        inputs, leaves, wanted, grad_outputs = self._sets[0]
-        for tensor in leaves.values():
+        first = self._sets[0]
+        for tensor in first.leaves.values():
             if tensor.is_floating_point():
                 tensor.data.copy_(tensor.data.flip(0))  # the tensor's version stays
-        outputs = self._trial.function(**leaves, **self._options)
+        outputs = first.forward_of_leaves()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = torch.autograd.grad(outputs, wanted, grad_outputs)
+        gradients = torch.autograd.grad(outputs, first.wanted, first.grad_outputs)
         seen = Run(outputs, dict(zip(self._grads, gradients, strict=True)))
         honest_results.demand_plain(self._trial, seen)
-        changed = {name: tensor.clone() for name, tensor in inputs.items()}
+        changed = {name: tensor.clone() for name, tensor in first.inputs.items()}
         try:
-            self._trial.judge(self._case, Run(detached(outputs), seen.grads), changed, grad_outputs)
+            self._trial.judge(self._case, Run(detached(outputs), seen.grads), changed, first.grad_outputs)
         except Failure as failure:
             raise Failure(f"after the timed inputs have changed in place: {failure}") from failure
 
@@ -165,8 +186,8 @@ class Contender:
         """Fill the results with NaN and replay the graph, so that only results it writes can be correct."""
         inputs_at = {
             tensor.untyped_storage().data_ptr()
-            for inputs, _, _, grad_outputs in self._sets
-            for tensor in (*inputs.values(), *grad_outputs)
+            for one in self._sets
+            for tensor in (*one.inputs.values(), *one.grad_outputs)
         }
         for tensor in _tensors(results):
             if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in inputs_at:

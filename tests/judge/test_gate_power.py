@@ -143,7 +143,7 @@ def test_files_of_two_cards_and_a_document_without_a_place_are_refused() -> None
 
 def test_the_document_states_what_the_committed_files_hold() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    files = sorted((docs / "results" / "power").glob("*.json"))
+    files = sorted((docs / "results" / "power").glob("gates_*.json"))
     document = (docs / "gate.md").read_text(encoding="utf-8")
     again = f"python -m tests.judge.power write-gate {' '.join(path.name for path in files)}"
     assert gate_document.into(document, [json.loads(path.read_text()) for path in files]) == document, again
