@@ -198,6 +198,7 @@ def search(
     profile: Profile,
     dtype: str | None,
     notify: Callable[[str], None] = lambda case: None,
+    coverage: bool = True,
 ) -> Result:
     """Search for a case in which a property does not hold.
 
@@ -207,11 +208,14 @@ def search(
         profile: the settings of the search.
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
+        coverage: whether the result says what was reached even if the property has cases of its own, which an
+            exploration does not change: that takes seconds.
     """
     if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
-    explored = explore(trial, profile, notify) if isinstance(trial, Trial) and profile.explored else None
+    needed = bool(profile.explored) and (coverage or prop.cases is None)
+    explored = explore(trial, profile, notify) if needed and isinstance(trial, Trial) else None
     with launches() as seen:
         result = _checked(attempts, trial, prop, profile, explored)
     if explored is None or not explored.pairs:

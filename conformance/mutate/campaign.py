@@ -1,7 +1,8 @@
 """The mutants of several operations: chosen, examined, given a verdict.
 
-A mutant is examined in two rounds, because most of them die at once. Those that the first few checks let pass run all
-other checks of which the unchanged backend runs the changed expression: in any other check nothing can differ.
+A mutant is examined in stages, the cheapest checks first, because most mutants die at once: in each stage under every
+operation that uses the changed code. It runs the checks in which the unchanged backend runs the changed expression: in
+any other check nothing can differ.
 """
 
 import sys
@@ -15,7 +16,7 @@ from conformance import runner
 from conformance.backends import OPERATIONS, Judged
 from conformance.mutate.edits import mutants
 from conformance.mutate.equivalent import Equivalent
-from conformance.mutate.examine import QUICK, Check, Examination, Examined, checks
+from conformance.mutate.examine import Check, Examination, Examined, stages
 from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
 from conformance.operations import PROJECT, Source
@@ -75,6 +76,21 @@ class Original:
     def passes(self, check: Check) -> bool:
         """Whether a check can say anything about a mutant."""
         return not any(one.property == "import" or (one.property, one.dtype) == check for one in self.failed)
+
+
+@dataclass
+class Found:
+    """What the checks so far found about a mutant: which failed, whether every call raises, the bits of results."""
+
+    failed: list[Result] = field(default_factory=list)
+    raised: bool = False
+    bits: dict[Check, int] = field(default_factory=dict)
+
+    def add(self, result: Examined) -> None:
+        """Add the checks of a stage."""
+        self.failed += result.failed
+        self.raised |= result.raised
+        self.bits |= result.bits
 
 
 def choose(
@@ -161,83 +177,87 @@ class Campaign:
         Returns:
             The outcomes in the order of the mutants, and what the unchanged backend does.
         """
+        under = {key: [(op, key[1]) for op in (key[0], *others.get(key, ()))] for key in chosen}
+        asked: dict[Key, list[Key]] = {}  # by what is examined: what was asked for
+        for key, examined in under.items():
+            for one in examined:
+                asked.setdefault(one, []).append(key)
+        found = {one: Found() for one in asked}
+        originals = {op: Original() for op, _ in asked}
         outcomes: dict[Key, Outcome] = {}
-        originals: dict[str, Original] = {}
-        waiting = {key: list(others.get(key, ())) for key in chosen}
-        current = {key: key for key in chosen}  # by what is examined now: what was asked for
-        while current:
-            moved: dict[Key, Key] = {}
+        ordered = stages(self.properties, self.dtypes)
 
-            def conclude(outcome: Outcome, current: dict[Key, Key] = current, moved: dict[Key, Key] = moved) -> None:
-                key = current[outcome.op, outcome.mutant]
-                if key not in outcomes or WEIGHT[outcome.verdict] > WEIGHT[outcomes[key].verdict]:
-                    outcomes[key] = outcome
-                if outcomes[key].verdict in OPEN and waiting[key]:
-                    moved[waiting[key].pop(0), key[1]] = key
-                else:
-                    on_outcome(outcomes[key])
+        def conclude(key: Key, last: bool) -> None:
+            verdicts = [self._outcome(one, found[one], originals[one[0]], last) for one in under[key]]
+            known = [verdict for verdict in verdicts if verdict is not None]
+            if known and key not in outcomes:
+                outcomes[key] = max(known, key=lambda outcome: WEIGHT[outcome.verdict])
+                on_outcome(outcomes[key])
 
-            originals |= self._round(list(current), conclude)
-            current = moved
+        def after(one: Key, result: Examined) -> None:
+            found[one].add(result)
+            for key in asked[one] if found[one].failed and not self.every else ():
+                conclude(key, last=False)
+
+        for stage in ordered:
+            done: set[Key] = set()
+            for turn in range(max(map(len, under.values()), default=0)):
+                waiting = [under[key] for key in chosen if key not in outcomes and turn < len(under[key])]
+                batch = {ones[turn]: None for ones in waiting if not any(found[one].failed for one in ones[:turn])}
+                self._stage([one for one in batch if one not in done], stage, originals, after)
+                done |= batch.keys()
+            for key in chosen:
+                conclude(key, last=stage is ordered[-1])
         return [outcomes[key] for key in chosen], originals
 
-    def _round(self, chosen: Sequence[Key], on_outcome: Callable[[Outcome], None]) -> dict[str, Original]:
-        """Examine each mutant under one operation; returns what the unchanged backend does."""
-        ordered = checks(self.properties, self.dtypes)
-        first: dict[Key, Examined] = {}
-
-        def after_first(key: Key, found: Examined) -> None:
-            entry = next((one for one in self.confirmed if one.matches(key[1])), None)
-            if found.failed and not self.every:
-                on_outcome(Outcome(*key, "raised" if found.raised else "killed", found.failed))
-            elif entry is not None and not found.failed:
-                on_outcome(Outcome(*key, "equivalent", reason=entry.reason))
-            else:
-                first[key] = found
-
-        originals = self._originals({op: [] for op, _ in chosen}, ordered[:QUICK])
-        plans = {key: [c for c in ordered[:QUICK] if originals[key[0]].passes(c)] for key in chosen}
-        self._examine(plans, after_first)
-        regions: dict[str, list[tuple[str, Region]]] = {op: [] for op, _ in first}
-        for op, mutant in first:
+    def _stage(
+        self,
+        examined: Sequence[Key],
+        stage: Sequence[Check],
+        originals: Mapping[str, Original],
+        on_found: Callable[[Key, Examined], None],
+    ) -> None:
+        """Examine the unchanged backend and each mutant under the checks of a stage."""
+        regions: dict[str, list[tuple[str, Region]]] = {op: [] for op, _ in examined}
+        for op, mutant in examined:
             if mutant.region is not None and (place := (str(mutant.source.path), mutant.region)) not in regions[op]:
                 regions[op].append(place)
-        originals |= self._originals(regions, ordered)
-        plans = {key: self._plan(key, originals[key[0]], regions[key[0]], ordered) for key in first}
+        self._add_originals(originals, regions, stage)
+        self._examine({key: self._plan(key, originals[key[0]], regions[key[0]], stage) for key in examined}, on_found)
 
-        def after_second(key: Key, found: Examined) -> None:
-            failed = first[key].failed + found.failed
-            if failed:
-                raised = first[key].raised or found.raised
-                on_outcome(Outcome(*key, "raised" if raised else "killed", failed))
-                return
-            bits = first[key].bits | found.bits
-            same = all(originals[key[0]].bits.get(check) == value for check, value in bits.items())
-            survived: Verdict = "survived" if plans[key] else "unreached"
-            on_outcome(Outcome(*key, "same bits" if plans[key] and same and key[1].choice else survived, same=same))
-
-        rest = {key: [c for c in plan if c not in ordered[:QUICK]] for key, plan in plans.items()}
-        self._examine(rest, after_second)
-        return originals
+    def _outcome(self, key: Key, found: Found, original: Original, last: bool) -> Outcome | None:
+        """The verdict on a mutant after a stage; None if the next stage decides."""
+        if found.failed and (last or not self.every):
+            return Outcome(*key, "raised" if found.raised else "killed", tuple(found.failed))
+        entry = next((one for one in self.confirmed if one.matches(key[1])), None)
+        if entry is not None and not found.failed:
+            return Outcome(*key, "equivalent", reason=entry.reason)
+        if not last:
+            return None
+        same = all(original.bits.get(check) == value for check, value in found.bits.items())
+        survived: Verdict = "survived" if found.bits else "unreached"
+        return Outcome(*key, "same bits" if found.bits and same and key[1].choice else survived, same=same)
 
     def _plan(
-        self, key: Key, original: Original, regions: Sequence[tuple[str, Region]], ordered: Sequence[Check]
+        self, key: Key, original: Original, regions: Sequence[tuple[str, Region]], stage: Sequence[Check]
     ) -> list[Check]:
         """The checks in which the unchanged backend runs the changed expression, and passes."""
         mutant = key[1]
-        passed = [check for check in ordered if original.passes(check)]
+        passed = [check for check in stage if original.passes(check)]
         if mutant.region is None:
             return passed
         number = regions.index((str(mutant.source.path), mutant.region))
         return [check for check in passed if number in original.ran.get(check, ())]
 
-    def _originals(
-        self, regions: Mapping[str, Sequence[tuple[str, Region]]], ordered: Sequence[Check]
-    ) -> dict[str, Original]:
-        """The unchanged backend under these checks, in two processes per job."""
-        found = {op: Original() for op in regions}
-        parts = max(1, 2 * self.jobs // max(1, len(regions)))
-        waiting = [(op, ordered[part::parts]) for part in range(parts) for op in regions]
+    def _add_originals(
+        self,
+        originals: Mapping[str, Original],
+        regions: Mapping[str, Sequence[tuple[str, Region]]],
+        stage: Sequence[Check],
+    ) -> None:
+        """Examine the unchanged backend under the checks of a stage, in one process per job."""
+        parts = max(1, self.jobs // max(1, len(regions)))
+        waiting = [(op, stage[part::parts]) for part in range(parts) for op in regions]
         while waiting:
             tasks = {
                 self._task(op, checks=tuple(part), regions=tuple(regions[op]), every=True): part
@@ -246,10 +266,9 @@ class Campaign:
             }
             waiting = []
             for task, result in self._run(tasks):
-                found[task.op].add(result)
+                originals[task.op].add(result)
                 if not isinstance(result, Examined):  # the process died in one check: the others again
-                    waiting.append((task.op, [check for check in tasks[task] if found[task.op].passes(check)]))
-        return found
+                    waiting.append((task.op, [check for check in tasks[task] if originals[task.op].passes(check)]))
 
     def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
         """Run every mutant under its checks; one without checks passes."""
