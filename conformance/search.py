@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class _Attempts:
         result = self.over(cases)
         if result.verdict != "fail":
             return None
-        case = next(reversed(self._failed))
+        case = next(reversed(self._failed)) if self._shrink_seconds else None
         while case is not None:
             case = next((one for one in smaller(case) if self.over([one]).verdict == "fail"), None)
         case, failure = list(self._failed.items())[-1]
@@ -198,7 +198,7 @@ def search(
     profile: Profile,
     dtype: str | None,
     notify: Callable[[str], None] = lambda case: None,
-    coverage: bool = True,
+    covering: Sequence[Case] | None = None,
 ) -> Result:
     """Search for a case in which a property does not hold.
 
@@ -208,38 +208,51 @@ def search(
         profile: the settings of the search.
         dtype: the dtype's name, for the result; None for a piece.
         notify: called with each case before it runs.
-        coverage: whether the result says what was reached even if the property has cases of its own, which an
-            exploration does not change: that takes seconds.
+        covering: what `cover` returned, if it is known: an exploration takes seconds. Then the result does not say what
+            was reached.
     """
     if why := prop.skipped(trial):
         return Result(trial.spec.op, prop.name, dtype, "skip", message=why)
     attempts = _Attempts(trial, prop, dtype, profile.shrink_seconds, notify)
-    needed = bool(profile.explored) and (coverage or prop.cases is None)
-    explored = explore(trial, profile, notify) if needed and isinstance(trial, Trial) else None
+    explored = None
+    if covering is None:
+        covering = cover(trial, prop, profile, notify)
+        explored = explore(trial, profile, notify) if isinstance(trial, Trial) and profile.explored else None
     with launches() as seen:
-        result = _checked(attempts, trial, prop, profile, explored)
+        result = _checked(attempts, trial, prop, profile, covering)
     if explored is None or not explored.pairs:
         return result
     return replace(result, reached=explored.reached(seen.variants))
 
 
+def cover(
+    trial: AnyTrial, prop: Property, profile: Profile, notify: Callable[[str], None] = lambda case: None
+) -> list[Case]:
+    """The cases that a property checks before random ones, because they cover what was explored."""
+    if prop.cases is not None or not isinstance(trial, Trial) or not profile.explored:
+        return []
+    # Each dtype takes every third case of one cover, so that together they cover three times as many settings.
+    turn = list(DTYPES.values()).index(trial.dtype)
+    whole = _whole(trial, profile, notify)
+    return whole.cover(len(DTYPES) * (3 * profile.count(prop.share) // 4), profile.examples // 5)[turn :: len(DTYPES)]
+
+
+def _whole(trial: Trial, profile: Profile, notify: Callable[[str], None] = lambda case: None) -> Explored:
+    """The exploration in float32, or that in the trial's dtype if the former reached nothing."""
+    whole = explore(replace(trial, dtype=torch.float32), profile, notify)
+    return whole if whole.pairs else explore(trial, profile, notify)
+
+
 def _checked(
-    attempts: _Attempts, trial: AnyTrial, prop: Property, profile: Profile, explored: Explored | None
+    attempts: _Attempts, trial: AnyTrial, prop: Property, profile: Profile, covering: Sequence[Case]
 ) -> Result:
     """Check the property's own cases if it has any; else those that cover what was explored, then random ones."""
     if prop.cases is not None:
         cases = prop.cases(trial.spec, profile)
         return attempts.over(cases) if cases else attempts.skipped("no cases")
-    count = profile.count(prop.share)
-    if explored is None or not isinstance(trial, Trial):
-        return attempts.drawn(trial.cases(profile), profile.settings(count))
-    # Each dtype takes every third case of one cover, so that together they cover three times as many settings.
-    turn = list(DTYPES.values()).index(trial.dtype)
-    whole = explore(replace(trial, dtype=torch.float32), profile, attempts.notify)
-    whole = whole if whole.pairs else explored
-    covering = whole.cover(len(DTYPES) * (3 * count // 4), profile.examples // 5)[turn :: len(DTYPES)]
-    failed = attempts.first(covering, whole.smaller)
-    return failed or attempts.drawn(trial.cases(profile), profile.settings(count - len(covering)))
+    smaller = lambda case: _whole(trial, profile, attempts.notify).smaller(case)  # noqa: E731
+    failed = attempts.first(covering, smaller) if covering else None
+    return failed or attempts.drawn(trial.cases(profile), profile.settings(profile.count(prop.share) - len(covering)))
 
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:

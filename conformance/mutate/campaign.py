@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 from conformance import runner
 from conformance.backends import OPERATIONS, Judged
+from conformance.case import Case
 from conformance.mutate.edits import mutants
 from conformance.mutate.equivalent import Equivalent
 from conformance.mutate.examine import Check, Examination, Examined, stages
 from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
 from conformance.operations import PROJECT, Source
+from conformance.properties import PROPERTIES
 from conformance.search import Result
 
 # The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
@@ -60,10 +62,11 @@ class Outcome:
 
 @dataclass
 class Original:
-    """The results of the unchanged backend, by check."""
+    """The results of the unchanged backend, and the cases that cover its code paths, by check."""
 
     bits: dict[Check, int] = field(default_factory=dict)
     ran: dict[Check, set[int]] = field(default_factory=dict)
+    covers: dict[Check, tuple[Case, ...]] = field(default_factory=dict)
     failed: list[Result] = field(default_factory=list)
 
     def add(self, found: Result) -> None:
@@ -71,6 +74,7 @@ class Original:
         found = _examined(found)
         self.bits |= found.bits
         self.ran |= found.ran
+        self.covers |= dict(found.covers)
         self.failed += found.failed
 
     def passes(self, check: Check) -> bool:
@@ -223,7 +227,8 @@ class Campaign:
             if mutant.region is not None and (place := (str(mutant.source.path), mutant.region)) not in regions[op]:
                 regions[op].append(place)
         self._add_originals(originals, regions, stage)
-        self._examine({key: self._plan(key, originals[key[0]], regions[key[0]], stage) for key in examined}, on_found)
+        plans = {key: self._plan(key, originals[key[0]], regions[key[0]], stage) for key in examined}
+        self._examine(plans, originals, on_found)
 
     def _outcome(self, key: Key, found: Found, original: Original, last: bool) -> Outcome | None:
         """The verdict on a mutant after a stage; None if the next stage decides."""
@@ -258,24 +263,35 @@ class Campaign:
         """Examine the unchanged backend under the checks of a stage, in one process per job."""
         parts = max(1, self.jobs // max(1, len(regions)))
         waiting = [(op, stage[part::parts]) for part in range(parts) for op in regions]
+        every = [check for one in stages(self.properties, self.dtypes) for check in one]
         while waiting:
-            tasks = {
-                self._task(op, checks=tuple(part), regions=tuple(regions[op]), every=True): part
-                for op, part in waiting
-                if part
-            }
+            tasks: dict[Any, Sequence[Check]] = {}
+            for op, part in waiting:
+                known = originals[op].covers
+                explores = any(PROPERTIES[check[0]].cases is None and check not in known for check in part)
+                later = tuple(check for check in every if check not in stage) if explores else ()
+                facts = {"later": later, "covers": tuple(known.items()), "regions": tuple(regions[op])}
+                if part:
+                    tasks[self._task(op, checks=tuple(part), every=True, **facts)] = part
             waiting = []
             for task, result in self._run(tasks):
                 originals[task.op].add(result)
                 if not isinstance(result, Examined):  # the process died in one check: the others again
                     waiting.append((task.op, [check for check in tasks[task] if originals[task.op].passes(check)]))
 
-    def _examine(self, plans: Mapping[Key, Sequence[Check]], on_found: Callable[[Key, Examined], None]) -> None:
+    def _examine(
+        self,
+        plans: Mapping[Key, Sequence[Check]],
+        originals: Mapping[str, Original],
+        on_found: Callable[[Key, Examined], None],
+    ) -> None:
         """Run every mutant under its checks; one without checks passes."""
         keys: dict[Examination, list[Key]] = {}
         for (op, mutant), plan in plans.items():
             edited = mutant.source.module, mutant.text
-            task = self._task(op, mutant=mutant.name, edited=edited, checks=tuple(plan), every=self.every)
+            covers = tuple((check, cases) for check, cases in originals[op].covers.items() if check in plan)
+            facts = {"checks": tuple(plan), "covers": covers, "every": self.every}
+            task = self._task(op, mutant=mutant.name, edited=edited, **facts)
             keys.setdefault(task, []).append((op, mutant))
 
         def on_result(task: Examination, result: Result) -> None:

@@ -21,17 +21,18 @@ from conformance.mutate.sources import import_edited
 from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
 from conformance.runner import Task, alone
-from conformance.search import Result, search
+from conformance.search import Result, cover, search
 from conformance.trial import Caught, Run, Trial, bits, describe
 
 Check = tuple[str, str]  # property, dtype
+Covers = tuple[tuple[Check, tuple[Case, ...]], ...]
 # The properties that kill most mutants per second come first; those that are not named follow.
 ORDER = (
-    "one_at_a_time", "argument_kinds", "value", "error_parity", "guard_writes", "metadata", "guard_reads",
+    "one_at_a_time", "argument_kinds", "error_parity", "value", "guard_writes", "metadata", "guard_reads",
     "int64_offsets", "uninitialised", "signature_parity", "double_backward", "retained_backward", "calls_apart",
     "inputs_untouched", "no_grad", "autocast", "gradients", "extents", "special_values", "layouts", "row_independence",
 )  # fmt: skip
-QUICK = 3  # the first of them, in one dtype: most mutants get no further
+QUICK = 3  # the first of them, in one dtype: most mutants get no further. Their cases need no exploration
 CHEAP = 16  # a fifth of the time of all in one dtype
 
 
@@ -57,12 +58,14 @@ class Examined(Result):
         raised: whether the plainest call raises, or the import of the backend.
         bits: a digest of all results of each check.
         ran: for each check, the numbers of the regions that it ran.
+        covers: for each check, `search.cover`.
     """
 
     failed: tuple[Result, ...] = ()
     raised: bool = False
     bits: dict[Check, int] = field(default_factory=dict)
     ran: dict[Check, set[int]] = field(default_factory=dict)
+    covers: Covers = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Examination(Task):
         mutant: its name; "" for the unchanged backend.
         edited: the module that is changed, and its text; None for the unchanged backend.
         checks: what to run, in this order.
+        later: checks that another examination runs; for these too, say with which cases.
+        covers: what an earlier examination of the unchanged backend said about cases.
         regions: pairs of a file's path and a place in it: which of them does each check run?
         every: go on after a failure.
     """
@@ -80,6 +85,8 @@ class Examination(Task):
     mutant: str = ""
     edited: tuple[str, str] | None = None
     checks: tuple[Check, ...] = ()
+    later: tuple[Check, ...] = ()
+    covers: Covers = ()
     regions: tuple[tuple[str, Region], ...] = ()
     every: bool = False
 
@@ -96,17 +103,21 @@ class Examination(Task):
     def _examined(self, function: Callable[..., Any], notify: Callable[[str], None]) -> Examined:
         failed, found, ran, examples = [], {}, {}, 0
         spec = operations.specs(self.source)[self.op]
-        reach = Reach(self.regions)
-        for check in self.checks:
+        reach, covers, profile = Reach(self.regions), dict(self.covers), profile_of(self.profile)
+        for check in (*self.checks, *self.later):
             name, dtype = check
-            trial = Recording(spec, function, DTYPES[dtype], self.device)
+            trial, prop = Recording(spec, function, DTYPES[dtype], self.device), PROPERTIES[name]
             reach.forget()
             announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
+            if check not in covers and not prop.skipped(trial):
+                covers[check] = tuple(cover(trial, prop, profile, announce))
+            if check in self.later:
+                continue
             with (
                 alone(name, lambda announce=announce: announce("waits for its turn")),
                 reach.tracing() if self.regions else nullcontext(),
             ):
-                result = search(trial, PROPERTIES[name], profile_of(self.profile), dtype, announce, coverage=False)
+                result = search(trial, prop, profile, dtype, announce, covers.get(check, ()))
             examples += result.examples
             found[check], ran[check] = trial.digest(), set(reach.seen)
             if result.verdict == "fail":
@@ -118,6 +129,7 @@ class Examination(Task):
         return Examined(
             self.op, first.property, first.dtype, first.verdict, None, examples, first.case, first.message,
             failed=tuple(failed), raised=raised and self._raises(function), bits=found, ran=ran,
+            covers=tuple(covers.items()),
         )  # fmt: skip
 
     def _raises(self, function: Callable[..., Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance import results_file
-from conformance.backends import Judged
-from conformance.mutate.campaign import Original, Outcome
-from conformance.operations import PROJECT, Source
+from conformance.mutate.campaign import Key, Original, Outcome
 from conformance.results_file import commit, versions
+from conformance.search import Result
 
 KIND_WIDTH = 18
 
@@ -140,19 +140,9 @@ def broken(originals: Mapping[str, Original]) -> str:
     )
 
 
-def write_json(
-    path: Path, outcomes: Sequence[Outcome], judged: Judged, device: str, profile: str, source: Source = PROJECT
-) -> None:
-    """Write the outcomes as JSON."""
-    meta: dict[str, Any] = {
-        "versions": versions(),
-        "device": device,
-        "backend": judged.name,
-        "profile": profile,
-        "source": source.words(),
-        "commit": commit(),
-        "kill_rate": rate(outcomes),
-    }
+def write_json(path: Path, outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> None:
+    """Write the outcomes as JSON; facts say what was asked for."""
+    meta = {"versions": versions(), **facts, "commit": commit(), "kill_rate": rate(outcomes)}
     results = [
         {
             "op": one.op,
@@ -167,3 +157,29 @@ def write_json(
         for one in outcomes
     ]
     results_file.write(path, meta, results)
+
+
+def killed_before(paths: Sequence[Path], chosen: Sequence[Key]) -> dict[Key, Outcome]:
+    """Those of the chosen mutants that a property killed, as files of `write_json` say.
+
+    Raises:
+        ValueError: a file is not one that `write_json` writes.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for path in paths:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))["results"]
+            found |= {(one["mutant"], one["diff"]): one for one in results if one["verdict"] in ("killed", "raised")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    known = {(op, mutant): found.get((mutant.name, mutant.diff)) for op, mutant in chosen}
+    return {
+        key: Outcome(
+            one["op"],
+            key[1],
+            one["verdict"],
+            tuple(Result(one["op"], *by[:2], "fail", case=by[2], message=by[3]) for by in one["killed_by"]),
+        )
+        for key, one in known.items()
+        if one is not None
+    }

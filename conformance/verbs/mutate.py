@@ -38,6 +38,10 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--matrix", action="store_true", help="run every property for every mutant, not only until one fails"
     )
+    parser.add_argument(
+        "--known", nargs="+", action="extend", type=Path, metavar="FILE",
+        help="examine no mutant that a file of --json shows as killed",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
     add_source(parser)
     parser.set_defaults(verb=_mutate)
@@ -69,6 +73,10 @@ def _mutate(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--mutant: got {name!r}; allowed: the name of a mutant of {', '.join(ops)}")
     if not chosen:
         raise UsageError(f"backend {arguments.backend} has no mutants for {', '.join(ops)}: nothing to run")
+    try:
+        before = report.killed_before(arguments.known or (), chosen)
+    except ValueError as error:
+        raise UsageError(f"--known: got {error}; allowed: what --json wrote") from error
     cores = os.cpu_count() or 1
     campaign = Campaign(
         arguments.backend,
@@ -82,17 +90,23 @@ def _mutate(arguments: argparse.Namespace) -> int:
         source=source,
     )
     print(heading(judged, device, arguments.profile, source), flush=True)
-    print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}", flush=True)
-    done: list[Outcome] = []
+    known_ones = f", {len(before)} of them known as killed" * bool(before)
+    print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}{known_ones}", flush=True)
+    facts = {"device": device, "backend": judged.name, "profile": arguments.profile, "source": source.words()}
+    facts |= {"dtypes": dtypes, "sample": arguments.sample, "seed": arguments.seed}
+    done = list(before.values())
 
     def on_outcome(outcome: Outcome) -> None:
         lines.add(outcome)
         done.append(outcome)
         if arguments.json:  # after every verdict, so that a stopped run leaves what it found
-            report.write_json(arguments.json, done, judged, device, arguments.profile, source)
+            report.write_json(arguments.json, done, facts)
 
-    with report.Lines(len(chosen)) as lines:
-        outcomes, originals = campaign.run(chosen, users(judged, chosen), on_outcome)
+    left = [key for key in chosen if key not in before]
+    with report.Lines(len(left)) as lines:
+        examined, originals = campaign.run(left, users(judged, left), on_outcome)
+    found = before | dict(zip(left, examined, strict=True))
+    outcomes = [found[key] for key in chosen]
     parts = (
         report.broken(originals),
         report.survivors(outcomes, _again(arguments, device, source)),
@@ -101,7 +115,7 @@ def _mutate(arguments: argparse.Namespace) -> int:
     )
     print("", *filter(None, parts), sep="\n\n")
     if arguments.json:
-        report.write_json(arguments.json, outcomes, judged, device, arguments.profile, source)
+        report.write_json(arguments.json, outcomes, facts)
     return 1 if any(outcome.survives for outcome in outcomes) else 0
 
 

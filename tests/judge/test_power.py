@@ -12,7 +12,7 @@ from conformance import backends
 from conformance.runner import Task
 from conformance.search import Result
 from conformance.specs import specs
-from tests.judge.power import document, measure
+from tests.judge.power import automatic, document, measure
 from tests.judge.power.oracles import LIGER, ORACLES, rejecting
 from unsloth_ref.kernels import rms_norm
 
@@ -36,8 +36,14 @@ def test_the_document_is_that_of_the_results() -> None:
     files = [
         json.loads((root / "docs/results/power" / name).read_text()) for name in ("wrong_cpu.json", "right_h200.json")
     ]
-    again = "python -m tests.judge.power write docs/results/power/wrong_cpu.json docs/results/power/right_h200.json"
-    assert document.text(files, {}) == (root / "docs/judge-power.md").read_text(), again
+    mutants = json.loads((root / "docs/results/power/mutants_cpu.json").read_text())
+    reasons = automatic.reasons(root / document.SURVIVORS)
+    again = "python -m tests.judge.power write docs/results/power/{wrong_cpu,right_h200,mutants_cpu}.json"
+    text = document.text(files, {}, [mutants], reasons)
+    assert text == (root / "docs/judge-power.md").read_text(), f"{again} {document.SURVIVORS}"
+    survivors = {one["mutant"] for one in mutants["results"] if one["verdict"] in ("survived", "unreached")}
+    assert set(reasons) == survivors
+    assert all(len(reason) > 40 for reason in reasons.values())
 
 
 def kernel(population: str, rejected_by: list[str]) -> dict[str, Any]:
@@ -122,11 +128,38 @@ def test_the_document_lists_the_findings_of_each_library() -> None:
     assert f"  ```sh\n  {command}\n  ```" in text
 
 
-def test_the_document_counts_automatic_mutants() -> None:
-    verdicts = ["killed", "raised", "survived", "same bits"]
-    file = {"meta": META, "results": [{"op": "rope", "verdict": verdict} for verdict in verdicts]}
-    text = document.text([{"meta": META, "kernels": []}], {}, [file])
-    assert "| rope | cuda, gpu | 4 | 1 | 2 of 3 | 66.7 % |" in text
+def mutant(verdict: str, op: str = "rope") -> dict[str, Any]:
+    killed_by = [["value", "float32", "rows=1", "gate G1"]] if verdict in ("killed", "raised") else []
+    name = f"{op}.py:1:flipped:{verdict}"
+    return {
+        "op": op,
+        "mutant": name,
+        "kind": "flipped",
+        "verdict": verdict,
+        "killed_by": killed_by,
+        "diff": "-",
+    }
+
+
+def test_the_document_counts_automatic_mutants_and_explains_survivors() -> None:
+    drawn = {"dtypes": ["float32"], "sample": 4, "seed": 7, "commit": "0123456789", "kill_rate": 0.5}
+    verdicts = ["killed", "raised", "survived", "same bits", "unreached"]
+    file = {"meta": META | drawn, "results": [*map(mutant, verdicts), mutant("equivalent", "swiglu")]}
+    short = json.loads(automatic.brief(file))
+    assert short["results"][0] == {
+        "op": "rope", "mutant": "rope.py:1:flipped:killed", "kind": "flipped", "verdict": "killed", "property": "value"
+    }  # fmt: skip
+    reasons = {"rope.py:1:flipped:survived": "it is dear", "rope.py:1:flipped:unreached": "only on a card"}
+    text = document.text([{"meta": META, "kernels": []}], {}, [short], reasons)
+    assert "| rope | 5 | 1 | 2 | 2 | 50.0 % |\n| swiglu | 1 | 1 | 0 | 0 | - |\n| all | 6 | 2 | 2 | 2 | 50.0 % |" in text
+    assert (
+        "On a CUDA device (torch 2), commit 0123456, profile `gpu`, float32: 4 per operation, drawn with seed 7."
+        in text
+    )
+    assert "- `rope.py:1:flipped:survived` (rope): it is dear\n" in text
+    assert "mutate --device cuda --profile gpu --sample 4 --seed 7 --dtype float32 --json out/mutants.json\n" in text
+    with pytest.raises(KeyError, match="unreached"):
+        document.text([{"meta": META, "kernels": []}], {}, [short], {"rope.py:1:flipped:survived": "it is dear"})
 
 
 def test_the_judge_checks_a_kernel_that_ends_the_process_of_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,25 +3,28 @@
 python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
 python -m conformance run --backend liger --profile gpu --json out/liger.json     # and other peers
 python -m conformance mutate --json out/mutants.json
-python -m tests.judge.power write out/power.json out/liger.json ... out/mutants.json
+python -m tests.judge.power brief out/mutants.json --json out/mutants_cpu.json    # what write needs of it
+python -m tests.judge.power write out/power.json out/liger.json ... out/mutants_cpu.json survivors.toml
 python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
 python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json       # more gates, in another order
 python -m tests.judge.power write-gate out/gates.json out/more.json
 
-`write` makes docs/judge-power.md, `write-gate` the measured error rates in docs/gate.md. Both take several files.
+`write` makes docs/judge-power.md; a TOML file says why mutants survive, `[[survivor]]` with `mutant` and `reason`.
+`write-gate` writes the measured error rates into docs/gate.md. Both take several files.
 Populations may be measured on different devices, each on one: `measure --population right --device cuda`.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conformance import results_file
 from conformance.backends import OPERATIONS
-from tests.judge.power import document, gate, gate_document, measure
+from tests.judge.power import automatic, document, gate, gate_document, measure
 
 
 def main() -> None:
@@ -40,6 +43,9 @@ def main() -> None:
     second = steps.add_parser("write", help="write the document from the results")
     second.add_argument("files", type=Path, nargs="+", help="what measure, and conformance's run and mutate, wrote")
     second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
+    brief = steps.add_parser("brief", help="shorten what conformance's mutate wrote to what write needs")
+    brief.add_argument("mutants", type=Path)
+    brief.add_argument("--json", type=Path, required=True)
     third = steps.add_parser("gate", help="run gates whose right verdict is known, on a GPU")
     third.add_argument("--gates", type=int, default=280, help="number of gates, without those of wrong kernels (280)")
     third.add_argument("--minutes", type=float, default=7.0, help="time limit of all gates (7)")
@@ -57,16 +63,9 @@ def main() -> None:
         found = [_read(path) for path in arguments.gates_found]
         arguments.to.write_text(gate_document.into(arguments.to.read_text(), found))
     elif "files" in arguments:
-        files = {path.stem: _read(path) for path in arguments.files}
-        measured = [file for file in files.values() if "kernels" in file]
-        if len({file["meta"]["profile"] for file in measured}) != 1:
-            parser.error("files: need what measure wrote, under one profile")
-        populations = [name for names in document.by_place(measured).values() for name in names]
-        if twice := {name for name in populations if populations.count(name) > 1}:
-            parser.error(f"files: got {', '.join(sorted(twice))} on several devices; allowed: one for each population")
-        mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
-        peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
-        results_file.write_text(arguments.to, document.text(measured, peers, mutants))
+        _write_document(parser, arguments.files, arguments.to)
+    elif "mutants" in arguments:
+        results_file.write_text(arguments.json, automatic.brief(_read(arguments.mutants)))
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         chosen = [
@@ -77,6 +76,20 @@ def main() -> None:
             if not arguments.kernel or kernel.backend.rpartition(".")[2] in arguments.kernel
         ]
         measure.measure(chosen, arguments.device, arguments.profile, arguments.jobs, partial(_write, arguments.json))
+
+
+def _write_document(parser: argparse.ArgumentParser, paths: Sequence[Path], to: Path) -> None:
+    reasons = {name: why for path in paths if path.suffix == ".toml" for name, why in automatic.reasons(path).items()}
+    files = {path.stem: _read(path) for path in paths if path.suffix != ".toml"}
+    measured = [file for file in files.values() if "kernels" in file]
+    if len({file["meta"]["profile"] for file in measured}) != 1:
+        parser.error("files: need what measure wrote, under one profile")
+    populations = [name for names in document.by_place(measured).values() for name in names]
+    if twice := {name for name in populations if populations.count(name) > 1}:
+        parser.error(f"files: got {', '.join(sorted(twice))} on several devices; allowed: one for each population")
+    mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
+    peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
+    results_file.write_text(to, document.text(measured, peers, mutants, reasons))
 
 
 def _write(path: Path, found: dict[str, object]) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conformance.page.markdown import table
+from tests.judge.power import automatic
 from tests.judge.power.measure import JUDGE
 from tests.judge.power.oracles import ORACLES
 from tests.judge.power.peers import escaped
 from tests.judge.power.peers import section as peers_section
 
 Json = Mapping[str, Any]
+
+SURVIVORS = "docs/results/power/survivors.toml"
 
 HEAD = """# What the judge finds
 
@@ -48,13 +51,19 @@ alone; it is no judgement of the projects, which have other tests beside these.
 """
 
 
-def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[Json] = ()) -> str:
+def text(
+    measured: Sequence[Json],
+    peers: Mapping[str, Json],
+    mutants: Sequence[Json] = (),
+    reasons: Mapping[str, str] | None = None,
+) -> str:
     """The document.
 
     Args:
         measured: what `measure` wrote under one profile, each population on one device.
         peers: what `conformance run --json` wrote, by the name of the file.
-        mutants: what `conformance mutate --json` wrote.
+        mutants: what `conformance mutate --json` wrote, or `automatic.brief` of it.
+        reasons: by the name of a mutant, why it survives.
     """
     kernels = [kernel for file in measured for kernel in file["kernels"]]
     counts = {name: sum(kernel["population"] == name for kernel in kernels) for name in POPULATIONS}
@@ -77,9 +86,9 @@ def text(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[
         "### What the judge misses",
         _missed(kernels),
         *_false_alarms(kernels),
-        *_automatic(mutants),
+        *automatic.section(mutants, reasons or {}),
         *peers_section(peers),
-        _again(measured, peers, bool(mutants)),
+        _again(measured, peers, mutants),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -192,32 +201,7 @@ def _false_alarms(kernels: Sequence[Json]) -> list[str]:
     return ["### Right kernels that other tests reject", table(["kernel", "operation", "rejected by"], cells)]
 
 
-AUTOMATIC = """
-## Automatic mutants
-
-`python -m conformance mutate` changes the source of a kernel, one expression at a time;
-[judge.md](judge.md#plant-faults) explains the verdicts. The rate leaves out the mutants that are confirmed to be no
-faults, and launch parameters that change no bit of any result.
-"""
-
-
-def _automatic(files: Sequence[Json]) -> list[str]:
-    cells = []
-    for file in files:
-        for op in dict.fromkeys(result["op"] for result in file["results"]):
-            verdicts = [result["verdict"] for result in file["results"] if result["op"] == op]
-            equivalent = sum(verdict in ("equivalent", "same bits") for verdict in verdicts)
-            killed = sum(verdict in ("killed", "raised") for verdict in verdicts)
-            judged = len(verdicts) - equivalent
-            rate = f"{100 * killed / judged:.1f} %" if judged else "-"
-            device = f"{file['meta']['device']}, {file['meta']['profile']}"
-            cells.append([op, device, str(len(verdicts)), str(equivalent), f"{killed} of {judged}", rate])
-    if not cells:
-        return []
-    return [AUTOMATIC, table(["operation", "device, profile", "mutants", "no fault", "killed", "rate"], cells)]
-
-
-def _again(measured: Sequence[Json], peers: Mapping[str, Json], mutants: bool) -> str:
+def _again(measured: Sequence[Json], peers: Mapping[str, Json], mutants: Sequence[Json]) -> str:
     profile = measured[0]["meta"]["profile"]
     populations: dict[str, dict[str, None]] = {}
     for file in measured:
@@ -231,10 +215,15 @@ def _again(measured: Sequence[Json], peers: Mapping[str, Json], mutants: bool) -
         files.append(f"out/{file}.json")
         jobs = f"--device {device} --profile {profile} --jobs 16"
         lines.append(f"python -m tests.judge.power measure {chosen}{jobs} --json {files[-1]}")
-    files += [*(f"out/{name}.json" for name in peers), *(["out/mutants.json"] if mutants else [])]
+    files += [*(f"out/{name}.json" for name in peers), *(["out/mutants.json", SURVIVORS] if mutants else [])]
     for name, peer in peers.items():
         where = "--backend {backend} --device {device} --profile {profile}".format(**peer["meta"])
         lines.append(f"python -m conformance run {where} --json out/{name}.json")
-    lines += ["python -m conformance mutate --json out/mutants.json"] * mutants
+    for file in mutants:
+        drawn = {name: file["meta"][name] for name in ("device", "profile", "sample", "seed") if file["meta"][name]}
+        options = " ".join(f"--{name} {value}" for name, value in drawn.items())
+        lines.append(
+            f"python -m conformance mutate {options} --dtype {' '.join(file['meta']['dtypes'])} --json out/mutants.json"
+        )
     lines.append(f"python -m tests.judge.power write {' '.join(files)}")
     return "\n".join(["## How to make this page", "", "```sh", *lines, "```"])
