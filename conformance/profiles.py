@@ -26,6 +26,11 @@ class Profile:
     derandomize: bool
     shrink_seconds: float
 
+    @property
+    def affords_costly(self) -> bool:
+        """Whether the costly cases of a spec are checked: they take longer than all cases of a short profile."""
+        return self.examples >= 20
+
     def count(self, share: float) -> int:
         """The number of cases of a property that gets this share of the examples."""
         return max(3, round(self.examples * share))

@@ -37,6 +37,7 @@ class Property:
         exempt: returns why a declaration promises nothing about the property; empty if it does.
         each_option: whether the property tries what a backend may lack one by one, so that it fails for a call that
             raises NotImplementedError. Under any other property a case with an option that is lacking is not checked.
+        costly: whether it also checks the costly cases of a spec.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Property:
     needs: Sequence[Need] = ()
     exempt: Exempt = lambda declaration: ""
     each_option: bool = False
+    costly: bool = False
 
     @classmethod
     def of_file(
@@ -58,10 +60,12 @@ class Property:
         needs: Sequence[Need] = (),
         exempt: Exempt = lambda declaration: "",
         each_option: bool = False,
+        costly: bool = False,
     ) -> Property:
         """The property that a file states: named as the file, with the first line of its docstring."""
         statement = _first_line(sys.modules[check.__module__].__doc__)
-        return cls(check.__module__.rsplit(".", 1)[-1], statement, check, cases, share, needs, exempt, each_option)
+        name = check.__module__.rsplit(".", 1)[-1]
+        return cls(name, statement, check, cases, share, needs, exempt, each_option, costly)
 
     @classmethod
     def of_function(cls, check: Check, *, cases: Cases | None = None, share: float = 1.0) -> Property:

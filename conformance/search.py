@@ -228,13 +228,14 @@ def search(
 def cover(
     trial: AnyTrial, prop: Property, profile: Profile, notify: Callable[[str], None] = lambda case: None
 ) -> list[Case]:
-    """The cases that a property checks before random ones, because they cover what was explored."""
+    """The cases that a property checks before random ones: they cover what was explored; and the costly ones."""
     if prop.cases is not None or not isinstance(trial, Trial) or not profile.explored:
         return []
     # Each dtype takes every third case of one cover, so that together they cover three times as many settings.
     turn = list(DTYPES.values()).index(trial.dtype)
     whole = _whole(trial, profile, notify)
-    return whole.cover(len(DTYPES) * (3 * profile.count(prop.share) // 4), profile.examples // 5)[turn :: len(DTYPES)]
+    found = whole.cover(len(DTYPES) * (3 * profile.count(prop.share) // 4), profile.examples // 5)[turn :: len(DTYPES)]
+    return [*found, *(trial.spec.drawing.costly if prop.costly and profile.affords_costly else ())]
 
 
 def _whole(trial: Trial, profile: Profile, notify: Callable[[str], None] = lambda case: None) -> Explored:
@@ -252,7 +253,8 @@ def _checked(
         return attempts.over(cases) if cases else attempts.skipped("no cases")
     smaller = lambda case: _whole(trial, profile, attempts.notify).smaller(case)  # noqa: E731
     failed = attempts.first(covering, smaller) if covering else None
-    return failed or attempts.drawn(trial.cases(profile), profile.settings(profile.count(prop.share) - len(covering)))
+    count = max(1, profile.count(prop.share) - len(covering))
+    return failed or attempts.drawn(trial.cases(profile), profile.settings(count))
 
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:

@@ -200,7 +200,7 @@ class Campaign:
 
         def after(one: Key, result: Examined) -> None:
             found[one].add(result)
-            for key in asked[one] if found[one].failed and not self.every else ():
+            for key in asked[one] if not self.every else ():
                 conclude(key, last=False)
 
         for stage in ordered:

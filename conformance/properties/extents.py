@@ -20,7 +20,8 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
         sizes.append(SUMMED)
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
-    return [spec.case(rows, columns) for rows, columns in sizes]
+    costly = spec.drawing.costly if profile.affords_costly else ()
+    return [*(spec.case(rows, columns) for rows, columns in sizes), *costly]
 
 
 def check(trial: Trial, case: Case) -> float:

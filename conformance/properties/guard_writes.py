@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> None:
         demand_unbroken(name, fence)
 
 
-PROPERTY = Property.of_file(check, share=0.4)
+PROPERTY = Property.of_file(check, share=0.4, costly=True)

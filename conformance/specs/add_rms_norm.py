@@ -53,6 +53,7 @@ spec = Spec(
         sizes={"rows": row_counts, "hidden": column_counts},
         build=_build,
         options=rms_norm.spec.drawing.options,
+        costly=rms_norm.MANY_LONG_ROWS,
     ),
     outputs=["normed", "sum"],
     grads=["x", "residual", "weight"],

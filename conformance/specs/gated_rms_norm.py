@@ -180,6 +180,7 @@ spec = Spec(
         required=lambda case: {"group_size": case.size("hidden")},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=lambda rows, columns: (rows, 1 + (columns % 3 == 0), columns),
+        costly=[Case((("rows", 257), ("groups", 1), ("hidden", 8193)))],
     ),
     outputs=["y"],
     grads=["x", "gate", "weight"],

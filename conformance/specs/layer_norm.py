@@ -82,6 +82,7 @@ spec = Spec(
         options={"eps": [1e-5, 1e-6, 0.5]},
         # "level": mean square minus squared mean is nothing but rounding errors.
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "level"],
+        costly=[Case((("rows", 257), ("hidden", 8193)))],
     ),
     outputs=["y"],
     grads=["x", "weight", "bias"],
