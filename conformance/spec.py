@@ -121,7 +121,7 @@ class Drawing:
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
         partial: whether the reference refuses some cases with an error; these are skipped.
         counts: dimensions of which a call may have very many; by default the one that counts rows.
-        costly: cases of `extents` and `guard_writes` that take seconds in an interpreter; not under the profile `dev`.
+        costly: cases of `guard_writes` that take seconds in an interpreter; not under the profile `dev`.
     """
 
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]

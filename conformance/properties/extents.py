@@ -20,8 +20,7 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
         sizes.append(SUMMED)
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
-    costly = spec.drawing.costly if profile.affords_costly else ()
-    return [*(spec.case(rows, columns) for rows, columns in sizes), *costly]
+    return [spec.case(rows, columns) for rows, columns in sizes]
 
 
 def check(trial: Trial, case: Case) -> float:
