@@ -45,6 +45,7 @@ def main() -> None:
     second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
     brief = steps.add_parser("brief", help="shorten what conformance's mutate wrote to what write needs")
     brief.add_argument("mutants", type=Path)
+    brief.add_argument("--note", default="", help="how the mutants were examined, for the document")
     brief.add_argument("--json", type=Path, required=True)
     third = steps.add_parser("gate", help="run gates whose right verdict is known, on a GPU")
     third.add_argument("--gates", type=int, default=280, help="number of gates, without those of wrong kernels (280)")
@@ -65,7 +66,7 @@ def main() -> None:
     elif "files" in arguments:
         _write_document(parser, arguments.files, arguments.to)
     elif "mutants" in arguments:
-        results_file.write_text(arguments.json, automatic.brief(_read(arguments.mutants)))
+        results_file.write_text(arguments.json, automatic.brief(_read(arguments.mutants), arguments.note))
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         chosen = [

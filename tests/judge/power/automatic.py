@@ -22,8 +22,8 @@ under the operation that found it.
 FOUND, NO_FAULT = ("killed", "raised"), ("equivalent", "same bits")
 
 
-def brief(file: Json) -> str:
-    """What the document needs of a file that `mutate --json` wrote, and which property killed a mutant, as JSON."""
+def brief(file: Json, note: str = "") -> str:
+    """What the document needs of a file that `mutate --json` wrote, with a note on how the mutants were examined."""
     results = [
         json.dumps(
             {
@@ -33,7 +33,7 @@ def brief(file: Json) -> str:
         )
         for one in file["results"]
     ]
-    meta, lines = json.dumps(file["meta"]), ",\n".join(results)
+    meta, lines = json.dumps({**file["meta"], "note": note}), ",\n".join(results)
     return f'{{"meta": {meta}, "results": [\n{lines}\n]}}\n'
 
 
@@ -70,7 +70,7 @@ def _sample(meta: Json) -> str:
     device = {"cuda": "a CUDA device", "cpu": "a CPU"}[meta["device"]]
     return (
         f"On {device} ({software}), commit {meta['commit'][:7]}, profile `{meta['profile']}`,"
-        f" {', '.join(meta['dtypes'])}: {drawn}."
+        f" {', '.join(meta['dtypes'])}: {drawn}. {meta.get('note', '')}".strip()
     )
 
 
