@@ -21,7 +21,6 @@ from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next
 from unsloth_ref.float8_checks import BLOCK
 
 EMULATED = tl.constexpr(INTERPRETED)
-SIGN = tl.constexpr(0x80)
 GROUP = 8  # tiles of rows whose programs run together and share their columns of the weight
 
 

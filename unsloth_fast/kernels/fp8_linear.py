@@ -17,7 +17,7 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._fp8 import product, quantise
 from unsloth_fast.kernels._launch import check_runnable, register, rows_of
-from unsloth_fast.kernels._replay import call, call_recorded
+from unsloth_fast.kernels._replay import call
 from unsloth_ref import float8_checks
 
 
@@ -112,5 +112,4 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
             differs from x in dtype.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
     """
-    run = call_recorded if bias is None else call
-    return run(_Fp8Linear, check, x, weight, scale, bias)
+    return call(_Fp8Linear, check, x, weight, scale, bias)
