@@ -20,7 +20,7 @@ CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
-    op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].drawing.required(case)
+    op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].required(case, torch.float32)
     for op, case in CASES.items()
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])

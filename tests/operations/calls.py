@@ -32,7 +32,7 @@ def call_of(
 
     def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
         arguments = inputs | dict(zip(names, leaves, strict=True))
-        results = getattr(kernels, spec.op)(**arguments, **spec.drawing.required(case), **options)
+        results = getattr(kernels, spec.op)(**arguments, **spec.required(case, dtype), **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call, [LAYOUTS[spec.speed.layout](inputs[name]) for name in names]
