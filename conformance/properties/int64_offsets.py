@@ -64,7 +64,7 @@ def last_repetition(trial: Trial, case: Case) -> float:
     if is_plain(trial.call({n: leaf(t, n in grads) for n, t in inputs.items()}, trial.options(case))):
         raise Unchecked("plain PyTorch, which counts in 64 bits")
     grad_outputs = trial.grad_outputs(case, peer.outputs)
-    times = FAR // max(inputs[name].numel() for name in parts.grads or trial.spec.rowwise) + 1
+    times = FAR // max(inputs[name].numel() for name in parts.grads) + 1
     many, changed, rows = parts.pick(inputs, [*range(parts.count(inputs))] * times)
     by_row = [output.ndim > 0 for output in peer.outputs]
     gradients = [g[rows] if own else g for g, own in zip(grad_outputs, by_row, strict=True)]

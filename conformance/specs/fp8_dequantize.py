@@ -20,8 +20,6 @@ from conformance.spec import (
 from conformance.specs.fp8_quantize import spec as quantize
 from unsloth_ref.kernels import fp8_dequantize, fp8_quantize
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def quantised(draw: Draw, x: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
     """The values and scales of a matrix, with the case's layout."""
@@ -41,10 +39,6 @@ def _every_number(inputs: Inputs) -> Inputs:
     return {"values": numbers.view(torch.float8_e4m3fn), "scale": inputs["scale"].new_tensor([[1.0], [0.75]])}
 
 
-def _dtype(case: Case) -> torch.dtype:
-    return DTYPES[case.seed % 3]
-
-
 def _truth(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The product, not rounded."""
     return fp8_dequantize(values, scale, torch.float64)
@@ -62,7 +56,7 @@ spec = Spec(
     drawing=Drawing(
         sizes=quantize.drawing.sizes,
         build=_build,
-        required=lambda case: {"dtype": _dtype(case)},
+        typed="dtype",
         fills=quantize.drawing.fills,
         shape=quantize.drawing.shape,
     ),

@@ -33,7 +33,7 @@ spec = Spec(
         sizes={
             "rows": lambda budget: st.one_of(
                 st.integers(1, max(1, min(budget, 40))),
-                st.sampled_from([size for size in (127, 128, 129, 260, 1) if size <= max(1, budget)]),
+                st.sampled_from([127, 129, 260]),
             ),
             "columns": moderate_column_counts,
         },
@@ -53,7 +53,9 @@ spec = Spec(
     },
     memory=Memory(Case((("rows", 8192), ("columns", 8192))), grads=[]),
     argument_kinds={
-        "numbers that the scale of a block rounds to 0": change_inputs(lambda i: {"x": i["x"] * 2.0**-120}),
+        "numbers that the scale of a block rounds to 0": change_inputs(
+            lambda i: {"x": torch.where(i["x"] < 0, -1.0, 1.0).to(i["x"]) * 2.0**-120}
+        ),
         "no columns": change_inputs(lambda i: {"x": i["x"][:, :0]}),
         "no rows": change_inputs(lambda i: {"x": i["x"][:0]}),
         "a block of zeros beside others": change_inputs(

@@ -25,6 +25,7 @@ GOOD = {
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
+FLOAT8 = torch.ones(2, 3).to(torch.float8_e4m3fn)
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
@@ -144,6 +145,19 @@ BAD = [
     ("qk_norm_rope", {"eps": -1.0}, ValueError, "eps", "-1.0", "from 0.0"),
     ("qk_norm_rope", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
     ("qk_norm_rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index", "0 to 8"),
+    ("fp8_quantize", {"x": torch.ones(5)}, ValueError, "x", "[5]", "[O, I]"),
+    ("fp8_quantize", {"x": torch.ones(3, 5).int()}, TypeError, "x", "torch.int32", "torch.float16"),
+    ("fp8_quantize", {"block_rows": 64}, ValueError, "block_rows", "64", "1, 128"),
+    ("fp8_dequantize", {"values": torch.ones(3, 5)}, TypeError, "values", "torch.float32", "torch.float8_e4m3fn"),
+    ("fp8_dequantize", {"scale": torch.ones(2, 1)}, ValueError, "scale", "[2, 1]", "[1, 1] or [3, 1], one entry per"),
+    ("fp8_dequantize", {"scale": torch.ones(1, 1).half()}, TypeError, "scale", "torch.float16", "torch.float32"),
+    ("fp8_dequantize", {"dtype": torch.int8}, TypeError, "dtype", "torch.int8", "torch.bfloat16"),
+    ("fp8_linear", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
+    ("fp8_linear", {"weight": FLOAT8}, ValueError, "weight", "[2, 3]", "[2, 8], the last dimension of x"),
+    ("fp8_linear", {"weight": torch.ones(5, 8)}, TypeError, "weight", "torch.float32", "torch.float8_e4m3fn"),
+    ("fp8_linear", {"scale": torch.ones(1)}, ValueError, "scale", "[1]", "[1, 1], one entry per block of 128 x 128"),
+    ("fp8_linear", {"scale": torch.ones(1, 1).requires_grad_()}, ValueError, "scale", "requires", "a constant"),
+    ("fp8_linear", {"bias": torch.ones(7)}, ValueError, "bias", "[7]", "[5], one entry per row of weight"),
     ("cross_entropy", {"logits": torch.ones(5)}, ValueError, "logits", "[5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(1, 3, 5)}, ValueError, "logits", "[1, 3, 5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(3, 0)}, ValueError, "logits", "[3, 0]", "V at least 1"),
@@ -227,6 +241,9 @@ LIMITS = [
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
+    ("fp8_quantize", {"x": torch.ones(0, 5).half(), "block_rows": 1}),
+    ("fp8_dequantize", {"scale": torch.ones(3, 1)}),
+    ("fp8_linear", {"x": torch.ones(0, 8)}),
     ("cross_entropy", {"softcap": 0, "label_smoothing": 0, "z_loss": 0}),
     ("cross_entropy", {"label_smoothing": 1}),
     ("cross_entropy", {"num_items": 0}),
@@ -281,7 +298,7 @@ def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any
         for name, value in (GOOD[operation] | changes).items()
     }
     found = getattr(import_module(backend), operation)(**arguments)
-    assert all(output.isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
+    assert all(output.float().isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from unsloth_fast.kernels._fp8 import fp8_dequantize_kernel
 from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, register
 from unsloth_ref import float8_checks
-from unsloth_ref.float8_checks import BLOCK
+from unsloth_ref.float8_checks import BLOCK, blocks
 
 ROWS = 32  # of a tile; they divide those of a block
 
@@ -25,7 +25,7 @@ def fp8_dequantize_forward(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -
         launch(
             fp8_dequantize_kernel, cdiv(rows, ROWS) * scale.shape[1], numbers,
             numbers, scale, x, rows, columns, scale.shape[1], *numbers.stride(), *scale.stride(),
-            WHOLE=len(scale) != rows, ROWS=ROWS, COLUMNS=BLOCK, num_warps=4,
+            WHOLE=len(scale) == blocks(rows), ROWS=ROWS, COLUMNS=BLOCK, num_warps=4,
         )  # fmt: skip
     return x
 
