@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ CALLS: list[tuple[Spec, dict[str, Any]]] = [
     (spec, options) for spec in specs().values() for options in [{}, *([spec.row_options] if spec.row_options else [])]
 ]
 CALL_NAMES = [f"{spec.op} {' '.join(map(str, options.values()))}".strip() for spec, options in CALLS]
+DIFFERENTIABLE = [
+    pytest.param(spec, options, id=name) for (spec, options), name in zip(CALLS, CALL_NAMES, strict=True) if spec.grads
+]
 
 
 def call_of(
