@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.bounds import Terms
-from conformance.case import Case, Draw
+from conformance.case import Draw
 from conformance.promises import Law
 from conformance.spec import (
     Budget,
