@@ -10,6 +10,8 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
+from unsloth_ref.types import NF4Weight
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -235,11 +237,15 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
         raise ValueError(f"positions: got {int(positions[index])} at index {index}; allowed: 0 to {rows - 1}")
 
 
-def lora_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+def lora_arguments(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
     """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter."""
     if x.ndim == 0:
         raise ValueError("x: got shape []; allowed: [..., I]")
     dtype("x", x)
+    if isinstance(weight, NF4Weight):
+        nf4_arguments(*weight, x.dtype)
+        same_device("weight", weight.packed, "x", x)
+        weight = x.new_empty(()).expand(*weight.shape)  # in its place below
     dimensions("weight", weight, 2, "[O, I]")
     shape("weight", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
     dtype("weight", weight, (x.dtype,))

@@ -27,6 +27,7 @@ GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
 FLOAT8 = torch.ones(2, 3).to(torch.float8_e4m3fn)
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
+NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nested_offset"))
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
@@ -158,6 +159,31 @@ BAD = [
     ("fp8_linear", {"scale": torch.ones(1)}, ValueError, "scale", "[1]", "[1, 1], one entry per block of 128 x 128"),
     ("fp8_linear", {"scale": torch.ones(1, 1).requires_grad_()}, ValueError, "scale", "requires", "a constant"),
     ("fp8_linear", {"bias": torch.ones(7)}, ValueError, "bias", "[7]", "[5], one entry per row of weight"),
+    (
+        "nf4_dequantize",
+        {"packed": torch.ones(7).byte()},
+        ValueError,
+        "packed",
+        "7 elements",
+        "8 elements, two of shape",
+    ),
+    ("nf4_dequantize", {"packed": torch.ones(8).int()}, TypeError, "packed", "torch.int32", "torch.uint8"),
+    ("nf4_dequantize", {"absmax": torch.ones(2).byte()}, ValueError, "absmax", "[2]", "[1], one per 64 elements"),
+    ("nf4_dequantize", {"absmax": torch.ones(1)}, TypeError, "absmax", "torch.float32", "torch.uint8"),
+    ("nf4_dequantize", {"nested_code": torch.ones(16)}, ValueError, "nested_code", "[16]", "[256], one per value"),
+    (
+        "nf4_dequantize",
+        {"nested_absmax": None},
+        ValueError,
+        "nested_absmax",
+        "None with nested_code",
+        "or none of them",
+    ),
+    ("nf4_dequantize", {"nested_absmax": torch.ones(2)}, ValueError, "nested_absmax", "[2]", "[1], one per 256 blocks"),
+    ("nf4_dequantize", {"nested_offset": torch.ones(1)}, ValueError, "nested_offset", "[1]", "[], a single number"),
+    ("nf4_dequantize", {"shape": (3, -5)}, ValueError, "shape", "[3, -5]", "sizes from 0"),
+    ("nf4_dequantize", {"shape": (3, 6)}, ValueError, "packed", "8 elements", "9 elements, two of shape [3, 6]"),
+    ("nf4_dequantize", {"dtype": torch.int8}, TypeError, "dtype", "torch.int8", "torch.bfloat16"),
     ("cross_entropy", {"logits": torch.ones(5)}, ValueError, "logits", "[5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(1, 3, 5)}, ValueError, "logits", "[1, 3, 5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(3, 0)}, ValueError, "logits", "[3, 0]", "V at least 1"),
@@ -244,6 +270,9 @@ LIMITS = [
     ("fp8_quantize", {"x": torch.ones(0, 5).half(), "block_rows": 1}),
     ("fp8_dequantize", {"scale": torch.ones(3, 1)}),
     ("fp8_linear", {"x": torch.ones(0, 8)}),
+    ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),
+    ("nf4_dequantize", NOT_NESTED | {"absmax": torch.ones(1)}),
+    ("nf4_dequantize", NOT_NESTED | {"packed": torch.ones(0).byte(), "absmax": torch.ones(0), "shape": (0, 7)}),
     ("cross_entropy", {"softcap": 0, "label_smoothing": 0, "z_loss": 0}),
     ("cross_entropy", {"label_smoothing": 1}),
     ("cross_entropy", {"num_items": 0}),
@@ -257,7 +286,8 @@ LIMITS = [
 @pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
 def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
     """With the contract's type, and a message that names the argument."""
-    inputs, options = mistake.change(spec.inputs(spec.case(3, 8), torch.float32, "cpu"), {})
+    case = spec.case(3, 8)
+    inputs, options = mistake.change(spec.inputs(case, torch.float32, "cpu"), spec.required(case, torch.float32))
     with pytest.raises(mistake.raises, match=rf"^{mistake.names}: got .*; allowed: "):
         getattr(import_module(backend), spec.op)(*inputs.values(), **options)
 

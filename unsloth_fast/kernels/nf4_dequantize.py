@@ -1,6 +1,7 @@
 """Weights that bitsandbytes stores in 4 bits, in a dtype to compute with.
 
-    w_i = code[n_i] * a_(i // 64)        a_b = absmax_b, or nested_code[absmax_b] * nested_absmax_(b // 256) + nested_offset
+    w_i = code[n_i] * scale_(i // 64)
+    scale_b = absmax_b, or with nested scales nested_code[absmax_b] * nested_absmax_(b // 256) + nested_offset
 
 One launch, nested scales included. A program takes words of four bytes, eight elements each, that lie in one group of
 256 blocks; it holds the 16 numbers of `code` in shared memory. Nothing is saved: there is no backward pass. All
@@ -9,7 +10,6 @@ for N elements of b bytes: N / 2 + N / 64 + 4 (N / 16384) with nested scales, N 
 """
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import triton

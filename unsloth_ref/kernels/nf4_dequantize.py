@@ -1,6 +1,7 @@
 """Weights that bitsandbytes stores in 4 bits, in a dtype to compute with.
 
-    w_i = code[n_i] * a_(i // 64)        a_b = absmax_b, or nested_code[absmax_b] * nested_absmax_(b // 256) + nested_offset
+    w_i = code[n_i] * scale_(i // 64)
+    scale_b = absmax_b, or with nested scales nested_code[absmax_b] * nested_absmax_(b // 256) + nested_offset
 
 n_i is half of a byte: the upper one for an even i, the lower one for an odd i. `code` holds 16 quantiles of the normal
 distribution, scaled to [-1, 1].
