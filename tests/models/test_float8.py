@@ -16,9 +16,8 @@ from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import float8, place
 from unsloth_ref.kernels import fp8_dequantize, fp8_quantize
 
-TOKENS = torch.arange(40).reshape(2, 20) % 45
-# The largest relative difference between the losses of the two runs below, and about three times as much.
-BAND = 0.03
+TOKENS = torch.arange(20)[None]
+BAND = 0.01  # of the loss: what a run in float8 may differ by; these thirty steps differ by 0.0033 at most
 
 
 def in_float8(folder: Path, **options: Any) -> tuple[Any, Any]:
@@ -30,9 +29,9 @@ def layers_of(model: Any) -> dict[str, FP8Linear]:
 
 
 def steps(model: Any, count: int) -> list[float]:
-    """The losses of a run with AdamW on the same two rows."""
+    """The losses of a run with AdamW on the same row."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=2e-2), []
+    optimizer, losses = torch.optim.AdamW(parameters, lr=5e-3), []
     for _ in range(count):
         loss = model(TOKENS, labels=TOKENS).loss
         loss.backward()
@@ -66,27 +65,30 @@ def test_linear_layers_become_float8_and_the_head_does_not(tmp_path: Path) -> No
 
 
 def test_a_run_stays_in_a_band_around_that_of_float32(tmp_path: Path) -> None:
-    """Thirty steps, from a loss near log 48 to a fraction of it."""
+    """In each of thirty steps, in which the loss falls by more than 1."""
     runs = []
     for fp8 in (True, False):
         model, _ = in_float8(tmp_path / "a") if fp8 else load(tiny.folder(tmp_path / "b"))
-        runs.append(steps(FastLanguageModel.get_peft_model(model, r=4), 30))
+        runs.append(steps(FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16), 30))
     quantised, plain = map(torch.tensor, runs)
-    assert quantised[-1] < 0.7 * quantised[0]
+    assert quantised[-1] < quantised[0] - 1
     assert ((quantised - plain).abs() <= BAND * plain).all()
 
 
 def test_both_backends_give_the_same_gradients_of_adapters(tmp_path: Path) -> None:
-    """Up to roundings to float32, after some steps, when no adapter is zero."""
+    """After a step, when no adapter is zero, and closer than one bit of bfloat16.
+
+    Sums in another order change the last bit of an activation, and then a few are quantised to the other neighbour.
+    """
     model, _ = in_float8(tmp_path)
     model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
-    steps(model, 2)
+    steps(model, 1)
     expected = gradients_of(model)
     assert place(model, backends.resolve("fast"))["fp8_linear"] == 14
     found = gradients_of(model)
     assert found.keys() == expected.keys() and len(found) == 28
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+        assert (found[name] - gradient).norm() <= torch.finfo(torch.bfloat16).eps * gradient.norm()
 
 
 def test_the_gradients_are_those_of_the_dequantised_weights(tmp_path: Path) -> None:
