@@ -5,11 +5,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -69,6 +70,39 @@ def test_layer_and_adapter_in_one_operation() -> None:
     model = adapted()
     assert place(model, REFERENCE)["lora_linear"] == 14
     assert_as_before(adapted(), 1e-12)
+
+
+def twice(self: Any, x: Tensor) -> Tensor:
+    """The forward that somebody gives a layer."""
+    return 2 * type(self).forward(self, x)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a forward of somebody else's": lambda layer: setattr(layer, "forward", MethodType(twice, layer)),
+    "a hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda _, g, __: (2 * g[0],)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_a_layer_that_does_more_than_its_class_is_called(name: str, change: str) -> None:
+    model = adapted()
+    layer: Any = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    CHANGES[change](layer.get_submodule(name))
+    assert_as_before(model, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_weights_that_accelerate_loads_when_a_layer_is_called(family: str) -> None:
+    """Norms of heads too; the weights have no memory before."""
+    model = adapted(base=tiny.model(family, torch.float64))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        place(model, REFERENCE)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(TOKENS).logits, expected)
 
 
 def disabled(model: PeftModel) -> None:
