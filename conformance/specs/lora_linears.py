@@ -143,7 +143,7 @@ def _biases(inputs: Inputs) -> dict[str, Tensor]:
 
 def _bench(columns: int, out: int, others: int, tokens: int = 16384) -> dict[str, object]:
     """Frozen layers with adapters of rank 16, in float32 as peft keeps them."""
-    sizes = {"rows": tokens, "rank": 16, "wide": 1, "columns": columns, "out": out, "others": others}
+    sizes: dict[str, object] = {"rows": tokens, "rank": 16, "wide": 1, "columns": columns, "out": out, "others": others}
     return sizes | {"grads": ("x", *ADAPTERS)}
 
 

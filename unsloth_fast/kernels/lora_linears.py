@@ -104,11 +104,11 @@ def lora_linears_backward(
         for own, one, factor, by in zip(parts(dlow, lora_a, 1), each_dy, scaling, b, strict=True):
             own.addmm_(one, by, beta=0, alpha=factor)
         if needs_x:
-            flat = dx.view(rows.shape)
-            torch.mm(each_dy[0], weight[0], out=flat)
+            total = dx.view(rows.shape)
+            torch.mm(each_dy[0], weight[0], out=total)
             for one, by in zip(each_dy[1:], weight[1:], strict=True):
-                flat.addmm_(one, by)
-            flat.addmm_(dlow, a)
+                total.addmm_(one, by)
+            total.addmm_(dlow, a)
         if any(needs_a):
             da = product(dlow, rows, da.dtype)
     for i, one in enumerate(each_dy):

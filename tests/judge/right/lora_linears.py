@@ -38,13 +38,6 @@ def of_peft(x: Tensor, *layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 @_lora_linears
-def of_merged_weights(x: Tensor, *layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Layer by layer, the last one first, each by its merged weight."""
-    backwards = [lora_linear.of_the_merged_weight(x, *layer) for layer in reversed([*zip(*layers, strict=True)])]
-    return tuple(reversed(backwards))
-
-
-@_lora_linears
 def in_one_product(
     x: Tensor,
     weight: Sequence[Tensor],
@@ -81,7 +74,6 @@ def in_reverse(
 
 TABLE = {
     "of_peft": of_peft,
-    "of_merged_weights": of_merged_weights,
     "in_one_product": in_one_product,
     "in_float64": in_float64,
     "in_reverse": in_reverse,
