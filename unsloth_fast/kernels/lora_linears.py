@@ -12,10 +12,16 @@ terms of dx are added up by the products themselves, in one tensor: autograd wou
 output has no gradient costs no product. Saved: x, all weights, adapters and low. Precision is that of `lora_linear`:
 sums in float32; low, dlow, y without the adapter and the partial sums of dx are rounded to x.dtype.
 
-Bytes moved, n layers, T rows of I columns, beside the weights and each layer's own y and dy (in units of T * I
-elements; n calls of `lora_linear` in brackets): x for low 1 (n), x for dlora_a 1 (n), dx 2n + 1 (3n, and 3n - 3 of
-autograd's sums). For n = 3 that is 9 (21), for n = 2, 7 (13). Launches with adapters in float32 and a scaling of 1:
-2n + 2 (5n) forward, 3n + 4 (9n - 1) backward.
+For n layers, T rows of I columns, adapters in float32 and a scaling of 1, n calls of `lora_linear` and their sum of dx
+in brackets:
+
+    launches, forward             2n + 2 (5n)
+    launches, backward            3n + 3 (8n - 1)
+    passes over T x I elements    2n + 3 (8n - 3): x for low and for dlora_a 1 (n) each, dx 2n + 1 (6n - 3)
+
+The layers' own products, which read x and write each y, and the products that add to y are the same in both. Expected
+of the five projections of Llama 3.2 1B that share an input: 28 fewer launches per decoder layer, 448 per step, and 18
+passes fewer: 0.3 GB per layer at 4096 tokens and 1.2 GB at 16384, which at 4.25 TB/s are 1.1 and 4.5 ms per step.
 """
 
 from collections.abc import Sequence
