@@ -247,7 +247,7 @@ LIMITS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
 def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
-    """With the contract's type, and a message that names the argument."""
+    """The error has the contract's type, and a message that names the argument."""
     inputs, options = mistake.change(spec.inputs(spec.case(3, 8), torch.float32, "cpu"), {})
     positional, by_name = placed(spec.reference, inputs)
     with pytest.raises(mistake.raises, match=rf"^{re.escape(mistake.names)}: got .*; allowed: "):
@@ -292,7 +292,7 @@ def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any
 
 
 def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
+    """They are checked on a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
     monkeypatch.delenv("UNSLOTH_DEBUG", raising=False)
     here, elsewhere = torch.zeros(1).long(), torch.zeros(1, device="meta").long()
     assert checks.values_are_checked(here)

@@ -108,7 +108,7 @@ def check(case: Case, run: Callable[..., Tensor], tensors: list[Tensor]) -> None
 @pytest.mark.parametrize("backend", [fast, reference], ids=["fast", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_one_tensor_as_several_arguments(name: str, backend: ModuleType, mode: str) -> None:
-    """Also in one graph, and among repeated calls with the same signature, in which the tensors are distinct."""
+    """This holds also in one graph, and among repeated calls with the same signature and distinct tensors."""
     case = CASES[name]
 
     def call(*tensors: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_one_tensor_as_several_arguments(name: str, backend: ModuleType, mode: s
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_tensor_that_needs_no_gradient(name: str) -> None:
-    """In one graph."""
+    """The tensor stands for several arguments of one graph."""
     case = CASES[name]
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     torch._dynamo.reset()

@@ -45,7 +45,7 @@ def quantised_names(model: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_layers_are_left_out_by_structure(name: str) -> None:
-    """Mamba's projections, which are read instead of called, gates of experts, and routers that are linear layers."""
+    """They are Mamba's projections, which are read instead of called, gates of experts, and linear routers."""
     model = zoo.empty(name)
     kept, quantised = SPLIT[name]
     converted = quantised_names(model)
@@ -56,7 +56,7 @@ def test_layers_are_left_out_by_structure(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl"])
 def test_all_of_the_text_model_and_nothing_else_is_quantised(name: str) -> None:
-    """Neither the vision tower nor what joins it to the text model."""
+    """The vision tower is not quantised, and neither is what joins it to the text model."""
     model = zoo.empty(name)
     layers = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert quantised_names(model) == {path for path in layers if path.startswith("model.language_model.layers.")}
@@ -90,7 +90,7 @@ class Reader(nn.Module):
 
 
 def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
-    """Not to initialise it or to find its device; in a subclass too."""
+    """To initialise it or to find its device is no reading; the source of a subclass counts too."""
     derived = type("Derived", (Reader,), {"__module__": __name__})
     for kind in (Reader, derived):
         assert quantization.read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}
@@ -130,7 +130,7 @@ def test_a_family_without_the_usual_name_of_its_experts_has_a_load_balancing_los
 def test_a_model_that_does_not_return_what_its_routers_computed_has_no_load_balancing_loss(
     tmp_path: Path, asked: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As Granite with transformers 5.17. TRL would fail after the first forward pass."""
+    """Granite with transformers 5.17 is one. TRL would fail after the first forward pass."""
     args = arguments(tmp_path, router_aux_loss_coef=asked)
     silent = type("Silent", (), {"_can_record_outputs": {"hidden_states": None}})
     prepare_experts(transformers.GraniteMoeConfig(num_local_experts=4), silent, args)
