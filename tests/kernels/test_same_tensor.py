@@ -70,6 +70,12 @@ CASES = {
         lambda k, *x: k.lora_linear(*x, 0.5, WEIGHT),
         lambda x, w, a, b: x @ w.T + WEIGHT.double() + 0.5 * (x @ a.T) @ b.T,
     ),
+    "lora_linears": Case(
+        4,
+        (8, 8),
+        lambda k, x, w, a, b: torch.cat(k.lora_linears(x, [w, w], [a, w], [b, a], [0.5, 2.0])),
+        lambda x, w, a, b: torch.cat([x @ w.T + 0.5 * (x @ a.T) @ b.T, x @ w.T + 2 * (x @ w.T) @ a.T]),
+    ),
     "linear_cross_entropy": Case(
         2,
         (7, 8),
