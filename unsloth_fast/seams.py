@@ -72,6 +72,8 @@ SEAMS = (
     Seam("transformers.Trainer._init_training_state", "overridden: a stream resumes at the right batch"),
     Seam("transformers.Trainer._get_learning_rate", "overridden: the embeddings' rate is read before it changes"),
     Seam("transformers.Trainer._save_checkpoint", "overridden: the token count is in the state before it is written"),
+    Seam("transformers.Trainer._tr_loss", "read and set: the device leaves out losses that are not finite"),
+    Seam("transformers.Trainer._globalstep_last_logged", "read: the same"),
     Seam("transformers.Trainer._prepare_inputs", "called: moves a batch of an evaluation to the device"),
     Seam(
         "transformers.PreTrainedModel._set_gradient_checkpointing",

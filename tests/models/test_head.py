@@ -131,7 +131,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
-    """In value and in every gradient, in float64; a plain head itself is never called."""
+    """Its value and every gradient agree in float64; a plain head itself is never called."""
     build_model, logits_are_computed = HEADS[head]
     torch.manual_seed(0)
     model = build_model().double().train()
@@ -214,7 +214,7 @@ def test_outputs_under_accelerates_autocast(dtype: torch.dtype) -> None:
 
 
 def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_path: Path) -> None:
-    """On one process: the wrapper hands on both, and every gradient arrives."""
+    """On one process the wrapper hands both on, and every gradient arrives."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, alone = tiny.model(), tiny.model()
@@ -312,7 +312,7 @@ def test_a_quantised_head_keeps_its_products() -> None:
 
 
 def test_label_smoothing_of_the_arguments(tmp_path: Path) -> None:
-    """The same as torch's."""
+    """The loss equals torch's."""
     args = arguments(tmp_path, label_smoothing_factor=0.25, max_steps=1, padding_free=False)
     with tiny.KeepFloat64():
         trainer = build(UnslothTrainer, args, texts=2)

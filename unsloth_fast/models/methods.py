@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.nn import Module
 
-Purpose = Literal["operation", "loss", "offloading", "head"]
+Purpose = Literal["operation", "loss", "offloading", "head", "lists"]
 
 _RECORDS = "_unsloth_replaced"  # the attribute with an instance's replaced methods; absent where there are none
 
