@@ -11,6 +11,7 @@ import torch
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
 from tests.operations.calls import DEVICE
+from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
 
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
@@ -145,6 +146,16 @@ BAD = [
     ("qk_norm_rope", {"eps": -1.0}, ValueError, "eps", "-1.0", "from 0.0"),
     ("qk_norm_rope", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
     ("qk_norm_rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index", "0 to 8"),
+    ("lora_linear", {"weight": nf4_weight(5, 6)}, ValueError, "weight", "[5, 6]", "[5, 8], [O, I], the last dimension"),
+    ("lora_linear", {"weight": nf4_weight(99, 8)}, ValueError, "lora_b", "[5, 2]", "[99, 2]"),
+    (
+        "lora_linear",
+        {"weight": nf4_weight(5, 8)._replace(packed=torch.ones(9).byte())},
+        ValueError,
+        "packed",
+        "9 elements",
+        "20 elements, two of shape [5, 8] each",
+    ),
     (
         "nf4_dequantize",
         {"packed": torch.ones(7).byte()},

@@ -202,17 +202,10 @@ def check(
 
 
 def check_nf4(
-    x: Tensor,
-    shape: Sequence[int],
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    packed: Tensor,
-    *scales: Any,
+    x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, *parts: Any
 ) -> None:
     """The same for a weight in 4 bits, in its parts."""
-    check(x, NF4Weight(packed, *scales, shape), lora_a, lora_b, bias, scaling)
+    check(x, NF4Weight._make((*parts, shape)), lora_a, lora_b, bias, scaling)
 
 
 def lora_linear(
