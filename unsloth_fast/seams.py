@@ -121,6 +121,8 @@ SEAMS = (
     Seam("peft.utils.ModulesToSaveWrapper", "recognised: a module trained in full, whose copy is saved"),
     Seam("peft.utils.TrainableTokensWrapper", "recognised: the wrapper of an embedding with trained rows"),
     Seam("peft.import_utils.is_bnb_4bit_available", "called: whether the class above can be imported"),
+    # bitsandbytes
+    Seam("bitsandbytes.functional.QuantState.state2", "read: scales of scales", needs="bitsandbytes"),
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
     Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
