@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
+from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
+from tests.kernels import float8_calls
 from tests.operations.calls import DEVICE
+from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
 
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
@@ -20,16 +24,16 @@ CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
-    op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].required(case, torch.float32)
+    op: grouped(specs()[op].inputs(case, torch.float32, "cpu")) | specs()[op].required(case, torch.float32)
     for op, case in CASES.items()
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
-FLOAT8 = torch.ones(2, 3).to(torch.float8_e4m3fn)
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
 NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nested_offset"))
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
+    *float8_calls.BAD,
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("rms_norm", {"x": torch.ones(3, 5).long()}, TypeError, "x", "torch.int64", "torch.bfloat16"),
     ("rms_norm", {"x": torch.ones(3, 5).bool()}, TypeError, "x", "torch.bool", "torch.float32"),
@@ -146,19 +150,16 @@ BAD = [
     ("qk_norm_rope", {"eps": -1.0}, ValueError, "eps", "-1.0", "from 0.0"),
     ("qk_norm_rope", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
     ("qk_norm_rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index", "0 to 8"),
-    ("fp8_quantize", {"x": torch.ones(5)}, ValueError, "x", "[5]", "[O, I]"),
-    ("fp8_quantize", {"x": torch.ones(3, 5).int()}, TypeError, "x", "torch.int32", "torch.float16"),
-    ("fp8_quantize", {"block_rows": 64}, ValueError, "block_rows", "64", "1, 128"),
-    ("fp8_dequantize", {"values": torch.ones(3, 5)}, TypeError, "values", "torch.float32", "torch.float8_e4m3fn"),
-    ("fp8_dequantize", {"scale": torch.ones(2, 1)}, ValueError, "scale", "[2, 1]", "[1, 1] or [3, 1], one entry per"),
-    ("fp8_dequantize", {"scale": torch.ones(1, 1).half()}, TypeError, "scale", "torch.float16", "torch.float32"),
-    ("fp8_dequantize", {"dtype": torch.int8}, TypeError, "dtype", "torch.int8", "torch.bfloat16"),
-    ("fp8_linear", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
-    ("fp8_linear", {"weight": FLOAT8}, ValueError, "weight", "[2, 3]", "[2, 8], the last dimension of x"),
-    ("fp8_linear", {"weight": torch.ones(5, 8)}, TypeError, "weight", "torch.float32", "torch.float8_e4m3fn"),
-    ("fp8_linear", {"scale": torch.ones(1)}, ValueError, "scale", "[1]", "[1, 1], one entry per block of 128 x 128"),
-    ("fp8_linear", {"scale": torch.ones(1, 1).requires_grad_()}, ValueError, "scale", "requires", "a constant"),
-    ("fp8_linear", {"bias": torch.ones(7)}, ValueError, "bias", "[7]", "[5], one entry per row of weight"),
+    ("lora_linear", {"weight": nf4_weight(5, 6)}, ValueError, "weight", "[5, 6]", "[5, 8], [O, I], the last dimension"),
+    ("lora_linear", {"weight": nf4_weight(99, 8)}, ValueError, "lora_b", "[5, 2]", "[99, 2]"),
+    (
+        "lora_linear",
+        {"weight": nf4_weight(5, 8)._replace(packed=torch.ones(9).byte())},
+        ValueError,
+        "packed",
+        "9 elements",
+        "20 elements, two of shape [5, 8] each",
+    ),
     (
         "nf4_dequantize",
         {"packed": torch.ones(7).byte()},
@@ -233,6 +234,12 @@ BAD = [
         "[4, -1, 0, 0]",
         "sizes from 0 that add up to 3, the T of x",
     ),
+    ("lora_linears", {"weight": [nf4_weight(2, 8)] * 3}, TypeError, "weight[0]", "an NF4Weight", "a Tensor"),
+    ("lora_linears", {"weight": []}, ValueError, "weight", "0 layers", "at least 1"),
+    ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layers", "3, one per weight"),
+    ("lora_linears", {"scaling": (1.0, 2.0)}, ValueError, "scaling", "2 layers", "3, one per weight"),
+    ("lora_linears", {"bias": [None, torch.ones(4), None]}, ValueError, "bias[1]", "[4]", "[8], one entry per row of"),
+    ("lora_linears", {"lora_b": [torch.ones(5, 1)] * 3}, ValueError, "lora_b[0]", "[5, 1]", "[5, 2], [O, R], the rows"),
     ("moe_mlp", {"activation": "relu"}, ValueError, "activation", "'relu'", "'silu', 'gelu_tanh'"),
     ("moe_mlp", {"gate_up": torch.ones(4, 3, 8)}, ValueError, "gate_up", "[4, 3, 8]", "[E, 2F, 8]"),
     ("moe_mlp", {"down": torch.ones(4, 5, 8)}, ValueError, "down", "[4, 5, 8]", "those of gate_up"),
@@ -243,6 +250,7 @@ BAD = [
 ]
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
+    *float8_calls.LIMITS,
     ("rms_norm", {"eps": 0}),
     ("rms_norm", {"weight": torch.ones(5).half()}),
     ("add_rms_norm", {"eps": 0, "weight": torch.ones(5).half()}),
@@ -267,9 +275,7 @@ LIMITS = [
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
-    ("fp8_quantize", {"x": torch.ones(0, 5).half(), "block_rows": 1}),
-    ("fp8_dequantize", {"scale": torch.ones(3, 1)}),
-    ("fp8_linear", {"x": torch.ones(0, 8)}),
+    ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
     ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),
     ("nf4_dequantize", NOT_NESTED | {"absmax": torch.ones(1)}),
     ("nf4_dequantize", NOT_NESTED | {"packed": torch.ones(0).byte(), "absmax": torch.ones(0), "shape": (0, 7)}),
@@ -285,11 +291,12 @@ LIMITS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
 def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
-    """With the contract's type, and a message that names the argument."""
+    """The error has the contract's type, and a message that names the argument."""
     case = spec.case(3, 8)
     inputs, options = mistake.change(spec.inputs(case, torch.float32, "cpu"), spec.required(case, torch.float32))
-    with pytest.raises(mistake.raises, match=rf"^{mistake.names}: got .*; allowed: "):
-        getattr(import_module(backend), spec.op)(*inputs.values(), **options)
+    positional, by_name = placed(spec.reference, inputs)
+    with pytest.raises(mistake.raises, match=rf"^{re.escape(mistake.names)}: got .*; allowed: "):
+        getattr(import_module(backend), spec.op)(*positional, **by_name, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -303,7 +310,7 @@ def test_a_message_names_the_argument_and_the_values_seen_and_allowed(
     seen: str,
     allowed: str,
 ) -> None:
-    message = f"^{argument}: got .*{re.escape(seen)}.*; allowed: .*{re.escape(allowed)}"
+    message = f"^{re.escape(argument)}: got .*{re.escape(seen)}.*; allowed: .*{re.escape(allowed)}"
     with pytest.raises(error, match=message) as raised:
         getattr(import_module(backend), operation)(**GOOD[operation] | changes)
     assert raised.type is error
@@ -323,16 +330,14 @@ def test_both_backends_raise_the_same_message(operation: str, changes: dict[str,
 @pytest.mark.parametrize(("operation", "changes"), [*LIMITS, *((op, {}) for op in GOOD)], ids=str)
 def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any]) -> None:
     """The first and last allowed values give a finite result; so do the arguments that the mistakes above change."""
-    arguments = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value  # compiled kernels need a CUDA tensor
-        for name, value in (GOOD[operation] | changes).items()
-    }
+    # compiled kernels need a CUDA tensor
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), GOOD[operation] | changes)
     found = getattr(import_module(backend), operation)(**arguments)
     assert all(output.float().isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
+    """They are checked on a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
     monkeypatch.delenv("UNSLOTH_DEBUG", raising=False)
     here, elsewhere = torch.zeros(1).long(), torch.zeros(1, device="meta").long()
     assert checks.values_are_checked(here)

@@ -68,7 +68,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
         torch.ops.aten.mm.dtype_out(left.t(), right, torch.float32, out=total)
     else:
         torch.mm(left.t().float(), right.float(), out=total)
-    return total.mul_(scaling).to(dtype)
+    return (total if scaling == 1.0 else total.mul_(scaling)).to(dtype)
 
 
 @summed_in_float32
@@ -202,17 +202,10 @@ def check(
 
 
 def check_nf4(
-    x: Tensor,
-    shape: Sequence[int],
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    packed: Tensor,
-    *scales: Any,
+    x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, *parts: Any
 ) -> None:
     """The same for a weight in 4 bits, in its parts."""
-    check(x, NF4Weight(packed, *scales, shape), lora_a, lora_b, bias, scaling)
+    check(x, NF4Weight._make((*parts, shape)), lora_a, lora_b, bias, scaling)
 
 
 def lora_linear(
