@@ -15,7 +15,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str, str, str]] = [
     ("fp8_dequantize", {"scale": torch.ones(1, 1).half()}, TypeError, "scale", "torch.float16", "torch.float32"),
     ("fp8_dequantize", {"dtype": torch.int8}, TypeError, "dtype", "torch.int8", "torch.bfloat16"),
     ("fp8_linear", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
-    ("fp8_linear", {"weight": FLOAT8}, ValueError, "weight", "[2, 3]", "[2, 8], the last dimension of x"),
+    ("fp8_linear", {"weight": FLOAT8}, ValueError, "weight", "[2, 3]", "[2, 8], [O, I], the last dimension"),
     ("fp8_linear", {"weight": torch.ones(5, 8)}, TypeError, "weight", "torch.float32", "torch.float8_e4m3fn"),
     ("fp8_linear", {"scale": torch.ones(1)}, ValueError, "scale", "[1]", "[1, 1], one entry per block of 128 x 128"),
     ("fp8_linear", {"scale": torch.ones(1, 1).requires_grad_()}, ValueError, "scale", "requires", "a constant"),
