@@ -26,8 +26,7 @@ def check(trial: ModelTrial) -> None:
         logits, embeddings = _with_leaves(trial, model, documents.packed())
         logits[0, start:end].float().square().sum().backward()
         _demand_zero(index, embeddings, start, end)
-        with torch.no_grad():
-            changed = trial.logits(model, documents.with_others(index).packed())[0, start:end]
+        changed = trial.logits(model, documents.with_others(index).packed())[0, start:end].detach()  # the same kernels
         moved = changed != logits[0, start:end]
         if moved.any() and not _moves_alone(trial):
             row = int(moved.any(-1).nonzero()[0])
@@ -58,7 +57,7 @@ def _with_leaves(trial: ModelTrial, model: Any, batch: dict[str, Any]) -> tuple[
 
     def cut(module: object, args: object, outputs: Tensor) -> Tensor:
         leaves.append(outputs.detach().requires_grad_())
-        return leaves[-1]
+        return leaves[-1].clone()  # some models change it in place
 
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:

@@ -1,6 +1,7 @@
 """`conformance model`: hold whole models, with a backend's operations placed under them, to the laws of models."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -65,9 +66,8 @@ def _model(arguments: argparse.Namespace) -> int:
     with report.Table(tasks, names, dtypes, "laws") as table:
         results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=TIMEOUT_SECONDS)]
     print()
-    for result in results:
-        if result.verdict == "skip":
-            print(f"skip {result.op} / {result.property} / {result.dtype}: {(result.message or '').splitlines()[0]}")
+    for line in _skipped(results):
+        print(line)
     failed = any(result.verdict == "fail" for result in results)
     if failed:
         statements = {name: law.statement for name, law in LAWS.items()}
@@ -77,6 +77,18 @@ def _model(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write(arguments.json, results, first)
     return 1 if failed else 0 if any(result.verdict == "pass" for result in results) else 2
+
+
+def _skipped(results: Sequence[Result]) -> list[str]:
+    """A line for each reason: the models and the laws that it holds for."""
+    laws: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for result in results:
+        if result.verdict == "skip":
+            laws[result.op, str(result.dtype), (result.message or "").partition("\n")[0]].append(result.property)
+    models: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (op, dtype, reason), names in laws.items():
+        models[", ".join(names), dtype, reason].append(op)
+    return [f"skip {', '.join(ops)} / {names} / {dtype}: {reason}" for (names, dtype, reason), ops in models.items()]
 
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
