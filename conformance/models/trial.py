@@ -335,7 +335,8 @@ def _last_word(name: str) -> str:
 def _adapted(model: Any) -> Any:
     """The model with LoRA on every linear layer and expert, B included, and embedding and head trained in full."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linear = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
+    own = (nn.Linear.forward, Conv1D.forward)  # a router's forward may return more
+    linear = {n for n, layer in model.named_modules() if type(layer).forward in own and layer is not head}
     names = sorted({_last_word(name) for name in linear})
     saved = [name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)]
     options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}

@@ -22,6 +22,7 @@ from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")
 TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in float64, several times
+TINY_TIMEOUT_SECONDS = 900  # of one law on a tiny model, of which nearly all take seconds
 
 
 def add(verbs: Verbs) -> None:
@@ -63,8 +64,9 @@ def _model(arguments: argparse.Namespace) -> int:
         if arguments.json:  # after every result, so that a stopped run leaves what it found
             _write(arguments.json, results, first)
 
+    timeout = TIMEOUT_SECONDS if arguments.models else TINY_TIMEOUT_SECONDS
     with report.Table(tasks, names, dtypes, "laws") as table:
-        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=TIMEOUT_SECONDS)]
+        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=timeout)]
     print()
     for line in _skipped(results):
         print(line)

@@ -287,6 +287,14 @@ def test_exit_status_without_a_failure(law: str, status: int) -> None:
     assert cli.main(["model", "--config", "nemotron_h", "--law", law, *OPTIONS]) == status
 
 
+@pytest.mark.usefixtures("here")
+def test_all_architectures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("conformance.models.building.architectures", lambda: ["gpt2", "nemotron_h"])
+    assert cli.main(["model", "--config", "all", "--law", "saved", *OPTIONS]) == 0
+    shown = capsys.readouterr().out
+    assert "gpt2" in shown and "nemotron_h" in shown and "0 of 2 checks failed" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
