@@ -141,6 +141,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 12 + HEAD},  # of the sliding layers, with rope and without
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
