@@ -43,9 +43,12 @@ def test_documents_apart_in_a_model_of_its_own_kind(name: str) -> None:
     LAWS["apart"].check(trial_of(name))
 
 
-@pytest.mark.parametrize(("name", "some", "none"), [("ctrl", "ffn.0", "0"), ("llama4_text", "q_proj", "router")])
+@pytest.mark.parametrize(
+    ("name", "some", "none"),
+    [("ctrl", "ffn.0", "0"), ("llama4_text", "q_proj", "router"), ("modernbert-decoder", "q_proj", "decoder")],
+)
 def test_linear_layers_alone_get_adapters(name: str, some: str, none: str) -> None:
-    """Not all of "h.0" because it has a layer "ffn.0", and no router that returns more than a product."""
+    """Not all of "h.0" for a layer "ffn.0"; no router, which returns more than a product; a head called "decoder"."""
     found = trial_of(name).adapter[0].target_modules
     assert some in found and none not in found
 
