@@ -153,6 +153,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the third has an attention
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
