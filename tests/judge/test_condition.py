@@ -20,7 +20,7 @@ from unsloth_ref.accuracy import unit_roundoff
 # Most lie between 1/2 and 2. Others, by how much and why:
 #     rope in 16 bits: autograd rounds each product and each sum; the spec counts one rounding.
 #     packed_attention, gradients of q and k: the spec adds up every product of scores and values, which average out.
-#     lora_linear, gradients of the adapters: sums over all tokens and columns, which average out.
+#     lora_linear and lora_linears, gradients of the adapters: sums over all tokens and columns, which average out.
 #     add_rms_norm, gated_rms_norm, gradients of the inputs: the reference rounds less often than specs allow kernels.
 #     gated_delta_rule: the spec follows the lengths of errors, not their directions.
 #     layer_norm and causal_conv in 16 bits: the reference rounds once; the specs allow two roundings before that.
@@ -34,6 +34,7 @@ TIGHTEST = {
     "add_rms_norm": 0.25,
     "packed_attention": 0.003,
     "lora_linear": 0.12,
+    "lora_linears": 0.12,
     "layer_norm": 0.12,
     "causal_conv": 0.2,
     "gated_delta_rule": 0.002,

@@ -12,8 +12,8 @@ from conformance.cli import main
 from unsloth_ref import kernels
 
 ROOT = Path(__file__).parents[2]
-# lora_linear launches library products alone.
-OPERATIONS = [op for op in kernels.__all__ if op != "lora_linear"]
+# lora_linear and lora_linears launch library products alone.
+OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_linear")]
 # These read one number per row, or few numbers in all.
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column

@@ -159,7 +159,14 @@ def test_full_finetuning_leaves_an_adapter_nothing_to_do(tmp_path: Path, caplog:
         ({"load_in_8bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_8bit"),
         ({"dtype": "bfloat17"}, ValueError, "dtype: got 'bfloat17'; allowed: None, torch.bfloat16"),
         ({"fast_inference": True}, ValueError, "fast_inference: got True; allowed: False, None, as vLLM is not used"),
-        ({"load_in_fp8": True}, ValueError, "load_in_fp8: got True; allowed: False, None, as there is no such"),
+        ({"load_in_fp8": "row"}, ValueError, "load_in_fp8: got 'row'; allowed: True, False, None, 'block'"),
+        ({"load_in_fp8": True, "load_in_4bit": True}, ValueError, "load_in_fp8: got True and load_in_4bit=True"),
+        ({"load_in_fp8": "block", "full_finetuning": True}, ValueError, "load_in_fp8: got 'block' and full_finetuning"),
+        (
+            {"load_in_fp8": True, "device_map": "auto"},
+            ValueError,
+            "device_map: got 'auto' with load_in_fp8=True; allowed: one device",
+        ),
         (
             {"qat_scheme": "int4"},
             ValueError,
@@ -217,7 +224,7 @@ UNSLOTH_DEFAULTS = {
 
 
 def test_code_for_unsloth_loads(tmp_path: Path) -> None:
-    """Four positional arguments, and all keywords that ask for nothing, which do not change the config."""
+    """Four positional arguments are taken, and all keywords that ask for nothing, which do not change the config."""
     folder = tiny.folder(tmp_path)
     options = {name: PLAIN[name] for name in ("backend", "device_map")} | UNSLOTH_DEFAULTS
     model, _ = FastLanguageModel.from_pretrained(folder, 32, torch.float64, False, **options)
@@ -295,7 +302,7 @@ def test_what_only_saves_memory_is_accepted_and_logged(tmp_path: Path, caplog: p
 def test_a_missing_pad_token_is_chosen_and_logged(
     caplog: pytest.LogCaptureFixture, words: tuple[str, ...], rows: int, expected: str
 ) -> None:
-    """One of the vocabulary, else a new one that fits into the embedding, else the one that ends a text."""
+    """It is one of the vocabulary, else a new one that fits into the embedding, else the one that ends a text."""
     vocabulary = {word: index for index, word in enumerate(("<eos>", *words))}
     unknown = {"unk_token": "<unk>"} if "<unk>" in words else {}
     words_only = transformers.PreTrainedTokenizerFast(
@@ -331,7 +338,7 @@ def test_a_model_is_switched_between_inference_and_training(tmp_path: Path) -> N
 def test_unchanged_modules_are_logged_once_from_loading_to_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Even if the adapter trains a second copy of them."""
+    """They are logged once even if the adapter trains a second copy of them."""
     caplog.set_level(logging.INFO)
     model, tokenizer = load(tiny.folder(tmp_path, hidden_act="relu"))
     model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"], modules_to_save=["mlp"])
