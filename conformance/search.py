@@ -251,8 +251,9 @@ def _checked(
     if prop.cases is not None:
         cases = prop.cases(trial.spec, profile)
         return attempts.over(cases) if cases else attempts.skipped("no cases")
-    smaller = lambda case: _whole(trial, profile, attempts.notify).smaller(case)  # noqa: E731
-    failed = attempts.first(covering, smaller) if covering else None
+    failed = None
+    if covering and isinstance(trial, Trial):
+        failed = attempts.first(covering, lambda case: _whole(trial, profile, attempts.notify).smaller(case))
     count = max(1, profile.count(prop.share) - len(covering))
     return failed or attempts.drawn(trial.cases(profile), profile.settings(count))
 

@@ -178,7 +178,7 @@ def killed_before(paths: Sequence[Path], chosen: Sequence[Key]) -> dict[Key, Out
             one["op"],
             key[1],
             one["verdict"],
-            tuple(Result(one["op"], *by[:2], "fail", case=by[2], message=by[3]) for by in one["killed_by"]),
+            tuple(Result(one["op"], by[0], by[1], "fail", case=by[2], message=by[3]) for by in one["killed_by"]),
         )
         for key, one in known.items()
         if one is not None
