@@ -156,7 +156,7 @@ def test_the_document_counts_automatic_mutants_and_explains_survivors() -> None:
         "On a CUDA device (torch 2), commit 0123456, profile `gpu`, float32: 4 per operation, drawn with seed 7."
         in text
     )
-    assert "- `rope.py:1:flipped:survived` (rope): it is dear\n" in text
+    assert "- rope, mutant rope.py:1:flipped:survived: it is dear\n" in text
     assert "mutate --device cuda --profile gpu --sample 4 --seed 7 --dtype float32 --json out/mutants.json\n" in text
     with pytest.raises(KeyError, match="unreached"):
         document.text([{"meta": META, "kernels": []}], {}, [short], {"rope.py:1:flipped:survived": "it is dear"})

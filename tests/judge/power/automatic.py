@@ -54,7 +54,8 @@ def section(files: Sequence[Json], why: Mapping[str, str]) -> list[str]:
         parts += [textwrap.fill(_sample(file["meta"]), 120), _counts(file["results"])]
         survivors = [one for one in file["results"] if one["verdict"] not in (*FOUND, *NO_FAULT)]
         if survivors:
-            items = [f"- `{one['mutant']}` ({one['op']}): {why[one['mutant']]}" for one in survivors]
+            names = [f"- {one['op']}, mutant {one['mutant'].rpartition('/')[2]}" for one in survivors]
+            items = [f"{name}: {why[one['mutant']]}" for name, one in zip(names, survivors, strict=True)]
             parts += ["Survivors, and why no property finds them:", "\n".join(map(_wrapped, items))]
     return parts
 
