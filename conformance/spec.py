@@ -117,6 +117,7 @@ class Drawing:
         options: for each keyword, the values to draw, the default first.
         consistent: whether these options may be combined.
         required: arguments that have no default and are not inputs, as keywords, from a case.
+        typed: the name of such an argument that takes the dtype under test; empty where an input has that dtype.
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
         partial: whether the reference refuses some cases with an error; these are skipped.
@@ -128,6 +129,7 @@ class Drawing:
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
     required: Callable[[Case], Options] = lambda case: {}
+    typed: str = ""
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     partial: bool = False
@@ -256,6 +258,10 @@ class Spec:
     def inputs(self, case: Case, dtype: torch.dtype, device: str, source: str = "cpu") -> Inputs:
         """The tensors of a case; the source device draws their elements."""
         return self.drawing.build(Draw(case, dtype, device, source), **dict(case.sizes))
+
+    def required(self, case: Case, dtype: torch.dtype) -> Options:
+        """The arguments that have no default and are not inputs, as keywords."""
+        return self.drawing.required(case) | ({self.drawing.typed: dtype} if self.drawing.typed else {})
 
     def without_options(self, options: Options) -> Options:
         """The options that have no default, each with its first value."""

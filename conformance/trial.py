@@ -108,7 +108,7 @@ class Trial:
 
     def options(self, case: Case) -> Options:
         """The keywords of a case, without those that the judged function does not accept."""
-        required = self.spec.drawing.required(case)
+        required = self.spec.required(case, self.dtype)
         accepted = {*accepted_options(self.function, self.spec), *required}
         return required | {name: value for name, value in case.options if name in accepted}
 

@@ -2,7 +2,7 @@
 
 In every step transformers walks through all modules to set their mode, to count operations, to find the parameters of
 the gradient norm, and to drop the gradients. A Llama with 16 layers and LoRA has 1337 modules; the walks take the host
-14 ms, while a GPU needs 55 for the passes over 2 rows of 2048 tokens.
+16 ms, while a GPU needs 55 for the passes over 2 rows of 2048 tokens. With the lists, the same takes 2 ms.
 """
 
 from collections.abc import Callable, Iterator

@@ -121,9 +121,13 @@ SEAMS = (
     Seam("peft.utils.ModulesToSaveWrapper", "recognised: a module trained in full, whose copy is saved"),
     Seam("peft.utils.TrainableTokensWrapper", "recognised: the wrapper of an embedding with trained rows"),
     Seam("peft.import_utils.is_bnb_4bit_available", "called: whether the class above can be imported"),
+    # bitsandbytes
+    Seam("bitsandbytes.functional.QuantState.state2", "read: scales of scales", needs="bitsandbytes"),
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
     Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
+    Seam("accelerate.hooks.add_hook_to_module._old_forward", "read: the forward that accelerate calls"),
+    Seam("accelerate.hooks.add_hook_to_module._hf_hook", "read: whether accelerate replaced a module's forward"),
     Seam("datasets.Dataset._fingerprint", "read: a packed data set has a fingerprint of its own"),
     # argparse, in TRL's parser
     Seam("argparse.ArgumentParser._actions", "read: the options, to write their values as YAML's authors mean them"),
@@ -135,7 +139,7 @@ SEAMS = (
         "read: a layer with hooks keeps its own forward; emptied while a head is checked",
     ),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
-    Seam("torch.nn.Module._backward_hooks", "read: an MLP whose activation has hooks keeps its own forward"),
+    Seam("torch.nn.Module._backward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included; replaced in a copy"),
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),

@@ -5,10 +5,12 @@ Each message names the argument, the value seen and the values allowed.
 
 import os
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
+
+from unsloth_ref.types import NF4Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -236,7 +238,7 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
 
 
 def lora_arguments(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, which: str = ""
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, which: str = ""
 ) -> None:
     """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter.
 
@@ -245,6 +247,10 @@ def lora_arguments(
     if x.ndim == 0:
         raise ValueError("x: got shape []; allowed: [..., I]")
     dtype("x", x)
+    if isinstance(weight, NF4Weight):
+        nf4_arguments(*weight, x.dtype)
+        same_device(f"weight{which}", weight.packed, "x", x)
+        weight = x.new_empty(()).expand(*weight.shape)  # in its place below
     dimensions(f"weight{which}", weight, 2, "[O, I]")
     shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
     dtype(f"weight{which}", weight, (x.dtype,))
@@ -280,6 +286,8 @@ def lora_layers_arguments(
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
     for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
+        if isinstance(layer[0], NF4Weight):
+            raise TypeError(f"weight[{index}]: got an NF4Weight; allowed: a Tensor")
         lora_arguments(x, *layer, which=f"[{index}]")
 
 
@@ -289,3 +297,42 @@ def values_are_checked(tensor: Tensor) -> bool:
     On CUDA reading them waits for the device. They are never read under torch.compile, where that breaks the graph.
     """
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("UNSLOTH_DEBUG") == "1")
+
+
+NF4_BLOCK, NF4_GROUP = 64, 256  # elements with one scale, and such scales with one scale of their own
+
+
+def nf4_arguments(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_code: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    sizes: Sequence[int],
+    result: torch.dtype,
+) -> None:
+    """Check the parts of a weight in 4 bits, of these sizes, and the dtype of the result."""
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape: got {list(sizes)}; allowed: sizes from 0")
+    if result not in FLOATS:
+        raise TypeError(f"dtype: got {result}; allowed: {', '.join(map(str, FLOATS))}")
+    size, wide = prod(sizes), (torch.float32, torch.float64)
+    dtype("packed", packed, (torch.uint8,))
+    if packed.numel() != -(-size // 2):
+        wanted = f"{-(-size // 2)} elements, two of shape {list(sizes)} each"
+        raise ValueError(f"packed: got {packed.numel()} elements; allowed: {wanted}")
+    nested = {"nested_code": nested_code, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    given = {name: tensor for name, tensor in nested.items() if tensor is not None}
+    if 0 < len(given) < len(nested):
+        missing = next(name for name in nested if name not in given)
+        raise ValueError(f"{missing}: got None with {next(iter(given))}; allowed: {', '.join(nested)}, or none of them")
+    dtype("absmax", absmax, (torch.uint8,) if given else wide)
+    blocks = -(-size // NF4_BLOCK)
+    shape("absmax", absmax, (blocks,), f"one per {NF4_BLOCK} elements")
+    same_device("absmax", absmax, "packed", packed)
+    shapes = {"nested_code": (256,), "nested_absmax": (-(-blocks // NF4_GROUP),), "nested_offset": ()}
+    meanings = "one per value of absmax", f"one per {NF4_GROUP} blocks", "a single number"
+    for (name, tensor), meaning in zip(given.items(), meanings, strict=False):
+        dtype(name, tensor, wide if name == "nested_code" else (given["nested_code"].dtype,))
+        shape(name, tensor, shapes[name], meaning)
+        same_device(name, tensor, "packed", packed)

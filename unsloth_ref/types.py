@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,23 @@ Example = Mapping[str, Column | None]
 Microbatches = Iterable[Tensor]  # the labels of each
 
 IGNORE_INDEX = -100  # the label of a token that is not trained on, as in torch.nn.CrossEntropyLoss
+
+
+class NF4Weight(NamedTuple):
+    """A weight in 4 bits, as bitsandbytes stores it; `nf4_dequantize` documents the tensors.
+
+    Attributes:
+        packed, absmax: the elements and their scales.
+        nested_code, nested_absmax, nested_offset: of nested scales; None otherwise.
+        shape: of the weight.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_code: Tensor | None
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    shape: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no ==

@@ -120,7 +120,7 @@ class Contender:
         """Run the forward pass and compute all gradients on the next set."""
         one = next(self._turn)
         outputs = one.forward_of_leaves()
-        return outputs, torch.autograd.grad(outputs, one.wanted, one.grad_outputs, allow_unused=True)
+        return outputs, _gradients(outputs, one)
 
     def every_forward(self) -> list[Any]:
         """Run the forward pass on every set; all results are kept, so that each has its own memory."""
@@ -130,10 +130,7 @@ class Contender:
     def every_full(self) -> list[tuple[Any, Sequence[Tensor | None]]]:
         """Run the forward pass on every set, then compute all gradients, so that none has its inputs in the cache."""
         outputs = [one.forward_of_leaves() for one in self._sets]
-        return [
-            (output, torch.autograd.grad(output, one.wanted, one.grad_outputs, allow_unused=True))
-            for output, one in zip(outputs, self._sets, strict=True)
-        ]
+        return [(output, _gradients(output, one)) for output, one in zip(outputs, self._sets, strict=True)]
 
     def compare(self, what: str, outputs: Any, gradients: Sequence[Tensor | None] = ()) -> None:
         """Compare a timed result with the judged one, if that was correct and its inputs have not changed.
@@ -173,7 +170,7 @@ class Contender:
                 tensor.data.copy_(tensor.data.flip(0))  # the tensor's version stays
         outputs = first.forward_of_leaves()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = torch.autograd.grad(outputs, first.wanted, first.grad_outputs)
+        gradients = _gradients(outputs, first)
         seen = Run(outputs, dict(zip(self._grads, gradients, strict=True)))
         honest_results.demand_plain(self._trial, seen)
         changed = {name: tensor.clone() for name, tensor in first.inputs.items()}
@@ -193,6 +190,11 @@ class Contender:
             if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in inputs_at:
                 tensor.detach().fill_(float("nan"))
         graph()
+
+
+def _gradients(outputs: Any, one: _Set) -> Sequence[Any]:
+    """Those of the inputs of a set; none of an operation that has none."""
+    return torch.autograd.grad(outputs, one.wanted, one.grad_outputs, allow_unused=True) if one.wanted else ()
 
 
 def copies(inputs: Inputs) -> Inputs:

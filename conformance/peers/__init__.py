@@ -29,6 +29,7 @@ PACKAGES: Mapping[str, str | None] = {
     "liger": "liger-kernel",
     "unsloth": "unsloth",
     "cce": "cut-cross-entropy",
+    "bitsandbytes": "bitsandbytes",
 }
 
 

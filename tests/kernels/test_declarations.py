@@ -51,9 +51,10 @@ def run(spec: Spec, case: Case, options: dict[str, Any]) -> None:
     """The operation forward and backward."""
     inputs = spec.inputs(case, torch.float32, DEVICE)
     leaves = [inputs[name].requires_grad_() for name in spec.grads if name in inputs]
-    results = getattr(fast, spec.op)(**grouped(inputs), **spec.drawing.required(case), **options)
+    results = getattr(fast, spec.op)(**grouped(inputs), **spec.required(case, torch.float32), **options)
     results = results if isinstance(results, tuple) else (results,)
-    torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results])
+    if leaves:
+        torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results])
 
 
 def specialised(kernel: Any, name: str, value: Any) -> object:

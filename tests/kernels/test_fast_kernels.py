@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance.spec import Spec
-from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, call_of
+from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, DIFFERENTIABLE, call_of
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels._loss_options import LossOptions
 from unsloth_ref import kernels as reference
@@ -233,7 +233,7 @@ def test_a_frozen_norm_weight_costs_no_sum(trained: bool, monkeypatch: pytest.Mo
     assert (weight.grad is not None) is trained
 
 
-@pytest.mark.parametrize(("spec", "options"), CALLS, ids=CALL_NAMES)
+@pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
 def test_a_gradient_penalty_raises_or_is_right(spec: Spec, options: dict[str, Any]) -> None:
     """A constant grad_output, with which only saved tensors lead back to x, and a gradient of x alone raise too.
 

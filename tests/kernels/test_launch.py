@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conformance.spec import Spec
 from tests.kernels.test_fast_kernels import random
-from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, call_of
+from tests.operations.calls import DEVICE, DIFFERENTIABLE, call_of
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch
 
@@ -58,7 +58,7 @@ def test_strided_views_are_not_copied(
     assert {view.data_ptr() for view in views} <= read
 
 
-@pytest.mark.parametrize(("spec", "options"), CALLS, ids=CALL_NAMES)
+@pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
 def test_the_negative_bit_is_resolved(spec: Spec, options: dict[str, Any]) -> None:
     """It is resolved for inputs and incoming gradients; the imaginary part of a conjugate is such a view."""
     call, inputs = call_of(spec, 3, 8, options)

@@ -13,6 +13,7 @@ from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
 from tests.operations.calls import DEVICE
+from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
 
 BACKENDS = ["unsloth_ref.kernels", "unsloth_fast.kernels"]
@@ -22,12 +23,13 @@ CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
-    op: grouped(specs()[op].inputs(case, torch.float32, "cpu")) | specs()[op].drawing.required(case)
+    op: grouped(specs()[op].inputs(case, torch.float32, "cpu")) | specs()[op].required(case, torch.float32)
     for op, case in CASES.items()
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
 BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
+NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nested_offset"))
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
@@ -146,6 +148,41 @@ BAD = [
     ("qk_norm_rope", {"eps": -1.0}, ValueError, "eps", "-1.0", "from 0.0"),
     ("qk_norm_rope", {"casting": "qwen"}, ValueError, "casting", "'qwen'", "'llama', 'gemma'"),
     ("qk_norm_rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index", "0 to 8"),
+    ("lora_linear", {"weight": nf4_weight(5, 6)}, ValueError, "weight", "[5, 6]", "[5, 8], [O, I], the last dimension"),
+    ("lora_linear", {"weight": nf4_weight(99, 8)}, ValueError, "lora_b", "[5, 2]", "[99, 2]"),
+    (
+        "lora_linear",
+        {"weight": nf4_weight(5, 8)._replace(packed=torch.ones(9).byte())},
+        ValueError,
+        "packed",
+        "9 elements",
+        "20 elements, two of shape [5, 8] each",
+    ),
+    (
+        "nf4_dequantize",
+        {"packed": torch.ones(7).byte()},
+        ValueError,
+        "packed",
+        "7 elements",
+        "8 elements, two of shape",
+    ),
+    ("nf4_dequantize", {"packed": torch.ones(8).int()}, TypeError, "packed", "torch.int32", "torch.uint8"),
+    ("nf4_dequantize", {"absmax": torch.ones(2).byte()}, ValueError, "absmax", "[2]", "[1], one per 64 elements"),
+    ("nf4_dequantize", {"absmax": torch.ones(1)}, TypeError, "absmax", "torch.float32", "torch.uint8"),
+    ("nf4_dequantize", {"nested_code": torch.ones(16)}, ValueError, "nested_code", "[16]", "[256], one per value"),
+    (
+        "nf4_dequantize",
+        {"nested_absmax": None},
+        ValueError,
+        "nested_absmax",
+        "None with nested_code",
+        "or none of them",
+    ),
+    ("nf4_dequantize", {"nested_absmax": torch.ones(2)}, ValueError, "nested_absmax", "[2]", "[1], one per 256 blocks"),
+    ("nf4_dequantize", {"nested_offset": torch.ones(1)}, ValueError, "nested_offset", "[1]", "[], a single number"),
+    ("nf4_dequantize", {"shape": (3, -5)}, ValueError, "shape", "[3, -5]", "sizes from 0"),
+    ("nf4_dequantize", {"shape": (3, 6)}, ValueError, "packed", "8 elements", "9 elements, two of shape [3, 6]"),
+    ("nf4_dequantize", {"dtype": torch.int8}, TypeError, "dtype", "torch.int8", "torch.bfloat16"),
     ("cross_entropy", {"logits": torch.ones(5)}, ValueError, "logits", "[5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(1, 3, 5)}, ValueError, "logits", "[1, 3, 5]", "[T, V]"),
     ("cross_entropy", {"logits": torch.ones(3, 0)}, ValueError, "logits", "[3, 0]", "V at least 1"),
@@ -195,6 +232,7 @@ BAD = [
         "[4, -1, 0, 0]",
         "sizes from 0 that add up to 3, the T of x",
     ),
+    ("lora_linears", {"weight": [nf4_weight(2, 8)] * 3}, TypeError, "weight[0]", "an NF4Weight", "a Tensor"),
     ("lora_linears", {"weight": []}, ValueError, "weight", "0 layers", "at least 1"),
     ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layers", "3, one per weight"),
     ("lora_linears", {"scaling": (1.0, 2.0)}, ValueError, "scaling", "2 layers", "3, one per weight"),
@@ -235,6 +273,9 @@ LIMITS = [
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
     ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
+    ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),
+    ("nf4_dequantize", NOT_NESTED | {"absmax": torch.ones(1)}),
+    ("nf4_dequantize", NOT_NESTED | {"packed": torch.ones(0).byte(), "absmax": torch.ones(0), "shape": (0, 7)}),
     ("cross_entropy", {"softcap": 0, "label_smoothing": 0, "z_loss": 0}),
     ("cross_entropy", {"label_smoothing": 1}),
     ("cross_entropy", {"num_items": 0}),
@@ -248,7 +289,8 @@ LIMITS = [
 @pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
 def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
     """The error has the contract's type, and a message that names the argument."""
-    inputs, options = mistake.change(spec.inputs(spec.case(3, 8), torch.float32, "cpu"), {})
+    case = spec.case(3, 8)
+    inputs, options = mistake.change(spec.inputs(case, torch.float32, "cpu"), spec.required(case, torch.float32))
     positional, by_name = placed(spec.reference, inputs)
     with pytest.raises(mistake.raises, match=rf"^{re.escape(mistake.names)}: got .*; allowed: "):
         getattr(import_module(backend), spec.op)(*positional, **by_name, **options)

@@ -1,6 +1,7 @@
 """Experts on the backend's operations, with and without adapters of their weights; experts of other kinds stay."""
 
 import logging
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -71,6 +72,26 @@ def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
         model.unmerge_adapter()
         with model.disable_adapter():
             torch.testing.assert_close(model(tokens).logits, without, rtol=1e-10, atol=1e-10)
+
+
+def doubled(self: Any, *inputs: Any) -> Any:
+    return 2 * type(self).forward(self, *inputs)
+
+
+@pytest.mark.parametrize("hooked", [True, False], ids=["hooks", "forward"])
+@pytest.mark.parametrize("kind", [ParamWrapper, MixtralExperts])
+def test_what_somebody_adds_inside_of_adapters_is_called(kind: type[Module], hooked: bool) -> None:
+    """To the experts, or to the adapter of their other weight."""
+    model, (tokens, labels) = adapted(build("mixtral"), *WEIGHTS), batch()
+    inside = [part for part in model.modules() if isinstance(part, kind)][-1]
+    if hooked:
+        inside.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        inside.forward = MethodType(doubled, inside)
+    with tiny.KeepFloat64():
+        expected = step(model, tokens, labels)
+        place(model, REFERENCE)
+        assert_same(step(model, tokens, labels), expected)
 
 
 def mixtral(dtype: torch.dtype) -> Any:

@@ -3,11 +3,13 @@
 import copy
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -76,6 +78,8 @@ HEADS: dict[str, tuple[Any, bool]] = {
     "LoRA on the head": (lambda: adapted(more=["lm_head"]), True),
     "more than a product": (lambda: shifted_head(), True),
     "hooks": (lambda: hooked_head(), True),
+    "a hook of the backward pass": (lambda: hooked_head(backward=True), True),
+    "a forward of somebody else's": (lambda: replaced_head(), True),
 }
 
 
@@ -101,10 +105,20 @@ def shifted_head() -> Any:
     return Shifted(StableLmConfig(**SIZES))
 
 
-def hooked_head() -> Any:
+def hooked_head(backward: bool = False) -> Any:
     """A model whose head has a hook."""
-    model = tiny.model()
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+    model: Any = tiny.model()
+    if backward:
+        model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 0.5,))
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+    return model
+
+
+def replaced_head() -> Any:
+    """A model whose head has a forward of its own."""
+    model: Any = tiny.model()
+    model.lm_head.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), model.lm_head)
     return model
 
 
@@ -217,6 +231,13 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
             torch.testing.assert_close(parameter.grad, reference.grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
+    """As for a `device_map`: its forward calls the one that it replaces."""
+    model: Any = tiny.model()
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert plain_head(model) is model.lm_head
 
 
 @pytest.mark.parametrize(

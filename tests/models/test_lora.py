@@ -5,11 +5,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -17,8 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
 from unsloth_fast import FastLanguageModel, backends
-from unsloth_fast.models import place
+from unsloth_fast.models import nf4, place
 from unsloth_fast.models.recomputed import recomputable, recomputed
+from unsloth_ref.types import NF4Weight
 
 REFERENCE = backends.resolve("reference")
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -71,6 +75,39 @@ def test_layer_and_adapter_in_one_operation() -> None:
     assert_as_before(adapted(), 1e-12)
 
 
+def twice(self: Any, x: Tensor) -> Tensor:
+    """The forward that somebody gives a layer."""
+    return 2 * type(self).forward(self, x)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a forward of somebody else's": lambda layer: setattr(layer, "forward", MethodType(twice, layer)),
+    "a hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda _, g, __: (2 * g[0],)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_a_layer_that_does_more_than_its_class_is_called(name: str, change: str) -> None:
+    model = adapted()
+    layer: Any = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    CHANGES[change](layer.get_submodule(name))
+    assert_as_before(model, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_weights_that_accelerate_loads_when_a_layer_is_called(family: str) -> None:
+    """Norms of heads too; the weights have no memory before."""
+    model = adapted(base=tiny.model(family, torch.float64))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        place(model, REFERENCE)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
 def disabled(model: PeftModel) -> None:
     model.base_model.disable_adapter_layers()
 
@@ -120,14 +157,83 @@ def test_autocast_computes_in_its_dtype_from_float32_adapters() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=0.1 * gradient.abs().max().item(), msg=name)
 
 
-def test_four_bits(tmp_path: Any) -> None:
-    """bitsandbytes computes the layer; the adapter is added without casting the sum."""
-    assert_as_before(four_bits(tmp_path), 1e-5, torch.float32)
+@pytest.mark.parametrize("training", [True, False])
+def test_four_bits(tmp_path: Any, training: bool) -> None:
+    """In evaluation bitsandbytes computes the layer; the adapter is added without casting the sum."""
+    assert_as_before(four_bits(tmp_path).train(training), 1e-5, torch.float32)
+
+
+def counted_weights(model: PeftModel) -> list[type]:
+    """Place the reference; the types of the weights that lora_linear gets from now on."""
+    seen: list[type] = []
+
+    def lora_linear(x: Tensor, weight: Any, *others: Any) -> Tensor:
+        seen.append(type(weight))
+        return REFERENCE.kernels.lora_linear(x, weight, *others)
+
+    kernels = SimpleNamespace(**vars(REFERENCE.kernels) | {"lora_linear": lora_linear})
+    place(model, replace(REFERENCE, kernels=kernels))
+    return seen
+
+
+def test_a_trained_layer_in_4_bits_is_one_operation_which_keeps_no_wide_weight(tmp_path: Path) -> None:
+    model = four_bits(tmp_path)
+    names, seen, kept = list(model.state_dict()), counted_weights(model), list[Tensor]()
+    model.eval()(TOKENS)
+    assert not seen
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = model.train()(TOKENS, labels=TOKENS).loss
+    assert seen == [NF4Weight] * 14
+    shapes = {tuple(module.weight.quant_state.shape) for module in model.modules() if isinstance(module, Linear4bit)}
+    assert not shapes & {tuple(tensor.shape) for tensor in kept if tensor.is_floating_point()}
+    loss.backward()
+    assert list(model.state_dict()) == names
+
+
+def fp4(layer: Any) -> None:
+    layer.weight.quant_state.quant_type = "fp4"
+
+
+def another_code(layer: Any) -> None:
+    layer.weight.quant_state.state2.blocksize = 128
+
+
+def in_another_order(layer: Any) -> None:
+    layer.weight.quant_state.packing_format_for_cpu = True
+
+
+def hooked(layer: Any) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def without_memory(layer: Any) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [fp4, another_code, in_another_order, hooked, without_memory])
+def test_a_weight_in_another_form_is_left_to_bitsandbytes(change: Callable[[Any], None]) -> None:
+    layer = Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    assert nf4.is_known(layer) and nf4.weight_of(layer) is not None
+    change(layer)
+    assert not nf4.is_known(layer) or change is hooked
+    assert nf4.weight_of(layer) is None
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_known_weight_has_the_bits_of_bitsandbytes(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dequantisation that differs, as of a release that stores weights otherwise, is not used."""
+    layer = Linear4bit(300, 70, compress_statistics=nested, quant_type="nf4").to("cpu")
+    assert nf4.is_known(layer)
+    weight = nf4.weight_of(layer)
+    assert weight is not None
+    found = REFERENCE.kernels.nf4_dequantize(*weight[:5], shape=weight.shape, dtype=torch.float32)
+    assert torch.equal(found, dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *arguments, **options: found.flatten()[:1] + 1)
+    assert not nf4.is_known(layer)
 
 
 def four_bits(folder: Path) -> PeftModel:
     """A tiny model in 4 bits with LoRA on every linear layer."""
-    pytest.importorskip("bitsandbytes")
     model, _ = FastLanguageModel.from_pretrained(
         tiny.folder(folder), load_in_4bit=True, dtype=torch.float32, device_map="cpu", backend="reference"
     )

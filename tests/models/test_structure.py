@@ -271,12 +271,15 @@ def test_a_module_that_works_otherwise_in_training_is_left_alone(kind: Callable[
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_on_an_activation_are_called(register: str) -> None:
-    """The MLP is left alone, and equal ones without hooks are not."""
+    """The MLP is left alone, and equal ones without hooks are not; so is one whose hook comes later."""
     model, seen = nn.Sequential(mlp(hidden=16), mlp(hidden=16)), []
     getattr(model[1].act_fn, register)(lambda *given: seen.append(given))
     assert place(model, REFERENCE) == {"swiglu": 1}
     model(torch.randn(3, 16)).sum().backward()
     assert len(seen) == 1
+    getattr(model[0].act_fn, register)(lambda *given: seen.append(given))
+    model(torch.randn(3, 16)).sum().backward()
+    assert len(seen) == 3
 
 
 def test_the_check_takes_no_notice_of_defaults() -> None:

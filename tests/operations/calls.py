@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ CALLS: list[tuple[Spec, dict[str, Any]]] = [
     (spec, options) for spec in specs().values() for options in [{}, *([spec.row_options] if spec.row_options else [])]
 ]
 CALL_NAMES = [f"{spec.op} {' '.join(map(str, options.values()))}".strip() for spec, options in CALLS]
+DIFFERENTIABLE = [
+    pytest.param(spec, options, id=name) for (spec, options), name in zip(CALLS, CALL_NAMES, strict=True) if spec.grads
+]
 
 
 def call_of(
@@ -33,7 +37,7 @@ def call_of(
 
     def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
         arguments = inputs | dict(zip(names, leaves, strict=True))
-        results = getattr(kernels, spec.op)(**grouped(arguments), **spec.drawing.required(case), **options)
+        results = getattr(kernels, spec.op)(**grouped(arguments), **spec.required(case, dtype), **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call, [LAYOUTS[spec.speed.layout](inputs[name]) for name in names]

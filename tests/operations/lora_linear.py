@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import NF4Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"rows": 6, "columns": 5, "out": 4, "rank": 3}
@@ -70,8 +72,36 @@ def check_an_empty_size(lora_linear: Function, empty: str) -> None:
     torch.testing.assert_close(dx.double(), wanted.expand(dx.shape), rtol=1e-5, atol=1e-5)
 
 
+def nf4_weight(out: int, columns: int) -> NF4Weight:
+    """Random bytes and scales, nested."""
+    generator, blocks = torch.Generator().manual_seed(out), -(-out * columns // 64)
+    packed, absmax = (
+        torch.randint(256, (count,), generator=generator).to(DEVICE, torch.uint8)
+        for count in (-(-out * columns // 2), blocks)
+    )
+    code, scales = torch.linspace(-1, 1, 256), torch.rand(-(-blocks // 256), generator=generator)
+    return NF4Weight(packed, absmax, code.to(DEVICE), scales.to(DEVICE), torch.ones((), device=DEVICE), (out, columns))
+
+
+def check_a_weight_in_4_bits(lora_linear: Function) -> None:
+    """The bits are those of the dequantised weight, which is not kept for the backward pass."""
+    x, _, a, b, bias = inputs_of(6, 33, 47, 3, torch.float32)
+    weight, dy, kept = nf4_weight(47, 33), randn(6, 47, dtype=torch.float32, seed=9).detach(), list[Tensor]()
+    wide = reference.nf4_dequantize(*weight[:5], shape=weight.shape, dtype=torch.float32)
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = lora_linear(x, weight, a, b, 0.5, bias)
+    expected = lora_linear(x, wide, a, b, 0.5, bias)
+    assert torch.equal(y, expected)
+    assert all(tensor.numel() < wide.numel() for tensor in kept)
+    for found, wanted in zip(*(grad(one, (x, a, b, bias), dy) for one in (y, expected)), strict=True):
+        assert torch.equal(found, wanted)
+    with torch.no_grad():
+        assert torch.equal(lora_linear(x, weight, a, b, 0.5, bias), expected)
+
+
 CHECKS: dict[str, Callable[[Function], None]] = {
     **{f"{off} off": partial(check_that_an_adapter_can_be_off, off=off) for off in ("scaling", "lora_b")},
     "autocast": check_that_autocast_has_no_effect,
+    "4 bits": check_a_weight_in_4_bits,
     **{f"no {empty}": partial(check_an_empty_size, empty=empty) for empty in SIZES},
 }

@@ -16,6 +16,7 @@ from unsloth_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_fast.kernels.lora_linear import lora_linear
 from unsloth_fast.kernels.lora_linears import lora_linears
 from unsloth_fast.kernels.moe_mlp import moe_mlp
+from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize
 from unsloth_fast.kernels.packed_attention import packed_attention
 from unsloth_fast.kernels.qk_norm_rope import qk_norm_rope
 from unsloth_fast.kernels.relu_squared import relu_squared
@@ -37,6 +38,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "moe_mlp",
+    "nf4_dequantize",
     "packed_attention",
     "qk_norm_rope",
     "relu_squared",

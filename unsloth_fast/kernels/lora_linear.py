@@ -9,11 +9,13 @@ products read or write tensors as large as x or y. Saved: x, weight, lora_a, lor
 dtype of x for each product; their gradients are computed in float32 and rounded to their own dtype, so that those of
 float32 master weights are not rounded further. low, dlow and y without the adapter are rounded to x.dtype. Operations
 for T rows: 2TIO forward and 2TIO backward (4TIO with a trained weight); for the adapter, 2TR(I + O) and 4TR(I + O).
+
+A weight in 4 bits is saved as it is, and each pass dequantises it by itself, to the dtype of x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +23,9 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
+from unsloth_fast.kernels.nf4_dequantize import forward_op as dequantize_op
 from unsloth_ref import checks
+from unsloth_ref.types import NF4Weight
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -163,21 +167,61 @@ class _LoraLinear(torch.autograd.Function):
         return *[gradient if need else None for gradient, need in zip(gradients, needs, strict=True)], None
 
 
-def check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float) -> None:
+class _NF4LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
+        scaling: float, *parts: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weight = dequantize_op(*parts, shape, x.dtype)
+        y, low = forward_op(x, weight, lora_a, lora_b, bias, scaling)
+        ctx.save_for_backward(x, lora_a, lora_b, low, *parts)
+        ctx.shape, ctx.scaling = shape, scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Context, dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, low: Tensor, *parts: Tensor | None
+    ) -> Gradients:
+        needs_x, _, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
+        needs = needs_x, False, needs_a, needs_b, needs_bias
+        weight = dequantize_op(*parts, ctx.shape, x.dtype)
+        gradients = backward_op(dy, x, weight, lora_a, lora_b, low, ctx.scaling, *needs)
+        found = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return *found, None, *[None] * len(parts)
+
+
+def check(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+) -> None:
     """Raise for arguments that lora_linear does not allow."""
     checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     check_runnable("x", x)
     check_runnable("lora_a", lora_a)
 
 
+def check_nf4(
+    x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, *parts: Any
+) -> None:
+    """The same for a weight in 4 bits, in its parts."""
+    check(x, NF4Weight._make((*parts, shape)), lora_a, lora_b, bias, scaling)
+
+
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear layer and its adapter. Autocast has no effect.
 
     Args:
         x: [..., I], float16, bfloat16 or float32.
-        weight: [O, I], in the dtype of x.
+        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x, and
+            has no gradient.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
         scaling: factor of the adapter's output.
@@ -192,4 +236,7 @@ def lora_linear(
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
     """
+    if isinstance(weight, NF4Weight):
+        *parts, shape = weight
+        return call(_NF4LoraLinear, check_nf4, x, shape, lora_a, lora_b, bias, scaling, *parts)
     return call(_LoraLinear, check, x, weight, lora_a, lora_b, bias, scaling)

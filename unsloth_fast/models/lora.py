@@ -2,6 +2,10 @@
 
 peft casts the input to the dtype of the adapters, usually float32, and autocast casts it back; peft then scales and
 adds tensors as large as the output. In a packed step of a Llama with 1 billion weights that took 80 of 250 ms.
+
+A layer of bitsandbytes in 4 bits is part of the operation too, in training, if a check finds that its weight is stored
+in the form that the operation dequantises. In evaluation and generation bitsandbytes computes the layer: it has kernels
+for few rows.
 """
 
 from collections.abc import Callable
@@ -15,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.models import nf4
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
 
@@ -35,7 +40,10 @@ def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | Non
         if not isinstance(base, nn.Linear):
             return f"LoRA on a {type(base).__name__}"
         return ("lora_linear",), _linear_forward(backend.kernels.lora_linear)
-    return ((), _quantised_forward) if type(module) is _linear_4bit() else None
+    if type(module) is not _linear_4bit():
+        return None
+    known = nf4.is_known(module.get_base_layer())
+    return ("lora_linear",) if known else (), _quantised_forward(backend.kernels.lora_linear)
 
 
 @cache
@@ -61,18 +69,25 @@ def _linear_forward(lora_linear: Callable[..., Tensor]) -> Forward:
     return forward
 
 
-def _quantised_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    dtype = product_dtype(x)
-    adapter = None if args or kwargs else _only_adapter(self, dtype)
-    # The layer in 4 bits casts its input to a dtype of its own, whatever autocast's is.
-    casts_twice = x.dtype != dtype != getattr(self.base_layer, "compute_dtype", None)
-    if adapter is None or casts_twice:
-        return type(self).forward(self, x, *args, **kwargs)
-    lora_a, lora_b, scaling = adapter
-    x = x.to(dtype)
-    y = self.base_layer(x)
-    low = nn.functional.linear(x, lora_a.to(dtype)).flatten(0, -2)
-    return torch.addmm(y.flatten(0, -2), low, lora_b.to(dtype).t(), alpha=scaling).view(y.shape)
+def _quantised_forward(lora_linear: Callable[..., Tensor]) -> Forward:
+    def forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        dtype, base = product_dtype(x), self.base_layer
+        adapter = None if args or kwargs else _only_adapter(self, dtype)
+        # The layer in 4 bits casts its input to a dtype of its own, whatever autocast's is.
+        own = getattr(base, "compute_dtype", None)
+        if adapter is None or x.dtype != dtype != own:
+            return type(self).forward(self, x, *args, **kwargs)
+        lora_a, lora_b, scaling = adapter
+        x = x.to(dtype)
+        weight = nf4.weight_of(base) if self.training and own == dtype else None
+        if weight is not None:
+            bias = None if base.bias is None else base.bias.to(dtype)
+            return lora_linear(x, weight, lora_a, lora_b, scaling, bias)
+        y = base(x)
+        low = nn.functional.linear(x, lora_a.to(dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, lora_b.to(dtype).t(), alpha=scaling).view(y.shape)
+
+    return forward
 
 
 def _only_adapter(layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
@@ -98,4 +113,5 @@ def _only_adapter(layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer computes nothing but the product with its weight and the sum with its bias."""
-    return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not forward_hooks(layer)
+    plain = type(layer) is nn.Linear and not isinstance(layer.weight, DTensor)
+    return plain and not layer.weight.is_meta and not is_more_than_its_class(layer)  # accelerate loads offloaded ones

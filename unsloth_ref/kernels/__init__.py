@@ -16,6 +16,7 @@ from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_ref.kernels.lora_linear import lora_linear
 from unsloth_ref.kernels.lora_linears import lora_linears
 from unsloth_ref.kernels.moe_mlp import moe_mlp
+from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
 from unsloth_ref.kernels.packed_attention import packed_attention
 from unsloth_ref.kernels.qk_norm_rope import qk_norm_rope
 from unsloth_ref.kernels.relu_squared import relu_squared
@@ -37,6 +38,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "moe_mlp",
+    "nf4_dequantize",
     "packed_attention",
     "qk_norm_rope",
     "relu_squared",

@@ -10,18 +10,27 @@ float32 master weights of a bfloat16 layer, are first rounded to the dtype of x;
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from unsloth_ref import checks
+from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
+from unsloth_ref.types import NF4Weight
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear layer and its adapter. Autocast has no effect.
 
     Args:
         x: [..., I], any float dtype.
-        weight: [O, I], in the dtype of x.
+        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x, and
+            has no gradient.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
         scaling: factor of the adapter's output.
@@ -38,7 +47,16 @@ def lora_linear(
     x = x.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
         low = _linear(x, lora_a)
-        return linear(x, weight, bias) + scaling * _linear(low, lora_b)
+        if isinstance(weight, NF4Weight):
+            layer = checkpoint(_nf4_linear, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+        else:
+            layer = linear(x, weight, bias)
+        return layer + scaling * _linear(low, lora_b)
+
+
+def _nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """The layer; called again in the backward pass, so that the dequantised weight is not kept."""
+    return linear(x, nf4_dequantize(*weight[:5], shape=weight.shape, dtype=x.dtype), bias)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,171 @@
+"""Dequantisation of weights in 4 bits: every implementation must give the same bits."""
+
+from collections.abc import Callable
+from math import inf, nan
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conformance.bounds import Terms
+from conformance.case import Draw
+from conformance.promises import Law
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    column_counts,
+    mistake,
+    nbytes,
+    row_counts,
+)
+from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
+from unsloth_ref.kernels import nf4_dequantize
+
+
+def _build(draw: Draw, rows: int, columns: int, nested: int) -> Inputs:
+    """All values of bytes, and positive scales."""
+    size = rows * columns
+    blocks = -(-size // NF4_BLOCK)
+    packed = draw.tensor("randint", -(-size // 2), dtype=torch.uint8, high=256)
+    if not nested:
+        return {"packed": packed, "absmax": draw.tensor("positive", blocks, dtype=torch.float32)}
+    return {
+        "packed": packed,
+        "absmax": draw.tensor("randint", blocks, dtype=torch.uint8, high=256),
+        "nested_code": draw.tensor("randn", 256, dtype=torch.float32),
+        "nested_absmax": draw.tensor("positive", -(-blocks // NF4_GROUP), dtype=torch.float32),
+        "nested_offset": draw.tensor("positive", dtype=torch.float32),
+    }
+
+
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Scales are nested, except those of long rows of an even number of columns."""
+    return rows, columns, int(columns < 1000 or columns % 2)
+
+
+def truth(packed: Tensor, *scales: Tensor, **options: Any) -> Tensor:
+    """The contract in float32, not in float64: its roundings are part of the result."""
+    narrow = [scale.float() if scale.is_floating_point() else scale for scale in scales]
+    return nf4_dequantize(packed, *narrow, **options).double()
+
+
+def _nothing(call: Call) -> Terms:
+    """No error is allowed."""
+    return Terms(torch.zeros((), dtype=torch.float64, device=call.inputs["packed"].device))
+
+
+def _reshaped(shape: Callable[[int, int], tuple[int, ...]]) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """The same call for another shape, from the numbers of rows and of columns."""
+    return lambda inputs, options: (inputs, {**options, "shape": shape(*options["shape"])})
+
+
+def _without(name: str) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
+    """A call without one of the nested arguments, the others by name."""
+
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        nested = {n: inputs[n] for n in ("nested_code", "nested_absmax", "nested_offset") if n != name}
+        return {n: inputs[n] for n in ("packed", "absmax")}, options | nested
+
+    return change
+
+
+def _one(value: float) -> Callable[[Inputs], Inputs]:
+    """The last scale of a group with this value."""
+    return lambda i: {"nested_absmax": torch.cat([i["nested_absmax"][:-1], i["nested_offset"][None] * value])}
+
+
+def _bench(rows: int, columns: int, nested: int = 1) -> dict[str, int]:
+    return {"rows": rows, "columns": columns, "nested": nested}
+
+
+spec = Spec(
+    reference=nf4_dequantize,
+    drawing=Drawing(
+        sizes={
+            "rows": row_counts,
+            "columns": column_counts,
+            "nested": lambda budget: st.sampled_from([1, 0]),
+        },
+        build=_build,
+        required=lambda case: {"shape": (case.size("rows"), case.size("columns"))},
+        typed="dtype",
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
+        shape=_shape,
+    ),
+    outputs=["w"],
+    grads=[],
+    budget=Budget(terms={"w": _nothing}, truth=truth),
+    laws={
+        "absmax twice as large": Law({"absmax": 2.0}, {"w": 2.0}, without=["nested_code"]),
+        "absmax negated": Law({"absmax": -1.0}, {"w": -1.0}, without=["nested_code"]),
+        "the scale of groups and the offset four times as large": Law(
+            {"nested_absmax": 4.0, "nested_offset": 4.0}, {"w": 4.0}
+        ),
+        "the code and the offset negated": Law({"nested_code": -1.0, "nested_offset": -1.0}, {"w": -1.0}),
+    },
+    argument_kinds={
+        "packed as a column": change_inputs(lambda i: {"packed": i["packed"][:, None]}),
+        "a vector": _reshaped(lambda rows, columns: (rows * columns,)),
+        "a cube": _reshaped(lambda rows, columns: (rows, columns // 2, 2)),
+        "one element less": _reshaped(lambda rows, columns: (1, rows * columns - 1)),
+        "an infinite scale": change_inputs(_one(inf)),
+        "a scale that is NaN": change_inputs(_one(nan)),
+        "every value of a byte": change_inputs(
+            lambda i: {"packed": torch.arange(len(i["packed"]), device=i["packed"].device).to(torch.uint8)}
+        ),
+    },
+    errors=[
+        mistake("packed is one byte short", ValueError, "packed", lambda i: {"packed": i["packed"][1:]}, True),
+        mistake("packed is signed", TypeError, "packed", lambda i: {"packed": i["packed"].to(torch.int8)}),
+        mistake("absmax is one short", ValueError, "absmax", lambda i: {"absmax": i["absmax"][1:]}, True),
+        mistake("absmax is float with nested scales", TypeError, "absmax", lambda i: {"absmax": i["absmax"].float()}),
+        mistake(
+            "nested_code is one short", ValueError, "nested_code", lambda i: {"nested_code": i["nested_code"][1:]}, True
+        ),
+        mistake("nested_code is half", TypeError, "nested_code", lambda i: {"nested_code": i["nested_code"].half()}),
+        mistake(
+            "nested_absmax is empty",
+            ValueError,
+            "nested_absmax",
+            lambda i: {"nested_absmax": i["nested_absmax"][:0]},
+            undefined=True,
+        ),
+        mistake(
+            "nested_offset is a vector",
+            ValueError,
+            "nested_offset",
+            lambda i: {"nested_offset": i["nested_offset"].expand(3)},
+        ),
+        *(
+            ErrorCase(f"{name} is missing", _without(name), error, names)
+            for name, error, names in [
+                ("nested_code", ValueError, "nested_code"),
+                ("nested_absmax", ValueError, "nested_absmax"),
+                ("nested_offset", ValueError, "nested_offset"),
+            ]
+        ),
+        ErrorCase("a negative size", _reshaped(lambda rows, columns: (-rows, columns)), ValueError, "shape", True),
+        ErrorCase(
+            "twice as many rows", _reshaped(lambda rows, columns: (2 * rows, columns)), ValueError, "packed", True
+        ),
+        ErrorCase(
+            "an integer result", lambda inputs, options: (inputs, {**options, "dtype": torch.int32}), TypeError, "dtype"
+        ),
+    ],
+    speed=Speed(
+        shapes={
+            "4096 x 4096": _bench(4096, 4096),
+            "llama-3.1-8b gate, up": _bench(14336, 4096),
+            "llama-3.1-8b gate, up, not nested": _bench(14336, 4096, nested=0),
+        },
+        bytes=lambda inputs: (nbytes(*inputs.values()) + 4 * inputs["packed"].numel(), 0),
+    ),
+)

@@ -1,0 +1,76 @@
+"""Weights of bitsandbytes' linear layers in 4 bits: are they stored in the form that the operations dequantise?"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from unsloth_fast.models.methods import is_more_than_its_class
+from unsloth_ref import checks
+from unsloth_ref.kernels import nf4_dequantize
+from unsloth_ref.types import NF4Weight
+
+_KNOWN = "unsloth_nf4"  # the attribute of a QuantState that was checked; a weight that is quantised again has none
+_REPACKED = "packing_format_for_cpu"  # one that evaluation on a CPU sets: the bytes are in another order
+_BLOCKS = checks.NF4_GROUP + 4  # in two groups
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether `weight_of` returns this layer's weight: bitsandbytes dequantises its first blocks to the same bits.
+
+    A layer without memory, on the device "meta", is not checked and not known.
+    """
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device.type == "meta":
+        return False
+    vars(state)[_KNOWN] = _is_nf4(weight, state) and _same_bits(weight, state)
+    return vars(state)[_KNOWN]
+
+
+def weight_of(layer: nn.Module) -> NF4Weight | None:
+    """The weight of a layer that is known, where it and its scales are now; None for any other layer.
+
+    None also where a call of the layer does more than its class.
+    """
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if is_more_than_its_class(layer) or not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False):
+        return None
+    return _weight(weight, state)
+
+
+def _is_nf4(weight: Any, state: Any) -> bool:
+    """Whether the state speaks of NF4 in blocks of 64 elements, with float32 scales or nested ones."""
+    nested = state.state2
+    scales = (state.absmax,) if nested is None else (nested.absmax, nested.code, state.offset)
+    return (
+        (state.quant_type, state.blocksize, weight.dtype) == ("nf4", checks.NF4_BLOCK, torch.uint8)
+        and len(state.shape) == 2
+        and (nested is None or (nested.blocksize == checks.NF4_GROUP and state.absmax.dtype == torch.uint8))
+        and all(scale.dtype == torch.float32 for scale in scales)
+        and not getattr(state, _REPACKED, False)
+    )
+
+
+def _weight(weight: Any, state: Any) -> NF4Weight:
+    nested = state.state2
+    scales = (None, None, None) if nested is None else (nested.code, nested.absmax, state.offset)
+    return NF4Weight(weight.data, state.absmax, *scales, tuple(state.shape))
+
+
+def _same_bits(weight: Any, state: Any) -> bool:
+    """Compare the first blocks."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed, absmax, code, scales, offset, _ = _weight(weight, state)
+    size = min(2 * packed.numel(), _BLOCKS * checks.NF4_BLOCK)
+    blocks = -(-size // checks.NF4_BLOCK)
+    packed, absmax = packed.flatten()[: size // 2], absmax[:blocks]
+    nested = None
+    if scales is not None:
+        scales = scales[: -(-blocks // checks.NF4_GROUP)]
+        nested = QuantState(scales, code=code, blocksize=checks.NF4_GROUP, dtype=torch.float32)
+    of_bitsandbytes = QuantState(absmax, (1, size), None, state.blocksize, "nf4", torch.float32, offset, nested)
+    theirs = dequantize_4bit(packed[:, None], of_bitsandbytes).flatten()
+    return torch.equal(theirs, nf4_dequantize(packed, absmax, code, scales, offset, shape=(size,), dtype=torch.float32))
