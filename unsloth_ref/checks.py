@@ -286,8 +286,6 @@ def lora_layers_arguments(
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
     for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
-        if not isinstance(layer[0], Tensor):
-            raise TypeError(f"weight[{index}]: got {type(layer[0]).__name__}; allowed: a tensor")
         if isinstance(layer[0], NF4Weight):
             raise TypeError(f"weight[{index}]: got an NF4Weight; allowed: a Tensor")
         lora_arguments(x, *layer, which=f"[{index}]")
