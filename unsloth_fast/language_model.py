@@ -4,14 +4,13 @@ transformers loads, bitsandbytes quantises and peft adapts. The results are obje
 save can be loaded without this package.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from unsloth_fast import adapters, backends
 from unsloth_fast.models import checkpointing, float8, loading, place, positions, quantization, targets
@@ -102,31 +101,31 @@ class FastLanguageModel:
         chosen = backends.resolve(backend)
         hub = {name: kwargs.pop(name) for name in loading.HUB_KEYWORDS if name in kwargs}
         source = loading.find_source(model_name, hub | {"token": token, "trust_remote_code": trust_remote_code})
-
         adapters.check_full_finetuning(full_finetuning, source)
         config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         options = loading.known_keywords(kwargs, config)
         config = loading.with_fields(config, source, options)
         auto_class, stored_dtype = loading.model_class(config), loading.stored_dtype(config)
         positions.scale_positions(config, max_seq_length)
-        limit = positions.position_limit(config)
         options["dtype"] = loading.supported_dtype(dtype, stored_dtype)
         asked = load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning
         empty = partial(loading.empty_model, auto_class, config, trust_remote_code)
-        for_float8 = _choose_weights(load_in_fp8, asked, options, config, empty)
+        in_float8 = float8.is_wanted(load_in_fp8, asked, config, options.get("quantization_config"))
+        if not in_float8:
+            quantization.add_bits(options, asked, config, empty)
         if getattr(config, "attn_logit_softcapping", None):
             options.setdefault("attn_implementation", "eager")  # before transformers 5.23 sdpa ignores the cap
         options["device_map"] = loading.default_device_map() if device_map is None else device_map
 
-        load = partial(auto_class.from_pretrained, source.base, config=config, **source.base_hub)
-        model: Any = float8.load(load, options, for_float8, chosen)
+        model = float8.load(auto_class, source, options | {"config": config}, empty() if in_float8 else None, chosen)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
         loading.find_template(tokenizer, source)
         if source.is_adapter and max_seq_length is None:
-            positions.warn_of_longer_texts(tokenizer, limit)
+            positions.warn_of_longer_texts(tokenizer, positions.position_limit(config))
         loading.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
         loading.prepare_tokenizer(tokenizer, model, max_seq_length)
-        model.max_seq_length, model.unsloth_length_asked = max_seq_length or limit, max_seq_length is not None
+        model.max_seq_length = max_seq_length or positions.position_limit(config)
+        model.unsloth_length_asked = max_seq_length is not None
         model.unsloth_backend, model.unsloth_full_finetuning = chosen.name, bool(full_finetuning)
         model.unsloth_checkpoint_dtype, model.unsloth_tokenizer = stored_dtype, tokenizer
         if source.is_adapter:
@@ -305,27 +304,3 @@ def PatchDPOTrainer() -> None:
 
 
 PatchKTOTrainer = PatchDPOTrainer
-
-
-def _choose_weights(
-    load_in_fp8: bool | str | None,
-    asked: tuple[bool | None, bool | None, bool, bool],
-    options: dict[str, Any],
-    config: PreTrainedConfig,
-    empty: Callable[[], PreTrainedModel],
-) -> PreTrainedModel | None:
-    """Add a quantization_config to the options where 4 or 8 bits are wanted.
-
-    `asked` are load_in_4bit, load_in_8bit, load_in_16bit and full_finetuning.
-
-    Returns:
-        The model without memory where float8 is wanted; None otherwise.
-    """
-    given = options.get("quantization_config")
-    names = "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "quantization_config"
-    if float8.is_wanted(load_in_fp8, dict(zip(names, (*asked, given), strict=True)), config):
-        return empty()
-    bits = quantization.wanted_bits(*asked, config, given)
-    if bits and not given:
-        options["quantization_config"] = quantization.bits_config(bits, options["dtype"], empty())
-    return None
