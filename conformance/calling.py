@@ -18,23 +18,29 @@ from torch.utils._pytree import tree_leaves
 Arguments = tuple[list[Any], dict[str, Any]]
 
 
-def placed(reference: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Arguments:
-    """The inputs as positional arguments, as far as they are the first parameters of the reference, and keywords."""
-    grouped: dict[str, Any] = {}
+def grouped(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inputs as keywords: tensors, and lists of those tensors that are elements of one."""
+    found: dict[str, Any] = {}
     for name, tensor in inputs.items():
         group, bracket, _ = name.partition("[")
         if bracket:
-            grouped.setdefault(group, []).append(tensor)
+            found.setdefault(group, []).append(tensor)
         else:
-            grouped[name] = tensor
+            found[name] = tensor
+    return found
+
+
+def placed(reference: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Arguments:
+    """The inputs as positional arguments, as far as they are the first parameters of the reference, and keywords."""
+    by_name = grouped(inputs)
     positional: list[Any] = []
     for parameter in inspect.signature(reference).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += grouped.pop(parameter.name, [])
-        if parameter.name not in grouped or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL):
+            positional += by_name.pop(parameter.name, [])
+        if parameter.name not in by_name or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL):
             break
-        positional.append(grouped.pop(parameter.name))
-    return positional, grouped
+        positional.append(by_name.pop(parameter.name))
+    return positional, by_name
 
 
 def results(found: Any, written: Sequence[Tensor]) -> list[Any]:

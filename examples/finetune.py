@@ -3,7 +3,7 @@
 MODEL is the name or the path of a model; without it the script makes a tiny one. A laptop's CPU is enough for that.
 """
 
-import sys
+import argparse
 
 import random_model
 import torch
@@ -11,8 +11,10 @@ from datasets import Dataset
 
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
+parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+parser.add_argument("model", nargs="?", help="its name or path (default: a tiny one)")
 gpu = torch.cuda.is_available()
-name = sys.argv[1] if len(sys.argv) > 1 else random_model.save("out/tiny_llama")
+name = parser.parse_args().model or random_model.save("out/tiny_llama")
 model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length=256, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=16)
 

@@ -1,13 +1,14 @@
-"""Time a packed training step of this trainer beside trl, liger and unsloth on one GPU.
+"""Time a packed training step of this trainer beside trl, liger and unsloth.
 
-    python examples/step_benchmark.py [--shape NAME] [--rows N] [--length N] [--mode lora|embed|gc|full]
+    python examples/step_benchmark.py [--shape NAME] [--rows N] [--length N] [--mode lora|embed|gc|full] [--gpus N]
                                       [--who NAME ...] [--steps N] [--out DIR] [--profile]
 
 All contenders train the same model with random weights (without options, the shape of Llama 3.2 1B with LoRA of rank 16
 on every linear layer and 8 rows of 2048 tokens per step) in bfloat16 with AdamW. The rows are packed from documents
 with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender runs in its
 own process, loads the same files and sees the same documents. The table shows tokens per second (of the median step),
-peak memory, and the first and the last loss, from which you see whether all train the same thing. steps.json has the
+peak memory of one GPU, the model FLOP utilisation ("use"), the share of the step in which the GPU waits ("idle"; see
+step_work.py), and the first and the last loss, from which you see whether all train the same thing. steps.json has the
 same of all contenders. --profile also shows where the GPU's time goes, by kernel.
 """
 
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import random_model
-from step_contenders import CONTENDERS, MODES, Job, build
+import step_work
+from step_contenders import CONTENDERS, MODES, Job, build, lengths
 from step_shapes import SHAPES
 
 WARMUP = 4  # steps that compile, allocate and choose kernels
@@ -44,7 +46,7 @@ def run_one(contender: str, job: Job, profile: bool) -> dict[str, Any]:
         from transformers import TrainerCallback
 
         ends: list[float] = []
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
         class Clock(TrainerCallback):
             """Takes the time at the end of each step, when the GPU has finished it."""
@@ -54,25 +56,34 @@ def run_one(contender: str, job: Job, profile: bool) -> dict[str, Any]:
                 ends.append(time.perf_counter())
                 if len(ends) == WARMUP:
                     torch.cuda.reset_peak_memory_stats()
-                if profiler and len(ends) == job.steps - PROFILED:
+                if len(ends) == job.steps - PROFILED:
                     profiler.start()
 
         trainer.add_callback(Clock())
         trainer.train()
-        if profiler:
-            profiler.stop()
+        profiler.stop()
     # The last steps are left out: under the profiler a step takes longer.
     seconds = [after - before for before, after in pairwise(ends)][WARMUP - 1 : job.steps - PROFILED - 1]
     logs = [log for log in trainer.state.log_history if "loss" in log]
+    step = statistics.median(seconds)
+    work = step_work.operations(trainer.model, lengths(job), job.tokens)
     return {
         "who": contender,
         "what": CONTENDERS[contender],
-        "tokens_per_second": job.rows * job.length / statistics.median(seconds),
-        "step_ms": statistics.median(seconds) * 1e3,
+        "tokens_per_second": job.tokens / step,
+        "step_ms": step * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "teraflops": work / step / job.gpus / 1e12,
+        "idle_share": step_work.idle_share(intervals(profiler), PROFILED * step),
         "losses": [log["loss"] for log in logs],
-        "kernels": by_kernel(profiler) if profiler else None,
+        "kernels": by_kernel(profiler) if profile else None,
     }
+
+
+def intervals(profiler: Any) -> list[tuple[float, float]]:
+    """When the GPU's kernels and copies ran, in seconds."""
+    ranges = [event.time_range for event in profiler.events() if "cuda" in str(event.device_type).lower()]
+    return [(one.start / 1e6, one.end / 1e6) for one in ranges]
 
 
 def by_kernel(profiler: Any) -> dict[str, float]:
@@ -92,39 +103,45 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default: 2048)")
     modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="lora", help=f"what is trained ({modes}; default: lora)")
+    parser.add_argument("--gpus", type=int, default=1, help="each with these rows, by torchrun (default: 1)")
     parser.add_argument("--who", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, at least 10 (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the numbers (default: out)")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # a folder: this is the process of one contender
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes, by kernel")
     chosen = parser.parse_args()
-    for name, least in (("steps", 10), ("rows", 1), ("length", 8)):
+    for name, least in (("steps", 10), ("rows", 1), ("length", 8), ("gpus", 1)):
         if getattr(chosen, name) < least:
             parser.error(f"argument --{name}: got {getattr(chosen, name)}; allowed: an integer from {least}")
     if chosen.model:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        job = Job(chosen.shape, chosen.model, chosen.rows, chosen.length, chosen.mode, chosen.steps)
+        job = Job(chosen.shape, chosen.model, chosen.rows, chosen.length, chosen.mode, chosen.steps, chosen.gpus)
         result = run_one(chosen.who[0], job, chosen.profile)
-        (chosen.out / f"step_{chosen.who[0]}.json").write_text(json.dumps(result, indent=1))
+        if os.environ.get("RANK", "0") == "0":
+            (chosen.out / f"step_{chosen.who[0]}.json").write_text(json.dumps(result, indent=1))
         return 0
     import torch
 
     from conformance import results_file
+    from conformance.bench.card import Card
 
     if not torch.cuda.is_available():
         parser.error("got no CUDA device; this benchmark measures speed, and needs one")
+    if chosen.gpus > torch.cuda.device_count():
+        parser.error(f"argument --gpus: got {chosen.gpus}; allowed: up to {torch.cuda.device_count()}")
     chosen.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    what = f"{chosen.shape}, {MODES[chosen.mode]}, {chosen.rows} rows of {chosen.length} tokens per step"
+    what = f"{chosen.shape}, {MODES[chosen.mode]}, {chosen.rows} rows of {chosen.length} tokens per step and GPU"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {what}")
-    print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}  loss: first, last")
+    rate = Card().rates().matmul / 1e12
+    print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}{'use':>7}{'idle':>7}  loss: first, last")
     with tempfile.TemporaryDirectory() as folder:
         shape = SHAPES[chosen.shape]
         random_model.save(folder, "cuda", "bfloat16", shape.model_type, **shape.fields)
-        results = [show(contender, folder, chosen) for contender in chosen.who]
-    meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode")}
-    meta |= {"gpu": torch.cuda.get_device_name(), "commit": results_file.commit()}
+        results = [show(contender, folder, chosen, rate) for contender in chosen.who]
+    meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode", "gpus")}
+    meta |= {"gpu": torch.cuda.get_device_name(), "matmul_teraflops": rate, "commit": results_file.commit()}
     meta["versions"] = results_file.versions() | {package: version_of(package) for package in PACKAGES}
     results_file.write(chosen.out / "steps.json", meta, [result for result in results if result])
     return int(None in results)
@@ -138,10 +155,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def show(contender: str, model_path: str, chosen: argparse.Namespace) -> dict[str, Any] | None:
-    """Run one contender, print its line of the table and return its result; None if it failed."""
-    command = [sys.executable, __file__, "--model", model_path, "--who", contender, "--out", str(chosen.out)]
-    for name in ("shape", "rows", "length", "mode", "steps"):
+def show(contender: str, model_path: str, chosen: argparse.Namespace, rate: float) -> dict[str, Any] | None:
+    """Run one contender, print its line of the table and return its result; None if it failed.
+
+    Args:
+        contender: its name.
+        model_path: the folder of the model.
+        chosen: what the command line says.
+        rate: of a large matrix product, in TFLOP/s.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={chosen.gpus}"]
+    command = [sys.executable, *(launcher if chosen.gpus > 1 else ()), __file__]
+    command += ["--model", model_path, "--who", contender, "--out", str(chosen.out)]
+    for name in ("shape", "rows", "length", "mode", "steps", "gpus"):
         command += [f"--{name}", str(getattr(chosen, name))]
     command += ["--profile"] * chosen.profile
     done = subprocess.run(command, capture_output=True, text=True)
@@ -153,6 +179,7 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace) -> dict[st
     result = json.loads((chosen.out / f"step_{contender}.json").read_text())
     losses = result["losses"]
     figures = f"{result['tokens_per_second']:>10,.0f}{result['step_ms']:>8.0f}{result['peak_gib']:>7.1f}"
+    figures += f"{result['teraflops'] / rate:>7.1%}{result['idle_share']:>7.1%}"
     print(f"{contender:<14}{figures}  {losses[0]:.4f} {losses[-1]:.4f}  {CONTENDERS[contender]}", flush=True)
     for name, milliseconds in list((result["kernels"] or {}).items()):
         print(f"    {milliseconds:8.2f} ms  {name}")

@@ -1,7 +1,8 @@
 """The trainers that `step_benchmark.py` compares, each built as its users build it, on one model and one data set."""
 
+import os
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from step_shapes import SHAPES, Shape
@@ -32,10 +33,11 @@ class Job:
     Attributes:
         model: a name of `SHAPES`.
         path: the folder of the model.
-        rows: per step.
+        rows: per step and GPU.
         length: of a row, in tokens.
         mode: a name of `MODES`.
         steps: number of optimizer steps.
+        gpus: processes, each with a GPU and rows of its own.
     """
 
     model: str
@@ -44,24 +46,37 @@ class Job:
     length: int
     mode: str
     steps: int
+    gpus: int
 
     @property
     def shape(self) -> Shape:
         """The model's sizes and its linear layers."""
         return SHAPES[self.model]
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of a step, on all GPUs."""
+        return self.gpus * self.rows * self.length
+
+
+def lengths(job: Job) -> list[int]:
+    """The lengths of enough documents for the steps: log-normal, as those of text."""
+    import numpy
+
+    count = job.steps * job.tokens // 250
+    drawn = numpy.random.default_rng(0).lognormal(5.6, 0.9, size=count)
+    return numpy.clip(drawn.astype(int), 8, job.length).tolist()
+
 
 def documents(job: Job) -> Any:
-    """Enough documents for the steps: a Dataset of token ids, of log-normal lengths as text has them."""
+    """The documents: a Dataset of token ids."""
     import numpy
     from datasets import Dataset
 
-    draw = numpy.random.default_rng(0)
-    count = job.steps * job.rows * job.length // 250
-    lengths = numpy.clip(draw.lognormal(5.6, 0.9, size=count).astype(int), 8, job.length)
+    starts = [0, *accumulate(lengths(job))]
     # A skewed distribution of tokens, so that there is something to learn.
-    tokens = (4 + draw.geometric(1e-3, lengths.sum()) % (job.shape.fields["vocab_size"] - 4)).tolist()
-    starts = [0, *lengths.cumsum().tolist()]
+    drawn = numpy.random.default_rng(1).geometric(1e-3, starts[-1])
+    tokens = (4 + drawn % (job.shape.fields["vocab_size"] - 4)).tolist()
     return Dataset.from_dict({"input_ids": [tokens[a:b] for a, b in pairwise(starts)]})
 
 
@@ -110,7 +125,8 @@ def trl_trainer(contender: str, job: Job, folder: str) -> Any:
         AttentionMaskInterface.register("varlen", lambda *_, **__: None)
     attention = "varlen" if "varlen" in contender else "sdpa"
     load = AutoModelForCausalLM.from_pretrained
-    model = load(job.path, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": 0})
+    device = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    model = load(job.path, dtype=torch.bfloat16, attn_implementation=attention, device_map=device)
     args = SFTConfig(**options(job, folder), use_liger_kernel="liger" in contender)
     whole = ["embed_tokens", "lm_head"] if job.mode == "embed" else None
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(job.shape.linear), modules_to_save=whole)

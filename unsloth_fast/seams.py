@@ -72,6 +72,8 @@ SEAMS = (
     Seam("transformers.Trainer._init_training_state", "overridden: a stream resumes at the right batch"),
     Seam("transformers.Trainer._get_learning_rate", "overridden: the embeddings' rate is read before it changes"),
     Seam("transformers.Trainer._save_checkpoint", "overridden: the token count is in the state before it is written"),
+    Seam("transformers.Trainer._tr_loss", "read and set: the device leaves out losses that are not finite"),
+    Seam("transformers.Trainer._globalstep_last_logged", "read: the same"),
     Seam("transformers.Trainer._prepare_inputs", "called: moves a batch of an evaluation to the device"),
     Seam(
         "transformers.PreTrainedModel._set_gradient_checkpointing",
@@ -124,6 +126,8 @@ SEAMS = (
     # accelerate, datasets
     Seam("accelerate.state.GradientState.end_of_dataloader", "read: the last batch repeats documents"),
     Seam("accelerate.state.GradientState.remainder", "read: how many of its documents are new"),
+    Seam("accelerate.hooks.add_hook_to_module._old_forward", "read: the forward that accelerate calls"),
+    Seam("accelerate.hooks.add_hook_to_module._hf_hook", "read: whether accelerate replaced a module's forward"),
     Seam("datasets.Dataset._fingerprint", "read: a packed data set has a fingerprint of its own"),
     # argparse, in TRL's parser
     Seam("argparse.ArgumentParser._actions", "read: the options, to write their values as YAML's authors mean them"),
@@ -135,7 +139,7 @@ SEAMS = (
         "read: a layer with hooks keeps its own forward; emptied while a head is checked",
     ),
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
-    Seam("torch.nn.Module._backward_hooks", "read: an MLP whose activation has hooks keeps its own forward"),
+    Seam("torch.nn.Module._backward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included; replaced in a copy"),
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),

@@ -17,11 +17,13 @@ from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
 from unsloth_fast.data.collator import collators, without_ends
 from unsloth_fast.evaluation import Evaluated, Scores
+from unsloth_fast.logged_loss import FiniteLosses
 from unsloth_fast.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import kept_fields, with_values
 from unsloth_fast.models.head import forward_with_loss, head_without_adapter
+from unsloth_fast.module_lists import ModuleLists
 from unsloth_fast.noise import noise_of_documents
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
@@ -91,6 +93,7 @@ class UnslothTrainer(SFTTrainer):
     accelerator: Any
     called_as_trls = False  # as `trl.SFTTrainer`, under `patch_trl`
     _embedding_rate: float | None = None
+    _lists: ModuleLists | None = None
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
@@ -108,7 +111,7 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
-        self._noise = noise_of_documents(self)
+        self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses(self)
 
     # Documents to batches
 
@@ -145,15 +148,26 @@ class UnslothTrainer(SFTTrainer):
         return everywhere if self.args.average_tokens_across_devices else here
 
     @overrides(SFTTrainer)
-    def training_step(self, *positional: Any, **keywords: Any) -> Tensor:
+    def training_step(self, model: nn.Module, *positional: Any, **keywords: Any) -> Tensor:
         """Forward and backward of one microbatch."""
+        if self._lists is not None:
+            for each in (model, self.model):
+                self._lists.use(each, self.accelerator.distributed_type)
         devices = set((getattr(self.model, "hf_device_map", None) or {}).values())
         # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         verified = nullcontext()
         if self._verification is not None:
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
-            return super().training_step(*positional, **keywords)
+            loss = super().training_step(model, *positional, **keywords)
+        self._finite_losses.begin()
+        return loss
+
+    @overrides(SFTTrainer)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers counts; it asks for this right after it has added the loss to the others."""
+        self._finite_losses.end()
+        return super().floating_point_ops(inputs)
 
     @overrides(SFTTrainer)
     def compute_loss(
@@ -285,7 +299,7 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        with self._noise.added_to(self.model):
+        with self._noise.added_to(self.model), ModuleLists() as self._lists:
             return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

@@ -237,31 +237,56 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
         raise ValueError(f"positions: got {int(positions[index])} at index {index}; allowed: 0 to {rows - 1}")
 
 
-def lora_arguments(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter."""
+def lora_arguments(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, which: str = ""
+) -> None:
+    """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter.
+
+    Messages add `which` to the names of all arguments but x.
+    """
     if x.ndim == 0:
         raise ValueError("x: got shape []; allowed: [..., I]")
     dtype("x", x)
     if isinstance(weight, NF4Weight):
         nf4_arguments(*weight, x.dtype)
-        same_device("weight", weight.packed, "x", x)
+        same_device(f"weight{which}", weight.packed, "x", x)
         weight = x.new_empty(()).expand(*weight.shape)  # in its place below
-    dimensions("weight", weight, 2, "[O, I]")
-    shape("weight", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
-    dtype("weight", weight, (x.dtype,))
-    dimensions("lora_a", lora_a, 2, "[R, I]")
-    shape("lora_a", lora_a, (lora_a.shape[0], x.shape[-1]), "[R, I], the last dimension of x")
+    dimensions(f"weight{which}", weight, 2, "[O, I]")
+    shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
+    dtype(f"weight{which}", weight, (x.dtype,))
+    dimensions(f"lora_a{which}", lora_a, 2, "[R, I]")
+    shape(f"lora_a{which}", lora_a, (lora_a.shape[0], x.shape[-1]), "[R, I], the last dimension of x")
     wider = [kind for kind in FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
-    dtype("lora_a", lora_a, wider)
-    shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]), "[O, R], the rows of weight and of lora_a")
-    dtype("lora_b", lora_b, (lora_a.dtype,))
+    dtype(f"lora_a{which}", lora_a, wider)
+    rows = f"[O, R], the rows of weight{which} and of lora_a{which}"
+    shape(f"lora_b{which}", lora_b, (weight.shape[0], lora_a.shape[0]), rows)
+    dtype(f"lora_b{which}", lora_b, (lora_a.dtype,))
     others = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:
-        shape("bias", bias, weight.shape[:1], "one entry per row of weight")
-        dtype("bias", bias, (x.dtype,))
+        shape(f"bias{which}", bias, weight.shape[:1], f"one entry per row of weight{which}")
+        dtype(f"bias{which}", bias, (x.dtype,))
         others["bias"] = bias
     for name, tensor in others.items():
-        same_device(name, tensor, "x", x)
+        same_device(f"{name}{which}", tensor, "x", x)
+
+
+def lora_layers_arguments(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float] | None,
+    bias: Sequence[Tensor | None] | None,
+) -> None:
+    """Check the arguments of layers with adapters that share x: as many of each as there are weights, at least 1."""
+    count = len(weight)
+    if count == 0:
+        raise ValueError("weight: got 0 layers; allowed: at least 1")
+    for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
+    for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
+        lora_arguments(x, *layer, which=f"[{index}]")
 
 
 def values_are_checked(tensor: Tensor) -> bool:

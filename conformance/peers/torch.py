@@ -1,5 +1,6 @@
 """PyTorch's own operators without torch.compile, fused where PyTorch has a fused one."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -199,6 +200,17 @@ def lora_linear(
     """Three linear layers and a sum; adapters of another dtype are cast to that of x."""
     low = F.linear(x, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
+
+
+@operation
+def lora_linears(
+    x: Tensor, weight: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
+    scaling: Sequence[float] | None = None, bias: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Layer by layer."""
+    count = len(weight)
+    layers = zip(weight, lora_a, lora_b, scaling or [1.0] * count, bias or [None] * count, strict=True)
+    return tuple(lora_linear(x, *layer) for layer in layers)
 
 
 @operation

@@ -4,6 +4,7 @@ ValueError, TypeError, IndexError and RuntimeError are all accepted: a plausible
 error does not. A separate test requires that `unsloth_ref` and `unsloth_fast` raise the same type for every mistake.
 """
 
+from conformance.calling import placed
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.profiles import Profile
@@ -28,8 +29,9 @@ def check(trial: Trial, case: Case) -> None:
 
 def _demand_refusal(trial: Trial, case: Case, mistake: ErrorCase) -> None:
     inputs, options = mistake.change(trial.inputs(case), trial.options(case))
+    positional, by_name = placed(trial.spec.reference, inputs)
     with Caught() as caught:
-        trial.function(*inputs.values(), **options)
+        trial.function(*positional, **by_name, **options)
     if caught.error is None:
         raise Failure(f"{mistake.what}: no error, should raise {mistake.raises.__name__} naming {mistake.names}")
     if not isinstance(caught.error, REFUSALS):

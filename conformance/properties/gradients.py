@@ -1,10 +1,11 @@
 """Gradients are within the error budget for every subset of inputs: freezing one input does not change the others.
 
+Of lists of inputs, whose subsets are too many, these are judged: whole lists, each element alone, all without one.
 They are so too where a loss uses one of several outputs alone: autograd then has no gradient of the others.
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain, combinations, groupby
 from typing import Any
 
 import torch
@@ -21,11 +22,22 @@ def check(trial: Trial, case: Case) -> float:
     """Judge every subset of the differentiable inputs, starting with all of them; then each output alone."""
     inputs = trial.inputs(case)
     names = [name for name in trial.spec.grads if name in inputs]
-    subsets = [subset for count in range(len(names), 0, -1) for subset in combinations(names, count)]
-    used = max(trial.judge(case, trial.run(case, inputs, grads=subset), inputs) for subset in subsets)
+    used = max(trial.judge(case, trial.run(case, inputs, grads=subset), inputs) for subset in _subsets(names))
     if len(trial.spec.outputs) > 1 and not trial.spec.in_place:
         used = max(used, *(_alone(trial, case, inputs, names, index) for index in range(len(trial.spec.outputs))))
     return used
+
+
+def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Subsets of names, the whole first; elements of a list have names such as `xs[0]`."""
+    lists = [tuple(group) for _, group in groupby(names, lambda name: name.partition("[")[0])]
+    chosen = [subset for count in range(len(lists), 0, -1) for subset in combinations(lists, count)]
+    elements = [name for one in lists if len(one) > 1 for name in one]
+    return [
+        *(tuple(chain(*subset)) for subset in chosen),
+        *((name,) for name in elements),
+        *(tuple(other for other in names if other != name) for name in elements),
+    ]
 
 
 def _alone(trial: Trial, case: Case, inputs: Inputs, names: Sequence[str], index: int) -> float:

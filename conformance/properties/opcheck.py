@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from conformance.case import Case
 from conformance.gates import Failure
@@ -49,9 +50,9 @@ def check(trial: Trial, case: Case) -> None:
     with _Recorder() as recorder:
         trial.run(case)
     for operator, (args, kwargs) in recorder.calls.items():
-        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
         with Caught() as caught:
-            torch.library.opcheck(operator, tuple(args), kwargs)
+            torch.library.opcheck(operator, args, kwargs)
         if caught.error is not None:
             raise Failure(f"opcheck of {operator}: {str(caught.error).strip()[:400]}") from caught.error
 

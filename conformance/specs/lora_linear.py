@@ -57,7 +57,7 @@ def _out(budget: int) -> st.SearchStrategy[int]:
     return st.sampled_from([1, 2, 4, 8, 16, 33, 64, *many])
 
 
-class _Steps:
+class Steps:
     """The intermediate results of a call, with error bounds.
 
     Each product is a float32 sum that is rounded to the dtype of x, as are its factors: forward, x @ lora_a^T, its
@@ -82,6 +82,11 @@ class _Steps:
         """left @ right, not yet rounded."""
         return product(left, right, self._call.elements)
 
+    def terms_of_dx(self) -> tuple[Bound, Bound]:
+        """The gradients of x, as rows: of the layer and of the adapter."""
+        of_layer, of_adapter = self.product(self.dy, self.weight), self.product(self.dlow, self.a)
+        return self.rounded(of_layer), self.rounded(of_adapter)
+
     def rounded(self, number: Bound) -> Bound:
         """The number rounded to the dtype of x."""
         return number.rounded(self._call.unit, self._call.smallest)
@@ -99,7 +104,7 @@ def _wide(call: Call) -> bool:
 
 def _y_bound(call: Call) -> Bound:
     """Two products and a bias, rounded one after the other; scaling adds a rounding."""
-    steps = _Steps(call)
+    steps = Steps(call)
     base = steps.rounded(steps.product(steps.x, steps.weight.t()))
     if "bias" in call.inputs:
         bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
@@ -111,16 +116,15 @@ def _y_bound(call: Call) -> Bound:
 
 def _x_bound(call: Call) -> Bound:
     """dy @ weight and dlow @ lora_a, each rounded."""
-    steps = _Steps(call)
-    of_layer, of_adapter = steps.product(steps.dy, steps.weight), steps.product(steps.dlow, steps.a)
-    return (steps.rounded(of_layer) + steps.rounded(of_adapter)).reshape(call.inputs["x"].shape)
+    of_layer, of_adapter = Steps(call).terms_of_dx()
+    return (of_layer + of_adapter).reshape(call.inputs["x"].shape)
 
 
-def _adapter_bound(product: Callable[[_Steps], Bound]) -> Callable[[Call], Bound]:
+def _adapter_bound(product: Callable[[Steps], Bound]) -> Callable[[Call], Bound]:
     """The gradient of an adapter, rounded once: to the dtype of x, or to that of a wider adapter."""
 
     def bound(call: Call) -> Bound:
-        steps = _Steps(call)
+        steps = Steps(call)
         found = product(steps)
         return found if _wide(call) else steps.rounded(found)
 
@@ -129,7 +133,7 @@ def _adapter_bound(product: Callable[[_Steps], Bound]) -> Callable[[Call], Bound
 
 def _weight_bound(call: Call) -> Bound:
     """A product of two exact matrices: only the result is rounded."""
-    steps = _Steps(call)
+    steps = Steps(call)
     return steps.product(steps.dy.t(), steps.x)
 
 

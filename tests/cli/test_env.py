@@ -9,7 +9,7 @@ from unsloth_fast import cli
 
 
 def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line per package, driver, GPU and backend with its reason, in two columns."""
+    """The output has a line per package, driver, GPU and backend with its reason, in two columns."""
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     assert cli.main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()

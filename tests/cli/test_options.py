@@ -89,7 +89,7 @@ env: {UNSLOTH_A_TEST: no}
 
 
 def test_words_of_yaml_have_the_meaning_of_their_author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`no` is the word where the option is no switch, 1e-6 is a number, and a word is a list of one."""
+    """`no` stays a word where the option is no switch, 1e-6 is a number, and a word is a list of one."""
     monkeypatch.setenv("UNSLOTH_A_TEST", "")
     monkeypatch.setattr(cli, "_check_template", lambda path: None)
     (tmp_path / "run.yaml").write_text(YAML)
@@ -137,7 +137,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("streaming", [False, True], ids=["file", "stream"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_any_name(cache: Path, name: str, streaming: bool) -> None:
-    """Its own rows, not those of files that its name would match as a pattern."""
+    """The file's own rows are read, not those of files that its name would match as a pattern."""
     (cache / "data1.jsonl").write_text('{"text": "another"}\n')
     (cache / name).write_text('{"text": "first"}\n')
     assert [row["text"] for row in load(str(cache / name), dataset_streaming=streaming)["train"]] == ["first"]
@@ -151,7 +151,7 @@ def test_a_file_that_has_changed_is_read_again(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["set[1]", "set *", "a::b"])
 def test_a_folder_of_any_name(cache: Path, name: str) -> None:
-    """Its splits by the names of its files."""
+    """The names of the files in the folder give the splits."""
     (cache / name / "deeper").mkdir(parents=True)
     for file in ("train.jsonl", "deeper/test.jsonl"):
         (cache / name / file).write_text(f'{{"text": "{file}"}}\n')
@@ -164,7 +164,7 @@ def test_a_folder_of_any_name(cache: Path, name: str) -> None:
 
 
 def test_a_mixture_of_files_of_any_name(cache: Path) -> None:
-    """A path that exists is no pattern; another may be one."""
+    """A path that exists is not read as a pattern; any other path may be one."""
     for name in ("data[1].jsonl", "data1.jsonl", "more1.jsonl", "more2.jsonl"):
         (cache / name).write_text(f'{{"text": "{name}"}}\n')
     files = [str(cache / "data[1].jsonl"), [str(cache / "more*.jsonl")]]

@@ -72,7 +72,7 @@ def test_trains_and_saves(tmp_path: Path, config: dict[str, Any], capsys: pytest
 
 
 def test_trains_lora_on_a_mixture(tmp_path: Path, config: dict[str, Any]) -> None:
-    """With `datasets` in the file and LoRA from the model's options; the adapter is saved."""
+    """`datasets` in the file names the data, the model's options ask for LoRA, and the adapter is saved."""
     del config["dataset_name"]
     mixture = [{"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl"), "split": "train"}]
     status = run(tmp_path, config | {"datasets": mixture, "use_peft": True, "lora_r": 2, "max_steps": 1})
@@ -154,7 +154,7 @@ def test_a_usage_error_is_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    """Exit status 2; the last line of stderr names the mistake; no traceback."""
+    """The exit status is 2, the last line of stderr names the mistake, and there is no traceback."""
     changed = {name: value for name, value in (config | change).items() if value is not None}
     assert run(tmp_path, changed, *options) == 2
     printed = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_a_file_without_valid_data(
     message: str | None,
     way: str,
 ) -> None:
-    """Exit status 2 and one line with the cause, whichever library reports it."""
+    """The exit status is 2 and one line states the cause, whichever library reports it."""
     if (name, way) == ("mixed.jsonl", "stream"):
         pytest.skip("only the first row of a stream is checked")
     path = tmp_path / name
@@ -232,7 +232,7 @@ def test_a_data_set_by_name(tmp_path: Path, config: dict[str, Any], monkeypatch:
     ],
 )
 def test_an_invalid_command(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused before any configuration is read."""
+    """The command is refused before any configuration is read."""
     assert cli.main(arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("unsloth-fast: error: ") and message in printed and printed.count("\n") == 1
@@ -265,7 +265,7 @@ def test_errors_of_the_training_keep_their_traceback(
 def test_the_example_names_an_unknown_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2 before any work."""
+    """The script exits with status 2 before any work."""
     example = Path(__file__).parents[2] / "examples" / "first_run.py"
     monkeypatch.syspath_prepend(str(example.parent))  # as for a script: it imports its parts
     monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
@@ -276,7 +276,7 @@ def test_the_example_names_an_unknown_backend(
 
 
 def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Is named in the error; a valid one trains."""
+    """The error names a broken template; a valid one trains."""
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
     path = tmp_path / "chat.jinja"
     config = config | {"dataset_name": str(tmp_path / "chats.jsonl"), "chat_template_path": str(path)}
@@ -288,7 +288,7 @@ def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: 
 
 
 def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only that message."""
+    """Other messages of the same logger are shown."""
     assert run(tmp_path, "- a list") == 2
     theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
     messages = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
@@ -298,13 +298,13 @@ def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden(tmp_path: Path, caps
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])
 def test_a_broken_configuration_file(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Invalid YAML, or not a mapping."""
+    """Invalid YAML is a usage error, and so is YAML that is not a mapping."""
     assert run(tmp_path, text) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("unsloth-fast: error: ")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 0; prints the usage, and for the subcommand every option."""
+    """The exit status is 0; the usage is printed, and for the subcommand every option."""
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: unsloth-fast sft")
     with pytest.raises(SystemExit) as stop:
@@ -327,7 +327,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
 def test_trains_on_a_file(tmp_path: Path, config: dict[str, Any], ending: str, columns: str) -> None:
-    """Of every format, in every layout that the format can store."""
+    """A file of each format trains, in each layout that the format can store."""
     if (ending, columns) == ("csv", "messages"):
         pytest.skip("CSV stores no lists")
     data = Dataset.from_dict(COLUMNS[columns])

@@ -70,7 +70,7 @@ def test_packing_and_padding_free_follow_the_arguments(
 def test_an_obstacle_turns_packing_off_and_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str, packing: bool
 ) -> None:
-    """A warning if packing was requested. Neither packing nor padding-free is on, and the model trains."""
+    """A warning is logged if packing was requested. Packing and padding-free are off, and the model trains."""
     caplog.set_level(logging.INFO, "unsloth_fast")
     options = {name: value() if name == "model" else value for name, value in options.items()}
     trainer = trainer_on(tmp_path, tokens(3, 4), packing=packing, max_length=8, **options)
@@ -82,7 +82,7 @@ def test_an_obstacle_turns_packing_off_and_is_logged(
 
 
 def test_the_whole_data_set_is_packed_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not in batches of 1000 rows. The log reports truncated tokens and documents without a target."""
+    """Packing is not done in batches of 1000 rows. The log reports truncated tokens and documents without a target."""
     caplog.set_level(logging.INFO, "unsloth_fast")
     lengths = [9] * 1000 + [7] * 1000 + [20, 1]
     trainer = trainer_on(tmp_path, tokens(*lengths), packing=True, max_length=16)
@@ -132,7 +132,7 @@ def test_several_processes_prepare_the_same_rows_as_one(tmp_path: Path) -> None:
 
 
 def test_each_process_reads_its_own_batches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Even with dispatch_batches=True: accelerate would split every tensor of a packed batch along dimension 0."""
+    """This holds with dispatch_batches=True too: accelerate would split the tensors of a packed batch."""
     given = arguments(tmp_path, accelerator_config={"dispatch_batches": True}, max_steps=1)
     trainer = UnslothTrainer(tiny.model(), given, train_dataset=tokens(3, 4), processing_class=tiny.tokenizer())
     (batch,) = trainer.get_train_dataloader()
@@ -152,7 +152,7 @@ def test_each_process_reads_a_stream_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_already_packed_are_kept(tmp_path: Path) -> None:
-    """With packing on or off. So `evaluate` accepts a data set that the trainer has packed."""
+    """They are kept with packing on or off, so `evaluate` accepts a data set that the trainer has packed."""
     for packing in (False, True):
         data = tokens(7, 6, seq_lengths=[[3, 4], [6]])
         trainer = trainer_on(tmp_path, data, packing=packing, max_length=8, eval_dataset=tokens(3, 4))
@@ -187,7 +187,7 @@ def test_rows_that_are_already_packed_are_not_padded(tmp_path: Path, options: di
 
 
 def test_padding_and_packing_do_not_change_the_evaluation_loss(tmp_path: Path) -> None:
-    """Of several data sets."""
+    """The loss of each of several data sets is the same."""
     data = {"a": tokens(3, 9, 5), "b": tokens(4)}
     found = []
     for options in (
@@ -206,7 +206,7 @@ def test_padding_and_packing_do_not_change_the_evaluation_loss(tmp_path: Path) -
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_metrics_and_predictions_have_one_row_per_document(tmp_path: Path, padding_free: bool) -> None:
-    """As in transformers."""
+    """This is as in transformers."""
     shapes = []
     trainer = trainer_on(
         tmp_path,
@@ -238,7 +238,7 @@ def test_a_row_is_padded_to_a_multiple(tmp_path: Path) -> None:
 
 
 def test_a_model_may_be_a_path(tmp_path: Path) -> None:
-    """Its configuration decides about the batches before the weights are loaded; here with LoRA."""
+    """The model's configuration decides about the batches before the weights are loaded; here with LoRA."""
     folder = tiny.folder(tmp_path / "model")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     args = arguments(tmp_path, model_init_kwargs={"dtype": "float32"})

@@ -83,7 +83,7 @@ ALWAYS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("obstacle", ALWAYS, ids=str)
 def test_one_more_obstacle_turns_both_off(obstacle: dict[str, Any]) -> None:
-    """Whatever the other facts of the model and of the run are."""
+    """Packing and padding-free are off, whatever the other facts of the model and of the run are."""
     on_model = {name: value for name, value in obstacle.items() if name in vars(LLAMA)}
     on_run = {name: value for name, value in obstacle.items() if name not in vars(LLAMA)}
     for model, config in product(combinations(ModelFacts), CONFIGS):

@@ -50,7 +50,7 @@ def test_examples_without_labels_get_them_from_their_masks(completion_only: bool
 
 
 def test_the_ends_of_the_examples_are_in_the_batch_on_request() -> None:
-    """The end of each example in the row, however many documents it holds."""
+    """The batch has the end of each example in the row, however many documents the example holds."""
     rows = [EXAMPLES[0] | {"seq_lengths": [1, 2]}, EXAMPLES[1] | {"seq_lengths": [2]}]
     assert packed(with_ends=True)(rows)[EXAMPLE_ENDS].tolist() == [3, 5]
 
@@ -70,7 +70,7 @@ def test_a_row_is_filled_up_to_a_multiple() -> None:
 
 
 def test_a_label_outside_the_vocabulary_is_refused() -> None:
-    """Before the batch is copied to a GPU, which would only report a failure."""
+    """It is refused before the batch is copied to a GPU, which would only report a failure."""
     with pytest.raises(ValueError, match=r"^labels: got 48 .* allowed: 0 to 47, or -100"):
         packed()([{"input_ids": [3, 4], "labels": [3, 48]}])
 
@@ -101,7 +101,7 @@ def test_documents_are_concatenated_by_the_backend_where_batches_are_padding_fre
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_trls_collator_becomes_one_that_pads(padding_free: bool) -> None:
-    """As a copy; with packing TRL builds its collator padding-free."""
+    """The result is a copy; with packing TRL builds its collator padding-free."""
     given = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     usual, padding = collators(trainer_with(given, padding_free=padding_free), False, own=False)
     batch = padding(EXAMPLES)

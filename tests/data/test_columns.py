@@ -158,7 +158,7 @@ def test_what_is_no_data_set_is_refused(
 @pytest.mark.parametrize("kind", ["pandas", "arrow", "numpy"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_any_format_gives_dictionaries(tmp_path: Path, kind: str, streamed: bool) -> None:
-    """Of the columns that the format shows."""
+    """Each row is a dictionary of the columns that the format shows."""
     given: Any = Dataset.from_dict({"messages": [CHAT], "text": [None]})
     shown = given.to_iterable_dataset().remove_columns("text") if streamed else given
     formatted = shown.with_format(kind) if streamed else shown.with_format(kind, columns=["messages"])
@@ -202,7 +202,7 @@ def test_columns_of_images_video_and_audio_are_recognised(name: str) -> None:
     ids=["pairs", "pairs, all tokens", "prompts", "texts", "texts, completions", "no data"],
 )
 def test_completions_alone_are_trained_on(tmp_path: Path, data: Any, asked: bool | None, expected: bool) -> None:
-    """Where completion_only_loss asks for it; without it, where the first row has a prompt and a completion."""
+    """completion_only_loss asks for it; without it, a first row with a prompt and a completion does."""
     args = arguments(tmp_path, SFTConfig, completion_only_loss=asked)
     assert completion_only({"train_dataset": data}, args) == expected
     if data is not None:

@@ -72,7 +72,7 @@ def test_each_obstacle_gives_its_reason(tmp_path: Path, options: dict[str, Any],
 def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
     tmp_path: Path, implementation: str | None, allowed: bool, named: bool
 ) -> None:
-    """Of a model, or of the name of one that the run's arguments load."""
+    """It is one for a model, and for the name of a model that the run's arguments load."""
     config = GptOssConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=16, num_local_experts=2, vocab_size=48)
     options = {"attn_implementation": implementation} if implementation else {}
     if named:
@@ -85,7 +85,7 @@ def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
 
 
 def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_makes_them(tmp_path: Path) -> None:
-    """Also once the operations are placed."""
+    """This also holds once the operations are placed."""
     for model_class, allowed in ((UnheardForCausalLM, True), (UnheardWithOwnMask, False)):
         model = model_class(UnheardConfig())
         for _ in range(2):

@@ -35,7 +35,7 @@ WITHIN_TWO = r"^train: got no target in 1 documents within max_length=2 tokens; 
 def test_labels_are_the_tokens_that_no_mask_excludes(
     masks: dict[str, Any], completion_only: bool, expected: list[int]
 ) -> None:
-    """For one example and for a whole data set, which loses the columns of masks."""
+    """This holds for one example and for a whole data set, which loses the columns of masks."""
     assert labels_of({"input_ids": [4, 5, 6]} | masks, completion_only) == {"labels": expected}
     made = with_labels(ids([4, 5, 6], **{name: [mask] for name, mask in masks.items()}), completion_only)
     assert made.column_names == ["input_ids", "labels"]
@@ -43,7 +43,7 @@ def test_labels_are_the_tokens_that_no_mask_excludes(
 
 
 def test_labels_that_exist_are_kept() -> None:
-    """Even where a mask would exclude a token."""
+    """They are kept even where a mask would exclude a token."""
     masked = {"completion_mask": [0, 0], "assistant_masks": [0, 0]}
     assert labels_of({"input_ids": [4, 5], "labels": [4, -100]} | masked, True) == {}
     data = labelled([4, -100], completion_mask=[[0, 0]])
@@ -66,7 +66,7 @@ def test_a_mask_of_another_length_is_refused() -> None:
     ids=str,
 )
 def test_the_first_token_of_a_document_is_not_a_target(truncation: Truncation | None, with_target: list[int]) -> None:
-    """Before truncation the first of the document, after it the first that is kept."""
+    """Before truncation this is the first token of the document, after it the first that is kept."""
     data = labelled([5, -100, 7], [6, -100], [], [8], [-100, 9])
     kept = require_targets(data, "train", truncation, drop_empty=True)
     assert kept["labels"] == [data["labels"][row] for row in with_target]
@@ -74,7 +74,7 @@ def test_the_first_token_of_a_document_is_not_a_target(truncation: Truncation | 
 
 @pytest.mark.parametrize("truncation", [FIRST_TWO, LAST_TWO], ids=str)
 def test_no_target_within_the_maximum_length(truncation: Truncation) -> None:
-    """In a data set and in a stream; the refusal names the length."""
+    """A data set and a stream are refused; the refusal names the length."""
     rows = labelled([3, 4, -100, -100] if truncation.keep_end else [3, -100, 4])
     for require in (require_targets, require_targets_in_stream):
         with pytest.raises(ValueError, match=WITHIN_TWO):
@@ -83,7 +83,7 @@ def test_no_target_within_the_maximum_length(truncation: Truncation) -> None:
 
 
 def test_documents_without_a_target_are_dropped_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
-    """Either way their number is logged."""
+    """Whether they are dropped or not, their number is logged."""
     data = labelled([5, 6], [7], [-100, -100])
     assert require_targets(data, "train") is data
     assert require_targets(data, "train", drop_empty=True)["labels"] == [[5, 6]]

@@ -63,7 +63,7 @@ def written(made: Any, data: Any, folder: Path, **options: Any) -> list[str]:
 def test_the_text_is_that_of_the_users_own_objects(
     pairs: bool, streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also of dictionaries in dictionaries, of empty ones, and of lists with nulls."""
+    """This holds for dictionaries in dictionaries, for empty ones, and for lists with nulls too."""
     rows = [
         ({"prompt": chat[:1], "completion": chat[1:]} if pairs else {"messages": chat})
         | {"tools": tools, "chat_template_kwargs": variables}

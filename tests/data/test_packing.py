@@ -19,7 +19,7 @@ PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 def test_rows_do_not_depend_on_how_many_tokens_are_copied_at_a_time(
     package: ModuleType, copied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Down to one row at a time; every column moves with the tokens."""
+    """The rows are the same down to one row at a time, and every column moves with the tokens."""
     monkeypatch.setattr(packing, "COPIED_TOKENS", copied)
     data = labelled([1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11])
     packed = pack_dataset(data, 6, "bfd", package)

@@ -52,7 +52,7 @@ def prepare(
 
 
 def test_all_of_a_text_is_tokenized_and_truncated_later(args_of: Callable[..., SFTConfig]) -> None:
-    """Labels and checks come between the two calls of TRL; the text is formatted before."""
+    """Labels and checks come between the two calls of TRL; the text is formatted before both."""
 
     def formatting_func(row: Any) -> str:
         return row["text"]
@@ -65,7 +65,7 @@ def test_all_of_a_text_is_tokenized_and_truncated_later(args_of: Callable[..., S
 
 
 def test_documents_that_are_not_packed_keep_their_rows(args_of: Callable[..., SFTConfig]) -> None:
-    """Those without a target, too."""
+    """Documents without a target keep theirs too."""
     rows, _ = prepare(tokens(3, 6, 1), args_of())
     assert rows["input_ids"] == rows["labels"] == [[3, 4, 5], [3, 4, 5, 6], [3]]
 
@@ -105,7 +105,7 @@ def test_a_completion_mask_becomes_labels(
 
 @pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
 def test_a_mask_keeps_the_begin_token_of_the_next_document_out(args_of: Callable[..., SFTConfig], mask: str) -> None:
-    """Also where documents follow one another in a row that counts as one document."""
+    """It does so also where documents follow one another in a row that counts as one document."""
     data = ids([1, 4, 5], [1, 6, 7, 8, 9], [1, 10]).add_column(mask, [[0, 0, 1], [0, 1, 1, 1, 1], [0, 1]])
     rows, _ = prepare(data, args_of(packing_strategy="wrapped"), True, True)
     assert rows["input_ids"] == [[1, 4, 5, 1], [6, 7, 8, 9], [1, 10]]
@@ -114,7 +114,7 @@ def test_a_mask_keeps_the_begin_token_of_the_next_document_out(args_of: Callable
 
 @pytest.mark.skipif(not hasattr(SFTConfig, "shuffle_dataset"), reason="TRL's field since 0.26")
 def test_documents_and_packed_rows_are_shuffled_on_request(args_of: Callable[..., SFTConfig]) -> None:
-    """By the run's seed; TRL does not shuffle a second time."""
+    """The run's seed determines the order; TRL does not shuffle a second time."""
     data = ids(*([token, token] for token in range(20)))
     orders = []
     for options in ({}, {"shuffle_dataset": True}, {"shuffle_dataset": True}, {"shuffle_dataset": True, "seed": 7}):
@@ -163,7 +163,7 @@ def test_data_that_cannot_be_trained_on_are_refused(
 
 
 def test_packing_needs_a_maximum_length(args_of: Callable[..., SFTConfig]) -> None:
-    """TRL is not called before this is known."""
+    """TRL is not called without one."""
     by_trl = RecordingTrl()
     preparation = Preparation(by_trl, unsloth_ref.training, 48, False, False)
     with pytest.raises(ValueError, match=r"^max_length: got None with packing=True; allowed: an integer from 1, the"):

@@ -134,7 +134,7 @@ HOW = {"padded": {"padding_free": False}, "packed": {"packing": True, "max_lengt
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("how", HOW)
 def test_the_columns_of_a_formatting_func_are_not_trained_on(tmp_path: Path, how: str, streamed: bool) -> None:
-    """Under their own names it reads them all; the text that it returns is trained on."""
+    """The function reads all columns under their own names; the text that it returns is trained on."""
     columns = {"body": ["w1 w2", "w3"], "labels": [0, 1], "prompt": ["w5", "w6"], "seq_lengths": [[1], [1]]}
     data = Dataset.from_dict(columns | {"messages": [None, None]})
     texts = text(*map(formatted, data))
@@ -156,7 +156,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_without_a_token_change_nothing(tmp_path: Path, mode: str, streamed: bool) -> None:
-    """The losses are those of the other rows; in an evaluation, too."""
+    """The losses are those of the other rows, in an evaluation too."""
     if streamed and TRL_DROPS_LABELS and "packing" in MODES[mode]:
         pytest.skip("TRL before 1.7: refused")
     rows, options = labelled([3, 4, 5], [-100, 6], [7, 8, 9, 10]), {"per_device_train_batch_size": 1} | MODES[mode]

@@ -100,7 +100,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_data_that_cannot_be_trained_on_are_refused(
     tmp_path: Path, data: Any, options: dict[str, Any], message: str
 ) -> None:
-    """When the trainer is built. The details of each refusal are tested with the piece that raises it."""
+    """They are refused when the trainer is built. Each refusal is tested in detail with the piece that raises it."""
     with pytest.raises(ValueError) as error:
         trainer_on(tmp_path, data, **options)
     assert message in str(error.value)
@@ -108,7 +108,7 @@ def test_data_that_cannot_be_trained_on_are_refused(
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_unused_rows_and_columns_may_hold_nulls(tmp_path: Path, streamed: bool) -> None:
-    """Rows that were filtered out, and columns that are not read."""
+    """Rows that were filtered out are unused, and so are columns that are not read."""
     data = Dataset.from_dict({"text": ["w1 w2", None, "w3 w4"], "note": [None, "a", None]}).select([0, 2])
     assert trainer_on(tmp_path, stream(data) if streamed else data).train().global_step == 6
     rows = tokens(3, 4, text=["w1", None])
@@ -121,7 +121,7 @@ def test_unused_rows_and_columns_may_hold_nulls(tmp_path: Path, streamed: bool) 
 def test_a_stream_that_begins_without_a_target_is_warned_about(
     tmp_path: Path, packing: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once, as targets may come later, and no row is lost. A target among the first documents gives no warning."""
+    """One warning is logged and no row is lost, as targets may come later; a target among the first gives none."""
     monkeypatch.setattr(labels, "STREAM_CHECK", 2)
     late, early = labelled([5, -100], [6, -100], [7, 8]), labelled([5, -100], [7, 8], [6, -100])
     for data, lines in ((late, 1), (early, 0)):
@@ -139,7 +139,7 @@ def test_a_stream_that_begins_without_a_target_is_warned_about(
 def test_a_first_step_without_a_target_is_warned_about(
     tmp_path: Path, blind: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once. No earlier check sees the labels that a collator makes."""
+    """One warning is logged: no earlier check sees the labels that a collator makes."""
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = first_alone(examples)
@@ -183,7 +183,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
 def test_the_number_of_truncated_tokens_is_logged(
     tmp_path: Path, options: dict[str, Any], longest: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the maximum length and a remedy; the same for padded, padding-free and packed batches."""
+    """The line has the maximum length and a remedy; it is the same for padded, padding-free and packed batches."""
     trainer = trainer_on(tmp_path, tokens(3, longest, longest), max_length=8, **options)
     assert sum(len(row) for row in trainer.train_dataset["input_ids"]) == 19
     line = (

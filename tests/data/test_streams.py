@@ -40,7 +40,7 @@ def test_local_functions_are_pickled(data: Any) -> None:
 
 
 def test_the_epoch_of_a_stream_is_not_copied() -> None:
-    """It is a tensor in shared memory, by which the rows of a persistent worker are shuffled anew."""
+    """The epoch is a tensor in shared memory, by which the rows of a persistent worker are shuffled anew."""
     sent = picklable(lambdas(tokens(3, 4)))
     restore, (kind, data, shared) = sent.__reduce__()
     assert [type(value) for value in shared.values()] == [torch.Tensor]
@@ -57,7 +57,7 @@ def test_a_data_set_that_pickle_accepts_stays_as_it_is() -> None:
 @pytest.mark.parametrize("options", [{"padding_free": False}, {}, {"packing": True, "max_length": 16}])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_trainer_can_send_its_data_to_workers(tmp_path: Path, options: dict[str, Any], streamed: bool) -> None:
-    """The data set and the collator, of training and of evaluations."""
+    """The data set and the collator can be pickled, those of training and those of evaluations."""
     data = text("w1 w2 w3", "w4 w5")
     data = stream(data) if streamed else data
     trainer = trainer_on(tmp_path, data, eval_dataset={"a": data}, **options)

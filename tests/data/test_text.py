@@ -61,7 +61,7 @@ def read(
 def test_texts_of_the_template_are_read_as_they_are_printed(
     formatted: bool, streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither a second begin token, nor an end token behind the newline of the last turn."""
+    """No second begin token is added, and no end token behind the newline of the last turn."""
     made = chatml("{{ bos_token }}")
     texts = [made.apply_chat_template(chat, tokenize=False) for chat in CHATS]
     assert all(text.startswith("<s>") and text.endswith(f"{END}\n") for text in texts)
@@ -92,7 +92,7 @@ def test_texts_of_the_template_are_read_as_they_are_printed(
 )
 @pytest.mark.parametrize("begin", ["", "<s>", "\n<s>"])
 def test_one_begin_token_and_one_end(single: str, text: str, expected: str, begin: str, tmp_path: Path) -> None:
-    """Whichever of them the tokenizer adds; a plain text without an end token receives one."""
+    """This holds whichever of them the tokenizer adds; a plain text without an end token receives one."""
     made = chatml(single=single)
     (row,) = read(tmp_path, made, {"text": [begin + text]})
     added = [made.bos_token_id] if "<s>" in single and not begin else []

@@ -53,7 +53,7 @@ def check(data: Any) -> None:
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_other_values_beside_tokens_are_refused(data: Dataset, message: str, streamed: bool) -> None:
-    """As a whole, or when a stream reads the row."""
+    """A data set is refused as a whole, a stream when it reads the row."""
     with pytest.raises(ValueError) as error:
         if streamed:
             list(check_tokens_while_reading(stream(data), "train data set"))
@@ -80,7 +80,7 @@ FIXED = Features({"input_ids": Sequence(Value("int32"), length=2), "labels": Seq
     ],
 )
 def test_one_value_per_token_passes(data: Dataset) -> None:
-    """Of masks any number; a column without any value counts as absent; other columns are not read."""
+    """Masks may hold any number; a column without any value counts as absent; other columns are not read."""
     check(data)
     if data[0].get("labels", ()) is not None:
         assert len(list(check_tokens_while_reading(data.to_iterable_dataset(), "train data set"))) == len(data)

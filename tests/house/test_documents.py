@@ -128,7 +128,7 @@ def test_the_configuration_file_trains(desk: Path) -> None:
 
 
 def test_the_judge_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    """Line by line, up to numbers and spaces."""
+    """Every line agrees, up to numbers and spaces."""
     (shown,) = (block.text for block in blocks("README.md", "text") if block.text.startswith("$ python -m conformance"))
     command, *expected = shown.splitlines()
     (backend,) = (block.text for block in blocks("README.md", "python") if block.text.startswith("# mine.py\n"))

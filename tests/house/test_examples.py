@@ -56,7 +56,7 @@ def test_the_plain_loop_is_at_most_40_lines() -> None:
 def test_the_plain_loop_prints_the_same_loss_on_both_backends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the command line, with a shorter text."""
+    """The script runs from the command line, with a shorter text."""
     losses = []
     for backend in ("reference", "fast"):
         monkeypatch.setattr("sys.argv", [str(PLAIN_LOOP), "--backend", backend])
@@ -89,13 +89,13 @@ def test_accumulated_rows_train_as_one_row_of_all_documents(
 
 
 def test_the_last_step_may_have_fewer_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    """Four rows in steps of three."""
+    """Four rows are trained on in steps of three."""
     losses, _ = trained(capsys, "reference", capacity=12, accumulation=3)
     assert len(losses) == 2
 
 
 def test_the_first_loss_is_that_of_the_untouched_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Document by document, with transformers' own modules and torch's own cross entropy."""
+    """The model runs document by document, with transformers' own modules and torch's own cross entropy."""
     untouched, total, targets = model().double(), 0.0, 0
     with torch.no_grad(), tiny.KeepFloat64():
         for document in DOCUMENTS:
@@ -110,7 +110,7 @@ def test_the_first_loss_is_that_of_the_untouched_model(capsys: pytest.CaptureFix
 def test_embeddings_have_a_learning_rate_of_their_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tenth of that of the other parameters."""
+    """Their rate is a tenth of that of the other parameters."""
     seen = []
     adamw = torch.optim.AdamW
 

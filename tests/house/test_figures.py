@@ -41,7 +41,7 @@ def test_the_page_and_the_comment_are_those_of_the_results() -> None:
 
 @pytest.mark.parametrize("name", STATED)
 def test_no_figure_stands_outside_of_a_block(name: str) -> None:
-    """Neither a number in a table nor a measured quantity in a sentence."""
+    """A table outside holds no number, and a sentence outside no measured quantity."""
     left = RECORD.sub("", figures.BLOCK.sub("", text_of(name)))
     assert "<!-- record" not in left and "<!-- end" not in left
     left = re.sub(r"^```.*?^```$|`[^`\n]*`", "", left, flags=re.MULTILINE | re.DOTALL)

@@ -23,7 +23,7 @@ def first_line(thing: object) -> str:
 
 @pytest.mark.parametrize("part", ["kernels", "training"])
 def test_both_packages_define_the_same_functions(part: str) -> None:
-    """Same names, parameters, defaults and annotations, same first line of docstring."""
+    """Names, parameters, defaults, annotations and the first line of the docstring are equal."""
     reference, fast = (import_module(f"{package}.{part}") for package in ("unsloth_ref", "unsloth_fast"))
     assert sorted(reference.__all__) == sorted(fast.__all__)
     for name in reference.__all__:
@@ -73,7 +73,7 @@ print(f"{loss.item():.4f}", *(loaded - set(sys.stdlib_module_names) - {"torch", 
 
 
 def test_importing_the_fast_package_loads_nothing_heavy() -> None:
-    """Neither Triton nor the Hugging Face libraries come with the bare import."""
+    """The bare import loads neither Triton nor the Hugging Face libraries."""
     printed = run_fresh("""
 import sys
 import unsloth_fast
@@ -106,7 +106,7 @@ def catches_everything(handler: ast.ExceptHandler) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_small_and_catch_what_they_name(path: Path) -> None:
-    """At most 350 lines a module, 60 a function, 100 a Triton kernel; no handler for every error."""
+    """A module has at most 350 lines, a function 60, a Triton kernel 100; no handler catches every error."""
     text = path.read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(text)))
     assert len(text.splitlines()) <= MODULE_LINES

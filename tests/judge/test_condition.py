@@ -20,7 +20,7 @@ from unsloth_ref.accuracy import unit_roundoff
 # Most lie between 1/2 and 2. Others, by how much and why:
 #     rope in 16 bits: autograd rounds each product and each sum; the spec counts one rounding.
 #     packed_attention, gradients of q and k: the spec adds up every product of scores and values, which average out.
-#     lora_linear, gradients of the adapters: sums over all tokens and columns, which average out.
+#     lora_linear and lora_linears, gradients of the adapters: sums over all tokens and columns, which average out.
 #     add_rms_norm, gated_rms_norm, gradients of the inputs: the reference rounds less often than specs allow kernels.
 #     gated_delta_rule: the spec follows the lengths of errors, not their directions.
 #     layer_norm and causal_conv in 16 bits: the reference rounds once; the specs allow two roundings before that.
@@ -28,12 +28,14 @@ from unsloth_ref.accuracy import unit_roundoff
 #     grouped_gemm: in float32 long sums average out; in 16 bits the join of the groups counts as roundings too.
 #     moe_mlp: as grouped_gemm, most in the gradient of expert_weights, a sum over all columns; in 16 bits the spec
 #         allows a rounding of each factor.
+EXACT = {"nf4_dequantize"}  # whose roundings are part of the contract: the spec allows no error
 LOOSEST = {"rope": 3.2, "rms_norm": 2.2, "add_rms_norm": 2.4, "gated_rms_norm": 2.2, "qk_norm_rope": 2.2}
 LOOSEST |= {"relu_squared": 3.2, "grouped_gemm": 4.0}
 TIGHTEST = {
     "add_rms_norm": 0.25,
     "packed_attention": 0.003,
     "lora_linear": 0.12,
+    "lora_linears": 0.12,
     "layer_norm": 0.12,
     "causal_conv": 0.2,
     "gated_delta_rule": 0.002,
@@ -55,7 +57,7 @@ def measured(function: Callable[..., Any], inputs: dict[str, Tensor], dtype: tor
     return condition._measured(again, rounded, [], dtype, condition.WORK)
 
 
-@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("op", [op for op in specs() if op not in EXACT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_condition_agrees_with_the_spec(op: str, dtype: torch.dtype) -> None:
     spec = specs()[op]

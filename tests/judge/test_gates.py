@@ -98,7 +98,7 @@ def test_g2_largest() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_g2_allows_the_roundings_of_terms_that_the_peer_does_not_make(dtype: torch.dtype) -> None:
-    """A sum of products whose factors and products are rounded, as autograd does; the peer rounds the sum alone."""
+    """Autograd rounds factors and products of a sum of products; the peer rounds the sum alone."""
     x, scale = torch.randn(2, 40, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = scale.to(dtype).double()
     terms, r = x * scale, (x * scale).sum(0)

@@ -190,7 +190,7 @@ def test_a_step_that_divides_by_its_own_targets(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_generation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only while it uses its cache."""
+    """The generation differs only while it uses its cache."""
 
     def later(right: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **o: Any) -> Any:
         return right(q, k, sin, cos, *rest, **o) if q.shape[2] == 1 else right(q, k, cos, sin, *rest, **o)
@@ -284,7 +284,7 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("law", "status"), [("layers", 0), ("padding_free", 2)])
 def test_exit_status_without_a_failure(law: str, status: int) -> None:
-    """2 if every law was skipped."""
+    """The status is 2 if every law was skipped."""
     assert cli.main(["model", "--config", "nemotron_h", "--law", law, *OPTIONS]) == status
 
 
@@ -308,7 +308,7 @@ def test_usage_errors_are_one_line(words: list[str], message: str, capsys: pytes
 
 
 def test_a_model_in_a_folder_with_texts(tmp_path: Path) -> None:
-    """It has its own weights and tokenizer; documents are cut."""
+    """The model has its own weights and tokenizer; documents are cut."""
     folder = tiny.folder(tmp_path / "model")
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.texts(6)))
@@ -319,7 +319,7 @@ def test_a_model_in_a_folder_with_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "gemma3n_text", "mamba2", "gpt_oss"])
 def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
-    """And few parameters."""
+    """The model also has few parameters."""
     subject = Subject.named(name)
     config = subject.config().get_text_config()
     assert set(getattr(config, "layer_types", None) or ()) == set(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conformance import peers
+from conformance.calling import grouped
 from conformance.peers import PACKAGES, operation, refuse
 from conformance.specs import specs
 from unsloth_ref import kernels as reference
@@ -47,7 +48,7 @@ def test_every_option_is_passed_on_or_refused_by_name(peer: ModuleType) -> None:
                 case = spec.case(2, 8)
                 inputs = spec.inputs(case, torch.float32, "cpu")
                 try:
-                    wrapper(*inputs.values(), **spec.drawing.required(case), **{name: value})
+                    wrapper(**grouped(inputs), **spec.required(case, torch.float32), **{name: value})
                 except NotImplementedError as refused:
                     assert "; allowed with " in str(refused)
 

@@ -15,7 +15,7 @@ from unsloth_ref import kernels as reference
 @pytest.mark.parametrize("columns", [1, 7, 9, 8191, 8192, 8193])
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> None:
-    """Losses and gradients against float64, with the label in the first or the last column."""
+    """Losses and gradients agree with float64, with the label in the first or the last column."""
     logits, dloss = 4 * random(2, columns), random(2)
     labels = torch.full((2,), 0 if where == "first" else columns - 1, device=DEVICE)
     loss, dlogits = with_gradients(lambda x: fast.cross_entropy(x, labels, reduction="none"), dloss, logits)
@@ -33,7 +33,7 @@ def test_cross_entropy_at_the_edges_of_its_tiles(columns: int, where: str) -> No
 @pytest.mark.parametrize("columns", [8191, 8192, 8193, 16_385, 50_257])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
-    """Loss and early gradient against float64; labels at the ends of segments."""
+    """The loss and the early gradient agree with float64, with labels at the ends of segments."""
     places = [0, columns // 2 - 1, columns // 2, 8191 % columns, 8192 % columns, columns - 1, -100]
     logits, labels = 4 * random(len(places), columns), torch.tensor(places, device=DEVICE)
     one = torch.ones((), device=DEVICE)
@@ -54,7 +54,7 @@ def test_a_total_of_rows_in_segments(columns: int, smoothing: float) -> None:
 
 
 def test_a_softcap_adds_no_error_of_its_own_size() -> None:
-    """Logits far below the cap, about the place where the formula of tanh changes, and up to the cap."""
+    """The logits lie far below the cap, near the place where the formula of tanh changes, and up to the cap."""
     small = torch.logspace(-6, -1, 200, device=DEVICE)
     shares = torch.cat([small, small + 0.35, torch.linspace(0.5, 4, 100, device=DEVICE)])
     logits = torch.stack([torch.zeros_like(shares), 30 * shares], 1)
@@ -67,7 +67,7 @@ def test_a_softcap_adds_no_error_of_its_own_size() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many segments as the largest vocabularies have, and also in place."""
+    """This holds with as many segments as the largest vocabularies have, and in place."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
     options = NO_OPTIONS._replace(label_smoothing=0.1, z_loss=1e-3)

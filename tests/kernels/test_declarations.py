@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.calling import grouped
 from conformance.case import Case
 from conformance.spec import Spec
 from conformance.specs import specs
@@ -50,7 +51,7 @@ def run(spec: Spec, case: Case, options: dict[str, Any]) -> None:
     """The operation forward and backward."""
     inputs = spec.inputs(case, torch.float32, DEVICE)
     leaves = [inputs[name].requires_grad_() for name in spec.grads if name in inputs]
-    results = getattr(fast, spec.op)(**inputs, **spec.required(case, torch.float32), **options)
+    results = getattr(fast, spec.op)(**grouped(inputs), **spec.required(case, torch.float32), **options)
     results = results if isinstance(results, tuple) else (results,)
     if leaves:
         torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results])
@@ -105,7 +106,7 @@ def test_a_declared_name_is_a_parameter() -> None:
 
 
 def test_operations_without_a_kernel_are_known() -> None:
-    """Others launch through files that they share; only the products of lora_linear are all the library's."""
+    """Others launch through files that they share; lora_linear and lora_linears call the library's products alone."""
     modules = {op: vars(sys.modules[f"unsloth_fast.kernels.{op}"]) for op in specs()}
     without = [op for op, names in modules.items() if "launch" not in names]
-    assert without == ["geglu", "grouped_gemm", "lora_linear", "moe_mlp", "swiglu"]
+    assert without == ["geglu", "grouped_gemm", "lora_linear", "lora_linears", "moe_mlp", "swiglu"]

@@ -83,7 +83,7 @@ def with_gradients(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor)
 # One row; one row more than a tile has; more tiles than programs; the widest whole rows, and one column more.
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 2048), (2049, 512), (2, 16384), (3, 16385)])
 def test_rms_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
-    """y and both gradients against float64; a blocked sum of n terms costs about log2(n) roundings."""
+    """y and both gradients agree with float64; a blocked sum of n terms costs about log2(n) roundings."""
     x, weight, dy = random(rows, columns), random(columns), random(rows, columns + 1)[:, 1:]
     y, dx, dweight = with_gradients(fast.rms_norm, dy, x, weight)
     doubles = [tensor.double() for tensor in (dy, x, weight)]
@@ -99,7 +99,7 @@ def test_rms_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2049, 512), (2, 8193), (2, 16384), (3, 16385)])
 def test_layer_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
-    """y and all gradients against float64, around 100, where a difference of squares would cancel."""
+    """y and all gradients agree with float64 around 100, where a difference of squares would cancel."""
     x, weight, bias, dy = (
         100 + random(rows, columns),
         random(columns),
@@ -123,7 +123,7 @@ def test_layer_norm_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("columns", [96, 16385])
 @pytest.mark.parametrize("used", ["normed", "sum"])
 def test_an_unused_output_costs_no_gradient(used: str, columns: int) -> None:
-    """The same bits as with a gradient of zeros for it."""
+    """The gradients have the same bits as with a gradient of zeros for the unused output."""
     leaves = [random(3, columns), random(3, columns) + 1, random(columns)]
     results = []
     for dropped in (None, torch.zeros(3, columns, device=DEVICE)):
@@ -147,7 +147,7 @@ def test_an_unused_output_costs_no_gradient(used: str, columns: int) -> None:
 
 @pytest.mark.parametrize("frozen", ["x", "residual", "both", "weight"])
 def test_the_sum_requires_a_gradient_if_one_of_its_terms_does(frozen: str) -> None:
-    """As in the reference: not if only the weight does."""
+    """As in the reference, the sum requires none if only the weight does."""
     x, residual = (random(2, 8).requires_grad_(frozen not in (name, "both")) for name in ("x", "residual"))
     weight = random(8).requires_grad_(frozen != "weight")
     ours, theirs = (kernels.add_rms_norm(x, residual, weight) for kernels in (fast, reference))
@@ -156,7 +156,7 @@ def test_the_sum_requires_a_gradient_if_one_of_its_terms_does(frozen: str) -> No
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4097), (65, 63), (2, 4097)])
 def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
-    """Read as one long row, and by the strides of two halves of one tensor: the same bits."""
+    """One long row, and two halves of one tensor that are read by their strides, give the same bits."""
     halves = random(rows, 2 * columns)
     gate, up = halves.chunk(2, -1)
     dy = random(rows, columns)
@@ -167,7 +167,7 @@ def test_swiglu_at_the_edges_of_its_tiles(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("operation", ["swiglu", "geglu", "geglu tanh"])
 def test_gated_activations_are_exact_far_into_the_tail(operation: str) -> None:
-    """Relative to the value itself, even where (1 + erf) / 2 is 0 in float32; the exponent x^2 / 2 is rounded."""
+    """The error is relative to the value, even where (1 + erf) / 2 is 0 in float32; the exponent x^2 / 2 is rounded."""
     gate = torch.linspace(-12, 12, 4001).to(DEVICE)
     x, up = gate.double(), torch.ones_like(gate)
     if operation == "geglu":
@@ -184,7 +184,7 @@ def test_gated_activations_are_exact_far_into_the_tail(operation: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rope_has_the_memory_layout_of_its_queries(transposed: bool) -> None:
-    """So that heads and tokens can be transposed back without a copy; gradients too."""
+    """So heads and tokens can be transposed back without a copy; this holds for gradients too."""
     q, k, cos, sin = random(2, 3, 5, 8), random(2, 1, 5, 8), random(1, 5, 8), random(1, 5, 8)
     if transposed:
         q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
@@ -208,7 +208,7 @@ def test_rope_has_a_second_derivative_through_its_gradients() -> None:
 
 
 def test_an_unchecked_label_outside_the_vocabulary_gives_nan() -> None:
-    """As on CUDA: the row's loss and gradient are NaN; other rows are not affected."""
+    """As on CUDA, the row's loss and gradient are NaN; other rows are not affected."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
     logits, options = random(4, 5), NO_OPTIONS
     labels = torch.tensor([1, 5, options.ignore_index, -3], device=DEVICE)
@@ -235,7 +235,7 @@ def test_a_frozen_norm_weight_costs_no_sum(trained: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
 def test_a_gradient_penalty_raises_or_is_right(spec: Spec, options: dict[str, Any]) -> None:
-    """Even if grad_output is constant, so that only saved tensors lead back to x, and if only x's gradient is wanted.
+    """A constant grad_output, with which only saved tensors lead back to x, and a gradient of x alone raise too.
 
     The rotation of rope is linear: its gradient has a derivative, which is 0 for x.
     """
@@ -261,7 +261,7 @@ def test_float64_is_left_to_the_reference(spec: Spec, options: dict[str, Any]) -
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
-    """By a message that names the solution, not by a failure inside Triton."""
+    """A message names the solution; the failure is not one inside Triton."""
     code = "import torch; from unsloth_fast import kernels; kernels.swiglu(torch.ones(2), torch.ones(2))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

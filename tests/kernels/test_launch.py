@@ -60,7 +60,7 @@ def test_strided_views_are_not_copied(
 
 @pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
 def test_the_negative_bit_is_resolved(spec: Spec, options: dict[str, Any]) -> None:
-    """Of inputs and of incoming gradients; the imaginary part of a conjugate is such a view."""
+    """It is resolved for inputs and incoming gradients; the imaginary part of a conjugate is such a view."""
     call, inputs = call_of(spec, 3, 8, options)
     found = []
     for negated in (False, True):
@@ -80,7 +80,7 @@ def test_the_negative_bit_is_resolved(spec: Spec, options: dict[str, Any]) -> No
 def test_one_unaligned_argument_selects_the_unaligned_kernel(
     offset: int, rows: int, columns: int, stride: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except for varying integers, which Triton does not specialise on, and a stride of 1, which is a constant."""
+    """Exceptions are varying integers, which Triton does not specialise on, and a stride of 1, which is a constant."""
     launched: list[str] = []
 
     class Kernel:
@@ -106,7 +106,7 @@ def test_one_unaligned_argument_selects_the_unaligned_kernel(
 
 
 def test_every_kernel_has_an_unaligned_variant() -> None:
-    """In another process, without the interpreter."""
+    """This is checked in another process, without the interpreter."""
     code = """
 import sys, triton, unsloth_fast.kernels
 from unsloth_fast.kernels._launch import specialised, unaligned

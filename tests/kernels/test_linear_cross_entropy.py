@@ -32,7 +32,7 @@ def test_parts_of_a_batch_add_up(parts: int) -> None:
 
 
 def test_ignored_rows_of_nan_have_no_effect() -> None:
-    """Bit for bit."""
+    """The results have the same bits."""
 
     def assert_equal(one: Tensor, other: Tensor) -> None:
         assert torch.equal(one, other)
@@ -49,7 +49,7 @@ def test_all_is_zero_without_targets() -> None:
 def test_the_number_of_chunks_does_not_matter(
     rows_per_chunk: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except for the order of float32 sums."""
+    """Results differ only by the order of float32 sums."""
     inputs = inputs_of(dtype=torch.float32)
     exact = with_gradients(reference.linear_cross_entropy, _widened(inputs), dloss=0.7, **options)
     monkeypatch.setattr(CHUNKS, "chunk_rows", lambda *sizes: rows_per_chunk)
@@ -89,7 +89,7 @@ def test_chunks_are_not_tiny_if_hidden_fills_the_memory() -> None:
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"num_items": 0.5}])
 def test_a_cuda_graph_takes_all_rows(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot read how many are ignored; a NaN in an ignored row still has no effect."""
+    """A graph cannot read how many rows are ignored; a NaN in an ignored row still has no effect."""
     hidden, weight, labels, bias = inputs_of(dtype=torch.float32)
     with torch.no_grad():
         hidden[labels == IGNORE_INDEX] = float("nan")
@@ -104,7 +104,7 @@ def test_a_cuda_graph_takes_all_rows(options: dict[str, Any], monkeypatch: pytes
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_a_frozen_input_costs_no_product(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the other gradient has the same bits as with both."""
+    """The other gradient has the same bits as with both."""
     hidden, weight, labels, bias = inputs_of(dtype=torch.float32)
     _, dhidden, dweight, _ = with_gradients(linear_cross_entropy, (hidden, weight, labels, bias))
     computed: list[tuple[bool, ...]] = []
@@ -127,7 +127,7 @@ def test_a_frozen_input_costs_no_product(frozen: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_no_gradient_is_computed_unless_needed(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad, and if no input requires a gradient."""
+    """None is computed under no_grad, or if no input requires a gradient."""
     hidden, weight, labels, bias = inputs_of(dtype=torch.float32)
     if enabled:
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
@@ -151,7 +151,7 @@ def test_a_loss_scaler_keeps_float16_gradients_above_underflow() -> None:
 
 
 def test_an_unchecked_label_outside_the_vocabulary_gives_nan() -> None:
-    """As on CUDA: the row's loss and gradient are NaN, and those of weight and bias; other rows are not affected."""
+    """As on CUDA, the row's loss and gradient are NaN, and those of weight and bias; other rows are not affected."""
     hidden, weight, _, bias = inputs_of(4, dtype=torch.float32)
     labels, options = torch.tensor([1, 11, IGNORE_INDEX, 3], device=DEVICE), NO_OPTIONS
     arguments = hidden.detach(), weight.detach(), bias.detach(), labels

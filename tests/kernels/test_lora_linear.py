@@ -13,7 +13,7 @@ from unsloth_ref import kernels as reference
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapters_have_float32_gradients(dtype: torch.dtype) -> None:
-    """They are summed in float32 and not rounded: most are not representable in 16 bits."""
+    """The gradients are summed in float32 and not rounded: most are not representable in 16 bits."""
     x, weight, a, b, _ = inputs_of(40, 32, 24, 8, dtype=dtype)
     a, b = (t.detach().float().requires_grad_() for t in (a, b))
     gradients = grad(lora_linear(x, weight, a, b, 0.3).float().sum(), (a, b))
@@ -40,7 +40,7 @@ def test_a_scaled_gradient_does_not_overflow_before_it_is_scaled() -> None:
     ("trained", "products"), [("x weight lora_a lora_b", 4), ("x lora_a lora_b", 3), ("x", 1), ("lora_b", 1)]
 )
 def test_a_frozen_input_costs_no_product(trained: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted: dy with weight, x and low, and dlow with x. dlow itself and its part of dx are other calls."""
+    """Products counted are dy with weight, x and low, and dlow with x. dlow and its part of dx are other calls."""
     names = ("x", "weight", "lora_a", "lora_b")
     inputs = dict(zip(names, inputs_of(dtype=torch.float32), strict=False))
     leaves = [tensor.requires_grad_(name in trained.split()) for name, tensor in inputs.items()]

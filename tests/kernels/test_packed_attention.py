@@ -17,7 +17,7 @@ from unsloth_ref import kernels as reference
 
 @pytest.mark.parametrize("window", [1, 4, 63, 64, 65, 100])
 def test_windows_at_the_edges_of_tiles(window: int) -> None:
-    """Against the reference in float64: 150 keys are three tiles."""
+    """Results agree with the reference in float64; 150 keys are three tiles."""
     tensors = inputs_of(160, 1, 1, 16, dtype=torch.float32)
     do, (cu_seqlens, longest) = randn(160, 1, 16, seed=4).detach(), bounds_of(10, 150)
     out = packed_attention(*tensors, cu_seqlens, longest, window=window)
@@ -31,7 +31,7 @@ def test_windows_at_the_edges_of_tiles(window: int) -> None:
 
 @pytest.mark.parametrize("place", range(3), ids=["q", "k", "v"])
 def test_offsets_past_32_bits(place: int) -> None:
-    """Two tokens 2^31 elements apart, in float16: four gigabytes of addresses, two rows of memory."""
+    """Two tokens in float16 are 2^31 elements apart: four gigabytes of addresses, two rows of memory."""
     tensors = [x.detach() for x in inputs_of(2, 1, 1, 16, dtype=torch.float16)]
     far = torch.empty(2**31 + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 1, 16), (2**31, 16, 1))
     spread = [far.copy_(x) if index == place else x for index, x in enumerate(tensors)]

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
+from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
 from tests.operations.calls import DEVICE
@@ -21,7 +23,7 @@ CASES |= {op: specs()[op].case(3, 8) for op in ("grouped_gemm", "moe_mlp")}
 for name in ("rope", "qk_norm_rope"):
     CASES[name] = specs()[name].parse("batch=2 heads=3 kv_heads=1 length=4 rotary=6 rest=0 table=0 seed=1")
 GOOD = {
-    op: specs()[op].inputs(case, torch.float32, "cpu") | specs()[op].required(case, torch.float32)
+    op: grouped(specs()[op].inputs(case, torch.float32, "cpu")) | specs()[op].required(case, torch.float32)
     for op, case in CASES.items()
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
@@ -230,6 +232,11 @@ BAD = [
         "[4, -1, 0, 0]",
         "sizes from 0 that add up to 3, the T of x",
     ),
+    ("lora_linears", {"weight": []}, ValueError, "weight", "0 layers", "at least 1"),
+    ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layers", "3, one per weight"),
+    ("lora_linears", {"scaling": (1.0, 2.0)}, ValueError, "scaling", "2 layers", "3, one per weight"),
+    ("lora_linears", {"bias": [None, torch.ones(4), None]}, ValueError, "bias[1]", "[4]", "[8], one entry per row of"),
+    ("lora_linears", {"lora_b": [torch.ones(5, 1)] * 3}, ValueError, "lora_b[0]", "[5, 1]", "[5, 2], [O, R], the rows"),
     ("moe_mlp", {"activation": "relu"}, ValueError, "activation", "'relu'", "'silu', 'gelu_tanh'"),
     ("moe_mlp", {"gate_up": torch.ones(4, 3, 8)}, ValueError, "gate_up", "[4, 3, 8]", "[E, 2F, 8]"),
     ("moe_mlp", {"down": torch.ones(4, 5, 8)}, ValueError, "down", "[4, 5, 8]", "those of gate_up"),
@@ -264,6 +271,7 @@ LIMITS = [
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
+    ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
     ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),
     ("nf4_dequantize", NOT_NESTED | {"absmax": torch.ones(1)}),
     ("nf4_dequantize", NOT_NESTED | {"packed": torch.ones(0).byte(), "absmax": torch.ones(0), "shape": (0, 7)}),
@@ -279,11 +287,12 @@ LIMITS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("spec", "mistake"), MISTAKES, ids=[f"{spec.op}-{mistake.what}" for spec, mistake in MISTAKES])
 def test_mistakes_of_the_specs_are_refused(spec: Spec, mistake: ErrorCase, backend: str) -> None:
-    """With the contract's type, and a message that names the argument."""
+    """The error has the contract's type, and a message that names the argument."""
     case = spec.case(3, 8)
     inputs, options = mistake.change(spec.inputs(case, torch.float32, "cpu"), spec.required(case, torch.float32))
-    with pytest.raises(mistake.raises, match=rf"^{mistake.names}: got .*; allowed: "):
-        getattr(import_module(backend), spec.op)(*inputs.values(), **options)
+    positional, by_name = placed(spec.reference, inputs)
+    with pytest.raises(mistake.raises, match=rf"^{re.escape(mistake.names)}: got .*; allowed: "):
+        getattr(import_module(backend), spec.op)(*positional, **by_name, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,7 +306,7 @@ def test_a_message_names_the_argument_and_the_values_seen_and_allowed(
     seen: str,
     allowed: str,
 ) -> None:
-    message = f"^{argument}: got .*{re.escape(seen)}.*; allowed: .*{re.escape(allowed)}"
+    message = f"^{re.escape(argument)}: got .*{re.escape(seen)}.*; allowed: .*{re.escape(allowed)}"
     with pytest.raises(error, match=message) as raised:
         getattr(import_module(backend), operation)(**GOOD[operation] | changes)
     assert raised.type is error
@@ -317,16 +326,14 @@ def test_both_backends_raise_the_same_message(operation: str, changes: dict[str,
 @pytest.mark.parametrize(("operation", "changes"), [*LIMITS, *((op, {}) for op in GOOD)], ids=str)
 def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any]) -> None:
     """The first and last allowed values give a finite result; so do the arguments that the mistakes above change."""
-    arguments = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value  # compiled kernels need a CUDA tensor
-        for name, value in (GOOD[operation] | changes).items()
-    }
+    # compiled kernels need a CUDA tensor
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), GOOD[operation] | changes)
     found = getattr(import_module(backend), operation)(**arguments)
     assert all(output.isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
+    """They are checked on a CPU always; elsewhere ("meta" stands for a GPU) only if UNSLOTH_DEBUG is 1."""
     monkeypatch.delenv("UNSLOTH_DEBUG", raising=False)
     here, elsewhere = torch.zeros(1).long(), torch.zeros(1, device="meta").long()
     assert checks.values_are_checked(here)

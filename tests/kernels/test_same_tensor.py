@@ -70,6 +70,12 @@ CASES = {
         lambda k, *x: k.lora_linear(*x, 0.5, WEIGHT),
         lambda x, w, a, b: x @ w.T + WEIGHT.double() + 0.5 * (x @ a.T) @ b.T,
     ),
+    "lora_linears": Case(
+        4,
+        (8, 8),
+        lambda k, x, w, a, b: torch.cat(k.lora_linears(x, [w, w], [a, w], [b, a], [0.5, 2.0])),
+        lambda x, w, a, b: torch.cat([x @ w.T + 0.5 * (x @ a.T) @ b.T, x @ w.T + 2 * (x @ w.T) @ a.T]),
+    ),
     "linear_cross_entropy": Case(
         2,
         (7, 8),
@@ -102,7 +108,7 @@ def check(case: Case, run: Callable[..., Tensor], tensors: list[Tensor]) -> None
 @pytest.mark.parametrize("backend", [fast, reference], ids=["fast", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_one_tensor_as_several_arguments(name: str, backend: ModuleType, mode: str) -> None:
-    """Also in one graph, and among repeated calls with the same signature, in which the tensors are distinct."""
+    """This holds also in one graph, and among repeated calls with the same signature and distinct tensors."""
     case = CASES[name]
 
     def call(*tensors: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def test_one_tensor_as_several_arguments(name: str, backend: ModuleType, mode: s
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_tensor_that_needs_no_gradient(name: str) -> None:
-    """In one graph."""
+    """The tensor stands for several arguments of one graph."""
     case = CASES[name]
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     torch._dynamo.reset()

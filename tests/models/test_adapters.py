@@ -38,7 +38,7 @@ def test_an_adapter_goes_on_the_seven_linear_layers(tmp_path: Path) -> None:
 def test_embeddings_among_the_targets_are_trained_in_full_and_stay_tied(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, tied: bool
 ) -> None:
-    """The saved adapter loads in plain peft, and merges, up to float64's rounding."""
+    """The saved adapter loads in plain peft, and merges up to float64's rounding."""
     caplog.set_level(logging.INFO)
     folder = tiny.folder(tmp_path / "base", family, torch.float64, tie_word_embeddings=tied)
     names = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
@@ -96,7 +96,7 @@ def test_an_adapter_is_loaded_with_its_base_model_and_can_be_trained_further(tmp
 
 
 def test_an_adapter_on_4_bits_gives_the_same_logits_here_and_in_plain_peft(tmp_path: Path) -> None:
-    """Up to float32's rounding, in training mode: in evaluation mode bitsandbytes may repack the weights on a CPU."""
+    """They agree to float32's rounding in training mode; in evaluation mode bitsandbytes may repack the weights."""
     folder = tiny.folder(tmp_path / "base")
     model, _ = load(folder, load_in_4bit=True)
     before, quantization = model(TOKENS).logits, model.config.quantization_config

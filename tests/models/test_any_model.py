@@ -261,7 +261,7 @@ def test_packed_documents_of_a_family_equal_the_same_documents_alone(name: str) 
 
 @pytest.mark.parametrize("family", ["phi3", "glm4", "custom"])
 def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> None:
-    """In all gradients together, at most twice the untouched float32 model's own error."""
+    """The error of all gradients together is at most twice the untouched float32 model's own."""
     fast, (tokens, labels) = backends.resolve("fast"), batch()
     with tiny.KeepFloat64():
         _, truth = step(build(family), tokens, labels)

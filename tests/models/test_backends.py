@@ -101,7 +101,7 @@ def test_auto_without_cuda_means_the_reference_and_warns_once(
 
 
 def test_auto_with_cuda_means_fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """If triton is installed."""
+    """This holds if triton is installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     backends._log_choice.cache_clear()
     with caplog.at_level("INFO"):
@@ -128,7 +128,7 @@ except RuntimeError as error:
     ],
 )
 def test_an_explicit_fast_never_falls_back(before: str, environment: dict[str, str], expected: str) -> None:
-    """It runs, or the error names what is missing."""
+    """The backend runs, or the error names what is missing."""
     printed = python(f"{before}\nfrom unsloth_fast import backends\n{RESOLVE_FAST}", **environment)
     assert printed == "fast" if expected == "fast" else expected in printed
     assert printed == "fast" or printed.startswith("backend: 'fast' cannot run here: ")
@@ -161,7 +161,6 @@ print(unsloth_ref.kernels.rms_norm(torch.ones(1, 2), torch.ones(2)).shape)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """As with any module."""
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = unsloth_fast.nothing
 
@@ -175,7 +174,7 @@ def test_a_resolved_backend_compiles_without_a_graph_break() -> None:
 
 
 def test_auto_on_a_cpu_beside_a_gpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with `use_cpu=True`: the kernels cannot read the host's memory."""
+    """`use_cpu=True` is such a case: the kernels cannot read the host's memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert backends.resolve("auto", on_cpu=True).name == "reference"
     assert backends.resolve("auto", on_cpu=True).reason == "auto: the run is on a CPU"

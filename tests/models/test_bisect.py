@@ -55,7 +55,7 @@ def test_smallest() -> None:
 
 
 def test_a_right_model_breaks_nothing(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a call nor the whole model."""
+    """No call breaks the budget, and neither does the whole model."""
     plant(monkeypatch)
     right = bisection(trial)
     assert right.packed
@@ -143,7 +143,7 @@ def test_an_operation_that_raises(trial: ModelTrial, monkeypatch: pytest.MonkeyP
 def test_the_command_line(
     trial: ModelTrial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 1 with every line's reproduction, which runs; 0 once the operation is right."""
+    """The exit status is 1, with a line that reproduces each failure and runs; it is 0 once the operation is right."""
     monkeypatch.setattr("conformance.models.task._trial", lambda *args: trial)
     plant(monkeypatch, swiglu=scaled("swiglu", 0.01))
     file = tmp_path / "found.json"
@@ -175,6 +175,6 @@ def test_the_command_line(
     ],
 )
 def test_usage_errors(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, exit 2."""
+    """A usage error prints one line and exits with status 2."""
     assert cli.main(["bisect", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err

@@ -19,7 +19,7 @@ from unsloth_fast.models.head import without_adapter
 @pytest.mark.parametrize("how", [True, "unsloth"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, how: bool | str, load_in_4bit: bool) -> None:
-    """Of the loss and the gradients, whether embeddings are trained or not."""
+    """Loss and gradients keep their bits, whether embeddings are trained or not."""
     folder = tiny.folder(tmp_path)
     for saved in (None, ["embed_tokens", "lm_head"]):
         results = []
@@ -107,7 +107,7 @@ def test_offloading_on_a_gpu_changes_no_bit_and_saves_the_inputs() -> None:
 def test_the_arguments_decide_on_checkpointing_or_else_the_model(
     tmp_path: Path, asked: bool | str | None, args_class: type, given: dict[str, bool], expected: bool, adapted: bool
 ) -> None:
-    """Checked after training; the user's arguments do not change."""
+    """The state is checked after training; the user's arguments do not change."""
     if "activation_checkpointing" in given and not hasattr(TrainingArguments, "activation_checkpointing"):
         pytest.skip("an older transformers")
     folder = tiny.folder(tmp_path)
@@ -126,7 +126,7 @@ def test_the_arguments_decide_on_checkpointing_or_else_the_model(
 
 
 def test_checkpointing_as_a_keyword_of_the_trainer(tmp_path: Path) -> None:
-    """As in older releases of TRL."""
+    """Older releases of TRL took it as a keyword."""
     model, tokenizer = load(tiny.folder(tmp_path))
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1)
     texts = Dataset.from_dict({"text": tiny.texts(4)})

@@ -121,7 +121,7 @@ def test_packed_documents_equal_the_same_documents_alone(name: str) -> None:
 
 
 def test_sinks_of_another_kind_get_a_mask_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """One warning per model, with the reason and the cost."""
+    """One warning per model states the reason and the cost."""
     model = unheard(attn_implementation="eager")
     for layer in model.model.layers:
         layer.attention = LoudAttention(model.config).double()
@@ -134,7 +134,7 @@ def test_sinks_of_another_kind_get_a_mask_and_a_warning(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padded_batches_and_generation_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where norms, MLPs and rotations stay as they are."""
+    """This holds where norms, MLPs and rotations stay as they are."""
     monkeypatch.setattr(placement, "recognise", lambda module, known: None)
     monkeypatch.setattr(placement, "attention_placement", lambda *arguments: None)
     model = model_of(name).eval()
@@ -178,7 +178,7 @@ def test_an_architecture_that_nobody_has_heard_of(implementation: str) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_it_trains_as_with_plain_trl(tmp_path: Path, packing: bool) -> None:
-    """Documents in one row against padded ones, or packed by TRL. AdamW makes at most 1e-12 of rounding."""
+    """Here documents share a row; TRL pads or packs them. AdamW makes at most 1e-12 of rounding."""
     losses = []
     for trainer_kind, args_kind in ((UnslothTrainer, UnslothTrainingArguments), (SFTTrainer, SFTConfig)):
         own_loss = {"compute_loss_func": textbook} if trainer_kind is SFTTrainer else {}
@@ -201,7 +201,7 @@ def test_it_trains_as_with_plain_trl(tmp_path: Path, packing: bool) -> None:
 def test_what_is_seen_only_in_the_forward(
     implementation: str, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A mask of another pattern, and a bias on the scores."""
+    """The forward shows a mask of another pattern, and a bias on the scores."""
     sizes = assert_alone(unheard(attn_implementation=implementation, **config), 2)
     assert "prefix" not in config or max(sizes) >= TOKENS**2
     (warning,) = warnings_of(caplog)
@@ -209,7 +209,7 @@ def test_what_is_seen_only_in_the_forward(
 
 
 def test_dropout_that_is_turned_on_later(caplog: pytest.LogCaptureFixture) -> None:
-    """Documents are apart nevertheless, and layers without it stay as they are."""
+    """Documents are apart nevertheless, and layers without dropout stay as they are."""
     model, batch = model_of("Phi3").train(), tiny.packed(LENGTHS)
     place(model, REFERENCE)
     model.model.layers[1].self_attn.attention_dropout = 0.5
@@ -223,7 +223,7 @@ def test_dropout_that_is_turned_on_later(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_remove_is_the_inverse() -> None:
-    """Of placing once or twice; a copy stays placed, and a model that shares the config computes as before."""
+    """It undoes placing once or twice; a copy stays placed, and a model that shares the config computes as before."""
     model, other, batch = model_of("Phi3"), model_of("Phi3"), tiny.packed(LENGTHS)
     other.model.config = other.config = model.config
     for layer in other.model.layers:
@@ -245,7 +245,7 @@ def test_remove_is_the_inverse() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_loaded_with_the_name_alone_computes_as_before(implementation: str) -> None:
-    """As trainers load a second model like the first."""
+    """Trainers load a second model like the first in this way."""
     model, named = (model_of("Olmo3") for _ in range(2))
     model.set_attn_implementation(implementation)
     named.set_attn_implementation(f"packed_{implementation}")
@@ -256,7 +256,7 @@ def test_a_model_loaded_with_the_name_alone_computes_as_before(implementation: s
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_any_packed_batch_compiles_without_a_graph_break(dropout: float) -> None:
-    """With the bounds of the documents and with a mask of them."""
+    """This holds with the bounds of the documents and with a mask of them."""
     model, batch = model_of("Granite", attention_dropout=dropout).eval(), tiny.packed(LENGTHS)
     place(model, REFERENCE)
     expected = model(**batch, use_cache=False).logits

@@ -123,7 +123,7 @@ MIXTURES: dict[str, Callable[[nn.Module], None]] = {
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_mixtures_under_autocast(mixture: str, family: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Norms that promote and that do not, norms on heads, a cap on scores and logits; all weights are trained."""
+    """Norms promote or do not, heads have norms, scores and logits have a cap; all weights are trained."""
     weights, autocast = dtypes
     model = tiny.model(family, weights, **tiny.FAMILIES[family].limits)
     MIXTURES[mixture](model)
@@ -134,7 +134,7 @@ def test_mixtures_under_autocast(mixture: str, family: str, dtypes: tuple[torch.
 @on_a_cpu
 @pytest.mark.parametrize("mixture", ["head", "norms, head and embedding", "a projection"])
 def test_mixtures_on_the_fast_kernels(mixture: str) -> None:
-    """The checks of both backends are the same; the kernels run on what they are given."""
+    """Both backends pass the same checks; the kernels run on what they are given."""
     model = tiny.model("qwen3", BFLOAT16, num_hidden_layers=1)
     MIXTURES[mixture](model)
     assert_as_untouched(model, "fast", torch.autocast("cpu", BFLOAT16), 0.2, ("packed",))  # the interpreter truncates
@@ -190,7 +190,7 @@ def adapted(model: Any, **options: Any) -> Any:
 def test_four_bits_under_autocast(
     tmp_path: Path, targets: str, dtype: torch.dtype, compute: torch.dtype, prepared: bool
 ) -> None:
-    """Adapters on some of the layers: layers in 4 bits return the dtype of their input, adapters autocast's.
+    """Layers in 4 bits return the dtype of their input, adapters that of autocast; some or all layers have adapters.
 
     float16 that is not prepared goes with float16: under the other autocast transformers' rotary embedding raises.
     """
@@ -206,7 +206,7 @@ def test_four_bits_under_autocast(
 @pytest.mark.parametrize("four", [False, True], ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 def test_modules_to_save_in_float32(tmp_path: Path, dtype: torch.dtype, four: bool, saved: list[str]) -> None:
-    """As those who train the head keep it."""
+    """Those who train the head keep it in float32."""
     model = four_bits(tmp_path, dtype, dtype) if four else tiny.model(dtype=dtype)
     model = adapted(model, target_modules=["q_proj"], modules_to_save=saved)
     widened("modules_to_save")(model)
@@ -215,7 +215,7 @@ def test_modules_to_save_in_float32(tmp_path: Path, dtype: torch.dtype, four: bo
 
 @on_a_cpu
 def test_the_recipe_on_the_fast_kernels(tmp_path: Path) -> None:
-    """4 bits, prepared, adapters on q_proj and v_proj, bfloat16."""
+    """The recipe is 4 bits, prepared, with adapters on q_proj and v_proj, in bfloat16."""
     model = prepare_model_for_kbit_training(four_bits(tmp_path, BFLOAT16, BFLOAT16), use_gradient_checkpointing=False)
     model = adapted(model, target_modules=["q_proj", "v_proj"])
     assert_as_untouched(model, "fast", torch.autocast("cpu", BFLOAT16), 0.2, ("packed",))

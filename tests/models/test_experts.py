@@ -1,6 +1,7 @@
 """Experts on the backend's operations, with and without adapters of their weights; experts of other kinds stay."""
 
 import logging
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def assert_same(found: tuple[float, dict[str, Any]], expected: tuple[float, dict
 
 @pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]], ids=["both", "gate_up", "down"])
 def test_adapters_of_experts_get_their_gradients(weights: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of peft in float64, without its sum of weights and adapters."""
+    """The gradients are peft's in float64; peft's sum of weights and adapters is not made."""
     model, (tokens, labels) = adapted(build("mixtral"), *weights), batch()
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
@@ -51,7 +52,7 @@ def test_adapters_of_experts_get_their_gradients(weights: tuple[str, ...], monke
 
 
 def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
-    """A second adapter that is active too, adapters that are disabled, and merged ones."""
+    """This concerns a second adapter that is active too, adapters that are disabled, and merged ones."""
     model, (tokens, labels) = adapted(build("qwen3_moe"), *WEIGHTS), batch()
     config = model.peft_config["default"]
     model.add_adapter("other", config)
@@ -73,6 +74,26 @@ def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
             torch.testing.assert_close(model(tokens).logits, without, rtol=1e-10, atol=1e-10)
 
 
+def doubled(self: Any, *inputs: Any) -> Any:
+    return 2 * type(self).forward(self, *inputs)
+
+
+@pytest.mark.parametrize("hooked", [True, False], ids=["hooks", "forward"])
+@pytest.mark.parametrize("kind", [ParamWrapper, MixtralExperts])
+def test_what_somebody_adds_inside_of_adapters_is_called(kind: type[Module], hooked: bool) -> None:
+    """To the experts, or to the adapter of their other weight."""
+    model, (tokens, labels) = adapted(build("mixtral"), *WEIGHTS), batch()
+    inside = [part for part in model.modules() if isinstance(part, kind)][-1]
+    if hooked:
+        inside.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        inside.forward = MethodType(doubled, inside)
+    with tiny.KeepFloat64():
+        expected = step(model, tokens, labels)
+        place(model, REFERENCE)
+        assert_same(step(model, tokens, labels), expected)
+
+
 def mixtral(dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     sizes = tiny.SIZES | SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -82,7 +103,7 @@ def mixtral(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["full", "adapters"])
 def test_the_fast_kernels_are_as_close_to_float64_as_the_model(weights: tuple[str, ...]) -> None:
-    """In all gradients together, at most twice the untouched float32 model's own error."""
+    """The error of all gradients together is at most twice the untouched float32 model's own."""
     fast, (tokens, labels) = backends.resolve("fast"), batch()
 
     def made(dtype: torch.dtype) -> Any:

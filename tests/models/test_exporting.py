@@ -63,7 +63,7 @@ def test_other_processes_write_and_upload_nothing(
 def test_nothing_is_merged_for_a_hub_out_of_reach(
     tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message names the way by hand."""
+    """The message names the commands that do it by hand."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
 
     def fail(repo_id: str, **options: Any) -> Any:
@@ -107,7 +107,7 @@ def llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_gguf_files_are_written_by_llama_cpp(tmp_path: Path, llama_cpp: Path) -> None:
-    """Each method once; llama-quantize starts from the 16 bits that were saved."""
+    """Each method runs once, whatever its names; llama-quantize starts from the 16 bits that were saved."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
     paths = model.save_pretrained_gguf(str(tmp_path / "out"), tokenizer, quantization_method="q8_0")
     assert paths == [str(tmp_path / "out" / "out.Q8_0.gguf")] and Path(paths[0]).read_text() == "q8_0"
@@ -145,7 +145,7 @@ def test_wrong_keywords_create_no_repository(
 
 
 def test_what_a_gguf_file_needs_is_checked_before_a_repository_is_created(hub: Hub, llama_cpp: Path) -> None:
-    """16 bits and a tokenizer; llama.cpp reads neither adapters nor bitsandbytes' weights."""
+    """A file needs 16 bits and a tokenizer; llama.cpp reads neither adapters nor bitsandbytes' weights."""
     push = unsloth_fast.save.push_to_hub_gguf
     for save_method in ("merged_4bit_forced", "lora"):
         with pytest.raises(ValueError, match=f"save_method: got '{save_method}'; allowed: 'merged_16bit'$"):
@@ -156,7 +156,7 @@ def test_what_a_gguf_file_needs_is_checked_before_a_repository_is_created(hub: H
 
 
 def test_gguf_files_are_pushed_to_the_hub(tmp_path: Path, hub: Hub, llama_cpp: Path) -> None:
-    """Without the file that llama-quantize started from, which was not asked for."""
+    """The file that llama-quantize started from is not pushed, as it was not asked for."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
     model.push_to_hub_gguf("me/name", tokenizer, quantization_method="q5_k_m", token="secret", create_pr=True)
     (_, upload, files) = hub.calls[1]
@@ -165,7 +165,7 @@ def test_gguf_files_are_pushed_to_the_hub(tmp_path: Path, hub: Hub, llama_cpp: P
 
 
 def test_without_llama_cpp_the_commands_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is merged."""
+    """The error is raised before anything is merged."""
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     monkeypatch.setenv("PATH", "")
     model, tokenizer = load(tiny.folder(tmp_path / "base"))

@@ -11,7 +11,7 @@ from unsloth_fast.models.fields import kept_fields, with_values
 
 @pytest.mark.parametrize("same", [True, False], ids=["a model", "the name of one"])
 def test_what_trls_constructor_changes_is_undone_and_kept_apart(same: bool) -> None:
-    """Of a model that the trainer loads by its name there is another configuration, which was loaded as well."""
+    """A model that the trainer loads by its name has another configuration, which was loaded as well."""
     config = LlamaConfig(use_cache=True, vocab_size=8)
     built = config if same else LlamaConfig(use_cache=True, vocab_size=8)
     trainer: Any = SimpleNamespace()

@@ -62,7 +62,7 @@ def step(model: Any) -> tuple[float, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_untouched_models(family: str) -> None:
-    """In float64, with every module placed that the operations compute."""
+    """They are equal in float64, with every module placed that the operations compute."""
     model = build(family).double()
     with tiny.KeepFloat64():
         expected_loss, expected = step(model)
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_the_untouched_models(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["nemotron", "falcon_h1"])
 def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> None:
-    """In all gradients together, at most twice the untouched float32 model's own error."""
+    """The error of all gradients together is at most twice the untouched float32 model's own."""
     with tiny.KeepFloat64():
         _, truth = step(build(family).double())
     model = build(family)
@@ -90,7 +90,7 @@ def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> N
 
 @pytest.mark.parametrize("setting", ["qk_norm_rope", "rms_norm", "rope"])
 def test_a_setting_for_a_part_separates_the_operation(setting: str) -> None:
-    """Each part is then that of its own setting."""
+    """Each part then has the backend of its own setting."""
     model = tiny.model("qwen3")
     placed = place(model, backends.resolve(f"fast,{setting}=reference"))
     assert (placed["rms_norm"], placed["rope"]) == (9, 2) and "qk_norm_rope" not in placed

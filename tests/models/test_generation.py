@@ -48,7 +48,7 @@ def test_methods_can_be_pickled() -> None:
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_generate_takes_what_a_tokenizer_returns(tmp_path: Path, adapter: bool) -> None:
-    """By position, as input_ids or unpacked; other arguments replace what it holds."""
+    """It takes it by position, as input_ids or unpacked; other arguments replace what it holds."""
     folder = tiny.folder(tmp_path)
     model, tokenizer = adapted(folder) if adapter else load(folder)
     FastLanguageModel.for_inference(model)

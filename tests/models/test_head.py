@@ -3,11 +3,13 @@
 import copy
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -76,6 +78,8 @@ HEADS: dict[str, tuple[Any, bool]] = {
     "LoRA on the head": (lambda: adapted(more=["lm_head"]), True),
     "more than a product": (lambda: shifted_head(), True),
     "hooks": (lambda: hooked_head(), True),
+    "a hook of the backward pass": (lambda: hooked_head(backward=True), True),
+    "a forward of somebody else's": (lambda: replaced_head(), True),
 }
 
 
@@ -101,10 +105,20 @@ def shifted_head() -> Any:
     return Shifted(StableLmConfig(**SIZES))
 
 
-def hooked_head() -> Any:
+def hooked_head(backward: bool = False) -> Any:
     """A model whose head has a hook."""
-    model = tiny.model()
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+    model: Any = tiny.model()
+    if backward:
+        model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 0.5,))
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+    return model
+
+
+def replaced_head() -> Any:
+    """A model whose head has a forward of its own."""
+    model: Any = tiny.model()
+    model.lm_head.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), model.lm_head)
     return model
 
 
@@ -117,7 +131,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
-    """In value and in every gradient, in float64; a plain head itself is never called."""
+    """Its value and every gradient agree in float64; a plain head itself is never called."""
     build_model, logits_are_computed = HEADS[head]
     torch.manual_seed(0)
     model = build_model().double().train()
@@ -200,7 +214,7 @@ def test_outputs_under_accelerates_autocast(dtype: torch.dtype) -> None:
 
 
 def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_path: Path) -> None:
-    """On one process: the wrapper hands on both, and every gradient arrives."""
+    """On one process the wrapper hands both on, and every gradient arrives."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, alone = tiny.model(), tiny.model()
@@ -217,6 +231,13 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
             torch.testing.assert_close(parameter.grad, reference.grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
+    """As for a `device_map`: its forward calls the one that it replaces."""
+    model: Any = tiny.model()
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert plain_head(model) is model.lm_head
 
 
 @pytest.mark.parametrize(
@@ -291,7 +312,7 @@ def test_a_quantised_head_keeps_its_products() -> None:
 
 
 def test_label_smoothing_of_the_arguments(tmp_path: Path) -> None:
-    """The same as torch's."""
+    """The loss equals torch's."""
     args = arguments(tmp_path, label_smoothing_factor=0.25, max_steps=1, padding_free=False)
     with tiny.KeepFloat64():
         trainer = build(UnslothTrainer, args, texts=2)

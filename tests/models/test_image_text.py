@@ -22,7 +22,7 @@ NAMES = ["gemma3", "mistral3", "qwen2_5_vl"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_and_its_tokenizer_are_loaded(tmp_path: Path, name: str) -> None:
-    """Not its processor; the logits of text are the folder's."""
+    """The model's processor is not loaded; the logits of text are the folder's."""
     folder = zoo.folder(tmp_path / "base", name)
     model, tokenizer = load(folder)
     assert type(model).__name__.endswith("ForConditionalGeneration")
@@ -68,7 +68,7 @@ def losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_that_of_plain_trl(tmp_path: Path, name: str) -> None:
-    """The losses before and after it, without padding where documents are apart; positions of several axes are not."""
+    """Two steps have TRL's losses; batches have no padding, except where positions have several axes."""
     texts = Dataset.from_dict({"text": tiny.texts(4)})
     options = SGD | {"learning_rate": 0.1, "max_steps": 2}
     plain = SFTTrainer(

@@ -217,7 +217,7 @@ UNSLOTH_DEFAULTS = {
 
 
 def test_code_for_unsloth_loads(tmp_path: Path) -> None:
-    """Four positional arguments, and all keywords that ask for nothing, which do not change the config."""
+    """Four positional arguments are taken, and all keywords that ask for nothing, which do not change the config."""
     folder = tiny.folder(tmp_path)
     options = {name: PLAIN[name] for name in ("backend", "device_map")} | UNSLOTH_DEFAULTS
     model, _ = FastLanguageModel.from_pretrained(folder, 32, torch.float64, False, **options)
@@ -295,7 +295,7 @@ def test_what_only_saves_memory_is_accepted_and_logged(tmp_path: Path, caplog: p
 def test_a_missing_pad_token_is_chosen_and_logged(
     caplog: pytest.LogCaptureFixture, words: tuple[str, ...], rows: int, expected: str
 ) -> None:
-    """One of the vocabulary, else a new one that fits into the embedding, else the one that ends a text."""
+    """It is one of the vocabulary, else a new one that fits into the embedding, else the one that ends a text."""
     vocabulary = {word: index for index, word in enumerate(("<eos>", *words))}
     unknown = {"unk_token": "<unk>"} if "<unk>" in words else {}
     words_only = transformers.PreTrainedTokenizerFast(
@@ -331,7 +331,7 @@ def test_a_model_is_switched_between_inference_and_training(tmp_path: Path) -> N
 def test_unchanged_modules_are_logged_once_from_loading_to_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Even if the adapter trains a second copy of them."""
+    """They are logged once even if the adapter trains a second copy of them."""
     caplog.set_level(logging.INFO)
     model, tokenizer = load(tiny.folder(tmp_path, hidden_act="relu"))
     model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"], modules_to_save=["mlp"])

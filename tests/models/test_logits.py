@@ -29,14 +29,14 @@ def check(model: Any) -> dict[str, float] | None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_factors_and_caps_of_the_config(dtype: torch.dtype, cap: float | None) -> None:
-    """A cap that no logit of the model comes near is found, in 16 bits, too; a field that does nothing is not."""
+    """A cap that no logit comes near is found, in 16 bits too; a field that has no effect is not."""
     model = tiny.model("gemma2", dtype, final_logit_softcapping=cap, logit_scale=0.25, logits_scaling=8.0)
     assert check(model) == {"logit_scale": 1.0, "softcap": cap or 0.0}
     assert check(CustomForCausalLM(CustomConfig()).to(dtype)) == {"logit_scale": 0.25, "softcap": 0.0}
 
 
 def test_hooks_of_users_do_not_see_the_check() -> None:
-    """They stay where they are, in their order."""
+    """The hooks stay where they are, in their order."""
     model, seen = tiny.model(), list[str]()
     parts = (model.get_input_embeddings(), model.model, model.lm_head)
     for part in parts:
@@ -102,7 +102,7 @@ REFUSED: dict[Callable[..., Tensor], tuple[str, str]] = {
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
 def test_other_logits_are_computed(change: Callable[..., Tensor], caplog: pytest.LogCaptureFixture) -> None:
-    """Once per mode, with one sentence; a step then goes through the logits."""
+    """The check gives no options, and one sentence in the log states the reason; a step then computes all logits."""
     method, reason = REFUSED[change]
     model = type("Other", (Other,), {method: change})(CustomConfig()).bfloat16()
     assert check(model) is None

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -68,10 +69,43 @@ def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = t
 
 
 def test_layer_and_adapter_in_one_operation() -> None:
-    """Seven layers in each of two blocks, in float64 up to rounding."""
+    """Seven layers in each of two blocks agree with peft in float64 up to rounding."""
     model = adapted()
     assert place(model, REFERENCE)["lora_linear"] == 14
     assert_as_before(adapted(), 1e-12)
+
+
+def twice(self: Any, x: Tensor) -> Tensor:
+    """The forward that somebody gives a layer."""
+    return 2 * type(self).forward(self, x)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a forward of somebody else's": lambda layer: setattr(layer, "forward", MethodType(twice, layer)),
+    "a hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda _, g, __: (2 * g[0],)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_a_layer_that_does_more_than_its_class_is_called(name: str, change: str) -> None:
+    model = adapted()
+    layer: Any = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    CHANGES[change](layer.get_submodule(name))
+    assert_as_before(model, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_weights_that_accelerate_loads_when_a_layer_is_called(family: str) -> None:
+    """Norms of heads too; the weights have no memory before."""
+    model = adapted(base=tiny.model(family, torch.float64))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        place(model, REFERENCE)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(TOKENS).logits, expected)
 
 
 def disabled(model: PeftModel) -> None:
@@ -90,7 +124,7 @@ def second(model: PeftModel) -> None:
 
 @pytest.mark.parametrize("change", [disabled, merged, second], ids=lambda change: change.__name__)
 def test_other_states_are_left_to_peft(change: Callable[[PeftModel], None]) -> None:
-    """No active adapter, a merged one, or two."""
+    """The states are no active adapter, a merged one, and two active ones."""
     model = adapted()
     change(model)
     if change is second:
@@ -104,12 +138,12 @@ def test_other_states_are_left_to_peft(change: Callable[[PeftModel], None]) -> N
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_other_adapters_are_left_to_peft(options: dict[str, Any]) -> None:
-    """With the same random numbers."""
+    """The result is peft's with the same random numbers."""
     assert_as_before(adapted(**options).train(), 1e-12)
 
 
 def test_autocast_computes_in_its_dtype_from_float32_adapters() -> None:
-    """As peft does with all its casts: bfloat16 products, float32 gradients of float32 weights, except for rounding."""
+    """As in peft, products are bfloat16, and gradients of float32 weights float32, except for rounding."""
     model = adapted(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         logits, gradients = run(model)
@@ -208,7 +242,7 @@ def four_bits(folder: Path) -> PeftModel:
 
 @pytest.mark.parametrize("bits", [32, 4])
 def test_every_lora_layer_is_placed(tmp_path: Path, bits: int) -> None:
-    """All 14, of peft's class for the layer below them: a class that peft moves or renames would be slow, not wrong."""
+    """All 14 have peft's class for the layer below; a class that peft moves or renames would be slow, not wrong."""
     model = adapted(torch.float32) if bits == 32 else four_bits(tmp_path)
     place(model, REFERENCE)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -262,7 +296,7 @@ def test_other_hooks_on_saved_tensors_get_the_tensors(sources: list[Tensor]) -> 
 
 @pytest.mark.parametrize("modified", [False, True])
 def test_a_tensor_that_cannot_be_recomputed_is_saved(sources: list[Tensor], modified: bool) -> None:
-    """One that is not recomputable, and one that was modified afterwards: recomputing would undo the change."""
+    """It is not recomputable, or was modified afterwards: recomputing would undo the change."""
     x, left, _ = sources
     made = doubled(x).mul_(3) if modified else x.sigmoid() * 2
     with recomputed(made):
@@ -271,7 +305,7 @@ def test_a_tensor_that_cannot_be_recomputed_is_saved(sources: list[Tensor], modi
 
 
 def test_norms_and_activations_are_recomputed() -> None:
-    """Once per backward pass, for all projections; not the first norm, whose input needs no gradient."""
+    """One recomputation per backward pass serves all projections; the first norm, with a frozen input, needs none."""
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Callable[..., Tensor]:

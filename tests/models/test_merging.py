@@ -37,7 +37,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize(("family", "tied", "four"), [("llama", False, True), ("gemma3", True, False)])
 def test_a_merged_model_computes_the_same(tmp_path: Path, name: str, family: str, tied: bool, four: bool) -> None:
-    """Merged in float32 and read by plain transformers; the model in memory keeps every bit."""
+    """It is merged in float32 and read by plain transformers; the model in memory keeps every bit."""
     options, stays_tied = ADAPTERS[name]
     model, _ = adapted(tiny.folder(tmp_path / "base", family, tie_word_embeddings=tied), four, **options)
     expected, before = logits_of(model), copy.deepcopy(model.state_dict())
@@ -96,7 +96,7 @@ def test_adapters_that_are_merged_or_disabled_are_not_added(tmp_path: Path) -> N
 @pytest.mark.parametrize("base_bias", [True, False])
 @pytest.mark.parametrize("four", [True, False])
 def test_biases_of_the_adapter_are_merged(tmp_path: Path, base_bias: bool, four: bool) -> None:
-    """Into the layer's bias; peft's 4-bit layers do not scale them. A layer without one is refused."""
+    """They go into the layer's bias; peft's 4-bit layers do not scale them. A layer without a bias is refused."""
     folder = tiny.folder(tmp_path / "base", attention_bias=base_bias)
     model, _ = adapted(folder, four, target_modules=["q_proj", "o_proj"], lora_bias=True)
     if base_bias:
@@ -123,7 +123,7 @@ def test_adapters_of_expert_weights_are_merged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_4_bit_weights_are_dequantised_once_and_rounded_once(tmp_path: Path, adapter_dtype: torch.dtype) -> None:
-    """Against the formula in float64; peft rounds the product of bfloat16 adapters to bfloat16."""
+    """They agree with the formula in float64; peft rounds the product of bfloat16 adapters to bfloat16."""
     model, tokenizer = load(
         tiny.folder(tmp_path / "base", dtype=torch.bfloat16), load_in_4bit=True, dtype=torch.bfloat16
     )
@@ -240,7 +240,7 @@ UNSLOTH_DEFAULTS: dict[str, Any] = {
 
 
 def test_keywords_that_ask_for_nothing_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the method on disk and by that for the hub, which write the same files."""
+    """The method on disk and the one for the hub accept them and write the same files."""
     model, tokenizer = load(tiny.folder(tmp_path / "base"))
     own = {"push_to_hub": False, "token": "", "private": None}
     model.save_pretrained_merged(tmp_path / "out", tokenizer, **own, **UNSLOTH_DEFAULTS)

@@ -42,7 +42,7 @@ def theirs(self: Greeter) -> str:
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("copied", [False, True])
 def test_restoring_gives_back_what_the_instance_had(patched: bool, copied: bool) -> None:
-    """Nothing, or the method that somebody else had set; on a copy the method is bound to the copy."""
+    """The instance had nothing, or a method that somebody else had set; a copy's method is bound to the copy."""
     greeter = Greeter("a")
     if patched:
         greeter.greet = MethodType(theirs, greeter)
@@ -131,7 +131,7 @@ def test_each_inverse_is_exact_in_any_order(order: tuple[str, ...], removed: str
 
 
 def test_the_hidden_adapter_of_a_head_is_shown_again() -> None:
-    """Also after an error, and without a trace."""
+    """It is shown also after an error, and no trace stays."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -145,7 +145,7 @@ def test_the_hidden_adapter_of_a_head_is_shown_again() -> None:
 
 
 def test_a_model_with_replaced_methods_can_be_pickled() -> None:
-    """As `torch.save` of a whole model does; the copy computes the same with the forwards of its classes."""
+    """`torch.save` of a whole model pickles it; the copy computes the same with the forwards of its classes."""
     model = tiny.model()
     place(model, REFERENCE)
     head.add_loss(model, REFERENCE)

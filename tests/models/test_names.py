@@ -90,7 +90,7 @@ def test_modules_have_the_names_that_scripts_import(module: str, names: list[str
 
 
 def test_importing_the_package_loads_no_library() -> None:
-    """Neither those of Hugging Face, nor triton, nor torch; a refused name needs none either."""
+    """It loads no library of Hugging Face, no triton and no torch; a refused name needs none either."""
     code = """
 import sys, unsloth_fast
 try:
@@ -118,7 +118,7 @@ def test_bfloat16_is_supported_on_every_cpu_and_some_gpus(
 
 
 def test_tokens_are_added_with_rows_for_them() -> None:
-    """Known ones are not added again; the other rows do not change, and neither does a larger embedding."""
+    """Known tokens are not added again; the other rows do not change, and neither does a larger embedding."""
     model, tokenizer = tiny.model(), tiny.tokenizer()
     before = model.get_input_embeddings().weight.clone()
     tokenizer_utils.add_new_tokens(model, tokenizer, ["<think>", "w1", "</think>"])

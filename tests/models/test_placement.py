@@ -36,7 +36,7 @@ def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_reference_gives_the_bits_of_hugging_face(family: str, dtype: torch.dtype) -> None:
-    """Logits in every dtype, because the order of casts is the same; parameters and their names do not change."""
+    """Logits are equal in every dtype, as the order of casts is the same; parameters and their names do not change."""
     model = tiny.model(family, dtype)
     expected, _ = run(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -51,7 +51,7 @@ def test_reference_gives_the_bits_of_hugging_face(family: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_gradients_equal_hugging_face_in_float64(family: str) -> None:
-    """To the bit, except for the norms on the heads: their rows are summed in another order, hence up to rounding."""
+    """Bits are equal, except that norms on the heads sum their rows in another order, hence up to rounding."""
     model = tiny.model(family, torch.float64)
     with tiny.KeepFloat64():
         expected_logits, expected = run(model)
@@ -80,7 +80,7 @@ def counting_backend(calls: list[str]) -> backends.Backend:
 
 
 def test_each_placed_module_calls_the_operation_until_removed() -> None:
-    """Once per module and forward; placing twice is the same as placing once. The batch is not packed."""
+    """Each module calls it once per forward; placing twice is the same as placing once. The batch is not packed."""
     calls: list[str] = []
     model = tiny.model()
     place(model, counting_backend(calls))
@@ -95,7 +95,7 @@ def test_each_placed_module_calls_the_operation_until_removed() -> None:
 
 
 def test_a_deep_copy_uses_its_own_weights() -> None:
-    """And calls the same operations as the original."""
+    """The copy calls the same operations as the original."""
     calls: list[str] = []
     model = tiny.model()
     place(model, counting_backend(calls))
@@ -111,7 +111,7 @@ def test_a_deep_copy_uses_its_own_weights() -> None:
 
 @pytest.mark.parametrize("placed_first", [False, True])
 def test_under_peft(placed_first: bool) -> None:
-    """LoRA on the MLP's projections, norms under modules_to_save; `place` before or after `get_peft_model`."""
+    """`place` may come before or after `get_peft_model`, with LoRA on the MLPs and norms under modules_to_save."""
 
     def adapted(model: PreTrainedModel) -> torch.nn.Module:
         torch.manual_seed(1)

@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
-from trl import SFTConfig
 
 from tests import tiny
 from tests.models import zoo
@@ -18,7 +16,6 @@ from tests.models.adapted import adapted, load, logits_of, merged
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
 from unsloth_fast.models import quantization
-from unsloth_fast.models.load_balancing import prepare_experts
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -45,7 +42,7 @@ def quantised_names(model: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_layers_are_left_out_by_structure(name: str) -> None:
-    """Mamba's projections, which are read instead of called, gates of experts, and routers that are linear layers."""
+    """They are Mamba's projections, which are read instead of called, gates of experts, and linear routers."""
     model = zoo.empty(name)
     kept, quantised = SPLIT[name]
     converted = quantised_names(model)
@@ -56,7 +53,7 @@ def test_layers_are_left_out_by_structure(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl"])
 def test_all_of_the_text_model_and_nothing_else_is_quantised(name: str) -> None:
-    """Neither the vision tower nor what joins it to the text model."""
+    """The vision tower is not quantised, and neither is what joins it to the text model."""
     model = zoo.empty(name)
     layers = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert quantised_names(model) == {path for path in layers if path.startswith("model.language_model.layers.")}
@@ -90,7 +87,7 @@ class Reader(nn.Module):
 
 
 def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
-    """Not to initialise it or to find its device; in a subclass too."""
+    """To initialise it or to find its device is no reading; the source of a subclass counts too."""
     derived = type("Derived", (Reader,), {"__module__": __name__})
     for kind in (Reader, derived):
         assert quantization.read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}
@@ -110,32 +107,6 @@ def test_a_model_with_such_layers_trains(tmp_path: Path, name: str, bits: int) -
     assert 3 < trainer.train().training_loss < 5
     moved = {key for key, value in model.named_parameters() if key in before and not torch.equal(value, before[key])}
     assert moved == before.keys()
-
-
-@pytest.mark.parametrize(("experts", "coefficient"), [(0, 0.0), (4, None)])
-def test_a_family_without_the_usual_name_of_its_experts_has_a_load_balancing_loss(
-    tmp_path: Path, experts: int, coefficient: float | None
-) -> None:
-    """TRL looks for num_experts; a dense model of such a family has none, and no such loss."""
-    args = arguments(tmp_path)
-    config = transformers.GraniteMoeConfig(num_local_experts=experts)
-    returning = type("Returning", (), {"_can_record_outputs": {"router_logits": None}})
-    prepare_experts(config, returning, args)
-    assert config.num_experts == experts
-    assert getattr(args, "router_aux_loss_coef", coefficient) == coefficient
-
-
-@pytest.mark.skipif(not hasattr(SFTConfig, "router_aux_loss_coef"), reason="this TRL adds no load-balancing loss")
-@pytest.mark.parametrize("asked", [None, 0.1])
-def test_a_model_that_does_not_return_what_its_routers_computed_has_no_load_balancing_loss(
-    tmp_path: Path, asked: float | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As Granite with transformers 5.17. TRL would fail after the first forward pass."""
-    args = arguments(tmp_path, router_aux_loss_coef=asked)
-    silent = type("Silent", (), {"_can_record_outputs": {"hidden_states": None}})
-    prepare_experts(transformers.GraniteMoeConfig(num_local_experts=4), silent, args)
-    assert args.router_aux_loss_coef == 0.0
-    assert "computes no load-balancing loss for a Silent" in caplog.text
 
 
 def test_8_bits_are_merged_from_the_dequantised_weights(tmp_path: Path) -> None:

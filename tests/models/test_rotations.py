@@ -54,7 +54,7 @@ def forward_with(rotation: Callable[..., tuple[Tensor, Tensor]], monkeypatch: py
 
 @pytest.mark.parametrize("module", ROTATIONS)
 def test_the_rotation_of_a_family_is_recognised(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other sizes than those of the check, with cos and sin as its rotary embedding makes them."""
+    """It holds on other sizes than the check's, with cos and sin as the family's rotary embedding makes them."""
     name, columns = ROTATIONS[module]
     own = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
     forward = forward_with(own, monkeypatch)
@@ -99,7 +99,7 @@ def test_another_rotation_stays_as_it_is(rotation: Any, monkeypatch: pytest.Monk
 
 
 def test_a_forward_without_a_source_stays_as_it_is() -> None:
-    """As one that was written in another process."""
+    """A forward that was written in another process is one."""
     made: dict[str, Any] = {}
     module = ModuleType("written")
     module.__dict__["apply"] = import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb

@@ -151,7 +151,7 @@ def test_a_vocabulary_of_another_size_than_the_tokenizers_is_loaded_again(
 
 
 def test_an_adapter_that_names_more_tokens_than_the_model_gets_rows_for_them(tmp_path: Path) -> None:
-    """Also where it holds no weights of the embeddings; one with fewer tokens changes nothing."""
+    """It gets them also where it holds no weights of the embeddings; one with fewer tokens changes nothing."""
     base = tiny.folder(tmp_path / "base", vocab_size=60)
     model, tokenizer = load(base)
     FastLanguageModel.get_peft_model(model, r=4).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -179,7 +179,7 @@ def test_a_vocabulary_below_1_is_refused(tmp_path: Path, caplog: pytest.LogCaptu
     ],
 )
 def test_pefts_own_loader_takes_load_in_4bit(tmp_path: Path, options: dict[str, bool], kind: type) -> None:
-    """As scripts for older releases call it."""
+    """Scripts for older releases pass it."""
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")

@@ -43,7 +43,7 @@ def found(watch: Watch, call: Callable[[], Tensor], *, first: bool = True) -> di
 
 
 def test_a_loss_and_its_gradients_are_compared() -> None:
-    """Also where the backward pass starts from the call's output itself."""
+    """They are compared also where the backward pass starts from the call's output itself."""
     watch = Watch()
     loss = shadowed(backend(linear_cross_entropy=right("linear_cross_entropy")), watch).kernels.linear_cross_entropy
     hidden, weight, labels = randn(T, H), randn(V, H, seed=1), torch.arange(T)
@@ -88,7 +88,7 @@ def test_a_checkpoint_keeps_no_inputs(reentrant: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", ["row", "element", "NaN", "dtype"])
 def test_wrong_outputs_break_the_budget(dtype: torch.dtype, wrong: str) -> None:
-    """One row of many, one element, a NaN, another dtype."""
+    """One row of many, one element, a NaN, or another dtype is enough."""
 
     def rms_norm(*args: Any, **kwargs: Any) -> Tensor:
         y = reference.rms_norm(*args, **kwargs)

@@ -85,7 +85,7 @@ NORMS = {
 
 @pytest.mark.parametrize("name", NORMS)
 def test_norms(name: str) -> None:
-    """How they round and their offset, without a look at their weights or their classes' names."""
+    """Their offset and how they round are found without a look at their weights or their classes' names."""
     module, expected = NORMS[name]
     assert recognise(module, {}) == expected
 
@@ -107,7 +107,7 @@ GATED_NORMS = {
 
 @pytest.mark.parametrize("name", GATED_NORMS)
 def test_gated_norms(name: str) -> None:
-    """Their order, groups and rounding; placed they compute the same, in value and gradients, in float64."""
+    """Their order, groups and rounding are found; placed, they compute the same values and gradients in float64."""
     module, expected = GATED_NORMS[name]
     assert recognise(module, {}) == expected
     module = module.double()
@@ -124,7 +124,7 @@ def test_gated_norms(name: str) -> None:
 
 
 def test_a_norm_with_another_gate_is_left_alone() -> None:
-    """Multiplied by the gate itself; and a norm without its gate computes what it did."""
+    """A product with the gate itself is no gated norm; a gated norm without its gate computes what it did."""
     found = recognise(changed(LlamaRMSNorm, ungated)(16), {})
     assert isinstance(found, str) and found.startswith("differs from every gated_rms_norm by ")
     norm, x = MambaRMSNormGated(16, 4), torch.randn(3, 16)
@@ -198,14 +198,14 @@ MLPS = {
 
 @pytest.mark.parametrize("name", MLPS)
 def test_gated_mlps(name: str) -> None:
-    """The roles of their layers, whatever they are called, and the activation."""
+    """The roles of their layers, whatever they are called, and the activation are found."""
     module, expected = MLPS[name]
     assert recognise(module, {}) == expected
 
 
 @pytest.mark.parametrize("name", MLPS)
 def test_a_placed_mlp_computes_the_same(name: str) -> None:
-    """In value and gradients, in float64."""
+    """Its value and gradients agree in float64."""
     module = MLPS[name][0].double()
     x = torch.randn(3, next(module.parameters()).shape[1], dtype=torch.float64, requires_grad=True)
     sources = [x, *module.parameters()]
@@ -231,7 +231,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_mlp_is_left_alone(name: str) -> None:
-    """Although its layers have the right sizes."""
+    """It is left alone although its layers have the right sizes."""
     found = recognise(WRONG[name], {})
     assert isinstance(found, str) and found.startswith("differs from every swiglu and geglu by ")
     assert place(WRONG[name], REFERENCE) == {}
@@ -263,7 +263,7 @@ class ScalesInTraining(LlamaRMSNorm):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", [DropsOut, lambda: ScalesInTraining(16)])
 def test_a_module_that_works_otherwise_in_training_is_left_alone(kind: Callable[[], nn.Module], training: bool) -> None:
-    """Whatever the mode in which it is found, which stays."""
+    """It is left alone in whatever mode it is found, and the mode stays."""
     module = kind().train(training)
     assert recognise(module, {}) == "differs between training and evaluation"
     assert {each.training for each in module.modules()} == {training}
@@ -271,16 +271,19 @@ def test_a_module_that_works_otherwise_in_training_is_left_alone(kind: Callable[
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_on_an_activation_are_called(register: str) -> None:
-    """The MLP is left alone, and equal ones without hooks are not."""
+    """The MLP is left alone, and equal ones without hooks are not; so is one whose hook comes later."""
     model, seen = nn.Sequential(mlp(hidden=16), mlp(hidden=16)), []
     getattr(model[1].act_fn, register)(lambda *given: seen.append(given))
     assert place(model, REFERENCE) == {"swiglu": 1}
     model(torch.randn(3, 16)).sum().backward()
     assert len(seen) == 1
+    getattr(model[0].act_fn, register)(lambda *given: seen.append(given))
+    model(torch.randn(3, 16)).sum().backward()
+    assert len(seen) == 3
 
 
 def test_the_check_takes_no_notice_of_defaults() -> None:
-    """Of the device and the dtype of new tensors, as loaders set them."""
+    """Loaders set the default device and dtype of new tensors."""
     norms, mlps = (list(cases.values()) for cases in (NORMS, MLPS))
     torch.set_default_dtype(torch.bfloat16)
     try:

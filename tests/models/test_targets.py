@@ -46,7 +46,7 @@ def last_names(paths: set[str]) -> set[str]:
     ],
 )
 def test_only_the_parts_asked_for_of_the_text_model_get_an_adapter(flags: dict[str, Any], expected: set[str]) -> None:
-    """Never the vision tower, which has layers of the same names; the saved configuration says so to plain peft."""
+    """The vision tower, whose layers have the same names, gets none; the saved configuration says so to plain peft."""
     model = adapt(zoo.empty("gemma3"), finetune_vision_layers=False, **flags)
     paths = lora_paths(model)
     assert last_names(paths) == expected
@@ -81,7 +81,7 @@ def test_a_layer_that_is_read_gets_no_adapter(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("options", [{}, {"finetune_vision_layers": False, "finetune_mlp_modules": True}])
 def test_names_of_an_mlp_mean_the_weights_of_experts(options: dict[str, Any], layers: list[int] | None) -> None:
-    """Beside the shared expert, which has layers of its own; in the layers asked for."""
+    """They mean these in the layers asked for, beside the shared expert, which has layers of its own."""
     model = adapt(zoo.empty("qwen2_moe"), layers_to_transform=layers, **options)
     found = {name.split(".lora_")[0] for name in trained_names(model)}
     expected = set()
@@ -145,7 +145,7 @@ SAME: dict[str, dict[str, Any]] = {
 def test_an_adapter_with_these_values_is_trained_further(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], tied: bool
 ) -> None:
-    """Loaded here, by peft's own class, or just made; its weights do not change."""
+    """It was loaded here, by peft's own class, or just made; its weights do not change."""
     caplog.set_level(logging.INFO)
     folder = tiny.folder(tmp_path / "base", tie_word_embeddings=tied)
     made = adapt(load(folder)[0], **options)
@@ -187,7 +187,7 @@ def test_an_adapter_that_is_not_lora_is_refused() -> None:
 
 
 def test_peft_loads_what_was_excluded(tmp_path: Path) -> None:
-    """An adapter of an image-text model, by plain peft on plain transformers."""
+    """Plain peft loads the adapter of an image-text model on plain transformers."""
     folder = zoo.folder(tmp_path / "base", "mistral3")
     model, tokenizer = adapted(folder, finetune_vision_layers=False)
     assert tokenizer.get_vocab() == tiny.tokenizer().get_vocab()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conformance.calling import grouped
 from conformance.case import LAYOUTS
 from conformance.spec import Spec
 from conformance.specs import specs
@@ -36,7 +37,7 @@ def call_of(
 
     def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
         arguments = inputs | dict(zip(names, leaves, strict=True))
-        results = getattr(kernels, spec.op)(**arguments, **spec.required(case, dtype), **options)
+        results = getattr(kernels, spec.op)(**grouped(arguments), **spec.required(case, dtype), **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call, [LAYOUTS[spec.speed.layout](inputs[name]) for name in names]

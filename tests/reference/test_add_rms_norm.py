@@ -53,7 +53,7 @@ def test_values_worked_by_hand() -> None:
 def test_formulas_of_the_docstring(
     leading: list[int], hidden: int, eps: float, offset: float, casting: Casting, seed: int
 ) -> None:
-    """Forward and backward by the docstring's formulas, in numpy; in float64 both castings are the same."""
+    """Forward and backward agree with the docstring's formulas in numpy; in float64 both castings are the same."""
     x, residual, weight = (
         randn(*s, seed=seed + i) for i, s in enumerate([(*leading, hidden), (*leading, hidden), (hidden,)])
     )
@@ -75,7 +75,7 @@ def test_formulas_of_the_docstring(
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """First and second derivatives against finite differences, of both outputs."""
+    """First and second derivatives of both outputs agree with finite differences."""
     inputs = randn(3, 5), randn(3, 5, seed=1), randn(5, seed=2)
     assert gradcheck(lambda *tensors: add_rms_norm(*tensors, **options), inputs)
     assert gradgradcheck(lambda *tensors: add_rms_norm(*tensors, **options), inputs)
@@ -107,7 +107,7 @@ def test_same_bits_as_a_decoder_layer(module: type[torch.nn.Module], dtype: torc
 
 
 def test_the_gradients_of_both_outputs_are_added_before_the_rounding() -> None:
-    """In bfloat16: the float32 gradient, rounded once, although both outputs are used."""
+    """In bfloat16 the gradient is that of float32, rounded once, although both outputs are used."""
     x, residual, weight = (randn(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate([(9, 33), (9, 33), (33,)]))
     dnormed, dsum = (randn(9, 33, dtype=torch.bfloat16, seed=i) for i in (3, 4))
     (dx,) = grad(add_rms_norm(x, residual, weight, casting="gemma"), (x,), (dnormed, dsum))

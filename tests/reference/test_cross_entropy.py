@@ -69,7 +69,7 @@ def labels_of(rows: int, vocab: int, ignore_index: int = -100, seed: int = 0) ->
 def test_values_worked_by_hand(
     logits: list[float], label: int, options: dict[str, Any], loss: float, gradient: list[float]
 ) -> None:
-    """One row each; comments above show the arithmetic."""
+    """Each case is one row; comments above show the arithmetic."""
     x = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
     ours = cross_entropy(x, torch.tensor([label]), **options)
     torch.testing.assert_close(ours.item(), loss, **FLOAT64)
@@ -114,7 +114,7 @@ def formulas(
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(rows: int, vocab: int, ignore_index: int, seed: int, **options: float) -> None:
-    """Losses, gradients and the three reductions, for any options and any labels, with all rows ignored or none."""
+    """Losses, gradients and the three reductions agree, for any options and labels, with all rows ignored or none."""
     logits, labels = logits_of(rows, vocab, seed=seed), labels_of(rows, vocab, ignore_index, seed)
     upstream = torch.randn(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     losses, derivatives = formulas(logits.detach().numpy(), labels.numpy(), ignore_index, **options)
@@ -134,7 +134,7 @@ def test_formulas_of_the_docstring(rows: int, vocab: int, ignore_index: int, see
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any], reduction: Reduction) -> None:
-    """First and second derivatives against finite differences, with one ignored row."""
+    """First and second derivatives agree with finite differences, with one ignored row."""
     labels = torch.tensor([1, -100, 4])
 
     def loss(logits: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def test_gradients_are_the_derivatives(options: dict[str, Any], reduction: Reduc
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_agrees_with_pytorch_in_float64(reduction: Reduction, label_smoothing: float, ignore_index: int) -> None:
-    """Value and gradient of torch.nn.functional.cross_entropy, with -inf among the logits."""
+    """Value and gradient are those of torch.nn.functional.cross_entropy, with -inf among the logits."""
     logits, labels = logits_of(12, 12), labels_of(12, 12, ignore_index)
     if not label_smoothing:  # the loss with a mean of logits that contain -inf is not finite
         labels[0] = 5
@@ -164,7 +164,7 @@ def test_agrees_with_pytorch_in_float64(reduction: Reduction, label_smoothing: f
 @pytest.mark.parametrize("num_items", [None, torch.tensor(7)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_agrees_with_transformers(dtype: torch.dtype, num_items: Tensor | None) -> None:
-    """ForCausalLMLoss after it has shifted the labels; both compute in float32, in different orders of sums."""
+    """ForCausalLMLoss shifts the labels first; both compute in float32, in different orders of sums."""
     batch, length, vocab = 2, 6, 11
     logits = logits_of(batch, length, vocab, dtype=dtype)
     labels = labels_of(batch * length, vocab).view(batch, length)
@@ -256,7 +256,7 @@ def test_far_logits_do_not_overflow(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("num_items", [4, 3.7, torch.tensor(4), torch.tensor(3.5), 1, 0, torch.tensor(0)], ids=repr)
 def test_num_items_divides_the_sum(num_items: float | Tensor, reduction: Reduction) -> None:
-    """Under both reductions, for each type of number; a value below 1 counts as 1."""
+    """It does so under both reductions, for each type of number; a value below 1 counts as 1."""
     logits, labels = logits_of(6, 9), labels_of(6, 9)
     total = cross_entropy(logits, labels, reduction="sum")
     loss = cross_entropy(logits, labels, reduction=reduction, num_items=num_items)
@@ -275,7 +275,7 @@ def test_num_items_divides_the_sum(num_items: float | Tensor, reduction: Reducti
     seed=st.integers(0, 2**16),
 )
 def test_parts_of_a_batch_add_up(rows: int, cut: int, options: dict[str, Any], num_items: int, seed: int) -> None:
-    """loss(A + B, N) = loss(A, N) + loss(B, N), also for gradients, as gradient accumulation requires."""
+    """loss(A + B, N) equals loss(A, N) + loss(B, N), for gradients too, as gradient accumulation requires."""
     logits, labels = logits_of(rows, 11, seed=seed), labels_of(rows, 11, seed=seed)
 
     def loss(part: slice) -> Tensor:

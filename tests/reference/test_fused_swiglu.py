@@ -36,7 +36,7 @@ def test_values_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 10), (0, 4), (3, 0)])
 def test_halves_are_gate_and_up(shape: tuple[int, ...]) -> None:
-    """Without options it is swiglu of the halves, in value and gradient, to the bit."""
+    """Without options the operation is swiglu of the halves, in value and gradient, to the bit."""
     gate_up, dy = randn(*shape), randn(*shape[:-1], shape[-1] // 2, seed=1)
     ours, theirs = fused_swiglu(gate_up), swiglu(*gate_up.chunk(2, -1))
     assert torch.equal(ours, theirs)
@@ -46,7 +46,7 @@ def test_halves_are_gate_and_up(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("alpha", "limit", "offset"), [(1.0, None, 0.0), (1.702, 7.0, 1.0), (0.5, 1.0, -0.5)])
 def test_formulas_of_the_docstring(interleaved: bool, alpha: float, limit: float | None, offset: float) -> None:
-    """Forward and backward, element by element."""
+    """Forward and backward agree element by element."""
     gate_up, dy = randn(5, 14, scale=4.0), randn(5, 7, seed=1).detach()
     y = fused_swiglu(gate_up, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset)
     (found,) = grad(y, gate_up, dy)
@@ -65,14 +65,14 @@ def test_formulas_of_the_docstring(interleaved: bool, alpha: float, limit: float
 
 @pytest.mark.parametrize("options", [{}, GPT_OSS | {"limit": 0.7}])
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     assert gradcheck(lambda gate_up: fused_swiglu(gate_up, **options), (randn(3, 8),))
     assert gradgradcheck(lambda gate_up: fused_swiglu(gate_up, **options), (randn(3, 8),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """Phi3MLP's input of the down projection, and GptOssExperts' activation, value and gradients."""
+    """Value and gradients are those of Phi3MLP before its down projection, and of GptOssExperts' activation."""
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 65, "num_attention_heads": 2}
     gate_up, dy = randn(4, 130, dtype=dtype, scale=3.0), randn(4, 65, dtype=dtype, seed=1)
     mlp = Phi3MLP(Phi3Config(**sizes, pad_token_id=0))

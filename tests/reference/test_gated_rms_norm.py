@@ -40,7 +40,7 @@ def test_values_worked_by_hand() -> None:
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(("shape", "size"), [((3, 12), 4), ((2, 2, 6), None), ((5,), 1), ((0, 6), 3)])
 def test_formulas_of_the_docstring(shape: tuple[int, ...], size: int | None, before: bool) -> None:
-    """Forward and backward, in numpy, for any shape; in float64 both castings are the same."""
+    """Forward and backward agree with numpy for any shape; in float64 both castings are the same."""
     x, gate, weight = randn(*shape), randn(*shape, seed=1), randn(shape[-1], seed=2)
     dy = randn(*shape, seed=3).detach()
     y = gated_rms_norm(x, gate, weight, 0.01, group_size=size, norm_before_gate=before, casting="gemma")
@@ -69,7 +69,7 @@ def test_formulas_of_the_docstring(shape: tuple[int, ...], size: int | None, bef
 
 @pytest.mark.parametrize("before", [True, False])
 def test_gradients_are_the_derivatives(before: bool) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = randn(2, 6), randn(2, 6, seed=1), randn(6, seed=2)
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ MODULES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("module", "options"), MODULES, ids=lambda one: type(one).__name__)
 def test_same_bits_as_transformers(module: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Value and the gradients of x and gate; the weight's sums round once here, and each term in transformers."""
+    """Value and gradients of x and gate are equal; the weight's sums round once here, and each term in transformers."""
     module.weight = torch.nn.Parameter(randn(24, dtype=dtype, seed=1))
     x, gate, dy = (randn(4, 9, 24, dtype=dtype, seed=seed) for seed in (2, 3, 4))
     theirs, ours = module(x, gate), gated_rms_norm(x, gate, module.weight, 1e-5, **options)

@@ -56,7 +56,7 @@ def share_and_slope(x: float, approximate: str) -> tuple[float, float]:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(shape: list[int], approximate: Approximate, scale: float, seed: int) -> None:
-    """Forward and backward, element by element, for any shape, including empty ones."""
+    """Forward and backward agree element by element, for any shape, including empty ones."""
     gate, up = ((scale * randn(*shape, seed=seed + i)).detach().requires_grad_() for i in range(2))
     dy = randn(*shape, seed=seed + 2).detach()
     y = geglu(gate, up, approximate=approximate)
@@ -72,7 +72,7 @@ def test_formulas_of_the_docstring(shape: list[int], approximate: Approximate, s
 
 @pytest.mark.parametrize("approximate", FORMS)
 def test_gradients_are_the_derivatives(approximate: Approximate) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = randn(3, 5), randn(3, 5, seed=1)
     assert gradcheck(lambda gate, up: geglu(gate, up, approximate=approximate), inputs)
     assert gradgradcheck(lambda gate, up: geglu(gate, up, approximate=approximate), inputs)
@@ -88,7 +88,7 @@ def test_both_forms_are_close_but_not_equal() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("approximate", FORMS)
 def test_same_bits_as_transformers(approximate: Approximate, dtype: torch.dtype) -> None:
-    """The input of GemmaMLP's down projection, value and gradients, from its own gate and up."""
+    """Value and gradients are those of GemmaMLP before its down projection, from its own gate and up."""
     mlp = GemmaMLP(GemmaConfig(hidden_size=8, intermediate_size=65, num_attention_heads=2)).to(dtype)
     if approximate == "none":
         mlp.act_fn = ACT2FN["gelu"]
@@ -107,7 +107,7 @@ def test_same_bits_as_transformers(approximate: Approximate, dtype: torch.dtype)
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_far_from_zero_the_share_is_0_or_1(dtype: torch.dtype, approximate: Approximate) -> None:
-    """Exactly, and nothing is NaN."""
+    """The share is exactly 0 or 1, and nothing is NaN."""
     gate = torch.tensor([8192.0, -8192.0], dtype=dtype, requires_grad=True)
     up = torch.tensor([2.0, 2.0], dtype=dtype, requires_grad=True)
     y = geglu(gate, up, approximate=approximate)

@@ -30,7 +30,7 @@ def test_values_worked_by_hand() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(0, 4), st.integers(0, 4))
 def test_formulas_of_the_docstrings(sizes: list[int], out: int, columns: int) -> None:
-    """Forward and backward, for any shape, empty ones too."""
+    """Forward and backward agree for any shape, empty ones too."""
     x, weight, dy = randn(sum(sizes), columns), randn(len(sizes), out, columns, seed=1), randn(sum(sizes), out, seed=2)
     y = grouped_gemm(x, weight, torch.tensor(sizes, device=DEVICE, dtype=torch.int32))
     found = [y, *grad(y, (x, weight), dy)]
@@ -50,7 +50,7 @@ def test_gradients_are_the_derivatives() -> None:
 
 @pytest.mark.parametrize("sizes", [[2, 0, 3], [0, 0, 5]])
 def test_compiled_code_leaves_rows_beyond_all_groups_0(sizes: list[int]) -> None:
-    """It cannot read sizes; the rows of groups are those of a call."""
+    """Compiled code cannot read sizes; the rows of groups are those of a call."""
     x, weight = randn(8, 3), randn(3, 2, 3, seed=1)
     given = torch.tensor(sizes, device=DEVICE)
     y = torch.compile(grouped_gemm, fullgraph=True, backend="eager")(x, weight, given)

@@ -24,7 +24,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tor
 
 
 def test_values_worked_by_hand() -> None:
-    """Mean 4, deviations (-3, 3), population variance 9, so r is 1/3 and n = (-1, 1)."""
+    """The mean is 4, deviations are (-3, 3) and the population variance is 9, so r is 1/3 and n = (-1, 1)."""
     x, weight, bias = (
         torch.tensor(v, dtype=torch.float64).requires_grad_() for v in ([1.0, 7.0], [2.0, 10.0], [1, 3.0])
     )
@@ -38,7 +38,7 @@ def test_values_worked_by_hand() -> None:
 
 
 def test_eps_is_added_to_the_variance() -> None:
-    """Variance 1 and eps 3 give r = 1/2."""
+    """A variance of 1 and an eps of 3 give r = 1/2."""
     x = torch.tensor([-1.0, 1.0, 1.0, -1.0])
     assert layer_norm(x, torch.ones(4), torch.zeros(4), 3.0).tolist() == [-0.5, 0.5, 0.5, -0.5]
 
@@ -50,7 +50,7 @@ def test_a_constant_row_gives_the_bias() -> None:
 
 
 def test_a_large_mean_does_not_cancel_the_variance() -> None:
-    """Deviations of 1 around 10000, where a difference of squares cancels in float32."""
+    """Deviations of 1 lie around 10000, where a difference of squares cancels in float32."""
     x = 10000 + torch.tensor([-1.0, 1.0]).repeat(50)
     torch.testing.assert_close(layer_norm(x, torch.ones(100), torch.zeros(100)), x - 10000, rtol=1e-5, atol=0)
 
@@ -64,7 +64,7 @@ def test_a_large_mean_does_not_cancel_the_variance() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(leading: list[int], hidden: int, eps: float, scale: float, seed: int) -> None:
-    """Forward and backward by the docstring's formulas, in numpy."""
+    """Forward and backward agree with the docstring's formulas in numpy."""
     x, weight = (scale * randn(*leading, hidden, seed=seed)).detach().requires_grad_(), randn(hidden, seed=seed + 1)
     bias, dy = randn(hidden, seed=seed + 2), randn(*leading, hidden, seed=seed + 3).detach()
     y = layer_norm(x, weight, bias, eps)
@@ -84,14 +84,14 @@ def test_formulas_of_the_docstring(leading: list[int], hidden: int, eps: float, 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 def test_gradients_are_the_derivatives(eps: float) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = randn(3, 5), randn(5, seed=1), randn(5, seed=2)
     assert gradcheck(lambda *tensors: layer_norm(*tensors, eps), inputs)
     assert gradgradcheck(lambda *tensors: layer_norm(*tensors, eps), inputs)
 
 
 def test_agrees_with_pytorch_in_float64() -> None:
-    """Value and gradients of torch.nn.functional.layer_norm."""
+    """Value and gradients are those of torch.nn.functional.layer_norm."""
     inputs, dy = (randn(2, 3, 16), randn(16, seed=1), randn(16, seed=2)), randn(2, 3, 16, seed=3)
     ours, theirs = layer_norm(*inputs, 1e-6), torch_layer_norm(inputs[0], (16,), *inputs[1:], 1e-6)
     torch.testing.assert_close(ours, theirs, **FLOAT64)
@@ -100,7 +100,7 @@ def test_agrees_with_pytorch_in_float64() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounds_once_as_pytorch(dtype: torch.dtype) -> None:
-    """The float32 result and gradients, rounded; torch's own differ only by the order of sums."""
+    """Result and gradients are those of float32, rounded; torch's own differ only by the order of sums."""
     x, weight, bias = randn(31, 257, dtype=dtype), randn(257, dtype=dtype, seed=1), randn(257, dtype=dtype, seed=2)
     inputs, dy = (x, weight, bias), randn(31, 257, dtype=dtype, seed=3)
     y, wide = layer_norm(*inputs), layer_norm(*(tensor.float() for tensor in inputs))
@@ -114,7 +114,7 @@ def test_rounds_once_as_pytorch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_as_cohere_without_its_bias(dtype: torch.dtype) -> None:
-    """transformers' own norm without a bias: computed in float32, rounded once."""
+    """transformers' own norm without a bias computes in float32 and rounds once."""
     norm = CohereLayerNorm(257, eps=1e-5).to(dtype)
     weight = norm.weight = torch.nn.Parameter(randn(257, dtype=dtype, seed=1))
     x = randn(2, 31, 257, dtype=dtype)

@@ -33,7 +33,7 @@ from unsloth_ref.kernels import linear_cross_entropy
 def test_agrees_with_torch(
     rows: int, columns: int, vocab: int, biased: bool, label_smoothing: float, reduction: Any
 ) -> None:
-    """A linear layer, then cross entropy."""
+    """The loss is that of a linear layer, then cross entropy."""
     hidden, weight, labels, bias = inputs_of(rows, columns, vocab)
     last = bias if biased else None
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction}
@@ -47,7 +47,7 @@ def test_agrees_with_torch(
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     hidden, weight, labels, bias = inputs_of(4, 3, 5)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

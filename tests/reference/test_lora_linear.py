@@ -38,7 +38,7 @@ def test_values_worked_by_hand() -> None:
     biased=st.booleans(),
 )
 def test_formulas_of_the_docstrings(lead: list[int], sizes: tuple[int, int, int], scaling: float, biased: bool) -> None:
-    """Forward and backward, in numpy, for any shape, empty ones too."""
+    """Forward and backward agree with numpy, for any shape, empty ones too."""
     columns, out, rank = sizes
     _, *leaves = inputs_of(0, columns, out, rank)
     leaves = [randn(*lead, columns, seed=7), *leaves][: 5 if biased else 4]
@@ -58,7 +58,7 @@ def test_formulas_of_the_docstrings(lead: list[int], sizes: tuple[int, int, int]
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_are_the_derivatives(biased: bool) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = inputs_of()[: 5 if biased else 4]
 
     def layer(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def test_gradients_are_the_derivatives(biased: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_same_bits_as_peft(dtype: torch.dtype, biased: bool) -> None:
-    """Its layer without dropout, adapters in the dtype of x; value and gradients."""
+    """Value and gradients are those of peft's layer without dropout, with adapters in the dtype of x."""
     config = LoraConfig(r=8, lora_alpha=10, init_lora_weights=False, target_modules=["proj"])
     model = torch.nn.ModuleDict({"proj": torch.nn.Linear(48, 65, bias=biased)})
     layer: Any = inject_adapter_in_model(config, model)["proj"].to(DEVICE, dtype).requires_grad_()

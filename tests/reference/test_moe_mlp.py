@@ -43,7 +43,7 @@ def test_values_worked_by_hand() -> None:
 @pytest.mark.parametrize(("name", "activation"), [("silu", "silu"), ("gelu_pytorch_tanh", "gelu_tanh")])
 @pytest.mark.parametrize("per_token", [1, 3])
 def test_transformers_experts_agree(name: str, activation: Any, per_token: int) -> None:
-    """Value and all gradients; some tokens have an expert twice."""
+    """Value and all gradients agree; some tokens have an expert twice."""
     sizes = {"hidden_size": COLUMNS, "intermediate_size": INNER, "num_local_experts": EXPERTS}
     config = MixtralConfig(**sizes, hidden_act=name)
     config._experts_implementation = "eager"
@@ -76,7 +76,7 @@ def test_gradients_are_the_derivatives_and_an_idle_expert_gets_0() -> None:
 
 
 def test_weights_of_experts_may_be_wider() -> None:
-    """The result has the dtype of x, and their gradient their own."""
+    """The result has the dtype of x, and the gradient of the weights has their own."""
     x, gate_up, down, indices, _ = inputs_of(5, 2, torch.bfloat16)
     weights = randn(5, 2, seed=9, dtype=torch.float32)
     y = moe_mlp(x, gate_up, down, indices, weights)

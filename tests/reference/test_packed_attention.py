@@ -82,7 +82,7 @@ def test_formulas_of_the_docstring(
     spare: int,
     seed: int,
 ) -> None:
-    """Output and gradients, for documents of any lengths, for empty documents and for none."""
+    """Output and gradients agree for documents of any lengths, for empty documents and for none."""
     tensors = inputs_of(sum(lengths), kv_heads * group, kv_heads, width, seed=seed)
     do = randn(*tensors[0].shape, seed=seed + 3).detach()
     cu_seqlens, longest = bounds_of(*lengths)
@@ -107,7 +107,7 @@ def test_values_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     cu_seqlens, longest = bounds_of(2, 0, 3)
 
     def out(sinks: Tensor, *tensors: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def test_compiled_code_reads_no_lengths(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_one_document_is_causal_attention(group: int) -> None:
-    """PyTorch's own, with its grouped heads."""
+    """It is PyTorch's own, with its grouped heads."""
     tensors, (cu_seqlens, longest) = inputs_of(12, 2 * group, 2, 8), bounds_of(12)
     ours = packed_attention(*tensors, cu_seqlens, longest)
     theirs = scaled_dot_product_attention(*(x.transpose(0, 1) for x in tensors), is_causal=True, enable_gqa=True)
@@ -147,7 +147,7 @@ def test_one_document_is_causal_attention(group: int) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_agrees_with_transformers(softcap: float | None) -> None:
-    """Gemma 2's eager attention with a sliding window in its mask, one document per sequence."""
+    """The result is that of Gemma 2's eager attention with a window in its mask, one document per sequence."""
     length, window = 7, 3
     q, k, v = (x.detach() for x in inputs_of(2 * length, 4, 2, 8))
     place = torch.arange(length, device=DEVICE)
@@ -162,7 +162,7 @@ def test_agrees_with_transformers(softcap: float | None) -> None:
 
 
 def test_sinks_agree_with_transformers() -> None:
-    """gpt-oss's eager attention, which adds a column to the scores and drops it after the softmax."""
+    """gpt-oss's eager attention adds a column to the scores and drops it after the softmax."""
     q, k, v = inputs_of(7, 4, 2, 8)
     sinks = randn(4, seed=9)
     hidden = torch.ones(7, 7, dtype=torch.bool, device=DEVICE).triu(1)

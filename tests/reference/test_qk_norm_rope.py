@@ -43,7 +43,7 @@ def test_values_worked_by_hand() -> None:
 
 
 def test_positions_choose_rows_of_a_table() -> None:
-    """As if cos and sin had these rows."""
+    """The result is as if cos and sin had these rows."""
     cos, sin = angles(torch.float64)
     positions = torch.tensor([[4, 0, 2, 2, 1]])
     by_table = qk_norm_rope(*inputs(torch.float64), cos[0], sin[0], positions)
@@ -53,7 +53,7 @@ def test_positions_choose_rows_of_a_table() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"eps": 0.5, "offset": 1.0, "casting": "gemma"}])
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """Against finite differences."""
+    """They agree with finite differences."""
     cos, sin = angles(torch.float64, 4)
     assert gradcheck(lambda *leaves: qk_norm_rope(*leaves, cos, sin, **options), inputs(torch.float64, 6))
 
@@ -61,7 +61,7 @@ def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("module", [Qwen3RMSNorm, Gemma3RMSNorm])
 def test_same_bits_as_transformers(module: type[torch.nn.Module], dtype: torch.dtype) -> None:
-    """The heads as their attentions prepare them, and the gradients of q and k; weights' sums round otherwise."""
+    """Heads and gradients of q and k have the bits of the attentions' code; sums for the weights round otherwise."""
     gemma = module is Gemma3RMSNorm
     q, k, *weights = inputs(dtype)
     cos, sin = angles(dtype)

@@ -37,7 +37,7 @@ def test_gradients_are_the_derivatives() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """Nemotron's "relu2"."""
+    """Value and gradient are those of Nemotron's activation, `relu2`."""
     x, dy = randn(9, 33, dtype=dtype), randn(9, 33, dtype=dtype, seed=1)
     ours, theirs = relu_squared(x), ACT2FN["relu2"](x)
     assert torch.equal(ours, theirs)

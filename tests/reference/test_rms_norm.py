@@ -31,7 +31,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tor
 
 
 def test_values_worked_by_hand() -> None:
-    """Mean of 1 and 49 is 25, so r is 1/5 and n = (0.2, 1.4); weight + offset = (3, 11)."""
+    """The mean of 1 and 49 is 25, so r is 1/5 and n = (0.2, 1.4); weight + offset = (3, 11)."""
     x = torch.tensor([1.0, 7.0], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([2.0, 10.0], dtype=torch.float64, requires_grad=True)
     y = rms_norm(x, weight, 0.0, offset=1.0)
@@ -43,7 +43,7 @@ def test_values_worked_by_hand() -> None:
 
 
 def test_eps_is_added_to_the_mean_square() -> None:
-    """Mean square 1 and eps 3 give r = 1/2."""
+    """A mean square of 1 and an eps of 3 give r = 1/2."""
     assert rms_norm(torch.ones(4), torch.ones(4), 3.0).tolist() == [0.5] * 4
 
 
@@ -60,7 +60,7 @@ def test_eps_is_added_to_the_mean_square() -> None:
 def test_formulas_of_the_docstring(
     leading: list[int], hidden: int, eps: float, offset: float, casting: Casting, scale: float, seed: int
 ) -> None:
-    """Forward and backward by the docstring's formulas, in numpy; in float64 both castings are the same."""
+    """Forward and backward agree with the docstring's formulas in numpy; in float64 both castings are the same."""
     x, weight = (scale * randn(*leading, hidden, seed=seed)).detach().requires_grad_(), randn(hidden, seed=seed + 1)
     dy = randn(*leading, hidden, seed=seed + 2).detach()
     y = rms_norm(x, weight, eps, offset=offset, casting=casting)
@@ -77,14 +77,14 @@ def test_formulas_of_the_docstring(
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_the_derivatives(options: dict[str, Any]) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = randn(3, 5), randn(5, seed=1)
     assert gradcheck(lambda x, w: rms_norm(x, w, **options), inputs)
     assert gradgradcheck(lambda x, w: rms_norm(x, w, **options), inputs)
 
 
 def test_agrees_with_pytorch_in_float64() -> None:
-    """Value and gradients of torch.nn.functional.rms_norm."""
+    """Value and gradients are those of torch.nn.functional.rms_norm."""
     x, weight, dy = randn(2, 3, 16), randn(16, seed=1), randn(2, 3, 16, seed=2)
     ours, theirs = rms_norm(x, weight, 1e-5), torch_rms_norm(x, (16,), weight, 1e-5)
     torch.testing.assert_close(ours, theirs, **FLOAT64)
@@ -115,7 +115,7 @@ def test_same_bits_as_transformers(module: type[torch.nn.Module], dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gemma_casting_rounds_once(dtype: torch.dtype) -> None:
-    """Half precision rows with a float32 weight: the float32 result, rounded; gradients in the dtype of their input."""
+    """Half precision rows and a float32 weight give the float32 result, rounded; gradients have their input's dtype."""
     x, weight, dy = randn(4, 33, dtype=dtype), randn(33, dtype=torch.float32, seed=1), randn(4, 33, dtype=dtype, seed=2)
     y, wide = (rms_norm(rows, weight, casting="gemma") for rows in (x, x.float()))
     assert torch.equal(y, wide.to(dtype))

@@ -60,7 +60,7 @@ def test_values_worked_by_hand() -> None:
 def test_formulas_of_the_docstring(
     batch: int, heads: int, kv_heads: int, length: int, half: int, rest: int, shared: bool, seed: int
 ) -> None:
-    """Forward and backward, half by half, for cos and sin with different halves, and for empty tensors."""
+    """Forward and backward agree half by half, also if the halves of cos and sin differ, and for empty tensors."""
     q, k = (randn(batch, h, length, 2 * half + rest, seed=seed + i) for i, h in enumerate((heads, kv_heads)))
     cos, sin = (randn(1 if shared else batch, length, 2 * half, seed=seed + i).detach() for i in (2, 3))
     outputs = rope(q, k, cos, sin)
@@ -76,7 +76,7 @@ def test_formulas_of_the_docstring(
 
 
 def test_interleaved_pairs_are_complex_numbers_in_memory() -> None:
-    """x_2i + i x_2i+1 times exp(i angle); the gradient is the rotation back; other columns are copied."""
+    """x_2i + i x_2i+1 is multiplied by exp(i angle); the gradient is the rotation back; other columns are copied."""
     cos, sin = table(5, 6)
     q, k = randn(2, 3, 5, 8), randn(2, 1, 5, 8, seed=1)
     turned, _ = rope(q, k, cos[None], sin[None], interleaved=True)
@@ -105,7 +105,7 @@ def test_interleaved_angles_that_differ_within_a_pair() -> None:
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([[3, 0, 2]])])
 def test_gradients_are_the_derivatives(positions: Tensor | None) -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     cos, sin = randn(4, 4).detach(), randn(4, 4, seed=1).detach()
     if positions is None:
         cos, sin = cos[None, :3], sin[None, :3]
@@ -115,7 +115,7 @@ def test_gradients_are_the_derivatives(positions: Tensor | None) -> None:
 
 
 def test_both_halves_are_one_complex_number() -> None:
-    """x1 + i x2 times exp(i angle): keeps lengths, position 0 is the identity, products depend on distances alone."""
+    """x1 + i x2 times exp(i angle) keeps lengths; position 0 changes nothing; products depend on distances alone."""
     cos, sin = table(9, 8)
     q, k = randn(1, 2, 9, 8).detach(), randn(1, 2, 9, 8, seed=1).detach()
     turned_q, turned_k = rope(q, k, cos[None], sin[None])
@@ -135,7 +135,7 @@ def test_both_halves_are_one_complex_number() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_positions_choose_rows_of_the_table(dtype: torch.dtype) -> None:
-    """The same bits as with the row of each token, for int32 and int64 positions, shared between sequences or not."""
+    """Bits are the same as with the row of each token, for int32 and int64 positions, shared by sequences or not."""
     cos, sin = table(11, 6, dtype)
     q, k = randn(2, 3, 4, 8, dtype=dtype).detach(), randn(2, 1, 4, 8, dtype=dtype, seed=1).detach()
     positions = torch.tensor([[0, 1, 0, 10], [7, 7, 2, 3]])
@@ -148,7 +148,7 @@ def test_positions_choose_rows_of_the_table(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """apply_rotary_pos_emb with the cos and sin of LlamaRotaryEmbedding, value and gradients."""
+    """Value and gradients are those of apply_rotary_pos_emb with LlamaRotaryEmbedding's cos and sin."""
     config = LlamaConfig(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=16)
     q = randn(2, 3, 7, 16, dtype=dtype)
     k, dq, dk = (randn(2, heads, 7, 16, dtype=dtype, seed=heads) for heads in (1, 3, 1))
@@ -161,7 +161,7 @@ def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_angles_in_float32_round_once(dtype: torch.dtype) -> None:
-    """The float32 result, rounded."""
+    """The result is that of float32, rounded."""
     cos, sin = (t[None] for t in table(5, 8, torch.float32))
     q, k = randn(2, 3, 5, 8, dtype=dtype).detach(), randn(2, 1, 5, 8, dtype=dtype, seed=1).detach()
     narrow, wide = rope(q, k, cos, sin), rope(q.float(), k.float(), cos, sin)
@@ -171,7 +171,7 @@ def test_angles_in_float32_round_once(dtype: torch.dtype) -> None:
 
 
 def test_an_unchecked_position_outside_the_table_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the rotated columns of its own token."""
+    """The rotated columns of its own token are NaN."""
     monkeypatch.setattr("unsloth_ref.checks.values_are_checked", lambda positions: False)
     cos, sin = table(4, 2)
     q = randn(1, 2, 3, 3).detach()

@@ -43,7 +43,7 @@ def test_values_worked_by_hand() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_formulas_of_the_docstring(shape: list[int], scale: float, seed: int) -> None:
-    """Forward and backward by the docstring's formulas, in numpy, for any shape, including empty ones."""
+    """Forward and backward agree with the docstring's formulas in numpy, for any shape, empty ones too."""
     gate, up = ((scale * randn(*shape, seed=seed + i)).detach().requires_grad_() for i in range(2))
     dy = randn(*shape, seed=seed + 2).detach()
     y = swiglu(gate, up)
@@ -57,7 +57,7 @@ def test_formulas_of_the_docstring(shape: list[int], scale: float, seed: int) ->
 
 
 def test_gradients_are_the_derivatives() -> None:
-    """First and second derivatives against finite differences."""
+    """First and second derivatives agree with finite differences."""
     inputs = randn(3, 5), randn(3, 5, seed=1)
     assert gradcheck(swiglu, inputs)
     assert gradgradcheck(swiglu, inputs)
@@ -65,7 +65,7 @@ def test_gradients_are_the_derivatives() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
-    """The input of LlamaMLP's down projection, value and gradients, from its own gate and up."""
+    """Value and gradients are those of LlamaMLP before its down projection, from its own gate and up."""
     mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=65, num_attention_heads=2)).to(dtype)
     seen = {}
     mlp.gate_proj.register_forward_hook(lambda module, args, output: seen.update(gate=output))

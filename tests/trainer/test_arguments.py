@@ -41,7 +41,7 @@ def loaded_model(**attributes: Any) -> Any:
     "kind", [UnslothTrainingArguments, SFTConfig, TrainingArguments], ids=lambda kind: kind.__name__
 )
 def test_nothing_that_is_given_changes(tmp_path: Path, kind: type) -> None:
-    """Not the user's arguments, with accelerate's configuration in them, nor the keywords, the data or the model."""
+    """The user's arguments, with accelerate's configuration in them, keywords, data and model do not change."""
     args = arguments(tmp_path, kind, accelerator_config={"dispatch_batches": True})
     model = loaded_model(max_seq_length=16, unsloth_gradient_checkpointing=True, unsloth_backend="reference")
     keywords = {"train_dataset": documents(), "tokenizer": tiny.tokenizer(), "packing": True, "max_seq_length": 12}
@@ -59,7 +59,7 @@ def test_nothing_that_is_given_changes(tmp_path: Path, kind: type) -> None:
 
 
 def test_older_names_and_positions_reach_trls_keywords(tmp_path: Path) -> None:
-    """TRL's parameters after `args`, by position; keywords of older releases; fields of the arguments as keywords."""
+    """TRL's parameters after `args` may be positional; older keywords and fields of the arguments may be keywords."""
     collator, data, tokenizer = object(), documents(), tiny.tokenizer()
     resolved = resolve_arguments(
         tiny.model(),
@@ -73,7 +73,7 @@ def test_older_names_and_positions_reach_trls_keywords(tmp_path: Path) -> None:
 
 
 def test_an_argument_by_position_and_by_keyword_is_refused(tmp_path: Path) -> None:
-    """As Python refuses it: neither of the two may win silently."""
+    """Python refuses it too: neither of the two may win silently."""
     with pytest.raises(TypeError, match=r"^train_dataset: got a value by position and one by keyword; allowed"):
         resolve(arguments(tmp_path), positional=(None, documents()), train_dataset=documents())
 
@@ -115,7 +115,7 @@ def test_the_first_backend_that_is_named_is_used(
     models: str | None,
     expected: str,
 ) -> None:
-    """The trainer's keyword, the arguments' field, the model's, and UNSLOTH_BACKEND, in this order."""
+    """The order is the trainer's keyword, the arguments' field, the model's backend, and UNSLOTH_BACKEND."""
     monkeypatch.setenv("UNSLOTH_BACKEND", VARIABLE)
     keywords = {} if keyword is None else {"backend": keyword}
     model = loaded_model(**{} if models is None else {"unsloth_backend": models})
@@ -123,7 +123,7 @@ def test_the_first_backend_that_is_named_is_used(
 
 
 def test_a_plain_sft_config_takes_the_backend_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no field for one."""
+    """Such a configuration has no field for one."""
     monkeypatch.setenv("UNSLOTH_BACKEND", VARIABLE)
     args = arguments(tmp_path, SFTConfig)
     assert resolve(args, loaded_model(unsloth_backend=MODEL)).backend.name == MODEL
@@ -132,7 +132,7 @@ def test_a_plain_sft_config_takes_the_backend_of_the_model(tmp_path: Path, monke
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_takes_its_backend_among_the_keywords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They win over UNSLOTH_BACKEND."""
+    """The keywords win over UNSLOTH_BACKEND."""
     monkeypatch.setenv("UNSLOTH_BACKEND", "fast")
     options = {"train_dataset": documents(), "processing_class": tiny.tokenizer(), "backend": KEYWORD}
     trainer = UnslothTrainer(tiny.model(), arguments(tmp_path, backend=None), **options)
@@ -211,7 +211,7 @@ def test_a_max_length_below_one_is_refused(tmp_path: Path, length: int) -> None:
 def test_gradient_checkpointing_is_the_keywords_the_arguments_or_the_models(
     tmp_path: Path, kind: type, field: bool | None, keyword: bool | None, models: Any, expected: bool
 ) -> None:
-    """In this order. A class's default, True in SFTConfig and False in TrainingArguments, counts as no choice."""
+    """This is their order. A class's default, True in SFTConfig, False in TrainingArguments, counts as no choice."""
     model = loaded_model(**{} if models is None else {"unsloth_gradient_checkpointing": models})
     keywords = {} if keyword is None else {"gradient_checkpointing": keyword}
     args = arguments(tmp_path, kind, gradient_checkpointing=field)
@@ -276,7 +276,7 @@ def test_trl_is_not_asked_for_padding_free_batches(
 def test_a_refused_request_is_logged_as_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], level: str
 ) -> None:
-    """With the reason; without a request it is information."""
+    """The warning has the reason; without a request the line is information."""
     caplog.set_level("INFO", "unsloth_fast")
     resolve(arguments(tmp_path, **options), data_collator=lambda examples: {})
     (record,) = [record for record in caplog.records if record.message.startswith("batching:")]
@@ -285,7 +285,7 @@ def test_a_refused_request_is_logged_as_a_warning(
 
 
 def test_the_vocabulary_and_the_trained_tokens_are_resolved(tmp_path: Path) -> None:
-    """For the preparation. A collator may change the tokens, so then the vocabulary counts as unknown."""
+    """The preparation needs them. A collator may change the tokens, so then the vocabulary counts as unknown."""
     model, by_trl = tiny.model(), cast(Any, print)
     found: ResolvedArguments = resolve(arguments(tmp_path), model)
     assert (found.vocabulary, found.completion_only, found.own_collator) == (len(tiny.WORDS), False, False)
@@ -310,7 +310,7 @@ def test_an_sft_config_is_copied(tmp_path: Path) -> None:
 
 
 def test_training_arguments_become_ours_with_their_values(tmp_path: Path) -> None:
-    """The token for the hub, which `to_dict` hides, included."""
+    """They include the token for the hub, which `to_dict` hides."""
     args = arguments(tmp_path, TrainingArguments, learning_rate=0.5, hub_token="secret")
     made = as_sft_config(args, tiny.model())
     assert type(made) is UnslothTrainingArguments
@@ -323,7 +323,7 @@ def test_training_arguments_become_ours_with_their_values(tmp_path: Path) -> Non
 def test_without_arguments_the_output_folder_is_named_after_the_model(
     monkeypatch: pytest.MonkeyPatch, name: str, folder: str
 ) -> None:
-    """Given as a model or by name; as in TRL."""
+    """The model may be given as such or by name; TRL does the same."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default
     model = tiny.model()
     model.config._name_or_path = name

@@ -50,7 +50,7 @@ def by_hand(model: Any, data: Dataset) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # with a cap on the logits
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_an_evaluation_counts_what_it_is_asked_for(tmp_path: Path, batching: str, family: str) -> None:
-    """By either name, of a stream, in a prediction, without whole logits or with those of an adapter; in float64."""
+    """A metric has two names; its values in evaluations and predictions are those by hand in float64."""
     more = {"final_logit_softcapping": 0.3} if family == "gemma2" else {}
     with tiny.KeepFloat64():
         model = tiny.model(family, dtype=torch.float64, **more)
@@ -71,7 +71,7 @@ def test_an_evaluation_counts_what_it_is_asked_for(tmp_path: Path, batching: str
 
 
 def test_each_data_set_has_its_scores(tmp_path: Path) -> None:
-    """Under its own name, and the last one's also under TRL's, which has no names of data sets."""
+    """They have the data set's own name, and the last one's also TRL's, which has no names of data sets."""
     data = {"a": texts(), "b_c": texts(3)}
     with tiny.KeepFloat64():
         expected = {name: by_hand(tiny.model(dtype=torch.float64), part) for name, part in data.items()}
@@ -143,7 +143,7 @@ class AddsBanana(TrainerCallback):
     ],
 )
 def test_a_metric_of_the_users_is_used(tmp_path: Path, options: dict[str, Any]) -> None:
-    """A name of TRL's as well: the user's value stays."""
+    """The user's value stays, also under a name of TRL's."""
     trainer = trainer_without_hooks(tmp_path, "eval_banana", **options)
     trainer.train()
     assert trainer.state.best_metric == 1.0
@@ -152,7 +152,7 @@ def test_a_metric_of_the_users_is_used(tmp_path: Path, options: dict[str, Any]) 
 
 
 def test_metrics_are_known_without_an_evaluation(tmp_path: Path) -> None:
-    """Where none takes place, no metric is refused."""
+    """No metric is refused where no evaluation takes place."""
     trainer_without_hooks(
         tmp_path, "banana", args=arguments(tmp_path, metric_for_best_model="banana", max_steps=1)
     ).train()
@@ -180,7 +180,7 @@ def reference(logits: Tensor, targets: Tensor) -> list[float]:
 @pytest.mark.parametrize("rows", [1, 5, CHUNK_ROWS, CHUNK_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_scores_of_logits_and_of_hidden_states(rows: int, dtype: torch.dtype) -> None:
-    """In chunks, without rows that are no targets, whatever these hold, and without a gradient."""
+    """They are computed in chunks, without rows that are no targets, whatever these hold, and without a gradient."""
     torch.manual_seed(rows)
     logits = torch.randn(rows, 11).to(dtype).requires_grad_()
     targets = torch.where(torch.rand(rows) < 0.3, -100, torch.randint(11, (rows,)))

@@ -75,7 +75,7 @@ def test_the_published_bytes(name: str, system: bool) -> None:
     ],
 )
 def test_the_bytes_of_the_models_own_template(name: str, file: str) -> None:
-    """As the models' repositories ship them, for tools, reasoning and content with spaces around it."""
+    """They are as the models' repositories ship them, for tools, reasoning and content with spaces around it."""
     path = Path(trl.__file__).parent / "chat_templates" / f"{file}.jinja"
     if not path.exists():
         pytest.skip("the installed trl does not ship it")
@@ -125,7 +125,7 @@ def test_a_template_that_trl_ships() -> None:
 
 
 def test_an_unknown_name() -> None:
-    """All names are listed, those of the installed trl too, and the nearest."""
+    """The message lists all names, those of the installed trl too, and the nearest."""
     for name, near in (("lama", "llama"), ("gpt-os", "gptoss"), ("qwen", "qwen3"), ("nothing like it", None)):
         with pytest.raises(ValueError, match=f"^chat_template: got '{name}'; allowed: alpaca, chatml, .*zephyr, ") as e:
             get_chat_template(tokenizer(), name)
@@ -257,7 +257,7 @@ def test_a_tokenizer_without_an_end_token() -> None:
 
 @pytest.mark.parametrize("name", BYTES)
 def test_marks_of_the_assistants_tokens(name: str) -> None:
-    """From after the generation prompt to the end of the turn, so that TRL's assistant_only_loss can be used."""
+    """They mark from after the generation prompt to the end of the turn, so TRL's assistant_only_loss can be used."""
     made = get_chat_template(tokenizer(), name, map_eos_token=False)
     messages = MESSAGES[1:]
     options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

@@ -71,7 +71,7 @@ def test_a_class_derived_from_trls_behaves_as_before(tmp_path: Path) -> None:
 
 
 def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> None:
-    """Called in an older style, with our arguments, which do not mention checkpointing."""
+    """It is called in an older style, with our arguments, which do not mention checkpointing."""
 
     class Mine(SFTTrainer):
         pass
@@ -84,7 +84,7 @@ def test_a_class_derived_from_trls_checkpoints_as_trl_does(tmp_path: Path) -> No
 
 
 def test_any_call_style_gives_the_same_run(tmp_path: Path) -> None:
-    """With current or older names, as keywords of the trainer or in the arguments, which do not change."""
+    """Names are current or older, and given as keywords of the trainer or in the arguments, which do not change."""
     data = Dataset.from_dict({"words": tiny.texts(18)})
     new = arguments(tmp_path, max_steps=3, dataset_text_field="words", max_length=24, packing=True)
     old = arguments(tmp_path, max_steps=3)
@@ -138,7 +138,7 @@ def test_the_length_that_the_model_was_loaded_with(
 
 
 def test_the_models_backend_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a trainer whose arguments name no backend."""
+    """It is used for a trainer whose arguments name no backend."""
     monkeypatch.delenv("UNSLOTH_BACKEND", raising=False)
     model = tiny.model()
     model.unsloth_backend = "reference,rope=reference"
@@ -232,7 +232,7 @@ def test_documents_that_a_model_would_mix_are_padded_in_a_script_for_trl(tmp_pat
 
 
 def test_a_script_of_years_ago_trains(tmp_path: Path) -> None:
-    """transformers' arguments with older names, and TRL's fields and the tokenizer as keywords of the trainer."""
+    """Its arguments are transformers' under older names; TRL's fields and the tokenizer are the trainer's keywords."""
     compat.patch_trl()
     trainer = SFTTrainer(
         model=tiny.model(),

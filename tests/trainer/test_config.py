@@ -16,7 +16,7 @@ from unsloth_fast import UnslothTrainingArguments
 
 
 def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
-    """to_dict, JSON, `dataclasses.replace`, the parsers of transformers and TRL; output_dir is the first argument."""
+    """to_dict, JSON, `dataclasses.replace` and both parsers keep them; output_dir is the first argument."""
     plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     assert UnslothTrainingArguments(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
     args = arguments(tmp_path, embedding_learning_rate=5e-5, backend="fast,rms_norm=reference")
@@ -48,7 +48,7 @@ def test_a_wrong_embedding_rate_is_refused(tmp_path: Path, rate: Any) -> None:
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
-    """Before a model is loaded."""
+    """It is refused before a model is loaded."""
     with pytest.raises(ValueError, match=r"^backend: got 'quick'; allowed"):
         arguments(tmp_path, backend="quick")
 
@@ -68,7 +68,7 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_count_is_refused(tmp_path: Path, name: str, least: int) -> None:
-    """Before transformers divides by it, or torch starts so many processes."""
+    """It is refused before transformers divides by it, or torch starts so many processes."""
     workers = {"dataloader_num_workers": 1} if name == "dataloader_prefetch_factor" else {}
     for value in (least - 1, least + 0.5):
         with pytest.raises(ValueError, match=f"^{name}: got {value}; allowed: an integer from {least}"):
@@ -88,7 +88,7 @@ def test_a_wrong_count_is_refused(tmp_path: Path, name: str, least: int) -> None
     ],
 )
 def test_a_number_out_of_range_is_refused(tmp_path: Path, name: str, wrong: list[Any], right: float) -> None:
-    """Before an optimizer or a loss uses it."""
+    """It is refused before an optimizer or a loss uses it."""
     for value in wrong:
         with pytest.raises(ValueError, match=f"^{name}: got {value!r}; allowed: a"):
             arguments(tmp_path, **{name: value})
@@ -96,7 +96,7 @@ def test_a_number_out_of_range_is_refused(tmp_path: Path, name: str, wrong: list
 
 
 def test_older_names_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What scripts of several years pass; a name that never existed is an error."""
+    """Scripts of several years pass them; a name that never existed is an error."""
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     args = UnslothTrainingArguments(
         output_dir=str(tmp_path),

@@ -93,7 +93,7 @@ def test_targets_on_another_process_give_no_warning(caplog: pytest.LogCaptureFix
 def test_a_loss_that_a_count_of_all_devices_divided_is_scaled_by_them(
     num_items: int | None, on_all: bool, tp_size: int, factor: int
 ) -> None:
-    """Of four processes; tensor-parallel ones share a batch."""
+    """Of the four processes, tensor-parallel ones share a batch and count once."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(average_tokens_across_devices=on_all),
         accelerator=SimpleNamespace(num_processes=4),

@@ -51,7 +51,7 @@ def by_hand(data: Dataset, dtype: torch.dtype = torch.float64) -> float:
 
 
 def test_packed_evaluation_needs_batches_without_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is off where they are padded, which is logged, and `evaluate` works."""
+    """It is off where batches are padded, which is logged, and `evaluate` works."""
     options = {"padding_free": False, "eval_packing": True, "max_length": 24}
     trainer = build(UnslothTrainer, arguments(tmp_path, **options), eval_dataset=texts())
     assert "eval_packing: off, as batches are padded" in caplog.messages
@@ -61,7 +61,7 @@ def test_packed_evaluation_needs_batches_without_padding(tmp_path: Path, caplog:
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, size: int) -> None:
-    """With and without metrics, of several data sets, in `evaluate` and in `predict`; all in float64."""
+    """In float64 it is, with and without metrics, for several data sets, in `evaluate` and in `predict`."""
     data = {"a": texts(), "b": texts(2, seed=2)}
     options = BATCHINGS[batching] | {"per_device_eval_batch_size": size}
     with tiny.KeepFloat64():
@@ -77,7 +77,7 @@ def test_the_loss_is_the_mean_over_all_targets(tmp_path: Path, batching: str, si
 
 
 def test_a_prediction_step_works_alone(tmp_path: Path) -> None:
-    """Before any evaluation, as a user's script calls it."""
+    """A user's script may call it before any evaluation."""
     trainer = build(UnslothTrainer, arguments(tmp_path, per_device_eval_batch_size=7), eval_dataset=texts())
     (batch,) = trainer.get_eval_dataloader()
     loss, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
@@ -105,7 +105,7 @@ torch.save(found, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
-    """And the accuracy. accelerate repeats up to two documents to fill the last batch of three; they count once."""
+    """The accuracy is equal too: the up to two documents that accelerate repeats to fill the last batch count once."""
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -148,7 +148,7 @@ MEANS = [
 def test_the_mean_weighs_each_batch_by_its_targets(
     losses: list[float], targets: list[int], finite_only: bool, expected: float, processes: int
 ) -> None:
-    """Over all processes; here each has the batches of this one."""
+    """The mean is over all processes; here each has the batches of this one."""
     evaluated = Evaluated(finite_only=finite_only)
     for loss, count in zip(losses, targets, strict=True):
         evaluated.add(torch.tensor(loss), torch.tensor(count))
@@ -225,7 +225,7 @@ def test_a_users_collator_is_kept_in_an_evaluation(row_per_document: bool) -> No
 
 
 def test_an_evaluation_with_one_row_per_document_is_padded() -> None:
-    """Packed rows excepted: their documents are in one row already."""
+    """Packed rows are not padded: their documents are in one row already."""
     assert collator_for(tokens(3), PACKED, PADDING, row_per_document=True) is PADDING
     rows = tokens(3, seq_lengths=[[1, 2]])
     assert collator_for(rows, PACKED, PADDING, row_per_document=True) == replace(PACKED, with_ends=True)
@@ -254,7 +254,7 @@ def test_an_evaluation_in_one_row_holds_the_ends_of_its_examples() -> None:
 def test_repeated_documents_of_the_last_batch_are_not_counted(
     last: bool, remainder: int, rank: int, kept: int, tp_size: int
 ) -> None:
-    """Two documents per process, in rows of their own and in one row. The last batch has `remainder` new documents.
+    """Each process has two documents, in own rows or in one. The last batch has `remainder` new documents.
 
     Tensor-parallel processes share a batch, and with it a rank.
     """
@@ -273,7 +273,7 @@ def test_repeated_documents_of_the_last_batch_are_not_counted(
 def test_batches_whose_loss_is_not_finite_are_left_out(
     tmp_path: Path, losses: list[float], targets: list[int], filters: bool, expected: float
 ) -> None:
-    """With `logging_nan_inf_filter`, as in transformers, unless there are no others."""
+    """`logging_nan_inf_filter` leaves them out, as in transformers, unless there are no others."""
     trainer = build(UnslothTrainer, arguments(tmp_path, logging_nan_inf_filter=filters), eval_dataset=texts())
     waiting = iter(zip(losses, targets, strict=True))
 

@@ -44,14 +44,14 @@ def renamed(folder: Path, kind: type | None, **keywords: Any) -> Any:
     ],
 )
 def test_fields_as_keywords_are_checked(tmp_path: Path, kind: type | None, name: str, value: Any, message: str) -> None:
-    """As those of the arguments are, whichever arguments stand beside them."""
+    """They are checked like those of the arguments, whichever arguments stand beside them."""
     with pytest.raises(ValueError, match=message):
         renamed(tmp_path, kind, **{name: value})
 
 
 @KINDS
 def test_fields_as_keywords_have_their_consequences(tmp_path: Path, kind: type | None) -> None:
-    """Those that the arguments derive from other fields, and a field's second name."""
+    """Fields that the arguments derive from them follow, and so does a field's second name."""
     args = renamed(
         tmp_path, kind, evaluation_strategy="steps", logging_steps=7, gradient_checkpointing=True, backend="fast"
     )
@@ -72,7 +72,7 @@ def test_what_is_no_field_of_the_arguments_is_kept(tmp_path: Path) -> None:
 
 
 def test_keywords_alone_choose_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `args`; transformers refuses the default, bfloat16, on a machine without a GPU."""
+    """They do without `args`; transformers refuses the default, bfloat16, on a machine without a GPU."""
     monkeypatch.chdir(tmp_path)
     args = rename_arguments(tiny.model(), None, {"use_cpu": True, "bf16": False, "warmup_ratio": 0.5}, PARAMETERS)[0]
     assert (args.use_cpu, args.bf16, args.warmup_steps, args.output_dir) == (True, False, 0.5, "-SFT")

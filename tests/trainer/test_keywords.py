@@ -91,7 +91,7 @@ def test_arguments_are_not_modified(trainer: list[str], config: list[str], keywo
 
 
 def test_old_names_become_those_of_today() -> None:
-    """The oldest style of call."""
+    """The call is in the oldest style."""
     tokenizer = object()
     keywords = {"tokenizer": tokenizer, "max_seq_length": 512, "packing": True, "dataset_text_field": "text", "args": 1}
     trainer, config = split_keywords(*TODAY, keywords)
@@ -164,7 +164,7 @@ TRAINING = {"warmup_steps", "optim", "train_sampling_strategy", "include_for_met
     ],
 )
 def test_values_of_older_names(given: dict[str, Any], today: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """What asks for something has its meaning, and what asks for nothing is left out."""
+    """A value that asks for something has its meaning, and one that asks for nothing is left out."""
     assert current_names(TRAINING, given) == today
     assert ("overrides" in caplog.text) == ({"warmup_ratio", "warmup_steps"} <= given.keys())
 

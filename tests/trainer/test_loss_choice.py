@@ -76,7 +76,7 @@ def test_each_reason_for_trls_loss(name: str, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 def test_the_backends_loss_is_put_into_the_forward_and_not_divided_again(smoothing: float) -> None:
-    """With the label smoothing of the arguments. transformers' flags say that the loss is already divided."""
+    """It has the label smoothing of the arguments. transformers' flags say that it is already divided."""
     trainer = trainer_with(label_smoothing_factor=smoothing)
     tokens = torch.tensor([[3, 4, 5, 6]])
     logits = trainer.model(tokens).logits[0, :-1]

@@ -41,7 +41,7 @@ def noise_of(trainer: UnslothTrainer) -> list[tuple[Tensor, Tensor, bool]]:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("batching", ["padding-free", "packed"])
 def test_the_noise_of_a_document_depends_on_its_own_length(tmp_path: Path, batching: str, lora: bool) -> None:
-    """Of documents of 4 and 30 tokens in one row. An evaluation has no noise, and none is left after training."""
+    """Documents of 4 and 30 tokens share a row. An evaluation has no noise, and none is left after training."""
     documents = [list(range(3, 3 + length)) for length in (4, 30)] * 4
     options = {"max_length": 34, "per_device_train_batch_size": 2, "max_steps": 1} | BATCHINGS[batching]
     trainer = UnslothTrainer(

@@ -222,7 +222,7 @@ def test_reasoning_mixed_with_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_tool_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of tools with different arguments, between which Arrow puts nulls."""
+    """Calls of tools have different arguments, between which Arrow puts nulls."""
     calls = [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "sum", "arguments": {"a": 1, "b": 2}}] * 4
     tools = [{"type": "function", "function": {"name": "weather"}}, {"type": "function", "function": {"name": "sum"}}]
     rows = [

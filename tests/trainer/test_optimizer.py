@@ -57,7 +57,7 @@ def test_the_embeddings_have_their_own_rate(tmp_path: Path, lora: bool, caplog: 
 
 
 def test_a_rate_without_a_trained_embedding_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """LoRA on projections alone."""
+    """Here LoRA is on projections alone."""
     model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["q_proj"]))
     trainer = build(UnslothTrainer, arguments(tmp_path, embedding_learning_rate=1e-4), model=model)
     assert {group["role"] for group in trainer.create_optimizer().param_groups} == {"base"}
@@ -76,7 +76,7 @@ def test_the_users_optimizer_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_an_optimizer_with_groups_of_its_own_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """GaLore has them, under the key "params"."""
+    """GaLore has such groups, under the key "params" of its options."""
     model = tiny.model()
     groups = [{"params": [model.lm_head.weight], "lr": 0.5}]
     args = arguments(tmp_path, embedding_learning_rate=1e-4)
@@ -219,7 +219,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 def test_bfloat16_on_a_gpu_without_it_is_refused(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bf16: bool, refused: bool
 ) -> None:
-    """In the model or as bf16=True. Emulated bfloat16 does not count; on a CPU both are allowed."""
+    """It may be in the model or bf16=True. Emulated bfloat16 does not count; on a CPU both are allowed."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     model = tiny.model(dtype=dtype)

@@ -37,7 +37,7 @@ def trainer_of(kind: type, folder: Path, model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", [UnslothTrainer, trl.SFTTrainer], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_trained_weights_of_a_quantised_model_keep_their_dtype(tmp_path: Path, dtype: torch.dtype, kind: type) -> None:
-    """Bit by bit after the constructor; and after training, in which each of them moves."""
+    """The bits are kept after the constructor; the dtype also after training, in which each weight moves."""
     model = FastLanguageModel.get_peft_model(four_bits(tmp_path, dtype), **LORA)
     patch_trl()
     given = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -55,7 +55,7 @@ def test_trained_weights_of_a_quantised_model_keep_their_dtype(tmp_path: Path, d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_an_adapter_that_the_constructor_adds_to_a_quantised_model(tmp_path: Path, dtype: torch.dtype) -> None:
-    """float32, as peft makes it; a module trained in full is exact, in float32 where loss scaling requires that."""
+    """It is float32, as peft makes it; a module trained in full is exact, in float32 where loss scaling needs that."""
     model = four_bits(tmp_path, dtype)
     head = model.lm_head.weight.detach().clone()
     trainer = trainer_of(UnslothTrainer, tmp_path, model, peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"))
@@ -70,7 +70,7 @@ def test_an_adapter_that_the_constructor_adds_to_a_quantised_model(tmp_path: Pat
 
 
 def test_weights_in_bfloat16_stay_in_bfloat16(tmp_path: Path) -> None:
-    """An adapter that was made in it."""
+    """They belong to an adapter that was made in bfloat16."""
     base = four_bits(tmp_path, torch.bfloat16)
     model: Any = get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():

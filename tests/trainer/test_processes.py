@@ -104,7 +104,7 @@ def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: s
 
 
 def test_fast_on_two_processes_is_as_close_to_float64_as_the_reference(found: dict[str, Found]) -> None:
-    """At most twice the reference's own error, plus one float32 spacing at the loss, as on one process."""
+    """The error is at most twice the reference's own, plus one float32 spacing at the loss, as on one process."""
     truth, reference, fast = (torch.tensor(mean(two), dtype=torch.float64) for two in found["float64"])
     assert (fast - truth).abs().max() <= 2 * (reference - truth).abs().max() + truth.max() * 2.0**-23
     assert not torch.equal(fast, reference)  # the other backend computed it

@@ -116,7 +116,7 @@ def test_the_data_sets_of_a_trainer(given: bool, batching: str, streamed: bool, 
 def test_losses_and_weights_equal_those_of_trl_with_masks_by_hand(
     batching: str, streamed: bool, tmp_path: Path
 ) -> None:
-    """Six steps in float64, against TRL's trainer, a textbook loss, and labels masked by hand."""
+    """Six steps in float64 agree with TRL's trainer, a textbook loss, and labels masked by hand."""
     if TRL_DROPS_LABELS and (streamed or batching == "packed"):
         pytest.skip("the installed trl packs tokens without their labels, and makes those of a stream in its collator")
     plain = SGD | {"max_steps": 6, "learning_rate": 0.1}
@@ -149,7 +149,7 @@ def test_trls_own_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_rows_without_a_response(streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Dropped, and counted in the log; those that max_length cut off as well."""
+    """They are dropped and counted in the log, and so are those whose response max_length cut off."""
     rows: Any = Dataset.from_dict({"text": [*texts(3), "w1 w7 w8", "w1 " + "w9 " * 40 + "w2 w3"]})
     trainer = trainer_of(
         UnslothTrainer, tmp_path, rows.to_iterable_dataset() if streamed else rows, settings={"max_length": 32}
@@ -223,7 +223,7 @@ def test_another_collator_that_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_packed_documents_that_are_cut(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of documents that were masked by hand before packing: with w0 as begin token, and shuffled rows."""
+    """The rows are those of documents masked by hand before packing: with w0 as begin token, and shuffled."""
     monkeypatch.setattr(responses, "COPIED_TOKENS", 50)
     rows, settings = [f"w0 {text}" for text in texts()], {"packing_strategy": strategy, "max_length": 16}
     ours, by_hand = (

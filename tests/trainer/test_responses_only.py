@@ -73,7 +73,7 @@ def random_contents(count: int) -> list[list[str]]:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_found_in_the_template(name: str, kind: str) -> None:
-    """Single and several turns, whose contents repeat the words of the parts, begin and end with newlines."""
+    """Conversations have one or more turns, whose contents repeat the parts' words, begin and end with newlines."""
     made = get_chat_template(copy.deepcopy(TOKENIZERS[kind]()), name)
     label = train_on_responses_only(None, tokenizer=made, return_function=True)
     for contents in [*CONTENTS, *random_contents(20)]:
@@ -85,7 +85,7 @@ def test_parts_found_in_the_template(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_tensors_have_the_labels_of_lists(size: int) -> None:
-    """Rows of one length, as a tokenizer or a formatted data set returns them; a row of its own; other columns."""
+    """A tensor holds one row, or rows of one length, as a tokenizer or a formatted data set returns them."""
     label = ResponseLabels(((3, 4),), ((5,),))
     rows = {"input_ids": [[3, 4, 8, 5, 9, 7], [5, 8, 3, 4, 5, 9]][:size]}
     expected = [[-100, -100, -100, -100, 9, 7], [-100, 8, -100, -100, -100, 9]][:size]
@@ -130,7 +130,7 @@ def test_the_parts(name: str, parts: tuple[str, str]) -> None:
 
 
 def test_a_template_that_ends_with_an_end_token() -> None:
-    """As that of Phi 3's repository does, where add_generation_prompt is False."""
+    """That of Phi 3's repository does, where add_generation_prompt is False."""
     made = get_chat_template(copy.deepcopy(byte_level()), "phi-3", map_eos_token=False)
     made.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     assert find_parts(made) == ("<|user|>\n", "<|assistant|>\n")
@@ -243,7 +243,7 @@ def test_labels_and_masks_of_the_row_are_kept() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_masks_of_random_rows(seed: int) -> None:
-    """Compared with a loop over the tokens, for parts of several tokens and forms, in packed rows."""
+    """They agree with a loop over the tokens, for parts of several tokens and forms, in packed rows."""
     generator = np.random.default_rng(seed)
     instruction, response = ((1, 1), (1, 2)), ((1,), (2, 1), (2, 1, 1))
     label = ResponseLabels(instruction, response)

@@ -61,7 +61,7 @@ build(Killed, arguments(folder, **OPTIONS), lora=True, callbacks=[Kill()]).train
 def test_a_killed_run_resumes_with_the_same_bits(
     tmp_path: Path, moment: str, step: int, left: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From its last complete checkpoint. An incomplete one is logged and ignored."""
+    """It resumes from its last complete checkpoint. An incomplete one is logged and ignored."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), moment, str(step)],
         cwd=Path(__file__).parents[2],
@@ -102,7 +102,7 @@ def test_the_last_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [None, "", "{}", '{"global_step": 1'])
 def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, text: str | None) -> None:
-    """Before anything is read from it."""
+    """It is refused before anything is read from it."""
     trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
     trainer.train()
     state = tmp_path / "checkpoint-1" / "trainer_state.json"
@@ -120,7 +120,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, text: str | None) -
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_stream_resumes_at_the_right_batch(tmp_path: Path, packing: bool) -> None:
-    """With the same bits, in the first and in the second pass over the stream."""
+    """The bits are the same, in the first and in the second pass over the stream."""
 
     def run(folder: Path) -> UnslothTrainer:
         return UnslothTrainer(

@@ -48,7 +48,7 @@ def built(kind: type, folder: Path, made: Any, data: Any, batching: str, **optio
 @pytest.mark.parametrize("kind", [UnslothTrainer, SFTTrainer])
 @pytest.mark.parametrize(("batching", "streamed"), CASES)
 def test_the_printed_text(batching: str, streamed: bool, kind: type, tmp_path: Path) -> None:
-    """Beside conversations, with a begin token and a turn's end of its own."""
+    """It stands beside conversations, and has a begin token and a turn's end of its own."""
     made = chatml("{{ bos_token }}")
     texts = [made.apply_chat_template(chat, tokenize=False) for chat in CHATS]
     data = Dataset.from_dict({"text": texts, "conversations": SHAREGPT, "messages": CHATS})
@@ -59,7 +59,7 @@ def test_the_printed_text(batching: str, streamed: bool, kind: type, tmp_path: P
 @pytest.mark.parametrize("kind", [UnslothTrainer, SFTTrainer])
 @pytest.mark.parametrize(("batching", "streamed"), CASES)
 def test_tool_calls(batching: str, streamed: bool, kind: type, tmp_path: Path) -> None:
-    """As the template writes the user's own objects."""
+    """They are as the template writes the user's own objects."""
     made = tokenizer()
     # TRL 0.24 cannot truncate a stream with a null in a column of lists.
     rows = [{"messages": chat, "tools": tools or []} for chat, tools in zip(CALLS, TOOLS, strict=True)]
@@ -102,7 +102,7 @@ def targets(trainer: Any, rows: list[Any], tokenizer: Any) -> list[str]:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("column", ["messages", "conversations", "of ShareGPT", "messages of ShareGPT"])
 def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing: bool, tmp_path: Path) -> None:
-    """Beside columns that are not read; after a conversation without a message; in each data set of an evaluation."""
+    """Columns that are not read may stand beside it; it may begin with an empty conversation, or be evaluated on."""
     made = tiny.tokenizer()
     made.chat_template = (
         "{% for m in messages %}w1 {% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %} "
@@ -126,7 +126,7 @@ def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_prompt_and_a_completion_in_the_keys_of_sharegpt(streamed: bool, tmp_path: Path) -> None:
-    """Trained on as in standard keys; the messages that were given do not change."""
+    """They are trained on as in standard keys; the messages that were given do not change."""
     made, standard = chatml(), [("role", "content")] * 2
     rows: list[list[Any]] = []
     trained: list[list[str]] = []
@@ -192,7 +192,7 @@ def test_a_column_of_media_without_any_value_counts_as_absent(name: str, tmp_pat
 @pytest.mark.parametrize("options", [{}, {"dataset_kwargs": {"skip_prepare_dataset": True}}])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_images_for_a_model_of_text_are_refused(streamed: bool, options: dict[str, Any], tmp_path: Path) -> None:
-    """Also in a data set to evaluate on; of other media the text is trained on."""
+    """They are refused also in a data set to evaluate on; of other media the text is trained on."""
     text, given = Dataset.from_dict({"text": ["w1 w2", "w3"]}), {"processing_class": tiny.tokenizer()}
     args = arguments(tmp_path, **options)
     for name, key in (("image", "train_dataset"), ("images", "train_dataset"), ("images", "eval_dataset")):

@@ -199,7 +199,7 @@ def test_the_example_with_an_embedding_rate(example: Any) -> None:
 
 
 def test_the_example_with_the_standard_trainer(example: Any) -> None:
-    """With old keywords. Batches are padded because TRL's own configuration does not ask for padding-free ones."""
+    """It has old keywords. Batches are padded because TRL's configuration does not ask for padding-free ones."""
     trainer = example(STANDARD).trainer
     assert isinstance(trainer, SFTTrainer) and type(trainer) is UnslothTrainer
     assert (trainer.args.max_length, trainer.args.dataset_text_field) == (2048, "text")

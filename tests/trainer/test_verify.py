@@ -68,7 +68,7 @@ def test_numbers_stay(
 
 
 def test_the_real_kernels_stay_within_the_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The Triton kernels, forward and backward, in a step of one text."""
+    """The Triton kernels run forward and backward in a step of one text."""
     options = {"max_steps": 1, "per_device_train_batch_size": 1, "backend": "reference,rms_norm=fast,swiglu=fast"}
     log = trained(tmp_path, **options, verify_every=1).state.log_history[0]
     assert 0 < log["verify/rms_norm_budget_use"] < 1
@@ -130,7 +130,7 @@ def test_other_values_are_refused(value: Any, tmp_path: Path) -> None:
 
 
 def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
-    """Under the reference, and in compiled code."""
+    """The reference has nothing to verify, and neither has compiled code."""
     with pytest.raises(ValueError, match=r"verify_every: got 5 with backend 'reference'.*nothing to verify"):
         trained(tmp_path, backend="reference", verify_every=5)
     with pytest.raises(ValueError, match="verify_every: got 5 with torch_compile=True"):

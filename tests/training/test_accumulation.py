@@ -290,7 +290,7 @@ def test_microbatches_are_not_modified(package: ModuleType) -> None:
 def test_any_partition_of_a_batch_has_its_loss_and_gradient(
     package: ModuleType, lengths: list[list[int]], idle: int, seed: int
 ) -> None:
-    """A bigram model in float64; one of the microbatches may have no target."""
+    """The model is a bigram model in float64; one of the microbatches may have no target."""
     parts = [package.collate(examples(rows, seed + index, vocab=7)).as_dict() for index, rows in enumerate(lengths)]
     parts[idle % len(parts)]["labels"].fill_(IGNORE_INDEX)
     whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in ("input_ids", "labels")}

@@ -145,7 +145,7 @@ def test_the_fast_loss_does_not_copy_the_logits() -> None:
 
 @each_package
 def test_errors_name_the_argument(package: ModuleType) -> None:
-    """Wrong shapes and dtypes."""
+    """Wrong shapes and dtypes are refused."""
     logits, labels = batch([3])
     with pytest.raises(ValueError, match=r"^logits: got shape"):
         package.next_token_loss(logits[0], labels, cross_entropy=cross_entropy)

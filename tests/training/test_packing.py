@@ -53,7 +53,7 @@ def rows(plan: PackingPlan, documents: list[list[int]]) -> list[list[list[int]]]
     ],
 )
 def test_five_documents_in_rows_of_four(package: ModuleType, strategy: Any, expected: list[Any]) -> None:
-    """The example of TRL's documentation, truncated, split and wrapped."""
+    """The example of TRL's documentation is truncated, split and wrapped."""
     assert rows(package.pack([len(document) for document in FIVE], 4, strategy=strategy), FIVE) == expected
 
 
@@ -117,7 +117,7 @@ MIXES = {
 @pytest.mark.parametrize("capacity", [512, 8192, 131072])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_million_documents_in_two_seconds(mix: str, capacity: int) -> None:
-    """On one core, for any lengths; no row is empty or too full, and each token is packed exactly once."""
+    """One core suffices for any lengths; no row is empty or too full, and each token is packed exactly once."""
     lengths = torch.from_numpy(MIXES[mix](np.random.default_rng(0), capacity, 10**6).astype(np.int64))
     for strategy in ("bfd", "bfd_split", "wrapped"):
         begin = time.process_time()
@@ -137,7 +137,7 @@ def test_a_million_documents_in_two_seconds(mix: str, capacity: int) -> None:
     [*((mix, capacity, 20_000) for mix in MIXES for capacity in (100, 1024, 4099)), ("log-uniform", 64, 10**6)],
 )
 def test_never_more_rows_than_trl_needs(mix: str, capacity: int, documents: int) -> None:
-    """With all documents in one batch, where TRL packs a million in 10 s (capacity 64) or 36 s (capacity 512)."""
+    """All documents are in one batch, where TRL packs a million in 10 s (capacity 64) or 36 s (capacity 512)."""
     lengths = MIXES[mix](np.random.default_rng(0), capacity, documents).astype(np.int64)
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.nulls(int(lengths.sum())))})
@@ -198,7 +198,7 @@ def test_errors_name_the_argument(
 
 @each_package
 def test_offsets_that_do_not_fit_the_plan_are_named(package: ModuleType) -> None:
-    """Offsets of too few documents, and of a document that is too short."""
+    """Such offsets have too few documents, or a document that is too short."""
     plan = package.pack([3, 2], 4)
     with pytest.raises(ValueError, match=r"^offsets: got 2 offsets; allowed: at least 3"):
         package.packed_indices(plan, torch.tensor([0, 3]))

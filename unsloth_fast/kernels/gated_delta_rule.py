@@ -204,7 +204,7 @@ def gated_delta_rule(
         k: as q. The state does not grow if beta times the squared length of k is at most 2; models normalise k.
         v: [T, M, E], as q; N divides M.
         g: [T, M], float16, bfloat16 or float32: the logarithm of the decay, finite and at most 0. It is added up over
-            chunks of 32 or 64 tokens in float32.
+            chunks of 32 tokens in float32.
         beta: [T, M], float16, bfloat16 or float32: how much of the old value at k is replaced, 0 to 1 in most models.
         cu_seqlens: [documents + 1], int32: the first token of each document, then T. Documents may be empty.
         scale: factor of the output; 1 / sqrt(D) by default.

@@ -68,7 +68,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
         torch.ops.aten.mm.dtype_out(left.t(), right, torch.float32, out=total)
     else:
         torch.mm(left.t().float(), right.float(), out=total)
-    return total.mul_(scaling).to(dtype)
+    return (total if scaling == 1.0 else total.mul_(scaling)).to(dtype)
 
 
 @summed_in_float32

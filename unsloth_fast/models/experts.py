@@ -4,6 +4,7 @@ peft adds the product of an adapter's factors to the weights of all experts in e
 the weights, and the gradient of an adapter comes from that of a whole weight. Here both factors multiply rows instead.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
+from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_ref.types import ExpertActivation
 
@@ -47,9 +50,17 @@ def adapted_experts_placement(experts: Experts, backend: Backend) -> Placement:
     """The operations and the forward for peft's adapter of a weight of these experts.
 
     The forward calls peft's own, which adds the adapters to the weights, unless each adapted weight has exactly one
-    active adapter that is not merged.
+    active adapter that is not merged, and nothing inside has hooks.
     """
     return ("grouped_gemm",), _adapted_forward(experts, backend.kernels)
+
+
+def inside_of(wrapper: ParamWrapper) -> Iterator[Module]:
+    """The wrappers inside a wrapper, each one of another weight, then the experts."""
+    layer: Any = wrapper
+    while isinstance(layer, ParamWrapper):
+        layer = layer.base_layer
+        yield layer
 
 
 def _adapted_forward(found: Experts, kernels: Any) -> Forward:
@@ -88,7 +99,9 @@ def _sorted_slots(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _adapters_of(wrapper: ParamWrapper) -> dict[str, Adapter] | None:
-    """The adapter of each adapted weight; None if one has none or several, or is merged."""
+    """The adapter of each adapted weight; None if one has none or several, is merged, or is inside of hooks."""
+    if any(map(hooks_of, inside_of(wrapper))):  # their forwards are not called
+        return None
     found: dict[str, Adapter] = {}
     layer: Any = wrapper
     while isinstance(layer, ParamWrapper):

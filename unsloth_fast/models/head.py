@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.logits import logit_options, without_head
-from unsloth_fast.models.methods import forward_hooks, replace_method, replaced_method, restore_method
+from unsloth_fast.models.methods import has_foreign_forward, hooks_of, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
 from unsloth_fast.models.scores import score
 
@@ -159,7 +159,8 @@ def plain_head(model: CausalLM) -> nn.Linear | None:
     """The linear layer that computes the logits from the hidden states by its weight and bias alone; None without one.
 
     It may be peft's copy under `modules_to_save`, and FSDP may shard it, which gathers it when it is called. It has no
-    adapter, no hooks, no quantised weight, no weight on the meta device and none that is sharded otherwise.
+    adapter, no hooks, no forward that somebody has set, no quantised weight, no weight on the meta device and none that
+    is sharded otherwise.
     """
     outer: Any = model.get_output_embeddings()
     head = outer
@@ -174,7 +175,8 @@ def plain_head(model: CausalLM) -> nn.Linear | None:
         and (_gathers(outer, head) or not isinstance(head.weight, DTensor))
         and head.weight.device.type != "meta"
         and head.weight.dim() == 2  # DeepSpeed shards it in a way of its own
-        and not any(_is_foreign(hook) for module in (outer, head) for hook in forward_hooks(module))
+        and not any(has_foreign_forward(module) for module in (outer, head))
+        and not any(_is_foreign(hook) for module in (outer, head) for hook in hooks_of(module))
     )
     return head if plain else None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unsloth_fast.models.methods import forward_hooks, has_own_method
+from unsloth_fast.models.methods import has_own_method, hooks_of
 from unsloth_fast.models.norm import Norm, widened
 from unsloth_fast.models.structure import Found, recognise
 
@@ -78,9 +78,10 @@ def rotation_with_norms(
 
 
 def _fits(heads: Tensor, norm: Any) -> bool:
-    weight = getattr(norm, "weight", None)
-    hooked = forward_hooks(norm) or norm._backward_hooks or norm._backward_pre_hooks
-    return heads.ndim == 4 and weight is not None and weight.shape == heads.shape[-1:] and not hooked
+    weight = getattr(norm, "weight", None)  # without memory while accelerate offloads it
+    if weight is None or weight.is_meta or hooks_of(norm):
+        return False
+    return heads.ndim == 4 and weight.shape == heads.shape[-1:]
 
 
 def _norm_of(before: list[ast.stmt], variable: ast.expr, name: str) -> ast.Call | None:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import nf4
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
 
@@ -113,4 +113,5 @@ def _only_adapter(layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer computes nothing but the product with its weight and the sum with its bias."""
-    return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not forward_hooks(layer)
+    plain = type(layer) is nn.Linear and not isinstance(layer.weight, DTensor)
+    return plain and not layer.weight.is_meta and not is_more_than_its_class(layer)  # accelerate loads offloaded ones

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.nn import Module
 
-Purpose = Literal["operation", "loss", "offloading", "head"]
+Purpose = Literal["operation", "loss", "offloading", "head", "lists"]
 
 _RECORDS = "_unsloth_replaced"  # the attribute with an instance's replaced methods; absent where there are none
 
@@ -90,9 +90,28 @@ def has_own_method(instance: object, name: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(instance), name, None)
 
 
-def forward_hooks(module: Module) -> tuple[Callable[..., object], ...]:
-    """The hooks that run before and after the module's forward."""
-    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+def hooks_of(module: Module) -> tuple[Callable[..., object], ...]:
+    """The hooks that run when the module is called, and in the backward pass of the call."""
+    places = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return tuple(hook for place in places for hook in place.values())
+
+
+def has_foreign_forward(module: Module) -> bool:
+    """Whether a call of the module runs another forward than its class's.
+
+    accelerate's, which moves inputs to the device of a module, calls the one that it found there.
+    """
+    own = vars(module)
+    function = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    return function is not None and getattr(function, "__func__", None) is not type(module).forward
+
+
+def is_more_than_its_class(module: Module) -> bool:
+    """Whether a call of the module does more than its class: by hooks, or by a forward that somebody has set.
+
+    An operation that computes what the module does, without calling it, would leave that out.
+    """
+    return has_foreign_forward(module) or bool(hooks_of(module))
 
 
 def _current(instance: object, name: str) -> _Replacement | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.methods import forward_hooks, has_own_method
+from unsloth_fast.models.methods import has_own_method, is_more_than_its_class
 from unsloth_fast.models.protocols import Forward
 from unsloth_fast.models.structure import Sparse, in_both_modes, plain, sizes_of, twin_of
 from unsloth_ref import kernels as reference
@@ -58,10 +58,11 @@ def mixer_forward(mixer: Mixer, kernels: Any) -> Forward:
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
         bounds = kwargs.get("seq_idx") if bounds is None else bounds
+        offloaded = getattr(self, mixer.conv).weight.is_meta  # accelerate loads it when the convolution is called
         cached = any(kwargs.get(name) is not None for name in CACHES)
         if cached and bounds is not None:
             raise ValueError("past_key_values: got a cache beside cu_seq_lens_q; allowed: one of them")
-        if args or cached or (bounds is not None and bounds.ndim != 1):
+        if args or cached or (offloaded and bounds is None) or (bounds is not None and bounds.ndim != 1):
             return type(self).forward(self, hidden_states, *args, **kwargs)
         mask: Tensor | None = kwargs.get("attention_mask")
         if mask is not None:  # of padding, [B, S]
@@ -119,8 +120,7 @@ def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | st
     mixer = _candidate(module)
     if mixer is None:
         return None
-    conv = getattr(module, mixer.conv)
-    if forward_hooks(conv) or has_own_method(conv, "forward"):  # its forward is not called
+    if is_more_than_its_class(getattr(module, mixer.conv)):  # its forward is not called
         return "hooks on its convolution"
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters() if "lora_" not in name)
     attributes = tuple(entry for entry in plain(module) if not isinstance(entry, tuple) or entry[0] != "layer_idx")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import promoted
+from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
@@ -40,10 +41,18 @@ def mlp_placement(mlp: Gated, backend: Backend) -> Placement:
     return (mlp.operation,), mlp_forward(mlp, backend.kernels)
 
 
+def _has_changed(module: nn.Module, mlp: Gated) -> bool:
+    """Whether somebody has hooked or replaced the activation since the MLP was recognised."""
+    called = (mlp.gate, mlp.up, mlp.down)
+    return any(is_more_than_its_class(child) for name, child in module._modules.items() if child and name not in called)
+
+
 def _forward_of_one(mlp: Gated, activation: Callable[[Tensor], Tensor]) -> Forward:
     """The forward of an MLP whose activation takes one tensor."""
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if _has_changed(self, mlp):
+            return type(self).forward(self, hidden_states)
         with recomputed(hidden_states):
             projected = getattr(self, mlp.up)(hidden_states)
         hidden = recomputable(activation(projected), partial(activation, projected.detach()))
@@ -61,6 +70,8 @@ def mlp_forward(mlp: Gated, kernels: object) -> Forward:
     gated = partial(getattr(kernels, mlp.operation), **options)
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if _has_changed(self, mlp):
+            return type(self).forward(self, hidden_states)
         gate, up = _factors(self, mlp, hidden_states)
         if gate.dtype != up.dtype:  # one of them has an adapter, or is in 4 bits
             gate, up = promoted(gate, up)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unsloth_fast.models.methods import forward_hooks, has_own_method
+from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_ref import checks
 from unsloth_ref.kernels import nf4_dequantize
 from unsloth_ref.types import NF4Weight
@@ -33,12 +33,11 @@ def is_known(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> NF4Weight | None:
     """The weight of a layer that is known, where it and its scales are now; None for any other layer.
 
-    None also where hooks want to see the layer called.
+    None also where hooks, or a forward of somebody else's, want to see the layer called.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    watched = forward_hooks(layer) or has_own_method(layer, "forward")
-    if watched or not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False):
+    if not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False) or is_more_than_its_class(layer):
         return None
     return _weight(weight, state)
 

@@ -13,11 +13,11 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
-from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward
+from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
 from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
-from unsloth_fast.models.methods import has_own_method, replace_method, restore_method
+from unsloth_fast.models.methods import has_foreign_forward, has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
@@ -128,6 +128,8 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
     if (placement := attention_placement(module, backend, known)) is not None:
         return placement
     if isinstance(module, ParamWrapper):
+        if any(map(has_foreign_forward, inside_of(module))):
+            return "a forward of somebody else's inside"
         adapted = recognise(module.get_base_layer(), known)
         return adapted_experts_placement(adapted, backend) if isinstance(adapted, Experts) else None
     mixer = recognise_mixer(module, known)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.experts import Experts, experts_forward
-from unsloth_fast.models.methods import forward_hooks
+from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
@@ -56,7 +56,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
         return None
     if taken not in ((1, 2) if is_norm else (3,) if is_experts else (1,)):
         return None
-    if any(forward_hooks(child) or child._backward_hooks or child._backward_pre_hooks for child in others):
+    if any(map(hooks_of, others)):
         return "hooks on its activation"
     shapes = tuple(tuple(tensor.shape) for tensor in parameters.values())
     attributes = tuple(plain(each) for each in (module, *others))
