@@ -173,10 +173,15 @@ def exact(value: Tensor) -> Bound:
     return Bound(value, nothing, nothing)
 
 
-def added_in_float32(term: Bound, elements: int) -> Bound:
-    """A number as a term of a float32 sum in a call on so many elements: the sum may round it at each step."""
+def added_in_float32(term: Bound, elements: int, additions: int = 0) -> Bound:
+    """A number as a term of a float32 sum in a call on so many elements: the sum may round it at each step.
+
+    With `additions` it is the first term, and that many small ones may be added to it one after the other.
+    """
     size = term.value.abs()
-    return Bound(term.value, term.error + float32_error(elements) * size, term.square + (SHARED * size) ** 2)
+    error = max(float32_error(elements), additions * UNIT_FLOAT32)
+    root = max(SHARED, additions**0.5 * ROUNDING_RMS * UNIT_FLOAT32)
+    return Bound(term.value, term.error + error * size, term.square + (root * size) ** 2)
 
 
 def product(left: Bound, right: Bound, elements: int) -> Bound:

@@ -29,17 +29,19 @@ class ModuleLists:
     """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
+        self._stack, self._entered = ExitStack(), False
         self._models: dict[int, _Lists | None] = {}
 
     def __enter__(self) -> "ModuleLists":
         """Watch for new modules and parameters."""
         for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
             self._stack.callback(register(self._forget).remove)
+        self._entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the models their own methods back."""
+        self._entered = False
         self._stack.close()
         self._models.clear()
 
@@ -49,10 +51,11 @@ class ModuleLists:
         A model whose parameters are exchanged while it runs, because it is sharded or offloaded, keeps its own.
 
         Args:
-            model: as accelerate prepared it, or the one inside; the same one again costs nothing.
+            model: as accelerate prepared it, or the one inside; the same one again costs nothing, and outside of the
+                context nothing happens.
             distributed: how accelerate distributes it.
         """
-        if id(model) in self._models:
+        if not self._entered or id(model) in self._models:
             return
         lists = _Lists(model) if distributed in _WHOLE and not _is_exchanged(model) else None
         self._models[id(model)] = lists

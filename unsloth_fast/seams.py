@@ -151,6 +151,7 @@ SEAMS = (
         "called: the stream of a launch; the public call is 2 us slower",
         needs="CUDA",
     ),
+    Seam("torch._foreach_copy_", "called: rounds all adapters in one launch"),
     Seam("torch._C._len_torch_dispatch_stack", "called: whether a dispatch mode sees operations"),
     Seam("torch._C._are_functorch_transforms_active", "called: whether torch.func transforms the call"),
     Seam("torch._C._is_tracing", "called: whether torch.jit.trace records the call"),

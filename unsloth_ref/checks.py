@@ -286,6 +286,8 @@ def lora_layers_arguments(
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
     for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
+        if isinstance(layer[0], NF4Weight):
+            raise TypeError(f"weight[{index}]: got an NF4Weight; allowed: a Tensor")
         lora_arguments(x, *layer, which=f"[{index}]")
 
 

@@ -24,7 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from conformance.models.shrinking import tiny_config
 from unsloth_fast.models.loading import model_class
 
-LENGTHS = (9, 6)  # of the documents that are drawn: beyond a tiny model's window, and within it
+# Of the documents that are drawn: beyond a tiny model's window, within it, and without a target. With two of them, a
+# model that sees the first bound alone would pass.
+LENGTHS = (9, 6, 1)
 IGNORED = 0.3  # the share of tokens that are no targets
 NOISE = 0.1  # on every weight of a random model, so that no norm has ones and no attention is even
 _SPECIAL = 3  # tokens of a tiny vocabulary that are never drawn

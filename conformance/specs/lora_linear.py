@@ -108,7 +108,7 @@ def _y_bound(call: Call) -> Bound:
     base = steps.rounded(steps.product(steps.x, steps.weight.t()))
     if "bias" in call.inputs:
         bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
-        base = steps.rounded(base + added_in_float32(bias, call.elements))
+        base = steps.rounded(base + added_in_float32(bias, call.elements, call.inputs["x"].shape[-1]))
     added = steps.rounded(steps.product(steps.low, steps.b.t()))
     shape = *call.inputs["x"].shape[:-1], call.inputs["weight"].shape[0]
     return (base + steps.rounded(added.times(steps.scaling))).reshape(shape)

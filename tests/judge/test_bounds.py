@@ -49,6 +49,9 @@ def test_a_sum_an_element_product_and_a_total() -> None:
 def test_a_term_of_a_float32_sum_may_be_rounded_at_each_step() -> None:
     term = added_in_float32(exact(torch.ones(1, dtype=torch.float64)), 2**10)
     assert term.error.item() == 20 * 2.0**-24
+    first = added_in_float32(exact(torch.ones(1, dtype=torch.float64)), 2**10, additions=100)
+    assert first.error.item() == 100 * 2.0**-24
+    assert term.square < first.square < first.error**2
 
 
 def test_terms_of_a_sum_over_rows() -> None:

@@ -163,11 +163,12 @@ def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the hidden states of transformer.h.0" in broken("padding_free", trial)
 
 
-def test_documents_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seen", [[0, -1], [0, 1, -1]], ids=["no bound", "the first bound"])
+def test_documents_that_see_each_other(seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def joined(
         right: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **o: Any
     ) -> Tensor:
-        return right(q, k, v, bounds[[0, -1]], *rest, **o)
+        return right(q, k, v, bounds[seen], *rest, **o)
 
     with_operation(monkeypatch, "packed_attention", joined)
     assert "in another document\nmeasured" in broken("apart", trial_of("llama"))

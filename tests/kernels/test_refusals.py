@@ -232,6 +232,7 @@ BAD = [
         "[4, -1, 0, 0]",
         "sizes from 0 that add up to 3, the T of x",
     ),
+    ("lora_linears", {"weight": [nf4_weight(2, 8)] * 3}, TypeError, "weight[0]", "an NF4Weight", "a Tensor"),
     ("lora_linears", {"weight": []}, ValueError, "weight", "0 layers", "at least 1"),
     ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layers", "3, one per weight"),
     ("lora_linears", {"scaling": (1.0, 2.0)}, ValueError, "scaling", "2 layers", "3, one per weight"),

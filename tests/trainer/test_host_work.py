@@ -120,6 +120,7 @@ def test_copies_of_a_model_in_training_have_methods_of_their_own() -> None:
         assert list(model.parameters(recurse=False)) == []
         model.requires_grad_(False)
         assert model.num_parameters(only_trainable=True) == 0
+    lists.use(model, DistributedType.NO)  # as in a call of `training_step` after the training
     assert not any(has_own_method(model, name) for name in METHODS)
 
 

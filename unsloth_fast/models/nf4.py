@@ -10,9 +10,7 @@ from unsloth_ref import checks
 from unsloth_ref.kernels import nf4_dequantize
 from unsloth_ref.types import NF4Weight
 
-_KNOWN = (
-    "unsloth_nf4"  # the attribute of a QuantState whose form was checked; a weight that is quantised again has none
-)
+_KNOWN = "unsloth_nf4"  # the attribute of a QuantState that was checked; a weight that is quantised again has none
 _REPACKED = "packing_format_for_cpu"  # one that evaluation on a CPU sets: the bytes are in another order
 _BLOCKS = checks.NF4_GROUP + 4  # in two groups
 
@@ -33,11 +31,11 @@ def is_known(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> NF4Weight | None:
     """The weight of a layer that is known, where it and its scales are now; None for any other layer.
 
-    None also where hooks, or a forward of somebody else's, want to see the layer called.
+    None also where a call of the layer does more than its class.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False) or is_more_than_its_class(layer):
+    if is_more_than_its_class(layer) or not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False):
         return None
     return _weight(weight, state)
 
