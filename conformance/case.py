@@ -130,6 +130,7 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "saturated": _saturated,
     "confident": _confident,
     "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
+    "graded": lambda generator, shape: _randn(generator, shape) * 2.0 ** -(torch.arange(shape[-1]) % 17).double(),
     "level": lambda generator, shape: 512 + _randn(generator, shape),
 }
 

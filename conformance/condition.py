@@ -57,7 +57,7 @@ from torch import Tensor
 
 from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
-from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error
+from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
@@ -291,4 +291,4 @@ def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return tensor.double() if is_float(tensor) else tensor

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from conformance.bounds import Arithmetic
-from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff
+from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff, widen_float8
 
 G0_ELEMENTS, G0_SAMPLE = 16, 2**16
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
@@ -130,10 +130,11 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
         Failure: a gate is broken.
     """
     _structure(name, y, r, p)
+    dtype, (y, p) = y.dtype, (widen_float8(y), widen_float8(p))
     finite = r.isfinite() & y.isfinite()
     if not finite.any():
         return 0.0
-    unit = unit_roundoff(y.dtype, model.truncates)
+    unit = unit_roundoff(dtype, model.truncates)
     how = Arithmetic(unit, model.roundings, model.elements)
     all_finite = bool(finite.all())
 
@@ -145,8 +146,8 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
         return selected(error.nan_to_num(posinf=0.0))
 
     wide, truth, peer = selected(y).double(), selected(r), selected(torch.where(p.isfinite(), p.double(), r))
-    used = _componentwise(name, wide, truth, allowed(model.error.largest(how)), unit, y.dtype, finite)
-    if model.truncates and y.dtype == torch.bfloat16:
+    used = _componentwise(name, wide, truth, allowed(model.error.largest(how)), unit, dtype, finite)
+    if model.truncates and dtype == torch.bfloat16:
         return used
     judged = selected(y)
     independent, shared, scale = (
@@ -161,7 +162,7 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
             return used
     floors = _floors(truth, independent, shared, unit)
     used = max(used, _with_row_factors(name, wide - truth, peer - truth, truth, floors, finite, model.roundings * unit))
-    if y.dtype != torch.float32 and model.random:
+    if dtype.itemsize == 2 and model.random:
         used = max(used, _bias(name, judged, truth, peer, scale, unit))
     return used
 
@@ -193,9 +194,10 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
         raise Failure(f"gate G0: {name} has shape {list(y.shape)}, should be {list(r.shape)}")
     if y.dtype != p.dtype:
         raise Failure(f"gate G0: {name} has dtype {y.dtype}, should be {p.dtype}")
-    rounded = r.to(y.dtype)
+    rounded, dtype = widen_float8(r.to(y.dtype)), y.dtype
+    y, p = widen_float8(y), widen_float8(p)
     # Within 1 % of the largest number, one more rounding decides whether a value overflows.
-    edge = ((r.abs() / torch.finfo(y.dtype).max - 1).abs() < 0.01) & ~y.isnan() & (y.sign() == r.sign())
+    edge = ((r.abs() / torch.finfo(dtype).max - 1).abs() < 0.01) & ~y.isnan() & (y.sign() == r.sign())
     wrong = (y.isnan() != rounded.isnan()) | ((y.isinf() | rounded.isinf()) & (y != rounded) & ~rounded.isnan() & ~edge)
     # Infinity times a value that is 0 in float32 but not in float64: infinite in r, NaN in any float32 result.
     wrong &= ~((y.isnan() & p.isnan()) | (y.isinf() & (y == p)))
@@ -205,7 +207,8 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
             f"gate G0: {name} is {float(y[index])!r} at index {index}, should be {float(rounded[index])!r}\n"
             f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}"
         )
-    _digits(name, y, r, p)
+    if dtype == torch.float32:
+        _digits(name, y, r, p)
 
 
 def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
@@ -213,8 +216,6 @@ def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
 
     An element without a correct bit, such as the 0 of terms that cancel, says nothing: the digits of r and p are noise.
     """
-    if y.dtype != torch.float32:
-        return
     y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].float() for tensor in (y, r, p))
     for dtype in (torch.bfloat16, torch.float16):
         held, r_held, p_held = ((t == t.to(dtype).float()) | ~t.isfinite() for t in (y, r, p))

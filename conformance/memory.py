@@ -28,6 +28,7 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.trial import Run, Trial, bits, demand_same_bits
+from unsloth_ref.accuracy import widen_float8
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ def _same(first: Run, second: Run) -> bool:
 
 
 def _finite(run: Run) -> Run:
-    outputs = tuple(output.isfinite() for output in run.outputs)
+    outputs = tuple(widen_float8(output).isfinite() for output in run.outputs)
     return Run(outputs, {name: gradient.isfinite() for name, gradient in run.grads.items()})
 
 

@@ -18,6 +18,7 @@ from conformance.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
+from unsloth_ref.accuracy import is_float
 
 Function = Callable[..., Any]
 
@@ -315,7 +316,7 @@ def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def widen(tensor: Tensor) -> Tensor:
     """Floating-point tensors in float64, others unchanged."""
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return tensor.double() if is_float(tensor) else tensor
 
 
 def bits(tensor: Tensor) -> Tensor:

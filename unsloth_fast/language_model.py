@@ -4,6 +4,7 @@ transformers loads, bitsandbytes quantises and peft adapts. The results are obje
 save can be loaded without this package.
 """
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from unsloth_fast import adapters, backends
-from unsloth_fast.models import checkpointing, loading, place, positions, quantization, targets
+from unsloth_fast.models import checkpointing, float8, loading, place, positions, quantization, targets
 from unsloth_fast.models.auto import accept_bits
 from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
@@ -35,6 +36,7 @@ class FastLanguageModel:
         load_in_4bit: bool | None = None,
         *,
         load_in_8bit: bool | None = None,
+        load_in_fp8: bool | str | None = None,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
         use_gradient_checkpointing: bool | str | None = None,
@@ -61,6 +63,9 @@ class FastLanguageModel:
                 None for True if bitsandbytes is installed, unless load_in_8bit, load_in_16bit or full_finetuning is
                 set. Vision towers, routers of experts and the projections of Mamba layers are not quantised.
             load_in_8bit: the same in bitsandbytes' 8 bits.
+            load_in_fp8: the same in float8 (e4m3) with a scale per block of 128 x 128, without bitsandbytes; True and
+                "block" mean the same. Activations are quantised to float8 as well. A model that is stored so is loaded
+                so, whatever this says.
             load_in_16bit: the opposite of load_in_4bit: weights of `dtype`, not quantised.
             full_finetuning: whether all weights will be trained; excludes 4 bits, 8 bits and adapters.
                 `get_peft_model` then adds none.
@@ -84,8 +89,8 @@ class FastLanguageModel:
         Raises:
             TypeError: an unknown keyword.
             ValueError: an unknown backend; max_seq_length beyond positions that cannot be scaled; a dtype that the GPU
-                does not support; two of 4 bits, 8 bits, load_in_16bit and full_finetuning; a model that
-                does not generate text; a feature that does not exist here.
+                does not support; two of 4 bits, 8 bits, float8, load_in_16bit and full_finetuning; float8 on several
+                devices; a model that does not generate text; a feature that does not exist here.
             FileNotFoundError: a folder that does not exist, or that holds no model.
             RuntimeError: the fast backend was asked for by name and cannot run here, or 4 or 8 bits without
                 bitsandbytes.
@@ -105,15 +110,22 @@ class FastLanguageModel:
         positions.scale_positions(config, max_seq_length)
         options["dtype"] = dtype = loading.supported_dtype(dtype, stored_dtype)
         given = options.get("quantization_config")
-        bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config, given)
-        if bits and "quantization_config" not in options:
+        others = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_16bit": load_in_16bit}
+        others |= {"full_finetuning": full_finetuning, "quantization_config": given}
+        in_float8, plain = float8.is_wanted(load_in_fp8, others, config), None
+        bits = None
+        if not in_float8:
+            bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config, given)
+        if in_float8 or (bits and not given):
             plain = loading.empty_model(auto_class, config, trust_remote_code)
+        if bits and plain is not None:
             options["quantization_config"] = quantization.bits_config(bits, dtype, plain)
         if getattr(config, "attn_logit_softcapping", None):
             options.setdefault("attn_implementation", "eager")  # before transformers 5.23 sdpa ignores the cap
         options["device_map"] = loading.default_device_map() if device_map is None else device_map
 
-        model: Any = auto_class.from_pretrained(source.base, config=config, **options, **source.base_hub)
+        load = partial(auto_class.from_pretrained, source.base, config=config, **source.base_hub)
+        model: Any = float8.load(load, options, plain if in_float8 else None, chosen)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
         loading.find_template(tokenizer, source)
         if source.is_adapter and max_seq_length is None:

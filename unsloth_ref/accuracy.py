@@ -43,6 +43,16 @@ def unit_roundoff(dtype: torch.dtype, truncates: bool = False) -> float:
     return torch.finfo(dtype).eps / (1 if truncates and dtype == torch.bfloat16 else 2)
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Whether the elements are floating-point numbers to compute with: those of 8 bits are data, as integers are."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def widen_float8(tensor: Tensor) -> Tensor:
+    """Floating-point numbers of 8 bits, for which torch has few operators, in float32; others unchanged."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
 def float32_error(elements: int) -> float:
     """Largest relative error of float32 arithmetic on so many elements: 2 log2(n) 2^-24."""
     return 2 * max(1.0, math.log2(max(1, elements))) * UNIT_FLOAT32
@@ -116,7 +126,7 @@ def compared(found: Sequence[Tensor | None], inputs: Tensors, run: Run) -> Itera
     """
     truth, peer = run(_widened(inputs)), run(inputs)
     elements = max((tensor.numel() for tensor in (*inputs.values(), *truth)), default=1)
-    scale = max(_wanted(tensor, elements) / _move(tensor) for tensor in inputs.values() if tensor.is_floating_point())
+    scale = max(_wanted(tensor, elements) / _move(tensor) for tensor in inputs.values() if is_float(tensor))
     generator = torch.Generator(next(iter(inputs.values())).device).manual_seed(0)
     changes: list[list[Tensor]] = []  # of the truth, of each move
     errors = [[p.double() - r for p, r in zip(peer, truth, strict=True)]]  # of the peer, and of that of some moves
@@ -176,7 +186,7 @@ def _structure(y: Tensor | None, r: Tensor, p: Tensor) -> str:
 
 
 def _widened(tensors: Tensors) -> Tensors:
-    return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    return {key: tensor.double() if is_float(tensor) else tensor for key, tensor in tensors.items()}
 
 
 def _wanted(tensor: Tensor, elements: int) -> float:
@@ -190,7 +200,7 @@ def _move(tensor: Tensor) -> float:
 
 def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """The numbers of a floating-point tensor, each up or down."""
-    if not tensor.is_floating_point():
+    if not is_float(tensor):
         return tensor
     signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8) * 2 - 1
     return (tensor.double() * (1 + _move(tensor) * signs)).to(tensor.dtype)

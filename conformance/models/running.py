@@ -19,12 +19,13 @@ LOGITS, LOSS, HIDDEN, GRADIENT = "logits", "the loss", "the hidden states of ", 
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model by name: the members of its outermost lists of modules."""
+    """The layers of a model by name: the members of its outermost lists of modules that have parameters."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{layer}.") for layer in found)
         if isinstance(module, nn.ModuleList) and not inside:
-            found |= {f"{name}.{index}": layer for index, layer in enumerate(module)}
+            layers = {f"{name}.{index}": layer for index, layer in enumerate(module)}
+            found |= {name: layer for name, layer in layers.items() if any(True for _ in layer.parameters())}
     return found
 
 

@@ -14,8 +14,10 @@ EXPERTS, CHOSEN, RANK, STATE, WINDOW, POSITIONS = 4, 2, 8, 8, 4, 128
 # is one whose value is None or 0: the architecture then has no such part.
 _NAMES = (
     (TOKENS, "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size"),
+    (TOKENS, "encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size ngram_vocab_size_base"),
     (HIDDEN, "hidden_size d_model n_embd embedding_dim attention_hidden_size lru_width word_embed_proj_dim"),
-    (HIDDEN, "embedding_size input_embedding_size output_embedding_size emb_dim mamba_d_ssm"),
+    (HIDDEN, "pronunciation_embed_dim shape_embed_dim adapter_in_dim adapter_out_dim adapter_input_size"),
+    (HIDDEN, "embedding_size input_embedding_size output_embedding_size emb_dim mamba_d_ssm hidden_size_global"),
     (FEED_FORWARD, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff n_inner"),
     (FEED_FORWARD, "intermediate_size_mlp dense_intermediate_size d_inner feed_forward_size"),
     (FEED_FORWARD // 2, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
@@ -53,6 +55,7 @@ _DEPTHS = (
 )
 # Sizes that no architecture can do without, although the default of some is None.
 _NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
+_EACH = "per_layer_config"  # fields of single layers that differ, by their number
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -73,7 +76,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig):
-            fields[name] = inner.to_dict() | _shrunk(inner)
+            fields[name] = inner.to_dict() | _shrunk(inner) | _ADAPTED.get(inner.model_type, {})
     values = config.to_dict()
     depth = next((name for name in _DEPTHS if isinstance(values.get(name), int)), None)
     layers = _layers(values, values[depth]) if depth else []
@@ -88,12 +91,31 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
     if fields.get("kv_lora_rank"):  # each head has keys of its own
         fields["num_key_value_heads"] = HEADS
+    if _EACH in values:
+        fields[_EACH] = {
+            layers.index(layer): {n: _in_proportion(one, values.get(n), fields.get(n)) for n, one in own.items()}
+            for layer, own in _each(values).items()
+            if layer in layers
+        }
     return fields
+
+
+def _each(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The fields in which single layers differ."""
+    return {int(layer): own for layer, own in (values.get(_EACH) or {}).items()}
+
+
+def _in_proportion(value: Any, usual: Any, tiny: Any) -> Any:
+    """A size of one layer, which differs from the tiny one of the others as its value does from the usual one."""
+    if not all(isinstance(size, int) and size for size in (value, usual, tiny)):
+        return value
+    return max(1, tiny * value // usual)
 
 
 def _layers(values: Mapping[str, Any], depth: int) -> list[int]:
     """The first layer of each kind, at least two and at most MOST_LAYERS of them, in order."""
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth]
+    lists.append([_each(values).get(layer) for layer in range(depth)])
     kinds = [tuple(map(str, kind)) for kind in zip(*lists, strict=True)] or [()] * depth
     first = sorted({kind: layer for layer, kind in reversed([*enumerate(kinds)])}.values())
     others = (layer for layer in range(depth) if layer not in first)
@@ -108,13 +130,38 @@ _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 # Where fields depend on each other in ways that their names do not tell, or where the default has one kind of layer.
 _ADAPTED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN, "sliding_attention": _PLAIN}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": KEY_HEADS, "clip_qkv": 8.0}},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
+        "num_hidden_layers": 3,
+    },
+    "dots3_note_text": {"head_dim": 12 + HEAD},  # of the sliding layers, with rope and without
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": KEY_HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the third has an attention
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HIDDEN // HEADS,
+    },
     "zamba2": {"n_mamba_heads": HEADS, "attention_hidden_size": 2 * HIDDEN},
     "zaya": {"num_experts_per_tok": 1},
 }

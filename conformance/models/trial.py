@@ -79,7 +79,10 @@ class ModelTrial:
     @cached_property
     def documents(self) -> Documents:
         """What the model is judged on."""
-        return documents_of(self.subject, self.device, self.data)
+        try:
+            return documents_of(self.subject, self.device, self.data)
+        except NotBuilt as why:
+            raise Unchecked(str(why)) from why
 
     def untouched(self, *, wide: bool = False, adapted: bool = False) -> Any:
         """The model as transformers and peft compute it.
@@ -322,11 +325,19 @@ def _no_gradient(name: str) -> bool:
     return not name.startswith(GRADIENT)
 
 
+def _last_word(name: str) -> str:
+    """The end of a name from its last part that is not a number: "ffn.0", as peft takes "0" for layers too."""
+    parts = name.split(".")
+    first = max((place for place, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[first:])
+
+
 def _adapted(model: Any) -> Any:
     """The model with LoRA on every linear layer and expert, B included, and embedding and head trained in full."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linear = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
-    names = sorted({name.rpartition(".")[2] for name in linear})
+    own = (nn.Linear.forward, Conv1D.forward)  # a router's forward may return more
+    linear = {n for n, layer in model.named_modules() if type(layer).forward in own and layer is not head}
+    names = sorted({_last_word(name) for name in linear})
     saved = [name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)]
     options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}
     try:

@@ -232,3 +232,29 @@ def moe_mlp(
     hidden = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     out = F.grouped_mm(hidden, down.mT, offs=ends) * expert_weights.flatten()[order, None]
     return out[order.argsort()].unflatten(0, expert_indices.shape).sum(1).to(x.dtype)
+
+
+@operation
+def fp8_quantize(x: Tensor, block_rows: int = 128) -> tuple[Tensor, Tensor]:
+    """Blocks of a padded matrix, times the reciprocal of their scales."""
+    (rows, columns), height = x.shape, block_rows
+    padded = F.pad(x.detach().float(), (0, -columns % 128, 0, -rows % height))
+    tiles = padded.view(padded.shape[0] // height, height, padded.shape[1] // 128, 128)
+    largest = tiles.abs().amax((1, 3), keepdim=True) if x.numel() else tiles[:, :1, :, :1]
+    scale = torch.where(largest == 0, 1.0, (largest / 448).clamp(min=2.0**-126))
+    values = (tiles * (1 / scale)).clamp(-448, 448).view(padded.shape)[:rows, :columns].contiguous()
+    return values.to(torch.float8_e4m3fn), scale[:, 0, :, 0].contiguous()
+
+
+@operation
+def fp8_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product with the scale of each element."""
+    rows, columns = values.shape
+    by_row = scale if len(scale) == rows else scale.repeat_interleave(128, 0)[:rows]
+    return (values.float() * by_row.detach().repeat_interleave(128, 1)[:, :columns]).to(dtype)
+
+
+@operation
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer of the dequantised weight."""
+    return F.linear(x, fp8_dequantize(weight, scale, x.dtype), bias)

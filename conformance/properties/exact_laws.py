@@ -14,6 +14,7 @@ from conformance.promises import Law
 from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial, bits
+from unsloth_ref.accuracy import is_float, widen_float8
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.
 LEAST, MOST = 0.25, 4.0
@@ -35,23 +36,24 @@ def check(trial: Trial, case: Case) -> None:
 
 def demand_law(trial: Trial, case: Case, name: str, law: Law) -> None:
     """Raise Failure unless the law holds bit by bit."""
-    inputs = {n: _moderate(t) if t.is_floating_point() else t for n, t in trial.inputs(case).items()}
+    inputs = {n: _moderate(t) if is_float(t) else t for n, t in trial.inputs(case).items()}
     if any(needed not in inputs for needed in law.inputs) or any(absent in inputs for absent in law.without):
         return
     accepted = trial.options(case)
     if not law.holds(accepted):
         return
     outputs = trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs
-    grad_outputs = [_moderate(gradient) for gradient in trial.grad_outputs(case, outputs)]
+    grad_outputs = [_moderate(g) if is_float(g) else g for g in trial.grad_outputs(case, outputs)]
     first = trial.run(case, inputs, grad_outputs=grad_outputs)
-    changed = {n: t * law.inputs.get(n, 1) if t.is_floating_point() else t for n, t in inputs.items()}
-    scaled = [gradient * law.grad_outputs for gradient in grad_outputs]
+    changed = {n: t * law.inputs.get(n, 1) if is_float(t) else t for n, t in inputs.items()}
+    scaled = [g * law.grad_outputs if is_float(g) else g for g in grad_outputs]
     second = trial.run(case.with_options(law.options(accepted)), changed, grad_outputs=scaled)
     for (key, what, one), (_, _, other) in zip(first.named(trial.spec), second.named(trial.spec), strict=True):
         _demand_multiple(name, what, one, other, law.factors.get(key, 1.0))
 
 
 def _demand_multiple(law: str, what: str, one: torch.Tensor, other: torch.Tensor, factor: float) -> None:
+    one, other = widen_float8(one), widen_float8(other)
     wanted = one * factor
     smallest = 4 * torch.finfo(one.dtype).smallest_normal / min(1.0, abs(factor))
     differs = (bits(wanted) != bits(other)) & ((wanted.abs() > smallest) | (other.abs() > smallest))

@@ -19,7 +19,7 @@ from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property
 from conformance.spec import Inputs, Spec, accepted_options
-from conformance.trial import Run, Trial, is_plain, leaf
+from conformance.trial import Run, Trial, bits, is_plain, leaf
 
 FAR = 2**31
 CUBLAS = "at::cuda::blas"  # in the messages of PyTorch that refuse a stride of a matrix
@@ -64,7 +64,7 @@ def last_repetition(trial: Trial, case: Case) -> float:
     if is_plain(trial.call({n: leaf(t, n in grads) for n, t in inputs.items()}, trial.options(case))):
         raise Unchecked("plain PyTorch, which counts in 64 bits")
     grad_outputs = trial.grad_outputs(case, peer.outputs)
-    times = FAR // max(inputs[name].numel() for name in grads) + 1
+    times = FAR // max(inputs[name].numel() for name in parts.grads) + 1
     many, changed, rows = parts.pick(inputs, [*range(parts.count(inputs))] * times)
     by_row = [output.ndim > 0 for output in peer.outputs]
     gradients = [g[rows] if own else g for g, own in zip(grad_outputs, by_row, strict=True)]
@@ -88,7 +88,7 @@ def _check_spread(trial: Trial, case: Case) -> float:
                     used = max(used, trial.judge(case, run, inputs))
     case = trial.rowwise(case)
     outputs = trial.run(case, function=trial.spec.reference, grads=()).outputs
-    for index, name in enumerate(trial.spec.outputs):
+    for index, name in enumerate(trial.spec.outputs) if trial.spec.grads else ():
         for dimension in _dimensions(outputs[index]):
             grad_outputs = trial.grad_outputs(case, outputs)
             with naming(f"grad_output of {name} spread in dimension {dimension}"):
@@ -125,7 +125,7 @@ def _spread(tensor: Tensor, dimension: int) -> Tensor:
     others = [size for d, size in enumerate(tensor.shape) if d != dimension]
     strides = list(torch.empty(others, device="meta").stride())
     far = buffer.as_strided(tensor.shape, (*strides[:dimension], stride, *strides[dimension:]))
-    if not far.copy_(tensor).equal(tensor):
+    if not bits(far.copy_(tensor)).equal(bits(tensor)):
         raise Failure("this machine cannot allocate nine gigabytes of address space")
     return far
 

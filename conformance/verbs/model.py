@@ -1,6 +1,7 @@
 """`conformance model`: hold whole models, with a backend's operations placed under them, to the laws of models."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -21,6 +22,7 @@ from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")
 TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in float64, several times
+TINY_TIMEOUT_SECONDS = 900  # of one law on a tiny model, of which nearly all take seconds
 
 
 def add(verbs: Verbs) -> None:
@@ -62,12 +64,12 @@ def _model(arguments: argparse.Namespace) -> int:
         if arguments.json:  # after every result, so that a stopped run leaves what it found
             _write(arguments.json, results, first)
 
+    timeout = TIMEOUT_SECONDS if arguments.models else TINY_TIMEOUT_SECONDS
     with report.Table(tasks, names, dtypes, "laws") as table:
-        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=TIMEOUT_SECONDS)]
+        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=timeout)]
     print()
-    for result in results:
-        if result.verdict == "skip":
-            print(f"skip {result.op} / {result.property} / {result.dtype}: {(result.message or '').splitlines()[0]}")
+    for line in _skipped(results):
+        print(line)
     failed = any(result.verdict == "fail" for result in results)
     if failed:
         statements = {name: law.statement for name, law in LAWS.items()}
@@ -77,6 +79,18 @@ def _model(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write(arguments.json, results, first)
     return 1 if failed else 0 if any(result.verdict == "pass" for result in results) else 2
+
+
+def _skipped(results: Sequence[Result]) -> list[str]:
+    """A line for each reason: the models and the laws that it holds for."""
+    laws: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for result in results:
+        if result.verdict == "skip":
+            laws[result.op, str(result.dtype), (result.message or "").partition("\n")[0]].append(result.property)
+    models: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (op, dtype, reason), names in laws.items():
+        models[", ".join(names), dtype, reason].append(op)
+    return [f"skip {', '.join(ops)} / {names} / {dtype}: {reason}" for (names, dtype, reason), ops in models.items()]
 
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:

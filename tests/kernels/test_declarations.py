@@ -109,4 +109,6 @@ def test_operations_without_a_kernel_are_known() -> None:
     """Others launch through files that they share; lora_linear and lora_linears call the library's products alone."""
     modules = {op: vars(sys.modules[f"unsloth_fast.kernels.{op}"]) for op in specs()}
     without = [op for op, names in modules.items() if "launch" not in names]
-    assert without == ["geglu", "grouped_gemm", "lora_linear", "lora_linears", "moe_mlp", "swiglu"]
+    assert without == [
+        *("fp8_linear", "fp8_quantize", "geglu", "grouped_gemm", "lora_linear", "lora_linears", "moe_mlp", "swiglu")
+    ]

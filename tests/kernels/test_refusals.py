@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
+from tests.kernels import float8_calls
 from tests.operations.calls import DEVICE
 from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
@@ -32,6 +33,7 @@ TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.fu
 NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nested_offset"))
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
+    *float8_calls.BAD,
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("rms_norm", {"x": torch.ones(3, 5).long()}, TypeError, "x", "torch.int64", "torch.bfloat16"),
     ("rms_norm", {"x": torch.ones(3, 5).bool()}, TypeError, "x", "torch.bool", "torch.float32"),
@@ -248,6 +250,7 @@ BAD = [
 ]
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
+    *float8_calls.LIMITS,
     ("rms_norm", {"eps": 0}),
     ("rms_norm", {"weight": torch.ones(5).half()}),
     ("add_rms_norm", {"eps": 0, "weight": torch.ones(5).half()}),
@@ -330,7 +333,7 @@ def test_limits_are_allowed(backend: str, operation: str, changes: dict[str, Any
     # compiled kernels need a CUDA tensor
     arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), GOOD[operation] | changes)
     found = getattr(import_module(backend), operation)(**arguments)
-    assert all(output.isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
+    assert all(output.float().isfinite().all() for output in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_values_are_checked_where_reading_them_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,14 @@ def test_full_finetuning_leaves_an_adapter_nothing_to_do(tmp_path: Path, caplog:
         ({"load_in_8bit": True, "full_finetuning": True}, ValueError, "full_finetuning: got True and load_in_8bit"),
         ({"dtype": "bfloat17"}, ValueError, "dtype: got 'bfloat17'; allowed: None, torch.bfloat16"),
         ({"fast_inference": True}, ValueError, "fast_inference: got True; allowed: False, None, as vLLM is not used"),
-        ({"load_in_fp8": True}, ValueError, "load_in_fp8: got True; allowed: False, None, as there is no such"),
+        ({"load_in_fp8": "row"}, ValueError, "load_in_fp8: got 'row'; allowed: True, False, None, 'block'"),
+        ({"load_in_fp8": True, "load_in_4bit": True}, ValueError, "load_in_fp8: got True and load_in_4bit=True"),
+        ({"load_in_fp8": "block", "full_finetuning": True}, ValueError, "load_in_fp8: got 'block' and full_finetuning"),
+        (
+            {"load_in_fp8": True, "device_map": "auto"},
+            ValueError,
+            "device_map: got 'auto' with load_in_fp8=True; allowed: one device",
+        ),
         (
             {"qat_scheme": "int4"},
             ValueError,

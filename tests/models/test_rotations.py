@@ -98,6 +98,19 @@ def test_another_rotation_stays_as_it_is(rotation: Any, monkeypatch: pytest.Monk
     assert forward_with(rotation, monkeypatch) is None
 
 
+def test_queries_alone_are_left_to_a_function_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the indexer of Qwen4-Exp calls the function of its attention."""
+    q, cos, sin = random(2, 3, 5, 16), random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
+
+    def optional(q: Tensor, k: Any = None, cos: Any = None, sin: Any = None) -> Any:
+        turned = REFERENCE.kernels.rope(q, q if k is None else k, cos, sin)
+        return turned[0] if k is None else turned
+
+    forward = forward_with(optional, monkeypatch)
+    assert forward(Turning(), q, q, None, cos=cos, sin=sin).equal(optional(q, cos=cos, sin=sin))
+    assert forward(Turning(), q, q, q, cos, sin)[1].equal(optional(q, q, cos, sin)[1])
+
+
 def test_a_forward_without_a_source_stays_as_it_is() -> None:
     """A forward that was written in another process is one."""
     made: dict[str, Any] = {}

@@ -6,6 +6,9 @@ With TRITON_INTERPRET=1 set before triton is imported they run, slowly, on a CPU
 from unsloth_fast.kernels.add_rms_norm import add_rms_norm
 from unsloth_fast.kernels.causal_conv import causal_conv
 from unsloth_fast.kernels.cross_entropy import cross_entropy
+from unsloth_fast.kernels.fp8_dequantize import fp8_dequantize
+from unsloth_fast.kernels.fp8_linear import fp8_linear
+from unsloth_fast.kernels.fp8_quantize import fp8_quantize
 from unsloth_fast.kernels.fused_swiglu import fused_swiglu
 from unsloth_fast.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_fast.kernels.gated_rms_norm import gated_rms_norm
@@ -28,6 +31,9 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "cross_entropy",
+    "fp8_dequantize",
+    "fp8_linear",
+    "fp8_quantize",
     "fused_swiglu",
     "gated_delta_rule",
     "gated_rms_norm",

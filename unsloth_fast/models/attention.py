@@ -129,10 +129,10 @@ def _fused(
 
 def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
     def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, rope: Rope = operation, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if args or kwargs or q.ndim != 4 or cos.ndim != 3:  # heads in another dimension, or other positions
-            return own(q, k, cos, sin, *args, **kwargs)
+        q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **kwargs: Any
+    ) -> Any:
+        if k is None or args or kwargs or q.ndim != 4 or cos.ndim != 3:  # q alone, heads in another dimension, or
+            return own(q, k, cos, sin, *args, **kwargs)  # other positions
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.

@@ -46,7 +46,6 @@ _OFF = (False, None)
 _VLLM = "vLLM is not used here"
 _ABSENT = "there is no such feature here"
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "load_in_fp8": (_OFF, _ABSENT),
     "fast_inference": (_OFF, _VLLM),
     "float8_kv_cache": (_OFF, _VLLM),
     "unsloth_vllm_standby": (_OFF, _VLLM),

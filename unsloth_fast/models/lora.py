@@ -5,7 +5,7 @@ adds tensors as large as the output. In a packed step of a Llama with 1 billion 
 
 A layer of bitsandbytes in 4 bits is part of the operation too, in training, if a check finds that its weight is stored
 in the form that the operation dequantises. In evaluation and generation bitsandbytes computes the layer: it has kernels
-for few rows.
+for few rows. A layer in float8 is called, with the adapter beside it.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import nf4
 from unsloth_fast.models.dtypes import product_dtype
+from unsloth_fast.models.float8 import is_float8
 from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
 
 def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | None:
-    """The operations and the forward for peft's linear layer with LoRA, in full precision or 4 bits; None for others.
+    """The operations and the forward for peft's linear layer with LoRA, in full precision, float8 or 4 bits; None for
+    others.
 
     For a layer of another class than torch's below LoRA, such as GPT-2's, the reason why peft computes it.
 
@@ -37,6 +39,8 @@ def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | Non
         return None
     if type(module) is Linear:
         base = module.get_base_layer()
+        if is_float8(base):
+            return (), _float8_forward
         if not isinstance(base, nn.Linear):
             return f"LoRA on a {type(base).__name__}"
         return ("lora_linear",), _linear_forward(backend.kernels.lora_linear)
@@ -83,11 +87,24 @@ def _quantised_forward(lora_linear: Callable[..., Tensor]) -> Forward:
         if weight is not None:
             bias = None if base.bias is None else base.bias.to(dtype)
             return lora_linear(x, weight, lora_a, lora_b, scaling, bias)
-        y = base(x)
-        low = nn.functional.linear(x, lora_a.to(dtype)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, lora_b.to(dtype).t(), alpha=scaling).view(y.shape)
+        return _added(base(x), x, lora_a, lora_b, scaling)
 
     return forward
+
+
+def _float8_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    dtype = product_dtype(x)
+    adapter = None if args or kwargs else _only_adapter(self, dtype)
+    if adapter is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    x = x.to(dtype)
+    return _added(self.base_layer(x), x, *adapter)
+
+
+def _added(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """The output of a layer, which has the dtype of x, plus that of its adapter."""
+    low = nn.functional.linear(x, lora_a.to(x.dtype)).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), low, lora_b.to(x.dtype).t(), alpha=scaling).view(y.shape)
 
 
 def _only_adapter(layer: LoraLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:

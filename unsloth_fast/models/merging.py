@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from unsloth_fast.models.float8 import dequantised, is_float8
 from unsloth_fast.models.head import without_adapter
+from unsloth_ref.accuracy import is_float
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ def merged_model(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     modules_to_save, trainable tokens, and expert weights. Disabled adapters are left out.
 
     Args:
-        model: a `transformers.PreTrainedModel`, with or without adapters, unquantised or quantised by bitsandbytes; it
-            does not change.
+        model: a `transformers.PreTrainedModel`, with or without adapters, unquantised, quantised by bitsandbytes, or in
+            float8; it does not change.
         dtype: of the result's floating-point weights; those that the model's class keeps in float32 stay in it.
 
     Returns:
@@ -162,10 +164,12 @@ def _dequantised(module: Any, name: str) -> Tensor:
 
         scale = module.state.SCB if weight.SCB is None else weight.SCB
         weight = int8_vectorwise_dequant(weight.data, scale.to(weight.device))
-    elif name == "weight" and not weight.is_floating_point():
+    elif name == "weight" and is_float8(module):
+        weight = dequantised(module)
+    elif name == "weight" and not is_float(weight):
         raise ValueError(
             f"model: got {type(module).__name__} with weights in {weight.dtype}; allowed: weights that are not "
-            "quantised, or by bitsandbytes"
+            "quantised, or by bitsandbytes, or to float8 in blocks of 128 x 128"
         )
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.is_floating_point() else weight
 

@@ -14,6 +14,7 @@ from torch.nn import Module
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
 from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
+from unsloth_fast.models.float8 import float8_placement
 from unsloth_fast.models.head_norms import NAMES
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
@@ -41,7 +42,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
-    - peft's linear layers with LoRA, in full precision or 4 bits (see `unsloth_fast.models.lora`);
+    - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`);
+    - linear layers in float8 (see `unsloth_fast.models.float8`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
       batches (see `unsloth_fast.models.packed`). With dropout, or anything else that packed_attention does not compute,
@@ -125,7 +127,8 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
 
 def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) -> Placement | str | None:
     """The operations and the forward for a module; why there are none for one that seemed to have some."""
-    if (placement := attention_placement(module, backend, known)) is not None:
+    placement = attention_placement(module, backend, known) or float8_placement(module, backend)
+    if placement is not None:
         return placement
     if isinstance(module, ParamWrapper):
         if any(map(has_foreign_forward, inside_of(module))):

@@ -116,7 +116,7 @@ def text_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """The names that belong to the model's text part, the head included: all of them for a model of text alone."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     prefixes = [name for name, module in model.named_modules() if module is decoder or module is head]
-    if decoder is model or not any(prefixes):
+    if decoder is model or decoder is head or not any(prefixes):
         return set(names)
     return {name for name in names if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)}
 

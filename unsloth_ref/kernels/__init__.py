@@ -6,6 +6,9 @@ Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm
 from unsloth_ref.kernels.causal_conv import causal_conv
 from unsloth_ref.kernels.cross_entropy import cross_entropy
+from unsloth_ref.kernels.fp8_dequantize import fp8_dequantize
+from unsloth_ref.kernels.fp8_linear import fp8_linear
+from unsloth_ref.kernels.fp8_quantize import fp8_quantize
 from unsloth_ref.kernels.fused_swiglu import fused_swiglu
 from unsloth_ref.kernels.gated_delta_rule import gated_delta_rule
 from unsloth_ref.kernels.gated_rms_norm import gated_rms_norm
@@ -28,6 +31,9 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "cross_entropy",
+    "fp8_dequantize",
+    "fp8_linear",
+    "fp8_quantize",
     "fused_swiglu",
     "gated_delta_rule",
     "gated_rms_norm",

@@ -1,0 +1,206 @@
+"""A linear layer with a float8 weight, whose input is quantised to float8 as well."""
+
+from collections.abc import Callable, Collection
+from math import inf, nan
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import pad
+
+from conformance.bounds import Bound, added_in_float32, exact, product, total
+from conformance.case import Case, Draw
+from conformance.promises import Law, Memory
+from conformance.spec import (
+    Budget,
+    Call,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    leading_dimensions,
+    mistake,
+    nbytes,
+)
+from conformance.specs.fp8_dequantize import quantised
+from conformance.specs.grouped_gemm import moderate, moderate_column_counts
+from unsloth_ref.accuracy import UNIT_FLOAT32
+from unsloth_ref.kernels import fp8_linear
+
+TIE = 2.0**-22  # a quotient so close to the middle of two e4m3 numbers, relative to its size, may become either
+
+
+def _build(draw: Draw, rows: int, out: int, columns: int) -> Inputs:
+    """Blocks of the weight differ in size; with seed 2 one is zero; odd seeds have a bias."""
+    x, matrix = draw.filled(rows, columns), draw.matrix(out, columns)
+    sizes = (1 + torch.arange(out) // 128)[:, None] + 2 * (torch.arange(columns) // 128)
+    matrix = matrix * sizes.to(matrix)
+    if draw.case.seed == 2:
+        matrix[:128, :128] = 0
+    weight, scale = quantised(draw, matrix, 128)
+    return {"x": x, "weight": weight, "scale": scale} | ({"bias": draw.weight(out)} if draw.case.seed % 2 else {})
+
+
+def _shape(rows: int, columns: int) -> tuple[int, ...]:
+    """An even number of columns is that of x, an odd one that of y."""
+    few, columns = 3 + columns % 29, moderate(columns)
+    return rows, *((few, columns) if columns % 2 == 0 else (columns, few))
+
+
+def _flattened(tensor: Tensor) -> Tensor:
+    """[..., C] as [T, C]."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _of_elements(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """The scale of each element, of blocks of 128 columns and of as many rows as scale shows."""
+    height = 1 if len(scale) == rows else 128
+    row, column = (torch.arange(size, device=scale.device) // b for size, b in ((rows, height), (columns, 128)))
+    return scale[row[:, None], column]
+
+
+def _e4m3(quotient: Tensor) -> Tensor:
+    """The nearest numbers with 3 bits of fraction, at least 2^-9 apart."""
+    exponent = torch.frexp(quotient).exponent.clamp(min=-5) - 1
+    step = 2.0 ** (exponent.double() - 3)
+    return (quotient / step).round() * step
+
+
+def _x_after(call: Call) -> Bound:
+    """x quantised and back: near the middle of two numbers either is right; then some float32 arithmetic."""
+    x = _flattened(call.inputs["x"])
+    tiles = pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    largest = tiles.abs().amax(2) if x.numel() else tiles.new_zeros(tiles.shape[:2])
+    scale = torch.where(largest == 0, 1.0, (largest / 448).clamp(min=2.0**-126)).float().double()
+    scale = _of_elements(scale, *x.shape)
+    value, low, high = (_e4m3(x / scale * factor) * scale for factor in (1.0, 1 - TIE, 1 + TIE))
+    either, arithmetic = (high - low).abs(), 4 * UNIT_FLOAT32 * value.abs()
+    return _rounded(Bound(value, either + arithmetic, either**2 + (arithmetic / 2) ** 2), call)
+
+
+def _weight_after(call: Call) -> Bound:
+    """The weight times its scales, perhaps rounded to the dtype of x."""
+    weight = call.inputs["weight"].double()
+    return _rounded(exact(weight * _of_elements(call.inputs["scale"], *weight.shape)), call)
+
+
+def _rounded(number: Bound, call: Call) -> Bound:
+    return number.rounded(call.unit, call.smallest)
+
+
+def _y_bound(call: Call) -> Bound:
+    """One product, which may be rounded before the bias is added."""
+    y = product(_x_after(call), _weight_after(call).t(), call.elements)
+    if "bias" in call.inputs:
+        y = _rounded(y, call) + added_in_float32(exact(call.inputs["bias"]), call.elements)
+    return y.reshape((*call.inputs["x"].shape[:-1], len(call.inputs["weight"])))
+
+
+def _x_bound(call: Call) -> Bound:
+    """dy times the weight."""
+    dy = exact(_flattened(call.grad_outputs[0]))
+    return product(dy, _weight_after(call), call.elements).reshape(call.inputs["x"].shape)
+
+
+def _bias_bound(call: Call) -> Bound:
+    """The sum of dy over rows."""
+    return total(exact(_flattened(call.grad_outputs[0])), call.elements)
+
+
+def _bytes(inputs: Inputs) -> tuple[int, int]:
+    """Forward: x, weight and y. Backward: dy, weight and dx."""
+    x, weight = inputs["x"], inputs["weight"]
+    moved = nbytes(x, weight, inputs["scale"]) + x[..., 0].numel() * len(weight) * x.element_size()
+    return moved, moved
+
+
+def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[int, int]:
+    """One product, and one for the gradient of x."""
+    work = 2 * inputs["x"][..., 0].numel() * inputs["weight"].numel()
+    return work, work * ("x" in grads)
+
+
+def _bias_error(
+    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
+) -> ErrorCase:
+    """A wrong bias, in place of none."""
+
+    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        return {**inputs, "bias": bias(inputs)}, options
+
+    return ErrorCase(what, change, raises, "bias", undefined)
+
+
+def _working(inputs: Inputs) -> int:
+    """The numbers of x in 16 bits, and their scales."""
+    return inputs["x"].numel() * 2 + inputs["x"].numel() // 128 * 4
+
+
+def _bench(out: int, columns: int, rows: int = 16384) -> dict[str, object]:
+    return {"rows": rows, "out": out, "columns": columns, "grads": ("x",)}
+
+
+spec = Spec(
+    reference=fp8_linear,
+    drawing=Drawing(
+        sizes={
+            "rows": lambda budget: st.integers(1, max(1, min(budget, 140))),
+            "out": lambda budget: st.sampled_from([1, 2, 8, 16, 33, 64, 127, 129, 260]),
+            "columns": moderate_column_counts,
+        },
+        build=_build,
+        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "graded"],
+        shape=_shape,
+    ),
+    outputs=["y"],
+    grads=["x", "bias"],
+    budget=Budget(roundings=1, bounds={"y": _y_bound, "x": _x_bound, "bias": _bias_bound}),
+    rowwise=["x"],
+    bits_vary="BLAS libraries, and Triton's interpreter, choose the order of a product's sums by its number of rows",
+    far=["x", "weight"],
+    laws={
+        "x twice as large": Law({"x": 2.0}, {"y": 2.0}, without=["bias"]),
+        "x negated": Law({"x": -1.0}, {"y": -1.0}, without=["bias"]),
+        "scale twice as large": Law({"scale": 2.0}, {"y": 2.0, "x": 2.0}, without=["bias"]),
+        "dy four times as large": Law({}, {"x": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    },
+    memory=Memory(Case((("rows", 16384), ("out", 4096), ("columns", 2048))), grads=["x"], working=_working),
+    argument_kinds=leading_dimensions("x")
+    | {
+        "a bias": change_inputs(lambda i: {"bias": torch.linspace(-2, 3, len(i["weight"])).to(i["x"])}),
+        "no columns but a bias": change_inputs(
+            lambda i: {n: i[n][..., :0] for n in ("x", "weight", "scale")}
+            | {"bias": torch.linspace(-2, 3, len(i["weight"])).to(i["x"])}
+        ),
+        "no output": change_inputs(lambda i: {n: i[n][:0] for n in ("weight", "scale")}),
+        "no rows": change_inputs(lambda i: {"x": i["x"][:0]}),
+    },
+    special_values=[nan, inf, -inf],
+    errors=[
+        mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
+        mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
+        mistake("weight is not quantised", TypeError, "weight", lambda i: {"weight": i["weight"].to(i["x"].dtype)}),
+        mistake("scale is one row short", ValueError, "scale", lambda i: {"scale": i["scale"][1:]}, True),
+        mistake("scale would broadcast", ValueError, "scale", lambda i: {"scale": i["scale"][0]}),
+        mistake("scale is narrower", TypeError, "scale", lambda i: {"scale": i["scale"].bfloat16()}),
+        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
+        mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
+        _bias_error("bias is one short", ValueError, lambda i: i["x"].new_ones(len(i["weight"]) - 1), True),
+        _bias_error("bias is wider than x", TypeError, lambda i: i["x"].new_ones(len(i["weight"])).double()),
+    ],
+    speed=Speed(
+        shapes={
+            "llama-3.2-1b q, o": _bench(2048, 2048),
+            "llama-3.2-1b gate, up": _bench(8192, 2048),
+            "llama-3.1-8b gate, up": _bench(14336, 4096),
+            "llama-3.1-8b down": _bench(4096, 14336),
+            "llama-3.1-8b gate, up, few": _bench(14336, 4096, 2048),
+            "llama-3.1-8b gate, up, one row": _bench(14336, 4096, 1),
+        },
+        bytes=_bytes,
+        flops=_flops,
+    ),
+)
