@@ -101,31 +101,23 @@ class FastLanguageModel:
         chosen = backends.resolve(backend)
         hub = {name: kwargs.pop(name) for name in loading.HUB_KEYWORDS if name in kwargs}
         source = loading.find_source(model_name, hub | {"token": token, "trust_remote_code": trust_remote_code})
-
         adapters.check_full_finetuning(full_finetuning, source)
         config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         options = loading.known_keywords(kwargs, config)
         config = loading.with_fields(config, source, options)
         auto_class, stored_dtype = loading.model_class(config), loading.stored_dtype(config)
         positions.scale_positions(config, max_seq_length)
-        options["dtype"] = dtype = loading.supported_dtype(dtype, stored_dtype)
-        given = options.get("quantization_config")
-        others = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_16bit": load_in_16bit}
-        others |= {"full_finetuning": full_finetuning, "quantization_config": given}
-        in_float8, plain = float8.is_wanted(load_in_fp8, others, config), None
-        bits = None
+        options["dtype"] = loading.supported_dtype(dtype, stored_dtype)
+        asked = load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning
+        empty = partial(loading.empty_model, auto_class, config, trust_remote_code)
+        in_float8 = float8.is_wanted(load_in_fp8, asked, config, options.get("quantization_config"))
         if not in_float8:
-            bits = quantization.wanted_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning, config, given)
-        if in_float8 or (bits and not given):
-            plain = loading.empty_model(auto_class, config, trust_remote_code)
-        if bits and plain is not None:
-            options["quantization_config"] = quantization.bits_config(bits, dtype, plain)
+            quantization.add_bits(options, asked, config, empty)
         if getattr(config, "attn_logit_softcapping", None):
             options.setdefault("attn_implementation", "eager")  # before transformers 5.23 sdpa ignores the cap
         options["device_map"] = loading.default_device_map() if device_map is None else device_map
 
-        load = partial(auto_class.from_pretrained, source.base, config=config, **source.base_hub)
-        model: Any = float8.load(load, options, plain if in_float8 else None, chosen)
+        model = float8.load(auto_class, source, options | {"config": config}, empty() if in_float8 else None, chosen)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
         loading.find_template(tokenizer, source)
         if source.is_adapter and max_seq_length is None:

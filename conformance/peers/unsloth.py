@@ -3,14 +3,18 @@
 Its gated activations are not separate operations: they exist only inside its LoRA blocks.
 """
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
+from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.types import IGNORE_INDEX
 
-_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = import_kernels(
+_rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss, _dequantize = import_kernels(
     "unsloth",
     "unsloth.kernels.rms_layernorm:Fast_RMS_Layernorm",
     "unsloth.kernels.layernorm:Fast_Layernorm",
@@ -19,6 +23,7 @@ _rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss = import_k
     "unsloth.kernels.cross_entropy_loss:Fast_CrossEntropyLoss",
     "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
     "unsloth_zoo.fused_losses:unsloth_fused_ce_loss",
+    "unsloth.kernels.utils:fast_dequantize",
 )
 
 
@@ -87,3 +92,20 @@ def linear_cross_entropy(
         logit_scale_multiply=0 if logit_scale == 1.0 else logit_scale,  # 0 means none
         logit_softcapping=softcap,
     )
+
+
+@operation
+def nf4_dequantize(
+    packed: Tensor, absmax: Tensor, nested_code: Any = None, nested_absmax: Any = None, nested_offset: Any = None, *,
+    shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As fast_dequantize, which takes a QuantState of bitsandbytes with nested scales."""
+    if nested_code is None:
+        raise NotImplementedError("nested_code: got None; allowed with unsloth: nested scales")
+    if dtype == torch.float32:
+        raise NotImplementedError("dtype: got torch.float32; allowed with unsloth: torch.float16, torch.bfloat16")
+    nested = SimpleNamespace(absmax=nested_absmax, code=nested_code, blocksize=NF4_GROUP)
+    state = SimpleNamespace(
+        absmax=absmax, shape=torch.Size(shape), dtype=dtype, blocksize=NF4_BLOCK, offset=nested_offset, state2=nested
+    )
+    return _dequantize(packed, state)

@@ -28,6 +28,7 @@ from unsloth_ref.accuracy import unit_roundoff
 #     grouped_gemm: in float32 long sums average out; in 16 bits the join of the groups counts as roundings too.
 #     moe_mlp: as grouped_gemm, most in the gradient of expert_weights, a sum over all columns; in 16 bits the spec
 #         allows a rounding of each factor.
+EXACT = {"nf4_dequantize"}  # whose roundings are part of the contract: the spec allows no error
 LOOSEST = {"rope": 3.2, "rms_norm": 2.2, "add_rms_norm": 2.4, "gated_rms_norm": 2.2, "qk_norm_rope": 2.2}
 LOOSEST |= {"relu_squared": 3.2, "grouped_gemm": 4.0}
 TIGHTEST = {
@@ -56,7 +57,7 @@ def measured(function: Callable[..., Any], inputs: dict[str, Tensor], dtype: tor
     return condition._measured(again, rounded, [], dtype, condition.WORK)
 
 
-@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("op", [op for op in specs() if op not in EXACT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_condition_agrees_with_the_spec(op: str, dtype: torch.dtype) -> None:
     spec = specs()[op]

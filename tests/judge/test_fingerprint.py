@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_linear")]
 # These read one number per row, or few numbers in all.
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
+LOADS = {"nf4_dequantize_kernel": 4}  # the 8 elements that a thread stores at once
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel"}  # these write one number per row or column
 NARROW = SUMS | {"gated_delta_rule_forward_kernel"}  # its threads hold pairs of neighbours of a state
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
@@ -54,7 +55,7 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) ->
     assert {one["op"] for one in found} == set(OPERATIONS)
     for one in found:
         assert one["problem"] is None, one
-        assert one["load"] == 16 or one["kernel"] in NUMBERS, one
+        assert one["load"] == LOADS.get(one["kernel"], 16) or one["kernel"] in NUMBERS, one
         assert one["store"] == 16 or one["kernel"] in NARROW, one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255

@@ -162,8 +162,8 @@ def test_a_plain_model_is_not_affected(tmp_path: Path) -> None:
 def test_other_forms_are_refused(stored: dict[str, Any], message: str) -> None:
     config = transformers.LlamaConfig(quantization_config=stored)
     with pytest.raises(ValueError, match=f"load_in_fp8: got True and .*{message}"):
-        float8.is_wanted(True, {}, config)
-    assert not float8.is_wanted(None, {}, config)
+        float8.is_wanted(True, [False] * 4, config)
+    assert not float8.is_wanted(None, [False] * 4, config)
 
 
 def test_the_device_is_one() -> None:

@@ -207,7 +207,9 @@ def hooked(layer: Any) -> None:
 
 
 def without_memory(layer: Any) -> None:
+    state = layer.weight.quant_state
     layer.weight = torch.nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
+    layer.weight.quant_state = state
 
 
 @pytest.mark.parametrize("change", [fp4, another_code, in_another_order, hooked, without_memory])

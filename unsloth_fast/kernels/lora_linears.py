@@ -41,17 +41,27 @@ Tensors = Sequence[Tensor]
 
 def parts(whole: Tensor, lora_a: Tensors, dimension: int) -> Tensors:
     """The part of each layer in a tensor with one entry for each row of all lora_a along a dimension."""
-    return whole.split([len(one) for one in lora_a], dimension)
+    return whole.split_with_sizes([one.shape[0] for one in lora_a], dimension)
+
+
+def rank_of_all(lora_a: Tensors) -> int:
+    """The number of columns of low."""
+    return sum(one.shape[0] for one in lora_a)
 
 
 def rounded(x: Tensor, lora_a: Tensors, lora_b: Tensors) -> tuple[Tensor, list[Tensor]]:
     """All lora_a below each other, and each lora_b, in the dtype of x."""
-    below = x.new_empty((sum(map(len, lora_a)), x.shape[-1]))
+    below = x.new_empty((rank_of_all(lora_a), x.shape[-1]))
     each = [one if one.dtype == x.dtype else x.new_empty(one.shape) for one in lora_b]
     pairs = [*zip(parts(below, lora_a, 0), lora_a, strict=True)]
     pairs += [(new, one) for new, one in zip(each, lora_b, strict=True) if new is not one]
     torch._foreach_copy_([new for new, _ in pairs], [one for _, one in pairs])
     return below, each
+
+
+def dtype_of_all(x: Tensor, lora_a: Tensors) -> torch.dtype:
+    """In which the gradient of all lora_a is computed: float32 if one of them is stored so."""
+    return x.dtype if all(one.dtype == x.dtype for one in lora_a) else torch.float32
 
 
 @summed_in_float32
@@ -65,11 +75,12 @@ def lora_linears_forward(
 ) -> list[Tensor]:
     """Compute low and each y, new and contiguous."""
     low, *outputs = lora_linears_forward_outputs(x, weight, lora_a)
-    rows = matrix(x, len(low))
+    lines = low.shape[0]
+    rows = matrix(x, lines)
     a, b = rounded(x, lora_a, lora_b)
     torch.mm(rows, a.t(), out=low)
     for i, own in enumerate(parts(low, lora_a, 1)):
-        out, added = outputs[i].view(len(low), len(weight[i])), bias[i]
+        out, added = outputs[i].view(lines, weight[i].shape[0]), bias[i]
         if added is None:
             torch.mm(rows, weight[i].t(), out=out)
         else:
@@ -93,44 +104,43 @@ def lora_linears_backward(
     needs_b: Sequence[bool],
     needs_bias: Sequence[bool],
 ) -> list[Tensor]:
-    """Compute the gradients of x, of all lora_a below each other, and of each weight, lora_b and bias.
-
-    Those that are not needed have no elements.
-    """
-    needs = needs_x, needs_weight, needs_a, needs_b, needs_bias
-    dx, da, *others = lora_linears_backward_outputs(x, dy, weight, lora_a, lora_b, low, scaling, *needs)
-    count, lines = len(dy), x.shape[:-1].numel()
+    """Compute the gradients that are needed: of x, of all lora_a below each other; of weight, lora_b and bias."""
+    lines, found = x.shape[:-1].numel(), list[Tensor]()
     if lines == 0:
-        return [one.zero_() for one in (dx, da, *others)]
-    dweight, db, dbias = others[:count], others[count : 2 * count], others[2 * count :]
+        needs = needs_x, needs_weight, needs_a, needs_b, needs_bias
+        empty = lora_linears_backward_outputs(x, dy, weight, lora_a, lora_b, low, scaling, *needs)
+        return [one.zero_() for one in empty]
     rows, each_dy = matrix(x, lines), [matrix(one, lines) for one in dy]
     if needs_x or any(needs_a):
         a, b = rounded(x, lora_a, lora_b)
-        dlow = x.new_empty((lines, len(a)))
+        dlow = x.new_empty((lines, a.shape[0]))
         for own, one, factor, by in zip(parts(dlow, lora_a, 1), each_dy, scaling, b, strict=True):
             own.addmm_(one, by, beta=0, alpha=factor)
         if needs_x:
+            dx = x.new_empty(x.shape)
             total = dx.view(rows.shape)
             torch.mm(each_dy[0], weight[0], out=total)
             for one, by in zip(each_dy[1:], weight[1:], strict=True):
                 total.addmm_(one, by)
             total.addmm_(dlow, a)
+            found.append(dx)
         if any(needs_a):
-            da = product(dlow, rows, da.dtype)
+            found.append(product(dlow, rows, dtype_of_all(x, lora_a)))
     for i, one in enumerate(each_dy):
         if needs_weight[i]:
-            dweight[i] = product(one, rows, weight[i].dtype)
+            found.append(product(one, rows, weight[i].dtype))
         if needs_b[i]:
-            db[i] = product(one, low[i], lora_b[i].dtype, scaling[i])
+            found.append(product(one, low[i], lora_b[i].dtype, scaling[i]))
         if needs_bias[i]:
-            dbias[i] = one.sum(0, dtype=torch.float32).to(x.dtype)
-    return [dx, da, *dweight, *db, *dbias]
+            found.append(one.sum(0, dtype=torch.float32).to(x.dtype))
+    return found
 
 
 def lora_linears_forward_outputs(x: Tensor, weight: Tensors, lora_a: Tensors, *others: object) -> list[Tensor]:
     """Allocate low and each y."""
     lead = x.shape[:-1]
-    return [x.new_empty((lead.numel(), sum(map(len, lora_a)))), *(x.new_empty((*lead, len(one))) for one in weight)]
+    low = x.new_empty((lead.numel(), rank_of_all(lora_a)))
+    return [low, *(x.new_empty((*lead, one.shape[0])) for one in weight)]
 
 
 def lora_linears_backward_outputs(
@@ -147,16 +157,15 @@ def lora_linears_backward_outputs(
     needs_b: Sequence[bool],
     needs_bias: Sequence[bool],
 ) -> list[Tensor]:
-    """Allocate all gradients; that of all lora_a is in float32 if one of them is."""
-    wide = x.dtype if all(one.dtype == x.dtype for one in lora_a) else torch.float32
-    needed_a = (sum(map(len, lora_a)), x.shape[-1]) if any(needs_a) else 0
-    return [
-        x.new_empty(x.shape if needs_x else 0),
-        x.new_empty(needed_a, dtype=wide),
-        *(one.new_empty(one.shape if need else 0) for one, need in zip(weight, needs_weight, strict=True)),
-        *(one.new_empty(one.shape if need else 0) for one, need in zip(lora_b, needs_b, strict=True)),
-        *(x.new_empty(one.shape[:1] if need else 0) for one, need in zip(weight, needs_bias, strict=True)),
-    ]
+    """Allocate the gradients that are needed."""
+    found = [x.new_empty(x.shape)] if needs_x else []
+    if any(needs_a):
+        found.append(x.new_empty((rank_of_all(lora_a), x.shape[-1]), dtype=dtype_of_all(x, lora_a)))
+    for i, one in enumerate(weight):
+        found += [one.new_empty(one.shape)] if needs_weight[i] else []
+        found += [lora_b[i].new_empty(lora_b[i].shape)] if needs_b[i] else []
+        found += [x.new_empty(one.shape[:1])] if needs_bias[i] else []
+    return found
 
 
 forward_op = register(
@@ -203,18 +212,14 @@ class _LoraLinears(torch.autograd.Function):
         x, low, *layers = tensors[count:]
         lows, lora_a = parts(low, layers[count : 2 * count], 1), of_used(layers, 1)
         operands = of_used(tensors), of_used(layers), lora_a, of_used(layers, 2), of_used(lows), of_used(ctx.scaling)
-        needed = [of_used(needs, group) for group in range(4)]
-        dx, da, *others = backward_op(x, *operands, needs_x, *needed)
-        if any(needed[1]):
-            others[len(used) : len(used)] = [
-                one.to(own.dtype) for one, own in zip(parts(da, lora_a, 0), lora_a, strict=True)
-            ]
-        else:
-            others[len(used) : len(used)] = lora_a
-        for number, one in enumerate(others):
-            at = number // len(used) * count + used[number % len(used)]
-            gradients[at] = one if needs[at] else None
-        return None, dx if needs_x else None, *gradients
+        found = iter(backward_op(x, *operands, needs_x, *(of_used(needs, group) for group in range(4))))
+        dx = next(found) if needs_x else None
+        each_a = parts(next(found), lora_a, 0) if any(of_used(needs, 1)) else lora_a
+        for i, one, own in zip(used, each_a, lora_a, strict=True):
+            gradients[count + i] = one.to(own.dtype) if needs[count + i] else None
+            for group in (0, 2, 3):
+                gradients[group * count + i] = next(found) if needs[group * count + i] else None
+        return None, dx, *gradients
 
 
 def check(scaling: tuple[float, ...], x: Tensor, *tensors: Tensor) -> None:

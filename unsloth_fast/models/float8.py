@@ -6,7 +6,7 @@ checkpoint that transformers loads, and checkpoints of this kind load here. tran
 that it downloads, on GPUs from sm_89 on; here `fp8_linear` computes them, on every device, with a gradient for x.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
+from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.quantization import kept_modules
 from unsloth_fast.seams import overrides
@@ -27,16 +28,20 @@ from unsloth_ref.float8_checks import BLOCK, FLOAT8, blocks
 from unsloth_ref.kernels import fp8_dequantize
 
 METHOD = "fp8"  # quant_method in a configuration
+_EXCLUDED = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "quantization_config")
 _FORM: Mapping[str, Any] = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "scale_fmt": "float"}
 
 
-def is_wanted(load_in_fp8: bool | str | None, others: Mapping[str, object], config: PreTrainedConfig) -> bool:
+def is_wanted(
+    load_in_fp8: bool | str | None, asked: Sequence[object], config: PreTrainedConfig, given: object = None
+) -> bool:
     """Whether the weights are to be quantised to float8 while they are loaded.
 
     Args:
         load_in_fp8: the user's, of which True and "block" ask for float8.
-        others: the arguments that exclude it, by name.
+        asked: load_in_4bit, load_in_8bit, load_in_16bit and full_finetuning, which exclude it.
         config: of the model.
+        given: the user's own quantization_config, which excludes it too.
 
     Raises:
         ValueError: another value; float8 and one of the others; a model that is stored quantised otherwise, or in
@@ -56,7 +61,7 @@ def is_wanted(load_in_fp8: bool | str | None, others: Mapping[str, object], conf
             )
     if not load_in_fp8:
         return False
-    for name, value in others.items():
+    for name, value in zip(_EXCLUDED, (*asked, given), strict=True):
         if value:
             raise ValueError(f"load_in_fp8: got {load_in_fp8!r} and {name}={value!r}; allowed: one of the two")
     if stored and stored.get("quant_method") != METHOD:
@@ -92,22 +97,23 @@ def one_device(device_map: Any) -> torch.device:
 
 
 def load(
-    from_pretrained: Callable[..., Any], options: dict[str, Any], plain: PreTrainedModel | None, backend: Backend
+    auto_class: Any, source: Source, options: dict[str, Any], plain: PreTrainedModel | None, backend: Backend
 ) -> Any:
     """A model whose float8 layers, if it has some, are frozen and ready for adapters.
 
     Args:
-        from_pretrained: transformers', which takes the options.
-        options: its keywords.
+        auto_class: of transformers.
+        source: where the model is.
+        options: keywords of its from_pretrained, with dtype and device_map.
         plain: the model without memory, to quantise its linear layers to float8; None to load it as it is stored.
         backend: whose fp8_quantize is used.
     """
     if plain is None:
         with patch.dict(auto.AUTO_QUANTIZER_MAPPING, {METHOD: _AnyDevice}):
-            model = from_pretrained(**options)
+            model = auto_class.from_pretrained(source.base, **options, **source.base_hub)
     else:
         device = one_device(options["device_map"])
-        model = from_pretrained(**options | {"device_map": None})
+        model = auto_class.from_pretrained(source.base, **options | {"device_map": None}, **source.base_hub)
         quantise(model, plain, backend, device)
     for layer in model.modules():
         if isinstance(layer, FP8Linear):

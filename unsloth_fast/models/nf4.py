@@ -31,13 +31,12 @@ def is_known(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> NF4Weight | None:
     """The weight of a layer that is known, where it and its scales are now; None for any other layer.
 
-    None also where a call of the layer does more than its class.
+    None also where a call of the layer does more than its class, and for an offloaded weight, which accelerate loads.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if is_more_than_its_class(layer) or not getattr(state, _KNOWN, False) or getattr(state, _REPACKED, False):
-        return None
-    return _weight(weight, state)
+    known = getattr(state, _KNOWN, False) and not getattr(state, _REPACKED, False)
+    return _weight(weight, state) if known and not weight.is_meta and not is_more_than_its_class(layer) else None
 
 
 def _is_nf4(weight: Any, state: Any) -> bool:

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -60,6 +60,28 @@ def wanted_bits(
     if asked and not installed:
         raise RuntimeError(f"{asked}: bitsandbytes is not installed: pip install bitsandbytes, or {asked}=False")
     return (8 if load_in_8bit else 4) if installed else None
+
+
+def add_bits(
+    options: dict[str, Any],
+    asked: tuple[bool | None, bool | None, bool, bool],
+    config: PreTrainedConfig,
+    empty: Callable[[], PreTrainedModel],
+) -> None:
+    """Let transformers quantise the weights by bitsandbytes, if they are to be, and no configuration says how.
+
+    Args:
+        options: keywords of from_pretrained, with dtype; changed in place.
+        asked: load_in_4bit, load_in_8bit, load_in_16bit and full_finetuning.
+        config: of the model.
+        empty: makes the model without memory.
+
+    Raises:
+        ValueError, RuntimeError: as `wanted_bits`.
+    """
+    bits = wanted_bits(*asked, config, options.get("quantization_config"))
+    if bits and "quantization_config" not in options:
+        options["quantization_config"] = bits_config(bits, options["dtype"], empty())
 
 
 def _is_stored_in_8bit(stored: Any) -> bool:

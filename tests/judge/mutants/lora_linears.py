@@ -6,8 +6,8 @@ TABLE = {
     "scaling_of_the_first_layer": one("b[i].t(), alpha=scaling[i]", "b[i].t(), alpha=scaling[0]", "value"),
     "adapter_of_the_first_layer": one("out.addmm_(own, b", "out.addmm_(low[:, : own.shape[1]], b", "value"),
     "every_rank_that_of_the_first": one(
-        "return whole.split([len(one) for one in lora_a], dimension)",
-        "return [whole.narrow(dimension, i * len(lora_a[0]), len(one)) for i, one in enumerate(lora_a)]",
+        "return whole.split_with_sizes([one.shape[0] for one in lora_a], dimension)",
+        "return [whole.narrow(dimension, i * len(lora_a[0]), len(t)) for i, t in enumerate(lora_a)]",
         "value",
     ),
     "bias_of_the_first_layer_alone": one("bias[i]\n", "bias[i] if i == 0 else None\n", "value"),
@@ -19,20 +19,21 @@ TABLE = {
     ),
     "dx_over_x": one("total = dx.view(rows.shape)", "total, dx = rows, rows.view(x.shape)", "inputs_untouched"),
     "dlow_without_scaling": one("beta=0, alpha=factor", "beta=0", "gradients"),
-    "dlow_of_x_alone": one("if needs_x or any(needs_a):", "if needs_x:", "gradients"),
-    "da_if_all_are_trained": one("        if any(needs_a):", "        if all(needs_a):", "gradients"),
+    "db_scaled_by_the_first": one("lora_b[i].dtype, scaling[i])", "lora_b[i].dtype, scaling[0])", "gradients"),
+    "scaling_of_another_layer_in_use": one("of_used(ctx.scaling)", "ctx.scaling[: len(used)]", "gradients"),
+    "da_scaled_twice": one("rows, dtype_of_all(x, lora_a))", "rows, dtype_of_all(x, lora_a), scaling[0])", "gradients"),
     "da_of_a_wide_adapter_rounded": one(
-        "da = product(dlow, rows, da.dtype)",
-        "da = product(dlow, rows, x.dtype).to(da.dtype)",
+        "product(dlow, rows, dtype_of_all(x, lora_a))",
+        "product(dlow, rows, x.dtype).to(dtype_of_all(x, lora_a))",
         "gradients",
         "extents",
         dtype="bfloat16",
     ),
-    "db_scaled_by_the_first": one("lora_b[i].dtype, scaling[i])", "lora_b[i].dtype, scaling[0])", "gradients"),
-    "gradients_of_the_wrong_layer": one("used[number % len(used)]", "used[-1 - number % len(used)]", "gradients"),
-    "frozen_with_its_neighbour": one(
-        "gradients[at] = one if needs[at] else None", "gradients[at] = one if all(needs) else None", "gradients"
+    "dweight_of_the_layer_before": one(
+        "product(one, rows, weight[i].dtype)", "product(each_dy[min(i, 1)], rows, weight[i].dtype)", "gradients"
     ),
-    "scaling_of_another_layer_in_use": one("of_used(ctx.scaling)", "ctx.scaling[: len(used)]", "gradients"),
+    "frozen_with_its_neighbour": one(
+        "if needs[count + i] else None", "if all(needs[count : 2 * count]) else None", "gradients"
+    ),
     "second_derivative_zero": one(*LYING),
 }
