@@ -212,26 +212,37 @@ def without_memory(layer: Any) -> None:
     layer.weight.quant_state = state
 
 
+DEQUANTIZE = REFERENCE.kernels.nf4_dequantize
+
+
 @pytest.mark.parametrize("change", [fp4, another_code, in_another_order, hooked, without_memory])
 def test_a_weight_in_another_form_is_left_to_bitsandbytes(change: Callable[[Any], None]) -> None:
     layer = Linear4bit(64, 32, quant_type="nf4").to("cpu")
-    assert nf4.is_known(layer) and nf4.weight_of(layer) is not None
+    assert nf4.is_known(layer, DEQUANTIZE) and nf4.weight_of(layer) is not None
     change(layer)
-    assert not nf4.is_known(layer) or change is hooked
+    assert not nf4.is_known(layer, DEQUANTIZE) or change is hooked
     assert nf4.weight_of(layer) is None
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_known_weight_has_the_bits_of_bitsandbytes(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dequantisation that differs, as of a release that stores weights otherwise, is not used."""
+def test_a_known_weight_has_the_bits_of_bitsandbytes(nested: bool) -> None:
+    """A dequantisation that differs or fails, as of a kernel that is compiled wrong, is not used."""
     layer = Linear4bit(300, 70, compress_statistics=nested, quant_type="nf4").to("cpu")
-    assert nf4.is_known(layer)
+    assert nf4.is_known(layer, DEQUANTIZE)
     weight = nf4.weight_of(layer)
     assert weight is not None
     found = REFERENCE.kernels.nf4_dequantize(*weight[:5], shape=weight.shape, dtype=torch.float32)
     assert torch.equal(found, dequantize_4bit(layer.weight.data, layer.weight.quant_state))
-    monkeypatch.setattr(nf4, "nf4_dequantize", lambda *arguments, **options: found.flatten()[:1] + 1)
-    assert not nf4.is_known(layer)
+
+    def differs(*arguments: Any, **options: Any) -> Tensor:
+        return REFERENCE.kernels.nf4_dequantize(*arguments, **options) * (1 + 2**-22)
+
+    def does_not_run(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("PassManager::run failed")
+
+    for wrong in (differs, does_not_run):
+        assert not nf4.is_known(layer, wrong)
+        assert nf4.weight_of(layer) is None
 
 
 def four_bits(folder: Path) -> PeftModel:

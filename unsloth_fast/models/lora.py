@@ -46,7 +46,7 @@ def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | Non
         return ("lora_linear",), _linear_forward(backend.kernels.lora_linear)
     if type(module) is not _linear_4bit():
         return None
-    known = nf4.is_known(module.get_base_layer())
+    known = nf4.is_known(module.get_base_layer(), backend.kernels.nf4_dequantize)
     return ("lora_linear",) if known else (), _quantised_forward(backend.kernels.lora_linear)
 
 

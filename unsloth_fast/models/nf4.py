@@ -1,13 +1,14 @@
 """Weights of bitsandbytes' linear layers in 4 bits: are they stored in the form that the operations dequantise?"""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_ref import checks
-from unsloth_ref.kernels import nf4_dequantize
 from unsloth_ref.types import NF4Weight
 
 _KNOWN = "unsloth_nf4"  # the attribute of a QuantState that was checked; a weight that is quantised again has none
@@ -15,16 +16,20 @@ _REPACKED = "packing_format_for_cpu"  # one that evaluation on a CPU sets: the b
 _BLOCKS = checks.NF4_GROUP + 4  # in two groups
 
 
-def is_known(layer: nn.Module) -> bool:
+def is_known(layer: nn.Module, nf4_dequantize: Callable[..., Tensor]) -> bool:
     """Whether `weight_of` returns this layer's weight: bitsandbytes dequantises its first blocks to the same bits.
 
     A layer without memory, on the device "meta", is not checked and not known.
+
+    Args:
+        layer: any linear layer.
+        nf4_dequantize: the backend's, which is tried on the layer's device.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None or weight.device.type == "meta":
         return False
-    vars(state)[_KNOWN] = _is_nf4(weight, state) and _same_bits(weight, state)
+    vars(state)[_KNOWN] = _is_nf4(weight, state) and _same_bits(weight, state, nf4_dequantize)
     return vars(state)[_KNOWN]
 
 
@@ -58,7 +63,7 @@ def _weight(weight: Any, state: Any) -> NF4Weight:
     return NF4Weight(weight.data, state.absmax, *scales, tuple(state.shape))
 
 
-def _same_bits(weight: Any, state: Any) -> bool:
+def _same_bits(weight: Any, state: Any, nf4_dequantize: Callable[..., Tensor]) -> bool:
     """Compare the first blocks."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -72,4 +77,8 @@ def _same_bits(weight: Any, state: Any) -> bool:
         nested = QuantState(scales, code=code, blocksize=checks.NF4_GROUP, dtype=torch.float32)
     of_bitsandbytes = QuantState(absmax, (1, size), None, state.blocksize, "nf4", torch.float32, offset, nested)
     theirs = dequantize_4bit(packed[:, None], of_bitsandbytes).flatten()
-    return torch.equal(theirs, nf4_dequantize(packed, absmax, code, scales, offset, shape=(size,), dtype=torch.float32))
+    try:
+        ours = nf4_dequantize(packed, absmax, code, scales, offset, shape=(size,), dtype=torch.float32)
+    except FAILURES:  # of a kernel that does not compile or run there
+        return False
+    return torch.equal(theirs, ours)
