@@ -57,7 +57,7 @@ from torch import Tensor
 
 from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
-from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float
+from unsloth_ref.accuracy import ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen_float8
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
@@ -124,7 +124,11 @@ def measured(
     """
     full = (key, dtype, *(_digest(tensor) for tensor in (*inputs.values(), *grad_outputs)))
     if full not in _kept:
-        _kept[full] = _measured(again, inputs, grad_outputs, dtype, work)
+
+        def widened(tensors: Tensors, gradients: Sequence[Tensor]) -> Tensors:
+            return {name: _of_float8(r) for name, r in again(tensors, gradients).items()}
+
+        _kept[full] = _measured(widened, inputs, grad_outputs, dtype, work)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     return _kept[full]
@@ -292,3 +296,7 @@ def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if is_float(tensor) else tensor
+
+
+def _of_float8(result: Tensor) -> Tensor:
+    return result if is_float(result) else _widened(widen_float8(result))

@@ -11,27 +11,26 @@ from torch import Tensor
 
 
 class FiniteLosses:
-    """transformers' filter for one trainer, which transformers itself does not apply between `begin` and `end`.
+    """transformers' filter of one trainer's losses, which transformers itself does not apply between `begin` and `end`.
 
-    Args:
-        trainer: `transformers.Trainer`, which adds up the losses until the next log.
+    It keeps no reference to the trainer, which would keep the trainer alive.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self._before = trainer, None
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, trainer: Any) -> None:
         """The passes of a microbatch are launched; transformers adds its loss to the others next."""
-        self.end()
-        before: Tensor | None = getattr(self._trainer, "_tr_loss", None)  # None outside of `train`
-        if self._trainer.args.logging_nan_inf_filter and before is not None:
-            self._trainer.args.logging_nan_inf_filter, self._before = False, before.clone()
+        self.end(trainer)
+        before: Tensor | None = getattr(trainer, "_tr_loss", None)  # None outside of `train`
+        if trainer.args.logging_nan_inf_filter and before is not None:
+            trainer.args.logging_nan_inf_filter, self._before = False, before.clone()
 
-    def end(self) -> None:
+    def end(self, trainer: Any) -> None:
         """The loss was added: take the mean of those before it instead, if the sum is not finite any more."""
         if self._before is None:
             return
-        trainer, before, self._before = self._trainer, self._before, None
+        before, self._before = self._before, None
         trainer.args.logging_nan_inf_filter = True
         steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged
         trainer._tr_loss = torch.where(trainer._tr_loss.isfinite(), trainer._tr_loss, before + before / steps)

@@ -111,7 +111,7 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
-        self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses(self)
+        self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses()
 
     # Documents to batches
 
@@ -160,13 +160,13 @@ class UnslothTrainer(SFTTrainer):
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
             loss = super().training_step(model, *positional, **keywords)
-        self._finite_losses.begin()
+        self._finite_losses.begin(self)
         return loss
 
     @overrides(SFTTrainer)
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers counts; it asks for this right after it has added the loss to the others."""
-        self._finite_losses.end()
+        self._finite_losses.end(self)
         return super().floating_point_ops(inputs)
 
     @overrides(SFTTrainer)

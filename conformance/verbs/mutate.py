@@ -3,14 +3,15 @@
 import argparse
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from conformance import operations
 from conformance.case import DTYPES
 from conformance.mutate import report
-from conformance.mutate.campaign import Campaign, Outcome, choose, users
+from conformance.mutate.campaign import Campaign, Key, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
-from conformance.operations import Source
+from conformance.operations import Judged, Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.verbs._shared import (
@@ -59,20 +60,7 @@ def _mutate(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--backend: got {arguments.backend}; allowed for mutate: module:function, as it is imported")
     device, judged = judged_by(arguments, source)
     demand_writable(arguments.json)
-    names = arguments.mutant or ()
-    chosen = choose(
-        judged,
-        [op for op in ops if op in judged.functions],
-        files=arguments.file or (),
-        sample=arguments.sample,
-        seed=arguments.seed,
-        names=names,
-    )
-    for name in names:
-        if name not in {mutant.name for _, mutant in chosen}:
-            raise UsageError(f"--mutant: got {name!r}; allowed: the name of a mutant of {', '.join(ops)}")
-    if not chosen:
-        raise UsageError(f"backend {arguments.backend} has no mutants for {', '.join(ops)}: nothing to run")
+    chosen = _chosen(arguments, judged, ops)
     try:
         before = report.killed_before(arguments.known or (), chosen)
     except ValueError as error:
@@ -86,7 +74,7 @@ def _mutate(arguments: argparse.Namespace) -> int:
         dtypes,
         arguments.jobs or (min(cores, GPU_JOBS) if device == "cuda" else cores),
         every=arguments.matrix,
-        confirmed=() if names else confirmed(device),
+        confirmed=() if arguments.mutant else confirmed(device),
         source=source,
     )
     print(heading(judged, device, arguments.profile, source), flush=True)
@@ -117,6 +105,25 @@ def _mutate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report.write_json(arguments.json, outcomes, facts)
     return 1 if any(outcome.survives for outcome in outcomes) else 0
+
+
+def _chosen(arguments: argparse.Namespace, judged: Judged, ops: Sequence[str]) -> list[Key]:
+    """The mutants to examine, each with its operation."""
+    names = arguments.mutant or ()
+    chosen = choose(
+        judged,
+        [op for op in ops if op in judged.functions],
+        files=arguments.file or (),
+        sample=arguments.sample,
+        seed=arguments.seed,
+        names=names,
+    )
+    for name in names:
+        if name not in {mutant.name for _, mutant in chosen}:
+            raise UsageError(f"--mutant: got {name!r}; allowed: the name of a mutant of {', '.join(ops)}")
+    if not chosen:
+        raise UsageError(f"backend {arguments.backend} has no mutants for {', '.join(ops)}: nothing to run")
+    return chosen
 
 
 def _again(arguments: argparse.Namespace, device: str, source: Source) -> str:

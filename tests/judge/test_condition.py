@@ -24,6 +24,7 @@ from unsloth_ref.accuracy import unit_roundoff
 #     add_rms_norm, gated_rms_norm, gradients of the inputs: the reference rounds less often than specs allow kernels.
 #     gated_delta_rule: the spec follows the lengths of errors, not their directions.
 #     layer_norm and causal_conv in 16 bits: the reference rounds once; the specs allow two roundings before that.
+#     fp8_linear: as lora_linear; in 16 bits the contract also allows to round both dequantised factors.
 #     relu_squared in 16 bits: as rope; its gradient is a product of two rounded ones.
 #     grouped_gemm: in float32 long sums average out; in 16 bits the join of the groups counts as roundings too.
 #     moe_mlp: as grouped_gemm, most in the gradient of expert_weights, a sum over all columns; in 16 bits the spec
@@ -36,6 +37,7 @@ TIGHTEST = {
     "packed_attention": 0.003,
     "lora_linear": 0.12,
     "lora_linears": 0.12,
+    "fp8_linear": 0.07,
     "layer_norm": 0.12,
     "causal_conv": 0.2,
     "gated_delta_rule": 0.002,

@@ -30,9 +30,6 @@ TABLE = {
         "gradients",
         dtype="float16",
     ),
-    "gradients_needed_the_other_way_round": one(
-        "need_dx, _, _, need_dbias = ctx", "need_dbias, _, _, need_dx = ctx", "gradients"
-    ),
     "stored_past_the_rows": one(
         "inside_rows, inside_columns = (row < rows)[:, None]",
         "inside_rows, inside_columns = (row <= rows)[:, None]",

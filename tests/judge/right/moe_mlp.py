@@ -20,12 +20,17 @@ def _moe_mlp(mlp: Function) -> Function:
         if not torch.compiler.is_compiling():
             expert_checks.experts_exist(expert_indices, len(gate_up))
         with torch.autocast(x.device.type, enabled=False):
-            z = torch.einsum("th,tkfh->tkf", x.float(), gate_up.float()[expert_indices]).to(x.dtype)
+            z = torch.einsum("th,tkfh->tkf", x.float(), _of_slots(gate_up, expert_indices)).to(x.dtype)
             gate, up = z.chunk(2, -1)
             a = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-            return mlp(a, up, down.float()[expert_indices], expert_weights[..., None]).to(x.dtype)
+            return mlp(a, up, _of_slots(down, expert_indices), expert_weights[..., None]).to(x.dtype)
 
     return moe_mlp
+
+
+def _of_slots(matrices: Tensor, expert_indices: Tensor) -> Tensor:
+    """The matrix of each slot in float32; indexing by a transposed tensor has other strides than a trace predicts."""
+    return matrices.float().index_select(0, expert_indices.flatten()).unflatten(0, expert_indices.shape)
 
 
 def _product(hidden: Tensor, down: Tensor) -> Tensor:
