@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance import operations
+from conformance.backends import Judged
 from conformance.case import DTYPES
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Key, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
-from conformance.operations import Judged, Source
+from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.verbs._shared import (
