@@ -58,7 +58,8 @@ class Seam(NamedTuple):
     Attributes:
         path: where it is: module, class and name, with dots.
         why: what it is needed for.
-        needs: without which the name does not exist: "CUDA", or a module of an optional package.
+        needs: without which the name does not exist: "CUDA", a module of an optional package, or a requirement such as
+            "transformers>5.17".
     """
 
     path: str
@@ -84,6 +85,7 @@ SEAMS = (
     Seam(
         "transformers.integrations.moe.use_experts_implementation._is_expert_parallel",
         "read: experts of which this device has some alone are left to transformers",
+        needs="transformers>5.17",
     ),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),
     Seam("transformers.PreTrainedModel._keep_in_fp32_modules", "read: weights that stay in float32 when merged"),

@@ -6,12 +6,14 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from conformance import seams as of_judge
 from unsloth_fast import seams as of_fast
@@ -60,6 +62,9 @@ def defines(kind: Any, name: str) -> bool:
 
 def is_there(needs: str) -> bool:
     """Whether what a row needs is there."""
+    if ">" in needs:
+        wanted = Requirement(needs)
+        return wanted.specifier.contains(version(wanted.name))
     return torch.cuda.is_available() if needs == "CUDA" else find_spec(needs) is not None
 
 

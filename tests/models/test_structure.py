@@ -109,6 +109,8 @@ GATED_NORMS = {
 def test_gated_norms(name: str) -> None:
     """Their order, groups and rounding are found; placed, they compute the same values and gradients in float64."""
     module, expected = GATED_NORMS[name]
+    if name == "mamba2" and not hasattr(module, "group_size"):
+        pytest.skip("this transformers has no groups there")
     assert recognise(module, {}) == expected
     module = module.double()
     x, gate = (torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
