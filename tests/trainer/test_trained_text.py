@@ -105,8 +105,8 @@ def test_the_assistant_alone_in_any_column(column: str, streamed: bool, packing:
     """Columns that are not read may stand beside it; it may begin with an empty conversation, or be evaluated on."""
     made = tiny.tokenizer()
     made.chat_template = (
-        "{% for m in messages %}w1 {% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %} "
-        "{% endfor %}"
+        "{% for m in messages %}w1 {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %} "
+        "{% endif %}{% endfor %}"
     )
     keys = ("from", "value") if column.endswith("of ShareGPT") else ("role", "content")
     turns = [[("user", "w5"), ("assistant", "w6 w7")], [], [("user", "w5"), ("assistant", "w8")]]
