@@ -85,7 +85,7 @@ def test_gradients_are_the_derivatives(before: bool) -> None:
 MODULES = [
     (Qwen3NextRMSNormGated(24, eps=1e-5), {}),
     (MambaRMSNormGated(24, eps=1e-5, **GROUPS), {"norm_before_gate": False, **GROUPS}),
-    (GraniteMoeHybridRMSNormGated(24, group_size=24, eps=1e-5), {"norm_before_gate": False}),
+    (GraniteMoeHybridRMSNormGated(24, eps=1e-5, **(GROUPS and {"group_size": 24})), {"norm_before_gate": False}),
     (FalconH1RMSNormGated(24, eps=1e-5, n_groups=3), {"group_size": 8, "casting": "gemma"}),
     (
         FalconH1RMSNormGated(24, eps=1e-5, n_groups=2, norm_before_gate=False),
