@@ -156,7 +156,7 @@ def test_a_plain_model_is_not_affected(tmp_path: Path) -> None:
             {"quant_method": "fp8", "weight_block_size": [64, 64]},
             r"weight_block_size=\[64, 64\]; allowed: \[128, 128\]",
         ),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "a model that is stored quantised otherwise"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "a model that is stored as 'bitsandbytes'"),
     ],
 )
 def test_other_forms_are_refused(stored: dict[str, Any], message: str) -> None:

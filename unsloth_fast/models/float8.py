@@ -48,10 +48,7 @@ def is_wanted(
             another form of float8.
     """
     if load_in_fp8 not in (True, False, None, "block"):
-        raise ValueError(
-            f"load_in_fp8: got {load_in_fp8!r}; allowed: True, False, None, 'block', which both mean blocks of "
-            f"{BLOCK} x {BLOCK}"
-        )
+        raise ValueError(f"load_in_fp8: got {load_in_fp8!r}; allowed: True, False, None, 'block'")
     stored = stored_form(config)
     for name, allowed in _FORM.items() if load_in_fp8 and stored.get("quant_method") == METHOD else ():
         found = stored.get(name, allowed)
@@ -65,7 +62,8 @@ def is_wanted(
         if value:
             raise ValueError(f"load_in_fp8: got {load_in_fp8!r} and {name}={value!r}; allowed: one of the two")
     if stored and stored.get("quant_method") != METHOD:
-        raise ValueError("load_in_fp8: got True and a model that is stored quantised otherwise; allowed: False")
+        method = stored.get("quant_method")
+        raise ValueError(f"load_in_fp8: got {load_in_fp8!r} and a model that is stored as {method!r}; allowed: False")
     return not stored
 
 

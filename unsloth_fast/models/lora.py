@@ -27,10 +27,10 @@ from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 
 
 def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | None:
-    """The operations and the forward for peft's linear layer with LoRA, in full precision, float8 or 4 bits; None for
-    others.
+    """The operations and the forward for peft's linear layer with LoRA; None for other modules.
 
-    For a layer of another class than torch's below LoRA, such as GPT-2's, the reason why peft computes it.
+    The layer may be in full precision, float8 or 4 bits. For one of another class than torch's below LoRA, such as
+    GPT-2's, the reason why peft computes it.
 
     The forward calls peft's own unless exactly one adapter is active, is not merged, and does nothing but LoRA: no
     dropout, no DoRA and the like.
