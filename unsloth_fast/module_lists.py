@@ -62,7 +62,28 @@ class ModuleLists:
         if lists is not None:
             for method in (lists.parameters, lists.train, lists.num_parameters):
                 if hasattr(model, method.__name__):
-                    self._stack.enter_context(replaced_method(model, method.__name__, _guarded(model, method), "lists"))
+                    guarded = self._guarded(model, method)
+                    self._stack.enter_context(replaced_method(model, method.__name__, guarded, "lists"))
+
+    def _guarded(self, model: Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method for this model within the context.
+
+        A copy of the model takes it along, and calls its class's. Somebody else's method may call it after the context.
+        """
+        name = method.__name__
+        own = getattr(model, name)
+
+        def guarded(called: Module, *args: Any, **kwargs: Any) -> Any:
+            if called is model:
+                return method(own, *args, **kwargs) if self._entered else own(*args, **kwargs)
+            taken = vars(called).pop(name)
+            try:
+                return getattr(called, name)(*args, **kwargs)
+            finally:
+                vars(called)[name] = taken
+
+        guarded.__name__ = name  # by which a pickled model finds its class's
+        return guarded
 
     def _forget(self, changed: Module, *_: object) -> None:
         for lists in self._models.values():
@@ -110,21 +131,3 @@ class _Lists:
 def _is_exchanged(model: Module) -> bool:
     offloaded = any(has_offloaded_params(module) for module in model.modules())
     return offloaded or any(isinstance(one, DTensor) or one.is_meta for one in model.parameters())
-
-
-def _guarded(model: Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method for this model; a copy of the model, which takes it along, calls its class's."""
-    name = method.__name__
-    own = getattr(model, name)
-
-    def guarded(called: Module, *args: Any, **kwargs: Any) -> Any:
-        if called is model:
-            return method(own, *args, **kwargs)
-        taken = vars(called).pop(name)
-        try:
-            return getattr(called, name)(*args, **kwargs)
-        finally:
-            vars(called)[name] = taken
-
-    guarded.__name__ = name  # by which a pickled model finds its class's
-    return guarded

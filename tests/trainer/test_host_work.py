@@ -124,6 +124,17 @@ def test_copies_of_a_model_in_training_have_methods_of_their_own() -> None:
     assert not any(has_own_method(model, name) for name in METHODS)
 
 
+def test_a_method_that_is_wrapped_in_training_has_no_list_afterwards() -> None:
+    model = tiny.model()
+    with ModuleLists() as lists:
+        lists.use(model, DistributedType.NO)
+        parameters = model.parameters
+        before = len(list(parameters()))
+        model.parameters = lambda: parameters()
+    model.extra = Linear(2, 2)
+    assert len(list(model.parameters())) == before + 2
+
+
 def test_models_whose_parameters_are_exchanged_keep_their_methods() -> None:
     with ModuleLists() as lists:
         sharded, offloaded = tiny.model(), tiny.model()
