@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from unsloth_fast import backends
@@ -64,6 +65,8 @@ class UnslothTrainingArguments(SFTConfig):
         verify_every: compare the fast operations of every so many optimizer steps with the reference: each call of such
             a step, forward and backward, on its own inputs. The log gets each operation's budget use, and a warning
             where it is above 1. The training's numbers do not change. None for never.
+        cuda_graphs: whether the layers of small packed batches are recorded as CUDA graphs and replayed, so that the
+            device does not wait for the host. None for True where nothing forbids it, which is logged.
 
     Names of older releases are accepted: max_seq_length, warmup_ratio, evaluation_strategy and others.
 
@@ -114,6 +117,13 @@ class UnslothTrainingArguments(SFTConfig):
             "budget use. `None` for never."
         },
     )
+    cuda_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the layers of small packed batches are recorded as CUDA graphs and replayed. `None` for "
+            "`True` where nothing forbids it."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the fields, TRL's and ours."""
@@ -158,6 +168,19 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
     backend = getattr(args, "backend", None)
     if backend is not None:
         backends.parse(backend)
+
+
+def wants_graphs(args: TrainingArguments) -> bool:
+    """Whether a run may record layers as CUDA graphs.
+
+    Raises:
+        ValueError: it was asked to, and also to verify operations or to compile the model, which needs their Python.
+    """
+    wanted: bool | None = getattr(args, "cuda_graphs", None)
+    others = [name for name in ("verify_every", "torch_compile") if getattr(args, name, None)]
+    if wanted and others:
+        raise ValueError(f"cuda_graphs: got True with {others[0]}={getattr(args, others[0])}; allowed: False, or None")
+    return not others and (args.n_gpu == 1 and args.device.type == "cuda" if wanted is None else wanted)
 
 
 def take_float16(args: SFTConfig) -> None:

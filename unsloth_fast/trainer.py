@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
-from unsloth_fast.config import UnslothTrainingArguments
+from unsloth_fast.config import UnslothTrainingArguments, wants_graphs
 from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
 from unsloth_fast.data.collator import collators, without_ends
 from unsloth_fast.evaluation import Evaluated, Scores
@@ -22,6 +22,7 @@ from unsloth_fast.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import kept_fields, with_values
+from unsloth_fast.models.graphs import recorded
 from unsloth_fast.models.head import forward_with_loss, head_without_adapter
 from unsloth_fast.module_lists import ModuleLists
 from unsloth_fast.noise import noise_of_documents
@@ -299,7 +300,8 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        with self._noise.added_to(self.model), ModuleLists() as self._lists:
+        graphs = recorded(self.model) if wants_graphs(self.args) else nullcontext()
+        with self._noise.added_to(self.model), graphs, ModuleLists() as self._lists:
             return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

@@ -59,6 +59,11 @@ def disable_offloading(model: CausalLM) -> None:
     restore_method(model, _SETTER, "offloading")
 
 
+def offloads(function: object) -> bool:
+    """Whether a layer's checkpointing function keeps the layer's inputs in host memory."""
+    return isinstance(function, partial) and function.func is _with_inputs_on_host
+
+
 def _set_gradient_checkpointing(self: Any, enable: bool = True, **options: Any) -> None:
     if enable:
         function = options["gradient_checkpointing_func"]

@@ -54,6 +54,7 @@ class Documents:
         sinks: whether it reads sinks of its module.
         mixed: whether layers carry a state, which needs the bounds too.
         warned: whether a mask was warned of.
+        graphs: called with the stack's forward, the stack and the arguments, where the layers are recorded.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Documents:
     sinks: bool
     mixed: bool = False
     warned: bool = False
+    graphs: Callable[..., Any] | None = None
 
     def warn(self, reason: str, tokens: int) -> None:
         """Warn once of a mask, with its cost."""
@@ -107,9 +109,14 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
     return found, _forward_of(type(stack).forward)
 
 
+def documents_of(stack: PreTrainedModel) -> Documents | None:
+    """What one of `stacks_of` knows of packed batches; None if it was not placed."""
+    return getattr(stack, _STATE, None)
+
+
 def is_foreign(stack: PreTrainedModel) -> bool:
     """Whether the masks of one of `stacks_of` are left to its own forward, placed or not."""
-    documents: Documents | None = getattr(stack, _STATE, None)
+    documents = documents_of(stack)
     if documents is not None:
         return documents.function is None
     implementation = implementation_of(stack.config)
@@ -128,10 +135,9 @@ def remove_documents(model: Module) -> None:
 def _forward_of(own: Callable[..., Any]) -> Forward:
     caches = "use_cache" in inspect.signature(own).parameters
 
-    @functools.wraps(own)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def with_documents(self: Any, *args: Any, **kwargs: Any) -> Any:
         bounds = kwargs.get("cu_seq_lens_q")
-        documents: Documents | None = getattr(self, _STATE, None)
+        documents = documents_of(self)
         if documents is not None and isinstance(bounds, Tensor) and documents.masked is not None:
             documents.warn(documents.masked, _inputs(args, kwargs).shape[1])
             if documents.function is None and caches:
@@ -144,6 +150,13 @@ def _forward_of(own: Callable[..., Any]) -> Forward:
             kwargs["attention_mask"] = bounds.to(torch.int32).view(1, 1, -1)
             _remember(kwargs["attention_mask"], _STATE, documents)
         return type(self).forward(self, *args, **kwargs)
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        documents = documents_of(self)
+        if documents is not None and documents.graphs is not None:
+            return documents.graphs(functools.partial(with_documents, self), self, args, kwargs)
+        return with_documents(self, *args, **kwargs)
 
     return forward
 

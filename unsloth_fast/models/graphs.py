@@ -1,0 +1,336 @@
+"""The layers of a model as two CUDA graphs: one launch for their forward pass, and one for their backward pass.
+
+The host launches some two thousand kernels for a step of Llama 3.2 1B with LoRA, which takes it 120 ms; for 2 rows of
+2048 tokens an H200 needs 48 ms to run them. So a stack of layers, from the embedding to the last norm, runs through
+Python twice for packed batches of a size: once as usual, and once more while CUDA records what it launches. From then
+on the inputs of a batch are copied to where the recorded kernels read them, and the recording is replayed. The output
+head, the loss and the optimizer run as usual.
+
+A batch is padded within the stack to the next size: a power of two, or that times 1.125, 1.25 and so on. The padding is
+one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding have the
+bits that they have without graphs; others may differ by the rounding of matrix products with another number of rows.
+
+The recordings share their memory, which holds the activations of the largest size for as long as they exist. Only one
+forward pass can wait for its backward pass; the second of two backward passes raises.
+
+What Python does between the launches is not repeated. So nothing is recorded where it may matter (`_obstacle`), and a
+recording is dropped when the model has changed since then (`_state`): another adapter, a hook, a weight that moved.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.nn import Module, Parameter
+from torch.nn.modules import dropout
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from unsloth_fast.models.checkpointing import offloads
+from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.methods import hooks_of
+from unsloth_fast.models.packed import documents_of
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[..., Any]
+DEVICE = "cuda"
+LARGEST = 16384  # tokens; above, the device needs longer than the host
+LARGEST_OFFLOADED = 4096  # the layers' inputs, which would wait on the host, stay on the device
+RECORDED_AT = 2  # batches of a size
+MOST = 16  # sizes
+_BATCH = frozenset(("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+_CHECKPOINT = "_gradient_checkpointing_func"  # of a checkpointed layer: what it calls to run
+_RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of a configuration's fields that are shares
+
+
+@contextmanager
+def recorded(model: Module) -> Iterator[None]:
+    """Within the context the stacks of layers are recorded and replayed for packed batches in training.
+
+    Args:
+        model: with `packed_attention` placed under it; elsewhere nothing happens.
+    """
+    found = [documents for stack in stacks_of(model) if (documents := documents_of(stack)) is not None]
+    for documents in found:
+        documents.graphs = StackGraphs()
+    try:
+        yield
+    finally:
+        for documents in found:
+            documents.graphs = None
+
+
+def padded_size(tokens: int) -> int:
+    """The least size of at least so many tokens: a power of two from 64 on, or its multiple by 1.125, 1.25 and so on."""
+    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return max(64, -(-tokens // step) * step)
+
+
+def most_bounds(size: int) -> int:
+    """Room for the bounds of documents of 32 tokens, at least 16."""
+    return max(16, size // 32)
+
+
+class StackGraphs:
+    """The recordings of one stack, one per size; a copy of the stack begins without."""
+
+    def __init__(self) -> None:
+        self._recordings: dict[int, _Recording] = {}
+        self._seen: Counter[int] = Counter()
+        self._modules: list[Module] = []
+        self._parameters: list[Parameter] = []
+        self._state: object = None
+        self._said: set[str] = set()
+        self._obstacle: str | None = None
+        self._largest = LARGEST
+        self._pool: Any = None
+        self.passes = 0  # the number of the forward pass that the memory belongs to
+
+    def __reduce__(self) -> tuple[type["StackGraphs"], tuple[()]]:
+        return StackGraphs, ()
+
+    def __call__(self, run: Run, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What run(*args, **kwargs) returns.
+
+        Args:
+            run: the forward of the stack.
+            stack: the stack.
+            args: of its forward.
+            kwargs: of its forward, with cu_seq_lens_q.
+        """
+        if not (stack.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        batch = None if args else _batch_of(kwargs)
+        if batch is None or not self._may_record(stack):
+            return run(*args, **kwargs)
+        tokens = batch["input_ids"].shape[1]
+        size = padded_size(tokens)
+        fits = size <= self._largest and len(batch["cu_seq_lens_q"]) < most_bounds(size)
+        self._seen[size] += fits
+        recording = self._recordings.get(size)
+        if fits and recording is None and self._seen[size] >= RECORDED_AT and len(self._recordings) < MOST:
+            recording = self._record(run, stack, size, batch)
+        if not fits or recording is None:
+            return run(*args, **kwargs)
+        recording.take(batch)
+        hidden: Tensor = _Replay.apply(self, recording, *recording.parameters)
+        return recording.output_type(last_hidden_state=hidden[:, :tokens] if tokens < size else hidden)
+
+    def _may_record(self, stack: PreTrainedModel) -> bool:
+        """Whether the stack can be recorded; drops what was recorded of it if it has changed since then."""
+        state = _state(self._modules, self._parameters)
+        if self._state is None or state != self._state:
+            self._recordings.clear()
+            self._seen.clear()
+            self._pool = None
+            self._modules = list(stack.modules())
+            self._parameters = list(stack.parameters())
+            self._state = _state(self._modules, self._parameters)
+            self._obstacle = _obstacle(stack, self._modules, self._parameters)
+            offloaded = any(offloads(vars(module).get(_CHECKPOINT)) for module in self._modules)
+            self._largest = LARGEST_OFFLOADED if offloaded else LARGEST
+            self._say(self._obstacle)
+        return self._obstacle is None
+
+    def _record(self, run: Run, stack: PreTrainedModel, size: int, batch: dict[str, Any]) -> "_Recording | None":
+        try:
+            with _checkpointed_for_graphs(self._modules):
+                recording = _Recording(run, size, batch, self._parameters, self._pool)
+        except (RuntimeError, ValueError, TypeError) as error:
+            self._obstacle = f"recording failed: {str(error).partition(chr(10))[0]}"
+            self._say(self._obstacle)
+            return None
+        self._recordings[size], self._pool = recording, recording.forward.pool()
+        logger.info("CUDA graphs: %s is recorded for batches of up to %d tokens", type(stack).__name__, size)
+        return recording
+
+    def _say(self, obstacle: str | None) -> None:
+        if obstacle is not None and obstacle not in self._said:
+            self._said.add(obstacle)
+            logger.info("CUDA graphs: the layers are launched one by one: %s", obstacle)
+
+
+class _Recording:
+    """The passes of a stack for one size.
+
+    Attributes:
+        parameters: those that get a gradient.
+        output_type: the class of the stack's outputs.
+        forward: the graph of the forward pass.
+        backward: the graph of the backward pass.
+        hidden: the output of the forward pass, [1, size, H].
+        grad_hidden: the input of the backward pass.
+        grads: its outputs, as parameters.
+    """
+
+    def __init__(self, run: Run, size: int, batch: dict[str, Any], parameters: Sequence[Parameter], pool: Any) -> None:
+        ids: Tensor = batch["input_ids"]
+        self._size = size
+        self._ids, self._positions = ids.new_zeros(1, size), ids.new_zeros(1, size)
+        self._bounds = torch.full((most_bounds(size),), size, dtype=torch.int32, device=ids.device)
+        self.take(batch)
+        bounds = {"cu_seq_lens_q": self._bounds, "cu_seq_lens_k": self._bounds}
+        bounds |= {"max_length_q": size, "max_length_k": size}
+        work = partial(run, input_ids=self._ids, position_ids=self._positions, use_cache=False, **bounds)
+        precision = {"dtype": torch.get_autocast_dtype(DEVICE), "enabled": torch.is_autocast_enabled(DEVICE)}
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        # Autocast's cache would keep what is recorded beyond the recording.
+        with torch.enable_grad(), torch.autocast(DEVICE, cache_enabled=False, **precision):
+            outputs, grads = _rehearse(work, trained)
+            self.output_type = type(outputs)
+            self.grad_hidden = torch.zeros_like(outputs.last_hidden_state)
+            self.parameters = [one for one, grad in zip(trained, grads, strict=True) if grad is not None]
+            del outputs, grads
+            outputs, self.forward = capture(work, pool)
+            hidden: Tensor = outputs.last_hidden_state
+            gradients = partial(torch.autograd.grad, hidden, self.parameters, self.grad_hidden)
+            self.grads, self.backward = capture(gradients, pool)
+        self.hidden = hidden.detach()
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Copy a batch to where the recorded kernels read it; what remains of an earlier one behind it is padding."""
+        tokens, bounds = batch["input_ids"].shape[1], batch["cu_seq_lens_q"]
+        self._ids[:, :tokens].copy_(batch["input_ids"], non_blocking=True)
+        self._positions[:, :tokens].copy_(batch["position_ids"], non_blocking=True)
+        self._bounds[: len(bounds)].copy_(bounds, non_blocking=True)
+        self._bounds[len(bounds) :].fill_(self._size)
+
+    def take_back(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the parameters for one of the hidden states, where the recording leaves them.
+
+        A parameter may still have them from the last replay, and adds to them.
+        """
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            if parameter.grad is not None and parameter.grad.data_ptr() == grad.data_ptr():
+                parameter.grad = parameter.grad.clone()
+        self.grad_hidden.copy_(hidden)
+        self.backward.replay()
+        return tuple(grad.detach() for grad in self.grads)
+
+
+class _Replay(torch.autograd.Function):
+    """The replayed passes; the parameters are inputs so that autograd hands them their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: StackGraphs, recording: _Recording, *parameters: Tensor) -> Tensor:
+        graphs.passes += 1
+        ctx.graphs, ctx.recording, ctx.number = graphs, recording, graphs.passes
+        recording.forward.replay()
+        return recording.hidden.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, hidden: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.number != ctx.graphs.passes:
+            raise RuntimeError(
+                "backward: got a pass whose activations a later forward pass, or an earlier backward pass, has "
+                "overwritten, as the layers are recorded as CUDA graphs; allowed: one backward pass directly after each "
+                "forward pass, or cuda_graphs=False"
+            )
+        ctx.graphs.passes += 1
+        return None, None, *ctx.recording.take_back(hidden)
+
+
+def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
+    """What the work returns, computed by each replay of the graph, and the graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return result, graph
+
+
+def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[Any, Sequence[Tensor | None]]:
+    """Compile and load all kernels, which cannot be done while CUDA records, on another stream, as CUDA asks for.
+
+    Returns:
+        The outputs, and the gradients of the parameters.
+    """
+    with _other_stream():
+        outputs = work()
+        if not isinstance(outputs, ModelOutput) or list(outputs) != ["last_hidden_state"]:
+            raise ValueError(f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}")
+        hidden: Tensor = outputs.last_hidden_state
+        if not hidden.requires_grad:
+            raise ValueError("the layers have no weight to train")
+        return outputs, torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
+
+
+@contextmanager
+def _other_stream() -> Iterator[None]:
+    if DEVICE == "cpu":
+        yield
+        return
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+def _batch_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keywords of a packed batch; None if there are others that say something."""
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    names = {"input_ids", "position_ids", "cu_seq_lens_q"}
+    if not names <= given.keys() <= _BATCH or given["input_ids"].shape != given["position_ids"].shape:
+        return None
+    return given if given["input_ids"].ndim == 2 and len(given["input_ids"]) == 1 else None
+
+
+def _state(modules: Sequence[Module], parameters: Sequence[Parameter]) -> tuple[object, ...]:
+    """What a recording depends on besides the batch, and what may change without a new module."""
+    precision = torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)
+    places = tuple((one.data_ptr(), one.requires_grad) for one in parameters)
+    return precision, places, tuple(map(_state_of, modules))
+
+
+def _state_of(module: Module) -> tuple[object, ...]:
+    own = vars(module)
+    adapters = ()
+    if isinstance(module, BaseTunerLayer):
+        scaling = getattr(module, "scaling", {})
+        adapters = (tuple(module.active_adapters), module.disable_adapters, module.merged, *scaling.values())
+    return module.training, hooks_of(module), own.get("forward"), own.get(_CHECKPOINT), adapters
+
+
+def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Sequence[Parameter]) -> str | None:
+    """Why the stack cannot be recorded; None if it can."""
+    documents = documents_of(stack)
+    if documents is None or documents.masked is not None:
+        return "documents are kept apart by a mask"
+    if any(isinstance(one, DTensor) for one in parameters):
+        return "the weights are sharded"
+    places = {one.device for one in parameters}
+    if len(places) != 1 or next(iter(places)).type != DEVICE:
+        return f"the weights are on {', '.join(map(str, places))}"
+    for module in modules:
+        if hooks_of(module) or hasattr(module, "_hf_hook"):
+            return f"a hook of a {type(module).__name__}"
+        if isinstance(module, dropout._DropoutNd) and module.p > 0:
+            return "dropout"
+    shares = {name: value for name, value in vars(stack.config).items() if any(word in name for word in _RANDOM)}
+    random = [name for name, value in shares.items() if isinstance(value, float) and value > 0]
+    if random:
+        return f"{random[0]}={shares[random[0]]} in the model's configuration"
+    return "router logits are asked for" if getattr(stack.config, "output_router_logits", False) else None
+
+
+@contextmanager
+def _checkpointed_for_graphs(modules: Sequence[Module]) -> Iterator[None]:
+    """Let checkpointed layers save no state of the random numbers, which cannot be read while CUDA records."""
+    plain = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with ExitStack() as stack:
+        for module in modules:
+            if _CHECKPOINT in vars(module):
+                stack.callback(setattr, module, _CHECKPOINT, getattr(module, _CHECKPOINT))
+                setattr(module, _CHECKPOINT, plain)
+        yield
