@@ -25,12 +25,6 @@ TILE = 1024  # elements: one 16-byte load per thread and 16-bit tensor. On an H1
 
 
 @triton.jit
-def exp_of_negative(x):
-    """exp(x) for x <= 0 with an error of |x| ulp: that of rounding the argument of exp2."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
 def reciprocal(x):
     """1 / x for x >= 1 with an error of a few ulp; a division takes four times as many instructions."""
     root = tl.rsqrt(x)
@@ -39,8 +33,12 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), each without cancellation."""
-    small = exp_of_negative(-tl.abs(x))
+    """sigmoid(x) and sigmoid(-x), each without cancellation.
+
+    tl.exp has an error of |x| ulp: that of rounding the argument of exp2. With tl.exp2 itself, which takes three
+    instructions fewer, the sigmoid is 0 below the normal numbers, and x * sigmoid(x) 0 in place of 1e-36.
+    """
+    small = tl.exp(-tl.abs(x))
     larger = reciprocal(1.0 + small)
     smaller = small * larger
     return tl.where(x >= 0, larger, smaller), tl.where(x >= 0, smaller, larger)
@@ -53,7 +51,7 @@ def normal_distribution(x):
     The tail Phi(-|x|) is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |x|), fitted for the least relative error
     on |x| <= 13.3, beyond which the exponential is 0. The error is 6e-8 beside those of the exponential and t.
     """
-    density = exp_of_negative(-0.5 * x * x)
+    density = tl.exp(-0.5 * x * x)
     t = reciprocal(1.0 + 0.3 * tl.abs(x))
     tail = 0.03831204026937485 * t - 0.16884352266788483
     tail = tail * t + 0.22799241542816162
