@@ -117,7 +117,7 @@ class UnslothTrainingArguments(SFTConfig):
             "budget use. `None` for never."
         },
     )
-    cuda_graphs: bool | None = field(
+    cuda_graphs: bool = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Whether the layers of small packed batches are recorded as CUDA graphs and replayed. `None` for "
@@ -165,6 +165,8 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
         else:
             most, words = _SHARES[name]
             _check(name, value, _is_rate(value) and value <= most, words)
+    graphs = getattr(args, "cuda_graphs", None)
+    _check("cuda_graphs", graphs, graphs in (True, False, None), "True, False, or None")
     backend = getattr(args, "backend", None)
     if backend is not None:
         backends.parse(backend)

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests import tiny
 from unsloth_fast.backends import resolve
 from unsloth_fast.models import graphs, place
-from unsloth_fast.models.checkpointing import enable_checkpointing
+from unsloth_fast.models.checkpointing import enable_checkpointing, enable_offloading
+from unsloth_fast.models.interface import stacks_of
+from unsloth_fast.models.packed import documents_of
 from unsloth_fast.training.collate import collate
 
 ON_GPU = torch.cuda.is_available()
@@ -49,7 +53,7 @@ class Recorder(TorchDispatchMode):
                 if func.is_view:
                     continue
                 again = func(*args, **kwargs)
-                for old, new in zip(torch.utils._pytree.tree_leaves(result), torch.utils._pytree.tree_leaves(again)):
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -94,18 +98,22 @@ def attention(
     return torch.einsum("nij,jnd->ind", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
-def model_of(name: str = "llama", lora: bool = True, **options: Any) -> Any:
-    """A small model in training, placed on operations that are all torch's on a CPU."""
-    from peft import LoraConfig, get_peft_model
+def backend_for_graphs() -> Any:
+    """The fast backend on a GPU; on a CPU the reference, as far as it is all torch's operators."""
+    if ON_GPU:
+        return resolve("fast")
+    found = resolve("reference")
+    return replace(found, kernels=SimpleNamespace(**vars(found.kernels) | {"packed_attention": attention}))
 
+
+def model_of(name: str = "llama", lora: bool = True, **options: Any) -> Any:
+    """A small model in training."""
     torch.manual_seed(0)
-    model: Any = tiny.model(name, **options).to(DEVICE, torch.float32)
+    model: Any = tiny.model(name, **options)
+    model.to(DEVICE, torch.float32)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    backend = resolve("fast" if ON_GPU else "reference")
-    if not ON_GPU:
-        backend = replace(backend, kernels=SimpleNamespace(**vars(backend.kernels) | {"packed_attention": attention}))
-    place(model, backend)
+    place(model, backend_for_graphs())
     return model.train()
 
 
@@ -121,6 +129,14 @@ def passes(model: Any, *batches: dict[str, Any]) -> list[list[Tensor]]:
     grads = [one.grad.clone() for one in model.parameters() if one.grad is not None]
     model.zero_grad()
     return [losses, grads]
+
+
+def stack_graphs(model: Any) -> Any:
+    """The graphs of the model's stack."""
+    (stack,) = stacks_of(model)
+    documents = documents_of(stack)
+    assert documents is not None
+    return documents.graphs
 
 
 FULL, SHORT, OTHER = batch(30, 20, 14), batch(25, 30), batch(40, 24)
@@ -143,12 +159,140 @@ def test_a_recorded_stack_has_the_bits_of_the_others(name: str, lora: bool) -> N
             assert torch.equal(one, other) if exact else (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-9
 
 
-def stack_graphs(model: Any) -> Any:
-    """The graphs of the model's stack."""
-    from unsloth_fast.models.interface import stacks_of
-    from unsloth_fast.models.packed import documents_of
+def graphs_after(model: Any, *batches: dict[str, Any]) -> Any:
+    """The graphs of a model in the context, after passes over the batches."""
+    for each in batches:
+        passes(model, each)
+    return stack_graphs(model)
 
-    (stack,) = stacks_of(model)
-    documents = documents_of(stack)
-    assert documents is not None
-    return documents.graphs
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_checkpointed_layers_are_recorded(offloaded: bool) -> None:
+    """With the bits of those that keep their activations; dropping them is part of the recording."""
+    expected = passes(model_of(), OTHER)
+    model = model_of()
+    if offloaded:
+        enable_offloading(model.get_base_model())
+    model.enable_input_require_grads()
+    enable_checkpointing(model.get_base_model(), True)
+    with graphs.recorded(model):
+        passes(model, FULL)
+        found = passes(model, OTHER)
+        assert list(stack_graphs(model)._recordings) == [64]
+    assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+
+
+def test_a_changed_model_is_recorded_again() -> None:
+    """A weight that moves, another scaling, another adapter: each has its own bits."""
+
+    def move(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 2
+
+    def scale(model: Any) -> None:
+        model.base_model.model.model.layers[1].mlp.up_proj.set_scale("default", 3.0)
+
+    def add(model: Any) -> None:
+        torch.manual_seed(1)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_adapter("second")
+
+    for change in (move, scale, add):
+        plain, model = model_of(), model_of()
+        with graphs.recorded(model):
+            assert graphs_after(model, FULL, OTHER)._recordings
+            change(plain)
+            change(model)
+            for each in (OTHER, FULL, OTHER):
+                found, expected = passes(model, each), passes(plain, each)
+                assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]])), change.__name__
+            assert stack_graphs(model)._recordings
+
+
+def test_evaluation_and_other_batches_run_as_usual() -> None:
+    """Nothing is recorded of them, and they change nothing of what is recorded."""
+    model = model_of()
+    with graphs.recorded(model):
+        before = graphs_after(model, FULL, OTHER).passes
+        model.eval()
+        passes(model, FULL)
+        model.train()
+        with torch.no_grad():
+            model(input_ids=FULL["input_ids"], position_ids=FULL["position_ids"], use_cache=False)
+        many = batch(*[3] * 21)  # more documents than there is room for
+        expected, found = passes(model_of(), many), passes(model, many)
+        assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+        assert stack_graphs(model).passes == before > 0
+
+
+def test_a_second_backward_pass_raises() -> None:
+    """Whether a later forward pass or an earlier backward pass has overwritten the activations."""
+    model = model_of()
+    inputs = {name: value for name, value in FULL.items() if name != "labels"} | {"use_cache": False}
+    with graphs.recorded(model):
+        graphs_after(model, FULL, OTHER)
+        first, second = (model(**inputs).logits.sum() for _ in range(2))
+        with pytest.raises(RuntimeError, match="allowed: one backward pass directly after each forward pass"):
+            first.backward()
+        second.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="cuda_graphs=False"):
+            second.backward()
+
+
+OBSTACLES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "hook": (lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *_: None), "a hook of a LlamaMLP"),
+    "dropout": (lambda model: setattr(model.model.layers[0], "extra", torch.nn.Dropout(0.1)), "dropout"),
+    "attention": (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention_dropout=0.1"),
+    "frozen": (lambda model: model.model.requires_grad_(False), "the layers have no weight to train"),
+    "router": (lambda model: setattr(model.config, "output_router_logits", True), "router logits are asked for"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_forbids_recording_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The layers then run one by one, with the same results."""
+    change, reason = OBSTACLES[name]
+    model = model_of(lora=False)
+    change(model)
+    caplog.set_level(logging.INFO, graphs.__name__)
+    with graphs.recorded(model):
+        assert not graphs_after(model, FULL, OTHER, FULL, OTHER)._recordings
+    assert caplog.text.count("the layers are launched one by one: ") == caplog.text.count(reason) == 1
+
+
+def test_a_recording_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An operation that reads a value on the host cannot be recorded."""
+    model = model_of()
+    own = graphs.capture
+
+    def failing(*arguments: Any) -> Any:
+        own(*arguments)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "capture", failing)
+    caplog.set_level(logging.INFO, graphs.__name__)
+    with graphs.recorded(model):
+        found = [passes(model, each) for each in (FULL, OTHER, FULL)]
+    expected = [passes(model_of(), each) for each in (FULL, OTHER, FULL)]
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, [*one[0], *one[1]], [*other[0], *other[1]]))
+    assert "recording failed: operation not permitted when stream is capturing" in caplog.text
+    assert "more" not in caplog.text
+
+
+def test_a_copy_begins_without_recordings() -> None:
+    """Graphs cannot be copied, nor pickled."""
+    model = model_of(lora=False)
+    with graphs.recorded(model):
+        graphs_after(model, FULL, OTHER)
+        copied = copy.deepcopy(model)
+        assert stack_graphs(model)._recordings and not stack_graphs(copied)._recordings
+        found, expected = passes(copied, FULL), passes(model, FULL)
+        assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+    assert stack_graphs(model) is None
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (64, 64), (65, 72), (513, 576), (4096, 4096), (4097, 4608)])
+def test_sizes(tokens: int, size: int) -> None:
+    """At most an eighth above the tokens, from 64 on."""
+    assert graphs.padded_size(tokens) == size

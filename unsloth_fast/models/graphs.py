@@ -71,7 +71,7 @@ def recorded(model: Module) -> Iterator[None]:
 
 
 def padded_size(tokens: int) -> int:
-    """The least size of at least so many tokens: a power of two from 64 on, or its multiple by 1.125, 1.25 and so on."""
+    """The next size: at least 64 tokens, a power of two or its multiple by 1.125, 1.25 and so on."""
     step = max(8, 1 << max(0, (tokens - 1).bit_length() - 4))
     return max(64, -(-tokens // step) * step)
 
@@ -234,8 +234,8 @@ class _Replay(torch.autograd.Function):
         if ctx.number != ctx.graphs.passes:
             raise RuntimeError(
                 "backward: got a pass whose activations a later forward pass, or an earlier backward pass, has "
-                "overwritten, as the layers are recorded as CUDA graphs; allowed: one backward pass directly after each "
-                "forward pass, or cuda_graphs=False"
+                "overwritten, as the layers are recorded as CUDA graphs; allowed: one backward pass directly after "
+                "each forward pass, or cuda_graphs=False"
             )
         ctx.graphs.passes += 1
         return None, None, *ctx.recording.take_back(hidden)
@@ -258,7 +258,9 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
     with _other_stream():
         outputs = work()
         if not isinstance(outputs, ModelOutput) or list(outputs) != ["last_hidden_state"]:
-            raise ValueError(f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}")
+            raise ValueError(
+                f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}"
+            )
         hidden: Tensor = outputs.last_hidden_state
         if not hidden.requires_grad:
             raise ValueError("the layers have no weight to train")
@@ -313,7 +315,7 @@ def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Seq
     if len(places) != 1 or next(iter(places)).type != DEVICE:
         return f"the weights are on {', '.join(map(str, places))}"
     for module in modules:
-        if hooks_of(module) or hasattr(module, "_hf_hook"):
+        if hasattr(module, "_hf_hook") or not all(map(_asks_for_gradients, hooks_of(module))):
             return f"a hook of a {type(module).__name__}"
         if isinstance(module, dropout._DropoutNd) and module.p > 0:
             return "dropout"
@@ -322,6 +324,11 @@ def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Seq
     if random:
         return f"{random[0]}={shares[random[0]]} in the model's configuration"
     return "router logits are asked for" if getattr(stack.config, "output_router_logits", False) else None
+
+
+def _asks_for_gradients(hook: Callable[..., object]) -> bool:
+    """Whether a hook is transformers' or peft's on the embedding of a checkpointed model, which does nothing else."""
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
 
 
 @contextmanager

@@ -1,0 +1,65 @@
+"""A training whose layers are recorded as CUDA graphs has the losses of one without; the argument is checked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.models.test_graphs import ON_GPU, attention, capture, stack_graphs
+from tests.trainer.runs import arguments, build
+from unsloth_fast import UnslothTrainer
+from unsloth_fast.config import wants_graphs
+from unsloth_fast.models import graphs
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def losses(folder: Path, wanted: bool | None, **options: Any) -> tuple[list[float], list[int]]:
+    """The losses of the microbatches, and the sizes that were recorded until the last one."""
+    sizes: list[int] = []
+    own = {"backend": "fast", "use_cpu": False, "bf16": False} if ON_GPU else {}
+    trainer = build(UnslothTrainer, arguments(folder, cuda_graphs=wanted, **own, **options), lora=True)
+    compute_loss = trainer.compute_loss
+
+    def counted(*positional: Any, **keywords: Any) -> Any:
+        found = stack_graphs(trainer.model)
+        sizes[:] = [] if found is None else list(found._recordings)
+        return compute_loss(*positional, **keywords)
+
+    trainer.compute_loss = counted
+    with tiny.KeepFloat64():
+        trainer.train()
+    assert stack_graphs(trainer.model) is None
+    return trainer.losses, sizes
+
+
+def test_a_recorded_training_has_the_losses_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With microbatches of several sizes, which are padded, and gradients that are accumulated."""
+    if not ON_GPU:
+        monkeypatch.setattr(graphs, "DEVICE", "cpu")
+        monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "embedding_learning_rate": 1e-4}
+    expected, none = losses(tmp_path / "a", False, **options)
+    found, sizes = losses(tmp_path / "b", True, **options)
+    assert sizes and not none
+    assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
+
+
+@pytest.mark.parametrize(("name", "value"), [("verify_every", 2), ("torch_compile", True)])
+def test_what_needs_the_python_of_the_layers_excludes_graphs(tmp_path: Path, name: str, value: Any) -> None:
+    """Asked for with them, they are refused; otherwise nothing is recorded."""
+    args = arguments(tmp_path, cuda_graphs=True)
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"cuda_graphs: got True with {name}={value}; allowed: False, or None"):
+        wants_graphs(args)
+    args.cuda_graphs = None
+    assert not wants_graphs(args)
+
+
+def test_nothing_is_recorded_on_a_cpu(tmp_path: Path) -> None:
+    """Unless it is asked for; then the log says why not."""
+    assert not wants_graphs(arguments(tmp_path))
+    with pytest.raises(ValueError, match="cuda_graphs: got 'no'; allowed: True, False, or None"):
+        arguments(tmp_path, cuda_graphs="no")
