@@ -292,6 +292,18 @@ def test_a_copy_begins_without_recordings() -> None:
     assert stack_graphs(model) is None
 
 
+def test_a_larger_size_begins_anew() -> None:
+    """Smaller ones are recorded again, in its memory; each has the bits of the others."""
+    model, large = model_of(), batch(50, 78)
+    sizes = []
+    with graphs.recorded(model):
+        for each in (FULL, OTHER, large, large, FULL, large):
+            found, expected = passes(model, each), passes(model_of(), each)
+            assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+            sizes.append(list(stack_graphs(model)._recordings))
+    assert sizes == [[], [64], [64], [128], [128, 64], [128, 64]]
+
+
 @pytest.mark.parametrize(("tokens", "size"), [(1, 64), (64, 64), (65, 72), (513, 576), (4096, 4096), (4097, 4608)])
 def test_sizes(tokens: int, size: int) -> None:
     """At most an eighth above the tokens, from 64 on."""

@@ -10,8 +10,8 @@ A batch is padded within the stack to the next size: a power of two, or that tim
 one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding have the
 bits that they have without graphs; others may differ by the rounding of matrix products with another number of rows.
 
-The recordings share their memory, which holds the activations of the largest size for as long as they exist. Only one
-forward pass can wait for its backward pass; the second of two backward passes raises.
+The recordings share their memory, which holds the activations of the largest size for as long as they exist; a larger
+size begins anew. Only one forward pass can wait for its backward pass; the second of two backward passes raises.
 
 What Python does between the launches is not repeated. So nothing is recorded where it may matter (`_obstacle`), and a
 recording is dropped when the model has changed since then (`_state`): another adapter, a hook, a weight that moved.
@@ -22,10 +22,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -37,7 +38,7 @@ from transformers.utils import ModelOutput
 
 from unsloth_fast.models.checkpointing import offloads
 from unsloth_fast.models.interface import stacks_of
-from unsloth_fast.models.methods import hooks_of
+from unsloth_fast.models.methods import HOOKS, hooks_of
 from unsloth_fast.models.packed import documents_of
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,8 @@ class StackGraphs:
         """Whether the stack can be recorded; drops what was recorded of it if it has changed since then."""
         state = _state(self._modules, self._parameters)
         if self._state is None or state != self._state:
-            self._recordings.clear()
+            self._forget()
             self._seen.clear()
-            self._pool = None
             self._modules = list(stack.modules())
             self._parameters = list(stack.parameters())
             self._state = _state(self._modules, self._parameters)
@@ -142,7 +142,13 @@ class StackGraphs:
             self._say(self._obstacle)
         return self._obstacle is None
 
+    def _forget(self) -> None:
+        self._recordings.clear()
+        self._pool = None
+
     def _record(self, run: Run, stack: PreTrainedModel, size: int, batch: dict[str, Any]) -> "_Recording | None":
+        if size > max(self._recordings, default=size):  # the memory of smaller ones is in pieces that are too small
+            self._forget()
         try:
             with _checkpointed_for_graphs(self._modules):
                 recording = _Recording(run, size, batch, self._parameters, self._pool)
@@ -289,19 +295,19 @@ def _batch_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _state(modules: Sequence[Module], parameters: Sequence[Parameter]) -> tuple[object, ...]:
-    """What a recording depends on besides the batch, and what may change without a new module."""
+    """What a recording depends on besides the batch, and what may change without a new module.
+
+    Read by map from the modules' dictionaries, since a Llama of 16 layers with LoRA has 1337 modules.
+    """
     precision = torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)
-    places = tuple((one.data_ptr(), one.requires_grad) for one in parameters)
-    return precision, places, tuple(map(_state_of, modules))
-
-
-def _state_of(module: Module) -> tuple[object, ...]:
-    own = vars(module)
-    adapters = ()
-    if isinstance(module, BaseTunerLayer):
-        scaling = getattr(module, "scaling", {})
-        adapters = (tuple(module.active_adapters), module.disable_adapters, module.merged, *scaling.values())
-    return module.training, hooks_of(module), own.get("forward"), own.get(_CHECKPOINT), adapters
+    places = [(one.data_ptr(), one.requires_grad) for one in parameters]
+    owns = list(map(vars, modules))
+    values = [list(map(dict.get, owns, repeat(name))) for name in ("training", "forward", _CHECKPOINT)]
+    hooks = [list(map(tuple, map(itemgetter(name), owns))) for name in HOOKS]  # their numbers, which are not used twice
+    layers = [own for own in owns if "scaling" in own and "merged_adapters" in own]
+    adapters = [(*own["scaling"].items(), *own["merged_adapters"], own["_disable_adapters"]) for own in layers]
+    active = [tuple(own.get("_active_adapter", ())) for own in layers]
+    return precision, places, values, hooks, adapters, active
 
 
 def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Sequence[Parameter]) -> str | None:

@@ -14,6 +14,8 @@ from torch.nn import Module
 
 Purpose = Literal["operation", "loss", "offloading", "head", "lists"]
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
+
 _RECORDS = "_unsloth_replaced"  # the attribute with an instance's replaced methods; absent where there are none
 
 
@@ -92,8 +94,7 @@ def has_own_method(instance: object, name: str) -> bool:
 
 def hooks_of(module: Module) -> tuple[Callable[..., object], ...]:
     """The hooks that run when the module is called, and in the backward pass of the call."""
-    places = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return tuple(hook for place in places for hook in place.values())
+    return tuple(hook for name in HOOKS for hook in getattr(module, name).values())
 
 
 def has_foreign_forward(module: Module) -> bool:
