@@ -80,6 +80,10 @@ SEAMS = (
         "transformers.PreTrainedModel._set_gradient_checkpointing",
         "replaced on an instance: offloads inputs",
     ),
+    Seam(
+        "transformers.PreTrainedModel._gradient_checkpointing_func",
+        "replaced while layers are recorded: the state of the random numbers cannot be read then",
+    ),
     Seam("transformers.PreTrainedModel._can_record_outputs", "read: a model that returns no router logits"),
     Seam("transformers.PreTrainedModel._from_config", "called: a model without memory, whose mixers are recognised"),
     Seam(
@@ -115,6 +119,8 @@ SEAMS = (
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
+    Seam("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "read: a change drops what is recorded of layers"),
+    Seam("peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters", "read: the same"),
     Seam("peft.tuners.lora.Linear", "recognised: its forward is ours; merges a dequantised layer"),
     Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
     Seam("peft.AutoPeftModelForCausalLM.from_pretrained", "replaced by models.auto: it takes load_in_4bit"),

@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
-from torch.nn.modules import dropout
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -323,7 +322,7 @@ def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Seq
     for module in modules:
         if hasattr(module, "_hf_hook") or not all(map(_asks_for_gradients, hooks_of(module))):
             return f"a hook of a {type(module).__name__}"
-        if isinstance(module, dropout._DropoutNd) and module.p > 0:
+        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
             return "dropout"
     shares = {name: value for name, value in vars(stack.config).items() if any(word in name for word in _RANDOM)}
     random = [name for name, value in shares.items() if isinstance(value, float) and value > 0]
