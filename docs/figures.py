@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -40,11 +41,29 @@ class FiguresError(Exception):
     """A block or a file that cannot be rendered; the message is one line."""
 
 
-def steps(path: Path) -> str:
-    """Speed and memory of a training step, the fastest trainer first."""
-    trainers = sorted(json.loads(path.read_text())["results"], key=lambda one: -one["tokens_per_second"])
-    rows = [(one["what"], f"{one['tokens_per_second'] / 1e3:.1f}", f"{one['peak_gib']:.1f}") for one in trainers]
-    return table(("", "1000 tokens/s", "peak GiB"), rows)
+def steps(*paths: Path) -> str:
+    """Speed and memory of a training step at each file's size, the fastest trainer of the first file first."""
+    heads, figures = [""], defaultdict[str, dict[Path, tuple[str, str]]](dict)
+    for path in paths:
+        file = json.loads(path.read_text())
+        size = f"{file['meta']['rows']} x {file['meta']['length']}"
+        heads += [f"{size}: 1000 tokens/s", "peak GiB"]
+        for one in sorted(file["results"], key=lambda one: -one["tokens_per_second"]):
+            figures[one["what"]][path] = f"{one['tokens_per_second'] / 1e3:.1f}", f"{one['peak_gib']:.1f}"
+    rows = [(what, *(cell for path in paths for cell in found.get(path, ("", "")))) for what, found in figures.items()]
+    return table(tuple(heads), rows)
+
+
+def utilisation(path: Path) -> str:
+    """The time of a training step, its model FLOP utilisation, and the share in which the GPU waits."""
+    file = json.loads(path.read_text())
+    trainers = sorted(file["results"], key=lambda one: one["step_ms"])
+    shares = [(one["teraflops"] / file["meta"]["matmul_teraflops"], one["idle_share"]) for one in trainers]
+    rows = [
+        (one["what"], f"{one['step_ms']:.0f}", *(f"{100 * share:.0f}" for share in found))
+        for one, found in zip(trainers, shares, strict=True)
+    ]
+    return table(("", "ms", "use, %", "idle, %"), rows)
 
 
 def operations(*paths: Path) -> str:
@@ -100,7 +119,7 @@ def measured(*paths: Path) -> str:
     return table(("file", "card", "versions", "measured at"), rows)
 
 
-RENDERERS: dict[str, Callable[..., str]] = {one.__name__: one for one in (steps, operations, budget, measured)}
+RENDERERS: dict[str, Callable[..., str]] = {one.__name__: one for one in (steps, utilisation, operations, budget, measured)}
 
 
 def rendered(text: str, root: Path = ROOT) -> str:

@@ -39,6 +39,7 @@ from unsloth_fast.models.checkpointing import offloads
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.methods import HOOKS, hooks_of
 from unsloth_fast.models.packed import documents_of
+from unsloth_fast.saved_tensors import saved_tensors_hooked
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class StackGraphs:
             args: of its forward.
             kwargs: of its forward, with cu_seq_lens_q.
         """
-        if not (stack.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        trains = stack.training and torch.is_grad_enabled()
+        if not trains or torch.compiler.is_compiling() or saved_tensors_hooked():
             return run(*args, **kwargs)
         batch = None if args else _batch_of(kwargs)
         if batch is None or not self._may_record(stack):
@@ -193,11 +195,11 @@ class _Recording:
         with torch.enable_grad(), torch.autocast(DEVICE, cache_enabled=False, **precision):
             outputs, grads = _rehearse(work, trained)
             self.output_type = type(outputs)
-            self.grad_hidden = torch.zeros_like(outputs.last_hidden_state)
+            self.grad_hidden = torch.zeros_like(outputs["last_hidden_state"])
             self.parameters = [one for one, grad in zip(trained, grads, strict=True) if grad is not None]
             del outputs, grads
             outputs, self.forward = capture(work, pool)
-            hidden: Tensor = outputs.last_hidden_state
+            hidden: Tensor = outputs["last_hidden_state"]
             gradients = partial(torch.autograd.grad, hidden, self.parameters, self.grad_hidden)
             self.grads, self.backward = capture(gradients, pool)
         self.hidden = hidden.detach()
@@ -249,7 +251,8 @@ class _Replay(torch.autograd.Function):
 def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
     """What the work returns, computed by each replay of the graph, and the graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Another thread may pin a batch meanwhile, or watch NCCL.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
     return result, graph
 
