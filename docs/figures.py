@@ -4,7 +4,7 @@
 
 A block of README.md or docs/*.md names what it shows and the files that it is made of:
 
-    <!-- figures: steps docs/results/steps.json -->
+    <!-- figures: steps docs/results/steps/8x2048.json -->
     (rendered)
     <!-- end -->
 
@@ -31,7 +31,6 @@ from conformance.page.reading import FileError, read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
-STEPS = "steps.json"  # of examples/step_benchmark.py; the other files there are those of the judge's verbs
 BLOCK = re.compile(r"^<!-- figures: ([^\n]*) -->$\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 REPORTS = {"report.html": page, "comment.md": comment}
 OURS = "fast"
@@ -145,7 +144,7 @@ def rendered(text: str, root: Path = ROOT) -> str:
 
 def reports(root: Path = ROOT) -> dict[Path, str]:
     """The page and the comment of the committed results, by path."""
-    files = [read(path) for path in sorted((root / RESULTS).glob("*.json")) if path.name != STEPS]
+    files = [read(path) for path in sorted((root / RESULTS).glob("*.json"))]
     return {root / RESULTS / name: make(files) for name, make in REPORTS.items()}
 
 
