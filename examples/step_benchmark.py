@@ -8,8 +8,8 @@ on every linear layer and 8 rows of 2048 tokens per step) in bfloat16 with AdamW
 with log-normal lengths, as text has them: most have a few hundred tokens, a few fill a row. Every contender runs in its
 own process, loads the same files and sees the same documents. The table shows tokens per second (of the median step),
 peak memory of one GPU, the model FLOP utilisation ("use"), the share of the step in which the GPU waits ("idle"; see
-step_work.py), and the first and the last loss, from which you see whether all train the same thing. steps.json has the
-same of all contenders. --profile also shows where the GPU's time goes, by kernel.
+step_work.py), and the loss of the first and of the last five steps, from which you see whether all train the same
+thing. steps.json has the same of all contenders. --profile also shows where the GPU's time goes, by kernel.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
@@ -45,25 +44,28 @@ def run_one(contender: str, job: Job, profile: bool) -> dict[str, Any]:
         import torch
         from transformers import TrainerCallback
 
-        ends: list[float] = []
+        ends: list[Any] = []  # when the GPU has finished each step
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
         class Clock(TrainerCallback):
-            """Takes the time at the end of each step, when the GPU has finished it."""
+            """Lets the GPU note the time at the end of each step; the host need not wait for it."""
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                torch.cuda.synchronize()
-                ends.append(time.perf_counter())
+                ends.append(torch.cuda.Event(enable_timing=True))
+                ends[-1].record()
                 if len(ends) == WARMUP:
                     torch.cuda.reset_peak_memory_stats()
                 if len(ends) == job.steps - PROFILED:
+                    torch.cuda.synchronize()
                     profiler.start()
 
         trainer.add_callback(Clock())
         trainer.train()
+        torch.cuda.synchronize()
         profiler.stop()
     # The last steps are left out: under the profiler a step takes longer.
-    seconds = [after - before for before, after in pairwise(ends)][WARMUP - 1 : job.steps - PROFILED - 1]
+    seconds = [before.elapsed_time(after) / 1e3 for before, after in pairwise(ends)]
+    seconds = seconds[WARMUP - 1 : job.steps - PROFILED - 1]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     step = statistics.median(seconds)
     work = step_work.operations(trainer.model, lengths(job), job.tokens)

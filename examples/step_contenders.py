@@ -85,7 +85,7 @@ def options(job: Job, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder, "max_steps": job.steps, "per_device_train_batch_size": job.rows, "packing": True,
         "max_length": job.length, "learning_rate": 2e-4, "lr_scheduler_type": "constant", "bf16": True,
-        "optim": "adamw_torch_fused", "gradient_checkpointing": job.mode == "gc", "logging_steps": 1,
+        "optim": "adamw_torch_fused", "gradient_checkpointing": job.mode == "gc", "logging_steps": 5,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "seed": 0,
     }  # fmt: skip
 

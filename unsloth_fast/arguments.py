@@ -126,8 +126,7 @@ def resolve_arguments(
     if settings.eval_packing and not plan.padding_free:
         logger.warning("eval_packing: off, as batches are padded")
         settings.eval_packing = False
-    if plan.padding_free or has_stream(given):
-        settings.accelerator_config = _without_dispatch(settings.accelerator_config)
+    settings.accelerator_config = _loading(settings, own_rows=plan.padding_free or has_stream(given))
     only_completions = completion_only(given, settings, named=named)
     return ResolvedArguments(settings, given, config, backend, plan, vocabulary, only_completions, named)
 
@@ -316,14 +315,17 @@ def _log_batching(plan: BatchingPlan, asked: bool) -> None:
     )
 
 
-def _without_dispatch(accelerator_config: Any) -> Any:
-    """A copy of accelerate's configuration with which each process reads its own rows.
+def _loading(settings: SFTConfig, *, own_rows: bool) -> Any:
+    """A copy of accelerate's configuration, with which pinned batches are copied without waiting for the device.
 
-    By default one process reads a stream for all of them and splits every tensor along its first dimension. That
-    dimension is 1 for a padding-free row, and rows that are padded to different lengths cannot be concatenated.
+    With own_rows each process reads its own rows. By default one process reads a stream for all of them and splits
+    every tensor along its first dimension. That dimension is 1 for a padding-free row, and rows that are padded to
+    different lengths cannot be concatenated.
     """
-    accelerator_config = copy.copy(accelerator_config)
-    if accelerator_config.dispatch_batches:
+    accelerator_config: Any = copy.copy(settings.accelerator_config)
+    accelerator_config.non_blocking |= settings.dataloader_pin_memory
+    if own_rows and accelerator_config.dispatch_batches:
         logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
-    accelerator_config.dispatch_batches = False
+    if own_rows:
+        accelerator_config.dispatch_batches = False
     return accelerator_config

@@ -87,7 +87,10 @@ def test_a_figure_that_changes_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("<!-- figures: speeds a.json -->\n<!-- end -->\n", "figures: got 'speeds'; allowed: steps, utilisation, operations, "),
+        (
+            "<!-- figures: speeds a.json -->\n<!-- end -->\n",
+            "figures: got 'speeds'; allowed: steps, utilisation, operations, ",
+        ),
         ("<!-- figures: steps -->\n<!-- end -->\n", "figures: steps: got no file; allowed: files that exist"),
         ("<!-- figures: steps no.json -->\n<!-- end -->\n", "figures: steps: got no.json; allowed: files that exist"),
         ("<!-- figures: steps a.json -->\n1\n", "figures: got a block without <!-- end -->; allowed: "),
