@@ -1,14 +1,18 @@
-"""The Triton cross_entropy at the edges of its tiles and segments, and on several streams."""
+"""The Triton cross_entropy at the edges of its tiles and segments, and where programs leave segments to others."""
 
+from collections.abc import Callable
 from importlib import import_module
 from math import log2
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.kernels.test_fast_kernels import NO_OPTIONS, assert_within, random, with_gradients
 from tests.operations.calls import DEVICE
 from unsloth_fast import kernels as fast
+from unsloth_fast.kernels._launch import Kernel, launch
 from unsloth_ref import kernels as reference
 
 
@@ -64,36 +68,39 @@ def test_a_softcap_adds_no_error_of_its_own_size() -> None:
     assert_within(loss, torch.nn.functional.softplus(z), 4, 1 + z)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_one_and_two_programs_per_segment_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This holds with as many segments as the largest vocabularies have, and in place."""
+@pytest.mark.parametrize("columns", [8193, 50_257])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_programs_leave_has_the_bits_of_programs_that_find_all_sums(
+    columns: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first programs of a row do not wait, and another kernel does their work: in a new tensor and in place."""
     module = import_module("unsloth_fast.kernels.cross_entropy")
-    logits, labels = random(300, 256_000).bfloat16(), torch.arange(300, device=DEVICE) * 853
-    options = NO_OPTIONS._replace(label_smoothing=0.1, z_loss=1e-3)
-    found = []
-    for processors in (132, 0):
-        monkeypatch.setattr(module, "processors", lambda device, processors=processors: processors)
-        found.append(module.cross_entropy_total(logits, labels, None, options))
-        found.append(module.cross_entropy_total(logits.clone(), labels, None, options, in_place=True))
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+    logits, labels = 4 * random(3, columns), torch.tensor([0, columns - 1, -100], device=DEVICE)
+    options = NO_OPTIONS._replace(label_smoothing=smoothing, z_loss=1e-3)
+    left: list[int] = []
 
+    def repeating(times: int) -> Callable[..., None]:
+        """Launches the kernel of the total again, with the sums that its programs have published before."""
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_rows_on_several_streams_do_not_block_each_other() -> None:
-    """Each stream occupies part of the GPU with programs that wait for the rest of their row."""
-    module = import_module("unsloth_fast.kernels.cross_entropy")
-    logits, labels = random(500, 256_000).bfloat16(), torch.arange(500, device=DEVICE) * 511
-    alone = module.cross_entropy_total(logits, labels, None, NO_OPTIONS)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(8):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(module.cross_entropy_total(logits, labels, None, NO_OPTIONS))
-    torch.cuda.synchronize()
+        def launch_again(kernel: Kernel, programs: int, tensor: Tensor, *arguments: Any, **settings: Any) -> None:
+            for _ in range(times if kernel is module.cross_entropy_total_kernel else 1):
+                launch(kernel, programs, tensor, *arguments, **settings)
+                if kernel is module.cross_entropy_total_kernel:
+                    left.append(int(arguments[3][0]))
+
+        return launch_again
+
+    monkeypatch.setattr(module, "POLLS", 0)
+    monkeypatch.setattr(module, "launch", repeating(1))
+    found = [
+        module.cross_entropy_total(logits.clone(), labels, None, options, in_place=in_place)
+        for in_place in (False, True)
+    ]
+    monkeypatch.setattr(module, "launch", repeating(2))
+    usual = module.cross_entropy_total(logits, labels, None, options)
+
+    most = 2 * (-(-columns // module.SEGMENT_COLUMNS) - 1)  # the last program of a row finds all sums
+    assert all(0 < number <= most for number in left) and (DEVICE != "cpu" or left == [most] * 4)
+    assert left[2] == left[3]  # none has been left the second time
     for other in found:
-        assert all(map(torch.equal, alone, other))
+        assert all(map(torch.equal, usual, other))

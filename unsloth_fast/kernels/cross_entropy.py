@@ -12,6 +12,11 @@ differentiated takes one pass less, 2TVb altogether: the forward pass also write
 registers that still hold the row, and the first backward pass returns it. If dloss is not 1, and in a second backward
 pass, the gradient is computed again, for 2TVb more. Ignored rows are not read. A label outside [0, V) addresses
 nothing; its row's loss and gradient are NaN.
+
+In that early pass several programs share a row, and wait until all have published their parts of lse. They may have the
+device to share as well: with other streams and processes, or in a context of few processors. So the wait is bounded: a
+program that has looked POLLS times leaves its part of the gradient to a second kernel, which reads that part again and
+computes the same bits. That costs at most TVb more; usually the second kernel ends after it has read one number.
 """
 
 import torch
@@ -24,7 +29,11 @@ from unsloth_fast.kernels._cross_entropy import (
     cross_entropy_forward_kernel,
     divided_sum_kernel,
 )
-from unsloth_fast.kernels._cross_entropy_total import cross_entropy_total_kernel, prepare_kernel
+from unsloth_fast.kernels._cross_entropy_total import (
+    cross_entropy_rest_kernel,
+    cross_entropy_total_kernel,
+    prepare_kernel,
+)
 from unsloth_fast.kernels._launch import (
     INTERPRETED,
     cdiv,
@@ -45,6 +54,9 @@ from unsloth_ref.types import IGNORE_INDEX, Reduction
 # Most programs of a backward pass that has nothing to do, because the forward pass wrote its gradient.
 IDLE_PROGRAMS = 2048
 SEGMENT_COLUMNS = 8192  # the most columns that a program holds; the fastest of 4096 to 32768 on an H100
+# How often a program looks whether the others of its row have published their sums, before it leaves the rest of its
+# work to another kernel. In the interpreter programs run one after another: none arrives while another one waits.
+POLLS = 0 if INTERPRETED else 256
 # Without fused multiply and add, a second backward pass gives the same bits as the forward pass: the compiler fuses
 # other operations if an intermediate result has a second use.
 SAME_BITS = {"enable_fp_fusion": False}
@@ -107,7 +119,7 @@ def cross_entropy_total(
     tile_width, warps = vocabulary_tile(columns, widest=SEGMENT_COLUMNS, per_thread=per_thread)
     segments = cdiv(columns, tile_width)
     words_per_row = 1 + (1 + (options.label_smoothing != 0)) * segments
-    words = labels.new_empty(rows * words_per_row if segments > 1 else 0, dtype=torch.int64)
+    words = labels.new_empty(1 + rows * words_per_row if segments > 1 else 0, dtype=torch.int64)
     number_ptr, number, constants = divisor_arguments(num_items, items)
     launch(
         prepare_kernel, max(1, cdiv(words.numel(), constants["EACH"])), logits, labels, number_ptr, items, words,
@@ -115,15 +127,15 @@ def cross_entropy_total(
     )  # fmt: skip
     if rows == 0:
         return losses, lse, items, dlogits
-    # Otherwise, if each of four streams has a row that waits for its last segments, processors are left to run these.
-    apart = segments > 1 and (INTERPRETED or 4 * segments > processors(logits.device))
-    launch(
-        cross_entropy_total_kernel, rows * segments * (1 + apart), logits,
+    arguments = (
         logits, labels, items, words, losses, lse, dlogits,
         columns, segments, 64 * cdiv(columns, 64 * segments), *logits.stride(), *labels.stride(), *options,
-        **options.flags(), SEGMENTS=next_power_of_2(segments), COLUMNS=tile_width, APART=apart, num_warps=warps,
-        **SAME_BITS,
     )  # fmt: skip
+    shared = {**options.flags(), "SEGMENTS": next_power_of_2(segments), "COLUMNS": tile_width, "num_warps": warps}
+    launch(cross_entropy_total_kernel, rows * segments, logits, *arguments, **shared, POLLS=POLLS, **SAME_BITS)
+    if segments > 1:
+        programs = min(rows * segments, processors(logits.device))
+        launch(cross_entropy_rest_kernel, programs, logits, *arguments, rows, **shared, **SAME_BITS)
     return losses, lse, items, dlogits
 
 

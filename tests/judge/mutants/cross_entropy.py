@@ -67,6 +67,8 @@ TABLE = {
         ("error_parity",),
         device="cpu",
     ),
+    # Triton's interpreter runs programs one after another: the first ones of a row leave their segments.
+    "left_segments_forgotten": Mutant((("& MARK) != 0:", "& MARK) < 0:"),), ("extents",), device="cpu"),
     # Needs a label smoothing and a vocabulary of several segments.
     "scratch_without_the_smoothing": Mutant(
         (("1 + (1 + (options.label_smoothing != 0)) * segments", "1 + segments"),),
