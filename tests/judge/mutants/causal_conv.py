@@ -51,8 +51,5 @@ TABLE = {
         "value",
     ),
     "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
-    "sigmoid_flushed_to_0": one(
-        "tl.exp(-tl.abs(x))", "tl.exp2(tl.abs(x) * -1.4426950408889634)", "value", "gradients", "one_at_a_time"
-    ),
     "second_derivative_zero": one(*LYING),
 }
