@@ -33,6 +33,7 @@ Bound
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,14 @@ class Terms:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def lost(x: Tensor, moved: float | Tensor = 0.0) -> Tensor:
+    """The error of a float32 sigmoid of x where exp(-x) overflows, relative, in roundings; 0 elsewhere.
+
+    There it is all of the sigmoid: plain PyTorch's is 0. `moved` is how far roundings may have moved x.
+    """
+    return (x - moved < -math.log(torch.finfo(torch.float32).max)) / UNIT_FLOAT32
 
 
 def root_of_mean(terms: Tensor) -> Tensor:

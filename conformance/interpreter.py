@@ -13,6 +13,11 @@ is true if that happened in a block of code. What a module imports makes no diff
 These repetitions take two fifths of the time of the project's kernels in the interpreter. A version of Triton that
 lacks one of these functions stays as it is there.
 
+`patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
+
+    create_exp2      On a GPU, float32 results below the normal numbers are 0. Those of tl.exp are not.
+    create_sqrt, create_rsqrt    Float32 arguments below the normal numbers are 0. Those of tl.sqrt_rn are not.
+
 `conformance.backends.load` applies both on a CPU, for the whole process, to other people's kernels too.
 
 `reads` patches the interpreter's loads: it sees an address outside the tensors of a launch, whatever becomes of the
@@ -87,6 +92,20 @@ def patch_for_speed() -> None:
         interpreter._patch_lang = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _Memoised(interpreter._get_np_dtype)
+
+
+@cache
+def patch_range() -> None:
+    """Give the interpreter's float32 functions the range of PTX's .ftz, once per process; imports triton."""
+    builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+
+    def flushed(value: Any) -> Any:
+        small = (value.dtype == np.float32) & (np.abs(value) < np.finfo(np.float32).tiny)
+        return np.where(small, np.copysign(np.zeros_like(value), value), value)
+
+    builder.create_exp2 = lambda self, x: self.unary_op(x, lambda data: flushed(np.exp2(data)))
+    builder.create_sqrt = lambda self, x: self.unary_op(x, lambda data: np.sqrt(flushed(data)))
+    builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(flushed(data)))
 
 
 class _Memoised:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Terms
+from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -42,7 +42,10 @@ def _build(draw: Draw, tokens: int, documents: int, channels: int, width: int) -
 
 
 class _Sums:
-    """z of a call, the size of its terms, and how they reach a result; all [T, C]."""
+    """z of a call, the size of its terms, and how they reach a result; all [T, C].
+
+    `lost` is the error of sigmoid(z), where z may be rounded three times.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call, self.x = call, call.inputs["x"]
@@ -54,6 +57,7 @@ class _Sums:
         self.size = bias.abs() + sum(term.abs() for term in terms)
         self.silu = call.options.get("activation") == "silu"
         self.s = torch.sigmoid(self.z)
+        self.lost = lost(self.z, 3 * call.unit * self.size)
 
     def dz(self) -> Terms:
         """dy times the derivative of the activation; the derivative changes with the roundings of z."""
@@ -63,7 +67,8 @@ class _Sums:
         other = 1 - self.s
         slope = (self.s * (1 + self.z * other)).abs()
         bend = (self.s * other * (2 + self.z * (1 - 2 * self.s))).abs()
-        wide = self.s * (1 + self.z.abs() * other * (2 + self.z.abs())) + bend * self.size
+        far = self.z.abs()
+        wide = self.s * (1 + far * other * (2 + far) + (1 + far) * self.lost) + bend * self.size
         size = slope + bend * self.z.abs()
         return Terms(dy * size, root=dy * torch.hypot(slope, bend * self.z), in_float32=dy * wide)
 
@@ -75,7 +80,7 @@ def _y_terms(call: Call) -> Terms:
         size = sums.z.abs() + call.inputs.get("bias", torch.zeros_like(sums.z[:1])).abs()
         return Terms(size, in_float32=sums.size)
     slope, y = (sums.s * (1 + sums.z * (1 - sums.s))).abs(), (sums.z * sums.s).abs()
-    wide = slope * sums.size + y * (1 + sums.z.abs() * (1 - sums.s))
+    wide = slope * sums.size + y * (1 + sums.z.abs() * (1 - sums.s) + sums.lost)
     return Terms(slope * sums.z.abs() + y, root=torch.hypot(slope * sums.z, y), in_float32=wide)
 
 

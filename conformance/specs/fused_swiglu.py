@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms
+from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -40,9 +40,14 @@ def _factors(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gate.clamp(max=limit), up.clamp(-limit, limit) + offset, *within
 
 
-def _terms(size: Tensor, root: Tensor, roundings: int) -> Terms:
+def _terms(size: Tensor, root: Tensor, roundings: int, in_float32: Tensor) -> Terms:
     """Terms that are rounded so often, in a budget of one rounding."""
-    return Terms(roundings * size, root=roundings**0.5 * root, in_float32=size)
+    return Terms(roundings * size, root=roundings**0.5 * root, in_float32=in_float32)
+
+
+def _lost(call: Call, x: Tensor) -> Tensor:
+    """Where exp(-alpha g) overflows, if alpha g is rounded."""
+    return lost(x, 0.0 if call.options.get("alpha", 1.0) == 1.0 else call.unit * x.abs())
 
 
 def _activation_terms(call: Call, factor: Tensor, offset: bool) -> Terms:
@@ -52,9 +57,9 @@ def _activation_terms(call: Call, factor: Tensor, offset: bool) -> Terms:
     """
     gate, alpha = _factors(call)[0], call.options.get("alpha", 1.0)
     x = alpha * gate
-    size = (gate * torch.sigmoid(x) * factor).abs()
-    absolute = 2 * call.smallest * (1 + gate.abs()) * factor.abs()
-    return _terms(size * (1 + x.abs() * torch.sigmoid(-x)) + absolute, size, 2 + offset)
+    root = (gate * torch.sigmoid(x) * factor).abs()
+    size = root * (1 + x.abs() * torch.sigmoid(-x)) + 2 * call.smallest * (1 + gate.abs()) * factor.abs()
+    return _terms(size, root, 2 + offset, size + root * _lost(call, x))
 
 
 def _y_terms(call: Call) -> Terms:
@@ -65,7 +70,8 @@ def _gate_terms(call: Call, dy: Tensor) -> Terms:
     """As swiglu's, of x = alpha g: |dy (u + offset)| s (1 + |x| (1 - s)), for the derivative changes sign.
 
     Roundings without alpha: dy times up, and one more for kernels that round the sigmoid. With alpha, of which the
-    derivative consists of two products: dy (u + offset), times g, times s (1 - s), times alpha, and s.
+    derivative consists of two products: dy (u + offset), times g, times s (1 - s), times alpha, and s. All of these
+    may be below the normal numbers.
     """
     gate, factor, within, _ = _factors(call)
     alpha = call.options.get("alpha", 1.0)
@@ -74,7 +80,10 @@ def _gate_terms(call: Call, dy: Tensor) -> Terms:
     other = x.abs() * complement
     size = s * (1 + other * (2 + x.abs()) + x.abs() * (complement / call.unit).clamp(max=1.0))
     roundings = (2 if alpha == 1.0 else 5) + bool(call.options.get("offset"))
-    return _terms((factor + 2 * call.smallest * within) * size, factor * torch.hypot(s, s * other), roundings)
+    absolute = 2 * call.smallest * within * (size + (1 + x.abs()) * (1 + factor))
+    size = factor * size + absolute
+    in_float32 = size + factor * s * (1 + other) * _lost(call, x)
+    return _terms(size, factor * torch.hypot(s, s * other), roundings, in_float32)
 
 
 def _gradient_terms(call: Call) -> Terms:
@@ -101,7 +110,7 @@ spec = Spec(
             "limit": [None, 7.0, 1.0],
             "offset": [0.0, 1.0],
         },
-        fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
+        fills=["randn", "ones", "zeros", "tiny", "wide", "far", "outlier"],
     ),
     outputs=["y"],
     grads=["gate_up"],

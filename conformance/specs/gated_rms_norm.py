@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import UNIT_FLOAT32, Terms, root_of_mean
+from conformance.bounds import UNIT_FLOAT32, Terms, lost, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -81,13 +81,14 @@ def _parts(call: Call) -> _Parts:
     weight = call.inputs["weight"].unflatten(-1, (-1, size))
     share, complement = torch.sigmoid(gate), torch.sigmoid(-gate)
     activation, other = gate * share, gate.abs() * complement
-    exponential = 1 + other
+    exponential = 1 + other + lost(gate)
     before = call.options.get("norm_before_gate", True)
     v = x if before else x * activation
     square = v.square()
     mean = square.mean(-1, keepdim=True)
-    r = torch.rsqrt(mean + call.options.get("eps", 1e-6))
-    of_r = torch.zeros_like(mean) if before else (square * exponential).mean(-1, keepdim=True) / mean.clamp(min=1e-300)
+    added = mean + call.options.get("eps", 1e-6)
+    r = torch.rsqrt(added)
+    of_r = torch.zeros_like(mean) if before else (square * exponential).mean(-1, keepdim=True) / added.clamp(min=1e-300)
     dy = call.grad_outputs[0].unflatten(-1, (-1, size)) if call.grad_outputs else torch.zeros_like(x)
     g = dy * weight * (activation if before else 1.0)
     ones = torch.ones_like(x)
@@ -96,7 +97,12 @@ def _parts(call: Call) -> _Parts:
         slope=share * (1 + other),
         slope_root=torch.hypot(share, share * other),
         slope_in_float32=share
-        * (1 + other * (2 + gate.abs()) + gate.abs() * (complement / UNIT_FLOAT32).clamp(max=1.0)),
+        * (
+            1
+            + other * (2 + gate.abs())
+            + gate.abs() * (complement / UNIT_FLOAT32).clamp(max=1.0)
+            + (1 + other) * lost(gate)
+        ),
         exponential=exponential,
         of_r=of_r,
         of_n=ones if before else exponential + of_r,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms
+from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -32,8 +32,9 @@ def _silu_terms(call: Call, factor: Tensor) -> Terms:
     The activation may be below the normal numbers.
     """
     gate = call.inputs["gate"]
-    size, absolute = (gate * torch.sigmoid(gate) * factor).abs(), 2 * call.smallest * factor.abs()
-    return Terms(size * (1 + gate.abs() * torch.sigmoid(-gate)) + absolute, root=size)
+    root, absolute = (gate * torch.sigmoid(gate) * factor).abs(), 2 * call.smallest * factor.abs()
+    size = root * (1 + gate.abs() * torch.sigmoid(-gate)) + absolute
+    return Terms(size, root, in_float32=size + root * lost(gate))
 
 
 def _gate_terms(call: Call) -> Terms:
@@ -45,7 +46,9 @@ def _gate_terms(call: Call) -> Terms:
     s, complement = torch.sigmoid(x), torch.sigmoid(-x)
     other = x.abs() * complement
     size = s * (1 + other * (2 + x.abs()) + x.abs() * (complement / call.unit).clamp(max=1.0))
-    return Terms((factor + 2 * call.smallest) * size, root=factor * torch.hypot(s, s * other))
+    factor_size = factor + 2 * call.smallest
+    in_float32 = factor_size * (size + s * (1 + other) * lost(x))
+    return Terms(factor_size * size, factor * torch.hypot(s, s * other), in_float32)
 
 
 def bytes_moved(inputs: Inputs) -> tuple[int, int]:
@@ -58,8 +61,7 @@ spec = Spec(
     drawing=Drawing(
         sizes={"rows": row_counts, "hidden": column_counts},
         build=_build,
-        # No fill has a gate near -88: there exp(-gate) overflows in float32, which gives 0 instead of 1e-36.
-        fills=["randn", "ones", "zeros", "tiny", "wide", "far"],
+        fills=["randn", "ones", "zeros", "tiny", "wide", "far", "outlier"],
     ),
     outputs=["y"],
     grads=["gate", "up"],

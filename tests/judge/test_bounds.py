@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms, added_in_float32, exact, product, root_of_mean, total
+from conformance.bounds import Bound, Terms, added_in_float32, exact, lost, product, root_of_mean, total
 from unsloth_ref.accuracy import unit_roundoff
 
 DTYPE = torch.float16
@@ -70,3 +70,9 @@ def test_terms_of_a_sum_over_rows() -> None:
 )
 def test_only_casts_to_bfloat16_truncate(dtype: torch.dtype, truncates: bool, unit: float) -> None:
     assert unit_roundoff(dtype, truncates) == unit
+
+
+def test_of_a_sigmoid_all_is_lost_where_an_exponential_overflows() -> None:
+    x = torch.tensor([-100.0, -89.0, -88.5, 0.0, 100.0])
+    assert (lost(x) == 2.0**24 * (torch.sigmoid(x) == 0)).all()
+    assert (lost(x, moved=0.5) == torch.tensor([2.0**24] * 3 + [0, 0])).all()

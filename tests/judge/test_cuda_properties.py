@@ -1,12 +1,15 @@
 """The properties that need CUDA fail kernels that are wrong only on CUDA, and pass the reference; replayed calls."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from conformance.backends import load
+from conformance.case import LAYOUTS
 from conformance.gates import Failure, Unchecked
 from conformance.memory import fenced
 from conformance.profiles import PROFILES
@@ -106,6 +109,14 @@ def test_a_property_fails_a_wrong_kernel(name: str) -> None:
 def test_a_property_passes_the_reference(name: str) -> None:
     with pytest.raises(Unchecked, match="plain PyTorch") if name == "memory" else nullcontext():
         check(name, swiglu)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_side_stream_reads_inputs_as_the_default_stream_does(layout: str) -> None:
+    """The sum of two rows is in one thread where they are aligned, in two where they are not."""
+    spec, function = specs()["add_rms_norm"], load("fast", "cuda").functions["add_rms_norm"]
+    trial = Trial(spec, function, torch.float32, "cuda")
+    PROPERTIES["side_stream"].check(trial, replace(spec.case(2, 1), layout=layout))
 
 
 def test_every_property_that_needs_cuda_has_a_wrong_kernel() -> None:

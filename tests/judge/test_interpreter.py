@@ -1,6 +1,7 @@
 """Kernels that Triton's interpreter runs are noticed; patching it does not change its results."""
 
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -177,3 +178,43 @@ def test_a_kernel_that_reads_outside_fails() -> None:
     trial = Trial(swiglu.spec, doubled, torch.float32, "cpu")
     with pytest.raises(Failure, match="a load of doubling_kernel: 13 of 16 elements"):
         PROPERTIES["guard_reads"].check(trial, swiglu.spec.case(1, 3))
+
+
+@triton.jit
+def functions_kernel(x_ptr, y_ptr, FUNCTION: tl.constexpr):
+    """One of the functions that a GPU computes in float32, of one number."""
+    x = tl.load(x_ptr)
+    if FUNCTION == "exp":
+        x = tl.exp(x)
+    elif FUNCTION == "exp2":
+        x = tl.exp2(x)
+    elif FUNCTION == "sqrt":
+        x = tl.sqrt(x)
+    elif FUNCTION == "rsqrt":
+        x = tl.rsqrt(x)
+    else:
+        x = tl.sqrt_rn(x)
+    tl.store(y_ptr, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "wanted"),
+    [
+        ("exp2", -126.0, 2.0**-126),
+        ("exp2", -127.0, 0.0),
+        ("exp", -88.0, math.exp(-88.0)),
+        ("sqrt", 2.0**-126, 2.0**-63),
+        ("sqrt", 2.0**-128, 0.0),
+        ("sqrt_rn", 2.0**-128, 2.0**-64),
+        ("rsqrt", 2.0**-126, 2.0**63),
+        ("rsqrt", 2.0**-128, math.inf),
+        ("rsqrt", -(2.0**-128), -math.inf),
+        ("exp2", math.nan, math.nan),
+    ],
+)
+def test_functions_have_the_range_of_a_gpu(function: str, x: float, wanted: float) -> None:
+    backends.load("fast", "cpu")
+    y = torch.zeros(1)
+    launched: Any = functions_kernel
+    launched[(1,)](torch.tensor([x]), y, FUNCTION=function)
+    assert y.item() == pytest.approx(wanted, rel=1e-6, abs=1e-44, nan_ok=True)

@@ -85,8 +85,8 @@ def gated_rms_norm_forward_kernel(
 
 @triton.jit
 def load_backward(
-    dy_ptr, x_ptr, gate_ptr, weight_ptr, row, column, rows, size, rstd,
-    dy_row, dy_column, x_row, x_column, gate_row, gate_column, weight_stride, BEFORE: tl.constexpr,
+    dy_ptr, x_ptr, gate_ptr, scale, row, column, rows, size, rstd,
+    dy_row, dy_column, x_row, x_column, gate_row, gate_column, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: dy, x, a, a', n, the gradient of weight * n, and g."""
     dy = load_tile(dy_ptr, row, column, rows, size, dy_row, dy_column)
@@ -98,8 +98,7 @@ def load_backward(
     else:
         n = x * activation * rstd
         of_product = dy
-    scale = load_scale(weight_ptr, column, size, weight_stride, 0)
-    return dy, x, activation, slope, n, of_product, of_product * scale, scale
+    return dy, x, activation, slope, n, of_product, of_product * scale
 
 
 @triton.jit
@@ -135,13 +134,15 @@ def gated_rms_norm_backward_kernel(
     dgate_ptr += first
     partial_ptr += program * groups * size + first
     dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if WHOLE:  # as a tile, so that it lies in the registers as x does: one row may lie otherwise, and all else with it
+        scale = load_scale(weight_ptr, tl.broadcast_to(column, ROWS, COLUMNS), size, weight_stride, 0)
     for index in tl.range(0, each, num_stages=STAGES):
         row = ((index * programs.to(tl.int64) + program) * ROWS + tl.arange(0, ROWS))[:, None]
         rstd = tl.load(rstd_ptr + row * groups + group, row < rows, other=0.0)
         if WHOLE:
-            dy, x, activation, slope, n, of_product, g, scale = load_backward(
-                dy_ptr, x_ptr, gate_ptr, weight_ptr, row, column, rows, size, rstd,
-                dy_row, dy_column, x_row, x_column, gate_row, gate_column, weight_stride, BEFORE,
+            dy, x, activation, slope, n, of_product, g = load_backward(
+                dy_ptr, x_ptr, gate_ptr, scale, row, column, rows, size, rstd,
+                dy_row, dy_column, x_row, x_column, gate_row, gate_column, BEFORE,
             )  # fmt: skip
             mean = quotient(tl.sum(g * n, 1, keep_dims=True), size)
             dx, dgate = gradients(dy, x, activation, slope, n, g, scale, mean, rstd, dtype, BEFORE, LLAMA)
@@ -155,16 +156,18 @@ def gated_rms_norm_backward_kernel(
         else:
             products = tl.zeros([ROWS, COLUMNS], tl.float32)
             for start in range(0, size, COLUMNS):
-                dy, x, activation, slope, n, of_product, g, scale = load_backward(
-                    dy_ptr, x_ptr, gate_ptr, weight_ptr, row, start + column, rows, size, rstd,
-                    dy_row, dy_column, x_row, x_column, gate_row, gate_column, weight_stride, BEFORE,
+                scale = load_scale(weight_ptr, start + column, size, weight_stride, 0)
+                dy, x, activation, slope, n, of_product, g = load_backward(
+                    dy_ptr, x_ptr, gate_ptr, scale, row, start + column, rows, size, rstd,
+                    dy_row, dy_column, x_row, x_column, gate_row, gate_column, BEFORE,
                 )  # fmt: skip
                 products += g * n
             mean = quotient(tl.sum(products, 1, keep_dims=True), size)
             for start in range(0, size, COLUMNS):
-                dy, x, activation, slope, n, of_product, g, scale = load_backward(
-                    dy_ptr, x_ptr, gate_ptr, weight_ptr, row, start + column, rows, size, rstd,
-                    dy_row, dy_column, x_row, x_column, gate_row, gate_column, weight_stride, BEFORE,
+                scale = load_scale(weight_ptr, start + column, size, weight_stride, 0)
+                dy, x, activation, slope, n, of_product, g = load_backward(
+                    dy_ptr, x_ptr, gate_ptr, scale, row, start + column, rows, size, rstd,
+                    dy_row, dy_column, x_row, x_column, gate_row, gate_column, BEFORE,
                 )  # fmt: skip
                 dx, dgate = gradients(dy, x, activation, slope, n, g, scale, mean, rstd, dtype, BEFORE, LLAMA)
                 inside = (row < rows) & (start + column < size)

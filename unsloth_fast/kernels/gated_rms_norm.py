@@ -33,15 +33,16 @@ WIDEST = 8192  # columns of a group in registers; of a wider one a program reads
 
 
 def gated_tile(size: int) -> BackwardTile:
-    """The tile of a backward pass for groups of this size; it does not depend on the number of rows."""
+    """The tile of a backward pass for groups of this size; it does not depend on the number of rows.
+
+    On sm_90, 8 columns per thread take up to 128 registers, with which a processor holds 16 warps, and 16 columns 240,
+    with which it holds 8. With 16 warps, a tile of 8192 columns spills 120 bytes per thread; with 32, 80.
+    """
     if size > WIDEST:
         return BackwardTile(1, 4096, 0, 8, 256)
     width = next_power_of_2(size)
-    if width <= 2048:
-        return BackwardTile(2048 // width, width, 1, 4, 384)
-    # With 16 warps, a tile of 8192 columns spills 120 bytes per thread on sm_90; with 32, 16.
-    warps, programs = (width // 512, 256) if width <= 4096 else (32, 128)
-    return BackwardTile(1, width, 1, warps, programs)
+    warps = max(4, width // 256)
+    return BackwardTile(max(1, 1024 // width), width, 1, warps, max(128, 2048 // warps))
 
 
 def gated_rms_norm_forward(

@@ -44,5 +44,8 @@ TABLE = {
     ),
     "needs_exchanged": one("((x, need_dx), (gate, need_dgate)", "((x, need_dgate), (gate, need_dx)", "gradients"),
     "gate_of_any_shape": one("checks.gated_norm_arguments(x, gate, weight, eps, group_size)", "pass", "error_parity"),
+    "sigmoid_flushed_to_0": one(
+        "tl.exp(-tl.abs(x))", "tl.exp2(tl.abs(x) * -1.4426950408889634)", "value", "gradients", "one_at_a_time"
+    ),
     "second_derivative_zero": one(*LYING),
 }

@@ -35,7 +35,10 @@ def in_float64(x: Tensor, gate: Tensor, weight: Tensor, *others: Any, **options:
 TILES = (
     ("WIDEST = 8192", "WIDEST = 512"),
     ("BackwardTile(1, 4096, 0, 8, 256)", "BackwardTile(1, 256, 0, 4, 3)"),
-    ("BackwardTile(2048 // width, width, 1, 4, 384)\n    #", "BackwardTile(4, width, 1, 4, 3)\n    #"),
+    (
+        "BackwardTile(max(1, 1024 // width), width, 1, warps, max(128, 2048 // warps))",
+        "BackwardTile(4, width, 1, 4, 3)",
+    ),
 )
 
 TABLE = {
