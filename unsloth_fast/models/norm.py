@@ -22,11 +22,13 @@ class Norm:
         eps: the name of the attribute with eps.
         offset: added to the weight.
         casting: how the result is rounded, as in `rms_norm`.
+        weighted: whether it has a weight; without one it multiplies by 1.
     """
 
     eps: str
     offset: float
     casting: Casting
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     """
 
     def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
-        weight = self.weight
+        weight = self.weight if norm.weighted else hidden_states.new_ones(hidden_states.shape[-1])
         hidden_states = widened(norm, hidden_states, weight)
         apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
