@@ -46,6 +46,7 @@ VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2
 GEMMA4 = WINDOWS | {"global_head_dim": 16, "vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8}
 FUSED: dict[str, Any] = {"rotation": "qk_norm_rope"}
 GEGLU = FUSED | {"gate": "geglu"}
+CENTRED: dict[str, Any] = {"others": {"layer_norm": 3}}
 GATED: dict[str, Any] = {"others": {"gated_rms_norm": 1}}
 MIXED: dict[str, Any] = {"packed": 1, "others": {"causal_conv": 1}}
 MIXED_DELTA: dict[str, Any] = FUSED | {
@@ -109,8 +110,8 @@ FAMILIES: dict[str, Family] = {
         experts=2,
         **GATED,
     ),
-    "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14),
-    "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14),
+    "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
+    "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
     "seed_oss": Family("SeedOssForCausalLM", {"residual_dropout": 0.0, "attention_dropout": 0.0}, 5, 2, linear=14),
     "smollm3": Family("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}, 5, 2, linear=14),
     "glm4": Family("Glm4ForCausalLM", {}, 9, 2, linear=12, gate="fused_swiglu"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, silu
 from transformers import LlamaConfig
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4UnweightedRMSNorm
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -22,7 +23,7 @@ from tests import tiny
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.mlp import Gated
-from unsloth_fast.models.norm import GatedNorm, Norm
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm
 from unsloth_fast.models.structure import recognise
 
 REFERENCE = backends.resolve("reference")
@@ -82,6 +83,7 @@ NORMS = {
     "torch's": (nn.RMSNorm(16, eps=1e-6), Norm("eps", 0.0, "gemma")),
     "without memory": (LlamaRMSNorm(16).to("meta"), Norm("variance_epsilon", 0.0, "llama")),
     "rewritten": (changed(LlamaRMSNorm, plain)(16), Norm("variance_epsilon", 0.0, "llama")),
+    "layer norm without a bias": (CohereLayerNorm(16), LayerNorm("variance_epsilon")),
     "without a weight": (Gemma4RMSNorm(16, with_scale=False), Norm("eps", 0.0, "gemma", weighted=False)),
     "without a weight or sizes": (Llama4TextL2Norm(), Norm("eps", 0.0, "gemma", weighted=False)),
     "offset 1 in disguise": (changed(LlamaRMSNorm, offset_by_one)(16), Norm("variance_epsilon", 1.0, "gemma")),

@@ -29,7 +29,8 @@ from unsloth_fast.models.recomputed import recomputed
 from unsloth_fast.models.structure import Found
 from unsloth_ref import kernels as reference
 
-_FORMS = (("q", "k", "cos", "sin"), ("x", "cos", "sin"), ("xq", "xk", "freqs_cis"))  # first parameters of functions
+# The first parameters of functions that may be rotations.
+_FORMS: tuple[tuple[str, ...], ...] = (("q", "k", "cos", "sin"), ("x", "cos", "sin"), ("xq", "xk", "freqs_cis"))
 _WIDTH = 16  # of a head in the numeric check
 
 Rope = Callable[..., Any]
@@ -173,10 +174,10 @@ def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
     return dict(zip(_FORMS, (both, one, both_by_complex), strict=True))[_form(own)]
 
 
-def _form(function: Rope) -> tuple[str, ...] | None:
-    """The first parameters of a function that may be a rotation; None for any other."""
+def _form(function: Rope) -> tuple[str, ...]:
+    """The first parameters of a function that may be a rotation; none of any other."""
     names = tuple(inspect.signature(function).parameters)
-    return next((form for form in _FORMS if names[: len(form)] == form), None)
+    return next((form for form in _FORMS if names[: len(form)] == form), ())
 
 
 @cache
@@ -220,7 +221,7 @@ def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | N
         cos, sin = uniform(2, 5, columns), uniform(2, 5, columns)
         values = {"q": q, "k": k, "x": q, "xq": q, "xk": k, "cos": cos, "sin": sin}
         values["freqs_cis"] = torch.complex(cos, sin)
-        given = [values[name] for name in _form(function) or ()]
+        given = [values[name] for name in _form(function)]
         expected = _results(function, *given, **options)
         if expected is not None:
             computed = True

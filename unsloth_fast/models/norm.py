@@ -1,4 +1,4 @@
-"""An RMSNorm, with or without a gate, on the backend's operation."""
+"""An RMSNorm, with or without a gate, or a layer norm without a bias, on the backend's operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +29,13 @@ class Norm:
     offset: float
     casting: Casting
     weighted: bool = True
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """How a layer norm without a bias works, as in Cohere; eps is the name of the attribute with it."""
+
+    eps: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,18 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
         apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
         return recomputable(normed, partial(apply, hidden_states.detach(), weight.detach()))
+
+    return forward
+
+
+def layer_norm_forward(norm: LayerNorm, layer_norm: Callable[..., Tensor]) -> Forward:
+    """The forward of a layer norm without a bias that calls the operation; both return the dtype of their input."""
+
+    def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
+        weight, eps = self.weight, getattr(self, norm.eps)
+        bias = torch.zeros_like(weight, requires_grad=False)
+        normed = layer_norm(hidden_states, weight, bias, eps)
+        return recomputable(normed, partial(layer_norm, hidden_states.detach(), weight.detach(), bias, eps))
 
     return forward
 

@@ -21,7 +21,7 @@ from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_foreign_forward, has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_placement
-from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import recognise
@@ -36,9 +36,9 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms, with a weight, a gate or neither, and the MLPs whose gate is SiLU or GELU, with separate or fused
-      projections, or whose activation is the square of ReLU, recognised by a numeric check (see
-      `unsloth_fast.models.structure`);
+    - the RMSNorms, with a weight, a gate or neither, the layer norms without a bias, and the MLPs whose gate is SiLU or
+      GELU, with separate or fused projections, or whose activation is the square of ReLU, recognised by a numeric check
+      (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
       their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
@@ -145,6 +145,8 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
         return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, LayerNorm):
+        return ("layer_norm",), layer_norm_forward(found, backend.kernels.layer_norm)
     if isinstance(found, GatedNorm):
         return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):

@@ -21,7 +21,7 @@ from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.experts import Experts, experts_forward
 from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import ExpertActivation
 
@@ -33,10 +33,10 @@ _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap 
 _WIDTH = 24  # of the rows of a norm without a weight
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
-_AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
+_AnyNorm = TypeVar("_AnyNorm", Norm, LayerNorm, GatedNorm)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | GatedNorm | Gated | Experts | str | None
+Found = Norm | LayerNorm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
@@ -102,14 +102,21 @@ def _value(value: object) -> object:
     return value if isinstance(value, int | float | str | None) else id(value)
 
 
-def _norm(module: nn.Module, size: int) -> Norm | str | None:
+def _norm(module: nn.Module, size: int) -> Norm | LayerNorm | str | None:
     """The offset from float32, then the casting from 16 bits, where alone it matters; without a weight one is left."""
     eps = _eps(module)
-    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma") if eps]
-    if eps and not _is_weighted(module):
+    if eps is None:
+        return None
+    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
+    if not _is_weighted(module):
         candidates = [Norm(eps, 0.0, "gemma", weighted=False)]
     calls = {norm: norm_forward(norm, reference.rms_norm) for norm in candidates}
-    return _agreeing_norm(module, size, calls, "rms_norm", 1) if eps else None
+    found = _agreeing_norm(module, size, calls, "rms_norm", 1)
+    if isinstance(found, Norm) or not _is_weighted(module):
+        return found
+    centred = {LayerNorm(eps): layer_norm_forward(LayerNorm(eps), reference.layer_norm)}
+    layer_norm = _agreeing_norm(module, size, centred, "layer_norm", 1)
+    return layer_norm if isinstance(layer_norm, LayerNorm) else found
 
 
 def _gated_norm(module: nn.Module, size: int) -> GatedNorm | str | None:
