@@ -167,8 +167,10 @@ FAMILIES: dict[str, Family] = {
         **GEGLU,
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
-    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, **MIXED),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, experts=1, **MIXED),
+    "lfm2": Family("Lfm2ForCausalLM", CONV, 5, 2, 1, **FUSED, **MIXED),
+    "lfm2_moe": Family(
+        "Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 5, 1, 1, experts=1, **FUSED, **MIXED
+    ),
     "nemotron_h": Family(
         "NemotronHForCausalLM",
         NEMOTRON | {"layers_block_type": ["mamba", "attention"]},

@@ -8,7 +8,7 @@ the columns, and nothing else. Gemma 4 rotates q and k one by one: there each no
 
 import ast
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from unsloth_fast.models.methods import has_own_method, hooks_of
 from unsloth_fast.models.norm import Norm, widened
 from unsloth_fast.models.structure import Found, recognise
 
-NAMES = ("q_norm", "k_norm")
+NAMES = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 
 
 def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
@@ -30,7 +30,7 @@ def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
         attention: its norms have the forward of their class.
         known: as in `recognise`.
     """
-    norms = [norm for name in NAMES if (norm := attention._modules.get(name)) is not None]
+    norms = norms_inside(attention)
     found = {None if has_own_method(norm, "forward") else recognise(norm, known) for norm in norms}
     how = found.pop() if len(found) == 1 else None
     if not isinstance(how, Norm) or not how.weighted:
@@ -38,13 +38,19 @@ def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
     return how if len({getattr(norm, how.eps) for norm in norms}) == 1 else None
 
 
+def norms_inside(attention: nn.Module) -> list[nn.Module]:
+    """The norms of an attention's heads."""
+    children = attention._modules
+    return [norm for pair in NAMES for name in pair if (norm := children.get(name)) is not None]
+
+
 def move_norms(function: ast.FunctionDef, rotation: str) -> bool:
     """Move the norms of a forward into the arguments of its rotation, in place; False where that cannot be done."""
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _is_name(node.func, rotation)]
-    uses = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in NAMES]
-    if sorted(uses) != sorted(NAMES):
-        return False
-    found = _norms_of_both(function, calls) if len(calls) == 1 else _norms_of_each(function, calls)
+    known = {name for pair in NAMES for name in pair}
+    uses = sorted(node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in known)
+    names = next((pair for pair in NAMES if sorted(pair) == uses), ())
+    found = _norms_of_both(function, calls, names) if len(calls) == 1 else _norms_of_each(function, calls, names)
     if len(found) != 2 or None in [norm for _, norm, _ in found]:
         return False
     for before, norm, call in found:
@@ -60,22 +66,22 @@ _Found = list[tuple[list[ast.stmt], ast.Call | None, ast.Call]]
 """Statements, the norm that they apply, and the rotation that may apply it instead."""
 
 
-def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call]) -> _Found:
+def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
     """For the call `q, k = f(q, k, cos, sin)`."""
     (call,) = calls
     places = [index for index, statement in enumerate(function.body) if _rotates(statement, call, 2)]
     if len(places) != 1 or call.keywords or len(call.args) != 4:
         return []
     before = function.body[: places[0]]
-    return [(before, _norm_of(before, heads, name), call) for heads, name in zip(call.args, NAMES, strict=False)]
+    return [(before, _norm_of(before, heads, name), call) for heads, name in zip(call.args, names, strict=False)]
 
 
-def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call]) -> _Found:
+def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
     """For the calls `q = f(q, cos, sin, unsqueeze_dim=2)` and `k = f(k, ...)` in any block, right after the norms."""
     fields = [getattr(node, name, None) for node in ast.walk(function) for name in ("body", "orelse")]
     pairs = [pair for block in fields if isinstance(block, list) for pair in pairwise(block)]
     found: _Found = []
-    for call, name in zip(calls, NAMES, strict=False):
+    for call, name in zip(calls, names, strict=False):
         options = [(option.arg, ast.unparse(option.value)) for option in call.keywords]
         known = options in ([], [("unsqueeze_dim", "1")], [("unsqueeze_dim", "2")])
         before = [first for first, second in pairs if _rotates(second, call, 1)]

@@ -15,7 +15,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
 from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
 from unsloth_fast.models.float8 import float8_placement
-from unsloth_fast.models.head_norms import NAMES
+from unsloth_fast.models.head_norms import norms_inside
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_foreign_forward, has_own_method, replace_method, restore_method
@@ -85,7 +85,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
-            inside |= {id(module._modules.get(name)) for name in NAMES if "qk_norm_rope" in operations}
+            inside |= set(map(id, norms_inside(module))) if "qk_norm_rope" in operations else set()
         elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
