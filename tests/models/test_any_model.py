@@ -136,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
     "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, **MIXED_DELTA),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         MROPE,
@@ -144,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         2,
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         foreign="it changes its masks",
+        others={"rope": 1},
         **FUSED,
     ),
     "gemma4": Family("Gemma4ForCausalLM", GEMMA4 | {"attention_k_eq_v": True}, 14, 2, linear=18, **GEGLU),
@@ -181,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         **GATED,
     ),
     "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, foreign=STATE),
-    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, vision=zoo.VISION),
+    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, vision=zoo.VISION),
     "llama4": Family(
         "Llama4ForCausalLM",
         LOCAL | {"num_local_experts": 2, "no_rope_layers": [1, 0], "floor_scale": 2, "attn_temperature_tuning": True},

@@ -191,3 +191,26 @@ def test_placed_attentions_call_the_operation(family: str, expected: dict[str, i
     place(model, counting_backend(calls))
     model(torch.arange(9)[None])
     assert {name: calls.count(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_vision_tower_calls_rope(family: str) -> None:
+    """Its patches have no batch; values and gradients are the untouched tower's in float64."""
+    calls: list[str] = []
+    tower = test_any_model.build(family).model.visual
+    config = tower.config
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    patches, grid = torch.randn(32, width, dtype=torch.float64), torch.tensor([[1, 4, 4], [1, 4, 4]])
+
+    def run() -> tuple[Tensor, ...]:
+        states = tower(patches, grid).last_hidden_state
+        return states, *torch.autograd.grad(states.sin().sum(), list(tower.parameters()), allow_unused=True)
+
+    with tiny.KeepFloat64():
+        expected = run()
+        place(tower, counting_backend(calls))
+        found = run()
+    assert calls.count("rope") == 1
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-9 * other.norm() + 1e-17

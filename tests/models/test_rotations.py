@@ -91,6 +91,21 @@ def test_heads_are_where_unsqueeze_dim_says(alone: bool, heads: int, monkeypatch
         torch.testing.assert_close(*torch.autograd.grad(one.sin().sum(), q if one.shape == q.shape else k), gradient)
 
 
+@pytest.mark.parametrize("module", ["qwen2_5_vl", "inkling2"])
+def test_heads_of_vision_towers_need_no_batch(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand before the columns, and the products are those of float32 for patches in bfloat16."""
+    modeling = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    own = modeling.apply_rotary_pos_emb_vision
+    forward = forward_with(own, monkeypatch)
+    q, k, angles = random(1, 5, 3, 16), random(1, 5, 3, 16, seed=1), random(5, 8, seed=2)
+    angles = angles.repeat_interleave(2, -1) if module == "inkling2" else angles.repeat(1, 2)
+    for heads in (slice(None), 0):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = q[heads].to(dtype), k[heads].to(dtype), angles.cos(), angles.sin()
+            found, expected = forward(Turning(), q, *given), own(*given)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(("module", "heads"), [("llama4", 2), ("deepseek_v2", 1)])
 def test_a_rotation_by_complex_numbers_is_recognised(module: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Angles are in float32 for heads of any dtype; no number is rounded in between."""

@@ -12,7 +12,7 @@ import __future__
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, wraps
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -43,7 +43,8 @@ class Rotation(NamedTuple):
         interleaved: whether neighbouring columns are pairs.
         angles: makes the contract's cos from the family's: the first columns of all pairs, then the second ones.
         columns: the order of q and k before they are rotated.
-        heads: the dimension of the heads; None if the function's unsqueeze_dim is it, 1 by default.
+        heads: the dimension of the heads; -2 if there may also be no batch, as in vision towers; None if the function's
+            unsqueeze_dim is it, 1 by default.
     """
 
     interleaved: bool
@@ -137,6 +138,10 @@ def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
     def rotated(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rope: Rope, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        if q.ndim == 3:
+            q, k = rotated(q[None], k[None], cos, sin, rope, options)
+            return q[0], k[0]
+        cos, sin = (angle[None] if angle.ndim == 2 else angle for angle in (cos, sin))
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.
@@ -150,8 +155,9 @@ def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
 
     def fits(heads: Tensor, angles: Tensor, *args: Any, **options: Any) -> bool:
         allowed = {"unsqueeze_dim"} if rotation.heads is None else set()
-        known = not args and options.keys() <= allowed and heads_of(options) in (1, 2)
-        return known and heads.ndim == 4 and angles.ndim == 3
+        known = not args and options.keys() <= allowed and heads_of(options) in (1, 2, -2)
+        sizes = ((4, 3), (4, 2), (3, 2)) if rotation.heads == -2 else ((4, 3),)
+        return known and (heads.ndim, angles.ndim) in sizes
 
     def both(
         q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **options: Any
@@ -166,10 +172,10 @@ def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
         nothing = x.detach().narrow(heads_of(options), 0, 0)
         return rotated(x, nothing, cos, sin, rope, options)[0]
 
-    def both_by_complex(q: Tensor, k: Tensor, angles: Tensor, *args: Any, **options: Any) -> Any:
-        if not fits(q, angles, *args, **options):
-            return own(q, k, angles, *args, **options)
-        return rotated(q, k, angles.real, angles.imag, operation, options)
+    def both_by_complex(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *args: Any, **options: Any) -> Any:
+        if not fits(xq, freqs_cis, *args, **options):
+            return own(xq, xk, freqs_cis, *args, **options)
+        return rotated(xq, xk, freqs_cis.real, freqs_cis.imag, operation, options)
 
     return dict(zip(_FORMS, (both, one, both_by_complex), strict=True))[_form(own)]
 
@@ -196,9 +202,8 @@ def _rotations(forward: FunctionType) -> dict[str, Rotation]:
 def _rotation(function: Rope) -> Rotation | None:
     """The one way of calling `rope` that agrees with a function, wherever it lets its heads be."""
     if "unsqueeze_dim" not in inspect.signature(function).parameters:
-        places = (1,) if _form(function) == _FORMS[0] else (1, 2)  # heads in another place are those of vision towers
-        found = [rotation for heads in places if (rotation := _agreeing(function, heads)) is not None]
-        return found[0] if len(found) == 1 else None
+        found = [rotation for heads in (1, 2, -2) if (rotation := _agreeing(function, heads)) is not None]
+        return found[-1] if len({rotation.heads == 1 for rotation in found}) == 1 else None
     found = [_agreeing(function, None), _agreeing(function, None, unsqueeze_dim=2)]
     return found[0] if found[0] == found[1] else None
 
@@ -219,25 +224,28 @@ def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | N
     for columns in (_WIDTH, _WIDTH // 2, _WIDTH // 4):
         q, k = (uniform(2, count, 5, _WIDTH).transpose(1, dimension) for count in (3, 1))
         cos, sin = uniform(2, 5, columns), uniform(2, 5, columns)
-        values = {"q": q, "k": k, "x": q, "xq": q, "xk": k, "cos": cos, "sin": sin}
-        values["freqs_cis"] = torch.complex(cos, sin)
-        given = [values[name] for name in _form(function)]
-        expected = _results(function, *given, **options)
+        given = [(q, k, cos, sin), *([(q, k, cos[0], sin[0]), (q[0], k[0], cos[0], sin[0])] if heads == -2 else [])]
+        expected = _results(function, given, options)
         if expected is not None:
             computed = True
-            results = {each: _results(_by(reference.rope, each, function), *given, **options) for each in agreeing}
+            results = {each: _results(_by(reference.rope, each, function), given, options) for each in agreeing}
             agreeing = {each for each, result in results.items() if result is not None and _agree(result, expected)}
     return agreeing.pop() if computed and len(agreeing) == 1 else None
 
 
-def _results(function: Rope, *given: Tensor, **options: int) -> list[Tensor] | None:
-    """The rotated queries and keys, or heads; None if the function raises."""
+def _results(function: Rope, given: Sequence[tuple[Tensor, ...]], options: dict[str, int]) -> list[Tensor] | None:
+    """The rotated queries and keys, or queries, of each q, k, cos and sin; None if the function raises."""
+    form, results = _form(function), []
     try:
         with torch.no_grad():
-            results = function(*given, **options)
+            for q, k, cos, sin in given:
+                values = {"q": q, "k": k, "x": q, "xq": q, "xk": k, "cos": cos, "sin": sin}
+                values["freqs_cis"] = torch.complex(cos, sin)
+                result = function(*(values[name] for name in form), **options)
+                results += [result] if isinstance(result, Tensor) else result
     except FAILURES:
         return None
-    return [results] if isinstance(results, Tensor) else list(results)
+    return results
 
 
 def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
