@@ -1,10 +1,11 @@
 """How does the attention of any family get the backend's rope?
 
-The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin). Where it
-rotates as the contract does, up to the layout of cos and sin, it can be replaced: under one module, by a forward that
-is compiled again from the source of the class's own, with the function's name as a variable of an enclosing function.
-All other names stay globals of the family's file, so torch.compile finds them there. What differs between families,
-such as norms on the heads, fused projections and layers without positions, stays the model's own code.
+The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin); Gemma
+4's rotates one tensor, Llama 4's multiplies complex numbers. Where it rotates as the contract does, up to the layout of
+cos and sin and the place of the heads, it can be replaced: under one module, by a forward that is compiled again from
+the source of the class's own, with the function's name as a variable of an enclosing function. All other
+names stay globals of the family's file, so torch.compile finds them there. What differs between families, such as norms
+on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
 import __future__
