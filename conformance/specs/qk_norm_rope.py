@@ -28,7 +28,10 @@ from unsloth_ref.kernels import qk_norm_rope
 # Of the normalised heads n and their products with the weight; of the products with cos and sin, before their sum;
 # backward of those, and of the gradients of the products and of n.
 ROUNDINGS = 4
-KINDS = ("halves of cos and sin differ", "cos and sin in float32", "a table", "a table and one row of positions")
+KINDS = (
+    "halves of cos and sin differ", "cos and sin in float32", "a table", "a table and one row of positions",
+    "queries alone", "keys alone",
+)  # fmt: skip
 MISTAKES = ("k has another width", "k has another dtype", "cos is wider than q", "a position is the table's length")
 
 

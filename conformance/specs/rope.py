@@ -198,6 +198,8 @@ spec = Spec(
         "a table": _by_table,
         "a table and one row of positions": lambda i, o: _by_table(i, o, batch=1),
         "positions of 32 bits": lambda i, o: _by_table(i, o, dtype=torch.int32),
+        "queries alone": _change(k=lambda i: i["k"][:, :0]),
+        "keys alone": _change(q=lambda i: i["q"][:, :0]),
     },
     errors=[
         ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", undefined=True),

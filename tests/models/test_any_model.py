@@ -43,7 +43,10 @@ NEMOTRON = {"mamba_head_dim": 8, "mamba_num_heads": 8, "ssm_state_size": 8, "n_g
 YARN = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+GEMMA4 = WINDOWS | {"global_head_dim": 16, "vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8}
 FUSED: dict[str, Any] = {"rotation": "qk_norm_rope"}
+GEGLU = FUSED | {"gate": "geglu"}
+CENTRED: dict[str, Any] = {"others": {"layer_norm": 3}}
 GATED: dict[str, Any] = {"others": {"gated_rms_norm": 1}}
 MIXED: dict[str, Any] = {"packed": 1, "others": {"causal_conv": 1}}
 MIXED_DELTA: dict[str, Any] = FUSED | {
@@ -107,8 +110,8 @@ FAMILIES: dict[str, Family] = {
         experts=2,
         **GATED,
     ),
-    "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14),
-    "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14),
+    "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
+    "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
     "seed_oss": Family("SeedOssForCausalLM", {"residual_dropout": 0.0, "attention_dropout": 0.0}, 5, 2, linear=14),
     "smollm3": Family("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}, 5, 2, linear=14),
     "glm4": Family("Glm4ForCausalLM", {}, 9, 2, linear=12, gate="fused_swiglu"),
@@ -133,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
     "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, **MIXED_DELTA),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, vision=VISION),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, 3, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         MROPE,
@@ -141,21 +144,34 @@ FAMILIES: dict[str, Family] = {
         2,
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         foreign="it changes its masks",
+        others={"rope": 1},
         **FUSED,
     ),
-    "gemma4": Family(
+    "gemma4": Family("Gemma4ForCausalLM", GEMMA4 | {"attention_k_eq_v": True}, 14, 2, linear=18, **GEGLU),
+    "gemma4, shared keys": Family(
         "Gemma4ForCausalLM",
-        WINDOWS
-        | {"global_head_dim": 16, "vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8}
-        | {"num_kv_shared_layers": 0},
-        16,
+        GEMMA4
+        | {"num_hidden_layers": 4, "layer_types": 2 * WINDOWS["layer_types"], "num_kv_shared_layers": 2}
+        | {"use_double_wide_mlp": True, "final_logit_softcapping": 3.0},
+        24,
+        4,
+        4,
+        packed=4,
+        **GEGLU,
+    ),
+    "gemma4, experts": Family(
+        "Gemma4ForCausalLM",
+        GEMMA4 | EXPERTS | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        22,
         2,
-        0,
-        gate="geglu",
+        experts=2,
+        **GEGLU,
     ),
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8),
-    "lfm2": Family("Lfm2ForCausalLM", CONV, 7, 2, 1, **MIXED),
-    "lfm2_moe": Family("Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 7, 1, 1, experts=1, **MIXED),
+    "lfm2": Family("Lfm2ForCausalLM", CONV, 5, 2, 1, **FUSED, **MIXED),
+    "lfm2_moe": Family(
+        "Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 5, 1, 1, experts=1, **FUSED, **MIXED
+    ),
     "nemotron_h": Family(
         "NemotronHForCausalLM",
         NEMOTRON | {"layers_block_type": ["mamba", "attention"]},
@@ -166,13 +182,12 @@ FAMILIES: dict[str, Family] = {
         **GATED,
     ),
     "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, foreign=STATE),
-    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 9, 2, vision=zoo.VISION),
+    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, vision=zoo.VISION),
     "llama4": Family(
         "Llama4ForCausalLM",
-        LOCAL | {"num_local_experts": 2},
-        5,
+        LOCAL | {"num_local_experts": 2, "no_rope_layers": [1, 0], "floor_scale": 2, "attn_temperature_tuning": True},
+        6,
         2,
-        0,
         linear=14,
         foreign="its masks: create_chunked_causal_mask",
     ),
@@ -259,7 +274,7 @@ def test_packed_documents_of_a_family_equal_the_same_documents_alone(name: str) 
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 
-@pytest.mark.parametrize("family", ["phi3", "glm4", "custom"])
+@pytest.mark.parametrize("family", ["phi3", "glm4", "gemma4", "llama4", "custom"])
 def test_the_fast_kernels_are_as_close_to_float64_as_the_model(family: str) -> None:
     """The error of all gradients together is at most twice the untouched float32 model's own."""
     fast, (tokens, labels) = backends.resolve("fast"), batch()

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from tests import tiny
-from tests.models import zoo
+from tests.models import test_any_model, zoo
+from tests.models.test_placement import counting_backend
 from tests.models.zoo import SIZES
 from unsloth_fast import backends
 from unsloth_fast.models import place
@@ -101,19 +103,26 @@ def test_a_setting_for_a_part_separates_the_operation(setting: str) -> None:
     assert inspect.getmodule(function).__name__.startswith(expected)
 
 
-def test_a_replaced_or_hooked_norm_is_called() -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gemma4"])
+def test_a_replaced_or_hooked_norm_is_called(family: str) -> None:
     """The norms of the heads stay modules: hooks on them see the heads, and others may take their place."""
-    model, tokens, seen = tiny.model("qwen3").double(), torch.arange(9)[None], []
+    model, tokens, seen = build_any(family), torch.arange(9)[None], []
     attentions = [layer.self_attn for layer in model.model.layers]
     attentions[0].q_norm.register_forward_hook(lambda module, given, result: seen.append(result.shape))
     attentions[1].k_norm = Doubled(8)
-    expected = model(tokens).logits
+    with tiny.KeepFloat64():
+        expected = model(tokens).logits
     attentions[1].k_norm = type(attentions[1].q_norm)(8)
     place(model, REFERENCE)
     attentions[1].k_norm = Doubled(8)
     seen.clear()
-    torch.testing.assert_close(model(tokens).logits, expected)
+    with tiny.KeepFloat64():
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-12, atol=1e-12)
     assert len(seen) == 1
+
+
+def build_any(family: str) -> Any:
+    return test_any_model.build(family) if family in test_any_model.FAMILIES else tiny.model(family).double()
 
 
 class Doubled(nn.Module):
@@ -140,7 +149,68 @@ class Between(t.models.qwen3.modeling_qwen3.Qwen3Attention):
         return q, k
 
 
+class Kept(t.models.qwen3.modeling_qwen3.Qwen3Attention):
+    """Uses the normalised heads beside the rotated ones."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        """As Qwen3's, without the attention itself."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        cos, sin = position_embeddings
+        turned_q, turned_k = apply_rotary_pos_emb(q, k, cos, sin)
+        return turned_q + q, turned_k + k
+
+
 def test_norms_with_something_between_are_left_alone() -> None:
     """Only the norms are placed, for the rotation is no function of this file."""
     attention = Between(tiny.model("qwen3").config, 0)
     assert place(attention, REFERENCE) == {"rms_norm": 2}
+
+
+def test_heads_that_are_used_before_the_rotation_too_are_normalised_apart() -> None:
+    attention = Kept(tiny.model("qwen3").config, 0).double()
+    x, angles = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 4).double().repeat(1, 1, 2)
+    with tiny.KeepFloat64():
+        expected = attention(x, (angles.cos(), angles.sin()), None)
+    assert place(attention, REFERENCE) == {"rms_norm": 2, "rope": 1}
+    torch.testing.assert_close(attention(x, (angles.cos(), angles.sin()), None), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("gemma4, shared keys", {"qk_norm_rope": 6, "rope": 0, "rms_norm": 24}),  # the last two layers have no keys
+        ("llama4", {"qk_norm_rope": 0, "rope": 1, "rms_norm": 7}),  # the second layer has no positions
+    ],
+)
+def test_placed_attentions_call_the_operation(family: str, expected: dict[str, int]) -> None:
+    """Once for queries and once for keys, where the family rotates them one by one."""
+    calls: list[str] = []
+    model = test_any_model.build(family)
+    place(model, counting_backend(calls))
+    model(torch.arange(9)[None])
+    assert {name: calls.count(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_vision_tower_calls_rope(family: str) -> None:
+    """Its patches have no batch; values and gradients are the untouched tower's in float64."""
+    calls: list[str] = []
+    tower = test_any_model.build(family).model.visual
+    config = tower.config
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    patches, grid = torch.randn(32, width, dtype=torch.float64), torch.tensor([[1, 4, 4], [1, 4, 4]])
+
+    def run() -> tuple[Tensor, ...]:
+        states = tower(patches, grid).last_hidden_state
+        return states, *torch.autograd.grad(states.sin().sum(), list(tower.parameters()), allow_unused=True)
+
+    with tiny.KeepFloat64():
+        expected = run()
+        place(tower, counting_backend(calls))
+        found = run()
+    assert calls.count("rope") == 1
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-9 * other.norm() + 1e-17

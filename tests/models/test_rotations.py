@@ -72,6 +72,60 @@ def test_the_rotation_of_a_family_is_recognised(module: str, monkeypatch: pytest
     assert forward(Turning(), q, q, k, *(angles.cos(), angles.sin()), unsqueeze_dim=1)[0].equal(expected[0])
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("alone", [False, True])
+def test_heads_are_where_unsqueeze_dim_says(alone: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is of queries and keys, and of one of them, as Gemma 4 rotates them; gradients are the function's own."""
+    own = import_module(f"transformers.models.{'gemma4.modeling_gemma4' if alone else 'llama.modeling_llama'}")
+    forward = forward_with(own.apply_rotary_pos_emb, monkeypatch)
+    q, k = (random(2, count, 5, 16, seed=count).transpose(1, heads).requires_grad_() for count in (3, 1))
+    angles = random(2, 5, 8, seed=2).repeat(1, 1, 2)
+    given = (q, *(() if alone else (k,)), angles.cos(), angles.sin())
+    expected, found = (
+        own.apply_rotary_pos_emb(*given, unsqueeze_dim=heads),
+        forward(Turning(), q, *given, unsqueeze_dim=heads),
+    )
+    for one, other in zip(*((x,) if alone else x for x in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+        (gradient,) = torch.autograd.grad(other.sin().sum(), q if other.shape == q.shape else k)
+        torch.testing.assert_close(*torch.autograd.grad(one.sin().sum(), q if one.shape == q.shape else k), gradient)
+
+
+@pytest.mark.parametrize("module", ["qwen2_5_vl", "inkling2"])
+def test_heads_of_vision_towers_need_no_batch(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand before the columns, and the products are those of float32 for patches in bfloat16."""
+    modeling = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    own = modeling.apply_rotary_pos_emb_vision
+    forward = forward_with(own, monkeypatch)
+    q, k, angles = random(1, 5, 3, 16), random(1, 5, 3, 16, seed=1), random(5, 8, seed=2)
+    angles = angles.repeat_interleave(2, -1) if module == "inkling2" else angles.repeat(1, 2)
+    for heads in (slice(None), 0):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = q[heads].to(dtype), k[heads].to(dtype), angles.cos(), angles.sin()
+            found, expected = forward(Turning(), q, *given), own(*given)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("module", "heads"), [("llama4", 2), ("deepseek_v2", 1)])
+def test_a_rotation_by_complex_numbers_is_recognised(module: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Angles are in float32 for heads of any dtype; no number is rounded in between."""
+    own = import_module(f"transformers.models.{module}.modeling_{module}").apply_rotary_emb
+    forward = forward_with(own, monkeypatch)
+    angles = random(2, 5, 8, seed=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k = (random(2, count, 5, 16, seed=count).transpose(1, heads).to(dtype) for count in (3, 1))
+        given = q, k, torch.polar(torch.full_like(angles, 1.5), angles)
+        found, expected = forward(Turning(), q, *given), own(*given)
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=2**-22)
+        assert [x.dtype for x in found] == [dtype, dtype]
+
+
+def test_a_rotation_of_the_last_columns_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in DeepSeek V4; of a whole head it is one of the contract's."""
+    own = import_module("transformers.models.deepseek_v4.modeling_deepseek_v4").apply_rotary_pos_emb
+    assert forward_with(own, monkeypatch) is None
+
+
 def turned_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return REFERENCE.kernels.rope(q, k, cos, -sin)
 

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, silu
 from transformers import LlamaConfig
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4UnweightedRMSNorm
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
@@ -19,7 +23,7 @@ from tests import tiny
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.mlp import Gated
-from unsloth_fast.models.norm import GatedNorm, Norm
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm
 from unsloth_fast.models.structure import recognise
 
 REFERENCE = backends.resolve("reference")
@@ -79,6 +83,9 @@ NORMS = {
     "torch's": (nn.RMSNorm(16, eps=1e-6), Norm("eps", 0.0, "gemma")),
     "without memory": (LlamaRMSNorm(16).to("meta"), Norm("variance_epsilon", 0.0, "llama")),
     "rewritten": (changed(LlamaRMSNorm, plain)(16), Norm("variance_epsilon", 0.0, "llama")),
+    "layer norm without a bias": (CohereLayerNorm(16), LayerNorm("variance_epsilon")),
+    "without a weight": (Gemma4RMSNorm(16, with_scale=False), Norm("eps", 0.0, "gemma", weighted=False)),
+    "without a weight or sizes": (Llama4TextL2Norm(), Norm("eps", 0.0, "gemma", weighted=False)),
     "offset 1 in disguise": (changed(LlamaRMSNorm, offset_by_one)(16), Norm("variance_epsilon", 1.0, "gemma")),
 }
 
@@ -133,6 +140,27 @@ def test_a_norm_with_another_gate_is_left_alone() -> None:
     expected = norm(x)
     place(norm, REFERENCE)
     assert torch.equal(norm(x), expected)
+
+
+def test_a_norm_without_a_weight_computes_the_same() -> None:
+    """Heads of any width, from a projection; bits are equal in bfloat16, values and gradients in float64."""
+    norm = Llama4TextL2Norm(1e-5)
+    heads = torch.randn(2, 5, 96).view(2, 5, 3, 32).transpose(1, 2)
+    x = heads.double().requires_grad_()
+    with tiny.KeepFloat64():
+        expected = norm(heads.bfloat16()), norm(x), *torch.autograd.grad(norm(x).sin().sum(), x)
+    assert place(norm, REFERENCE) == {"rms_norm": 1}
+    found = norm(heads.bfloat16()), norm(x), *torch.autograd.grad(norm(x).sin().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_modules_without_parameters_are_no_norms() -> None:
+    """DeepSeek V4 rounds the factor of its norm to 16 bits; others are no RMSNorms, have no eps or take two inputs."""
+    assert str(recognise(DeepseekV4UnweightedRMSNorm(), {})).startswith("differs from every rms_norm by ")
+    assert str(recognise(nn.LayerNorm(24, elementwise_affine=False), {})).startswith("differs from every rms_norm by ")
+    others = nn.SiLU(), nn.Identity(), nn.Dropout(0.1), nn.PairwiseDistance(), nn.ELU()
+    assert [recognise(module, {}) for module in others] == [None] * len(others)
 
 
 @pytest.mark.parametrize("change", [offset_by_half, centered, another_eps, rounds_twice, gated])

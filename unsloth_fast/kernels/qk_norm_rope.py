@@ -198,7 +198,7 @@ def qk_norm_rope(
 
     Args:
         q: [B, N, S, D], float16, bfloat16 or float32; computed in float32.
-        k: [B, K, S, D], as q; K need not divide N.
+        k: [B, K, S, D], as q; K need not divide N. Either may be 0.
         q_weight: [D], float16, bfloat16 or float32.
         k_weight: [D], float16, bfloat16 or float32.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D: the

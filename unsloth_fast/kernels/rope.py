@@ -260,7 +260,7 @@ def rope(
 
     Args:
         q: [B, N, S, D], float16, bfloat16 or float32; computed in float32.
-        k: [B, K, S, D], as q; K need not divide N.
+        k: [B, K, S, D], as q; K need not divide N. Either may be 0.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D. A
             constant: it gets no gradient.
         sin: as cos.

@@ -1,10 +1,11 @@
 """How does the attention of any family get the backend's rope?
 
-The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin). Where it
-rotates as the contract does, up to the layout of cos and sin, it can be replaced: under one module, by a forward that
-is compiled again from the source of the class's own, with the function's name as a variable of an enclosing function.
-All other names stay globals of the family's file, so torch.compile finds them there. What differs between families,
-such as norms on the heads, fused projections and layers without positions, stays the model's own code.
+The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin); Gemma
+4's rotates one tensor, Llama 4's multiplies complex numbers. Where it rotates as the contract does, up to the layout of
+cos and sin and the place of the heads, it can be replaced: under one module, by a forward that is compiled again from
+the source of the class's own, with the function's name as a variable of an enclosing function. All other
+names stay globals of the family's file, so torch.compile finds them there. What differs between families, such as norms
+on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
 import __future__
@@ -12,7 +13,7 @@ import __future__
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, wraps
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -29,10 +30,11 @@ from unsloth_fast.models.recomputed import recomputed
 from unsloth_fast.models.structure import Found
 from unsloth_ref import kernels as reference
 
-_PARAMETERS = ["q", "k", "cos", "sin"]
-_WIDTH = 8  # of a head in the numeric check
+# The first parameters of functions that may be rotations.
+_FORMS: tuple[tuple[str, ...], ...] = (("q", "k", "cos", "sin"), ("x", "cos", "sin"), ("xq", "xk", "freqs_cis"))
+_WIDTH = 16  # of a head in the numeric check
 
-Rope = Callable[..., tuple[Tensor, Tensor]]
+Rope = Callable[..., Any]
 
 
 class Rotation(NamedTuple):
@@ -42,11 +44,14 @@ class Rotation(NamedTuple):
         interleaved: whether neighbouring columns are pairs.
         angles: makes the contract's cos from the family's: the first columns of all pairs, then the second ones.
         columns: the order of q and k before they are rotated.
+        heads: the dimension of the heads; -2 if there may also be no batch, as in vision towers; None if the function's
+            unsqueeze_dim is it, 1 by default.
     """
 
     interleaved: bool
     angles: Callable[[Tensor], Tensor]
     columns: Callable[[Tensor], Tensor]
+    heads: int | None = None
 
 
 def _same(x: Tensor) -> Tensor:
@@ -73,6 +78,7 @@ _ROTATIONS = (
     Rotation(False, _twice, _same),  # one angle per pair, as in gpt-oss
     Rotation(True, _half_twice, _same),  # as in GLM-4
     Rotation(True, _even_first, _same),  # an angle per column, as in Cohere
+    Rotation(True, _twice, _same),  # one angle per pair, as the complex numbers of Llama 4
 )
 
 
@@ -116,7 +122,7 @@ def _fused(
     functions: dict[str, Rope],
     known: dict[Hashable, Found],
 ) -> Callable[..., Any] | None:
-    """The forward that calls qk_norm_rope; None unless its one rotation is of halves and follows two like norms."""
+    """The forward that calls qk_norm_rope; None unless its one rotation is of halves and follows like norms."""
     if len(found) != 1 or not backend.fuses("qk_norm_rope", "rms_norm", "rope"):
         return None
     ((name, rotation),) = found.items()
@@ -128,18 +134,57 @@ def _fused(
 
 
 def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
-    def rotate(
-        q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **kwargs: Any
-    ) -> Any:
-        if k is None or args or kwargs or q.ndim != 4 or cos.ndim != 3:  # q alone, heads in another dimension, or
-            return own(q, k, cos, sin, *args, **kwargs)  # other positions
+    """A function with the parameters of a family's own that calls the operation, and its own for any other call."""
+
+    def rotated(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rope: Rope, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        if q.ndim == 3:
+            q, k = rotated(q[None], k[None], cos, sin, rope, options)
+            return q[0], k[0]
+        cos, sin = (angle[None] if angle.ndim == 2 else angle for angle in (cos, sin))
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.
         cos, sin = (rotation.angles(angle if angle.dtype == q.dtype else angle.float()) for angle in (cos, sin))
-        return rope(rotation.columns(q), rotation.columns(k), cos, sin, interleaved=rotation.interleaved)
+        q, k = (rotation.columns(x.transpose(1, heads_of(options))) for x in (q, k))
+        q, k = rope(q, k, cos, sin, interleaved=rotation.interleaved)
+        return q.transpose(1, heads_of(options)), k.transpose(1, heads_of(options))
 
-    return rotate
+    def heads_of(options: dict[str, Any]) -> Any:
+        return options.get("unsqueeze_dim", 1) if rotation.heads is None else rotation.heads
+
+    def fits(heads: Tensor, angles: Tensor, *args: Any, **options: Any) -> bool:
+        allowed = {"unsqueeze_dim"} if rotation.heads is None else set()
+        known = not args and options.keys() <= allowed and heads_of(options) in (1, 2, -2)
+        sizes = ((4, 3), (4, 2), (3, 2)) if rotation.heads == -2 else ((4, 3),)
+        return known and (heads.ndim, angles.ndim) in sizes
+
+    def both(
+        q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **options: Any
+    ) -> Any:
+        if k is None or not fits(q, cos, *args, **options):  # q alone, or other positions
+            return own(q, k, cos, sin, *args, **options)
+        return rotated(q, k, cos, sin, rope, options)
+
+    def one(x: Tensor, cos: Tensor, sin: Tensor, *args: Any, rope: Rope = operation, **options: Any) -> Any:
+        if not fits(x, cos, *args, **options):
+            return own(x, cos, sin, *args, **options)
+        nothing = x.detach().narrow(heads_of(options), 0, 0)
+        return rotated(x, nothing, cos, sin, rope, options)[0]
+
+    def both_by_complex(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *args: Any, **options: Any) -> Any:
+        if not fits(xq, freqs_cis, *args, **options):
+            return own(xq, xk, freqs_cis, *args, **options)
+        return rotated(xq, xk, freqs_cis.real, freqs_cis.imag, operation, options)
+
+    return dict(zip(_FORMS, (both, one, both_by_complex), strict=True))[_form(own)]
+
+
+def _form(function: Rope) -> tuple[str, ...]:
+    """The first parameters of a function that may be a rotation; none of any other."""
+    names = tuple(inspect.signature(function).parameters)
+    return next((form for form in _FORMS if names[: len(form)] == form), ())
 
 
 @cache
@@ -150,41 +195,58 @@ def _rotations(forward: FunctionType) -> dict[str, Rotation]:
     found = {
         name: rotation
         for name, function in functions.items()
-        if isinstance(function, FunctionType) and list(inspect.signature(function).parameters)[:4] == _PARAMETERS
-        if (rotation := _rotation(function)) is not None
+        if isinstance(function, FunctionType) and _form(function) and (rotation := _rotation(function)) is not None
     }
     return found if parameters[1:2] == ["hidden_states"] else {}
 
 
 def _rotation(function: Rope) -> Rotation | None:
-    """The one way of calling `rope` that agrees with a function in float32, for whole and half rotations of a head.
+    """The one way of calling `rope` that agrees with a function, wherever it lets its heads be."""
+    if "unsqueeze_dim" not in inspect.signature(function).parameters:
+        found = [rotation for heads in (1, 2, -2) if (rotation := _agreeing(function, heads)) is not None]
+        return found[-1] if len({rotation.heads == 1 for rotation in found}) == 1 else None
+    found = [_agreeing(function, None), _agreeing(function, None, unsqueeze_dim=2)]
+    return found[0] if found[0] == found[1] else None
+
+
+def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | None:
+    """The one way of calling `rope` that agrees with a function in float32, for rotations of a head and of a part.
 
     All numbers are between -1 and 1, so that each side has an error of at most 2^-22: two products and their sum.
     """
     generator = torch.Generator().manual_seed(0)
+    dimension = options.get("unsqueeze_dim", heads or 1)
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) - 1
 
-    agreeing = set(_ROTATIONS)
+    agreeing = {rotation._replace(heads=heads) for rotation in _ROTATIONS}
     computed = False
-    for columns in (_WIDTH, _WIDTH // 2):
-        given = uniform(2, 3, 5, _WIDTH), uniform(2, 1, 5, _WIDTH), uniform(2, 5, columns), uniform(2, 5, columns)
-        expected = _results(function, *given)
+    for columns in (_WIDTH, _WIDTH // 2, _WIDTH // 4):
+        q, k = (uniform(2, count, 5, _WIDTH).transpose(1, dimension) for count in (3, 1))
+        cos, sin = uniform(2, 5, columns), uniform(2, 5, columns)
+        given = [(q, k, cos, sin), *([(q, k, cos[0], sin[0]), (q[0], k[0], cos[0], sin[0])] if heads == -2 else [])]
+        expected = _results(function, given, options)
         if expected is not None:
             computed = True
-            results = {each: _results(_by(reference.rope, each, function), *given) for each in agreeing}
+            results = {each: _results(_by(reference.rope, each, function), given, options) for each in agreeing}
             agreeing = {each for each, result in results.items() if result is not None and _agree(result, expected)}
     return agreeing.pop() if computed and len(agreeing) == 1 else None
 
 
-def _results(function: Rope, *given: Tensor) -> list[Tensor] | None:
-    """The rotated queries and keys; None if the function raises."""
+def _results(function: Rope, given: Sequence[tuple[Tensor, ...]], options: dict[str, int]) -> list[Tensor] | None:
+    """The rotated queries and keys, or queries, of each q, k, cos and sin; None if the function raises."""
+    form, results = _form(function), []
     try:
         with torch.no_grad():
-            return list(function(*given))
+            for q, k, cos, sin in given:
+                values = {"q": q, "k": k, "x": q, "xq": q, "xk": k, "cos": cos, "sin": sin}
+                values["freqs_cis"] = torch.complex(cos, sin)
+                result = function(*(values[name] for name in form), **options)
+                results += [result] if isinstance(result, Tensor) else result
     except FAILURES:
         return None
+    return results
 
 
 def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:

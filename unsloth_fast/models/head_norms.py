@@ -3,11 +3,13 @@
 The attentions of Qwen3, Gemma 3 and others compute `q = self.q_norm(...)`, `k = self.k_norm(...)` and then call the
 rotation of q and k. `move_norms` rewrites such a forward: the rotation receives the norms as arguments and applies
 them. Between a norm and the rotation there may be a transposition of heads and tokens, which commutes with a norm over
-the columns, and nothing else.
+the columns, and nothing else. Gemma 4 rotates q and k one by one: there each norm stands in the line before.
 """
 
 import ast
-from collections.abc import Callable, Hashable
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,42 +18,76 @@ from unsloth_fast.models.methods import has_own_method, hooks_of
 from unsloth_fast.models.norm import Norm, widened
 from unsloth_fast.models.structure import Found, recognise
 
-NAMES = ("q_norm", "k_norm")
+NAMES = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 
 
 def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
-    """How both norms of an attention's heads work; None unless they are norms that work alike.
+    """How the norms of an attention's heads work, of q and, unless it takes them from another layer, of k.
+
+    None unless they are norms that work alike.
 
     Args:
         attention: its norms have the forward of their class.
         known: as in `recognise`.
     """
-    norms = [attention._modules.get(name) for name in NAMES]
-    found = [None if norm is None or has_own_method(norm, "forward") else recognise(norm, known) for norm in norms]
-    how = found[0]
-    if not isinstance(how, Norm) or found[1] != how:
+    norms = norms_inside(attention)
+    found = {None if has_own_method(norm, "forward") else recognise(norm, known) for norm in norms}
+    how = found.pop() if len(found) == 1 else None
+    if not isinstance(how, Norm) or not how.weighted:
         return None
     return how if len({getattr(norm, how.eps) for norm in norms}) == 1 else None
+
+
+def norms_inside(attention: nn.Module) -> list[nn.Module]:
+    """The norms of an attention's heads."""
+    children = attention._modules
+    return [norm for pair in NAMES for name in pair if (norm := children.get(name)) is not None]
 
 
 def move_norms(function: ast.FunctionDef, rotation: str) -> bool:
     """Move the norms of a forward into the arguments of its rotation, in place; False where that cannot be done."""
     calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _is_name(node.func, rotation)]
-    places = [index for index, statement in enumerate(function.body) if _rotates(statement, calls)]
-    if len(calls) != 1 or len(places) != 1 or calls[0].keywords or len(calls[0].args) != 4:
+    known = {name for pair in NAMES for name in pair}
+    uses = sorted(node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in known)
+    names = next((pair for pair in NAMES if sorted(pair) == uses), ())
+    found = _norms_of_both(function, calls, names) if len(calls) == 1 else _norms_of_each(function, calls, names)
+    if len(found) != 2 or None in [norm for _, norm, _ in found]:
         return False
-    before = function.body[: places[0]]
-    norms = [_norm_of(before, variable, name) for variable, name in zip(calls[0].args, NAMES, strict=False)]
-    uses = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in NAMES]
-    if None in norms or sorted(uses) != sorted(NAMES):
-        return False
-    for norm in norms:
+    for before, norm, call in found:
         assert norm is not None
         replacement = _Replaced(norm)
         for statement in before:
             replacement.visit(statement)
-        calls[0].args.append(norm.func)
+        call.args.append(norm.func)
     return True
+
+
+_Found = list[tuple[list[ast.stmt], ast.Call | None, ast.Call]]
+"""Statements, the norm that they apply, and the rotation that may apply it instead."""
+
+
+def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
+    """For the call `q, k = f(q, k, cos, sin)`."""
+    (call,) = calls
+    places = [index for index, statement in enumerate(function.body) if _rotates(statement, call, 2)]
+    if len(places) != 1 or call.keywords or len(call.args) != 4:
+        return []
+    before = function.body[: places[0]]
+    return [(before, _norm_of(before, heads, name), call) for heads, name in zip(call.args, names, strict=False)]
+
+
+def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
+    """For the calls `q = f(q, cos, sin, unsqueeze_dim=2)` and `k = f(k, ...)` in any block, right after the norms."""
+    fields = [getattr(node, name, None) for node in ast.walk(function) for name in ("body", "orelse")]
+    pairs = [pair for block in fields if isinstance(block, list) for pair in pairwise(block)]
+    found: _Found = []
+    for call, name in zip(calls, names, strict=False):
+        options = [(option.arg, ast.unparse(option.value)) for option in call.keywords]
+        known = options in ([], [("unsqueeze_dim", "1")], [("unsqueeze_dim", "2")])
+        before = [first for first, second in pairs if _rotates(second, call, 1)]
+        if known and len(call.args) == 3 and len(calls) == 2 and before:
+            found.append((before, _norm_of(before, call.args[0], name), call))
+    return found
 
 
 def rotation_with_norms(
@@ -62,19 +98,28 @@ def rotation_with_norms(
     The latter if somebody has replaced or hooked a norm, or if heads have another layout than the operation's.
     """
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Any, k_norm: Any) -> Any:
+    def operation_of(q_norm: Any, *weights: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        options = {"eps": getattr(q_norm, norm.eps), "offset": norm.offset, "casting": norm.casting}
+
+        def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+            return qk_norm_rope(q, k, *weights, cos, sin, **options)
+
+        return rope
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Any, k_norm: Any) -> Any:
         norms = ((q, q_norm), (k, k_norm))
         if q.dtype != k.dtype or cos.ndim != 3 or not all(_fits(heads, module) for heads, module in norms):
             return separate(q_norm(q), k_norm(k), cos, sin)
         q, k = (widened(norm, heads, module.weight) for heads, module in norms)
-        options = {"eps": getattr(q_norm, norm.eps), "offset": norm.offset, "casting": norm.casting}
+        return separate(q, k, cos, sin, rope=operation_of(q_norm, q_norm.weight, k_norm.weight))
 
-        def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-            return qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, **options)
+    def one(x: Tensor, cos: Tensor, sin: Tensor, module: Any, **options: int) -> Any:
+        if cos.ndim != 3 or not _fits(x, module):
+            return separate(module(x), cos, sin, **options)
+        x, weight = widened(norm, x, module.weight), module.weight
+        return separate(x, cos, sin, rope=operation_of(module, weight, weight.detach()), **options)
 
-        return separate(q, k, cos, sin, rope=rope)
-
-    return rotate
+    return both if "k" in inspect.signature(separate).parameters else one
 
 
 def _fits(heads: Tensor, norm: Any) -> bool:
@@ -102,8 +147,11 @@ def _norm_of(before: list[ast.stmt], variable: ast.expr, name: str) -> ast.Call 
     return value if len(value.args) == 1 and not value.keywords else None
 
 
-def _rotates(statement: ast.stmt, calls: list[ast.Call]) -> bool:
-    return isinstance(statement, ast.Assign) and statement.value in calls
+def _rotates(statement: ast.stmt, call: ast.Call, count: int) -> bool:
+    """Whether a statement assigns the call's result to the variables that it rotates, its first arguments."""
+    if not isinstance(statement, ast.Assign) or statement.value is not call or len(statement.targets) != 1:
+        return False
+    return ast.unparse(statement.targets[0]).strip("()") == ", ".join(map(ast.unparse, call.args[:count]))
 
 
 def _is_name(node: ast.AST, name: str) -> bool:

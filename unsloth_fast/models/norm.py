@@ -1,4 +1,4 @@
-"""An RMSNorm, with or without a gate, on the backend's operation."""
+"""An RMSNorm, with or without a gate, or a layer norm without a bias, on the backend's operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,20 @@ class Norm:
         eps: the name of the attribute with eps.
         offset: added to the weight.
         casting: how the result is rounded, as in `rms_norm`.
+        weighted: whether it has a weight; without one it multiplies by 1.
     """
 
     eps: str
     offset: float
     casting: Casting
+    weighted: bool = True
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """How a layer norm without a bias works, as in Cohere; eps is the name of the attribute with it."""
+
+    eps: str
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,23 @@ def norm_forward(norm: Norm, rms_norm: Callable[..., Tensor]) -> Forward:
     """
 
     def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
-        weight = self.weight
+        weight = self.weight if norm.weighted else hidden_states.new_ones(hidden_states.shape[-1])
         hidden_states = widened(norm, hidden_states, weight)
         apply = partial(rms_norm, eps=getattr(self, norm.eps), offset=norm.offset, casting=norm.casting)
         normed = apply(hidden_states, weight)
         return recomputable(normed, partial(apply, hidden_states.detach(), weight.detach()))
+
+    return forward
+
+
+def layer_norm_forward(norm: LayerNorm, layer_norm: Callable[..., Tensor]) -> Forward:
+    """The forward of a layer norm without a bias that calls the operation; both return the dtype of their input."""
+
+    def forward(self: RMSNorm, hidden_states: Tensor) -> Tensor:
+        weight, eps = self.weight, getattr(self, norm.eps)
+        bias = torch.zeros_like(weight, requires_grad=False)
+        normed = layer_norm(hidden_states, weight, bias, eps)
+        return recomputable(normed, partial(layer_norm, hidden_states.detach(), weight.detach(), bias, eps))
 
     return forward
 

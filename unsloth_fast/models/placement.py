@@ -15,13 +15,13 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement
 from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
 from unsloth_fast.models.float8 import float8_placement
-from unsloth_fast.models.head_norms import NAMES
+from unsloth_fast.models.head_norms import norms_inside
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.lora import lora_placement
 from unsloth_fast.models.methods import has_foreign_forward, has_own_method, replace_method, restore_method
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_placement
-from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import recognise
@@ -36,8 +36,9 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
 
     Those are, in any model, also under peft's wrappers:
 
-    - the RMSNorms, with a gate or not, and the MLPs whose gate is SiLU or GELU, with separate or fused projections, or
-      whose activation is the square of ReLU, recognised by a numeric check (see `unsloth_fast.models.structure`);
+    - the RMSNorms, with a weight, a gate or neither, the layer norms without a bias, and the MLPs whose gate is SiLU or
+      GELU, with separate or fused projections, or whose activation is the square of ReLU, recognised by a numeric check
+      (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
       their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
@@ -49,8 +50,9 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       batches (see `unsloth_fast.models.packed`). With dropout, or anything else that packed_attention does not compute,
       it becomes masked_sdpa or masked_eager, and documents are kept apart by a mask, with a warning;
     - rope in every attention that rotates by a function of its file which computes the same, half by half or
-      interleaved (see `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3
-      and Gemma 3, qk_norm_rope computes both.
+      interleaved, queries and keys together or one by one, by real or complex numbers (see
+      `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3, Gemma 3 and
+      Gemma 4, qk_norm_rope computes both.
 
     A fused operation, qk_norm_rope or fused_swiglu, is placed if it and its parts come from the same package. A backend
     with a setting for one of them, such as "fast,rope=reference", separates it.
@@ -83,7 +85,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
-            inside |= {id(module._modules[name]) for name in NAMES if "qk_norm_rope" in operations}
+            inside |= set(map(id, norms_inside(module))) if "qk_norm_rope" in operations else set()
         elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
@@ -143,6 +145,8 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
         return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):
         return ("rms_norm",), norm_forward(found, backend.kernels.rms_norm)
+    if isinstance(found, LayerNorm):
+        return ("layer_norm",), layer_norm_forward(found, backend.kernels.layer_norm)
     if isinstance(found, GatedNorm):
         return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):

@@ -21,7 +21,7 @@ from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.experts import Experts, experts_forward
 from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
-from unsloth_fast.models.norm import GatedNorm, Norm, gated_norm_forward, norm_forward
+from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import ExpertActivation
 
@@ -30,12 +30,13 @@ _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
 _EXPERTS = ("gate_up_proj", "down_proj")
 _ACTIVATIONS: tuple[ExpertActivation, ...] = ("silu", "gelu_tanh")
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
+_WIDTH = 24  # of the rows of a norm without a weight
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _BY_MODE = "differs between training and evaluation"
-_AnyNorm = TypeVar("_AnyNorm", Norm, GatedNorm)
+_AnyNorm = TypeVar("_AnyNorm", Norm, LayerNorm, GatedNorm)
 _OF_EVERY_MODULE = vars(nn.Module())
 
-Found = Norm | GatedNorm | Gated | Experts | str | None
+Found = Norm | LayerNorm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
@@ -48,13 +49,14 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
     sizes = {name: size for name, child in children.items() if (size := sizes_of(child))}
     others = [child for name, child in children.items() if name not in sizes]
-    is_norm = set(parameters) == {"weight"} and parameters["weight"].dim() == 1 and not children
+    dimensions = {name: weight.dim() for name, weight in parameters.items()}
+    is_norm = not children and dimensions in ({"weight": 1}, {})
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
     is_experts = set(parameters) == set(_EXPERTS) and all(weight.dim() == 3 for weight in parameters.values())
     taken = _taken(type(module).forward)
     if not (is_norm or is_gated or is_experts) or _has_state(module, others):
         return None
-    if taken not in ((1, 2) if is_norm else (3,) if is_experts else (1,)):
+    if taken not in ((1, 2) if is_norm and parameters else (3,) if is_experts else (1,)):
         return None
     if any(map(hooks_of, others)):
         return "hooks on its activation"
@@ -65,7 +67,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
         try:
             with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
                 if is_norm:
-                    known[key] = (_norm if taken == 1 else _gated_norm)(module, shapes[0][0])
+                    size = shapes[0][0] if shapes else _WIDTH
+                    known[key] = (_norm if taken == 1 else _gated_norm)(module, size)
                 else:
                     known[key] = _experts(module) if is_experts else _gated(module, sizes)
         except FAILURES as failure:
@@ -99,12 +102,21 @@ def _value(value: object) -> object:
     return value if isinstance(value, int | float | str | None) else id(value)
 
 
-def _norm(module: nn.Module, size: int) -> Norm | str | None:
-    """The offset from float32, then the casting from 16 bits, where alone it matters."""
+def _norm(module: nn.Module, size: int) -> Norm | LayerNorm | str | None:
+    """The offset from float32, then the casting from 16 bits, where alone it matters; without a weight one is left."""
     eps = _eps(module)
-    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma") if eps]
+    if eps is None:
+        return None
+    candidates = [Norm(eps, offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma")]
+    if not _is_weighted(module):
+        candidates = [Norm(eps, 0.0, "gemma", weighted=False)]
     calls = {norm: norm_forward(norm, reference.rms_norm) for norm in candidates}
-    return _agreeing_norm(module, size, calls, "rms_norm", 1) if eps else None
+    found = _agreeing_norm(module, size, calls, "rms_norm", 1)
+    if isinstance(found, Norm) or not _is_weighted(module):
+        return found
+    centred = {LayerNorm(eps): layer_norm_forward(LayerNorm(eps), reference.layer_norm)}
+    layer_norm = _agreeing_norm(module, size, centred, "layer_norm", 1)
+    return layer_norm if isinstance(layer_norm, LayerNorm) else found
 
 
 def _gated_norm(module: nn.Module, size: int) -> GatedNorm | str | None:
@@ -116,6 +128,10 @@ def _gated_norm(module: nn.Module, size: int) -> GatedNorm | str | None:
     candidates = [GatedNorm(eps, group, before, casting) for before in (True, False) for casting in ("llama", "gemma")]
     calls = {norm: gated_norm_forward(norm, reference.gated_rms_norm) for norm in candidates}
     return _agreeing_norm(module, size, calls, "gated_rms_norm", 2)
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _eps(module: nn.Module) -> str | None:
@@ -139,7 +155,8 @@ def _agreeing_norm(
         (torch.bfloat16, torch.bfloat16, _agree_in_16_bits),
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
-        twin = twin_of(module, parameters={"weight": nn.Parameter(weight.to(weights), requires_grad=False)})
+        random = {"weight": nn.Parameter(weight.to(weights), requires_grad=False)} if _is_weighted(module) else {}
+        twin = twin_of(module, parameters=random)
         given = [tensor.to(dtype) for tensor in rows]
         own = in_both_modes(twin, *given)
         if own is None:

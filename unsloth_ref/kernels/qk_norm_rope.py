@@ -33,7 +33,7 @@ def qk_norm_rope(
 
     Args:
         q: [B, N, S, D], any float dtype.
-        k: [B, K, S, D], as q; K need not divide N.
+        k: [B, K, S, D], as q; K need not divide N. Either may be 0.
         q_weight: [D], any float dtype.
         k_weight: [D], any float dtype.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D: the

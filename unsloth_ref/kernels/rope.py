@@ -23,7 +23,7 @@ def rope(
 
     Args:
         q: [B, N, S, D], any float dtype.
-        k: [B, K, S, D], as q; K need not divide N.
+        k: [B, K, S, D], as q; K need not divide N. Either may be 0.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. With float32 the products and
             their sum are rounded to float32. D' is even and at most D. A constant: it gets no gradient.
         sin: as cos.

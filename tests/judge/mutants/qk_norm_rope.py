@@ -28,6 +28,11 @@ TABLE = {
         ("value",),
         "float32",
     ),
+    "nothing_without_heads_of_both": one(
+        "if q.numel() + k.numel() == 0:\n        return outputs",
+        "if q.numel() * k.numel() == 0:\n        return outputs",
+        "argument_kinds",
+    ),
     "position_is_the_row": one("row = tl.load(positions_ptr", "row = token + 0 * tl.load(positions_ptr", "value"),
     "gradient_mean_missing": one("dx = rstd * (g - n * mean)", "dx = rstd * g", "gradients"),
     "weight_gradient_of_the_last_token": Mutant(

@@ -22,6 +22,9 @@ TABLE = {
         "tl.store(out_ptr + column, both, head_inside & (column // UNIT <= 2 * units))",
         "guard_writes",
     ),
+    "nothing_without_heads_of_both": one(
+        "if q_out.numel() + k_out.numel() == 0", "if q_out.numel() * k_out.numel() == 0", "argument_kinds"
+    ),
     "position_is_the_row": one("row = tl.load(positions_ptr", "row = token + 0 * tl.load(positions_ptr", "value"),
     "first_sequence_for_all": one(
         "cos_ptr += batch * cos_batch", "cos_ptr += 0 * cos_batch", "value", "changed_inputs"
