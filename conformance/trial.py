@@ -56,7 +56,7 @@ class BackendError(Exception):
 
 
 class Lacking(Failure):
-    """A call raised NotImplementedError, for its options or for an argument of several tensors: the backend lacks it."""
+    """A call raised NotImplementedError, for an option or for an argument of several tensors: the backend lacks it."""
 
 
 class Caught:

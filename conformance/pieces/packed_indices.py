@@ -11,7 +11,6 @@ from conformance.pieces._shared import Arguments, equal, inputs_untouched
 from conformance.pieces.pack import PackCase
 from unsloth_ref import training
 
-
 FAR = 2**33  # tokens of a column before the first document
 
 

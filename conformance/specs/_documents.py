@@ -11,7 +11,6 @@ from conformance.case import Draw
 from conformance.promises import Parts
 from conformance.spec import Change, ErrorCase, Inputs, Options, change_inputs, mistake
 
-
 MANY = 40  # documents, more than random cases have
 
 

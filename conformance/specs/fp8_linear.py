@@ -135,8 +135,8 @@ def _bias_error(
 
 
 def _long(inputs: Inputs) -> Inputs:
-    """As many columns as models have: sums that are rounded to 16 bits on the way lose more than the operation allows."""
-    x, weight = (inputs[name].repeat(1, 60) for name in ("x", "weight"))
+    """Columns as many as models have, and rows enough for a statistic: no part of a sum may be rounded to 16 bits."""
+    x, weight = inputs["x"].repeat(8, 60), inputs["weight"].repeat(1, 60)
     return {"x": x, "weight": weight, "scale": inputs["scale"][:, :1].repeat(1, -(-x.shape[1] // 128))}
 
 

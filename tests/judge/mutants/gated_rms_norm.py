@@ -44,5 +44,13 @@ TABLE = {
     ),
     "needs_exchanged": one("((x, need_dx), (gate, need_dgate)", "((x, need_dgate), (gate, need_dx)", "gradients"),
     "gate_of_any_shape": one("checks.gated_norm_arguments(x, gate, weight, eps, group_size)", "pass", "error_parity"),
+    "groups_of_32_by_default": one(
+        "group_size or x.shape[-1],", "group_size or min(32, x.shape[-1]),", "argument_kinds"
+    ),
+    "dweight_of_the_last_rows": one(
+        "                dweight += of_product * rounded(n,",
+        "                dweight = of_product * rounded(n,",
+        "extents",
+    ),
     "second_derivative_zero": one(*LYING),
 }
