@@ -238,7 +238,8 @@ class Draw:
         generator = self._generator()
         if kind in ("randint", "mask"):
             values = torch.randint(low, max(high, low + 1), shape, generator=generator, device=generator.device)
-            ends, last = values.reshape(-1)[:3], max(high, low + 1) - 1
+            flat, last = values.reshape(-1), max(high, low + 1) - 1
+            ends = flat[: 3 if len(flat) > 3 else 2]  # of up to three, one stays random
             ends.copy_(torch.tensor([last, low, last])[: len(ends)])
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
             return LAYOUTS[self.case.layout](values.to(own).to(self.device))

@@ -28,12 +28,12 @@ class PackCase(PieceCase):
 
 def draw(elements: int) -> st.SearchStrategy[PackCase]:
     """Draw a capacity, up to more than 16 bits hold, and lengths around its halves and multiples."""
-    return _drawn(elements, (17, 31, 64, 100, 513, 70_000))
+    return _drawn(elements, (17, 64, 513, 70_000))
 
 
 def draw_short(elements: int) -> st.SearchStrategy[PackCase]:
     """Draw such a case of few tokens."""
-    return _drawn(elements, (17, 31, 64, 100, 513))
+    return _drawn(elements, (17, 64, 513))
 
 
 def _drawn(elements: int, capacities: Sequence[int]) -> st.SearchStrategy[PackCase]:

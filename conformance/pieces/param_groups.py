@@ -31,7 +31,7 @@ class GroupsCase(PieceCase):
         wrapper: "none", "module" (as DistributedDataParallel), "_orig_mod" (as torch.compile) or "both".
         embedding_lr: in thousandths; None for the same rate.
         weight_decay: in hundredths.
-        decay: whether parameters decay by "shape", by "names", or by "wrapped names", those of the wrapped model.
+        decay: whether parameters decay by "shape", by "names", or by "wrapped" names, those of the wrapped model.
     """
 
     training: str = "full"
@@ -57,7 +57,7 @@ def draw(elements: int) -> st.SearchStrategy[GroupsCase]:
         wrapper=st.sampled_from(["none", "module", "_orig_mod", "both"]),
         embedding_lr=st.sampled_from([5, None, 0, 10]),
         weight_decay=st.sampled_from([1, 0]),
-        decay=st.sampled_from(["shape", "names", "wrapped names"]),
+        decay=st.sampled_from(["shape", "names", "wrapped"]),
     )
 
 
@@ -167,7 +167,7 @@ def _options(case: GroupsCase, names: dict[str, nn.Parameter]) -> dict[str, Any]
     if case.decay == "shape":
         return options
     prefixes = {"module": "module.", "_orig_mod": "_orig_mod.", "both": "module._orig_mod."}
-    prefix = prefixes.get(case.wrapper, "") if case.decay == "wrapped names" else ""
+    prefix = prefixes.get(case.wrapper, "") if case.decay == "wrapped" else ""
     return options | {"decay_names": [prefix + name for name in _decaying(names)]}
 
 

@@ -98,10 +98,10 @@ def _weight(call: Call) -> Bound:
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """An even number of columns is that of x, an odd one that of y.
 
-    Of the odd numbers of rows, those after a multiple of 4 have wide adapters and a weight in 4 bits, others the first.
+    An odd number of rows has wide adapters; 17, 33 and so on a weight in 4 bits too.
     """
-    few = 3 + columns % 29
-    return rows, 1 + (columns + 1) % 5, (0, 2, 0, 1)[rows % 4], *((few, columns) if columns % 2 else (columns, few))
+    few, wide = 3 + columns % 29, 2 if rows % 16 == 1 < rows else rows % 2
+    return rows, 1 + (columns + 1) % 5, wide, *((few, columns) if columns % 2 else (columns, few))
 
 
 def _out(budget: int) -> st.SearchStrategy[int]:
