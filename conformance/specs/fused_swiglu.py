@@ -98,8 +98,8 @@ spec = Spec(
         # every dtype, so that none is rounded.
         options={
             "interleaved": [False, True],
-            "alpha": [1.0, 1.702, 0.0],
-            "limit": [None, 7.0, 1.0, 0.0],
+            "alpha": [1.0, 0.0, 1.702],
+            "limit": [None, 7.0, 0.0, 1.0],
             "offset": [0.0, 1.0],
         },
         fills=["randn", "ones", "zeros", "tiny", "wide", "far"],

@@ -122,7 +122,7 @@ spec = Spec(
             "columns": lambda budget: st.sampled_from([16, 8, 33, 1] if budget > 2**15 else [16, 16, 8, 33, 1]),
         },
         build=_build,
-        options={"scale": [None, 0.5, 0.0]},
+        options={"scale": [None, 0.0, 0.5]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts=["tokens", "documents"],

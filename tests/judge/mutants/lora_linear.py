@@ -85,8 +85,10 @@ TABLE = {
         "needs_x, _, needs_a, needs_b, *_, needs_bias = ctx.needs_input_grad",
         "gradients",
     ),
-    "weight_in_4_bits_transposed": one(
-        "ctx.shape, ctx.scaling = shape,", "ctx.shape, ctx.scaling = shape[::-1],", "gradients"
+    "weight_in_4_bits_rounded_more_backward": one(
+        "weight = dequantize_op(*parts, ctx.shape, x.dtype)",
+        "weight = dequantize_op(*parts, ctx.shape, torch.float16).to(x.dtype)",
+        "gradients",
     ),
     "scaling_lost_beside_4_bits": one(
         "lora_b, low, ctx.scaling, *needs)\n        found", "lora_b, low, 1.0, *needs)\n        found", "gradients"
