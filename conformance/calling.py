@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 Arguments = tuple[list[Any], dict[str, Any]]
 
 
-def grouped(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def grouped(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs as keywords: tensors, and lists of those tensors that are elements of one."""
     found: dict[str, Any] = {}
     for name, tensor in inputs.items():
@@ -30,7 +30,7 @@ def grouped(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def placed(reference: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Arguments:
+def placed(reference: Callable[..., Any], inputs: Mapping[str, Any]) -> Arguments:
     """The inputs as positional arguments, as far as they are the first parameters of the reference, and keywords."""
     by_name = grouped(inputs)
     positional: list[Any] = []

@@ -233,13 +233,14 @@ class Draw:
                 and "mask" are integers and booleans, whatever the fill.
             shape: may be empty.
             dtype: instead of that of the case.
-            low, high: the range of "randint", without `high`; both ends occur.
+            low, high: the range of "randint", without `high`; both ends occur, and one number twice.
         """
         generator = self._generator()
         if kind in ("randint", "mask"):
             values = torch.randint(low, max(high, low + 1), shape, generator=generator, device=generator.device)
-            ends = values.reshape(-1)[:2]
-            ends.copy_(torch.tensor([max(high, low + 1) - 1, low])[: len(ends)])
+            flat, last = values.reshape(-1), max(high, low + 1) - 1
+            ends = flat[: 3 if len(flat) > 3 else 2]  # of up to three, one stays random
+            ends.copy_(torch.tensor([last, low, last])[: len(ends)])
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
             return LAYOUTS[self.case.layout](values.to(own).to(self.device))
         fill = "randn" if kind == "ones" else self.case.fill

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, nan
@@ -304,22 +304,26 @@ class Learner:
             lacks["autocast"] = f"under autocast the reference raises {describe(caught.error)}"
         return lacks
 
+    def _with(self, value: float, spec: Spec, case: Case) -> Iterator[Inputs]:
+        """The inputs of a case with this value at one place of those that have rows."""
+        for name in self.rows:
+            size = spec.inputs(case, torch.float32, "cpu")[name]
+            for place in range(size.numel() if size.is_floating_point() else 0):
+                inputs = spec.inputs(case, torch.float32, "cpu")
+                inputs[name].view(-1)[place] = value
+                yield inputs
+
     def _special_values(self, spec: Spec) -> tuple[float, ...]:
-        """Infinities for which the reference returns no NaN, and NaN; none where results are integers."""
+        """Infinities for which the reference returns no NaN, wherever they are, and NaN; none for integer results."""
         if not self.rows:
             return ()
         case, found = spec.case(3, 8), [nan]
         for value in (inf, -inf):
-            inputs = spec.inputs(case, torch.float32, "cpu")
-            for name in self.rows:
-                if inputs[name].is_floating_point():
-                    inputs[name].view(-1)[0] = value
-            with Caught() as caught:
-                outputs = call(spec, case, inputs)
+            with Caught():
+                # At each place by itself: a mask may hide one.
+                outputs = [o for inputs in self._with(value, spec, case) for o in call(spec, case, inputs)]
                 if not any(output.isnan().any() for output in outputs):
                     found.append(value)
-            if caught.error is not None:
-                continue
         return (
             tuple(found)
             if all(o.is_floating_point() for o in call(spec, case, spec.inputs(case, torch.float32, "cpu")))

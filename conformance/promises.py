@@ -1,7 +1,7 @@
 """What a spec can promise beside right numbers: independent parts, exact laws, and an amount of memory."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,11 @@ class Law:
     options: Callable[[Options], Options] = lambda options: {}
     holds: Callable[[Options], bool] = lambda options: True
     without: Sequence[str] = ()
+
+    def to_the(self, power: int) -> "Law":
+        """The law applied so many times."""
+        inputs, factors = ({name: f**power for name, f in each.items()} for each in (self.inputs, self.factors))
+        return replace(self, inputs=inputs, factors=factors, grad_outputs=self.grad_outputs**power)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,8 @@ def few_row_counts(budget: int) -> st.SearchStrategy[int]:
 
 def column_counts(budget: int) -> st.SearchStrategy[int]:
     """Numbers of columns: any small one, or one of COLUMNS and WIDE_COLUMNS."""
-    return st.one_of(
-        st.integers(1, min(budget, 300)), st.sampled_from([c for c in (*COLUMNS, *WIDE_COLUMNS, 1) if c <= budget])
-    )
+    chosen = [columns for columns in (*COLUMNS, *WIDE_COLUMNS, 1) if columns <= budget]
+    return st.one_of(st.integers(1, min(budget, 300)), st.sampled_from(chosen))
 
 
 Change = Callable[[Inputs, Options], tuple[Inputs, Options]]  # from valid inputs and options to changed ones
@@ -87,9 +86,8 @@ class Call:
 
     def wide(self, *names: str) -> bool:
         """Whether one of these inputs has more bits than the dtype under test, which has 16."""
-        return self.dtype != torch.float32 and any(
-            not torch.equal(self.inputs[name].to(self.dtype).double(), self.inputs[name]) for name in names
-        )
+        given = [self.inputs[name] for name in names]
+        return self.dtype != torch.float32 and any(not torch.equal(t.to(self.dtype).double(), t) for t in given)
 
     @property
     def unit(self) -> float:
@@ -122,7 +120,7 @@ class Drawing:
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
         partial: whether the reference refuses some cases with an error; these are skipped.
         counts: dimensions of which a call may have very many; by default the one that counts rows.
-        costly: cases of `guard_writes` that take seconds in an interpreter; not under the profile `dev`.
+        costly: cases of `extents` and `guard_writes` that take an interpreter seconds; not under the profile `dev`.
     """
 
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
@@ -192,6 +190,7 @@ class Spec:
         outputs: one name per output.
         grads: the inputs that get a gradient, if a case has them.
         budget: read by the gates.
+        arguments: what the inputs of a case are passed as, where an argument is made of several tensors.
         in_place: the inputs that the operation changes on purpose. Each is one more output, after those returned.
         rowwise: the inputs whose first dimension counts independent rows.
         row_options: options under which every output has one entry per row.
@@ -216,6 +215,7 @@ class Spec:
     outputs: Sequence[str]
     grads: Sequence[str]
     budget: Budget
+    arguments: Callable[[Inputs], Mapping[str, Any]] = lambda inputs: inputs
     in_place: Sequence[str] = ()
     rowwise: Sequence[str] = ()
     row_options: Options = field(default_factory=dict)
@@ -267,11 +267,8 @@ class Spec:
 
     def without_options(self, options: Options) -> Options:
         """The options that have no default, each with its first value."""
-        parameters = inspect.signature(self.reference).parameters
-        needed = [
-            name for name in options if name in parameters and parameters[name].default is inspect.Parameter.empty
-        ]
-        return {name: self.drawing.options.get(name, [options[name]])[0] for name in needed}
+        needed = [n for n, p in inspect.signature(self.reference).parameters.items() if p.default is p.empty]
+        return {name: self.drawing.options.get(name, [options[name]])[0] for name in needed if name in options}
 
     def parse(self, line: str) -> Case:
         """Parse a case of this operation; raises ValueError, also for an option with a value that is not allowed."""
@@ -317,11 +314,14 @@ def change_inputs(change: Callable[[Inputs], Inputs]) -> Change:
 
 def leading_dimensions(*names: str) -> dict[str, Change]:
     """Argument kinds of an operation on [..., columns]: these inputs with fewer and with more leading dimensions."""
+    changes = {
+        "no leading dimension": lambda tensor: tensor[0],
+        "two leading dimensions": lambda tensor: tensor.unflatten(0, (2, -1)),
+        "two leading dimensions that no view joins": lambda tensor: tensor.unflatten(0, (2, -1)).transpose(0, 1),
+    }
     return {
-        "no leading dimension": change_inputs(lambda inputs: {name: inputs[name][0] for name in names}),
-        "two leading dimensions": change_inputs(
-            lambda inputs: {name: inputs[name].unflatten(0, (2, -1)) for name in names}
-        ),
+        what: change_inputs(lambda inputs, change=change: {name: change(inputs[name]) for name in names})
+        for what, change in changes.items()
     }
 
 

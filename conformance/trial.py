@@ -56,7 +56,7 @@ class BackendError(Exception):
 
 
 class Lacking(Failure):
-    """A call raised NotImplementedError, and would not without its options: the backend lacks one."""
+    """A call raised NotImplementedError, for an option or for an argument of several tensors: the backend lacks it."""
 
 
 class Caught:
@@ -131,13 +131,13 @@ class Trial:
         if isinstance(caught.error, NotImplementedError):
             with Caught() as plain:
                 self._outputs(inputs, self.spec.without_options(options), function)
-            if not isinstance(plain.error, NotImplementedError):
+            if not isinstance(plain.error, NotImplementedError) or self.spec.arguments(inputs) is not inputs:
                 raise Lacking(raised) from caught.error
         raise Failure(raised) from caught.error
 
     def _outputs(self, inputs: Inputs, options: Options, function: Function | None) -> tuple[Tensor, ...]:
         written = {name: calling.copied(inputs[name]) for name in self.spec.in_place if name in inputs}
-        positional, by_name = calling.placed(self.spec.reference, {**inputs, **written})
+        positional, by_name = calling.placed(self.spec.reference, self.spec.arguments({**inputs, **written}))
         found = (function or self.function)(*positional, **by_name, **options)
         for name, copy in written.items():
             calling.return_surroundings(inputs[name], copy)

@@ -107,7 +107,7 @@ class Contender:
 
     def _bound(self, inputs: Inputs) -> Callable[[], Any]:
         """The call with these inputs; a timed call binds nothing."""
-        positional, by_name = calling.placed(self._trial.spec.reference, inputs)
+        positional, by_name = calling.placed(self._trial.spec.reference, self._trial.spec.arguments(inputs))
         return partial(self._trial.function, *positional, **by_name, **self._options)
 
     def forward(self) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conformance.peers import operation, refuse
-from unsloth_ref.types import IGNORE_INDEX
+from unsloth_ref.types import IGNORE_INDEX, NF4Weight
 
 
 @operation
@@ -195,9 +195,12 @@ def _delta_rule_of_document(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Te
 
 @operation
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
-) -> Tensor:
-    """Three linear layers and a sum; adapters of another dtype are cast to that of x."""
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Three linear layers and a sum; adapters of another dtype are cast to that of x. No weights in 4 bits."""
+    if isinstance(weight, NF4Weight):
+        raise NotImplementedError("weight: got an NF4Weight; allowed with torch: a Tensor")
     low = F.linear(x, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
 

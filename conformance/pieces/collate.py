@@ -26,7 +26,8 @@ class CollateCase(PieceCase):
         examples: the lengths of the documents of each example.
         multiple: pad_to_multiple_of.
         labels: the examples that have labels: "none", "all" or "some".
-        tensors: whether columns are tensors instead of lists.
+        tensors: whether columns are tensors instead of lists; of odd seeds in int32.
+        limited: whether the size of the vocabulary is passed.
         seed: the seed of tokens and labels.
     """
 
@@ -34,6 +35,7 @@ class CollateCase(PieceCase):
     multiple: int | None = None
     labels: str = "none"
     tensors: bool = False
+    limited: bool = True
     seed: int = 0
 
 
@@ -47,6 +49,7 @@ def draw(elements: int) -> st.SearchStrategy[CollateCase]:
         multiple=st.sampled_from([None, 1, 2, 8, 64]),
         labels=st.sampled_from(["none", "all", "some"]),
         tensors=st.booleans(),
+        limited=st.booleans(),
         seed=st.integers(0, 3),
     )
 
@@ -64,13 +67,17 @@ def examples(case: CollateCase) -> list[dict[str, Any]]:
             example["labels"] = labels
         if len(documents) > 1:
             example["seq_lengths"] = torch.tensor(documents)
-        found.append(example if case.tensors else {name: column.tolist() for name, column in example.items()})
+        if not case.tensors:
+            found.append({name: column.tolist() for name, column in example.items()})
+        else:
+            found.append({name: column.int() for name, column in example.items()} if case.seed % 2 else example)
     return found
 
 
 def arguments(case: CollateCase, device: str) -> Arguments:
-    """The arguments; vocab_size is the smallest that is valid."""
-    return (examples(case),), {"pad_to_multiple_of": case.multiple, "pad_token_id": PAD, "vocab_size": VOCAB}
+    """The arguments; vocab_size is the smallest that is valid, or not passed."""
+    keywords = {"pad_to_multiple_of": case.multiple, "pad_token_id": PAD}
+    return (examples(case),), keywords | ({"vocab_size": VOCAB} if case.limited else {})
 
 
 def _batch(trial: PieceTrial, case: CollateCase) -> PackedBatch:

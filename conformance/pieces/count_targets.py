@@ -28,8 +28,9 @@ def draw(elements: int) -> st.SearchStrategy[WindowCase]:
 
 
 def microbatches(case: WindowCase, device: str) -> list[Tensor]:
-    """The labels of the microbatches."""
-    return [labels(rows, 5, case.seed + index, device) for index, rows in enumerate(case.window)]
+    """The labels of the microbatches; of odd seeds in int32."""
+    dtype = torch.int32 if case.seed % 2 else torch.int64
+    return [labels(rows, 5, case.seed + index, device).to(dtype) for index, rows in enumerate(case.window)]
 
 
 def count(trial: PieceTrial, case: WindowCase) -> None:

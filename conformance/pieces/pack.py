@@ -1,6 +1,7 @@
 """The plan of packed rows."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,11 +27,19 @@ class PackCase(PieceCase):
 
 
 def draw(elements: int) -> st.SearchStrategy[PackCase]:
-    """Draw a capacity, and lengths around its halves and multiples."""
+    """Draw a capacity, up to more than 16 bits hold, and lengths around its halves and multiples."""
+    return _drawn(elements, (17, 64, 513, 70_000))
 
+
+def draw_short(elements: int) -> st.SearchStrategy[PackCase]:
+    """Draw such a case of few tokens."""
+    return _drawn(elements, (17, 64, 513))
+
+
+def _drawn(elements: int, capacities: Sequence[int]) -> st.SearchStrategy[PackCase]:
     @st.composite
     def case(pick: st.DrawFn) -> PackCase:
-        capacity = pick(st.one_of(st.integers(1, 16), st.sampled_from([17, 31, 64, 100, 513])))
+        capacity = pick(st.one_of(st.integers(1, 16), st.sampled_from(capacities)))
         edges = [0, 1, capacity // 3, capacity // 2, capacity // 2 + 1, capacity - 1, capacity, capacity + 1]
         any_length = st.one_of(st.integers(0, capacity), st.sampled_from([*edges, 2 * capacity, 3 * capacity + 1]))
         small = st.integers(1, max(1, 2 * capacity // 5))  # for which the choice of the row matters

@@ -11,19 +11,21 @@ from conformance.pieces._shared import Arguments, equal, inputs_untouched
 from conformance.pieces.pack import PackCase
 from unsloth_ref import training
 
+FAR = 2**33  # tokens of a column before the first document
+
 
 def arguments(case: PackCase, device: str) -> Arguments:
-    """The plan of the reference, and offsets in int32 or int64."""
+    """The plan of the reference, and offsets in int32 or int64, which are beyond 32 bits."""
     plan = training.pack(case.lengths, case.capacity, strategy=case.strategy)  # type: ignore[arg-type]
-    dtype = torch.int32 if len(case.lengths) % 2 else torch.int64
-    return (plan, torch.tensor([0, *accumulate(case.lengths)], dtype=dtype)), {}
+    dtype, first = (torch.int32, 0) if len(case.lengths) % 2 else (torch.int64, FAR)
+    return (plan, torch.tensor([*accumulate(case.lengths, initial=first)], dtype=dtype)), {}
 
 
 def rows_of_documents(trial: PieceTrial, case: PackCase) -> None:
     """Indexing the flat column gives the tokens of the spans of each row, in order."""
     (plan, offsets), _ = arguments(case, trial.device)
     flat = [(document, token) for document, length in enumerate(case.lengths) for token in range(length)]
-    packed = [flat[index] for index in trial.function(plan, offsets).tolist()]
+    packed = [flat[index] for index in (trial.function(plan, offsets) - offsets[0]).tolist()]
     spans = zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
     wanted = [(document, start + token) for document, start, length in spans for token in range(length)]
     if packed != wanted:
@@ -36,7 +38,7 @@ def _call(lengths: list[int], offsets: torch.Tensor) -> Arguments:
 
 piece = Piece(
     op="packed_indices",
-    draw=pack.draw,
+    draw=pack.draw_short,
     checks=(rows_of_documents, equal(arguments), inputs_untouched(arguments)),
     simplest=PackCase((3, 2), 4),
     mistakes=(

@@ -31,7 +31,7 @@ class GroupsCase(PieceCase):
         wrapper: "none", "module" (as DistributedDataParallel), "_orig_mod" (as torch.compile) or "both".
         embedding_lr: in thousandths; None for the same rate.
         weight_decay: in hundredths.
-        decay: whether parameters decay by "shape" or by "names".
+        decay: whether parameters decay by "shape", by "names", or by "wrapped" names, those of the wrapped model.
     """
 
     training: str = "full"
@@ -57,7 +57,7 @@ def draw(elements: int) -> st.SearchStrategy[GroupsCase]:
         wrapper=st.sampled_from(["none", "module", "_orig_mod", "both"]),
         embedding_lr=st.sampled_from([5, None, 0, 10]),
         weight_decay=st.sampled_from([1, 0]),
-        decay=st.sampled_from(["shape", "names"]),
+        decay=st.sampled_from(["shape", "names", "wrapped"]),
     )
 
 
@@ -106,7 +106,7 @@ class Wrapper(nn.Module):
 
 
 class Model(nn.Module):
-    """Embeddings of tokens and of positions, a projection with bias, a norm and a head."""
+    """Embeddings of tokens and of positions, a projection with bias, experts in one tensor, a norm and a head."""
 
     def __init__(self, tied: bool) -> None:
         """The head has its own weight unless tied."""
@@ -114,6 +114,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(5, SIZE)
         self.position_embed = nn.Embedding(4, SIZE)
         self.projection = nn.Linear(SIZE, SIZE)
+        self.experts = nn.Parameter(torch.ones(2, SIZE, SIZE))
         self.norm = nn.LayerNorm(SIZE)
         self.head = nn.Linear(SIZE, 5, bias=False)
         if tied:
@@ -163,7 +164,11 @@ def _adapt(model: nn.Module, name: str, wrap: Any, case: GroupsCase) -> None:
 def _options(case: GroupsCase, names: dict[str, nn.Parameter]) -> dict[str, Any]:
     embedding_lr = None if case.embedding_lr is None else case.embedding_lr / 1000
     options = {"lr": 0.01, "embedding_lr": embedding_lr, "weight_decay": case.weight_decay / 100}
-    return options | ({"decay_names": _decaying(names)} if case.decay == "names" else {})
+    if case.decay == "shape":
+        return options
+    prefixes = {"module": "module.", "_orig_mod": "_orig_mod.", "both": "module._orig_mod."}
+    prefix = prefixes.get(case.wrapper, "") if case.decay == "wrapped" else ""
+    return options | {"decay_names": [prefix + name for name in _decaying(names)]}
 
 
 def _decaying(names: dict[str, nn.Parameter]) -> list[str]:
@@ -210,7 +215,7 @@ def decay(trial: PieceTrial, case: GroupsCase) -> None:
     groups, names = _groups(trial, case)
     declared = _decaying(names)
     for name, parameter in names.items():
-        decays = name in declared if case.decay == "names" else parameter.ndim >= 2
+        decays = parameter.ndim >= 2 if case.decay == "shape" else name in declared
         for group in groups:
             seen = any(own is parameter for own in group.params)
             if seen and group.weight_decay != (case.weight_decay / 100 if decays else 0.0):

@@ -6,8 +6,9 @@ kind with an option that a backend lacks.
 """
 
 import torch
+from torch import Tensor
 
-from conformance.case import Case
+from conformance.case import LAYOUTS, Case
 from conformance.gates import Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
@@ -27,15 +28,22 @@ def check(trial: Trial, case: Case) -> float:
         inputs, options = kind(trial.inputs(case), trial.options(case))
         changed = case.with_options(options)
         try:
-            run = trial.run(changed, inputs)
+            grad_outputs = _gradients(trial, changed, inputs)
+            run = trial.run(changed, inputs, grad_outputs=grad_outputs)
         except Lacking:
             lacking += 1
             continue
         if not _promotes(trial, inputs, run):
-            used = max(used, trial.judge(changed, run, inputs))
+            used = max(used, trial.judge(changed, run, inputs, grad_outputs))
     if lacking == len(trial.spec.argument_kinds):
         raise Unchecked("the backend lacks an option of every kind")
     return used
+
+
+def _gradients(trial: Trial, case: Case, inputs: Inputs) -> list[Tensor]:
+    """Those of the outputs; no view joins the leading dimensions of one that has several."""
+    outputs = trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs
+    return [LAYOUTS["transposed"](g) if g.ndim > 2 else g for g in trial.grad_outputs(case, outputs)]
 
 
 def _promotes(trial: Trial, inputs: Inputs, run: Run) -> bool:

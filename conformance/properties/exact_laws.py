@@ -18,6 +18,7 @@ from unsloth_ref.accuracy import is_float, widen_float8
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.
 LEAST, MOST = 0.25, 4.0
+FAR = 15  # so often is a law of incoming gradients alone applied, to find thresholds; not in float16, out of its range
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
@@ -39,6 +40,8 @@ def demand_law(trial: Trial, case: Case, name: str, law: Law) -> None:
     inputs = {n: _moderate(t) if is_float(t) else t for n, t in trial.inputs(case).items()}
     if any(needed not in inputs for needed in law.inputs) or any(absent in inputs for absent in law.without):
         return
+    if law.grad_outputs != 1 and not law.inputs and trial.dtype != torch.float16:
+        name, law = f"{name}, {FAR} times over", law.to_the(FAR)
     accepted = trial.options(case)
     if not law.holds(accepted):
         return
@@ -55,7 +58,7 @@ def demand_law(trial: Trial, case: Case, name: str, law: Law) -> None:
 def _demand_multiple(law: str, what: str, one: torch.Tensor, other: torch.Tensor, factor: float) -> None:
     one, other = widen_float8(one), widen_float8(other)
     wanted = one * factor
-    smallest = 4 * torch.finfo(one.dtype).smallest_normal / min(1.0, abs(factor))
+    smallest = 4 * torch.finfo(one.dtype).smallest_normal * max(abs(factor), 1 / abs(factor))
     differs = (bits(wanted) != bits(other)) & ((wanted.abs() > smallest) | (other.abs() > smallest))
     if differs.any():
         index = tuple(differs.nonzero()[0].tolist())

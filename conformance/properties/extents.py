@@ -1,6 +1,9 @@
 """Every size gives correct results: 0, 1, primes, sizes around tile edges, over 65536 columns, over 65535 rows."""
 
+import torch
+
 from conformance.case import Case
+from conformance.gates import Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
@@ -20,11 +23,16 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
         sizes.append(SUMMED)
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
-    return [spec.case(rows, columns) for rows, columns in sizes]
+    costly = spec.drawing.costly if profile.affords_costly else ()
+    return [*(spec.case(rows, columns) for rows, columns in sizes), *costly]
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Judge the forward pass alone, which may run another kernel, and then both passes."""
+    """Judge the forward pass alone, which may run another kernel, and then both passes; costly cases in one dtype."""
+    if case in trial.spec.drawing.costly:
+        if trial.dtype != torch.float32:
+            raise Unchecked("so costly a case is judged in float32")
+        return trial.judge(case, trial.run(case))
     return max(trial.judge(case, trial.run(case, grads=grads)) for grads in ((), None))
 
 

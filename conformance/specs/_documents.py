@@ -11,6 +11,8 @@ from conformance.case import Draw
 from conformance.promises import Parts
 from conformance.spec import Change, ErrorCase, Inputs, Options, change_inputs, mistake
 
+MANY = 40  # documents, more than random cases have
+
 
 def bounds_of(tokens: int, documents: int, seed: int) -> list[int]:
     """The start of each document, then the number of tokens. With few tokens, some documents are empty.
@@ -97,6 +99,9 @@ def document_kinds(tensors: Sequence[str]) -> dict[str, Change]:
         "one document": _cut(lambda tokens: [0, tokens], first),
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens], first),
         "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens], first),
+        "many documents, empty ones, then of a token": _cut(
+            lambda tokens: [max(0, i + tokens - MANY) for i in range(MANY + 1)], first
+        ),
         "NaN before": _nan_in(0, tensors),
         "NaN in between": _nan_in(1, tensors),
         "NaN behind": _nan_in(2, tensors),

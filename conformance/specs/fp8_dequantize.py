@@ -64,10 +64,11 @@ spec = Spec(
     grads=[],
     budget=Budget(truth=_truth),
     far=["values"],
-    laws={"scale twice as large": Law({"scale": 2.0}, {"x": 2.0})},
+    laws={"scale much smaller": Law({"scale": 2.0**-60}, {"x": 2.0**-60})},
     memory=Memory(Case((("rows", 8192), ("columns", 8192))), grads=[]),
     argument_kinds={
         "every number": change_inputs(_every_number),
+        "scales of 0": change_inputs(lambda i: {"scale": i["scale"] * 0}),
         "no columns": change_inputs(lambda i: {"values": i["values"][:, :0], "scale": i["scale"][:, :0]}),
         "no rows": change_inputs(lambda i: {"values": i["values"][:0], "scale": i["scale"][:0]}),
     },

@@ -134,6 +134,12 @@ def _bias_error(
     return ErrorCase(what, change, raises, "bias", undefined)
 
 
+def _long(inputs: Inputs) -> Inputs:
+    """Columns as many as models have, and rows enough for a statistic: no part of a sum may be rounded to 16 bits."""
+    x, weight = inputs["x"].repeat(8, 60), inputs["weight"].repeat(1, 60)
+    return {"x": x, "weight": weight, "scale": inputs["scale"][:, :1].repeat(1, -(-x.shape[1] // 128))}
+
+
 def _working(inputs: Inputs) -> int:
     """The numbers of x in 16 bits, and their scales."""
     return inputs["x"].numel() * 2 + inputs["x"].numel() // 128 * 4
@@ -170,6 +176,7 @@ spec = Spec(
     memory=Memory(Case((("rows", 16384), ("out", 4096), ("columns", 2048))), grads=["x"], working=_working),
     argument_kinds=leading_dimensions("x")
     | {
+        "a long row": change_inputs(_long),
         "a bias": change_inputs(lambda i: {"bias": torch.linspace(-2, 3, len(i["weight"])).to(i["x"])}),
         "no columns but a bias": change_inputs(
             lambda i: {n: i[n][..., :0] for n in ("x", "weight", "scale")}

@@ -103,11 +103,12 @@ spec = Spec(
     drawing=Drawing(
         sizes={"rows": row_counts, "hidden": lambda budget: column_counts(max(1, budget // 2))},
         build=_build,
-        # With ones every factor is at the limit of 1; limits are numbers of every dtype, so that none is rounded.
+        # With ones every factor is at the limit of 1; 0 is a value too, not the lack of one. Limits are numbers of
+        # every dtype, so that none is rounded.
         options={
             "interleaved": [False, True],
-            "alpha": [1.0, 1.702],
-            "limit": [None, 7.0, 1.0],
+            "alpha": [1.0, 0.0, 1.702],
+            "limit": [None, 7.0, 0.0, 1.0],
             "offset": [0.0, 1.0],
         },
         fills=["randn", "ones", "zeros", "tiny", "wide", "far", "outlier"],

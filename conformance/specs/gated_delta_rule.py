@@ -122,7 +122,7 @@ spec = Spec(
             "columns": lambda budget: st.sampled_from([16, 8, 33, 1] if budget > 2**15 else [16, 16, 8, 33, 1]),
         },
         build=_build,
-        options={"scale": [None, 0.5]},
+        options={"scale": [None, 0.0, 0.5]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts=["tokens", "documents"],
@@ -154,6 +154,7 @@ spec = Spec(
     | {
         "no decay": change_inputs(lambda i: {"g": torch.zeros_like(i["g"])}),
         "g as narrow as q": change_inputs(lambda i: {"g": i["g"].to(i["q"].dtype)}),
+        "beta up to 2": change_inputs(lambda i: {"beta": 2 * i["beta"]}),
         "beta in float32": change_inputs(lambda i: {"beta": i["beta"].float() * (1 + 2**-13)}),
         "equal keys, which are replaced": change_inputs(
             lambda i: {"k": i["k"][:1].expand(i["k"].shape).contiguous(), "beta": torch.ones_like(i["beta"])}

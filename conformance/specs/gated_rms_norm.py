@@ -76,7 +76,7 @@ class _Parts:
 
 
 def _parts(call: Call) -> _Parts:
-    size = call.options["group_size"]
+    size = call.options["group_size"] or call.inputs["x"].shape[-1]
     x, gate = (call.inputs[name].unflatten(-1, (-1, size)) for name in ("x", "gate"))
     weight = call.inputs["weight"].unflatten(-1, (-1, size))
     share, complement = torch.sigmoid(gate), torch.sigmoid(-gate)
@@ -186,7 +186,7 @@ spec = Spec(
         required=lambda case: {"group_size": case.size("hidden")},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=lambda rows, columns: (rows, 1 + (columns % 3 == 0), columns),
-        costly=[Case((("rows", 257), ("groups", 1), ("hidden", 8193)))],
+        costly=[Case((("rows", r), ("groups", 1), ("hidden", h))) for r, h in ((129, 8192), (257, 8193))],
     ),
     outputs=["y"],
     grads=["x", "gate", "weight"],
@@ -196,7 +196,9 @@ spec = Spec(
     ),
     rowwise=["x", "gate"],
     special_values=rms_norm.SPECIAL_VALUES,
-    argument_kinds=leading_dimensions("x", "gate") | rms_norm.WIDE_WEIGHTS,
+    argument_kinds=leading_dimensions("x", "gate")
+    | rms_norm.WIDE_WEIGHTS
+    | {"all columns in one group, by default": lambda inputs, options: (inputs, {**options, "group_size": None})},
     laws={
         "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=rms_norm.times_four),
         "x negated": Law({"x": -1.0}, {"y": -1.0, "gate": -1.0, "weight": -1.0}),

@@ -1,8 +1,9 @@
 """A linear layer with a low-rank adapter."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from math import nan
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -27,11 +28,17 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
-from unsloth_ref.kernels import lora_linear
+from unsloth_ref.accuracy import UNIT_FLOAT32
+from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
+from unsloth_ref.kernels import lora_linear, nf4_dequantize
+from unsloth_ref.types import NF4Weight
 
 
 def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) -> Inputs:
-    """`wide` adapters are float32 for every dtype under test; odd seeds have a bias."""
+    """`wide` adapters are float32 for every dtype under test; if `wide` is 2, the weight has 4 bits.
+
+    Odd seeds have a bias.
+    """
     x, weight, bias = draw.filled(rows, columns), draw.matrix(out, columns), draw.weight(out)
     adapters = copy(draw)
     if wide:
@@ -42,13 +49,59 @@ def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) 
         "lora_a": adapters.matrix(rank, columns),
         "lora_b": adapters.matrix(out, rank),
     }
+    if wide == 2:
+        del inputs["weight"]
+        inputs |= _in_4_bits(adapters, out, columns)
     return inputs | ({"bias": bias} if draw.case.seed % 2 else {})
 
 
+def _in_4_bits(draw: Draw, rows: int, columns: int) -> Inputs:
+    """The parts of a weight, for any fill with the magnitude that `draw.matrix` has; odd seeds have plain scales."""
+    blocks, size = -(-rows * columns // NF4_BLOCK), max(1, columns) ** -0.5
+    packed = draw.tensor("randint", -(-rows * columns // 2), dtype=torch.uint8, high=256)
+    if draw.case.seed % 2:
+        return {"packed": packed, "absmax": size * draw.weight(blocks)}
+    return {
+        "packed": packed,
+        "absmax": draw.tensor("randint", blocks, dtype=torch.uint8, high=256),
+        "nested_code": draw.weight(256),
+        "nested_absmax": size * draw.weight(-(-blocks // NF4_GROUP)),
+        "nested_offset": size * draw.weight(1)[0],
+    }
+
+
+def _parts_of_weight(inputs: Inputs) -> list[Tensor | None]:
+    return [inputs.get(name) for name in NF4Weight._fields[:-1]]
+
+
+def _arguments(inputs: Inputs) -> Mapping[str, Any]:
+    """Those of a call, with the parts of a weight in 4 bits as one argument."""
+    if "packed" not in inputs:
+        return inputs
+    shape = len(inputs["lora_b"]), inputs["x"].shape[-1]
+    others = {name: tensor for name, tensor in inputs.items() if name not in NF4Weight._fields}
+    return others | {"weight": NF4Weight(*_parts_of_weight(inputs), shape)}  # type: ignore[arg-type]
+
+
+def _weight(call: Call) -> Bound:
+    """The weight; one in 4 bits may be rounded to the dtype of x, after a few roundings to float32."""
+    if "weight" in call.inputs:
+        return exact(call.inputs["weight"])
+    shape = len(call.inputs["lora_b"]), call.inputs["x"].shape[-1]
+    parts = _parts_of_weight(call.inputs)
+    sizes = [None if part is None else part if part.dtype == torch.uint8 else part.abs() for part in parts]
+    value, size = (nf4_dequantize(*each, shape=shape, dtype=torch.float64) for each in (parts, sizes))  # type: ignore[arg-type]
+    error = 4 * UNIT_FLOAT32 * size.abs()
+    return Bound(value, error, (error / 2) ** 2).rounded(call.unit, call.smallest)
+
+
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """An even number of columns is that of x, an odd one that of y; an odd number of rows has wide adapters."""
-    few = 3 + columns % 29
-    return rows, 1 + (columns + 1) % 5, rows % 2, *((few, columns) if columns % 2 else (columns, few))
+    """An even number of columns is that of x, an odd one that of y.
+
+    An odd number of rows has wide adapters; 17, 33 and so on a weight in 4 bits too.
+    """
+    few, wide = 3 + columns % 29, 2 if rows % 16 == 1 < rows else rows % 2
+    return rows, 1 + (columns + 1) % 5, wide, *((few, columns) if columns % 2 else (columns, few))
 
 
 def _out(budget: int) -> st.SearchStrategy[int]:
@@ -68,7 +121,7 @@ class Steps:
     def __init__(self, call: Call) -> None:
         self._call = call
         self.scaling = call.options.get("scaling", 1.0)
-        self.x, self.weight = exact(_flattened(call.inputs["x"])), exact(call.inputs["weight"])
+        self.x, self.weight = exact(_flattened(call.inputs["x"])), _weight(call)
         self.a, self.b = (exact(call.inputs[name]) for name in ("lora_a", "lora_b"))
         if _wide(call):
             self.a, self.b = self.rounded(self.a), self.rounded(self.b)
@@ -110,7 +163,7 @@ def _y_bound(call: Call) -> Bound:
         bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
         base = steps.rounded(base + added_in_float32(bias, call.elements, call.inputs["x"].shape[-1]))
     added = steps.rounded(steps.product(steps.low, steps.b.t()))
-    shape = *call.inputs["x"].shape[:-1], call.inputs["weight"].shape[0]
+    shape = *call.inputs["x"].shape[:-1], len(call.inputs["lora_b"])
     return (base + steps.rounded(added.times(steps.scaling))).reshape(shape)
 
 
@@ -194,7 +247,7 @@ spec = Spec(
         sizes={
             "rows": lambda budget: row_counts(max(budget, 16)),
             "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 64]),
-            "wide": lambda budget: st.sampled_from([0, 1]),
+            "wide": lambda budget: st.sampled_from([0, 1, 2]),
             "columns": column_counts,
             "out": _out,
         },
@@ -215,6 +268,7 @@ spec = Spec(
             "bias": _bias_bound,
         },
     ),
+    arguments=_arguments,
     rowwise=["x"],
     bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
     laws={

@@ -1,9 +1,10 @@
 """Three linear layers with low-rank adapters of one input, as those of queries, keys and values."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import replace
 from math import nan
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -61,6 +62,14 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """An even number of columns is that of x, an odd one that of the first y; an odd number of rows, wide adapters."""
     few = 3 + columns % 29
     return rows, 1 + (columns + 1) % 5, rows % 2, *((few, columns) if columns % 2 else (columns, few)), few
+
+
+def _arguments(inputs: Inputs) -> Mapping[str, Any]:
+    """Those of a call: layers without a bias beside others with one have None."""
+    biases = [inputs.get(name) for name in _each("bias")]
+    if all(one is None for one in biases) or not any(one is None for one in biases):
+        return inputs
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("bias")} | {"bias": biases}
 
 
 def _layer(call: Call, index: int) -> Call:
@@ -174,6 +183,7 @@ spec = Spec(
             for index in range(LAYERS)
         },
     ),
+    arguments=_arguments,
     rowwise=["x"],
     bits_vary=lora_linear.spec.bits_vary,
     laws={
@@ -199,6 +209,7 @@ spec = Spec(
     argument_kinds=leading_dimensions("x")
     | {
         "biases": change_inputs(_biases),
+        "a bias of the last layer alone": change_inputs(lambda i: dict([_biases(i).popitem()])),
         "one adapter in float32": change_inputs(
             lambda i: {n: i[n].float() * (1 + 2**-13) for n in ("lora_a[1]", "lora_b[1]")}
         ),

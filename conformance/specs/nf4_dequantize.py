@@ -82,6 +82,11 @@ def _one(value: float) -> Callable[[Inputs], Inputs]:
     return lambda i: {"nested_absmax": torch.cat([i["nested_absmax"][:-1], i["nested_offset"][None] * value])}
 
 
+def _zeros(inputs: Inputs) -> Inputs:
+    """Scales of 0, which the blocks of a weight without any other number have."""
+    return {name: inputs[name] * 0 for name in ("nested_absmax", "nested_offset")}
+
+
 def _bench(rows: int, columns: int, nested: int = 1) -> dict[str, int]:
     return {"rows": rows, "columns": columns, "nested": nested}
 
@@ -104,10 +109,10 @@ spec = Spec(
     grads=[],
     budget=Budget(terms={"w": _nothing}, truth=truth),
     laws={
-        "absmax twice as large": Law({"absmax": 2.0}, {"w": 2.0}, without=["nested_code"]),
+        "absmax much smaller": Law({"absmax": 2.0**-60}, {"w": 2.0**-60}, without=["nested_code"]),
         "absmax negated": Law({"absmax": -1.0}, {"w": -1.0}, without=["nested_code"]),
-        "the scale of groups and the offset four times as large": Law(
-            {"nested_absmax": 4.0, "nested_offset": 4.0}, {"w": 4.0}
+        "the scale of groups and the offset much smaller": Law(
+            {"nested_absmax": 2.0**-60, "nested_offset": 2.0**-60}, {"w": 2.0**-60}
         ),
         "the code and the offset negated": Law({"nested_code": -1.0, "nested_offset": -1.0}, {"w": -1.0}),
     },
@@ -118,6 +123,7 @@ spec = Spec(
         "one element less": _reshaped(lambda rows, columns: (1, rows * columns - 1)),
         "an infinite scale": change_inputs(_one(inf)),
         "a scale that is NaN": change_inputs(_one(nan)),
+        "scales of 0": change_inputs(_zeros),
         "every value of a byte": change_inputs(
             lambda i: {"packed": torch.arange(len(i["packed"]), device=i["packed"].device).to(torch.uint8)}
         ),

@@ -165,9 +165,12 @@ spec = Spec(
     ),
     argument_kinds={name: rope.spec.argument_kinds[name] for name in KINDS}
     | {
+        "heads that a kernel may take in several steps": change_inputs(
+            lambda i: {name: i[name].repeat(1, 40, 1, 1) for name in ("q", "k")}
+        ),
         "weights in float32": change_inputs(
             lambda i: {name: i[name].float() * (1 + 2**-13) for name in ("q_weight", "k_weight")}
-        )
+        ),
     },
     errors=[
         *(error for error in rope.spec.errors if error.what in MISTAKES),

@@ -51,5 +51,10 @@ TABLE = {
         "value",
     ),
     "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
+    "seven_documents_searched": one(
+        "tokens, channels, documents, documents.bit_length(), blocks,\n        *x.stride()",
+        "tokens, channels, documents, min(3, documents.bit_length()), blocks,\n        *x.stride()",
+        "argument_kinds",
+    ),
     "second_derivative_zero": one(*LYING),
 }

@@ -39,4 +39,14 @@ TABLE = {
         "values_ptr + (row[:, None] * values_row).to(tl.int32)",
         "int64_offsets",
     ),
+    "scale_of_0_taken_for_1": one(
+        "    x = decoded(numbers, tl.float32) * scale[:, None]",
+        "    x = decoded(numbers, tl.float32) * tl.where(scale == 0.0, 1.0, scale)[:, None]",
+        "argument_kinds",
+    ),
+    "scale_of_at_least_1e_12": one(
+        "    x = decoded(numbers, tl.float32) * scale[:, None]",
+        "    x = decoded(numbers, tl.float32) * tl.maximum(scale, 1e-12)[:, None]",
+        "exact_laws",
+    ),
 }

@@ -43,4 +43,11 @@ TABLE = {
         "(column[None, :] * weight_column_stride).to(tl.int32)",
         "int64_offsets",
     ),
+    "sum_of_all_blocks_in_16_bits": one(
+        "total += part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]",
+        "total += part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]\n"
+        "            total = total.to(y_ptr.dtype.element_ty).to(tl.float32)",
+        "argument_kinds",
+        dtype="float16",
+    ),
 }

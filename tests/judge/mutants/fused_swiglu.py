@@ -1,6 +1,6 @@
 """Wrong gated activations of one tensor."""
 
-from tests.judge.mutants.mutant import LYING, one
+from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "halves_exchanged": one("return gate.to(tl.float32), up", "return up.to(tl.float32), gate", "value"),
@@ -39,5 +39,17 @@ TABLE = {
         "pointer + row * row_stride + column *", "pointer + (row * row_stride).to(tl.int32) + column *", "int64_offsets"
     ),
     "odd_columns_dropped": one("checks.fused_gated_arguments(gate_up, alpha, limit, offset)", "pass", "error_parity"),
+    "limit_of_0_taken_for_none": Mutant(
+        (
+            ("    if LIMIT is not None:\n        gate =", "    if LIMIT:\n        gate ="),
+            ("    if LIMIT is not None:\n        dgate", "    if LIMIT:\n        dgate"),
+        ),
+        ("one_at_a_time",),
+    ),
+    "alpha_of_0_taken_for_1": one(
+        "ctx.options = interleaved, alpha, limit, offset\n",
+        "ctx.options = interleaved, alpha or 1.0, limit, offset\n",
+        "one_at_a_time",
+    ),
     "second_derivative_zero": one(*LYING),
 }

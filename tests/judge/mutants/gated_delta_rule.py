@@ -49,5 +49,14 @@ TABLE = {
         "strides_of(do, c.q, c.k, c.v, g, beta)", "strides_of(c.v, c.q, c.k, c.v, g, beta)", "layouts"
     ),
     "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(q), "q")', "pass", "error_parity"),
+    "scale_of_0_taken_for_none": one("if scale is None else scale", "if not scale else scale", "one_at_a_time"),
+    "beta_of_at_most_1": one(
+        "rest = beta[:, None] * (v", "rest = tl.minimum(beta, 1.0)[:, None] * (v", "argument_kinds"
+    ),
+    "chunks_of_seven_documents_apart": one(
+        "(begin // ROWS + document).to(tl.int64)",
+        "(begin // ROWS + tl.minimum(document, 6)).to(tl.int64)",
+        "argument_kinds",
+    ),
     "second_derivative_zero": one(*LYING),
 }

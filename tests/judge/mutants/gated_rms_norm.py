@@ -47,5 +47,13 @@ TABLE = {
     "sigmoid_flushed_to_0": one(
         "tl.exp(-tl.abs(x))", "tl.exp2(tl.abs(x) * -1.4426950408889634)", "value", "gradients", "one_at_a_time"
     ),
+    "groups_of_32_by_default": one(
+        "group_size or x.shape[-1],", "group_size or min(32, x.shape[-1]),", "argument_kinds"
+    ),
+    "dweight_of_the_last_rows": one(
+        "                dweight += of_product * rounded(n,",
+        "                dweight = of_product * rounded(n,",
+        "extents",
+    ),
     "second_derivative_zero": one(*LYING),
 }

@@ -53,5 +53,10 @@ TABLE = {
         "gradients",
     ),
     "sizes_of_any_kind": one("expert_checks.groups_fit(group_sizes, len(x))", "pass", "error_parity"),
+    "planned_once": one(
+        "plan = group_plan(group_sizes, len(x), x.dtype)\n",
+        "plan = vars(group_sizes).setdefault('kept', group_plan(group_sizes, len(x), x.dtype))\n",
+        "changed_inputs",
+    ),
     "second_derivative_zero": one(*LYING),
 }

@@ -75,5 +75,23 @@ TABLE = {
         "float16",
     ),
     "dbias_empty_when_compiled": one("x.new_empty(weight.shape[:1] if needs_bias else 0)", "x.new_empty(0)", "opcheck"),
+    "leading_dimensions_read_as_one": one(
+        "flat = tensor.reshape(rows, tensor.shape[-1])",
+        "flat = tensor.as_strided((rows, tensor.shape[-1]), tensor.stride()[-2:] if tensor.ndim > 1 else (1, 1))",
+        "argument_kinds",
+    ),
+    "bias_of_a_layer_in_4_bits_frozen": one(
+        "needs_x, _, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad",
+        "needs_x, _, needs_a, needs_b, *_, needs_bias = ctx.needs_input_grad",
+        "gradients",
+    ),
+    "weight_in_4_bits_rounded_more_backward": one(
+        "weight = dequantize_op(*parts, ctx.shape, x.dtype)",
+        "weight = dequantize_op(*parts, ctx.shape, torch.float16).to(x.dtype)",
+        "gradients",
+    ),
+    "scaling_lost_beside_4_bits": one(
+        "lora_b, low, ctx.scaling, *needs)\n        found", "lora_b, low, 1.0, *needs)\n        found", "gradients"
+    ),
     "second_derivative_zero": one(*LYING),
 }

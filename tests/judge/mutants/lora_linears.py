@@ -1,6 +1,6 @@
 """Wrong linear layers with adapters of one input."""
 
-from tests.judge.mutants.mutant import LYING, one
+from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "scaling_of_the_first_layer": one("b[i].t(), alpha=scaling[i]", "b[i].t(), alpha=scaling[0]", "value"),
@@ -34,6 +34,24 @@ TABLE = {
     ),
     "frozen_with_its_neighbour": one(
         "if needs[count + i] else None", "if all(needs[count : 2 * count]) else None", "gradients"
+    ),
+    "leading_dimensions_read_as_one": one(
+        "flat = tensor.reshape(rows, tensor.shape[-1])",
+        "flat = tensor.as_strided((rows, tensor.shape[-1]), tensor.stride()[-2:] if tensor.ndim > 1 else (1, 1))",
+        "argument_kinds",
+    ),
+    "biases_of_the_first_layer_alone_asked": one(
+        "bias[i]\n", "bias[i] if bias[0] is not None else None\n", "argument_kinds"
+    ),
+    "adapters_rounded_once": Mutant(
+        (
+            (
+                "    below = x.new_empty(",
+                "    kept = vars(lora_a[0]).get('kept')\n    if kept:\n        return kept\n    below = x.new_empty(",
+            ),
+            ("    return below, each\n", "    lora_a[0].kept = below, each\n    return below, each\n"),
+        ),
+        ("changed_inputs",),
     ),
     "second_derivative_zero": one(*LYING),
 }

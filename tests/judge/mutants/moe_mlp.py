@@ -43,5 +43,10 @@ TABLE = {
         "gradients",
     ),
     "indices_of_any_kind": one("expert_checks.experts_exist(indices, len(gate_up))", "pass", "error_parity"),
+    "routed_once": one(
+        "order, place, plan = route(indices, len(gate_up), x.dtype)\n",
+        "order, place, plan = vars(indices).setdefault('kept', route(indices, len(gate_up), x.dtype))\n",
+        "changed_inputs",
+    ),
     "second_derivative_zero": one(*LYING),
 }

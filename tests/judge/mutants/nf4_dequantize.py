@@ -38,4 +38,14 @@ TABLE = {
         "    w = vars(launch).setdefault((*shape, dtype), w)",
         "calls_apart",
     ),
+    "scale_of_0_taken_for_1": one(
+        "    half = tl.join(",
+        "    absmax = tl.where(absmax == 0.0, 1.0, absmax)\n    half = tl.join(",
+        "argument_kinds",
+    ),
+    "tiny_scale_flushed": one(
+        "    half = tl.join(",
+        "    absmax = tl.where(tl.abs(absmax) < 1e-7, 0.0, absmax)\n    half = tl.join(",
+        "exact_laws",
+    ),
 }

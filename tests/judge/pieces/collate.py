@@ -218,3 +218,9 @@ def lengths_mended(examples: Examples, **options: Any) -> PackedBatch:
         fits = sum(lengths) == len(example.get("input_ids", []))
         mended.append(example if fits else {n: v for n, v in example.items() if n != "seq_lengths"})
     return training.collate(mended, **options)
+
+
+@collected.fails("collate", "documents_apart", "targets")
+def vocabulary_by_default(examples: Examples, *, vocab_size: int | None = None, **options: Any) -> PackedBatch:
+    """Without the size of the vocabulary, refuses tokens that are not below 10."""
+    return training.collate(examples, vocab_size=vocab_size or 10, **options)

@@ -103,3 +103,24 @@ def divided_twice(logits: Tensor, labels: Tensor, *, num_items: Any = None, **op
 def smoothing_forgotten(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, **options: Any) -> Tensor:
     """Ignores label_smoothing."""
     return training.next_token_loss(logits, labels, **options)
+
+
+@collected.fails("next_token_loss", "value")
+def tensors_do_not_count(logits: Tensor, labels: Tensor, *, num_items: Any = None, **options: Any) -> Tensor:
+    """Ignores num_items if it is a tensor, as it is in a training."""
+    own = None if isinstance(num_items, Tensor) else num_items
+    return training.next_token_loss(logits, labels, num_items=own, **options)
+
+
+@collected.fails("next_token_loss", "value", "last_position_untrained")
+def another_ignored_label(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, **options: Any
+) -> Tensor:
+    """Trains on the label that is to be ignored, unless it is the default."""
+    return training.next_token_loss(logits, labels, **options)
+
+
+@collected.fails("next_token_loss", "loss_in_float32")
+def loss_in_16_bits(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Rounds the loss to the dtype of the logits."""
+    return training.next_token_loss(logits, labels, **options).to(logits.dtype)

@@ -106,7 +106,7 @@ def by_trl(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan
     from trl.data_utils import _pack_bfd  # takes seconds, and no other backend of this file needs it
 
     found = numbers(lengths, capacity, strategy)
-    if strategy == "wrapped" or not any(found):
+    if strategy == "wrapped" or not any(found) or capacity > 1000:  # millions of tokens
         return training.pack(lengths, capacity, strategy=strategy)
     tokens = [[10_000 * document + token for token in range(length)] for document, length in enumerate(found)]
     table = pa.table({"input_ids": pa.array(tokens, pa.list_(pa.int64()))})
@@ -158,6 +158,16 @@ def later_documents_first(lengths: Any, capacity: int, *, strategy: str = "bfd")
     if strategy == "wrapped":
         return training.pack(lengths, capacity, strategy="wrapped")
     return laid(longest_first(pieces(found, capacity, strategy)[::-1]), capacity, best)
+
+
+@collected.fails("pack", "equal")
+def lengths_in_16_bits(lengths: Any, capacity: int, *, strategy: str = "bfd") -> PackingPlan:
+    """Sorts lengths as numbers of 16 bits, of which large ones are negative."""
+    found = numbers(lengths, capacity, strategy)
+    if strategy == "wrapped":
+        return training.pack(lengths, capacity, strategy="wrapped")
+    ordered = sorted(pieces(found, capacity, strategy), key=lambda piece: -((piece[2] + 2**15) % 2**16))
+    return laid(ordered, capacity, best)
 
 
 @collected.fails("pack", "order")

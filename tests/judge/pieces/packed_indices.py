@@ -37,3 +37,10 @@ def reads_beyond_the_document(plan: PackingPlan, offsets: Tensor) -> Tensor:
     """If a document is shorter than in the plan, the tokens of the next document are used."""
     spans = zip((offsets.flatten()[plan.documents] + plan.starts).tolist(), plan.lengths.tolist(), strict=True)
     return torch.tensor([first + token for first, length in spans for token in range(length)], dtype=torch.int64)
+
+
+@collected.fails("packed_indices", "equal")
+def in_32_bits(plan: PackingPlan, offsets: Tensor) -> Tensor:
+    """Offsets beyond 2^31 wrap around."""
+    batch_checks.plan_fits(plan, offsets)
+    return training.packed_indices(plan, offsets.int())

@@ -163,6 +163,22 @@ def prefixes_unread(model: Module, *, decay_names: Collection[str] | None = None
 
 
 @collected.fails("param_groups", "decay")
+def prefixed_names_unread(model: Module, *, decay_names: Collection[str] | None = None, **options: Any) -> Any:
+    """decay_names do not match if they have the prefix of a wrapper."""
+    if decay_names is not None:
+        decay_names = [name for name in decay_names if not name.startswith(("module.", "_orig_mod."))]
+    return training.param_groups(model, decay_names=decay_names, **options)
+
+
+@collected.fails("param_groups", "decay")
+def matrices_alone_decay(model: Module, *, decay_names: Collection[str] | None = None, **options: Any) -> Any:
+    """By default a tensor of three dimensions, such as one of all experts, does not decay."""
+    if decay_names is None:
+        decay_names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+    return training.param_groups(model, decay_names=decay_names, **options)
+
+
+@collected.fails("param_groups", "decay")
 def embeddings_never_decay(model: Module, **options: Any) -> Any:
     """Embeddings do not decay, as in some recipes."""
     groups = training.param_groups(model, **options)

@@ -7,19 +7,32 @@ from torch.nn import functional as F
 from tests.judge.contract import Function
 from unsloth_ref import checks
 from unsloth_ref import kernels as reference
+from unsloth_ref.types import NF4Weight
 
 
 def _lora_linear(product: Function) -> Function:
-    """Complete a layer with an adapter to the contract: checks, and no effect of autocast."""
+    """Complete a layer with an adapter to the contract: checks, weights in 4 bits, and no effect of autocast."""
 
     def lora_linear(
-        x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+        x: Tensor,
+        weight: Tensor | NF4Weight,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float = 1.0,
+        bias: Tensor | None = None,
     ) -> Tensor:
         checks.lora_arguments(x, weight, lora_a, lora_b, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, weight, lora_a, lora_b, scaling, bias)
+            return product(x, _dense(weight, x.dtype), lora_a, lora_b, scaling, bias)
 
     return lora_linear
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight, dequantised if it has 4 bits."""
+    if isinstance(weight, Tensor):
+        return weight
+    return reference.nf4_dequantize(*weight[:5], shape=weight.shape, dtype=dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,12 +68,10 @@ def side_by_side(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
     return _linear(torch.cat((x, _linear(x, a)), -1), both, None if bias is None else bias.to(b.dtype))
 
 
-def in_float64(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
-) -> Tensor:
+@_lora_linear
+def in_float64(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """More exact than required."""
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
-    wide = [t.double() for t in (x, weight, lora_a, lora_b)]
+    wide = [t.double() for t in (x, weight, a, b)]
     return reference.lora_linear(*wide, scaling, None if bias is None else bias.double()).to(x.dtype)
 
 

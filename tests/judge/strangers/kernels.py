@@ -1,4 +1,4 @@
-"""Kernels of the five operations: right ones, and wrong ones with the properties of which one finds each."""
+"""Kernels of the seven operations: right ones, and wrong ones with the properties of which one finds each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -180,6 +180,65 @@ def gate_not_normalised(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gate_in_another_order(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chosen, places = logits.float().topk(k, -1)
     return torch.softmax(chosen, -1).to(logits.dtype), places.flip(-1)
+
+
+@right("scatter_rows")
+def scatter_by_product(src: Tensor, index: Tensor, count: int) -> Tensor:
+    return (F.one_hot(index, count).t().float() @ src.float()).to(src.dtype)
+
+
+@right("scatter_rows")
+def scatter_sorted(src: Tensor, index: Tensor, count: int) -> Tensor:
+    order = index.argsort(stable=True)
+    sums = torch.zeros(count, src.shape[1], device=src.device)
+    return sums.index_add(0, index[order], src[order].float()).to(src.dtype)
+
+
+@wrong("scatter_rows", "one_at_a_time")
+def scatter_keeps_the_last(src: Tensor, index: Tensor, count: int) -> Tensor:
+    return src.new_zeros(count, src.shape[1]).index_put((index,), src)
+
+
+@wrong("scatter_rows", "one_at_a_time")
+def scatter_averages(src: Tensor, index: Tensor, count: int) -> Tensor:
+    rows = F.one_hot(index, count).sum(0).clamp(min=1)[:, None]
+    return src.new_zeros(count, src.shape[1]).index_add(0, index, src) / rows
+
+
+@wrong("scatter_rows", "changed_inputs")
+def scatter_sorts_once(src: Tensor, index: Tensor, count: int) -> Tensor:
+    order = vars(index).setdefault("order", index.argsort(stable=True))
+    rows = vars(index).setdefault("rows", index[order])
+    return src.new_zeros(count, src.shape[1]).index_add(0, rows, src[order])
+
+
+@right("masked_softmax")
+def masked_softmax_by_exp(x: Tensor, mask: Tensor) -> Tensor:
+    z = x.float().masked_fill(mask, -1e4)
+    e = torch.exp(z - z.amax(-1, keepdim=True).detach())
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@right("masked_softmax")
+def masked_softmax_by_logarithm(x: Tensor, mask: Tensor) -> Tensor:
+    z = torch.where(mask, -1e4, x.float())
+    z = z - z.amax(-1, keepdim=True).detach()
+    return torch.exp(z - torch.logsumexp(z, -1, keepdim=True)).to(x.dtype)
+
+
+@wrong("masked_softmax", "one_at_a_time")
+def masked_softmax_of_the_others(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(x.masked_fill(~mask, -1e4), -1)
+
+
+@wrong("masked_softmax", "one_at_a_time")
+def masked_softmax_by_the_first_row(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(x.masked_fill(mask[:1], -1e4), -1)
+
+
+@wrong("masked_softmax", "one_at_a_time")
+def masked_softmax_not_normalised(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(x, -1).masked_fill(mask, 0.0)
 
 
 @right("scaled_add_")

@@ -1,4 +1,4 @@
-"""Five operations as a stranger would define them."""
+"""Seven operations as a stranger would define them."""
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ def top_k_gate(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest probabilities of each row, normalised, and their int64 places."""
     gates, places = torch.softmax(logits, -1).topk(k, -1)
     return gates / gates.sum(-1, keepdim=True), places
+
+
+def scatter_rows(src: Tensor, index: Tensor, count: int) -> Tensor:
+    """The sum of the rows of src [T, H] that have the same index: [count, H]."""
+    return src.new_zeros(count, src.shape[1]).index_add(0, index, src)
+
+
+def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """Softmax along the last dimension over the elements that are not masked."""
+    return torch.softmax(x.masked_fill(mask, -1e4), -1)
 
 
 def scaled_add_(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:

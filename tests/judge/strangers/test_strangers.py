@@ -31,6 +31,8 @@ SOURCES = {
             "log_p=log_probabilities(16,32) q=probabilities(16,32) reduction=batchmean|sum|none",
         ),
         Source(f"{HERE}.references:top_k_gate", "logits=randn(16,8) k=2"),
+        Source(f"{HERE}.references:scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N"),
+        Source(f"{HERE}.references:masked_softmax", "x=randn(16,32) mask=mask(16,32)", rows=("x", "mask")),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
     )
     if source.reference
