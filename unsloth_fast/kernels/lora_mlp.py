@@ -216,9 +216,8 @@ class _LoraMlp(torch.autograd.Function):
         activation, scaling, counts = ctx.constants
         (x, *made), tensors = saved[:5], saved[5:]
         weights, lora_a, lora_b, _ = layers_of(counts, tensors)
-        _, _, _, needs_x, *others = ctx.needs_input_grad
-        of_weights, *needs = layers_of(counts, others)
-        needs = needs_x, [one[0] and len(one) == 1 for one in of_weights], *needs
+        of_weights, *others = layers_of(counts, ctx.needs_input_grad[4:])
+        needs: Any = ctx.needs_input_grad[3], [one[0] and len(one) == 1 for one in of_weights], *others
         found = backward_op(dy, x, *made, *weights, lora_a, lora_b, scaling, activation, *needs)
         named = dict(zip(gradients_of(x, lora_a, lora_b, *needs), found, strict=True))
         below = parts(named["lora_a"], lora_a[:2], 0) if "lora_a" in named else ()
