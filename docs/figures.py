@@ -118,7 +118,9 @@ def measured(*paths: Path) -> str:
     return table(("file", "card", "versions", "measured at"), rows)
 
 
-RENDERERS: dict[str, Callable[..., str]] = {one.__name__: one for one in (steps, utilisation, operations, budget, measured)}
+RENDERERS: dict[str, Callable[..., str]] = {
+    one.__name__: one for one in (steps, utilisation, operations, budget, measured)
+}
 
 
 def rendered(text: str, root: Path = ROOT) -> str:

@@ -27,6 +27,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.failures import FAILURES
 from unsloth_ref import kernels as reference_kernels
 from unsloth_ref.accuracy import compared
+from unsloth_ref.types import NF4Weight
 
 Tensors = dict[str, Tensor]
 
@@ -131,9 +132,8 @@ def _shadow(name: str, function: Callable[..., Any], watch: Watch) -> Callable[.
         found = function(*args, **kwargs)
         if not watch.on or torch.compiler.is_compiling():
             return found
-        arguments = signature.bind(*args, **kwargs).arguments
-        tensors: Tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        constants = {key: value for key, value in arguments.items() if key not in tensors}
+        constants = signature.bind(*args, **kwargs).arguments
+        tensors = _take_tensors(constants)
         trained = tuple(key for key, value in tensors.items() if value.requires_grad)
         inputs = {key: value.detach() for key, value in tensors.items()}
         call = _Call(watch, name, watch.name_of(calling_module()), function, constants, trained)
@@ -172,7 +172,7 @@ class _Call:
         operation: its name.
         module: the name of the module that called it.
         function: the operation under the model.
-        constants: its arguments that are no tensors.
+        constants: its arguments that are no tensors, and lists of tensors with None in the place of each.
         trained: the names of those that get a gradient.
     """
 
@@ -214,7 +214,7 @@ class _Call:
         self._compare([f"gradient of {key}" for key in self.trained], tensors, incoming, own, run)
 
     def _outputs(self, tensors: Tensors) -> list[Tensor]:
-        return _results(getattr(reference_kernels, self.operation)(**self.constants, **tensors))
+        return _results(getattr(reference_kernels, self.operation)(**_with_tensors(self.constants, tensors)))
 
     def _gradients_of_reference(self, tensors: Tensors, incoming: Sequence[str]) -> list[Tensor]:
         found = self._gradients(getattr(reference_kernels, self.operation), tensors, incoming)
@@ -228,7 +228,7 @@ class _Call:
         inputs = {key: tensor for key, tensor in tensors.items() if key not in incoming}
         leaves = {key: tensor.detach().requires_grad_(key in self.trained) for key, tensor in inputs.items()}
         with torch.enable_grad():
-            outputs = _results(function(**self.constants, **leaves))
+            outputs = _results(function(**_with_tensors(self.constants, leaves)))
         used = [place for place in incoming if outputs[int(place)].requires_grad]
         wanted = [leaves[key] for key in self.trained]
         results, given = [outputs[int(place)] for place in used], [tensors[place] for place in used]
@@ -262,6 +262,30 @@ class _Call:
         for name, error in zip(names, errors, strict=True):
             numbers = (error.measured, error.allowed, min(error.used, sys.float_info.max))
             self.watch.findings.append(Finding(self.operation, self.module, shapes, name, error.which, *numbers))
+
+
+def _take_tensors(arguments: dict[str, Any]) -> Tensors:
+    """Take the tensors out of a call's arguments, those of lists too: by name, such as "x" and "weight[0]"."""
+    taken: Tensors = {}
+    for key, value in list(arguments.items()):
+        if isinstance(value, Tensor):
+            taken[key] = arguments.pop(key)
+        elif isinstance(value, list | tuple) and not isinstance(value, NF4Weight):
+            taken |= {f"{key}[{place}]": one for place, one in enumerate(value) if isinstance(one, Tensor)}
+            arguments[key] = [None if isinstance(one, Tensor) else one for one in value]
+    return taken
+
+
+def _with_tensors(constants: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """The inverse: the arguments of a call with these tensors."""
+    arguments = {key: list(value) if isinstance(value, list) else value for key, value in constants.items()}
+    for name, tensor in tensors.items():
+        key, bracket, place = name.partition("[")
+        if bracket:
+            arguments[key][int(place[:-1])] = tensor
+        else:
+            arguments[key] = tensor
+    return arguments
 
 
 def _results(found: Any) -> list[Tensor]:

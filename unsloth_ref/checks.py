@@ -238,11 +238,17 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
 
 
 def lora_arguments(
-    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, which: str = ""
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    which: str = "",
+    rows: str = "x",
 ) -> None:
     """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter.
 
-    Messages add `which` to the names of all arguments but x.
+    Messages add `which` to the names of all arguments but x, and call the tensor with the dimension I `rows`.
     """
     if x.ndim == 0:
         raise ValueError("x: got shape []; allowed: [..., I]")
@@ -252,14 +258,14 @@ def lora_arguments(
         same_device(f"weight{which}", weight.packed, "x", x)
         weight = x.new_empty(()).expand(*weight.shape)  # in its place below
     dimensions(f"weight{which}", weight, 2, "[O, I]")
-    shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
+    shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), f"[O, I], the last dimension of {rows}")
     dtype(f"weight{which}", weight, (x.dtype,))
     dimensions(f"lora_a{which}", lora_a, 2, "[R, I]")
-    shape(f"lora_a{which}", lora_a, (lora_a.shape[0], x.shape[-1]), "[R, I], the last dimension of x")
+    shape(f"lora_a{which}", lora_a, (lora_a.shape[0], x.shape[-1]), f"[R, I], the last dimension of {rows}")
     wider = [kind for kind in FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
     dtype(f"lora_a{which}", lora_a, wider)
-    rows = f"[O, R], the rows of weight{which} and of lora_a{which}"
-    shape(f"lora_b{which}", lora_b, (weight.shape[0], lora_a.shape[0]), rows)
+    both = f"[O, R], the rows of weight{which} and of lora_a{which}"
+    shape(f"lora_b{which}", lora_b, (weight.shape[0], lora_a.shape[0]), both)
     dtype(f"lora_b{which}", lora_b, (lora_a.dtype,))
     others = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     if bias is not None:

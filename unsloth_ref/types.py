@@ -11,6 +11,7 @@ from torch.nn import Parameter
 Approximate = Literal["none", "tanh"]
 Casting = Literal["llama", "gemma"]
 ExpertActivation = Literal["silu", "gelu_tanh"]
+GatedActivation = Literal["silu", "gelu", "gelu_tanh"]
 Reduction = Literal["mean", "sum", "none"]
 Role = Literal["base", "embedding"]
 Strategy = Literal["bfd", "bfd_split", "wrapped"]

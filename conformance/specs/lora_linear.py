@@ -116,24 +116,48 @@ class Steps:
     Each product is a float32 sum that is rounded to the dtype of x, as are its factors: forward, x @ lora_a^T, its
     product with lora_b^T and that times scaling; backward, dy times scaling and its product with lora_b. Adapters with
     more bits than x are first rounded to the dtype of x.
+
+    Args:
+        call: of lora_linear.
+        x: its x, if that has an error.
+        dy: the gradient of y, if that has an error.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, x: Bound | None = None, dy: Bound | None = None) -> None:
         self._call = call
         self.scaling = call.options.get("scaling", 1.0)
-        self.x, self.weight = exact(_flattened(call.inputs["x"])), _weight(call)
+        self.x, self.weight = x or exact(_flattened(call.inputs["x"])), _weight(call)
         self.a, self.b = (exact(call.inputs[name]) for name in ("lora_a", "lora_b"))
         if _wide(call):
             self.a, self.b = self.rounded(self.a), self.rounded(self.b)
         self.low = self.rounded(self.product(self.x, self.a.t()))
-        if call.grad_outputs:
-            self.dy = exact(_flattened(call.grad_outputs[0]))
+        if call.grad_outputs or dy:
+            self.dy = dy or exact(_flattened(call.grad_outputs[0]))
             self.dz = self.rounded(self.dy.times(self.scaling))
             self.dlow = self.rounded(self.product(self.dz, self.b))
 
     def product(self, left: Bound, right: Bound) -> Bound:
         """left @ right, not yet rounded."""
         return product(left, right, self._call.elements)
+
+    def y(self) -> Bound:
+        """Two products and a bias, as rows, rounded one after the other; scaling adds a rounding."""
+        call = self._call
+        base = self.rounded(self.product(self.x, self.weight.t()))
+        if "bias" in call.inputs:
+            bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
+            base = self.rounded(base + added_in_float32(bias, call.elements, self.x.value.shape[-1]))
+        added = self.rounded(self.product(self.low, self.b.t()))
+        return base + self.rounded(added.times(self.scaling))
+
+    def gradient(self, name: str) -> Bound:
+        """Of lora_a or lora_b, rounded once, to the dtype of x or to that of a wider adapter; of weight or bias."""
+        if name == "bias":
+            return total(self.dy, self._call.elements)
+        if name == "weight":  # only the result is rounded
+            return self.product(self.dy.t(), self.x)
+        found = self.product(self.dlow.t(), self.x) if name == "lora_a" else self.product(self.dz.t(), self.low)
+        return found if _wide(self._call) else self.rounded(found)
 
     def terms_of_dx(self) -> tuple[Bound, Bound]:
         """The gradients of x, as rows: of the layer and of the adapter."""
@@ -156,15 +180,8 @@ def _wide(call: Call) -> bool:
 
 
 def _y_bound(call: Call) -> Bound:
-    """Two products and a bias, rounded one after the other; scaling adds a rounding."""
-    steps = Steps(call)
-    base = steps.rounded(steps.product(steps.x, steps.weight.t()))
-    if "bias" in call.inputs:
-        bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
-        base = steps.rounded(base + added_in_float32(bias, call.elements, call.inputs["x"].shape[-1]))
-    added = steps.rounded(steps.product(steps.low, steps.b.t()))
     shape = *call.inputs["x"].shape[:-1], len(call.inputs["lora_b"])
-    return (base + steps.rounded(added.times(steps.scaling))).reshape(shape)
+    return Steps(call).y().reshape(shape)
 
 
 def _x_bound(call: Call) -> Bound:
@@ -173,26 +190,8 @@ def _x_bound(call: Call) -> Bound:
     return (of_layer + of_adapter).reshape(call.inputs["x"].shape)
 
 
-def _adapter_bound(product: Callable[[Steps], Bound]) -> Callable[[Call], Bound]:
-    """The gradient of an adapter, rounded once: to the dtype of x, or to that of a wider adapter."""
-
-    def bound(call: Call) -> Bound:
-        steps = Steps(call)
-        found = product(steps)
-        return found if _wide(call) else steps.rounded(found)
-
-    return bound
-
-
-def _weight_bound(call: Call) -> Bound:
-    """A product of two exact matrices: only the result is rounded."""
-    steps = Steps(call)
-    return steps.product(steps.dy.t(), steps.x)
-
-
-def _bias_bound(call: Call) -> Bound:
-    """The sum of dy over rows."""
-    return total(exact(_flattened(call.grad_outputs[0])), call.elements)
+def _gradient_bound(name: str) -> Callable[[Call], Bound]:
+    return lambda call: Steps(call).gradient(name)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
@@ -262,11 +261,8 @@ spec = Spec(
         bounds={
             "y": _y_bound,
             "x": _x_bound,
-            "weight": _weight_bound,
-            "lora_a": _adapter_bound(lambda steps: steps.product(steps.dlow.t(), steps.x)),
-            "lora_b": _adapter_bound(lambda steps: steps.product(steps.dz.t(), steps.low)),
-            "bias": _bias_bound,
-        },
+        }
+        | {name: _gradient_bound(name) for name in ("weight", "lora_a", "lora_b", "bias")},
     ),
     arguments=_arguments,
     rowwise=["x"],

@@ -1,6 +1,6 @@
 """Three linear layers with low-rank adapters of one input, as those of queries, keys and values."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from math import nan
@@ -36,26 +36,32 @@ from unsloth_ref.kernels import lora_linears
 LAYERS = 3
 
 
-def _each(name: str) -> list[str]:
+def each(name: str) -> list[str]:
     """The names of an input of all layers."""
     return [f"{name}[{index}]" for index in range(LAYERS)]
 
 
-ADAPTERS = [*_each("lora_a"), *_each("lora_b")]
+ADAPTERS = [*each("lora_a"), *each("lora_b")]
 
 
-def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int, others: int) -> Inputs:
-    """`out` columns of the first y, `others` of each other. Odd seeds have biases and a rank of its own per layer."""
+def layers(draw: Draw, sizes: Sequence[tuple[int, int]], rank: int, wide: int) -> Inputs:
+    """Layers of these outputs and inputs. Odd seeds have biases and a rank of its own per layer."""
     odd = draw.case.seed % 2
-    outs, ranks = (out, others, others), [rank + odd * index for index in range(LAYERS)]
+    ranks = [rank + odd * index for index in range(LAYERS)]
     adapters = copy(draw)
     if wide:
         adapters.dtype = torch.float32
-    inputs = {"x": draw.filled(rows, columns)}
-    inputs |= {name: draw.matrix(size, columns) for name, size in zip(_each("weight"), outs, strict=True)}
-    inputs |= {name: adapters.matrix(size, columns) for name, size in zip(_each("lora_a"), ranks, strict=True)}
-    inputs |= {name: adapters.matrix(out, rank) for name, out, rank in zip(_each("lora_b"), outs, ranks, strict=True)}
-    return inputs | ({n: draw.weight(size) for n, size in zip(_each("bias"), outs, strict=True)} if odd else {})
+    every = list(zip(sizes, ranks, strict=True))
+    inputs = {name: draw.matrix(*size) for name, size in zip(each("weight"), sizes, strict=True)}
+    inputs |= {n: adapters.matrix(own, columns) for n, ((_, columns), own) in zip(each("lora_a"), every, strict=True)}
+    inputs |= {n: adapters.matrix(out, own) for n, ((out, _), own) in zip(each("lora_b"), every, strict=True)}
+    return inputs | ({n: draw.weight(out) for n, (out, _) in zip(each("bias"), sizes, strict=True)} if odd else {})
+
+
+def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int, others: int) -> Inputs:
+    """`out` columns of the first y, `others` of each other."""
+    sizes = (out, columns), (others, columns), (others, columns)
+    return {"x": draw.filled(rows, columns)} | layers(draw, sizes, rank, wide)
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -66,13 +72,13 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
 
 def _arguments(inputs: Inputs) -> Mapping[str, Any]:
     """Those of a call: layers without a bias beside others with one have None."""
-    biases = [inputs.get(name) for name in _each("bias")]
-    if all(one is None for one in biases) or not any(one is None for one in biases):
+    given = [inputs.get(name) for name in each("bias")]
+    if all(one is None for one in given) or not any(one is None for one in given):
         return inputs
-    return {name: tensor for name, tensor in inputs.items() if not name.startswith("bias")} | {"bias": biases}
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("bias")} | {"bias": given}
 
 
-def _layer(call: Call, index: int) -> Call:
+def layer(call: Call, index: int) -> Call:
     """The call of lora_linear that computes one layer."""
     names = {f"{name}[{index}]": name for name in ("weight", "lora_a", "lora_b", "bias")}
     inputs = {names.get(name, name): t for name, t in call.inputs.items() if name in names or name == "x"}
@@ -83,12 +89,12 @@ def _layer(call: Call, index: int) -> Call:
 
 def _of_layer(name: str, index: int) -> Callable[[Call], Bound]:
     """The bound that lora_linear has for this output or gradient."""
-    return lambda call: lora_linear.spec.budget.bounds[name](_layer(call, index))
+    return lambda call: lora_linear.spec.budget.bounds[name](layer(call, index))
 
 
-def _x_bound(call: Call) -> Bound:
+def sum_of_dx(each_layer: Sequence[lora_linear.Steps], call: Call) -> Bound:
     """The terms of all layers and adapters, each rounded; each addition rounds, the last one apart."""
-    terms = [t for index in range(LAYERS) for t in lora_linear.Steps(_layer(call, index)).terms_of_dx()]
+    terms = [term for steps in each_layer for term in steps.terms_of_dx()]
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -104,7 +110,7 @@ def _x_bound(call: Call) -> Bound:
 def _bytes(inputs: Inputs) -> tuple[int, int]:
     """Forward: x, all weights and each y. Backward: these, dx and the adapters' gradients; the weights are frozen."""
     x, adapters = inputs["x"], nbytes(*(inputs[name] for name in ADAPTERS))
-    weights = [inputs[name] for name in _each("weight")]
+    weights = [inputs[name] for name in each("weight")]
     read = nbytes(x, *weights) + adapters
     y = x[..., 0].numel() * sum(map(len, weights)) * x.element_size()
     return read + y, read + y + nbytes(x) + adapters
@@ -120,9 +126,9 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return forward, backward
 
 
-def _low_bytes(inputs: Inputs) -> int:
+def low_bytes(inputs: Inputs) -> int:
     """The products of x with each lora_a^T."""
-    ranks = sum(len(inputs[name]) for name in _each("lora_a"))
+    ranks = sum(len(inputs[name]) for name in each("lora_a"))
     return inputs["x"][..., 0].numel() * ranks * inputs["x"].element_size()
 
 
@@ -146,7 +152,8 @@ def _without(name: str) -> ErrorCase:
     return ErrorCase(f"one {name} too few", change, ValueError, name, undefined=True)
 
 
-def _biases(inputs: Inputs) -> dict[str, Tensor]:
+def biases(inputs: Inputs) -> dict[str, Tensor]:
+    """A bias of each layer."""
     return {f"bias[{index}]": inputs[f"weight[{index}]"][:, 0].contiguous() for index in range(LAYERS)}
 
 
@@ -172,11 +179,11 @@ spec = Spec(
         shape=_shape,
     ),
     outputs=["q", "k", "v"],
-    grads=["x", *_each("weight"), *ADAPTERS, *_each("bias")],
+    grads=["x", *each("weight"), *ADAPTERS, *each("bias")],
     budget=Budget(
         roundings=1,  # that a row may share, as in lora_linear
         bounds={name: _of_layer("y", index) for index, name in enumerate(("q", "k", "v"))}
-        | {"x": _x_bound}
+        | {"x": lambda call: sum_of_dx([lora_linear.Steps(layer(call, index)) for index in range(LAYERS)], call)}
         | {
             f"{name}[{index}]": _of_layer(name, index)
             for name in ("weight", "lora_a", "lora_b", "bias")
@@ -188,34 +195,34 @@ spec = Spec(
     bits_vary=lora_linear.spec.bits_vary,
     laws={
         "x twice as large": Law(
-            {"x": 2.0}, dict.fromkeys(["q", "k", "v", *_each("weight"), *ADAPTERS], 2.0), without=_each("bias")
+            {"x": 2.0}, dict.fromkeys(["q", "k", "v", *each("weight"), *ADAPTERS], 2.0), without=each("bias")
         ),
         "lora_b half as large, with twice the scaling": Law(
-            dict.fromkeys(_each("lora_b"), 0.5),
-            dict.fromkeys(_each("lora_b"), 2.0),
+            dict.fromkeys(each("lora_b"), 0.5),
+            dict.fromkeys(each("lora_b"), 2.0),
             options=lambda options: {"scaling": tuple(2 * s for s in options.get("scaling") or [1.0] * LAYERS)},
         ),
         "each dy four times as large": Law(
-            {}, dict.fromkeys(["x", *_each("weight"), *ADAPTERS, *_each("bias")], 4.0), grad_outputs=4.0
+            {}, dict.fromkeys(["x", *each("weight"), *ADAPTERS, *each("bias")], 4.0), grad_outputs=4.0
         ),
     },
     memory=Memory(
         Case((("rows", 16384), ("rank", 16), ("wide", 1), ("columns", 2048), ("out", 4096), ("others", 1024))),
         grads=["x", *ADAPTERS],
-        saved=_low_bytes,
+        saved=low_bytes,
         # Its gradient; all adapters in the dtype of x, and a float32 sum.
-        working=lambda i: _low_bytes(i) + 8 * sum(i[name].numel() for name in ADAPTERS),
+        working=lambda i: low_bytes(i) + 8 * sum(i[name].numel() for name in ADAPTERS),
     ),
     argument_kinds=leading_dimensions("x")
     | {
-        "biases": change_inputs(_biases),
-        "a bias of the last layer alone": change_inputs(lambda i: dict([_biases(i).popitem()])),
+        "biases": change_inputs(biases),
+        "a bias of the last layer alone": change_inputs(lambda i: dict([biases(i).popitem()])),
         "one adapter in float32": change_inputs(
             lambda i: {n: i[n].float() * (1 + 2**-13) for n in ("lora_a[1]", "lora_b[1]")}
         ),
         "one of rank 0": change_inputs(lambda i: {"lora_a[1]": i["lora_a[1]"][:0], "lora_b[1]": i["lora_b[1]"][:, :0]}),
         "no columns but biases": change_inputs(
-            lambda i: {n: i[n][..., :0] for n in ("x", *_each("weight"), *_each("lora_a"))} | _biases(i)
+            lambda i: {n: i[n][..., :0] for n in ("x", *each("weight"), *each("lora_a"))} | biases(i)
         ),
         "one without output": change_inputs(lambda i: {n: i[n][:0] for n in ("weight[2]", "lora_b[2]")}),
     },

@@ -67,7 +67,7 @@ def _hidden(budget: int) -> st.SearchStrategy[int]:
 
 
 def _activation(gate: Tensor, name: str) -> Tensor:
-    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
+    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 @cache
@@ -78,11 +78,11 @@ def _curvature(name: str) -> float:
     return float(torch.autograd.grad(slope.sum(), gate)[0].abs().max())
 
 
-def _activated(gate: Bound, call: Call) -> tuple[Bound, Bound]:
+def activated(gate: Bound, call: Call) -> tuple[Bound, Bound]:
     """The activation of a gate and its slope, not yet rounded.
 
     An error e of the gate changes a by at most |a'| e + max |a''| e^2 / 2, and a' by max |a''| e. Float32 arithmetic
-    loses a few bits of 1 + x (1 - s), or of 1 + tanh, and as many as |x| has in an exponential.
+    loses a few bits of 1 + x (1 - s), or of 1 + tanh or 1 + erf, and as many as |x| has in an exponential.
     """
     name = call.options.get("activation", "silu")
     with torch.enable_grad():
@@ -155,15 +155,15 @@ def _experts(call: Call) -> Iterator[_Expert]:
         weight = i["expert_weights"][slots][:, None]
         z = rounded(product(x, gate_up.t(), n))
         gate, up = (Bound(*(t[:, half] for t in _parts(z))) for half in (slice(inner), slice(inner, None)))
-        activated, slope = _activated(gate, call)
-        activated = rounded(activated)
-        hidden = rounded(activated * up)
+        activation, slope = activated(gate, call)
+        activation = rounded(activation)
+        hidden = rounded(activation * up)
         out = rounded(product(hidden, down.t(), n))
         weighted = added_in_float32(out.times(weight) if wide else rounded(out.times(weight)), n)
         dy = exact(call.grad_outputs[0][slots[0]] if call.grad_outputs else torch.zeros_like(x.value))
         dout = rounded(dy.times(weight))
         dhidden = rounded(product(dout, down, n))
-        dz = _joined(rounded(rounded(dhidden * up) * slope), rounded(dhidden * activated))
+        dz = _joined(rounded(rounded(dhidden * up) * slope), rounded(dhidden * activation))
         dx = added_in_float32(rounded(product(dz, gate_up, n)), n)
         of_out = dy * out if wide else rounded(dy * out)
         of_hidden = rounded(product(dy, down, n)) * hidden

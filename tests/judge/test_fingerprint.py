@@ -12,8 +12,8 @@ from conformance.cli import main
 from unsloth_ref import kernels
 
 ROOT = Path(__file__).parents[2]
-# lora_linear and lora_linears launch library products alone.
-OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_linear")]
+# lora_linear and lora_linears launch library products alone; the kernels of lora_mlp are those of swiglu and geglu.
+OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_")]
 # These read one number per row, or few numbers in all.
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
 LOADS = {"nf4_dequantize_kernel": 4}  # the 8 elements that a thread stores at once

@@ -110,5 +110,15 @@ def test_operations_without_a_kernel_are_known() -> None:
     modules = {op: vars(sys.modules[f"unsloth_fast.kernels.{op}"]) for op in specs()}
     without = [op for op, names in modules.items() if "launch" not in names]
     assert without == [
-        *("fp8_linear", "fp8_quantize", "geglu", "grouped_gemm", "lora_linear", "lora_linears", "moe_mlp", "swiglu")
+        *(
+            "fp8_linear",
+            "fp8_quantize",
+            "geglu",
+            "grouped_gemm",
+            "lora_linear",
+            "lora_linears",
+            "lora_mlp",
+            "moe_mlp",
+            "swiglu",
+        )
     ]

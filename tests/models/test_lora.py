@@ -69,9 +69,9 @@ def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = t
 
 
 def test_layer_and_adapter_in_one_operation() -> None:
-    """Seven layers in each of two blocks agree with peft in float64 up to rounding."""
-    model = adapted()
-    assert place(model, REFERENCE)["lora_linear"] == 14
+    """Seven layers in each of two blocks agree with peft in float64 up to rounding; three are one MLP."""
+    placed = place(adapted(), REFERENCE)
+    assert (placed["lora_linear"], placed["lora_mlp"]) == (8, 2) and "swiglu" not in placed
     assert_as_before(adapted(), 1e-12)
 
 
@@ -164,14 +164,19 @@ def test_four_bits(tmp_path: Any, training: bool) -> None:
 
 
 def counted_weights(model: PeftModel) -> list[type]:
-    """Place the reference; the types of the weights that lora_linear gets from now on."""
+    """Place the reference; the types of the weights that lora_linear and lora_mlp get from now on."""
     seen: list[type] = []
 
     def lora_linear(x: Tensor, weight: Any, *others: Any) -> Tensor:
         seen.append(type(weight))
         return REFERENCE.kernels.lora_linear(x, weight, *others)
 
-    kernels = SimpleNamespace(**vars(REFERENCE.kernels) | {"lora_linear": lora_linear})
+    def lora_mlp(x: Tensor, weight: Any, *others: Any, **options: Any) -> Tensor:
+        seen.extend(map(type, weight))
+        return REFERENCE.kernels.lora_mlp(x, weight, *others, **options)
+
+    operations = {"lora_linear": lora_linear, "lora_mlp": lora_mlp}
+    kernels = SimpleNamespace(**vars(REFERENCE.kernels) | operations)
     place(model, replace(REFERENCE, kernels=kernels))
     return seen
 
@@ -318,7 +323,10 @@ def test_a_tensor_that_cannot_be_recomputed_is_saved(sources: list[Tensor], modi
 
 
 def test_norms_and_activations_are_recomputed() -> None:
-    """One recomputation per backward pass serves all projections; the first norm, with a frozen input, needs none."""
+    """One recomputation per backward pass serves all projections; the first norm, with a frozen input, needs none.
+
+    An MLP with a layer without LoRA calls its activation.
+    """
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Callable[..., Tensor]:
@@ -330,7 +338,7 @@ def test_norms_and_activations_are_recomputed() -> None:
 
     names = ("rms_norm", "swiglu")
     kernels = SimpleNamespace(**vars(REFERENCE.kernels) | {name: counted(name) for name in names})
-    model = adapted()
+    model = adapted(exclude_modules=["up_proj"])
     place(model, replace(REFERENCE, kernels=kernels))
     layers = model.config.num_hidden_layers
     loss = model(TOKENS).logits.sum()

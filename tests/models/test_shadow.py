@@ -63,6 +63,27 @@ def test_several_outputs_and_an_input_without_a_gradient() -> None:
     assert results["gradient of k"].used == 0
 
 
+def test_tensors_of_lists_are_compared_one_by_one() -> None:
+    """A wrong gradient of one is named; a list may hold None and numbers, which are passed on."""
+
+    def lora_mlp(x: Tensor, weight: Any, lora_a: Any, *others: Any, **options: Any) -> Tensor:
+        changed = [lora_a[0], 1.001 * lora_a[1] - 0.001 * lora_a[1].detach(), lora_a[2]]
+        return reference.lora_mlp(x, weight, changed, *others, **options)
+
+    watch = Watch()
+    mlp = shadowed(backend(lora_mlp=lora_mlp), watch).kernels.lora_mlp
+    sizes = ((H, T), (H, T), (T, H))
+    weight = [randn(*size, seed=n).detach() for n, size in enumerate(sizes)]
+    a = [randn(8, size[1], seed=3 + n) for n, size in enumerate(sizes)]
+    b = [randn(size[0], 8, seed=6 + n) for n, size in enumerate(sizes)]
+    results = found(watch, lambda: mlp(randn(T, T), weight, a, b, [1.0, 2.0, 1.0], [None, randn(H), None]).sum())
+    names = {f"gradient of {name}[{n}]" for name in ("lora_a", "lora_b") for n in range(3)}
+    assert not watch.unverified
+    assert set(results) == names | {"output", "gradient of x", "gradient of bias[1]"}
+    assert [name for name, one in results.items() if one.used >= 1] == ["gradient of lora_a[1]"]
+    assert "weight[2] [24, 64] float32" in results["output"].inputs
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_keeps_no_inputs(reentrant: bool) -> None:
     """Each result is compared once, and the inputs that wait for the backward pass are recomputed."""

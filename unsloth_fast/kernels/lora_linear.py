@@ -71,6 +71,17 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
     return (total if scaling == 1.0 else total.mul_(scaling)).to(dtype)
 
 
+def adapted_product(
+    rows: Tensor, weight: Tensor, lora_b: Tensor, low: Tensor, bias: Tensor | None, scaling: float, out: Tensor
+) -> None:
+    """Write the layer of these rows with its adapter, whose lora_b has their dtype, over `out`."""
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    out.addmm_(low, lora_b.t(), alpha=scaling)
+
+
 @summed_in_float32
 def lora_linear_forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
@@ -78,12 +89,8 @@ def lora_linear_forward(
     """Compute y and low, new and contiguous."""
     y, low = lora_linear_forward_outputs(x, weight, lora_a)
     rows, out = matrix(x, low.shape[0]), y.view(low.shape[0], y.shape[-1])
-    if bias is None:
-        torch.mm(rows, weight.t(), out=out)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=out)
     torch.mm(rows, lora_a.to(x.dtype).t(), out=low)
-    out.addmm_(low, lora_b.to(x.dtype).t(), alpha=scaling)
+    adapted_product(rows, weight, lora_b.to(x.dtype), low, bias, scaling, out)
     return y, low
 
 

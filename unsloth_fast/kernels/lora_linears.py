@@ -33,7 +33,7 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
-from unsloth_fast.kernels.lora_linear import matrix, product, summed_in_float32
+from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
 from unsloth_ref import checks
 
 Tensors = Sequence[Tensor]
@@ -64,6 +64,14 @@ def dtype_of_all(x: Tensor, lora_a: Tensors) -> torch.dtype:
     return x.dtype if all(one.dtype == x.dtype for one in lora_a) else torch.float32
 
 
+def gradient_of_low(each_dy: Tensors, lora_a: Tensors, lora_b: Tensors, scaling: Sequence[float]) -> Tensor:
+    """The gradient of low from those of the outputs, as matrices; each lora_b has their dtype."""
+    dlow = each_dy[0].new_empty((each_dy[0].shape[0], rank_of_all(lora_a)))
+    for own, one, by, factor in zip(parts(dlow, lora_a, 1), each_dy, lora_b, scaling, strict=True):
+        own.addmm_(one, by, beta=0, alpha=factor)
+    return dlow
+
+
 @summed_in_float32
 def lora_linears_forward(
     x: Tensor,
@@ -80,12 +88,8 @@ def lora_linears_forward(
     a, b = rounded(x, lora_a, lora_b)
     torch.mm(rows, a.t(), out=low)
     for i, own in enumerate(parts(low, lora_a, 1)):
-        out, added = outputs[i].view(lines, weight[i].shape[0]), bias[i]
-        if added is None:
-            torch.mm(rows, weight[i].t(), out=out)
-        else:
-            torch.addmm(added, rows, weight[i].t(), out=out)
-        out.addmm_(own, b[i].t(), alpha=scaling[i])
+        out = outputs[i].view(lines, weight[i].shape[0])
+        adapted_product(rows, weight[i], b[i], own, bias[i], scaling[i], out)
     return [low, *outputs]
 
 
@@ -113,9 +117,7 @@ def lora_linears_backward(
     rows, each_dy = matrix(x, lines), [matrix(one, lines) for one in dy]
     if needs_x or any(needs_a):
         a, b = rounded(x, lora_a, lora_b)
-        dlow = x.new_empty((lines, a.shape[0]))
-        for own, one, factor, by in zip(parts(dlow, lora_a, 1), each_dy, scaling, b, strict=True):
-            own.addmm_(one, by, beta=0, alpha=factor)
+        dlow = gradient_of_low(each_dy, lora_a, b, scaling)
         if needs_x:
             dx = x.new_empty(x.shape)
             total = dx.view(rows.shape)

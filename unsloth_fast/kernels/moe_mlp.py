@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._gated import gated_forward
+from unsloth_fast.kernels._gated import ACTIVATIONS, gated_forward
 from unsloth_fast.kernels._grouped import Slots, grouped_product, grouped_weight, new_plan
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._moe_mlp import activation_backward, combined, route
 from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks, expert_checks
 from unsloth_ref.types import ExpertActivation
-
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "tanh"}  # by their names in `_gated.py`
 
 
 def moe_mlp_forward(

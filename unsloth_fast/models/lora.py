@@ -10,7 +10,7 @@ for few rows. A layer in float8 is called, with the adapter beside it.
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -24,6 +24,9 @@ from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.float8 import is_float8
 from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
+from unsloth_ref.types import NF4Weight
+
+Operands = tuple[Tensor | NF4Weight, Tensor, Tensor, float, Tensor | None]  # those of lora_linear after x
 
 
 def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | None:
@@ -60,15 +63,44 @@ def _linear_4bit() -> type | None:
     return Linear4bit
 
 
+def operands_of(module: nn.Module, backend: Backend) -> Callable[[LoraLinear, torch.dtype], Operands | None] | None:
+    """How to get what `lora_linear` takes beside x for a module that is placed under it; None for any other module.
+
+    The function takes the module and the dtype of the product; it returns None where the placed forward would call
+    something else.
+    """
+    placement = lora_placement(module, backend)
+    if not isinstance(placement, tuple) or "lora_linear" not in placement[0]:
+        return None
+    return _linear_operands if type(module) is Linear else _quantised_operands
+
+
+def _linear_operands(layer: LoraLinear, dtype: torch.dtype) -> Operands | None:
+    base, adapter = layer.base_layer, _only_adapter(layer, dtype)
+    if adapter is None or not _is_plain(base):
+        return None
+    return base.weight.to(dtype), *adapter, _bias(base, dtype)
+
+
+def _quantised_operands(layer: LoraLinear, dtype: torch.dtype) -> Operands | None:
+    base, adapter = layer.base_layer, _only_adapter(layer, dtype)
+    known = adapter is not None and layer.training and getattr(base, "compute_dtype", None) == dtype
+    weight = nf4.weight_of(base) if known else None
+    return None if adapter is None or weight is None else (weight, *adapter, _bias(base, dtype))
+
+
+def _bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    bias: Any = layer.bias
+    return None if bias is None else bias.to(dtype)
+
+
 def _linear_forward(lora_linear: Callable[..., Tensor]) -> Forward:
     def forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        dtype, base = product_dtype(x), self.base_layer
-        adapter = None if args or kwargs or not _is_plain(base) else _only_adapter(self, dtype)
-        if adapter is None:
+        dtype = product_dtype(x)
+        operands = None if args or kwargs else _linear_operands(self, dtype)
+        if operands is None:
             return type(self).forward(self, x, *args, **kwargs)
-        lora_a, lora_b, scaling = adapter
-        bias = None if base.bias is None else base.bias.to(dtype)
-        return lora_linear(x.to(dtype), base.weight.to(dtype), lora_a, lora_b, scaling, bias)
+        return lora_linear(x.to(dtype), *operands)
 
     return forward
 
@@ -81,13 +113,8 @@ def _quantised_forward(lora_linear: Callable[..., Tensor]) -> Forward:
         own = getattr(base, "compute_dtype", None)
         if adapter is None or x.dtype != dtype != own:
             return type(self).forward(self, x, *args, **kwargs)
-        lora_a, lora_b, scaling = adapter
-        x = x.to(dtype)
-        weight = nf4.weight_of(base) if self.training and own == dtype else None
-        if weight is not None:
-            bias = None if base.bias is None else base.bias.to(dtype)
-            return lora_linear(x, weight, lora_a, lora_b, scaling, bias)
-        return _added(base(x), x, lora_a, lora_b, scaling)
+        x, operands = x.to(dtype), _quantised_operands(self, dtype)
+        return _added(base(x), x, *adapter) if operands is None else lora_linear(x, *operands)
 
     return forward
 

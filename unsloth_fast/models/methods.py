@@ -107,6 +107,16 @@ def has_foreign_forward(module: Module) -> bool:
     return function is not None and getattr(function, "__func__", None) is not type(module).forward
 
 
+def is_more_than_its_operation(module: Module) -> bool:
+    """Whether a call does more than the class of the module, or the operation that is placed under it.
+
+    An operation of a larger module that computes what this one does would leave that out.
+    """
+    own = _current(module, "forward")
+    placed = own is not None and own.purpose == "operation"
+    return bool(hooks_of(module)) or (has_own_method(module, "forward") and not placed)
+
+
 def is_more_than_its_class(module: Module) -> bool:
     """Whether a call of the module does more than its class: by hooks, or by a forward that somebody has set.
 

@@ -1,14 +1,17 @@
-"""An MLP on the backend's activation, gated or not."""
+"""An MLP on the backend's activation, gated or not; one whose three layers have LoRA is one operation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.methods import is_more_than_its_class
+from unsloth_fast.models.dtypes import product_dtype, promoted
+from unsloth_fast.models.lora import Operands, operands_of
+from unsloth_fast.models.methods import has_own_method, is_more_than_its_class, is_more_than_its_operation
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
@@ -34,8 +37,18 @@ class Gated:
     gate_first: bool = True
 
 
-def mlp_placement(mlp: Gated, backend: Backend) -> Placement:
-    """The operation of an MLP and its forward: fused_swiglu if one layer computes the gate and then the other half."""
+def mlp_placement(module: nn.Module, mlp: Gated, backend: Backend) -> Placement:
+    """The operation of an MLP and its forward.
+
+    It is lora_mlp if each of its three layers has LoRA, and fused_swiglu if one layer computes the gate and then the
+    other half. The forward for lora_mlp calls the layers and the activation, as those of other MLPs, whenever a layer
+    does more than `lora_linear`: see `lora_placement`.
+    """
+    if mlp.up != mlp.gate and backend.fuses("lora_mlp", "lora_linear", mlp.operation):
+        layers = [_Layer.of(module, name, backend) for name in (mlp.gate, mlp.up, mlp.down)]
+        known = [layer for layer in layers if layer is not None]
+        if len(known) == len(layers):
+            return ("lora_mlp",), _adapted_forward(mlp, backend.kernels, known)
     if mlp.operation == "swiglu" and mlp.up == mlp.gate and mlp.gate_first and backend.fuses("fused_swiglu", "swiglu"):
         return ("fused_swiglu",), _forward_of_one(mlp, backend.kernels.fused_swiglu)
     return (mlp.operation,), mlp_forward(mlp, backend.kernels)
@@ -58,6 +71,44 @@ def _forward_of_one(mlp: Gated, activation: Callable[[Tensor], Tensor]) -> Forwa
         hidden = recomputable(activation(projected), partial(activation, projected.detach()))
         with recomputed(hidden):
             return getattr(self, mlp.down)(hidden)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with LoRA in an MLP: its name, its class, and how to get its operands."""
+
+    name: str
+    kind: type
+    operands: Callable[[Any, torch.dtype], Operands | None]
+
+    @staticmethod
+    def of(module: nn.Module, name: str, backend: Backend) -> "_Layer | None":
+        """The layer of this name; None if it is not placed under `lora_linear`."""
+        layer = module.get_submodule(name)
+        operands = None if has_own_method(layer, "forward") else operands_of(layer, backend)
+        return None if operands is None else _Layer(name, type(layer), operands)
+
+    def in_module(self, module: nn.Module, dtype: torch.dtype) -> Operands | None:
+        """Its operands now; None if a call of the layer would do more, or something else."""
+        layer: Any = module._modules[self.name]
+        is_other = type(layer) is not self.kind or is_more_than_its_operation(layer)
+        return None if is_other else self.operands(layer, dtype)
+
+
+def _adapted_forward(mlp: Gated, kernels: Any, layers: Sequence[_Layer]) -> Forward:
+    """The forward of an MLP whose layers have LoRA."""
+    separate: Any = mlp_forward(mlp, kernels)
+    activation = {None: "silu", "none": "gelu", "tanh": "gelu_tanh"}[mlp.approximate]
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        dtype = product_dtype(hidden_states)
+        found = [] if _has_changed(self, mlp) else [layer.in_module(self, dtype) for layer in layers]
+        if not found or None in found:
+            return separate(self, hidden_states)
+        with recomputed(hidden_states):
+            return kernels.lora_mlp(hidden_states.to(dtype), *zip(*found, strict=True), activation=activation)
 
     return forward
 

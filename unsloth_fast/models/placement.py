@@ -5,7 +5,7 @@ Classes, parameters and state-dict names do not change (see `unsloth_fast.models
 
 import logging
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -43,7 +43,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
-    - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`);
+    - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all
+      of whose layers have it, but not in float8, is one operation, lora_mlp;
     - linear layers in float8 (see `unsloth_fast.models.float8`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -54,8 +55,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3, Gemma 3 and
       Gemma 4, qk_norm_rope computes both.
 
-    A fused operation, qk_norm_rope or fused_swiglu, is placed if it and its parts come from the same package. A backend
-    with a setting for one of them, such as "fast,rope=reference", separates it.
+    A fused operation, qk_norm_rope, fused_swiglu or lora_mlp, is placed if it and its parts come from the same package.
+    A backend with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
     those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
@@ -75,7 +76,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     unchanged: Counter[str] = Counter()
     packed = _place_stacks(model, backend) if documents else {}
     known: dict[Hashable, Any] = {}
-    inside: set[int] = set()  # norms that an attention's operation computes
+    inside: set[int] = set()  # modules that the operation of a larger one computes
     for module in model.modules():
         name = type(module).__name__
         placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
@@ -85,7 +86,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
-            inside |= set(map(id, norms_inside(module))) if "qk_norm_rope" in operations else set()
+            inside |= set(map(id, _parts(module, operations)))
         elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
@@ -107,6 +108,13 @@ def _restore_forwards(model: Module) -> None:
     remove_documents(model)
     for module in model.modules():
         restore_method(module, "forward", "operation")
+
+
+def _parts(module: Module, operations: Sequence[str]) -> Iterable[Module | None]:
+    """The modules inside of this one that its operations compute: the norms of heads, or the layers of an MLP."""
+    if "lora_mlp" in operations:
+        return module._modules.values()
+    return norms_inside(module) if "qk_norm_rope" in operations else ()
 
 
 def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
@@ -150,7 +158,7 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
     if isinstance(found, GatedNorm):
         return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):
-        return mlp_placement(found, backend)
+        return mlp_placement(module, found, backend)
     return lora_placement(module, backend) if found is None else found
 
 

@@ -20,7 +20,9 @@ TABLE = {
     ),
     "density_of_another_width": one("-0.5 * x * x", "-0.5005 * x * x", "gradients"),
     "dup_without_the_share": one("dy * (gate * share)", "dy * gate", "gradients"),
-    "activation_in_float16": one("gate * share * up", "(gate * share).to(tl.float16).to(tl.float32) * up", "value"),
+    "activation_in_float16": one(
+        "y = gate * share * up", "y = (gate * share).to(tl.float16).to(tl.float32) * up", "value"
+    ),
     "up_of_any_size": one("checks.gated_arguments(gate, up)", "pass", "error_parity"),
     "tail_unwritten": one(
         "cdiv(matrix.shape[1], shape.columns)", "max(1, matrix.shape[1] // shape.columns)", "uninitialised", "value"

@@ -3,16 +3,12 @@
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
-    "scaling_ignored": one("lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t()", "value"),
+    "scaling_ignored": one("lora_b.t(), alpha=scaling", "lora_b.to(x.dtype).t()", "value"),
     "scaling_over_the_rank_again": one(
-        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling / max(1, len(lora_a))", "value"
+        "lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling / max(1, len(lora_a))", "value"
     ),
-    "scaling_of_the_layer_too": one(
-        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling, beta=scaling", "value"
-    ),
-    "adapter_over_the_layer": one(
-        "lora_b.to(x.dtype).t(), alpha=scaling", "lora_b.to(x.dtype).t(), alpha=scaling, beta=0", "value"
-    ),
+    "scaling_of_the_layer_too": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=scaling", "value"),
+    "adapter_over_the_layer": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=0", "value"),
     "bias_left_out": one(
         "torch.addmm(bias, rows, weight.t(), out=out)", "torch.mm(rows, weight.t(), out=out)", "value"
     ),

@@ -3,14 +3,16 @@
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
-    "scaling_of_the_first_layer": one("b[i].t(), alpha=scaling[i]", "b[i].t(), alpha=scaling[0]", "value"),
-    "adapter_of_the_first_layer": one("out.addmm_(own, b", "out.addmm_(low[:, : own.shape[1]], b", "value"),
+    "scaling_of_the_first_layer": one("bias[i], scaling[i], out)", "bias[i], scaling[0], out)", "value"),
+    "adapter_of_the_first_layer": one("b[i], own, bias", "b[i], low[:, : own.shape[1]], bias", "value"),
     "every_rank_that_of_the_first": one(
         "return whole.split_with_sizes([one.shape[0] for one in lora_a], dimension)",
         "return [whole.narrow(dimension, i * len(lora_a[0]), len(t)) for i, t in enumerate(lora_a)]",
         "value",
     ),
-    "bias_of_the_first_layer_alone": one("bias[i]\n", "bias[i] if i == 0 else None\n", "value"),
+    "bias_of_the_first_layer_alone": one(
+        "bias[i], scaling[i], out)", "bias[i] if i == 0 else None, scaling[i], out)", "value"
+    ),
     "adapters_in_float16": one("[one for _, one in pairs])", "[one.half() for _, one in pairs])", "value"),
     "dx_of_the_first_layer": one("                total.addmm_(one, by)\n", "                pass\n", "gradients"),
     "dx_of_the_adapters_missing": one("            total.addmm_(dlow, a)\n", "", "gradients"),

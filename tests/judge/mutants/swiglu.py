@@ -5,7 +5,9 @@ from tests.judge.mutants.mutant import LYING, one
 TABLE = {
     "up_for_gate_in_the_sigmoid": one("share, _ = share_and_slope(gate,", "share, _ = share_and_slope(up,", "value"),
     "gelu_constant": one("sigmoids(gate)", "sigmoids(1.702 * gate)", "value"),
-    "activation_in_float16": one("gate * share * up", "(gate * share).to(tl.float16).to(tl.float32) * up", "value"),
+    "activation_in_float16": one(
+        "y = gate * share * up", "y = (gate * share).to(tl.float16).to(tl.float32) * up", "value"
+    ),
     "log2_e_in_five_digits": one("tl.exp(-tl.abs(x))", "tl.exp2(tl.abs(x) * -1.4427)", "value"),
     "dgate_without_the_derivative_of_the_sigmoid": one("(1.0 + gate * complement)", "1.0", "gradients"),
     "dgate_with_the_sigmoid_itself": one("(1.0 + gate * complement)", "(1.0 + gate * share)", "gradients"),

@@ -1,0 +1,154 @@
+"""MLPs whose three layers have LoRA as one operation: when it is called, and what is computed where it is not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests import tiny
+from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, randomise, run, second
+from unsloth_fast import backends
+from unsloth_fast.models import place
+
+REFERENCE = backends.resolve("reference")
+MLP = "base_model.model.model.layers.1.mlp"
+PARTS = ("act_fn", *(f"down_proj{part}" for part in ("", ".base_layer", ".lora_A.default", ".lora_B.default")))
+
+
+def counted(model: PeftModel) -> list[Tensor]:
+    """Place the reference; the inputs of the calls of lora_mlp from now on."""
+    calls: list[Tensor] = []
+
+    def lora_mlp(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        calls.append(x)
+        return REFERENCE.kernels.lora_mlp(x, *others, **options)
+
+    kernels = SimpleNamespace(**vars(REFERENCE.kernels) | {"lora_mlp": lora_mlp})
+    assert place(model, replace(REFERENCE, kernels=kernels))["lora_mlp"] == 2
+    return calls
+
+
+def assert_as_before(model: PeftModel, expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    logits, gradients = run(model)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-9, atol=1e-9)
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-18, name
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_values_and_gradients_are_the_untouched_models_in_float64(family: str) -> None:
+    """Of all adapters, for SiLU and GELU by tanh; in Llama with checkpointing, which computes the layers again, too."""
+    model = adapted(base=tiny.model(family, torch.float64))
+    with tiny.KeepFloat64():
+        expected = run(model)
+        calls = counted(model)
+        assert_as_before(model, expected)
+        assert len(calls) == 2
+        if family != "llama":
+            return
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        assert_as_before(model, expected)
+        assert len(calls) == 2 + 4
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_hooks_and_forwards_inside_of_it_are_called(part: str, change: str) -> None:
+    """Whether they came before or after the operation; the MLP of the other layer stays one operation."""
+    for before in (True, False):
+        changed, model = adapted(), adapted()
+        CHANGES[change](changed.get_submodule(f"{MLP}.{part}"))
+        if before:
+            CHANGES[change](model.get_submodule(f"{MLP}.{part}"))
+            place(model, REFERENCE)
+        else:
+            calls = counted(model)
+            CHANGES[change](model.get_submodule(f"{MLP}.{part}"))
+        with tiny.KeepFloat64():
+            assert_as_before(model, run(changed))
+        assert before or len(calls) == 1
+
+
+@pytest.mark.parametrize("change", [disabled, merged, second], ids=lambda change: change.__name__)
+def test_adapters_that_change_after_the_placement(change: Callable[[PeftModel], None]) -> None:
+    """Two active ones, a merged one and none are peft's; so is the model without peft's layers."""
+    changed, model = adapted(), adapted()
+    calls = counted(model)
+    for one in (changed, model):
+        torch.manual_seed(4)
+        change(one)
+    with tiny.KeepFloat64(), torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, changed(TOKENS).logits, rtol=1e-9, atol=1e-9)
+        base: list[Any] = [one.unload() for one in (model, changed)]
+        torch.testing.assert_close(base[0](TOKENS).logits, base[1](TOKENS).logits, rtol=1e-9, atol=1e-9)
+    assert not calls
+
+
+def test_another_adapter_that_becomes_active() -> None:
+    """The operation takes its weights and its scaling, without a new placement."""
+    models = adapted(), adapted()
+    for model in models:
+        torch.manual_seed(4)
+        model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"))
+        randomise(model)
+    calls = counted(models[1])
+    with tiny.KeepFloat64():
+        for name in ("other", "default"):
+            for model in models:
+                model.set_adapter(name)
+            assert_as_before(models[1], run(models[0]))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_adapters_that_do_more_are_peft_s(options: dict[str, Any]) -> None:
+    models = [adapted(**options).train() for _ in range(2)]
+    calls = counted(models[1])
+    with tiny.KeepFloat64():
+        assert_as_before(models[1], run(models[0]))
+    assert not calls
+
+
+def test_an_mlp_with_a_layer_without_lora_is_separate() -> None:
+    placed = place(adapted(exclude_modules=["down_proj"]), REFERENCE)
+    assert (placed["swiglu"], placed["lora_linear"]) == (2, 12) and "lora_mlp" not in placed
+
+
+@pytest.mark.parametrize("setting", ["lora_mlp", "lora_linear", "swiglu"])
+def test_a_setting_for_a_part_separates_the_operation(setting: str) -> None:
+    """Each part then has the backend of its own setting, and a setting of geglu concerns other MLPs."""
+    placed = place(adapted(torch.float32), backends.resolve(f"fast,{setting}=reference"))
+    assert (placed["swiglu"], placed["lora_linear"]) == (2, 14) and "lora_mlp" not in placed
+    assert place(adapted(torch.float32), backends.resolve("fast,geglu=reference"))["lora_mlp"] == 2
+
+
+def test_the_fast_kernels_are_as_close_to_float64_as_the_model() -> None:
+    """The error of all gradients together is at most twice the untouched float32 model's own."""
+    with tiny.KeepFloat64():
+        _, truth = run(adapted())
+    model = adapted(torch.float32)
+    _, own = run(model)
+    assert place(model, backends.resolve("fast"))["lora_mlp"] == 2
+    _, found = run(model)
+    errors = [sum(float((one[name] - exact).norm()) ** 2 for name, exact in truth.items()) for one in (found, own)]
+    assert 0 < errors[0] <= 4 * errors[1]
+
+
+def test_the_product_of_gate_and_up_is_not_saved() -> None:
+    """Of a placed MLP, gate and up alone are kept between the layers; before, their product or its recipe was."""
+    model: Any = adapted(torch.float32)
+    place(model, backends.resolve("fast"))
+    mlp, kept = model.get_submodule(MLP), list[Tensor]()
+    inner = mlp.gate_proj.out_features
+    x = torch.randn(2, 8, model.config.hidden_size, requires_grad=True)
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mlp(x)
+    assert sum(tensor.nbytes for tensor in kept if tensor.numel() == 16 * inner) == 2 * 16 * inner * 4
+    assert inner != model.config.hidden_size
