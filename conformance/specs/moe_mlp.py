@@ -61,9 +61,9 @@ def _build(
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """An even number of columns is that of x, an odd one that of the MLP; odd rows have wide weights, half a bias."""
+    """An even number of columns is that of x, an odd one that of the MLP; odd rows have wide weights and biases."""
     few, columns = 3 + columns % 5, columns if columns <= 130 else 20 + columns % 61
-    return rows, 2 + columns % 3, 2, rows % 2, rows // 2 % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
+    return rows, 2 + columns % 3, 2, rows % 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
 
 
 def _hidden(budget: int) -> st.SearchStrategy[int]:

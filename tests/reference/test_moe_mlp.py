@@ -83,7 +83,7 @@ def test_the_experts_of_gpt_oss_agree(per_token: int) -> None:
     right[2:4] = [gradient.mT for gradient in right[2:4]]
     for one, other in zip(found, [theirs, *right], strict=True):
         torch.testing.assert_close(one, other, **FLOAT64)
-    without_limit = moe_mlp(x, gate_up, down, indices, weights, *biases, **options | {"limit": None})
+    without_limit = moe_mlp(x, gate_up, down, indices, weights, *biases, **{**options, "limit": None})
     assert not torch.allclose(without_limit, ours)
 
 
