@@ -114,6 +114,11 @@ def fused_gated_arguments(gate_up: Tensor, alpha: float, limit: float | None, of
     dtype("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: got shape {list(gate_up.shape)}; allowed: [..., 2F], an even number of columns")
+    gate_options(alpha, limit, offset)
+
+
+def gate_options(alpha: float, limit: float | None, offset: float) -> None:
+    """Check the options of a clamped gate."""
     in_range("alpha", alpha, 0.0)
     if limit is not None:
         in_range("limit", limit, 0.0)

@@ -29,10 +29,19 @@ def groups_fit(group_sizes: Tensor, rows: int) -> None:
 
 
 def expert_arguments(
-    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, activation: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_indices: Tensor,
+    expert_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> None:
-    """Check x [T, H], gate_up [E, 2F, H], down [E, H, F], expert_indices and expert_weights [T, k] of expert MLPs."""
-    checks.one_of("activation", activation, ("silu", "gelu_tanh"))
+    """Check the tensors of expert MLPs.
+
+    They are x [T, H], gate_up [E, 2F, H], down [E, H, F], expert_indices and expert_weights [T, k], and the biases
+    [E, 2F] and [E, H].
+    """
     checks.dimensions("x", x, 2, "[T, H]")
     checks.dtype("x", x)
     rows, columns = x.shape
@@ -52,9 +61,22 @@ def expert_arguments(
     checks.dtype("down", down, (x.dtype,))
     wider = [kind for kind in checks.FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
     checks.dtype("expert_weights", expert_weights, wider)
+    for name, bias, matrices in ("gate_up_bias", gate_up_bias, gate_up), ("down_bias", down_bias, down):
+        if bias is not None:
+            checks.shape(name, bias, matrices.shape[:2], "one entry per row of its matrices")
+            checks.dtype(name, bias, (x.dtype,))
+            checks.same_device(name, bias, "x", x)
     others = {"gate_up": gate_up, "down": down, "expert_indices": expert_indices, "expert_weights": expert_weights}
     for name, tensor in others.items():
         checks.same_device(name, tensor, "x", x)
+
+
+def expert_gate(activation: str, alpha: float, limit: float | None, offset: float) -> None:
+    """Check the activation of expert MLPs and its options."""
+    checks.one_of("activation", activation, ("silu", "gelu_tanh"))
+    checks.gate_options(alpha, limit, offset)
+    if activation != "silu" and alpha != 1.0:
+        raise ValueError(f"alpha: got {alpha!r} with activation={activation!r}; allowed: with 'silu', or 1.0")
 
 
 def experts_exist(expert_indices: Tensor, experts: int) -> None:

@@ -224,16 +224,24 @@ def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
 
 @operation
 def moe_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor, *,
-    activation: str = "silu",
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_indices: Tensor, expert_weights: Tensor,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, activation: str = "silu",
+    interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """As transformers' experts with torch's grouped products."""
     slots, order = expert_indices.flatten().sort(stable=True)
     ends = torch.searchsorted(slots, torch.arange(len(gate_up), device=x.device), right=True).int()
-    rows = x[order // expert_indices.shape[1]]
-    gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, -1)
-    hidden = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
-    out = F.grouped_mm(hidden, down.mT, offs=ends) * expert_weights.flatten()[order, None]
+    z = F.grouped_mm(x[order // expert_indices.shape[1]], gate_up.mT, offs=ends)
+    z = z if gate_up_bias is None else z + gate_up_bias[slots]
+    gate, up = (z[:, ::2], z[:, 1::2]) if interleaved else z.chunk(2, -1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "silu":
+        a = F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)
+    else:
+        a = F.gelu(gate, approximate="tanh")
+    out = F.grouped_mm(a * (up + offset if offset else up), down.mT, offs=ends)
+    out = (out if down_bias is None else out + down_bias[slots]) * expert_weights.flatten()[order, None]
     return out[order.argsort()].unflatten(0, expert_indices.shape).sum(1).to(x.dtype)
 
 

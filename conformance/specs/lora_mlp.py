@@ -26,8 +26,8 @@ from conformance.spec import (
     wrong_option,
 )
 from conformance.specs import lora_linear, lora_linears
+from conformance.specs._moe_mlp import activated
 from conformance.specs.lora_linears import ADAPTERS, LAYERS, each
-from conformance.specs.moe_mlp import activated
 from unsloth_ref.kernels import lora_mlp
 
 CHUNK = 4096  # tokens for which a call may hold a few tensors between the layers at once

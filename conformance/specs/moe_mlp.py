@@ -1,16 +1,12 @@
 """The MLPs of a mixture of experts."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Collection
 from math import nan
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn import functional as F
 
-from conformance.bounds import SHARED, Bound, added_in_float32, exact, float32_error, product, total
+from conformance.bounds import Bound, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -24,12 +20,17 @@ from conformance.spec import (
     change_inputs,
     nbytes,
 )
-from conformance.specs._moe_mlp import ERRORS
+from conformance.specs._moe_mlp import ERRORS, experts_of, parts
+from conformance.specs.fused_swiglu import GPT_OSS
 from unsloth_ref.kernels import moe_mlp
 
+_BIASES = ("gate_up_bias", "down_bias")
 
-def _build(draw: Draw, tokens: int, experts: int, per_token: int, wide: int, inner: int, hidden: int) -> Inputs:
-    """`wide` weights of experts are float32 for every dtype under test.
+
+def _build(
+    draw: Draw, tokens: int, experts: int, per_token: int, wide: int, biased: int, inner: int, hidden: int
+) -> Inputs:
+    """`wide` weights of experts are float32 for every dtype under test; `biased` experts have both biases.
 
     Seed 1 leaves some experts out, seed 2 sends all tokens to one, and seed 3 may send a token to an expert twice.
     """
@@ -46,19 +47,23 @@ def _build(draw: Draw, tokens: int, experts: int, per_token: int, wide: int, inn
     if draw.case.seed == 2:
         indices = torch.full((tokens, per_token), experts // 2)
     weights = draw.tensor("rand", tokens, per_token, dtype=torch.float32 if wide else None)
-    return {
+    inputs = {
         "x": x,
         "gate_up": gate_up,
         "down": down,
         "expert_indices": draw.lay_out(indices),
         "expert_weights": weights,
     }
+    if biased:
+        inputs["gate_up_bias"] = draw.weight(experts * 2 * inner).unflatten(0, (experts, 2 * inner))
+        inputs["down_bias"] = draw.weight(experts * hidden).unflatten(0, (experts, hidden))
+    return inputs
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
-    """An even number of columns is that of x, an odd one that of the MLP; an odd number of rows has wide weights."""
+    """An even number of columns is that of x, an odd one that of the MLP; odd rows have wide weights and biases."""
     few, columns = 3 + columns % 5, columns if columns <= 130 else 20 + columns % 61
-    return rows, 2 + columns % 3, 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
+    return rows, 2 + columns % 3, 2, rows % 2, rows % 2, *((few, columns) if columns % 2 == 0 else (columns, few))
 
 
 def _hidden(budget: int) -> st.SearchStrategy[int]:
@@ -66,133 +71,26 @@ def _hidden(budget: int) -> st.SearchStrategy[int]:
     return st.sampled_from([size for size in (16, 1, 5, 20, 31, 33, 64, 65, 129) if size <= max(16, budget // 16)])
 
 
-def _activation(gate: Tensor, name: str) -> Tensor:
-    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-@cache
-def _curvature(name: str) -> float:
-    """The largest absolute value of the activation's second derivative, which is near 0."""
-    gate = torch.linspace(-8, 8, 64001, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(_activation(gate, name).sum(), gate, create_graph=True)
-    return float(torch.autograd.grad(slope.sum(), gate)[0].abs().max())
-
-
-def activated(gate: Bound, call: Call) -> tuple[Bound, Bound]:
-    """The activation of a gate and its slope, not yet rounded.
-
-    An error e of the gate changes a by at most |a'| e + max |a''| e^2 / 2, and a' by max |a''| e. Float32 arithmetic
-    loses a few bits of 1 + x (1 - s), or of 1 + tanh or 1 + erf, and as many as |x| has in an exponential.
-    """
-    name = call.options.get("activation", "silu")
-    with torch.enable_grad():
-        x = gate.value.detach().requires_grad_()
-        value = _activation(x, name)
-        (slope,) = torch.autograd.grad(value.sum(), x)
-    x, value, curvature = x.detach(), value.detach(), _curvature(name)
-    envelope = torch.sigmoid(x) if name == "silu" else torch.ones_like(x)
-    size = (1 + x.abs()) ** 2 * envelope + call.smallest
-    arithmetic = float32_error(call.elements) * size
-    activated = Bound(
-        value,
-        slope.abs() * gate.error + curvature * gate.error.square() / 2 + arithmetic,
-        slope.square() * gate.square + (SHARED * size) ** 2,
-    )
-    error = curvature * gate.error + arithmetic
-    return activated, Bound(slope, error, curvature**2 * gate.square + (SHARED * size) ** 2)
-
-
-@dataclass(frozen=True)
-class _Expert:
-    """What an expert computes for its slots; all roundings but those of results are made.
-
-    Attributes:
-        slots: their tokens and their places among the token's experts.
-        index: of the expert.
-        weighted: [slots, H], the parts of y.
-        hidden: [slots, F], h.
-        dz, dout: [slots, 2F] and [slots, H]; 0 without a backward pass.
-        dx: [slots, H], the parts of dx.
-        dweights: [slots].
-    """
-
-    slots: tuple[Tensor, ...]
-    index: int
-    weighted: Bound
-    hidden: Bound
-    dz: Bound
-    dout: Bound
-    dx: Bound
-    dweights: Bound
-
-
-def _larger(one: Bound, other: Bound) -> Bound:
-    """Of two ways to compute a number, the larger error."""
-    return Bound(one.value, torch.maximum(one.error, other.error), torch.maximum(one.square, other.square))
-
-
-def _joined(left: Bound, right: Bound) -> Bound:
-    parts = zip(*((b.value, b.error, b.square) for b in (left, right)), strict=True)
-    return Bound(*(torch.cat(both, 1) for both in parts))
-
-
-def _experts(call: Call) -> Iterator[_Expert]:
-    """The experts that have slots.
-
-    The gradient of an expert's weight is a sum over H of dy * out, or one over F of (dy @ down) * h.
-    """
-    i, inner, n = call.inputs, call.inputs["down"].shape[2], call.elements
-    wide = call.wide("expert_weights")
-
-    def rounded(number: Bound) -> Bound:
-        return number.rounded(call.unit, call.smallest)
-
-    for index in range(len(i["gate_up"])):
-        slots = torch.where(i["expert_indices"] == index)
-        if not len(slots[0]):
-            continue
-        x, gate_up, down = exact(i["x"][slots[0]]), exact(i["gate_up"][index]), exact(i["down"][index])
-        weight = i["expert_weights"][slots][:, None]
-        z = rounded(product(x, gate_up.t(), n))
-        gate, up = (Bound(*(t[:, half] for t in _parts(z))) for half in (slice(inner), slice(inner, None)))
-        activation, slope = activated(gate, call)
-        activation = rounded(activation)
-        hidden = rounded(activation * up)
-        out = rounded(product(hidden, down.t(), n))
-        weighted = added_in_float32(out.times(weight) if wide else rounded(out.times(weight)), n)
-        dy = exact(call.grad_outputs[0][slots[0]] if call.grad_outputs else torch.zeros_like(x.value))
-        dout = rounded(dy.times(weight))
-        dhidden = rounded(product(dout, down, n))
-        dz = _joined(rounded(rounded(dhidden * up) * slope), rounded(dhidden * activation))
-        dx = added_in_float32(rounded(product(dz, gate_up, n)), n)
-        of_out = dy * out if wide else rounded(dy * out)
-        of_hidden = rounded(product(dy, down, n)) * hidden
-        dweights = _larger(total(of_out.t(), n), total(of_hidden.t(), n))
-        yield _Expert(slots, index, weighted, hidden, dz, dout, dx, dweights)
-
-
-def _parts(number: Bound) -> tuple[Tensor, Tensor, Tensor]:
-    return number.value, number.error, number.square
-
-
 def _per_token(call: Call, name: str) -> Bound:
     """The sum over a token's slots of what experts give."""
     sums = [torch.zeros_like(call.inputs["x"]) for _ in range(3)]
-    for expert in _experts(call):
-        for into, part in zip(sums, _parts(getattr(expert, name)), strict=True):
+    for expert in experts_of(call):
+        for into, part in zip(sums, parts(getattr(expert, name)), strict=True):
             into.index_add_(0, expert.slots[0], part)
     return Bound(*sums)
 
 
 def _per_expert(call: Call, name: str) -> Bound:
-    """A gradient of the experts' matrices: dz^T @ x, or dout^T @ h."""
+    """A gradient of the experts' matrices, dz^T @ x or dout^T @ h, or biases: the sum of dz or dout."""
     found = [torch.zeros_like(call.inputs[name]) for _ in range(3)]
-    for expert in _experts(call):
-        if name == "gate_up":
-            grad = product(expert.dz.t(), exact(call.inputs["x"][expert.slots[0]]), call.elements)
+    for expert in experts_of(call):
+        gradient = expert.dz if name.startswith("gate_up") else expert.dout
+        if name.endswith("bias"):
+            grad = total(gradient, call.elements)
         else:
-            grad = product(expert.dout.t(), expert.hidden, call.elements)
-        for into, part in zip(found, _parts(grad), strict=True):
+            x = exact(call.inputs["x"][expert.slots[0]]) if name == "gate_up" else expert.hidden
+            grad = product(gradient.t(), x, call.elements)
+        for into, part in zip(found, parts(grad), strict=True):
             into[expert.index] = part
     return Bound(*found)
 
@@ -200,8 +98,8 @@ def _per_expert(call: Call, name: str) -> Bound:
 def _weights_bound(call: Call) -> Bound:
     """The gradient of each slot's weight."""
     found = [torch.zeros_like(call.inputs["expert_weights"]) for _ in range(3)]
-    for expert in _experts(call):
-        for into, part in zip(found, _parts(expert.dweights), strict=True):
+    for expert in experts_of(call):
+        for into, part in zip(found, parts(expert.dweights), strict=True):
             into[expert.slots] = part
     return Bound(*found)
 
@@ -231,15 +129,23 @@ def _saved(inputs: Inputs) -> int:
 
 
 def _working(inputs: Inputs) -> int:
-    """Forward: h, and out. Backward: dh, dz, the weighted h and the parts of dx."""
+    """Forward: h, and out. Backward: dh, dz, the weighted h and the parts of dx; dy . down_bias of each slot."""
     columns = 2 * inputs["gate_up"].shape[1] + inputs["x"].shape[1]
-    return _slots(inputs) * columns * inputs["x"].element_size()
+    return _slots(inputs) * (columns * inputs["x"].element_size() + 4 * ("down_bias" in inputs))
 
 
-def _bench(tokens: int, experts: int, per_token: int, inner: int, hidden: int, *grads: str) -> dict[str, object]:
+def _no_inner(inputs: Inputs) -> Inputs:
+    """No column between the two products; a bias of the second product stays."""
+    none = {"gate_up": inputs["gate_up"][:, :0], "down": inputs["down"][..., :0]}
+    return none | ({"gate_up_bias": inputs["gate_up_bias"][:, :0]} if "gate_up_bias" in inputs else {})
+
+
+def _bench(
+    tokens: int, experts: int, per_token: int, inner: int, hidden: int, *grads: str, biased: int = 0
+) -> dict[str, object]:
     return {
-        "tokens": tokens, "experts": experts, "per_token": per_token, "wide": 0, "inner": inner, "hidden": hidden,
-        "grads": grads or ("x", "expert_weights"),
+        "tokens": tokens, "experts": experts, "per_token": per_token, "wide": 0, "biased": biased, "inner": inner,
+        "hidden": hidden, "grads": grads or ("x", "expert_weights"),
     }  # fmt: skip
 
 
@@ -251,16 +157,24 @@ spec = Spec(
             "experts": lambda budget: st.sampled_from([3, 1, 2, 4]),
             "per_token": lambda budget: st.sampled_from([2, 1, 3]),
             "wide": lambda budget: st.sampled_from([0, 1]),
+            "biased": lambda budget: st.sampled_from([0, 1]),
             "inner": lambda budget: st.sampled_from([8, 1, 2, 16, 33]),
             "hidden": _hidden,
         },
         build=_build,
-        options={"activation": ["silu", "gelu_tanh"]},
+        options={
+            "activation": ["silu", "gelu_tanh"],
+            "interleaved": [False, True],
+            "alpha": [1.0, 1.702],
+            "limit": [None, 7.0, 1.0],
+            "offset": [0.0, 1.0],
+        },
+        consistent=lambda options: options["activation"] == "silu" or options["alpha"] == 1.0,
         fills=["randn", "ones", "zeros", "tiny", "outlier"],
         shape=_shape,
     ),
     outputs=["y"],
-    grads=["x", "gate_up", "down", "expert_weights"],
+    grads=["x", "gate_up", "down", "expert_weights", *_BIASES],
     budget=Budget(
         roundings=1,  # that a row may share: of the only z or dh that matters if F is 1
         bounds={
@@ -269,6 +183,8 @@ spec = Spec(
             "gate_up": lambda call: _per_expert(call, "gate_up"),
             "down": lambda call: _per_expert(call, "down"),
             "expert_weights": _weights_bound,
+            "gate_up_bias": lambda call: _per_expert(call, "gate_up_bias"),
+            "down_bias": lambda call: _per_expert(call, "down_bias"),
         },
     ),
     rowwise=["x", "expert_indices", "expert_weights"],
@@ -276,16 +192,28 @@ spec = Spec(
     far=["x", "gate_up", "down"],
     laws={
         "expert_weights twice as large": Law(
-            {"expert_weights": 2.0}, dict.fromkeys(["y", "x", "gate_up", "down"], 2.0)
+            {"expert_weights": 2.0}, dict.fromkeys(["y", "x", "gate_up", "down", *_BIASES], 2.0)
         ),
-        "down negated": Law({"down": -1.0}, dict.fromkeys(["y", "x", "gate_up", "expert_weights"], -1.0)),
+        "down and its bias negated": Law(
+            {"down": -1.0, "down_bias": -1.0}, dict.fromkeys(["y", "x", "gate_up", "expert_weights", _BIASES[0]], -1.0)
+        ),
         "dy four times as large": Law(
-            {}, dict.fromkeys(["x", "gate_up", "down", "expert_weights"], 4.0), grad_outputs=4.0
+            {}, dict.fromkeys(["x", "gate_up", "down", "expert_weights", *_BIASES], 4.0), grad_outputs=4.0
         ),
     },
     memory=Memory(
-        Case((("tokens", 8192), ("experts", 4), ("per_token", 2), ("wide", 0), ("inner", 64), ("hidden", 1024))),
-        grads=["x", "gate_up", "down", "expert_weights"],
+        Case(
+            (
+                ("tokens", 8192),
+                ("experts", 4),
+                ("per_token", 2),
+                ("wide", 0),
+                ("biased", 1),
+                ("inner", 64),
+                ("hidden", 1024),
+            )
+        ),
+        grads=["x", "gate_up", "down", "expert_weights", *_BIASES],
         saved=_saved,
         working=_working,
     ),
@@ -298,7 +226,9 @@ spec = Spec(
             lambda i: {"expert_indices": i["expert_indices"][:, :1].expand(i["expert_indices"].shape)}
         ),
         "weights in float32": change_inputs(lambda i: {"expert_weights": i["expert_weights"].float() * (1 + 2**-13)}),
-        "no column between": change_inputs(lambda i: {"gate_up": i["gate_up"][:, :0], "down": i["down"][..., :0]}),
+        "no column between": change_inputs(_no_inner),
+        "a bias of gate_up": change_inputs(lambda i: {"gate_up_bias": 1 + i["gate_up"][..., 0]}),
+        "a bias of down": change_inputs(lambda i: {"down_bias": 1 + i["down"][..., 0]}),
     },
     special_values=[nan],  # infinity gives terms of both signs
     errors=ERRORS,
@@ -307,6 +237,7 @@ spec = Spec(
             "qwen-3-moe": _bench(16384, 128, 8, 768, 2048),
             "qwen-3-moe, trained": _bench(16384, 128, 8, 768, 2048, "x", "gate_up", "down", "expert_weights"),
             "mixtral": _bench(8192, 8, 2, 14336, 4096),
+            "gpt-oss": _bench(16384, 32, 4, 2880, 2880, biased=1) | GPT_OSS,
         },
         bytes=_bytes,
         flops=_flops,

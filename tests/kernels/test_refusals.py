@@ -250,6 +250,9 @@ BAD = [
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 4)}, ValueError, "expert_indices", "4 at index (0, 0)", "0 to 3"),
     ("moe_mlp", {"expert_weights": torch.ones(3, 1)}, ValueError, "expert_weights", "[3, 1]", "of expert_indices"),
     ("moe_mlp", {"expert_weights": torch.ones(3, 2).half()}, TypeError, "expert_weights", "torch.float16", "float32"),
+    ("moe_mlp", {"gate_up_bias": torch.ones(4, 5)}, ValueError, "gate_up_bias", "[4, 5]", "row of its matrices"),
+    ("moe_mlp", {"down_bias": torch.ones(4)}, ValueError, "down_bias", "[4]", "[4, 8]"),
+    ("moe_mlp", {"alpha": 1.702, "activation": "gelu_tanh"}, ValueError, "alpha", "1.702", "with 'silu', or 1.0"),
 ]
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
@@ -278,6 +281,7 @@ LIMITS = [
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
     ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
+    ("moe_mlp", {"gate_up_bias": None, "limit": 0.0, "alpha": 0.0, "offset": -1.0}),
     ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
     ("lora_mlp", {"scaling": [0, 1, 2.0], "activation": "gelu", "bias": [None, None, None]}),
     ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),

@@ -9,7 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import Module
-from transformers import MixtralConfig, MixtralForCausalLM
+from torch.nn.functional import silu
+from transformers import DeepseekV4Config, GptOssConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests import tiny
@@ -39,15 +42,26 @@ def assert_same(found: tuple[float, dict[str, Any]], expected: tuple[float, dict
         assert (found[1][name] - gradient).norm() <= 1e-9 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]], ids=["both", "gate_up", "down"])
-def test_adapters_of_experts_get_their_gradients(weights: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_experts_get_their_gradients(
+    weights: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradients are peft's in float64; peft's sum of weights and adapters is not made."""
-    model, (tokens, labels) = adapted(build("mixtral"), *weights), batch()
+    model, (tokens, labels) = adapted(build(family), *weights), batch()
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
         placed = place(model, REFERENCE)
         assert (placed["moe_mlp"], placed["grouped_gemm"]) == (2, 2 * len(weights))
         monkeypatch.setattr(ParamWrapper, "_activate_lora", None)
+        assert_same(step(model, tokens, labels), expected)
+
+
+def test_an_adapter_of_a_bias_is_left_to_peft() -> None:
+    model, (tokens, labels) = adapted(build("gpt_oss"), "gate_up_proj", "down_proj_bias"), batch()
+    with tiny.KeepFloat64():
+        expected = step(model, tokens, labels)
+        place(model, REFERENCE)
         assert_same(step(model, tokens, labels), expected)
 
 
@@ -130,8 +144,35 @@ def experts(forward: Any = None, activation: str = "silu") -> MixtralExperts:
 
 
 def clamped(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-    """As gpt-oss, whose experts bound what goes into the activation."""
+    """What goes into the first product is bounded."""
     return MixtralExperts.forward(self, hidden_states.clamp(max=7.0), top_k_index, top_k_weights)
+
+
+class Unclamped(GptOssExperts):
+    """Biases alone."""
+
+    def _apply_gate(self, gate_up: Any) -> Any:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        return silu(gate) * up
+
+
+class ClampedBelow(GptOssExperts):
+    """With a gate that is clamped on both sides."""
+
+    def _apply_gate(self, gate_up: Any) -> Any:
+        return super()._apply_gate(gate_up.clamp(min=-7.0))
+
+
+def gpt_oss(kind: type[GptOssExperts] = GptOssExperts, **attributes: float) -> GptOssExperts:
+    """Its experts, or those of another class or with other attributes."""
+    module = kind(GptOssConfig(hidden_size=16, intermediate_size=12, num_local_experts=8))
+    vars(module).update(attributes)
+    return module
+
+
+def deepseek_v4() -> DeepseekV4Experts:
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 12, "n_routed_experts": 8}
+    return DeepseekV4Experts(DeepseekV4Config(**sizes, swiglu_limit=5.0))
 
 
 def unweighted(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
@@ -144,6 +185,11 @@ def unweighted(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: A
         (experts(), Experts("silu")),
         (experts(activation="gelu_pytorch_tanh"), Experts("gelu_tanh")),
         (experts(activation="relu"), "differs from every moe_mlp by "),
+        (gpt_oss(), Experts("silu", True, 1.702, 7.0, 1.0, transposed=True, biased=True)),
+        (gpt_oss(alpha=1.0, limit=3), Experts("silu", True, 1.0, 3.0, 1.0, transposed=True, biased=True)),
+        (gpt_oss(Unclamped), Experts("silu", True, transposed=True, biased=True)),
+        (gpt_oss(ClampedBelow), "differs from every moe_mlp by "),
+        (deepseek_v4(), Experts("silu", limit=5.0)),
         (experts(clamped), "differs from every moe_mlp by "),
         (experts(unweighted), "differs from every moe_mlp by "),
     ],

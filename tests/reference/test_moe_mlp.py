@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import grad, gradcheck
-from transformers import MixtralConfig
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests.operations.lora_linear import DEVICE, randn
@@ -60,6 +61,32 @@ def test_transformers_experts_agree(name: str, activation: Any, per_token: int) 
         torch.testing.assert_close(one, right, **FLOAT64)
 
 
+@pytest.mark.parametrize("per_token", [1, 3])
+def test_the_experts_of_gpt_oss_agree(per_token: int) -> None:
+    """Value and all gradients agree: of biases, interleaved columns, and a gate of which some rows are clamped."""
+    config = GptOssConfig(hidden_size=COLUMNS, intermediate_size=INNER, num_local_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    module: Any = GptOssExperts(config).to(DEVICE, torch.float64)
+    x, gate_up, down, indices, weights = inputs_of(9, per_token)
+    x = (4 * x).detach().requires_grad_()
+    biases = randn(EXPERTS, 2 * INNER, seed=7), randn(EXPERTS, COLUMNS, seed=8)
+    own = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
+    with torch.no_grad():
+        for parameter, value in zip(own, (gate_up.mT, down.mT, *biases), strict=True):
+            parameter.copy_(value)
+    options: dict[str, Any] = {"interleaved": True, "alpha": 1.702, "limit": 7.0, "offset": 1.0}
+    ours = moe_mlp(x, gate_up, down, indices, weights, *biases, **options)
+    theirs = module(x, indices, weights)
+    dy = randn(9, COLUMNS, seed=5).detach()
+    found = [ours, *grad(ours, (x, weights, gate_up, down, *biases), dy)]
+    right = list(grad(theirs, (x, weights, *own), dy))
+    right[2:4] = [gradient.mT for gradient in right[2:4]]
+    for one, other in zip(found, [theirs, *right], strict=True):
+        torch.testing.assert_close(one, other, **FLOAT64)
+    without_limit = moe_mlp(x, gate_up, down, indices, weights, *biases, **{**options, "limit": None})
+    assert not torch.allclose(without_limit, ours)
+
+
 def test_an_expert_twice_counts_twice() -> None:
     x, gate_up, down, indices, weights = inputs_of(4, 2)
     twice = moe_mlp(x, gate_up, down, indices[:, :1].expand(4, 2), weights)
@@ -68,11 +95,19 @@ def test_an_expert_twice_counts_twice() -> None:
     )
 
 
-def test_gradients_are_the_derivatives_and_an_idle_expert_gets_0() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gradients_are_the_derivatives_and_an_idle_expert_gets_0(activation: str) -> None:
     x, gate_up, down, indices, weights = inputs_of(3, 2)
-    assert gradcheck(lambda x, g, d, w: moe_mlp(x, g, d, indices, w), (x, gate_up, down, weights))
-    for gradient in grad(moe_mlp(x, gate_up, down, indices, weights).sum(), (gate_up, down)):
-        assert not gradient[1].any()
+    biases = randn(EXPERTS, 2 * INNER, seed=7), randn(EXPERTS, COLUMNS, seed=8)
+    inputs = x, gate_up, down, weights, *biases
+    options: dict[str, Any] = {"activation": activation, "limit": 0.5, "offset": 1.0}
+
+    def call(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *biases: Tensor) -> Tensor:
+        return moe_mlp(x, gate_up, down, indices, weights, *biases, **options)
+
+    assert gradcheck(call, inputs)
+    for gradient in grad(call(*inputs).sum(), (gate_up, down, *biases)):
+        assert gradient.any() and not gradient[1].any()
 
 
 def test_weights_of_experts_may_be_wider() -> None:
@@ -87,5 +122,6 @@ def test_weights_of_experts_may_be_wider() -> None:
 def test_compiled_code_adds_nothing_for_a_slot_without_an_expert() -> None:
     x, gate_up, down, indices, weights = inputs_of(5, 2)
     outside = torch.cat([indices[:, :1], torch.full_like(indices[:, 1:], EXPERTS)], 1)
-    found = torch.compile(moe_mlp, fullgraph=True, backend="eager")(x, gate_up, down, outside, weights)
-    torch.testing.assert_close(found, moe_mlp(x, gate_up, down, indices[:, :1], weights[:, :1]), **FLOAT64)
+    biases = randn(EXPERTS, 2 * INNER, seed=7), randn(EXPERTS, COLUMNS, seed=8)
+    found = torch.compile(moe_mlp, fullgraph=True, backend="eager")(x, gate_up, down, outside, weights, *biases)
+    torch.testing.assert_close(found, moe_mlp(x, gate_up, down, indices[:, :1], weights[:, :1], *biases), **FLOAT64)

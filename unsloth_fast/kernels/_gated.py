@@ -2,9 +2,9 @@
 
     y = a * up      dgate = dy * up * a'      dup = dy * a      with a = gate * share(gate)
 
-    silu    share = sigmoid(gate)                                   a' = share * (1 + gate * (1 - share))
-    gelu    share = Phi(gate), the normal distribution              a' = share + gate * exp(-gate^2 / 2) / sqrt(2 pi)
-    tanh    share = sigmoid(2 z), z = c (gate + 0.044715 gate^3)    a' = share * (1 + gate * (1 - share) * 2 z')
+    silu       share = sigmoid(gate)                                   a' = share * (1 + gate * (1 - share))
+    gelu       share = Phi(gate), the normal distribution              a' = share + gate * exp(-gate^2 / 2) / sqrt(2 pi)
+    gelu_tanh  share = sigmoid(2 z), z = c (gate + 0.044715 gate^3)    a' = share * (1 + gate * (1 - share) * 2 z')
 
 c = sqrt(2 / pi); sigmoid(2 z) is (1 + tanh z) / 2 without its cancellation. Phi is computed without cancellation from
 the tail of the normal distribution. Saved: gate and up. All arithmetic is float32, with one rounding at each store.
@@ -227,7 +227,7 @@ def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
 
 
 class Gated(torch.autograd.Function):
-    """A gated activation of gate and up; its name is "silu", "gelu" or "tanh"."""
+    """A gated activation of gate and up; its name is "silu", "gelu" or "gelu_tanh"."""
 
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -61,6 +61,13 @@ def source_rows(order_ptr, row, inside, share, GATHER: tl.constexpr):
 
 
 @triton.jit
+def slot_weights(weights_ptr, slot, inside, share, weight_row, weight_column):
+    """The weights of slots in float32, as a column."""
+    offset = (slot // share).to(tl.int64) * weight_row + (slot % share).to(tl.int64) * weight_column
+    return tl.load(weights_ptr + offset, inside, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def load_block(pointers, inside):
     """Load a block for tl.dot, 0 outside of it."""
     values = tl.load(pointers, inside, other=0.0)
@@ -69,9 +76,10 @@ def load_block(pointers, inside):
 
 @kernel(varying=("groups",), fixed=("columns", "inner", "column_blocks", "share"))
 def grouped_product_kernel(
-    x_ptr, weight_ptr, y_ptr, plan_ptr, order_ptr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, plan_ptr, order_ptr,
     groups, columns, inner, column_blocks, share, x_row, x_column, group_stride, weight_column, inner_stride,
-    GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    bias_group, bias_column,
+    BIAS: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. Programs that run together share their rows of x, and the matrix of a group."""
     tile = tl.program_id(0) // column_blocks
@@ -94,6 +102,10 @@ def grouped_product_kernel(
             weight_columns + k.to(tl.int64)[:, None] * inner_stride, (k < inner)[:, None] & inside_columns
         )
         total = tl.dot(x, weight, total, input_precision="ieee")
+    if BIAS:
+        bias_columns = bias_ptr + group.to(tl.int64) * bias_group + column.to(tl.int64) * bias_column
+        bias = tl.load(bias_columns, column < tl.where(group < groups, columns, 0), other=0.0)
+        total += bias.to(tl.float32)[None, :]
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), inside_rows & inside_columns)
 
@@ -124,6 +136,32 @@ def grouped_weight_kernel(
     offset = (group.to(tl.int64) * columns + column[:, None]) * inner + k[None, :]
     inside = (column < columns)[:, None] & (k < inner)[None, :]
     tl.store(dweight_ptr + offset, total.to(dweight_ptr.dtype.element_ty), inside)
+
+
+@kernel(fixed=("columns", "column_blocks", "share"))
+def grouped_sum_kernel(
+    rows_ptr, weights_ptr, sums_ptr, plan_ptr, order_ptr,
+    columns, column_blocks, share, rows_row, rows_column, weight_row, weight_column,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum over a group's rows, in order, for one block of columns; WEIGHTED: of the tokens of slots, by weight."""
+    group = tl.program_id(0) // column_blocks
+    begin = tl.load(plan_ptr + group)
+    end = tl.load(plan_ptr + group + 1)
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    columns_ptr = rows_ptr + column.to(tl.int64)[None, :] * rows_column
+    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        source = source_rows(order_ptr, row, row < end, share, WEIGHTED).to(tl.int64)[:, None]
+        inside = (row < end)[:, None] & (column < columns)[None, :]
+        summand = tl.load(columns_ptr + source * rows_row, inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            slot = tl.load(order_ptr + row, row < end, other=0)
+            summand *= slot_weights(weights_ptr, slot, row < end, share, weight_row, weight_column)
+        total += summand
+    sums = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + group.to(tl.int64) * columns + column, sums, column < columns)
 
 
 def tile_rows(dtype: torch.dtype) -> int:
@@ -159,10 +197,13 @@ class Slots(NamedTuple):
     share: int
 
 
-def grouped_product(x: Tensor, weight: Tensor, plan: Tensor, slots: Slots | None = None) -> Tensor:
+def grouped_product(
+    x: Tensor, weight: Tensor, plan: Tensor, slots: Slots | None = None, bias: Tensor | None = None
+) -> Tensor:
     """y [rows, O] of x [rows, H] and weight [E, O, H], of any strides; a transposed weight gives dx of dy.
 
-    With slots, x is [T, H], and a row of a group is that of the slot's token.
+    With slots, x is [T, H], and a row of a group is that of the slot's token. A bias [E, O] is added to the rows of
+    groups.
     """
     groups, columns, inner = weight.shape
     rows = len(x) if slots is None else len(slots.order)
@@ -173,10 +214,12 @@ def grouped_product(x: Tensor, weight: Tensor, plan: Tensor, slots: Slots | None
     width, depth = block_of(columns, 64 if wide else 128), block_of(inner, 32 if wide else 64)
     blocks = cdiv(columns, width)
     order, share = slots or (plan, 1)
+    added = y if bias is None else bias
     launch(
         grouped_product_kernel, (rows // tile_rows(x.dtype) + groups + 1) * blocks, x,
-        x, weight, y, plan, order, groups, columns, inner, blocks, share, *x.stride(), *weight.stride(),
-        GATHER=slots is not None, ROWS=tile_rows(x.dtype), COLUMNS=width, INNER=depth,
+        x, weight, added, y, plan, order,
+        groups, columns, inner, blocks, share, *x.stride(), *weight.stride(), *added.stride(),
+        BIAS=bias is not None, GATHER=slots is not None, ROWS=tile_rows(x.dtype), COLUMNS=width, INNER=depth,
         num_warps=8 if width >= 64 else 4, num_stages=3,
     )  # fmt: skip
     return y
@@ -202,3 +245,22 @@ def grouped_weight(
         num_stages=3,
     )  # fmt: skip
     return dweight
+
+
+def grouped_sum(
+    rows: Tensor, plan: Tensor, groups: int, slots: Slots | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """[E, O]: the sums of rows [rows, O]; with slots, of rows [T, O] of tokens, times the weights [T, k] of slots."""
+    columns = rows.shape[1]
+    sums = rows.new_empty(groups, columns)
+    if sums.numel() == 0:
+        return sums
+    width = min(64, next_power_of_2(columns))
+    blocks = cdiv(columns, width)
+    order, share = slots or (plan, 1)
+    launch(
+        grouped_sum_kernel, groups * blocks, rows, rows, rows if weights is None else weights, sums, plan, order,
+        columns, blocks, share, *rows.stride(), *(weights if weights is not None else rows).stride(),
+        WEIGHTED=weights is not None, ROWS=32, COLUMNS=width, num_warps=4,
+    )  # fmt: skip
+    return sums

@@ -11,7 +11,7 @@ of b bytes: 3MFb forward (gate_up; y), 5MFb backward (dy, gate_up; dgate_up).
 """
 
 # A constexpr is written as a plain value:
-# pyright: reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -19,29 +19,49 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, once_differentiable
-from unsloth_fast.kernels._gated import sigmoids, tile_indices, tiling
+from unsloth_fast.kernels._gated import share_and_slope, tile_indices, tiling
 from unsloth_fast.kernels._launch import check_runnable, kernel, launch, register, rows_of
 from unsloth_fast.kernels._replay import call_recorded
 from unsloth_ref import checks
 
 
 @triton.jit
-def gate_and_up(
-    pointer, tiles_per_row, rows, columns, row_stride, column_stride,
-    INTERLEAVED: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def load_gate_and_up(
+    rows_ptr, inside_rows, first, columns, column_stride,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Load gate and up of this program's tile in float32. Pairs are loaded as they lie, in whole vectors, and split."""
+    """Gate and up in float32, from the column first on, of rows whose addresses are rows_ptr [ROWS, 1].
+
+    Pairs are loaded as they lie, in whole vectors, and split.
+    """
     if INTERLEAVED:
-        row, both = tile_indices(tiles_per_row, FLAT, ROWS, 2 * COLUMNS)
-        inside = (row < rows) & (both < 2 * columns)
-        loaded = tl.load(pointer + row * row_stride + both * column_stride, inside, other=0.0)
+        both = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
+        loaded = tl.load(rows_ptr + both * column_stride, inside_rows & (both < 2 * columns), other=0.0)
         gate, up = tl.split(tl.reshape(loaded, [ROWS, COLUMNS, 2]))
     else:
-        row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
-        inside = (row < rows) & (column < columns)
-        gate = tl.load(pointer + row * row_stride + column * column_stride, inside, other=0.0)
-        up = tl.load(pointer + row * row_stride + (columns + column) * column_stride, inside, other=0.0)
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        inside = inside_rows & (column < columns)
+        gate = tl.load(rows_ptr + column * column_stride, inside, other=0.0)
+        up = tl.load(rows_ptr + (columns + column) * column_stride, inside, other=0.0)
     return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def store_gate_and_up(
+    rows_ptr, inside_rows, first, columns, gate, up,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_gate_and_up`, for rows in one piece."""
+    gate, up = gate.to(rows_ptr.dtype.element_ty), up.to(rows_ptr.dtype.element_ty)
+    if INTERLEAVED:
+        both = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
+        joined = tl.reshape(tl.join(gate, up), [ROWS, 2 * COLUMNS])
+        tl.store(rows_ptr + both, joined, inside_rows & (both < 2 * columns))
+    else:
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        inside = inside_rows & (column < columns)
+        tl.store(rows_ptr + column, gate, inside)
+        tl.store(rows_ptr + columns + column, up, inside)
 
 
 @triton.jit
@@ -53,19 +73,29 @@ def clamped(gate, up, LIMIT: tl.constexpr):
     return gate, up
 
 
+@triton.jit
+def through_clamps(dgate, dup, gate, up, LIMIT: tl.constexpr):
+    """Both gradients, 0 where gate or up was not within the limit."""
+    if LIMIT is not None:
+        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+        dup = tl.where((up <= LIMIT) & (up >= -LIMIT), dup, 0.0)
+    return dgate, dup
+
+
 @kernel(varying=("rows", "tiles_per_row"), fixed=("columns",))
 def fused_swiglu_forward_kernel(
     gate_up_ptr, y_ptr, rows, columns, tiles_per_row, gate_up_row, gate_up_column,
-    INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y for one tile."""
     row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
-    gate, up = gate_and_up(
-        gate_up_ptr, tiles_per_row, rows, columns, gate_up_row, gate_up_column, INTERLEAVED, FLAT, ROWS, COLUMNS
+    first = (tl.program_id(0) % tiles_per_row).to(tl.int64) * COLUMNS
+    gate, up = load_gate_and_up(
+        gate_up_ptr + row * gate_up_row, row < rows, first, columns, gate_up_column, INTERLEAVED, ROWS, COLUMNS
     )
     gate, up = clamped(gate, up, LIMIT)
-    share, _ = sigmoids(gate * ALPHA)
+    share, _ = share_and_slope(gate * ALPHA, ACTIVATION)
     y = gate * share * (up + OFFSET)
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), (row < rows) & (column < columns))
 
@@ -77,27 +107,17 @@ def fused_swiglu_backward_kernel(
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Both gradients for one tile."""
-    dtype = grad_ptr.dtype.element_ty
     row, column = tile_indices(tiles_per_row, FLAT, ROWS, COLUMNS)
+    first = (tl.program_id(0) % tiles_per_row).to(tl.int64) * COLUMNS
     inside = (row < rows) & (column < columns)
     dy = tl.load(dy_ptr + row * dy_row + column * dy_column, inside, other=0.0).to(tl.float32)
-    gate_in, up_in = gate_and_up(
-        gate_up_ptr, tiles_per_row, rows, columns, gate_up_row, gate_up_column, INTERLEAVED, FLAT, ROWS, COLUMNS
+    gate_in, up_in = load_gate_and_up(
+        gate_up_ptr + row * gate_up_row, row < rows, first, columns, gate_up_column, INTERLEAVED, ROWS, COLUMNS
     )
     gate, up = clamped(gate_in, up_in, LIMIT)
-    share, complement = sigmoids(gate * ALPHA)
-    dgate = dy * (up + OFFSET) * (share * (1.0 + gate * ALPHA * complement))
-    dup = dy * (gate * share)
-    if LIMIT is not None:
-        dgate = tl.where(gate_in <= LIMIT, dgate, 0.0)
-        dup = tl.where((up_in <= LIMIT) & (up_in >= -LIMIT), dup, 0.0)
-    if INTERLEAVED:
-        row, both = tile_indices(tiles_per_row, FLAT, ROWS, 2 * COLUMNS)
-        joined = tl.reshape(tl.join(dgate.to(dtype), dup.to(dtype)), [ROWS, 2 * COLUMNS])
-        tl.store(grad_ptr + row * 2 * columns + both, joined, (row < rows) & (both < 2 * columns))
-    else:
-        tl.store(grad_ptr + row * 2 * columns + column, dgate.to(dtype), inside)
-        tl.store(grad_ptr + row * 2 * columns + columns + column, dup.to(dtype), inside)
+    share, slope = share_and_slope(gate * ALPHA, "silu")
+    dgate, dup = through_clamps(dy * (up + OFFSET) * slope, dy * (gate * share), gate_in, up_in, LIMIT)
+    store_gate_and_up(grad_ptr + row * 2 * columns, row < rows, first, columns, dgate, dup, INTERLEAVED, ROWS, COLUMNS)
 
 
 def tiles_of(y: Tensor) -> tuple[dict[str, int], int, int]:
@@ -106,10 +126,10 @@ def tiles_of(y: Tensor) -> tuple[dict[str, int], int, int]:
     return options | {"FLAT": False}, tiles_per_row, programs
 
 
-def fused_swiglu_forward(
-    gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+def fused_gated_forward(
+    gate_up: Tensor, activation: str, interleaved: bool, alpha: float, limit: float | None, offset: float
 ) -> Tensor:
-    """Compute y, new and contiguous."""
+    """Compute y, new and contiguous, for an activation of `_gated.py`."""
     y = fused_swiglu_forward_outputs(gate_up, interleaved, alpha, limit, offset)
     if y.numel() == 0:
         return y
@@ -117,9 +137,16 @@ def fused_swiglu_forward(
     options, tiles_per_row, programs = tiles_of(of_y)
     launch(
         fused_swiglu_forward_kernel, programs, y, gate_up, y, *of_y.shape, tiles_per_row, *gate_up.stride(),
-        INTERLEAVED=interleaved, ALPHA=alpha, LIMIT=limit, OFFSET=offset, **options,
+        ACTIVATION=activation, INTERLEAVED=interleaved, ALPHA=alpha, LIMIT=limit, OFFSET=offset, **options,
     )  # fmt: skip
     return y
+
+
+def fused_swiglu_forward(
+    gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
+) -> Tensor:
+    """Compute y, new and contiguous."""
+    return fused_gated_forward(gate_up, "silu", interleaved, alpha, limit, offset)
 
 
 def fused_swiglu_backward(

@@ -19,7 +19,7 @@ from unsloth_ref.types import Approximate
 class _Geglu(Gated):
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor, approximate: Approximate) -> Tensor:
-        return Gated.forward(ctx, gate, up, "tanh" if approximate == "tanh" else "gelu")
+        return Gated.forward(ctx, gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 def check(gate: Tensor, up: Tensor, approximate: Approximate) -> None:

@@ -20,27 +20,49 @@ from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_ref.types import ExpertActivation
 
+_WEIGHTS = ("gate_up_proj", "down_proj")
+_OPTIONS = ("interleaved", "alpha", "limit", "offset")
 Adapter = tuple[Tensor, Tensor, float]  # [E, O, R], [E, R, I] and the factor of their product
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts with weights gate_up_proj [E, 2F, H] and down_proj [E, H, F], and the activation of their gate."""
+    """Experts with weights gate_up_proj [E, 2F, H] and down_proj [E, H, F].
+
+    Attributes:
+        activation, interleaved, alpha, limit, offset: the options of `moe_mlp`.
+        transposed: whether the weights are [E, H, 2F] and [E, F, H].
+        biased: whether there are gate_up_proj_bias [E, 2F] and down_proj_bias [E, H].
+    """
 
     activation: ExpertActivation
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
+    transposed: bool = False
+    biased: bool = False
+
+    def weights(self, module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2F, H] and down [E, H, F] of a module."""
+        gate_up, down = module.gate_up_proj.to(dtype), module.down_proj.to(dtype)
+        return (gate_up.mT, down.mT) if self.transposed else (gate_up, down)
+
+    def biases(self, module: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Both biases of a module."""
+        return (module.gate_up_proj_bias.to(dtype), module.down_proj_bias.to(dtype)) if self.biased else (None, None)
 
 
 def experts_forward(experts: Experts, kernels: Any) -> Forward:
     """The forward of experts that calls `moe_mlp` of these kernels."""
+    options = {name: getattr(experts, name) for name in ("activation", *_OPTIONS)}
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if _is_distributed(self, gate_up):
+        if _is_distributed(self, self.gate_up_proj):
             return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
-        dtype = product_dtype(hidden_states, gate_up)
-        inputs = (tensor.to(dtype) for tensor in (hidden_states, gate_up, down))
-        weights = _at_least(top_k_weights, dtype)
-        y = kernels.moe_mlp(*inputs, top_k_index, weights, activation=experts.activation)
+        dtype = product_dtype(hidden_states, self.gate_up_proj)
+        x, routing = hidden_states.to(dtype), (top_k_index, _at_least(top_k_weights, dtype))
+        y = kernels.moe_mlp(x, *experts.weights(self, dtype), *routing, *experts.biases(self, dtype), **options)
         return y.to(hidden_states.dtype)
 
     return forward
@@ -64,49 +86,61 @@ def inside_of(wrapper: ParamWrapper) -> Iterator[Module]:
 
 
 def _adapted_forward(found: Experts, kernels: Any) -> Forward:
+    options = {name: getattr(found, name) for name in _OPTIONS}
+
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         adapters, experts = _adapters_of(self), self.get_base_layer()
         if adapters is None or _is_distributed(experts, experts.gate_up_proj):
             return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
         dtype = product_dtype(hidden_states, experts.gate_up_proj)
 
-        def multiplied(rows: Tensor, name: str) -> Tensor:
-            y = kernels.grouped_gemm(rows, getattr(experts, name).to(dtype), sizes)
-            if name not in adapters:
+        order, slots, sizes = _sorted_slots(top_k_index, len(experts.gate_up_proj))
+        weights, biases = found.weights(experts, dtype), found.biases(experts, dtype)
+        routing = top_k_weights.flatten()[order, None]
+
+        def multiplied(rows: Tensor, index: int) -> Tensor:
+            y, adapter = kernels.grouped_gemm(rows, weights[index], sizes), adapters.get(_WEIGHTS[index])
+            if adapter is None:
                 return y
-            left, right, scaling = adapters[name]
+            left, right, scaling = adapter
+            left, right = (right.mT, left.mT) if found.transposed else (left, right)
             low = kernels.grouped_gemm(rows, right.to(dtype), sizes)
             return torch.add(y, kernels.grouped_gemm(low, left.to(dtype), sizes), alpha=scaling)
 
-        order, sizes = _sorted_slots(top_k_index, len(experts.gate_up_proj))
         x = hidden_states.to(dtype)
-        rows = x[:, None].expand(-1, top_k_index.shape[1], -1).flatten(0, 1)[order]
-        gate, up = multiplied(rows, "gate_up_proj").chunk(2, -1)
-        hidden = kernels.swiglu(gate, up) if found.activation == "silu" else kernels.geglu(gate, up, approximate="tanh")
+        z = multiplied(x[:, None].expand(-1, top_k_index.shape[1], -1).flatten(0, 1)[order], 0)
+        if biases[0] is not None:
+            z = z + biases[0][slots]
+        if found.activation == "silu":
+            hidden = kernels.fused_swiglu(z, **options)
+        else:
+            hidden = kernels.geglu(*z.chunk(2, -1), approximate="tanh")
         # The weight before the last product: its result need not be kept for the weight's gradient.
-        hidden = (hidden * top_k_weights.flatten()[order, None]).to(dtype)
-        y = multiplied(hidden, "down_proj")[order.argsort()].unflatten(0, top_k_index.shape).sum(1)
-        return y.to(hidden_states.dtype)
+        y = multiplied((hidden * routing).to(dtype), 1)
+        if biases[1] is not None:
+            y = y + (biases[1][slots] * routing).to(dtype)
+        return y[order.argsort()].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
     return forward
 
 
-def _sorted_slots(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The slots in the order of their experts, and the number of slots of each expert."""
+def _sorted_slots(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots in the order of their experts, the expert of each, and the number of slots of each expert."""
     slots, order = top_k_index.flatten().sort(stable=True)
     bounds = torch.searchsorted(slots, torch.arange(experts + 1, device=slots.device, dtype=slots.dtype))
-    return order, bounds.diff()
+    return order, slots, bounds.diff()
 
 
 def _adapters_of(wrapper: ParamWrapper) -> dict[str, Adapter] | None:
-    """The adapter of each adapted weight; None if one has none or several, is merged, or is inside of hooks."""
+    """The adapter of each adapted weight; None if one has none or several, is merged or a bias, or inside of hooks."""
     if any(map(hooks_of, inside_of(wrapper))):  # their forwards are not called
         return None
     found: dict[str, Adapter] = {}
     layer: Any = wrapper
     while isinstance(layer, ParamWrapper):
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if layer.disable_adapters or layer.merged or len(names) != 1 or layer.parameter_name in found:
+        known = layer.parameter_name in found or layer.parameter_name not in _WEIGHTS
+        if layer.disable_adapters or layer.merged or len(names) != 1 or known:
             return None
         found[layer.parameter_name] = layer.get_delta_factors(names[0])
         layer = layer.base_layer

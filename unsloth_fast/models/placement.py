@@ -39,8 +39,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     - the RMSNorms, with a weight, a gate or neither, the layer norms without a bias, and the MLPs whose gate is SiLU or
       GELU, with separate or fused projections, or whose activation is the square of ReLU, recognised by a numeric check
       (see `unsloth_fast.models.structure`);
-    - the experts of transformers' models whose gate is SiLU or GELU, recognised in the same way, and peft's adapters of
-      their weights (see `unsloth_fast.models.experts`);
+    - the experts of transformers' models whose gate is SiLU, also clamped, or GELU, with biases or not, recognised in
+      the same way, and peft's adapters of their weights (see `unsloth_fast.models.experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all

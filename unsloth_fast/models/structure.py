@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -23,12 +23,13 @@ from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_ref import kernels as reference
-from unsloth_ref.types import ExpertActivation
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
 _EXPERTS = ("gate_up_proj", "down_proj")
-_ACTIVATIONS: tuple[ExpertActivation, ...] = ("silu", "gelu_tanh")
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+_ALPHAS = ("alpha", "swiglu_alpha")
+_LIMITS = ("limit", "swiglu_limit")
 _SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _WIDTH = 24  # of the rows of a norm without a weight
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
@@ -52,7 +53,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     dimensions = {name: weight.dim() for name, weight in parameters.items()}
     is_norm = not children and dimensions in ({"weight": 1}, {})
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    is_experts = set(parameters) == set(_EXPERTS) and all(weight.dim() == 3 for weight in parameters.values())
+    is_experts = set(parameters) in ({*_EXPERTS}, {*_EXPERTS, *_BIASES})
+    is_experts = is_experts and all(parameters[name].dim() == 3 for name in _EXPERTS)
     taken = _taken(type(module).forward)
     if not (is_norm or is_gated or is_experts) or _has_state(module, others):
         return None
@@ -218,21 +220,24 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
 
 
 def _experts(module: Any) -> Experts | str:
-    """The activation of experts, in float64 with few and small ones; all weights of a model take gigabytes."""
-    (count, wide, hidden), narrow = module.gate_up_proj.shape, module.down_proj.shape
-    if wide % 2 or narrow != (count, hidden, wide // 2):
+    """How experts are stored and gated, in float64 with few and small ones; all weights of a model take gigabytes."""
+    stored = _stored(module)
+    if stored is None:
         return "its weights are stored otherwise"
+    transposed, biased = stored
     experts, columns, inner, per_token = 3, 5, 4, 2
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    weights = randn(experts, 2 * inner, columns), randn(experts, columns, inner)
-    twin = twin_of(
-        module, dict(zip(_EXPERTS, (nn.Parameter(each, requires_grad=False) for each in weights), strict=True))
-    )
-    for name, size in (("num_experts", experts), ("hidden_dim", columns), ("intermediate_dim", inner)):
+    shapes = (experts, 2 * inner, columns), (experts, columns, inner)
+    tensors = [randn(*shape).mT.contiguous() if transposed else randn(*shape) for shape in shapes]
+    tensors += [randn(*shape[:2]) for shape in shapes if biased]
+    frozen = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+    twin = twin_of(module, dict(zip((*_EXPERTS, *_BIASES), frozen, strict=False)))
+    sizes = {"num_experts": experts, "hidden_dim": columns, "intermediate_dim": inner}
+    for name, size in (sizes | {"hidden_size": columns, "intermediate_size": inner}).items():
         if hasattr(module, name):
             setattr(twin, name, size)
     if hasattr(module, "config"):
@@ -244,12 +249,36 @@ def _experts(module: Any) -> Experts | str:
     if own is None:
         return _BY_MODE
     agreeing, differences = [], []
-    for found in map(Experts, _ACTIVATIONS):
+    for found in _gates_of(module, transposed, biased):
         result = cast(Tensor, experts_forward(found, reference)(twin, *inputs))
         differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
         if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
             agreeing.append(found)
     return agreeing[0] if len(agreeing) == 1 else _refusal("moe_mlp", len(agreeing), min(differences))
+
+
+def _stored(module: Any) -> tuple[bool, bool] | None:
+    """Whether the weights of experts are transposed, and whether they have biases; None if they are neither way."""
+    (count, first, second), narrow = module.gate_up_proj.shape, module.down_proj.shape
+    biases = [bias.shape for name in _BIASES if (bias := getattr(module, name, None)) is not None]
+    for transposed, wide, hidden in ((False, first, second), (True, second, first)):
+        shape = (count, wide // 2, hidden) if transposed else (count, hidden, wide // 2)
+        if wide % 2 == 0 and narrow == shape and biases in ([], [(count, wide), (count, hidden)]):
+            return transposed, bool(biases)
+    return None
+
+
+def _gates_of(module: Any, transposed: bool, biased: bool) -> Iterator[Experts]:
+    """Every way in which experts that are stored so can be gated."""
+    alphas, limits = ({default, *_numbers(module, names)} for default, names in ((1.0, _ALPHAS), (None, _LIMITS)))
+    for interleaved, alpha, limit, offset in itertools.product((False, True), alphas, limits, (0.0, 1.0)):
+        yield Experts("silu", interleaved, alpha, limit, offset, transposed, biased)
+    yield Experts("gelu_tanh", transposed=transposed, biased=biased)
+
+
+def _numbers(module: nn.Module, names: Sequence[str]) -> list[float]:
+    """The numbers among attributes."""
+    return [float(number) for name in names if isinstance(number := getattr(module, name, None), int | float)]
 
 
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:

@@ -3,8 +3,8 @@
 from tests.judge.mutants.mutant import LYING, one
 
 TABLE = {
-    "tanh_for_none": one('"tanh" if approximate == "tanh" else "gelu"', '"tanh"', "value"),
-    "none_for_tanh": one('"tanh" if approximate == "tanh" else "gelu"', '"gelu"', "one_at_a_time"),
+    "tanh_for_none": one('"gelu_tanh" if approximate == "tanh" else "gelu"', '"gelu_tanh"', "value"),
+    "none_for_tanh": one('"gelu_tanh" if approximate == "tanh" else "gelu"', '"gelu"', "one_at_a_time"),
     "sigmoid_form": one("normal_distribution(gate)", "sigmoids(1.702 * gate)", "value"),
     "tail_cut_at_three": one(
         "tl.where(x >= 0, 1.0 - tail, tail)", "tl.where(x >= 0, 1.0 - tail, tl.where(x > -3.0, tail, 0.0))", "value"
