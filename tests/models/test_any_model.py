@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from tests import tiny
 from tests.models import zoo
@@ -229,7 +230,16 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     family = FAMILIES[name]
     model = get_peft_model(build(name), LoraConfig(r=4, **LORA))
     adapted = Counter({"lora_linear": family.linear, "grouped_gemm": 2 * family.experts})  # experts in two parameters
-    check(model, family.placed | +adapted)
+    expected = Counter(family.placed) + adapted
+    whole = sum(map(is_mlp_of_adapters, model.modules()))
+    expected.subtract({"lora_linear": 3 * whole, family.gate: whole})
+    check(model, dict(+(expected + Counter({"lora_mlp": whole}))))
+
+
+def is_mlp_of_adapters(module: Any) -> bool:
+    """Whether it has three layers with LoRA, between the same two sizes."""
+    layers: list[Any] = [child for child in module.children() if isinstance(child, LoraLayer)]
+    return len(layers) == 3 and len({frozenset((one.in_features, one.out_features)) for one in layers}) == 1
 
 
 def check(model: Any, expected_operations: dict[str, Any]) -> None:
