@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
 from tests import tiny
@@ -246,7 +247,16 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     model = get_peft_model(build(name), LoraConfig(r=4, **LORA))
     wrappers = [part for part in model.modules() if isinstance(part, ParamWrapper)]
     of_experts = sum(hasattr(part.get_base_layer(), "gate_up_proj") for part in wrappers)  # 0 where peft takes none
-    check(model, family.placed | +Counter({"lora_linear": family.linear, "grouped_gemm": of_experts}))
+    expected = Counter(family.placed) + Counter({"lora_linear": family.linear, "grouped_gemm": of_experts})
+    whole = sum(map(is_mlp_of_adapters, model.modules()))
+    expected.subtract({"lora_linear": 3 * whole, family.gate: whole})
+    check(model, dict(+(expected + Counter({"lora_mlp": whole}))))
+
+
+def is_mlp_of_adapters(module: Any) -> bool:
+    """Whether it has three layers with LoRA, between the same two sizes."""
+    layers: list[Any] = [child for child in module.children() if isinstance(child, LoraLayer)]
+    return len(layers) == 3 and len({frozenset((one.in_features, one.out_features)) for one in layers}) == 1
 
 
 def check(model: Any, expected_operations: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ _BLOCKS = checks.NF4_GROUP + 4  # in two groups
 def is_known(layer: nn.Module, nf4_dequantize: Callable[..., Tensor]) -> bool:
     """Whether `weight_of` returns this layer's weight: bitsandbytes dequantises its first blocks to the same bits.
 
-    A layer without memory, on the device "meta", is not checked and not known.
+    A layer without memory, on the device "meta", and one that was repacked are not checked and not known.
 
     Args:
         layer: any linear layer.
@@ -27,7 +27,7 @@ def is_known(layer: nn.Module, nf4_dequantize: Callable[..., Tensor]) -> bool:
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if state is None or weight.device.type == "meta":
+    if state is None or weight.device.type == "meta" or getattr(state, _REPACKED, False):
         return False
     vars(state)[_KNOWN] = _is_nf4(weight, state) and _same_bits(weight, state, nf4_dequantize)
     return vars(state)[_KNOWN]
@@ -53,7 +53,6 @@ def _is_nf4(weight: Any, state: Any) -> bool:
         and len(state.shape) == 2
         and (nested is None or (nested.blocksize == checks.NF4_GROUP and state.absmax.dtype == torch.uint8))
         and all(scale.dtype == torch.float32 for scale in scales)
-        and not getattr(state, _REPACKED, False)
     )
 
 
