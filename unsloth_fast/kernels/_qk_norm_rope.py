@@ -154,9 +154,6 @@ def qk_norm_rope_backward_kernel(
     column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     other, sign = partner_of(column, half)
     spacing = 1 if TOKEN_MAJOR else length
-    # For each element of a tile, so that all lies in the registers as the heads do: one row may lie otherwise.
-    q_columns, q_others = tl.broadcast_to(column, Q_HEADS, COLUMNS), tl.broadcast_to(other, Q_HEADS, COLUMNS)
-    k_columns, k_others = tl.broadcast_to(column, K_HEADS, COLUMNS), tl.broadcast_to(other, K_HEADS, COLUMNS)
     q_sums = tl.zeros([Q_HEADS, COLUMNS], tl.float32)
     k_sums = tl.zeros([K_HEADS, COLUMNS], tl.float32)
     for index in range(0, each):
@@ -166,28 +163,25 @@ def qk_norm_rope_backward_kernel(
         q_count = tl.where(program < tokens, q_heads, 0)
         k_count = tl.where(program < tokens, k_heads, 0)
         batch = tl.where(program < tokens, batch, 0)
-        q_cos, q_sin = load_angles(
-            cos_ptr, sin_ptr, positions_ptr, batch, token, table, q_columns, q_others, half,
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, positions_ptr, batch, token, table, column, other, half,
             cos_batch, cos_row, cos_column, sin_batch, sin_row, sin_column, positions_batch, positions_token, POSITIONS,
         )  # fmt: skip
-        k_cos, k_sin = load_angles(
-            cos_ptr, sin_ptr, positions_ptr, batch, token, table, k_columns, k_others, half,
-            cos_batch, cos_row, cos_column, sin_batch, sin_row, sin_column, positions_batch, positions_token, POSITIONS,
-        )  # fmt: skip
+        sin *= -sign
         q_at = (program * q_heads if TOKEN_MAJOR else batch * q_heads * length + token) * width
         k_at = (program * k_heads if TOKEN_MAJOR else batch * k_heads * length + token) * width
         for step in range(0, steps):
             q_sums = backward_heads(
                 dq_out_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
                 q_weight_ptr, dq_ptr + q_at, q_rstd_ptr + program * q_heads, q_sums, step * Q_HEADS, q_count,
-                q_columns, q_others, half, width, spacing, q_cos, -sign * q_sin, dq_head, dq_column,
-                q_head, q_column, q_weight_stride, OFFSET, LLAMA, Q_HEADS, NEED_DX,
+                column, other, half, width, spacing, cos, sin, dq_head, dq_column, q_head, q_column, q_weight_stride,
+                OFFSET, LLAMA, Q_HEADS, NEED_DX,
             )  # fmt: skip
             k_sums = backward_heads(
                 dk_out_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
                 k_weight_ptr, dk_ptr + k_at, k_rstd_ptr + program * k_heads, k_sums, step * K_HEADS, k_count,
-                k_columns, k_others, half, width, spacing, k_cos, -sign * k_sin, dk_head, dk_column,
-                k_head, k_column, k_weight_stride, OFFSET, LLAMA, K_HEADS, NEED_DX,
+                column, other, half, width, spacing, cos, sin, dk_head, dk_column, k_head, k_column, k_weight_stride,
+                OFFSET, LLAMA, K_HEADS, NEED_DX,
             )  # fmt: skip
     if NEED_DWEIGHT:
         inside = column < width

@@ -26,13 +26,15 @@ from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
+PROGRAMS = 384  # the most of a backward pass that sums gradients of weights: about three for each processor
 
-def tiling(q: Tensor, k: Tensor, per_thread: int = 16) -> tuple[dict[str, int], int]:
-    """Options of both kernels, and the steps over heads: up to 4096 elements of q and of k at a time."""
+
+def tiling(q: Tensor, k: Tensor) -> tuple[dict[str, int], int]:
+    """Options of both kernels, and the steps over heads: up to 4096 elements of q and of k at a time, 16 per thread."""
     columns = next_power_of_2(q.shape[3])
     q_heads, k_heads = (min(next_power_of_2(max(1, x.shape[1])), max(1, 4096 // columns)) for x in (q, k))
     steps = max(cdiv(q.shape[1], q_heads), cdiv(k.shape[1], k_heads))
-    warps = max(1, min(4096, max(q_heads, k_heads) * columns) // (32 * per_thread))
+    warps = max(1, min(8, max(q_heads, k_heads) * columns // 512))
     return {"COLUMNS": columns, "Q_HEADS": q_heads, "K_HEADS": k_heads, "num_warps": warps}, steps
 
 
@@ -80,12 +82,10 @@ def qk_norm_rope_backward(
         return dq, dk, dweights[0].zero_(), dweights[1].zero_()
     batches, q_heads, length, width = q.shape
     tokens = batches * length
-    # On sm_90, the sums take 170 registers of a thread with 16 elements, with which a processor holds 8 warps; with 8
-    # elements they take 90, with which it holds 16: those of all programs, on 128 processors.
-    tile, steps = tiling(q, k, 8 if need_dweight else 16)
-    each = cdiv(tokens, min(512, 2048 // tile["num_warps"])) if need_dweight else 1
+    each = cdiv(tokens, PROGRAMS) if need_dweight else 1
     programs = cdiv(tokens, each)
     partial = [q.new_empty((programs, width) if need_dweight else 0, dtype=torch.float32) for _ in range(2)]
+    tile, steps = tiling(q, k)
     launch(
         qk_norm_rope_backward_kernel, programs, q,
         dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions,

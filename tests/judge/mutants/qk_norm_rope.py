@@ -4,7 +4,7 @@ from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
     "turned_the_other_way": one("tl.where(first, -1.0, 1.0)", "tl.where(first, 1.0, -1.0)", "value"),
-    "gradient_turned_forward": one("-sign * q_sin", "sign * q_sin", "gradients"),
+    "gradient_turned_forward": one("sin *= -sign", "sin *= sign", "gradients"),
     "rotated_before_the_weight": one(
         "normed_heads(\n        x_ptr, weight_ptr, rstd, head, other, rotated",
         "normed_heads(\n        x_ptr, weight_ptr - half * weight_stride, rstd, head, other, rotated",
@@ -36,7 +36,7 @@ TABLE = {
     "position_is_the_row": one("row = tl.load(positions_ptr", "row = token + 0 * tl.load(positions_ptr", "value"),
     "gradient_mean_missing": one("dx = rstd * (g - n * mean)", "dx = rstd * g", "gradients"),
     "weight_gradient_of_the_last_token": Mutant(
-        (("min(512, 2048", "min(1, 2048"), ("return sums + d *", "return d *")), ("gradients",)
+        (("PROGRAMS = 384", "PROGRAMS = 1"), ("return sums + d *", "return d *")), ("gradients",)
     ),
     "stored_a_head_too_many": one(
         "tl.store(rstd_ptr + head, rstd, head < heads)",
