@@ -41,15 +41,15 @@ class FiguresError(Exception):
 
 
 def steps(*paths: Path) -> str:
-    """Speed and memory of a training step at each file's size, the fastest trainer of the first file first."""
-    heads, figures = [""], defaultdict[str, dict[Path, tuple[str, str]]](dict)
+    """Speed and memory of a training step at each file's size, of the trainers that all files have."""
+    heads, cells = [""], defaultdict[str, list[str]](list)
     for path in paths:
         file = json.loads(path.read_text())
         size = f"{file['meta']['rows']} x {file['meta']['length']}"
         heads += [f"{size}: 1000 tokens/s", "peak GiB"]
         for one in sorted(file["results"], key=lambda one: -one["tokens_per_second"]):
-            figures[one["what"]][path] = f"{one['tokens_per_second'] / 1e3:.1f}", f"{one['peak_gib']:.1f}"
-    rows = [(what, *(cell for path in paths for cell in found.get(path, ("", "")))) for what, found in figures.items()]
+            cells[one["what"]] += f"{one['tokens_per_second'] / 1e3:.1f}", f"{one['peak_gib']:.1f}"
+    rows = [(what, *found) for what, found in cells.items() if len(found) == 2 * len(paths)]
     return table(tuple(heads), rows)
 
 

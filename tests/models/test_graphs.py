@@ -139,7 +139,7 @@ def stack_graphs(model: Any) -> Any:
     return documents.graphs
 
 
-FULL, SHORT, OTHER = batch(30, 20, 14), batch(25, 30), batch(40, 24)
+FULL, SHORT, OTHER = batch(64, 64, 64, 64), batch(50, 60, 40), batch(60, 60, 40, 50, 46)
 STEPS = [(FULL,), (OTHER,), (SHORT, FULL), (FULL, OTHER, SHORT), (OTHER,)]
 
 
@@ -152,7 +152,7 @@ def test_a_recorded_stack_has_the_bits_of_the_others(name: str, lora: bool) -> N
     with graphs.recorded(model):
         found = [passes(model, *step) for step in STEPS]
         recordings = stack_graphs(model)._recordings
-        assert list(recordings) == [64]
+        assert list(recordings) == [256]
     for (losses, grads), (expected_losses, expected_grads), step in zip(found, expected, STEPS, strict=True):
         exact = not any(each is SHORT for each in step)
         for one, other in zip([*losses, *grads], [*expected_losses, *expected_grads], strict=True):
@@ -178,7 +178,7 @@ def test_checkpointed_layers_are_recorded(offloaded: bool) -> None:
     with graphs.recorded(model):
         passes(model, FULL)
         found = passes(model, OTHER)
-        assert list(stack_graphs(model)._recordings) == [64]
+        assert list(stack_graphs(model)._recordings) == [256]
     assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
 
 
@@ -296,17 +296,19 @@ def test_a_copy_begins_without_recordings() -> None:
 
 def test_a_larger_size_begins_anew() -> None:
     """Smaller ones are recorded again, in its memory; each has the bits of the others."""
-    model, large = model_of(), batch(50, 78)
+    model, large = model_of(), batch(*[64] * 8)
     sizes = []
     with graphs.recorded(model):
         for each in (FULL, OTHER, large, large, FULL, large):
             found, expected = passes(model, each), passes(model_of(), each)
             assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
             sizes.append(list(stack_graphs(model)._recordings))
-    assert sizes == [[], [64], [64], [128], [128, 64], [128, 64]]
+    assert sizes == [[], [256], [256], [512], [512, 256], [512, 256]]
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (64, 64), (65, 72), (513, 576), (4096, 4096), (4097, 4608)])
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(1, 256), (257, 512), (2049, 2304), (4096, 4096), (4097, 4608), (8193, 9216)]
+)
 def test_sizes(tokens: int, size: int) -> None:
-    """At most an eighth above the tokens, from 64 on."""
+    """At most an eighth above the tokens, from 2048 on."""
     assert graphs.padded_size(tokens) == size

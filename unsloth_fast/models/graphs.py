@@ -6,9 +6,10 @@ Python twice for packed batches of a size: once as usual, and once more while CU
 on the inputs of a batch are copied to where the recorded kernels read them, and the recording is replayed. The output
 head, the loss and the optimizer run as usual.
 
-A batch is padded within the stack to the next size: a power of two, or that times 1.125, 1.25 and so on. The padding is
-one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding have the
-bits that they have without graphs; others may differ by the rounding of matrix products with another number of rows.
+A batch is padded within the stack to the next size: a multiple of 256 tokens, above 4096 one of 512, and so on. The
+padding is one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding
+have the bits that they have without graphs; others may differ by the rounding of matrix products with another number of
+rows.
 
 The recordings share their memory, which holds the activations of the largest size for as long as they exist; a larger
 size begins anew. Only one forward pass can wait for its backward pass; the second of two backward passes raises.
@@ -72,9 +73,9 @@ def recorded(model: Module) -> Iterator[None]:
 
 
 def padded_size(tokens: int) -> int:
-    """The next size: at least 64 tokens, a power of two or its multiple by 1.125, 1.25 and so on."""
-    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 4))
-    return max(64, -(-tokens // step) * step)
+    """The next size: a multiple of 256 up to 4096 tokens, of 512 up to 8192, and so on."""
+    step = max(256, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // step) * step
 
 
 def most_bounds(size: int) -> int:
