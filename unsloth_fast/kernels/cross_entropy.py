@@ -47,7 +47,6 @@ from unsloth_fast.kernels._launch import (
 )
 from unsloth_fast.kernels._loss_options import SCHEMA, LossOptions, divisor_of
 from unsloth_fast.kernels._replay import call, call_recorded
-from unsloth_fast.saved_tensors import saved_tensors_hooked
 from unsloth_ref import checks
 from unsloth_ref.types import IGNORE_INDEX, Reduction
 
@@ -231,6 +230,12 @@ class _Total(torch.autograd.Function):
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         fill_gradient(dlogits, dloss, logits, labels, lse, ctx.options, items, unless_one=first)
         return dlogits, None, None, *[None] * len(ctx.options)
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether hooks pack saved tensors (checkpoints, offloading); they would not see a gradient computed early."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return top(False) is not None
 
 
 def differentiated(*inputs: object) -> bool:

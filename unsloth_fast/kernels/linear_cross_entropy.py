@@ -32,9 +32,9 @@ from unsloth_fast.kernels.cross_entropy import (
     differentiated,
     divided_sum,
     fill_gradient,
+    saved_tensors_hooked,
     total,
 )
-from unsloth_fast.saved_tensors import saved_tensors_hooked
 from unsloth_ref import checks
 from unsloth_ref.types import IGNORE_INDEX, Reduction
 

@@ -40,7 +40,6 @@ from unsloth_fast.models.checkpointing import offloads
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.methods import HOOKS, hooks_of
 from unsloth_fast.models.packed import documents_of
-from unsloth_fast.saved_tensors import saved_tensors_hooked
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +109,9 @@ class StackGraphs:
             args: of its forward.
             kwargs: of its forward, with cu_seq_lens_q.
         """
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
         trains = stack.training and torch.is_grad_enabled()
-        if not trains or torch.compiler.is_compiling() or saved_tensors_hooked():
+        if not trains or torch.compiler.is_compiling() or hooks(False) is not None:
             return run(*args, **kwargs)
         batch = None if args else _batch_of(kwargs)
         if batch is None or not self._may_record(stack):

@@ -3,9 +3,9 @@
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
-    "scaling_ignored": one("lora_b.t(), alpha=scaling", "lora_b.to(x.dtype).t()", "value"),
+    "scaling_ignored": one("lora_b.t(), alpha=scaling", "lora_b.t()", "value"),
     "scaling_over_the_rank_again": one(
-        "lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling / max(1, len(lora_a))", "value"
+        "lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling / max(1, low.shape[1])", "value"
     ),
     "scaling_of_the_layer_too": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=scaling", "value"),
     "adapter_over_the_layer": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=0", "value"),

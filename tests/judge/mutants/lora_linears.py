@@ -43,7 +43,9 @@ TABLE = {
         "argument_kinds",
     ),
     "biases_of_the_first_layer_alone_asked": one(
-        "bias[i]\n", "bias[i] if bias[0] is not None else None\n", "argument_kinds"
+        "own, bias[i], scaling[i], out)",
+        "own, bias[i] if bias[0] is not None else None, scaling[i], out)",
+        "argument_kinds",
     ),
     "adapters_rounded_once": Mutant(
         (

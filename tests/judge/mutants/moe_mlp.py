@@ -73,7 +73,10 @@ TABLE = {
         "argument_kinds",
     ),
     "dbias_lost_with_frozen_matrices": one(
-        "need_x or need_gate_up or need_gate_up_bias", "need_x or need_gate_up", "gradients"
+        "grouped_sum(dz, plan, len(down)) if need_gate_up_bias else",
+        "(grouped_sum(dz, plan, len(down)) if need_gate_up else x.new_zeros(z.shape[1]).expand(len(down), -1))"
+        " if need_gate_up_bias else",
+        "gradients",
     ),
     "indices_of_any_kind": one("expert_checks.experts_exist(indices, len(gate_up))", "pass", "error_parity"),
     "routed_once": one(
