@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on a CPU: did it run one, and monkeypatches that make it faster.
+"""Triton's interpreter, which runs kernels on a CPU: did it run one, and patches of its speed and its range.
 
 The interpreter truncates float32 to bfloat16, so the gates must know which results it computed. `count_launches`
 patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
@@ -15,10 +15,10 @@ lacks one of these functions stays as it is there.
 
 `patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
 
-    create_exp2      On a GPU, float32 results below the normal numbers are 0. Those of tl.exp are not.
-    create_sqrt, create_rsqrt    Float32 arguments below the normal numbers are 0. Those of tl.sqrt_rn are not.
+    create_exp2                  Float32 results below the normal numbers become 0; those of tl.exp do not.
+    create_sqrt, create_rsqrt    Float32 arguments below the normal numbers count as 0; those of tl.sqrt_rn do not.
 
-`conformance.backends.load` applies both on a CPU, for the whole process, to other people's kernels too.
+`conformance.backends.load` applies all of these on a CPU, for the whole process, to other people's kernels too.
 
 `reads` patches the interpreter's loads: it sees an address outside the tensors of a launch, whatever becomes of the
 element that is read there.

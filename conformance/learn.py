@@ -304,8 +304,8 @@ class Learner:
             lacks["autocast"] = f"under autocast the reference raises {describe(caught.error)}"
         return lacks
 
-    def _with(self, value: float, spec: Spec, case: Case) -> Iterator[Inputs]:
-        """The inputs of a case with this value at one place of those that have rows."""
+    def _with_value(self, value: float, spec: Spec, case: Case) -> Iterator[Inputs]:
+        """The inputs of a case once for each element of those that have rows, which has this value."""
         for name in self.rows:
             size = spec.inputs(case, torch.float32, "cpu")[name]
             for place in range(size.numel() if size.is_floating_point() else 0):
@@ -320,8 +320,8 @@ class Learner:
         case, found = spec.case(3, 8), [nan]
         for value in (inf, -inf):
             with Caught():
-                # At each place by itself: a mask may hide one.
-                outputs = [o for inputs in self._with(value, spec, case) for o in call(spec, case, inputs)]
+                # In each element by itself: a mask may hide some.
+                outputs = [o for inputs in self._with_value(value, spec, case) for o in call(spec, case, inputs)]
                 if not any(output.isnan().any() for output in outputs):
                     found.append(value)
         return (

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Law:
+class ModelLaw:
     """One law.
 
     Attributes:
@@ -29,7 +29,7 @@ class Law:
     check: Check
 
     @classmethod
-    def of_file(cls, check: Check) -> Law:
+    def of_file(cls, check: Check) -> ModelLaw:
         """The law that a file states: named as the file, with the first line of its docstring."""
         statement = (sys.modules[check.__module__].__doc__ or "").partition("\n")[0]
         return cls(check.__module__.rsplit(".", 1)[-1], statement, check)

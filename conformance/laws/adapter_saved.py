@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from conformance.laws._law import Law
+from conformance.laws._law import ModelLaw
 from conformance.laws.saved import demand_none_lost, differing
 
 if TYPE_CHECKING:
@@ -26,4 +26,4 @@ def check(trial: ModelTrial) -> None:
     demand_none_lost(lost, trial.placed(adapted=True), lambda: trial.untouched(adapted=True))
 
 
-LAW = Law.of_file(check)
+LAW = ModelLaw.of_file(check)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conformance.gates import Failure
-from conformance.laws._law import Law
+from conformance.laws._law import ModelLaw
 from conformance.trial import Caught
 
 if TYPE_CHECKING:
@@ -90,4 +90,4 @@ def _largest(differences: Tensor) -> float:
     return float(differences.abs().max())
 
 
-LAW = Law.of_file(check)
+LAW = ModelLaw.of_file(check)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from conformance.gates import Failure, Unchecked
-from conformance.laws._law import Law
+from conformance.laws._law import ModelLaw
 from conformance.trial import Caught, describe
 
 if TYPE_CHECKING:
@@ -56,4 +56,4 @@ def _demand_equal(trial: ModelTrial, index: int, seen: Tensor, right: Tensor, st
         )
 
 
-LAW = Law.of_file(check)
+LAW = ModelLaw.of_file(check)

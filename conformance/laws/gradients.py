@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conformance.laws._law import Law
+from conformance.laws._law import ModelLaw
 
 if TYPE_CHECKING:
     from conformance.models.trial import ModelTrial
@@ -15,4 +15,4 @@ def check(trial: ModelTrial) -> float:
     return trial.compare([trial.documents.padded()])
 
 
-LAW = Law.of_file(check)
+LAW = ModelLaw.of_file(check)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from conformance.gates import Failure, Unchecked
-from conformance.laws._law import Law
+from conformance.laws._law import ModelLaw
 from conformance.trial import Caught, bits, describe
 
 if TYPE_CHECKING:
@@ -62,4 +62,4 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     return [name for name, tensor in first.items() if name not in second or not same(tensor, second[name])]
 
 
-LAW = Law.of_file(check)
+LAW = ModelLaw.of_file(check)

@@ -31,7 +31,7 @@ def check(trial: Trial, case: Case) -> float:
     """Judge the forward pass alone, which may run another kernel, and then both passes; costly cases in one dtype."""
     if case in trial.spec.drawing.costly:
         if trial.dtype != torch.float32:
-            raise Unchecked("so costly a case is judged in float32")
+            raise Unchecked("a costly case is judged in float32 alone")
         return trial.judge(case, trial.run(case))
     return max(trial.judge(case, trial.run(case, grads=grads)) for grads in ((), None))
 

@@ -1,4 +1,7 @@
-"""The error of what an expert computes, and calls of experts' MLPs that the contract refuses."""
+"""The error of what an expert computes, and calls of experts' MLPs that the contract refuses.
+
+The error of the activation, `activated`, is that of lora_mlp too.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

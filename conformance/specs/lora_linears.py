@@ -45,7 +45,7 @@ ADAPTERS = [*each("lora_a"), *each("lora_b")]
 
 
 def layers(draw: Draw, sizes: Sequence[tuple[int, int]], rank: int, wide: int) -> Inputs:
-    """Layers of these outputs and inputs. Odd seeds have biases and a rank of its own per layer."""
+    """Layers of these sizes, outputs and inputs of each. Odd seeds have biases, and a rank of its own per layer."""
     odd = draw.case.seed % 2
     ranks = [rank + odd * index for index in range(LAYERS)]
     adapters = copy(draw)
@@ -93,7 +93,7 @@ def _of_layer(name: str, index: int) -> Callable[[Call], Bound]:
 
 
 def sum_of_dx(each_layer: Sequence[lora_linear.Steps], call: Call) -> Bound:
-    """The terms of all layers and adapters, each rounded; each addition rounds, the last one apart."""
+    """The gradient of x: the terms of all layers and adapters, each rounded; each addition rounds, except the last."""
     terms = [term for steps in each_layer for term in steps.terms_of_dx()]
     total = terms[0]
     for term in terms[1:]:

@@ -273,7 +273,7 @@ def test_no_document_repeats_another() -> None:
 def test_the_list_of_files_for_an_operation() -> None:
     """docs/adding.md names every file of the packages that names an operation.
 
-    Apart from what kernel files share, and other operations that are made of it.
+    Files that kernel files share and those of operations that are made of it are left out.
     """
     others = {*kernels.__all__} - {"geglu"}
     section = text_of("docs/adding.md").partition("## An operation")[2].partition("## A model family")[0]

@@ -52,7 +52,7 @@ def test_no_figure_stands_outside_of_a_block(name: str) -> None:
 
 def test_the_ledgers_hold_the_committed_results() -> None:
     """Recording them again changes nothing: no figure is better than the ledger, and none is worse beyond noise."""
-    paths = [path for path in (ROOT / figures.RESULTS).glob("*.json")]
+    paths = list((ROOT / figures.RESULTS).glob("*.json"))
     assert paths
     for path in paths:
         results = ledger.results_in(path)

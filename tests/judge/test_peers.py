@@ -48,7 +48,7 @@ def test_every_option_is_passed_on_or_refused_by_name(peer: ModuleType) -> None:
                 case = spec.case(2, 8)
                 inputs = spec.inputs(case, torch.float32, "cpu")
                 try:
-                    wrapper(**grouped(inputs), **spec.required(case, torch.float32), **{name: value})
+                    wrapper(**grouped(spec.arguments(inputs)), **spec.required(case, torch.float32), **{name: value})
                 except NotImplementedError as refused:
                     assert "; allowed with " in str(refused)
 

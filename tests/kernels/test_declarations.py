@@ -16,6 +16,8 @@ from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch, _replay
 
 STRIDES = ("_batch", "_head", "_token", "_row", "_column", "_stride")  # endings of their names
+# What does not differ between the batches of a model.
+OF_A_MODEL = {"linear_cross_entropy": {"hidden": 64}, "lora_mlp": {"inner": 64}, "moe_mlp": {"biased": 1}}
 Launch = tuple[Any, dict[str, Any]]  # a kernel and its arguments by name
 
 
@@ -42,8 +44,7 @@ def batches(spec: Spec, columns: int) -> Iterator[Case]:
     """Batches of one model whose sizes are multiples of 16: of several rows, lengths, documents and ignored rows."""
     for rows, other in ((33, 5), (1, 1), (2, 8), (3, 2), (16, 1), (32, 8)):
         sizes = {name: other for name in ("length", "documents", "ignored") if name in spec.drawing.sizes}
-        if spec.op == "linear_cross_entropy":
-            sizes["hidden"] = 64
+        sizes |= OF_A_MODEL.get(spec.op, {})
         yield spec.case(rows, columns).resized(**sizes)
 
 
@@ -51,7 +52,7 @@ def run(spec: Spec, case: Case, options: dict[str, Any]) -> None:
     """The operation forward and backward."""
     inputs = spec.inputs(case, torch.float32, DEVICE)
     leaves = [inputs[name].requires_grad_() for name in spec.grads if name in inputs]
-    results = getattr(fast, spec.op)(**grouped(inputs), **spec.required(case, torch.float32), **options)
+    results = getattr(fast, spec.op)(**grouped(spec.arguments(inputs)), **spec.required(case, torch.float32), **options)
     results = results if isinstance(results, tuple) else (results,)
     if leaves:
         torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results])

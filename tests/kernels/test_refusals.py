@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
-from tests.kernels import float8_calls
+from tests.kernels import expert_calls, float8_calls
 from tests.operations.calls import DEVICE
 from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
@@ -34,6 +34,7 @@ NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nes
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
     *float8_calls.BAD,
+    *expert_calls.BAD,
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("rms_norm", {"x": torch.ones(3, 5).long()}, TypeError, "x", "torch.int64", "torch.bfloat16"),
     ("rms_norm", {"x": torch.ones(3, 5).bool()}, TypeError, "x", "torch.bool", "torch.float32"),
@@ -221,11 +222,6 @@ BAD = [
     ("cross_entropy", {"num_items": nan}, ValueError, "num_items", "nan", "from 0"),
     ("cross_entropy", {"num_items": torch.ones(2)}, ValueError, "num_items", "[2]", "0-dimensional"),
     ("cross_entropy", {"num_items": 4, "reduction": "none"}, ValueError, "num_items", "4", "with 'mean' or 'sum'"),
-    ("grouped_gemm", {"x": torch.ones(3)}, ValueError, "x", "[3]", "[T, H]"),
-    ("grouped_gemm", {"weight": torch.ones(4, 5)}, ValueError, "weight", "[4, 5]", "[E, O, H]"),
-    ("grouped_gemm", {"weight": torch.ones(0, 5, 8)}, ValueError, "weight", "[0, 5, 8]", "E at least 1"),
-    ("grouped_gemm", {"group_sizes": torch.tensor([3])}, ValueError, "group_sizes", "[1]", "one size per matrix"),
-    ("grouped_gemm", {"group_sizes": torch.ones(4)}, TypeError, "group_sizes", "torch.float32", "torch.int64"),
     (
         "grouped_gemm",
         {"group_sizes": torch.tensor([4, -1, 0, 0])},
@@ -243,20 +239,11 @@ BAD = [
     ("lora_mlp", {"weight": nf4_weight(8, 8)}, ValueError, "weight", "an NF4Weight", "3, one each for gate, up, down"),
     ("lora_mlp", {"activation": "relu"}, ValueError, "activation", "'relu'", "'silu', 'gelu', 'gelu_tanh'"),
     ("lora_mlp", {"bias": [None, torch.ones(2), None]}, ValueError, "bias[1]", "[2]", "one entry per row of weight[1]"),
-    ("moe_mlp", {"activation": "relu"}, ValueError, "activation", "'relu'", "'silu', 'gelu_tanh'"),
-    ("moe_mlp", {"gate_up": torch.ones(4, 3, 8)}, ValueError, "gate_up", "[4, 3, 8]", "[E, 2F, 8]"),
-    ("moe_mlp", {"down": torch.ones(4, 5, 8)}, ValueError, "down", "[4, 5, 8]", "those of gate_up"),
-    ("moe_mlp", {"expert_indices": torch.zeros(3, 0).long()}, ValueError, "expert_indices", "[3, 0]", "k at least 1"),
-    ("moe_mlp", {"expert_indices": torch.full((3, 2), 4)}, ValueError, "expert_indices", "4 at index (0, 0)", "0 to 3"),
-    ("moe_mlp", {"expert_weights": torch.ones(3, 1)}, ValueError, "expert_weights", "[3, 1]", "of expert_indices"),
-    ("moe_mlp", {"expert_weights": torch.ones(3, 2).half()}, TypeError, "expert_weights", "torch.float16", "float32"),
-    ("moe_mlp", {"gate_up_bias": torch.ones(4, 5)}, ValueError, "gate_up_bias", "[4, 5]", "row of its matrices"),
-    ("moe_mlp", {"down_bias": torch.ones(4)}, ValueError, "down_bias", "[4]", "[4, 8]"),
-    ("moe_mlp", {"alpha": 1.702, "activation": "gelu_tanh"}, ValueError, "alpha", "1.702", "with 'silu', or 1.0"),
 ]
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
     *float8_calls.LIMITS,
+    *expert_calls.LIMITS,
     ("rms_norm", {"eps": 0}),
     ("rms_norm", {"weight": torch.ones(5).half()}),
     ("add_rms_norm", {"eps": 0, "weight": torch.ones(5).half()}),
@@ -279,9 +266,6 @@ LIMITS = [
     ("gated_delta_rule", {"scale": 0, "g": torch.zeros(3, 4), "beta": torch.zeros(3, 4).half()}),
     ("qk_norm_rope", {"q": torch.ones(2, 0, 4, 6), "cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
-    ("grouped_gemm", {"x": torch.ones(0, 8), "group_sizes": torch.zeros(4, dtype=torch.int32)}),
-    ("moe_mlp", {"expert_indices": torch.full((3, 2), 3, dtype=torch.int32)}),
-    ("moe_mlp", {"gate_up_bias": None, "limit": 0.0, "alpha": 0.0, "offset": -1.0}),
     ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
     ("lora_mlp", {"scaling": [0, 1, 2.0], "activation": "gelu", "bias": [None, None, None]}),
     ("nf4_dequantize", {"packed": torch.ones(8, 1).byte(), "shape": (16,), "dtype": torch.float16}),

@@ -47,7 +47,7 @@ def forward_with(rotation: Callable[..., tuple[Tensor, Tensor]], monkeypatch: py
     monkeypatch.setitem(globals(), "apply_rotary", rotation)
     attention = import_module("unsloth_fast.models.attention")
     attention._rotations.cache_clear()
-    attention._maker.cache_clear()
+    attention._recompiled.cache_clear()
     placement = attention_placement(Turning(), REFERENCE, {})
     return None if placement is None else placement[1]
 

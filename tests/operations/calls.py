@@ -37,7 +37,8 @@ def call_of(
 
     def call(kernels: ModuleType, *leaves: Tensor) -> tuple[Tensor, ...]:
         arguments = inputs | dict(zip(names, leaves, strict=True))
-        results = getattr(kernels, spec.op)(**grouped(arguments), **spec.required(case, dtype), **options)
+        options_of_case = spec.required(case, dtype) | options
+        results = getattr(kernels, spec.op)(**grouped(spec.arguments(arguments)), **options_of_case)
         return results if isinstance(results, tuple) else (results,)
 
     return call, [LAYOUTS[spec.speed.layout](inputs[name]) for name in names]

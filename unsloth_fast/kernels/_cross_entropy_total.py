@@ -21,7 +21,7 @@ from unsloth_fast.kernels._cross_entropy import (
 )
 from unsloth_fast.kernels._launch import kernel
 
-# A row's first word counts programs: those that have published their sums, and LEFT times those that have left since.
+# The first word of a row counts programs: those that have published their sums, plus LEFT times those that have left.
 LEFT = tl.constexpr(1 << 32)
 # The bit of a pair that tells cross_entropy_rest_kernel that the program has left its segment.
 MARK = tl.constexpr(1 << 31)
@@ -117,10 +117,10 @@ def cross_entropy_total_kernel(
 ):  # fmt: skip
     """One segment of a row per program, read once: its sums, then the lse from the sums of all segments, then dlogits.
 
-    The first word counts the segments that have been left. The words of a row are: the number of segments that have
-    published their sums, their maxima and sums in pairs, and their sums of z. The writes are not ordered: a pair has
-    been written if it is not 0. Repeated loads would show that too, but take the processor's time from other programs.
-    A waiting program instead repeats an atomic addition of 0 to the number, by one thread.
+    The first of all words counts the segments that have been left. The words of a row follow: the number of segments
+    that have published their sums, their maxima and sums in pairs, and their sums of z. The writes are not ordered: a
+    pair has been written if it is not 0. Repeated loads would show that too, but take the processor's time from other
+    programs. A waiting program instead repeats an atomic addition of 0 to the number, by one thread.
 
     The programs of a row are neighbours and wait for each other, which takes little time if they run at the same time.
     Where the device has no room for all of them, the wait is in vain. After POLLS additions, or once another program of

@@ -78,7 +78,7 @@ def load_block(pointers, inside):
 def grouped_product_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, plan_ptr, order_ptr,
     groups, columns, inner, column_blocks, share, x_row, x_column, group_stride, weight_column, inner_stride,
-    bias_group, bias_column,
+    bias_row, bias_column,
     BIAS: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. Programs that run together share their rows of x, and the matrix of a group."""
@@ -103,7 +103,7 @@ def grouped_product_kernel(
         )
         total = tl.dot(x, weight, total, input_precision="ieee")
     if BIAS:
-        bias_columns = bias_ptr + group.to(tl.int64) * bias_group + column.to(tl.int64) * bias_column
+        bias_columns = bias_ptr + group.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
         bias = tl.load(bias_columns, column < tl.where(group < groups, columns, 0), other=0.0)
         total += bias.to(tl.float32)[None, :]
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]

@@ -74,7 +74,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float = 1.
 def adapted_product(
     rows: Tensor, weight: Tensor, lora_b: Tensor, low: Tensor, bias: Tensor | None, scaling: float, out: Tensor
 ) -> None:
-    """Write the layer of these rows with its adapter, whose lora_b has their dtype, over `out`."""
+    """Write rows @ weight^T + bias + scaling * low @ lora_b^T over `out`; all tensors have the dtype of rows."""
     if bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._gated import ACTIVATIONS, gated_forward, launch_backward
+from unsloth_fast.kernels._gated import gated_forward, launch_backward
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
@@ -51,7 +51,7 @@ def chunks(lines: int) -> Iterator[slice]:
 
 
 def wide(weight: Weight, rows: Tensor, lora_b: Tensor) -> Tensor:
-    """The weight of a layer of these rows, in their dtype."""
+    """The weight [O, I] of a layer of these rows [T, I], in their dtype; `lora_b` [O, R] says what O is."""
     if len(weight) == 1:
         return weight[0]  # type: ignore[return-value]
     return nf4_dequantize_forward(*weight, (lora_b.shape[0], rows.shape[1]), rows.dtype)  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def lora_mlp_forward(
         adapted_product(rows, wide(weight, rows, b[i]), b[i], own, bias[i], scaling[i], into)
     down = wide(of_down, gate, b[2])
     for chunk in chunks(lines):
-        hidden = gated_forward(gate[chunk], up[chunk], ACTIVATIONS[activation])
+        hidden = gated_forward(gate[chunk], up[chunk], activation)
         torch.mm(hidden, inner_a.t(), out=inner_low[chunk])
         adapted_product(hidden, down, b[2], inner_low[chunk], bias[2], scaling[2], out[chunk])
     return y, gate, up, low, inner_low
@@ -107,7 +107,7 @@ def lora_mlp_backward(
     wanted = gradients_of(x, lora_a, lora_b, needs_x, needs_weight, needs_a, needs_b, needs_bias)
     if dy.numel() == 0:
         return [x.new_zeros(shape, dtype=dtype) for shape, dtype in wanted.values()]
-    lines, activation = low.shape[0], ACTIVATIONS[activation]
+    lines = low.shape[0]
     rows, dy = matrix(x, lines), matrix(dy, lines)
     a, (*b, inner_a) = rounded(x, lora_a[:2], [*lora_b, lora_a[2]])
     lows = *parts(low, lora_a[:2], 1), inner_low
@@ -189,7 +189,7 @@ backward_op = register(
 
 
 def layers_of(counts: Sequence[int], values: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
-    """What there is per tensor of the layers, in the order of _LoraMlp: of each weight, lora_a, lora_b and bias."""
+    """Split values, one per tensor in the order of _LoraMlp: of each weight, and of all lora_a, lora_b and biases."""
     groups: list[Any] = []
     for count in (*counts, 3, 3, 3):
         groups.append(values[:count])
@@ -198,7 +198,7 @@ def layers_of(counts: Sequence[int], values: Sequence[Any]) -> tuple[list[Any], 
 
 
 class _LoraMlp(torch.autograd.Function):
-    """Its tensors: x, then those of each weight, so many as counts says, all lora_a, all lora_b and all biases."""
+    """Its tensors are x, those of each weight, of which counts has the numbers, and all lora_a, lora_b and biases."""
 
     @staticmethod
     def forward(

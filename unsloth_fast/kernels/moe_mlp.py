@@ -1,6 +1,6 @@
 """The MLPs of a mixture of experts: each token goes through some of them, and their outputs are added with weights.
 
-    z_ts = x_t @ gate_up_e^T + gate_up_bias_e, e = expert_indices[t, s]; gate and up are its halves, or its columns
+    z_ts = x_t @ gate_up_e^T + gate_up_bias_e, e = expert_indices[t, s]; gate, up: its halves, or even and odd columns
     h_ts = a(gate_ts) * up_ts      out_ts = h_ts @ down_e^T + down_bias_e      y_t = sum over s of w_ts * out_ts
     dh_ts = dy_t @ down_e          dw_ts = dh_ts . h_ts + dy_t . down_bias_e
     dgate_ts = w_ts * dh_ts * up_ts * a'(gate_ts)        dup_ts = w_ts * dh_ts * a(gate_ts)
@@ -90,16 +90,16 @@ def moe_mlp_backward_outputs(
     return tuple(one.new_empty(shape if need else 0) for one, shape, need in zip(like, shapes, needs, strict=True))
 
 
-INPUTS = "Tensor indices, Tensor weights"
+ROUTES = "Tensor indices, Tensor weights"
 GATE = "str activation, bool interleaved, float alpha, float? limit, float offset"
 forward_op = register(
-    f"moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, {INPUTS}, Tensor? gate_up_bias, Tensor? down_bias, {GATE})"
+    f"moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, {ROUTES}, Tensor? gate_up_bias, Tensor? down_bias, {GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_forward,
     moe_mlp_forward_outputs,
 )
 backward_op = register(
-    f"moe_mlp_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor? down_bias, {INPUTS}, Tensor z,"
+    f"moe_mlp_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor? down_bias, {ROUTES}, Tensor z,"
     f" Tensor order, Tensor place, Tensor plan, bool[] needs, {GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_backward,

@@ -1,11 +1,11 @@
 """How does the attention of any family get the backend's rope?
 
-The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin); Gemma
-4's rotates one tensor, Llama 4's multiplies complex numbers. Where it rotates as the contract does, up to the layout of
-cos and sin and the place of the heads, it can be replaced: under one module, by a forward that is compiled again from
-the source of the class's own, with the function's name as a variable of an enclosing function. All other
-names stay globals of the family's file, so torch.compile finds them there. What differs between families, such as norms
-on the heads, fused projections and layers without positions, stays the model's own code.
+The attentions of transformers call a function of their own file, such as apply_rotary_pos_emb(q, k, cos, sin). Gemma
+4's function rotates one tensor, and Llama 4's multiplies complex numbers. Where it rotates as the contract does, up to
+the layout of cos and sin and the dimension of the heads, it can be replaced: under one module, by a forward that is
+compiled again from the source of the class's own, with the function's name as a variable of an enclosing function. All
+other names stay globals of the family's file, so torch.compile finds them there. What differs between families, such as
+norms on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
 import __future__
@@ -44,8 +44,8 @@ class Rotation(NamedTuple):
         interleaved: whether neighbouring columns are pairs.
         angles: makes the contract's cos from the family's: the first columns of all pairs, then the second ones.
         columns: the order of q and k before they are rotated.
-        heads: the dimension of the heads; -2 if there may also be no batch, as in vision towers; None if the function's
-            unsqueeze_dim is it, 1 by default.
+        heads: the dimension of the heads; -2 if heads and angles may also be without a batch, as in vision towers; None
+            if an argument of the function says it: unsqueeze_dim, 1 by default.
     """
 
     interleaved: bool
@@ -97,11 +97,11 @@ def attention_placement(
     """
     own = inspect.unwrap(type(module).forward)
     found = _rotations(own) if isinstance(own, FunctionType) else {}
-    functions = {name: _by(backend.kernels.rope, rotation, own.__globals__[name]) for name, rotation in found.items()}
+    functions = {name: _replacement(backend.kernels.rope, how, own.__globals__[name]) for name, how in found.items()}
     made = _fused(module, backend, own, found, functions, {} if known is None else known)
     operation = "rope" if made is None else "qk_norm_rope"
     if made is None:
-        make = _maker(own, tuple(found)) if found else None
+        make = _recompiled(own, tuple(found)) if found else None
         if make is None:
             return None
         made = make(*functions.values())
@@ -129,12 +129,12 @@ def _fused(
     if rotation.interleaved or rotation.columns is not _same:
         return None
     norm = norms_of(module, known)
-    make = _maker(own, (name,), norms=True) if norm else None
+    make = _recompiled(own, (name,), norms=True) if norm else None
     return make(rotation_with_norms(norm, backend.kernels.qk_norm_rope, functions[name])) if norm and make else None
 
 
-def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
-    """A function with the parameters of a family's own that calls the operation, and its own for any other call."""
+def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
+    """A function that replaces a family's own: it calls the operation, or the own one where that does not fit."""
 
     def rotated(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rope: Rope, options: dict[str, Any]
@@ -182,7 +182,7 @@ def _by(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
 
 
 def _form(function: Rope) -> tuple[str, ...]:
-    """The first parameters of a function that may be a rotation; none of any other."""
+    """The first parameters of a function that may be a rotation; empty for any other."""
     names = tuple(inspect.signature(function).parameters)
     return next((form for form in _FORMS if names[: len(form)] == form), ())
 
@@ -201,7 +201,7 @@ def _rotations(forward: FunctionType) -> dict[str, Rotation]:
 
 
 def _rotation(function: Rope) -> Rotation | None:
-    """The one way of calling `rope` that agrees with a function, wherever it lets its heads be."""
+    """The one way of calling `rope` that agrees with a function, with the dimension of its heads; None without one."""
     if "unsqueeze_dim" not in inspect.signature(function).parameters:
         found = [rotation for heads in (1, 2, -2) if (rotation := _agreeing(function, heads)) is not None]
         return found[-1] if len({rotation.heads == 1 for rotation in found}) == 1 else None
@@ -229,13 +229,14 @@ def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | N
         expected = _results(function, given, options)
         if expected is not None:
             computed = True
-            results = {each: _results(_by(reference.rope, each, function), given, options) for each in agreeing}
+            calls = {each: _replacement(reference.rope, each, function) for each in agreeing}
+            results = {each: _results(call, given, options) for each, call in calls.items()}
             agreeing = {each for each, result in results.items() if result is not None and _agree(result, expected)}
     return agreeing.pop() if computed and len(agreeing) == 1 else None
 
 
 def _results(function: Rope, given: Sequence[tuple[Tensor, ...]], options: dict[str, int]) -> list[Tensor] | None:
-    """The rotated queries and keys, or queries, of each q, k, cos and sin; None if the function raises."""
+    """What a function returns for each q, k, cos and sin, with or without keys; None if it raises."""
     form, results = _form(function), []
     try:
         with torch.no_grad():
@@ -255,10 +256,10 @@ def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @cache
-def _maker(
+def _recompiled(
     forward: FunctionType, names: tuple[str, ...], norms: bool = False
 ) -> Callable[..., Callable[..., Any]] | None:
-    """A function of the functions with these names that returns the forward which calls them.
+    """The forward, compiled again: takes functions for these names, and returns the forward that calls them.
 
     With norms, the one function applies the norms of the heads too. None if that cannot be done, if the source is not
     that of the forward, or if it uses what the class alone provides.

@@ -20,7 +20,7 @@ from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_ref.types import ExpertActivation
 
-_WEIGHTS = ("gate_up_proj", "down_proj")
+WEIGHTS = ("gate_up_proj", "down_proj")
 _OPTIONS = ("interleaved", "alpha", "limit", "offset")
 Adapter = tuple[Tensor, Tensor, float]  # [E, O, R], [E, R, I] and the factor of their product
 
@@ -99,7 +99,7 @@ def _adapted_forward(found: Experts, kernels: Any) -> Forward:
         routing = top_k_weights.flatten()[order, None]
 
         def multiplied(rows: Tensor, index: int) -> Tensor:
-            y, adapter = kernels.grouped_gemm(rows, weights[index], sizes), adapters.get(_WEIGHTS[index])
+            y, adapter = kernels.grouped_gemm(rows, weights[index], sizes), adapters.get(WEIGHTS[index])
             if adapter is None:
                 return y
             left, right, scaling = adapter
@@ -132,15 +132,18 @@ def _sorted_slots(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
 
 
 def _adapters_of(wrapper: ParamWrapper) -> dict[str, Adapter] | None:
-    """The adapter of each adapted weight; None if one has none or several, is merged or a bias, or inside of hooks."""
+    """The adapter of each adapted weight; None if peft's own forward must run.
+
+    It must if a weight has no active adapter or several, if one is merged, is that of a bias, or is inside of hooks.
+    """
     if any(map(hooks_of, inside_of(wrapper))):  # their forwards are not called
         return None
     found: dict[str, Adapter] = {}
     layer: Any = wrapper
     while isinstance(layer, ParamWrapper):
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        known = layer.parameter_name in found or layer.parameter_name not in _WEIGHTS
-        if layer.disable_adapters or layer.merged or len(names) != 1 or known:
+        refused = layer.parameter_name in found or layer.parameter_name not in WEIGHTS
+        if layer.disable_adapters or layer.merged or len(names) != 1 or refused:
             return None
         found[layer.parameter_name] = layer.get_delta_factors(names[0])
         layer = layer.base_layer

@@ -22,9 +22,9 @@ NAMES = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 
 
 def norms_of(attention: nn.Module, known: dict[Hashable, Found]) -> Norm | None:
-    """How the norms of an attention's heads work, of q and, unless it takes them from another layer, of k.
+    """How the norms of an attention's heads work; None unless they are norms that work alike.
 
-    None unless they are norms that work alike.
+    There is one of q and one of k, unless the layer takes k from another layer.
 
     Args:
         attention: its norms have the forward of their class.
@@ -62,11 +62,11 @@ def move_norms(function: ast.FunctionDef, rotation: str) -> bool:
     return True
 
 
-_Found = list[tuple[list[ast.stmt], ast.Call | None, ast.Call]]
+_Moves = list[tuple[list[ast.stmt], ast.Call | None, ast.Call]]
 """Statements, the norm that they apply, and the rotation that may apply it instead."""
 
 
-def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
+def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Moves:
     """For the call `q, k = f(q, k, cos, sin)`."""
     (call,) = calls
     places = [index for index, statement in enumerate(function.body) if _rotates(statement, call, 2)]
@@ -76,11 +76,11 @@ def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequ
     return [(before, _norm_of(before, heads, name), call) for heads, name in zip(call.args, names, strict=False)]
 
 
-def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Found:
+def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Moves:
     """For the calls `q = f(q, cos, sin, unsqueeze_dim=2)` and `k = f(k, ...)` in any block, right after the norms."""
     fields = [getattr(node, name, None) for node in ast.walk(function) for name in ("body", "orelse")]
     pairs = [pair for block in fields if isinstance(block, list) for pair in pairwise(block)]
-    found: _Found = []
+    found: _Moves = []
     for call, name in zip(calls, names, strict=False):
         options = [(option.arg, ast.unparse(option.value)) for option in call.keywords]
         known = options in ([], [("unsqueeze_dim", "1")], [("unsqueeze_dim", "2")])

@@ -108,9 +108,9 @@ def has_foreign_forward(module: Module) -> bool:
 
 
 def is_more_than_its_operation(module: Module) -> bool:
-    """Whether a call does more than the class of the module, or the operation that is placed under it.
+    """Whether a call of the module does more than its class, or than the operation that is placed under it.
 
-    An operation of a larger module that computes what this one does would leave that out.
+    If an operation of a larger module computed this one too, that would be left out.
     """
     own = _current(module, "forward")
     placed = own is not None and own.purpose == "operation"

@@ -2,14 +2,13 @@
 
 Both are given the bounds of documents, which they keep apart: those of a packed batch, or the rows of any other. Calls
 with a cache, as in generation, go to the module's own forward. Recognised are, by a numeric check against the forward
-of the module's class on a twin on the CPU, with random weights and a few random tokens, some of them padding:
+of the module's class on a copy on the CPU, with random weights and a few random tokens, some of them padding:
 
 - the gated delta rule of Qwen3-Next and Qwen3.5: projections to q, k and v, which pass a short convolution, to a decay,
   to beta and to a gate, whose norm stays the module's own;
 - the short convolution of LFM2: out(second * conv(first * values)) with first, second and values from one projection.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch.nn.functional import softplus
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.methods import has_own_method, is_more_than_its_class
 from unsloth_fast.models.protocols import Forward
-from unsloth_fast.models.structure import Sparse, in_both_modes, plain, sizes_of, twin_of
+from unsloth_fast.models.structure import Sparse, copy_with, in_both_modes, plain, sizes_of
 from unsloth_ref import kernels as reference
 
 CACHES = ("cache", "cache_params", "past_key_values")
@@ -178,17 +177,17 @@ def _checked(module: nn.Module, mixer: Mixer) -> Mixer | str:
         size = sizes_of(child)
         children[name] = Sparse(size, generator) if size else _randomised(child, random)
     own = {name: random(tensor) for name, tensor in module.named_parameters(recurse=False)}
-    twin = twin_of(module, parameters=own, children=children)
+    copied = copy_with(module, parameters=own, children=children)
     hidden: Any = sizes_of(getattr(module, mixer.first))
     rows = torch.randn((2, _TOKENS, hidden[0]), generator=generator, dtype=torch.float64)
     mask = torch.ones(2, _TOKENS, dtype=torch.int64)
     mask[1, :2] = 0
     forward = mixer_forward(mixer, reference)
     for given in ({}, {"attention_mask": mask}):
-        result = in_both_modes(twin, rows, **given)
+        result = in_both_modes(copied, rows, **given)
         if result is None:
             return "differs between training and evaluation"
-        found: Any = forward(twin, rows, **given)
+        found: Any = forward(copied, rows, **given)
         difference = float(((found - result).abs() / result.abs().amax((0, 1), keepdim=True).clamp(min=1e-30)).max())
         if found.dtype != result.dtype or not difference <= _TOLERANCE:
             return f"differs from {' and '.join(mixer.operations)} by {difference:.2g}"
@@ -198,4 +197,4 @@ def _checked(module: nn.Module, mixer: Mixer) -> Mixer | str:
 def _randomised(child: nn.Module, random: Callable[[Tensor], nn.Parameter]) -> nn.Module:
     """A convolution or a norm with other weights, which has no memory in common with the module's."""
     parameters = {name: random(tensor) for name, tensor in child.named_parameters(recurse=False)}
-    return twin_of(copy.copy(child), parameters=parameters)
+    return copy_with(child, parameters=parameters)

@@ -41,8 +41,8 @@ def mlp_placement(module: nn.Module, mlp: Gated, backend: Backend) -> Placement:
     """The operation of an MLP and its forward.
 
     It is lora_mlp if each of its three layers has LoRA, and fused_swiglu if one layer computes the gate and then the
-    other half. The forward for lora_mlp calls the layers and the activation, as those of other MLPs, whenever a layer
-    does more than `lora_linear`: see `lora_placement`.
+    other half. Whenever a layer does more than `lora_linear` (see `lora_placement`), the forward with lora_mlp calls
+    the layers and the activation, as that of any other MLP does.
     """
     if mlp.up != mlp.gate and backend.fuses("lora_mlp", "lora_linear", mlp.operation):
         layers = [_Layer.of(module, name, backend) for name in (mlp.gate, mlp.up, mlp.down)]

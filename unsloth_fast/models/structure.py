@@ -1,6 +1,6 @@
 """What is a module? A norm, with a gate or not, an MLP, or experts, recognised by parameters and a numeric check.
 
-The check compares it with its own forward: that of the module's class, called on a twin on the CPU, with random weights
+The check compares it with its own forward: that of the module's class, called on a copy on the CPU, with random weights
 and a few random rows, so the module's weights may be sharded, in 4 bits or without memory. Classes and their names play
 no part.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.experts import Experts, experts_forward
+from unsloth_fast.models.experts import WEIGHTS, Experts, experts_forward
 from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
@@ -26,7 +26,6 @@ from unsloth_ref import kernels as reference
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
-_EXPERTS = ("gate_up_proj", "down_proj")
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
 _ALPHAS = ("alpha", "swiglu_alpha")
 _LIMITS = ("limit", "swiglu_limit")
@@ -53,8 +52,8 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     dimensions = {name: weight.dim() for name, weight in parameters.items()}
     is_norm = not children and dimensions in ({"weight": 1}, {})
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    is_experts = set(parameters) in ({*_EXPERTS}, {*_EXPERTS, *_BIASES})
-    is_experts = is_experts and all(parameters[name].dim() == 3 for name in _EXPERTS)
+    is_experts = set(parameters) in ({*WEIGHTS}, {*WEIGHTS, *_BIASES})
+    is_experts = is_experts and all(parameters[name].dim() == 3 for name in WEIGHTS)
     taken = _taken(type(module).forward)
     if not (is_norm or is_gated or is_experts) or _has_state(module, others):
         return None
@@ -105,7 +104,10 @@ def _value(value: object) -> object:
 
 
 def _norm(module: nn.Module, size: int) -> Norm | LayerNorm | str | None:
-    """The offset from float32, then the casting from 16 bits, where alone it matters; without a weight one is left."""
+    """How a norm works: the offset is found in float32, then the casting in 16 bits, where alone it matters.
+
+    Without a weight there is one candidate. A norm that is no RMSNorm may be a layer norm without a bias.
+    """
     eps = _eps(module)
     if eps is None:
         return None
@@ -158,12 +160,12 @@ def _agreeing_norm(
         (torch.float32, torch.bfloat16, _agree_in_kind),
     ):
         random = {"weight": nn.Parameter(weight.to(weights), requires_grad=False)} if _is_weighted(module) else {}
-        twin = twin_of(module, parameters=random)
+        copied = copy_with(module, parameters=random)
         given = [tensor.to(dtype) for tensor in rows]
-        own = in_both_modes(twin, *given)
+        own = in_both_modes(copied, *given)
         if own is None:
             return _BY_MODE
-        results = {norm: cast(Tensor, calls[norm](twin, *given)) for norm in found}
+        results = {norm: cast(Tensor, calls[norm](copied, *given)) for norm in found}
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
             return _refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
@@ -200,15 +202,15 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
         return None
     generator = torch.Generator().manual_seed(0)
     others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in sizes}
-    twin = twin_of(module, children=others | {name: Sparse(size, generator) for name, size in sizes.items()})
+    copied = copy_with(module, children=others | {name: Sparse(size, generator) for name, size in sizes.items()})
     scales = torch.tensor(_SCALES, dtype=torch.float64)[:, None]
     rows = scales * torch.randn((len(_SCALES), sizes[candidates[0].gate][0]), generator=generator, dtype=torch.float64)
-    own = in_both_modes(twin, rows)
+    own = in_both_modes(copied, rows)
     if own is None:
         return _BY_MODE
     agreeing, differences = [], []
     for gated in candidates:
-        result = cast(Tensor, mlp_forward(gated, reference)(twin, rows))
+        result = cast(Tensor, mlp_forward(gated, reference)(copied, rows))
         differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
         if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
             agreeing.append(gated)
@@ -235,22 +237,22 @@ def _experts(module: Any) -> Experts | str:
     tensors = [randn(*shape).mT.contiguous() if transposed else randn(*shape) for shape in shapes]
     tensors += [randn(*shape[:2]) for shape in shapes if biased]
     frozen = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
-    twin = twin_of(module, dict(zip((*_EXPERTS, *_BIASES), frozen, strict=False)))
+    copied = copy_with(module, dict(zip((*WEIGHTS, *_BIASES), frozen, strict=False)))
     sizes = {"num_experts": experts, "hidden_dim": columns, "intermediate_dim": inner}
     for name, size in (sizes | {"hidden_size": columns, "intermediate_size": inner}).items():
         if hasattr(module, name):
-            setattr(twin, name, size)
+            setattr(copied, name, size)
     if hasattr(module, "config"):
-        twin.config = SimpleNamespace(_experts_implementation="eager")
+        copied.config = SimpleNamespace(_experts_implementation="eager")
     rows = torch.tensor(_SCALES, dtype=torch.float64)[:, None] * randn(len(_SCALES), columns)
     indices = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 1]])
     inputs = rows, indices, randn(len(_SCALES), per_token)
-    own = in_both_modes(twin, *inputs)
+    own = in_both_modes(copied, *inputs)
     if own is None:
         return _BY_MODE
     agreeing, differences = [], []
     for found in _gates_of(module, transposed, biased):
-        result = cast(Tensor, experts_forward(found, reference)(twin, *inputs))
+        result = cast(Tensor, experts_forward(found, reference)(copied, *inputs))
         differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
         if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
             agreeing.append(found)
@@ -258,7 +260,7 @@ def _experts(module: Any) -> Experts | str:
 
 
 def _stored(module: Any) -> tuple[bool, bool] | None:
-    """Whether the weights of experts are transposed, and whether they have biases; None if they are neither way."""
+    """Whether the weights of experts are transposed, and whether they have biases; None if their shapes are others."""
     (count, first, second), narrow = module.gate_up_proj.shape, module.down_proj.shape
     biases = [bias.shape for name in _BIASES if (bias := getattr(module, name, None)) is not None]
     for transposed, wide, hidden in ((False, first, second), (True, second, first)):
@@ -269,7 +271,7 @@ def _stored(module: Any) -> tuple[bool, bool] | None:
 
 
 def _gates_of(module: Any, transposed: bool, biased: bool) -> Iterator[Experts]:
-    """Every way in which experts that are stored so can be gated."""
+    """Every gate that experts with weights of this kind may have."""
     alphas, limits = ({default, *_numbers(module, names)} for default, names in ((1.0, _ALPHAS), (None, _LIMITS)))
     for interleaved, alpha, limit, offset in itertools.product((False, True), alphas, limits, (0.0, 1.0)):
         yield Experts("silu", interleaved, alpha, limit, offset, transposed, biased)
@@ -277,7 +279,7 @@ def _gates_of(module: Any, transposed: bool, biased: bool) -> Iterator[Experts]:
 
 
 def _numbers(module: nn.Module, names: Sequence[str]) -> list[float]:
-    """The numbers among attributes."""
+    """The attributes with these names that are numbers."""
     return [float(number) for name in names if isinstance(number := getattr(module, name, None), int | float)]
 
 
@@ -303,21 +305,21 @@ def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
     return cast(tuple[int, int], sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def twin_of(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
+def copy_with(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
     """A copy with other parameters or children, which shares all else with the module."""
-    twin: Any = copy.copy(module)
-    twin._parameters = {**module._parameters, **parameters}
-    twin._modules = {**module._modules, **children}
-    return twin
+    copied: Any = copy.copy(module)
+    copied._parameters = {**module._parameters, **parameters}
+    copied._modules = {**module._modules, **children}
+    return copied
 
 
-def in_both_modes(twin: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
+def in_both_modes(module: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
     """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
     results: list[Tensor] = []
     for training in (False, True):
-        twin.train(training)
+        module.train(training)
         with torch.random.fork_rng([]):
-            results.append(type(twin).forward(twin, *inputs, **options))
+            results.append(type(module).forward(module, *inputs, **options))
     return results[0] if torch.equal(*results) else None
 
 

@@ -1,6 +1,6 @@
 """The MLPs of a mixture of experts: each token goes through some of them, and their outputs are added with weights.
 
-    z_ts = x_t @ gate_up_e^T + gate_up_bias_e, e = expert_indices[t, s]; gate and up are its halves, or its columns
+    z_ts = x_t @ gate_up_e^T + gate_up_bias_e, e = expert_indices[t, s]; gate, up: its halves, or even and odd columns
     h_ts = a(gate_ts) * up_ts      out_ts = h_ts @ down_e^T + down_bias_e      y_t = sum over s of w_ts * out_ts
     dw_ts = dy_t . out_ts          dout_ts = w_ts * dy_t                       dh_ts = dout_ts @ down_e
     dgate_ts = dh_ts * up_ts * a'(gate_ts)      dup_ts = dh_ts * a(gate_ts)      dx_t = sum over s of dz_ts @ gate_up_e

@@ -6,7 +6,7 @@ TABLE = {
     "gate_and_up_exchanged": one(
         "gated_forward(gate[chunk], up[chunk]", "gated_forward(up[chunk], gate[chunk]", "value"
     ),
-    "gelu_for_its_approximation": one('"gelu_tanh": "tanh"', '"gelu_tanh": "gelu"', "one_at_a_time"),
+    "gelu_for_its_approximation": one('if ACTIVATION == "gelu":', 'if ACTIVATION != "silu":', "one_at_a_time"),
     "scaling_of_gate_for_up": one("bias[i], scaling[i], into)", "bias[i], scaling[0], into)", "one_at_a_time"),
     "scaling_of_down_missing": one("bias[2], scaling[2], out[chunk])", "bias[2], 1.0, out[chunk])", "one_at_a_time"),
     "bias_of_down_missing": one("bias[2], scaling[2], out", "None, scaling[2], out", "value"),

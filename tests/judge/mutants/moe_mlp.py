@@ -51,7 +51,7 @@ TABLE = {
     "gradient_through_the_clamps": one(
         "dhidden * activation, gate_in, up_in, LIMIT", "dhidden * activation, gate_in, up_in, None", "one_at_a_time"
     ),
-    "bias_of_the_first_expert": one("group.to(tl.int64) * bias_group", "0 * bias_group", "value"),
+    "bias_of_the_first_expert": one("group.to(tl.int64) * bias_row", "0 * bias_row", "value"),
     "bias_read_as_if_in_one_piece": one(
         "*weight.stride(), *added.stride(),", "*weight.stride(), columns, 1,", "layouts"
     ),
