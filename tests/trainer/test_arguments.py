@@ -58,14 +58,6 @@ def test_nothing_that_is_given_changes(tmp_path: Path, kind: type) -> None:
     assert resolved.args.accelerator_config.dispatch_batches is False
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, pinned: bool) -> None:
-    args = arguments(tmp_path)
-    args.dataloader_pin_memory = pinned  # on a CPU the default is False
-    resolved = resolve_arguments(tiny.model(), args, (), {"train_dataset": documents(), "tokenizer": tiny.tokenizer()})
-    assert resolved.args.accelerator_config.non_blocking is pinned
-
-
 def test_older_names_and_positions_reach_trls_keywords(tmp_path: Path) -> None:
     """TRL's parameters after `args` may be positional; older keywords and fields of the arguments may be keywords."""
     collator, data, tokenizer = object(), documents(), tiny.tokenizer()
