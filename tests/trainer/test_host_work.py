@@ -15,12 +15,20 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.trainer.runs import arguments, build
+from tests.trainer.test_arguments import resolve
 from unsloth_fast import UnslothTrainer
 from unsloth_fast.models.methods import has_own_method
 from unsloth_fast.module_lists import ModuleLists
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = ("parameters", "train", "num_parameters")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, pinned: bool) -> None:
+    args = arguments(tmp_path)
+    args.dataloader_pin_memory = pinned  # on a CPU the default is False
+    assert resolve(args).args.accelerator_config.non_blocking is pinned
 
 
 def test_a_step_walks_through_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
