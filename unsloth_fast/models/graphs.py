@@ -110,7 +110,10 @@ class StackGraphs:
         if not trains or torch.compiler.is_compiling() or saved_tensors_hooked():
             return run(*args, **kwargs)
         batch, latest = None if args else _batch_of(kwargs), self.latest()
-        if batch is None or (latest is not None and latest.waits) or not self._may_record(stack):
+        if batch is None or (latest is not None and latest.waits):
+            return run(*args, **kwargs)
+        snapshot = self._recordable(stack)
+        if snapshot is None:
             return run(*args, **kwargs)
         tokens = batch["input_ids"].shape[1]
         size = padded_size(tokens)
@@ -118,15 +121,15 @@ class StackGraphs:
         self._seen[size] += fits
         recording = self._recordings.get(size)
         if fits and recording is None and self._seen[size] >= RECORDED_AT and len(self._recordings) < MOST:
-            recording = self._record(run, self._snapshot, size, batch)
+            recording = self._record(run, snapshot, size, batch)
         if not fits or recording is None:
             return run(*args, **kwargs)
         recording.take(batch)
         hidden: Tensor = _Replay.apply(self, recording, *recording.parameters)
         return recording.output_type(last_hidden_state=hidden[:, :tokens] if tokens < size else hidden)
 
-    def _may_record(self, stack: PreTrainedModel) -> bool:
-        """Whether the stack can be recorded; drops what was recorded of it if it has changed since then."""
+    def _recordable(self, stack: PreTrainedModel) -> Snapshot | None:
+        """The stack as it is, None if it cannot be recorded; drops what was recorded if it has changed since then."""
         if self._snapshot is None or not self._snapshot.is_current():
             self._forget()
             self._seen.clear()
@@ -139,7 +142,7 @@ class StackGraphs:
             self._forget()
             self._obstacle = "gradients of earlier steps are kept"
             self._say(self._obstacle)
-        return self._obstacle is None
+        return self._snapshot if self._obstacle is None else None
 
     def _forget(self) -> None:
         self._recordings.clear()
@@ -151,7 +154,7 @@ class StackGraphs:
         try:
             with _checkpointed_for_graphs(snapshot.modules):
                 recording = _Recording(run, size, batch, snapshot.parameters, self._pool)
-        except Exception as error:  # noqa: BLE001  # without a recording the training goes on
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             self._obstacle = f"recording failed: {str(error).partition(chr(10))[0]}"
             self._say(self._obstacle)
             return None
@@ -292,7 +295,7 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
             raise ValueError(
                 f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}"
             )
-        hidden: Tensor = outputs.last_hidden_state
+        hidden: Tensor = outputs["last_hidden_state"]
         if not hidden.requires_grad:
             raise ValueError("the layers have no weight to train")
         return outputs, torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
