@@ -73,12 +73,18 @@ def merge(model: Any) -> None:
     model.base_model.model.model.layers[0].mlp.up_proj.merge()
 
 
+def infer(model: Any) -> None:
+    with torch.inference_mode():
+        layer_of(model).mean = torch.ones(32, device=DEVICE)
+
+
 CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "module": (model_of, replace),
     "weight": (model_of, renew),
     "merged": (model_of, merge),
     "number": (with_layer, lambda model: setattr(layer_of(model), "number", 0.5)),
     "buffer": (with_layer, lambda model: setattr(layer_of(model), "mean", torch.ones(32, device=DEVICE))),
+    "inference": (with_layer, infer),
     "ia3": (with_ia3, lambda model: model.base_model.disable_adapter_layers()),
     "hook": (model_of, lambda model: layer_of(model).weight.requires_grad_().register_hook(lambda grad: grad / 2)),
 }

@@ -76,7 +76,7 @@ class Snapshot:
         """What may change without another attribute of a module; a forward pass may change a buffer in place."""
         precision = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
         places = [(one.data_ptr(), one.requires_grad, bool(one._backward_hooks)) for one in self.parameters]
-        return precision, places, [(one.data_ptr(), one._version) for one in self._buffers]
+        return precision, places, [(one.data_ptr(), one.is_inference() or one._version) for one in self._buffers]
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
