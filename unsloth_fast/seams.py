@@ -119,8 +119,6 @@ SEAMS = (
     Seam("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "subclassed: TRL checks for this class"),
     # peft
     Seam("peft.tuners.tuners_utils.BaseTunerLayer", "recognised: an adapter on the output head"),
-    Seam("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "read: a change drops what is recorded of layers"),
-    Seam("peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters", "read: the same"),
     Seam("peft.tuners.lora.Linear", "recognised: its forward is ours; merges a dequantised layer"),
     Seam("peft.tuners.lora.bnb.Linear4bit", "recognised: its forward is ours"),
     Seam("peft.AutoPeftModelForCausalLM.from_pretrained", "replaced by models.auto: it takes load_in_4bit"),
@@ -153,6 +151,8 @@ SEAMS = (
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),
     Seam("torch.utils._python_dispatch.TorchDispatchMode", "subclassed: sees the operators of a call to be recorded"),
     Seam("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "read in names of parameters: torch.compile adds it"),
+    Seam("torch._C._storage_Use_Count", "called: whether somebody keeps a gradient that a replay would overwrite"),
+    Seam("torch.UntypedStorage._cdata", "read: the same"),
     Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: whether a checkpoint or offloading is active"),
     Seam(
         "torch._C._cuda_getCurrentRawStream",

@@ -24,7 +24,7 @@ from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import kept_fields, with_values
 from unsloth_fast.models.graphs import recorded
 from unsloth_fast.models.head import forward_with_loss, head_without_adapter
-from unsloth_fast.module_lists import ModuleLists
+from unsloth_fast.module_lists import WHOLE, ModuleLists
 from unsloth_fast.noise import noise_of_documents
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
@@ -300,7 +300,8 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        graphs = recorded(self.model) if wants_graphs(self.args) else nullcontext()
+        wants = wants_graphs(self.args) and self.accelerator.distributed_type in WHOLE
+        graphs = recorded(self.model) if wants else nullcontext()
         with self._noise.added_to(self.model), graphs, ModuleLists() as self._lists:
             return super().train(self._checkpoint, *positional, **keywords)
 

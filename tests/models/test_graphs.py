@@ -227,21 +227,8 @@ def test_evaluation_and_other_batches_run_as_usual() -> None:
         assert stack_graphs(model).passes == before > 0
 
 
-def test_a_second_backward_pass_raises() -> None:
-    """Whether a later forward pass or an earlier backward pass has overwritten the activations."""
-    model = model_of()
-    inputs = {name: value for name, value in FULL.items() if name != "labels"} | {"use_cache": False}
-    with graphs.recorded(model):
-        graphs_after(model, FULL, OTHER)
-        first, second = (model(**inputs).logits.sum() for _ in range(2))
-        with pytest.raises(RuntimeError, match="allowed: one backward pass directly after each forward pass"):
-            first.backward()
-        second.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="cuda_graphs=False"):
-            second.backward()
-
-
 OBSTACLES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "weight": (lambda model: model.model.norm.weight.register_hook(lambda grad: grad / 2), "a hook of a weight"),
     "hook": (lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *_: None), "a hook of a LlamaMLP"),
     "dropout": (lambda model: setattr(model.model.layers[0], "extra", torch.nn.Dropout(0.1)), "dropout"),
     "attention": (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention_dropout=0.1"),

@@ -47,6 +47,21 @@ def test_a_recorded_training_has_the_losses_of_another(tmp_path: Path, monkeypat
     assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
 
 
+def test_nothing_is_recorded_of_a_model_that_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP and DeepSpeed a process has all weights of a layer only while it runs."""
+    monkeypatch.setattr("unsloth_fast.trainer.WHOLE", ())
+    trainer = build(UnslothTrainer, arguments(tmp_path, cuda_graphs=True, max_steps=1), lora=True)
+    compute_loss, found = trainer.compute_loss, []
+
+    def watched(*positional: Any, **keywords: Any) -> Any:
+        found.append(stack_graphs(trainer.model))
+        return compute_loss(*positional, **keywords)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    assert found and not any(found)
+
+
 @pytest.mark.parametrize(("name", "value"), [("verify_every", 2), ("torch_compile", True)])
 def test_what_needs_the_python_of_the_layers_excludes_graphs(tmp_path: Path, name: str, value: Any) -> None:
     """Asked for with them, they are refused; otherwise nothing is recorded."""

@@ -12,25 +12,24 @@ have the bits that they have without graphs; others may differ by the rounding o
 rows.
 
 The recordings share their memory, which holds the activations of the largest size for as long as they exist; a larger
-size begins anew. Only one forward pass can wait for its backward pass; the second of two backward passes raises.
+size begins anew. While a replayed forward pass waits for its backward pass, others run as without graphs.
 
-What Python does between the launches is not repeated. So nothing is recorded where it may matter (`_obstacle`), and a
-recording is dropped when the model has changed since then (`_state`): another adapter, a hook, a weight that moved.
+What Python does between the launches is not repeated. So nothing is recorded where it may matter, and a recording is
+dropped when the model has changed since then (`recordable.Snapshot`): another adapter, a hook, a module or an attribute
+of one, a weight that moved.
 """
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import repeat
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -38,8 +37,8 @@ from transformers.utils import ModelOutput
 
 from unsloth_fast.models.checkpointing import offloads
 from unsloth_fast.models.interface import stacks_of
-from unsloth_fast.models.methods import HOOKS, hooks_of
 from unsloth_fast.models.packed import documents_of
+from unsloth_fast.models.recordable import CHECKPOINT, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,6 @@ LARGEST_OFFLOADED = 4096  # the layers' inputs, which would wait on the host, st
 RECORDED_AT = 2  # batches of a size
 MOST = 16  # sizes
 _BATCH = frozenset(("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
-_CHECKPOINT = "_gradient_checkpointing_func"  # of a checkpointed layer: what it calls to run
-_RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of a configuration's fields that are shares
 
 
 @contextmanager
@@ -88,14 +85,13 @@ class StackGraphs:
     def __init__(self) -> None:
         self._recordings: dict[int, _Recording] = {}
         self._seen: Counter[int] = Counter()
-        self._modules: list[Module] = []
-        self._parameters: list[Parameter] = []
-        self._state: object = None
+        self._snapshot: Snapshot | None = None
         self._said: set[str] = set()
         self._obstacle: str | None = None
         self._largest = LARGEST
         self._pool: Any = None
-        self.passes = 0  # the number of the forward pass that the memory belongs to
+        self.passes = 0  # that were replayed
+        self.latest: Callable[[], _Pass | None] = _no_pass  # the one that the memory belongs to
 
     def __reduce__(self) -> tuple[type["StackGraphs"], tuple[()]]:
         return StackGraphs, ()
@@ -113,8 +109,11 @@ class StackGraphs:
         trains = stack.training and torch.is_grad_enabled()
         if not trains or torch.compiler.is_compiling() or hooks(False) is not None:
             return run(*args, **kwargs)
-        batch = None if args else _batch_of(kwargs)
-        if batch is None or not self._may_record(stack):
+        batch, latest = None if args else _batch_of(kwargs), self.latest()
+        if batch is None or (latest is not None and latest.waits):
+            return run(*args, **kwargs)
+        snapshot = self._recordable(stack)
+        if snapshot is None:
             return run(*args, **kwargs)
         tokens = batch["input_ids"].shape[1]
         size = padded_size(tokens)
@@ -122,44 +121,47 @@ class StackGraphs:
         self._seen[size] += fits
         recording = self._recordings.get(size)
         if fits and recording is None and self._seen[size] >= RECORDED_AT and len(self._recordings) < MOST:
-            recording = self._record(run, stack, size, batch)
+            recording = self._record(run, snapshot, size, batch)
         if not fits or recording is None:
             return run(*args, **kwargs)
         recording.take(batch)
         hidden: Tensor = _Replay.apply(self, recording, *recording.parameters)
         return recording.output_type(last_hidden_state=hidden[:, :tokens] if tokens < size else hidden)
 
-    def _may_record(self, stack: PreTrainedModel) -> bool:
-        """Whether the stack can be recorded; drops what was recorded of it if it has changed since then."""
-        state = _state(self._modules, self._parameters)
-        if self._state is None or state != self._state:
+    def _recordable(self, stack: PreTrainedModel) -> Snapshot | None:
+        """The stack as it is, None if it cannot be recorded; drops what was recorded if it has changed since then."""
+        if self._snapshot is None or not self._snapshot.is_current():
             self._forget()
             self._seen.clear()
-            self._modules = list(stack.modules())
-            self._parameters = list(stack.parameters())
-            self._state = _state(self._modules, self._parameters)
-            self._obstacle = _obstacle(stack, self._modules, self._parameters)
-            offloaded = any(offloads(vars(module).get(_CHECKPOINT)) for module in self._modules)
+            self._snapshot = Snapshot(stack, DEVICE)
+            self._obstacle = self._snapshot.obstacle()
+            offloaded = any(offloads(vars(module).get(CHECKPOINT)) for module in self._snapshot.modules)
             self._largest = LARGEST_OFFLOADED if offloaded else LARGEST
             self._say(self._obstacle)
-        return self._obstacle is None
+        if any(recording.is_kept() for recording in self._recordings.values()):
+            self._forget()
+            self._obstacle = "gradients of earlier steps are kept"
+            self._say(self._obstacle)
+        return self._snapshot if self._obstacle is None else None
 
     def _forget(self) -> None:
         self._recordings.clear()
         self._pool = None
 
-    def _record(self, run: Run, stack: PreTrainedModel, size: int, batch: dict[str, Any]) -> "_Recording | None":
+    def _record(self, run: Run, snapshot: Snapshot, size: int, batch: dict[str, Any]) -> "_Recording | None":
         if size > max(self._recordings, default=size):  # the memory of smaller ones is in pieces that are too small
             self._forget()
         try:
-            with _checkpointed_for_graphs(self._modules):
-                recording = _Recording(run, size, batch, self._parameters, self._pool)
-        except (RuntimeError, ValueError, TypeError) as error:
+            with _checkpointed_for_graphs(snapshot.modules):
+                recording = _Recording(run, size, batch, snapshot.parameters, self._pool)
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             self._obstacle = f"recording failed: {str(error).partition(chr(10))[0]}"
             self._say(self._obstacle)
             return None
         self._recordings[size], self._pool = recording, recording.forward.pool()
-        logger.info("CUDA graphs: %s is recorded for batches of up to %d tokens", type(stack).__name__, size)
+        logger.info(
+            "CUDA graphs: %s is recorded for batches of up to %d tokens", type(snapshot.modules[0]).__name__, size
+        )
         return recording
 
     def _say(self, obstacle: str | None) -> None:
@@ -202,8 +204,9 @@ class _Recording:
             outputs, self.forward = capture(work, pool)
             hidden: Tensor = outputs["last_hidden_state"]
             gradients = partial(torch.autograd.grad, hidden, self.parameters, self.grad_hidden)
-            self.grads, self.backward = capture(gradients, pool)
+            self.grads, self.backward = capture(lambda: _apart(gradients()), pool)
         self.hidden = hidden.detach()
+        self._holders = list(map(_holders, self.grads))
 
     def take(self, batch: dict[str, Any]) -> None:
         """Copy a batch to where the recorded kernels read it; what remains of an earlier one behind it is padding."""
@@ -213,17 +216,34 @@ class _Recording:
         self._bounds[: len(bounds)].copy_(bounds, non_blocking=True)
         self._bounds[len(bounds) :].fill_(self._size)
 
-    def take_back(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the parameters for one of the hidden states, where the recording leaves them.
+    def is_kept(self) -> bool:
+        """Whether somebody keeps a gradient that the next replay would overwrite, other than its parameter."""
+        return any(
+            _holders(grad) > holders + _is_at(parameter.grad, grad)
+            for parameter, grad, holders in zip(self.parameters, self.grads, self._holders, strict=True)
+        )
+
+    def take_back(self, parameters: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of self.parameters for one of the hidden states, where the recording leaves them.
 
         A parameter may still have them from the last replay, and adds to them.
         """
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            if parameter.grad is not None and parameter.grad.data_ptr() == grad.data_ptr():
+        for parameter, grad in zip(parameters, self.grads, strict=True):
+            if parameter.grad is not None and _is_at(parameter.grad, grad):
                 parameter.grad = parameter.grad.clone()
         self.grad_hidden.copy_(hidden)
         self.backward.replay()
         return tuple(grad.detach() for grad in self.grads)
+
+
+class _Pass:
+    """A replayed forward pass; it is gone when none of its outputs is left."""
+
+    waits = True  # for its backward pass
+
+
+def _no_pass() -> None:
+    return None
 
 
 class _Replay(torch.autograd.Function):
@@ -231,22 +251,27 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graphs: StackGraphs, recording: _Recording, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        ctx.graphs, ctx.recording, ctx.own = graphs, recording, _Pass()
         graphs.passes += 1
-        ctx.graphs, ctx.recording, ctx.number = graphs, recording, graphs.passes
+        graphs.latest = weakref.ref(ctx.own)
         recording.forward.replay()
         return recording.hidden.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, hidden: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.number != ctx.graphs.passes:
+        parameters = ctx.saved_tensors  # raises if one has changed since the forward pass
+        if ctx.graphs.latest() is not ctx.own:
             raise RuntimeError(
-                "backward: got a pass whose activations a later forward pass, or an earlier backward pass, has "
-                "overwritten, as the layers are recorded as CUDA graphs; allowed: one backward pass directly after "
-                "each forward pass, or cuda_graphs=False"
+                "backward: got a second backward pass of outputs whose activations a later forward pass has "
+                "overwritten, as the layers are recorded as CUDA graphs; allowed: all backward passes before the next "
+                "forward pass, or cuda_graphs=False"
             )
-        ctx.graphs.passes += 1
-        return None, None, *ctx.recording.take_back(hidden)
+        if not ctx.own.waits:  # an earlier backward pass has overwritten the activations
+            ctx.recording.forward.replay()
+        ctx.own.waits = False
+        return None, None, *ctx.recording.take_back(parameters, hidden)
 
 
 def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
@@ -270,7 +295,7 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
             raise ValueError(
                 f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}"
             )
-        hidden: Tensor = outputs.last_hidden_state
+        hidden: Tensor = outputs["last_hidden_state"]
         if not hidden.requires_grad:
             raise ValueError("the layers have no weight to train")
         return outputs, torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
@@ -297,47 +322,19 @@ def _batch_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     return given if given["input_ids"].ndim == 2 and len(given["input_ids"]) == 1 else None
 
 
-def _state(modules: Sequence[Module], parameters: Sequence[Parameter]) -> tuple[object, ...]:
-    """What a recording depends on besides the batch, and what may change without a new module.
-
-    Read by map from the modules' dictionaries, since a Llama of 16 layers with LoRA has 1337 modules.
-    """
-    precision = torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)
-    places = [(one.data_ptr(), one.requires_grad) for one in parameters]
-    owns = list(map(vars, modules))
-    values = [list(map(dict.get, owns, repeat(name))) for name in ("training", "forward", _CHECKPOINT)]
-    hooks = [list(map(tuple, map(itemgetter(name), owns))) for name in HOOKS]  # their numbers, which are not used twice
-    layers = [own for own in owns if "scaling" in own and "merged_adapters" in own]
-    adapters = [(*own["scaling"].items(), *own["merged_adapters"], own["_disable_adapters"]) for own in layers]
-    active = [tuple(own.get("_active_adapter", ())) for own in layers]
-    return precision, places, values, hooks, adapters, active
+def _apart(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, none in the memory of another, as each becomes that of its parameter."""
+    shared = Counter(grad.untyped_storage().data_ptr() for grad in grads)
+    return [grad.clone() if shared[grad.untyped_storage().data_ptr()] > 1 else grad for grad in grads]
 
 
-def _obstacle(stack: PreTrainedModel, modules: Sequence[Module], parameters: Sequence[Parameter]) -> str | None:
-    """Why the stack cannot be recorded; None if it can."""
-    documents = documents_of(stack)
-    if documents is None or documents.masked is not None:
-        return "documents are kept apart by a mask"
-    if any(isinstance(one, DTensor) for one in parameters):
-        return "the weights are sharded"
-    places = {one.device for one in parameters}
-    if len(places) != 1 or next(iter(places)).type != DEVICE:
-        return f"the weights are on {', '.join(map(str, places))}"
-    for module in modules:
-        if hasattr(module, "_hf_hook") or not all(map(_asks_for_gradients, hooks_of(module))):
-            return f"a hook of a {type(module).__name__}"
-        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
-            return "dropout"
-    shares = {name: value for name, value in vars(stack.config).items() if any(word in name for word in _RANDOM)}
-    random = [name for name, value in shares.items() if isinstance(value, float) and value > 0]
-    if random:
-        return f"{random[0]}={shares[random[0]]} in the model's configuration"
-    return "router logits are asked for" if getattr(stack.config, "output_router_logits", False) else None
+def _is_at(grad: Tensor | None, other: Tensor) -> bool:
+    return grad is not None and grad.data_ptr() == other.data_ptr()
 
 
-def _asks_for_gradients(hook: Callable[..., object]) -> bool:
-    """Whether a hook is transformers' or peft's on the embedding of a checkpointed model, which does nothing else."""
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+def _holders(grad: Tensor) -> int:
+    """How many tensors hold the memory of a gradient."""
+    return torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
@@ -346,7 +343,7 @@ def _checkpointed_for_graphs(modules: Sequence[Module]) -> Iterator[None]:
     plain = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with ExitStack() as stack:
         for module in modules:
-            if _CHECKPOINT in vars(module):
-                stack.callback(setattr, module, _CHECKPOINT, getattr(module, _CHECKPOINT))
-                setattr(module, _CHECKPOINT, plain)
+            if CHECKPOINT in vars(module):
+                stack.callback(setattr, module, CHECKPOINT, getattr(module, CHECKPOINT))
+                setattr(module, CHECKPOINT, plain)
         yield
