@@ -38,7 +38,7 @@ class Layer(nn.Module):
 
 def with_layer() -> Any:
     """A model with one."""
-    model = model_of()
+    model: Any = model_of()
     model.base_model.model.model.layers[0].post_attention_layernorm = Layer()
     return model.train()
 
@@ -50,7 +50,7 @@ def layer_of(model: Any) -> Any:
 
 def with_ia3() -> Any:
     """A model with adapters that have no scaling."""
-    model = get_peft_model(model_of(lora=False), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    model: Any = get_peft_model(model_of(lora=False), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     for name, parameter in model.named_parameters():
         if "ia3" in name:
             parameter.data.mul_(3)
