@@ -25,6 +25,8 @@ from unsloth_fast.models import graphs, place
 class Layer(nn.Module):
     """A layer of a user's own, whose Python uses a number."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.number, self.calls = 2.0, 0
