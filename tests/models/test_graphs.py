@@ -269,6 +269,15 @@ def test_a_recording_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch, cap
     assert "more" not in caplog.text
 
 
+def test_a_recording_that_fails_frees_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would not be used any more."""
+    model, large = model_of(), batch(*[64] * 8)
+    with graphs.recorded(model):
+        assert list(graphs_after(model, large, large)._recordings) == [512]
+        monkeypatch.setattr(graphs, "capture", lambda *_: {}["missing"])
+        assert not graphs_after(model, FULL, OTHER)._recordings
+
+
 def test_a_copy_begins_without_recordings() -> None:
     """Graphs cannot be copied, nor pickled."""
     model = model_of(lora=False)

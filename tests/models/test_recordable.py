@@ -25,6 +25,8 @@ from unsloth_fast.models import graphs, place
 class Layer(nn.Module):
     """A layer of a user's own, whose Python uses a number."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.number, self.calls = 2.0, 0
@@ -38,7 +40,7 @@ class Layer(nn.Module):
 
 def with_layer() -> Any:
     """A model with one."""
-    model = model_of()
+    model: Any = model_of()
     model.base_model.model.model.layers[0].post_attention_layernorm = Layer()
     return model.train()
 
@@ -50,7 +52,7 @@ def layer_of(model: Any) -> Any:
 
 def with_ia3() -> Any:
     """A model with adapters that have no scaling."""
-    model = get_peft_model(model_of(lora=False), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    model: Any = get_peft_model(model_of(lora=False), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     for name, parameter in model.named_parameters():
         if "ia3" in name:
             parameter.data.mul_(3)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.models.test_graphs import ON_GPU, attention, capture, stack_graphs
@@ -15,11 +16,26 @@ from unsloth_fast.models import graphs
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def losses(folder: Path, wanted: bool | None, **options: Any) -> tuple[list[float], list[int]]:
+class WithReference(UnslothTrainer):
+    """With a loss that compares the model with itself without the adapter."""
+
+    def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Any:
+        """The loss of the batch, and the distance of the probabilities, from another forward pass of the model."""
+        loss = super().compute_loss(model, inputs, *positional, **keywords)
+        batch = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        ours = model(**batch).logits.softmax(-1)
+        with torch.no_grad(), model.disable_adapter():
+            theirs = model(**batch).logits.softmax(-1)
+        return loss + (ours - theirs).square().sum(-1).mean()
+
+
+def losses(
+    folder: Path, wanted: bool | None, kind: type = UnslothTrainer, **options: Any
+) -> tuple[list[float], list[int]]:
     """The losses of the microbatches, and the sizes that were recorded until the last one."""
     sizes: list[int] = []
     own = {"backend": "fast", "use_cpu": False, "bf16": False} if ON_GPU else {}
-    trainer = build(UnslothTrainer, arguments(folder, cuda_graphs=wanted, **own, **options), lora=True)
+    trainer = build(kind, arguments(folder, cuda_graphs=wanted, **own, **options), lora=True)
     compute_loss = trainer.compute_loss
 
     def counted(*positional: Any, **keywords: Any) -> Any:
@@ -34,15 +50,18 @@ def losses(folder: Path, wanted: bool | None, **options: Any) -> tuple[list[floa
     return trainer.losses, sizes
 
 
-def test_a_recorded_training_has_the_losses_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [UnslothTrainer, WithReference])
+def test_a_recorded_training_has_the_losses_of_another(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With microbatches of several sizes, which are padded, and gradients that are accumulated."""
     if not ON_GPU:
         monkeypatch.setattr(graphs, "DEVICE", "cpu")
         monkeypatch.setattr(graphs, "capture", capture)
         monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "embedding_learning_rate": 1e-4}
-    expected, none = losses(tmp_path / "a", False, **options)
-    found, sizes = losses(tmp_path / "b", True, **options)
+    expected, none = losses(tmp_path / "a", False, kind, **options)
+    found, sizes = losses(tmp_path / "b", True, kind, **options)
     assert sizes and not none
     assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
 

@@ -91,7 +91,7 @@ class StackGraphs:
         self._largest = LARGEST
         self._pool: Any = None
         self.passes = 0  # that were replayed
-        self.latest: Callable[[], _Pass | None] = _no_pass  # the one that the memory belongs to
+        self.latest: Callable[[], _Pass | None] = lambda: None  # the one that the memory belongs to
 
     def __reduce__(self) -> tuple[type["StackGraphs"], tuple[()]]:
         return StackGraphs, ()
@@ -120,6 +120,9 @@ class StackGraphs:
         fits = size <= self._largest and len(batch["cu_seq_lens_q"]) < most_bounds(size)
         self._seen[size] += fits
         recording = self._recordings.get(size)
+        if recording is not None and recording.is_kept():
+            self._give_up("gradients of earlier steps are kept")
+            return run(*args, **kwargs)
         if fits and recording is None and self._seen[size] >= RECORDED_AT and len(self._recordings) < MOST:
             recording = self._record(run, snapshot, size, batch)
         if not fits or recording is None:
@@ -138,10 +141,6 @@ class StackGraphs:
             offloaded = any(offloads(vars(module).get(CHECKPOINT)) for module in self._snapshot.modules)
             self._largest = LARGEST_OFFLOADED if offloaded else LARGEST
             self._say(self._obstacle)
-        if any(recording.is_kept() for recording in self._recordings.values()):
-            self._forget()
-            self._obstacle = "gradients of earlier steps are kept"
-            self._say(self._obstacle)
         return self._snapshot if self._obstacle is None else None
 
     def _forget(self) -> None:
@@ -155,14 +154,18 @@ class StackGraphs:
             with _checkpointed_for_graphs(snapshot.modules):
                 recording = _Recording(run, size, batch, snapshot.parameters, self._pool)
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self._obstacle = f"recording failed: {str(error).partition(chr(10))[0]}"
-            self._say(self._obstacle)
+            self._give_up(f"recording failed: {str(error).partition(chr(10))[0]}")
             return None
         self._recordings[size], self._pool = recording, recording.forward.pool()
         logger.info(
             "CUDA graphs: %s is recorded for batches of up to %d tokens", type(snapshot.modules[0]).__name__, size
         )
         return recording
+
+    def _give_up(self, obstacle: str) -> None:
+        self._forget()
+        self._obstacle = obstacle
+        self._say(obstacle)
 
     def _say(self, obstacle: str | None) -> None:
         if obstacle is not None and obstacle not in self._said:
@@ -240,10 +243,6 @@ class _Pass:
     """A replayed forward pass; it is gone when none of its outputs is left."""
 
     waits = True  # for its backward pass
-
-
-def _no_pass() -> None:
-    return None
 
 
 class _Replay(torch.autograd.Function):

@@ -36,7 +36,7 @@ class Snapshot:
     def __init__(self, stack: PreTrainedModel, device: str) -> None:
         self.modules, self.parameters = list(stack.modules()), list(stack.parameters())
         self._stack, self._device, self._buffers = stack, device, list(stack.buffers())
-        self._attributes = list(map(vars, (*self.modules, stack.config)))
+        self._attributes = list(map(vars, self.modules))
         self._before, self._state_before = list(map(_copied, self._attributes)), self._state()
 
     def is_current(self) -> bool:
@@ -76,7 +76,8 @@ class Snapshot:
         """What may change without another attribute of a module; a forward pass may change a buffer in place."""
         precision = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
         places = [(one.data_ptr(), one.requires_grad, bool(one._backward_hooks)) for one in self.parameters]
-        return precision, places, [(one.data_ptr(), one.is_inference() or one._version) for one in self._buffers]
+        buffers = [(one.data_ptr(), one.is_inference() or one._version) for one in self._buffers]
+        return precision, places, buffers, {**vars(self._stack.config), "use_cache": False}  # recorded without a cache
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
