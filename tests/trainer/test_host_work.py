@@ -150,12 +150,3 @@ def test_models_whose_parameters_are_exchanged_keep_their_methods() -> None:
         lists.use(sharded, DistributedType.FSDP)
         lists.use(offloaded, DistributedType.NO)
         assert not any(has_own_method(model, name) for model in (sharded, offloaded) for name in METHODS)
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, pinned: bool) -> None:
-    args = arguments(tmp_path)
-    args.dataloader_pin_memory = pinned  # on a CPU the default is False
-    trainer = build(UnslothTrainer, args)
-    assert trainer.args.accelerator_config.non_blocking is pinned
-    assert args.accelerator_config.non_blocking is False
