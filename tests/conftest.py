@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: without a GPU its interpreter runs kernels
     patch_for_speed()
 torch.set_num_threads(1)
+if find_spec("bitsandbytes"):
+    # Where a CPU multiplies bfloat16, bitsandbytes repacks weights in evaluation, and does not train them afterwards.
+    import_module("bitsandbytes.nn.modules").has_avx512bf16 = lambda: False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
