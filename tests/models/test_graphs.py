@@ -7,6 +7,7 @@ same tensors; so whatever Python does between them is missing from a replay, as 
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,7 @@ def _recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not ON_GPU:
         monkeypatch.setattr(graphs, "DEVICE", "cpu")
         monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr(graphs, "other_stream", nullcontext)
     yield
 
 
@@ -154,7 +156,7 @@ def test_a_recorded_stack_has_the_bits_of_the_others(name: str, lora: bool) -> N
         recordings = stack_graphs(model)._recordings
         assert list(recordings) == [256]
     for (losses, grads), (expected_losses, expected_grads), step in zip(found, expected, STEPS, strict=True):
-        exact = not any(each is SHORT for each in step)
+        exact = not any(each is SHORT for each in step)  # a padded batch may sum in another order, in float32
         for one, other in zip([*losses, *grads], [*expected_losses, *expected_grads], strict=True):
             assert torch.equal(one, other) if exact else (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-9
 

@@ -1,5 +1,6 @@
 """A training whose layers are recorded as CUDA graphs has the losses of one without; the argument is checked."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_a_recorded_training_has_the_losses_of_another(
     if not ON_GPU:
         monkeypatch.setattr(graphs, "DEVICE", "cpu")
         monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr(graphs, "other_stream", nullcontext)
         monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "embedding_learning_rate": 1e-4}
     expected, none = losses(tmp_path / "a", False, kind, **options)

@@ -1,10 +1,10 @@
 """The layers of a model as two CUDA graphs: one launch for their forward pass, and one for their backward pass.
 
 The host launches some two thousand kernels for a step of Llama 3.2 1B with LoRA, which takes it 120 ms; for 2 rows of
-2048 tokens an H200 needs 48 ms to run them. So a stack of layers, from the embedding to the last norm, runs through
-Python twice for packed batches of a size: once as usual, and once more while CUDA records what it launches. From then
-on the inputs of a batch are copied to where the recorded kernels read them, and the recording is replayed. The output
-head, the loss and the optimizer run as usual.
+2048 tokens an H200 needs 48 ms to run them. So the Python of a stack of layers, from the embedding to the last norm,
+runs three times for packed batches of a size: once as usual, and for the second batch once to load all kernels and once
+while CUDA records what it launches. From then on the inputs of a batch are copied to where the recorded kernels read
+them, and the recording is replayed. The output head, the loss and the optimizer run as usual.
 
 A batch is padded within the stack to the next size: a multiple of 256 tokens, above 4096 one of 512, and so on. The
 padding is one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding
@@ -288,7 +288,7 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
     Returns:
         The outputs, and the gradients of the parameters.
     """
-    with _other_stream():
+    with other_stream():
         outputs = work()
         if not isinstance(outputs, ModelOutput) or list(outputs) != ["last_hidden_state"]:
             raise ValueError(
@@ -301,10 +301,8 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
 
 
 @contextmanager
-def _other_stream() -> Iterator[None]:
-    if DEVICE == "cpu":
-        yield
-        return
+def other_stream() -> Iterator[None]:
+    """Run on a stream of its own, between what was launched before and what is launched after."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
