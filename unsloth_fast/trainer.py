@@ -66,6 +66,8 @@ class UnslothTrainer(SFTTrainer):
 
     NEFTune: where documents are concatenated, the noise of each is scaled by its own length.
 
+    CUDA graphs: on a GPU the layers of small concatenated batches are recorded and replayed (`cuda_graphs`).
+
     Args:
         model: a model, or the name or path of one.
         args: `UnslothTrainingArguments`, or the `trl.SFTConfig` or `transformers.TrainingArguments` that TRL takes;
