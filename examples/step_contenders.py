@@ -23,6 +23,7 @@ CONTENDERS = {
     "reference": "this trainer on the reference",
     "fast": "this trainer",
     "fast-4bit": "this trainer, 4-bit weights",
+    "fast-fp8": "this trainer, float8 weights",
 }
 
 
@@ -155,8 +156,9 @@ def loaded_trainer(
 ) -> Any:
     """A trainer with Unsloth's interface: Unsloth's own, or this project's."""
     full, checkpointing = job.mode == "full", "unsloth" if job.mode == "gc" else False
-    bits = {"load_in_4bit": contender.endswith("4bit"), "full_finetuning": full}
-    model, tokenizer = loader.from_pretrained(job.path, max_seq_length=job.length, **bits, **backend)
+    bits = {f"load_in_{name}": True for name in ("4bit", "fp8") if contender.endswith(name)}
+    weights = {"load_in_4bit": False, **bits, "full_finetuning": full}
+    model, tokenizer = loader.from_pretrained(job.path, max_seq_length=job.length, **weights, **backend)
     if not full:
         targets = [*job.shape.linear, *(("embed_tokens", "lm_head") if job.mode == "embed" else ())]
         lora = {"r": RANK, "lora_alpha": RANK, "use_gradient_checkpointing": checkpointing}
