@@ -133,6 +133,16 @@ def decide(logs: Logs, noise: float) -> Decision:
     return Decision(verdict, ratio, low, high, math.expm1(beyond), len(logs.head))
 
 
+def hopeless(logs: Logs, noise: float) -> bool:
+    """Whether all rounds would not bring a verdict: an interval shrinks with the square root of their number.
+
+    At the last look it would be too wide to lie within the margin, and too wide to lie beyond zero.
+    """
+    low, high = interval(logs.head)
+    half = (high - low) / 2 * math.sqrt(len(logs.head) / LOOKS[-1])
+    return half > max(noise, 2 * FLOOR) and half > abs(median(logs.head))
+
+
 class Pool:
     """All comparisons of one job, which share what they learn about noise.
 
@@ -144,7 +154,7 @@ class Pool:
         self._logs: dict[tuple[str, str], list[Logs]] = {}
 
     def time(self, job: str, kinds: Collection[str], sample: Sampler, late: Callable[[], bool]) -> None:
-        """Time one job in rounds, until every kind of time has a verdict, or time is over.
+        """Time one job in rounds, until every kind of time has a verdict or can get none, or time is over.
 
         Args:
             job: the name of the comparison: operation, dtype and shape.
@@ -163,10 +173,12 @@ class Pool:
             for kind, logs in unsure.items():
                 logs.add({side: sample(side, kind) for side in order})
             if rounds in LOOKS:
-                found = {
-                    kind: decide(logs, margin(group(kind), self._differences(kind))) for kind, logs in unsure.items()
+                noise = {kind: margin(group(kind), self._differences(kind)) for kind in unsure}
+                unsure = {
+                    kind: logs
+                    for kind, logs in unsure.items()
+                    if decide(logs, noise[kind]).verdict is Verdict.UNSURE and not hopeless(logs, noise[kind])
                 }
-                unsure = {kind: logs for kind, logs in unsure.items() if found[kind].verdict is Verdict.UNSURE}
             if not unsure:
                 return
 

@@ -75,7 +75,7 @@ class FakeSide:
         return {"row": {**self._about, "red": self._red, "peak_mebibytes": 1.0}}
 
 
-def measured(path: Path, minutes: float, gates: int = 28, dies: bool = False) -> dict[str, Any]:
+def measured(path: Path, minutes: float, gates: int = 40, dies: bool = False) -> dict[str, Any]:
     clock = Clock()
     number = iter(range(1000))
 
@@ -92,9 +92,9 @@ def measured(path: Path, minutes: float, gates: int = 28, dies: bool = False) ->
 def test_gates_with_known_verdicts_are_counted(tmp_path: Path) -> None:
     found = measured(tmp_path / "gates.json", minutes=30)
     heads = Counter((one["head"], one["verdict"]) for one in found["results"])
-    assert heads == {("base", "SAME"): 20, ("0.05", "SLOWER"): 4, ("0.02", "SLOWER"): 4, ("wrong", None): 2}
-    assert found["meta"]["sets_of_processes"] == 9  # two per generation with changes
-    assert found["meta"]["seconds_of_starting"] == pytest.approx(9 * 12)
+    assert heads == {("base", "SAME"): 32, ("0.05", "SLOWER"): 4, ("0.02", "SLOWER"): 4, ("wrong", None): 2}
+    assert found["meta"]["sets_of_processes"] == 12  # two per generation with changes
+    assert found["meta"]["seconds_of_starting"] == pytest.approx(12 * 12)
     wrong = next(one for one in found["results"] if one["head"] == "wrong")
     assert (wrong["times"], wrong["no_speed"]) == ({}, "the head: wrong")
     slower = next(one for one in found["results"] if one["head"] == "0.05")
@@ -105,13 +105,13 @@ def test_gates_with_known_verdicts_are_counted(tmp_path: Path) -> None:
     assert abs(first["device_full"]["again"]) < 0.002
     document = gate_document.into(f"a\n{gate_document.BEGIN}\nold\n{gate_document.END}\nb\n", [found, found])
     assert "old" not in document
-    assert "Fake card, torch 2, triton 3; 60 gates, 18 sets of three processes" in document
-    assert "| base against base | 40 | 0 | 0 | 40 | 0 | 0 | 20 | - |" in document
+    assert "Fake card, torch 2, triton 3; 84 gates, 24 sets of three processes" in document
+    assert "| base against base | 64 | 0 | 0 | 64 | 0 | 0 | 20 | - |" in document
     assert "| planted: 5 % slower | 8 | 8 | 0 | 0 | 0 | 0 |" in document
     assert "| 4.9 % to 5.1 % |" in document
     assert "| a wrong kernel | 4 | 0 | 0 | 0 | 0 | 4 | - | - |" in document
-    assert "False changes: 0 of 40. With a confidence of 95 % their rate is below 7.2 %." in document
-    assert "| device_full | 96 | 0.25 % | 0." in document  # 40 gates with two pairs, 16 with one
+    assert "False changes: 0 of 64. With a confidence of 95 % their rate is below 4.6 %." in document
+    assert "| device_full | 144 | 0.25 % | 0." in document  # 64 gates with two pairs, 16 with one
     assert document.startswith("a\n") and document.endswith("\nb\n")
 
 
@@ -126,7 +126,7 @@ def test_a_false_change_and_a_lost_process_are_shown(tmp_path: Path) -> None:
 
 
 def test_measuring_ends_with_the_time_and_every_head_has_gates(tmp_path: Path) -> None:
-    found = measured(tmp_path / "gates.json", minutes=5, gates=2800)
+    found = measured(tmp_path / "gates.json", minutes=5, gates=4000)
     assert 4 * 60 < found["meta"]["seconds"] <= 5 * 60
     counts = Counter(one["head"] for one in found["results"])
     assert min(counts["0.05"], counts["0.02"]) > 5
@@ -166,6 +166,9 @@ class FakeDevice:
 
     def sleep(self, cycles: int) -> None:
         self.passed += cycles / 1.7e6 + 0.0015 if cycles else 0.0
+
+    def timer(self, call: Callable[[], Any]) -> Callable[[], float]:
+        return lambda: self.milliseconds(call)
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         before = self.passed

@@ -48,7 +48,7 @@ def main() -> None:
     brief.add_argument("--note", default="", help="how the mutants were examined, for the document")
     brief.add_argument("--json", type=Path, required=True)
     third = steps.add_parser("gate", help="run gates whose right verdict is known, on a GPU")
-    third.add_argument("--gates", type=int, default=280, help="number of gates, without those of wrong kernels (280)")
+    third.add_argument("--gates", type=int, default=250, help="number of gates, without those of wrong kernels (250)")
     third.add_argument("--minutes", type=float, default=7.0, help="time limit of all gates (7)")
     third.add_argument("--first", type=int, default=0, metavar="N", help="number of the first generation of gates (0)")
     third.add_argument("--json", type=Path, required=True)

@@ -28,7 +28,7 @@ from conformance.gate.statistics import SIDES
 from tests.judge.power.planted import WRONG
 
 BASE, WRONG_KERNEL = "base", "wrong"  # heads of gates; any other head is the share by which its kernels are slower
-CYCLE = (0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.02)  # the planted share of each generation
+CYCLE = (0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0)  # the planted share of each generation
 MINUTES = 0.5  # for one gate; all rounds of the shapes below take less
 BACKEND, LOG = "planted_kernels", "planted.jsonl"
 
@@ -77,7 +77,7 @@ def generations(gates: int, first: int = 0) -> list[Generation]:
     """Plan the gates; each generation with a planted slowdown also has a gate of a wrong kernel.
 
     Args:
-        gates: how many, without those of wrong kernels; 5 of 7 compare the base with itself, 1 of 7 has each slowdown.
+        gates: how many, without those of wrong kernels; 8 of 10 have the base as head, 1 of 10 each slowdown.
         first: the number of the first generation; plans of other numbers have other orders of shapes.
     """
     plan = []
@@ -95,11 +95,13 @@ def generations(gates: int, first: int = 0) -> list[Generation]:
 class Shared:
     """A process that several gates use, each as if it had started it; records the samples."""
 
-    def __init__(self, side: Asked, alone: bool) -> None:
-        """If `alone`, it prepares after the others are ready, because calibrating its kernels measures times."""
-        self._side, self._alone = side, alone
+    def __init__(self, side: Asked, started: dict[str, Any], alone: bool) -> None:
+        """Takes what the process answered to "start".
+
+        If `alone`, it prepares after the others are ready, because calibrating its kernels measures times.
+        """
+        self._side, self._started, self._alone = side, started, alone
         self._held: dict[str, Any] | None = None
-        self._started: dict[str, Any] | None = None
         self.shape = ""
         self.samples: dict[str, list[float]] = {}
 
@@ -122,7 +124,6 @@ class Shared:
         if do == "shapes":
             return {"shapes": [self.shape]}
         if do == "start":
-            self._started = self._started or self._side.ask(do, **command)
             return self._started
         answer = self._side.ask(do, **command)
         if do == "sample":
@@ -146,10 +147,11 @@ class Processes:
         if index == len(self.sets):
             begin = self.clock()
             sides = self.stack.enter_context(self.start())
-            shared = {name: Shared(side, self.alone and name == "head") for name, side in sides.items()}
-            for name in SIDES:
-                shared[name].ask("start", backend=BACKEND, source={})
-            self.sets.append(shared)
+            for name in SIDES:  # at the same time, so that their peak rates mean nothing
+                sides[name].tell("start", backend=BACKEND, source={})
+            self.sets.append(
+                {name: Shared(sides[name], sides[name].hear(), self.alone and name == "head") for name in SIDES}
+            )
             self.seconds += self.clock() - begin
         return self.sets[index]
 

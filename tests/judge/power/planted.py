@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from conformance.backends import OPERATIONS
+from conformance.bench.card import Card
 from conformance.specs import specs
 from conformance.trial import Function
 
 CALLS = 10  # in one timing
 REPEATS = 5  # timings of the kernel and of the slowed one, in turns
 CORRECTIONS = 2
-QUEUE_CYCLES = 20_000_000  # about 10 ms, for which the device sleeps while CALLS are launched
 RATE_CYCLES = 10_000_000
 
 WRONG = "rms_norm"  # of a slowed backend: its results are 2 % too large
@@ -38,30 +38,38 @@ class Device(Protocol):
         """Queue a sleep."""
         ...
 
-    def milliseconds(self, call: Callable[[], Any]) -> float:
-        """The device time of a call."""
+    def timer(self, call: Callable[[], Any]) -> Callable[[], float]:
+        """A function that measures the device time of a call in milliseconds."""
         ...
 
 
 class Cuda:
     """The current CUDA device."""
 
+    def __init__(self) -> None:
+        self._card = Card()
+
     def sleep(self, cycles: int) -> None:
         """Queue a sleep; none for 0 cycles."""
         if cycles:
             torch.cuda._sleep(cycles)
 
-    def milliseconds(self, call: Callable[[], Any]) -> float:
-        """The device time of a call: of CALLS that are launched while the device sleeps."""
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(QUEUE_CYCLES)
-        start.record()
-        for _ in range(CALLS):
-            call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / CALLS
+    def timer(self, call: Callable[[], Any]) -> Callable[[], float]:
+        """A function that measures the time of a call in milliseconds: of CALLS in one CUDA graph, as the bench does.
+
+        Raises:
+            RuntimeError: the call cannot be captured.
+        """
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                call()
+
+        captured = self._card.capture(calls)
+        if isinstance(captured, str):
+            raise RuntimeError(f"call: got one that no CUDA graph can hold ({captured}); allowed: one that it can")
+        replay, _ = captured
+        return lambda: self._card.time_queued(replay)[0] / CALLS
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def calibrate(
         full: runs both passes.
     """
     device.sleep(1)  # loads it
-    one, two = (device.milliseconds(partial(device.sleep, count * RATE_CYCLES)) for count in (1, 2))
+    one, two = (device.timer(partial(device.sleep, count * RATE_CYCLES))() for count in (1, 2))
     cycles_per_millisecond = RATE_CYCLES / (two - one)
     plain, slowed = _times(device, forward, full, Sleeps(1, 1))
     wanted = share * plain[0], share * (plain[1] - plain[0])
@@ -174,8 +182,8 @@ def _times(
     device: Device, forward: Callable[[Sleeps], None], full: Callable[[Sleeps], None], sleeps: Sleeps
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Milliseconds of the forward pass and of both, without sleeps and with them."""
-    calls = [partial(call, one) for one in (Sleeps(), sleeps) for call in (forward, full)]
-    rounds = [[device.milliseconds(call) for call in calls] for _ in range(REPEATS)]
+    timers = [device.timer(partial(call, one)) for one in (Sleeps(), sleeps) for call in (forward, full)]
+    rounds = [[timer() for timer in timers] for _ in range(REPEATS)]
     a, b, c, d = (median(times) for times in zip(*rounds, strict=True))
     return (a, b), (c, d)
 
@@ -194,8 +202,9 @@ def kernels(share: float, log: Path) -> dict[str, Function]:
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    device = Cuda()
     made: dict[str, Function] = {
-        op: Slowed(op, getattr(fast, op), share, partial(found, op), Cuda()) for op in OPERATIONS if hasattr(fast, op)
+        op: Slowed(op, getattr(fast, op), share, partial(found, op), device) for op in OPERATIONS if hasattr(fast, op)
     }
     if share:
         made[WRONG] = _wrong(getattr(fast, WRONG))
