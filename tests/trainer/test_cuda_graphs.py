@@ -36,7 +36,8 @@ def losses(
     """The losses of the microbatches, and the sizes that were recorded until the last one."""
     sizes: list[int] = []
     own = {"backend": "fast", "use_cpu": False, "bf16": False} if ON_GPU else {}
-    trainer = build(kind, arguments(folder, cuda_graphs=wanted, **own, **options), lora=True)
+    dtype = torch.float32 if ON_GPU else torch.float64
+    trainer = build(kind, arguments(folder, cuda_graphs=wanted, **own, **options), dtype, lora=True)
     compute_loss = trainer.compute_loss
 
     def counted(*positional: Any, **keywords: Any) -> Any:
