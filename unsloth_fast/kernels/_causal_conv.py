@@ -42,7 +42,7 @@ def load_taps(weight_ptr, column, columns, weight_row, weight_column, WIDTH: tl.
     return taps
 
 
-@kernel(varying=("tokens", "documents", "steps", "blocks"), fixed=("channels",))
+@kernel(varying=("tokens", "documents", "steps", "blocks", "weight_row"), fixed=("channels",))
 def causal_conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr, y_ptr,
     tokens, channels, documents, steps, blocks, x_token, x_column, weight_row, weight_column, bias_stride,
@@ -65,7 +65,7 @@ def causal_conv_forward_kernel(
     tl.store(y_ptr + token * channels + column, z.to(y_ptr.dtype.element_ty), (token < tokens) & (column < channels))
 
 
-@kernel(varying=("tokens", "documents", "steps", "blocks"), loops=("each",), fixed=("channels",))
+@kernel(varying=("tokens", "documents", "steps", "blocks", "weight_row"), loops=("each",), fixed=("channels",))
 def causal_conv_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr, dx_ptr, partial_ptr,
     tokens, channels, documents, steps, blocks, each,

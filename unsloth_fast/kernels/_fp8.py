@@ -65,7 +65,7 @@ def scale_of(magnitude):
     return tl.where(largest == 0.0, 1.0, scale)
 
 
-@kernel(varying=("rows",), fixed=("columns", "column_blocks"))
+@kernel(varying=("rows", "column_blocks"), fixed=("columns",))
 def fp8_quantize_kernel(
     x_ptr, values_ptr, scale_ptr, rows, columns, column_blocks, x_row, x_column,
     WHOLE: tl.constexpr, ENCODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -97,7 +97,7 @@ def fp8_quantize_kernel(
         tl.store(scale_ptr + row * column_blocks + block, scale, row < rows)
 
 
-@kernel(varying=("rows",), fixed=("columns", "column_blocks"))
+@kernel(varying=("rows", "column_blocks", "scale_row", "scale_column"), fixed=("columns",))
 def fp8_dequantize_kernel(
     values_ptr, scale_ptr, x_ptr, rows, columns, column_blocks,
     values_row, values_column, scale_row, scale_column, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -115,7 +115,10 @@ def fp8_dequantize_kernel(
     tl.store(x_ptr + row[:, None] * columns + column[None, :], x.to(x_ptr.dtype.element_ty), inside)
 
 
-@kernel(varying=("rows",), fixed=("columns", "inner", "column_blocks"))
+SCALES = "left_scale_row", "left_scale_column", "scale_column_stride", "scale_inner_stride"
+
+
+@kernel(varying=("rows", "column_blocks", *SCALES), fixed=("columns", "inner"))
 def fp8_product_kernel(
     left_ptr, left_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, columns, inner, column_blocks,
     left_row, left_column, left_scale_row, left_scale_column, weight_column_stride, weight_inner_stride,

@@ -81,7 +81,7 @@ def find_document(cu_seqlens_ptr, document, tokens, ROWS: tl.constexpr):
     return begin.to(tl.int64), end - begin, (begin // ROWS + document).to(tl.int64)
 
 
-@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width"))
+@kernel(varying=("tokens", "documents", "heads", "group", "g_token", "beta_token"), fixed=("width",))
 def gated_delta_rule_solve_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr,
     tokens, documents, heads, group, width, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head,
@@ -106,7 +106,7 @@ def gated_delta_rule_solve_kernel(
     tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k)))
 
 
-@kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
+@kernel(varying=("tokens", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
 def gated_delta_rule_forward_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, out_ptr, states_ptr, u_ptr,
     tokens, heads, group, width, columns, slices,
@@ -147,7 +147,7 @@ def gated_delta_rule_forward_kernel(
         state = whole * state + multiply(tl.trans(k), after[:, None] * u)
 
 
-@kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
+@kernel(varying=("tokens", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
 def gated_delta_rule_backward_kernel(
     do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, dstates_ptr, db_ptr, dv_ptr,
     tokens, heads, group, width, columns, slices,
@@ -189,7 +189,7 @@ def gated_delta_rule_backward_kernel(
         dstate -= multiply(tl.trans(k), until[:, None] * dv)
 
 
-@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns"))
+@kernel(varying=("tokens", "documents", "heads", "group", "g_token", "beta_token"), fixed=("width", "columns"))
 def gated_delta_rule_gradients_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr,
     dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,

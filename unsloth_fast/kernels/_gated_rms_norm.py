@@ -41,7 +41,7 @@ def store_normed(
     tl.store(y_ptr + row * groups * size + column, y.to(dtype), (row < rows) & (column < size))
 
 
-@kernel(varying=("rows",), fixed=("groups", "size"))
+@kernel(varying=("rows", "groups"), fixed=("size",))
 def gated_rms_norm_forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr,
     rows, groups, size, x_row, x_column, gate_row, gate_column, weight_stride, eps,
@@ -112,7 +112,7 @@ def gradients(
     return dv * activation, dv * x * slope
 
 
-@kernel(varying=("rows",), loops=("each",), fixed=("groups", "size"))
+@kernel(varying=("rows", "groups"), loops=("each",), fixed=("size",))
 def gated_rms_norm_backward_kernel(
     dy_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, dx_ptr, dgate_ptr, partial_ptr, rows, groups, size, each,
     dy_row, dy_column, x_row, x_column, gate_row, gate_column, weight_stride,

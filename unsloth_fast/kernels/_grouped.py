@@ -74,7 +74,7 @@ def load_block(pointers, inside):
     return values.to(tl.float32) if EMULATED else values  # the interpreter would multiply the bits of bfloat16
 
 
-@kernel(varying=("groups",), fixed=("columns", "inner", "column_blocks", "share"))
+@kernel(varying=("groups", "column_blocks", "share"), fixed=("columns", "inner"))
 def grouped_product_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, plan_ptr, order_ptr,
     groups, columns, inner, column_blocks, share, x_row, x_column, group_stride, weight_column, inner_stride,
@@ -110,7 +110,7 @@ def grouped_product_kernel(
     tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), inside_rows & inside_columns)
 
 
-@kernel(fixed=("columns", "inner", "column_blocks", "inner_blocks", "share"))
+@kernel(varying=("column_blocks", "inner_blocks", "share"), fixed=("columns", "inner"))
 def grouped_weight_kernel(
     dy_ptr, x_ptr, dweight_ptr, plan_ptr, order_ptr,
     columns, inner, column_blocks, inner_blocks, share, dy_row, dy_column, x_row, x_column,
@@ -138,7 +138,7 @@ def grouped_weight_kernel(
     tl.store(dweight_ptr + offset, total.to(dweight_ptr.dtype.element_ty), inside)
 
 
-@kernel(fixed=("columns", "column_blocks", "share"))
+@kernel(varying=("column_blocks", "share", "weight_row", "weight_column"), fixed=("columns",))
 def grouped_sum_kernel(
     rows_ptr, weights_ptr, sums_ptr, plan_ptr, order_ptr,
     columns, column_blocks, share, rows_row, rows_column, weight_row, weight_column,

@@ -55,8 +55,9 @@ def kernel(
     to be. Batches differ in most of their counts: without a declaration they would recompile in mid-training.
 
     Args:
-        varying: integers that change from batch to batch, and others where nothing is gained; Triton specialises on
-            none of their values.
+        varying: integers that change from batch to batch, and others where nothing is gained, such as numbers of blocks
+            and of heads; Triton specialises on none of their values. Any other that is no multiple of 16 turns off wide
+            accesses to all tensors.
         loops: numbers of iterations that change from batch to batch; only a 1, which removes the loop, is specialised.
         fixed: integers that the model decides, such as a number of columns; Triton specialises on 1 and on multiples of
             16, as it does for strides, which are not declared.

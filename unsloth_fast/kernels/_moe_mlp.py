@@ -41,7 +41,7 @@ def load_experts(indices_ptr, slot, slots, groups, share, index_row, index_colum
     return tl.where(slot < slots, expert, groups + 1)
 
 
-@kernel(varying=("slots", "groups"), fixed=("share",))
+@kernel(varying=("slots", "groups", "share", "index_row", "index_column"))
 def route_kernel(
     indices_ptr, order_ptr, place_ptr, plan_ptr, slots, groups, share, index_row, index_column,
     ROWS: tl.constexpr, SLOTS: tl.constexpr,
@@ -68,7 +68,7 @@ def route_kernel(
         begin += tl.sum(count, 0)
 
 
-@kernel(varying=("slots", "groups"), fixed=("columns", "share"))
+@kernel(varying=("slots", "groups", "share", "index_row", "index_column"), fixed=("columns",))
 def moe_bias_kernel(
     dy_ptr, bias_ptr, indices_ptr, products_ptr,
     slots, groups, columns, share, dy_row, dy_column, bias_row, bias_column, index_row, index_column,
@@ -88,7 +88,7 @@ def moe_bias_kernel(
     tl.store(products_ptr + slot, tl.sum(total, 1), slot < slots)
 
 
-@kernel(varying=("rows",), fixed=("columns", "share"))
+@kernel(varying=("rows", "share", "weight_row", "weight_column"), fixed=("columns",))
 def moe_activation_backward_kernel(
     z_ptr, dhidden_ptr, weights_ptr, products_ptr, order_ptr, dz_ptr, hidden_ptr, dweights_ptr,
     rows, columns, share, weight_row, weight_column,
@@ -126,7 +126,7 @@ def moe_activation_backward_kernel(
         tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), row < rows)
 
 
-@kernel(varying=("tokens",), fixed=("columns", "share", "column_blocks"))
+@kernel(varying=("tokens", "share", "column_blocks", "weight_row", "weight_column"), fixed=("columns",))
 def combine_kernel(
     rows_ptr, place_ptr, weights_ptr, y_ptr, tokens, columns, share, column_blocks, weight_row, weight_column,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
