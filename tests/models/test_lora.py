@@ -164,18 +164,22 @@ def test_four_bits(tmp_path: Any, training: bool) -> None:
 
 
 def counted_weights(model: PeftModel) -> list[type]:
-    """Place the reference; the types of the weights that lora_linear and lora_mlp get from now on."""
+    """Place the reference; the types of the weights that lora_linear, lora_linears and lora_mlp get from now on."""
     seen: list[type] = []
 
     def lora_linear(x: Tensor, weight: Any, *others: Any) -> Tensor:
         seen.append(type(weight))
         return REFERENCE.kernels.lora_linear(x, weight, *others)
 
+    def lora_linears(x: Tensor, weight: Any, *others: Any) -> Any:
+        seen.extend(map(type, weight))
+        return REFERENCE.kernels.lora_linears(x, weight, *others)
+
     def lora_mlp(x: Tensor, weight: Any, *others: Any, **options: Any) -> Tensor:
         seen.extend(map(type, weight))
         return REFERENCE.kernels.lora_mlp(x, weight, *others, **options)
 
-    operations = {"lora_linear": lora_linear, "lora_mlp": lora_mlp}
+    operations = {"lora_linear": lora_linear, "lora_linears": lora_linears, "lora_mlp": lora_mlp}
     kernels = SimpleNamespace(**vars(REFERENCE.kernels) | operations)
     place(model, replace(REFERENCE, kernels=kernels))
     return seen

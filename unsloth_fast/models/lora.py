@@ -110,7 +110,7 @@ def together(
     def compute(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
         dtype = product_dtype(x)
         operands = {layer.name: layer.in_module(module, dtype) for layer in layers}
-        found = {name: one for name, one in operands.items() if one is not None and isinstance(one[0], Tensor)}
+        found = {name: one for name, one in operands.items() if one is not None}
         if len(found) < 2:
             return {}
         with recomputed(x):
