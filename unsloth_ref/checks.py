@@ -283,7 +283,7 @@ def lora_arguments(
 
 def lora_layers_arguments(
     x: Tensor,
-    weight: Sequence[Tensor],
+    weight: Sequence[Tensor | NF4Weight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None,
@@ -291,14 +291,12 @@ def lora_layers_arguments(
 ) -> None:
     """Check the arguments of layers with adapters that share x: as many of each as there are weights, at least 1."""
     count = len(weight)
-    if count == 0:
-        raise ValueError("weight: got 0 layers; allowed: at least 1")
+    if count == 0 or isinstance(weight, NF4Weight):
+        raise ValueError(f"weight: got {'an NF4Weight' if count else '0 layers'}; allowed: a list of at least 1 layer")
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)):
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
     for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
-        if isinstance(layer[0], NF4Weight):
-            raise TypeError(f"weight[{index}]: got an NF4Weight; allowed: a Tensor")
         lora_arguments(x, *layer, which=f"[{index}]")
 
 

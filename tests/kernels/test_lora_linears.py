@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from tests.operations.lora_linear import randn
+from tests.operations.lora_linears import check_weights_in_4_bits
 from unsloth_fast.kernels import lora_linear, lora_linears
 from unsloth_ref import kernels as reference
 
@@ -82,3 +83,7 @@ def test_layers_share_products(trained: str, products: int, monkeypatch: pytest.
     monkeypatch.setattr(torch, "mm", lambda *args, **options: seen.append(args) or original(*args, **options))
     grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
     assert len(seen) == products
+
+
+def test_weights_in_4_bits() -> None:
+    check_weights_in_4_bits(lora_linears)

@@ -69,9 +69,9 @@ def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = t
 
 
 def test_layer_and_adapter_in_one_operation() -> None:
-    """Seven layers in each of two blocks agree with peft in float64 up to rounding; three are one MLP."""
+    """Seven layers in each of two blocks agree with peft in float64 up to rounding; q, k, v are one, and the MLP."""
     placed = place(adapted(), REFERENCE)
-    assert (placed["lora_linear"], placed["lora_mlp"]) == (8, 2) and "swiglu" not in placed
+    assert (placed["lora_linear"], placed["lora_linears"], placed["lora_mlp"]) == (2, 2, 2) and "swiglu" not in placed
     assert_as_before(adapted(), 1e-12)
 
 
@@ -164,18 +164,22 @@ def test_four_bits(tmp_path: Any, training: bool) -> None:
 
 
 def counted_weights(model: PeftModel) -> list[type]:
-    """Place the reference; the types of the weights that lora_linear and lora_mlp get from now on."""
+    """Place the reference; the types of the weights that lora_linear, lora_linears and lora_mlp get from now on."""
     seen: list[type] = []
 
     def lora_linear(x: Tensor, weight: Any, *others: Any) -> Tensor:
         seen.append(type(weight))
         return REFERENCE.kernels.lora_linear(x, weight, *others)
 
+    def lora_linears(x: Tensor, weight: Any, *others: Any) -> Any:
+        seen.extend(map(type, weight))
+        return REFERENCE.kernels.lora_linears(x, weight, *others)
+
     def lora_mlp(x: Tensor, weight: Any, *others: Any, **options: Any) -> Tensor:
         seen.extend(map(type, weight))
         return REFERENCE.kernels.lora_mlp(x, weight, *others, **options)
 
-    operations = {"lora_linear": lora_linear, "lora_mlp": lora_mlp}
+    operations = {"lora_linear": lora_linear, "lora_linears": lora_linears, "lora_mlp": lora_mlp}
     kernels = SimpleNamespace(**vars(REFERENCE.kernels) | operations)
     place(model, replace(REFERENCE, kernels=kernels))
     return seen

@@ -116,16 +116,21 @@ def test_adapters_that_do_more_are_peft_s(options: dict[str, Any]) -> None:
     assert not calls
 
 
-def test_an_mlp_with_a_layer_without_lora_is_separate() -> None:
-    placed = place(adapted(exclude_modules=["down_proj"]), REFERENCE)
-    assert (placed["swiglu"], placed["lora_linear"]) == (2, 12) and "lora_mlp" not in placed
+@pytest.mark.parametrize("layer", ["up_proj", "down_proj"])
+def test_an_mlp_with_a_layer_without_lora_is_separate(layer: str) -> None:
+    """Gate and up are lora_linears if both have LoRA, as q, k and v; o and the other layers are by themselves."""
+    placed = place(adapted(exclude_modules=[layer]), REFERENCE)
+    assert placed["swiglu"] == 2 and "lora_mlp" not in placed
+    assert (placed["lora_linears"], placed["lora_linear"]) == ((4, 2) if layer == "down_proj" else (2, 6))
 
 
 @pytest.mark.parametrize("setting", ["lora_mlp", "lora_linear", "swiglu"])
 def test_a_setting_for_a_part_separates_the_operation(setting: str) -> None:
     """Each part then has the backend of its own setting, and a setting of geglu concerns other MLPs."""
     placed = place(adapted(torch.float32), backends.resolve(f"fast,{setting}=reference"))
-    assert (placed["swiglu"], placed["lora_linear"]) == (2, 14) and "lora_mlp" not in placed
+    together = 0 if setting == "lora_linear" else 4  # q, k and v; gate and up
+    assert (placed["swiglu"], placed["lora_linear"]) == (2, 4 if together else 14) and "lora_mlp" not in placed
+    assert placed.get("lora_linears", 0) == together
     assert place(adapted(torch.float32), backends.resolve("fast,geglu=reference"))["lora_mlp"] == 2
 
 

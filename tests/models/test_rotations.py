@@ -14,6 +14,7 @@ from tests import tiny
 from unsloth_fast import backends
 from unsloth_fast.models import place, remove
 from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.recompiled import recompiled
 
 REFERENCE = backends.resolve("reference")
 # Modules of transformers, the function that their attentions call, and the columns of cos for heads of 16 columns.
@@ -47,7 +48,7 @@ def forward_with(rotation: Callable[..., tuple[Tensor, Tensor]], monkeypatch: py
     monkeypatch.setitem(globals(), "apply_rotary", rotation)
     attention = import_module("unsloth_fast.models.attention")
     attention._rotations.cache_clear()
-    attention._recompiled.cache_clear()
+    recompiled.cache_clear()
     placement = attention_placement(Turning(), REFERENCE, {})
     return None if placement is None else placement[1]
 

@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.autograd import grad
 
 from tests.operations.lora_linear import DEVICE, randn
+from tests.operations.lora_linears import check_weights_in_4_bits
 from unsloth_ref.kernels import lora_linears
 
 SHAPES = ((3, 2), (6, 4), (1, 1), (0, 2))  # columns of y and rank
@@ -52,3 +53,7 @@ def test_same_bits_as_peft(dtype: torch.dtype) -> None:
     leaves = [*weight, *a, *b, bias[0]]  # the gradient of x is a sum, in an order that is not defined
     for our_grad, their_grad in zip(grad(ours, leaves, dys), grad(theirs, leaves, dys), strict=True):
         assert torch.equal(our_grad, their_grad)
+
+
+def test_weights_in_4_bits() -> None:
+    check_weights_in_4_bits(lora_linears)

@@ -10,7 +10,8 @@
 All products are the library's. One launch rounds all adapters to the dtype of x, with the lora_a below each other. The
 terms of dx are added up by the products themselves, in one tensor: autograd would add whole tensors. A layer whose
 output has no gradient costs no product. Saved: x, all weights, adapters and low. Precision is that of `lora_linear`:
-sums in float32; low, dlow, y without the adapter and the partial sums of dx are rounded to x.dtype.
+sums in float32; low, dlow, y without the adapter and the partial sums of dx are rounded to x.dtype. A weight in 4 bits
+is dequantised for each product, to the dtype of x: there is one such copy at a time.
 
 For n layers, T rows of I columns, adapters in float32 and a scaling of 1, n calls of `lora_linear` and their sum of dx
 in brackets:
@@ -34,9 +35,33 @@ from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiab
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
+from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize_forward
 from unsloth_ref import checks
+from unsloth_ref.types import NF4Weight
 
 Tensors = Sequence[Tensor]
+Weight = Sequence[Tensor | None]  # a matrix alone, or the tensors of an NF4Weight
+
+
+def tensors_of(weight: Sequence[Tensor | NF4Weight]) -> list[Weight]:
+    """The tensors of each weight."""
+    return [one[:5] if isinstance(one, NF4Weight) else (one,) for one in weight]
+
+
+def layers_of(counts: Sequence[int], values: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
+    """Split values, one per tensor: of each weight, which has so many, and of all lora_a, lora_b and biases."""
+    groups: list[Any] = []
+    for count in (*counts, *[len(counts)] * 3):
+        groups.append(values[:count])
+        values = values[count:]
+    return groups[:-3], *groups[-3:]
+
+
+def wide(weight: Weight, rows: Tensor, lora_b: Tensor) -> Tensor:
+    """The weight [O, I] of a layer of these rows [T, I], in their dtype; `lora_b` [O, R] says what O is."""
+    if len(weight) == 1:
+        return weight[0]  # type: ignore[return-value]
+    return nf4_dequantize_forward(*weight, (lora_b.shape[0], rows.shape[1]), rows.dtype)  # type: ignore[arg-type]
 
 
 def parts(whole: Tensor, lora_a: Tensors, dimension: int) -> Tensors:
@@ -75,21 +100,22 @@ def gradient_of_low(each_dy: Tensors, lora_a: Tensors, lora_b: Tensors, scaling:
 @summed_in_float32
 def lora_linears_forward(
     x: Tensor,
-    weight: Tensors,
+    weight: Weight,
+    counts: Sequence[int],
     lora_a: Tensors,
     lora_b: Tensors,
     bias: Sequence[Tensor | None],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """Compute low and each y, new and contiguous."""
-    low, *outputs = lora_linears_forward_outputs(x, weight, lora_a)
-    lines = low.shape[0]
+    """Compute low and each y, new and contiguous. `weight` has the tensors of all weights, `counts` of each."""
+    low, *outputs = lora_linears_forward_outputs(x, weight, counts, lora_a, lora_b)
+    each, lines = layers_of(counts, weight)[0], low.shape[0]
     rows = matrix(x, lines)
     a, b = rounded(x, lora_a, lora_b)
     torch.mm(rows, a.t(), out=low)
     for i, own in enumerate(parts(low, lora_a, 1)):
-        out = outputs[i].view(lines, weight[i].shape[0])
-        adapted_product(rows, weight[i], b[i], own, bias[i], scaling[i], out)
+        out = outputs[i].view(lines, b[i].shape[0])
+        adapted_product(rows, wide(each[i], rows, b[i]), b[i], own, bias[i], scaling[i], out)
     return [low, *outputs]
 
 
@@ -97,7 +123,8 @@ def lora_linears_forward(
 def lora_linears_backward(
     x: Tensor,
     dy: Tensors,
-    weight: Tensors,
+    weight: Weight,
+    counts: Sequence[int],
     lora_a: Tensors,
     lora_b: Tensors,
     low: Tensors,
@@ -112,7 +139,7 @@ def lora_linears_backward(
     lines, found = x.shape[:-1].numel(), list[Tensor]()
     if lines == 0:
         needs = needs_x, needs_weight, needs_a, needs_b, needs_bias
-        empty = lora_linears_backward_outputs(x, dy, weight, lora_a, lora_b, low, scaling, *needs)
+        empty = lora_linears_backward_outputs(x, dy, weight, counts, lora_a, lora_b, low, scaling, *needs)
         return [one.zero_() for one in empty]
     rows, each_dy = matrix(x, lines), [matrix(one, lines) for one in dy]
     if needs_x or any(needs_a):
@@ -121,16 +148,17 @@ def lora_linears_backward(
         if needs_x:
             dx = x.new_empty(x.shape)
             total = dx.view(rows.shape)
-            torch.mm(each_dy[0], weight[0], out=total)
-            for one, by in zip(each_dy[1:], weight[1:], strict=True):
-                total.addmm_(one, by)
+            each = layers_of(counts, weight)[0]
+            torch.mm(each_dy[0], wide(each[0], rows, b[0]), out=total)
+            for one, by, to in zip(each_dy[1:], each[1:], b[1:], strict=True):
+                total.addmm_(one, wide(by, rows, to))
             total.addmm_(dlow, a)
             found.append(dx)
         if any(needs_a):
             found.append(product(dlow, rows, dtype_of_all(x, lora_a)))
     for i, one in enumerate(each_dy):
         if needs_weight[i]:
-            found.append(product(one, rows, weight[i].dtype))
+            found.append(product(one, rows, x.dtype))
         if needs_b[i]:
             found.append(product(one, low[i], lora_b[i].dtype, scaling[i]))
         if needs_bias[i]:
@@ -138,17 +166,20 @@ def lora_linears_backward(
     return found
 
 
-def lora_linears_forward_outputs(x: Tensor, weight: Tensors, lora_a: Tensors, *others: object) -> list[Tensor]:
+def lora_linears_forward_outputs(
+    x: Tensor, weight: Weight, counts: Sequence[int], lora_a: Tensors, lora_b: Tensors, *others: object
+) -> list[Tensor]:
     """Allocate low and each y."""
     lead = x.shape[:-1]
     low = x.new_empty((lead.numel(), rank_of_all(lora_a)))
-    return [low, *(x.new_empty((*lead, one.shape[0])) for one in weight)]
+    return [low, *(x.new_empty((*lead, one.shape[0])) for one in lora_b)]
 
 
 def lora_linears_backward_outputs(
     x: Tensor,
     dy: Tensors,
-    weight: Tensors,
+    weight: Weight,
+    counts: Sequence[int],
     lora_a: Tensors,
     lora_b: Tensors,
     low: Tensors,
@@ -163,77 +194,82 @@ def lora_linears_backward_outputs(
     found = [x.new_empty(x.shape)] if needs_x else []
     if any(needs_a):
         found.append(x.new_empty((rank_of_all(lora_a), x.shape[-1]), dtype=dtype_of_all(x, lora_a)))
-    for i, one in enumerate(weight):
-        found += [one.new_empty(one.shape)] if needs_weight[i] else []
-        found += [lora_b[i].new_empty(lora_b[i].shape)] if needs_b[i] else []
+    for i, one in enumerate(lora_b):
+        found += [x.new_empty((one.shape[0], x.shape[-1]))] if needs_weight[i] else []
+        found += [one.new_empty(one.shape)] if needs_b[i] else []
         found += [x.new_empty(one.shape[:1])] if needs_bias[i] else []
     return found
 
 
 forward_op = register(
-    "lora_linears_forward(Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] bias, float[] scaling)"
-    " -> Tensor[]",
+    "lora_linears_forward(Tensor x, Tensor?[] weight, int[] counts, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] bias,"
+    " float[] scaling) -> Tensor[]",
     lora_linears_forward,
     lora_linears_forward_outputs,
 )
 backward_op = register(
-    "lora_linears_backward(Tensor x, Tensor[] dy, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] low,"
-    " float[] scaling, bool needs_x, bool[] needs_weight, bool[] needs_a, bool[] needs_b, bool[] needs_bias)"
-    " -> Tensor[]",
+    "lora_linears_backward(Tensor x, Tensor[] dy, Tensor?[] weight, int[] counts, Tensor[] lora_a, Tensor[] lora_b,"
+    " Tensor[] low, float[] scaling, bool needs_x, bool[] needs_weight, bool[] needs_a, bool[] needs_b,"
+    " bool[] needs_bias) -> Tensor[]",
     lora_linears_backward,
     lora_linears_backward_outputs,
 )
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Its tensors: x, then all weights, all lora_a, all lora_b and all biases, of which some may be None."""
+    """Its tensors are those of each weight, of which counts has the numbers, and all lora_a, lora_b and biases."""
 
     @staticmethod
-    def forward(ctx: Context, scaling: tuple[float, ...], x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(scaling)
-        weight, lora_a, lora_b, bias = (tensors[i * count : (i + 1) * count] for i in range(4))
-        low, *outputs = forward_op(x, weight, lora_a, lora_b, bias, scaling)
-        ctx.save_for_backward(x, low, *weight, *lora_a, *lora_b)
-        ctx.scaling = scaling
+    def forward(
+        ctx: Context, scaling: tuple[float, ...], counts: tuple[int, ...], x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        _, *others = layers_of(counts, tensors)
+        low, *outputs = forward_op(x, tensors[: sum(counts)], counts, *others, scaling)
+        ctx.save_for_backward(x, low, *tensors[: -len(counts)])
+        ctx.constants = scaling, counts
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, *tensors: Tensor) -> Gradients:
-        count = len(ctx.scaling)
-        used = [i for i in range(count) if tensors[i] is not None]  # a layer without dy gets no gradients
-        gradients: list[Tensor | None] = [None] * (4 * count)
-        _, needs_x, *needs = ctx.needs_input_grad
-        if not used:
-            return None, None, *gradients
+        scaling, counts = ctx.constants
+        used = [i for i in range(len(counts)) if tensors[i] is not None]  # a layer without dy gets no gradients
+        needs_x, of_weights, *others = ctx.needs_input_grad[2], *layers_of(counts, ctx.needs_input_grad[3:])
+        needs = [one[0] and len(one) == 1 for one in of_weights], *others
+        gradients: list[list[Tensor | None]] = [[None] * len(counts) for _ in needs]
+        dx: Tensor | None = None
+        if used:
 
-        def of_used(values: Sequence[Any], group: int = 0) -> list[Any]:
-            return [values[group * count + i] for i in used]
+            def of_used(values: Sequence[Any]) -> list[Any]:
+                return [values[i] for i in used]
 
-        x, low, *layers = tensors[count:]
-        lows, lora_a = parts(low, layers[count : 2 * count], 1), of_used(layers, 1)
-        operands = of_used(tensors), of_used(layers), lora_a, of_used(layers, 2), of_used(lows), of_used(ctx.scaling)
-        found = iter(backward_op(x, *operands, needs_x, *(of_used(needs, group) for group in range(4))))
-        dx = next(found) if needs_x else None
-        each_a = parts(next(found), lora_a, 0) if any(of_used(needs, 1)) else lora_a
-        for i, one, own in zip(used, each_a, lora_a, strict=True):
-            gradients[count + i] = one.to(own.dtype) if needs[count + i] else None
-            for group in (0, 2, 3):
-                gradients[group * count + i] = next(found) if needs[group * count + i] else None
-        return None, dx, *gradients
+            x, low, *saved = tensors[len(counts) :]
+            weights, lora_a, lora_b, _ = layers_of(counts, saved)
+            below = of_used(lora_a)
+            operands = of_used(counts), below, of_used(lora_b), of_used(parts(low, lora_a, 1)), of_used(scaling)
+            narrow = [one for weight in of_used(weights) for one in weight]
+            found = iter(backward_op(x, of_used(tensors), narrow, *operands, needs_x, *map(of_used, needs)))
+            dx = next(found) if needs_x else None
+            each_a = parts(next(found), below, 0) if any(of_used(needs[1])) else below
+            for i, one in zip(used, each_a, strict=True):
+                gradients[1][i] = one.to(lora_a[i].dtype) if needs[1][i] else None
+                for group in (0, 2, 3):
+                    gradients[group][i] = next(found) if needs[group][i] else None
+        each = [(one, *[None] * (count - 1)) for one, count in zip(gradients[0], counts, strict=True)]
+        return None, None, dx, *(one for group in (*each, *gradients[1:]) for one in group)
 
 
-def check(scaling: tuple[float, ...], x: Tensor, *tensors: Tensor) -> None:
+def check(scaling: tuple[float, ...], counts: tuple[int, ...], x: Tensor, *tensors: Tensor) -> None:
     """Raise for arguments that do not run here; the public function has checked the others."""
     check_runnable("x", x)
-    for index, one in enumerate(tensors[len(scaling) : 2 * len(scaling)]):
+    for index, one in enumerate(layers_of(counts, tensors)[1]):
         check_runnable(f"lora_a[{index}]", one)
 
 
 def lora_linears(
     x: Tensor,
-    weight: Sequence[Tensor],
+    weight: Sequence[Tensor | NF4Weight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None = None,
@@ -243,7 +279,8 @@ def lora_linears(
 
     Args:
         x: [..., I], float16, bfloat16 or float32.
-        weight: [O, I] for each layer, in the dtype of x; O may differ from layer to layer.
+        weight: [O, I] for each layer, in the dtype of x; O may differ from layer to layer. Or in 4 bits, then it is
+            dequantised in both passes, to the dtype of x, and has no gradient.
         lora_a: [R, I] for each layer, in the dtype of x or a wider one; R may differ from layer to layer.
         lora_b: [O, R] for each layer, in the dtype of its lora_a.
         scaling: the factor of each adapter's output; None for 1.
@@ -259,6 +296,7 @@ def lora_linears(
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
     """
     checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
-    count = len(weight)
+    count, each = len(weight), tensors_of(weight)
     factors = tuple(map(float, scaling or [1.0] * count))
-    return call(_LoraLinears, check, factors, x, *weight, *lora_a, *lora_b, *(bias or [None] * count))
+    tensors = *(one for group in each for one in group), *lora_a, *lora_b, *(bias or [None] * count)
+    return call(_LoraLinears, check, factors, tuple(map(len, each)), x, *tensors)

@@ -34,27 +34,29 @@ from unsloth_fast.kernels._gated import gated_forward, launch_backward
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
-from unsloth_fast.kernels.lora_linears import Tensors, dtype_of_all, gradient_of_low, parts, rank_of_all, rounded
-from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize_forward
+from unsloth_fast.kernels.lora_linears import (
+    Tensors,
+    Weight,
+    dtype_of_all,
+    gradient_of_low,
+    layers_of,
+    parts,
+    rank_of_all,
+    rounded,
+    tensors_of,
+    wide,
+)
 from unsloth_ref import adapter_checks
 from unsloth_ref.types import GatedActivation, NF4Weight
 
 CHUNK = 4096  # tokens. For Llama 3.2 1B a product has 137 GFLOP, which at 700 TFLOP/s take 40 times as long as a launch
 
-Weight = Sequence[Tensor | None]  # a matrix alone, or the tensors of an NF4Weight
 Needs = Sequence[bool]
 
 
 def chunks(lines: int) -> Iterator[slice]:
     """The tokens of each chunk."""
     return (slice(start, start + CHUNK) for start in range(0, lines, CHUNK))
-
-
-def wide(weight: Weight, rows: Tensor, lora_b: Tensor) -> Tensor:
-    """The weight [O, I] of a layer of these rows [T, I], in their dtype; `lora_b` [O, R] says what O is."""
-    if len(weight) == 1:
-        return weight[0]  # type: ignore[return-value]
-    return nf4_dequantize_forward(*weight, (lora_b.shape[0], rows.shape[1]), rows.dtype)  # type: ignore[arg-type]
 
 
 @summed_in_float32
@@ -188,15 +190,6 @@ backward_op = register(
 )
 
 
-def layers_of(counts: Sequence[int], values: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
-    """Split values, one per tensor in the order of _LoraMlp: of each weight, and of all lora_a, lora_b and biases."""
-    groups: list[Any] = []
-    for count in (*counts, 3, 3, 3):
-        groups.append(values[:count])
-        values = values[count:]
-    return groups[:3], *groups[3:]
-
-
 class _LoraMlp(torch.autograd.Function):
     """Its tensors are x, those of each weight, of which counts has the numbers, and all lora_a, lora_b and biases."""
 
@@ -271,6 +264,6 @@ def lora_mlp(
     """
     adapter_checks.lora_mlp_arguments(x, weight, lora_a, lora_b, scaling, bias, activation)
     factors = tuple(map(float, scaling or [1.0] * 3))
-    each = [one[:5] if isinstance(one, NF4Weight) else (one,) for one in weight]
+    each = tensors_of(weight)
     tensors = *(one for group in each for one in group), *lora_a, *lora_b, *(bias or [None] * 3)
     return call(_LoraMlp, check, activation, factors, tuple(map(len, each)), x, *tensors)

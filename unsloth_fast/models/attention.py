@@ -8,11 +8,7 @@ other names stay globals of the family's file, so torch.compile finds them there
 norms on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
-import __future__
-
-import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache, wraps
 from types import FunctionType
@@ -24,8 +20,11 @@ from torch import Tensor, nn
 from unsloth_fast.backends import Backend
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.head_norms import move_norms, norms_of, rotation_with_norms
+from unsloth_fast.models.head_norms import norms_of, rotation_with_norms
+from unsloth_fast.models.lora import together
+from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.recompiled import recompiled
 from unsloth_fast.models.recomputed import recomputed
 from unsloth_fast.models.structure import Found
 from unsloth_ref import kernels as reference
@@ -87,8 +86,8 @@ def attention_placement(
 ) -> Placement | None:
     """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
 
-    Where the norms of the heads stand directly before the rotation, qk_norm_rope computes both, unless the backend
-    separates them.
+    Where the norms of the heads stand directly before the rotation, qk_norm_rope computes both, and lora_linears the
+    layers with LoRA that read the same tensor, unless the backend separates them.
 
     Args:
         module: any module.
@@ -97,40 +96,57 @@ def attention_placement(
     """
     own = inspect.unwrap(type(module).forward)
     found = _rotations(own) if isinstance(own, FunctionType) else {}
+    if not found:
+        return None
     functions = {name: _replacement(backend.kernels.rope, how, own.__globals__[name]) for name, how in found.items()}
-    made = _fused(module, backend, own, found, functions, {} if known is None else known)
-    operation = "rope" if made is None else "qk_norm_rope"
-    if made is None:
-        make = _recompiled(own, tuple(found)) if found else None
+    shared = shared_layers(module, backend)
+    layers = tuple(layer.name for layer in shared)
+    project = (together(shared, backend.kernels.lora_linears),) if shared else ()
+    rotation = _with_norms(module, backend, found, functions, {} if known is None else known)
+    make = recompiled(own, tuple(found), norms=True, shared=layers) if rotation else None
+    operation = "rope" if make is None else "qk_norm_rope"
+    if make is None:
+        make = recompiled(own, tuple(found), shared=layers)
         if make is None:
             return None
-        made = make(*functions.values())
+        made = make(*functions.values(), *project)
+    else:
+        made = make(rotation, *project)
 
     @wraps(made)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         with recomputed(hidden_states):  # by the projections of queries, keys and values
             return made(self, hidden_states, *args, **kwargs)
 
-    return (operation,), forward
+    return (operation, "lora_linears") if shared else (operation,), forward
 
 
-def _fused(
+def shared_placement(module: nn.Module, backend: Backend) -> Placement | None:
+    """lora_linears and the forward with it, for a module whose forward calls layers with LoRA with the same tensor.
+
+    None for any other module.
+    """
+    shared = shared_layers(module, backend)
+    own: Any = inspect.unwrap(type(module).forward)
+    make = recompiled(own, (), shared=tuple(layer.name for layer in shared)) if shared else None
+    return None if make is None else (("lora_linears",), make(together(shared, backend.kernels.lora_linears)))
+
+
+def _with_norms(
     module: nn.Module,
     backend: Backend,
-    own: FunctionType,
     found: dict[str, Rotation],
     functions: dict[str, Rope],
     known: dict[Hashable, Found],
-) -> Callable[..., Any] | None:
-    """The forward that calls qk_norm_rope; None unless its one rotation is of halves and follows like norms."""
+) -> Rope | None:
+    """The rotation that calls qk_norm_rope; None unless there is one, of halves, and the heads' norms are alike."""
     if len(found) != 1 or not backend.fuses("qk_norm_rope", "rms_norm", "rope"):
         return None
     ((name, rotation),) = found.items()
     if rotation.interleaved or rotation.columns is not _same:
         return None
     norm = norms_of(module, known)
-    make = _recompiled(own, (name,), norms=True) if norm else None
-    return make(rotation_with_norms(norm, backend.kernels.qk_norm_rope, functions[name])) if norm and make else None
+    return rotation_with_norms(norm, backend.kernels.qk_norm_rope, functions[name]) if norm else None
 
 
 def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
@@ -253,30 +269,3 @@ def _results(function: Rope, given: Sequence[tuple[Tensor, ...]], options: dict[
 def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
     shapes = [one.shape for one in found] == [one.shape for one in expected]
     return shapes and all(bool(((x - y).abs() <= 2.0**-21).all()) for x, y in zip(found, expected, strict=True))
-
-
-@cache
-def _recompiled(
-    forward: FunctionType, names: tuple[str, ...], norms: bool = False
-) -> Callable[..., Callable[..., Any]] | None:
-    """The forward, compiled again: takes functions for these names, and returns the forward that calls them.
-
-    With norms, the one function applies the norms of the heads too. None if that cannot be done, if the source is not
-    that of the forward, or if it uses what the class alone provides.
-    """
-    code = forward.__code__
-    try:
-        lines, first = inspect.getsourcelines(forward)
-        own = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):
-        return None
-    if norms and not move_norms(own.body[0], names[0]):  # type: ignore[arg-type]
-        return None
-    tree = ast.parse(f"def make({', '.join(names)}):\n    return {forward.__name__}")
-    tree.body[0].body.insert(0, ast.increment_lineno(own, first - 1).body[0])  # type: ignore[attr-defined]
-    options = code.co_flags & __future__.annotations.compiler_flag
-    made: dict[str, Any] = {}
-    exec(compile(tree, code.co_filename, "exec", options, dont_inherit=True), forward.__globals__, made)
-    again = inspect.unwrap(made["make"](*names)).__code__
-    same = set(again.co_names) == set(code.co_names) - set(names) and again.co_varnames == code.co_varnames
-    return made["make"] if same and not code.co_freevars else None

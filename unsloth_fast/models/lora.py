@@ -8,7 +8,8 @@ in the form that the operation dequantises. In evaluation and generation bitsand
 for few rows. A layer in float8 is called, with the adapter beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -22,8 +23,9 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.models import nf4
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.float8 import is_float8
-from unsloth_fast.models.methods import is_more_than_its_class
+from unsloth_fast.models.methods import has_own_method, is_more_than_its_class, is_more_than_its_operation
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
+from unsloth_fast.models.recomputed import recomputed
 from unsloth_ref.types import NF4Weight
 
 Operands = tuple[Tensor | NF4Weight, Tensor, Tensor, float, Tensor | None]  # those of lora_linear after x
@@ -73,6 +75,49 @@ def operands_of(module: nn.Module, backend: Backend) -> Callable[[LoraLinear, to
     if not isinstance(placement, tuple) or "lora_linear" not in placement[0]:
         return None
     return _linear_operands if type(module) is Linear else _quantised_operands
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer with LoRA in a module that computes it: its name, its class, and how to get its operands."""
+
+    name: str
+    kind: type
+    operands: Callable[[Any, torch.dtype], Operands | None]
+
+    @staticmethod
+    def of(module: nn.Module, name: str, backend: Backend) -> "AdaptedLayer | None":
+        """The layer of this name; None if it is not placed under `lora_linear`."""
+        layer = module.get_submodule(name)
+        operands = None if has_own_method(layer, "forward") else operands_of(layer, backend)
+        return None if operands is None else AdaptedLayer(name, type(layer), operands)
+
+    def in_module(self, module: nn.Module, dtype: torch.dtype) -> Operands | None:
+        """Its operands now; None if a call of the layer would do more, or something else."""
+        layer: Any = module._modules[self.name]
+        is_other = type(layer) is not self.kind or is_more_than_its_operation(layer)
+        return None if is_other else self.operands(layer, dtype)
+
+
+def together(
+    layers: Sequence[AdaptedLayer], lora_linears: Callable[..., Sequence[Tensor]]
+) -> Callable[[nn.Module, Tensor], dict[str, Tensor]]:
+    """A function that computes layers of a module, all of x, by their names.
+
+    It leaves out those that do more than `lora_linear` now, and returns nothing for fewer than two.
+    """
+
+    def compute(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        dtype = product_dtype(x)
+        operands = {layer.name: layer.in_module(module, dtype) for layer in layers}
+        found = {name: one for name, one in operands.items() if one is not None}
+        if len(found) < 2:
+            return {}
+        with recomputed(x):
+            outputs = lora_linears(x.to(dtype), *map(list, zip(*found.values(), strict=True)))
+        return dict(zip(found, outputs, strict=True))
+
+    return compute
 
 
 def _linear_operands(layer: LoraLinear, dtype: torch.dtype) -> Operands | None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype, promoted
-from unsloth_fast.models.lora import Operands, operands_of
-from unsloth_fast.models.methods import has_own_method, is_more_than_its_class, is_more_than_its_operation
+from unsloth_fast.models.lora import AdaptedLayer, together
+from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_fast.models.protocols import Forward, Placement
 from unsloth_fast.models.recomputed import recomputable, recomputed
 
@@ -42,15 +41,17 @@ def mlp_placement(module: nn.Module, mlp: Gated, backend: Backend) -> Placement:
 
     It is lora_mlp if each of its three layers has LoRA, and fused_swiglu if one layer computes the gate and then the
     other half. Whenever a layer does more than `lora_linear` (see `lora_placement`), the forward with lora_mlp calls
-    the layers and the activation, as that of any other MLP does.
+    the layers and the activation, as that of any other MLP does. There gate and up are lora_linears if both have LoRA.
     """
-    if mlp.up != mlp.gate and backend.fuses("lora_mlp", "lora_linear", mlp.operation):
-        layers = [_Layer.of(module, name, backend) for name in (mlp.gate, mlp.up, mlp.down)]
-        known = [layer for layer in layers if layer is not None]
-        if len(known) == len(layers):
-            return ("lora_mlp",), _adapted_forward(mlp, backend.kernels, known)
+    names = () if mlp.up == mlp.gate else (mlp.gate, mlp.up, mlp.down)
+    known = {name: layer for name in names if (layer := AdaptedLayer.of(module, name, backend)) is not None}
+    if len(known) == 3 and backend.fuses("lora_mlp", "lora_linear", mlp.operation):
+        return ("lora_mlp",), _adapted_forward(mlp, backend.kernels, list(known.values()))
     if mlp.operation == "swiglu" and mlp.up == mlp.gate and mlp.gate_first and backend.fuses("fused_swiglu", "swiglu"):
         return ("fused_swiglu",), _forward_of_one(mlp, backend.kernels.fused_swiglu)
+    if {mlp.gate, mlp.up} <= known.keys() and backend.fuses("lora_linears", "lora_linear"):
+        shared = known[mlp.gate], known[mlp.up]
+        return (mlp.operation, "lora_linears"), mlp_forward(mlp, backend.kernels, shared)
     return (mlp.operation,), mlp_forward(mlp, backend.kernels)
 
 
@@ -75,29 +76,7 @@ def _forward_of_one(mlp: Gated, activation: Callable[[Tensor], Tensor]) -> Forwa
     return forward
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer with LoRA in an MLP: its name, its class, and how to get its operands."""
-
-    name: str
-    kind: type
-    operands: Callable[[Any, torch.dtype], Operands | None]
-
-    @staticmethod
-    def of(module: nn.Module, name: str, backend: Backend) -> "_Layer | None":
-        """The layer of this name; None if it is not placed under `lora_linear`."""
-        layer = module.get_submodule(name)
-        operands = None if has_own_method(layer, "forward") else operands_of(layer, backend)
-        return None if operands is None else _Layer(name, type(layer), operands)
-
-    def in_module(self, module: nn.Module, dtype: torch.dtype) -> Operands | None:
-        """Its operands now; None if a call of the layer would do more, or something else."""
-        layer: Any = module._modules[self.name]
-        is_other = type(layer) is not self.kind or is_more_than_its_operation(layer)
-        return None if is_other else self.operands(layer, dtype)
-
-
-def _adapted_forward(mlp: Gated, kernels: Any, layers: Sequence[_Layer]) -> Forward:
+def _adapted_forward(mlp: Gated, kernels: Any, layers: Sequence[AdaptedLayer]) -> Forward:
     """The forward of an MLP whose layers have LoRA."""
     separate: Any = mlp_forward(mlp, kernels)
     activation = {None: "silu", "none": "gelu", "tanh": "gelu_tanh"}[mlp.approximate]
@@ -113,17 +92,18 @@ def _adapted_forward(mlp: Gated, kernels: Any, layers: Sequence[_Layer]) -> Forw
     return forward
 
 
-def mlp_forward(mlp: Gated, kernels: object) -> Forward:
-    """The forward of an MLP that calls the operation of these kernels."""
+def mlp_forward(mlp: Gated, kernels: Any, shared: Sequence[AdaptedLayer] = ()) -> Forward:
+    """The forward of an MLP that calls the operation of these kernels, and computes gate and up together if shared."""
     if mlp.operation == "relu_squared":
         return _forward_of_one(mlp, getattr(kernels, mlp.operation))
     options = {"approximate": mlp.approximate} if mlp.approximate else {}
     gated = partial(getattr(kernels, mlp.operation), **options)
+    project = together(shared, kernels.lora_linears)
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         if _has_changed(self, mlp):
             return type(self).forward(self, hidden_states)
-        gate, up = _factors(self, mlp, hidden_states)
+        gate, up = _factors(self, mlp, hidden_states, project)
         if gate.dtype != up.dtype:  # one of them has an adapter, or is in 4 bits
             gate, up = promoted(gate, up)
         # The widest activation of a layer: a quarter of what the layer would keep for the backward pass.
@@ -134,8 +114,13 @@ def mlp_forward(mlp: Gated, kernels: object) -> Forward:
     return forward
 
 
-def _factors(module: nn.Module, mlp: Gated, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(
+    module: nn.Module, mlp: Gated, hidden_states: Tensor, project: Callable[[nn.Module, Tensor], dict[str, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """The gate and the other factor; views of one tensor if one layer computes both."""
+    found = project(module, hidden_states)
+    if found:
+        return found[mlp.gate], found[mlp.up]
     with recomputed(hidden_states):
         gate = getattr(module, mlp.gate)(hidden_states)
         if mlp.up != mlp.gate:

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.models.attention import attention_placement
+from unsloth_fast.models.attention import attention_placement, shared_placement
 from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
 from unsloth_fast.models.float8 import float8_placement
 from unsloth_fast.models.head_norms import norms_inside
@@ -23,6 +23,7 @@ from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
 from unsloth_fast.models.packed import place_documents, remove_documents
+from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.structure import recognise
 
@@ -86,7 +87,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
-            inside |= set(map(id, _parts(module, operations)))
+            inside |= set(map(id, _parts(module, operations, backend)))
         elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
@@ -110,11 +111,13 @@ def _restore_forwards(model: Module) -> None:
         restore_method(module, "forward", "operation")
 
 
-def _parts(module: Module, operations: Sequence[str]) -> Iterable[Module | None]:
-    """The modules inside of this one that its operations compute: the norms of heads, or the layers of an MLP."""
+def _parts(module: Module, operations: Sequence[str], backend: Backend) -> Iterable[Module | None]:
+    """The modules inside of this one that its operations compute: the norms of heads, or layers with LoRA."""
     if "lora_mlp" in operations:
         return module._modules.values()
-    return norms_inside(module) if "qk_norm_rope" in operations else ()
+    norms = norms_inside(module) if "qk_norm_rope" in operations else ()
+    layers = shared_layers(module, backend) if "lora_linears" in operations else ()
+    return [*norms, *(module.get_submodule(layer.name) for layer in layers)]
 
 
 def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
@@ -159,7 +162,9 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
         return ("gated_rms_norm",), gated_norm_forward(found, backend.kernels.gated_rms_norm)
     if isinstance(found, Gated):
         return mlp_placement(module, found, backend)
-    return lora_placement(module, backend) if found is None else found
+    if found is not None:
+        return found
+    return lora_placement(module, backend) or shared_placement(module, backend)
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:

@@ -14,15 +14,19 @@ TABLE = {
         "bias[i], scaling[i], out)", "bias[i] if i == 0 else None, scaling[i], out)", "value"
     ),
     "adapters_in_float16": one("[one for _, one in pairs])", "[one.half() for _, one in pairs])", "value"),
-    "dx_of_the_first_layer": one("                total.addmm_(one, by)\n", "                pass\n", "gradients"),
+    "dx_of_the_first_layer": one(
+        "                total.addmm_(one, wide(by, rows, to))\n", "                pass\n", "gradients"
+    ),
     "dx_of_the_adapters_missing": one("            total.addmm_(dlow, a)\n", "", "gradients"),
     "dx_added_to_what_was_there": one(
-        "torch.mm(each_dy[0], weight[0], out=total)", "total.addmm_(each_dy[0], weight[0])", "uninitialised"
+        "torch.mm(each_dy[0], wide(each[0], rows, b[0]), out=total)",
+        "total.addmm_(each_dy[0], wide(each[0], rows, b[0]))",
+        "uninitialised",
     ),
     "dx_over_x": one("total = dx.view(rows.shape)", "total, dx = rows, rows.view(x.shape)", "inputs_untouched"),
     "dlow_without_scaling": one("beta=0, alpha=factor", "beta=0", "gradients"),
     "db_scaled_by_the_first": one("lora_b[i].dtype, scaling[i])", "lora_b[i].dtype, scaling[0])", "gradients"),
-    "scaling_of_another_layer_in_use": one("of_used(ctx.scaling)", "ctx.scaling[: len(used)]", "gradients"),
+    "scaling_of_another_layer_in_use": one("of_used(scaling)", "scaling[: len(used)]", "gradients"),
     "da_scaled_twice": one("rows, dtype_of_all(x, lora_a))", "rows, dtype_of_all(x, lora_a), scaling[0])", "gradients"),
     "da_of_a_wide_adapter_rounded": one(
         "product(dlow, rows, dtype_of_all(x, lora_a))",
@@ -32,11 +36,9 @@ TABLE = {
         dtype="bfloat16",
     ),
     "dweight_of_the_layer_before": one(
-        "product(one, rows, weight[i].dtype)", "product(each_dy[min(i, 1)], rows, weight[i].dtype)", "gradients"
+        "product(one, rows, x.dtype)", "product(each_dy[min(i, 1)], rows, x.dtype)", "gradients"
     ),
-    "frozen_with_its_neighbour": one(
-        "if needs[count + i] else None", "if all(needs[count : 2 * count]) else None", "gradients"
-    ),
+    "frozen_with_its_neighbour": one("if needs[1][i] else None", "if all(needs[1]) else None", "gradients"),
     "leading_dimensions_read_as_one": one(
         "flat = tensor.reshape(rows, tensor.shape[-1])",
         "flat = tensor.as_strided((rows, tensor.shape[-1]), tensor.stride()[-2:] if tensor.ndim > 1 else (1, 1))",
