@@ -8,7 +8,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 from trl import SFTConfig
 
 from unsloth_fast import backends
@@ -66,7 +65,8 @@ class UnslothTrainingArguments(SFTConfig):
             a step, forward and backward, on its own inputs. The log gets each operation's budget use, and a warning
             where it is above 1. The training's numbers do not change. None for never.
         cuda_graphs: whether the layers of small packed batches are recorded as CUDA graphs and replayed, so that the
-            device does not wait for the host. None for True where nothing forbids it, which is logged.
+            device does not wait for the host. None for True where nothing forbids it. The log says what does, for True
+            as a warning.
 
     Names of older releases are accepted: max_seq_length, warmup_ratio, evaluation_strategy and others.
 
@@ -170,19 +170,6 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
     backend = getattr(args, "backend", None)
     if backend is not None:
         backends.parse(backend)
-
-
-def wants_graphs(args: TrainingArguments) -> bool:
-    """Whether a run may record layers as CUDA graphs.
-
-    Raises:
-        ValueError: it was asked to, and also to verify operations or to compile the model, which needs their Python.
-    """
-    wanted: bool | None = getattr(args, "cuda_graphs", None)
-    others = [name for name in ("verify_every", "torch_compile") if getattr(args, name, None)]
-    if wanted and others:
-        raise ValueError(f"cuda_graphs: got True with {others[0]}={getattr(args, others[0])}; allowed: False, or None")
-    return not others and (args.n_gpu == 1 and args.device.type == "cuda" if wanted is None else wanted)
 
 
 def take_float16(args: SFTConfig) -> None:

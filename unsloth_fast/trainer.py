@@ -13,8 +13,9 @@ from trl import SFTTrainer
 from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
-from unsloth_fast.config import UnslothTrainingArguments, wants_graphs
+from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
+from unsloth_fast.cuda_graphs import recorded_layers
 from unsloth_fast.data.collator import collators, without_ends
 from unsloth_fast.evaluation import Evaluated, Scores
 from unsloth_fast.logged_loss import FiniteLosses
@@ -22,9 +23,9 @@ from unsloth_fast.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import kept_fields, with_values
-from unsloth_fast.models.graphs import recorded
+from unsloth_fast.models.graphs import Recordings
 from unsloth_fast.models.head import forward_with_loss, head_without_adapter
-from unsloth_fast.module_lists import WHOLE, ModuleLists
+from unsloth_fast.module_lists import ModuleLists
 from unsloth_fast.noise import noise_of_documents
 from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
@@ -114,6 +115,7 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
+        self._graphs = Recordings()
         self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses()
 
     # Documents to batches
@@ -162,7 +164,8 @@ class UnslothTrainer(SFTTrainer):
         if self._verification is not None:
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
-            loss = super().training_step(model, *positional, **keywords)
+            step = partial(super().training_step, model, *positional, **keywords)
+            loss = self._graphs.with_room(step, self.model)
         self._finite_losses.begin(self)
         return loss
 
@@ -193,7 +196,8 @@ class UnslothTrainer(SFTTrainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             evaluation.warn_of_logits(self.args, asked=return_outputs)
             wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
-            loss, outputs, scores = forward_with_loss(model, inputs, num_items_in_batch, **wanted)
+            forward = partial(forward_with_loss, model, inputs, num_items_in_batch, **wanted)
+            loss, outputs, scores = self._graphs.with_room(forward)
         (self._scores if self.model.training else self._evaluated.scores).add(scores)
         loss = scaled_by_devices(loss, num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
@@ -302,9 +306,9 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        wants = wants_graphs(self.args) and self.accelerator.distributed_type in WHOLE
-        graphs = recorded(self.model) if wants else nullcontext()
-        with self._noise.added_to(self.model), graphs, ModuleLists() as self._lists:
+        with (
+            self._noise.added_to(self.model), recorded_layers(self) as self._graphs, ModuleLists() as self._lists
+        ):  # fmt: skip
             return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

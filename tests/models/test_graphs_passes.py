@@ -1,22 +1,27 @@
 """Recorded layers have the gradients of others, in whatever order the passes come, and whoever keeps a gradient."""
 
-import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.models.test_graphs import (
+from tests.models.recorder import (
     DEVICE,
     FULL,
     OTHER,
-    _recorder,  # noqa: F401  # a fixture
+    batch,
     graphs_after,
     model_of,
-    stack_graphs,
+    passes,
+    replays,
+    same,
+    use_recorder,
 )
-from unsloth_fast.models import graphs
+from unsloth_fast.models import graphs, recording
+
+_recorder = pytest.fixture(autouse=True)(use_recorder)
 
 
 def loss_of(model: Any, each: dict[str, Any]) -> Tensor:
@@ -31,19 +36,20 @@ def test_two_forward_passes_before_a_backward_pass() -> None:
     for model in (model_of(), model_of()):
         with graphs.recorded(model):
             if found:
-                before = graphs_after(model, FULL, OTHER).passes
+                graphs_after(model, FULL, OTHER)
             (loss_of(model, FULL) * loss_of(model, OTHER)).backward()
             with torch.no_grad():
                 loss_of(model, FULL)
             found.append([one.grad.clone() for one in model.parameters() if one.grad is not None])
     assert found[0] and all(map(torch.equal, *found))
     with graphs.recorded(model):
-        before = graphs_after(model, FULL, OTHER).passes
+        graphs_after(model, FULL, OTHER)
+        before = replays(model)
         waiting = [loss_of(model, FULL), loss_of(model, FULL)]
-        assert stack_graphs(model).passes == before + 1
+        assert replays(model) == before + 1
         waiting.clear()
         loss_of(model, FULL)
-        assert stack_graphs(model).passes == before + 2
+        assert replays(model) == before + 2
 
 
 def test_several_backward_passes() -> None:
@@ -68,7 +74,7 @@ def test_several_backward_passes() -> None:
             later.backward()
 
 
-def test_gradients_are_those_of_their_parameters_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_gradients_are_those_of_their_parameters_alone() -> None:
     """Two that are equal do not share memory, and one that somebody keeps is not overwritten."""
 
     class Shifted(torch.nn.Module):
@@ -82,7 +88,6 @@ def test_gradients_are_those_of_their_parameters_alone(caplog: pytest.LogCapture
     model = model_of(lora=False)
     norm: Any = Shifted()
     model.model.norm = norm
-    caplog.set_level(logging.INFO, graphs.__name__)
     with graphs.recorded(model):
         assert graphs_after(model, FULL, OTHER)._recordings
         loss_of(model, FULL).backward()
@@ -92,4 +97,80 @@ def test_gradients_are_those_of_their_parameters_alone(caplog: pytest.LogCapture
         model.zero_grad()
         loss_of(model, OTHER).backward()
         assert torch.equal(kept, before) and not torch.equal(kept, norm.one.grad)
-    assert "gradients of earlier steps are kept" in caplog.text
+        assert replays(model) == 3
+
+
+def test_gradients_that_autograd_returns_are_kept() -> None:
+    """Of two losses of the same outputs, and of another pass: each has its own."""
+    found = []
+    for wanted in (True, False):
+        model = model_of()
+        with graphs.recorded(model) if wanted else nullcontext():
+            for each in (FULL, OTHER):
+                loss_of(model, each).backward()
+            weights = [one for one in model.parameters() if one.requires_grad]
+            loss = loss_of(model, FULL)
+            first = torch.autograd.grad(loss, weights, retain_graph=True)
+            second = torch.autograd.grad(loss * 3, weights, retain_graph=True)
+            loss.backward()
+            third = torch.autograd.grad(loss_of(model, OTHER), weights)
+            found.append([*first, *second, *third, *(one.grad for one in weights)])
+            assert not wanted or replays(model) == 5  # two of them for a second backward pass
+    assert all(map(torch.equal, *found))
+
+
+def test_batches_of_several_sizes_are_accumulated() -> None:
+    """A replay leaves the gradients of the earlier ones alone, whatever memory the recordings share."""
+    large, small = batch(*[64] * 8), batch(*[64] * 4)
+    steps = [(large,), (large,), (small,), (small,), (small, large, small), (large, small), (small, small), (small,)]
+    model = model_of()
+    with graphs.recorded(model):
+        found = [passes(model, *step) for step in steps]
+        assert replays(model) == 10
+    expected = [passes(model_of(), *step) for step in steps]
+    assert all(map(same, found, expected))
+
+
+def test_an_optimizer_within_the_backward_pass() -> None:
+    """Hooks that take a weight's gradient as soon as it is there run in each replay."""
+    found = []
+    for wanted in (True, False):
+        model = model_of()
+        weights = [one for one in model.parameters() if one.requires_grad]
+
+        def step(weight: Tensor) -> None:
+            assert weight.grad is not None
+            with torch.no_grad():
+                weight.sub_(weight.grad, alpha=1e-3)
+            weight.grad = None
+
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(step)
+        with graphs.recorded(model) if wanted else nullcontext():
+            losses = [passes(model, each)[0][0] for each in (FULL, OTHER, FULL, OTHER)]
+            assert not wanted or replays(model) == 3
+        found.append([*losses, *weights])
+    assert all(map(torch.equal, *found))
+
+
+def test_an_interrupted_pass_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it stops while it is recorded, before its backward pass or within it."""
+    plain, model = model_of(), model_of()
+    places = [(recording, name) for name in ("_rehearse", "capture", "_apart")]
+    places += [(recording.Recording, name) for name in ("forward", "backward")]
+    for owner, name in places:
+        with graphs.recorded(model):
+            passes(model, FULL)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    passes(model, OTHER)
+            model.zero_grad()
+            for each in (OTHER, FULL):
+                assert same(passes(model, each), passes(plain, each)), name
+            assert replays(model) >= 2, name
+
+
+def interrupt(*_: object) -> None:
+    """As if the user had pressed Ctrl-C."""
+    raise KeyboardInterrupt

@@ -8,18 +8,21 @@ import torch
 from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
 
-from tests.models.test_graphs import (
+from tests.models.recorder import (
     DEVICE,
     FULL,
     OTHER,
-    _recorder,  # noqa: F401  # a fixture
     backend_for_graphs,
     graphs_after,
     model_of,
     passes,
+    same,
     stack_graphs,
+    use_recorder,
 )
 from unsloth_fast.models import graphs, place
+
+_recorder = pytest.fixture(autouse=True)(use_recorder)
 
 
 class Layer(nn.Module):
@@ -104,7 +107,7 @@ def test_a_change_is_noticed(name: str) -> None:
         for each in (OTHER, FULL, OTHER, FULL):
             found, expected = passes(model, each), passes(plain, each)
             assert len(found[1]) == len(expected[1])
-            assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+            assert same(found, expected)
 
 
 def count(layer: Any, x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def test_what_leaves_something_behind_is_not_recorded(
     with graphs.recorded(model):
         for each in (FULL, OTHER, FULL, OTHER):
             found, expected = passes(model, each), passes(plain, each)
-            assert all(map(torch.equal, [*found[0], *found[1]], [*expected[0], *expected[1]]))
+            assert same(found, expected)
         assert not stack_graphs(model)._recordings
     ours, theirs = layer_of(model), layer_of(plain)
     assert (ours.calls, ours.seen) == (theirs.calls, theirs.seen) and torch.equal(ours.mean, theirs.mean)

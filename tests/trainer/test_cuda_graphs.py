@@ -1,6 +1,6 @@
 """A training whose layers are recorded as CUDA graphs has the losses of one without; the argument is checked."""
 
-from contextlib import nullcontext
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.models.test_graphs import ON_GPU, attention, capture, stack_graphs
+from tests.models.recorder import ON_GPU, attention, stack_graphs, use_recorder
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
-from unsloth_fast.config import wants_graphs
-from unsloth_fast.models import graphs
+from unsloth_fast.cuda_graphs import recorded_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,10 +56,8 @@ def test_a_recorded_training_has_the_losses_of_another(
     kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With microbatches of several sizes, which are padded, and gradients that are accumulated."""
+    use_recorder(monkeypatch)
     if not ON_GPU:
-        monkeypatch.setattr(graphs, "DEVICE", "cpu")
-        monkeypatch.setattr(graphs, "capture", capture)
-        monkeypatch.setattr(graphs, "other_stream", nullcontext)
         monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "embedding_learning_rate": 1e-4}
     expected, none = losses(tmp_path / "a", False, kind, **options)
@@ -69,10 +66,9 @@ def test_a_recorded_training_has_the_losses_of_another(
     assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
 
 
-def test_nothing_is_recorded_of_a_model_that_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under FSDP and DeepSpeed a process has all weights of a layer only while it runs."""
-    monkeypatch.setattr("unsloth_fast.trainer.WHOLE", ())
-    trainer = build(UnslothTrainer, arguments(tmp_path, cuda_graphs=True, max_steps=1), lora=True)
+def watched(folder: Path, wanted: bool | None, **options: Any) -> list[Any]:
+    """The graphs of the model in each step of a short training."""
+    trainer = build(UnslothTrainer, arguments(folder, cuda_graphs=wanted, max_steps=1, **options), lora=True)
     compute_loss, found = trainer.compute_loss, []
 
     def watched(*positional: Any, **keywords: Any) -> Any:
@@ -80,23 +76,77 @@ def test_nothing_is_recorded_of_a_model_that_is_split(tmp_path: Path, monkeypatc
         return compute_loss(*positional, **keywords)
 
     trainer.compute_loss = watched
-    trainer.train()
-    assert found and not any(found)
+    with tiny.KeepFloat64():
+        trainer.train()
+    return found
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    """The levels and reasons of what the log has of layers that are not recorded."""
+    words = "the layers are launched one by one: "
+    found = [(record.levelno, record.getMessage()) for record in caplog.records if words in record.getMessage()]
+    return [(level, message.partition(words)[2]) for level, message in found]
+
+
+@pytest.mark.parametrize(("wanted", "level"), [(True, logging.WARNING), (None, logging.INFO)])
+def test_what_forbids_graphs_is_logged_once(
+    wanted: bool | None, level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under FSDP and DeepSpeed a process has all weights of a layer only while it runs; batches may have padding."""
+    caplog.set_level(logging.INFO, "unsloth_fast")
+    own = {"use_cpu": not ON_GPU}
+    use_recorder(monkeypatch)
+    assert any(watched(tmp_path, wanted, padding_free=False, gradient_accumulation_steps=2, **own))
+    assert lines(caplog) == [(level, "a call with attention_mask")]
+    caplog.clear()
+    monkeypatch.setattr("unsloth_fast.cuda_graphs.WHOLE", ())
+    assert not any(watched(tmp_path, wanted, **own))
+    assert lines(caplog) == [(level, "the training is distributed by NO")]
+    caplog.clear()
+    monkeypatch.setattr("unsloth_fast.cuda_graphs.recording.DEVICE", "elsewhere")
+    assert not any(watched(tmp_path, wanted, **own))
+    assert lines(caplog) == [(level, f"the device is a {'cuda' if ON_GPU else 'cpu'}")]
+    caplog.clear()
+    assert not any(watched(tmp_path, False, **own)) and not lines(caplog)
+
+
+def test_a_model_without_packed_attention_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one with an attention of its own."""
+    use_recorder(monkeypatch)
+    monkeypatch.setattr("unsloth_fast.cuda_graphs.documents_of", lambda stack: None)
+    watched(tmp_path, True, use_cpu=not ON_GPU)
+    assert lines(caplog) == [(logging.WARNING, "the model's attention takes no packed batches")]
 
 
 @pytest.mark.parametrize(("name", "value"), [("verify_every", 2), ("torch_compile", True)])
-def test_what_needs_the_python_of_the_layers_excludes_graphs(tmp_path: Path, name: str, value: Any) -> None:
-    """Asked for with them, they are refused; otherwise nothing is recorded."""
-    args = arguments(tmp_path, cuda_graphs=True)
-    setattr(args, name, value)
+def test_what_needs_the_python_of_the_layers_excludes_graphs(
+    tmp_path: Path, name: str, value: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asked for with them, they are refused; otherwise nothing is recorded, and the log says why."""
+    use_recorder(monkeypatch)
+    caplog.set_level(logging.INFO, "unsloth_fast")
+    trainer = build(UnslothTrainer, arguments(tmp_path, cuda_graphs=True), lora=True)
+    setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=f"cuda_graphs: got True with {name}={value}; allowed: False, or None"):
-        wants_graphs(args)
-    args.cuda_graphs = None
-    assert not wants_graphs(args)
+        trainer.train()
+    trainer.args.cuda_graphs = None
+    with recorded_layers(trainer) as found:
+        assert not found
+    assert lines(caplog) == [(logging.INFO, f"{name}={value}")]
 
 
-def test_nothing_is_recorded_on_a_cpu(tmp_path: Path) -> None:
-    """Unless it is asked for; then the log says why not."""
-    assert not wants_graphs(arguments(tmp_path))
+def test_several_gpus_in_one_process_exclude_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of torch.nn.DataParallel would record at the same time."""
+    use_recorder(monkeypatch)
+    trainer = build(UnslothTrainer, arguments(tmp_path, cuda_graphs=True, use_cpu=not ON_GPU), lora=True)
+    trainer.args._n_gpu = 2
+    with recorded_layers(trainer) as found:
+        assert not found and stack_graphs(trainer.model) is None
+
+
+def test_the_argument_is_checked(tmp_path: Path) -> None:
+    """A word is no switch."""
     with pytest.raises(ValueError, match="cuda_graphs: got 'no'; allowed: True, False, or None"):
         arguments(tmp_path, cuda_graphs="no")

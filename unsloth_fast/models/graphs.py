@@ -11,8 +11,9 @@ padding is one more document, whose outputs are cut off, so that its gradients a
 have the bits that they have without graphs; others may differ by the rounding of matrix products with another number of
 rows.
 
-The recordings share their memory, which holds the activations of the largest size for as long as they exist; a larger
-size begins anew. While a replayed forward pass waits for its backward pass, others run as without graphs.
+The recordings share their memory (`recording.Memory`), which holds the activations of the largest size for as long as
+they exist; a larger size begins anew. While a replayed forward pass waits for its backward pass, others run as without
+graphs. Where memory runs out, the recordings are dropped, and what ran runs once more.
 
 What Python does between the launches is not repeated. So nothing is recorded where it may matter, and a recording is
 dropped when the model has changed since then (`recordable.Snapshot`): another adapter, a hook, a module or an attribute
@@ -20,50 +21,77 @@ of one, a weight that moved.
 """
 
 import logging
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Module, Parameter
-from torch.utils.checkpoint import checkpoint
+from torch.nn import Module
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
+from unsloth_fast.failures import failures_of_kernels
+from unsloth_fast.models import recording
 from unsloth_fast.models.checkpointing import offloads
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import documents_of
 from unsloth_fast.models.recordable import CHECKPOINT, Snapshot
+from unsloth_fast.models.recording import Memory, Recording, Replay, Run, most_bounds
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[..., Any]
-DEVICE = "cuda"
+Result = TypeVar("Result")
 LARGEST = 16384  # tokens; above, the device needs longer than the host
 LARGEST_OFFLOADED = 4096  # the layers' inputs, which would wait on the host, stay on the device
 RECORDED_AT = 2  # batches of a size
+LATER = 16  # times as many, after the recordings left too little memory
 MOST = 16  # sizes
+CHANGES = 4  # passes in a row that each change the stack
 _BATCH = frozenset(("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+_OFF = frozenset(
+    ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
+)  # if they are False
+
+
+class Recordings(list["StackGraphs"]):
+    """Those of the stacks of a model."""
+
+    def with_room(self, work: Callable[[], Result], model: Module | None = None) -> Result:
+        """What the work returns; if it runs out of memory beside recordings, they are dropped and it runs once more.
+
+        Args:
+            work: a forward pass, or all of a step.
+            model: to whose gradients the work adds; if there were some before, it cannot run once more.
+        """
+        repeats = model is None or not self or all(one.grad is None for one in model.parameters())
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not (repeats and any([graphs.make_room() for graphs in self])):
+                raise
+        if model is not None:
+            model.zero_grad()
+        return work()
 
 
 @contextmanager
-def recorded(model: Module) -> Iterator[None]:
+def recorded(model: Module, level: int = logging.INFO) -> Iterator[Recordings]:
     """Within the context the stacks of layers are recorded and replayed for packed batches in training.
 
     Args:
         model: with `packed_attention` placed under it; elsewhere nothing happens.
+        level: of the log's line about what is not recorded.
     """
     found = [documents for stack in stacks_of(model) if (documents := documents_of(stack)) is not None]
-    for documents in found:
-        documents.graphs = StackGraphs()
+    said: set[str] = set()
+    recordings = Recordings(StackGraphs(level, said) for _ in found)
+    for documents, graphs in zip(found, recordings, strict=True):
+        documents.graphs = graphs
     try:
-        yield
+        yield recordings
     finally:
+        recordings.clear()
         for documents in found:
             documents.graphs = None
 
@@ -74,27 +102,27 @@ def padded_size(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def most_bounds(size: int) -> int:
-    """Room for the bounds of documents of 32 tokens, at least 16."""
-    return max(16, size // 32)
-
-
 class StackGraphs:
-    """The recordings of one stack, one per size; a copy of the stack begins without."""
+    """The recordings of one stack, one per size; a copy of the stack has none.
 
-    def __init__(self) -> None:
-        self._recordings: dict[int, _Recording] = {}
+    Args:
+        level: of the log's line about what is not recorded.
+        said: what the log has of that; shared with other stacks.
+    """
+
+    def __init__(self, level: int, said: set[str]) -> None:
+        self._level, self._said = level, said
+        self._recordings: dict[int, Recording] = {}
+        self._memory = Memory()
         self._seen: Counter[int] = Counter()
+        self._recorded_at = RECORDED_AT
         self._snapshot: Snapshot | None = None
-        self._said: set[str] = set()
+        self._changes = 0  # in a row
         self._obstacle: str | None = None
         self._largest = LARGEST
-        self._pool: Any = None
-        self.passes = 0  # that were replayed
-        self.latest: Callable[[], _Pass | None] = lambda: None  # the one that the memory belongs to
 
-    def __reduce__(self) -> tuple[type["StackGraphs"], tuple[()]]:
-        return StackGraphs, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def __call__(self, run: Run, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What run(*args, **kwargs) returns.
@@ -103,244 +131,109 @@ class StackGraphs:
             run: the forward of the stack.
             stack: the stack.
             args: of its forward.
-            kwargs: of its forward, with cu_seq_lens_q.
+            kwargs: of its forward.
         """
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-        trains = stack.training and torch.is_grad_enabled()
-        if not trains or torch.compiler.is_compiling() or hooks(False) is not None:
+        if torch.compiler.is_compiling():
             return run(*args, **kwargs)
-        batch, latest = None if args else _batch_of(kwargs), self.latest()
-        if batch is None or (latest is not None and latest.waits):
-            return run(*args, **kwargs)
-        snapshot = self._recordable(stack)
-        if snapshot is None:
-            return run(*args, **kwargs)
-        tokens = batch["input_ids"].shape[1]
-        size = padded_size(tokens)
-        fits = size <= self._largest and len(batch["cu_seq_lens_q"]) < most_bounds(size)
-        self._seen[size] += fits
-        recording = self._recordings.get(size)
-        if recording is not None and recording.is_kept():
-            self._give_up("gradients of earlier steps are kept")
-            return run(*args, **kwargs)
-        if fits and recording is None and self._seen[size] >= RECORDED_AT and len(self._recordings) < MOST:
-            recording = self._record(run, snapshot, size, batch)
-        if not fits or recording is None:
-            return run(*args, **kwargs)
-        recording.take(batch)
-        hidden: Tensor = _Replay.apply(self, recording, *recording.parameters)
-        return recording.output_type(last_hidden_state=hidden[:, :tokens] if tokens < size else hidden)
+        found = self._recording_for(run, stack, args, kwargs) if stack.training and torch.is_grad_enabled() else None
+        if found is None:
+            return Recordings([self]).with_room(partial(run, *args, **kwargs))
+        found.take(kwargs)
+        hidden = Replay.apply(self._memory, found, *found.parameters)
+        return found.outputs(hidden, kwargs["input_ids"].shape[1])
 
-    def _recordable(self, stack: PreTrainedModel) -> Snapshot | None:
-        """The stack as it is, None if it cannot be recorded; drops what was recorded if it has changed since then."""
+    def make_room(self) -> bool:
+        """Drop all recordings and free their memory; whether there were any."""
+        if not self._recordings:
+            return False
+        self._forget()
+        self._recorded_at *= LATER
+        self._say("out of memory beside the recordings, which are dropped; they are made again later")
+        torch.cuda.empty_cache()
+        return True
+
+    def _recording_for(
+        self, run: Run, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Recording | None:
+        """The recording that may be replayed for a call, made now or before; None if the call is to run as usual."""
+        obstacle = "positional arguments" if args else _obstacle_of_call(kwargs)
+        if obstacle is not None:
+            self._say(f"a call with {obstacle}")
+            return None
+        if self._memory.is_awaited() or not self._is_recordable(stack):
+            return None
+        size = padded_size(kwargs["input_ids"].shape[1])
+        if size > self._largest:
+            self._say(f"batches of more than {self._largest} tokens")
+            return None
+        if len(kwargs["cu_seq_lens_q"]) >= most_bounds(size):
+            self._say("batches with more than 15 documents, and more than one for each 32 tokens")
+            return None
+        self._seen[size] += 1
+        if size not in self._recordings and self._seen[size] >= self._recorded_at and len(self._recordings) < MOST:
+            self._record(run, size, kwargs)
+        return self._recordings.get(size)
+
+    def _is_recordable(self, stack: PreTrainedModel) -> bool:
+        """Whether the stack as it is can be recorded; drops what was recorded if it has changed since then."""
         if self._snapshot is None or not self._snapshot.is_current():
+            self._changes += self._snapshot is not None
+            if self._changes == CHANGES:
+                self._say("each forward pass changes something of them")
             self._forget()
-            self._seen.clear()
-            self._snapshot = Snapshot(stack, DEVICE)
+            self._snapshot = Snapshot(stack, recording.DEVICE)
             self._obstacle = self._snapshot.obstacle()
             offloaded = any(offloads(vars(module).get(CHECKPOINT)) for module in self._snapshot.modules)
             self._largest = LARGEST_OFFLOADED if offloaded else LARGEST
             self._say(self._obstacle)
-        return self._snapshot if self._obstacle is None else None
+        else:
+            self._changes = 0
+        return self._obstacle is None
 
     def _forget(self) -> None:
         self._recordings.clear()
-        self._pool = None
+        self._seen.clear()
+        self._memory = Memory()
 
-    def _record(self, run: Run, snapshot: Snapshot, size: int, batch: dict[str, Any]) -> "_Recording | None":
-        if size > max(self._recordings, default=size):  # the memory of smaller ones is in pieces that are too small
+    def _record(self, run: Run, size: int, batch: dict[str, Any]) -> None:
+        snapshot, seen = self._snapshot, self._seen.copy()
+        assert snapshot is not None
+        if size > max(self._recordings, default=0):  # the memory of smaller ones is in pieces that are too small
             self._forget()
+            self._seen = seen
         try:
-            with _checkpointed_for_graphs(snapshot.modules):
-                recording = _Recording(run, size, batch, snapshot.parameters, self._pool)
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self._give_up(f"recording failed: {str(error).partition(chr(10))[0]}")
-            return None
-        self._recordings[size], self._pool = recording, recording.forward.pool()
-        logger.info(
-            "CUDA graphs: %s is recorded for batches of up to %d tokens", type(snapshot.modules[0]).__name__, size
-        )
-        return recording
-
-    def _give_up(self, obstacle: str) -> None:
+            made = Recording(run, size, batch, snapshot.parameters, snapshot.modules, self._memory)
+        except torch.OutOfMemoryError:
+            self._largest, obstacle = size - 1, None
+        except failures_of_kernels() as error:
+            self._obstacle = obstacle = f"recording failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        else:
+            self._recordings[size] = made
+            name = type(snapshot.modules[0]).__name__
+            logger.info("CUDA graphs: %s is recorded for batches of up to %d tokens", name, size)
+            return
         self._forget()
-        self._obstacle = obstacle
-        self._say(obstacle)
+        self._say(obstacle or f"batches of {size} tokens and more, which leave no memory for a recording")
+        torch.cuda.empty_cache()
 
     def _say(self, obstacle: str | None) -> None:
         if obstacle is not None and obstacle not in self._said:
             self._said.add(obstacle)
-            logger.info("CUDA graphs: the layers are launched one by one: %s", obstacle)
+            logger.log(self._level, "CUDA graphs: the layers are launched one by one: %s", obstacle)
 
 
-class _Recording:
-    """The passes of a stack for one size.
-
-    Attributes:
-        parameters: those that get a gradient.
-        output_type: the class of the stack's outputs.
-        forward: the graph of the forward pass.
-        backward: the graph of the backward pass.
-        hidden: the output of the forward pass, [1, size, H].
-        grad_hidden: the input of the backward pass.
-        grads: its outputs, as parameters.
-    """
-
-    def __init__(self, run: Run, size: int, batch: dict[str, Any], parameters: Sequence[Parameter], pool: Any) -> None:
-        ids: Tensor = batch["input_ids"]
-        self._size = size
-        self._ids, self._positions = ids.new_zeros(1, size), ids.new_zeros(1, size)
-        self._bounds = torch.full((most_bounds(size),), size, dtype=torch.int32, device=ids.device)
-        self.take(batch)
-        bounds = {"cu_seq_lens_q": self._bounds, "cu_seq_lens_k": self._bounds}
-        bounds |= {"max_length_q": size, "max_length_k": size}
-        work = partial(run, input_ids=self._ids, position_ids=self._positions, use_cache=False, **bounds)
-        precision = {"dtype": torch.get_autocast_dtype(DEVICE), "enabled": torch.is_autocast_enabled(DEVICE)}
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        # Autocast's cache would keep what is recorded beyond the recording.
-        with torch.enable_grad(), torch.autocast(DEVICE, cache_enabled=False, **precision):
-            outputs, grads = _rehearse(work, trained)
-            self.output_type = type(outputs)
-            self.grad_hidden = torch.zeros_like(outputs["last_hidden_state"])
-            self.parameters = [one for one, grad in zip(trained, grads, strict=True) if grad is not None]
-            del outputs, grads
-            outputs, self.forward = capture(work, pool)
-            hidden: Tensor = outputs["last_hidden_state"]
-            gradients = partial(torch.autograd.grad, hidden, self.parameters, self.grad_hidden)
-            self.grads, self.backward = capture(lambda: _apart(gradients()), pool)
-        self.hidden = hidden.detach()
-        self._holders = list(map(_holders, self.grads))
-
-    def take(self, batch: dict[str, Any]) -> None:
-        """Copy a batch to where the recorded kernels read it; what remains of an earlier one behind it is padding."""
-        tokens, bounds = batch["input_ids"].shape[1], batch["cu_seq_lens_q"]
-        self._ids[:, :tokens].copy_(batch["input_ids"], non_blocking=True)
-        self._positions[:, :tokens].copy_(batch["position_ids"], non_blocking=True)
-        self._bounds[: len(bounds)].copy_(bounds, non_blocking=True)
-        self._bounds[len(bounds) :].fill_(self._size)
-
-    def is_kept(self) -> bool:
-        """Whether somebody keeps a gradient that the next replay would overwrite, other than its parameter."""
-        return any(
-            _holders(grad) > holders + _is_at(parameter.grad, grad)
-            for parameter, grad, holders in zip(self.parameters, self.grads, self._holders, strict=True)
-        )
-
-    def take_back(self, parameters: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of self.parameters for one of the hidden states, where the recording leaves them.
-
-        A parameter may still have them from the last replay, and adds to them.
-        """
-        for parameter, grad in zip(parameters, self.grads, strict=True):
-            if parameter.grad is not None and _is_at(parameter.grad, grad):
-                parameter.grad = parameter.grad.clone()
-        self.grad_hidden.copy_(hidden)
-        self.backward.replay()
-        return tuple(grad.detach() for grad in self.grads)
-
-
-class _Pass:
-    """A replayed forward pass; it is gone when none of its outputs is left."""
-
-    waits = True  # for its backward pass
-
-
-class _Replay(torch.autograd.Function):
-    """The replayed passes; the parameters are inputs so that autograd hands them their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, graphs: StackGraphs, recording: _Recording, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        ctx.graphs, ctx.recording, ctx.own = graphs, recording, _Pass()
-        graphs.passes += 1
-        graphs.latest = weakref.ref(ctx.own)
-        recording.forward.replay()
-        return recording.hidden.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, hidden: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = ctx.saved_tensors  # raises if one has changed since the forward pass
-        if ctx.graphs.latest() is not ctx.own:
-            raise RuntimeError(
-                "backward: got a second backward pass of outputs whose activations a later forward pass has "
-                "overwritten, as the layers are recorded as CUDA graphs; allowed: all backward passes before the next "
-                "forward pass, or cuda_graphs=False"
-            )
-        if not ctx.own.waits:  # an earlier backward pass has overwritten the activations
-            ctx.recording.forward.replay()
-        ctx.own.waits = False
-        return None, None, *ctx.recording.take_back(parameters, hidden)
-
-
-def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
-    """What the work returns, computed by each replay of the graph, and the graph."""
-    graph = torch.cuda.CUDAGraph()
-    # Another thread may pin a batch meanwhile, or watch NCCL.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = work()
-    return result, graph
-
-
-def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[Any, Sequence[Tensor | None]]:
-    """Compile and load all kernels, which cannot be done while CUDA records, on another stream, as CUDA asks for.
-
-    Returns:
-        The outputs, and the gradients of the parameters.
-    """
-    with other_stream():
-        outputs = work()
-        if not isinstance(outputs, ModelOutput) or list(outputs) != ["last_hidden_state"]:
-            raise ValueError(
-                f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}"
-            )
-        hidden: Tensor = outputs["last_hidden_state"]
-        if not hidden.requires_grad:
-            raise ValueError("the layers have no weight to train")
-        return outputs, torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
-
-
-@contextmanager
-def other_stream() -> Iterator[None]:
-    """Run on a stream of its own, between what was launched before and what is launched after."""
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
-
-
-def _batch_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The keywords of a packed batch; None if there are others that say something."""
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-    names = {"input_ids", "position_ids", "cu_seq_lens_q"}
-    if not names <= given.keys() <= _BATCH or given["input_ids"].shape != given["position_ids"].shape:
-        return None
-    return given if given["input_ids"].ndim == 2 and len(given["input_ids"]) == 1 else None
-
-
-def _apart(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, none in the memory of another, as each becomes that of its parameter."""
-    shared = Counter(grad.untyped_storage().data_ptr() for grad in grads)
-    return [grad.clone() if shared[grad.untyped_storage().data_ptr()] > 1 else grad for grad in grads]
-
-
-def _is_at(grad: Tensor | None, other: Tensor) -> bool:
-    return grad is not None and grad.data_ptr() == other.data_ptr()
-
-
-def _holders(grad: Tensor) -> int:
-    """How many tensors hold the memory of a gradient."""
-    return torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@contextmanager
-def _checkpointed_for_graphs(modules: Sequence[Module]) -> Iterator[None]:
-    """Let checkpointed layers save no state of the random numbers, which cannot be read while CUDA records."""
-    plain = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    with ExitStack() as stack:
-        for module in modules:
-            if CHECKPOINT in vars(module):
-                stack.callback(setattr, module, CHECKPOINT, getattr(module, CHECKPOINT))
-                setattr(module, CHECKPOINT, plain)
-        yield
+def _obstacle_of_call(kwargs: Mapping[str, Any]) -> str | None:
+    """Why a call of a stack cannot be replayed; None if it can."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks(False) is not None:
+        return "hooks on saved tensors, such as those of offloading"
+    given = {name for name, value in kwargs.items() if value is not None and not (value is False and name in _OFF)}
+    missing, more = _BATCH - given, sorted(given - _BATCH)
+    if more:
+        return more[0]
+    if missing & {"input_ids", "position_ids", "cu_seq_lens_q"}:
+        return "a batch that is not packed"
+    ids, positions = kwargs["input_ids"], kwargs["position_ids"]
+    if ids.shape != positions.shape or ids.ndim != 2 or len(ids) != 1:
+        return f"input_ids of {list(ids.shape)} and position_ids of {list(positions.shape)}"
+    return None

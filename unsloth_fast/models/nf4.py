@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import failures_of_kernels
 from unsloth_fast.models.methods import is_more_than_its_class
 from unsloth_ref import checks
 from unsloth_ref.types import NF4Weight
@@ -78,6 +78,6 @@ def _same_bits(weight: Any, state: Any, nf4_dequantize: Callable[..., Tensor]) -
     theirs = dequantize_4bit(packed[:, None], of_bitsandbytes).flatten()
     try:
         ours = nf4_dequantize(packed, absmax, code, scales, offset, shape=(size,), dtype=torch.float32)
-    except FAILURES:  # of a kernel that does not compile or run there
+    except failures_of_kernels():  # of a kernel that does not compile or run there
         return False
     return torch.equal(theirs, ours)
