@@ -40,6 +40,9 @@ _NAMES = (
     (1, "num_shared_experts moe_num_shared_experts encoder_layers num_encoder_layers"),
     (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size"),
     (WINDOW, "attention_chunk_size keep_window_size local_attention_window_len"),
+    # Positions from which on something changes, and the keys of a block that is chosen as a whole.
+    (WINDOW, "floor_scale log_scaling_n_floor index_block_size"),
+    (1, "index_topk_blocks"),
     (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length"),
     (POSITIONS, "max_target_positions max_source_positions original_max_position_embeddings"),
 )
@@ -89,6 +92,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _SPECIAL[name]
         elif depth and isinstance(value, list) and len(value) == values[depth]:
             fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
+        elif name == "rope_parameters" and (value or {}).get("llama_4_scaling_beta"):
+            fields[name] = value | {"original_max_position_embeddings": WINDOW}  # the factor of queries by position
     if fields.get("kv_lora_rank"):  # each head has keys of its own
         fields["num_key_value_heads"] = HEADS
     if _EACH in values:
@@ -146,6 +151,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": KEY_HEADS,
         "indexer_kv_heads": 1,

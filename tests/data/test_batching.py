@@ -77,6 +77,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"takes_positions": False},
     {"positions_by_axis": True},
     {"unknown_masks": True},
+    {"own_positions": True},
     {"prompt_learning": True},
 ]
 
@@ -122,6 +123,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"takes_positions": False}, {}, "takes no position_ids"),
     ({"positions_by_axis": True}, {}, "positions have several axes"),
     ({"unknown_masks": True}, {}, "may join them"),
+    ({"own_positions": True}, {}, "counts the tokens of a row, not those of a document"),
     ({}, {"prompt_learning": True}, "belong to no document"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]

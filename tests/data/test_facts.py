@@ -6,9 +6,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM, LlamaForCausalLM, RobertaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaForCausalLM,
+    RobertaForCausalLM,
+)
 from trl import SFTConfig
 
+from conformance.models.shrinking import tiny_config
 from tests import tiny
 from tests.data.samples import bloom, first_alone, tokens
 from tests.models.unheard import UnheardConfig, UnheardForCausalLM, UnheardWithOwnMask
@@ -126,6 +135,26 @@ def test_a_model_and_its_name_have_one_configuration_and_class(tmp_path: Path) -
         config, model_class = config_and_class(model, args)
         assert config.model_type == "llama" and model_class is LlamaForCausalLM
     assert decide(tmp_path, model=folder).padding_free
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", None),
+        ("llama4_text", "the model's attention counts the tokens of a row, not those of a document"),
+        ("minimax_m3_vl_text", "the model makes its masks without a look at documents of a row, which may join them"),
+        ("deepseek_v32", "the model makes its masks without a look at documents of a row, which may join them"),
+    ],
+)
+def test_a_model_and_its_name_have_one_plan(tmp_path: Path, name: str, reason: str | None) -> None:
+    """What only the code of a model shows is seen without its weights."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(name))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "model")
+    for each in (model, str(tmp_path / "model")):
+        assert decide(tmp_path, model=each, packing=True).reasons == (() if reason is None else (reason,))
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,12 @@ FAMILIES: dict[str, Family] = {
     "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, vision=zoo.VISION),
     "llama4": Family(
         "Llama4ForCausalLM",
-        LOCAL | {"num_local_experts": 2, "no_rope_layers": [1, 0], "floor_scale": 2, "attn_temperature_tuning": True},
+        LOCAL | {"no_rope_layers": [1, 0], "floor_scale": 2, "attn_temperature_tuning": True},
         6,
         2,
         linear=14,
         foreign="its masks: create_chunked_causal_mask",
+        experts=2,
     ),
     "mixtral": Family("MixtralForCausalLM", LOCAL, 5, 0, experts=2),
     "ernie4_5": Family("Ernie4_5ForCausalLM", {}, 5, 2),

@@ -25,6 +25,8 @@ class ModelFacts:
             without them each document would see those before it.
         unknown_masks: whether the model makes its masks by its own means, such as sparse attention, or by
             transformers' without position_ids, which may let documents see each other.
+        own_positions: whether an attention counts the tokens of a row itself, on through its documents, as Llama 4 does
+            for a factor of its queries.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
     """
@@ -38,6 +40,7 @@ class ModelFacts:
     takes_positions: bool = True
     positions_by_axis: bool = False
     unknown_masks: bool = False
+    own_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.recurrent, f"the model has {_recurrent(model)}, whose state would leak from one document into the next"),
         (leaks(model), "the model's attention lets the documents of a row see each other"),
         (model.unknown_masks, "the model makes its masks without a look at documents of a row, which may join them"),
+        (model.own_positions, "the model's attention counts the tokens of a row, not those of a document"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),

@@ -1,5 +1,6 @@
 """The facts of a model and a run that decide about batching: read from the model's configuration and class alone."""
 
+import copy
 import inspect
 import logging
 from dataclasses import replace
@@ -16,7 +17,8 @@ from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, ba
 from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
-from unsloth_fast.models.documents import carriers_of, finds_documents
+from unsloth_fast.failures import FAILURES
+from unsloth_fast.models.documents import carriers_of, counts_tokens, finds_documents
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.interface import ATTENTION_LAYERS, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
@@ -42,10 +44,12 @@ def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> Ba
     config, model_class = config_and_class(model, args)
     options: Any = args.model_init_kwargs or {}
     facts = _model_facts(config, model_class, options.get("attn_implementation") if isinstance(model, str) else None)
+    built = _empty(config, model_class, facts.attn_implementation) if isinstance(model, str) else model
     if facts.recurrent:
-        facts = _with_mixers(facts, _empty(config, model_class) if isinstance(model, str) else model)
-    if not isinstance(model, str):
-        facts = replace(facts, unknown_masks=facts.unknown_masks or _makes_unknown_masks(model))
+        facts = _with_mixers(facts, built)
+    if built is not None:
+        unknown = facts.unknown_masks or _makes_unknown_masks(built)
+        facts = replace(facts, unknown_masks=unknown, own_positions=counts_tokens(built))
     plan = batching_plan(facts, _config_facts(model, args, given))
     if not plan.padding_free and given.get("data_collator") is None:
         for name, dataset in datasets_of(given):
@@ -114,12 +118,18 @@ def _model_facts(config: PreTrainedConfig, model_class: type, implementation: st
     )
 
 
-def _empty(config: PreTrainedConfig, model_class: Any) -> Module | None:
+def _empty(config: PreTrainedConfig, model_class: Any, implementation: str | None) -> Module | None:
     """The model without memory for its weights; None if the class makes none."""
     if not hasattr(model_class, "_from_config"):
         return None
-    with torch.device("meta"):
-        return model_class._from_config(config)
+    try:
+        with torch.device("meta"):
+            built = model_class._from_config(copy.deepcopy(config))
+    except FAILURES:  # loading it says why
+        return None
+    for stack in stacks_of(built) if implementation else ():  # set here, as its package may not be installed
+        stack.config._attn_implementation = implementation
+    return built
 
 
 def _with_mixers(facts: ModelFacts, model: Module | None) -> ModelFacts:

@@ -1,6 +1,8 @@
 """What decides beside attention whether documents may share a row: positions, and layers that carry a state."""
 
 import ast
+import inspect
+from collections.abc import Callable
 from functools import cache
 
 from torch.nn import Module
@@ -42,6 +44,25 @@ def _keys(tree: ast.AST) -> set[object]:
     """The constant keys of all dictionaries."""
     keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
     return {key.value for key in keys if isinstance(key, ast.Constant)}
+
+
+def counts_tokens(model: Module) -> bool:
+    """Whether an attention counts the tokens of a row itself, on through its documents."""
+    return any(_counts(inspect.unwrap(type(module).forward)) for module in model.modules() if looks_up(module))
+
+
+@cache
+def _counts(forward: Callable[..., object]) -> bool:
+    """Whether a forward counts on from the tokens of its cache, or computes with that count, and knows no position_ids.
+
+    A range without the cache is one of distances, which are the same within a document.
+    """
+    tree = tree_of(forward)
+    nodes = [] if tree is None else list(ast.walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    read = {(name_of(node.value), node.attr) for node in nodes if isinstance(node, ast.Attribute)}
+    counts = {"arange", "get_seq_length"} <= {attribute for _, attribute in read}
+    return "position_ids" not in names and (counts or ("cache_position", "float") in read)
 
 
 def carriers_of(model: Module) -> list[str]:

@@ -4,8 +4,9 @@ peft adds the product of an adapter's factors to the weights of all experts in e
 the weights, and the gradient of an adapter comes from that of a whole weight. Here both factors multiply rows instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.methods import hooks_of
-from unsloth_fast.models.protocols import Forward, Placement
+from unsloth_fast.models.protocols import Forward
 from unsloth_ref.types import ExpertActivation
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 _OPTIONS = ("interleaved", "alpha", "limit", "offset")
 Adapter = tuple[Tensor, Tensor, float]  # [E, O, R], [E, R, I] and the factor of their product
+Routed = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,74 +55,95 @@ class Experts:
 
 
 def experts_forward(experts: Experts, kernels: Any) -> Forward:
-    """The forward of experts that calls `moe_mlp` of these kernels."""
-    options = {name: getattr(experts, name) for name in ("activation", *_OPTIONS)}
+    """The forward of experts, or of peft's adapter of a weight of theirs, that calls operations of these kernels.
+
+    It calls that of the class where `routed_through` finds no way.
+    """
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if _is_distributed(self, self.gate_up_proj):
+        routed = routed_through(self, experts, kernels)
+        if routed is None:
             return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
-        dtype = product_dtype(hidden_states, self.gate_up_proj)
-        x, routing = hidden_states.to(dtype), (top_k_index, _at_least(top_k_weights, dtype))
-        y = kernels.moe_mlp(x, *experts.weights(self, dtype), *routing, *experts.biases(self, dtype), **options)
-        return y.to(hidden_states.dtype)
+        return routed(hidden_states, top_k_index, top_k_weights)
 
     return forward
 
 
-def adapted_experts_placement(experts: Experts, backend: Backend) -> Placement:
-    """The operations and the forward for peft's adapter of a weight of these experts.
+def routed_through(module: Any, experts: Experts, kernels: Any) -> Routed | None:
+    """What takes tokens [T, H], their experts [T, k] and the weights of these [T, k], and returns [T, H].
 
-    The forward calls peft's own, which adds the adapters to the weights, unless each adapted weight has exactly one
-    active adapter that is not merged, and nothing inside has hooks.
+    It is `moe_mlp`, or products by `grouped_gemm` under adapters. None if the module's own forward must run: this
+    device has some of the experts alone, or an adapted weight has not exactly one active adapter, or one that is
+    merged, or there are hooks inside.
     """
-    return ("grouped_gemm",), _adapted_forward(experts, backend.kernels)
+    adapters = _adapters_of(module) if isinstance(module, ParamWrapper) else {}
+    inner = inner_experts(module)
+    if adapters is None or _is_distributed(inner, inner.gate_up_proj):
+        return None
+    if not adapters:
+        return partial(_through, inner, experts, kernels)
+    return partial(_through_adapted, inner, experts, kernels, adapters)
 
 
-def inside_of(wrapper: ParamWrapper) -> Iterator[Module]:
-    """The wrappers inside a wrapper, each one of another weight, then the experts."""
-    layer: Any = wrapper
+def inner_experts(module: Any) -> Any:
+    """The module itself, or what peft's adapters of parameters wrap."""
+    return module.get_base_layer() if isinstance(module, ParamWrapper) else module
+
+
+def inside_of(experts: Module) -> Iterator[Module]:
+    """The wrappers inside a wrapper, each one of another weight, then the experts; nothing of experts themselves."""
+    layer: Any = experts
     while isinstance(layer, ParamWrapper):
         layer = layer.base_layer
         yield layer
 
 
-def _adapted_forward(found: Experts, kernels: Any) -> Forward:
-    options = {name: getattr(found, name) for name in _OPTIONS}
+def _through(
+    module: Any, experts: Experts, kernels: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    options = {name: getattr(experts, name) for name in ("activation", *_OPTIONS)}
+    dtype = product_dtype(hidden_states, module.gate_up_proj)
+    x, routing = hidden_states.to(dtype), (top_k_index, _at_least(top_k_weights, dtype))
+    y = kernels.moe_mlp(x, *experts.weights(module, dtype), *routing, *experts.biases(module, dtype), **options)
+    return y.to(hidden_states.dtype)
 
-    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        adapters, experts = _adapters_of(self), self.get_base_layer()
-        if adapters is None or _is_distributed(experts, experts.gate_up_proj):
-            return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
-        dtype = product_dtype(hidden_states, experts.gate_up_proj)
 
-        order, slots, sizes = _sorted_slots(top_k_index, len(experts.gate_up_proj))
-        weights, biases = found.weights(experts, dtype), found.biases(experts, dtype)
-        routing = top_k_weights.flatten()[order, None]
+def _through_adapted(
+    module: Any,
+    experts: Experts,
+    kernels: Any,
+    adapters: Mapping[str, Adapter],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    dtype = product_dtype(hidden_states, module.gate_up_proj)
+    order, slots, sizes = _sorted_slots(top_k_index, len(module.gate_up_proj))
+    weights, biases = experts.weights(module, dtype), experts.biases(module, dtype)
+    routing = top_k_weights.flatten()[order, None]
 
-        def multiplied(rows: Tensor, index: int) -> Tensor:
-            y, adapter = kernels.grouped_gemm(rows, weights[index], sizes), adapters.get(WEIGHTS[index])
-            if adapter is None:
-                return y
-            left, right, scaling = adapter
-            left, right = (right.mT, left.mT) if found.transposed else (left, right)
-            low = kernels.grouped_gemm(rows, right.to(dtype), sizes)
-            return torch.add(y, kernels.grouped_gemm(low, left.to(dtype), sizes), alpha=scaling)
+    def multiplied(rows: Tensor, index: int) -> Tensor:
+        y, adapter = kernels.grouped_gemm(rows, weights[index], sizes), adapters.get(WEIGHTS[index])
+        if adapter is None:
+            return y
+        left, right, scaling = adapter
+        left, right = (right.mT, left.mT) if experts.transposed else (left, right)
+        low = kernels.grouped_gemm(rows, right.to(dtype), sizes)
+        return torch.add(y, kernels.grouped_gemm(low, left.to(dtype), sizes), alpha=scaling)
 
-        x = hidden_states.to(dtype)
-        z = multiplied(x[:, None].expand(-1, top_k_index.shape[1], -1).flatten(0, 1)[order], 0)
-        if biases[0] is not None:
-            z = z + biases[0][slots]
-        if found.activation == "silu":
-            hidden = kernels.fused_swiglu(z, **options)
-        else:
-            hidden = kernels.geglu(*z.chunk(2, -1), approximate="tanh")
-        # The weight before the last product: its result need not be kept for the weight's gradient.
-        y = multiplied((hidden * routing).to(dtype), 1)
-        if biases[1] is not None:
-            y = y + (biases[1][slots] * routing).to(dtype)
-        return y[order.argsort()].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
-
-    return forward
+    x = hidden_states.to(dtype)
+    z = multiplied(x[:, None].expand(-1, top_k_index.shape[1], -1).flatten(0, 1)[order], 0)
+    if biases[0] is not None:
+        z = z + biases[0][slots]
+    if experts.activation == "silu":
+        hidden = kernels.fused_swiglu(z, **{name: getattr(experts, name) for name in _OPTIONS})
+    else:
+        hidden = kernels.geglu(*z.chunk(2, -1), approximate="tanh")
+    # The weight before the last product: its result need not be kept for the weight's gradient.
+    y = multiplied((hidden * routing).to(dtype), 1)
+    if biases[1] is not None:
+        y = y + (biases[1][slots] * routing).to(dtype)
+    return y[order.argsort()].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
 def _sorted_slots(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.attention import attention_placement, shared_placement
-from unsloth_fast.models.experts import Experts, adapted_experts_placement, experts_forward, inside_of
+from unsloth_fast.models.experts import Experts, experts_forward, inside_of
 from unsloth_fast.models.float8 import float8_placement
 from unsloth_fast.models.head_norms import norms_inside
 from unsloth_fast.models.interface import stacks_of
@@ -25,10 +25,17 @@ from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forw
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.scaled_experts import (
+    ScaledExperts,
+    experts_inside,
+    recognise_scaled_experts,
+    scaled_experts_forward,
+)
 from unsloth_fast.models.structure import recognise
 
 logger = logging.getLogger(__name__)
 
+_NAMED = ("Norm", "MLP", "Attention", "Experts")  # how the names of classes end that are logged if nothing is placed
 _LOGGED = "unsloth_placed"  # the attribute of a model with what was logged of it
 
 
@@ -41,7 +48,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       GELU, with separate or fused projections, or whose activation is the square of ReLU, recognised by a numeric check
       (see `unsloth_fast.models.structure`);
     - the experts of transformers' models whose gate is SiLU, also clamped, or GELU, with biases or not, recognised in
-      the same way, and peft's adapters of their weights (see `unsloth_fast.models.experts`);
+      the same way, and peft's adapters of their weights (see `unsloth_fast.models.experts`); those of Llama 4 too,
+      whose inputs are scaled (see `unsloth_fast.models.scaled_experts`);
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all
@@ -88,7 +96,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             replace_method(module, "forward", forward, "operation")
             placed.update(() if id(module) in inside else operations)
             inside |= set(map(id, _parts(module, operations, backend)))
-        elif name.endswith(("Norm", "MLP", "Attention", "Experts")) and packed.get(id(module), "") is not None:
+        elif name.endswith(_NAMED) and id(module) not in inside and packed.get(id(module), "") is not None:
             unchanged[name] += 1
         if id(module) in packed:
             reason = packed[id(module)]
@@ -112,12 +120,12 @@ def _restore_forwards(model: Module) -> None:
 
 
 def _parts(module: Module, operations: Sequence[str], backend: Backend) -> Iterable[Module | None]:
-    """The modules inside of this one that its operations compute: the norms of heads, or layers with LoRA."""
+    """The modules inside of this one that its operations compute: norms of heads, layers with LoRA, or experts."""
     if "lora_mlp" in operations:
         return module._modules.values()
     norms = norms_inside(module) if "qk_norm_rope" in operations else ()
     layers = shared_layers(module, backend) if "lora_linears" in operations else ()
-    return [*norms, *(module.get_submodule(layer.name) for layer in layers)]
+    return [*norms, *(module.get_submodule(layer.name) for layer in layers), *experts_inside(module)]
 
 
 def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
@@ -147,11 +155,13 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
         if any(map(has_foreign_forward, inside_of(module))):
             return "a forward of somebody else's inside"
         adapted = recognise(module.get_base_layer(), known)
-        return adapted_experts_placement(adapted, backend) if isinstance(adapted, Experts) else None
+        return (("grouped_gemm",), experts_forward(adapted, backend.kernels)) if isinstance(adapted, Experts) else None
     mixer = recognise_mixer(module, known)
     if isinstance(mixer, Mixer):
         return mixer.operations, mixer_forward(mixer, backend.kernels)
-    found = mixer or recognise(module, known)
+    found = mixer or recognise_scaled_experts(module, known) or recognise(module, known)
+    if isinstance(found, ScaledExperts):
+        return found.operations(module), scaled_experts_forward(found, backend.kernels)
     if isinstance(found, Experts):
         return ("moe_mlp",), experts_forward(found, backend.kernels)
     if isinstance(found, Norm):

@@ -6,19 +6,28 @@ no part.
 """
 
 import copy
-import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.experts import WEIGHTS, Experts, experts_forward
+from unsloth_fast.models.checking import (
+    BY_MODE,
+    Sparse,
+    copy_with,
+    in_both_modes,
+    inputs_of,
+    plain,
+    refusal,
+    rows_of_scales,
+    sizes_of,
+)
+from unsloth_fast.models.expert_structure import BIASES, find_experts
+from unsloth_fast.models.experts import WEIGHTS, Experts
 from unsloth_fast.models.methods import hooks_of
 from unsloth_fast.models.mlp import Gated, mlp_forward
 from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
@@ -26,15 +35,9 @@ from unsloth_ref import kernels as reference
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
-_BIASES = ("gate_up_proj_bias", "down_proj_bias")
-_ALPHAS = ("alpha", "swiglu_alpha")
-_LIMITS = ("limit", "swiglu_limit")
-_SCALES = (0.1, 1.0, 10.0, 100.0)  # of an MLP's rows, so that a clamp or a cap shows
 _WIDTH = 24  # of the rows of a norm without a weight
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
-_BY_MODE = "differs between training and evaluation"
 _AnyNorm = TypeVar("_AnyNorm", Norm, LayerNorm, GatedNorm)
-_OF_EVERY_MODULE = vars(nn.Module())
 
 Found = Norm | LayerNorm | GatedNorm | Gated | Experts | str | None
 
@@ -52,9 +55,9 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     dimensions = {name: weight.dim() for name, weight in parameters.items()}
     is_norm = not children and dimensions in ({"weight": 1}, {})
     is_gated = not parameters and len(sizes) in (2, 3) and len(others) <= 1
-    is_experts = set(parameters) in ({*WEIGHTS}, {*WEIGHTS, *_BIASES})
+    is_experts = set(parameters) in ({*WEIGHTS}, {*WEIGHTS, *BIASES})
     is_experts = is_experts and all(parameters[name].dim() == 3 for name in WEIGHTS)
-    taken = _taken(type(module).forward)
+    taken = inputs_of(type(module).forward)
     if not (is_norm or is_gated or is_experts) or _has_state(module, others):
         return None
     if taken not in ((1, 2) if is_norm and parameters else (3,) if is_experts else (1,)):
@@ -71,7 +74,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
                     size = shapes[0][0] if shapes else _WIDTH
                     known[key] = (_norm if taken == 1 else _gated_norm)(module, size)
                 else:
-                    known[key] = _experts(module) if is_experts else _gated(module, sizes)
+                    known[key] = find_experts(module) if is_experts else _gated(module, sizes)
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"
     return known[key]
@@ -81,26 +84,6 @@ def _has_state(module: nn.Module, others: list[nn.Module]) -> bool:
     """Whether there are tensors beside a norm's weight and linear layers."""
     tensors = itertools.chain(*((*child.parameters(), *child.buffers()) for child in others))
     return next(itertools.chain(module.buffers(recurse=False), tensors), None) is not None
-
-
-def _taken(forward: Callable[..., object]) -> int | None:
-    """How many inputs a forward takes, all by position; a gated norm takes two, experts take three."""
-    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-    return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
-
-
-def plain(module: nn.Module) -> tuple[object, ...]:
-    """The class of a module, and its attributes: numbers and text by value, all others by identity."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    return type(module), *((name, _value(value)) for name, value in own.items())
-
-
-def _value(value: object) -> object:
-    """Hashable; equal for the partial functions that each GELU of transformers makes for itself."""
-    if isinstance(value, partial):
-        keywords = ((name, _value(given)) for name, given in value.keywords.items())
-        return partial, id(value.func), *map(_value, value.args), *keywords
-    return value if isinstance(value, int | float | str | None) else id(value)
 
 
 def _norm(module: nn.Module, size: int) -> Norm | LayerNorm | str | None:
@@ -164,18 +147,12 @@ def _agreeing_norm(
         given = [tensor.to(dtype) for tensor in rows]
         own = in_both_modes(copied, *given)
         if own is None:
-            return _BY_MODE
+            return BY_MODE
         results = {norm: cast(Tensor, calls[norm](copied, *given)) for norm in found}
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
-            return _refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
-    return found[0] if len(found) == 1 else _refusal(operation, len(found))
-
-
-def _refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
-    if agreeing:
-        return f"{agreeing} ways to compute it by {operation} agree"
-    return f"differs from every {operation} by {difference:.2g} at least"
+            return refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
+    return found[0] if len(found) == 1 else refusal(operation, len(found))
 
 
 def _agree_in_float32(result: Tensor, own: Tensor) -> bool:
@@ -203,11 +180,10 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
     generator = torch.Generator().manual_seed(0)
     others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in sizes}
     copied = copy_with(module, children=others | {name: Sparse(size, generator) for name, size in sizes.items()})
-    scales = torch.tensor(_SCALES, dtype=torch.float64)[:, None]
-    rows = scales * torch.randn((len(_SCALES), sizes[candidates[0].gate][0]), generator=generator, dtype=torch.float64)
+    rows = rows_of_scales(sizes[candidates[0].gate][0], generator)
     own = in_both_modes(copied, rows)
     if own is None:
-        return _BY_MODE
+        return BY_MODE
     agreeing, differences = [], []
     for gated in candidates:
         result = cast(Tensor, mlp_forward(gated, reference)(copied, rows))
@@ -218,69 +194,7 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
         return agreeing[0]
     if all(gated.operation == "relu_squared" for gated in candidates):  # two layers and another activation
         return None
-    return _refusal("swiglu and geglu", len(agreeing), min(differences))
-
-
-def _experts(module: Any) -> Experts | str:
-    """How experts are stored and gated, in float64 with few and small ones; all weights of a model take gigabytes."""
-    stored = _stored(module)
-    if stored is None:
-        return "its weights are stored otherwise"
-    transposed, biased = stored
-    experts, columns, inner, per_token = 3, 5, 4, 2
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    shapes = (experts, 2 * inner, columns), (experts, columns, inner)
-    tensors = [randn(*shape).mT.contiguous() if transposed else randn(*shape) for shape in shapes]
-    tensors += [randn(*shape[:2]) for shape in shapes if biased]
-    frozen = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
-    copied = copy_with(module, dict(zip((*WEIGHTS, *_BIASES), frozen, strict=False)))
-    sizes = {"num_experts": experts, "hidden_dim": columns, "intermediate_dim": inner}
-    for name, size in (sizes | {"hidden_size": columns, "intermediate_size": inner}).items():
-        if hasattr(module, name):
-            setattr(copied, name, size)
-    if hasattr(module, "config"):
-        copied.config = SimpleNamespace(_experts_implementation="eager")
-    rows = torch.tensor(_SCALES, dtype=torch.float64)[:, None] * randn(len(_SCALES), columns)
-    indices = torch.tensor([[0, 2], [2, 0], [1, 1], [0, 1]])
-    inputs = rows, indices, randn(len(_SCALES), per_token)
-    own = in_both_modes(copied, *inputs)
-    if own is None:
-        return _BY_MODE
-    agreeing, differences = [], []
-    for found in _gates_of(module, transposed, biased):
-        result = cast(Tensor, experts_forward(found, reference)(copied, *inputs))
-        differences.append(float(((result - own).abs() / own.abs().amax(-1, keepdim=True)).max()))
-        if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
-            agreeing.append(found)
-    return agreeing[0] if len(agreeing) == 1 else _refusal("moe_mlp", len(agreeing), min(differences))
-
-
-def _stored(module: Any) -> tuple[bool, bool] | None:
-    """Whether the weights of experts are transposed, and whether they have biases; None if their shapes are others."""
-    (count, first, second), narrow = module.gate_up_proj.shape, module.down_proj.shape
-    biases = [bias.shape for name in _BIASES if (bias := getattr(module, name, None)) is not None]
-    for transposed, wide, hidden in ((False, first, second), (True, second, first)):
-        shape = (count, wide // 2, hidden) if transposed else (count, hidden, wide // 2)
-        if wide % 2 == 0 and narrow == shape and biases in ([], [(count, wide), (count, hidden)]):
-            return transposed, bool(biases)
-    return None
-
-
-def _gates_of(module: Any, transposed: bool, biased: bool) -> Iterator[Experts]:
-    """Every gate that experts with weights of this kind may have."""
-    alphas, limits = ({default, *_numbers(module, names)} for default, names in ((1.0, _ALPHAS), (None, _LIMITS)))
-    for interleaved, alpha, limit, offset in itertools.product((False, True), alphas, limits, (0.0, 1.0)):
-        yield Experts("silu", interleaved, alpha, limit, offset, transposed, biased)
-    yield Experts("gelu_tanh", transposed=transposed, biased=biased)
-
-
-def _numbers(module: nn.Module, names: Sequence[str]) -> list[float]:
-    """The attributes with these names that are numbers."""
-    return [float(number) for name in names if isinstance(number := getattr(module, name, None), int | float)]
+    return refusal("swiglu and geglu", len(agreeing), min(differences))
 
 
 def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
@@ -297,42 +211,3 @@ def _roles(sizes: dict[str, tuple[int, int]]) -> Iterator[Gated]:
         # The other order has fitting sizes too; layers are declared in the order of their use.
         if len(first) == 1 and sizes[first[0]] == (hidden, inner) and names == tuple(sizes):
             yield Gated("relu_squared", None, first[0], first[0], down)
-
-
-def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer, under peft's wrappers and in 4 bits too; None for any other module."""
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return cast(tuple[int, int], sizes) if all(isinstance(size, int) for size in sizes) else None
-
-
-def copy_with(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
-    """A copy with other parameters or children, which shares all else with the module."""
-    copied: Any = copy.copy(module)
-    copied._parameters = {**module._parameters, **parameters}
-    copied._modules = {**module._modules, **children}
-    return copied
-
-
-def in_both_modes(module: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
-    """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
-    results: list[Tensor] = []
-    for training in (False, True):
-        module.train(training)
-        with torch.random.fork_rng([]):
-            results.append(type(module).forward(module, *inputs, **options))
-    return results[0] if torch.equal(*results) else None
-
-
-class Sparse(nn.Module):
-    """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
-
-    def __init__(self, sizes: tuple[int, int], generator: torch.Generator) -> None:
-        super().__init__()
-        inputs, outputs = sizes
-        each = -(-inputs // outputs)
-        self.taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
-        self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The products."""
-        return (x[..., self.taken] * self.weights).sum(-1)

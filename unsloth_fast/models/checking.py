@@ -1,0 +1,85 @@
+"""What the numeric checks of modules share: copies with other weights, random rows, how the results are compared."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+BY_MODE = "differs between training and evaluation"
+_OF_EVERY_MODULE = vars(nn.Module())
+
+
+def inputs_of(forward: Callable[..., object]) -> int | None:
+    """How many inputs a forward takes, all by position; a gated norm takes two, experts take three."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return len(kinds) - 1 if set(kinds) == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
+
+
+def plain(module: nn.Module) -> tuple[object, ...]:
+    """The class of a module, and its attributes: numbers and text by value, all others by identity."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return type(module), *((name, _value(value)) for name, value in own.items())
+
+
+def _value(value: object) -> object:
+    """Hashable; equal for the partial functions that each GELU of transformers makes for itself."""
+    if isinstance(value, partial):
+        keywords = ((name, _value(given)) for name, given in value.keywords.items())
+        return partial, id(value.func), *map(_value, value.args), *keywords
+    return value if isinstance(value, int | float | str | None) else id(value)
+
+
+def rows_of_scales(columns: int, generator: torch.Generator) -> Tensor:
+    """Random rows, so small and so large that a clamp or a cap shows."""
+    scales = torch.tensor((0.1, 1.0, 10.0, 100.0), dtype=torch.float64)[:, None]
+    return scales * torch.randn((len(scales), columns), generator=generator, dtype=torch.float64)
+
+
+def refusal(operation: str, agreeing: int, difference: float = 0.0) -> str:
+    """Why no candidate was chosen: several agree with the module, or the closest differs by so much."""
+    if agreeing:
+        return f"{agreeing} ways to compute it by {operation} agree"
+    return f"differs from every {operation} by {difference:.2g} at least"
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, under peft's wrappers and in 4 bits too; None for any other module."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return cast(tuple[int, int], sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def copy_with(module: nn.Module, parameters: Mapping[str, Any] = {}, children: Mapping[str, Any] = {}) -> Any:
+    """A copy with other parameters or children, which shares all else with the module."""
+    copied: Any = copy.copy(module)
+    copied._parameters = {**module._parameters, **parameters}
+    copied._modules = {**module._modules, **children}
+    return copied
+
+
+def in_both_modes(module: Any, *inputs: Tensor, **options: Tensor) -> Tensor | None:
+    """What the forward of its class computes; None if training changes it, as a layer of dropout does."""
+    results: list[Tensor] = []
+    for training in (False, True):
+        module.train(training)
+        with torch.random.fork_rng([]):
+            results.append(type(module).forward(module, *inputs, **options))
+    return results[0] if torch.equal(*results) else None
+
+
+class Sparse(nn.Module):
+    """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
+
+    def __init__(self, sizes: tuple[int, int], generator: torch.Generator) -> None:
+        super().__init__()
+        inputs, outputs = sizes
+        each = -(-inputs // outputs)
+        self.taken = torch.randperm(each * outputs, generator=generator).view(outputs, each) % inputs
+        self.weights = torch.randn(self.taken.shape, generator=generator, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The products."""
+        return (x[..., self.taken] * self.weights).sum(-1)
