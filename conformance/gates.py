@@ -23,8 +23,8 @@ Gates
 
 Derivation
     G1, u |r|: the last rounding, to nearest.
-    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32; not where
-        `largest` is 0.
+    G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32, to which the last
+        rounding may round too; not where r and `largest` are 0.
     G2, 1.5 and 2: a kernel must be about as accurate as plain PyTorch.
     G2, floors: the contract allows roundings that plain PyTorch happens not to make: it may be exact, or round fewer
         terms before their sum, than another right kernel. A floor is the error of a kernel that makes all of them. The
@@ -232,7 +232,7 @@ def _componentwise(
     name: str, y: Tensor, r: Tensor, before: Tensor, unit: float, dtype: torch.dtype, finite: Tensor
 ) -> float:
     tiny = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
-    allowed = unit * r.abs() + before + tiny * (before > 0)
+    allowed = unit * r.abs() + before + tiny * ((before > 0) | (r != 0))
     error = (y - r).abs()
     ratio = torch.where(error == 0, 0.0, error / allowed)
     worst = int(ratio.argmax())
