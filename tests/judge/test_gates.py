@@ -60,7 +60,7 @@ def test_g1_requires_the_exact_value_where_s_is_0() -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_g1_allows_the_last_rounding_to_0_where_s_is_lost_in_float64_too(dtype: torch.dtype) -> None:
     r, y = torch.tensor([-1.1e-321, 1e-45, 1.0], dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=dtype)
-    assert judge("gradient", y, r, y, model(r, torch.zeros_like(r))) < 1
+    assert judge("gradient", y, r, y, model(r, terms=torch.zeros_like(r))) < 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
