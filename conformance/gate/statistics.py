@@ -14,7 +14,7 @@ removes this. It is learned from base against base, over all comparisons of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
@@ -45,6 +45,7 @@ class Verdict(StrEnum):
     SLOWER = "SLOWER"
     SAME = "SAME"
     UNSURE = "UNSURE"
+    NOISY = "NOISY"  # of one kind of time: more rounds would not help
 
 
 @dataclass
@@ -117,11 +118,14 @@ def decide(logs: Logs, noise: float) -> Decision:
     """The verdict of one comparison; `noise` is the margin of its group.
 
     The head is slower, or faster, if its whole interval is beyond the margin and beyond the interval of base against
-    base. It is the same if its whole interval is within the margin, or within twice the floor.
+    base. It is the same if its whole interval is within the margin, or within twice the floor. It is noisy if all
+    rounds would not show any of these: an interval shrinks with the square root of their number, and would still be too
+    wide to lie within the margin, or to leave out zero.
     """
     low, high = interval(logs.head)
     beyond = max(noise, *map(abs, interval(logs.noise)))
     within = max(noise, 2 * FLOOR)
+    at_best = (high - low) / 2 * math.sqrt(len(logs.head) / LOOKS[-1])
     verdict = Verdict.UNSURE
     if low > beyond:
         verdict = Verdict.SLOWER
@@ -129,18 +133,10 @@ def decide(logs: Logs, noise: float) -> Decision:
         verdict = Verdict.FASTER
     elif max(-low, high) < within:
         verdict = Verdict.SAME
+    elif at_best > max(within, abs(median(logs.head))):
+        verdict = Verdict.NOISY
     ratio, low, high = (math.exp(value) for value in (median(logs.head), low, high))
     return Decision(verdict, ratio, low, high, math.expm1(beyond), len(logs.head))
-
-
-def hopeless(logs: Logs, noise: float) -> bool:
-    """Whether all rounds would not bring a verdict: an interval shrinks with the square root of their number.
-
-    At the last look it would be too wide to lie within the margin, and too wide to lie beyond zero.
-    """
-    low, high = interval(logs.head)
-    half = (high - low) / 2 * math.sqrt(len(logs.head) / LOOKS[-1])
-    return half > max(noise, 2 * FLOOR) and half > abs(median(logs.head))
 
 
 class Pool:
@@ -154,7 +150,7 @@ class Pool:
         self._logs: dict[tuple[str, str], list[Logs]] = {}
 
     def time(self, job: str, kinds: Collection[str], sample: Sampler, late: Callable[[], bool]) -> None:
-        """Time one job in rounds, until every kind of time has a verdict or can get none, or time is over.
+        """Time one job in rounds, until every kind of time has a verdict, or time is over.
 
         Args:
             job: the name of the comparison: operation, dtype and shape.
@@ -173,12 +169,10 @@ class Pool:
             for kind, logs in unsure.items():
                 logs.add({side: sample(side, kind) for side in order})
             if rounds in LOOKS:
-                noise = {kind: margin(group(kind), self._differences(kind)) for kind in unsure}
-                unsure = {
-                    kind: logs
-                    for kind, logs in unsure.items()
-                    if decide(logs, noise[kind]).verdict is Verdict.UNSURE and not hopeless(logs, noise[kind])
+                found = {
+                    kind: decide(logs, margin(group(kind), self._differences(kind))) for kind, logs in unsure.items()
                 }
+                unsure = {kind: logs for kind, logs in unsure.items() if found[kind].verdict is Verdict.UNSURE}
             if not unsure:
                 return
 
@@ -210,7 +204,8 @@ def _complete(logs: Logs) -> bool:
 def _confirmed(seen: list[Decision]) -> Decision:
     """The smaller change of two that agree; UNSURE if they do not, or if a change was seen once."""
     smallest = min(seen, key=lambda one: abs(math.log(one.ratio)))
-    sure = len({one.verdict for one in seen}) == 1 and (len(seen) > 1 or seen[0].verdict is Verdict.SAME)
+    once = seen[0].verdict in (Verdict.SAME, Verdict.NOISY)
+    sure = len({one.verdict for one in seen}) == 1 and (len(seen) > 1 or once)
     return replace(
         smallest, verdict=seen[0].verdict if sure else Verdict.UNSURE, rounds=sum(one.rounds for one in seen)
     )
@@ -221,8 +216,19 @@ def group(kind: str) -> str:
     return "device" if kind.startswith("device") else "host"
 
 
-def overall(decisions: Collection[Decision]) -> Verdict:
-    """The verdict of a job: the worst of its kinds of time; SAME gives way to a change."""
-    found = {decision.verdict for decision in decisions}
+def overall(decisions: Mapping[str, Decision]) -> Verdict:
+    """The verdict of a job: the worst of its kinds of time; SAME gives way to a change.
+
+    A noisy time with launches does not count if the same passes have a verdict without launches; else it is unsure.
+    """
+    found = {
+        Verdict.UNSURE if decision.verdict is Verdict.NOISY else decision.verdict
+        for kind, decision in decisions.items()
+        if decision.verdict is not Verdict.NOISY or _noisy(decisions.get(f"device_{kind}"))
+    }
     order = (Verdict.SLOWER, Verdict.UNSURE, Verdict.FASTER, Verdict.SAME)
     return next(verdict for verdict in order if verdict in found)
+
+
+def _noisy(decision: Decision | None) -> bool:
+    return decision is None or decision.verdict is Verdict.NOISY

@@ -204,7 +204,7 @@ def times(base: Result, head: Result, decisions: Mapping[str, Decision]) -> Row:
     about = name("time", head)
     wrong = [f"the {side}: {row['red']}" for side, row in (("base", base), ("head", head)) if row["red"]]
     found = {} if wrong else decisions
-    verdict = overall(found.values()) if found else None
+    verdict = overall(found) if found else None
     sentences = [f"{about}: {kind}: {slower(one)}" for kind, one in found.items() if one.verdict is Verdict.SLOWER]
     if head["red"] and not base["red"]:
         sentences.append(f"{about}: wrong, and has no speed: {head['red']}")
