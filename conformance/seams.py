@@ -44,9 +44,12 @@ SEAMS = (
     Seam("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "written in names of parameters: torch.compile adds it"),
     Seam("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", "set: tensors without elements have rows"),
     # triton
-    Seam("triton.runtime.interpreter._patch_lang", "replaced: patches the language once a launch"),
+    Seam("triton.runtime.interpreter._patch_lang", "replaced: patches the language once per launch"),
     Seam("triton.runtime.interpreter._LangPatchScope", "called: the scope of a patch that is not repeated"),
     Seam("triton.runtime.interpreter._LangPatchScope.restore", "replaced on an instance: the end of a launch"),
+    Seam("triton.runtime.interpreter._LangPatchScope._changes", "read: what is patched, to repeat it without a search"),
+    Seam("triton.language.core.block_type.__init__", "replaced: equal types share their attributes"),
+    Seam("triton.language.core.tensor.__init__", "replaced: tensors of a type share their shape"),
     Seam("triton.runtime.interpreter._get_np_dtype", "replaced: keeps its results"),
     Seam("triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts the kernels that the interpreter runs"),
     Seam("triton.runtime.interpreter.GridExecutor._init_args_hst", "replaced: sees the tensors of a launch"),

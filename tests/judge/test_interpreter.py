@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conformance import backends
 from conformance.gates import Failure
-from conformance.interpreter import _Memoised, _OncePerLaunch, reads
+from conformance.interpreter import _Memoised, _OncePerLaunch, _shared_shapes, _shared_types, reads
 from conformance.properties import PROPERTIES
 from conformance.specs import swiglu
 from conformance.trial import Run, Trial
@@ -31,6 +31,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert isinstance(module._get_np_dtype, _Memoised)
     monkeypatch.setattr(module, "_patch_lang", module._patch_lang._patch)
     monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
+    for kind in (tl.core.block_type, tl.core.tensor):
+        monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
     return module
 
 
@@ -87,6 +89,38 @@ def test_fewer_tables_give_the_same_dtypes(interpreter: Any) -> None:
     for dtype in (*scalars, *(language.block_type(scalar, [4, 8]) for scalar in scalars)):
         assert memoised(dtype) == interpreter._get_np_dtype(dtype)
     assert calls == scalars
+
+
+def test_a_function_that_is_replaced_between_launches_is_patched(
+    interpreter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
+    once(doubling_kernel.fn).restore()
+    monkeypatch.setattr(tl, "load", tl.store)
+    launch, patched = once(doubling_kernel.fn), tl.load
+    launch.restore()
+    assert patched is not tl.load is tl.store
+
+
+def test_shared_attributes_give_the_same_bits(interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = loss_and_gradient()
+    monkeypatch.setattr(tl.core.block_type, "__init__", _shared_types(tl.core.block_type.__init__))
+    monkeypatch.setattr(tl.core.tensor, "__init__", _shared_shapes(tl.core.tensor.__init__))
+    assert all(torch.equal(one, other) for one, other in zip(loss_and_gradient(), wanted, strict=True))
+    first, second = (tl.core.tensor(handle, tl.core.block_type(tl.float32, [4, 8])) for handle in (1, 2))
+    assert first.shape is second.shape and first.type == second.type
+    assert (first.handle, second.handle) == (1, 2)
+    other = tl.core.tensor(3, tl.core.block_type(tl.int32, [4, 8]))
+    assert other.type != first.type and other.dtype == tl.int32
+
+
+@pytest.mark.parametrize(("shape", "error"), [([4.0], TypeError), ([3], ValueError), ([], TypeError)])
+def test_a_wrong_shape_is_refused_after_a_right_one(shape: list[Any], error: type[Exception]) -> None:
+    backends.load("fast", "cpu")
+    tl.core.block_type(tl.float32, [4])
+    for _ in range(2):
+        with pytest.raises(error):
+            tl.core.block_type(tl.float32, shape)
 
 
 def truncated_to_bfloat16(gate: Tensor, up: Tensor) -> Tensor:
