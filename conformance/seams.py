@@ -50,6 +50,7 @@ SEAMS = (
     Seam("triton.runtime.interpreter._LangPatchScope._changes", "read: what is patched, to repeat it without a search"),
     Seam("triton.language.core.block_type.__init__", "replaced: equal types share their attributes"),
     Seam("triton.language.core.tensor.__init__", "replaced: tensors of a type share their shape"),
+    Seam("triton.language.semantic.TritonSemantic.broadcast_impl_value", "replaced: operands of the same shape"),
     Seam("triton.runtime.interpreter._get_np_dtype", "replaced: keeps its results"),
     Seam("triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts the kernels that the interpreter runs"),
     Seam("triton.runtime.interpreter.GridExecutor._init_args_hst", "replaced: sees the tensors of a launch"),

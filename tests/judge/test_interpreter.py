@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from conformance import backends
 from conformance.gates import Failure
-from conformance.interpreter import _Memoised, _OncePerLaunch, _shared_shapes, _shared_types, reads
+from conformance.interpreter import (
+    _broadcast_of_others,
+    _Memoised,
+    _OncePerLaunch,
+    _shared_shapes,
+    _shared_types,
+    reads,
+)
 from conformance.properties import PROPERTIES
 from conformance.specs import swiglu
 from conformance.trial import Run, Trial
@@ -33,6 +41,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
     for kind in (tl.core.block_type, tl.core.tensor):
         monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
+    method = tl.semantic.TritonSemantic.broadcast_impl_value
+    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", method.__wrapped__)
     return module
 
 
@@ -57,6 +67,22 @@ def test_fewer_patches_give_the_same_bits(interpreter: Any) -> None:
     found = loss_and_gradient()
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert len(calls) < many / 4
+
+
+def test_the_modules_are_searched_at_the_first_launch_alone(interpreter: Any) -> None:
+    searches = []
+
+    def counted(function: Any) -> Any:
+        searches.append(function)
+        return original(function)
+
+    original, interpreter._patch_lang = interpreter._patch_lang, _OncePerLaunch(counted, interpreter._LangPatchScope)
+    before = {name: vars(module).copy() for name, module in sys.modules.items() if name.startswith("triton.language")}
+    first, many = loss_and_gradient(), len(searches)
+    again = loss_and_gradient()
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len(searches) == many
+    assert all(vars(sys.modules[name]) == values for name, values in before.items())
 
 
 def test_the_language_is_restored_when_the_launch_ends(interpreter: Any) -> None:
@@ -106,6 +132,8 @@ def test_shared_attributes_give_the_same_bits(interpreter: ModuleType, monkeypat
     wanted = loss_and_gradient()
     monkeypatch.setattr(tl.core.block_type, "__init__", _shared_types(tl.core.block_type.__init__))
     monkeypatch.setattr(tl.core.tensor, "__init__", _shared_shapes(tl.core.tensor.__init__))
+    method = tl.semantic.TritonSemantic.broadcast_impl_value
+    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", _broadcast_of_others(method))
     assert all(torch.equal(one, other) for one, other in zip(loss_and_gradient(), wanted, strict=True))
     first, second = (tl.core.tensor(handle, tl.core.block_type(tl.float32, [4, 8])) for handle in (1, 2))
     assert first.shape is second.shape and first.type == second.type
