@@ -4,14 +4,20 @@ The interpreter truncates float32 to bfloat16, so the gates must know which resu
 patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
 is true if that happened in a block of code. What a module imports makes no difference.
 
-`patch_for_speed` replaces two private functions of the same module, without changing what it computes:
+`patch_for_speed` replaces two private functions of the same module, and three methods of `triton.language`, without
+changing what the interpreter computes:
 
     _patch_lang      Triton replaces the functions of `triton.language` by interpreted ones at every call of a device
-                     function, although the launch has already done so. `_OncePerLaunch` skips the repetitions.
+                     function, although the launch has already done so. `_OncePerLaunch` skips the repetitions, and
+                     searches the modules for these functions at the first launch alone.
     _get_np_dtype    Triton builds a table of all dtypes at every lookup. `_Memoised` keeps the results.
+    block_type       Triton checks and describes the same few types again for every result of an operation. Equal types
+                     of the same elements share their attributes.
+    tensor           The same for its shape, which depends on its type alone.
+    broadcast_impl_value  Triton finds the common shape of two operands that have the same.
 
-These repetitions take two fifths of the time of the project's kernels in the interpreter. A version of Triton that
-lacks one of these functions stays as it is there.
+These repetitions take half of the time of the project's kernels in the interpreter. A version of Triton that lacks one
+of these functions stays as it is there.
 
 `patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
 
@@ -92,6 +98,11 @@ def patch_for_speed() -> None:
         interpreter._patch_lang = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _Memoised(interpreter._get_np_dtype)
+    core: Any = importlib.import_module("triton.language.core")
+    core.block_type.__init__ = _shared_types(core.block_type.__init__)
+    core.tensor.__init__ = _shared_shapes(core.tensor.__init__)
+    semantic: Any = importlib.import_module("triton.language.semantic").TritonSemantic
+    semantic.broadcast_impl_value = _broadcast_of_others(semantic.broadcast_impl_value)
 
 
 @cache
@@ -129,24 +140,87 @@ class _OncePerLaunch:
     def __init__(self, patch: Callable[[Any], Any], scope: Callable[[], Any]) -> None:
         self._patch, self._scope = patch, scope
         self._patched: set[frozenset[str]] = set()
+        self._restores: list[Callable[[], None]] = []
+        self._modules: dict[Any, frozenset[str]] = {}
+        self._known: dict[Any, dict[tuple[Any, str], tuple[Any, Any]]] = {}  # values before the patch and after it
 
     def __call__(self, function: Any) -> Any:
         """Patch the language modules that the function refers to; returns the scope that restores them."""
-        modules = (value.__name__ for value in function.__globals__.values() if ismodule(value))
-        seen = frozenset(name for name in modules if name.startswith("triton.language"))
+        if function not in self._modules:
+            modules = (value.__name__ for value in function.__globals__.values() if ismodule(value))
+            self._modules[function] = frozenset(name for name in modules if name.startswith("triton.language"))
+        seen = self._modules[function]
         if seen in self._patched:
             return self._scope()  # an empty scope: nothing to restore
-        launch, scope = not self._patched, self._patch(function)
+        launch, scope = not self._patched, self._scope_of(function, seen)
         self._patched.add(seen)
+        self._restores.append(scope.restore)
         if launch:
-            restore = scope.restore
-
-            def end() -> None:
-                self._patched.clear()
-                restore()
-
-            scope.restore = end
+            scope.restore = self._end
         return scope
+
+    def _end(self) -> None:
+        """Restore all modules: Triton itself restores those of the kernel, and not those of its device functions."""
+        self._patched.clear()
+        while self._restores:
+            self._restores.pop()()
+
+    def _scope_of(self, function: Any, seen: frozenset[str]) -> Any:
+        """Patch these modules; if they are as they were when this was last done, without a search of them."""
+        key = seen, frozenset(self._patched)
+        known = self._known.get(key, {})
+        if known and all(getattr(*place, before) is before for place, (before, _) in known.items()):
+            scope = self._scope()
+            for place, (_, after) in known.items():
+                scope.set_attr(*place, after)
+            return scope
+        scope, known = self._patch(function), self._known.setdefault(key, {})
+        known.clear()
+        for owner, name, before in scope._changes:  # the first change of a name has the value before the patch
+            known.setdefault((owner, name), (before, getattr(owner, name)))
+        return scope
+
+
+def _shared_types(make: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """Replaces the constructor of `block_type`: equal types of the same elements share their attributes."""
+
+    @wraps(make)
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        # Kept by the type of the elements, because a launch makes one of its own for each of its pointers.
+        known = vars(element_ty).setdefault("blocks", {})
+        if not all(type(size) is int for size in sizes) or sizes not in known:
+            make(self, element_ty, shape)
+            known[sizes] = vars(self)
+        self.__dict__ = known[sizes]
+
+    return init
+
+
+def _shared_shapes(make: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """Replaces the constructor of `tensor`: tensors of a type share their shape."""
+
+    @wraps(make)
+    def init(self: Any, handle: Any, type: Any) -> None:
+        known = vars(type)
+        if "tensor" not in known:
+            make(self, handle, type)
+            known["tensor"] = dict(vars(self))
+        vars(self).update(known["tensor"], handle=handle, type=type)
+
+    return init
+
+
+def _broadcast_of_others(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Replaces `broadcast_impl_value`: returns two scalars, or two blocks of the same shape, as they are."""
+
+    @wraps(broadcast)
+    def method(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = (vars(operand.type).get("shape") for operand in (lhs, rhs))
+        same = one is other or (one is not None and other is not None and [*one] == [*other])
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
+    return method
 
 
 class Reads:

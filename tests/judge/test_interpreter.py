@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from conformance import backends
 from conformance.gates import Failure
-from conformance.interpreter import _Memoised, _OncePerLaunch, reads
+from conformance.interpreter import (
+    _broadcast_of_others,
+    _Memoised,
+    _OncePerLaunch,
+    _shared_shapes,
+    _shared_types,
+    reads,
+)
 from conformance.properties import PROPERTIES
 from conformance.specs import swiglu
 from conformance.trial import Run, Trial
@@ -31,6 +39,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert isinstance(module._get_np_dtype, _Memoised)
     monkeypatch.setattr(module, "_patch_lang", module._patch_lang._patch)
     monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
+    for kind in (tl.core.block_type, tl.core.tensor):
+        monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
+    method = tl.semantic.TritonSemantic.broadcast_impl_value
+    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", method.__wrapped__)
     return module
 
 
@@ -55,6 +67,22 @@ def test_fewer_patches_give_the_same_bits(interpreter: Any) -> None:
     found = loss_and_gradient()
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert len(calls) < many / 4
+
+
+def test_the_modules_are_searched_at_the_first_launch_alone(interpreter: Any) -> None:
+    searches = []
+
+    def counted(function: Any) -> Any:
+        searches.append(function)
+        return original(function)
+
+    original, interpreter._patch_lang = interpreter._patch_lang, _OncePerLaunch(counted, interpreter._LangPatchScope)
+    before = {name: vars(module).copy() for name, module in sys.modules.items() if name.startswith("triton.language")}
+    first, many = loss_and_gradient(), len(searches)
+    again = loss_and_gradient()
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len(searches) == many
+    assert all(vars(sys.modules[name]) == values for name, values in before.items())
 
 
 def test_the_language_is_restored_when_the_launch_ends(interpreter: Any) -> None:
@@ -87,6 +115,40 @@ def test_fewer_tables_give_the_same_dtypes(interpreter: Any) -> None:
     for dtype in (*scalars, *(language.block_type(scalar, [4, 8]) for scalar in scalars)):
         assert memoised(dtype) == interpreter._get_np_dtype(dtype)
     assert calls == scalars
+
+
+def test_a_function_that_is_replaced_between_launches_is_patched(
+    interpreter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
+    once(doubling_kernel.fn).restore()
+    monkeypatch.setattr(tl, "load", tl.store)
+    launch, patched = once(doubling_kernel.fn), tl.load
+    launch.restore()
+    assert patched is not tl.load is tl.store
+
+
+def test_shared_attributes_give_the_same_bits(interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = loss_and_gradient()
+    monkeypatch.setattr(tl.core.block_type, "__init__", _shared_types(tl.core.block_type.__init__))
+    monkeypatch.setattr(tl.core.tensor, "__init__", _shared_shapes(tl.core.tensor.__init__))
+    method = tl.semantic.TritonSemantic.broadcast_impl_value
+    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", _broadcast_of_others(method))
+    assert all(torch.equal(one, other) for one, other in zip(loss_and_gradient(), wanted, strict=True))
+    first, second = (tl.core.tensor(handle, tl.core.block_type(tl.float32, [4, 8])) for handle in (1, 2))
+    assert first.shape is second.shape and first.type == second.type
+    assert (first.handle, second.handle) == (1, 2)
+    other = tl.core.tensor(3, tl.core.block_type(tl.int32, [4, 8]))
+    assert other.type != first.type and other.dtype == tl.int32
+
+
+@pytest.mark.parametrize(("shape", "error"), [([4.0], TypeError), ([3], ValueError), ([], TypeError)])
+def test_a_wrong_shape_is_refused_after_a_right_one(shape: list[Any], error: type[Exception]) -> None:
+    backends.load("fast", "cpu")
+    tl.core.block_type(tl.float32, [4])
+    for _ in range(2):
+        with pytest.raises(error):
+            tl.core.block_type(tl.float32, shape)
 
 
 def truncated_to_bfloat16(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The judge fails every wrong kernel, by a property that names the fault, and passes every right one.
 
 Both sets run once, in two worker processes; the tests share the results (with `pytest -n`, use `--dist loadfile`).
+With `-k`, only the kernels of the selected tests run.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,13 +60,21 @@ def judged(tasks: list[Task], stop_at_failure: bool) -> Results:
     return results
 
 
+def selected(request: pytest.FixtureRequest, backends: Iterable[str]) -> list[str]:
+    """Those of these backends that a test of this run is about."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    asked = {test.callspec.params.get("backend") for test in tests}
+    return [backend for backend in backends if backend in asked]
+
+
 @pytest.fixture(scope="session")
-def of_wrong() -> Results:
+def of_wrong(request: pytest.FixtureRequest) -> Results:
     """Each wrong kernel under the properties that may find it."""
     return judged(
         [
             Brief(backend, op, name, dtype, "cpu", RARE.name if backend in OF_RARE_CASES else BRIEF.name)
-            for backend, (op, names, own) in EXPECTED.items()
+            for backend in selected(request, EXPECTED)
+            for op, names, own in [EXPECTED[backend]]
             for name in names
             for dtype in (DTYPES if backend in OF_RARE_CASES else [own])
         ],
@@ -89,9 +98,10 @@ def tasks_of_right(backend: str) -> list[Task]:
 
 
 @pytest.fixture(scope="session")
-def of_right() -> Results:
+def of_right(request: pytest.FixtureRequest) -> Results:
     """Each right kernel under the properties and dtypes of `tasks_of_right`."""
-    return judged([task for backend in CORRECT for task in tasks_of_right(backend)], stop_at_failure=False)
+    tasks = [task for backend in selected(request, CORRECT) for task in tasks_of_right(backend)]
+    return judged(tasks, stop_at_failure=False)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
