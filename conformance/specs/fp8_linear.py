@@ -171,7 +171,7 @@ spec = Spec(
     grads=["x", "bias"],
     budget=Budget(roundings=1, bounds={"y": _y_bound, "x": _x_bound, "bias": _bias_bound}),
     rowwise=["x"],
-    bits_vary="BLAS libraries, and Triton's interpreter, choose the order of a product's sums by its number of rows",
+    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
     far=["x", "weight"],
     laws={
         "x twice as large": Law({"x": 2.0}, {"y": 2.0}, without=["bias"]),

@@ -26,6 +26,8 @@ TABLE = {
     "weight_with_the_scale_of_its_first_columns": one(
         "of_row * scale_row + block * scale_column", "of_row * scale_row", "value"
     ),
+    "weight_with_the_scale_of_another_block": one("row // COLUMNS if WHOLE", "row // (2 * COLUMNS) if WHOLE", "value"),
+    "sign_of_the_weight_lost": one("((wide & 0x80) << 8) | ", "", "value"),
     "weight_in_16_bits": one(
         "dequantised(numbers, scale, x.dtype)", "dequantised(numbers, scale, torch.float16).to(x.dtype)", "value"
     ),
@@ -38,7 +40,7 @@ TABLE = {
         "dequantised(numbers, scale, dy.dtype)", "dequantised(numbers, torch.ones_like(scale), dy.dtype)", "gradients"
     ),
     "dy_in_16_bits": one("torch.mm(rows, dequantised", "torch.mm(rows.half().to(rows.dtype), dequantised", "gradients"),
-    "bias_left_out": one("if bias is None:", "if bias is None or len(out):", "value"),
+    "bias_left_out": one("if bias is None:\n            torch.mm(q", "if len(out):\n            torch.mm(q", "value"),
     "bias_twice": one("torch.addmm(bias, quantised", "torch.addmm(2 * bias, quantised", "value"),
     "dbias_added_up_in_float16": one(
         "rows.sum(0, dtype=torch.float32)",
