@@ -2,19 +2,20 @@
 
 from tests.judge.mutants.mutant import one
 
+STORE = "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), "
 TABLE = {
     "scale_of_x_left_out": one("x = number * scale[:, None]", "x = number", "value"),
     "x_not_quantised": one("number = nearest_e4m3(quotient)", "number = quotient", "value"),
     "x_quantised_with_two_bits": one("* 1572864.0", "* 3145728.0", "value"),
     "x_scaled_in_other_blocks": one("quantise(rows, 1, quantised)", "quantise(rows, 128, quantised)", "value"),
     "x_in_16_bits": one(
-        "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), inside)",
+        f"{STORE}inside)",
         "tl.store(values_ptr + offset, x.to(tl.float16).to(values_ptr.dtype.element_ty), inside)",
         "value",
     ),
     "x_stored_past_the_end": one(
-        "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), inside)",
-        "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), (row < rows)[:, None])",
+        f"{STORE}inside)",
+        f"{STORE}(row < rows)[:, None] & (column <= columns)[None, :])",
         "value",
         "guard_writes",
     ),
