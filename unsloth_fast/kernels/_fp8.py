@@ -1,27 +1,21 @@
-"""Float8 numbers (e4m3) in kernels: conversions, the quantisation of blocks, and products with a float8 weight.
+"""Float8 numbers (e4m3) in kernels: conversions, and the quantisation of blocks.
 
 Kernels read and write float8 as bytes. Triton's interpreter and GPUs before sm_89 cannot convert them, so `decoded` has
 a form that moves bits. Both forms are exact: every e4m3 number is one in float16, bfloat16 and float32.
-
-Products are those of 16-bit numbers (of float32 numbers where the left factor is float32), summed in float32: products
-of two e4m3 numbers have at most 8 significant bits. The tensor cores of sm_90 also multiply e4m3 itself, twice as fast,
-but add up fewer bits than float32 has, of a number that is not documented.
 """
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2
-from unsloth_ref.float8_checks import BLOCK
+from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch
+from unsloth_ref.float8_checks import BLOCK, blocks
 
 EMULATED = tl.constexpr(INTERPRETED)
-GROUP = 8  # tiles of rows whose programs run together and share their columns of the weight
 
 
 @triton.jit
@@ -70,7 +64,7 @@ def fp8_quantize_kernel(
     x_ptr, values_ptr, scale_ptr, rows, columns, column_blocks, x_row, x_column,
     WHOLE: tl.constexpr, ENCODED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one block (WHOLE), or of a block per row: its e4m3 numbers, as bytes if ENCODED, and scales."""
+    """A tile of one block (WHOLE), or of a block per row: bytes of e4m3 and scales, or (not ENCODED) their products."""
     tile = tl.program_id(0) // column_blocks
     block = tl.program_id(0) % column_blocks
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -86,11 +80,12 @@ def fp8_quantize_kernel(
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     number = nearest_e4m3(quotient)
     offset = row[:, None] * columns + column[None, :]
-    if ENCODED:
-        negative = ((quotient.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
-        tl.store(values_ptr + offset, encoded(number) | negative, inside)
-    else:
-        tl.store(values_ptr + offset, number.to(values_ptr.dtype.element_ty), inside)
+    if not ENCODED:
+        x = number * scale[:, None]
+        tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), inside)
+        return
+    negative = ((quotient.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
+    tl.store(values_ptr + offset, encoded(number) | negative, inside)
     if WHOLE:
         tl.store(scale_ptr + tile.to(tl.int64) * column_blocks + block + tl.zeros_like(row), scale, row == tile * ROWS)
     else:
@@ -115,85 +110,16 @@ def fp8_dequantize_kernel(
     tl.store(x_ptr + row[:, None] * columns + column[None, :], x.to(x_ptr.dtype.element_ty), inside)
 
 
-SCALES = "left_scale_row", "left_scale_column", "scale_column_stride", "scale_inner_stride"
+def quantise(x: Tensor, block_rows: int, values: Tensor, scale: Tensor | None = None) -> None:
+    """Quantise x [rows, columns] of any strides into values, which are bytes, and scale, both contiguous.
 
-
-@kernel(varying=("rows", "column_blocks", *SCALES), fixed=("columns", "inner"))
-def fp8_product_kernel(
-    left_ptr, left_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, columns, inner, column_blocks,
-    left_row, left_column, left_scale_row, left_scale_column, weight_column_stride, weight_inner_stride,
-    scale_column_stride, scale_inner_stride, bias_stride,
-    QUANTISED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """One tile of the product of left and a float8 weight, which lies in one column of the weight's blocks."""
-    row_tiles = tl.cdiv(rows, ROWS)
-    begin = tl.program_id(0) // (GROUP * column_blocks) * GROUP
-    height = tl.minimum(row_tiles - begin, GROUP)
-    place = tl.program_id(0) % (GROUP * column_blocks)
-    row = (begin + place % height) * ROWS + tl.arange(0, ROWS)
-    column = place // height * COLUMNS + tl.arange(0, COLUMNS)
-    block = (place // height * COLUMNS // BLOCK).to(tl.int64)
-    inside_rows, inside_columns = (row < rows)[:, None], (column < columns)[None, :]
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    left_rows, weight_columns = left_ptr + row[:, None] * left_row, weight_ptr + column[None, :] * weight_column_stride
-    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    for first in range(0, inner, INNER):
-        k = first + tl.arange(0, INNER)
-        inside = k < inner
-        k = k.to(tl.int64)
-        left = tl.load(left_rows + k[None, :] * left_column, inside_rows & inside[None, :], other=0.0)
-        numbers = tl.load(weight_columns + k[:, None] * weight_inner_stride, inside[:, None] & inside_columns, other=0)
-        if EMULATED:  # the interpreter would multiply the bits of bfloat16
-            left = left.to(tl.float32)
-        part = tl.dot(left, decoded(numbers, left.dtype), input_precision="ieee")
-        of_inner = tl.cast(first // BLOCK, tl.int64)
-        scale = tl.load(scale_ptr + block * scale_column_stride + of_inner * scale_inner_stride)
-        if QUANTISED:
-            left_scale = left_scale_ptr + row * left_scale_row + of_inner * left_scale_column
-            total += part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]
-        else:
-            total += part * scale
-    if BIASED:
-        total += tl.load(bias_ptr + column * bias_stride, column < columns, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y_ptr + row[:, None] * columns + column[None, :], total.to(y_ptr.dtype.element_ty), inside_rows & inside_columns
-    )
-
-
-def quantise(x: Tensor, block_rows: int, values: Tensor, scale: Tensor) -> None:
-    """Quantise x [rows, columns] of any strides into values, bytes or float16, and scale, both contiguous."""
-    rows, columns = x.shape
+    Without a scale, values are the numbers times their scales instead, in a float dtype.
+    """
+    (rows, columns), whole = x.shape, block_rows == BLOCK
     if x.numel():
-        whole = block_rows == BLOCK
         height = BLOCK if whole else 32
         launch(
-            fp8_quantize_kernel, cdiv(rows, height) * scale.shape[1], x,
-            x, values, scale, rows, columns, scale.shape[1], *x.stride(),
-            WHOLE=whole, ENCODED=values.dtype == torch.uint8, ROWS=height, COLUMNS=BLOCK, num_warps=8 if whole else 4,
+            fp8_quantize_kernel, cdiv(rows, height) * blocks(columns), x,
+            x, values, values if scale is None else scale, rows, columns, blocks(columns), *x.stride(),
+            WHOLE=whole, ENCODED=scale is not None, ROWS=height, COLUMNS=BLOCK, num_warps=8 if whole else 4,
         )  # fmt: skip
-
-
-def product(
-    left: Tensor, left_scale: Tensor | None, numbers: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor
-) -> None:
-    """Write left [T, H], times left_scale [T, H / 128], @ numbers [O, H]^T, times scale, + bias [O] into y [T, O].
-
-    numbers are bytes of e4m3. Transposed, they and their scale multiply the other way round. y is contiguous, the
-    others have any strides.
-    """
-    (rows, inner), columns = left.shape, len(numbers)
-    if y.numel() == 0:
-        return
-    wide = left.dtype == torch.float32
-    width = min(64 if wide else BLOCK, max(16, next_power_of_2(columns)))
-    column_blocks = cdiv(columns, width)
-    height = 64 if wide else 128
-    of_left, vector = scale if left_scale is None else left_scale, scale if bias is None else bias
-    launch(
-        fp8_product_kernel, cdiv(rows, height) * column_blocks, left,
-        left, of_left, numbers, scale, vector, y, rows, columns, inner, column_blocks,
-        *left.stride(), *of_left.stride(), *numbers.stride(), *scale.stride(), vector.stride(0),
-        QUANTISED=left_scale is not None, BIASED=bias is not None, BLOCK=BLOCK, GROUP=GROUP,
-        ROWS=height, COLUMNS=width, INNER=32 if wide else 64, num_warps=8 if width >= 64 else 4, num_stages=3,
-    )  # fmt: skip

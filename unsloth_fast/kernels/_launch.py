@@ -162,12 +162,23 @@ def unaligned(kernel: Kernel) -> Kernel:
     return twin
 
 
+def _aligned(kernel: Kernel, arguments: Sequence[Tensor | float]) -> bool:
+    """Whether `launch` takes the kernel itself for these arguments, not its `unaligned` twin."""
+    for argument, (constant, aligned) in zip(arguments, specialised(kernel), strict=False):
+        if isinstance(argument, int):
+            if aligned and argument % 16 and not (constant and argument == 1):
+                return False
+        elif isinstance(argument, Tensor) and argument.data_ptr() % 16:
+            return False
+    return True
+
+
 _intercepted = False
 
 
 @contextmanager
 def launched_by_triton() -> Iterator[None]:
-    """Within this context every launch calls the kernel's own `run` method, for tensors on any device.
+    """Within this context every launch calls the `run` method of the kernel it is for, for tensors on any device.
 
     For tools that replace `run`, to inspect launches instead of executing them. Affects all threads.
     """
@@ -196,8 +207,9 @@ def launch(kernel: Kernel, programs: int, tensor: Tensor, *arguments: Tensor | f
             return launch(kernel, programs, tensor, *arguments, **options)
     # Multiply and add with one rounding, unless options disable it: Triton's default up to 3.9, but not from 3.10 on.
     options = {"enable_fp_fusion": True, **options}
-    if INTERPRETED or _intercepted or torch.version.hip:  # on HIP, Triton specialises on more than the key below
-        kernel[(programs,)](*arguments, **options)
+    by_triton = INTERPRETED or torch.version.hip  # on HIP, Triton specialises on more than the key below
+    if by_triton or _intercepted:
+        (kernel if by_triton or _aligned(kernel, arguments) else unaligned(kernel))[(programs,)](*arguments, **options)
         return None
     # Triton binds the arguments and computes a key in every launch: 9 to 30 us on the host. This lookup takes 3.
     facts = _specialised.get(id(kernel))  # a kernel's own hash is a property that takes a lock

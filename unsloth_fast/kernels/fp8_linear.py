@@ -3,44 +3,51 @@
     y = x^ @ weight^ transposed + bias        dx = dy @ weight^        dbias = sum over rows of dy
 
 x^ is x after `fp8_quantize` in blocks of 1 x 128 and `fp8_dequantize`; weight^ is the weight times the scales of its
-blocks of 128 x 128. The quantised x, e4m3 numbers stored as float16, and its scales are scratch memory. Products of
-e4m3 numbers are exact; the sum over 128 of them is float32, multiplied by both scales, and added up in float32. So
-neither x^ nor weight^ is rounded, and results are rounded once. The kernels are in `_fp8.py`.
+blocks of 128 x 128. Both are rounded to the dtype of x and are scratch memory: each pass dequantises the weight anew.
+The products are the library's: on an H200 they run at 650 TFLOP/s, where a kernel that scaled the sum over each block
+by itself reached 250. Sums are float32, rounded once.
 
 Inside, the weight is its bytes. Saved: weight and scale. Operations for T rows: 2TIO forward and 2TIO backward. Bytes
-moved at least, with b bytes per element: T(I + O)b + 4TI + OI forward, T(I + O)b + OI backward.
+moved at least, with b bytes per element: T(3I + O)b + OI(1 + 2b) forward, T(I + O)b + OI(1 + 2b) backward.
 """
 
 import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._fp8 import product, quantise
-from unsloth_fast.kernels._launch import check_runnable, register, rows_of
+from unsloth_fast.kernels._fp8 import quantise
+from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
+from unsloth_fast.kernels.fp8_dequantize import fp8_dequantize_forward as dequantised
+from unsloth_fast.kernels.lora_linear import matrix, summed_in_float32
 from unsloth_ref import float8_checks
 
 
+@summed_in_float32
 def fp8_linear_forward(x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute y, new and contiguous."""
     y = fp8_linear_forward_outputs(x, numbers, scale, bias)
     if y.numel():
-        rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(y.shape[:-1].numel(), 0)
-        values = rows.new_empty(rows.shape, dtype=torch.float16)
-        left_scale = rows.new_empty((len(rows), scale.shape[1]), dtype=torch.float32)
-        quantise(rows, 1, values, left_scale)
-        product(values, left_scale, numbers, scale, bias, y.view(len(rows), -1))
+        rows = x.reshape(y.shape[:-1].numel(), x.shape[-1])
+        quantised = rows.new_empty(rows.shape)
+        quantise(rows, 1, quantised)
+        weight, out = dequantised(numbers, scale, x.dtype).t(), y.view(len(rows), -1)
+        if bias is None:
+            torch.mm(quantised, weight, out=out)
+        else:
+            torch.addmm(bias, quantised, weight, out=out)
     return y
 
 
+@summed_in_float32
 def fp8_linear_backward(
     dy: Tensor, numbers: Tensor, scale: Tensor, need_dx: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute dx and dbias, new and contiguous; one that is not needed has no elements."""
     dx, dbias = fp8_linear_backward_outputs(dy, numbers, scale, need_dx, need_dbias)
-    rows = rows_of(dy) if dy.numel() else dy.new_empty(dy.shape[:-1].numel(), len(numbers))
+    rows = matrix(dy, dy.shape[:-1].numel())
     if need_dx and dx.numel():
-        product(rows, None, numbers.t(), scale.t(), None, dx.view(rows.shape[0], -1))
+        torch.mm(rows, dequantised(numbers, scale, dy.dtype), out=dx.view(len(rows), -1))
     if need_dbias:
         dbias = rows.sum(0, dtype=torch.float32).to(dy.dtype)
     return dx, dbias

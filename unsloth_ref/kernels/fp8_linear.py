@@ -6,9 +6,9 @@ x^ is x after `fp8_quantize` in blocks of 1 x 128 and `fp8_dequantize`; weight^ 
 blocks of 128 x 128. The derivative of the quantisation of x is taken as 1, and dy is not quantised. Source: as
 `fp8_quantize`; the straight-through derivative of Bengio 2013, arXiv:1308.3432.
 
-Rounding: the quantisation of x as `fp8_quantize` allows it. x^ and weight^ may be rounded to the dtype of x, or not at
-all. Sums are float32 for any dtype of x (float64 for float64); the product may be rounded to the dtype of x before bias
-is added; results are rounded once.
+Rounding: the quantisation of x as `fp8_quantize` allows it. x^ and weight^ are rounded to the dtype of x, as
+`fp8_dequantize` returns them; an implementation may also leave them as they are. Sums are float32 for any dtype of x
+(float64 for float64); the product may be rounded to the dtype of x before bias is added; results are rounded once.
 """
 
 import torch
@@ -41,10 +41,12 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
     """
     float8_checks.linear_arguments(x, weight, scale, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(wide)
-    quantised = fp8_dequantize(*fp8_quantize(rows, block_rows=1), wide)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    quantised = fp8_dequantize(*fp8_quantize(rows, block_rows=1), x.dtype).to(wide)
+    rows = rows.to(wide)
     with torch.autocast(x.device.type, enabled=False):
         # The difference is exact in floating point, so the sum is `quantised`, with the derivative of x.
         straight = rows + (quantised - rows).detach()
-        y = linear(straight, fp8_dequantize(weight, scale, wide), None if bias is None else bias.to(wide))
+        of_weight = fp8_dequantize(weight, scale, x.dtype).to(wide)
+        y = linear(straight, of_weight, None if bias is None else bias.to(wide))
     return y.to(x.dtype).reshape(*x.shape[:-1], len(weight))

@@ -2,51 +2,56 @@
 
 from tests.judge.mutants.mutant import one
 
+STORE = "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), "
 TABLE = {
-    "scale_of_x_left_out": one(
-        "part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]", "part * scale + 0.0", "value"
-    ),
-    "scale_of_the_first_block_of_x": one("+ of_inner * left_scale_column", "", "value"),
-    "scale_of_the_first_columns_of_the_weight": one("+ of_inner * scale_inner_stride", "", "value"),
-    "scale_of_the_first_rows_of_the_weight": one("scale_ptr + block * scale_column_stride", "scale_ptr", "value"),
-    "scale_of_the_weight_transposed": one("scale.t(), None, dx", "scale.t().contiguous().t(), None, dx", "gradients"),
+    "scale_of_x_left_out": one("x = number * scale[:, None]", "x = number", "value"),
     "x_not_quantised": one("number = nearest_e4m3(quotient)", "number = quotient", "value"),
     "x_quantised_with_two_bits": one("* 1572864.0", "* 3145728.0", "value"),
-    "x_scaled_in_other_blocks": one("quantise(rows, 1, values", "quantise(rows, 128, values", "value", "guard_writes"),
-    "last_columns_of_x_dropped": one("range(0, inner, INNER)", "range(0, inner - INNER + 1, INNER)", "value"),
-    "sum_of_a_block_in_16_bits": one(
-        'decoded(numbers, left.dtype), input_precision="ieee")',
-        'decoded(numbers, left.dtype), input_precision="ieee").to(tl.float16).to(tl.float32)',
+    "x_scaled_in_other_blocks": one("quantise(rows, 1, quantised)", "quantise(rows, 128, quantised)", "value"),
+    "x_in_16_bits": one(
+        f"{STORE}inside)",
+        "tl.store(values_ptr + offset, x.to(tl.float16).to(values_ptr.dtype.element_ty), inside)",
         "value",
     ),
-    "last_block_alone": one("            total += part * scale\n", "            total = part * scale\n", "gradients"),
-    "dy_in_16_bits": one("product(rows, None,", "product(rows.half().to(rows.dtype), None,", "gradients"),
-    "dx_of_the_first_rows": one("height = tl.minimum(row_tiles - begin, GROUP)", "height = GROUP", "value", "extents"),
-    "bias_left_out": one("if BIASED:", "if BIASED and rows < 0:", "value"),
-    "bias_read_as_if_in_one_piece": one("vector.stride(0),", "1,", "layouts"),
+    "x_stored_past_the_end": one(
+        f"{STORE}inside)",
+        f"{STORE}(row < rows)[:, None] & (column <= columns)[None, :])",
+        "value",
+        "guard_writes",
+    ),
+    "x_in_32_bits": one("x_ptr + row[:, None] * x_row", "x_ptr + (row[:, None] * x_row).to(tl.int32)", "int64_offsets"),
+    "last_columns_of_x_left_out": one("cdiv(rows, height) * blocks(columns), x,", "cdiv(rows, height), x,", "value"),
+    "weight_without_its_scale": one(
+        "dequantised(numbers, scale, x.dtype)", "dequantised(numbers, torch.ones_like(scale), x.dtype)", "value"
+    ),
+    "weight_with_the_scale_of_its_first_columns": one(
+        "of_row * scale_row + block * scale_column", "of_row * scale_row", "value"
+    ),
+    "weight_with_the_scale_of_another_block": one("row // COLUMNS if WHOLE", "row // (2 * COLUMNS) if WHOLE", "value"),
+    "sign_of_the_weight_lost": one("((wide & 0x80) << 8) | ", "", "value"),
+    "weight_in_16_bits": one(
+        "dequantised(numbers, scale, x.dtype)", "dequantised(numbers, scale, torch.float16).to(x.dtype)", "value"
+    ),
+    "weight_in_32_bits": one(
+        "values_ptr + row[:, None] * values_row",
+        "values_ptr + (row[:, None] * values_row).to(tl.int32)",
+        "int64_offsets",
+    ),
+    "dx_without_the_scale": one(
+        "dequantised(numbers, scale, dy.dtype)", "dequantised(numbers, torch.ones_like(scale), dy.dtype)", "gradients"
+    ),
+    "dy_in_16_bits": one("torch.mm(rows, dequantised", "torch.mm(rows.half().to(rows.dtype), dequantised", "gradients"),
+    "bias_left_out": one("if bias is None:\n            torch.mm(q", "if len(out):\n            torch.mm(q", "value"),
+    "bias_twice": one("torch.addmm(bias, quantised", "torch.addmm(2 * bias, quantised", "value"),
     "dbias_added_up_in_float16": one(
         "rows.sum(0, dtype=torch.float32)",
         "sum(rows.unbind(), torch.zeros_like(rows[0]))",
         "gradients",
         dtype="float16",
     ),
-    "stored_past_the_rows": one(
-        "inside_rows, inside_columns = (row < rows)[:, None]",
-        "inside_rows, inside_columns = (row <= rows)[:, None]",
-        "guard_writes",
-    ),
-    "dy_in_32_bits": one(
-        "left_ptr + row[:, None] * left_row", "left_ptr + (row[:, None] * left_row).to(tl.int32)", "int64_offsets"
-    ),
-    "weight_in_32_bits": one(
-        "column[None, :] * weight_column_stride",
-        "(column[None, :] * weight_column_stride).to(tl.int32)",
-        "int64_offsets",
-    ),
     "sum_of_all_blocks_in_16_bits": one(
-        "total += part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]",
-        "total += part * (tl.load(left_scale, row < rows, other=0.0) * scale)[:, None]\n"
-        "            total = total.to(y_ptr.dtype.element_ty).to(tl.float32)",
+        "torch.mm(quantised, weight, out=out)",
+        "out.copy_(sum(one @ other for one, other in zip(quantised.split(128, 1), weight.split(128), strict=True)))",
         "argument_kinds",
         dtype="float16",
     ),

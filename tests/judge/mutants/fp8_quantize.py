@@ -29,10 +29,10 @@ TABLE = {
         "guard_writes",
     ),
     "last_rows_left_out": one(
-        "cdiv(rows, height) * scale.shape[1]", "max(1, rows // height) * scale.shape[1]", "value", "uninitialised"
+        "cdiv(rows, height) * blocks(columns)", "max(1, rows // height) * blocks(columns)", "value", "uninitialised"
     ),
     "x_read_as_if_in_one_piece": one(
-        "columns, scale.shape[1], *x.stride(),", "columns, scale.shape[1], columns, 1,", "layouts"
+        "columns, blocks(columns), *x.stride(),", "columns, blocks(columns), columns, 1,", "layouts"
     ),
     "offsets_in_32_bits": one(
         "x_ptr + row[:, None] * x_row", "x_ptr + (row[:, None] * x_row).to(tl.int32)", "int64_offsets"

@@ -70,5 +70,5 @@ TABLE = {
     "rounded_by_a_reciprocal": _fp8_linear(rounded, fp8_quantize.by_a_reciprocal),
     "in_float64": _fp8_linear(in_float64),
     "column_by_column": _fp8_linear(column_by_column),
-    "in_other_tiles": (("INNER=32 if wide else 64", "INNER=128"), ("GROUP = 8 ", "GROUP = 1 ")),
+    "in_other_tiles": (("height = BLOCK if whole else 32", "height = BLOCK if whole else 64"),),
 }
