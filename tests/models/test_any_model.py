@@ -249,8 +249,15 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     of_experts = sum(hasattr(part.get_base_layer(), "gate_up_proj") for part in wrappers)  # 0 where peft takes none
     expected = Counter(family.placed) + Counter({"lora_linear": family.linear, "grouped_gemm": of_experts})
     whole = sum(map(is_mlp_of_adapters, model.modules()))
-    expected.subtract({"lora_linear": 3 * whole, family.gate: whole})
-    check(model, dict(+(expected + Counter({"lora_mlp": whole}))))
+    together = [count for part in model.modules() if (count := projections_with_adapters(part)) > 1]
+    expected.subtract({"lora_linear": 3 * whole + sum(together), family.gate: whole})
+    check(model, dict(+(expected + Counter({"lora_mlp": whole, "lora_linears": len(together)}))))
+
+
+def projections_with_adapters(module: Any) -> int:
+    """How many of its projections to queries, keys and values have LoRA."""
+    names = ("q_proj", "k_proj", "v_proj")
+    return sum(isinstance(child, LoraLayer) for name, child in module.named_children() if name in names)
 
 
 def is_mlp_of_adapters(module: Any) -> bool:
