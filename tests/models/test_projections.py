@@ -278,6 +278,23 @@ class OfTheModule(Module):
         return left + self.c(left)
 
 
+class OfTheModuleAlone(Module):
+    def forward(self, x: Tensor, other: Any = None) -> Tensor:
+        y = self.c(x)
+        if not self.gated:  # without `other`, the calls would fail
+            y = self.a(other) * self.b(other)
+        return y
+
+
+class ByAView(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        view = x.detach()[0]
+        left = self.a(x)
+        view += 1
+        return left * self.b(x)
+
+
 class OfTheCall(Module):
     def forward(self, x: Tensor) -> Tensor:
         left = self.a(x)
@@ -317,8 +334,8 @@ class TwoInputs(Module):
 
 
 FORWARDS: dict[type[Module], str] = {
-    Straight: "abc", Sequential: "", Renewed: "", InPlace: "", ByItem: "", OfTheModule: "ab", OfTheCall: "",
-    Deferred: "", InAContext: "", Twice: "ab", ByKeyword: "", TwoInputs: "bc",
+    Straight: "abc", Sequential: "", Renewed: "", InPlace: "", ByItem: "", ByAView: "", OfTheModule: "ab",
+    OfTheModuleAlone: "", OfTheCall: "", Deferred: "", InAContext: "", Twice: "ab", ByKeyword: "", TwoInputs: "bc",
 }  # fmt: skip
 
 
