@@ -99,7 +99,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3ForCausalLM", {"sliding_window": 4}, 5, 2, linear=8, gate="fused_swiglu"),
     "olmo2": Family("Olmo2ForCausalLM", {}, 9, 2, linear=14),
-    "olmo3": Family("Olmo3ForCausalLM", WINDOWS, 9, 2),
+    "olmo3": Family("Olmo3ForCausalLM", WINDOWS, 9, 2, linear=14),
     "granite": Family("GraniteForCausalLM", {"logits_scaling": 8.0, "residual_multiplier": 0.5}, 5, 2, linear=14),
     "granite4": Family(
         "GraniteMoeHybridForCausalLM",
@@ -128,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         foreign="GlmMoeDsaAttention changes its mask",
         experts=1,
     ),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, experts=1),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, linear=10, experts=1),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 0, foreign=STATE, experts=2),
     "ministral": Family("MinistralForCausalLM", {"sliding_window": 4}, 5, 2, linear=14),
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
@@ -158,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         24,
         4,
         4,
+        linear=33,
         packed=4,
         **GEGLU,
     ),
@@ -255,8 +256,8 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
 
 
 def projections_with_adapters(module: Any) -> int:
-    """How many of its projections to queries, keys and values have LoRA."""
-    names = ("q_proj", "k_proj", "v_proj")
+    """How many of its projections of the hidden states to queries, keys and values, or to what these are made of."""
+    names = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")
     return sum(isinstance(child, LoraLayer) for name, child in module.named_children() if name in names)
 
 

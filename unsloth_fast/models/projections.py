@@ -127,7 +127,7 @@ def _statements_of(function: ast.FunctionDef, calls: Sequence[ast.Call]) -> list
 
 
 def _is_only_passed_on(function: ast.FunctionDef, calls: Sequence[ast.Call]) -> bool:
-    """Whether, from the first to the last of these calls, their input is read by layers alone, and no tensor changes."""
+    """Whether layers alone read the input of these calls from the first to the last, and no tensor changes there."""
     places = _statements_of(function, calls)
     nodes = [node for statement in function.body[places[0] : places[-1] + 1] for node in ast.walk(statement)]
     passed = {id(given) for node in nodes if _is_call_of_child(node) for given in node.args}
