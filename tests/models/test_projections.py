@@ -289,7 +289,7 @@ class OfTheModuleAlone(Module):
 class ByAView(Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        view = x.detach()[0]
+        view = x.data[0]
         left = self.a(x)
         view += 1
         return left * self.b(x)
