@@ -124,6 +124,26 @@ def test_an_adapter_of_an_expert_without_a_gradient(monkeypatch: pytest.MonkeyPa
     assert "the gradient of" in message and "experts.lora_A.default.weight at index (" in message
 
 
+def test_projections_of_one_input_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys and values, which are as wide."""
+
+    def exchanged(lora_linears: Callable[..., Any], *layers: Any) -> Any:
+        q, k, v = lora_linears(*layers)
+        return q, v, k
+
+    with_operation(monkeypatch, "lora_linears", exchanged)
+    assert "the hidden states of base_model.model.model.layers.0" in broken("adapters", trial_of("llama"))
+
+
+def test_the_gradient_of_one_projection_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detached(lora_linears: Callable[..., Any], *layers: Any) -> Any:
+        q, *others = lora_linears(*layers)
+        return q.detach(), *others
+
+    with_operation(monkeypatch, "lora_linears", detached)
+    assert "q_proj.lora_B.default.weight is missing (None)" in broken("adapters", trial_of("llama"))
+
+
 def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     def freeze(model: Any) -> None:
         for name, parameter in model.named_parameters():

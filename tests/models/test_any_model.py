@@ -99,7 +99,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3ForCausalLM", {"sliding_window": 4}, 5, 2, linear=8, gate="fused_swiglu"),
     "olmo2": Family("Olmo2ForCausalLM", {}, 9, 2, linear=14),
-    "olmo3": Family("Olmo3ForCausalLM", WINDOWS, 9, 2),
+    "olmo3": Family("Olmo3ForCausalLM", WINDOWS, 9, 2, linear=14),
     "granite": Family("GraniteForCausalLM", {"logits_scaling": 8.0, "residual_multiplier": 0.5}, 5, 2, linear=14),
     "granite4": Family(
         "GraniteMoeHybridForCausalLM",
@@ -128,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         foreign="GlmMoeDsaAttention changes its mask",
         experts=1,
     ),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, experts=1),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, linear=10, experts=1),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 0, foreign=STATE, experts=2),
     "ministral": Family("MinistralForCausalLM", {"sliding_window": 4}, 5, 2, linear=14),
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
@@ -158,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         24,
         4,
         4,
+        linear=33,
         packed=4,
         **GEGLU,
     ),
@@ -250,8 +251,15 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     of_experts = sum(hasattr(part.get_base_layer(), "gate_up_proj") for part in wrappers)  # 0 where peft takes none
     expected = Counter(family.placed) + Counter({"lora_linear": family.linear, "grouped_gemm": of_experts})
     whole = sum(map(is_mlp_of_adapters, model.modules()))
-    expected.subtract({"lora_linear": 3 * whole, family.gate: whole})
-    check(model, dict(+(expected + Counter({"lora_mlp": whole}))))
+    together = [count for part in model.modules() if (count := projections_with_adapters(part)) > 1]
+    expected.subtract({"lora_linear": 3 * whole + sum(together), family.gate: whole})
+    check(model, dict(+(expected + Counter({"lora_mlp": whole, "lora_linears": len(together)}))))
+
+
+def projections_with_adapters(module: Any) -> int:
+    """How many of its projections of the hidden states to queries, keys and values, or to what these are made of."""
+    names = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")
+    return sum(isinstance(child, LoraLayer) for name, child in module.named_children() if name in names)
 
 
 def is_mlp_of_adapters(module: Any) -> bool:

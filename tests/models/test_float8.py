@@ -53,7 +53,8 @@ def test_linear_layers_become_float8_and_the_head_does_not(tmp_path: Path) -> No
     plain, _ = load(tiny.folder(tmp_path / "b"))
     layers = layers_of(model)
     assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
-    assert place(model, backends.resolve("reference"))["fp8_linear"] == 14
+    placed = place(model, backends.resolve("reference"))
+    assert placed["fp8_linear"] == 14 and not placed.keys() & {"lora_linear", "lora_linears", "lora_mlp"}
     for name, layer in layers.items():
         values, scale = fp8_quantize(plain.get_submodule(name).weight)
         assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))

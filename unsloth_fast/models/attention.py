@@ -4,8 +4,9 @@ The attentions of transformers call a function of their own file, such as apply_
 4's function rotates one tensor, and Llama 4's multiplies complex numbers. Where it rotates as the contract does, up to
 the layout of cos and sin and the dimension of the heads, it can be replaced: under one module, by a forward that is
 compiled again from the source of the class's own, with the function's name as a variable of an enclosing function. All
-other names stay globals of the family's file, so torch.compile finds them there. What differs between families, such as
-norms on the heads, fused projections and layers without positions, stays the model's own code.
+other names stay globals of the family's file, so torch.compile finds them there. In the same way layers with LoRA that
+read the same tensor become one operation (see `unsloth_fast.models.projections`). What differs between families, such
+as norms on the heads, fused projections and layers without positions, stays the model's own code.
 """
 
 import inspect

@@ -53,7 +53,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
       `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all
-      of whose layers have it, but not in float8, is one operation, lora_mlp;
+      of whose layers have it, but not in float8, is one operation, lora_mlp, and so are several that a module calls
+      with the same tensor, as an attention its projections: lora_linears (see `unsloth_fast.models.projections`);
     - linear layers in float8 (see `unsloth_fast.models.float8`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other
@@ -64,7 +65,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       `unsloth_fast.models.attention`); where norms of the heads stand directly before it, as in Qwen3, Gemma 3 and
       Gemma 4, qk_norm_rope computes both.
 
-    A fused operation, qk_norm_rope, fused_swiglu or lora_mlp, is placed if it and its parts come from the same package.
+    A fused operation, qk_norm_rope, fused_swiglu, lora_mlp or lora_linears, is placed if it and its parts come from the
+    same package.
     A backend with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names

@@ -18,6 +18,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any, TypeGuard
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unsloth_fast.backends import Backend
@@ -36,7 +37,8 @@ def shared_layers(module: nn.Module, backend: Backend) -> list[AdaptedLayer]:
     forward = inspect.unwrap(type(module).forward)
     if not isinstance(forward, FunctionType) or not backend.fuses("lora_linears", "lora_linear"):
         return []
-    found = (AdaptedLayer.of(module, name, backend) for name, _ in module.named_children())
+    adapted = [name for name, child in module.named_children() if isinstance(child, LoraLayer)]
+    found = (AdaptedLayer.of(module, name, backend) for name in _names_of_one_input(forward, tuple(adapted)))
     layers = {layer.name: layer for layer in found if layer is not None}
     return [layers[name] for name in _names_of_one_input(forward, tuple(layers))]
 
@@ -68,31 +70,36 @@ def share_input(function: ast.FunctionDef, layers: Collection[str]) -> bool:
 def _calls_of_one_input(function: ast.FunctionDef, layers: Collection[str]) -> list[ast.Call]:
     """The calls of these layers with the same tensor, of two layers at least; the most, if there are several tensors.
 
-    The tensor is a variable that is only passed to layers between the first and the last call.
+    The tensor is a variable that is only passed to layers between the first and the last call. One call is made
+    always, so that it is a tensor; others may depend on the module.
     """
     of_input: dict[str, list[ast.Call]] = {}
+    always: list[ast.Call] = []
     for statement in function.body:
+        always += _calls(statement, branches=False)
         for call in _calls(statement):
             if _layer_of(call) in layers:
                 of_input.setdefault(_input_of(call), []).append(call)
     fitting = [
         calls
         for calls in of_input.values()
-        if len(set(map(_layer_of, calls))) > 1 and _is_only_passed_on(function, calls)
+        if len(set(map(_layer_of, calls))) > 1
+        and any(call in always for call in calls)
+        and _is_only_passed_on(function, calls)
     ]
     return max(fitting, key=len, default=[])
 
 
-def _calls(node: ast.AST) -> Iterator[ast.Call]:
-    """The calls `self.LAYER(x)` of a variable that a statement always makes, or that the module decides on."""
+def _calls(node: ast.AST, branches: bool = True) -> Iterator[ast.Call]:
+    """The calls `self.LAYER(x)` of a variable that a statement always makes; with branches, if the module decides."""
     if isinstance(node, _DEFERRED) or (isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS)):
         return
-    if isinstance(node, ast.If | ast.IfExp) and not _is_of_module(node.test):
+    if isinstance(node, ast.If | ast.IfExp) and not (branches and _is_of_module(node.test)):
         return
     if _is_call_of_child(node) and len(node.args) == 1 and not node.keywords and name_of(node.args[0]):
         yield node
     for child in ast.iter_child_nodes(node):
-        yield from _calls(child)
+        yield from _calls(child, branches)
 
 
 def _is_of_module(test: ast.expr) -> bool:
@@ -120,11 +127,19 @@ def _statements_of(function: ast.FunctionDef, calls: Sequence[ast.Call]) -> list
 
 
 def _is_only_passed_on(function: ast.FunctionDef, calls: Sequence[ast.Call]) -> bool:
-    """Whether the input of these calls stays as it is from the first to the last of them."""
+    """Whether layers alone read the input of these calls from the first to the last, and no tensor changes there."""
     places = _statements_of(function, calls)
     nodes = [node for statement in function.body[places[0] : places[-1] + 1] for node in ast.walk(statement)]
     passed = {id(given) for node in nodes if _is_call_of_child(node) for given in node.args}
-    return all(id(node) in passed for node in nodes if name_of(node) == _input_of(calls[0]))
+    same = all(id(node) in passed for node in nodes if name_of(node) == _input_of(calls[0]))
+    return same and not any(map(_is_change_in_place, nodes))
+
+
+def _is_change_in_place(node: ast.AST) -> bool:
+    """Whether it may change a tensor, of which the input may be a view."""
+    if isinstance(node, ast.Attribute):
+        return node.attr.endswith("_") and not node.attr.endswith("__")
+    return isinstance(node, ast.AugAssign) or (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
 
 
 class _Replaced(ast.NodeTransformer):

@@ -1,4 +1,7 @@
-"""The forward of a class, compiled again from its source with other functions in place of some that it calls."""
+"""The forward of a class, compiled again from its source: with other functions, and projections of one input together.
+
+See `unsloth_fast.models.attention` and `unsloth_fast.models.projections`.
+"""
 
 import __future__
 
