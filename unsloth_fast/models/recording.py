@@ -217,7 +217,8 @@ def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
     torch.cuda.empty_cache()
     with torch.cuda.stream(_recorded_stream(torch.cuda.current_device())), ExitStack() as failed:
         failed.callback(_abandon, graph, pool, generator, generator.clone_state())
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # another thread may pin a batch meanwhile, or watch NCCL
+        # Another thread may pin a batch meanwhile, or watch NCCL.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         result = work()
         graph.capture_end()
         failed.pop_all()
