@@ -122,6 +122,11 @@ def rotate(model: Any) -> None:
     model.base_model.model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+def resize(model: Any) -> None:
+    torch.manual_seed(2)
+    model.resize_token_embeddings(64, mean_resizing=False)
+
+
 def attend(model: Any) -> None:
     model.base_model.model.model.set_attn_implementation("eager")
 
@@ -146,7 +151,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "buffer in place": (model_of, rotate),
     "attention": (model_of, attend),
     "evaluated": (model_of, lambda model: model.base_model.model.model.layers[0].eval()),
-    "resized": (model_of, lambda model: model.resize_token_embeddings(64, mean_resizing=False)),
+    "resized": (model_of, resize),
     "hook": (model_of, lambda model: layer_of(model).weight.requires_grad_().register_hook(lambda grad: grad / 2)),
 }
 

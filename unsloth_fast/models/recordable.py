@@ -9,7 +9,7 @@ mean or a loss, changes the stack each time, so that it is never recorded.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -116,11 +116,11 @@ def _global_state(device: str) -> tuple[object, ...]:
     )
 
 
-Held = dict[Any, Any] | list[Any] | set[Any]
+Held = dict[Any, Any] | list[Any] | set[Any] | MappingProxyType[str, Any]
 
 
 def _held_by(modules: Sequence[Module], config: dict[str, Any]) -> tuple[list[Held], list[tuple[Any, Any, Tensor]]]:
-    """What modules hold that may change in place: dictionaries, lists, sets, and the attributes of plain objects.
+    """What modules hold that may change in place: dictionaries, lists, sets, and attributes of objects and classes.
 
     Args:
         modules: the modules.
@@ -145,11 +145,11 @@ def _held_by(modules: Sequence[Module], config: dict[str, Any]) -> tuple[list[He
             waiting += held.values() if isinstance(held, dict) else held
         elif hasattr(held, "__dict__") and not isinstance(held, _OPAQUE):
             waiting.append(vars(held))
-    return found, tensors
+    return [*found, *map(vars, {base for module in modules for base in type(module).__mro__})], tensors
 
 
 def _copied(held: Held) -> Held:
-    return dict(held) if isinstance(held, dict) else held.copy()
+    return dict(held) if isinstance(held, dict | MappingProxyType) else held.copy()
 
 
 def _obstacle_of_module(module: Module) -> str | None:
