@@ -1,5 +1,6 @@
 """A stack that changes, or whose layers leave something behind, trains with graphs as without."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -39,11 +40,13 @@ class Layer(nn.Module):
         self.number, self.calls = 2.0, 0
         self.seen: list[int] = []
         self.settings = SimpleNamespace(factors={"one": [1.0]})
+        self.logger = logging.getLogger(__name__)  # which remembers what it was asked
         self.scale, self.gate = nn.Parameter(torch.ones(1, device=DEVICE)), torch.ones(1, device=DEVICE)
         self.loss: Tensor | None = None
         self.register_buffer("mean", torch.zeros(32, device=DEVICE))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.logger.isEnabledFor(logging.DEBUG)
         return x * self.number * self.scale * self.gate * self.settings.factors["one"][0] + self.mean
 
 
@@ -173,7 +176,7 @@ def test_a_change_is_noticed(name: str) -> None:
 
 SWITCHES: dict[str, Callable[[bool], AbstractContextManager[object] | None]] = {
     "class": lambda on: setattr(Layer, "forward", (lambda self, x: x * 3) if on else OWN),
-    "deterministic": torch.use_deterministic_algorithms,
+    "deterministic": lambda on: torch.use_deterministic_algorithms(on, warn_only=True),
     "anomaly": torch.autograd.set_detect_anomaly,
     "precision": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
 }

@@ -9,6 +9,7 @@ mean or a loss, changes the stack each time, so that it is never recorded.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from logging import Logger
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ from unsloth_fast.models.packed import Documents, documents_of
 
 CHECKPOINT = "_gradient_checkpointing_func"  # of a checkpointed layer: what it calls to run
 # Modules are listed by themselves; the others change in each pass, or are code.
-_OPAQUE = (Module, Tensor, Documents, type, ModuleType, FunctionType, MethodType, partial)
+_OPAQUE = (Module, Tensor, Documents, Logger, type, ModuleType, FunctionType, MethodType, partial)
 _RANDOM = ("drop", "jitter")  # in the names of a configuration's fields that are shares
 
 
