@@ -265,16 +265,18 @@ def learn(layer: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [count, collect, average, lose, learn])
 def test_what_leaves_something_behind_is_not_recorded(
-    forward: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+    forward: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A counter, a list, a running mean, a loss: they have the values that they have without graphs."""
     monkeypatch.setattr(Layer, "forward", forward)
+    caplog.set_level(logging.INFO, graphs.__name__)
     plain, model = with_layer(), with_layer()
     with graphs.recorded(model):
-        for each in (FULL, OTHER, FULL, OTHER):
+        for each in (FULL, OTHER, FULL, OTHER, FULL, OTHER):
             found, expected = passes(model, each), passes(plain, each)
             assert same(found, expected)
         assert not stack_graphs(model)._recordings
+    assert caplog.text.count("the layers are launched one by one: each forward pass changes something of them") == 1
     ours, theirs = layer_of(model), layer_of(plain)
     assert torch.equal(ours.scale, theirs.scale)
     assert (ours.calls, ours.seen) == (theirs.calls, theirs.seen) and torch.equal(ours.mean, theirs.mean)
