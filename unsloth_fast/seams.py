@@ -147,6 +147,7 @@ SEAMS = (
     Seam("torch.nn.Module._forward_pre_hooks", "read: the same"),
     Seam("torch.nn.Module._backward_hooks", "read: a layer with hooks keeps its own forward"),
     Seam("torch.nn.Module._backward_pre_hooks", "read: the same"),
+    Seam("torch.nn.modules.module._has_any_global_hook", "called: whether all modules have hooks"),
     Seam("torch.nn.Module._modules", "read: all children of a module, duplicates included; replaced in a copy"),
     Seam("torch.nn.Module._parameters", "replaced in a copy of a module, which is checked with random weights"),
     Seam("torch.utils._python_dispatch.TorchDispatchMode", "subclassed: sees the operators of a call to be recorded"),

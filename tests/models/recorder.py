@@ -193,3 +193,9 @@ def same(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
     """Whether losses and gradients have the same bits."""
     pairs = zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True)
     return all(torch.equal(one, other) for one, other in pairs)
+
+
+def loss_of(model: Any, each: dict[str, Any]) -> Tensor:
+    """The sum of the squared logits of a batch."""
+    inputs = {name: value for name, value in each.items() if name != "labels"}
+    return model(**inputs, use_cache=False).logits.square().sum()

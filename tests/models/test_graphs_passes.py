@@ -13,6 +13,7 @@ from tests.models.recorder import (
     OTHER,
     batch,
     graphs_after,
+    loss_of,
     model_of,
     passes,
     replays,
@@ -22,12 +23,6 @@ from tests.models.recorder import (
 from unsloth_fast.models import graphs, recording
 
 _recorder = pytest.fixture(autouse=True)(use_recorder)
-
-
-def loss_of(model: Any, each: dict[str, Any]) -> Tensor:
-    """The sum of the squared logits of a batch."""
-    inputs = {name: value for name, value in each.items() if name != "labels"}
-    return model(**inputs, use_cache=False).logits.square().sum()
 
 
 def test_two_forward_passes_before_a_backward_pass() -> None:

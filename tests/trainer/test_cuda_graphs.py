@@ -2,16 +2,21 @@
 
 import logging
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests import tiny
 from tests.models.recorder import ON_GPU, attention, stack_graphs, use_recorder
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
+from unsloth_fast import trainer as trainer_module
 from unsloth_fast.cuda_graphs import recorded_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +69,84 @@ def test_a_recorded_training_has_the_losses_of_another(
     expected, none = losses(tmp_path / "a", False, kind, **options)
     found, sizes = losses(tmp_path / "b", True, kind, **options)
     assert sizes and not none
+    assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
+
+
+class Busy(TrainerCallback):
+    """Generates, computes another loss with its gradients and switches the adapter off between steps."""
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Between the steps, in which nothing of it may be seen."""
+        ids = torch.tensor([[5, 6, 7]], device=model.device)
+        model.eval()
+        model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+        model.train()
+        with model.disable_adapter():
+            model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        model.zero_grad()
+        self.recordings += len(stack_graphs(model)._recordings) if stack_graphs(model) else 0
+
+
+def test_callbacks_evaluations_and_a_resumed_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change nothing of what is replayed, and nothing of them is."""
+    use_recorder(monkeypatch)
+    if not ON_GPU:
+        monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
+    own = {"backend": "fast", "use_cpu": False} if ON_GPU else {}
+    options = own | {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    found = []
+    for wanted in (False, True):
+        folder = tmp_path / str(wanted)
+        for resumed in (None, True):
+            args = arguments(folder, cuda_graphs=wanted, per_device_eval_batch_size=3, **options)
+            busy = Busy()
+            data = {"eval_dataset": Dataset.from_dict({"text": tiny.texts(5, seed=1)}), "callbacks": [busy]}
+            trainer = build(UnslothTrainer, args, lora=True, **data)
+            with tiny.KeepFloat64():
+                trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resumed else None)
+            assert busy.recordings >= (2 if wanted else 0)
+            evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+            found.append([*trainer.losses, *evaluated])
+    half = len(found) // 2
+    for one, other in zip(found[:half], found[half:], strict=True):
+        assert one == pytest.approx(other, rel=1e-5 if ON_GPU else 1e-12)
+
+
+@pytest.mark.parametrize("place", ["forward_with_loss", "backward"])
+def test_a_step_that_runs_out_of_memory_is_repeated(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the recordings, whether the head or the backward pass needs their memory."""
+    use_recorder(monkeypatch)
+    caplog.set_level(logging.INFO, "unsloth_fast")
+    if not ON_GPU:
+        monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
+    expected, _ = losses(tmp_path / "a", False)
+    trainers: list[Any] = []
+
+    class Full(UnslothTrainer):
+        def training_step(self, *positional: Any, **keywords: Any) -> Any:
+            trainers[:] = [self]
+            return super().training_step(*positional, **keywords)
+
+    def failing(own: Any) -> Any:
+        def call(*positional: Any, **keywords: Any) -> Any:
+            result = own(*positional, **keywords)
+            if stack_graphs(trainers[0].model)._recordings:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+        return call
+
+    owner: Any = Accelerator if place == "backward" else trainer_module
+    monkeypatch.setattr(owner, place, failing(getattr(owner, place)))
+    found, _ = losses(tmp_path / "b", True, Full)
+    assert "out of memory beside the recordings" in caplog.text
+    found = found[:1] + [loss for before, loss in pairwise(found) if loss != before]  # the repeated step has the same
     assert found == pytest.approx(expected, rel=1e-5 if ON_GPU else 1e-12)
 
 

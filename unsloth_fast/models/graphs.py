@@ -119,7 +119,7 @@ class StackGraphs:
         self._snapshot: Snapshot | None = None
         self._changes = 0  # in a row
         self._obstacle: str | None = None
-        self._largest = LARGEST
+        self._largest, self._for_want = LARGEST, ""  # of memory
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -164,7 +164,7 @@ class StackGraphs:
             return None
         size = padded_size(kwargs["input_ids"].shape[1])
         if size > self._largest:
-            self._say(f"batches of more than {self._largest} tokens")
+            self._say(f"batches of more than {self._largest} tokens{self._for_want}")
             return None
         if len(kwargs["cu_seq_lens_q"]) >= most_bounds(size):
             self._say("batches with more than 15 documents, and more than one for each 32 tokens")
@@ -184,7 +184,7 @@ class StackGraphs:
             self._snapshot = Snapshot(stack, recording.DEVICE)
             self._obstacle = self._snapshot.obstacle()
             offloaded = any(offloads(vars(module).get(CHECKPOINT)) for module in self._snapshot.modules)
-            self._largest = LARGEST_OFFLOADED if offloaded else LARGEST
+            self._largest, self._for_want = LARGEST_OFFLOADED if offloaded else LARGEST, ""
             self._say(self._obstacle)
         else:
             self._changes = 0
@@ -204,7 +204,8 @@ class StackGraphs:
         try:
             made = Recording(run, size, batch, snapshot.parameters, snapshot.modules, self._memory)
         except torch.OutOfMemoryError:
-            self._largest, obstacle = size - 1, None
+            self._largest, self._for_want = size - 1, ", for which there is no memory"
+            obstacle = f"batches of more than {self._largest} tokens{self._for_want}"
         except failures_of_kernels() as error:
             self._obstacle = obstacle = f"recording failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
         else:
@@ -213,7 +214,7 @@ class StackGraphs:
             logger.info("CUDA graphs: %s is recorded for batches of up to %d tokens", name, size)
             return
         self._forget()
-        self._say(obstacle or f"batches of {size} tokens and more, which leave no memory for a recording")
+        self._say(obstacle)
         torch.cuda.empty_cache()
 
     def _say(self, obstacle: str | None) -> None:
@@ -227,6 +228,10 @@ def _obstacle_of_call(kwargs: Mapping[str, Any]) -> str | None:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
     if hooks(False) is not None:
         return "hooks on saved tensors, such as those of offloading"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "hooks on all modules"
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # pyright: ignore
+        return "an observer of torch's operators"
     given = {name for name, value in kwargs.items() if value is not None and not (value is False and name in _OFF)}
     missing, more = _BATCH - given, sorted(given - _BATCH)
     if more:

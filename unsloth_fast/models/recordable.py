@@ -1,23 +1,31 @@
 """May a stack of layers be recorded as CUDA graphs, and is it still the one that was recorded?
 
 A replay repeats what was launched, not the Python between the launches. So the stack is compared with what it was, in
-all attributes of all modules: mode, hooks, forwards, adapters and their scalings, weights, whatever a class of your own
-has. It costs 1 ms for a Llama of 16 layers with LoRA, which has 1337 modules. A layer that leaves something behind in
-each forward pass, as a counter, a running mean or a loss, changes the stack each time, so that it is never recorded.
+all attributes of all modules, and what these hold: mode, hooks, forwards, adapters and their scalings, weights,
+whatever a class of your own has; and in what is global, such as the precision. It costs 1 ms for a Llama of 16 layers
+with LoRA, which has 1337 modules. A layer that leaves something behind in each forward pass, as a counter, a running
+mean or a loss, changes the stack each time, so that it is never recorded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from logging import Logger
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.methods import hooks_of
-from unsloth_fast.models.packed import documents_of
+from unsloth_fast.models.packed import Documents, documents_of
 
 CHECKPOINT = "_gradient_checkpointing_func"  # of a checkpointed layer: what it calls to run
+# Modules are listed by themselves; the others change in each pass, or are code.
+_OPAQUE = (Module, Tensor, Documents, Logger, type, ModuleType, FunctionType, MethodType, partial)
 _RANDOM = ("drop", "jitter")  # in the names of a configuration's fields that are shares
 
 
@@ -35,16 +43,19 @@ class Snapshot:
 
     def __init__(self, stack: PreTrainedModel, device: str) -> None:
         self.modules, self.parameters = list(stack.modules()), list(stack.parameters())
-        self._stack, self._device, self._buffers = stack, device, list(stack.buffers())
-        self._attributes = list(map(vars, self.modules))
-        self._before, self._state_before = list(map(_copied, self._attributes)), self._state()
+        self._stack, self._device = stack, device
+        self._held, self._tensors = _held_by(self.modules, vars(stack.config))
+        self._before = list(map(_copied, self._held))
+        self._state_before = self._state()
 
     def is_current(self) -> bool:
         """Whether all is as it was."""
         try:
-            same = self._attributes == self._before
-        except (RuntimeError, TypeError, ValueError):  # of two tensors or arrays, which are not equal as a whole
+            same = self._held == self._before
+        except FAILURES:  # of two tensors or arrays, which are not equal as a whole
             return False
+        # Two tensors of one number are equal, too.
+        same = same and all(held[name] is tensor for held, name, tensor in self._tensors)
         return same and self._state() == self._state_before
 
     def obstacle(self) -> str | None:
@@ -67,22 +78,79 @@ class Snapshot:
             return "the weights are sharded"
         if any(one._backward_hooks for one in self.parameters):  # recorded, they would run twice in each replay
             return "a hook of a weight"
+        wrapped = next((one for one in self.parameters if hasattr(one, "__tensor_flatten__") or not one.is_leaf), None)
+        if wrapped is not None:  # what it is made of may change
+            return f"a weight is a {type(wrapped).__name__}"
         places = {one.device for one in self.parameters}
-        if len(places) != 1 or next(iter(places)).type != self._device:
+        if places != {torch.empty(0, device=self._device).device}:
             return f"the weights are on {', '.join(map(str, places))}"
         return None
 
     def _state(self) -> tuple[object, ...]:
-        """What may change without another attribute of a module; a forward pass may change a buffer in place."""
-        precision = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
-        places = [(one.data_ptr(), one.requires_grad, bool(one._backward_hooks)) for one in self.parameters]
-        buffers = [(one.data_ptr(), one.is_inference() or one._version) for one in self._buffers]
-        return precision, places, buffers, {**vars(self._stack.config), "use_cache": False}  # recorded without a cache
+        """What may change without an attribute of a module: memory, values that nobody trains, what is global."""
+        tensors = [tensor for _, _, tensor in self._tensors]
+        places = [
+            (0 if hasattr(one, "__tensor_flatten__") else one.data_ptr(), one.dtype, one.stride()) for one in tensors
+        ]
+        trained = [(one.requires_grad, bool(one._backward_hooks)) for one in self.parameters]
+        values = [one.requires_grad or one.is_inference() or one._version for one in tensors]
+        config = {**vars(self._stack.config), "use_cache": False}  # recorded without a cache
+        return places, trained, values, config, list(map(type, self.modules)), _global_state(self._device)
 
 
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes, with what their dictionaries, lists and sets hold now."""
-    return {name: value.copy() if isinstance(value, dict | list | set) else value for name, value in attributes.items()}
+def _address(tensor: Tensor) -> int:
+    return 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
+
+
+def _global_state(device: str) -> tuple[object, ...]:
+    return (
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.empty(0, device=device).device,
+    )
+
+
+Held = dict[Any, Any] | list[Any] | set[Any] | MappingProxyType[str, Any]
+
+
+def _held_by(modules: Sequence[Module], config: dict[str, Any]) -> tuple[list[Held], list[tuple[Any, Any, Tensor]]]:
+    """What modules hold that may change in place: dictionaries, lists, sets, and attributes of objects and classes.
+
+    Args:
+        modules: the modules.
+        config: attributes that may change, but not what they hold.
+
+    Returns:
+        All of them, and each tensor in them: what holds it, its name or index there, and itself.
+    """
+    found, tensors, seen = list[Held](), list[tuple[Any, Any, Tensor]](), {id(config)}
+    waiting: list[Any] = [*map(vars, modules), *config.values()]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, dict | list | set):
+            found.append(held)
+        if isinstance(held, dict | list):
+            named = held.items() if isinstance(held, dict) else enumerate(held)
+            tensors += [(held, name, value) for name, value in named if isinstance(value, Tensor)]
+        if isinstance(held, dict | list | set | tuple):
+            waiting += held.values() if isinstance(held, dict) else held
+        elif hasattr(held, "__dict__") and not isinstance(held, _OPAQUE):
+            waiting.append(vars(held))
+    return [*found, *map(vars, {base for module in modules for base in type(module).__mro__})], tensors
+
+
+def _copied(held: Held) -> Held:
+    return dict(held) if isinstance(held, dict | MappingProxyType) else held.copy()
 
 
 def _obstacle_of_module(module: Module) -> str | None:
