@@ -75,6 +75,8 @@ def learned(spec: Spec) -> str:
 class Table:
     """One row per operation, piece or model, printed when its last task is done; on a terminal a progress bar below."""
 
+    _last_columns = f"{'coverage':<15}cases"
+
     def __init__(
         self, tasks: Sequence[Work], ops: Sequence[str], dtypes: Sequence[str], checked: str = "properties"
     ) -> None:
@@ -90,7 +92,7 @@ class Table:
     def __enter__(self) -> Table:
         """Print the column headings."""
         dtypes = "".join(f"{dtype:<{CELL_WIDTH}}" for dtype in self._dtypes)
-        self._print(f"{'% of error budget':<{self._width}}{dtypes}{self._checked:<13}{'coverage':<15}cases")
+        self._print(f"{'% of error budget':<{self._width}}{dtypes}{self._checked:<13}{self._last_columns}")
         self._bar.start()
         return self
 
@@ -116,7 +118,7 @@ class Table:
     def _row(self, op: str) -> str:
         results = [result for result in self._results[op] if result.verdict != "skip"]
         if not results:
-            why = f"all {self._checked} skipped" if self._results[op] else "not defined by this backend"
+            why = self._all_skipped(self._results[op]) if self._results[op] else "not defined by this backend"
             return f"{op:<{self._width}}-  {why}"
         if results[0].dtype is None:
             cells = f"{_cell(results):<{CELL_WIDTH * len(self._dtypes)}}"
@@ -124,8 +126,16 @@ class Table:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         properties = {result.property for result in results}
         passed = properties - {result.property for result in results if result.verdict != "pass"}
-        cases = f"{sum(result.examples for result in results):,}".replace(",", " ")
-        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{_coverage(results):<15}{cases}"
+        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{self._last(self._results[op])}"
+
+    def _all_skipped(self, results: Sequence[Result]) -> str:
+        """What a row says if nothing was judged."""
+        return f"all {self._checked} skipped"
+
+    def _last(self, results: Sequence[Result]) -> str:
+        """The last columns of a row."""
+        run = [result for result in results if result.verdict != "skip"]
+        return f"{_coverage(run):<15}{sum(result.examples for result in run):,}".replace(",", " ")
 
 
 def _coverage(results: Sequence[Result]) -> str:

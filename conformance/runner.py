@@ -1,12 +1,13 @@
 """Runs tasks in worker processes, so that a kernel that kills its process is reported as a failure."""
 
+import math
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class _Worker:
     pipe: Connection
     task: Any = None
     case: str = ""
+    started: float = 0.0  # when the task was given
     last_message: float = 0.0  # when it arrived
     timed_out: bool = False
     timeout: float = CASE_TIMEOUT_SECONDS
@@ -119,6 +121,7 @@ def run(
     jobs: int | None = None,
     stop_at_failure: bool = False,
     timeout: float = CASE_TIMEOUT_SECONDS,
+    limit: float = math.inf,
     preload: Sequence[str] | None = None,
 ) -> list[tuple[AnyWork, Result]]:
     """Run tasks in worker processes.
@@ -129,12 +132,15 @@ def run(
         jobs: number of processes; by default one per core, at most 4.
         stop_at_failure: after a failure, skip the remaining tasks of the same backend and operation.
         timeout: seconds that a case may take.
+        limit: seconds that all tasks of one operation and backend may take together. One that is running then is
+            stopped and has failed, and those that have not started are skipped.
         preload: modules that one server process imports. Then every task has a process of its own, forked from it.
 
     Returns:
         The results, in the order of the tasks.
     """
     queue, done, failed = list(tasks), {}, set()
+    left: defaultdict[tuple[str, str], float] = defaultdict(lambda: limit)
     order = {task: index for index, task in enumerate(queue)}
     workers = [_start(timeout, preload) for _ in range(min(jobs or min(os.cpu_count() or 1, 4), len(queue)))]
     try:
@@ -142,13 +148,19 @@ def run(
         while queue or any(worker.task for worker in workers):
             while idle and (task := next_task(queue, [worker.task for worker in workers if worker.task])):
                 queue.remove(task)
-                if not (stop_at_failure and (task.backend, task.op) in failed):
-                    _give(workers, idle.popleft(), task)
+                seconds = left[task.backend, task.op]
+                if seconds <= 0:
+                    message = f"no time is left of the {limit:g} s for {task.op}"
+                    done[task] = Result(task.op, task.property, task.dtype, "skip", message=message)
+                    on_result(task, done[task])
+                elif not (stop_at_failure and (task.backend, task.op) in failed):
+                    _give(workers, idle.popleft(), task).timeout = min(timeout, seconds)
             for worker in _ready(workers):
                 task, result = worker.task, _receive(worker)
                 if result is None or task is None:
                     continue
                 done[task] = result
+                left[task.backend, task.op] -= time.monotonic() - worker.started
                 on_result(task, result)
                 if result.verdict == "fail":
                     failed.add((task.backend, task.op))
@@ -191,7 +203,8 @@ def _give(workers: list[_Worker], worker: _Worker, task: Work) -> _Worker:
     """Send a task to a worker, or to the one that replaces it if it has died; returns that worker."""
     if not worker.process.is_alive():  # its last task may have ended it, even after the result
         worker = _replaced(workers, worker)
-    worker.task, worker.case, worker.last_message = task, "", time.monotonic()
+    worker.task, worker.case, worker.started = task, "", time.monotonic()
+    worker.last_message = worker.started
     worker.pipe.send(task)
     return worker
 

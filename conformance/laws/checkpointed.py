@@ -19,9 +19,8 @@ def check(trial: ModelTrial) -> float:
     if not model.supports_gradient_checkpointing:
         raise Unchecked("transformers has no gradient checkpointing for this model")
     FastLanguageModel.for_training(model, "unsloth")
-    if not trial.obstacles:
-        return trial.judge(trial.run([trial.documents.packed()], model=model))
-    return trial.compare([trial.documents.padded()], model=model)
+    padded, packed = [trial.documents.padded()], [trial.documents.packed()]
+    return trial.compare(padded if trial.obstacles else packed, own=padded, model=model)
 
 
 LAW = ModelLaw.of_file(check)

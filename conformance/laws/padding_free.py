@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def check(trial: ModelTrial) -> float:
     """Only where a trainer packs this model; the untouched model may let documents see each other."""
     trial.demand_packing()
-    return trial.judge(trial.run([trial.documents.packed()]))
+    return trial.compare([trial.documents.packed()], own=[trial.documents.padded()])
 
 
 LAW = ModelLaw.of_file(check)

@@ -32,7 +32,8 @@ NOISE = 0.1  # on every weight of a random model, so that no norm has ones and n
 _SPECIAL = 3  # tokens of a tiny vocabulary that are never drawn
 # What code of transformers raises for a configuration that it cannot use, or for a package that is missing.
 _FAILURES = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    ValueError,
     StrictDataclassError,
 )
 

@@ -92,7 +92,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _SPECIAL[name]
         elif depth and isinstance(value, list) and len(value) == values[depth]:
             fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
-        elif name == "rope_parameters" and (value or {}).get("llama_4_scaling_beta"):
+        elif isinstance(value, dict) and value.get("llama_4_scaling_beta"):
             fields[name] = value | {"original_max_position_embeddings": WINDOW}  # the factor of queries by position
     if fields.get("kv_lora_rank"):  # each head has keys of its own
         fields["num_key_value_heads"] = HEADS

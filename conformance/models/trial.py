@@ -172,16 +172,18 @@ class ModelTrial:
         self,
         batches: Sequence[Mapping[str, Any]],
         *,
+        own: Sequence[Mapping[str, Any]] | None = None,
         model: Any = None,
         targets: int | None = None,
         labels: bool = True,
         names: Callable[[str], bool] = lambda name: True,
         adapted: bool = False,
     ) -> float:
-        """Compare the model's results on batches that transformers takes too with the truth; returns the budget use.
+        """Compare the model's results on batches with the truth; returns the budget use.
 
         Args:
             batches: of the documents, in their order.
+            own: what the untouched model gets, if transformers does not take these; None for the same.
             model: with placed operations; None for a new one.
             targets: as in `running.run`.
             labels: whether there is a loss; else there are logits.
@@ -190,7 +192,7 @@ class ModelTrial:
 
         Raises:
             Failure: a gate is broken.
-            Unchecked: the untouched model, in the same dtype and on the same batches, breaks one too.
+            Unchecked: the untouched model, in the same dtype, breaks one too.
         """
         if not labels:
             batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
@@ -201,7 +203,7 @@ class ModelTrial:
         except Failure as failure:
             untouched = self.untouched(adapted=adapted)
             try:
-                same = self.run(batches, model=untouched, targets=targets, own_loss=False)
+                same = self.run(own or batches, model=untouched, targets=targets, own_loss=False)
                 self.judge(same, adapted=adapted, names=names)
             except Failure as likewise:
                 raise Unchecked(f"the untouched model breaks a gate too: {likewise}") from failure

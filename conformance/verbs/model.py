@@ -2,7 +2,7 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -21,8 +21,8 @@ from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
 from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")
-TIMEOUT_SECONDS = 3600  # of one law; the truth of a large model is computed in float64, several times
-TINY_TIMEOUT_SECONDS = 900  # of one law on a tiny model, of which nearly all take seconds
+# Of all laws on one model, if not given. The truth of a large model is computed in float64, several times.
+TIMEOUT_SECONDS, TINY_TIMEOUT_SECONDS = 4 * 3600, 900
 
 
 def add(verbs: Verbs) -> None:
@@ -31,6 +31,7 @@ def add(verbs: Verbs) -> None:
     add_subject(parser)
     parser.add_argument("--law", nargs="+", action="extend", metavar="L", help=f"{', '.join(LAWS)} (all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, each with its truths (1)")
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds for all laws on a model (900; loaded 4 h)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.set_defaults(verb=_model)
 
@@ -52,10 +53,13 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> int:
+    if arguments.timeout is not None and not arguments.timeout > 0:
+        raise UsageError(f"--timeout: got {arguments.timeout:g}; allowed: above 0")
     tasks = tasks_asked(arguments)
     first, names = tasks[0], list(dict.fromkeys(task.op for task in tasks))
     dtypes = list(dict.fromkeys(task.dtype for task in tasks))
-    print(heading(first), flush=True)
+    limit = arguments.timeout or (TIMEOUT_SECONDS if arguments.models else TINY_TIMEOUT_SECONDS)
+    print(f"{heading(first)}, at most {limit:g} s for a model", flush=True)
     results: list[Result] = []
 
     def on_result(task: ModelTask, result: Result) -> None:
@@ -64,33 +68,57 @@ def _model(arguments: argparse.Namespace) -> int:
         if arguments.json:  # after every result, so that a stopped run leaves what it found
             _write(arguments.json, results, first)
 
-    timeout = TIMEOUT_SECONDS if arguments.models else TINY_TIMEOUT_SECONDS
-    with report.Table(tasks, names, dtypes, "laws") as table:
-        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=timeout)]
+    with Rows(tasks, names, dtypes, "laws") as table:
+        results = [result for _, result in run(tasks, on_result, jobs=arguments.jobs, timeout=limit, limit=limit)]
     print()
-    for line in _skipped(results):
-        print(line)
     failed = any(result.verdict == "fail" for result in results)
     if failed:
         statements = {name: law.statement for name, law in LAWS.items()}
         text = report.failures(results, first.backend, first.device, statements=statements)
         print("", text, sep="\n", end="\n\n")
-    print(report.closing(results))
+    print(_counted(results), report.closing(results), sep="\n")
     if arguments.json:
         _write(arguments.json, results, first)
     return 1 if failed else 0 if any(result.verdict == "pass" for result in results) else 2
 
 
-def _skipped(results: Sequence[Result]) -> list[str]:
-    """A line for each reason: the models and the laws that it holds for."""
-    laws: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+class Rows(report.Table):
+    """One row per model: which laws fail, and which were skipped, with the reason."""
+
+    _last_columns = "what fails or is skipped"
+
+    def _all_skipped(self, results: Sequence[Result]) -> str:
+        reasons = _reasons(results)
+        return f"not judged: {next(iter(reasons))}" if len(reasons) == 1 else f"not judged: {_listed(reasons)}"
+
+    def _last(self, results: Sequence[Result]) -> str:
+        failed = dict.fromkeys(result.property for result in results if result.verdict == "fail")
+        return "; ".join(filter(None, (f"FAIL {', '.join(failed)}" if failed else "", _listed(_reasons(results)))))
+
+
+def _reasons(results: Sequence[Result]) -> dict[str, list[str]]:
+    """The laws that were skipped, by their reason."""
+    laws: dict[str, list[str]] = defaultdict(list)
     for result in results:
         if result.verdict == "skip":
-            laws[result.op, str(result.dtype), (result.message or "").partition("\n")[0]].append(result.property)
-    models: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for (op, dtype, reason), names in laws.items():
-        models[", ".join(names), dtype, reason].append(op)
-    return [f"skip {', '.join(ops)} / {names} / {dtype}: {reason}" for (names, dtype, reason), ops in models.items()]
+            laws[(result.message or "").partition("\n")[0]].append(result.property)
+    return laws
+
+
+def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"skip {', '.join(dict.fromkeys(laws))}: {reason}" for reason, laws in reasons.items())
+
+
+def _counted(results: Sequence[Result]) -> str:
+    """One line: how many models fail, hold what was judged, and are not judged."""
+    verdicts: dict[str, set[str]] = defaultdict(set)
+    for result in results:
+        verdicts[result.op].add(result.verdict)
+    failed = sum("fail" in found for found in verdicts.values())
+    idle = sum(found == {"skip"} for found in verdicts.values())
+    whole = sum(found == {"pass"} for found in verdicts.values())
+    some = len(verdicts) - failed - idle - whole
+    return f"{len(verdicts)} models: {whole} pass, {some} pass with laws skipped, {failed} fail, {idle} not judged"
 
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:

@@ -1,5 +1,10 @@
 """Tiny models of any architecture: every kind of layer, models that are not judged, and models with their own ways."""
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -8,6 +13,7 @@ from conformance.gates import Unchecked
 from conformance.laws import LAWS
 from conformance.models.building import NotBuilt, Subject
 from conformance.models.trial import ModelTrial
+from conformance.runner import run
 from conformance.search import Result
 from conformance.verbs import model as verb
 
@@ -60,14 +66,67 @@ def test_a_model_that_is_not_trained_is_skipped_by_every_law() -> None:
             law.check(trial)
 
 
-def test_a_reason_is_said_once() -> None:
-    """For all models and laws that it holds for."""
-    skipped = [Result(op, law, "float32", "skip", message="no") for op in ("a", "b") for law in ("apart", "saved")]
-    others = [Result("c", "apart", "float32", "skip", message="no"), Result("c", "saved", "float32", "pass")]
-    assert verb._skipped([*skipped, *others]) == [
-        "skip a, b / apart, saved / float32: no",
-        "skip c / apart / float32: no",
+def rows(*results: Result) -> dict[str, str]:
+    """What the verb prints of each model, without the name."""
+    table = verb.Rows([], [result.op for result in results], ["float32"], "laws")
+    for result in results:
+        table._results[result.op] = [*table._results[result.op], result]
+    return {result.op: table._row(result.op).removeprefix(result.op).strip() for result in results}
+
+
+def test_a_row_says_what_became_of_a_model() -> None:
+    """One line: what fails, what is skipped and why; a reason is said once for the laws that it holds for."""
+
+    def skip(op: str, law: str, why: str) -> Result:
+        return Result(op, law, "float32", "skip", message=f"{why}\nand more")
+
+    found = rows(
+        Result("right", "layers", "float32", "pass", 0.25),
+        *(skip("some", law, "packing is refused: no") for law in ("padding_free", "apart")),
+        Result("some", "layers", "float32", "pass", 0.5),
+        Result("wrong", "layers", "float32", "fail", 2.0, message="gate G1"),
+        Result("wrong", "saved", "float32", "fail", message="gone"),
+        skip("wrong", "apart", "packing is refused: no"),
+        *(skip("none", law, "no tiny model: ValueError: no") for law in ("layers", "saved")),
+    )
+    assert found == {
+        "right": "ok   25 %        1/1",
+        "some": "ok   50 %        1/1          skip padding_free, apart: packing is refused: no",
+        "wrong": "FAIL 200 %       0/2          FAIL layers, saved; skip apart: packing is refused: no",
+        "none": "-  not judged: no tiny model: ValueError: no",
+    }
+
+
+@dataclass(frozen=True)
+class Endless:
+    """A task without a result."""
+
+    op: str
+    property: str
+    backend: str = "reference"
+    device: str = "cpu"
+    dtype: str | None = None
+
+    def __call__(self, notify: Callable[[str], None]) -> Result:
+        while True:
+            time.sleep(1)
+
+
+def test_a_model_without_a_result_stops_no_other() -> None:
+    """Its task is stopped, its other tasks are skipped, and those of the next model start."""
+    tasks = [Endless("slow", "layers"), Endless("slow", "saved"), Endless("next", "layers")]
+    found = [result for _, result in run(tasks, lambda *_: None, jobs=1, limit=0.5)]
+    assert [(result.op, result.verdict, result.message) for result in found] == [
+        ("slow", "fail", "no result in 0.5 s: the process was stopped"),
+        ("slow", "skip", "no time is left of the 0.5 s for slow"),
+        ("next", "fail", "no result in 0.5 s: the process was stopped"),
     ]
+
+
+def test_models_are_counted_by_what_became_of_them() -> None:
+    verdicts: Any = {"a": ["pass"], "b": ["pass", "skip"], "c": ["pass", "fail", "skip"], "d": ["skip"]}
+    results = [Result(op, "layers", "float32", v) for op, all_of in verdicts.items() for v in all_of]
+    assert verb._counted(results) == "4 models: 1 pass, 1 pass with laws skipped, 1 fail, 1 not judged"
 
 
 def test_an_encoder_decoder_is_refused_in_one_sentence() -> None:

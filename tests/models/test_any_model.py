@@ -129,7 +129,7 @@ FAMILIES: dict[str, Family] = {
         experts=1,
     ),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, linear=10, experts=1),
-    "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 0, foreign=STATE, experts=2),
+    "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 4, foreign=STATE, experts=2),
     "ministral": Family("MinistralForCausalLM", {"sliding_window": 4}, 5, 2, linear=14),
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
     "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1),

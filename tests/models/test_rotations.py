@@ -121,10 +121,20 @@ def test_a_rotation_by_complex_numbers_is_recognised(module: str, heads: int, mo
         assert [x.dtype for x in found] == [dtype, dtype]
 
 
-def test_a_rotation_of_the_last_columns_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in DeepSeek V4; of a whole head it is one of the contract's."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "turned"), [(16, 4), (16, 16), (15, 4)])
+def test_the_last_columns_of_a_head_are_rotated(
+    columns: int, turned: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in DeepSeek V4, in float32 for heads of any dtype; the family's own code turns heads of odd width."""
     own = import_module("transformers.models.deepseek_v4.modeling_deepseek_v4").apply_rotary_pos_emb
-    assert forward_with(own, monkeypatch) is None
+    forward = forward_with(own, monkeypatch)
+    x, angles = random(2, 3, 5, columns).to(dtype).requires_grad_(), random(2, 5, turned // 2, seed=2)
+    given = x, angles.cos().to(dtype), angles.sin().to(dtype)
+    found, expected = forward(Turning(), *given[:1], *given), own(*given)
+    assert torch.equal(found, expected) and torch.equal(found[..., :-turned], x[..., :-turned])
+    gradients = [torch.autograd.grad(out.float().sin().sum(), x)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
 def turned_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

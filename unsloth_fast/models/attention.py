@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.failures import FAILURES
@@ -46,12 +47,14 @@ class Rotation(NamedTuple):
         columns: the order of q and k before they are rotated.
         heads: the dimension of the heads; -2 if heads and angles may also be without a batch, as in vision towers; None
             if an argument of the function says it: unsqueeze_dim, 1 by default.
+        last: whether the last columns of a head are rotated, not the first ones, in float32 at least.
     """
 
     interleaved: bool
     angles: Callable[[Tensor], Tensor]
     columns: Callable[[Tensor], Tensor]
     heads: int | None = None
+    last: bool = False
 
 
 def _same(x: Tensor) -> Tensor:
@@ -80,6 +83,7 @@ _ROTATIONS = (
     Rotation(True, _even_first, _same),  # an angle per column, as in Cohere
     Rotation(True, _twice, _same),  # one angle per pair, as the complex numbers of Llama 4
 )
+_ROTATIONS_OF_LAST = (Rotation(True, _twice, _same, last=True),)  # as in DeepSeek V4
 
 
 def attention_placement(
@@ -163,7 +167,10 @@ def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)
         # Under autocast the dtype of the angles can differ from that of the projections.
-        cos, sin = (rotation.angles(angle if angle.dtype == q.dtype else angle.float()) for angle in (cos, sin))
+        wide = rotation.last or cos.dtype != q.dtype
+        cos, sin = (rotation.angles(angle.float() if wide else angle) for angle in (cos, sin))
+        if rotation.last:
+            cos, sin = _behind(cos, q.shape[-1], 1.0), _behind(sin, q.shape[-1], 0.0)
         q, k = (rotation.columns(x.transpose(1, heads_of(options))) for x in (q, k))
         q, k = rope(q, k, cos, sin, interleaved=rotation.interleaved)
         return q.transpose(1, heads_of(options)), k.transpose(1, heads_of(options))
@@ -175,7 +182,8 @@ def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
         allowed = {"unsqueeze_dim"} if rotation.heads is None else set()
         known = not args and options.keys() <= allowed and heads_of(options) in (1, 2, -2)
         sizes = ((4, 3), (4, 2), (3, 2)) if rotation.heads == -2 else ((4, 3),)
-        return known and (heads.ndim, angles.ndim) in sizes
+        pairs = not rotation.last or (heads.shape[-1] % 2 == 0 and 2 * angles.shape[-1] <= heads.shape[-1])
+        return known and pairs and (heads.ndim, angles.ndim) in sizes
 
     def both(
         q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **options: Any
@@ -196,6 +204,12 @@ def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
         return rotated(xq, xk, freqs_cis.real, freqs_cis.imag, operation, options)
 
     return dict(zip(_FORMS, (both, one, both_by_complex), strict=True))[_form(own)]
+
+
+def _behind(angles: Tensor, columns: int, value: float) -> Tensor:
+    """Angles for all columns of a head, of which the last ones have those given, in the layout of the contract."""
+    pairs = angles.unflatten(-1, (2, -1))
+    return pad(pairs, (columns // 2 - pairs.shape[-1], 0), value=value).flatten(-2)
 
 
 def _form(function: Rope) -> tuple[str, ...]:
@@ -226,9 +240,10 @@ def _rotation(function: Rope) -> Rotation | None:
     return found[0] if found[0] == found[1] else None
 
 
-def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | None:
+def _agreeing(function: Rope, heads: int | None, *, last: bool = False, **options: int) -> Rotation | None:
     """The one way of calling `rope` that agrees with a function in float32, for rotations of a head and of a part.
 
+    The last columns of a head are tried where no rotation of the first ones agrees: a whole head is both.
     All numbers are between -1 and 1, so that each side has an error of at most 2^-22: two products and their sum.
     """
     generator = torch.Generator().manual_seed(0)
@@ -237,7 +252,8 @@ def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | N
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) - 1
 
-    agreeing = {rotation._replace(heads=heads) for rotation in _ROTATIONS}
+    candidates = _ROTATIONS_OF_LAST if last else _ROTATIONS
+    agreeing = {rotation._replace(heads=heads) for rotation in candidates}
     computed = False
     for columns in (_WIDTH, _WIDTH // 2, _WIDTH // 4):
         q, k = (uniform(2, count, 5, _WIDTH).transpose(1, dimension) for count in (3, 1))
@@ -249,6 +265,8 @@ def _agreeing(function: Rope, heads: int | None, **options: int) -> Rotation | N
             calls = {each: _replacement(reference.rope, each, function) for each in agreeing}
             results = {each: _results(call, given, options) for each, call in calls.items()}
             agreeing = {each for each, result in results.items() if result is not None and _agree(result, expected)}
+    if computed and not agreeing and not last:
+        return _agreeing(function, heads, last=True, **options)
     return agreeing.pop() if computed and len(agreeing) == 1 else None
 
 
