@@ -5,7 +5,7 @@ Each message names the argument, the value seen and the values allowed.
 
 import os
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def gate_options(alpha: float, limit: float | None, offset: float) -> None:
     in_range("alpha", alpha, 0.0)
     if limit is not None:
         in_range("limit", limit, 0.0)
-    if not isfinite(offset):
+    if not -inf < offset < inf:  # Dynamo traces comparisons of an option that changes, not isfinite
         raise ValueError(f"offset: got {offset!r}; allowed: a finite number")
 
 

@@ -1,4 +1,4 @@
-"""The contract's argument checks of operations on packed documents; both backends call them."""
+"""The contract's checks of operations on packed documents, and whose each token is; both backends call them."""
 
 from itertools import pairwise
 
@@ -111,3 +111,12 @@ def documents_fit(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
     longest = max((end - begin for begin, end in pairwise(documents_cover(cu_seqlens, tokens, "q"))), default=0)
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen: got {max_seqlen}; allowed: at least {longest}, the longest document")
+
+
+def document_of(cu_seqlens: Tensor, token: Tensor) -> Tensor:
+    """The document of each token, [T], int64. cu_seqlens rises from 0; empty documents have no token.
+
+    The search is in all of cu_seqlens: for a slice, code that Inductor of torch 2.11 compiles for a GPU searches from
+    the begin of the tensor that is sliced.
+    """
+    return torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1

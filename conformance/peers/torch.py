@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conformance.peers import operation, refuse
+from unsloth_ref import document_checks
 from unsloth_ref.types import IGNORE_INDEX, NF4Weight
 
 
@@ -131,7 +132,7 @@ def packed_attention(
     """
     refuse("torch", options, softcap=0.0)
     position = torch.arange(len(q), device=q.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    document = document_checks.document_of(cu_seqlens, position)
     mask = (document == document[:, None]) & (position <= position[:, None])
     if window is not None:
         mask &= position > position[:, None] - window

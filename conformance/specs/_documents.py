@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from conformance.case import Draw
 from conformance.promises import Parts
 from conformance.spec import Change, ErrorCase, Inputs, Options, change_inputs, mistake
+from unsloth_ref import document_checks
 
 MANY = 40  # documents, more than random cases have
 
@@ -45,7 +46,7 @@ class Shifts(NamedTuple):
     def of(cls, cu_seqlens: Tensor, tokens: int) -> "Shifts":
         """The shifts within these documents."""
         token = torch.arange(tokens, device=cu_seqlens.device)
-        document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        document = document_checks.document_of(cu_seqlens, token)
         begin, end = cu_seqlens[document], cu_seqlens[document + 1]
         return cls((token - begin)[:, None], (end - 1 - token)[:, None])
 

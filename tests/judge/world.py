@@ -51,6 +51,22 @@ class _Gated:
         return y
 
 
+class _Fused:
+    """What the methods of fused MLPs read. A namespace would do, but torch.compile traces none."""
+
+    def __init__(self, alpha: float = 1.0, limit: float | None = None) -> None:
+        self.alpha, self.limit = alpha, limit
+
+    def gate_up_proj(self, x: Tensor) -> Tensor:
+        return x
+
+    def activation_fn(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+    def down_proj(self, y: Tensor) -> Tensor:
+        return y
+
+
 def _norm(module: Any) -> Function:
     """A norm that rounds before it multiplies; under casting="gemma" and offset=1 Gemma's, which rounds once."""
 
@@ -71,21 +87,20 @@ def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, *, group_size: int | None = None,
     norm_before_gate: bool = True, casting: str = "llama",
 ) -> Tensor:  # fmt: skip
-    """Falcon-H1's for "gemma" casting, Mamba 2's for a gate before the norm, Qwen3-Next's per group otherwise."""
+    """Falcon-H1's for "gemma" casting; group by group, Mamba 2's for a gate before the norm, Qwen3-Next's otherwise."""
     checks.gated_norm_arguments(x, gate, weight, eps, group_size)
     checks.one_of("casting", casting, ("llama", "gemma"))
     size = group_size or x.shape[-1]
     own: Any = _Norm(weight, eps)
     own.group_size, own.activation, own.norm_before_gate, own.n_groups = size, "silu", norm_before_gate, 1
-    if casting == "llama" and not norm_before_gate:
-        return MambaRMSNormGated.forward(own, x, gate).to(x.dtype)
     if casting == "gemma":
         own.n_groups = x.shape[-1] // max(1, size)
         rows, gates = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, gate))
         return FalconH1RMSNormGated.forward(own, rows, gates).view(x.shape)
     own.weight = weight.view(-1, size)
     rows, gates = (tensor.unflatten(-1, (-1, size)) for tensor in (x, gate))
-    return Qwen3NextRMSNormGated.forward(own, rows, gates).flatten(-2)
+    module: Any = Qwen3NextRMSNormGated if norm_before_gate else MambaRMSNormGated  # whose own groups came in a release
+    return module.forward(own, rows, gates).flatten(-2).to(x.dtype)
 
 
 def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -97,14 +112,15 @@ def llama_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def gpt_oss_fused_swiglu(
     gate_up: Tensor, *, interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0
 ) -> Tensor:
-    """GptOssExperts for interleaved columns with an offset of 1, without options Phi3MLP, else as the former does."""
+    """GptOssExperts for interleaved columns, an offset of 1 and a limit; without options Phi3MLP; else as the former.
+
+    A limit of infinity is not the same as none: the gradient of a clamped NaN is 0.
+    """
     checks.fused_gated_arguments(gate_up, alpha, limit, offset)
-    if (interleaved, offset) == (True, 1.0):
-        own = SimpleNamespace(alpha=alpha, limit=torch.inf if limit is None else limit)
-        return GptOssExperts._apply_gate(own, gate_up)  # type: ignore[arg-type]
+    if (interleaved, offset) == (True, 1.0) and limit is not None:
+        return GptOssExperts._apply_gate(_Fused(alpha, limit), gate_up)  # type: ignore[arg-type]
     if (interleaved, alpha, limit, offset) == (False, 1.0, None, 0.0):
-        own = SimpleNamespace(gate_up_proj=lambda x: x, activation_fn=F.silu, down_proj=lambda y: y)
-        return Phi3MLP.forward(own, gate_up)  # type: ignore[arg-type]
+        return Phi3MLP.forward(_Fused(), gate_up)  # type: ignore[arg-type]
     gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -132,7 +148,7 @@ def nemotron_relu_squared(x: Tensor) -> Tensor:
     """The "relu2" of transformers."""
     checks.has_rows("x", x)
     checks.dtype("x", x)
-    return ReLUSquaredActivation()(x)
+    return ReLUSquaredActivation.forward(None, x)  # type: ignore[arg-type]
 
 
 def llama_rope(

@@ -1,6 +1,6 @@
 """The reference fused_swiglu against values worked by hand, its formulas in plain Python, and transformers."""
 
-from math import exp, inf, log
+from math import exp, inf, log, nan
 from typing import Any
 
 import pytest
@@ -84,3 +84,13 @@ def test_same_bits_as_transformers(dtype: torch.dtype) -> None:
     ):
         assert torch.equal(ours, theirs)
         assert torch.equal(*(grad(y, gate_up, dy)[0] for y in (ours, theirs)))
+
+
+def test_a_compiled_call_takes_another_offset() -> None:
+    """Dynamo makes a symbol of an option that changes."""
+    torch.compiler.reset()
+    compiled, gate_up = torch.compile(fused_swiglu, fullgraph=True, backend="eager"), randn(3, 8)
+    for offset in (0.0, 1.0, -0.5):
+        torch.testing.assert_close(compiled(gate_up, offset=offset), fused_swiglu(gate_up, offset=offset), **FLOAT64)
+    with pytest.raises(ValueError, match=r"offset: got nan; allowed: a finite number"):
+        fused_swiglu(gate_up, offset=nan)

@@ -34,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.interface import DELEGATES, WIDEST, Stack, examine, extras_of
 from unsloth_fast.models.protocols import Forward
+from unsloth_ref import document_checks
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def _dense(bounds: Tensor, tokens: int, before: str, *, mask_function: Callable[
     Patterns such as chunks are those of positions within a document.
     """
     token = torch.arange(tokens, device=bounds.device)
-    document = torch.searchsorted(bounds[1:].contiguous(), token.to(bounds.dtype), right=True)
+    document = document_checks.document_of(bounds, token)
     position = token - bounds[document]
 
     def within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def causal_conv(
         document_checks.documents_cover(cu_seqlens, len(x), "x")
     wide, tokens = torch.float64 if x.dtype == torch.float64 else torch.float32, len(x)
     token = torch.arange(tokens, device=x.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    document = document_checks.document_of(cu_seqlens, token)
     place = (token - cu_seqlens[document])[:, None]
     z = torch.zeros_like(x, dtype=wide) if bias is None else bias.to(wide).expand(x.shape)
     for back in range(weight.shape[1]):

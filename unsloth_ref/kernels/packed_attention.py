@@ -68,7 +68,7 @@ def packed_attention(
     document_checks.packed_attention_arguments(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)
     tokens, limits = q.shape[0], (float(q.shape[2] ** -0.5 if scale is None else scale), window or q.shape[0], softcap)
     if torch.compiler.is_compiling():  # compiled code cannot read lengths
-        document = torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=q.device), right=True)
+        document = document_checks.document_of(cu_seqlens, torch.arange(tokens, device=q.device))
         with torch.autocast(q.device.type, enabled=False):
             return _attention(q, k, v, sinks, *limits, document)
     document_checks.documents_fit(cu_seqlens, tokens, max_seqlen)

@@ -9,31 +9,56 @@ from torch.nn import functional as F
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import document_checks
+from unsloth_ref import checks, document_checks
 from unsloth_ref import kernels as reference
 
+Convolution = Callable[[Tensor, Tensor], Tensor]
 
-def _causal_conv(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
-    """Complete the convolution of one document [L, C] with weight [C, W] to the contract, in float32."""
+
+def _causal_conv(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
+    """Complete a convolution of documents with weight [C, W] to the contract, in float32."""
 
     @operation
     def causal_conv(
         x: Tensor, weight: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None, *, activation: str | None = None
     ) -> Tensor:
+        document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
         if torch.compiler.is_compiling() or not x.numel():
             return reference.causal_conv(x, weight, cu_seqlens, bias, activation=activation)
-        document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
-        bounds = document_checks.documents_cover(cu_seqlens, len(x), "x")
+        if checks.values_are_checked(cu_seqlens):
+            document_checks.documents_cover(cu_seqlens, len(x), "x")
         with torch.autocast(x.device.type, enabled=False):
-            parts = [convolve(x[i:j].float(), weight.float()) for i, j in pairwise(bounds) if i < j]
-            z = torch.cat([*parts, x[:0].float()])
+            z = convolve(x.float(), weight.float(), cu_seqlens)
             z = z if bias is None else z + bias.float()
             return (F.silu(z) if activation else z).to(x.dtype)
 
     return causal_conv
 
 
+def _of_all(convolve: Convolution) -> Function:
+    """A convolution of one sequence, for all documents at once, with W - 1 zeros before each of them."""
+
+    def spread(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+        token, gap = torch.arange(len(x), device=x.device), weight.shape[1] - 1
+        place = token + gap * document_checks.document_of(cu_seqlens, token)
+        rows = x.new_zeros(len(x) + gap * (len(cu_seqlens) - 1), x.shape[1])
+        return convolve(rows.index_copy(0, place, x), weight)[place]
+
+    return spread
+
+
+def _of_each(convolve: Convolution) -> Function:
+    """A convolution of one sequence, for one document after the other."""
+
+    def apart(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+        bounds = pairwise(cu_seqlens.tolist())
+        return torch.cat([convolve(x[i:j], weight) for i, j in bounds if i < j])
+
+    return apart
+
+
 @_causal_conv
+@_of_all
 def of_torch(x: Tensor, weight: Tensor) -> Tensor:
     """torch's own convolution."""
     padded = F.pad(x.t(), (weight.shape[1] - 1, 0))
@@ -41,6 +66,7 @@ def of_torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_causal_conv
+@_of_all
 def by_windows(x: Tensor, weight: Tensor) -> Tensor:
     """A product with the last W tokens of each token."""
     padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
@@ -48,8 +74,9 @@ def by_windows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_causal_conv
+@_of_each
 def by_a_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """A matrix of all pairs of tokens."""
+    """A matrix of all pairs of tokens per channel, for the short documents of a CPU."""
     token = torch.arange(len(x), device=x.device)
     back = token[:, None] - token
     seen = (back >= 0) & (back < weight.shape[1])

@@ -1,7 +1,5 @@
 """Right linear layers in float8."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,16 +10,9 @@ from unsloth_ref import float8_checks
 from unsloth_ref import kernels as reference
 
 
-class _Straight(torch.autograd.Function):
-    """Another tensor with the derivative of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
-        return other.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy, None
+def _straight(x: Tensor, other: Tensor) -> Tensor:
+    """Another tensor with the derivative of x, by PyTorch's own nodes: plain PyTorch may save what it needs."""
+    return other + (x - x.detach())
 
 
 def _fp8_linear(product: Function, quantize: Function = reference.fp8_quantize) -> Function:
@@ -39,7 +30,7 @@ def _fp8_linear(product: Function, quantize: Function = reference.fp8_quantize) 
 
 def rounded(x: Tensor, values: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Round x and the weight to the dtype of x after they are dequantised."""
-    straight = _Straight.apply(x, reference.fp8_dequantize(values, x_scale, x.dtype))
+    straight = _straight(x, reference.fp8_dequantize(values, x_scale, x.dtype))
     return F.linear(straight, reference.fp8_dequantize(weight, scale, x.dtype), bias)
 
 
@@ -47,7 +38,7 @@ def in_float64(
     x: Tensor, values: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """More exact than required; the bias is added to the rounded product."""
-    straight = _Straight.apply(x.double(), reference.fp8_dequantize(values, x_scale, torch.float64))
+    straight = _straight(x.double(), reference.fp8_dequantize(values, x_scale, torch.float64))
     y = F.linear(straight, reference.fp8_dequantize(weight, scale, torch.float64)).to(x.dtype)
     return y if bias is None else y + bias
 
@@ -60,7 +51,7 @@ def column_by_column(
     of_rows = torch.arange(len(weight), device=x.device) // 128
     for place in range(scale.shape[1]):
         block = slice(place * 128, (place + 1) * 128)
-        left = _Straight.apply(x[:, block].float(), values[:, block].float() * x_scale[:, place, None])
+        left = _straight(x[:, block].float(), values[:, block].float() * x_scale[:, place, None])
         y = y + left @ weight[:, block].float().t() * scale[of_rows, place]
     return (y if bias is None else y + bias.float()).to(x.dtype)
 

@@ -18,7 +18,7 @@ def in_float32(
     checks.gated_norm_arguments(x, gate, weight, eps, group_size)
     checks.one_of("casting", casting, ("llama", "gemma"))
     wide = gate.float()
-    activation = wide / (1 + torch.exp(-wide))
+    activation = wide * torch.exp(wide.clamp(max=0.0)) / (1 + torch.exp(-wide.abs()))  # neither is infinite
     rows = x.float() if norm_before_gate else x.float() * activation
     groups = rows.unflatten(-1, (-1, group_size or max(1, x.shape[-1])))
     normed = (groups / (groups.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * weight.float()

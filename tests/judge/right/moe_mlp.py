@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.judge.contract import Function
-from unsloth_ref import expert_checks
+from unsloth_ref import checks, expert_checks
 from unsloth_ref import kernels as reference
 
 
@@ -21,7 +21,7 @@ def _moe_mlp(mlp: Function) -> Function:
     ) -> Tensor:  # fmt: skip
         expert_checks.expert_arguments(x, gate_up, down, expert_indices, expert_weights, gate_up_bias, down_bias)
         expert_checks.expert_gate(activation, alpha, limit, offset)
-        if not torch.compiler.is_compiling():
+        if checks.values_are_checked(expert_indices):
             expert_checks.experts_exist(expert_indices, len(gate_up))
         with torch.autocast(x.device.type, enabled=False):
             z = torch.einsum("th,tkfh->tkf", x.float(), _of_slots(gate_up, expert_indices))
@@ -50,8 +50,12 @@ def _plus(out: Tensor, bias: Tensor | None, weights: Tensor | float = 1.0) -> Te
 
 
 def _of_slots(matrices: Tensor, expert_indices: Tensor) -> Tensor:
-    """The matrix of each slot in float32; indexing by a transposed tensor has other strides than a trace predicts."""
-    return matrices.float().index_select(0, expert_indices.flatten()).unflatten(0, expert_indices.shape)
+    """The matrix of each slot in float32.
+
+    Indexing by a transposed tensor has other strides than a trace predicts. The gradient of index_select is a sum in
+    any order on a GPU.
+    """
+    return matrices.float()[expert_indices.flatten()].unflatten(0, expert_indices.shape)
 
 
 def _product(hidden: Tensor, down: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from unsloth_ref import checks
 from unsloth_ref.kernels.nf4_dequantize import CODE
 
 
+def _code(device: torch.device) -> Tensor:
+    """The code of each half of a byte, filled in by the device, for which a copy to it would have to wait."""
+    return torch.stack([torch.full((), value, device=device) for value in CODE])
+
+
 def _scales(absmax: Tensor, nested: Sequence[Tensor | None]) -> Tensor:
     code, scale, offset = nested
     if code is None or scale is None or offset is None:
@@ -24,7 +29,7 @@ def by_pairs(
     """Both halves of a byte from a table of pairs, and whole blocks times their scales."""
     nested = nested or tuple(others.get(name) for name in ("nested_code", "nested_absmax", "nested_offset"))
     checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
-    code = torch.tensor(CODE, device=packed.device)
+    code = _code(packed.device)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], -1)
     scales, size = _scales(absmax, nested), prod(shape)
     found = pairs[packed.reshape(-1).int()].flatten()
@@ -42,7 +47,7 @@ def in_float64(
     nested = nested or tuple(others.get(name) for name in ("nested_code", "nested_absmax", "nested_offset"))
     checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
     scales, flat = _scales(absmax, nested).double(), packed.reshape(-1).int()
-    code = torch.tensor(CODE, device=packed.device, dtype=torch.float64)
+    code = _code(packed.device).double()
     index = torch.arange(prod(shape), device=packed.device)
     half = (flat[index // 2] >> (4 * (1 - index % 2))) & 15
     return (code[half] * scales[index // 64]).float().to(dtype).reshape(tuple(shape))

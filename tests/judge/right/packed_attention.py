@@ -40,7 +40,7 @@ def _packed_attention(attend: Function) -> Function:
         place = torch.arange(len(q), device=q.device)
         seen = (place <= place[:, None]) & (place > place[:, None] - (window or len(q)))
         if torch.compiler.is_compiling():
-            document = torch.searchsorted(cu_seqlens[1:], place, right=True)
+            document = document_checks.document_of(cu_seqlens, place)
             with torch.autocast(q.device.type, enabled=False):
                 return scored(q, k, v, seen & (document == document[:, None]), scale, softcap, sinks)
         document_checks.documents_fit(cu_seqlens, len(q), max_seqlen)
