@@ -148,7 +148,9 @@ spec = Spec(
     | {
         "hardly any decay": change_inputs(lambda i: {"a": i["a"] * 2**-40}),
         "a decay that leaves nothing": change_inputs(lambda i: {"a": i["a"] * 2**10}),
-        "some steps of 0": change_inputs(lambda i: {"dt": i["dt"] * (torch.arange(len(i["dt"])) % 3 > 0).to(i["dt"])[:, None]}),
+        "some steps of 0": change_inputs(
+            lambda i: {"dt": i["dt"] * (torch.arange(len(i["dt"])) % 3 > 0).to(i["dt"])[:, None]}
+        ),
         "dt as narrow as x": change_inputs(lambda i: {"dt": i["dt"].to(i["x"].dtype)}),
         "d in float32": change_inputs(lambda i: {"d": i["d"].float() * (1 + 2**-13)}),
     },

@@ -139,9 +139,7 @@ def mamba2_scan_forward_outputs(x: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def mamba2_scan_backward_outputs(
-    dy: Tensor, *inputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mamba2_scan_backward_outputs(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate dx, ddt, da, db, dc and dd."""
     x, dt, a, b, c, d = (one.new_empty(one.shape) for one in inputs[:6])
     return x, dt, a, b, c, d
