@@ -3,7 +3,7 @@
 All results are sums of products of the inputs and of decays between tokens of a document. With D_ij = exp(s_i - s_j),
 s the sum of a dt within a document, j <= i, sizes of the terms are those sums with absolute values:
 
-    y_i: sum over j of D_ij dt_j |c_i|.|b_j| |x_j|, and |d x_i|     of x_j, b_j and c_i: the same with another one left out
+    y_i: sum over j of D_ij dt_j |c_i|.|b_j| |x_j|, and |d x_i|     x_j, b_j, c_i: the same with another one left out
     dt_j: sum over i of Z_ij = D_ij |c_i|.|b_j| |dy_i|.|x_j|, and |a| g_j, with g_l: sum over i >= l > j of dt_j Z_ij
     a: sum over l of dt_l g_l                                       d: sum over i of |dy_i|.|x_i|
 
