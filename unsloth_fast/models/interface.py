@@ -200,6 +200,8 @@ def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
         return name_of(call.func.value) != "self"
     sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
+    if isinstance(parent, ast.Attribute) and parent.attr == "get":  # an entry of a dict of masks
+        return False
     return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
 
 
