@@ -109,7 +109,7 @@ spec = Spec(
     drawing=Drawing(
         sizes={
             # The interpreter takes a tenth of a second per chunk and head: on a CPU most cases have one of each.
-            "tokens": lambda budget: st.integers(1, 150) if budget > 2**15 else st.sampled_from([5, 1, 2, 17, 36]),
+            "tokens": lambda budget: st.integers(1, 100) if budget > 2**15 else st.sampled_from([5, 1, 2, 17, 36]),
             "documents": lambda budget: st.integers(1, 3) if budget > 2**15 else st.sampled_from([1, 1, 2]),
             "kv_heads": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1]),
             "group": lambda budget: st.sampled_from([1, 2, 3] if budget > 2**15 else [1, 1, 2]),
