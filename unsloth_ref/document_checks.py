@@ -88,6 +88,31 @@ def gated_delta_rule_arguments(
         checks.in_range("scale", scale, 0.0)
 
 
+def mamba2_scan_arguments(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor
+) -> None:
+    """Check x [T, M, E], dt [T, M], a and d [M], b and c [T, N, D], and cu_seqlens [documents + 1]."""
+    checks.dimensions("x", x, 3, "[T, M, E]")
+    checks.dtype("x", x)
+    tokens, heads, columns = x.shape
+    if heads == 0 or columns == 0:
+        raise ValueError(f"x: got shape {list(x.shape)}; allowed: [T, M, E] with M and E at least 1")
+    checks.dimensions("b", b, 3, "[T, N, D]")
+    if b.shape[0] != tokens or b.shape[1] == 0 or heads % b.shape[1] or b.shape[2] == 0:
+        seen = list(b.shape)
+        raise ValueError(f"b: got shape {seen}; allowed: [{tokens}, N, D], T of x, with an N that divides {heads}")
+    checks.dtype("b", b, (x.dtype,))
+    checks.same_device("b", b, "x", x)
+    checks.same("c", c, "b", b)
+    checks.shape("dt", dt, (tokens, heads), "T and M of x")
+    for name, tensor in (("a", a), ("d", d)):
+        checks.shape(name, tensor, (heads,), "M of x")
+    for name, tensor in (("dt", dt), ("a", a), ("d", d)):
+        checks.dtype(name, tensor)
+        checks.same_device(name, tensor, "x", x)
+    document_bounds(cu_seqlens, "x", x)
+
+
 def document_bounds(cu_seqlens: Tensor, name: str, tokens: Tensor) -> None:
     """Raise unless cu_seqlens is a vector of at least one int32, on the device of the tokens."""
     checks.dimensions("cu_seqlens", cu_seqlens, 1, "[documents + 1]")

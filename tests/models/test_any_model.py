@@ -49,7 +49,8 @@ GEMMA4 = WINDOWS | {"global_head_dim": 16, "vocab_size_per_layer_input": 48, "hi
 FUSED: dict[str, Any] = {"rotation": "qk_norm_rope"}
 GEGLU = FUSED | {"gate": "geglu"}
 CENTRED: dict[str, Any] = {"others": {"layer_norm": 3}}
-GATED: dict[str, Any] = {"others": {"gated_rms_norm": 1}}
+SCAN: dict[str, Any] = {"packed": 1, "others": {"gated_rms_norm": 1, "causal_conv": 1, "mamba2_scan": 1}}
+TWO_SCANS: dict[str, Any] = {"others": {"causal_conv": 2, "mamba2_scan": 2}}
 MIXED: dict[str, Any] = {"packed": 1, "others": {"causal_conv": 1}}
 MIXED_DELTA: dict[str, Any] = FUSED | {
     "packed": 1,
@@ -108,9 +109,8 @@ FAMILIES: dict[str, Family] = {
         2,
         1,
         gate="fused_swiglu",
-        foreign=STATE,
         experts=2,
-        **GATED,
+        **SCAN,
     ),
     "cohere": Family("CohereForCausalLM", {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
     "cohere2": Family("Cohere2ForCausalLM", WINDOWS | {"logit_scale": 0.25}, 0, 2, linear=14, **CENTRED),
@@ -181,10 +181,9 @@ FAMILIES: dict[str, Family] = {
         3,
         0,
         0,
-        foreign=STATE,
-        **GATED,
+        **SCAN,
     ),
-    "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, foreign=STATE),
+    "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, **TWO_SCANS),
     "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, vision=zoo.VISION),
     "llama4": Family(
         "Llama4ForCausalLM",

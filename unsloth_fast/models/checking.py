@@ -73,6 +73,8 @@ def in_both_modes(module: Any, *inputs: Tensor, **options: Tensor) -> Tensor | N
 class Sparse(nn.Module):
     """A linear map with at most ceil(I / O) weights in each row: whole layers of the widest models take gigabytes."""
 
+    weight = bias = None  # Mamba's mixers hand them to a function that computes nothing without its library
+
     def __init__(self, sizes: tuple[int, int], generator: torch.Generator) -> None:
         super().__init__()
         inputs, outputs = sizes

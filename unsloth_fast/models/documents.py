@@ -68,16 +68,14 @@ def _counts(forward: Callable[..., object]) -> bool:
 def carriers_of(model: Module) -> list[str]:
     """The classes of the modules that carry a state from token to token and are not recognised as mixers."""
     mixers = mixers_of(model)
-    names = {type(module).__name__ for module in model.modules() if id(module) not in mixers and _carries(module)}
-    return sorted(names)
+    others = {type(module) for module in model.modules() if looks_up(module) or _hands_down(module)}
+    left = (module for module in model.modules() if id(module) not in mixers and type(module) not in others)
+    return sorted({type(module).__name__ for module in left if _takes_cache(module)})
 
 
-def _carries(module: Module) -> bool:
-    """Whether a module takes a cache, attends to nothing, and no module below it takes a cache."""
-    below = (other for other in module.modules() if other is not module)
-    if not _takes_cache(module) or looks_up(module):
-        return False
-    return not any(_takes_cache(other) or looks_up(other) for other in below)
+def _hands_down(module: Module) -> bool:
+    """Whether a module below takes a cache or attends. Others of the class take a cache for the sake of this one."""
+    return any(other is not module and (_takes_cache(other) or looks_up(other)) for other in module.modules())
 
 
 def _takes_cache(module: Module) -> bool:

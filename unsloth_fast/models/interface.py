@@ -31,6 +31,7 @@ WIDEST = 512  # columns of a head that the judge holds packed_attention to
 _MASK = "attention_mask"
 _STATES = "create_recurrent_attention_mask"  # makes the masks of layers that carry a state
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+_MLP_LAYERS = frozenset(("mlp", "moe"))  # Nemotron-H's layers are an attention, a mixer or an MLP
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
 _KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
 _OF_MODULE = frozenset(("num_key_value_groups", "training", "head_dim"))  # what an eager attention may read
@@ -199,6 +200,8 @@ def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
         return name_of(call.func.value) != "self"
     sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
+    if isinstance(parent, ast.Attribute) and parent.attr == "get":  # an entry of a dict of masks
+        return False
     return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
 
 
@@ -237,7 +240,7 @@ def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
         return "its masks are its own"
     if getattr(stack, "_is_stateful", False) or _STATES in made:
         layers = getattr(stack.config, "layer_types", None) or ()
-        if not mixers or mixers != sum(kind not in ATTENTION_LAYERS for kind in layers):
+        if not mixers or mixers != sum(kind not in ATTENTION_LAYERS | _MLP_LAYERS for kind in layers):
             return "its layers carry a state"
     if made - MASKS - {_STATES}:
         return f"its masks: {', '.join(sorted(made - MASKS - {_STATES}))}"

@@ -1,4 +1,4 @@
-"""What is a layer that carries something from token to token? A short convolution or a gated delta rule, recognised.
+"""What is a layer that carries something from token to token? A convolution, a delta rule or a scan, recognised.
 
 Both are given the bounds of documents, which they keep apart: those of a packed batch, or the rows of any other. Calls
 with a cache, as in generation, go to the module's own forward. Recognised are, by a numeric check against the forward
@@ -6,6 +6,8 @@ of the module's class on a copy on the CPU, with random weights and a few random
 
 - the gated delta rule of Qwen3-Next and Qwen3.5: projections to q, k and v, which pass a short convolution, to a decay,
   to beta and to a gate, whose norm stays the module's own;
+- the scan of Mamba 2 in Mamba 2, Granite 4, Falcon-H1, Nemotron-H, Bamba and Zamba 2: one projection to a gate, to x, b
+  and c, which pass a short convolution, and to dt, with a norm of the module's own that takes the gate, or without;
 - the short convolution of LFM2: out(second * conv(first * values)) with first, second and values from one projection.
 """
 
@@ -16,17 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from unsloth_fast.failures import FAILURES
+from unsloth_fast.models.checking import Sparse, copy_with, in_both_modes, plain, sizes_of
 from unsloth_fast.models.methods import has_own_method, is_more_than_its_class
 from unsloth_fast.models.protocols import Forward
-from unsloth_fast.models.structure import Sparse, copy_with, in_both_modes, plain, sizes_of
 from unsloth_ref import kernels as reference
 
 CACHES = ("cache", "cache_params", "past_key_values")
 _SEPARATE = frozenset(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"))
 _FUSED = frozenset(("in_proj_qkvz", "in_proj_ba", "out_proj"))
+_SCANNED = frozenset(("A_log", "D", "dt_bias"))
 _EPS = 1e-6  # added to the squared length of q and k
 _TOKENS = 6
 _CHUNK = 64  # tokens: transformers computes the rule in chunks, in float32 for any dtype, and adds up over each
@@ -52,7 +55,7 @@ class Mixer:
 
 def mixer_forward(mixer: Mixer, kernels: Any) -> Forward:
     """The forward of a mixer that calls the operations of these kernels."""
-    mix = _gated_delta_rule if "gated_delta_rule" in mixer.operations else _short_convolution
+    mix = _MIXES[mixer.operations]
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
@@ -69,19 +72,23 @@ def mixer_forward(mixer: Mixer, kernels: Any) -> Forward:
         rows, length = hidden_states.shape[:2]
         if bounds is None:
             bounds = torch.arange(0, rows * length + 1, max(1, length), device=hidden_states.device)
-        return mix(self, mixer, kernels, hidden_states, bounds.to(torch.int32))
+        return mix(self, mixer, kernels, hidden_states, bounds.to(torch.int32), mask)
 
     return forward
 
 
-def _short_convolution(module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds: Tensor) -> Tensor:
+def _short_convolution(
+    module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds: Tensor, mask: Tensor | None
+) -> Tensor:
     first, second, values = getattr(module, mixer.first)(x).chunk(3, -1)
     conv = getattr(module, mixer.conv)
     mixed = kernels.causal_conv((first * values).flatten(0, 1), conv.weight.squeeze(1), bounds, conv.bias)
     return getattr(module, mixer.last)(second * mixed.view(second.shape))
 
 
-def _gated_delta_rule(module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds: Tensor) -> Tensor:
+def _gated_delta_rule(
+    module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds: Tensor, mask: Tensor | None
+) -> Tensor:
     mixed, gate, b, a = _projected(module, x)
     conv = getattr(module, mixer.conv)
     mixed = kernels.causal_conv(mixed.flatten(0, 1), conv.weight.squeeze(1), bounds, conv.bias, activation="silu")
@@ -101,12 +108,37 @@ def _gated_delta_rule(module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds
     return module.out_proj(out.view(*x.shape[:2], -1))
 
 
+def _mamba2_scan(module: Any, mixer: Mixer, kernels: Any, x: Tensor, bounds: Tensor, mask: Tensor | None) -> Tensor:
+    inner, shared, conv = module.intermediate_size, module.n_groups * module.ssm_state_size, getattr(module, mixer.conv)
+    projected = module.in_proj(x * getattr(module, "ssm_in_multiplier", 1.0)) * getattr(module, "mup_vector", 1.0)
+    gate, mixed, dt = projected.split([inner, inner + 2 * shared, module.num_heads], -1)
+    mixed = kernels.causal_conv(mixed.flatten(0, 1), conv.weight.squeeze(1), bounds, conv.bias, activation="silu")
+    if mask is not None:  # the convolution reads the bias of the projection where there is padding
+        mixed = (mixed * mask.reshape(-1, 1)).to(mixed.dtype)
+    values, b, c = mixed.split([inner, shared, shared], -1)
+    b, c = (heads.view(len(mixed), module.n_groups, -1) for heads in (b, c))
+    wide = torch.promote_types(torch.float32, mixed.dtype)
+    step = softplus(dt.flatten(0, 1).to(wide) + module.dt_bias).clamp(*module.time_step_limit)
+    rate = -module.A_log.to(wide).exp()
+    out = kernels.mamba2_scan(values.view(len(mixed), -1, module.head_dim), step, rate, b, c, module.D, bounds)
+    out = out.view(gate.shape)
+    out = module.norm(out, gate) if getattr(module, "mamba_rms_norm", True) else out * silu(gate)
+    return module.out_proj(out.to(x.dtype))
+
+
 def _projected(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v one after the other, [B, S, 2ND + ME]; the gate; beta and the decay before their activations."""
     if "in_proj_qkv" in module._modules:
         return module.in_proj_qkv(x), module.in_proj_z(x), module.in_proj_b(x), module.in_proj_a(x)
     q, k, v, gate, b, a = module.fix_query_key_value_ordering(module.in_proj_qkvz(x), module.in_proj_ba(x))
     return torch.cat([part.flatten(2) for part in (q, k, v)], -1), gate, b, a
+
+
+_MIXES = {
+    ("causal_conv",): _short_convolution,
+    ("causal_conv", "gated_delta_rule"): _gated_delta_rule,
+    ("causal_conv", "mamba2_scan"): _mamba2_scan,
+}
 
 
 def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | str | None:
@@ -152,6 +184,8 @@ def _candidate(module: nn.Module) -> Mixer | None:
     if own == {"A_log", "dt_bias"} and set(sizes) in (_SEPARATE, _FUSED):
         first = "in_proj_qkv" if "in_proj_qkv" in sizes else "in_proj_qkvz"
         return Mixer(("causal_conv", "gated_delta_rule"), first, "out_proj", convs[0])
+    if own == _SCANNED and set(sizes) == {"in_proj", "out_proj"}:
+        return Mixer(("causal_conv", "mamba2_scan"), "in_proj", "out_proj", convs[0])
     if own or len(sizes) != 2 or len(children) != 3:
         return None
     for first, last in (tuple(sizes), tuple(sizes)[::-1]):

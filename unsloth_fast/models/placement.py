@@ -50,8 +50,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     - the experts of transformers' models whose gate is SiLU, also clamped, or GELU, with biases or not, recognised in
       the same way, and peft's adapters of their weights (see `unsloth_fast.models.experts`); those of Llama 4 too,
       whose inputs are scaled (see `unsloth_fast.models.scaled_experts`);
-    - the short convolutions and gated delta rules of Qwen3-Next, Qwen3.5 and LFM2, recognised in the same way (see
-      `unsloth_fast.models.mixers`);
+    - the short convolutions, gated delta rules and scans of Qwen3-Next, Qwen3.5, LFM2 and the hybrids with Mamba 2,
+      recognised in the same way (see `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all
       of whose layers have it, but not in float8, is one operation, lora_mlp, and so are several that a module calls
       with the same tensor, as an attention its projections: lora_linears (see `unsloth_fast.models.projections`);

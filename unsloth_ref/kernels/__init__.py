@@ -19,6 +19,7 @@ from unsloth_ref.kernels.linear_cross_entropy import linear_cross_entropy
 from unsloth_ref.kernels.lora_linear import lora_linear
 from unsloth_ref.kernels.lora_linears import lora_linears
 from unsloth_ref.kernels.lora_mlp import lora_mlp
+from unsloth_ref.kernels.mamba2_scan import mamba2_scan
 from unsloth_ref.kernels.moe_mlp import moe_mlp
 from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
 from unsloth_ref.kernels.packed_attention import packed_attention
@@ -45,6 +46,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "lora_mlp",
+    "mamba2_scan",
     "moe_mlp",
     "nf4_dequantize",
     "packed_attention",

@@ -1,0 +1,140 @@
+"""How far off a result of the scan of Mamba 2 may be.
+
+All results are sums of products of the inputs and of decays between tokens of a document. With D_ij = exp(s_i - s_j),
+s the sum of a dt within a document, j <= i, sizes of the terms are those sums with absolute values:
+
+    y_i: sum over j of D_ij dt_j |c_i|.|b_j| |x_j|, and |d x_i|     x_j, b_j, c_i: the same with another one left out
+    dt_j: sum over i of Z_ij = D_ij |c_i|.|b_j| |dy_i|.|x_j|, and |a| g_j, with g_l: sum over i >= l > j of dt_j Z_ij
+    a: sum over l of dt_l g_l                                       d: sum over i of |dy_i|.|x_i|
+
+A kernel may round the factor of a pair i, j, and also a state S_i = sum over j of D_ij dt_j b_j x_j^T or its gradient,
+before it multiplies them. Roundings of factors are independent of each other, as are those of the elements of a state:
+the squares of both add up.
+
+In float32 a decay is as exact as the sum that it is the exponential of. A kernel may add up a dt over CHUNK tokens and
+take differences: D_ij has 1 + w_i + w_j + |s_i - s_j| errors, w the sum of |a dt| over the last CHUNK tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conformance.bounds import UNIT_FLOAT32, Terms
+from conformance.spec import Call
+
+CHUNK = 256  # tokens over which a kernel may add up decays before it takes the exponential
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sum of the terms of a result, the sum of squares of what is rounded, and what is added up in float32."""
+
+    size: Tensor
+    square: Tensor
+    in_float32: Tensor
+
+    def transpose(self) -> "Sums":
+        """By token first, from heads first."""
+        return Sums(*(part.transpose(0, 1) for part in (self.size, self.square, self.in_float32)))
+
+    def of_groups(self, group: int) -> "Sums":
+        """The sums over the heads of a group, [M, T, D] to [N, T, D]."""
+        return Sums(*(part.unflatten(0, (-1, group)).sum(1) for part in (self.size, self.square, self.in_float32)))
+
+    def terms(self, call: Call, wide: bool) -> Terms:
+        """The terms of a result; a wide one has a smaller unit roundoff than what is rounded on the way."""
+        factor = call.unit / UNIT_FLOAT32 if wide else 1.0
+        return Terms(factor * self.size, root=factor * self.square.sqrt(), in_float32=self.in_float32)
+
+
+class _Scan:
+    """The inputs by head, [M, T, ..], D [M, i, j] and its errors, S and |c_i|.|b_j|; NaN counts as 0."""
+
+    def __init__(self, call: Call) -> None:
+        inputs = {name: x.nan_to_num(0.0) if x.is_floating_point() else x for name, x in call.inputs.items()}
+        self.group = inputs["x"].shape[1] // inputs["b"].shape[1]
+        self.x, self.dt, self.a = inputs["x"].transpose(0, 1), inputs["dt"].t(), inputs["a"][:, None]
+        self.b, self.c = (inputs[name].repeat_interleave(self.group, 1).transpose(0, 1) for name in "bc")
+        self.d = inputs["d"].abs()[:, None, None]
+        self.decay, self.errors = _decays(self.a * self.dt, inputs["cu_seqlens"])
+        self.weight = self.decay * self.dt[:, None]
+        self.state = torch.einsum("mij,mjd,mje->mide", self.weight, self.b, self.x)
+        self.scores = self.c.abs() @ self.b.abs().mT
+
+    def sums(self, weight: Tensor, errors: Tensor, rows: Tensor, by_state: Tensor) -> Sums:
+        """Of weights [M, T, T] times rows; `by_state` are the squares of what a rounded state is multiplied by."""
+        square = weight.square() @ rows.square() + by_state
+        return Sums(weight @ rows.abs(), square, (weight * errors) @ rows.abs())
+
+    def skip(self, sums: Sums, rows: Tensor) -> Sums:
+        """With d times rows added."""
+        skipped = self.d * rows.abs()
+        return Sums(sums.size + skipped, sums.square, sums.in_float32 + skipped)
+
+    def output(self) -> Sums:
+        """Of y."""
+        by_state = torch.einsum("mid,mide->mie", self.c.square(), self.state.square())
+        return self.skip(self.sums(self.weight * self.scores, self.errors, self.x, by_state), self.x)
+
+    def gradients(self, dy: Tensor) -> dict[str, Sums]:
+        """Of every input, from the gradient of y by head."""
+        dstate = torch.einsum("mij,mid,mie->mjde", self.decay, self.c, dy)
+        by_x = self.weight * (dy.abs() @ self.x.abs().mT)
+        squares, step = dstate.square(), self.dt.square()[..., None]
+        of_x = step * torch.einsum("mjd,mjde->mje", self.b.square(), squares)
+        of_b = step * torch.einsum("mje,mjde->mjd", self.x.square(), squares)
+        of_c = torch.einsum("mie,mide->mid", dy.square(), self.state.square())
+        skipped = (dy * self.x).abs().flatten(1)
+        return self._of_steps(dy, dstate) | {
+            "x": self.skip(self.sums((self.weight * self.scores).mT, self.errors.mT, dy, of_x), dy).transpose(),
+            "b": self.sums(by_x.mT, self.errors.mT, self.c, of_b).of_groups(self.group).transpose(),
+            "c": self.sums(by_x, self.errors, self.b, of_c).of_groups(self.group).transpose(),
+            "d": Sums(skipped.sum(1), skipped.square().sum(1), skipped.sum(1)),
+        }
+
+    def _of_steps(self, dy: Tensor, dstate: Tensor) -> dict[str, Sums]:
+        """Of dt and a. A rounding of a state reaches all later tokens: those of a add up by their sizes."""
+        pairs = self.decay * self.scores * (dy.abs() @ self.x.abs().mT)
+        written = torch.einsum("mjd,mje->mjde", self.b, self.x)
+        by_dstate = (written * dstate).square().sum((2, 3))
+        decayed = self.state - self.dt[..., None, None] * written
+        step = self.dt[:, None]
+        size, in_float32 = _across(pairs * step), _across(pairs * self.errors * step)
+        square = _across((pairs * step).square()) + (decayed * dstate).square().sum((2, 3))
+        size_of_dt = Sums(
+            pairs.sum(1) + self.a.abs() * size,
+            pairs.square().sum(1) + by_dstate + self.a.square() * square,
+            (pairs * self.errors).sum(1) + self.a.abs() * in_float32,
+        )
+        totals = ((self.dt * part).sum(1) for part in (size, square.sqrt(), in_float32))
+        size_of_a, root, wide = totals
+        return {"dt": size_of_dt.transpose(), "a": Sums(size_of_a, root.square(), wide)}
+
+
+def _decays(g: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """D [M, i, j] of logarithms g [M, T], 0 where i does not see j, and how many errors each has in float32."""
+    place = torch.arange(g.shape[1], device=g.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    total = torch.nn.functional.pad(g.cumsum(1), (1, 0))  # before each token
+    added = (total[:, 1:] - total[:, torch.maximum(cu_seqlens[document], place + 1 - CHUNK)]).abs()
+    between = total[:, 1:, None] - total[:, None, 1:]
+    seen = (document[:, None] == document) & (place <= place[:, None])
+    decay = torch.where(seen, between.clamp(max=0.0).exp(), 0.0)
+    return decay, 1 + added[:, :, None] + added[:, None] + between.abs()
+
+
+def _across(pairs: Tensor) -> Tensor:
+    """For each token l the sum over pairs i >= l > j, [M, T, T] to [M, T]."""
+    before = pairs.tril(-1).cumsum(2).roll(1, 2)  # [M, i, l]: the sum over j < l
+    before[:, :, :1] = 0
+    return before.tril().sum(1)
+
+
+def sizes_of(call: Call) -> dict[str, Sums]:
+    """The sizes of the output, and of the gradients if there are any."""
+    scan = _Scan(call)
+    found = {"y": scan.output().transpose()}
+    if call.grad_outputs:
+        found |= scan.gradients(call.grad_outputs[0].nan_to_num(0.0).transpose(0, 1))
+    return found
