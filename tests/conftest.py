@@ -1,5 +1,9 @@
-"""Settings of every test run, made before triton is imported; the order of files; TRL restored for each test."""
+"""Settings of every test run, made before triton is imported; the order of files; TRL restored for each test.
 
+What is imported and collected stays until the end: the garbage collector need not search it.
+"""
+
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that at the end no process works on one while the others wait."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """A full collection, which accelerate asks for at each training, takes 0.4 s with all modules and tests, else 0."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
