@@ -167,19 +167,14 @@ def counted_weights(model: PeftModel) -> list[type]:
     """Place the reference; the types of the weights that lora_linear, lora_linears and lora_mlp get from now on."""
     seen: list[type] = []
 
-    def lora_linear(x: Tensor, weight: Any, *others: Any) -> Tensor:
-        seen.append(type(weight))
-        return REFERENCE.kernels.lora_linear(x, weight, *others)
+    def counted(name: str) -> Callable[..., Any]:
+        def call(x: Tensor, weight: Any, *others: Any, **options: Any) -> Any:
+            seen.extend([type(weight)] if name == "lora_linear" else map(type, weight))
+            return getattr(REFERENCE.kernels, name)(x, weight, *others, **options)
 
-    def lora_linears(x: Tensor, weight: Any, *others: Any) -> Any:
-        seen.extend(map(type, weight))
-        return REFERENCE.kernels.lora_linears(x, weight, *others)
+        return call
 
-    def lora_mlp(x: Tensor, weight: Any, *others: Any, **options: Any) -> Tensor:
-        seen.extend(map(type, weight))
-        return REFERENCE.kernels.lora_mlp(x, weight, *others, **options)
-
-    operations = {"lora_linear": lora_linear, "lora_linears": lora_linears, "lora_mlp": lora_mlp}
+    operations = {name: counted(name) for name in ("lora_linear", "lora_linears", "lora_mlp")}
     kernels = SimpleNamespace(**vars(REFERENCE.kernels) | operations)
     place(model, replace(REFERENCE, kernels=kernels))
     return seen

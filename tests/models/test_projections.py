@@ -262,14 +262,6 @@ class InPlace(Module):
         return left * self.b(x) * self.c(self.b(x))
 
 
-class ByItem(Module):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        left = self.a(x)
-        x.data[0] = 2
-        return left * self.b(x)
-
-
 class OfTheModule(Module):
     def forward(self, x: Tensor) -> Tensor:
         left = self.a(x)
@@ -322,11 +314,6 @@ class Twice(Module):
         return self.a(x) * self.b(x) + self.a(x)
 
 
-class ByKeyword(Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * self.b(x=x) + self.c(x)
-
-
 class TwoInputs(Module):
     def forward(self, x: Tensor) -> Tensor:
         other = x + 1
@@ -334,8 +321,8 @@ class TwoInputs(Module):
 
 
 FORWARDS: dict[type[Module], str] = {
-    Straight: "abc", Sequential: "", Renewed: "", InPlace: "", ByItem: "", ByAView: "", OfTheModule: "ab",
-    OfTheModuleAlone: "", OfTheCall: "", Deferred: "", InAContext: "", Twice: "ab", ByKeyword: "", TwoInputs: "bc",
+    Straight: "abc", Sequential: "", Renewed: "", InPlace: "", ByAView: "", OfTheModule: "ab",
+    OfTheModuleAlone: "", OfTheCall: "", Deferred: "", InAContext: "", Twice: "ab", TwoInputs: "bc",
 }  # fmt: skip
 
 
