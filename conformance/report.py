@@ -126,7 +126,8 @@ class Table:
             cells = "".join(f"{_cell([r for r in results if r.dtype == d]):<{CELL_WIDTH}}" for d in self._dtypes)
         properties = {result.property for result in results}
         passed = properties - {result.property for result in results if result.verdict != "pass"}
-        return f"{op:<{self._width}}{cells}{f'{len(passed)}/{len(properties)}':<13}{self._last(self._results[op])}"
+        held = f"{len(passed)}/{len(properties)}"
+        return f"{op:<{self._width}}{cells}{held:<13}{self._last(self._results[op])}".rstrip()
 
     def _all_skipped(self, results: Sequence[Result]) -> str:
         """What a row says if nothing was judged."""
