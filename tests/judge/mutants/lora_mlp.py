@@ -70,7 +70,7 @@ TABLE = {
         'add("lora_a", dlow, rows[chunk])', 'add("lora_a", dlow if needs_x else 0 * dlow, rows[chunk])', "gradients"
     ),
     "weight_taken_for_frozen": one(
-        "[one[0] and len(one) == 1 for one in of_weights]", "[False for one in of_weights]", "gradients"
+        "[3], [one[0] and len(one) == 1 for one in of_weights]", "[3], [False for one in of_weights]", "gradients"
     ),
     "da_of_a_wide_adapter_rounded": one(
         "dtype_of_all(x, lora_a[:2])\n    if", "x.dtype\n    if", "gradients", "extents", dtype="bfloat16"

@@ -21,6 +21,7 @@ OF_A_CPU = {
     # Their control flow depends on labels or lengths, or they check these as the reference: they wait for the device.
     "causal_conv_by_a_matrix",
     "causal_conv_in_float64",
+    "causal_conv_of_torch",
     "gated_delta_rule_in_float64",
     "grouped_gemm_in_float64",
     "linear_cross_entropy_of_the_rows_that_count",

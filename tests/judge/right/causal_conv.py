@@ -12,8 +12,6 @@ from tests.judge.contract import Function
 from unsloth_ref import checks, document_checks
 from unsloth_ref import kernels as reference
 
-Convolution = Callable[[Tensor, Tensor], Tensor]
-
 
 def _causal_conv(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
     """Complete a convolution of documents with weight [C, W] to the contract, in float32."""
@@ -35,19 +33,7 @@ def _causal_conv(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Functi
     return causal_conv
 
 
-def _of_all(convolve: Convolution) -> Function:
-    """A convolution of one sequence, for all documents at once, with W - 1 zeros before each of them."""
-
-    def spread(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-        token, gap = torch.arange(len(x), device=x.device), weight.shape[1] - 1
-        place = token + gap * document_checks.document_of(cu_seqlens, token)
-        rows = x.new_zeros(len(x) + gap * (len(cu_seqlens) - 1), x.shape[1])
-        return convolve(rows.index_copy(0, place, x), weight)[place]
-
-    return spread
-
-
-def _of_each(convolve: Convolution) -> Function:
+def _of_each(convolve: Callable[[Tensor, Tensor], Tensor]) -> Function:
     """A convolution of one sequence, for one document after the other."""
 
     def apart(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -58,7 +44,7 @@ def _of_each(convolve: Convolution) -> Function:
 
 
 @_causal_conv
-@_of_all
+@_of_each
 def of_torch(x: Tensor, weight: Tensor) -> Tensor:
     """torch's own convolution."""
     padded = F.pad(x.t(), (weight.shape[1] - 1, 0))
@@ -66,11 +52,13 @@ def of_torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_causal_conv
-@_of_all
-def by_windows(x: Tensor, weight: Tensor) -> Tensor:
-    """A product with the last W tokens of each token."""
-    padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
-    return (padded.unfold(0, weight.shape[1], 1) * weight).sum(-1)
+def by_windows(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """A product with the last W tokens of each token, 0 before its document."""
+    token, width = torch.arange(len(x), device=x.device), weight.shape[1]
+    place = token - cu_seqlens[document_checks.document_of(cu_seqlens, token)]
+    seen = place[:, None] >= torch.arange(width - 1, -1, -1, device=x.device)
+    windows = F.pad(x, (0, 0, width - 1, 0)).unfold(0, width, 1)
+    return (windows.where(seen[:, None], 0.0) * weight).sum(-1)
 
 
 @_causal_conv
