@@ -1,11 +1,13 @@
-"""Refused calls of operations on documents that carry a state, and correct ones at the edge, as in test_refusals."""
+"""Calls of operations that carry a state that are refused, and calls at the edge that are not; for test_refusals.py."""
 
 from math import inf
+from typing import Any
 
 import torch
 
 BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
-BAD = [
+# As in test_refusals.py: operation, changes of its arguments, the error, argument, seen, allowed.
+BAD: list[tuple[str, dict[str, Any], type[Exception], str, str, str]] = [
     ("causal_conv", {"x": torch.ones(3)}, ValueError, "x", "[3]", "[T, C]"),
     ("causal_conv", {"weight": torch.ones(4, 2)}, ValueError, "weight", "[4, 2]", "[5, W], the C of x, W at least 1"),
     ("causal_conv", {"weight": torch.ones(5, 0)}, ValueError, "weight", "[5, 0]", "W at least 1"),
@@ -31,7 +33,7 @@ BAD = [
     ("mamba2_scan", {"d": torch.ones(4).long()}, TypeError, "d", "torch.int64", "torch.bfloat16"),
     ("mamba2_scan", {"cu_seqlens": BOUNDS + 1}, ValueError, "cu_seqlens", "[1, 4]", "from 0 to 3, the T of x"),
 ]
-LIMITS = [
+LIMITS: list[tuple[str, dict[str, Any]]] = [
     ("causal_conv", {"x": torch.ones(0, 5), "cu_seqlens": BOUNDS * 0}),
     ("causal_conv", {"weight": torch.ones(5, 9).half(), "bias": torch.ones(5).bfloat16(), "activation": "silu"}),
     ("gated_delta_rule", {"scale": 0, "g": torch.zeros(3, 4), "beta": torch.zeros(3, 4).half()}),
