@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from conformance.calling import grouped, placed
 from conformance.spec import ErrorCase, Spec
 from conformance.specs import specs
-from tests.kernels import expert_calls, float8_calls
+from tests.kernels import document_calls, expert_calls, float8_calls
 from tests.operations.calls import DEVICE
 from tests.operations.lora_linear import nf4_weight
 from unsloth_ref import checks
@@ -28,12 +28,12 @@ GOOD = {
     for op, case in CASES.items()
 }
 GOOD["cross_entropy"]["labels"] = torch.tensor([0, -100, 4])
-BOUNDS = torch.tensor([0, 3], dtype=torch.int32)
 TABLE = {"cos": torch.ones(9, 6), "sin": torch.ones(9, 6), "positions": torch.full((2, 4), 8)}
 NOT_NESTED: dict[str, Any] = dict.fromkeys(("nested_code", "nested_absmax", "nested_offset"))
 # Operation, changes of its arguments, the error, and the parts of its message: argument, seen, allowed.
 BAD = [
     *float8_calls.BAD,
+    *document_calls.BAD,
     *expert_calls.BAD,
     ("rms_norm", {"x": torch.tensor(1.0)}, ValueError, "x", "a 0-dimensional tensor", "at least one dimension"),
     ("rms_norm", {"x": torch.ones(3, 5).long()}, TypeError, "x", "torch.int64", "torch.bfloat16"),
@@ -130,23 +130,6 @@ BAD = [
     ("rope", TABLE | {"positions": torch.zeros(2, 4)}, TypeError, "positions", "torch.float32", "torch.int64"),
     ("rope", TABLE | {"positions": torch.full((1, 4), 9)}, ValueError, "positions", "9 at index (0, 0)", "0 to 8"),
     ("rope", TABLE | {"positions": torch.full((2, 4), -1)}, ValueError, "positions", "-1 at index (0, 0)", "0 to 8"),
-    ("causal_conv", {"x": torch.ones(3)}, ValueError, "x", "[3]", "[T, C]"),
-    ("causal_conv", {"weight": torch.ones(4, 2)}, ValueError, "weight", "[4, 2]", "[5, W], the C of x, W at least 1"),
-    ("causal_conv", {"weight": torch.ones(5, 0)}, ValueError, "weight", "[5, 0]", "W at least 1"),
-    ("causal_conv", {"bias": torch.ones(4)}, ValueError, "bias", "[4]", "[5], one entry per column of x"),
-    ("causal_conv", {"activation": "relu"}, ValueError, "activation", "'relu'", "None, 'silu'"),
-    ("causal_conv", {"cu_seqlens": BOUNDS + 1}, ValueError, "cu_seqlens", "[1, 4]", "from 0 to 3, the T of x"),
-    ("causal_conv", {"cu_seqlens": BOUNDS.long()}, TypeError, "cu_seqlens", "torch.int64", "torch.int32"),
-    ("gated_delta_rule", {"q": torch.ones(3, 5)}, ValueError, "q", "[3, 5]", "[T, N, D]"),
-    ("gated_delta_rule", {"k": torch.ones(3, 1, 4)}, ValueError, "k", "[3, 1, 4]", "[3, 2, 5], the shape of q"),
-    ("gated_delta_rule", {"v": torch.ones(2, 2, 8)}, ValueError, "v", "[2, 2, 8]", "[3, M, E], T of q"),
-    ("gated_delta_rule", {"v": torch.ones(3, 2, 8).half()}, TypeError, "v", "torch.float16", "torch.float32"),
-    ("gated_delta_rule", {"g": torch.ones(3, 3)}, ValueError, "g", "[3, 3]", "[3, 4], T and M of v"),
-    ("gated_delta_rule", {"beta": torch.ones(3, 4).int()}, TypeError, "beta", "torch.int32", "torch.bfloat16"),
-    ("gated_delta_rule", {"cu_seqlens": BOUNDS - 1}, ValueError, "cu_seqlens", "[-1, 2]", "from 0 to 3, the T of q"),
-    ("gated_delta_rule", {"scale": inf}, ValueError, "scale", "inf", "a finite number from 0.0"),
-    ("mamba2_scan", {"x": torch.ones(3, 4)}, ValueError, "x", "[3, 4]", "[T, M, E]"),
-    ("mamba2_scan", {"x": torch.ones(3, 4, 0)}, ValueError, "x", "[3, 4, 0]", "M and E at least 1"),
     (
         "mamba2_scan",
         {"b": torch.ones(3, 3, 5)},
@@ -155,13 +138,6 @@ BAD = [
         "[3, 3, 5]",
         "[3, N, D], T of x, with an N that divides",
     ),
-    ("mamba2_scan", {"b": torch.ones(3, 2, 5).half()}, TypeError, "b", "torch.float16", "torch.float32"),
-    ("mamba2_scan", {"c": torch.ones(3, 2, 4)}, ValueError, "c", "[3, 2, 4]", "[3, 2, 5], the shape of b"),
-    ("mamba2_scan", {"dt": torch.ones(3, 3)}, ValueError, "dt", "[3, 3]", "[3, 4], T and M of x"),
-    ("mamba2_scan", {"dt": torch.ones(3, 4).int()}, TypeError, "dt", "torch.int32", "torch.bfloat16"),
-    ("mamba2_scan", {"a": torch.ones(3, 4)}, ValueError, "a", "[3, 4]", "[4], M of x"),
-    ("mamba2_scan", {"d": torch.ones(4).long()}, TypeError, "d", "torch.int64", "torch.bfloat16"),
-    ("mamba2_scan", {"cu_seqlens": BOUNDS + 1}, ValueError, "cu_seqlens", "[1, 4]", "from 0 to 3, the T of x"),
     ("qk_norm_rope", {"k": torch.ones(2, 1, 5, 6)}, ValueError, "k", "[2, 1, 5, 6]", "[2, 1, 4, 6]"),
     ("qk_norm_rope", {"q_weight": torch.ones(5)}, ValueError, "q_weight", "[5]", "[6], one entry per column of q"),
     ("qk_norm_rope", {"k_weight": torch.ones(6).int()}, TypeError, "k_weight", "torch.int32", "torch.float16"),
@@ -268,6 +244,7 @@ BAD = [
 NAMES = [f"{operation}: {argument} {seen}" for operation, _, _, argument, seen, _ in BAD]
 LIMITS = [
     *float8_calls.LIMITS,
+    *document_calls.LIMITS,
     *expert_calls.LIMITS,
     ("rms_norm", {"eps": 0}),
     ("rms_norm", {"weight": torch.ones(5).half()}),
@@ -286,10 +263,6 @@ LIMITS = [
     ("rope", TABLE | {"interleaved": True}),
     ("rope", {"q": torch.ones(2, 0, 4, 6)}),
     ("rope", {"q": torch.ones(2, 3, 4, 6).half(), "k": torch.ones(2, 3, 4, 6).half()}),
-    ("causal_conv", {"x": torch.ones(0, 5), "cu_seqlens": BOUNDS * 0}),
-    ("causal_conv", {"weight": torch.ones(5, 9).half(), "bias": torch.ones(5).bfloat16(), "activation": "silu"}),
-    ("gated_delta_rule", {"scale": 0, "g": torch.zeros(3, 4), "beta": torch.zeros(3, 4).half()}),
-    ("mamba2_scan", {"dt": torch.zeros(3, 4).half(), "a": torch.zeros(4), "d": torch.zeros(4).bfloat16()}),
     ("qk_norm_rope", {"q": torch.ones(2, 0, 4, 6), "cos": torch.ones(1, 4, 2), "sin": torch.ones(1, 4, 2)}),
     ("qk_norm_rope", TABLE | {"q_weight": torch.ones(6).half(), "eps": 0}),
     ("lora_linears", {"scaling": (0, 1, 2.0), "bias": [None, torch.ones(8), None]}),
