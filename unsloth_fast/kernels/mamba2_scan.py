@@ -112,7 +112,8 @@ def mamba2_scan_backward(
     """Compute dx, ddt, da, db, dc and dd, new and contiguous."""
     dx, ddt, da, db, dc, dd = gradients = mamba2_scan_backward_outputs(dy, x, dt, a, b, c, d)
     if len(x) == 0 or len(cu_seqlens) == 1:
-        da.zero_(), dd.zero_()
+        da.zero_()
+        dd.zero_()
         return gradients
     (dy,) = rows_in_one_piece(dy)
     s = _Chunks(x, dt, a, b, c, d, cu_seqlens)

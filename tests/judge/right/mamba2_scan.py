@@ -68,7 +68,8 @@ def in_rounded_chunks(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dt
 def in_float64(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor) -> Tensor:
     """More exact than required."""
     document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
-    return reference.mamba2_scan(*(one.double() for one in (x, dt, a, b, c, d)), cu_seqlens).to(x.dtype)
+    wide = [one.double() for one in (x, dt, a, b, c, d)]
+    return reference.mamba2_scan(*wide, cu_seqlens=cu_seqlens).to(x.dtype)
 
 
 TABLE = {
