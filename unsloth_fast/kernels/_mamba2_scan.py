@@ -43,7 +43,7 @@ def decays_between(total, ROWS: tl.constexpr):
     return tl.where(lower, tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0)), 0.0)
 
 
-@kernel(varying=("tokens",), fixed=("heads", "group", "width", "columns", "slices"))
+@kernel(varying=("tokens", "heads", "group", "slices", "dt_token"), fixed=("width", "columns"))
 def mamba2_scan_states_kernel(
     x_ptr, dt_ptr, a_ptr, b_ptr, cu_seqlens_ptr, states_ptr,
     tokens, heads, group, width, columns, slices, x_token, x_head, dt_token, dt_head, b_token, b_head,
@@ -79,7 +79,7 @@ def mamba2_scan_states_kernel(
         state = tl.exp(last) * state + multiply(tl.trans(added), b)
 
 
-@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns", "slices"))
+@kernel(varying=("tokens", "documents", "heads", "group", "slices", "dt_token"), fixed=("width", "columns"))
 def mamba2_scan_forward_kernel(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, cu_seqlens_ptr, states_ptr, y_ptr,
     tokens, documents, heads, group, width, columns, slices,
@@ -114,7 +114,7 @@ def mamba2_scan_forward_kernel(
     store_rows(y_ptr + (begin * heads + head) * columns, y, row, length, column, columns, heads * columns)
 
 
-@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns"))
+@kernel(varying=("tokens", "documents", "heads", "group", "dt_token"), fixed=("width", "columns"))
 def mamba2_scan_dx_kernel(
     dy_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr,
     dx_ptr, ddt_ptr, da_ptr, dd_ptr,
@@ -190,7 +190,7 @@ def mamba2_scan_dx_kernel(
     tl.store(dd_ptr + chunk, tl.sum(skipped, 0))
 
 
-@kernel(varying=("tokens", "documents"), fixed=("heads", "group", "width", "columns", "slices"))
+@kernel(varying=("tokens", "documents", "heads", "group", "slices", "dt_token"), fixed=("width", "columns"))
 def mamba2_scan_dbdc_kernel(
     dy_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr, db_ptr, dc_ptr,
     tokens, documents, heads, group, width, columns, slices,
