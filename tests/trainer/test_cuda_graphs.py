@@ -161,7 +161,7 @@ def watched(folder: Path, wanted: bool | None, **options: Any) -> list[Any]:
         return compute_loss(*positional, **keywords)
 
     trainer.compute_loss = watched
-    with nullcontext() if ON_GPU else tiny.KeepFloat64():
+    with tiny.KeepFloat64():
         trainer.train()
     return found
 
