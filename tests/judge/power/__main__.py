@@ -6,7 +6,7 @@ python -m conformance mutate --json out/mutants.json
 python -m tests.judge.power brief out/mutants.json --json out/mutants_cpu.json    # what write needs of it
 python -m tests.judge.power write out/power.json out/liger.json ... out/mutants_cpu.json survivors.toml
 python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
-python -m tests.judge.power gate --minutes 7 --first 7 --json out/more.json       # more gates, in another order
+python -m tests.judge.power gate --minutes 7 --first 10 --json out/more.json      # more gates, in another order
 python -m tests.judge.power write-gate out/gates.json out/more.json
 
 `write` makes docs/judge-power.md; a TOML file says why mutants survive, `[[survivor]]` with `mutant` and `reason`.
