@@ -46,7 +46,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "helium": ONE_LAYER,
     "arcee": ONE_LAYER,
 }
-OTHERS: dict[str, dict[str, Any]] = {"nemotron_h": {}, "gpt2": {"n_layer": 1}}
+OTHERS: dict[str, dict[str, Any]] = {"jamba": {}, "gpt2": {"n_layer": 1}}
 WITH_ADAPTERS = ("llama", "mixtral")
 
 
@@ -156,7 +156,7 @@ def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_mixer_that_carries_its_state_into_the_next_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = trial_of("nemotron_h")
+    trial = trial_of("jamba")
     with pytest.raises(Unchecked, match="packing is refused: the model has recurrent layers"):
         LAWS["padding_free"].check(trial)
     monkeypatch.setitem(vars(trial), "obstacles", ())
@@ -287,10 +287,10 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 
     after_placing(monkeypatch, enlarge)
     words = ["--law", "layers", "padding_free", "--json", str(tmp_path / "out.json")]
-    assert cli.main(["model", "--config", "llama", "nemotron_h", *OPTIONS, *words]) == 1
+    assert cli.main(["model", "--config", "llama", "jamba", *OPTIONS, *words]) == 1
     shown = capsys.readouterr().out
     assert "% of error budget" in shown and "laws" in shown
-    assert re.search(r"\nnemotron_h +ok +[\d.]+ % +1/1 +skip padding_free: packing is refused: ", shown)
+    assert re.search(r"\njamba +ok +[\d.]+ % +1/1 +skip padding_free: packing is refused: ", shown)
     assert (
         ", at most 900 s for a model\n" in shown and "2 models: 0 pass, 1 pass with laws skipped, 1 fail, 0 " in shown
     )
@@ -309,15 +309,15 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 @pytest.mark.parametrize(("law", "status"), [("layers", 0), ("padding_free", 2)])
 def test_exit_status_without_a_failure(law: str, status: int) -> None:
     """The status is 2 if every law was skipped."""
-    assert cli.main(["model", "--config", "nemotron_h", "--law", law, *OPTIONS]) == status
+    assert cli.main(["model", "--config", "jamba", "--law", law, *OPTIONS]) == status
 
 
 @pytest.mark.usefixtures("here")
 def test_all_architectures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("conformance.models.building.architectures", lambda: ["gpt2", "nemotron_h"])
+    monkeypatch.setattr("conformance.models.building.architectures", lambda: ["gpt2", "jamba"])
     assert cli.main(["model", "--config", "all", "--law", "saved", *OPTIONS]) == 0
     shown = capsys.readouterr().out
-    assert "gpt2" in shown and "nemotron_h" in shown and "0 of 2 checks failed" in shown
+    assert "gpt2" in shown and "jamba" in shown and "0 of 2 checks failed" in shown
 
 
 @pytest.mark.parametrize(
