@@ -55,17 +55,15 @@ TABLE = {
     "bias_read_as_if_in_one_piece": one(
         "*weight.stride(), *added.stride(),", "*weight.stride(), columns, 1,", "layouts"
     ),
-    "dweight_without_the_bias": one("if BIAS:\n            total +=", "if False:\n            total +=", "gradients"),
-    "dweight_with_the_bias_of_another_slot": one(
-        "products_ptr + slot, row <", "products_ptr + row, row <", "gradients"
-    ),
+    "dweight_without_the_bias": one("if BIAS:\n            total +=", "if False:\n            total +=", "extents"),
+    "dweight_with_the_bias_of_another_slot": one("products_ptr + slot, row <", "products_ptr + row, row <", "extents"),
     "dot_with_the_bias_of_a_neighbour": one(
         "bias_ptr + expert.to(tl.int64)[:, None] * bias_row",
         "bias_ptr + tl.abs(expert - 1).to(tl.int64)[:, None] * bias_row",
-        "gradients",
+        "extents",
     ),
-    "dbias_without_the_weight": one("summand *= slot_weights(", "slot_weights(", "gradients"),
-    "dbias_of_the_last_rows": one("        total += summand\n", "        total = summand\n", "gradients", "extents"),
+    "dbias_without_the_weight": one("summand *= slot_weights(", "slot_weights(", "extents"),
+    "dbias_of_the_last_rows": one("        total += summand\n", "        total = summand\n", "extents"),
     "dbias_of_an_idle_expert_not_written": one(
         "    columns_ptr = rows_ptr + column.to(",
         "    if begin == end:\n        return\n    columns_ptr = rows_ptr + column.to(",
