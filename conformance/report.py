@@ -75,7 +75,7 @@ def learned(spec: Spec) -> str:
 class Table:
     """One row per operation, piece or model, printed when its last task is done; on a terminal a progress bar below."""
 
-    _last_columns = f"{'coverage':<15}cases"
+    _last_columns = f"{'coverage':<17}cases"
 
     def __init__(
         self, tasks: Sequence[Work], ops: Sequence[str], dtypes: Sequence[str], checked: str = "properties"
@@ -136,7 +136,7 @@ class Table:
     def _last(self, results: Sequence[Result]) -> str:
         """The last columns of a row."""
         run = [result for result in results if result.verdict != "skip"]
-        return f"{_coverage(run):<15}{sum(result.examples for result in run):,}".replace(",", " ")
+        return f"{_coverage(run):<17}{sum(result.examples for result in run):,}".replace(",", " ")
 
 
 def _coverage(results: Sequence[Result]) -> str:
