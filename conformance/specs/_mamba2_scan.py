@@ -22,6 +22,7 @@ from torch import Tensor
 
 from conformance.bounds import UNIT_FLOAT32, Terms
 from conformance.spec import Call
+from unsloth_ref import document_checks
 
 CHUNK = 256  # tokens over which a kernel may add up decays before it takes the exponential
 
@@ -115,7 +116,7 @@ class _Scan:
 def _decays(g: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """D [M, i, j] of logarithms g [M, T], 0 where i does not see j, and how many errors each has in float32."""
     place = torch.arange(g.shape[1], device=g.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    document = document_checks.document_of(cu_seqlens, place)
     total = torch.nn.functional.pad(g.cumsum(1), (1, 0))  # before each token
     added = (total[:, 1:] - total[:, torch.maximum(cu_seqlens[document], place + 1 - CHUNK)]).abs()
     between = total[:, 1:, None] - total[:, None, 1:]

@@ -20,7 +20,6 @@ from conformance.spec import (
     Budget,
     Call,
     Drawing,
-    ErrorCase,
     Inputs,
     Options,
     Spec,
@@ -30,7 +29,7 @@ from conformance.spec import (
     nbytes,
     wrong_option,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
 from conformance.specs._gated_delta_rule import Sizes, sizes_of
 from unsloth_ref.kernels import gated_delta_rule
 
@@ -99,11 +98,6 @@ def _scratch(inputs: Inputs) -> int:
     return 4 * chunks * heads * (2 * 32 * 32 + 2 * width * columns) + 8 * tokens * heads * columns
 
 
-def _error(what: str, raises: type[Exception], undefined: bool = False, **changes: object) -> ErrorCase:
-    (name, change), *_ = changes.items()
-    return mistake(what, raises, name, lambda i: {name: change(i[name])}, undefined)  # type: ignore[operator]
-
-
 def _bench(tokens: int, documents: int, kv_heads: int, group: int) -> dict[str, int]:
     sizes = {"tokens": tokens, "documents": documents, "kv_heads": kv_heads, "group": group}
     return sizes | {"width": 128, "columns": 128}
@@ -162,13 +156,13 @@ spec = Spec(
     },
     special_values=[nan],
     errors=[
-        _error("q is a matrix", ValueError, True, q=lambda q: q[0]),
+        wrong_input("q is a matrix", ValueError, True, q=lambda q: q[0]),
         mistake("q is integer", TypeError, "q", lambda i: {name: i[name].long() for name in "qkv"}),
-        _error("k has another length", ValueError, True, k=lambda k: k[:-1]),
-        _error("k has another width", ValueError, True, k=lambda k: k[..., :-1]),
-        _error("k has another dtype", TypeError, k=lambda k: k.double()),
-        _error("v has another length", ValueError, True, v=lambda v: v[:-1]),
-        _error("v has another dtype", TypeError, v=lambda v: v.double()),
+        wrong_input("k has another length", ValueError, True, k=lambda k: k[:-1]),
+        wrong_input("k has another width", ValueError, True, k=lambda k: k[..., :-1]),
+        wrong_input("k has another dtype", TypeError, k=lambda k: k.double()),
+        wrong_input("v has another length", ValueError, True, v=lambda v: v[:-1]),
+        wrong_input("v has another dtype", TypeError, v=lambda v: v.double()),
         mistake(
             "heads of q do not divide those of v",
             ValueError,
@@ -176,10 +170,10 @@ spec = Spec(
             lambda i: {name: i[name].repeat(1, 1 + i["v"].shape[1], *[1] * (i[name].ndim - 2)) for name in "qk"},
             undefined=True,
         ),
-        _error("g has another length", ValueError, True, g=lambda g: g[:-1]),
-        _error("g is integer", TypeError, g=lambda g: g.long()),
-        _error("beta is a cube", ValueError, True, beta=lambda beta: beta[..., None]),
-        _error("beta is integer", TypeError, beta=lambda beta: beta.long()),
+        wrong_input("g has another length", ValueError, True, g=lambda g: g[:-1]),
+        wrong_input("g is integer", TypeError, g=lambda g: g.long()),
+        wrong_input("beta is a cube", ValueError, True, beta=lambda beta: beta[..., None]),
+        wrong_input("beta is integer", TypeError, beta=lambda beta: beta.long()),
         *bounds_errors("q"),
         wrong_option("scale is infinite", "scale", scale=float("inf")),
         wrong_option("scale is negative", "scale", scale=-1.0),

@@ -19,7 +19,6 @@ from conformance.spec import (
     Budget,
     Call,
     Drawing,
-    ErrorCase,
     Inputs,
     Options,
     Spec,
@@ -28,7 +27,7 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
 from conformance.specs._mamba2_scan import Sums, sizes_of
 from unsloth_ref.kernels import mamba2_scan
 
@@ -94,11 +93,6 @@ def _scratch(inputs: Inputs) -> int:
     return (tokens // rows + documents) * heads * (2 * size * width * columns + 16)
 
 
-def _error(what: str, raises: type[Exception], undefined: bool = False, **changes: object) -> ErrorCase:
-    (name, change), *_ = changes.items()
-    return mistake(what, raises, name, lambda i: {name: change(i[name])}, undefined)  # type: ignore[operator]
-
-
 def _bench(tokens: int, documents: int, kv_heads: int, group: int, width: int, columns: int) -> dict[str, int]:
     sizes = {"tokens": tokens, "documents": documents, "kv_heads": kv_heads, "group": group}
     return sizes | {"width": width, "columns": columns}
@@ -156,12 +150,12 @@ spec = Spec(
     },
     special_values=[nan],
     errors=[
-        _error("x is a matrix", ValueError, True, x=lambda x: x[0]),
+        wrong_input("x is a matrix", ValueError, True, x=lambda x: x[0]),
         mistake("x is integer", TypeError, "x", lambda i: {name: i[name].long() for name in "xbc"}),
-        _error("b has another length", ValueError, True, b=lambda b: b[:-1]),
-        _error("b has another dtype", TypeError, b=lambda b: b.double()),
-        _error("c has another width", ValueError, True, c=lambda c: c[..., :-1]),
-        _error("c has another dtype", TypeError, c=lambda c: c.double()),
+        wrong_input("b has another length", ValueError, True, b=lambda b: b[:-1]),
+        wrong_input("b has another dtype", TypeError, b=lambda b: b.double()),
+        wrong_input("c has another width", ValueError, True, c=lambda c: c[..., :-1]),
+        wrong_input("c has another dtype", TypeError, c=lambda c: c.double()),
         mistake(
             "heads of b do not divide those of x",
             ValueError,
@@ -169,12 +163,12 @@ spec = Spec(
             lambda i: {name: i[name].repeat(1, 1 + i["x"].shape[1], 1) for name in "bc"},
             undefined=True,
         ),
-        _error("dt has another length", ValueError, True, dt=lambda dt: dt[:-1]),
-        _error("dt is integer", TypeError, dt=lambda dt: dt.long()),
-        _error("a has an entry per token", ValueError, a=lambda a: a.expand(3, -1)),
-        _error("a is integer", TypeError, a=lambda a: a.long()),
-        _error("d is one short", ValueError, True, d=lambda d: d[1:]),
-        _error("d is integer", TypeError, d=lambda d: d.long()),
+        wrong_input("dt has another length", ValueError, True, dt=lambda dt: dt[:-1]),
+        wrong_input("dt is integer", TypeError, dt=lambda dt: dt.long()),
+        wrong_input("a has an entry per token", ValueError, a=lambda a: a.expand(3, -1)),
+        wrong_input("a is integer", TypeError, a=lambda a: a.long()),
+        wrong_input("d is one short", ValueError, True, d=lambda d: d[1:]),
+        wrong_input("d is integer", TypeError, d=lambda d: d.long()),
         *bounds_errors("x"),
     ],
     speed=Speed(

@@ -110,7 +110,7 @@ def text(report: Report, json: Path | None = None) -> str:
     times = [row for row in report.rows if row["kind"] == "time" and "times" in row]
     lines = [_time(row) for row in times]
     unsure = _of(times, Verdict.UNSURE)
-    lines += [f"warning: {name('time', row)}: UNSURE after all rounds or --minutes" for row in unsure]
+    lines += [f"warning: {name('time', row)}: UNSURE after all rounds or --minutes, or by noise" for row in unsure]
     if better := [*_of(times, Verdict.FASTER), *_of(report.rows, "improved")]:
         update = f"python -m conformance ledger update {json or 'FILE, with --json FILE'}"
         lines.append(f"better than the base: {len(better)}; record it: {update}")

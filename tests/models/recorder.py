@@ -23,6 +23,7 @@ from unsloth_fast.models import place, recording
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import documents_of
 from unsloth_fast.training.collate import collate
+from unsloth_ref import document_checks
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -125,7 +126,7 @@ def attention(
     """packed_attention without a loop over the documents, which would read their bounds on the host."""
     assert not any(others.values())
     token = torch.arange(len(q), device=q.device)
-    document = torch.searchsorted(bounds[1:].contiguous(), token.to(bounds.dtype), right=True)
+    document = document_checks.document_of(bounds, token.to(bounds.dtype))
     distance = token[:, None] - token
     seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or len(q)))
     k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))

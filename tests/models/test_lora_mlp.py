@@ -42,6 +42,33 @@ def assert_as_before(model: PeftModel, expected: tuple[Tensor, dict[str, Tensor]
         assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-18, name
 
 
+def assert_as_peft_after(change: Callable[[PeftModel], None], model: PeftModel, untouched: PeftModel) -> None:
+    """Demand the results of peft's layers after a change of both models, and without peft's layers."""
+    for one in (untouched, model):
+        torch.manual_seed(4)
+        change(one)
+    with tiny.KeepFloat64(), torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, untouched(TOKENS).logits, rtol=1e-9, atol=1e-9)
+        base: list[Any] = [one.unload() for one in (model, untouched)]
+        torch.testing.assert_close(base[0](TOKENS).logits, base[1](TOKENS).logits, rtol=1e-9, atol=1e-9)
+
+
+def add_adapter(model: PeftModel) -> None:
+    """Add one of another rank and scaling."""
+    torch.manual_seed(4)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"))
+    randomise(model)
+
+
+def assert_follows(*adapters: str, model: PeftModel, expected: PeftModel) -> None:
+    """Demand the results of peft's layers with each of the adapters, one after the other."""
+    with tiny.KeepFloat64():
+        for name in adapters:
+            for one in (model, expected):
+                one.set_adapter(name)
+            assert_as_before(model, run(expected))
+
+
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_values_and_gradients_are_the_untouched_models_in_float64(family: str) -> None:
     """Of all adapters, for SiLU and GELU by tanh; in Llama with checkpointing, which computes the layers again, too."""
@@ -81,13 +108,7 @@ def test_adapters_that_change_after_the_placement(change: Callable[[PeftModel], 
     """Two active ones, a merged one and none are peft's; so is the model without peft's layers."""
     changed, model = adapted(), adapted()
     calls = counted(model)
-    for one in (changed, model):
-        torch.manual_seed(4)
-        change(one)
-    with tiny.KeepFloat64(), torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, changed(TOKENS).logits, rtol=1e-9, atol=1e-9)
-        base: list[Any] = [one.unload() for one in (model, changed)]
-        torch.testing.assert_close(base[0](TOKENS).logits, base[1](TOKENS).logits, rtol=1e-9, atol=1e-9)
+    assert_as_peft_after(change, model, changed)
     assert not calls
 
 
@@ -95,15 +116,9 @@ def test_another_adapter_that_becomes_active() -> None:
     """The operation takes its weights and its scaling, without a new placement."""
     models = adapted(), adapted()
     for model in models:
-        torch.manual_seed(4)
-        model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"))
-        randomise(model)
+        add_adapter(model)
     calls = counted(models[1])
-    with tiny.KeepFloat64():
-        for name in ("other", "default"):
-            for model in models:
-                model.set_adapter(name)
-            assert_as_before(models[1], run(models[0]))
+    assert_follows("other", "default", model=models[1], expected=models[0])
     assert len(calls) == 4
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from tests import tiny
-from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, randomise, run, second
-from tests.models.test_lora_mlp import assert_as_before
+from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, run, second
+from tests.models.test_lora_mlp import add_adapter, assert_as_before, assert_as_peft_after, assert_follows
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.projections import shared_layers
@@ -91,13 +91,7 @@ def test_adapters_that_change_after_the_placement(change: Callable[[PeftModel], 
     """Two active ones, a merged one and none are peft's; so is the model without peft's layers."""
     changed, model = adapted(), adapted()
     calls = counted(model)
-    for one in (changed, model):
-        torch.manual_seed(4)
-        change(one)
-    with tiny.KeepFloat64(), torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, changed(TOKENS).logits, rtol=1e-9, atol=1e-9)
-        base: list[Any] = [one.unload() for one in (model, changed)]
-        torch.testing.assert_close(base[0](TOKENS).logits, base[1](TOKENS).logits, rtol=1e-9, atol=1e-9)
+    assert_as_peft_after(change, model, changed)
     assert not calls
 
 
@@ -105,15 +99,9 @@ def test_another_adapter_that_becomes_active_between_two_calls() -> None:
     """The operation takes its weights and its scaling, without a new placement."""
     models = adapted(), adapted()
     for model in models:
-        torch.manual_seed(4)
-        model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"))
-        randomise(model)
+        add_adapter(model)
     calls = counted(models[1])
-    with tiny.KeepFloat64():
-        for name in ("other", "default", "other"):
-            for model in models:
-                model.set_adapter(name)
-            assert_as_before(models[1], run(models[0]))
+    assert_follows("other", "default", "other", model=models[1], expected=models[0])
     assert calls == [3] * 6
 
 

@@ -89,9 +89,7 @@ class Snapshot:
     def _state(self) -> tuple[object, ...]:
         """What may change without an attribute of a module: memory, values that nobody trains, what is global."""
         tensors = [tensor for _, _, tensor in self._tensors]
-        places = [
-            (0 if hasattr(one, "__tensor_flatten__") else one.data_ptr(), one.dtype, one.stride()) for one in tensors
-        ]
+        places = [(_address(one), one.dtype, one.stride()) for one in tensors]
         trained = [(one.requires_grad, bool(one._backward_hooks)) for one in self.parameters]
         values = [one.requires_grad or one.is_inference() or one._version for one in tensors]
         config = {**vars(self._stack.config), "use_cache": False}  # recorded without a cache
@@ -99,6 +97,7 @@ class Snapshot:
 
 
 def _address(tensor: Tensor) -> int:
+    """Where its memory begins; 0 for a subclass, which has none of its own."""
     return 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
 
 
