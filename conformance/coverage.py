@@ -301,9 +301,11 @@ def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
     """The case unchanged or, in one case of four, with as many rows (or whatever else the spec counts) as fit."""
     if random.random() < 0.75:
         return case
-    name = random.choice(trial.spec.drawing.counts or [trial.spec.row_dimension])
+    most = trial.spec.drawing.counts or {trial.spec.row_dimension: elements}
+    name = random.choice([*most])
     fit = elements // max(1, *(tensor.numel() for tensor in trial.inputs(case).values()))
-    return case.resized(**{name: case.size(name) * max(1, fit)})
+    size = case.size(name)
+    return case.resized(**{name: max(size, min(size * fit, most[name]))})
 
 
 def _dry(trial: Trial, case: Case, seen: Seen) -> _Launched:

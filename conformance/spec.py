@@ -119,7 +119,8 @@ class Drawing:
         fills: names in `conformance.case.FILLS`, the simplest first.
         shape: sizes for a property that needs about `rows` rows and `columns` columns.
         partial: whether the reference refuses some cases with an error; these are skipped.
-        counts: dimensions of which a call may have very many; by default the one that counts rows.
+        counts: dimensions of which a call may have very many, with the largest size; by default rows, any number.
+        alike: fills whose rounding errors need not cancel: equal are the elements, or what is computed from them.
         costly: cases of `extents` and `guard_writes` that take an interpreter seconds; not under the profile `dev`.
     """
 
@@ -132,7 +133,8 @@ class Drawing:
     fills: Sequence[str] = ("randn", "ones", "zeros", "tiny", "outlier", "wide")
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     partial: bool = False
-    counts: Sequence[str] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    alike: Sequence[str] = ("ones", "zeros")
     costly: Sequence[Case] = ()
 
 
@@ -169,8 +171,7 @@ class Speed:
     Attributes:
         shapes: by name: sizes, options, and under "grads" the inputs to differentiate.
         bytes: fewest bytes that (forward, backward) move, from the inputs.
-        flops: floating-point operations of the matrix products of (forward, backward), from the inputs, the options
-            and the names of the differentiated inputs.
+        flops: of the matrix products of (forward, backward), from inputs, options and names of differentiated inputs.
         layout: layout that models give the differentiated inputs, a name in `conformance.case.LAYOUTS`.
     """
 
@@ -203,8 +204,7 @@ class Spec:
         argument_kinds: other valid kinds of arguments, by name.
         special_values: special values that an input may contain.
         same_bits: whether outputs have the same bits with and without gradients.
-        syncs: how often a pass may synchronise with the device, for example to read a size. If this is not 0, results
-            in a CUDA graph, where it cannot synchronise, may have other bits.
+        syncs: how often a pass may wait for the device. If not 0, a CUDA graph, where it cannot, may give other bits.
         errors: calls that the contract refuses.
         speed: read by the bench.
         lacks: names of properties that do not apply to this operation, and why.

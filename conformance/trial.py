@@ -244,7 +244,7 @@ class Trial:
                 error=budget.error(key, replace(call, truncates=truncates), r),
                 elements=call.elements,
                 roundings=budget.roundings,
-                random=case.fill not in ("ones", "zeros"),
+                random=case.fill not in self.spec.drawing.alike,
                 truncates=truncates,
             )
             used = max(used, judge(name, y, r, p, model))
@@ -273,7 +273,7 @@ class Trial:
                 error=response,
                 elements=elements,
                 roundings=1,
-                random=case.fill not in ("ones", "zeros"),
+                random=case.fill not in self.spec.drawing.alike,
                 truncates=truncates,
                 jumps=response.jumps,
             )

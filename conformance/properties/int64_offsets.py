@@ -8,6 +8,7 @@ That shows how inputs are read. On a GPU with enough memory a kernel also gets a
 call repeated, and the results of the last repetition must be right: outputs, gradients and what is stored between.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +26,7 @@ FAR = 2**31
 CUBLAS = "at::cuda::blas"  # in the messages of PyTorch that refuse a stride of a matrix
 ROWS = 512  # of the call that is repeated
 FREE_BYTES = 64 * 2**30  # eight tensors of FAR elements in 16 bits
+OUT_OF_MEMORY = "OutOfMemoryError"  # in the message of a call that does not fit
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
@@ -57,11 +59,25 @@ def _check_repeated(trial: Trial, case: Case) -> float:
 
 
 def last_repetition(trial: Trial, case: Case) -> float:
-    """Repeat a case and judge the last repetition as if it were the only one; a total is not compared."""
+    """Repeat a case and judge the last repetition as if it were the only one; a total is not compared.
+
+    Where memory does not hold the gradients of so many, outputs are judged alone.
+    """
+    for names in (trial.spec.grads, ()):
+        try:
+            return _last_repetition(trial, case, names)
+        except Failure as failure:
+            if OUT_OF_MEMORY not in str(failure):
+                raise
+        torch.cuda.empty_cache()
+    raise Unchecked("this GPU has too little memory for the outputs of so many repetitions")
+
+
+def _last_repetition(trial: Trial, case: Case, names: Sequence[str]) -> float:
     parts, inputs = trial.spec.parts, trial.inputs(case)
-    grads = [name for name in parts.grads if name in trial.spec.grads]
+    grads = [name for name in parts.grads if name in names]
     peer = trial.run(case, inputs, function=trial.spec.reference, grads=grads)
-    if is_plain(trial.call({n: leaf(t, n in grads) for n, t in inputs.items()}, trial.options(case))):
+    if is_plain(trial.call({n: leaf(t, n in trial.spec.grads) for n, t in inputs.items()}, trial.options(case))):
         raise Unchecked("plain PyTorch, which counts in 64 bits")
     grad_outputs = trial.grad_outputs(case, peer.outputs)
     times = FAR // max(inputs[name].numel() for name in parts.grads) + 1

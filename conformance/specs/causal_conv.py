@@ -133,7 +133,7 @@ spec = Spec(
         options={"activation": [None, "silu"]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=lambda rows, columns: (rows, 1 + rows % 3, columns, 4 - columns % 3),
-        counts=["tokens", "documents"],
+        counts={"tokens": 2**24, "documents": 1024},
     ),
     outputs=["y"],
     grads=["x", "weight", "bias"],

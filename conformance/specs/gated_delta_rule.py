@@ -119,7 +119,7 @@ spec = Spec(
         options={"scale": [None, 0.0, 0.5]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
-        counts=["tokens", "documents"],
+        counts={"tokens": 256, "documents": 64},
     ),
     outputs=["out"],
     grads=["q", "k", "v", "g", "beta"],

@@ -161,7 +161,7 @@ spec = Spec(
         },
         build=_build,
         shape=_shape,
-        counts=["tokens", "experts"],
+        counts={"tokens": 2**24, "experts": 1024},
     ),
     outputs=["y"],
     grads=["x", "weight"],

@@ -113,7 +113,7 @@ spec = Spec(
         build=_build,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
-        counts=["tokens", "documents"],
+        counts={"tokens": 256, "documents": 64},
     ),
     outputs=["y"],
     grads=GRADS,

@@ -255,7 +255,8 @@ spec = Spec(
         required=_required,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
-        counts=["tokens", "documents"],
+        counts={"tokens": 1024, "documents": 1024},
+        alike=["ones", "zeros", "tiny"],  # equal scores have equal probabilities, whose rounding all rows share
     ),
     outputs=["out"],
     grads=["q", "k", "v", "sinks"],

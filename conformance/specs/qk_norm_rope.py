@@ -128,7 +128,7 @@ spec = Spec(
         options={"eps": [1e-6, 0.5], "offset": [0.0, 1.0], "casting": ["llama", "gemma"]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
-        counts=["batch", "length"],
+        counts={"batch": 2**24, "length": 2**24},
     ),
     outputs=["rotated_q", "rotated_k"],
     grads=["q", "k", "q_weight", "k_weight"],

@@ -164,7 +164,7 @@ spec = Spec(
         options={"interleaved": [False, True]},
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
-        counts=["batch", "length"],
+        counts={"batch": 2**24, "length": 2**24},
     ),
     outputs=["rotated_q", "rotated_k"],
     grads=["q", "k"],

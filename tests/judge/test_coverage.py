@@ -3,6 +3,7 @@
 # pyright: reportPrivateUsage=false
 
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conformance import variants
 from conformance.backends import load
 from conformance.case import Case
-from conformance.coverage import Explored, explore, shown
+from conformance.coverage import Explored, _counted, explore, shown
 from conformance.gates import Failure
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
@@ -61,6 +62,16 @@ def test_every_setting_that_varies_is_explored_in_pairs() -> None:
     assert "cross_entropy_backward_kernel with SOFTCAP=True, tiles_per_row is not 1" in found
     every = explored.reached({v for one in (*explored.drawn, *explored.beyond) for v in one.variants})
     assert every.share == 1 and every.explored == len(explored.pairs)
+
+
+@pytest.mark.parametrize("op", [op for op, spec in specs().items() if spec.drawing.counts])
+def test_no_more_is_counted_than_the_reference_computes_in_seconds(op: str) -> None:
+    trial = trial_of(op)
+    case, most = trial.spec.case(5, 8), trial.spec.drawing.counts
+    counted = [_counted(trial, case, PROFILES["gpu"].elements, Random(seed)) for seed in range(40)]
+    for name in most:
+        largest = max(one.size(name) for one in counted)
+        assert case.size(name) < largest <= most[name]
 
 
 def share_of(explored: Explored, cases: list[Case]) -> float:

@@ -46,6 +46,31 @@ def backend(of_rows: int, of_totals: int) -> Callable[..., Tensor]:
     return cross_entropy
 
 
+def without_memory(function: Callable[..., Tensor], of_outputs: int = 2 * FAR) -> Callable[..., Tensor]:
+    """A backend that has no memory for gradients of more than FAR elements, nor for outputs of more than these."""
+
+    class NoMemory(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor) -> Tensor:
+            ctx.elements = logits.numel()
+            if logits.numel() > of_outputs:
+                raise torch.OutOfMemoryError
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+            if ctx.elements > FAR:
+                raise torch.OutOfMemoryError
+            return grad_outputs[0]
+
+    def cross_entropy(
+        logits: Tensor, labels: Tensor, *, reduction: str = "mean", num_items: int | None = None
+    ) -> Tensor:
+        return function(NoMemory.apply(logits), labels, reduction=reduction, num_items=num_items)
+
+    return cross_entropy
+
+
 def judged(function: Callable[..., Tensor], options: dict[str, Any]) -> float:
     return int64_offsets.last_repetition(Trial(SPEC, function, torch.float16, "cpu"), CASE.with_options(options))
 
@@ -66,6 +91,23 @@ def test_what_is_wrong_beyond_the_limit_fails(options: dict[str, Any], reach: tu
         judged(backend(*reach), options)
     (other,) = (one for one in OPTIONS if one is not options)
     assert judged(backend(*reach), other) <= 1
+
+
+def test_outputs_are_judged_where_memory_does_not_hold_gradients() -> None:
+    right = without_memory(backend(2 * FAR, 2 * FAR))
+    assert judged(right, OPTIONS[0]) <= 1
+
+    def wrong(logits: Tensor, labels: Tensor, *, reduction: str = "mean", num_items: int | None = None) -> Tensor:
+        loss = right(logits, labels, reduction=reduction, num_items=num_items)
+        return loss * (torch.arange(len(loss)) < FAR // logits.shape[1])
+
+    with pytest.raises(Failure, match=r"the last of 22 repetitions: .* in output loss"):
+        judged(wrong, OPTIONS[0])
+
+
+def test_what_does_not_fit_is_not_judged() -> None:
+    with pytest.raises(Unchecked, match="too little memory for the outputs"):
+        judged(without_memory(backend(2 * FAR, 2 * FAR), of_outputs=FAR), OPTIONS[0])
 
 
 def test_plain_pytorch_is_not_repeated() -> None:

@@ -25,6 +25,8 @@ OF_A_CPU = {
     "gated_delta_rule_in_float64",
     "grouped_gemm_in_float64",
     "linear_cross_entropy_of_the_rows_that_count",
+    "mamba2_scan_in_float64",
+    "mamba2_scan_in_rounded_chunks",
     "moe_mlp_in_float64",
     *(name for name, (op, variant) in RIGHT.items() if op == "packed_attention" and callable(variant)),
     # Triton converts no float64 to and from float8, so that Inductor cannot compile them.

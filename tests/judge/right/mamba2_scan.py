@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,40 +10,53 @@ from torch.nn import functional as F
 
 from conformance.peers import operation
 from tests.judge.contract import Function
-from unsloth_ref import document_checks
+from unsloth_ref import checks, document_checks
 from unsloth_ref import kernels as reference
 
 
 def _mamba2_scan(scan: Callable[..., Tensor]) -> Function:
-    """Complete one document's scan, from heads [M, L, ...] in float32 and the logarithms of decays, to the contract."""
+    """Complete a scan of documents, from heads [M, T, ...] in float32 and the logarithms of decays, to the contract."""
 
     @operation
     def mamba2_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor) -> Tensor:
         document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
         if torch.compiler.is_compiling() or not len(x):
             return reference.mamba2_scan(x, dt, a, b, c, d, cu_seqlens)
-        bounds = document_checks.documents_cover(cu_seqlens, len(x), "x")
+        if checks.values_are_checked(cu_seqlens):
+            document_checks.documents_cover(cu_seqlens, len(x), "x")
         wide_b, wide_c = (one.float().repeat_interleave(x.shape[1] // b.shape[1], 1).transpose(0, 1) for one in (b, c))
         values, step = x.float().transpose(0, 1), dt.float().t()
         heads = values, step, a.float()[:, None] * step, wide_b, wide_c
         with torch.autocast(x.device.type, enabled=False):
-            parts = [scan(*(one[:, i:j] for one in heads), x.dtype) for i, j in pairwise(bounds) if i < j]
-        return (torch.cat(parts, 1) + d.float()[:, None, None] * values).transpose(0, 1).to(x.dtype)
+            y = scan(*heads, x.dtype, cu_seqlens)
+        return (y + d.float()[:, None, None] * values).transpose(0, 1).to(x.dtype)
 
     return mamba2_scan
 
 
+def _of_each(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A scan of one sequence, for one document after the other."""
+
+    def apart(*heads_and_dtype: Any) -> Tensor:
+        *heads, dtype, cu_seqlens = heads_and_dtype
+        bounds = pairwise(cu_seqlens.tolist())
+        return torch.cat([scan(*(one[:, i:j] for one in heads), dtype) for i, j in bounds if i < j], 1)
+
+    return apart
+
+
 @_mamba2_scan
-def by_pairs(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+def by_pairs(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype, cu_seqlens: Tensor) -> Tensor:
     """As attention without a softmax, each pair of tokens with a decay of its own."""
-    length = x.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    rows = g[:, :, None].expand(-1, -1, length).masked_fill(~seen.tril(-1), 0.0).cumsum(1)
+    document = document_checks.document_of(cu_seqlens, torch.arange(x.shape[1], device=x.device))
+    seen = (document[:, None] == document).tril()
+    rows = g[:, :, None].expand(-1, -1, len(seen)).masked_fill(~seen.tril(-1), 0.0).cumsum(1)
     decay = torch.where(seen, rows, -torch.inf).exp()
     return (decay * (c @ b.mT) * dt[:, None]) @ x
 
 
 @_mamba2_scan
+@_of_each
 def in_rounded_chunks(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """Chunks of 16 tokens, whose factors and states are rounded to bfloat16 if the inputs are."""
     length = x.shape[1]
