@@ -156,7 +156,7 @@ class Bound:
     def rounded(self, unit: float, smallest: float | Tensor) -> Bound:
         """Rounded to a dtype with this unit roundoff and smallest normal number."""
         size = self.value.abs()
-        square = self.square + (ROUNDING_RMS * unit * size) ** 2
+        square = self.square + (ROUNDING_RMS * unit * size) ** 2 + (unit * smallest) ** 2 / 3  # uniform if subnormal
         return Bound(self.value, self.error + unit * (size + self.error) + unit * smallest, square)
 
     def largest(self, how: Arithmetic) -> Tensor:

@@ -11,8 +11,8 @@ The spec of the operation declares the error before the last rounding, as terms 
 is allowed, so that an exact 0 must be 0.
 
 Gates
-    G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has them, or where p has the
-        same. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
+    G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has any
+        and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
     G1  Each element:
             |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
@@ -22,6 +22,7 @@ Gates
             |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
 
 Derivation
+    G0, where p has them: an intermediate overflows in the dtype, to an infinity or, if two of them meet, to NaN.
     G1, u |r|: the last rounding, to nearest.
     G1, tiny: one step of the subnormal numbers of the dtype, at least the smallest normal float32, to which the last
         rounding may round too; not where r and `largest` are 0.
@@ -30,10 +31,11 @@ Derivation
         terms before their sum, than another right kernel. A floor is the error of a kernel that makes all of them. The
         root mean square of the last rounding, 0.42 u |r|, and of the independent ones before it add as squares; float32
         roundings that a whole row shares do not average out. A single rounding may reach u |r|, and independent / 0.42.
+        A subnormal number is rounded as the smallest normal one, which stands for |r| there.
     G2, row factors: a rounding that the contract allows may be shared by a row too. If a row is a multiple of one
         number, as a gradient through a single logit is, that rounding scales the whole row, and its sign is chance. A
         result that fails G2 is therefore judged again without the factor of each row, removed from both errors, as far
-        as `roundings` u explain the factor. G1 bounds the factor.
+        as `roundings` u explain the factor, or twice the row's ||independent|| / ||r||. G1 bounds the factor.
     G2, 64 that differ: fewer errors, or copies of one error, are no statistic.
     G3, 0.25: the mean of rounding errors is near 0, that of truncation errors near 1; drift is in between. The mean of
         256 distinct rounding errors, the fewest that are judged, has a standard deviation below 0.04.
@@ -160,8 +162,9 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
         finite = finite & ~model.jumps
         if not len(truth):
             return used
-    floors = _floors(truth, independent, shared, unit)
-    used = max(used, _with_row_factors(name, wide - truth, peer - truth, truth, floors, finite, model.roundings * unit))
+    floors = _floors(truth, independent, shared, unit, torch.finfo(dtype).smallest_normal)
+    errors = wide - truth, peer - truth
+    used = max(used, _with_row_factors(name, *errors, truth, floors, finite, independent, model.roundings * unit))
     if dtype.itemsize == 2 and model.random:
         used = max(used, _bias(name, judged, truth, peer, scale, unit))
     return used
@@ -200,7 +203,8 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
     edge = ((r.abs() / torch.finfo(dtype).max - 1).abs() < 0.01) & ~y.isnan() & (y.sign() == r.sign())
     wrong = (y.isnan() != rounded.isnan()) | ((y.isinf() | rounded.isinf()) & (y != rounded) & ~rounded.isnan() & ~edge)
     # Infinity times a value that is 0 in float32 but not in float64: infinite in r, NaN in any float32 result.
-    wrong &= ~((y.isnan() & p.isnan()) | (y.isinf() & (y == p)))
+    overflows = rounded.isfinite() & ~p.isfinite() & ~y.isfinite()
+    wrong &= ~((y.isnan() & p.isnan()) | (y.isinf() & (y == p)) | overflows)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         raise Failure(
@@ -215,12 +219,13 @@ def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
     """A float32 result that was rounded to 16 bits on its way has none of the digits that only float32 holds.
 
     An element without a correct bit, such as the 0 of terms that cancel, says nothing: the digits of r and p are noise.
+    Nor do a few values that repeat: 16 bits may hold them by chance.
     """
     y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].float() for tensor in (y, r, p))
     for dtype in (torch.bfloat16, torch.float16):
         held, r_held, p_held = ((t == t.to(dtype).float()) | ~t.isfinite() for t in (y, r, p))
         wrong = ~(r_held | p_held) & ((y - r).abs() < r.abs() / 2)
-        if held.all() and wrong.sum() >= G0_ELEMENTS:
+        if held.all() and wrong.sum() >= G0_ELEMENTS and y[wrong].unique().numel() >= G0_ELEMENTS:
             index = int(wrong.nonzero()[0])
             raise Failure(
                 f"gate G0: {name} was rounded to {dtype}, should be {torch.float32}\n"
@@ -255,31 +260,36 @@ def _with_row_factors(
     r: Tensor,
     floors: tuple[float, float],
     finite: Tensor,
-    most: float,
+    independent: Tensor,
+    roundings: float,
 ) -> float:
-    """Gate G2; if it is broken, again without a factor of each row of at most `most`, if any is allowed."""
+    """Gate G2; if it is broken, again without a factor of each row, as far as roundings explain it, if any do."""
     try:
         return _against_peer(name, error, peer_error, r, floors)
     except Failure:
-        if not most:
+        if not roundings and not independent.any():
             raise
     row = torch.arange(finite.numel(), device=r.device).view(finite.shape)[finite]
     row //= finite.shape[-1] if finite.ndim else 1
-    error, peer_error = (_without_factor(one, r, row, most) for one in (error, peer_error))
-    return _against_peer(name, error, peer_error, r, floors)
+
+    def sums(values: Tensor) -> Tensor:
+        return r.new_zeros(int(row[-1]) + 1).index_add_(0, row, values)
+
+    square = sums(r * r)
+    most = (2 * (sums(independent * independent) / square).sqrt()).clamp(min=roundings)
+
+    def without_factor(error: Tensor) -> Tensor:
+        factor = torch.where(square > 0, (sums(r * error) / square).clamp(-most, most), 0.0)
+        return error - factor[row] * r
+
+    return _against_peer(name, without_factor(error), without_factor(peer_error), r, floors)
 
 
-def _without_factor(error: Tensor, r: Tensor, row: Tensor, most: float) -> Tensor:
-    """Errors without their best-fitting multiple of each row of r, a factor of at most `most`."""
-    along, square = (r.new_zeros(int(row[-1]) + 1).index_add_(0, row, r * value) for value in (error, r))
-    factor = torch.where(square > 0, along / square, 0.0).clamp(-most, most)
-    return error - factor[row] * r
-
-
-def _floors(r: Tensor, independent: Tensor, shared: Tensor, unit: float) -> tuple[float, float]:
+def _floors(r: Tensor, independent: Tensor, shared: Tensor, unit: float, smallest: float) -> tuple[float, float]:
     """The root mean square and the largest error that G2 allows before it multiplies, whatever the peer's."""
-    root = (ROUNDING_RMS * unit * r.norm()).hypot(independent.norm()) + shared.norm()
-    largest = unit * r.abs().max() + independent.max() / ROUNDING_RMS + shared.max()
+    size = r.abs().clamp(min=smallest) * (r != 0)
+    root = (ROUNDING_RMS * unit * size.norm()).hypot(independent.norm()) + shared.norm()
+    largest = unit * size.max() + independent.max() / ROUNDING_RMS + shared.max()
     return float(root), float(largest)
 
 

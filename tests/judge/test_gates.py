@@ -154,6 +154,37 @@ def test_g2_allows_a_row_the_factor_that_roundings_explain() -> None:
             judge("output y", y, ROWS, ROWS.to(HALF), shared(roundings))
 
 
+def test_g2_allows_a_row_the_factor_that_a_bound_explains() -> None:
+    def used(y: Tensor, share: float) -> float:
+        """Of a bound whose errors may be large, and are about `share` u r at the root of their mean square."""
+        unit = share * unit_roundoff(HALF)
+        bound = Bound(ROWS, ROWS.abs() / 8, (unit * ROWS).square())
+        return judge("output y", y, ROWS, ROWS.to(HALF), ErrorModel(bound, ROWS.numel(), roundings=0))
+
+    moved = torch.stack([ROWS[0] + TWO, ROWS[1] - TWO]).to(HALF)
+    assert used(moved, 1.0) <= 1
+    for y, share in ((moved, 0.25), ((ROWS + BOTH).to(HALF), 1.0)):
+        with pytest.raises(Failure, match="gate G2"):
+            used(y, share)
+
+
+def test_g2_subnormal_numbers_have_the_roundings_of_the_smallest_normal_one() -> None:
+    """Two numbers are rounded, then their sum is; the peer rounds the sum alone."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = 4e-7 * torch.randn(2, 4096, generator=generator, dtype=torch.float64)
+    step = torch.finfo(HALF).smallest_normal * torch.finfo(HALF).eps
+    y, r = (one.to(HALF) + other.to(HALF)).to(HALF), one + other
+    size = step * torch.ones_like(r)
+
+    def used(y: Tensor) -> float:
+        bound = Bound(r, size, 2 * size.square() / 12)
+        return judge("y", y, r, r.to(HALF), ErrorModel(bound, 2, roundings=0))
+
+    assert used(y) <= 1
+    with pytest.raises(Failure, match="gate G2"):
+        used(y + torch.full_like(y, step) * r.sign().to(HALF))  # each one step too large
+
+
 def test_g2_compares_with_a_peer_that_has_a_factor_of_its_own() -> None:
     y = (ROWS + BOTH).to(HALF)
     assert judge("output y", y, ROWS, (ROWS + TWO).to(HALF), model(ROWS, roundings=2)) <= 1
@@ -238,6 +269,17 @@ def test_g0_distinguishes_infinities_and_nan(seen: float, truth: float) -> None:
         judge("y", y, r, r.to(HALF), model(r.nan_to_num(posinf=0.0)))
 
 
+@pytest.mark.parametrize(("seen", "peer"), [(-math.inf, math.nan), (math.nan, math.inf), (math.inf, -math.inf)])
+def test_g0_an_intermediate_that_overflows_may_become_any_infinity_or_nan(seen: float, peer: float) -> None:
+    """As 700 = (70000 - 69300) in float16, where each of the two is infinite."""
+    y, p = torch.tensor([1.0, seen], dtype=HALF), torch.tensor([1.0, peer], dtype=HALF)
+    r = torch.tensor([1.0, 700.0], dtype=torch.float64)
+    assert judge("y", y, r, p, model(r)) == 0
+    for wrong, other in ((y, r.to(HALF)), (torch.tensor([1.0, 600.0], dtype=HALF), p)):  # the peer's does not; a number
+        with pytest.raises(Failure, match="gate G"):
+            judge("y", wrong, r, other, model(r))
+
+
 def test_g0_shape_and_dtype() -> None:
     r = torch.ones(2, dtype=torch.float64)
     with pytest.raises(Failure, match=r"gate G0: y has shape \[2, 1\], should be \[2\]"):
@@ -259,6 +301,12 @@ def test_g0_a_float32_result_has_the_digits_of_float32(narrow: torch.dtype) -> N
         judge("gradient of lora_a", r.to(narrow).float(), r, r.float(), loose)
     exact = r.to(narrow).double()
     judge("gradient of lora_a", exact.float(), exact, exact.float() * (1 + 2**-23), model(exact))
+
+
+def test_g0_few_values_that_repeat_have_16_bits_by_chance() -> None:
+    r = torch.tensor([0.28296], dtype=torch.float64).expand(64)
+    y = torch.tensor([0.16796875]).expand(64)
+    assert judge("gradient of lora_b", y, r, r.float(), ErrorModel(Terms(r.abs()), 64, roundings=2**23)) <= 1
 
 
 def test_g0_terms_that_cancel_to_zero_have_no_digits() -> None:

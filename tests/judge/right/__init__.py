@@ -25,10 +25,13 @@ OF_A_CPU = {
     "gated_delta_rule_in_float64",
     "grouped_gemm_in_float64",
     "linear_cross_entropy_of_the_rows_that_count",
+    "mamba2_scan_by_pairs",
     "mamba2_scan_in_float64",
     "mamba2_scan_in_rounded_chunks",
     "moe_mlp_in_float64",
     *(name for name, (op, variant) in RIGHT.items() if op == "packed_attention" and callable(variant)),
+    # Autocast computes powers in float32 on CUDA.
+    "relu_squared_of_transformers",
     # Triton converts no float64 to and from float8, so that Inductor cannot compile them.
     "fp8_dequantize_in_float64",
     "fp8_linear_in_float64",

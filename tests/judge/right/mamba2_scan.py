@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +14,35 @@ from unsloth_ref import kernels as reference
 
 
 def _mamba2_scan(scan: Callable[..., Tensor]) -> Function:
-    """Complete a scan of documents, from heads [M, T, ...] in float32 and the logarithms of decays, to the contract."""
+    """Complete one document's scan, from heads [M, L, ...] in float32 and the logarithms of decays, to the contract."""
 
     @operation
     def mamba2_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor) -> Tensor:
         document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
         if torch.compiler.is_compiling() or not len(x):
             return reference.mamba2_scan(x, dt, a, b, c, d, cu_seqlens)
-        if checks.values_are_checked(cu_seqlens):
-            document_checks.documents_cover(cu_seqlens, len(x), "x")
+        bounds = document_checks.documents_cover(cu_seqlens, len(x), "x")
         wide_b, wide_c = (one.float().repeat_interleave(x.shape[1] // b.shape[1], 1).transpose(0, 1) for one in (b, c))
         values, step = x.float().transpose(0, 1), dt.float().t()
         heads = values, step, a.float()[:, None] * step, wide_b, wide_c
         with torch.autocast(x.device.type, enabled=False):
-            y = scan(*heads, x.dtype, cu_seqlens)
-        return (y + d.float()[:, None, None] * values).transpose(0, 1).to(x.dtype)
+            parts = [scan(*(one[:, i:j] for one in heads), x.dtype) for i, j in pairwise(bounds) if i < j]
+        return (torch.cat(parts, 1) + d.float()[:, None, None] * values).transpose(0, 1).to(x.dtype)
 
     return mamba2_scan
 
 
-def _of_each(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A scan of one sequence, for one document after the other."""
-
-    def apart(*heads_and_dtype: Any) -> Tensor:
-        *heads, dtype, cu_seqlens = heads_and_dtype
-        bounds = pairwise(cu_seqlens.tolist())
-        return torch.cat([scan(*(one[:, i:j] for one in heads), dtype) for i, j in bounds if i < j], 1)
-
-    return apart
-
-
 @_mamba2_scan
-def by_pairs(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype, cu_seqlens: Tensor) -> Tensor:
+def by_pairs(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """As attention without a softmax, each pair of tokens with a decay of its own."""
-    document = document_checks.document_of(cu_seqlens, torch.arange(x.shape[1], device=x.device))
-    seen = (document[:, None] == document).tril()
-    rows = g[:, :, None].expand(-1, -1, len(seen)).masked_fill(~seen.tril(-1), 0.0).cumsum(1)
+    length = x.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    rows = g[:, :, None].expand(-1, -1, length).masked_fill(~seen.tril(-1), 0.0).cumsum(1)
     decay = torch.where(seen, rows, -torch.inf).exp()
     return (decay * (c @ b.mT) * dt[:, None]) @ x
 
 
 @_mamba2_scan
-@_of_each
 def in_rounded_chunks(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """Chunks of 16 tokens, whose factors and states are rounded to bfloat16 if the inputs are."""
     length = x.shape[1]
@@ -79,6 +65,26 @@ def in_rounded_chunks(x: Tensor, dt: Tensor, g: Tensor, b: Tensor, c: Tensor, dt
     return torch.cat(rows, 1)[:, :length]
 
 
+def by_a_transposed_state(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """Token by token, with matrix products; the steps are those of b."""
+    document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
+    if torch.compiler.is_compiling() or not len(x):
+        return reference.mamba2_scan(x, dt, a, b, c, d, cu_seqlens)
+    if checks.values_are_checked(cu_seqlens):
+        document_checks.documents_cover(cu_seqlens, len(x), "x")
+    first = (torch.arange(len(x), device=x.device) == cu_seqlens[:, None]).any(0)
+    values, wide_b, wide_c = x.float(), *(one.float().repeat_interleave(x.shape[1] // b.shape[1], 1) for one in (b, c))
+    added, decay = dt.float()[..., None] * wide_b, torch.exp(a.float() * dt.float())[..., None, None]
+    state, rows = values.new_zeros(x.shape[1], x.shape[2], b.shape[2]), []
+    with torch.autocast(x.device.type, enabled=False):
+        for t in range(len(x)):
+            state = decay[t] * state.where(~first[t], 0.0) + values[t, :, :, None] @ added[t, :, None]
+            rows.append((state @ wide_c[t, :, :, None])[..., 0])
+    return (torch.stack(rows) + d.float()[:, None] * values).to(x.dtype)
+
+
 def in_float64(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, cu_seqlens: Tensor) -> Tensor:
     """More exact than required."""
     document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
@@ -89,9 +95,7 @@ def in_float64(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
 TABLE = {
     "by_pairs": by_pairs,
     "in_rounded_chunks": in_rounded_chunks,
+    "by_a_transposed_state": by_a_transposed_state,
     "in_float64": in_float64,
-    "in_other_chunks": (
-        ('"ROWS": 64 if x.dtype == torch.bfloat16 else 32', '"ROWS": 16'),
-        ("(min(widest, max(16,", "(min(16, max(16,"),
-    ),
+    "in_narrow_tiles": (("(min(widest, max(16,", "(min(16, max(16,"),),
 }
