@@ -93,6 +93,22 @@ def test_the_document_says_which_population_was_measured_where() -> None:
     assert "write out/power_cpu.json out/power_cuda.json\n" in text
 
 
+def test_the_last_file_that_holds_a_kernel_counts() -> None:
+    """One population may be measured with several versions; the document says of which operations."""
+    older, newer = META, META | {"versions": {"torch": "3"}}
+    other = kernel("mutants", []) | {"backend": "tests.judge.mutants.other", "op": "swiglu"}
+    parts = [
+        {"meta": older, "kernels": [kernel("mutants", []), other, kernel("right", [])]},
+        {"meta": newer, "kernels": [kernel("mutants", [measure.JUDGE])]},
+    ]
+    text = document.text(parts, {})
+    assert (
+        "Measured on a card (torch 2): mutants of swiglu; right. Measured on a card (torch 3): mutants of rope." in text
+    )
+    assert f"| {measure.JUDGE} | 1 of 2 | 0 of 1 |" in text
+    assert "| test | mutants found | right rejected |" in text
+
+
 @pytest.mark.parametrize("other", [{"device": "cpu", "gpu": None}, {"profile": "ci"}])
 def test_a_population_is_measured_on_one_device_under_one_profile(
     other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

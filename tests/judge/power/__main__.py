@@ -85,9 +85,8 @@ def _write_document(parser: argparse.ArgumentParser, paths: Sequence[Path], to: 
     measured = [file for file in files.values() if "kernels" in file]
     if len({file["meta"]["profile"] for file in measured}) != 1:
         parser.error("files: need what measure wrote, under one profile")
-    populations = [name for names in document.by_place(measured).values() for name in names]
-    if twice := {name for name in populations if populations.count(name) > 1}:
-        parser.error(f"files: got {', '.join(sorted(twice))} on several devices; allowed: one for each population")
+    if several := [name for name, devices in document.device_of(measured).items() if len(devices) > 1]:
+        parser.error(f"files: got {', '.join(several)} on several devices; allowed: one for each population")
     mutants = [file for file in files.values() if "kill_rate" in file["meta"]]
     peers = {name: file for name, file in files.items() if file not in measured and file not in mutants}
     results_file.write_text(to, document.text(measured, peers, mutants, reasons))

@@ -60,11 +60,13 @@ def text(
     """The document.
 
     Args:
-        measured: what `measure` wrote under one profile, each population on one device.
+        measured: what `measure` wrote under one profile, each population on one device; of a kernel that is in several
+            files, the last one counts.
         peers: what `conformance run --json` wrote, by the name of the file.
         mutants: what `conformance mutate --json` wrote, or `automatic.brief` of it.
         reasons: by the name of a mutant, why it survives.
     """
+    measured = _latest(measured)
     kernels = [kernel for file in measured for kernel in file["kernels"]]
     counts = {name: sum(kernel["population"] == name for kernel in kernels) for name in POPULATIONS}
     populations = [
@@ -100,26 +102,52 @@ def where(meta: Json) -> str:
     return f"{device} ({software})"
 
 
-def by_place(measured: Sequence[Json]) -> dict[str, list[str]]:
-    """Where the populations were measured: device and versions, and the populations."""
-    found: dict[str, list[str]] = {}
+def _latest(measured: Sequence[Json]) -> list[Json]:
+    """The files, each without the kernels that a later one has too."""
+    last = {kernel["backend"]: number for number, file in enumerate(measured) for kernel in file["kernels"]}
+    return [
+        {**file, "kernels": [kernel for kernel in file["kernels"] if last[kernel["backend"]] == number]}
+        for number, file in enumerate(measured)
+    ]
+
+
+def by_place(measured: Sequence[Json]) -> dict[str, dict[str, list[str]]]:
+    """Where the populations were measured: device and versions, the populations, and their operations."""
+    found: dict[str, dict[str, list[str]]] = {}
     for name in POPULATIONS:
-        holds = [file["meta"] for file in measured if any(kernel["population"] == name for kernel in file["kernels"])]
-        for place in dict.fromkeys(map(where, holds)):
-            found.setdefault(place, []).append(name)
+        for file in measured:
+            ops = dict.fromkeys(kernel["op"] for kernel in file["kernels"] if kernel["population"] == name)
+            if ops:
+                known = found.setdefault(where(file["meta"]), {}).setdefault(name, [])
+                known += [op for op in ops if op not in known]
     return found
 
 
+def device_of(measured: Sequence[Json]) -> dict[str, set[str]]:
+    """The devices on which a population was measured."""
+    places = by_place(measured).items()
+    return {name: {place.partition(" (")[0] for place, found in places if name in found} for name in POPULATIONS}
+
+
 def _measured_on(measured: Sequence[Json]) -> str:
-    places = by_place(measured) or {where(measured[0]["meta"]): []}
+    places = by_place(measured) or {where(measured[0]["meta"]): {}}
     if len(places) == 1:
         sentences = [f"Measured on {next(iter(places))}."]
     else:
-        sentences = [f"Measured on {place}: {', '.join(names)}." for place, names in places.items()]
+        sentences = [f"Measured on {place}: {_populations(found, places)}." for place, found in places.items()]
         sentences.append("All tests see a kernel on the same device.")
     if any(file["meta"]["device"] == "cpu" for file in measured):
         sentences.append(INTERPRETED)
     return " ".join([*sentences, f"The judge ran under the profile `{measured[0]['meta']['profile']}`."])
+
+
+def _populations(found: Mapping[str, Sequence[str]], places: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """The populations of a place, with their operations if another place has the others."""
+    parts: dict[str, list[str]] = {}
+    for name, ops in found.items():
+        several = sum(name in other for other in places.values()) > 1
+        parts.setdefault(f" of {', '.join(ops)}" * several, []).append(name)
+    return "; ".join(f"{', '.join(names)}{ops}" for ops, names in parts.items())
 
 
 def _rejected(kernels: Sequence[Json], name: str) -> tuple[int, int]:
@@ -144,9 +172,10 @@ def _by_test(measured: Sequence[Json]) -> str:
     }
     shown = {name: found for name, found in groups.items() if found}
     cells = [[name, *(_cell(found, name) for found in shown.values())] for name in _names()]
-    places = by_place(measured)
-    device = {name: f" on {place.partition(' (')[0]}" for place, names in places.items() for name in names}
-    return table(["test", *(COLUMNS[name] + device[name] * (len(places) > 1) for name in shown)], cells)
+    devices = device_of(measured)
+    several = len(set().union(*devices.values())) > 1
+    heads = [COLUMNS[name] + f" on {', '.join(devices[name])}" * several for name in shown]
+    return table(["test", *heads], cells)
 
 
 def _wrong(kernels: Sequence[Json]) -> list[Json]:
