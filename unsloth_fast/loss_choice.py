@@ -47,7 +47,7 @@ def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is given"
     if trainer.aux_loss_enabled and not weighs_balance(trainer):
-        return "the model has a load-balancing loss of its own"
+        return "the load-balancing loss is the model's own"
     if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning adds positions that have no label"
     return "the sequence is split across devices" if sequence_is_split(trainer) else None

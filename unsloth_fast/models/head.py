@@ -108,9 +108,8 @@ def forward_with_loss(
         with_scores: whether the scores are wanted.
         with_balance: whether the load-balancing loss is wanted.
     """
-    options = {"num_items": num_items, "with_outputs": with_outputs, "with_scores": with_scores}
-    options |= {"with_balance": True} if with_balance else {}
-    found = model(**inputs, **options, use_cache=False, backend_loss=True)
+    options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
+    found = model(**inputs, **options, num_items=num_items, use_cache=False, backend_loss=True)
     loss, *others = found if isinstance(found, tuple) else (found,)
     outputs, scores, balance, *_ = (*others, None, None, None)
     return loss, outputs, scores, balance
