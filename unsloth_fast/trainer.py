@@ -61,7 +61,8 @@ class UnslothTrainer(SFTTrainer):
     is summed and divided once by the number of targets of the whole batch, so that gradient accumulation and data
     parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). The loss of an
     evaluation or a prediction is divided by the targets of all its batches. Only for a stream on several processes,
-    whose end no process knows, accelerate's repeated documents are counted twice. Logged beside the loss: `num_tokens`
+    whose end no process knows, accelerate's repeated documents are counted twice. Mixtures of experts have a
+    load-balancing loss beside it, as in TRL (`router_aux_loss_coef`). Logged beside the loss: `num_tokens`
     since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and
     `mean_token_accuracy`, which would need the logits. An evaluation logs them if `metric_for_best_model` is one of
     them, or with `compute_metrics`, for which it computes the logits.

@@ -11,8 +11,10 @@ from transformers.utils import output_capturing
 
 from tests.models.recorder import (
     FULL,
+    ON_GPU,
     OTHER,
     SHORT,
+    backend_for_graphs,
     graphs_after,
     model_of,
     replays,
@@ -22,6 +24,7 @@ from tests.models.recorder import (
 )
 from unsloth_fast.models import graphs
 from unsloth_fast.models.checkpointing import enable_checkpointing
+from unsloth_fast.models.head import add_loss, without_adapter
 
 _recorder = pytest.fixture(autouse=True)(use_recorder)
 STEPS = [(FULL,), (OTHER,), (FULL,), (OTHER, FULL), (SHORT, OTHER), (OTHER,)]
@@ -192,3 +195,23 @@ def test_routers_of_another_form(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         for _ in range(4):
             assert model.model(**inputs, output_router_logits=True).router_logits[1].shape == (1, 256, 4)
     assert reasons(caplog) == ["recording failed: router logits of [1, 256, 4]"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_experts_wait_for_nothing(name: str, lora: bool) -> None:
+    """Neither the passes of their layers, recorded or launched one by one, nor the loss with the routers' part."""
+    for wanted in (False, True):
+        model = model_of(name, lora)
+        add_loss(without_adapter(model), backend_for_graphs())
+        with graphs.recorded(model) if wanted else nullcontext():
+            for each in (FULL, FULL, FULL, FULL, OTHER):
+                torch.cuda.set_sync_debug_mode("error" if each is OTHER else "default")
+                try:
+                    loss, *_, balance = model(**each, use_cache=False, backend_loss=True, with_balance=True)
+                    (loss + balance).backward()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            assert not wanted or replays(model) >= 2
