@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTTrainer
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.balance import weighs_balance
 from unsloth_fast.models.head import add_loss, without_adapter
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
         return f"loss_type={args.loss_type!r}"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is given"
-    if trainer.aux_loss_enabled:
-        return "the model has a load-balancing loss"
+    if trainer.aux_loss_enabled and not weighs_balance(trainer):
+        return "the load-balancing loss is the model's own"
     if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning adds positions that have no label"
     return "the sequence is split across devices" if sequence_is_split(trainer) else None

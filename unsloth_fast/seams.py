@@ -85,6 +85,10 @@ SEAMS = (
         "replaced while layers are recorded: the state of the random numbers cannot be read then",
     ),
     Seam("transformers.PreTrainedModel._can_record_outputs", "read: a model that returns no router logits"),
+    Seam(
+        "transformers.utils.output_capturing._active_collector",
+        "read: a model around the layers collects what they compute, which a replay does not hand over",
+    ),
     Seam("transformers.PreTrainedModel._from_config", "called: a model without memory, whose mixers are recognised"),
     Seam(
         "transformers.integrations.moe.use_experts_implementation._is_expert_parallel",

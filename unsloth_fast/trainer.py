@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
+from unsloth_fast.balance import Balance
 from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
@@ -60,7 +61,8 @@ class UnslothTrainer(SFTTrainer):
     is summed and divided once by the number of targets of the whole batch, so that gradient accumulation and data
     parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). The loss of an
     evaluation or a prediction is divided by the targets of all its batches. Only for a stream on several processes,
-    whose end no process knows, accelerate's repeated documents are counted twice. Logged beside the loss: `num_tokens`
+    whose end no process knows, accelerate's repeated documents are counted twice. Mixtures of experts have a
+    load-balancing loss beside it, as in TRL (`router_aux_loss_coef`). Logged beside the loss: `num_tokens`
     since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and
     `mean_token_accuracy`, which would need the logits. An evaluation logs them if `metric_for_best_model` is one of
     them, or with `compute_metrics`, for which it computes the logits.
@@ -115,7 +117,7 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
-        self._graphs = Recordings()
+        self._graphs, self._balance = Recordings(), Balance()
         self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses()
 
     # Documents to batches
@@ -196,10 +198,11 @@ class UnslothTrainer(SFTTrainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             evaluation.warn_of_logits(self.args, asked=return_outputs)
             wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
+            wanted["with_balance"] = self.aux_loss_enabled
             forward = partial(forward_with_loss, model, inputs, num_items_in_batch, **wanted)
-            loss, outputs, scores = self._graphs.with_room(forward)
+            loss, outputs, scores, balance = self._graphs.with_room(forward)
         (self._scores if self.model.training else self._evaluated.scores).add(scores)
-        loss = scaled_by_devices(loss, num_items_in_batch, self)
+        loss = self._balance.added(scaled_by_devices(loss, num_items_in_batch, self), balance, num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
 
     @overrides(SFTTrainer)
@@ -286,6 +289,7 @@ class UnslothTrainer(SFTTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self._own_loss:
             metrics["num_tokens"] = [self._tokens_so_far()]
+            metrics |= self._balance.take(self.model.training, self._sum_over_processes)
             if self.model.training:
                 metrics |= {name: [value] for name, value in self._scores.take(self._sum_over_processes).items()}
         if self._verification is not None and self.model.training:

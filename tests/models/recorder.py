@@ -14,16 +14,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import tiny
+from tests.models import zoo
 from unsloth_fast.backends import resolve
 from unsloth_fast.models import place, recording
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import documents_of
 from unsloth_fast.training.collate import collate
 from unsloth_ref import document_checks
+from unsloth_ref.kernels import fused_swiglu
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -121,7 +124,7 @@ def batch(*lengths: int) -> dict[str, Any]:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: int, *, scale: float | None = None, window: int | None = None,
-    **others: Any,
+    sinks: Tensor | None = None, **others: Any,
 ) -> Tensor:  # fmt: skip
     """packed_attention without a loop over the documents, which would read their bounds on the host."""
     assert not any(others.values())
@@ -131,7 +134,35 @@ def attention(
     seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or len(q)))
     k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
     scores = torch.einsum("ind,jnd->nij", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
-    return torch.einsum("nij,jnd->ind", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], -1)
+    return torch.einsum("nij,jnd->ind", scores.softmax(-1)[..., : len(q)], v)
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    """grouped_gemm of all rows and all matrices, as the sizes of the groups are values on the host."""
+    group = torch.searchsorted(group_sizes.cumsum(0), torch.arange(len(x), device=x.device), right=True)
+    parts = (linear(x, matrix) * (group == index)[:, None] for index, matrix in enumerate(weight))
+    return torch.stack(list(parts)).sum(0)
+
+
+def moe_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, *, activation: str, **options: Any,
+) -> Tensor:  # fmt: skip
+    """moe_mlp of all tokens and all experts, for the same reason."""
+    assert activation == "silu"
+    y = torch.zeros_like(x)
+    for index in range(len(gate_up)):
+        biases = [None if bias is None else bias[index] for bias in (gate_up_bias, down_bias)]
+        hidden = fused_swiglu(linear(x, gate_up[index], biases[0]), **options)
+        y = y + linear(hidden, down[index], biases[1]) * (weights * (indices == index)).sum(1, keepdim=True)
+    return y
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RECORDABLE: dict[str, Any] = {"packed_attention": attention, "grouped_gemm": grouped_gemm, "moe_mlp": moe_mlp}
 
 
 def backend_for_graphs() -> Any:
@@ -139,16 +170,18 @@ def backend_for_graphs() -> Any:
     if ON_GPU:
         return resolve("fast")
     found = resolve("reference")
-    return replace(found, kernels=SimpleNamespace(**vars(found.kernels) | {"packed_attention": attention}))
+    return replace(found, kernels=SimpleNamespace(**vars(found.kernels) | RECORDABLE))
 
 
 def model_of(name: str = "llama", lora: bool = True, **options: Any) -> Any:
     """A small model in training."""
     torch.manual_seed(0)
-    model: Any = tiny.model(name, **options)
+    model: Any = tiny.model(name, **options) if name in tiny.FAMILIES else zoo.model(name)
     model.to(DEVICE, torch.float32)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        # With "all-linear", peft merges an adapter of a router into its weight in each forward pass.
+        targets = PROJECTIONS if name in zoo.ZOO else "all-linear"
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     place(model, backend_for_graphs())
     return model.train()
 

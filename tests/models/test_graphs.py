@@ -116,7 +116,6 @@ OBSTACLES: dict[str, tuple[Callable[[Any], object], str]] = {
     "dropout": (lambda model: setattr(model.model.layers[0], "extra", torch.nn.Dropout(0.1)), "dropout"),
     "attention": (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention_dropout=0.1"),
     "frozen": (lambda model: model.model.requires_grad_(False), "the layers have no weight to train"),
-    "router": (lambda model: setattr(model.config, "output_router_logits", True), "router logits are asked for"),
 }
 
 

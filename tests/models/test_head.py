@@ -241,16 +241,17 @@ def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("with_outputs", "with_scores", "returned", "expected"),
+    ("with_outputs", "with_scores", "with_balance", "returned", "expected"),
     [
-        (False, False, "loss", ("loss", None, None)),
-        (True, False, ("loss", "outputs"), ("loss", "outputs", None)),
-        (False, True, ("loss", None, "scores"), ("loss", None, "scores")),
-        (True, True, ("loss", "outputs", "scores"), ("loss", "outputs", "scores")),
+        (False, False, False, "loss", ("loss", None, None, None)),
+        (True, False, False, ("loss", "outputs"), ("loss", "outputs", None, None)),
+        (False, True, False, ("loss", None, "scores"), ("loss", None, "scores", None)),
+        (True, True, False, ("loss", "outputs", "scores"), ("loss", "outputs", "scores", None)),
+        (False, False, True, ("loss", None, None, "balance"), ("loss", None, None, "balance")),
     ],
 )
 def test_what_is_not_wanted_of_a_forward_is_none(
-    with_outputs: bool, with_scores: bool, returned: Any, expected: tuple[Any, ...]
+    with_outputs: bool, with_scores: bool, with_balance: bool, returned: Any, expected: tuple[Any, ...]
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -259,7 +260,7 @@ def test_what_is_not_wanted_of_a_forward_is_none(
         return returned
 
     called: Any = model
-    wanted = {"with_outputs": with_outputs, "with_scores": with_scores}
+    wanted = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
     assert forward_with_loss(called, {"labels": 1}, 5, **wanted) == expected
     assert seen == {"labels": 1, "num_items": 5, "use_cache": False, "backend_loss": True} | wanted
 

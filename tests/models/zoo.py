@@ -79,6 +79,11 @@ def _qwen2_moe() -> PreTrainedModel:
     return t.Qwen2MoeForCausalLM(config)
 
 
+def _gpt_oss() -> PreTrainedModel:
+    config = t.GptOssConfig(**SIZES | WINDOWS, num_local_experts=4, num_experts_per_tok=2)
+    return t.GptOssForCausalLM(config)
+
+
 ZOO: dict[str, Callable[[], PreTrainedModel]] = {
     "granitemoehybrid": _granite,
     "falcon_h1": _falcon_h1,
@@ -90,6 +95,7 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4)),
+    "gpt_oss": _gpt_oss,
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SIZES)),
     "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=len(tiny.WORDS), n_embd=64, n_layer=1, n_head=4)),
 }

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests import tiny
+from tests.models import zoo
 from unsloth_fast import backends
 from unsloth_fast.loss_choice import choose_loss, reason_for_trl_loss
 
+BALANCED = {"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 
 
@@ -21,7 +24,7 @@ def trainer_with(model: Any = None, **options: Any) -> Any:
     """The attributes of a trainer that decide about its loss; nothing in them asks for TRL's."""
     parallelism = options.pop("parallelism", None)
     plugin = options.pop("fsdp_plugin", None)
-    names = ("compute_loss_func", "aux_loss_enabled")
+    names = ("compute_loss_func", "aux_loss_enabled", "router_aux_loss_coef")
     given = {"compute_loss_func": None, "aux_loss_enabled": False}
     given |= {name: options.pop(name) for name in names if name in options}
     return SimpleNamespace(
@@ -32,6 +35,12 @@ def trainer_with(model: Any = None, **options: Any) -> Any:
         ),
         **given,
     )
+
+
+def doge() -> Any:
+    """A model whose load-balancing loss has another function."""
+    sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, is_moe=True, num_experts=16))
 
 
 def parallelism(**enabled: bool) -> Any:
@@ -45,7 +54,12 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "LoRA": (lambda: trainer_with(get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))), None),
     "loss_type": (lambda: trainer_with(loss_type="dft"), "loss_type='dft'"),
     "compute_loss_func": (lambda: trainer_with(compute_loss_func=print), "compute_loss_func is given"),
-    "experts": (lambda: trainer_with(aux_loss_enabled=True), "the model has a load-balancing loss"),
+    "experts": (lambda: trainer_with(zoo.model("qwen3_moe"), **BALANCED), None),
+    "experts of an older TRL": (
+        lambda: trainer_with(zoo.model("qwen3_moe"), aux_loss_enabled=True),
+        "the load-balancing loss is the model's own",
+    ),
+    "other experts": (lambda: trainer_with(doge(), **BALANCED), "the load-balancing loss is the model's own"),
     "prefix": (
         lambda: trainer_with(get_peft_model(tiny.model(), PREFIX)),
         "prompt learning adds positions that have no label",

@@ -64,6 +64,12 @@ def offloads(function: object) -> bool:
     return isinstance(function, partial) and function.func is _with_inputs_on_host
 
 
+def is_reentrant(function: object) -> bool:
+    """Whether a layer's checkpointing function runs the layer without gradients before it recomputes it."""
+    inner = function.args[0] if isinstance(function, partial) and offloads(function) else function
+    return isinstance(inner, partial) and bool(inner.keywords.get("use_reentrant"))
+
+
 def _set_gradient_checkpointing(self: Any, enable: bool = True, **options: Any) -> None:
     if enable:
         function = options["gradient_checkpointing_func"]

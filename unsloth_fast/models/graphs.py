@@ -30,10 +30,11 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
+from transformers.utils import output_capturing
 
 from unsloth_fast.failures import failures_of_kernels
 from unsloth_fast.models import recording
-from unsloth_fast.models.checkpointing import offloads
+from unsloth_fast.models.checkpointing import is_reentrant, offloads
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import documents_of
 from unsloth_fast.models.recordable import CHECKPOINT, Snapshot
@@ -49,9 +50,8 @@ LATER = 16  # times as many, after the recordings left too little memory
 MOST = 16  # sizes
 CHANGES = 4  # passes in a row that each change the stack
 _BATCH = frozenset(("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
-_OFF = frozenset(
-    ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
-)  # if they are False
+_ROUTERS = "output_router_logits"  # a field of configurations, too
+_OFF = frozenset(("use_cache", "output_attentions", "output_hidden_states"))  # if they are False
 
 
 class Recordings(list["StackGraphs"]):
@@ -117,6 +117,7 @@ class StackGraphs:
         self._seen: Counter[int] = Counter()
         self._recorded_at = RECORDED_AT
         self._snapshot: Snapshot | None = None
+        self._routers = False  # wanted in the latest call
         self._changes = 0  # in a row
         self._obstacle: str | None = None
         self._largest, self._for_want = LARGEST, ""  # of memory
@@ -139,8 +140,8 @@ class StackGraphs:
         if found is None:
             return Recordings([self]).with_room(partial(run, *args, **kwargs))
         found.take(kwargs)
-        hidden = Replay.apply(self._memory, found, *found.parameters)
-        return found.outputs(hidden, kwargs["input_ids"].shape[1])
+        outputs = Replay.apply(self._memory, found, *found.parameters)
+        return found.outputs(outputs, kwargs["input_ids"].shape[1])
 
     def make_room(self) -> bool:
         """Drop all recordings and free their memory; whether there were any."""
@@ -160,7 +161,9 @@ class StackGraphs:
         if obstacle is not None:
             self._say(f"a call with {obstacle}")
             return None
-        if self._memory.is_awaited() or not self._is_recordable(stack):
+        usual = bool(getattr(stack.config, _ROUTERS, False))
+        routers = bool(kwargs.get(_ROUTERS, usual))
+        if self._memory.is_awaited() or not self._is_recordable(stack, routers):
             return None
         size = padded_size(kwargs["input_ids"].shape[1])
         if size > self._largest:
@@ -171,20 +174,27 @@ class StackGraphs:
             return None
         self._seen[size] += 1
         if size not in self._recordings and self._seen[size] >= self._recorded_at and len(self._recordings) < MOST:
-            self._record(run, size, kwargs)
+            self._record(run if routers == usual else partial(run, **{_ROUTERS: routers}), size, kwargs)
         return self._recordings.get(size)
 
-    def _is_recordable(self, stack: PreTrainedModel) -> bool:
-        """Whether the stack as it is can be recorded; drops what was recorded if it has changed since then."""
-        if self._snapshot is None or not self._snapshot.is_current():
+    def _is_recordable(self, stack: PreTrainedModel, routers: bool) -> bool:
+        """Whether the stack as it is can be recorded; drops what was recorded if it has changed since then.
+
+        Args:
+            stack: the stack.
+            routers: whether its router logits are wanted.
+        """
+        if self._snapshot is None or routers != self._routers or not self._snapshot.is_current():
             self._changes += self._snapshot is not None
             if self._changes == CHANGES:
                 self._say("each forward pass changes something of them")
             self._forget()
-            self._snapshot = Snapshot(stack, recording.DEVICE)
+            self._snapshot, self._routers = Snapshot(stack, recording.DEVICE), routers
             self._obstacle = self._snapshot.obstacle()
-            offloaded = any(offloads(vars(module).get(CHECKPOINT)) for module in self._snapshot.modules)
-            self._largest, self._for_want = LARGEST_OFFLOADED if offloaded else LARGEST, ""
+            checkpoints = [vars(module).get(CHECKPOINT) for module in self._snapshot.modules]
+            if routers and any(map(is_reentrant, checkpoints)):  # a recorded layer has them, with their gradients
+                self._obstacle = self._obstacle or "router logits without gradients, as use_reentrant=True"
+            self._largest, self._for_want = LARGEST_OFFLOADED if any(map(offloads, checkpoints)) else LARGEST, ""
             self._say(self._obstacle)
         else:
             self._changes = 0
@@ -232,8 +242,10 @@ def _obstacle_of_call(kwargs: Mapping[str, Any]) -> str | None:
         return "hooks on all modules"
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # pyright: ignore
         return "an observer of torch's operators"
+    if output_capturing._active_collector.get():
+        return "outputs that a model around the layers collects"
     given = {name for name, value in kwargs.items() if value is not None and not (value is False and name in _OFF)}
-    missing, more = _BATCH - given, sorted(given - _BATCH)
+    missing, more = _BATCH - given, sorted(given - _BATCH - {_ROUTERS})
     if more:
         return more[0]
     if missing & {"input_ids", "position_ids", "cu_seq_lens_q"}:

@@ -21,6 +21,7 @@ from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.logits import logit_options, without_head
 from unsloth_fast.models.methods import has_foreign_forward, hooks_of, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
+from unsloth_fast.models.router_loss import balancing_loss
 from unsloth_fast.models.scores import score
 
 
@@ -29,7 +30,8 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
 
     Without `backend_loss=True` the forward works as before. With it, the forward returns the loss of the next tokens,
     and with `with_outputs=True` the pair of the loss and the model's outputs, with logits. With `with_scores=True` it
-    returns the loss, the outputs or None, and the `scores.score` of the predictions, which need no whole logits either.
+    returns the loss, the outputs or None, and the `scores.score` of the predictions, which need no whole logits either;
+    with `with_balance=True` the loss, the outputs or None, the scores or None, and the `balancing_loss` of its routers.
 
     Head and cross entropy are the backend's `linear_cross_entropy` if the head is a plain linear layer of the last
     hidden states, trained or frozen, tied or not, which the first call checks (`logits.logit_options`). The logits are
@@ -55,6 +57,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         num_items: float | Tensor | None = None,
         with_outputs: bool = False,
         with_scores: bool = False,
+        with_balance: bool = False,
         **inputs: Any,
     ) -> object:
         # A deep copy shares this function, but TRL's fused head below it would run the model that was copied.
@@ -62,45 +65,54 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         if not backend_loss:
             return own(*positional, **inputs)
         labels: Tensor = inputs.pop("labels")
+        inputs |= {"output_router_logits": True} if with_balance else {}
         options = {"num_items": num_items, "label_smoothing": label_smoothing}
         head = None if with_outputs else plain_head(self)
         if head is not None and self.training not in checked:
             checked[self.training] = logit_options(self, own, inputs | {"labels": labels})
         found = None if head is None else checked[self.training]
         if head is not None and found is not None:
-            hidden = without_head(self)(*positional, **inputs).last_hidden_state
+            outputs = without_head(self)(*positional, **inputs)
+            hidden = outputs.last_hidden_state
             loss, scores = _loss_of_hidden(self, head, hidden, labels, backend, options | found, with_scores)
-            return (loss, None, scores) if with_scores else loss
-        outputs = own(*positional, **inputs)
-        # A model that is split over several devices has its logits on the last one.
-        labels = labels.to(outputs.logits.device)
-        cross_entropy = backend.kernels.cross_entropy
-        loss = backend.training.next_token_loss(outputs.logits, labels, cross_entropy=cross_entropy, **options)
+        else:
+            outputs = own(*positional, **inputs)
+            loss, scores = _loss_of_logits(outputs.logits, labels, backend, options, with_scores)
+        shown = outputs if with_outputs else None
+        if with_balance:
+            balance = balancing_loss(self, outputs.router_logits, inputs.get("attention_mask"))
+            return loss, shown, scores, balance.to(loss.device)
         if with_scores:
-            targets = backend.training.shift_labels(labels).flatten()
-            return loss, outputs if with_outputs else None, score(outputs.logits.flatten(0, 1), targets)
-        return (loss, outputs) if with_outputs else loss
+            return loss, shown, scores
+        return (loss, shown) if with_outputs else loss
 
     replace_method(model, "forward", forward, "loss")
 
 
 def forward_with_loss(
-    model: nn.Module, inputs: dict[str, Any], num_items: float | Tensor | None, *, with_outputs: bool, with_scores: bool
-) -> tuple[Tensor, Any, Tensor | None]:
-    """The loss of a batch, the outputs and the scores, by a forward that `add_loss` made; None for what is not wanted.
+    model: nn.Module,
+    inputs: dict[str, Any],
+    num_items: float | Tensor | None,
+    *,
+    with_outputs: bool,
+    with_scores: bool,
+    with_balance: bool,
+) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+    """The loss, the outputs, the scores and the load-balancing loss of a batch; None for what is not wanted.
 
     Args:
-        model: the model, inside any wrapper.
+        model: the model, inside any wrapper; its forward is one that `add_loss` made.
         inputs: its keyword arguments, with labels [B, S].
         num_items: as in `add_loss`.
         with_outputs: whether the outputs are wanted.
         with_scores: whether the scores are wanted.
+        with_balance: whether the load-balancing loss is wanted.
     """
-    options = {"num_items": num_items, "with_outputs": with_outputs, "with_scores": with_scores}
-    found = model(**inputs, **options, use_cache=False, backend_loss=True)
-    if with_scores:
-        return found
-    return (*found, None) if with_outputs else (found, None, None)
+    options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
+    found = model(**inputs, **options, num_items=num_items, use_cache=False, backend_loss=True)
+    loss, *others = found if isinstance(found, tuple) else (found,)
+    outputs, scores, balance, *_ = (*others, None, None, None)
+    return loss, outputs, scores, balance
 
 
 def remove_loss(model: CausalLM) -> None:
@@ -109,6 +121,17 @@ def remove_loss(model: CausalLM) -> None:
     A forward that somebody else has put over it since then, such as accelerate's for autocast, stays.
     """
     restore_method(model, "forward", "loss")
+
+
+def _loss_of_logits(
+    logits: Tensor, labels: Tensor, backend: Backend, options: dict[str, Any], with_scores: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of whole logits [B, S, V], and the scores; None if they are not wanted."""
+    labels = labels.to(logits.device)  # a model that is split over several devices has its logits on the last one
+    loss = backend.training.next_token_loss(logits, labels, cross_entropy=backend.kernels.cross_entropy, **options)
+    if not with_scores:
+        return loss, None
+    return loss, score(logits.flatten(0, 1), backend.training.shift_labels(labels).flatten())
 
 
 def _loss_of_hidden(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from transformers import PreTrainedModel
+from transformers.utils import output_capturing
 
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.methods import hooks_of
@@ -69,9 +70,7 @@ class Snapshot:
         config = self._stack.config
         shares = {name: value for name, value in vars(config).items() if any(word in name for word in _RANDOM)}
         random = [name for name, value in shares.items() if isinstance(value, float) and value > 0]
-        if random:
-            return f"{random[0]}={shares[random[0]]} in the model's configuration"
-        return "router logits are asked for" if getattr(config, "output_router_logits", False) else None
+        return f"{random[0]}={shares[random[0]]} in the model's configuration" if random else None
 
     def _obstacle_of_weights(self) -> str | None:
         if any(isinstance(one, DTensor) for one in self.parameters):
@@ -153,11 +152,15 @@ def _copied(held: Held) -> Held:
 
 
 def _obstacle_of_module(module: Module) -> str | None:
-    if hasattr(module, "_hf_hook") or not all(map(_asks_for_gradients, hooks_of(module))):
+    if hasattr(module, "_hf_hook") or not all(map(_is_known, hooks_of(module))):
         return f"a hook of a {type(module).__name__}"
     return "dropout" if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0 else None
 
 
-def _asks_for_gradients(hook: Callable[..., object]) -> bool:
-    """Whether a hook is transformers' or peft's on the embedding of a checkpointed model, which does nothing else."""
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+def _is_known(hook: Callable[..., object]) -> bool:
+    """Whether a hook is transformers' or peft's on the embedding of a checkpointed model, which lets it have gradients.
+
+    Or one of transformers' that collects what the stack returns, such as router logits.
+    """
+    collects = getattr(hook, "__module__", "") == output_capturing.__name__
+    return collects or getattr(hook, "__name__", "").startswith("make_inputs_require_grad")

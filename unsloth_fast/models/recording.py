@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
+from itertools import compress
 from operator import eq, is_not
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
 
 from unsloth_fast.models.recordable import CHECKPOINT
+from unsloth_fast.models.stack_outputs import HIDDEN, gradients_of, leaves_of, returned_outputs, stacked_outputs
 
 Run = Callable[..., Any]
 DEVICE = "cuda"
@@ -104,8 +105,8 @@ class Recording:
         memory: shared with the other recordings; those of the first one become its own.
 
     Raises:
-        ValueError: the stack returns more than hidden states, trains no weight, draws random numbers, or trains a
-            tensor that is none of the parameters.
+        ValueError: the stack returns more than hidden states and router logits, trains no weight, draws random
+            numbers, or trains a tensor that is none of the parameters.
         Exception: whatever an operation raises that cannot be recorded.
     """
 
@@ -120,25 +121,25 @@ class Recording:
         self.take(batch)
         bounds = {"cu_seq_lens_q": self._bounds, "cu_seq_lens_k": self._bounds}
         bounds |= {"max_length_q": size, "max_length_k": size}
-        work = partial(run, input_ids=self._ids, position_ids=self._positions, use_cache=False, **bounds)
+        run = partial(run, input_ids=self._ids, position_ids=self._positions, use_cache=False, **bounds)
         precision = {"dtype": torch.get_autocast_dtype(DEVICE), "enabled": torch.is_autocast_enabled(DEVICE)}
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         # Autocast's cache would keep what is recorded beyond the recording.
         with _checkpointed_for_graphs(modules), torch.autocast(DEVICE, cache_enabled=False, **precision):
-            outputs, found = _rehearse(work, trained)
-            self._output_type = type(outputs)
-            self._grad_hidden = torch.zeros_like(outputs["last_hidden_state"])
+            outputs, found = _rehearse(partial(stacked_outputs, run, size), trained)
+            self._output_type, self._names = type(outputs), list(outputs)
+            self._grads = list(map(torch.zeros_like, outputs.values()))
             self.parameters = [one for one, grad in zip(trained, found, strict=True) if grad is not None]
-            leaves = _leaves(outputs["last_hidden_state"])
+            leaves = leaves_of(outputs.values())
             del outputs, found
-            outputs, self._forward = capture(work, memory.pool)
-            hidden: Tensor = outputs["last_hidden_state"]
-            if _leaves(hidden) & leaves - set(self.parameters):
+            outputs, self._forward = capture(partial(stacked_outputs, run, size), memory.pool)
+            if leaves_of(outputs.values()) & leaves - set(self.parameters):
                 raise ValueError("the layers train a tensor that is none of their weights")
             del leaves
-            gradients = partial(torch.autograd.grad, hidden, self.parameters, self._grad_hidden)
+            gradients = partial(gradients_of, list(outputs.values()), self.parameters, self._grads)
             self._gradients, self._backward = self._capture_backward(gradients, memory)
-        self._hidden = hidden.detach()
+        self._outputs = [one.detach() for one in outputs.values()]
+        self.fixed = [not one.requires_grad for one in outputs.values()]
         memory.pool, memory.gradients = memory.pool or self._forward.pool(), self._gradients
 
     def _capture_backward(self, gradients: Callable[[], tuple[Tensor, ...]], memory: Memory) -> tuple[Gradients, Any]:
@@ -158,18 +159,20 @@ class Recording:
         self._bounds[: len(bounds)].copy_(bounds, non_blocking=True)
         self._bounds[len(bounds) :].fill_(self._size)
 
-    def outputs(self, hidden: Tensor, tokens: int) -> Any:
-        """The outputs of the stack, as it returns them, without the padding of the hidden states."""
-        return self._output_type(last_hidden_state=hidden[:, :tokens] if tokens < self._size else hidden)
+    def outputs(self, tensors: Sequence[Tensor], tokens: int) -> Any:
+        """What the stack returns, without the padding, of what `forward` returned."""
+        cut = [one[:, :tokens] if tokens < self._size else one for one in tensors]
+        return returned_outputs(self._output_type, self._names, cut)
 
-    def forward(self) -> Tensor:
-        """Replay the forward pass; its output, [1, size, H]."""
+    def forward(self) -> tuple[Tensor, ...]:
+        """Replay the forward pass: hidden states [1, size, H], and of some stacks router logits [layers, size, E]."""
         self._forward.replay()
-        return self._hidden.clone()
+        return tuple(one.clone() for one in self._outputs)
 
-    def backward(self, hidden: Tensor) -> list[Tensor]:
-        """Replay the backward pass; the gradients of the parameters for one of the hidden states."""
-        self._grad_hidden.copy_(hidden)
+    def backward(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Replay the backward pass; the gradients of the parameters for those of what `forward` returned."""
+        for own, grad in zip(self._grads, grads, strict=True):
+            own.copy_(grad)
         return self._gradients.replayed(self._backward.replay)
 
 
@@ -177,16 +180,18 @@ class Replay(torch.autograd.Function):
     """The replayed passes; the parameters are inputs so that autograd hands them their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, memory: Memory, recording: Recording, *parameters: Tensor) -> Tensor:
-        """The hidden states of the batch that the recording has taken, [1, size, H]."""
+    def forward(ctx: Any, memory: Memory, recording: Recording, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """What `Recording.forward` returns for the batch that the recording has taken."""
         ctx.save_for_backward(*parameters)
         ctx.memory, ctx.recording, ctx.own = memory, recording, Pass()
         memory.latest = weakref.ref(ctx.own)
-        return recording.forward()
+        outputs = recording.forward()
+        ctx.mark_non_differentiable(*compress(outputs, recording.fixed))
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the parameters, or an error where a later pass has overwritten the activations."""
         _ = ctx.saved_tensors  # raises if one has changed since the forward pass
         if ctx.memory.latest() is not ctx.own:
@@ -198,7 +203,7 @@ class Replay(torch.autograd.Function):
         if not ctx.own.waits:  # an earlier backward pass has overwritten the activations
             ctx.recording.forward()
         ctx.own.waits = False
-        return None, None, *ctx.recording.backward(hidden)
+        return None, None, *ctx.recording.backward(grads)
 
 
 def capture(work: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
@@ -253,14 +258,10 @@ def _rehearse(work: Callable[[], Any], trained: Sequence[Parameter]) -> tuple[An
     """
     with other_stream(), _no_random_numbers():
         outputs = work()
-        if not isinstance(outputs, ModelOutput) or list(outputs) != ["last_hidden_state"]:
-            raise ValueError(
-                f"the stack returns {', '.join(outputs) if isinstance(outputs, ModelOutput) else 'a tuple'}"
-            )
-        hidden: Tensor = outputs["last_hidden_state"]
-        if not hidden.requires_grad:
+        if not outputs[HIDDEN].requires_grad:
             raise ValueError("the layers have no weight to train")
-        return outputs, torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
+        tensors = list(outputs.values())
+        return outputs, gradients_of(tensors, trained, list(map(torch.zeros_like, tensors)), allow_unused=True)
 
 
 @contextmanager
@@ -300,20 +301,6 @@ def _same(state: Any, other: Any) -> bool:
     if isinstance(state, Tensor):
         return torch.equal(state, other)
     return all(numpy.array_equal(one, two) for one, two in zip(state, other, strict=True))
-
-
-def _leaves(hidden: Tensor) -> set[Tensor]:
-    """The tensors to which a backward pass adds gradients; some may be made in each forward pass."""
-    found, seen, waiting = set[Tensor](), set[object](), [hidden.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
-        if type(node).__name__ == "AccumulateGrad":
-            found.add(node.variable)
-    return found
 
 
 def _apart(grads: Sequence[Tensor]) -> list[Tensor]:
