@@ -67,7 +67,7 @@ class _Scan:
         self.d = inputs["d"].abs()[heads, None, None]
         self.decay, self.errors = _decays(self.a * self.dt, inputs["cu_seqlens"])
         self.weight = self.decay * self.dt[:, None]
-        self.state = torch.einsum("mij,mjd,mje->mide", self.weight, self.b, self.x)
+        self.state = torch.einsum("mjd,mje,mij->mide", self.b, self.x, self.weight)
         self.scores = self.c.abs() @ self.b.abs().mT
 
     def sums(self, weight: Tensor, errors: Tensor, rows: Tensor, by_state: Tensor) -> Sums:
@@ -87,7 +87,7 @@ class _Scan:
 
     def gradients(self, dy: Tensor) -> dict[str, Sums]:
         """Of every input, by head, from the gradient of y by head."""
-        dstate = torch.einsum("mij,mid,mie->mjde", self.decay, self.c, dy)
+        dstate = torch.einsum("mid,mie,mij->mjde", self.c, dy, self.decay)
         by_x = self.weight * (dy.abs() @ self.x.abs().mT)
         squares, step = dstate.square(), self.dt.square()[..., None]
         of_x = step * torch.einsum("mjd,mjde->mje", self.b.square(), squares)
