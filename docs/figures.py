@@ -131,7 +131,7 @@ def fingerprints(path: Path) -> str:
     """The most registers and bytes of stack of a thread in any kernel of each operation, by target."""
     entries = [one for one in ledger.read(path).entries.values() if one["kind"] == "fingerprint"]
     entries = [one for one in entries if one["backend"] == OURS]
-    targets = list(dict.fromkeys(one["target"] for one in entries))
+    targets = sorted({one["target"] for one in entries}, key=lambda name: (name[:3] != "sm_", len(name), name))
     found = defaultdict[tuple[str, str], list[Any]](list)
     for one in entries:
         found[one["op"], one["target"]].append(one)

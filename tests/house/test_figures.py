@@ -31,7 +31,10 @@ UNITS = re.compile(
     r"\d ?(?:[mun]?s|min|h|(?:second|minute|hour)s?|[KMG]i?B|tokens/s|TB/s|[GT]FLOP/s|%|percent|times)(?![\w/])"
 )
 # The blocks that a document must have.
-STATED = {"README.md": {"steps"}, "docs/benchmarks.md": {"measured", "operations", "budget", "step", "sizes"}}
+STATED = {
+    "README.md": {"steps"},
+    "docs/benchmarks.md": {"measured", "operations", "budget", "fingerprints", "step", "sizes"},
+}
 DOCUMENTS = [*figures.documents(), ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md"]
 # Quantities that are limits, and no results: what the code has, where it has them.
 LIMITS = {
@@ -91,6 +94,27 @@ def test_no_measured_quantity_stands_outside_of_a_block(name: str) -> None:
         assert limit in left, f"{name} does not state {limit!r}"
         left = left.replace(limit, "")
     assert [left[max(0, one.start() - 40) : one.end()] for one in UNITS.finditer(left)] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "takes 0.14 ms",
+        "in about 20 s,",
+        "9 us;",
+        "83 500 tokens/s",
+        "15.9 GiB instead",
+        "1.4 times as fast",
+        "5 % less",
+    ],
+)
+def test_a_measured_quantity_is_found(words: str) -> None:
+    assert UNITS.search(words)
+
+
+@pytest.mark.parametrize("words", ["4 states", "of 64 tokens", "2^31 elements", "8 x 2048", "16 bits", "torch 2.10"])
+def test_a_size_is_no_measured_quantity(words: str) -> None:
+    assert not UNITS.search(words)
 
 
 @pytest.mark.parametrize("name", STATED)
