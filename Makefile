@@ -3,7 +3,7 @@
 # make trainer      all tests except those of the judge, to test another release of trl
 # make conformance  judge every fast operation as in CI
 # make bench        time the operations; needs a GPU
-# make figures      render the figures of the documents from docs/results and ledger/
+# make figures      render every figure of the documents from docs/results and ledger/
 #
 # Each command creates its environment in .venv. Other environments:
 #     make test VENV=0 PYTHON=python3                       an existing one
@@ -29,6 +29,9 @@ endif
 
 # The properties of the demo: those that most wrong kernels break.
 TELLING := value gradients metadata inputs_untouched determinism guard_writes guard_reads error_parity
+
+# What was measured about the judge and the gate.
+POWER := docs/results/power
 
 .PHONY: demo test trainer lint types floors conformance bench figures
 
@@ -61,6 +64,8 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) docs/figures.py
+	$(PY) -m tests.judge.power write $(addprefix $(POWER)/,wrong_cpu.json right_h200.json mutants_cpu.json survivors.toml)
+	$(PY) -m tests.judge.power write-gate $(sort $(wildcard $(POWER)/gates_*.json))
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

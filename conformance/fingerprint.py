@@ -270,6 +270,7 @@ def _cell(one: Fingerprint) -> str:
 
 
 def write_json(path: Path, found: Sequence[Fingerprint], judged: Judged) -> None:
-    """The same as JSON: {"meta": {...}, "results": [a fingerprint, ...]}."""
-    meta = {"versions": versions(), "backend": judged.name, "commit": commit()}
+    """The same as JSON: {"meta": {...}, "results": [a fingerprint, ...]}; a ledger takes it for this machine's card."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    meta = {"versions": versions(), "gpu": gpu, "backend": judged.name, "commit": commit()}
     results_file.write(path, meta, [asdict(one) for one in found])

@@ -1,4 +1,4 @@
-"""The file of results that a verb writes: {"meta": what they depend on, "results": one object each}."""
+"""The file of results that a verb writes: {"meta": its schema and what they depend on, "results": one object each}."""
 
 import json
 import platform
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+SCHEMA = 1  # counts up when a field changes its meaning or goes; new fields do not change it
+
 
 def write(path: Path, meta: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
     """Write the file; a process that is stopped meanwhile leaves the old one.
@@ -18,7 +20,8 @@ def write(path: Path, meta: Mapping[str, Any], results: Sequence[Mapping[str, An
     Raises:
         ValueError: a number is NaN or infinite, which JSON does not have.
     """
-    write_text(path, json.dumps({"meta": meta, "results": results}, indent=1, allow_nan=False) + "\n")
+    content = {"meta": {"schema": SCHEMA, **meta}, "results": results}
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

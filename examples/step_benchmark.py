@@ -1,7 +1,7 @@
 """Time a packed training step of this trainer beside trl, liger and unsloth.
 
     python examples/step_benchmark.py [--shape NAME] [--rows N] [--length N] [--mode lora|embed|gc|full] [--gpus N]
-                                      [--who NAME ...] [--steps N] [--out DIR] [--profile]
+                                      [--who NAME ...] [--steps N] [--json FILE] [--profile]
 
 All contenders train the same model with random weights (without options, the shape of Llama 3.2 1B with LoRA of rank 16
 on every linear layer and 8 rows of 2048 tokens per step) in bfloat16 with AdamW. The rows are packed from documents
@@ -9,7 +9,8 @@ with log-normal lengths, as text has them: most have a few hundred tokens, a few
 own process, loads the same files and sees the same documents. The table shows tokens per second (of the median step),
 peak memory of one GPU, the model FLOP utilisation ("use"), the share of the step in which the GPU waits ("idle"; see
 step_work.py), and the loss of the first and of the last five steps, from which you see whether all train the same
-thing. steps.json has the same of all contenders. --profile also shows where the GPU's time goes, by kernel.
+thing. --json writes the same as steps.schema.json describes, again after every contender. --profile also shows where
+the GPU's time goes, by kernel.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +118,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=1, help="each with these rows, by torchrun (default: 1)")
     parser.add_argument("--who", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, at least 10 (default: 20)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the numbers (default: out)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # a folder: this is the process of one contender
     parser.add_argument("--profile", action="store_true", help="show where the GPU's time goes, by kernel")
     chosen = parser.parse_args()
@@ -129,32 +131,48 @@ def main() -> int:
         job = Job(chosen.shape, chosen.model, chosen.rows, chosen.length, chosen.mode, chosen.steps, chosen.gpus)
         result = run_one(chosen.who[0], job, chosen.profile)
         if os.environ.get("RANK", "0") == "0":
-            (chosen.out / f"step_{chosen.who[0]}.json").write_text(json.dumps(result, indent=1))
+            chosen.json.write_text(json.dumps(result))
         return 0
     import torch
 
-    from conformance import results_file
     from conformance.bench.card import Card
 
     if not torch.cuda.is_available():
         parser.error("got no CUDA device; this benchmark measures speed, and needs one")
     if chosen.gpus > torch.cuda.device_count():
         parser.error(f"argument --gpus: got {chosen.gpus}; allowed: up to {torch.cuda.device_count()}")
-    chosen.out.mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     what = f"{chosen.shape}, {MODES[chosen.mode]}, {chosen.rows} rows of {chosen.length} tokens per step and GPU"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {what}")
     rate = Card().rates().matmul / 1e12
     print(f"{'':<14}{'tokens/s':>10}{'ms':>8}{'GiB':>7}{'use':>7}{'idle':>7}  loss: first, last")
+    results: list[dict[str, Any] | None] = []
     with tempfile.TemporaryDirectory() as folder:
         shape = SHAPES[chosen.shape]
         random_model.save(folder, "cuda", "bfloat16", shape.model_type, **shape.fields)
-        results = [show(contender, folder, chosen, rate) for contender in chosen.who]
-    meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode", "gpus")}
-    meta |= {"gpu": torch.cuda.get_device_name(), "matmul_teraflops": rate, "commit": results_file.commit()}
-    meta["versions"] = results_file.versions() | {package: version_of(package) for package in PACKAGES}
-    results_file.write(chosen.out / "steps.json", meta, [result for result in results if result])
+        for contender in chosen.who:
+            results.append(show(contender, folder, chosen, rate))
+            if chosen.json:  # after every contender, so that a stopped run leaves what it found
+                write(chosen, torch.cuda.get_device_name(), rate, results)
     return int(None in results)
+
+
+def write(chosen: argparse.Namespace, gpu: str, rate: float, results: Sequence[dict[str, Any] | None]) -> None:
+    """Write the file of results.
+
+    Args:
+        chosen: what the command line says.
+        gpu: its name.
+        rate: of a large matrix product, in TFLOP/s.
+        results: of the contenders; None for one that failed.
+    """
+    from conformance import results_file
+
+    meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode", "gpus")}
+    meta |= {"gpu": gpu, "matmul_teraflops": rate, "commit": results_file.commit()}
+    meta["versions"] = results_file.versions() | {package: version_of(package) for package in PACKAGES}
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
+    results_file.write(chosen.json, meta, [result for result in results if result])
 
 
 def version_of(package: str) -> str | None:
@@ -176,17 +194,17 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace, rate: floa
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={chosen.gpus}"]
     command = [sys.executable, *(launcher if chosen.gpus > 1 else ()), __file__]
-    command += ["--model", model_path, "--who", contender, "--out", str(chosen.out)]
+    path = Path(model_path) / "result.json"
+    command += ["--model", model_path, "--who", contender, "--json", str(path)]
     for name in ("shape", "rows", "length", "mode", "steps", "gpus"):
         command += [f"--{name}", str(getattr(chosen, name))]
     command += ["--profile"] * chosen.profile
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        (chosen.out / f"step_{contender}.txt").write_text(done.stdout + done.stderr)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"{contender:<14}failed: {last[:150]}", flush=True)
+        print(f"{contender:<14}failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
+        print(done.stderr, file=sys.stderr)
         return None
-    result = json.loads((chosen.out / f"step_{contender}.json").read_text())
+    result = json.loads(path.read_text())
     losses = result["losses"]
     figures = f"{result['tokens_per_second']:>10,.0f}{result['step_ms']:>8.0f}{result['peak_gib']:>7.1f}"
     figures += f"{result['teraflops'] / rate:>7.1%}{result['idle_share']:>7.1%}"

@@ -110,7 +110,8 @@ def varlen_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     bounds, longest = keywords["cu_seq_lens_q"], keywords["max_length_q"]
-    attended = varlen_attn(flat(query), flat(key), flat(value), bounds, bounds, longest, longest, window_size=(-1, 0))
+    window = (keywords.get("sliding_window") or 0) - 1, 0  # keys before and after a query; -1: all
+    attended = varlen_attn(flat(query), flat(key), flat(value), bounds, bounds, longest, longest, window_size=window)
     return attended.unflatten(0, (query.shape[0], -1)), None
 
 

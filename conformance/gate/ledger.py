@@ -157,10 +157,13 @@ def file_name(card: str) -> str:
 def results_in(path: Path) -> Results:
     """What a file of `run`, `bench`, `fingerprint` or `gate` holds for a ledger. Raises LedgerError."""
     content = _json(_text(path), path)
-    if not isinstance(content, dict) or not {"meta", "results"} <= content.keys():
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict) or "results" not in content:
         raise LedgerError(f"{path}: holds no results; allowed: a file that run, bench, fingerprint or gate wrote")
+    if (found := meta.get("schema", results_file.SCHEMA)) != results_file.SCHEMA:
+        raise LedgerError(f"{path}: meta.schema: got {found!r}; allowed: {results_file.SCHEMA}")
     try:
-        return results_of(content["meta"], content["results"])
+        return results_of(meta, content["results"])
     except KeyError as missing:
         raise LedgerError(f"{path}: a result has no {missing}") from missing
 

@@ -21,6 +21,7 @@ class Meta:
     """What the results of a file depend on; the fields are JSON keys, None or empty where a verb writes none.
 
     Attributes:
+        schema: of the file; another one is refused.
         versions: of Python, torch, Triton, CUDA and peers.
         source: the options of the command line that name an operation of your own.
         absent: peers that are not installed, and why.
@@ -29,6 +30,7 @@ class Meta:
         regressions, notes: the sentences of a gate: what fails, and what a reader should know.
     """
 
+    schema: Literal[1] = 1
     versions: dict[str, str | None] = field(default_factory=dict)
     backend: str | None = None
     device: str | None = None

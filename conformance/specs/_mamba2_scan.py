@@ -15,7 +15,8 @@ In float32 a decay is as exact as the sum that it is the exponential of. A kerne
 take differences: D_ij has 1 + w_i + w_j + |s_i - s_j| errors, w the sum of |a dt| over the last CHUNK tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from conformance.spec import Call
 from unsloth_ref import document_checks
 
 CHUNK = 256  # tokens over which a kernel may add up decays before it takes the exponential
+STATES = 2**27  # elements of the states of all tokens that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Sums:
     size: Tensor
     square: Tensor
     in_float32: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["Sums"]) -> "Sums":
+        """Of all heads, from some each."""
+        return cls(*(torch.cat([getattr(one, field.name) for one in parts]) for field in fields(cls)))
 
     def transpose(self) -> "Sums":
         """By token first, from heads first."""
@@ -50,17 +57,17 @@ class Sums:
 
 
 class _Scan:
-    """The inputs by head, [M, T, ..], D [M, i, j] and its errors, S and |c_i|.|b_j|; NaN counts as 0."""
+    """The inputs of some heads, [M, T, ..], D [M, i, j] and its errors, S and |c_i|.|b_j|; NaN counts as 0."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, heads: slice) -> None:
         inputs = {name: x.nan_to_num(0.0) if x.is_floating_point() else x for name, x in call.inputs.items()}
-        self.group = inputs["x"].shape[1] // inputs["b"].shape[1]
-        self.x, self.dt, self.a = inputs["x"].transpose(0, 1), inputs["dt"].t(), inputs["a"][:, None]
-        self.b, self.c = (inputs[name].repeat_interleave(self.group, 1).transpose(0, 1) for name in "bc")
-        self.d = inputs["d"].abs()[:, None, None]
+        group = inputs["x"].shape[1] // inputs["b"].shape[1]
+        self.x, self.dt, self.a = inputs["x"].transpose(0, 1)[heads], inputs["dt"].t()[heads], inputs["a"][heads, None]
+        self.b, self.c = (inputs[name].repeat_interleave(group, 1).transpose(0, 1)[heads] for name in "bc")
+        self.d = inputs["d"].abs()[heads, None, None]
         self.decay, self.errors = _decays(self.a * self.dt, inputs["cu_seqlens"])
         self.weight = self.decay * self.dt[:, None]
-        self.state = torch.einsum("mij,mjd,mje->mide", self.weight, self.b, self.x)
+        self.state = torch.einsum("mjd,mje,mij->mide", self.b, self.x, self.weight)
         self.scores = self.c.abs() @ self.b.abs().mT
 
     def sums(self, weight: Tensor, errors: Tensor, rows: Tensor, by_state: Tensor) -> Sums:
@@ -79,8 +86,8 @@ class _Scan:
         return self.skip(self.sums(self.weight * self.scores, self.errors, self.x, by_state), self.x)
 
     def gradients(self, dy: Tensor) -> dict[str, Sums]:
-        """Of every input, from the gradient of y by head."""
-        dstate = torch.einsum("mij,mid,mie->mjde", self.decay, self.c, dy)
+        """Of every input, by head, from the gradient of y by head."""
+        dstate = torch.einsum("mid,mie,mij->mjde", self.c, dy, self.decay)
         by_x = self.weight * (dy.abs() @ self.x.abs().mT)
         squares, step = dstate.square(), self.dt.square()[..., None]
         of_x = step * torch.einsum("mjd,mjde->mje", self.b.square(), squares)
@@ -88,9 +95,9 @@ class _Scan:
         of_c = torch.einsum("mie,mide->mid", dy.square(), self.state.square())
         skipped = (dy * self.x).abs().flatten(1)
         return self._of_steps(dy, dstate) | {
-            "x": self.skip(self.sums((self.weight * self.scores).mT, self.errors.mT, dy, of_x), dy).transpose(),
-            "b": self.sums(by_x.mT, self.errors.mT, self.c, of_b).of_groups(self.group).transpose(),
-            "c": self.sums(by_x, self.errors, self.b, of_c).of_groups(self.group).transpose(),
+            "x": self.skip(self.sums((self.weight * self.scores).mT, self.errors.mT, dy, of_x), dy),
+            "b": self.sums(by_x.mT, self.errors.mT, self.c, of_b),
+            "c": self.sums(by_x, self.errors, self.b, of_c),
             "d": Sums(skipped.sum(1), skipped.square().sum(1), skipped.sum(1)),
         }
 
@@ -110,7 +117,7 @@ class _Scan:
         )
         totals = ((self.dt * part).sum(1) for part in (size, square.sqrt(), in_float32))
         size_of_a, root, wide = totals
-        return {"dt": size_of_dt.transpose(), "a": Sums(size_of_a, root.square(), wide)}
+        return {"dt": size_of_dt, "a": Sums(size_of_a, root.square(), wide)}
 
 
 def _decays(g: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,9 +140,16 @@ def _across(pairs: Tensor) -> Tensor:
 
 
 def sizes_of(call: Call) -> dict[str, Sums]:
-    """The sizes of the output, and of the gradients if there are any."""
-    scan = _Scan(call)
-    found = {"y": scan.output().transpose()}
-    if call.grad_outputs:
-        found |= scan.gradients(call.grad_outputs[0].nan_to_num(0.0).transpose(0, 1))
-    return found
+    """The sizes of the output, and of the gradients if there are any; heads by heads, so that states fit in memory."""
+    (tokens, heads, columns), (groups, width) = call.inputs["x"].shape, call.inputs["b"].shape[1:]
+    some = max(1, STATES // max(1, tokens * columns * width))
+    found = [_of_heads(call, slice(first, first + some)) for first in range(0, max(1, heads), some)]
+    whole = {name: Sums.joined([one[name] for one in found]) for name in found[0]}
+    whole |= {name: whole[name].of_groups(heads // groups) for name in "bc" if name in whole}
+    return {name: sums if name in "ad" else sums.transpose() for name, sums in whole.items()}
+
+
+def _of_heads(call: Call, heads: slice) -> dict[str, Sums]:
+    scan = _Scan(call, heads)
+    gradients = [dy.nan_to_num(0.0).transpose(0, 1)[heads] for dy in call.grad_outputs or ()]
+    return {"y": scan.output()} | (scan.gradients(*gradients) if gradients else {})

@@ -28,7 +28,7 @@ SPILLS = {
     **{
         (f"gated_delta_rule_{part}_kernel", shape): stack
         for part, stack in DELTA.items()
-        for shape in ("qwen-3.5 text-mix-16k", "qwen-3.5 long-16k")
+        for shape in ("qwen-3.5 text-mix-2k", "qwen-3.5 long-2k")
     },
     ("gated_rms_norm_backward_kernel", "mamba-2"): 16,
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,

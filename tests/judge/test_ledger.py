@@ -186,6 +186,7 @@ def test_a_file_that_breaks_the_schema_is_refused(break_it: Any, words: str, rec
         (("update", "absent.json"), "absent.json: No such file"),
         (("update", "text.json"), "text.json: no JSON"),
         (("update", "list.json"), "list.json: holds no results"),
+        (("update", "later.json"), "later.json: meta.schema: got 2; allowed: 1"),
         (("update", "results.json", "--because", " "), "--because: got an empty text"),
         (("show",), "got no ledger in ledger"),
         (("show", "results.json"), "results.json: file.meta: has no schema"),
@@ -197,6 +198,7 @@ def test_a_usage_error_is_one_line(
 ) -> None:
     (desk / "text.json").write_text("no")
     (desk / "list.json").write_text("[]")
+    (desk / "later.json").write_text('{"meta": {"schema": 2}, "results": []}')
     file(desk / "results.json", *ALL)
     assert main(["ledger", *arguments]) == 2
     printed = capsys.readouterr().err

@@ -155,6 +155,7 @@ def test_junit(tmp_path: Path, files: list[Path]) -> None:
         ('{"meta": {}, "results": [{"property": "value"}]}', 'result 1: got no "op"'),
         ('{"meta": {}, "results": [{"property": "value", "op": "rope", "verdict": "good"}]}', 'verdict: got "good"'),
         ('{"meta": {"not_defined": 3}, "results": []}', "meta, not_defined: got 3"),
+        ('{"meta": {"not_defined": [], "schema": 2}, "results": []}', "meta, schema: got 2"),
         ('{"meta": {"not_defined": []}, "results": [], "x": 1e999}', ""),
         ('{"meta": {"kill_rate": 1e999}, "results": []}', "kill_rate: got inf"),
         ('{"meta": {"kill_rate": 1' + "0" * 400 + '}, "results": []}', "kill_rate: got a number too large"),
