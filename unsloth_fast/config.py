@@ -176,7 +176,7 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
 
 
 def _check_bfloat16(args: SFTConfig) -> None:
-    """Refuse bfloat16, TRL's default, where no device has it. transformers' own message names neither field nor backend.
+    """Refuse bfloat16, TRL's default, where no device has it. transformers' message names no field.
 
     Raises:
         RuntimeError, ValueError: as `UnslothTrainingArguments`.

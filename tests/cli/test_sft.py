@@ -169,7 +169,7 @@ def test_a_usage_error_is_one_line(
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("fast", "backend: 'fast' cannot run here: no CUDA device (to run the kernels on a CPU, slowly, set TRITON_INT"),
+        ("fast", "backend: 'fast' cannot run here: no CUDA device (to run the kernels on a CPU, slowly, set TRITON_IN"),
         ("reference", "bf16: got True (TRL's default), and torch finds no GPU with bfloat16; allowed: use_cpu=True"),
     ],
 )
