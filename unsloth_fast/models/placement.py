@@ -26,6 +26,7 @@ from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forw
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.quantization import log_experts
 from unsloth_fast.models.scaled_experts import (
     ScaledExperts,
     experts_inside,
@@ -194,9 +195,14 @@ def _why_left(module: Module, operated: Mapping[int, Sequence[str]]) -> str:
 
 
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
-    """Log what was placed, unless it is the same as last time, and unchanged classes that are not logged yet."""
+    """Log what was placed, unless it is the same as last time, and unchanged classes that are not logged yet.
+
+    Once for each model, log experts that quantisation leaves out.
+    """
     last, named = getattr(model, _LOGGED, ("", frozenset()))  # a peft model also has its base model's
     new = {name: count for name, count in unchanged.items() if name not in named}
     if new or placed != last:
         logger.info(f"{placed}; modules left unchanged: {new}" if new else placed)
+    if not last:
+        log_experts(model)
     setattr(model, _LOGGED, (placed, named | new.keys()))
