@@ -1,7 +1,6 @@
 """The command line: `sft` from a configuration file, one line per usage error, and `env`."""
 
 import json
-import logging
 import math
 import runpy
 from importlib.util import find_spec
@@ -308,15 +307,6 @@ def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: 
     assert "error: chat template: Expected an expression" in capsys.readouterr().err
     path.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     assert run(tmp_path, config) == 0
-
-
-def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other messages of the same logger are shown."""
-    assert run(tmp_path, "- a list") == 2
-    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    messages = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
-    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in messages]
-    assert [bool(theirs.filter(record)) for record in records] == [False, True]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])
