@@ -4,6 +4,7 @@ Importing this package loads neither triton, transformers nor trl; they are load
 first import of a loader, such as `from unsloth_fast import FastLanguageModel`, also calls `compat.patch_trl`.
 """
 
+import logging
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -94,6 +95,14 @@ __all__ = [
     "train_on_responses_only",
     "unsloth_train",
 ]
+
+
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """False for bitsandbytes' warning that it lacks a 4-bit kernel for this CPU, which it logs on every import."""
+    return "gemm_4bit_forward" not in record.msg
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
 
 
 def __getattr__(name: str) -> object:

@@ -68,7 +68,6 @@ def sft(arguments: Sequence[str]) -> None:
         UsageError: a mistake in an option, the configuration file, the data set or the model.
     """
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
     logging.getLogger("unsloth_fast").setLevel(logging.INFO)  # logs the backend and where it is placed
     script_args, training_args, model_args, mixture = _parse(arguments)
     dataset = _load_dataset(script_args, mixture)
@@ -87,11 +86,6 @@ def sft(arguments: Sequence[str]) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # since transformers 5.18: finishes the trackers and the process group
         trainer.end()
-
-
-def _is_relevant(record: logging.LogRecord) -> bool:
-    """False for bitsandbytes' warning that it lacks a 4-bit kernel for this CPU, which it logs on every import."""
-    return "gemm_4bit_forward" not in record.msg
 
 
 def env() -> None:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 from unsloth_fast import backends
@@ -74,7 +75,8 @@ class UnslothTrainingArguments(SFTConfig):
 
     Raises:
         ValueError: a field is out of its range, where transformers does not check it; backend names an unknown backend
-            or operation; or what `trl.SFTConfig` raises.
+            or operation; bfloat16 on no GPU that has it, without use_cpu; or what `trl.SFTConfig` raises.
+        RuntimeError: bfloat16 likewise, with a backend that cannot run on a CPU either.
     """
 
     # Not `bool | None`, for which a parser would want a value after the option.
@@ -129,6 +131,7 @@ class UnslothTrainingArguments(SFTConfig):
         """Check the fields, TRL's and ours."""
         if self.bf16 is None and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
             take_float16(self)
+        _check_bfloat16(self)
         self.names_text_field = self.dataset_text_field is not None  # not a field: see data/choice.py
         self.dataset_text_field = self.dataset_text_field or DEFAULT_TEXT
         unset = all(getattr(self, name, None) is None for name in CHECKPOINTING)
@@ -170,6 +173,22 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
     backend = getattr(args, "backend", None)
     if backend is not None:
         backends.parse(backend)
+
+
+def _check_bfloat16(args: SFTConfig) -> None:
+    """Refuse bfloat16, TRL's default, where no device has it. transformers' message names no field.
+
+    Raises:
+        RuntimeError, ValueError: as `UnslothTrainingArguments`.
+    """
+    wanted = args.bf16_full_eval or (not args.fp16 if args.bf16 is None else args.bf16)
+    if not wanted or args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available():
+        return
+    backends.resolve(args.backend)
+    raise ValueError(
+        "bf16: got True (TRL's default), and torch finds no GPU with bfloat16; allowed: use_cpu=True with bf16=False "
+        "on a CPU, fp16=True on a GPU"
+    )
 
 
 def take_float16(args: SFTConfig) -> None:

@@ -176,9 +176,10 @@ class FastLanguageModel:
             r: the adapter's rank.
             target_modules: the names of linear layers, "all-linear", or a regular expression for full names; None for
                 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. Names that the model does not have are
-                left out, which is logged; gate_proj, up_proj and down_proj also mean the weights of experts. If the
-                list names embed_tokens or lm_head, these are trained in full, as modules_to_save; if the model ties the
-                two, they stay tied.
+                left out, which is logged; gate_proj, up_proj and down_proj also mean the weights of experts. With these
+                seven, linear layers that none of them means, such as those of mixers, are logged. If the list names
+                embed_tokens or lm_head, these are trained in full, as modules_to_save; if the model ties the two, they
+                stay tied.
             lora_alpha: the adapter is scaled by lora_alpha / r, or with use_rslora by lora_alpha / sqrt(r).
             lora_dropout: the probability of dropping an input of the adapter, at least 0 and below 1.
             bias: "none", "all" or "lora_only": which biases are trained.

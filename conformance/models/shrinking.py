@@ -37,7 +37,7 @@ _NAMES = (
     (EXPERTS, "num_experts n_routed_experts num_local_experts moe_num_experts index_topk zero_expert_num rel_extent"),
     (CHOSEN, "num_experts_per_tok moe_topk num_experts_per_token moe_k"),
     (1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups o_groups n_shared_experts"),
-    (1, "num_shared_experts moe_num_shared_experts encoder_layers num_encoder_layers"),
+    (1, "num_shared_experts moe_num_shared_experts encoder_layers num_encoder_layers first_k_dense_replace"),
     (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size"),
     (WINDOW, "attention_chunk_size keep_window_size local_attention_window_len"),
     # Positions from which on something changes, and the keys of a block that is chosen as a whole.
@@ -59,6 +59,7 @@ _DEPTHS = (
 # Sizes that no architecture can do without, although the default of some is None.
 _NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 _EACH = "per_layer_config"  # fields of single layers that differ, by their number
+_DENSE = "mlp_only_layers"  # the numbers of layers without experts
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -92,6 +93,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _SPECIAL[name]
         elif depth and isinstance(value, list) and len(value) == values[depth]:
             fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
+        elif name == _DENSE:
+            fields[name] = [layers.index(layer) for layer in value or () if layer in layers]
         elif isinstance(value, dict) and value.get("llama_4_scaling_beta"):
             fields[name] = value | {"original_max_position_embeddings": WINDOW}  # the factor of queries by position
     if fields.get("kv_lora_rank"):  # each head has keys of its own
@@ -120,7 +123,7 @@ def _in_proportion(value: Any, usual: Any, tiny: Any) -> Any:
 def _layers(values: Mapping[str, Any], depth: int) -> list[int]:
     """The first layer of each kind, at least two and at most MOST_LAYERS of them, in order."""
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth]
-    lists.append([_each(values).get(layer) for layer in range(depth)])
+    lists.append([(_each(values).get(layer), layer in (values.get(_DENSE) or ())) for layer in range(depth)])
     kinds = [tuple(map(str, kind)) for kind in zip(*lists, strict=True)] or [()] * depth
     first = sorted({kind: layer for layer, kind in reversed([*enumerate(kinds)])}.values())
     others = (layer for layer in range(depth) if layer not in first)
@@ -147,6 +150,14 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "inkling2_loop_text": {  # the two layers in the middle are passed twice
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},

@@ -110,15 +110,15 @@ def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
 
 
 def _counted(results: Sequence[Result]) -> str:
-    """One line: how many models fail, hold what was judged, and are not judged."""
+    """One line: how many models pass, and of these with laws that say nothing about them, fail, and are not judged."""
     verdicts: dict[str, set[str]] = defaultdict(set)
     for result in results:
         verdicts[result.op].add(result.verdict)
     failed = sum("fail" in found for found in verdicts.values())
     idle = sum(found == {"skip"} for found in verdicts.values())
-    whole = sum(found == {"pass"} for found in verdicts.values())
-    some = len(verdicts) - failed - idle - whole
-    return f"{len(verdicts)} models: {whole} pass, {some} pass with laws skipped, {failed} fail, {idle} not judged"
+    some = sum(found == {"pass", "skip"} for found in verdicts.values())
+    passed = f"{len(verdicts) - failed - idle} pass" + (f" ({some} of them with laws skipped)" if some else "")
+    return f"{len(verdicts)} models: {passed}, {failed} fail, {idle} not judged"
 
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:

@@ -1,7 +1,6 @@
 """The command line: `sft` from a configuration file, one line per usage error, and `env`."""
 
 import json
-import logging
 import math
 import runpy
 from importlib.util import find_spec
@@ -165,6 +164,29 @@ def test_a_usage_error_is_one_line(
     assert message in errors[0]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "backend: 'fast' cannot run here: no CUDA device (to run the kernels on a CPU, slowly, set TRITON_IN"),
+        ("reference", "bf16: got True (TRL's default), and torch finds no GPU with bfloat16; allowed: use_cpu=True"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_named(
+    tmp_path: Path,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    backend: str,
+    message: str,
+) -> None:
+    """The backend, or the fields to set, and not TRL's default precision alone, of which the user set nothing."""
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    changed = config | {"backend": backend}
+    assert run(tmp_path, {name: value for name, value in changed.items() if name not in ("use_cpu", "bf16")}) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"unsloth-fast: error: {message}")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -285,15 +307,6 @@ def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: 
     assert "error: chat template: Expected an expression" in capsys.readouterr().err
     path.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     assert run(tmp_path, config) == 0
-
-
-def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other messages of the same logger are shown."""
-    assert run(tmp_path, "- a list") == 2
-    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    messages = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
-    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in messages]
-    assert [bool(theirs.filter(record)) for record in records] == [False, True]
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list"])

@@ -27,9 +27,12 @@ def trial_of(name: str) -> ModelTrial:
     return ModelTrial(Subject.named(name), "reference", torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "gemma3n_text", "mamba2", "gpt_oss", *OF_EACH_LAYER])
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek_v3", "flint", "inkling2_loop_text", "qwen3_next", "gemma3n_text", "mamba2", "gpt_oss", *OF_EACH_LAYER],
+)
 def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
-    """And few parameters."""
+    """And every class of modules, such as experts behind the first layers without them, but few parameters."""
     if name not in CONFIG_MAPPING:
         pytest.skip(f"transformers has no {name}")
     subject = Subject.named(name)
@@ -38,7 +41,9 @@ def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
         getattr(CONFIG_MAPPING[name](), "layer_types", None) or ()
     )
     with torch.device("meta"):
-        assert AutoModelForCausalLM.from_config(config).num_parameters() < 10**5
+        tiny, whole = (AutoModelForCausalLM.from_config(each) for each in (config, CONFIG_MAPPING[name]()))
+    assert {type(module) for module in whole.modules()} <= {type(module) for module in tiny.modules()}
+    assert tiny.num_parameters() < 10**5
 
 
 @pytest.mark.parametrize("name", ["doge", "ctrl", "lara_mini"])

@@ -1,5 +1,6 @@
 """The backend flag: the backend that each specification means, on this machine and on simulated ones."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -147,6 +148,14 @@ def test_importing_the_fast_package_loads_nothing_heavy() -> None:
     heavy = "[name for name in ('triton', 'transformers', 'trl', 'peft') if name in sys.modules]"
     assert python(f"import sys, unsloth_fast; from unsloth_fast import backends; print({heavy})") == "[]"
     assert all(callable(getattr(unsloth_fast, name)) for name in unsloth_fast.__all__)
+
+
+def test_bitsandbytes_warning_of_a_missing_kernel_is_hidden() -> None:
+    """Other messages of the same logger are shown."""
+    theirs = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    messages = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else")
+    records = [theirs.makeRecord(theirs.name, logging.WARNING, "", 0, text, (), None) for text in messages]
+    assert [bool(theirs.filter(record)) for record in records] == [False, True]
 
 
 def test_the_reference_works_without_triton() -> None:

@@ -1,5 +1,6 @@
 """Hybrids of attention and layers with a state: packed, padded and generating, and what is refused by name."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.models.test_attention import LENGTHS, assert_near, gradients_of, sepa
 from unsloth_fast import UnslothTrainingArguments, backends
 from unsloth_fast.data.facts import decide_batching
 from unsloth_fast.models import place, remove
+from unsloth_fast.models.checking import quietly_on_the_cpu
 from unsloth_fast.models.mixers import Mixer, recognise_mixer
 
 REFERENCE = backends.resolve("reference")
@@ -196,3 +198,26 @@ def test_a_convolution_with_a_hook_is_left_as_it_is() -> None:
     assert isinstance(recognise_mixer(mixer, {}), Mixer)
     mixer.conv.register_forward_hook(lambda *_: None)
     assert recognise_mixer(mixer, {}) == "hooks on its convolution"
+
+
+@pytest.mark.parametrize("name", ["GraniteMoeHybrid", "Qwen3_5"])
+def test_the_check_of_a_mixer_gives_no_advice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers advises to install mamba-ssm or another library for the forward that an operation replaces."""
+    shown: list[Any] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda *words: shown.append(words))
+    model = model_of(name)
+    shown.clear()
+    assert HYBRIDS[name][2][0] in place(model, REFERENCE)
+    assert shown == []
+
+
+def test_advice_that_a_check_silenced_still_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers gives it once in a process, and another call may need it."""
+    logger: Any = t.utils.logging.get_logger("transformers.of_a_test")
+    shown: list[str] = []
+    monkeypatch.setattr(logger, "warning", shown.append)
+    with quietly_on_the_cpu():
+        logger.warning_once("install it")
+    assert shown == []
+    logger.warning_once("install it")
+    assert shown == ["install it"]

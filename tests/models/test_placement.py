@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from conformance.models.building import Subject
 from tests import tiny
 from tests.trainer.runs import arguments, build, textbook
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, backends
@@ -174,7 +175,7 @@ def test_a_placed_model_compiles_without_a_graph_break() -> None:
 
 
 def test_modules_left_unchanged_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """An MLP with another activation, a LayerNorm, an attention, and a module whose forward somebody else replaced.
+    """An MLP with another activation, a LayerNorm, an attention, a module whose forward is replaced; with reasons.
 
     Placing the same backend again logs nothing. Another backend logs what it placed, and classes not logged before.
     """
@@ -189,8 +190,9 @@ def test_modules_left_unchanged_are_logged_once(caplog: pytest.LogCaptureFixture
     assert replaced.forward is own
     assert [re.sub(r"by \S+ at", "by X at", message) for message in caplog.messages] == [
         "backend reference: operations placed: {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}; modules left "
-        "unchanged: {'GemmaMLP (differs from every swiglu and geglu by X at least)': 2, 'GemmaRMSNorm': 1, "
-        "'LayerNorm': 1, 'MultiheadAttention': 1}"
+        "unchanged: {'GemmaMLP (differs from every swiglu and geglu by X at least)': 2, \"GemmaRMSNorm (its forward is "
+        'somebody else\'s)": 1, "LayerNorm (it has a bias; torch\'s operator is one kernel already)": 1, '
+        "'MultiheadAttention (no operation computes it)': 1}"
     ]
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -199,6 +201,16 @@ def test_modules_left_unchanged_are_logged_once(caplog: pytest.LogCaptureFixture
         model.more = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.GroupNorm(1, 4)])
         place(model, counting_backend([]))
     placed = "backend counting: operations placed: {'rope': 2, 'packed_attention': 2, 'rms_norm': 4}"
-    assert caplog.messages == [placed, f"{placed}; modules left unchanged: {{'GroupNorm': 1}}"]
+    assert caplog.messages == [
+        placed,
+        f"{placed}; modules left unchanged: {{'GroupNorm (no operation computes it)': 1}}",
+    ]
     remove(model)
     assert replaced.forward is own
+
+
+def test_what_joins_a_router_and_experts_is_logged_with_what_is_inside(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        place(Subject.named("gpt_oss").model(torch.float32, "cpu"), REFERENCE)
+    reason = "no operation computes it as a whole; inside: moe_mlp"
+    assert caplog.messages[-1].endswith(f"; modules left unchanged: {{'GptOssMLP ({reason})': 2}}")

@@ -14,9 +14,10 @@ from tests import tiny
 from tests.models import zoo
 from tests.models.adapted import adapted, load, logits_of, merged
 from tests.trainer.runs import arguments
-from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
-from unsloth_fast.models import quantization
+from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer, backends
+from unsloth_fast.models import place, quantization
 
+REFERENCE = backends.resolve("reference")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 ALTUP = {"altup_projections", "altup_unembed_projections", "correction_coefs", "modality_router", "prediction_coefs"}
@@ -132,3 +133,19 @@ def test_an_adapter_on_experts_and_4_bits_is_loaded_again(tmp_path: Path) -> Non
     again, _ = load(str(tmp_path / "adapter"), load_in_4bit=True)
     assert type(again.get_base_model().model.layers[0].mlp.shared_expert_gate) is nn.Linear
     torch.testing.assert_close(logits_of(again.eval()), logits_of(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"load_in_fp8": True}, {}], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoehybrid"])
+def test_experts_that_stay_wide_are_logged_once_with_their_size(
+    tmp_path: Path, name: str, bits: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the weights of convolutions, which have three dimensions too; nothing of a model that is not quantised."""
+    model, _ = load(zoo.folder(tmp_path, name), **{"load_in_4bit": None if "load_in_fp8" in bits else False} | bits)
+    wide = [weight for key, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in key]
+    size = sum(4 * weight.numel() for weight in wide) / 2**30
+    expected = f"experts are not quantised, as only linear layers are: they take {size:.3g} GiB in torch.float32"
+    FastLanguageModel.get_peft_model(model, r=2)
+    place(model, REFERENCE)
+    assert [line for line in caplog.messages if line.startswith("experts")] == ([expected] if bits else [])
+    assert size > 0

@@ -69,6 +69,34 @@ def test_layers_that_a_family_has_in_one_are_found(caplog: pytest.LogCaptureFixt
     assert "k_proj is part of qkv_proj here, which gets LoRA" in caplog.text
 
 
+NOTEBOOKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MIXERS = "no LoRA on in_proj, input_linear, output_linear, which 'all-linear' adds, nor on out_proj, whose weights are"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "left"),
+    [
+        ("granitemoehybrid", {}, MIXERS),
+        ("granitemoehybrid", {"target_modules": NOTEBOOKS}, MIXERS),
+        ("granitemoehybrid", {"exclude_modules": ["in_proj", "input_linear"]}, "no LoRA on output_linear, which "),
+        ("gemma3n", {}, "no LoRA on altup_projections, altup_unembed_projections, linear_left, linear_right, "),
+        ("granitemoehybrid", {"target_modules": ["q_proj"]}, None),
+        ("granitemoehybrid", {"target_modules": "all-linear"}, None),
+        ("granitemoehybrid", {"finetune_mlp_modules": False}, None),
+        ("gemma3", {}, None),
+        ("qwen3_moe", {}, None),
+    ],
+)
+def test_layers_that_the_usual_names_leave_out_are_logged(
+    name: str, options: dict[str, Any], left: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line, where the usual names were not replaced by the user's; routers and vision towers are not meant."""
+    adapt(zoo.empty(name), **options)
+    found = [line for line in caplog.messages if line.startswith("target_modules: no LoRA on ")]
+    assert len(found) == (left is not None)
+    assert left is None or found[0].startswith(f"target_modules: {left}")
+
+
 def test_a_layer_that_is_read_gets_no_adapter(caplog: pytest.LogCaptureFixture) -> None:
     """Training calls Mamba's in_proj and reads its out_proj: an adapter there would not be trained."""
     model = adapt(zoo.empty("granitemoehybrid"), target_modules=["q_proj", "in_proj", "out_proj"])

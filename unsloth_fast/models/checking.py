@@ -2,15 +2,31 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 BY_MODE = "differs between training and evaluation"
 _OF_EVERY_MODULE = vars(nn.Module())
+
+
+@contextmanager
+def quietly_on_the_cpu() -> Iterator[None]:
+    """For the forward of a class on a copy: on the CPU, without gradients, warnings and transformers' advice.
+
+    transformers advises once per process to install another library for what is slow, and here an operation takes its
+    place. A call that needs the advice may still come, so it is not marked as given.
+    """
+    silent = patch.object(logging.Logger, "warning_once", lambda *_, **__: None)
+    with warnings.catch_warnings(action="ignore"), silent, torch.device("cpu"), torch.no_grad():
+        yield
 
 
 def inputs_of(forward: Callable[..., object]) -> int | None:

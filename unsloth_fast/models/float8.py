@@ -22,7 +22,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import Placement
-from unsloth_fast.models.quantization import kept_modules
+from unsloth_fast.models.quantization import kept_modules, stored_form
 from unsloth_fast.seams import overrides
 from unsloth_ref.float8_checks import BLOCK, FLOAT8, blocks
 from unsloth_ref.kernels import fp8_dequantize
@@ -65,15 +65,6 @@ def is_wanted(
         method = stored.get("quant_method")
         raise ValueError(f"load_in_fp8: got {load_in_fp8!r} and a model that is stored as {method!r}; allowed: False")
     return not stored
-
-
-def stored_form(config: PreTrainedConfig) -> dict[str, Any]:
-    """How a model is stored quantised; empty if it is not."""
-    stored: Any = getattr(config, "quantization_config", None)
-    form = dict(stored if isinstance(stored, dict) else stored.to_dict()) if stored else {}
-    if "quant_method" in form:
-        form["quant_method"] = getattr(form["quant_method"], "value", form["quant_method"])
-    return form
 
 
 def one_device(device_map: Any) -> torch.device:

@@ -11,7 +11,6 @@ of the module's class on a copy on the CPU, with random weights and a few random
 - the short convolution of LFM2: out(second * conv(first * values)) with first, second and values from one projection.
 """
 
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.checking import Sparse, copy_with, in_both_modes, plain, sizes_of
+from unsloth_fast.models.checking import Sparse, copy_with, in_both_modes, plain, quietly_on_the_cpu, sizes_of
 from unsloth_fast.models.methods import has_own_method, is_more_than_its_class
 from unsloth_fast.models.protocols import Forward
 from unsloth_ref import kernels as reference
@@ -158,7 +157,7 @@ def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | st
     key = type(module), type(module).forward, shapes, attributes
     if key not in known:
         try:
-            with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
+            with quietly_on_the_cpu():
                 known[key] = _checked(module, mixer)
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"

@@ -5,10 +5,11 @@ Classes, parameters and state-dict names do not change (see `unsloth_fast.models
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
+from torch.nn import LayerNorm as LayerNormOfTorch
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
@@ -25,6 +26,7 @@ from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forw
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
+from unsloth_fast.models.quantization import log_experts
 from unsloth_fast.models.scaled_experts import (
     ScaledExperts,
     experts_inside,
@@ -70,7 +72,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     A backend with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
-    those that look like a norm, an MLP, experts or an attention, each class once per model, with what the check found.
+    those that look like a norm, an MLP, experts or an attention, each class once per model, with the reason.
     Placing again replaces what was placed; `remove` is the inverse.
 
     Args:
@@ -84,7 +86,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     """
     _restore_forwards(model)
     placed: Counter[str] = Counter()
-    unchanged: Counter[str] = Counter()
+    left: list[tuple[Module, str | None]] = []  # modules without an operation, and why if the checks found out
+    operated: dict[int, Sequence[str]] = {}
     packed = _place_stacks(model, backend) if documents else {}
     known: dict[Hashable, Any] = {}
     inside: set[int] = set()  # modules that the operation of a larger one computes
@@ -92,18 +95,20 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
         name = type(module).__name__
         placement = None if has_own_method(module, "forward") else _placement_for(module, backend, known)
         if isinstance(placement, str):
-            unchanged[f"{name} ({placement})"] += 1
+            left.append((module, placement))
         elif placement is not None:
             operations, forward = placement
             replace_method(module, "forward", forward, "operation")
+            operated[id(module)] = operations
             placed.update(() if id(module) in inside else operations)
             inside |= set(map(id, _parts(module, operations, backend)))
         elif name.endswith(_NAMED) and id(module) not in inside and packed.get(id(module), "") is not None:
-            unchanged[name] += 1
-        if id(module) in packed:
-            reason = packed[id(module)]
-            placed.update(("packed_attention",) if reason is None else ())
-            unchanged.update(() if reason is None else (f"packed {name} ({reason})",))
+            left.append((module, None))
+        placed.update(("packed_attention",) if packed.get(id(module), "") is None else ())
+    unchanged = Counter(f"{type(module).__name__} ({why or _why_left(module, operated)})" for module, why in left)
+    unchanged.update(
+        f"packed {type(module).__name__} ({packed[id(module)]})" for module in model.modules() if packed.get(id(module))
+    )
     _log(model, f"backend {backend.name}: operations placed: {dict(placed)}", unchanged)
     return dict(placed)
 
@@ -179,10 +184,25 @@ def _placement_for(module: Any, backend: Backend, known: dict[Hashable, Any]) ->
     return lora_placement(module, backend) or shared_placement(module, backend)
 
 
+def _why_left(module: Module, operated: Mapping[int, Sequence[str]]) -> str:
+    """Why a module that looks like one of those that get an operation has none, where no numeric check was made."""
+    if has_own_method(module, "forward"):
+        return "its forward is somebody else's"
+    if isinstance(module, LayerNormOfTorch) and module.bias is not None:
+        return "it has a bias; torch's operator is one kernel already"
+    inside = dict.fromkeys(name for part in module.modules() for name in operated.get(id(part), ()))
+    return f"no operation computes it as a whole; inside: {', '.join(inside)}" if inside else "no operation computes it"
+
+
 def _log(model: Any, placed: str, unchanged: Counter[str]) -> None:
-    """Log what was placed, unless it is the same as last time, and unchanged classes that are not logged yet."""
+    """Log what was placed, unless it is the same as last time, and unchanged classes that are not logged yet.
+
+    Once for each model, log experts that quantisation leaves out.
+    """
     last, named = getattr(model, _LOGGED, ("", frozenset()))  # a peft model also has its base model's
     new = {name: count for name, count in unchanged.items() if name not in named}
     if new or placed != last:
         logger.info(f"{placed}; modules left unchanged: {new}" if new else placed)
+    if not last:
+        log_experts(model)
     setattr(model, _LOGGED, (placed, named | new.keys()))

@@ -1,7 +1,8 @@
-"""Weights in 4 or 8 bits by bitsandbytes: whether, how, and which linear layers keep their full width."""
+"""Weights in 4 or 8 bits by bitsandbytes: whether, how, and which layers and experts keep their full width."""
 
 import ast
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models import kinds
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_forward|ffn|expert|moe")
@@ -36,7 +39,8 @@ def wanted_bits(
 ) -> int | None:
     """4 or 8 to quantise the weights while they are loaded to this many bits, None to leave them.
 
-    `given` is the user's own quantization_config.
+    `given` is the user's own quantization_config. Experts that are stored in MXFP4 count as not quantised, as they are
+    converted when loaded (`add_bits`); transformers then quantises nothing else.
 
     Raises:
         ValueError: two of 4 bits, 8 bits, load_in_16bit and full_finetuning, or 8 bits of a model stored in others.
@@ -44,7 +48,8 @@ def wanted_bits(
     """
     bits: dict[str, object] = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
     kinds.switches(bits | {"load_in_16bit": load_in_16bit, "full_finetuning": full_finetuning})
-    stored = getattr(config, "quantization_config", None)
+    in_mxfp4 = _is_in_mxfp4(config)
+    stored = None if in_mxfp4 else getattr(config, "quantization_config", None)
     unquantised = "full_finetuning" if full_finetuning else "load_in_16bit" if load_in_16bit else None
     asked = "load_in_8bit" if load_in_8bit else "load_in_4bit" if load_in_4bit else None
     if load_in_4bit and load_in_8bit:
@@ -52,9 +57,9 @@ def wanted_bits(
     if unquantised and (asked or stored or given):
         other = f"{asked}=True" if asked else "a quantised model" if stored else "a quantization_config"
         raise ValueError(f"{unquantised}: got True and {other}; allowed: one of the two")
-    if load_in_8bit and stored and not _is_stored_in_8bit(stored):
+    if load_in_8bit and (in_mxfp4 or (stored and not _is_stored_in_8bit(stored))):
         raise ValueError("load_in_8bit: got True and a model that is stored quantised otherwise; allowed: False")
-    if stored or unquantised or (load_in_4bit is False and not load_in_8bit):
+    if in_mxfp4 or stored or unquantised or (load_in_4bit is False and not load_in_8bit):
         return None
     installed = find_spec("bitsandbytes") is not None
     if asked and not installed:
@@ -70,6 +75,9 @@ def add_bits(
 ) -> None:
     """Let transformers quantise the weights by bitsandbytes, if they are to be, and no configuration says how.
 
+    Experts that are stored in MXFP4, as those of gpt-oss, are converted to the dtype: transformers cannot train them in
+    MXFP4. That is logged with their size.
+
     Args:
         options: keywords of from_pretrained, with dtype; changed in place.
         asked: load_in_4bit, load_in_8bit, load_in_16bit and full_finetuning.
@@ -82,6 +90,52 @@ def add_bits(
     bits = wanted_bits(*asked, config, options.get("quantization_config"))
     if bits and "quantization_config" not in options:
         options["quantization_config"] = bits_config(bits, options["dtype"], empty())
+    if _is_in_mxfp4(config) and "quantization_config" not in options:
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+        logger.warning(
+            "experts stored in MXFP4 become %s, as there is no training in MXFP4: they take %s%s",
+            options["dtype"],
+            _size(empty(), options["dtype"]),
+            "; load_in_4bit=True has no effect on such a model" if asked[0] else "",
+        )
+
+
+def log_experts(model: Any) -> None:
+    """Log how much memory the experts of a quantised model take if they are not quantised.
+
+    Experts are one parameter for all of them, and bitsandbytes, as float8 here, quantises linear layers alone.
+    """
+    config = getattr(model, "config", None)
+    found = _expert_weights(model) if getattr(config, "quantization_config", None) else []
+    if found:
+        logger.warning(
+            "experts are not quantised, as only linear layers are: they take %s in %s", _size(model), found[0].dtype
+        )
+
+
+def _expert_weights(model: Any) -> list[nn.Parameter]:
+    """The weights of experts, [E, ...], in 16 bits or more."""
+    counts = _counts(model)
+    return [p for p in model.parameters() if p.ndim == 3 and p.shape[0] in counts and p.dtype.itemsize > 1]
+
+
+def _size(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """The memory of the weights of experts, in their dtype or in this one."""
+    size = sum(one.numel() * (dtype or one.dtype).itemsize for one in _expert_weights(model))
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _is_in_mxfp4(config: PreTrainedConfig) -> bool:
+    return stored_form(config).get("quant_method") == "mxfp4"
+
+
+def stored_form(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a model is stored quantised; empty if it is not."""
+    stored: Any = getattr(config, "quantization_config", None)
+    form = dict(stored if isinstance(stored, dict) else stored.to_dict()) if stored else {}
+    if "quant_method" in form:
+        form["quant_method"] = getattr(form["quant_method"], "value", form["quant_method"])
+    return form
 
 
 def _is_stored_in_8bit(stored: Any) -> bool:
@@ -187,12 +241,16 @@ def _beside_read(model: nn.Module, layers: Iterable[str], read: set[str]) -> set
 
 def routers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
     """Linear layers outside attention with one output per expert, or with a single output, the gate of an expert."""
-    config = model.config.get_text_config()
-    counts = {getattr(config, name, None) for name in _ROUTED} - {None, 0, 1}
+    counts = _counts(model)
     if not counts:
         return set()
-    counts.add(1)
-    return {name for name, layer in layers.items() if role(name) != "attention" and _outputs(layer) in counts}
+    return {name for name, layer in layers.items() if role(name) != "attention" and _outputs(layer) in counts | {1}}
+
+
+def _counts(model: PreTrainedModel) -> set[int]:
+    """The numbers of outputs of a model's routers; of most of them the number of experts."""
+    config = model.config.get_text_config()
+    return {getattr(config, name, None) for name in _ROUTED} - {None, 0, 1}
 
 
 def _outputs(layer: Any) -> int:

@@ -8,7 +8,6 @@ What holds the router, the experts and the MLP is recognised by a numeric check 
 copy with a few small experts.
 """
 
-import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,15 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.checking import BY_MODE, copy_with, inputs_of, plain, rows_of_scales, sizes_of
+from unsloth_fast.models.checking import (
+    BY_MODE,
+    copy_with,
+    inputs_of,
+    plain,
+    quietly_on_the_cpu,
+    rows_of_scales,
+    sizes_of,
+)
 from unsloth_fast.models.expert_structure import COLUMNS, EXPERTS, agreeing_experts, set_sizes, small_experts, stored_as
 from unsloth_fast.models.experts import WEIGHTS, Experts, inner_experts, inside_of, routed_through
 from unsloth_fast.models.methods import is_more_than_its_class
@@ -87,7 +94,7 @@ def recognise_scaled_experts(module: nn.Module, known: dict[Hashable, Any]) -> S
     key = type(module), type(module).forward, names, shapes, *map(plain, (module, *children))
     if key not in known:
         try:
-            with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
+            with quietly_on_the_cpu():
                 known[key] = _checked(module, *names)
         except FAILURES as failure:
             known[key] = f"its check failed: {type(failure).__name__}"

@@ -7,7 +7,6 @@ no part.
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TypeVar, cast
 
@@ -22,6 +21,7 @@ from unsloth_fast.models.checking import (
     in_both_modes,
     inputs_of,
     plain,
+    quietly_on_the_cpu,
     refusal,
     rows_of_scales,
     sizes_of,
@@ -69,7 +69,7 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
     key = type(module), type(module).forward, shapes, tuple(sizes.items()), attributes
     if key not in known:
         try:
-            with warnings.catch_warnings(action="ignore"), torch.device("cpu"), torch.no_grad():
+            with quietly_on_the_cpu():
                 if is_norm:
                     size = shapes[0][0] if shapes else _WIDTH
                     known[key] = (_norm if taken == 1 else _gated_norm)(module, size)

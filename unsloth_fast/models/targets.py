@@ -108,6 +108,7 @@ def choose_targets(
     _check_saved(saved, modules, own_names)
     of_experts = ["gate_up_proj", "down_proj"] if asked is None and parts.asked else []
     usable = linear - routers(base, {name: modules[name] for name in linear})
+    usual = not parts.asked and (asked is None or (isinstance(asked, list) and {*_USUAL} <= {*asked}))
     asked, whole = _without_embeddings(_names(asked, usable, parts), own_names)
     saved = list(dict.fromkeys([*(saved or []), *whole])) or None
     parameters = [] if isinstance(asked, str) else _expert_parameters(base, [*asked, *of_experts], text, parts, fields)
@@ -125,6 +126,8 @@ def choose_targets(
             f"target_modules: got {asked!r}, of which {left}; allowed: {', '.join(own_names)}, or '{_ALL}'"
         )
     own = _patterns(fields.get("exclude_modules"))
+    if usual:
+        _log_left({name for name in usable - matched if not any(re.fullmatch(one, name) for one in own)}, never)
     excluded = [*own, *(_generalised(name) for name in sorted(matched - chosen))]
     pattern = "|".join(dict.fromkeys(excluded)) if excluded else None
     which = fields.get("layers_to_transform")
@@ -202,6 +205,19 @@ def _present(asked: list[str], modules: Iterable[str], parameters: list[str]) ->
             ", ".join(missing),
         )
     return list(dict.fromkeys(found)) if found or parameters else asked
+
+
+def _log_left(left: set[str], never: set[str]) -> None:
+    """Log the linear layers, such as those of mixers and shared experts, that the usual names leave without LoRA."""
+    called, read = (", ".join(sorted(set(map(_end, names)))) for names in (left - never, left & never))
+    if called:
+        also = f", nor on {read}, whose weights are read without a call" if read else ""
+        logger.warning("target_modules: no LoRA on %s, which 'all-linear' adds%s", called, also)
+
+
+def _end(path: str) -> str:
+    """The last part of a name that is not a number."""
+    return re.sub(r"(\.\d+)+$", "", path).rpartition(".")[2]
 
 
 def _expert_parameters(
