@@ -11,8 +11,8 @@ The spec of the operation declares the error before the last rounding, as terms 
 is allowed, so that an exact 0 must be 0.
 
 Gates
-    G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has any
-        and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
+    G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has
+        any and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
     G1  Each element:
             |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
