@@ -25,19 +25,19 @@ class Expert:
         slots: their tokens and their places among the token's experts.
         index: of the expert.
         weighted: [slots, H], the parts of y.
-        hidden: [slots, F], h.
         dz, dout: [slots, 2F] and [slots, H]; 0 without a backward pass.
         dx: [slots, H], the parts of dx.
+        ddown: [H, F], a sum over slots.
         dweights: [slots].
     """
 
     slots: tuple[Tensor, ...]
     index: int
     weighted: Bound
-    hidden: Bound
     dz: Bound
     dout: Bound
     dx: Bound
+    ddown: Bound
     dweights: Bound
 
 
@@ -142,7 +142,8 @@ def _joined(gate: Bound, up: Bound, interleaved: bool) -> Bound:
 def experts_of(call: Call) -> Iterator[Expert]:
     """The experts that have slots.
 
-    The gradient of an expert's weight is a sum over H of dy * out, or one over F of (dy @ down) * h, and dy * bias.
+    The gradient of an expert's weight is a sum over H of dy * out, or one over F of (dy @ down) * h, and dy * bias. The
+    weight multiplies out or h, and dy or dy @ down: of numbers that are subnormal only then, either may be rounded.
     """
     i, n, options = call.inputs, call.elements, call.options
     wide, interleaved, limit = call.wide("expert_weights"), options.get("interleaved", False), options.get("limit", inf)
@@ -171,19 +172,26 @@ def experts_of(call: Call) -> Iterator[Expert]:
         activation = rounded(activation)
         hidden = rounded(activation * up)
         out = with_bias(product(hidden, down.t(), n), "down_bias", hidden.value.shape[1])
-        weighted = added_in_float32(out.times(weight) if wide else rounded(out.times(weight)), n)
+        light = rounded(hidden.times(weight))
+        before = rounded(product(light, down.t(), n))
+        if "down_bias" in i:
+            before = rounded(before + exact(i["down_bias"][index] * weight))
+        after = out.times(weight) if wide else rounded(out.times(weight))
+        weighted = added_in_float32(_larger(after, before), n)
         dy = exact(call.grad_outputs[0][slots[0]] if call.grad_outputs else torch.zeros_like(x.value))
         dout = rounded(dy.times(weight))
-        dhidden = rounded(product(dout, down, n))
+        of_dy = rounded(product(dy, down, n))
+        dhidden = _larger(rounded(product(dout, down, n)), rounded(of_dy.times(weight)))
         dgate = _through(rounded(rounded(dhidden * up) * slope), gate_within)
         dz = _joined(dgate, _through(rounded(dhidden * activation), up_within), interleaved)
         dx = added_in_float32(rounded(product(dz, gate_up, n)), n)
         of_out = dy * out if wide else rounded(dy * out)
-        of_hidden = total((rounded(product(dy, down, n)) * hidden).t(), n)
+        of_hidden = total((of_dy * hidden).t(), n)
         if "down_bias" in i:
             of_hidden += total(dy.times(i["down_bias"][index]).t(), n)
         dweights = _larger(total(of_out.t(), n), of_hidden)
-        yield Expert(slots, index, weighted, hidden, dz, dout, dx, dweights)
+        ddown = _larger(product(dout.t(), hidden, n), product(dy.t(), light, n))
+        yield Expert(slots, index, weighted, dz, dout, dx, ddown, dweights)
 
 
 ERRORS = (

@@ -81,15 +81,15 @@ def _per_token(call: Call, name: str) -> Bound:
 
 
 def _per_expert(call: Call, name: str) -> Bound:
-    """A gradient of the experts' matrices, dz^T @ x or dout^T @ h, or biases: the sum of dz or dout."""
+    """A gradient of the experts' matrices or biases: dz^T @ x, or the sum of dz or dout."""
     found = [torch.zeros_like(call.inputs[name]) for _ in range(3)]
     for expert in experts_of(call):
-        gradient = expert.dz if name.startswith("gate_up") else expert.dout
         if name.endswith("bias"):
-            grad = total(gradient, call.elements)
+            grad = total(expert.dz if name == "gate_up_bias" else expert.dout, call.elements)
+        elif name == "gate_up":
+            grad = product(expert.dz.t(), exact(call.inputs["x"][expert.slots[0]]), call.elements)
         else:
-            x = exact(call.inputs["x"][expert.slots[0]]) if name == "gate_up" else expert.hidden
-            grad = product(gradient.t(), x, call.elements)
+            grad = expert.ddown
         for into, part in zip(found, parts(grad), strict=True):
             into[expert.index] = part
     return Bound(*found)
