@@ -34,7 +34,7 @@ class Balance:
         """
         if balance is None:
             return loss
-        kept = balance.detach().double()
+        kept = balance.detach().double().mean()  # torch.nn.DataParallel returns one per GPU
         total, training = torch.stack([kept, torch.ones_like(kept)]), trainer.model.training
         self._totals[training] = total + self._totals.get(training, 0.0)
         steps = 1 if num_items is None else trainer.current_gradient_accumulation_steps

@@ -184,6 +184,22 @@ def test_a_larger_size_begins_anew() -> None:
     assert sizes == [[], [256], [256], [512], [512, 256], [512, 256]]
 
 
+def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most an eighth above its tokens, instead of a new one; a batch without padding keeps its own, and its bits."""
+    monkeypatch.setattr(graphs, "padded_size", lambda tokens: -(-tokens // 16) * 16)
+    model = model_of()
+    padded, small, whole = batch(60, 60, 60, 55), batch(60, 60, 60, 46), batch(60, 60, 60, 60)
+    with graphs.recorded(model):
+        graphs_after(model, FULL, OTHER)
+        for each, sizes in ((padded, [256]), (whole, [256]), (padded, [256]), (small, [256, 240]), (whole, [256, 240])):
+            found, expected = passes(model, each), passes(model_of(), each)
+            pairs = list(zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True))
+            assert all((one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-9 for one, other in pairs)
+            assert each is not whole or same(found, expected)
+            assert list(stack_graphs(model)._recordings) == sizes
+        assert [one._forward.replays for one in stack_graphs(model)._recordings.values()] == [3, 2]
+
+
 @pytest.mark.parametrize(
     ("tokens", "size"), [(1, 256), (257, 512), (2049, 2304), (4096, 4096), (4097, 4608), (8193, 9216)]
 )

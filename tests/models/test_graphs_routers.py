@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import output_capturing
 
+from tests.models import zoo
 from tests.models.recorder import (
     FULL,
     ON_GPU,
@@ -51,7 +52,7 @@ def close(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
     return all((one - other).abs().max() <= 1e-4 * other.abs().max() + 1e-8 for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "granitemoehybrid"])
+@pytest.mark.parametrize("name", zoo.BALANCED)
 @pytest.mark.parametrize("lora", [True, False])
 def test_recorded_experts_have_the_bits_of_the_others(name: str, lora: bool) -> None:
     """Losses, routers' logits and gradients, accumulated or not; a padded batch may sum in another order."""

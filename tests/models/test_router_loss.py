@@ -33,7 +33,7 @@ def batches() -> dict[str, dict[str, Any]]:
     return {"padded": padded, "packed": collate([{"input_ids": document} for document in documents]).as_dict()}
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "granitemoehybrid", "qwen2_moe"])
+@pytest.mark.parametrize("name", zoo.BALANCED)
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_it_is_that_of_the_untouched_model(name: str, form: str, whole: bool) -> None:

@@ -16,7 +16,7 @@ from tests.models import zoo
 from unsloth_fast import backends
 from unsloth_fast.loss_choice import choose_loss, reason_for_trl_loss
 
-BALANCED = {"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}
+BALANCED: dict[str, Any] = {"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 
 
@@ -39,7 +39,7 @@ def trainer_with(model: Any = None, **options: Any) -> Any:
 
 def doge() -> Any:
     """A model whose load-balancing loss has another function."""
-    sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, is_moe=True, num_experts=16))
 
 

@@ -6,10 +6,10 @@ runs three times for packed batches of a size: once as usual, and for the second
 while CUDA records what it launches. From then on the inputs of a batch are copied to where the recorded kernels read
 them, and the recording is replayed. The output head, the loss and the optimizer run as usual.
 
-A batch is padded within the stack to the next size: a multiple of 256 tokens, above 4096 one of 512, and so on. The
-padding is one more document, whose outputs are cut off, so that its gradients are 0. Batches of a size without padding
-have the bits that they have without graphs; others may differ by the rounding of matrix products with another number of
-rows.
+A batch is padded within the stack to the next size: a multiple of 256 tokens, above 4096 one of 512, and so on; or, if
+that is not recorded, to a recorded one that is at most an eighth above its tokens. The padding is one more document,
+whose outputs are cut off, so that its gradients are 0. Batches of a size without padding have the bits that they have
+without graphs; others may differ by the rounding of matrix products with another number of rows.
 
 The recordings share their memory (`recording.Memory`), which holds the activations of the largest size for as long as
 they exist; a larger size begins anew. While a replayed forward pass waits for its backward pass, others run as without
@@ -165,7 +165,7 @@ class StackGraphs:
         routers = bool(kwargs.get(_ROUTERS, usual))
         if self._memory.is_awaited() or not self._is_recordable(stack, routers):
             return None
-        size = padded_size(kwargs["input_ids"].shape[1])
+        size = self._size_for(kwargs["input_ids"].shape[1])
         if size > self._largest:
             self._say(f"batches of more than {self._largest} tokens{self._for_want}")
             return None
@@ -176,6 +176,17 @@ class StackGraphs:
         if size not in self._recordings and self._seen[size] >= self._recorded_at and len(self._recordings) < MOST:
             self._record(run if routers == usual else partial(run, **{_ROUTERS: routers}), size, kwargs)
         return self._recordings.get(size)
+
+    def _size_for(self, tokens: int) -> int:
+        """The size that a batch is padded to: for one that needs padding, possibly a larger one that is recorded.
+
+        A size of its own would take more memory, beside that of the recordings when it is new. The padding is at most
+        the share that `padded_size` may add.
+        """
+        size = padded_size(tokens)
+        if size in self._recordings or size == tokens:
+            return size
+        return min((one for one in self._recordings if size < one <= tokens * 9 // 8), default=size)
 
     def _is_recordable(self, stack: PreTrainedModel, routers: bool) -> bool:
         """Whether the stack as it is can be recorded; drops what was recorded if it has changed since then.
