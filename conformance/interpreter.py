@@ -4,7 +4,7 @@ The interpreter truncates float32 to bfloat16, so the gates must know which resu
 patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
 is true if that happened in a block of code. What a module imports makes no difference.
 
-`patch_for_speed` replaces two private functions of the same module, and three methods of `triton.language`, without
+`patch_for_speed` replaces two private functions of the same module, and five methods of `triton.language`, without
 changing what the interpreter computes:
 
     _patch_lang      Triton replaces the functions of `triton.language` by interpreted ones at every call of a device
@@ -15,9 +15,12 @@ changing what the interpreter computes:
                      of the same elements share their attributes.
     tensor           The same for its shape, which depends on its type alone.
     broadcast_impl_value  Triton finds the common shape of two operands that have the same.
+    binary_op_type_checking_impl  Triton finds the common type of two operands that have the same.
+    binary_op_sanitize_overflow_impl  Triton computes whether an operation of integers overflows, by eight others, and
+                     drops what it found unless the option `debug` is set, which it never is.
 
-These repetitions take half of the time of the project's kernels in the interpreter. A version of Triton that lacks one
-of these functions stays as it is there.
+This takes two thirds of the time of the project's kernels in the interpreter. A version of Triton that lacks one of
+these functions stays as it is there.
 
 `patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
 
@@ -103,6 +106,9 @@ def patch_for_speed() -> None:
     core.tensor.__init__ = _shared_shapes(core.tensor.__init__)
     semantic: Any = importlib.import_module("triton.language.semantic").TritonSemantic
     semantic.broadcast_impl_value = _broadcast_of_others(semantic.broadcast_impl_value)
+    semantic.binary_op_type_checking_impl = _types_of_others(semantic.binary_op_type_checking_impl)
+    if hasattr(semantic, "binary_op_sanitize_overflow_impl"):
+        semantic.binary_op_sanitize_overflow_impl = _only_in_debugging(semantic.binary_op_sanitize_overflow_impl)
 
 
 @cache
@@ -219,6 +225,31 @@ def _broadcast_of_others(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[
         one, other = (vars(operand.type).get("shape") for operand in (lhs, rhs))
         same = one is other or (one is not None and other is not None and [*one] == [*other])
         return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
+    return method
+
+
+def _types_of_others(checked: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces `binary_op_type_checking_impl`: operands of the same type are not converted, except for a quotient."""
+
+    @wraps(checked)
+    def method(self: Any, lhs: Any, rhs: Any, *allowed: bool, **how: bool) -> Any:
+        one, other = (getattr(operand, "dtype", None) for operand in (lhs, rhs))  # a number has none
+        quotient = len(allowed) > 3 or how.get("div_or_mod")
+        if one is None or other is None or one.name != other.name or one.is_ptr() or quotient:
+            return checked(self, lhs, rhs, *allowed, **how)
+        return self.broadcast_impl_value(lhs, rhs)
+
+    return method
+
+
+def _only_in_debugging(check: Callable[[Any, Any, Any, Any], None]) -> Callable[[Any, Any, Any, Any], None]:
+    """Replaces `binary_op_sanitize_overflow_impl`, whose finding becomes an assertion only where `debug` is set."""
+
+    @wraps(check)
+    def method(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        if self.builder.options.debug:
+            check(self, lhs, rhs, binary_op)
 
     return method
 

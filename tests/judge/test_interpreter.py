@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from conformance import backends
 from conformance.gates import Failure
@@ -18,8 +19,10 @@ from conformance.interpreter import (
     _broadcast_of_others,
     _Memoised,
     _OncePerLaunch,
+    _only_in_debugging,
     _shared_shapes,
     _shared_types,
+    _types_of_others,
     reads,
 )
 from conformance.properties import PROPERTIES
@@ -28,6 +31,12 @@ from conformance.trial import Run, Trial
 from unsloth_ref import kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is selected for the whole process")
+
+PATCHED = {
+    "broadcast_impl_value": _broadcast_of_others,
+    "binary_op_type_checking_impl": _types_of_others,
+    "binary_op_sanitize_overflow_impl": _only_in_debugging,
+}
 
 
 @pytest.fixture
@@ -41,8 +50,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
     for kind in (tl.core.block_type, tl.core.tensor):
         monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
-    method = tl.semantic.TritonSemantic.broadcast_impl_value
-    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", method.__wrapped__)
+    for name in PATCHED:
+        monkeypatch.setattr(tl.semantic.TritonSemantic, name, getattr(tl.semantic.TritonSemantic, name).__wrapped__)
     return module
 
 
@@ -132,14 +141,57 @@ def test_shared_attributes_give_the_same_bits(interpreter: ModuleType, monkeypat
     wanted = loss_and_gradient()
     monkeypatch.setattr(tl.core.block_type, "__init__", _shared_types(tl.core.block_type.__init__))
     monkeypatch.setattr(tl.core.tensor, "__init__", _shared_shapes(tl.core.tensor.__init__))
-    method = tl.semantic.TritonSemantic.broadcast_impl_value
-    monkeypatch.setattr(tl.semantic.TritonSemantic, "broadcast_impl_value", _broadcast_of_others(method))
+    for name, patched in PATCHED.items():
+        monkeypatch.setattr(tl.semantic.TritonSemantic, name, patched(getattr(tl.semantic.TritonSemantic, name)))
     assert all(torch.equal(one, other) for one, other in zip(loss_and_gradient(), wanted, strict=True))
     first, second = (tl.core.tensor(handle, tl.core.block_type(tl.float32, [4, 8])) for handle in (1, 2))
     assert first.shape is second.shape and first.type == second.type
     assert (first.handle, second.handle) == (1, 2)
     other = tl.core.tensor(3, tl.core.block_type(tl.int32, [4, 8]))
     assert other.type != first.type and other.dtype == tl.int32
+
+
+@triton.jit
+def arithmetic_kernel(x_ptr, other_ptr, y_ptr, OPERATION: tl.constexpr):
+    """One operation of 16 pairs of numbers."""
+    place = tl.arange(0, 16)
+    x, other = tl.load(x_ptr + place), tl.load(other_ptr + place)
+    if OPERATION == "+":
+        y = x + other
+    elif OPERATION == "-":
+        y = x - other
+    elif OPERATION == "*":
+        y = x * other
+    else:
+        y = x / other
+    tl.store(y_ptr + place, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int32, torch.int8])
+@pytest.mark.parametrize("operation", ["+", "-", "*", "/"])
+def test_operands_of_one_type_give_the_same_bits(
+    interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch, operation: str, dtype: torch.dtype
+) -> None:
+    launched: Any = arithmetic_kernel
+    operands = (30 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
+    wanted, found = torch.zeros(2, 16)
+    launched[(1,)](*operands, wanted, OPERATION=operation)
+    for name, patched in PATCHED.items():
+        monkeypatch.setattr(tl.semantic.TritonSemantic, name, patched(getattr(tl.semantic.TritonSemantic, name)))
+    launched[(1,)](*operands, found, OPERATION=operation)
+    assert torch.equal(found, wanted) and wanted.count_nonzero() > 8
+
+
+def test_an_overflow_is_found_in_debugging_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.load("fast", "cpu")
+    module: Any = importlib.import_module("triton.runtime.interpreter")
+    launched: Any = arithmetic_kernel
+    x, y = torch.full((16,), 2**31 - 1, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    launched[(1,)](x, torch.ones_like(x), y, OPERATION="+")
+    assert y.eq(-(2**31)).all()
+    monkeypatch.setattr(module.interpreter_builder, "options", module.InterpreterOptions(debug=True))
+    with pytest.raises(InterpreterError, match="AssertionError"):
+        launched[(1,)](x, torch.ones_like(x), y, OPERATION="+")
 
 
 @pytest.mark.parametrize(("shape", "error"), [([4.0], TypeError), ([3], ValueError), ([], TypeError)])

@@ -179,6 +179,6 @@ def test_the_command_line_fails_a_wrong_kernel_and_the_printed_line_fails_again(
 
 def test_the_command_line_passes_a_right_kernel() -> None:
     arguments = ("swiglu", "--backend", "tests.judge.right.swiglu_by_sigmoid", "--device", "cpu", "--property", "value")
-    ran = conformance("run", *arguments)
+    ran = conformance("run", *arguments, "--jobs", "1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "0 of 3 checks failed" in ran.stdout

@@ -1,11 +1,8 @@
 """The judge fails every wrong training piece by the expected properties, and passes every right one."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -14,13 +11,13 @@ from hypothesis import given
 
 import unsloth_fast.training
 import unsloth_ref.training
+from conformance.cli import main
 from conformance.piece import PieceCase
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.runner import Task, run
 from conformance.search import Result
 
-ROOT = Path(__file__).parents[2]
 HERE = "tests.judge.pieces"
 FILES = {file.name: import_module(f"{HERE}.{file.name}") for file in iter_modules(import_module(HERE).__path__)}
 WRONG = {f"{HERE}.{path}.{name}": e for path, file in FILES.items() for name, e in file.collected.wrong.items()}
@@ -102,30 +99,24 @@ def test_an_invalid_case_is_rejected(line: str, why: str) -> None:
         pieces()["pack"].parse(line)
 
 
-def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m conformance` in the root of the project."""
-    return subprocess.run(
-        [sys.executable, "-m", "conformance", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_the_command_line_fails_a_wrong_piece_and_prints_a_line_that_reproduces_it() -> None:
-    ran = conformance("run", "pack", "--backend", f"{HERE}.pack.short_integers", "--property", "structure", "order")
-    assert ran.returncode == 1, ran.stderr
-    assert "FAIL pack / structure: offsets is torch.int32 [1] on cpu, should be int64" in ran.stdout
-    assert "smallest case: lengths=[] capacity=1 strategy=bfd\n" in ran.stdout
-    assert "1 of 2 checks failed" in ran.stdout
-    (line,) = [line for line in ran.stdout.splitlines() if "reproduce:" in line]
+def test_the_command_line_fails_a_wrong_piece_and_prints_a_line_that_reproduces_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    properties = ("--property", "structure", "order")
+    assert main(["run", "pack", "--backend", f"{HERE}.pack.short_integers", *properties, "--jobs", "1"]) == 1
+    ran = capsys.readouterr().out
+    assert "FAIL pack / structure: offsets is torch.int32 [1] on cpu, should be int64" in ran
+    assert "smallest case: lengths=[] capacity=1 strategy=bfd\n" in ran
+    assert "1 of 2 checks failed" in ran
+    (line,) = [line for line in ran.splitlines() if "reproduce:" in line]
     command, case = line.partition("conformance ")[2].rstrip("'").split(" '")
-    again = conformance(*command.split(), case)
-    assert again.returncode == 1, again.stderr
-    assert "FAIL pack / structure: offsets is torch.int32" in again.stdout
-    right = conformance("repro", case, "--backend", f"{HERE}.pack.by_bisection")
-    assert right.returncode == 0, right.stderr
-    assert right.stdout.startswith("ok   pack / structure: PackCase(lengths=(), capacity=1")
+    assert main([*command.split(), case]) == 1
+    assert "FAIL pack / structure: offsets is torch.int32" in capsys.readouterr().out
+    assert main(["repro", case, "--backend", f"{HERE}.pack.by_bisection"]) == 0
+    assert capsys.readouterr().out.startswith("ok   pack / structure: PackCase(lengths=(), capacity=1")
 
 
-def test_an_unknown_property_is_rejected_with_the_names_of_the_known_ones() -> None:
-    ran = conformance("repro", "pack value lengths=[1] capacity=2")
-    assert ran.returncode == 2
-    assert "got 'value'" in ran.stderr and "tokens_kept" in ran.stderr
+def test_an_unknown_property_is_rejected_with_the_names_of_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["repro", "pack value lengths=[1] capacity=2"]) == 2
+    printed = capsys.readouterr().err
+    assert "got 'value'" in printed and "tokens_kept" in printed
