@@ -18,8 +18,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from conformance.models.shrinking import tiny_config
 from unsloth_fast.models.loading import model_class
@@ -108,6 +111,11 @@ class Subject:
 def architectures() -> list[str]:
     """The names of transformers' architectures that have a causal language model."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def image_text_architectures() -> list[str]:
+    """The names of the others that have an image-text model, whose text part is judged."""
+    return [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in architectures()]
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor
 
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype, experts: str | None) -> Any:
     options = {} if experts is None else {"experts_implementation": experts}
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
+    return model_class(config).from_config(copy.deepcopy(config), dtype=dtype, **options)
 
 
 def _first_line(failure: Exception) -> str:

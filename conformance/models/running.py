@@ -96,6 +96,8 @@ def _recording(model: nn.Module, mask: Tensor, parts: dict[str, list[Tensor]]) -
 
     def record(name: str, outputs: Any) -> None:
         states = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
+        if isinstance(states, Tensor) and states.shape[:2] == mask.T.shape != mask.shape:  # tokens come first
+            states = states.transpose(0, 1)
         if isinstance(states, Tensor) and states.shape[:2] == mask.shape and states.is_floating_point():
             calls[name] = calls.get(name, 0) + 1
             called = f"{name}, call {calls[name]}" if calls[name] > 1 else name

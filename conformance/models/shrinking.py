@@ -135,6 +135,7 @@ def _take(values: Iterable[int], count: int) -> list[int]:
 
 
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONS = _PLAIN | {"mrope_section": [HEAD // 4, HEAD // 8, HEAD // 8]}  # of half a head
 _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 # Where fields depend on each other in ways that their names do not tell, or where the default has one kind of layer.
 _ADAPTED: dict[str, dict[str, Any]] = {
@@ -163,6 +164,9 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
+    "mistral4": {"head_dim": 2 * HEAD},  # with rope and without
+    "qwen2_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},
     "qwen4_exp_text": {
         "indexer_n_heads": KEY_HEADS,
         "indexer_kv_heads": 1,

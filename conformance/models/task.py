@@ -6,10 +6,11 @@ import logging
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,14 +84,14 @@ def _trial(name: str, random: bool, dtype: str, backend: str, device: str, data:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, and what libraries say of tiny models; a failure says what is wrong."""
+    """Silence progress bars, and what libraries say or print of tiny models; a failure says what is wrong."""
     import_module("transformers.utils.logging").disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("transformers", "unsloth_fast", "peft", "torch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

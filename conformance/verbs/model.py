@@ -185,11 +185,11 @@ def _check_model(name: str) -> None:
 
 
 def _architectures(asked: Sequence[str]) -> list[str]:
-    from conformance.models.building import architectures
+    from conformance.models.building import architectures, image_text_architectures
 
-    allowed = architectures()
     if "all" in asked:
-        return allowed
+        return architectures()
+    allowed = [*architectures(), *image_text_architectures()]
     for name in asked:
         if name not in allowed:
             few = f"all, or one of transformers' {len(allowed)}, such as {', '.join(allowed[:3])}"

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conformance.gates import Unchecked
 from conformance.laws import LAWS
-from conformance.models.building import NotBuilt, Subject
+from conformance.models.building import NotBuilt, Subject, architectures, image_text_architectures
+from conformance.models.task import ModelTask
 from conformance.models.trial import ModelTrial
 from conformance.runner import run
 from conformance.search import Result
@@ -46,6 +47,15 @@ def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
     assert tiny.num_parameters() < 10**5
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral4"])
+def test_the_text_part_of_an_image_text_model_is_judged(name: str) -> None:
+    """It has a name for `--config`, although transformers has no causal language model of it."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    assert name in image_text_architectures() and name not in architectures()
+    assert LAWS["gradients"].check(trial_of(name))
+
+
 @pytest.mark.parametrize("name", ["doge", "ctrl", "lara_mini"])
 def test_documents_apart_in_a_model_of_its_own_kind(name: str) -> None:
     """Another kernel without gradients; embeddings changed in place; a mixer that untouched takes no packed rows."""
@@ -69,6 +79,20 @@ def test_a_model_that_is_not_trained_is_skipped_by_every_law() -> None:
     for law in LAWS.values():
         with pytest.raises(Unchecked):
             law.check(trial)
+
+
+def test_hidden_states_with_the_tokens_first_are_those_of_the_documents() -> None:
+    """XLNet's layers return [S, B, H]; a document of one token alone looks the same in both orders."""
+    trial = trial_of("xlnet")
+    assert LAWS["gradients"].check(trial)
+    states = trial.truth.peer["the hidden states of transformer.layer.0"]
+    assert len(states) == sum(trial.documents.lengths)
+
+
+def test_what_a_model_prints_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Reformer's code prints while it generates."""
+    result = ModelTask("reformer", True, "generated", "float32", "reference", "cpu")()
+    assert (result.verdict, capsys.readouterr().out) == ("pass", "")
 
 
 def rows(*results: Result) -> dict[str, str]:
