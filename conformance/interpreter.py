@@ -20,7 +20,8 @@ changing what the interpreter computes:
                      drops what it found unless the option `debug` is set, which it never is.
 
 This takes two thirds of the time of the project's kernels in the interpreter. A version of Triton that lacks one of
-these functions stays as it is there.
+these functions stays as it is there. One more function, `_patch_lang_tensor`, is replaced so that Triton 3.6 runs with
+NumPy 2.4: a bound of a loop is an array of one number, which NumPy converts no more.
 
 `patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
 
@@ -99,6 +100,7 @@ def patch_for_speed() -> None:
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
+        interpreter._patch_lang_tensor = _with_indices(interpreter._patch_lang_tensor)
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _Memoised(interpreter._get_np_dtype)
     core: Any = importlib.import_module("triton.language.core")
@@ -185,6 +187,17 @@ class _OncePerLaunch:
         for owner, name, before in scope._changes:  # the first change of a name has the value before the patch
             known.setdefault((owner, name), (before, getattr(owner, name)))
         return scope
+
+
+def _with_indices(patch_tensor: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Replaces `_patch_lang_tensor`: an array of one number, whatever its dimensions, is an integer."""
+
+    @wraps(patch_tensor)
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
 
 
 def _shared_types(make: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:

@@ -53,6 +53,7 @@ SEAMS = (
     Seam("triton.language.semantic.TritonSemantic.broadcast_impl_value", "replaced: operands of the same shape"),
     Seam("triton.language.semantic.TritonSemantic.binary_op_type_checking_impl", "replaced: operands of the same type"),
     Seam("triton.language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl", "replaced: only in debugging"),
+    Seam("triton.runtime.interpreter._patch_lang_tensor", "replaced: arrays of one number are integers"),
     Seam("triton.runtime.interpreter._get_np_dtype", "replaced: keeps its results"),
     Seam("triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts the kernels that the interpreter runs"),
     Seam("triton.runtime.interpreter.GridExecutor._init_args_hst", "replaced: sees the tensors of a launch"),

@@ -3,9 +3,10 @@
 import importlib
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -23,6 +24,7 @@ from conformance.interpreter import (
     _shared_shapes,
     _shared_types,
     _types_of_others,
+    _with_indices,
     reads,
 )
 from conformance.properties import PROPERTIES
@@ -60,6 +62,15 @@ def loss_and_gradient() -> tuple[Tensor, Tensor]:
     logits = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss = backends.load("fast", "cpu").functions["cross_entropy"](logits, torch.arange(6))
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def test_an_array_of_one_number_is_an_integer() -> None:
+    """Such as the bound of a loop; Triton 3.6 leaves it to NumPy, which refuses one with dimensions since 2.4."""
+    changed: dict[str, Any] = {}
+    scope = SimpleNamespace(set_attr=lambda owner, name, value: changed.update({name: value}))
+    _with_indices(lambda tensor, scope: None)(object, scope)
+    one = SimpleNamespace(handle=SimpleNamespace(data=np.array([3], dtype=np.int32)))
+    assert changed["__index__"](one) == 3
 
 
 def test_fewer_patches_give_the_same_bits(interpreter: Any) -> None:

@@ -192,3 +192,14 @@ def test_the_judge_checks_a_kernel_that_ends_the_process_of_the_oracles(monkeypa
     (found,) = measure.measure([one], "cpu", "dev", 1, lambda found: None)["kernels"]
     assert set(found["rejected_by"]) == set(found["asked"]) == {measure.JUDGE, *(o.name for o in ORACLES)} - {"liger"}
     assert [finding["property"] for finding in found["findings"]] == ["value"]
+
+
+def test_mutants_of_a_kernel_that_fails_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(tasks: list[Task], on_result: Callable[[Task, Result], None], **how: int) -> None:
+        (task,) = tasks
+        on_result(task, Result(task.op, task.property, task.dtype, "fail", message="raised InterpreterError"))
+
+    monkeypatch.setattr(measure, "run", run)
+    mutant = next(kernel for kernel in measure.kernels("cpu") if kernel.population == "mutants")
+    with pytest.raises(RuntimeError, match=f"{mutant.op}: the kernel without a change fails value: raised Interp"):
+        measure.measure([mutant], "cpu", "dev", 1, lambda found: None)

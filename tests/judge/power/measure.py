@@ -1,7 +1,7 @@
 """Runs the judge and the oracles of other projects on every wrong and every right kernel of the tests."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -104,6 +104,9 @@ def measure(
         {"meta": versions and settings, "kernels": [{"backend", "op", "population", "asked", "rejected_by", "findings",
         "cases"}]}; an oracle without a tolerance for an operation is absent from the kernel's "asked". The judge leaves
         a wrong kernel at its first finding.
+
+    Raises:
+        RuntimeError: a kernel without a change fails too, so that its mutants show nothing.
     """
     oracles: list[Task] = [_Oracles(kernel.backend, kernel.op, "oracles", None, device) for kernel in chosen]
     tasks: list[Task] = []
@@ -119,6 +122,7 @@ def measure(
         waiting[task.backend].add(task)
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the worker processes import triton with this module
+    _demand_passes({kernel.op for kernel in chosen if kernel.population == "mutants"}, device, profile, jobs)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     rejected: dict[str, set[str]] = {kernel.backend: set() for kernel in chosen}
     judged: dict[str, list[Result]] = {kernel.backend: [] for kernel in chosen}
@@ -161,3 +165,13 @@ def measure(
     run([task for task in tasks if task.backend not in right], on_result, jobs=jobs, stop_at_failure=True)
     run([task for task in tasks if task.backend in right], on_result, jobs=jobs)
     return found()
+
+
+def _demand_passes(ops: Iterable[str], device: str, profile: str, jobs: int) -> None:
+    """Raise unless the kernels that mutants are made from pass: with some versions, all of them might fail."""
+
+    def on_result(task: Task, result: Result) -> None:
+        if result.verdict == "fail":
+            raise RuntimeError(f"{task.op}: the kernel without a change fails {task.property}: {result.message}")
+
+    run([_Check("fast", op, "value", "float32", device, profile) for op in sorted(ops)], on_result, jobs=jobs)
