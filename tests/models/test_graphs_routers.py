@@ -92,7 +92,7 @@ def test_each_loss_has_its_own_gradients() -> None:
             inputs = {name: value for name, value in OTHER.items() if name != "labels"}
             outputs = model(**inputs, use_cache=False, output_router_logits=True)
             losses = outputs.logits.square().sum(), outputs.aux_loss, outputs.router_logits[0].square().sum()
-            for loss in (*losses, sum(losses)):
+            for loss in (*losses, torch.stack(losses).sum()):
                 grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
                 pairs = zip(weights, grads, strict=True)
                 found.append([torch.zeros_like(one) if grad is None else grad for one, grad in pairs])
