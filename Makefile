@@ -33,13 +33,17 @@ TELLING := value gradients metadata inputs_untouched determinism guard_writes gu
 # What was measured about the judge and the gate.
 POWER := docs/results/power
 
-.PHONY: demo test trainer lint types floors conformance bench figures
+.PHONY: demo test suite trainer lint types floors conformance bench figures
 
 demo: $(READY)
 	$(PY) -m conformance run --profile dev --dtype float32 --property $(TELLING)
 	$(PY) examples/first_run.py
 
-test: lint types floors $(READY)
+# Two at a time, as pyright would leave a core idle for a minute.
+test: $(READY)
+	$(MAKE) --no-print-directory --jobs=2 lint floors types suite
+
+suite: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 trainer: $(READY)

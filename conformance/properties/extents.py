@@ -9,7 +9,7 @@ from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Trial
 
-SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (17, 31), (5, 127), (5, 128), (5, 129), (129, 3))
+SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (129, 3), (17, 31), (5, 127), (5, 128), (5, 129))
 SUMMED = (1031, 257)  # for sums over rows in 16 bits; with so many columns that their errors are a statistic
 WIDE = (1021, 1024, 1025, 2560, 4096, 5120, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
 MANY_ROWS = 70_001  # more than 65535, the limit of a grid's second and third axis

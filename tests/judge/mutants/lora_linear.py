@@ -20,7 +20,6 @@ TABLE = {
     "gradient_of_a_wide_adapter_rounded": one(
         "da = product(dlow, rows, lora_a.dtype)",
         "da = product(dlow, rows, x.dtype).to(lora_a.dtype)",
-        "gradients",
         "extents",
         dtype="bfloat16",
     ),

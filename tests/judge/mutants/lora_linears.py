@@ -31,7 +31,6 @@ TABLE = {
     "da_of_a_wide_adapter_rounded": one(
         "product(dlow, rows, dtype_of_all(x, lora_a))",
         "product(dlow, rows, x.dtype).to(dtype_of_all(x, lora_a))",
-        "gradients",
         "extents",
         dtype="bfloat16",
     ),

@@ -73,7 +73,7 @@ TABLE = {
         "[3], [one[0] and len(one) == 1 for one in of_weights]", "[3], [False for one in of_weights]", "gradients"
     ),
     "da_of_a_wide_adapter_rounded": one(
-        "dtype_of_all(x, lora_a[:2])\n    if", "x.dtype\n    if", "gradients", "extents", dtype="bfloat16"
+        "dtype_of_all(x, lora_a[:2])\n    if", "x.dtype\n    if", "extents", dtype="bfloat16"
     ),
     "da_of_gate_for_up": one("enumerate(below) if needs[2][i]", "enumerate(below[::-1]) if needs[2][i]", "gradients"),
     "rank_of_gate_when_compiled": one(

@@ -61,7 +61,6 @@ TABLE = {
     "rates_of_at_most_4": one(
         "a = tl.load(a_ptr + head).to(tl.float32)\n    state",
         "a = tl.maximum(tl.load(a_ptr + head).to(tl.float32), -4.0)\n    state",
-        "argument_kinds",
         "extents",
     ),
     "second_derivative_zero": one(*LYING),

@@ -9,7 +9,7 @@ TABLE = {
         "value",
     ),
     "indices_read_as_if_in_one_piece": one(
-        "slots, experts, share, *indices.stride(),", "slots, experts, share, share, 1,", "layouts"
+        "slots, experts, share, *indices.stride(),", "slots, experts, share, share, 1,", "value"
     ),
     "token_of_a_slot_by_remainder": one(
         "return tl.load(order_ptr + row, inside, other=0) // share",
