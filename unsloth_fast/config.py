@@ -175,7 +175,7 @@ def check_fields(args: SFTConfig, names: Container[str] | None = None) -> None:
         backends.parse(backend)
 
 
-def _check_bfloat16(args: SFTConfig) -> None:
+def _check_bfloat16(args: UnslothTrainingArguments) -> None:
     """Refuse bfloat16, TRL's default, where no device has it. transformers' message names no field.
 
     Raises:

@@ -164,6 +164,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "mamba2": {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
+    "muse_glimmer": {"projector_hidden_size": HIDDEN, "out_hidden_size": 4 * HIDDEN},
     "mistral4": {"head_dim": 2 * HEAD},  # with rope and without
     "qwen2_vl_text": {"rope_parameters": _SECTIONS},
     "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},

@@ -47,7 +47,7 @@ FAMILIES: dict[str, str] = {
     "GLM-4.5, 4.6": "glm4_moe",
     "GLM-4.7-Flash": "glm4_moe_lite",
     "GLM-5": "glm_moe_dsa",
-    "DeepSeek V3, Kimi K2": "deepseek_v3",
+    "DeepSeek V3": "deepseek_v3",
     "DeepSeek V3.2": "deepseek_v32",
     "DeepSeek V4": "deepseek_v4",
     "Granite 4": "granitemoehybrid",

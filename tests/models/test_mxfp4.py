@@ -63,7 +63,7 @@ def test_experts_are_converted_and_train(folder: Path, caplog: pytest.LogCapture
     assert line in caplog.messages and "experts are not quantised" not in caplog.text
     model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=False)
     model(TOKENS, labels=TOKENS).loss.backward()
-    adapted = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     assert len(adapted) == 4
     assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in adapted)
 

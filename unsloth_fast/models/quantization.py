@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import Mxfp4Config
 
 from unsloth_fast.models import kinds
 
@@ -250,7 +251,8 @@ def routers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]
 def _counts(model: PreTrainedModel) -> set[int]:
     """The numbers of outputs of a model's routers; of most of them the number of experts."""
     config = model.config.get_text_config()
-    return {getattr(config, name, None) for name in _ROUTED} - {None, 0, 1}
+    counts: set[Any] = {getattr(config, name, None) for name in _ROUTED}
+    return counts - {None, 0, 1}
 
 
 def _outputs(layer: Any) -> int:
