@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -282,19 +281,6 @@ def test_errors_of_the_training_keep_their_traceback(
     monkeypatch.setattr("unsloth_fast.UnslothTrainer.train", train)
     with pytest.raises(ValueError, match="in training"):
         run(tmp_path, config)
-
-
-def test_the_example_names_an_unknown_backend(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The script exits with status 2 before any work."""
-    example = Path(__file__).parents[2] / "examples" / "first_run.py"
-    monkeypatch.syspath_prepend(str(example.parent))  # as for a script: it imports its parts
-    monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(example), run_name="__main__")
-    assert stop.value.code == 2
-    assert "error: argument --backends: backend: got 'foo'; allowed: 'auto'" in capsys.readouterr().err
 
 
 def test_a_broken_chat_template(tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

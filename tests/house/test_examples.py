@@ -121,3 +121,16 @@ def test_embeddings_have_a_learning_rate_of_their_own(
     monkeypatch.setattr(torch.optim, "AdamW", spy)
     trained(capsys, "reference")
     assert set(seen) == {("base", 1e-2), ("embedding", 1e-3)}
+
+
+def test_the_first_run_names_an_unknown_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script exits with status 2 before any work."""
+    example = EXAMPLES / "first_run.py"
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script: it imports its parts
+    monkeypatch.setattr("sys.argv", [str(example), "--backends", "reference", "foo"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(example), run_name="__main__")
+    assert stop.value.code == 2
+    assert "error: argument --backends: backend: got 'foo'; allowed: 'auto'" in capsys.readouterr().err
