@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
@@ -188,3 +189,20 @@ def test_the_home_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(cache))
     Dataset.from_dict({"text": tiny.texts(2)}).to_json(cache / "data.jsonl")
     assert len(load("~/data.jsonl")["train"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "backend: 'fast' cannot run here: no CUDA device (to run the kernels on a CPU, slowly, set TRITON_IN"),
+        ("reference", "bf16: got True (TRL's default), and torch finds no GPU with bfloat16; allowed: use_cpu=True"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, message: str
+) -> None:
+    """The backend, or the fields to set, and not only TRL's default precision, which the user did not set."""
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    assert cli.main(["sft", "--model_name_or_path", "m", "--dataset_name", "d", "--backend", backend]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"unsloth-fast: error: {message}")

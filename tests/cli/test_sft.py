@@ -163,29 +163,6 @@ def test_a_usage_error_is_one_line(
     assert message in errors[0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        ("fast", "backend: 'fast' cannot run here: no CUDA device (to run the kernels on a CPU, slowly, set TRITON_IN"),
-        ("reference", "bf16: got True (TRL's default), and torch finds no GPU with bfloat16; allowed: use_cpu=True"),
-    ],
-)
-def test_a_machine_without_a_gpu_is_named(
-    tmp_path: Path,
-    config: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    backend: str,
-    message: str,
-) -> None:
-    """The backend, or the fields to set, and not TRL's default precision alone, of which the user set nothing."""
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    changed = config | {"backend": backend}
-    assert run(tmp_path, {name: value for name, value in changed.items() if name not in ("use_cpu", "bf16")}) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"unsloth-fast: error: {message}")
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -155,7 +155,7 @@ def test_a_model_without_a_result_stops_no_other() -> None:
 def test_models_are_counted_by_what_became_of_them() -> None:
     verdicts: Any = {"a": ["pass"], "b": ["pass", "skip"], "c": ["pass", "fail", "skip"], "d": ["skip"]}
     results = [Result(op, "layers", "float32", v) for op, all_of in verdicts.items() for v in all_of]
-    assert verb._counted(results) == "4 models: 1 pass, 1 pass with laws skipped, 1 fail, 1 not judged"
+    assert verb._counted(results) == "4 models: 2 pass (1 of them with laws skipped), 1 fail, 1 not judged"
 
 
 def test_an_encoder_decoder_is_refused_in_one_sentence() -> None:
