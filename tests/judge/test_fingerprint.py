@@ -1,8 +1,11 @@
 """`conformance fingerprint` compiles kernels for GPUs that this machine does not have, and reads their properties."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +42,57 @@ SPILLS = {
 }
 
 
-def fingerprint(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in another process: in this one Triton interprets kernels."""
-    command = [sys.executable, "-m", "conformance", "fingerprint", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+# Runs each line of its input as a command in a child: importing triton and the judge takes as long as most commands.
+SERVER = """
+import json, os, sys
+from conformance import fingerprint
+from conformance.cli import main
+
+for line in sys.stdin:
+    arguments, *files = json.loads(line)
+    if not (child := os.fork()):
+        for number, file in enumerate(files, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        status = main(["fingerprint", *arguments])
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def results(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    ran = fingerprint(*arguments, "--json", str(tmp_path / "fingerprints.json"))
-    return ran, json.loads((tmp_path / "fingerprints.json").read_text())["results"]
+@dataclass
+class Fingerprint:
+    """`conformance fingerprint`, in children of a process where Triton compiles: in this one it interprets kernels."""
+
+    server: subprocess.Popen[str]
+    folder: Path
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command."""
+        assert self.server.stdin and self.server.stdout
+        files = self.folder / "stdout", self.folder / "stderr"
+        print(json.dumps([arguments, *map(str, files)]), file=self.server.stdin, flush=True)
+        status = int(self.server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, status, *(file.read_text() for file in files))
+
+    def results(self, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+        """Run the command; also returns what it wrote."""
+        path = self.folder / "fingerprints.json"
+        ran = self(*arguments, "--json", str(path))
+        return ran, json.loads(path.read_text())["results"]
 
 
-def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
-    ran, found = results(tmp_path, *OPERATIONS, "--target", "sm_90")
+@pytest.fixture(scope="module")
+def fingerprint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fingerprint]:
+    command, environment = [sys.executable, "-c", SERVER], os.environ | {"TRITON_INTERPRET": "0"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        yield Fingerprint(server, tmp_path_factory.mktemp("fingerprints"))
+
+
+def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(fingerprint: Fingerprint) -> None:
+    ran, found = fingerprint.results(*OPERATIONS, "--target", "sm_90")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {one["op"] for one in found} == set(OPERATIONS)
     for one in found:
@@ -62,9 +103,9 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(tmp_path: Path) ->
         assert 0 < one["registers"] <= 255
 
 
-def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
+def test_every_target_and_dtype_compiles(fingerprint: Fingerprint) -> None:
     for dtype in ("float32", "float16"):
-        ran, found = results(tmp_path, "layer_norm", "--dtype", dtype)
+        ran, found = fingerprint.results("layer_norm", "--dtype", dtype)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert {one["target"] for one in found} == {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"}
         assert {one["dtype"] for one in found} == {dtype}
@@ -73,29 +114,29 @@ def test_every_target_and_dtype_compiles(tmp_path: Path) -> None:
             assert one["load"] == 16 or (one["target"] == "gfx942" and dtype == "float16" and one["load"] == 8)
 
 
-def test_an_operation_of_ones_own_is_compiled_for_its_example() -> None:
+def test_an_operation_of_ones_own_is_compiled_for_its_example(fingerprint: Fingerprint) -> None:
     own = ("--reference", "unsloth_ref.kernels:swiglu", "--backend", "unsloth_fast.kernels:swiglu")
     ran = fingerprint(*own, "--example", "gate=randn(3,4096) up=randn(3,4096)", "--target", "sm_90")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "swiglu example\n  gated_forward_kernel" in ran.stdout
 
 
-def test_registers_that_spill_are_seen(tmp_path: Path) -> None:
-    ran, found = results(tmp_path, "--backend", "tests.judge.launching.spilling", "--target", "sm_90")
+def test_registers_that_spill_are_seen(fingerprint: Fingerprint) -> None:
+    ran, found = fingerprint.results("--backend", "tests.judge.launching.spilling", "--target", "sm_90")
     assert ran.returncode == 0, ran.stderr
     assert {one["kernel"] for one in found} == {"wide_kernel"}
     assert all(one["stack"] > 0 and one["registers"] == 255 for one in found)
 
 
-def test_a_kernel_that_a_target_cannot_hold_fails_there_alone(tmp_path: Path) -> None:
+def test_a_kernel_that_a_target_cannot_hold_fails_there_alone(fingerprint: Fingerprint) -> None:
     arguments = ("--backend", "tests.judge.launching.crowded", "--target", "sm_80", "sm_90", "--dtype", "float16")
-    ran, found = results(tmp_path, *arguments)
+    ran, found = fingerprint.results(*arguments)
     assert ran.returncode == 1
     assert "FAIL product_kernel / sm_80: takes 196608 bytes of shared memory; sm_80 has 166912" in ran.stdout
     assert {one["target"] for one in found if one["problem"]} == {"sm_80"}
 
 
-def test_a_kernel_that_does_not_compile_says_why() -> None:
+def test_a_kernel_that_does_not_compile_says_why(fingerprint: Fingerprint) -> None:
     ran = fingerprint("--backend", "tests.judge.launching.odd", "--target", "sm_80")
     assert ran.returncode == 1
     assert "FAIL odd_kernel / sm_80: CompilationError" in ran.stdout
@@ -110,7 +151,9 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
         (("--backend", "tests.judge.launching.insisting"), "got a CPU tensor", "nothing to compile"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(arguments: tuple[str, ...], seen: str, allowed: str) -> None:
+def test_what_cannot_be_done_is_one_line(
+    arguments: tuple[str, ...], seen: str, allowed: str, fingerprint: Fingerprint
+) -> None:
     ran = fingerprint(*arguments)
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1 and ran.stderr.startswith("conformance: ")

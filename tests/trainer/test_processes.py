@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,15 +79,32 @@ def mean(two: tuple[dict[str, Any], dict[str, Any]]) -> list[float]:
     return [(first + second) / 2 for first, second in zip(two[0]["losses"], two[1]["losses"], strict=True)]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], tuple[dict[str, Any], list[float]]]:
+    """The results of a run in one process, and the losses of plain TRL, once for all runs with the same arguments."""
+    known: dict[str, tuple[dict[str, Any], list[float]]] = {}
+
+    def results(run: Run) -> tuple[dict[str, Any], list[float]]:
+        run = replace(run, sharded=False, resumed=False)
+        if (key := repr(run)) not in known:
+            folder = tmp_path_factory.mktemp("alone")
+            theirs = plain_trl(folder / "theirs", run.batching, run.trained, **run.given)
+            known[key] = rank.train(folder / "ours", run, 2), theirs.losses
+        return known[key]
+
+    return results
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_like_one_and_like_plain_trl(tmp_path: Path, name: str, found: dict[str, Found]) -> None:
+def test_two_processes_train_like_one_and_like_plain_trl(
+    name: str, found: dict[str, Found], alone: Callable[[Run], tuple[dict[str, Any], list[float]]]
+) -> None:
     """In float64 only rounding differs, amplified by AdamW to at most 1e-12; a wrong count changes losses by 1e-2."""
     for run, two in zip(RUNS[name], found[name], strict=True):
-        one = rank.train(tmp_path / "one", replace(run, sharded=False), 2)
-        theirs = plain_trl(tmp_path / "theirs", run.batching, run.trained, **run.given)
+        one, theirs = alone(run)
         assert len(one["losses"]) >= 20
         assert mean(two) == pytest.approx(one["losses"], rel=1e-9), run
-        assert mean(two) == pytest.approx(theirs.losses, rel=1e-9), run
+        assert mean(two) == pytest.approx(theirs, rel=1e-9), run
         assert len(set(one["items"])) > 1
         roles = {"base", "embedding"} if run.trained == "embedding rate" else {None}
         for other in two:
