@@ -153,24 +153,44 @@ def checkouts(base: str | None, head: str | None) -> Iterator[tuple[Checkout | N
     repository = _repository() if base or head else Path.cwd().resolve()
     commits = {name: _commit(repository, name, revision) for name, revision in (("base", base), ("head", head))}
     with tempfile.TemporaryDirectory(prefix="conformance-gate-") as folder:
-        made: list[Path] = []
+        made: list[tuple[Path, Path]] = []
         try:
             sides: dict[str, Checkout] = {}
             for name, commit in commits.items():
                 root = Path(folder).resolve() / name if commit else repository
                 sides[name] = Checkout(name, commit[:12] if commit else "working tree", repository, root)
                 if commit:
-                    made.append(root)
-                    added = git(repository, "worktree", "add", "--quiet", "--detach", str(root), commit)
-                    if added.returncode != 0:
-                        why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
-                        raise RevisionError(f"--{name}: {commit[:12]} cannot be checked out: {why}")
+                    _check_out(repository, root, commit, f"--{name}", made)
             yield sides["base"] if base else None, sides["head"]
         finally:
-            for root in made:
-                if git(repository, "worktree", "remove", "--force", str(root)).returncode != 0:
-                    shutil.rmtree(root, ignore_errors=True)  # half made
-                    git(repository, "worktree", "prune")
+            for home, root in reversed(made):
+                if git(home, "worktree", "remove", "--force", str(root)).returncode != 0:
+                    shutil.rmtree(root, ignore_errors=True)  # half made, or with submodules
+                    git(home, "worktree", "prune")
+
+
+def _check_out(home: Path, root: Path, commit: str, about: str, made: list[tuple[Path, Path]]) -> None:
+    """Check out a commit, and its submodules from the repositories that the working tree has of them.
+
+    Args:
+        home: the repository.
+        root: the new folder.
+        commit: of the repository.
+        about: the beginning of an error.
+        made: gets each repository and its folder.
+
+    Raises:
+        RevisionError: the commit, or that of a submodule, cannot be checked out.
+    """
+    made.append((home, root))
+    added = git(home, "worktree", "add", "--quiet", "--detach", str(root), commit)
+    if added.returncode != 0:
+        why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
+        raise RevisionError(f"{about}: {commit[:12]} cannot be checked out: {why}")
+    for entry in git(root, "ls-files", "--stage", "-z").stdout.split("\0"):
+        about_it, _, path = entry.partition("\t")
+        if about_it.startswith("160000 ") and (home / path / ".git").exists():
+            _check_out(home / path, root / path, about_it.split()[1], f"{about}: submodule {path}", made)
 
 
 def _repository() -> Path:

@@ -76,7 +76,8 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
     values |= {"backend": "toy_kernels", "base": "HEAD~1", "operations": "layer_norm swiglu", "profile": "dev"}
     values |= {"arguments": "--head HEAD --dtype float32 --property one_at_a_time --jobs 1", "json": str(path)}
-    environment = {name: values[re.fullmatch(r"\${{ inputs\.(\w+) }}", text)[1]] for name, text in step["env"].items()}
+    inputs = {name: re.fullmatch(r"\${{ inputs\.(\w+) }}", text) for name, text in step["env"].items()}
+    environment = {name: values[match[1]] for name, match in inputs.items() if match} | {"BASE": values["base"]}
     path_of_programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | environment | {"GITHUB_STEP_SUMMARY": str(summary), "PATH": path_of_programs}
     done = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
@@ -96,10 +97,26 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     environment |= {"JSON": str(path), "GITHUB_OUTPUT": str(toy.parent / "outputs")}
     subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)
     outputs = dict(line.split("=") for line in (toy.parent / "outputs").read_text().splitlines())
+    assert outputs["name"] == "toy_kernels-cpu"
     assert summary.read_text().endswith(Path(outputs["comment"]).read_text())
     assert "Conformance: 2 failed" in Path(outputs["page"]).read_text()
     path.write_text("")
     subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)  # a gate that could not run
+
+
+@pytest.mark.parametrize("base", ["{first}", "first", "0" * 40, "{last}"])
+def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> None:
+    """By commit or by name, here or at the origin; for the push of a new branch it is the default branch."""
+    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "fetch the base")
+    first, last = git(toy, "rev-parse", "HEAD~1"), git(toy, "rev-parse", "HEAD")
+    git(toy, "branch", "first", first)
+    clone, output = toy.parent / "clone", toy.parent / "output"
+    git(toy, "config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub
+    git(toy, "clone", "-q", "--depth=1", toy.as_uri(), str(clone))
+    environment = os.environ | {"BASE": base.format(first=first, last=last), "DEFAULT": "first"}
+    environment |= {"GITHUB_OUTPUT": str(output)}
+    subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], env=environment, cwd=clone, check=True)
+    assert output.read_text() == f"revision={last if 'last' in base else first}\n"
 
 
 GH = """#!{python}
@@ -188,6 +205,40 @@ def test_checkouts_are_removed_whatever_ends_them(toy: Path, ends: type[BaseExce
 
     with pytest.raises(ends):
         use()
+    demand_untouched(toy)
+
+
+def test_a_checkout_has_the_submodules_of_its_revision(toy: Path, tmp_path: Path) -> None:
+    """Taken from the working tree's repositories of them, also of submodules of submodules; all stay as they were."""
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    for folder, name in ((inner, "deep.py"), (outer, "third.py")):
+        folder.mkdir()
+        git(folder, "init", "-q")
+        (folder / name).write_text("first")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "first")
+    local = ("-c", "protocol.file.allow=always")
+    git(outer, *local, "submodule", "--quiet", "add", str(inner), "an inner one")
+    git(outer, "commit", "-qm", "inner")
+    git(toy, *local, "submodule", "--quiet", "add", str(outer), "third")
+    git(toy, *local, "submodule", "--quiet", "update", "--init", "--recursive")
+    git(toy, "commit", "-qam", "outer")
+    third = toy / "third"
+    (third / "third.py").write_text("second")
+    git(third, "commit", "-qam", "second")
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None
+        assert (base.root / "third/third.py").read_text() == "first"
+        assert (base.root / "third/an inner one/deep.py").read_text() == "first"
+    demand_untouched(toy)
+    for folder in (third, third / "an inner one"):
+        assert len(git(folder, "worktree", "list").splitlines()) == 1
+    head = "1" * 40
+    git(toy, "update-index", "--cacheinfo", f"160000,{head},third")
+    git(toy, "commit", "-qm", "a commit of the submodule that is not here")
+    message = r"^--base: submodule third: 111111111111 cannot be checked out: "
+    with pytest.raises(RevisionError, match=message), checkouts("HEAD", None):
+        pass
     demand_untouched(toy)
 
 
