@@ -111,9 +111,12 @@ class Ledger:
             return _change(self.entries[here, *which], entry, same=True)
         for name, other in reversed(self.environments.items()):  # the latest first
             old = self.entries.get((name, *which))
-            if old is not None and (entry["kind"] != "fingerprint" or other["triton"] == environment["triton"]):
-                return _change(old, entry, same=False)
-        return []
+            if old is None or (entry["kind"] == "fingerprint" and other["triton"] != environment["triton"]):
+                continue
+            found = _change(old, entry, same=False)
+            if found or old["because"]:  # what was better before was given up
+                return found
+        return []  # not by a little in each environment either
 
     def _environment(self, environment: Environment) -> str | None:
         """The name of a recorded environment that is this one."""
@@ -269,7 +272,7 @@ def _best(old: Entry, new: Entry) -> Entry:
     """The better of two entries of one environment, value by value."""
     kind = old["kind"]
     if kind == "property":
-        return new if _less(new["budget_use"], old["budget_use"]) else old
+        return {**new, "because": old["because"]} if _less(new["budget_use"], old["budget_use"]) else old
     if kind == "fingerprint":
         better = all(new[name] <= old[name] for name in ("registers", "stack", "shared"))
         better &= all(new[name] >= old[name] for name in ("load", "store"))
@@ -307,6 +310,10 @@ def _text(path: Path) -> str:
 
 def _json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise LedgerError(f"{path}: no JSON: {error}") from error
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"got {word}; allowed: finite numbers")

@@ -144,6 +144,27 @@ def test_another_clock_compares_shares_of_the_roofline_alone(recorded: Ledger) -
     assert recorded.regressions(results_of(META, [TIME])) == []
 
 
+def test_small_losses_do_not_add_up_over_environments(recorded: Ledger) -> None:
+    """Each driver loses a little: the best environment counts, until a reason gives it up."""
+    for number, share in enumerate((0.65, 0.6, 0.55)):
+        lower = changed(TIME, roofline={"full": share})
+        used = changed(PROPERTY, budget_use=0.3 + 0.09 * (number + 1))
+        changes, refused = recorded.update(results_of({**META, "driver": f"581.{number}"}, [lower, used]))
+        assert (changes > 0) == (number == 0)
+        assert len(refused) == (0 if number == 0 else 2), refused
+    worse = results_of({**META, "driver": "590"}, [changed(PROPERTY, budget_use=0.6)])
+    assert recorded.update(worse, "a new compiler") == (1, [])
+    better = results_of({**META, "driver": "590"}, [changed(PROPERTY, budget_use=0.55)])
+    assert recorded.update(better) == (1, [])
+    assert recorded.update(results_of({**META, "driver": "591"}, [changed(PROPERTY, budget_use=0.6)])) == (1, [])
+
+
+def test_a_number_that_is_none_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file(desk / "run.json", changed(PROPERTY, budget_use=float("nan")))
+    assert main(["ledger", "update", path]) == 2
+    assert capsys.readouterr().err == f"conformance: {path}: no JSON: got NaN; allowed: finite numbers\n"
+
+
 def test_fingerprints_of_another_triton_are_not_compared(recorded: Ledger) -> None:
     other = {**META, "versions": {**VERSIONS, "triton": "3.9.0"}}
     assert recorded.regressions(results_of(other, [changed(PRINT, registers=200)])) == []
