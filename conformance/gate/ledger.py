@@ -160,15 +160,23 @@ def file_name(card: str) -> str:
 def results_in(path: Path) -> Results:
     """What a file of `run`, `bench`, `fingerprint` or `gate` holds for a ledger. Raises LedgerError."""
     content = _json(_text(path), path)
-    meta = content.get("meta") if isinstance(content, dict) else None
-    if not isinstance(meta, dict) or "results" not in content:
+    meta, results = (content.get("meta"), content.get("results")) if isinstance(content, dict) else (None, None)
+    later = meta.get("schema", results_file.SCHEMA) if isinstance(meta, dict) else results_file.SCHEMA
+    if later != results_file.SCHEMA:
+        raise LedgerError(f"{path}: meta.schema: got {later!r}; allowed: {results_file.SCHEMA}")
+    if not (isinstance(meta, dict) and isinstance(meta.get("versions"), dict) and isinstance(results, list)):
         raise LedgerError(f"{path}: holds no results; allowed: a file that run, bench, fingerprint or gate wrote")
-    if (found := meta.get("schema", results_file.SCHEMA)) != results_file.SCHEMA:
-        raise LedgerError(f"{path}: meta.schema: got {found!r}; allowed: {results_file.SCHEMA}")
     try:
-        return results_of(meta, content["results"])
+        read = results_of(meta, results)
     except KeyError as missing:
         raise LedgerError(f"{path}: a result has no {missing}") from missing
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise LedgerError(f"{path}: a result has another form: {error}") from error
+    would_be = [{**entry, "environment": "e1", "because": None} for entry in read.entries]
+    content = {"meta": {"schema": SCHEMA, "card": read.card, "environments": {"e1": read.environment}}}
+    if wrong := schema.problem({**content, "results": would_be}, schema.LEDGER, schema.LEDGER):
+        raise LedgerError(f"{path}: as a ledger, {wrong}")
+    return read
 
 
 def results_of(meta: Mapping[str, Any], results: Sequence[Result]) -> Results:

@@ -84,6 +84,11 @@ def _request(arguments: argparse.Namespace) -> Request:
     operations, pieces = names_of(source)
     known("operation", arguments.ops, [*operations, *pieces])
     known("dtype", arguments.dtype, list(DTYPES))
+    none = "none" in (arguments.target or ())
+    if arguments.target and not none:
+        from conformance.fingerprint import TARGETS  # needs Triton
+
+        known("target", arguments.target, [*TARGETS, "none"])
     for option, least in (("minutes", 0), ("budget_rise", 0), ("mutants", 0), ("jobs", 1)):
         if (value := getattr(arguments, option)) is not None and not value >= least:
             raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
@@ -97,7 +102,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         judge=judge + (["--property", *arguments.property] if arguments.property else []),
         dtypes=tuple(arguments.dtype or ()),
-        targets=() if arguments.target == ["none"] else arguments.target,
+        targets=() if none else arguments.target,
         minutes=arguments.minutes,
         mutants=arguments.mutants,
         rise=arguments.budget_rise,

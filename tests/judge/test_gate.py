@@ -289,6 +289,7 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--head", "--all"), "expected one argument"),
         (("--base", "HEAD", "soup"), "operation: got 'soup'; allowed:"),
         (("--base", "HEAD", "--dtype", "float8"), "dtype: got 'float8'"),
+        (("--base", "HEAD", "--target", "sm_90", "sm_9"), "target: got 'sm_9'; allowed: sm_80, "),
         (("--base", "HEAD", "--minutes", "-1"), "--minutes: got -1.0; allowed: 0 or more"),
         (("--base", "HEAD", "--budget-rise", "nan"), "--budget-rise: got nan; allowed: 0 or more"),
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),

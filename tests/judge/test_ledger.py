@@ -159,6 +159,30 @@ def test_small_losses_do_not_add_up_over_environments(recorded: Ledger) -> None:
     assert recorded.update(results_of({**META, "driver": "591"}, [changed(PROPERTY, budget_use=0.6)])) == (1, [])
 
 
+@pytest.mark.parametrize(
+    ("result", "meta", "words"),
+    [
+        (1, {}, "a result has another form: "),
+        (changed(TIME, full=0.3), {}, "a result has another form: "),
+        (changed(TIME, full=[0.3]), {}, "a result has another form: "),
+        (changed(TIME, full=["a", "b", "c"]), {}, "as a ledger, file.results[0].milliseconds.full: got 'b'; allowed: "),
+        (changed(PROPERTY, budget_use="0.3"), {}, "as a ledger, file.results[0].budget_use: got '0.3'; allowed: "),
+        (PROPERTY, {"backend": None}, "as a ledger, file.results[0].backend: got None; allowed: string"),
+        (PROPERTY, {"sm_clock_mhz": "1980"}, "as a ledger, file.meta.environments.e1.sm_clock_mhz: got '1980'; "),
+        (PROPERTY, {"versions": 3}, "holds no results; "),
+        (changed(PROPERTY, op=["swiglu"]), {}, "as a ledger, file.results[0].op: got ['swiglu']; allowed: string"),
+    ],
+)
+def test_a_file_of_another_form_is_one_line(
+    result: Any, meta: dict[str, Any], words: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(desk / "odd.json", result, **meta)
+    assert main(["ledger", "update", path]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"conformance: {path}: {words}") and printed.count("\n") == 1
+    assert not (desk / "ledger").exists()
+
+
 def test_a_number_that_is_none_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = file(desk / "run.json", changed(PROPERTY, budget_use=float("nan")))
     assert main(["ledger", "update", path]) == 2
