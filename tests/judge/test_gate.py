@@ -17,6 +17,7 @@ from conformance.cli import main
 from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
 
 ROOT = Path(__file__).parents[2]
+GPU, CPU = ROOT / "ledger" / "nvidia-h200.json", ROOT / "ledger" / "cpu.json"
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
 KERNELS = """
@@ -298,6 +299,8 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         ((), "got both --base and --ledger, or neither"),
         (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
         (("--ledger", "x.json"), "x.json: No such file or directory"),
+        (("--ledger", str(GPU), "--device", "cpu"), "nvidia-h200.json, of NVIDIA H200; allowed on cpu: cpu.json"),
+        (("--ledger", str(CPU), "--device", "cpu", "--backend", "toy"), "--backend: got toy; "),
     ],
 )
 def test_a_usage_error_is_one_line(
