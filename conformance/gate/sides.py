@@ -27,6 +27,18 @@ ANSWER_SECONDS = 2 * CASE_TIMEOUT_SECONDS  # preparing a shape compiles and judg
 STOP_SECONDS = 10
 LIBRARY = Path(conformance.__file__).resolve().parents[1]
 
+# Prints the file of a dotted path's longest part that is a module: a package can lie in two folders, if it has no file.
+ORIGIN = """
+import importlib.util, sys
+from contextlib import suppress
+names = sys.argv[1].split(".")
+for count in range(len(names), 0, -1):
+    with suppress(ImportError, ValueError):
+        if (spec := importlib.util.find_spec(".".join(names[:count]))) is not None:
+            print(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+            break
+"""
+
 
 class Unavailable(Exception):
     """A side cannot do what it was asked; the message is one line that says why.
@@ -93,12 +105,10 @@ class Checkout:
         ]
 
     def demand_own(self, backend: str) -> None:
-        """Raise Unavailable if the top package of a backend would come from the working tree instead."""
-        name = backend.partition(":")[0].partition(".")[0]
-        code = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.origin or '' if s else '')"
-        found = self.python("-c", code, name, capture_output=True, text=True)
-        origin = found.stdout.strip()
-        path = Path(origin or "/").resolve()
+        """Raise Unavailable if a backend, or what it is in, would come from the working tree instead."""
+        name = backend.partition(":")[0]
+        found = self.python("-c", ORIGIN, name, capture_output=True, text=True)
+        path = Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
         if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not _installed(path):
             raise Unavailable(self.name, f"{name} is imported from {path}, not from the checkout of {self.revision}")
 

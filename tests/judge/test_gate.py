@@ -261,6 +261,15 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
         (base.root / "toy_kernels.py").unlink()
         with pytest.raises(Unavailable, match=r"base: toy_kernels is imported from .*, not from the checkout of"):
             base.demand_own("toy_kernels")
+        for folder in (toy, base.root):  # a package without a file, of which the base has another module
+            (folder / "spread").mkdir()
+        (toy / "spread/new.py").write_text("swiglu = print")
+        (base.root / "spread/old.py").write_text("swiglu = print")
+        path = os.pathsep.join((str(base.root), str(toy)))
+        monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": path})
+        base.demand_own("spread.old")
+        with pytest.raises(Unavailable, match=r"base: spread.new.swiglu is imported from .*new.py, not from the"):
+            base.demand_own("spread.new.swiglu")
 
 
 def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
