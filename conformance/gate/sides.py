@@ -209,7 +209,8 @@ def _repository() -> Path:
     except FileNotFoundError as error:
         raise RevisionError("gate: needs git, which is not installed") from error
     if found.returncode != 0:
-        raise RevisionError(f"gate: {Path.cwd()} is in no git repository")
+        why = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[0]  # such as its owner
+        raise RevisionError(f"gate: {Path.cwd()} is in no git repository that can be used: {why}")
     return Path(found.stdout.strip()).resolve()
 
 

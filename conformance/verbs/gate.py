@@ -97,6 +97,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     operations, pieces = names_of(source)
     known("operation", arguments.ops, [*operations, *pieces])
     known("dtype", arguments.dtype, list(DTYPES))
+    if arguments.deviations and not arguments.head and not arguments.deviations.is_file():
+        raise UsageError(f"--deviations: got {arguments.deviations}, which is no file; allowed: TOML")
     none = "none" in (arguments.target or ())
     if arguments.target and not none:
         from conformance.fingerprint import TARGETS  # needs Triton

@@ -302,6 +302,7 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--target", "sm_90", "sm_9"), "target: got 'sm_9'; allowed: sm_80, "),
         (("--base", "HEAD", "--minutes", "-1"), "--minutes: got -1.0; allowed: 0 or more"),
         (("--base", "HEAD", "--budget-rise", "nan"), "--budget-rise: got nan; allowed: 0 or more"),
+        (("--base", "HEAD", "--deviations", "no.toml"), "--deviations: got no.toml, which is no file; allowed: TOML"),
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
         (("--base", "HEAD", "--mutants", "-1"), "--mutants: got -1; allowed: 0 or more"),
         (("--ledger", "x.json", "--mutants", "1"), "--mutants: got a ledger, which records none; allowed: with --base"),
@@ -325,7 +326,10 @@ def test_a_usage_error_is_one_line(
 def test_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(RevisionError, match="is in no git repository"), checkouts("HEAD", None):
+    with (
+        pytest.raises(RevisionError, match="is in no git repository that can be used: fatal: not a git"),
+        checkouts("HEAD", None),
+    ):
         pass
 
 
