@@ -65,6 +65,9 @@ def test_what_the_peers_declare_exists() -> None:
         assert deviation.reason
 
 
+ENTRY = "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
