@@ -13,6 +13,7 @@ import pytest
 from conformance.bench.measure import READING, UNTHROTTLED
 from conformance.gate import ledger, statistics, verdict
 from conformance.gate.ledger import CLOCK, SHARE_FALL, TIME_RISE
+from conformance.page.compare import FACTOR
 from conformance.verbs.model import TIMEOUT_SECONDS
 from docs import figures
 from examples import step_benchmark
@@ -66,6 +67,12 @@ LIMITS = {
     "docs/gate.md": [
         f"more than {100 * verdict.MEMORY_RISE:g} % and {verdict.MEMORY_STEP:g} MiB",
         "noise or 2 %",
+        f"may rise; {verdict.BUDGET_RISE:g} of the error budget by default",
+        f"falls by more than {verdict.COVERAGE_FALL:g}",
+        f"grow by more than {'a quarter' if verdict.RESOURCE_RISE == 0.25 else verdict.RESOURCE_RISE}",
+        f"after {', '.join(map(str, statistics.LOOKS[:-1]))} and {statistics.LOOKS[-1]} rounds",
+        f"in at most 1 of {1 / statistics.LEVEL:.0f} comparisons",
+        f"at least {statistics.LOOKS[0]} rounds",
         f"*margin* is {statistics.MARGIN} times",
         f"at least {100 * statistics.FLOOR:g} %",
         f"{100 * statistics.EXPECTED['device']:g} % for times without launches and",
@@ -78,6 +85,7 @@ LIMITS = {
     "docs/models.md": [f"{TIMEOUT_SECONDS // 3600} hours for a model that is loaded"],
     "docs/report.md": [
         "--factor of 1",
+        f"by this factor; {FACTOR:g} by default",
         "a tenth of the budget",
         "20 % and 80 % quantiles",
         "20 % quantile and the base's 80 % quantile",
