@@ -11,8 +11,10 @@ import os
 import re
 import select
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -92,7 +94,7 @@ class Checkout:
         entries = [Path.cwd(), *(Path(entry) for entry in sys.path if entry), *packages]
         inside = [entry for entry in entries if entry.resolve().is_relative_to(self.repository)]
         kept = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        wanted = [entry for entry in (*inside, *kept, LIBRARY) if not _installed(entry.resolve())]
+        wanted = [entry for entry in (*inside, *kept, LIBRARY) if not self._installed(entry.resolve())]
         found = dict.fromkeys(str(self.place(entry)) for entry in wanted)
         return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
 
@@ -109,8 +111,16 @@ class Checkout:
         name = backend.partition(":")[0]
         found = self.python("-c", ORIGIN, name, capture_output=True, text=True)
         path = Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
-        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not _installed(path):
+        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not self._installed(path):
             raise Unavailable(self.name, f"{name} is imported from {path}, not from the checkout of {self.revision}")
+
+    def _installed(self, path: Path) -> bool:
+        """Whether a path is in an environment, which may lie inside of the repository."""
+        folders = [sys.prefix]
+        if self.repository.is_relative_to(Path(sys.prefix).resolve()):  # such as /usr/src/app in /usr
+            names = ("stdlib", "platstdlib", "purelib", "platlib")
+            folders = [*site.getsitepackages(), *(sysconfig.get_path(name) for name in names)]
+        return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
 
     def python(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run this side's Python to its end; it is stopped if this process is."""
@@ -132,11 +142,6 @@ def _piped(options: dict[str, Any]) -> dict[str, Any]:
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return options
-
-
-def _installed(path: Path) -> bool:
-    """Whether a path is in an environment, which may lie inside of the repository."""
-    return path.is_relative_to(Path(sys.prefix).resolve())
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

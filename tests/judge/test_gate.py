@@ -272,6 +272,18 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
             base.demand_own("spread.new.swiglu")
 
 
+def test_a_repository_inside_of_an_environment(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /usr/src/app is in that of the system's Python, /usr: its folders are no installed packages."""
+    monkeypatch.setattr(sys, "prefix", str(toy.parent))
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None
+        assert base.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(base.root)
+        monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": str(toy)})
+        (base.root / "toy_kernels.py").unlink()
+        with pytest.raises(Unavailable, match=r"base: toy_kernels is imported from .*, not from the checkout of"):
+            base.demand_own("toy_kernels")
+
+
 def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base has a judge of its own that is too old: its package conformance cannot measure on command."""
     package = toy / "conformance"
