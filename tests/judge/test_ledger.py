@@ -183,6 +183,13 @@ def test_a_file_of_another_form_is_one_line(
     assert not (desk / "ledger").exists()
 
 
+def test_a_number_that_is_too_large_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = desk / "run.json"
+    path.write_text(Path(file(path, PROPERTY)).read_text().replace("0.3", "1e999"))
+    assert main(["ledger", "update", str(path)]) == 2
+    assert "file.results[0].budget_use: got inf; allowed: " in capsys.readouterr().err
+
+
 def test_a_number_that_is_none_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = file(desk / "run.json", changed(PROPERTY, budget_use=float("nan")))
     assert main(["ledger", "update", path]) == 2
