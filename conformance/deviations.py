@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conformance import peers
+from conformance.case import DTYPES
 from conformance.declarations import SpecError
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
@@ -30,6 +31,7 @@ from conformance.search import Result
 
 NEEDED = ("operation", "property", "reason")
 KEYS = (*NEEDED, "dtype", "device", "message")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,20 @@ def read(path: Path, device: str) -> list[Deviation]:
         SpecError: it cannot be read, or an entry lacks a key or has another.
     """
     try:
-        entries = tomllib.loads(path.read_text()).get("deviation", [])
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        file = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SpecError(f"--deviations: got {path}, which cannot be read: {error}") from error
+    entries = file.get("deviation", [])
+    if file.keys() - {"deviation"} or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise SpecError(f"{path}: got {', '.join(file)}; allowed: entries that begin with [[deviation]]")
     found = []
     for entry in entries:
         wrong = [key for key in entry if key not in KEYS] + [key for key in NEEDED if key not in entry]
         if wrong or not all(isinstance(value, str) for value in entry.values()):
             raise SpecError(f"{path}: got an entry with {', '.join(entry)}; allowed: {', '.join(KEYS)}, each a text")
+        for key, allowed in (("dtype", DTYPES), ("device", DEVICES)):
+            if entry.get(key) not in (None, *allowed):
+                raise SpecError(f"{path}: {key}: got {entry[key]!r}; allowed: {', '.join(allowed)}")
         found.append(Deviation(**entry))
     return [one for one in found if one.device in (None, device)]
 

@@ -1,6 +1,7 @@
 """The file of results that a verb writes: {"meta": its schema and what they depend on, "results": one object each}."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()  # a link remains one
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same file
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 

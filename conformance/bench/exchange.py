@@ -15,6 +15,7 @@ from typing import Any
 from conformance import results_file
 from conformance.bench.card import Card
 from conformance.bench.table import Row
+from conformance.specs import specs
 
 KINDS = ("forward", "full", "device_forward", "device_full")
 
@@ -53,7 +54,7 @@ def write(path: Path, rows: Sequence[Row], card: Card, state: dict[str, Any]) ->
 def _benchmark(row: Row, kind: str) -> dict[str, Any]:
     from pytest_benchmark.stats import Stats
 
-    shape = row.shape.partition(" ")[0]
+    shape = _shape(row)
     param = f"{row.op}-{shape}-{row.backend}-{kind}"
     stats = Stats()
     for sample in row.samples[kind].samples:
@@ -68,3 +69,9 @@ def _benchmark(row: Row, kind: str) -> dict[str, Any]:
         "options": {},
         "stats": stats.as_dict() | {"data": stats.data, "iterations": 1},
     }
+
+
+def _shape(row: Row) -> str:
+    """The name of a row's shape in the spec, which may have several words; sizes and options follow it."""
+    names = [name for name in specs()[row.op].speed.shapes if row.shape.startswith(f"{name} ")]
+    return max(names, key=len, default=row.shape.partition(" ")[0])

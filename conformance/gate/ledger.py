@@ -111,9 +111,12 @@ class Ledger:
             return _change(self.entries[here, *which], entry, same=True)
         for name, other in reversed(self.environments.items()):  # the latest first
             old = self.entries.get((name, *which))
-            if old is not None and (entry["kind"] != "fingerprint" or other["triton"] == environment["triton"]):
-                return _change(old, entry, same=False)
-        return []
+            if old is None or (entry["kind"] == "fingerprint" and other["triton"] != environment["triton"]):
+                continue
+            found = _change(old, entry, same=False)
+            if found or old["because"]:  # what was better before was given up
+                return found
+        return []  # not by a little in each environment either
 
     def _environment(self, environment: Environment) -> str | None:
         """The name of a recorded environment that is this one."""
@@ -157,15 +160,23 @@ def file_name(card: str) -> str:
 def results_in(path: Path) -> Results:
     """What a file of `run`, `bench`, `fingerprint` or `gate` holds for a ledger. Raises LedgerError."""
     content = _json(_text(path), path)
-    meta = content.get("meta") if isinstance(content, dict) else None
-    if not isinstance(meta, dict) or "results" not in content:
+    meta, results = (content.get("meta"), content.get("results")) if isinstance(content, dict) else (None, None)
+    later = meta.get("schema", results_file.SCHEMA) if isinstance(meta, dict) else results_file.SCHEMA
+    if later != results_file.SCHEMA:
+        raise LedgerError(f"{path}: meta.schema: got {later!r}; allowed: {results_file.SCHEMA}")
+    if not (isinstance(meta, dict) and isinstance(meta.get("versions"), dict) and isinstance(results, list)):
         raise LedgerError(f"{path}: holds no results; allowed: a file that run, bench, fingerprint or gate wrote")
-    if (found := meta.get("schema", results_file.SCHEMA)) != results_file.SCHEMA:
-        raise LedgerError(f"{path}: meta.schema: got {found!r}; allowed: {results_file.SCHEMA}")
     try:
-        return results_of(meta, content["results"])
+        read = results_of(meta, results)
     except KeyError as missing:
         raise LedgerError(f"{path}: a result has no {missing}") from missing
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise LedgerError(f"{path}: a result has another form: {error}") from error
+    would_be = [{**entry, "environment": "e1", "because": None} for entry in read.entries]
+    content = {"meta": {"schema": SCHEMA, "card": read.card, "environments": {"e1": read.environment}}}
+    if wrong := schema.problem({**content, "results": would_be}, schema.LEDGER, schema.LEDGER):
+        raise LedgerError(f"{path}: as a ledger, {wrong}")
+    return read
 
 
 def results_of(meta: Mapping[str, Any], results: Sequence[Result]) -> Results:
@@ -269,7 +280,7 @@ def _best(old: Entry, new: Entry) -> Entry:
     """The better of two entries of one environment, value by value."""
     kind = old["kind"]
     if kind == "property":
-        return new if _less(new["budget_use"], old["budget_use"]) else old
+        return {**new, "because": old["because"]} if _less(new["budget_use"], old["budget_use"]) else old
     if kind == "fingerprint":
         better = all(new[name] <= old[name] for name in ("registers", "stack", "shared"))
         better &= all(new[name] >= old[name] for name in ("load", "store"))
@@ -307,6 +318,10 @@ def _text(path: Path) -> str:
 
 def _json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise LedgerError(f"{path}: no JSON: {error}") from error
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"got {word}; allowed: finite numbers")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +69,6 @@ def _most_telling(problems: list[str]) -> str:
 
 def _is(value: Any, types: str | list[str]) -> bool:
     names = [types] if isinstance(types, str) else types
+    if isinstance(value, float) and not isfinite(value):  # JSON has 1e999, which Python reads as infinite
+        return False
     return not isinstance(value, bool) and any(isinstance(value, TYPES[name]) for name in names)

@@ -11,8 +11,10 @@ import os
 import re
 import select
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +28,18 @@ from conformance.runner import CASE_TIMEOUT_SECONDS
 ANSWER_SECONDS = 2 * CASE_TIMEOUT_SECONDS  # preparing a shape compiles and judges several passes
 STOP_SECONDS = 10
 LIBRARY = Path(conformance.__file__).resolve().parents[1]
+
+# Prints the file of a dotted path's longest part that is a module: a package can lie in two folders, if it has no file.
+ORIGIN = """
+import importlib.util, sys
+from contextlib import suppress
+names = sys.argv[1].split(".")
+for count in range(len(names), 0, -1):
+    with suppress(ImportError, ValueError):
+        if (spec := importlib.util.find_spec(".".join(names[:count]))) is not None:
+            print(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+            break
+"""
 
 
 class Unavailable(Exception):
@@ -80,7 +94,7 @@ class Checkout:
         entries = [Path.cwd(), *(Path(entry) for entry in sys.path if entry), *packages]
         inside = [entry for entry in entries if entry.resolve().is_relative_to(self.repository)]
         kept = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        wanted = [entry for entry in (*inside, *kept, LIBRARY) if not _installed(entry.resolve())]
+        wanted = [entry for entry in (*inside, *kept, LIBRARY) if not self._installed(entry.resolve())]
         found = dict.fromkeys(str(self.place(entry)) for entry in wanted)
         return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
 
@@ -93,14 +107,20 @@ class Checkout:
         ]
 
     def demand_own(self, backend: str) -> None:
-        """Raise Unavailable if the top package of a backend would come from the working tree instead."""
-        name = backend.partition(":")[0].partition(".")[0]
-        code = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.origin or '' if s else '')"
-        found = self.python("-c", code, name, capture_output=True, text=True)
-        origin = found.stdout.strip()
-        path = Path(origin or "/").resolve()
-        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not _installed(path):
+        """Raise Unavailable if a backend, or what it is in, would come from the working tree instead."""
+        name = backend.partition(":")[0]
+        found = self.python("-c", ORIGIN, name, capture_output=True, text=True)
+        path = Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
+        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not self._installed(path):
             raise Unavailable(self.name, f"{name} is imported from {path}, not from the checkout of {self.revision}")
+
+    def _installed(self, path: Path) -> bool:
+        """Whether a path is in an environment, which may lie inside of the repository."""
+        folders = [sys.prefix]
+        if self.repository.is_relative_to(Path(sys.prefix).resolve()):  # such as /usr/src/app in /usr
+            names = ("stdlib", "platstdlib", "purelib", "platlib")
+            folders = [*site.getsitepackages(), *(sysconfig.get_path(name) for name in names)]
+        return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
 
     def python(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run this side's Python to its end; it is stopped if this process is."""
@@ -122,11 +142,6 @@ def _piped(options: dict[str, Any]) -> dict[str, Any]:
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return options
-
-
-def _installed(path: Path) -> bool:
-    """Whether a path is in an environment, which may lie inside of the repository."""
-    return path.is_relative_to(Path(sys.prefix).resolve())
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
@@ -153,24 +168,44 @@ def checkouts(base: str | None, head: str | None) -> Iterator[tuple[Checkout | N
     repository = _repository() if base or head else Path.cwd().resolve()
     commits = {name: _commit(repository, name, revision) for name, revision in (("base", base), ("head", head))}
     with tempfile.TemporaryDirectory(prefix="conformance-gate-") as folder:
-        made: list[Path] = []
+        made: list[tuple[Path, Path]] = []
         try:
             sides: dict[str, Checkout] = {}
             for name, commit in commits.items():
                 root = Path(folder).resolve() / name if commit else repository
                 sides[name] = Checkout(name, commit[:12] if commit else "working tree", repository, root)
                 if commit:
-                    made.append(root)
-                    added = git(repository, "worktree", "add", "--quiet", "--detach", str(root), commit)
-                    if added.returncode != 0:
-                        why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
-                        raise RevisionError(f"--{name}: {commit[:12]} cannot be checked out: {why}")
+                    _check_out(repository, root, commit, f"--{name}", made)
             yield sides["base"] if base else None, sides["head"]
         finally:
-            for root in made:
-                if git(repository, "worktree", "remove", "--force", str(root)).returncode != 0:
-                    shutil.rmtree(root, ignore_errors=True)  # half made
-                    git(repository, "worktree", "prune")
+            for home, root in reversed(made):
+                if git(home, "worktree", "remove", "--force", str(root)).returncode != 0:
+                    shutil.rmtree(root, ignore_errors=True)  # half made, or with submodules
+                    git(home, "worktree", "prune")
+
+
+def _check_out(home: Path, root: Path, commit: str, about: str, made: list[tuple[Path, Path]]) -> None:
+    """Check out a commit, and its submodules from the repositories that the working tree has of them.
+
+    Args:
+        home: the repository.
+        root: the new folder.
+        commit: of the repository.
+        about: the beginning of an error.
+        made: gets each repository and its folder.
+
+    Raises:
+        RevisionError: the commit, or that of a submodule, cannot be checked out.
+    """
+    made.append((home, root))
+    added = git(home, "worktree", "add", "--quiet", "--detach", str(root), commit)
+    if added.returncode != 0:
+        why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
+        raise RevisionError(f"{about}: {commit[:12]} cannot be checked out: {why}")
+    for entry in git(root, "ls-files", "--stage", "-z").stdout.split("\0"):
+        about_it, _, path = entry.partition("\t")
+        if about_it.startswith("160000 ") and (home / path / ".git").exists():
+            _check_out(home / path, root / path, about_it.split()[1], f"{about}: submodule {path}", made)
 
 
 def _repository() -> Path:
@@ -179,7 +214,8 @@ def _repository() -> Path:
     except FileNotFoundError as error:
         raise RevisionError("gate: needs git, which is not installed") from error
     if found.returncode != 0:
-        raise RevisionError(f"gate: {Path.cwd()} is in no git repository")
+        why = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[0]  # such as its owner
+        raise RevisionError(f"gate: {Path.cwd()} is in no git repository that can be used: {why}")
     return Path(found.stdout.strip()).resolve()
 
 

@@ -47,9 +47,9 @@ def _row(one: Any) -> dict[str, Any]:
     missing = [key for key in ("q1", "median", "q3") if not isinstance(stats.get(key), (int, float))]
     if missing:
         raise ValueError(f"benchmark {name}: its stats have no number {missing[0]}")
-    file = str(one.get("fullname", "")).partition("::")[0]
+    file, _, test = str(one.get("fullname", "")).partition("::")  # test with the class, if it has one
     full = [1e3 * stats[key] for key in ("q1", "median", "q3")]
-    return {"op": file, "shape": one.get("group") or name, "dtype": "", "backend": name, "full": full}
+    return {"op": file, "shape": one.get("group") or name, "dtype": "", "backend": test or name, "full": full}
 
 
 def _object(found: dict[str, Any], key: str) -> dict[str, Any]:

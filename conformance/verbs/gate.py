@@ -11,7 +11,7 @@ import torch
 from conformance.case import DTYPES
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
-from conformance.gate.ledger import LedgerError
+from conformance.gate.ledger import Ledger, LedgerError
 from conformance.gate.sides import RevisionError, Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
@@ -61,7 +61,7 @@ def _gate(arguments: argparse.Namespace) -> int:
         raise UsageError("gate: got both --base and --ledger, or neither; allowed: exactly one of them")
     request = _request(arguments)
     try:
-        recorded = ledger.read(arguments.ledger) if arguments.ledger else None
+        recorded = _recorded(arguments.ledger, request) if arguments.ledger else None
         demand_writable(arguments.json)
         with checkouts(arguments.base, arguments.head) as (base, head):
             print(f"gate: {head.revision} against {base.revision if base else arguments.ledger}", flush=True)
@@ -79,11 +79,31 @@ def _gate(arguments: argparse.Namespace) -> int:
     return 1 if report.regressions else 0
 
 
+def _recorded(path: Path, request: Request) -> Ledger:
+    """The ledger; raises UsageError if nothing in it can be compared: it is of another card, or of other backends."""
+    recorded = ledger.read(path)
+    card = torch.cuda.get_device_name() if request.device == "cuda" else "cpu"
+    if recorded.card != card:
+        raise UsageError(f"--ledger: got {path}, of {recorded.card}; allowed on {card}: {ledger.file_name(card)}")
+    backends = sorted({entry["backend"] for entry in recorded.entries.values()})
+    if request.backend not in backends:
+        known = ", ".join(backends) or "none; see ledger update"
+        raise UsageError(f"--backend: got {request.backend}; {path} records: {known}")
+    return recorded
+
+
 def _request(arguments: argparse.Namespace) -> Request:
     source = source_of(arguments)
     operations, pieces = names_of(source)
     known("operation", arguments.ops, [*operations, *pieces])
     known("dtype", arguments.dtype, list(DTYPES))
+    if arguments.deviations and not arguments.head and not arguments.deviations.is_file():
+        raise UsageError(f"--deviations: got {arguments.deviations}, which is no file; allowed: TOML")
+    none = "none" in (arguments.target or ())
+    if arguments.target and not none:
+        from conformance.fingerprint import TARGETS  # needs Triton
+
+        known("target", arguments.target, [*TARGETS, "none"])
     for option, least in (("minutes", 0), ("budget_rise", 0), ("mutants", 0), ("jobs", 1)):
         if (value := getattr(arguments, option)) is not None and not value >= least:
             raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
@@ -97,7 +117,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         judge=judge + (["--property", *arguments.property] if arguments.property else []),
         dtypes=tuple(arguments.dtype or ()),
-        targets=() if arguments.target == ["none"] else arguments.target,
+        targets=() if none else arguments.target,
         minutes=arguments.minutes,
         mutants=arguments.mutants,
         rise=arguments.budget_rise,

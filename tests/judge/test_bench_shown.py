@@ -20,6 +20,7 @@ from conformance.bench.plot import lacking, plot
 from conformance.bench.sampler import Times
 from conformance.bench.table import COLUMNS, NAME_WIDTH, Row, heading, text, write_json
 from conformance.peers import Absent, import_kernels
+from conformance.specs import specs
 from conformance.verbs import bench as bench_verb
 from tests.judge.fake_card import RATES, STATE, FakeCard
 
@@ -205,6 +206,19 @@ def test_the_bench_writes_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "test_speed[swiglu-small-fast-full]" in done.stdout
     assert "500.0000" in done.stdout
+
+
+def test_no_two_rows_have_one_name_in_a_file_of_pytest_benchmark(tmp_path: Path) -> None:
+    """Names of shapes can begin alike and have several words; pytest-benchmark compares by name."""
+    pytest.importorskip("pytest_benchmark")
+    samples = {kind: Times((0.4,) * 5) for kind in exchange.KINDS}
+    shapes = [(op, shape) for op, spec in specs().items() for shape in spec.speed.shapes]
+    rows = [Row(op, f"{shape} 8x64 mode=sum", "bfloat16", "fast", samples=samples) for op, shape in shapes]
+    exchange.write(tmp_path / "now.json", rows, FakeCard(), STATE)  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "now.json").read_text())["benchmarks"]
+    names = [f"test_speed[{op}-{shape}-fast-{kind}]" for op, shape in shapes for kind in exchange.KINDS]
+    assert [one["name"] for one in written] == names
+    assert len(set(names)) == len(names)
 
 
 def test_a_file_of_pytest_benchmark_needs_its_package(

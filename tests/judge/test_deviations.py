@@ -63,3 +63,30 @@ def test_what_the_peers_declare_exists() -> None:
         assert deviation.operation in specs()
         assert deviation.property in ("*", *PROPERTIES)
         assert deviation.reason
+
+
+ENTRY = "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[deviations]]\noperation = 'rope'", r"got deviations; allowed: entries that begin with \[\[deviation\]\]"),
+        ("[deviation]\noperation = 'rope'", r"got deviation; allowed: entries that begin with"),
+        ("deviation = [1]", "got deviation; allowed: entries that begin with"),
+        (
+            "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'\ndtype = 'bf16'",
+            "dtype: got 'bf16'; allowed: f",
+        ),
+        (
+            "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'\ndevice = 'gpu'",
+            "device: got 'gpu'; allowed: c",
+        ),
+        ("reason = '\xff'", "which cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_what_would_never_match_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "known.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SpecError, match=message):
+        read(file, "cpu")

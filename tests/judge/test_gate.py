@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from conformance.cli import main
 from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
+from tests.judge.test_action import ACTION
 
 ROOT = Path(__file__).parents[2]
+GPU, CPU = ROOT / "ledger" / "nvidia-h200.json", ROOT / "ledger" / "cpu.json"
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
 KERNELS = """
@@ -65,9 +66,6 @@ def demand_untouched(toy: Path) -> None:
     assert len(git(toy, "worktree", "list").splitlines()) == 1
 
 
-ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "judge" / "action.yml").read_text())
-
-
 @here
 def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> None:
     """Run the action's step in the toy repository: the base is right, the head and the files are not."""
@@ -76,7 +74,8 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
     values |= {"backend": "toy_kernels", "base": "HEAD~1", "operations": "layer_norm swiglu", "profile": "dev"}
     values |= {"arguments": "--head HEAD --dtype float32 --property one_at_a_time --jobs 1", "json": str(path)}
-    environment = {name: values[re.fullmatch(r"\${{ inputs\.(\w+) }}", text)[1]] for name, text in step["env"].items()}
+    inputs = {name: re.fullmatch(r"\${{ inputs\.(\w+) }}", text) for name, text in step["env"].items()}
+    environment = {name: values[match[1]] for name, match in inputs.items() if match} | {"BASE": values["base"]}
     path_of_programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | environment | {"GITHUB_STEP_SUMMARY": str(summary), "PATH": path_of_programs}
     done = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
@@ -96,64 +95,26 @@ def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> 
     environment |= {"JSON": str(path), "GITHUB_OUTPUT": str(toy.parent / "outputs")}
     subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)
     outputs = dict(line.split("=") for line in (toy.parent / "outputs").read_text().splitlines())
+    assert outputs["name"] == "toy_kernels-cpu"
     assert summary.read_text().endswith(Path(outputs["comment"]).read_text())
     assert "Conformance: 2 failed" in Path(outputs["page"]).read_text()
     path.write_text("")
     subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)  # a gate that could not run
 
 
-GH = """#!{python}
-import json, re, sys
-from pathlib import Path
-
-_, kind, *words = sys.argv
-comments = Path({comments!r})
-said = json.loads(comments.read_text())
-options = dict(zip(words, words[1:]))
-assert kind == "api"
-if "--jq" in options:
-    assert "repos/me/kernels/issues/7/comments" in words
-    wanted = re.fullmatch(r'.* == "Bot" .*startswith\\("(.*)"\\)\\)\\) \\| .id', options["--jq"])[1]
-    ids = [number for number, (user, body) in enumerate(said) if user == "Bot" and body.startswith(wanted)]
-    print(*ids, sep="\\n")
-else:
-    body = Path(options["--field"].removeprefix("body=@")).read_text()
-    if options.get("--method") == "PATCH":
-        said[int(re.fullmatch(r"repos/me/kernels/issues/comments/(.*)", options["PATCH"])[1])] = ["Bot", body]
-    else:
-        said.append(["Bot", body])
-    comments.write_text(json.dumps(said))
-"""
-
-
-def test_the_action_edits_its_own_comment_and_no_other(tmp_path: Path) -> None:
-    """GitHub's program is replaced by one that keeps the comments in a file."""
-    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "comment")
-    comments, program, text = tmp_path / "comments.json", tmp_path / "gh", tmp_path / "comment.md"
-    program.write_text(GH.format(python=sys.executable, comments=str(comments)))
-    program.chmod(0o755)
-    others = [["User", "<!-- conformance gate of mine on cpu -->"], ["Bot", "coverage 90 %"]]
-    comments.write_text(json.dumps(others))
-
-    def post(body: str, backend: str = "mine", number: str = "7") -> str:
-        text.write_text(body)
-        names = {"COMMENT": str(text), "NUMBER": number, "GITHUB_REPOSITORY": "me/kernels"}
-        environment = os.environ | names | {"BACKEND": backend, "DEVICE": "cpu"}
-        environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-        done = subprocess.run(
-            ["bash", "-eo", "pipefail", "-c", step["run"]], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for body, backend in (("first", "mine"), ("others", "theirs"), ("second", "mine")):
-        assert post(f"{body}\n", backend) == ""
-    posted = [["Bot", f"<!-- conformance gate of {name} on cpu -->\n{body}\n"] for name, body in
-              (("mine", "second"), ("theirs", "others"))]  # fmt: skip
-    assert json.loads(comments.read_text()) == others + posted
-    assert post("third", number="8").startswith("::warning::the comment was not posted")
-    assert json.loads(comments.read_text()) == others + posted
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comment.md", "comments.json", "gh"]
+@pytest.mark.parametrize("base", ["{first}", "first", "0" * 40, "{last}"])
+def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> None:
+    """By commit or by name, here or at the origin; for the push of a new branch it is the default branch."""
+    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "fetch the base")
+    first, last = git(toy, "rev-parse", "HEAD~1"), git(toy, "rev-parse", "HEAD")
+    git(toy, "branch", "first", first)
+    clone, output = toy.parent / "clone", toy.parent / "output"
+    git(toy, "config", "uploadpack.allowAnySHA1InWant", "true")  # as GitHub
+    git(toy, "clone", "-q", "--depth=1", toy.as_uri(), str(clone))
+    environment = os.environ | {"BASE": base.format(first=first, last=last), "DEFAULT": "first"}
+    environment |= {"GITHUB_OUTPUT": str(output)}
+    subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], env=environment, cwd=clone, check=True)
+    assert output.read_text() == f"revision={last if 'last' in base else first}\n"
 
 
 @here
@@ -191,6 +152,40 @@ def test_checkouts_are_removed_whatever_ends_them(toy: Path, ends: type[BaseExce
     demand_untouched(toy)
 
 
+def test_a_checkout_has_the_submodules_of_its_revision(toy: Path, tmp_path: Path) -> None:
+    """Taken from the working tree's repositories of them, also of submodules of submodules; all stay as they were."""
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    for folder, name in ((inner, "deep.py"), (outer, "third.py")):
+        folder.mkdir()
+        git(folder, "init", "-q")
+        (folder / name).write_text("first")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "first")
+    local = ("-c", "protocol.file.allow=always")
+    git(outer, *local, "submodule", "--quiet", "add", str(inner), "an inner one")
+    git(outer, "commit", "-qm", "inner")
+    git(toy, *local, "submodule", "--quiet", "add", str(outer), "third")
+    git(toy, *local, "submodule", "--quiet", "update", "--init", "--recursive")
+    git(toy, "commit", "-qam", "outer")
+    third = toy / "third"
+    (third / "third.py").write_text("second")
+    git(third, "commit", "-qam", "second")
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None
+        assert (base.root / "third/third.py").read_text() == "first"
+        assert (base.root / "third/an inner one/deep.py").read_text() == "first"
+    demand_untouched(toy)
+    for folder in (third, third / "an inner one"):
+        assert len(git(folder, "worktree", "list").splitlines()) == 1
+    head = "1" * 40
+    git(toy, "update-index", "--cacheinfo", f"160000,{head},third")
+    git(toy, "commit", "-qm", "a commit of the submodule that is not here")
+    message = r"^--base: submodule third: 111111111111 cannot be checked out: "
+    with pytest.raises(RevisionError, match=message), checkouts("HEAD", None):
+        pass
+    demand_untouched(toy)
+
+
 def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Import paths inside of the repository become those of the side's checkout; those outside stay."""
     outside = toy.parent / "elsewhere"
@@ -205,6 +200,27 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
         assert base.words([f"{toy}/a.py:f", "a.py:f", "8"]) == [f"{base.root}/a.py:f", "a.py:f", "8"]
         assert head.words([f"{toy}/a.py:f"]) == [f"{toy.resolve()}/a.py:f"]
         base.demand_own("toy_kernels")
+        monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": str(toy)})
+        (base.root / "toy_kernels.py").unlink()
+        with pytest.raises(Unavailable, match=r"base: toy_kernels is imported from .*, not from the checkout of"):
+            base.demand_own("toy_kernels")
+        for folder in (toy, base.root):  # a package without a file, of which the base has another module
+            (folder / "spread").mkdir()
+        (toy / "spread/new.py").write_text("swiglu = print")
+        (base.root / "spread/old.py").write_text("swiglu = print")
+        path = os.pathsep.join((str(base.root), str(toy)))
+        monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": path})
+        base.demand_own("spread.old")
+        with pytest.raises(Unavailable, match=r"base: spread.new.swiglu is imported from .*new.py, not from the"):
+            base.demand_own("spread.new.swiglu")
+
+
+def test_a_repository_inside_of_an_environment(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /usr/src/app is in that of the system's Python, /usr: its folders are no installed packages."""
+    monkeypatch.setattr(sys, "prefix", str(toy.parent))
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None
+        assert base.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(base.root)
         monkeypatch.setattr(Checkout, "environment", lambda self: {**os.environ, "PYTHONPATH": str(toy)})
         (base.root / "toy_kernels.py").unlink()
         with pytest.raises(Unavailable, match=r"base: toy_kernels is imported from .*, not from the checkout of"):
@@ -238,14 +254,18 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--head", "--all"), "expected one argument"),
         (("--base", "HEAD", "soup"), "operation: got 'soup'; allowed:"),
         (("--base", "HEAD", "--dtype", "float8"), "dtype: got 'float8'"),
+        (("--base", "HEAD", "--target", "sm_90", "sm_9"), "target: got 'sm_9'; allowed: sm_80, "),
         (("--base", "HEAD", "--minutes", "-1"), "--minutes: got -1.0; allowed: 0 or more"),
         (("--base", "HEAD", "--budget-rise", "nan"), "--budget-rise: got nan; allowed: 0 or more"),
+        (("--base", "HEAD", "--deviations", "no.toml"), "--deviations: got no.toml, which is no file; allowed: TOML"),
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
         (("--base", "HEAD", "--mutants", "-1"), "--mutants: got -1; allowed: 0 or more"),
         (("--ledger", "x.json", "--mutants", "1"), "--mutants: got a ledger, which records none; allowed: with --base"),
         ((), "got both --base and --ledger, or neither"),
         (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
         (("--ledger", "x.json"), "x.json: No such file or directory"),
+        (("--ledger", str(GPU), "--device", "cpu"), "nvidia-h200.json, of NVIDIA H200; allowed on cpu: cpu.json"),
+        (("--ledger", str(CPU), "--device", "cpu", "--backend", "toy"), "--backend: got toy; "),
     ],
 )
 def test_a_usage_error_is_one_line(
@@ -261,7 +281,10 @@ def test_a_usage_error_is_one_line(
 def test_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(RevisionError, match="is in no git repository"), checkouts("HEAD", None):
+    with (
+        pytest.raises(RevisionError, match="is in no git repository that can be used: fatal: not a git"),
+        checkouts("HEAD", None),
+    ):
         pass
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -29,6 +30,7 @@ from conformance.gate.statistics import (
 NOISE = 0.01  # of one time in one round: a Student t distribution with 3 degrees of freedom, times this
 PROCESS = {"device": 0.002, "host": 0.005}  # standard deviation of what a process adds for as long as it lives
 CLOCKS = (1.0, 0.97, 0.94, 1.05)  # levels between which a clock steps
+DRIFT, STEP = 0.03, 0.01  # of the clock, each way; how often it steps
 KINDS = ("forward", "full", "device_forward", "device_full")
 
 
@@ -43,9 +45,9 @@ class SimulatedCard:
 
     def sample(self, side: str, kind: str) -> float:
         self._calls += 1
-        if self._random.random() < 0.01:
+        if self._random.random() < STEP:
             self._clock = self._random.choice(CLOCKS)
-        drift = 0.03 * math.sin(self._phase + self._calls / 300)
+        drift = DRIFT * math.sin(self._phase + self._calls / 300)
         chi = sum(self._random.gauss(0, 1) ** 2 for _ in range(3))
         noise = NOISE * self._random.gauss(0, 1) / math.sqrt(chi / 3)
         slower = math.log1p(self._slowdown) if side == "head" else 0.0
@@ -67,32 +69,53 @@ def gates(count: int, slowdown: float, kinds: Sequence[str] = KINDS) -> Iterator
 
 
 @cache
+def decisions(slowdown: float) -> list[dict[str, Decision]]:
+    """Those of 60 gates, or of 200 of the base against itself."""
+    return list(gates(60 if slowdown else 200, slowdown))
+
+
 def shares(slowdown: float) -> Counter[Verdict]:
-    """How often each verdict is given in 60 gates, or in 200 of the base against itself."""
-    return Counter(overall(found) for found in gates(60 if slowdown else 200, slowdown))
+    """How often each verdict is given."""
+    return Counter(overall(found) for found in decisions(slowdown))
 
 
-def documented() -> Iterator[tuple[float, dict[Verdict, float]]]:
-    """The table of docs/gate.md: a slowdown and the share of each verdict."""
-    for line in (Path(__file__).parents[2] / "docs" / "gate.md").read_text().splitlines():
-        if row := re.match(r"\| (the base again|(\d) % (slower|faster)) \| \d+ \|(.*)\|", line):
+PAGE = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+
+
+def documented() -> Iterator[tuple[float, dict[Verdict, float], int]]:
+    """The table of docs/gate.md: a slowdown, the share of each verdict, and the rounds."""
+    for line in PAGE.splitlines():
+        if row := re.match(r"\| (the base again|(\d) % (slower|faster)) \| \d+ \|(.*)\| (\d+) \|", line):
             slowdown = int(row[2] or 0) / 100 * (-1 if row[3] == "faster" else 1)
-            cells = zip(ORDER, row[4].split("|"), strict=False)
-            yield slowdown, {one: int(cell.split()[0]) / 100 for one, cell in cells}
+            cells = zip(ORDER, row[4].split("|"), strict=True)
+            yield slowdown, {one: int(cell.split()[0]) / 100 for one, cell in cells}, int(row[5])
 
 
 ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
 
 
 def test_the_documents_give_the_shares_that_are_simulated() -> None:
-    """Documented shares are within four standard deviations, and half a percent of rounding, of simulated ones."""
+    """Documented shares and rounds are within four standard deviations, and half of a last digit, of simulated ones."""
     table = list(documented())
-    assert [slowdown for slowdown, _ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
-    for slowdown, expected in table:
+    assert [slowdown for slowdown, *_ in table] == [0.0, 0.05, 0.02, 0.01, -0.05]
+    for slowdown, expected, rounds in table:
         found = shares(slowdown)
         for one, share in expected.items():
             spread = 4 * math.sqrt(max(share * (1 - share), 0.01) / found.total()) + 0.005
             assert abs(found[one] / found.total() - share) <= spread, (slowdown, one)
+        means = [mean(decision.rounds for decision in one.values()) for one in decisions(slowdown)]
+        assert abs(mean(means) - rounds) <= 4 * stdev(means) / math.sqrt(len(means)) + 0.5, (slowdown, mean(means))
+
+
+def test_the_documents_describe_the_card_that_is_simulated() -> None:
+    text = " ".join(PAGE.split())
+    for words in (
+        f"The noise of a single time is {100 * NOISE:g} % times a Student t distribution with 3 degrees of freedom",
+        f"The clock drifts by {100 * DRIFT:g} % each way; in one of {'a hundred' if STEP == 0.01 else STEP}",
+        f"{100 - 100 * min(CLOCKS):.0f} % below to {100 * max(CLOCKS) - 100:.0f} % above",
+        f"a standard deviation of {100 * PROCESS['device']:g} % without launches and {100 * PROCESS['host']:g} % with",
+    ):
+        assert words in text
 
 
 def test_base_against_base_is_neither_faster_nor_slower() -> None:

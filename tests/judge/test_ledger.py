@@ -144,6 +144,58 @@ def test_another_clock_compares_shares_of_the_roofline_alone(recorded: Ledger) -
     assert recorded.regressions(results_of(META, [TIME])) == []
 
 
+def test_small_losses_do_not_add_up_over_environments(recorded: Ledger) -> None:
+    """Each driver loses a little: the best environment counts, until a reason gives it up."""
+    for number, share in enumerate((0.65, 0.6, 0.55)):
+        lower = changed(TIME, roofline={"full": share})
+        used = changed(PROPERTY, budget_use=0.3 + 0.09 * (number + 1))
+        changes, refused = recorded.update(results_of({**META, "driver": f"581.{number}"}, [lower, used]))
+        assert (changes > 0) == (number == 0)
+        assert len(refused) == (0 if number == 0 else 2), refused
+    worse = results_of({**META, "driver": "590"}, [changed(PROPERTY, budget_use=0.6)])
+    assert recorded.update(worse, "a new compiler") == (1, [])
+    better = results_of({**META, "driver": "590"}, [changed(PROPERTY, budget_use=0.55)])
+    assert recorded.update(better) == (1, [])
+    assert recorded.update(results_of({**META, "driver": "591"}, [changed(PROPERTY, budget_use=0.6)])) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("result", "meta", "words"),
+    [
+        (1, {}, "a result has another form: "),
+        (changed(TIME, full=0.3), {}, "a result has another form: "),
+        (changed(TIME, full=[0.3]), {}, "a result has another form: "),
+        (changed(TIME, full=["a", "b", "c"]), {}, "as a ledger, file.results[0].milliseconds.full: got 'b'; allowed: "),
+        (changed(PROPERTY, budget_use="0.3"), {}, "as a ledger, file.results[0].budget_use: got '0.3'; allowed: "),
+        (PROPERTY, {"backend": None}, "as a ledger, file.results[0].backend: got None; allowed: string"),
+        (PROPERTY, {"sm_clock_mhz": "1980"}, "as a ledger, file.meta.environments.e1.sm_clock_mhz: got '1980'; "),
+        (PROPERTY, {"versions": 3}, "holds no results; "),
+        (changed(PROPERTY, op=["swiglu"]), {}, "as a ledger, file.results[0].op: got ['swiglu']; allowed: string"),
+    ],
+)
+def test_a_file_of_another_form_is_one_line(
+    result: Any, meta: dict[str, Any], words: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(desk / "odd.json", result, **meta)
+    assert main(["ledger", "update", path]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"conformance: {path}: {words}") and printed.count("\n") == 1
+    assert not (desk / "ledger").exists()
+
+
+def test_a_number_that_is_too_large_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = desk / "run.json"
+    path.write_text(Path(file(path, PROPERTY)).read_text().replace("0.3", "1e999"))
+    assert main(["ledger", "update", str(path)]) == 2
+    assert "file.results[0].budget_use: got inf; allowed: " in capsys.readouterr().err
+
+
+def test_a_number_that_is_none_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file(desk / "run.json", changed(PROPERTY, budget_use=float("nan")))
+    assert main(["ledger", "update", path]) == 2
+    assert capsys.readouterr().err == f"conformance: {path}: no JSON: got NaN; allowed: finite numbers\n"
+
+
 def test_fingerprints_of_another_triton_are_not_compared(recorded: Ledger) -> None:
     other = {**META, "versions": {**VERSIONS, "triton": "3.9.0"}}
     assert recorded.regressions(results_of(other, [changed(PRINT, registers=200)])) == []

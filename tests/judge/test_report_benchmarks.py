@@ -41,6 +41,15 @@ def test_the_bench_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert found.rows == tuple(replace(row, samples={}) for row in rows)
 
 
+def test_tests_of_one_name_in_two_classes_are_two(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "now.json", 0.002, 0.003)
+    content = json.loads(path.read_text())
+    for one, group in zip(content["benchmarks"], ("TestA", "TestB"), strict=True):
+        one |= {"group": None, "name": "test_sort", "fullname": f"tests/test_sort.py::{group}::test_sort"}
+    path.write_text(json.dumps(content))
+    assert [row.backend for row in read(path).rows] == ["TestA::test_sort", "TestB::test_sort"]
+
+
 def test_a_file_of_another_project_is_shown(tmp_path: Path) -> None:
     page = Parsed(shown(tmp_path / "page.html", foreign(tmp_path / "now.json", 0.002, 0.003)))
     assert [cells[2] for cells in page.tables["sort 1000, "][1:]] == ["2.000 [1.960 2.040]", "3.000 [2.940 3.060]"]
