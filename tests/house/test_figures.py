@@ -53,7 +53,8 @@ STATED = {
     "docs/benchmarks.md": {"measured", "operations", "budget", "fingerprints", "step", "sizes"},
 }
 BOUNDS = "docs/judge.md"  # its table of bounds is compared with what is measured by tests/judge/test_condition.py
-DOCUMENTS = [*figures.documents(), ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md"]
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+DOCUMENTS = [*figures.documents(), *(ROOT / name for name in OTHERS)]
 NAMES = [name for path in DOCUMENTS if (name := path.relative_to(ROOT).as_posix()) != POWERS]
 # Quantities that are limits, and no results: what the code has, where it has them.
 LIMITS = {

@@ -324,7 +324,8 @@ def test_without_arguments_the_output_folder_is_named_after_the_model(
     monkeypatch: pytest.MonkeyPatch, name: str, folder: str
 ) -> None:
     """The model may be given as such or by name; TRL does the same."""
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default
+    for module in ("transformers.training_args", "unsloth_fast.config"):  # TRL's default is bfloat16
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     model = tiny.model()
     model.config._name_or_path = name
     for given in (model, name):
