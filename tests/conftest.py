@@ -1,9 +1,10 @@
-"""Settings of every test run, made before triton is imported; the order of files; TRL restored for each test.
+"""Settings of every test run, made before triton is imported; the order of files; TRL and the logger restored.
 
 What is imported and collected stays until the end: the garbage collector need not search it.
 """
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,15 @@ def unpatched() -> Iterator[None]:
     _unpatch()
     yield
     _unpatch()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_level() -> Iterator[None]:
+    """The command line sets the level of the package's logger."""
+    logger = logging.getLogger("unsloth_fast")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def _unpatch() -> None:

@@ -86,6 +86,8 @@ def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    for module in ("transformers.training_args", "unsloth_fast.config"):  # transformers' own remembers its first answer
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: torch.cuda.is_bf16_supported())
 
 
 def test_a_quantised_model_trains_on_a_card_without_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
