@@ -186,7 +186,8 @@ def mamba2_scan_dx_kernel(
     dg += tl.sum((1.0 - until) * (dt * by_new)[:, None], 0)
     ddt += by_new + a * dg
     tl.store(ddt_ptr + (begin + row.to(tl.int64)) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), row < length)
-    tl.store(da_ptr + chunk, tl.sum(dt * dg, 0))
+    # Triton 3.6 does not compile for sm_100 the sum of a vector that is a sum of products on tensor cores.
+    tl.store(da_ptr + chunk + tl.arange(0, 1), tl.sum((dt * dg)[:, None], 0))
     tl.store(dd_ptr + chunk, tl.sum(skipped, 0))
 
 

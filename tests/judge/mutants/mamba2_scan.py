@@ -41,9 +41,7 @@ TABLE = {
     ),
     "dg_without_the_whole_chunk": one(" + tl.exp(last) * through", "", "extents"),
     "ddt_of_the_decay_alone": one("ddt += by_new + a * dg", "ddt = a * dg", "gradients"),
-    "da_without_steps": one(
-        "tl.store(da_ptr + chunk, tl.sum(dt * dg, 0))", "tl.store(da_ptr + chunk, tl.sum(dg, 0))", "gradients"
-    ),
+    "da_without_steps": one("tl.sum((dt * dg)[:, None], 0)", "tl.sum(dg[:, None], 0)", "gradients"),
     "db_of_the_first_head": one(
         "for index in range(0, group):\n        head = kv_head * group + index\n        a =",
         "for index in range(0, 1):\n        head = kv_head * group + index\n        a =",
