@@ -150,7 +150,7 @@ def our_trainer(contender: str, job: Job, folder: str) -> Any:
     from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
     backend = contender.partition("-")[0]
-    arguments = partial(UnslothTrainingArguments, cuda_graphs=True if backend == "fast" else None)
+    arguments = partial(UnslothTrainingArguments, cuda_graphs=True) if backend == "fast" else UnslothTrainingArguments
     return loaded_trainer(FastLanguageModel, UnslothTrainer, arguments, contender, job, folder, backend=backend)
 
 
