@@ -123,7 +123,7 @@ class UnslothTrainingArguments(SFTConfig):
         default=None,
         metadata={
             "help": "Whether the layers of small packed batches are recorded as CUDA graphs and replayed. `None` for "
-            "`True` where nothing forbids it."
+            "`True` where nothing forbids it and no experts have a load-balancing loss."
         },
     )
 

@@ -5,7 +5,8 @@ space, of which only the elements are touched. Half a million tokens of 4096 ele
 PyTorch refuses, because a library counts a stride in 32 bits, is not made.
 
 That shows how inputs are read. On a GPU with enough memory a kernel also gets as many elements in 16 bits, a smaller
-call repeated, and the results of the last repetition must be right: outputs, gradients and what is stored between.
+call repeated, and the results of the last repetition must be right: outputs, what is stored between, and gradients
+where memory holds those of so many.
 """
 
 from collections.abc import Sequence
