@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -21,12 +22,14 @@ pytestmark = [
 FAST: dict[str, Any] = {"backend": "fast", "use_cpu": False} if ON_GPU else {}
 
 
-def trained(folder: Path, name: str, kind: type = UnslothTrainer, **options: Any) -> Any:
+def trained(folder: Path, name: str, kind: type = UnslothTrainer, lora: bool = False, **options: Any) -> Any:
     """A trainer after four steps, and an evaluation."""
     taken = SFTConfig if kind is SFTTrainer else UnslothTrainingArguments
     args = arguments(folder, taken, router_aux_loss_coef=0.5, max_steps=4, **options)
     data = Dataset.from_dict({"text": tiny.texts(5, seed=1)})
-    trainer = build(kind, args, model=zoo.model(name).float(), eval_dataset=data)
+    model = zoo.model(name).float()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if lora else model
+    trainer = build(kind, args, model=model, eval_dataset=data)
     trainer.sizes = []
     compute_loss = trainer.compute_loss
 
@@ -63,15 +66,20 @@ def test_the_losses_are_those_of_trl(tmp_path: Path, padding_free: bool, accumul
     assert ours.model.config.output_router_logits is False
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_recorded_experts_have_the_losses_of_others(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With their load-balancing loss, which the layers' recording leaves to the model around them."""
+@pytest.fixture
+def _recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     use_recorder(monkeypatch)
     if not ON_GPU:
         for operation, function in RECORDABLE.items():
             monkeypatch.setattr(f"unsloth_ref.kernels.{operation}", function)
+
+
+@pytest.mark.usefixtures("_recorder")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_recorded_experts_have_the_losses_of_others(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With their load-balancing loss, which the layers' recording leaves to the model around them."""
     caplog.set_level(logging.INFO, "unsloth_fast")
     options = FAST | {"gradient_accumulation_steps": 2, "padding_free": True}
     expected = trained(tmp_path / "a", name, cuda_graphs=False, **options)
@@ -80,6 +88,16 @@ def test_recorded_experts_have_the_losses_of_others(
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert logged(found, "aux_loss") == pytest.approx(logged(expected, "aux_loss"), rel=1e-4)
     assert "launched one by one" not in caplog.text
+    usual = trained(tmp_path / "c", name, **options)
+    assert not usual.sizes and usual.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert "cuda_graphs=None: the layers are launched one by one: a load-balancing loss, and no adapter" in caplog.text
+
+
+@pytest.mark.usefixtures("_recorder")
+def test_experts_under_adapters_are_recorded(tmp_path: Path) -> None:
+    """Without being asked to."""
+    options = FAST | {"gradient_accumulation_steps": 2, "padding_free": True}
+    assert trained(tmp_path, "qwen3_moe", lora=True, **options).sizes == [256]
 
 
 def test_the_weight_is_that_of_the_arguments(tmp_path: Path) -> None:
