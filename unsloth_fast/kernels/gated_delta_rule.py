@@ -2,7 +2,7 @@
 
     S'_t = exp(g_t) S_t-1      u_t = beta_t (v_t - S'_t^T k_t)      S_t = S'_t + k_t u_t^T      o_t = scale S_t^T q_t
 
-Documents are cut into chunks of C tokens. Within a chunk let S be the state at its begin, c_i the sum of g up to token
+Documents are cut into chunks of C tokens. Within a chunk let S be the state at its start, c_i the sum of g up to token
 i, and Q, K, V, U, O and B matrices with a row per token, as are rows of other factors. Unrolling the recurrence gives
 
     A_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i        (I + A) U = B        B = beta (V - exp(c) K S)

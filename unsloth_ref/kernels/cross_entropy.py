@@ -63,7 +63,7 @@ def cross_entropy(
     ignored = labels == ignore_index
     outside = ~ignored & ((labels < 0) | (labels >= logits.shape[1]))
 
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(logits.dtype, torch.float32)
     z = logits.to(wide).masked_fill(ignored[:, None], 0.0) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)

@@ -88,7 +88,7 @@ def _attention(
     document: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one document, or of all documents, given the document of each token."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     group, position = q.shape[1] // k.shape[1], torch.arange(len(q), device=q.device)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     heads_q, heads_k, heads_v = (x.transpose(0, 1).to(wide) for x in (q, k, v))
