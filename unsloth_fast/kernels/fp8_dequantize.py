@@ -57,6 +57,8 @@ def fp8_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: shapes or devices do not match, or scale requires a gradient.
         TypeError: values are not e4m3, scale is not float32, or dtype is no float dtype or float64.
         RuntimeError: on a CPU without Triton's interpreter.
+
+    Sources: those of `fp8_quantize`.
     """
     float8_checks.dequantize_arguments(values, scale, dtype)
     if dtype == torch.float64:

@@ -220,6 +220,6 @@ def gated_delta_rule(
             is not int32.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Yang 2024, arXiv:2412.06464; chunks, Yang 2024, arXiv:2406.06484.
+    Sources: Yang et al. 2024, arXiv:2412.06464; chunks, Yang et al. 2024, arXiv:2406.06484.
     """
     return call(_GatedDeltaRule, check, q, k, v, g, beta, cu_seqlens, scale)

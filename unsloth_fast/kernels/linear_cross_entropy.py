@@ -260,6 +260,8 @@ def linear_cross_entropy(
         TypeError: hidden does not have a float dtype or is float64, weight or bias differs from it in dtype, or labels
             are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Sources: those of `cross_entropy`.
     """
     divisor = divisor_of(reduction, num_items, hidden.device)
     options = LossOptions(ignore_index, logit_scale, softcap, label_smoothing, z_loss)

@@ -242,6 +242,8 @@ def lora_linear(
         TypeError: x does not have a float dtype or is float64, weight or bias differs from it in dtype, or an adapter
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if isinstance(weight, NF4Weight):
         *parts, shape = weight

@@ -294,6 +294,8 @@ def lora_linears(
         TypeError: x does not have a float dtype or is float64, a weight or bias differs from it in dtype, or an adapter
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
     """
     checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
     count, each = len(weight), tensors_of(weight)

@@ -156,7 +156,7 @@ def nf4_dequantize(
         TypeError: a tensor or the result has another dtype.
         RuntimeError: on a CPU without Triton's interpreter.
 
-    Source: Dettmers 2023, arXiv:2305.14314. The bits are those of bitsandbytes 0.50.
+    Source: Dettmers et al. 2023, arXiv:2305.14314. The bits are those of bitsandbytes 0.50.
     """
     arguments = packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype
     check(*arguments)

@@ -215,7 +215,7 @@ def packed_attention(
             dtype, or cu_seqlens is not int32.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; tiles, Dao 2022,
-    arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118; sinks, gpt-oss, arXiv:2508.10925.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads, Ainslie et al. 2023, arXiv:2305.13245; tiles, Dao et
+    al. 2022, arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118; sinks, gpt-oss, arXiv:2508.10925.
     """
     return call(_PackedAttention, check, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)

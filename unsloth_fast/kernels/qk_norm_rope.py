@@ -221,8 +221,8 @@ def qk_norm_rope(
             neither in q's dtype nor float32, or positions are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su 2021, arXiv:2104.09864; Yang 2025, arXiv:2505.09388. The
-    rotation is rounded once; transformers rounds its products too.
+    Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; Yang et al. 2025,
+    arXiv:2505.09388. The rotation is rounded once; transformers rounds its products too.
     """
     run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
     return run(_QKNormRope, check, q, k, q_weight, k_weight, cos, sin, positions, eps, offset, casting)

@@ -279,7 +279,7 @@ def rope(
             dtype nor float32, or positions are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter.
 
-    Source: Su 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
+    Source: Su et al. 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
     """
     run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
     return run(_Rope, check, q, k, cos, sin, positions, interleaved, False, None)

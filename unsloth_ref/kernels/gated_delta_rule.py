@@ -11,8 +11,8 @@ S_t = exp(g_t) S_t-1 (I - beta_t k_t k_t^T) + beta_t v_t k_t^T. With dS_t the gr
 
 Heads of q and k are shared in groups: head h of v reads head h // (M / N) of q and k, whose gradients are sums over it.
 
-Source: Yang 2024, arXiv:2412.06464. All arithmetic is float32 for any input dtype (float64 for float64), and rounded
-once, at the end.
+Source: Yang et al. 2024, arXiv:2412.06464. All arithmetic is float32 for any input dtype (float64 for float64), and
+rounded once, at the end.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     y = x @ weight^T + bias + scaling * (x @ lora_a^T) @ lora_b^T
 
-Source: Hu 2021, arXiv:2106.09685. Rounding: as between modules: the layer's output, x @ lora_a^T, its product with
-lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such as
-float32 master weights of a bfloat16 layer, are first rounded to the dtype of x; their gradients are not.
+Source: Hu et al. 2021, arXiv:2106.09685. Rounding, as between modules: the layer's output, x @ lora_a^T, its product
+with lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such
+as float32 master weights of a bfloat16 layer, are first rounded to the dtype of x; their gradients are not.
 """
 
 import torch

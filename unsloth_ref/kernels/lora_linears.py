@@ -2,8 +2,8 @@
 
     y_i = lora_linear(x, weight_i, lora_a_i, lora_b_i, scaling_i, bias_i)
 
-Source: Hu 2021, arXiv:2106.09685. Rounding: as of `lora_linear`, layer by layer. The gradient of x is the sum of those
-of the layers and of their adapters, rounded to the dtype of x after each addition; the order is not defined.
+Source: Hu et al. 2021, arXiv:2106.09685. Rounding: that of `lora_linear`, layer by layer. The gradient of x is the sum
+of those of the layers and of their adapters, rounded to the dtype of x after each addition; the order is not defined.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,9 @@
 n_i is half of a byte: the upper one for an even i, the lower one for an odd i. `code` holds 16 quantiles of the normal
 distribution, scaled to [-1, 1].
 
-Source: Dettmers 2023, arXiv:2305.14314. Rounding: as bitsandbytes 0.50: each product and the sum to float32 (float64 if
-the scales are float64), and then once to the result's dtype. So every correct implementation gives the same bits.
+Source: Dettmers et al. 2023, arXiv:2305.14314. Rounding, as in bitsandbytes 0.50: each product and the sum to float32
+(float64 if the scales are float64), and then once to the result's dtype. So every correct implementation gives the same
+bits.
 """
 
 from collections.abc import Sequence

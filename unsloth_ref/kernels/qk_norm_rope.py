@@ -4,8 +4,9 @@
 
 The formulas are those of rms_norm, whose rows are the heads, and of rope.
 
-Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su 2021, arXiv:2104.09864; Yang 2025, arXiv:2505.09388. Rounding: as
-transformers' Qwen3Attention and Gemma3Attention, where the normalised heads are rounded before they are rotated.
+Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; Yang et al. 2025,
+arXiv:2505.09388. Rounding: as transformers' Qwen3Attention and Gemma3Attention, where the normalised heads are rounded
+before they are rotated.
 """
 
 from torch import Tensor
