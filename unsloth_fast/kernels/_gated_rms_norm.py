@@ -1,4 +1,4 @@
-"""The Triton kernels of gated_rms_norm, whose formulas are in `gated_rms_norm.py`."""
+"""The kernels of gated_rms_norm; gated_rms_norm.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false

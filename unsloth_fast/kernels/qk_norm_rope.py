@@ -23,6 +23,7 @@ from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_powe
 from unsloth_fast.kernels._norms import column_sum_grid, column_sum_kernel
 from unsloth_fast.kernels._qk_norm_rope import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
 from unsloth_fast.kernels._replay import call, call_recorded
+from unsloth_fast.kernels.rope import strides_of_angles
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
@@ -36,14 +37,6 @@ def tiling(q: Tensor, k: Tensor) -> tuple[dict[str, int], int]:
     steps = max(cdiv(q.shape[1], q_heads), cdiv(k.shape[1], k_heads))
     warps = max(1, min(8, max(q_heads, k_heads) * columns // 512))
     return {"COLUMNS": columns, "Q_HEADS": q_heads, "K_HEADS": k_heads, "num_warps": warps}, steps
-
-
-def angle_arguments(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
-    """The strides of cos, sin and positions; 0 for what all sequences share."""
-    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
-    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
-    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
-    return *strides[0], *strides[1], *where
 
 
 def qk_norm_rope_forward(
@@ -61,7 +54,7 @@ def qk_norm_rope_forward(
         qk_norm_rope_forward_kernel, batches * length, q,
         q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions, *outputs,
         length, q_heads, k.shape[1], steps, width, cos.shape[-1] // 2, len(cos), eps,
-        *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *angle_arguments(cos, sin, positions),
+        *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *strides_of_angles(cos, sin, positions),
         OFFSET=offset, LLAMA=llama, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, **tile,
     )  # fmt: skip
     return outputs
@@ -92,7 +85,7 @@ def qk_norm_rope_backward(
         q_rstd, k_rstd, dq, dk, *partial,
         tokens, length, each, q_heads, k.shape[1], steps, width, cos.shape[-1] // 2, len(cos),
         *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(),
-        *angle_arguments(cos, sin, positions),
+        *strides_of_angles(cos, sin, positions),
         OFFSET=offset, LLAMA=llama, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
         NEED_DX=need_dx, NEED_DWEIGHT=need_dweight, **tile,
     )  # fmt: skip

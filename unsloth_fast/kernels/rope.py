@@ -139,6 +139,14 @@ def heads_per_step(x: Tensor | None, half: int) -> int:
     return 0 if x is None else min(next_power_of_2(x.shape[1]), max(1, 4096 // half))
 
 
+def strides_of_angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
+    """The strides of cos, sin and positions; 0 for what all sequences share."""
+    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
+    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
+    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
+    return *strides[0], *strides[1], *where
+
+
 def rope_rotate(
     q: Tensor | None,
     k: Tensor | None,
@@ -164,14 +172,11 @@ def rope_rotate(
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
     warps = next_power_of_2(max(1, (q_tile + k_tile) * half_tile // 512))  # about 32 elements per thread
     steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
-    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
-    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
-    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
     launch(
         rope_kernel, batches * length, x,
         x if q is None else q, x if k is None else k, cos, sin, cos if positions is None else positions, q_out, k_out,
         length, q_heads, k_heads, steps, half // unit, rest // unit, len(cos),
-        *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
+        *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides_of_angles(cos, sin, positions),
         TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
         INTERLEAVED=interleaved, UNIT=unit, HALF=half_tile, REST=next_power_of_2(rest) if rest else 0,
         Q_HEADS=q_tile, K_HEADS=k_tile,
