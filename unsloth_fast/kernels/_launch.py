@@ -116,6 +116,14 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
+def strides_of_angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
+    """The strides of cos, sin and positions; 0 for what all sequences share."""
+    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
+    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
+    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
+    return *strides[0], *strides[1], *where
+
+
 def cdiv(dividend: int, divisor: int) -> int:
     """The quotient, rounded up. (triton.cdiv, which also works in kernels, takes 6 us on the host.)"""
     return -(-dividend // divisor)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, once_differentiable
-from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register, strides_of_angles
 from unsloth_fast.kernels._norms import column_sum_grid, column_sum_kernel
 from unsloth_fast.kernels._qk_norm_rope import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
 from unsloth_fast.kernels._replay import call, call_recorded
-from unsloth_fast.kernels.rope import strides_of_angles
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 

@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, resolved
-from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import (
+    cdiv,
+    check_runnable,
+    kernel,
+    launch,
+    next_power_of_2,
+    register,
+    strides_of_angles,
+)
 from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
 
@@ -137,14 +145,6 @@ def rope_kernel(
 def heads_per_step(x: Tensor | None, half: int) -> int:
     """Number of heads of x that a program loads at once, a power of two: all heads, up to 8192 elements."""
     return 0 if x is None else min(next_power_of_2(x.shape[1]), max(1, 4096 // half))
-
-
-def strides_of_angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
-    """The strides of cos, sin and positions; 0 for what all sequences share."""
-    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
-    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
-    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
-    return *strides[0], *strides[1], *where
 
 
 def rope_rotate(
