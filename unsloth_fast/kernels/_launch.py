@@ -297,13 +297,18 @@ def traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > (recorded.launches is not None)  # a recording has a mode of its own
 
 
-def check_runnable(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
-    if tensor.dtype == torch.float64:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError for float64, which the kernels neither read nor write."""
+    if dtype == torch.float64:
         raise TypeError(
             f"{name}: got dtype torch.float64; allowed: torch.float16, torch.bfloat16, torch.float32; "
             "the reference backend computes in float64"
         )
+
+
+def check_runnable(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
+    check_dtype(name, tensor.dtype)
     if not (tensor.is_cuda or INTERPRETED or _intercepted):
         raise RuntimeError(
             f"{name}: got device {tensor.device}; allowed: a CUDA device, or any with TRITON_INTERPRET=1 set in the "

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, register
+from unsloth_fast.kernels._launch import cdiv, check_dtype, check_runnable, kernel, launch, register
 from unsloth_ref import checks
 
 WORDS = 1024  # of a program; a divisor of the 2048 of a group
@@ -76,7 +76,7 @@ def nf4_dequantize_forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the weight, new and contiguous."""
-    w = nf4_dequantize_outputs(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
+    w = nf4_dequantize_forward_outputs(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
     if w.numel() == 0:
         return w
     given = nested_code, nested_absmax, nested_offset
@@ -88,7 +88,7 @@ def nf4_dequantize_forward(
     return w
 
 
-def nf4_dequantize_outputs(
+def nf4_dequantize_forward_outputs(
     packed: Tensor,
     absmax: Tensor,
     nested_code: Tensor | None,
@@ -102,10 +102,10 @@ def nf4_dequantize_outputs(
 
 
 forward_op = register(
-    "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset,"
-    " SymInt[] shape, ScalarType dtype) -> Tensor",
+    "nf4_dequantize_forward(Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax,"
+    " Tensor? nested_offset, SymInt[] shape, ScalarType dtype) -> Tensor",
     nf4_dequantize_forward,
-    nf4_dequantize_outputs,
+    nf4_dequantize_forward_outputs,
 )
 
 
@@ -123,8 +123,7 @@ def check(
     check_runnable("absmax", absmax)
     if nested_offset is not None:
         check_runnable("nested_offset", nested_offset)
-    if dtype == torch.float64:
-        check_runnable("dtype", absmax.new_empty(0, dtype=dtype))
+    check_dtype("dtype", dtype)
 
 
 def nf4_dequantize(
