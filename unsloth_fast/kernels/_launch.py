@@ -33,7 +33,7 @@ class Kernel(Protocol):
         fn: the Python function.
         integers: its declared integer parameters.
         arg_names: the names of all its parameters.
-        params: Triton's descriptions of them; a compiled kernel's alone has them.
+        params: Triton's descriptions of them; only a compiled kernel has them.
     """
 
     fn: Callable[..., None]

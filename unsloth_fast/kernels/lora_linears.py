@@ -40,7 +40,7 @@ from unsloth_ref import checks
 from unsloth_ref.types import NF4Weight
 
 Tensors = Sequence[Tensor]
-Weight = Sequence[Tensor | None]  # a matrix alone, or the tensors of an NF4Weight
+Weight = Sequence[Tensor | None]  # a single matrix, or the tensors of an NF4Weight
 
 
 def tensors_of(weight: Sequence[Tensor | NF4Weight]) -> list[Weight]:

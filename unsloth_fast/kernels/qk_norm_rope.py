@@ -194,7 +194,7 @@ def qk_norm_rope(
         q_weight: [D], float16, bfloat16 or float32.
         k_weight: [D], float16, bfloat16 or float32.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D: the
-            other columns are normalised alone. A constant: it gets no gradient.
+            other columns are only normalised. A constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
         eps: added to the mean square; not negative.
