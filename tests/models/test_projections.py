@@ -15,8 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from tests import tiny
-from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, run, second
-from tests.models.test_lora_mlp import add_adapter, assert_as_before, assert_as_peft_after, assert_follows
+from tests.models.with_lora import (
+    CHANGES,
+    TOKENS,
+    adapted,
+    add_adapter,
+    assert_as_before,
+    assert_as_peft_after,
+    assert_follows,
+    disabled,
+    merged,
+    run,
+    second,
+)
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.projections import shared_layers
