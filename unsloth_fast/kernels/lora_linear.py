@@ -24,7 +24,7 @@ from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiab
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.nf4_dequantize import forward_op as dequantize_op
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.types import NF4Weight
 
 Parameters = ParamSpec("Parameters")
@@ -203,7 +203,7 @@ def check(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
 ) -> None:
     """Raise for arguments that lora_linear does not allow."""
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     check_runnable("x", x)
     check_runnable("lora_a", lora_a)
 

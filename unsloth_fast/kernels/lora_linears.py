@@ -36,7 +36,7 @@ from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
 from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize_forward
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.types import NF4Weight
 
 Tensors = Sequence[Tensor]
@@ -297,7 +297,7 @@ def lora_linears(
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
+    adapter_checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
     count, each = len(weight), tensors_of(weight)
     factors = tuple(map(float, scaling or [1.0] * count))
     tensors = *(one for group in each for one in group), *lora_a, *lora_b, *(bias or [None] * count)

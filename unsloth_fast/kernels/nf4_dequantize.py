@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._launch import cdiv, check_dtype, check_runnable, kernel, launch, register
-from unsloth_ref import checks
+from unsloth_ref import nf4_checks
 
 WORDS = 1024  # of a program; a divisor of the 2048 of a group
 WARPS = 4
@@ -119,7 +119,7 @@ def check(
     dtype: torch.dtype,
 ) -> None:
     """Raise for arguments that nf4_dequantize does not allow."""
-    checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
+    nf4_checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
     check_runnable("absmax", absmax)
     if nested_offset is not None:
         check_runnable("nested_offset", nested_offset)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
 from unsloth_ref.types import NF4Weight
 
@@ -43,7 +43,7 @@ def lora_linear(
         ValueError: shapes or devices do not match.
         TypeError: x does not have a float dtype, weight or bias differs from it in dtype, or an adapter is narrower.
     """
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     x = x.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
         low = _linear(x, lora_a)

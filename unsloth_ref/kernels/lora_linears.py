@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.lora_linear import lora_linear
 from unsloth_ref.types import NF4Weight
 
@@ -41,7 +41,7 @@ def lora_linears(
         ValueError: shapes, devices or numbers of layers do not match.
         TypeError: x does not have a float dtype, a weight or bias differs from it in dtype, or an adapter is narrower.
     """
-    checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
+    adapter_checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
     count = len(weight)
     x = x.contiguous()  # once, not once per layer
     layers = zip(weight, lora_a, lora_b, scaling or [1.0] * count, bias or [None] * count, strict=True)
