@@ -276,10 +276,8 @@ def check(model: Any, expected_operations: dict[str, Any]) -> None:
         loss, gradients = step(model, tokens, labels, backend_loss=True)
     assert loss == pytest.approx(expected_loss, rel=1e-9)
     assert gradients.keys() == expected_gradients.keys() and gradients
-    for name, gradient in expected_gradients.items():
-        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-17, (
-            name
-        )  # some are 0 but for rounding
+    for name, gradient in expected_gradients.items():  # some are 0 but for rounding
+        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-17, name
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.model])
