@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.models import zoo
-from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged
-from tests.models.test_language_model import trained_names
+from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged, trained_names
 from unsloth_fast import FastLanguageModel, FastModel
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
