@@ -20,22 +20,22 @@ from unsloth_ref import kernels as reference
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """With twice the rows as up."""
+    """The operation with twice the rows as up."""
     return fast.swiglu(x, 2 * x)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """With different weights of columns."""
+    """The operation with a different weight in each column."""
     return fast.rms_norm(x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE))
 
 
 def add_rms_norm(x: Tensor) -> Tensor:
-    """With twice the rows as residual: the sum of both outputs."""
+    """The sum of both outputs, with twice the rows as residual."""
     return sum(fast.add_rms_norm(x, 2 * x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)), torch.zeros_like(x))
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """With different weights and biases of columns."""
+    """The operation with a different weight and bias in each column."""
     columns = torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)
     return fast.layer_norm(x, columns, -columns)
 

@@ -85,7 +85,7 @@ def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooks", "forward"])
 @pytest.mark.parametrize("kind", [ParamWrapper, MixtralExperts])
 def test_what_somebody_adds_inside_of_adapters_is_called(kind: type[Module], hooked: bool) -> None:
-    """To the experts, or to the adapter of their other weight."""
+    """The hook or forward is on the experts, or on the adapter of their other weight."""
     model, (tokens, labels) = adapted(build("mixtral"), *EXPERT_WEIGHTS), batch()
     inside = [part for part in model.modules() if isinstance(part, kind)][-1]
     if hooked:
@@ -139,7 +139,7 @@ def clamped(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any)
 
 
 class Unclamped(GptOssExperts):
-    """Biases alone."""
+    """Experts with the biases of gpt-oss, but without its clamp."""
 
     def _apply_gate(self, gate_up: Any) -> Any:
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -147,7 +147,7 @@ class Unclamped(GptOssExperts):
 
 
 class ClampedBelow(GptOssExperts):
-    """With a gate that is clamped on both sides."""
+    """Experts whose gate is clamped on both sides."""
 
     def _apply_gate(self, gate_up: Any) -> Any:
         return super()._apply_gate(gate_up.clamp(min=-7.0))

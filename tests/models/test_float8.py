@@ -105,7 +105,7 @@ def test_the_gradients_are_those_of_the_dequantised_weights(tmp_path: Path) -> N
 
 
 def test_a_saved_model_is_one_of_transformers_and_is_loaded_as_it_was(tmp_path: Path) -> None:
-    """Without bits being asked for; transformers alone, on a CPU, dequantises it."""
+    """Its bits need not be asked for. On a CPU plain transformers dequantises it."""
     model, tokenizer = in_float8(tmp_path / "base")
     folder = tmp_path / "saved"
     model.save_pretrained(folder)

@@ -126,7 +126,7 @@ def build_any(family: str) -> Any:
 
 
 class Doubled(nn.Module):
-    """Without a weight."""
+    """A module without a weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

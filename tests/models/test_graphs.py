@@ -50,7 +50,7 @@ def test_a_recorded_stack_has_the_bits_of_the_others(name: str, lora: bool) -> N
 
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_checkpointed_layers_are_recorded(offloaded: bool) -> None:
-    """With the bits of those that keep their activations; dropping them is part of the recording."""
+    """The results have the bits of layers that keep their activations; dropping these is part of the recording."""
     expected = passes(model_of(), OTHER)
     model = model_of()
     if offloaded:

@@ -234,7 +234,7 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
 
 
 def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
-    """As for a `device_map`: its forward calls the one that it replaces."""
+    """accelerate does so for a `device_map`; its forward calls the one that it replaces."""
     model: Any = tiny.model()
     add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     assert plain_head(model) is model.lm_head

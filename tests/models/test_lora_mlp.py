@@ -47,7 +47,7 @@ def counted(model: PeftModel) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_values_and_gradients_are_the_untouched_models_in_float64(family: str) -> None:
-    """Of all adapters, for SiLU and GELU by tanh; in Llama with checkpointing, which computes the layers again, too."""
+    """Every adapter has its gradient, under SiLU and GELU by tanh. Llama is tested with checkpointing too."""
     model = adapted(base=tiny.model(family, torch.float64))
     with tiny.KeepFloat64():
         expected = run(model)
@@ -138,7 +138,7 @@ def test_the_fast_kernels_are_as_close_to_float64_as_the_model() -> None:
 
 
 def test_the_product_of_gate_and_up_is_not_saved() -> None:
-    """Of a placed MLP, gate and up alone are kept between the layers; before, their product or its recipe was."""
+    """A placed MLP keeps only gate and up between the layers."""
     model: Any = adapted(torch.float32)
     place(model, backends.resolve("fast"))
     mlp, kept = model.get_submodule(MLP), list[Tensor]()

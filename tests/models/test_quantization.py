@@ -88,7 +88,7 @@ class Reader(nn.Module):
 
 
 def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
-    """To initialise it or to find its device is no reading; the source of a subclass counts too."""
+    """Code that initialises the weight or asks for its device does not read it; the source of a subclass counts too."""
     derived = type("Derived", (Reader,), {"__module__": __name__})
     for kind in (Reader, derived):
         assert quantization.read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}

@@ -139,7 +139,7 @@ class ScaledOutputs(Llama4TextMoe):
 
 
 class OtherChoice(Llama4TextMoe):
-    """Of fewer experts than the router chooses."""
+    """It uses fewer experts than its router chooses."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

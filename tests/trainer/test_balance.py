@@ -67,7 +67,7 @@ def test_the_losses_are_those_of_trl(tmp_path: Path, padding_free: bool, accumul
 def test_recorded_experts_have_the_losses_of_others(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With their load-balancing loss, which the layers' recording leaves to the model around them."""
+    """The model around the recorded layers computes their load-balancing loss."""
     use_recorder(monkeypatch)
     if not ON_GPU:
         for operation, function in RECORDABLE.items():
