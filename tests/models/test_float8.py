@@ -66,7 +66,7 @@ def test_linear_layers_become_float8_and_the_head_does_not(tmp_path: Path) -> No
 
 
 def test_a_run_stays_in_a_band_around_that_of_float32(tmp_path: Path) -> None:
-    """In each of thirty steps, in which the loss falls by more than 1."""
+    """Each of thirty steps does, in which the loss falls by more than 1."""
     runs = []
     for fp8 in (True, False):
         model, _ = in_float8(tmp_path / "a") if fp8 else load(tiny.folder(tmp_path / "b"))

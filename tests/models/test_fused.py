@@ -140,7 +140,7 @@ class Between(t.models.qwen3.modeling_qwen3.Qwen3Attention):
     """Scales the queries between their norm and the rotation."""
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        """As Qwen3's, without the attention itself."""
+        """The rotated queries and keys."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -153,7 +153,7 @@ class Kept(t.models.qwen3.modeling_qwen3.Qwen3Attention):
     """Uses the normalised heads beside the rotated ones."""
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        """As Qwen3's, without the attention itself."""
+        """The sums of rotated and normalised queries and keys."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)

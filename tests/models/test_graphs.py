@@ -185,7 +185,7 @@ def test_a_larger_size_begins_anew() -> None:
 
 
 def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most an eighth above its tokens, instead of a new one; a batch without padding keeps its own, and its bits."""
+    """The size is at most an eighth above its tokens; a batch without padding keeps its own size, and its bits."""
     monkeypatch.setattr(graphs, "padded_size", lambda tokens: -(-tokens // 16) * 16)
     model = model_of()
     padded, small, whole = batch(60, 60, 60, 55), batch(60, 60, 60, 46), batch(60, 60, 60, 60)
@@ -204,5 +204,5 @@ def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -
     ("tokens", "size"), [(1, 256), (257, 512), (2049, 2304), (4096, 4096), (4097, 4608), (8193, 9216)]
 )
 def test_sizes(tokens: int, size: int) -> None:
-    """At most an eighth above the tokens, from 2048 on."""
+    """From 2048 tokens on, a size is at most an eighth above them."""
     assert graphs.padded_size(tokens) == size

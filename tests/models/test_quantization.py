@@ -140,7 +140,7 @@ def test_an_adapter_on_experts_and_4_bits_is_loaded_again(tmp_path: Path) -> Non
 def test_experts_that_stay_wide_are_logged_once_with_their_size(
     tmp_path: Path, name: str, bits: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not the weights of convolutions, which have three dimensions too; nothing of a model that is not quantised."""
+    """Convolutions, whose weights have three dimensions too, do not count, nor does a model that is not quantised."""
     model, _ = load(zoo.folder(tmp_path, name), **{"load_in_4bit": None if "load_in_fp8" in bits else False} | bits)
     wide = [weight for key, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in key]
     size = sum(4 * weight.numel() for weight in wide) / 2**30

@@ -28,7 +28,7 @@ PARTS = ("router", "experts", "shared_expert")
 
 
 def model_of(*weights: str) -> Any:
-    """In float64, with LoRA on weights of the experts."""
+    """Llama 4 in float64, with LoRA on weights of the experts."""
     model = build("llama4")
     if not weights:
         return model
@@ -51,7 +51,7 @@ def block(kind: type[Llama4TextMoe] = Llama4TextMoe, **config: Any) -> Any:
 
 @pytest.mark.parametrize("weights", ADAPTED, ids=NAMES)
 def test_gradients_are_those_of_the_model(weights: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64; the forward that gives every token to every expert is not called, nor are adapters added up."""
+    """They agree in float64. No forward gives every token to every expert, and no adapters are added up."""
     model, (tokens, labels) = model_of(*weights), batch()
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)

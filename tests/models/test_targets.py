@@ -89,7 +89,7 @@ MIXERS = "no LoRA on in_proj, input_linear, output_linear, which 'all-linear' ad
 def test_layers_that_the_usual_names_leave_out_are_logged(
     name: str, options: dict[str, Any], left: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In one line, where the usual names were not replaced by the user's; routers and vision towers are not meant."""
+    """One line names them if the user gave no names; routers and vision towers are not among them."""
     adapt(zoo.empty(name), **options)
     found = [line for line in caplog.messages if line.startswith("target_modules: no LoRA on ")]
     assert len(found) == (left is not None)

@@ -85,7 +85,7 @@ def rounded(x: Tensor, lora_a: Tensors, lora_b: Tensors) -> tuple[Tensor, list[T
 
 
 def dtype_of_all(x: Tensor, lora_a: Tensors) -> torch.dtype:
-    """In which the gradient of all lora_a is computed: float32 if one of them is stored so."""
+    """The dtype in which the gradient of all lora_a is computed: float32 if one of them is stored so."""
     return x.dtype if all(one.dtype == x.dtype for one in lora_a) else torch.float32
 
 

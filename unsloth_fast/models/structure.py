@@ -156,18 +156,18 @@ def _agreeing_norm(
 
 
 def _agree_in_float32(result: Tensor, own: Tensor) -> bool:
-    """Up to roundings of a mean over H, a root and three products, each of at most half an ulp."""
+    """Whether they agree up to roundings of a mean over H, a root and three products, each of at most half an ulp."""
     roundings = 4 + max(own.shape[-1], 2).bit_length()
     return result.dtype == own.dtype and bool(((result - own).abs() <= roundings * 2.0**-24 * own.abs()).all())
 
 
 def _agree_in_16_bits(result: Tensor, own: Tensor) -> bool:
-    """In nearly all bits: float32 sums in another order rarely fall on the other side of a rounding."""
+    """Whether nearly all bits agree: float32 sums in another order rarely fall on the other side of a rounding."""
     return _agree_in_kind(result, own) and float((result != own).float().mean()) <= _OTHER_ROUNDING
 
 
 def _agree_in_kind(result: Tensor, own: Tensor) -> bool:
-    """In dtype, and up to the two roundings to bfloat16 that either may make."""
+    """Whether they agree in dtype, and up to the two roundings to bfloat16 that either may make."""
     error = (result.float() - own.float()).abs()
     return result.dtype == own.dtype and bool((error <= 2 * torch.finfo(torch.bfloat16).eps * own.float().abs()).all())
 
