@@ -137,7 +137,7 @@ def gated_delta_rule_backward(
 
 
 def gated_delta_rule_forward_outputs(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
-    """Allocate the output."""
+    """Allocate out."""
     return v.new_empty(v.shape)
 
 

@@ -73,7 +73,7 @@ def moe_mlp_forward_outputs(
     x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, gate_up_bias: Tensor | None,
     down_bias: Tensor | None, *gate: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate the results."""
+    """Allocate y, z, order, place and plan."""
     slots = indices.shape[0] * indices.shape[1]
     order, place = (indices.new_empty(slots, dtype=torch.int32) for _ in range(2))
     plan = new_plan(indices, gate_up.shape[0], slots, x.dtype)
