@@ -43,7 +43,7 @@ Found = Norm | LayerNorm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
-    """What a module is; why it is none of these although its parameters are those of one, as text; None for others.
+    """What a module is, or in words why one with such parameters is none of these; None for any other module.
 
     Args:
         module: a module whose forward is its class's.
@@ -129,7 +129,7 @@ def _eps(module: nn.Module) -> str | None:
 def _agreeing_norm(
     module: nn.Module, size: int, calls: Mapping[_AnyNorm, Callable[..., object]], operation: str, inputs: int
 ) -> _AnyNorm | str:
-    """The one norm whose forward, of those in calls, agrees with the module's own; why there is none, as text."""
+    """The one norm of calls whose forward agrees with the module's own, or in words why there is none."""
     generator = torch.Generator().manual_seed(0)
     # The first rows are as small as eps is.
     sizes = torch.tensor([getattr(module, _eps(module) or "") ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
