@@ -19,7 +19,7 @@ _LIMITS = ("limit", "swiglu_limit")
 
 
 def find_experts(module: Any) -> Experts | str:
-    """How experts are stored and gated; why no operation computes them, as text."""
+    """How experts are stored and gated, or in words why no operation computes them."""
     stored = stored_as(module)
     if stored is None:
         return "its weights are stored otherwise"
