@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -149,9 +148,8 @@ def our_trainer(contender: str, job: Job, folder: str) -> Any:
     """This project's trainer."""
     from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 
-    backend = contender.partition("-")[0]
-    arguments = partial(UnslothTrainingArguments, cuda_graphs=True) if backend == "fast" else UnslothTrainingArguments
-    return loaded_trainer(FastLanguageModel, UnslothTrainer, arguments, contender, job, folder, backend=backend)
+    classes = (FastLanguageModel, UnslothTrainer, UnslothTrainingArguments)
+    return loaded_trainer(*classes, contender, job, folder, backend=contender.partition("-")[0])
 
 
 def loaded_trainer(

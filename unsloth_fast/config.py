@@ -66,8 +66,8 @@ class UnslothTrainingArguments(SFTConfig):
             a step, forward and backward, on its own inputs. The log gets each operation's budget use, and a warning
             where it is above 1. The training's numbers do not change. None for never.
         cuda_graphs: whether the layers of small packed batches are recorded as CUDA graphs and replayed, so that the
-            device does not wait for the host. None for True where nothing forbids it and no experts have a
-            load-balancing loss. The log says what does, for True as a warning.
+            device does not wait for the host. None for True where nothing forbids it. The log says what does, for True
+            as a warning.
 
     Names of older releases are accepted: max_seq_length, warmup_ratio, evaluation_strategy and others.
 

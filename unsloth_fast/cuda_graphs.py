@@ -35,8 +35,6 @@ def recorded_layers(trainer: Any) -> Iterator[Recordings]:
     if asked and others:
         raise ValueError(f"cuda_graphs: got True with {others[0]}={getattr(args, others[0])}; allowed: False, or None")
     obstacle = f"{others[0]}={getattr(args, others[0])}" if others else _obstacle(trainer)
-    if obstacle is None and asked is None and getattr(trainer, "aux_loss_enabled", False):
-        obstacle = "a load-balancing loss of experts; cuda_graphs=True records them"
     level = logging.WARNING if asked else logging.INFO
     if asked is False or obstacle is not None:
         if asked is not False and args.process_index == 0:

@@ -4,6 +4,7 @@ Its gated activations are not separate operations: they exist only inside its Lo
 """
 
 from collections.abc import Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
+from unsloth_ref.kernels.nf4_dequantize import CODE
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.types import IGNORE_INDEX
 
@@ -94,6 +96,12 @@ def linear_cross_entropy(
     )
 
 
+@cache
+def _code(device: torch.device) -> Tensor:
+    """The 16 values of 4 bits."""
+    return torch.tensor(CODE, device=device)
+
+
 @operation
 def nf4_dequantize(
     packed: Tensor, absmax: Tensor, nested_code: Any = None, nested_absmax: Any = None, nested_offset: Any = None, *,
@@ -106,6 +114,12 @@ def nf4_dequantize(
         raise NotImplementedError("dtype: got torch.float32; allowed with unsloth: torch.float16, torch.bfloat16")
     nested = SimpleNamespace(absmax=nested_absmax, code=nested_code, blocksize=NF4_GROUP)
     state = SimpleNamespace(
-        absmax=absmax, shape=torch.Size(shape), dtype=dtype, blocksize=NF4_BLOCK, offset=nested_offset, state2=nested
+        absmax=absmax,
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=NF4_BLOCK,
+        code=_code(absmax.device),
+        offset=nested_offset,
+        state2=nested,
     )
     return _dequantize(packed, state)

@@ -82,7 +82,7 @@ spec = Spec(
     ],
     speed=Speed(
         shapes={"llama-3.1-8b gate, up": {"rows": 14336, "columns": 4096}},
-        bytes=lambda inputs: (nbytes(inputs["values"], inputs["scale"]) + 4 * inputs["values"].numel(), 0),
+        bytes=lambda inputs: (nbytes(inputs["values"], inputs["scale"]) + 2 * inputs["values"].numel(), 0),
     ),
     lacks={"double_backward": "the operation has no gradients"},
 )

@@ -1,5 +1,6 @@
 """Linear layers with LoRA, compared with peft's own forward, and tensors that the backward pass recomputes."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -265,6 +266,19 @@ def test_a_tensor_that_cannot_be_recomputed_is_saved(sources: list[Tensor], modi
     with recomputed(made):
         product = made @ left
     assert torch.equal(product.grad_fn._saved_self, made)  # type: ignore
+
+
+def test_a_saved_result_is_freed_with_its_operation(sources: list[Tensor]) -> None:
+    """Without a backward pass, too; its gradients are those without the context."""
+    x, left, _ = sources
+    made = doubled(x)
+    with recomputed(made):
+        result = (made @ left).exp()  # saves its own result
+    (found,) = torch.autograd.grad(result.sum(), left, retain_graph=True)
+    assert torch.equal(found, torch.autograd.grad((doubled(x) @ left).exp().sum(), left)[0])
+    saved = weakref.ref(result)
+    del result
+    assert saved() is None
 
 
 def test_norms_and_activations_are_recomputed() -> None:

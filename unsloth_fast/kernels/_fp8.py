@@ -121,5 +121,5 @@ def quantise(x: Tensor, block_rows: int, values: Tensor, scale: Tensor | None = 
         launch(
             fp8_quantize_kernel, cdiv(rows, height) * blocks(columns), x,
             x, values, values if scale is None else scale, rows, columns, blocks(columns), *x.stride(),
-            WHOLE=whole, ENCODED=scale is not None, ROWS=height, COLUMNS=BLOCK, num_warps=8 if whole else 4,
+            WHOLE=whole, ENCODED=scale is not None, ROWS=height, COLUMNS=BLOCK, num_warps=16 if whole else 4,
         )  # fmt: skip

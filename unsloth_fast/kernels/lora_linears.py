@@ -10,8 +10,8 @@
 All products are the library's. One launch rounds all adapters to the dtype of x, with the lora_a below each other. The
 terms of dx are added up by the products themselves, in one tensor: autograd would add whole tensors. A layer whose
 output has no gradient costs no product. Saved: x, all weights, adapters and low. Precision is that of `lora_linear`:
-sums in float32; low, dlow, y without the adapter and the partial sums of dx are rounded to x.dtype. A weight in 4 bits
-is dequantised for each product, to the dtype of x: there is one such copy at a time.
+sums in float32; low, dlow, the adapter's part of y and the partial sums of dx are rounded to x.dtype. A weight in 4
+bits is dequantised for each product, to the dtype of x: there is one such copy at a time.
 
 For n layers, T rows of I columns, adapters in float32 and a scaling of 1, n calls of `lora_linear` and their sum of dx
 in brackets:
@@ -149,10 +149,9 @@ def lora_linears_backward(
             dx = x.new_empty(x.shape)
             total = dx.view(rows.shape)
             each = layers_of(counts, weight)[0]
-            torch.mm(each_dy[0], wide(each[0], rows, b[0]), out=total)
-            for one, by, to in zip(each_dy[1:], each[1:], b[1:], strict=True):
+            torch.mm(dlow, a, out=total)
+            for one, by, to in zip(each_dy, each, b, strict=True):
                 total.addmm_(one, wide(by, rows, to))
-            total.addmm_(dlow, a)
             found.append(dx)
         if any(needs_a):
             found.append(product(dlow, rows, dtype_of_all(x, lora_a)))

@@ -18,7 +18,7 @@ x.dtype. Gradients of several chunks are added in float32 and rounded once.
 
 For one chunk, adapters in float32 and a scaling of 1, three calls of `lora_linear` and one of `swiglu` in brackets:
 
-    launches, forward     10 (16)
+    launches, forward     12 (16)
     launches, backward    15 (23)
     T F elements          saved 2 (3), allocated by the backward pass 3 (3)
 """
@@ -71,7 +71,7 @@ def lora_mlp_forward(
     a, (*b, inner_a) = rounded(x, lora_a[:2], [*lora_b, lora_a[2]])
     torch.mm(rows, a.t(), out=low)
     for i, (weight, own, into) in enumerate(zip((of_gate, of_up), parts(low, lora_a[:2], 1), (gate, up), strict=True)):
-        adapted_product(rows, wide(weight, rows, b[i]), b[i], own, bias[i], scaling[i], into)
+        adapted_product(rows, wide(weight, rows, b[i]), b[i], own.contiguous(), bias[i], scaling[i], into)
     down = wide(of_down, gate, b[2])
     for chunk in chunks(lines):
         hidden = gated_forward(gate[chunk], up[chunk], activation)
@@ -134,7 +134,7 @@ def lora_mlp_backward(
         hidden = torch.empty_like(own[1]) if needs_hidden else None
         if needs_inner:
             dgate, dup = (torch.empty_like(one) for one in own[1:])
-            dh = torch.mm(own[0], wide(of_down, gate, b[2]), out=dgate).addmm_(inner_dlow, inner_a)
+            dh = torch.mm(inner_dlow, inner_a, out=dgate).addmm_(own[0], wide(of_down, gate, b[2]))
             launch_backward(dh, *own[1:], dgate, dup, hidden, activation)
             for i, one in enumerate((dgate, dup)):
                 add_layer(i, one, rows[chunk], chunk)
@@ -142,8 +142,8 @@ def lora_mlp_backward(
                 dlow = gradient_of_low((dgate, dup), lora_a[:2], b[:2], scaling[:2])
                 add("lora_a", dlow, rows[chunk])
                 if needs_x:
-                    torch.mm(dgate, wide(of_gate, rows, b[0]), out=into)
-                    into.addmm_(dup, wide(of_up, rows, b[1])).addmm_(dlow, a)
+                    torch.mm(dlow, a, out=into)
+                    into.addmm_(dgate, wide(of_gate, rows, b[0])).addmm_(dup, wide(of_up, rows, b[1]))
         elif hidden is not None:
             hidden = gated_forward(*own[1:], activation)
         add("lora_a[2]", inner_dlow, hidden)

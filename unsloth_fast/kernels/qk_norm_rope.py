@@ -26,7 +26,7 @@ from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
-PROGRAMS = 384  # the most of a backward pass that sums gradients of weights: about three for each processor
+WARPS, PROGRAMS = 3072, 768  # the most of a backward pass that sums gradients of weights: 24 warps per processor
 
 
 def tiling(q: Tensor, k: Tensor) -> tuple[dict[str, int], int]:
@@ -74,10 +74,10 @@ def qk_norm_rope_backward(
         return dq, dk, dweights[0].zero_(), dweights[1].zero_()
     batches, q_heads, length, width = q.shape
     tokens = batches * length
-    each = cdiv(tokens, PROGRAMS) if need_dweight else 1
+    tile, steps = tiling(q, k)
+    each = cdiv(tokens, min(PROGRAMS, WARPS // tile["num_warps"])) if need_dweight else 1
     programs = cdiv(tokens, each)
     partial = [q.new_empty((programs, width) if need_dweight else 0, dtype=torch.float32) for _ in range(2)]
-    tile, steps = tiling(q, k)
     launch(
         qk_norm_rope_backward_kernel, programs, q,
         dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions,

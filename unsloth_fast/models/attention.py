@@ -162,7 +162,7 @@ def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
     ) -> tuple[Tensor, Tensor]:
         if q.ndim == 3:
             q, k = rotated(q[None], k[None], cos, sin, rope, options)
-            return q[0], k[0]
+            return q.squeeze(0), k.squeeze(0)
         cos, sin = (angle[None] if angle.ndim == 2 else angle for angle in (cos, sin))
         if q.dtype != k.dtype:  # one of their projections has an adapter, or is in 4 bits
             q, k = promoted(q, k)

@@ -83,9 +83,9 @@ def _with_inputs_on_host(checkpoint: Callable[..., object], function: Callable[.
 
 
 def to_host(tensor: Tensor) -> Packed:
-    """Start copying a CUDA tensor to pinned host memory; return any other tensor unchanged."""
+    """Start copying a CUDA tensor to pinned host memory; return any other tensor as it is."""
     if not tensor.is_cuda:
-        return tensor
+        return tensor.detach()  # what keeps its own result itself would never be freed
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     stream = _copy_stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))

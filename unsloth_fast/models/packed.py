@@ -266,7 +266,7 @@ def _attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if width < query.shape[3]:  # as in multi-head latent attention; columns of zeros add nothing
         value = pad(value, (0, query.shape[3] - width))
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
     limits = {"scale": options.get("scaling"), "softcap": options.get("softcap") or 0.0}
     limits |= {"window": window if window < tokens else None, "sinks": module.sinks if documents.sinks else None}
     out = documents.kernel(q, k, v, bounds, tokens, **limits)

@@ -40,7 +40,7 @@ def recomputed(tensor: Tensor) -> AbstractContextManager[object]:
     def pack(saved: Tensor) -> Tensor | torch.Size:
         nonlocal saves
         if not (saved.data_ptr() == start and saved.numel() == size and saved.dtype == dtype and saved.is_contiguous()):
-            return saved
+            return saved.detach()  # an operation that keeps its own result itself would never be freed
         saves += 1
         return saved.shape
 

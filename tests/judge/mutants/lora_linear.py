@@ -7,11 +7,11 @@ TABLE = {
     "scaling_over_the_rank_again": one(
         "lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling / max(1, low.shape[1])", "value"
     ),
-    "scaling_of_the_layer_too": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=scaling", "value"),
-    "adapter_over_the_layer": one("lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling, beta=0", "value"),
-    "bias_left_out": one(
-        "torch.addmm(bias, rows, weight.t(), out=out)", "torch.mm(rows, weight.t(), out=out)", "value"
-    ),
+    "scaling_of_the_layer_too": one("rows, weight.t())", "rows, weight.t(), alpha=scaling)", "value"),
+    "layer_over_the_adapter": one("rows, weight.t())", "rows, weight.t(), beta=0)", "value"),
+    "y_added_to_what_was_there": one("(out, 0) if bias is None", "(out, 1) if bias is None", "uninitialised"),
+    "bias_left_out": one("if bias is None else (bias, 1)", "if True else (bias, 1)", "value"),
+    "bias_scaled": one("torch.addmm(start, low", "torch.addmm(scaling * start, low", "value"),
     "adapter_in_float16": one(
         "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
         "torch.mm(rows, lora_a.half().to(x.dtype).t(), out=low)",
@@ -29,9 +29,7 @@ TABLE = {
         "value",
         dtype="float16",
     ),
-    "layer_under_autocast": one(
-        "torch.mm(rows, weight.t(), out=out)", "out.copy_(torch.mm(rows, weight.t()))", "autocast"
-    ),
+    "layer_under_autocast": one("out.addmm_(rows, weight.t())", "out.add_(torch.mm(rows, weight.t()))", "autocast"),
     "x_read_as_contiguous": one(
         "flat = tensor.reshape(rows, tensor.shape[-1])",
         "flat = tensor.as_strided((rows, tensor.shape[-1]), (tensor.shape[-1], 1))",
@@ -43,10 +41,12 @@ TABLE = {
         "flat.as_strided(flat.shape, [stride % 2**31 for stride in flat.stride()])",
         "int64_offsets",
     ),
-    "dx_of_the_layer_alone": one("            flat.addmm_(dlow, lora_a.to(x.dtype))\n", "", "gradients"),
-    "dx_of_the_adapter_alone": one("torch.mm(dy, weight, out=flat)", "flat.zero_()", "gradients"),
+    "dx_of_the_layer_alone": one("torch.mm(dlow, lora_a.to(x.dtype), out=flat)", "flat.zero_()", "gradients"),
+    "dx_of_the_adapter_alone": one("            flat.addmm_(dy, weight)\n", "", "gradients"),
     "dx_over_x": one("flat = dx.view(rows.shape)", "flat, dx = rows, rows.view(x.shape)", "inputs_untouched"),
-    "dx_added_to_what_was_there": one("torch.mm(dy, weight, out=flat)", "flat.addmm_(dy, weight)", "uninitialised"),
+    "dx_added_to_what_was_there": one(
+        "torch.mm(dlow, lora_a.to(x.dtype), out=flat)", "flat.addmm_(dlow, lora_a.to(x.dtype))", "uninitialised"
+    ),
     "dlow_without_scaling": one("beta=0, alpha=scaling)", "beta=0)", "gradients"),
     "dlow_added_to_what_was_there": one("beta=0, alpha=scaling)", "alpha=scaling)", "uninitialised"),
     "dlow_over_low": one("torch.empty_like(low).addmm_(dy", "low.addmm_(dy", "gradients"),

@@ -14,15 +14,9 @@ TABLE = {
         "bias[i], scaling[i], out)", "bias[i] if i == 0 else None, scaling[i], out)", "value"
     ),
     "adapters_in_float16": one("[one for _, one in pairs])", "[one.half() for _, one in pairs])", "value"),
-    "dx_of_the_first_layer": one(
-        "                total.addmm_(one, wide(by, rows, to))\n", "                pass\n", "gradients"
-    ),
-    "dx_of_the_adapters_missing": one("            total.addmm_(dlow, a)\n", "", "gradients"),
-    "dx_added_to_what_was_there": one(
-        "torch.mm(each_dy[0], wide(each[0], rows, b[0]), out=total)",
-        "total.addmm_(each_dy[0], wide(each[0], rows, b[0]))",
-        "uninitialised",
-    ),
+    "dx_of_the_first_layer": one("zip(each_dy, each, b, strict=True)", "zip(each_dy[:1], each, b)", "gradients"),
+    "dx_of_the_adapters_missing": one("torch.mm(dlow, a, out=total)", "total.zero_()", "gradients"),
+    "dx_added_to_what_was_there": one("torch.mm(dlow, a, out=total)", "total.addmm_(dlow, a)", "uninitialised"),
     "dx_over_x": one("total = dx.view(rows.shape)", "total, dx = rows, rows.view(x.shape)", "inputs_untouched"),
     "dlow_without_scaling": one("beta=0, alpha=factor", "beta=0", "gradients"),
     "db_scaled_by_the_first": one("lora_b[i].dtype, scaling[i])", "lora_b[i].dtype, scaling[0])", "gradients"),

@@ -24,11 +24,9 @@ TABLE = {
     "sums_of_chunks_in_float16": one(
         "if lines <= CHUNK else torch.float32", "if lines <= CHUNK else torch.float16", "argument_kinds"
     ),
-    "dh_of_the_layer_alone": one(".addmm_(inner_dlow, inner_a)", "", "gradients"),
+    "dh_of_the_layer_alone": one("torch.mm(inner_dlow, inner_a, out=dgate)", "dgate.zero_()", "gradients"),
     "dh_added_to_what_was_there": one(
-        "torch.mm(own[0], wide(of_down, gate, b[2]), out=dgate)",
-        "dgate.addmm_(own[0], wide(of_down, gate, b[2]))",
-        "uninitialised",
+        "torch.mm(inner_dlow, inner_a, out=dgate)", "dgate.addmm_(inner_dlow, inner_a)", "uninitialised"
     ),
     "gate_overwritten": one(
         "dgate, dup = (torch.empty_like(one) for one in own[1:])",
@@ -58,10 +56,8 @@ TABLE = {
         "gradients",
         "uninitialised",
     ),
-    "dx_of_gate_alone": one(
-        "into.addmm_(dup, wide(of_up, rows, b[1])).addmm_(dlow, a)", "into.addmm_(dlow, a)", "gradients"
-    ),
-    "dx_without_adapters": one("b[1])).addmm_(dlow, a)", "b[1]))", "gradients"),
+    "dx_of_gate_alone": one(".addmm_(dup, wide(of_up, rows, b[1]))", "", "gradients"),
+    "dx_without_adapters": one("torch.mm(dlow, a, out=into)", "into.zero_()", "gradients"),
     "dlow_of_down_unscaled": one("b[2:], scaling[2:])", "b[2:], [1.0])", "one_at_a_time"),
     "dlow_of_gate_and_up_unscaled": one("b[:2], scaling[:2])", "b[:2], [1.0, 1.0])", "one_at_a_time"),
     "db_scaled_by_the_first": one("lows[i][chunk], scaling[i])", "lows[i][chunk], scaling[0])", "one_at_a_time"),

@@ -38,5 +38,5 @@ TABLE = {
     "of_transformers": world.qwen3.qk_norm_rope,
     "in_float32": in_float32,
     "in_float64": in_float64,
-    "in_other_tiles": (("4096 // columns", "128 // columns"), ("PROGRAMS = 384", "PROGRAMS = 3")),
+    "in_other_tiles": (("4096 // columns", "128 // columns"), ("PROGRAMS = 3072, 768", "PROGRAMS = 3072, 3")),
 }
