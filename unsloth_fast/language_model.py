@@ -64,8 +64,8 @@ class FastLanguageModel:
                 set. Vision towers, routers of experts and the projections of Mamba layers are not quantised.
             load_in_8bit: the same in bitsandbytes' 8 bits.
             load_in_fp8: the same in float8 (e4m3) with a scale per block of 128 x 128, without bitsandbytes; True and
-                "block" mean the same. Activations are quantised to float8 as well. A model that is stored so is loaded
-                so, whatever this says.
+                "block" mean the same. Activations are quantised to float8 as well. A model that is stored in float8 is
+                loaded in float8, whatever this says.
             load_in_16bit: the opposite of load_in_4bit: weights of `dtype`, not quantised.
             full_finetuning: whether all weights will be trained; excludes 4 bits, 8 bits and adapters.
                 `get_peft_model` then adds none.

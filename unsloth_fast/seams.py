@@ -92,7 +92,7 @@ SEAMS = (
     Seam("transformers.PreTrainedModel._from_config", "called: a model without memory, whose mixers are recognised"),
     Seam(
         "transformers.integrations.moe.use_experts_implementation._is_expert_parallel",
-        "read: experts of which this device has some alone are left to transformers",
+        "read: experts of which this device has only some are left to transformers",
         needs="transformers>5.17",
     ),
     Seam("transformers.PreTrainedModel._is_stateful", "read: a model with recurrent state is not packed"),

@@ -173,7 +173,7 @@ class UnslothTrainer(SFTTrainer):
 
     @overrides(SFTTrainer)
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As transformers counts; it asks for this right after it has added the loss to the others."""
+        """The count of transformers, which asks for it right after it has added the loss to the others."""
         self._finite_losses.end(self)
         return super().floating_point_ops(inputs)
 

@@ -126,7 +126,7 @@ def compared(found: Sequence[Tensor | None], inputs: Tensors, run: Run) -> Itera
     """
     truth, peer = run(_widened(inputs)), run(inputs)
     elements = max((tensor.numel() for tensor in (*inputs.values(), *truth)), default=1)
-    scale = max(_wanted(tensor, elements) / _move(tensor) for tensor in inputs.values() if is_float(tensor))
+    scale = max(_wanted_move(tensor, elements) / _actual_move(tensor) for tensor in inputs.values() if is_float(tensor))
     generator = torch.Generator(next(iter(inputs.values())).device).manual_seed(0)
     changes: list[list[Tensor]] = []  # of the truth, of each move
     errors = [[p.double() - r for p, r in zip(peer, truth, strict=True)]]  # of the peer, and of that of some moves
@@ -189,12 +189,13 @@ def _widened(tensors: Tensors) -> Tensors:
     return {key: tensor.double() if is_float(tensor) else tensor for key, tensor in tensors.items()}
 
 
-def _wanted(tensor: Tensor, elements: int) -> float:
+def _wanted_move(tensor: Tensor, elements: int) -> float:
     """The relative size of a move: one unit in the last place, or what float32 sums of so many may be off by."""
     return max(torch.finfo(tensor.dtype).eps, float32_error(elements))
 
 
-def _move(tensor: Tensor) -> float:
+def _actual_move(tensor: Tensor) -> float:
+    """The same, not too small for other roundings to happen."""
     return max(torch.finfo(tensor.dtype).eps, SMALLEST_MOVE)
 
 
@@ -203,4 +204,4 @@ def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not is_float(tensor):
         return tensor
     signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8) * 2 - 1
-    return (tensor.double() * (1 + _move(tensor) * signs)).to(tensor.dtype)
+    return (tensor.double() * (1 + _actual_move(tensor) * signs)).to(tensor.dtype)

@@ -5,12 +5,10 @@ Each message names the argument, the value seen and the values allowed.
 
 import os
 from collections.abc import Sequence
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
-
-from unsloth_ref.types import NF4Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -22,10 +20,10 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
-def in_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+def in_range(name: str, value: float, low: float, high: float = inf) -> None:
     """Raise ValueError unless value is finite and low <= value <= high."""
-    if not low <= value <= high or value == float("inf"):
-        end = "" if high == float("inf") else f" to {high}"
+    if not low <= value <= high or value == inf:
+        end = "" if high == inf else f" to {high}"
         raise ValueError(f"{name}: got {value!r}; allowed: a finite number from {low}{end}")
 
 
@@ -242,106 +240,9 @@ def positions_in_table(positions: Tensor, rows: int) -> None:
         raise ValueError(f"positions: got {int(positions[index])} at index {index}; allowed: 0 to {rows - 1}")
 
 
-def lora_arguments(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    which: str = "",
-    rows: str = "x",
-) -> None:
-    """Check x [..., I], weight [O, I], lora_a [R, I], lora_b [O, R] and bias [O] of a layer with an adapter.
-
-    Messages add `which` to the names of all arguments but x, and call the tensor with the dimension I `rows`.
-    """
-    if x.ndim == 0:
-        raise ValueError("x: got shape []; allowed: [..., I]")
-    dtype("x", x)
-    if isinstance(weight, NF4Weight):
-        nf4_arguments(*weight, x.dtype)
-        same_device(f"weight{which}", weight.packed, "x", x)
-        weight = x.new_empty(()).expand(*weight.shape)  # in its place below
-    dimensions(f"weight{which}", weight, 2, "[O, I]")
-    shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), f"[O, I], the last dimension of {rows}")
-    dtype(f"weight{which}", weight, (x.dtype,))
-    dimensions(f"lora_a{which}", lora_a, 2, "[R, I]")
-    shape(f"lora_a{which}", lora_a, (lora_a.shape[0], x.shape[-1]), f"[R, I], the last dimension of {rows}")
-    wider = [kind for kind in FLOATS if kind == x.dtype or kind.itemsize > x.dtype.itemsize]
-    dtype(f"lora_a{which}", lora_a, wider)
-    both = f"[O, R], the rows of weight{which} and of lora_a{which}"
-    shape(f"lora_b{which}", lora_b, (weight.shape[0], lora_a.shape[0]), both)
-    dtype(f"lora_b{which}", lora_b, (lora_a.dtype,))
-    others = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    if bias is not None:
-        shape(f"bias{which}", bias, weight.shape[:1], f"one entry per row of weight{which}")
-        dtype(f"bias{which}", bias, (x.dtype,))
-        others["bias"] = bias
-    for name, tensor in others.items():
-        same_device(f"{name}{which}", tensor, "x", x)
-
-
-def lora_layers_arguments(
-    x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float] | None,
-    bias: Sequence[Tensor | None] | None,
-) -> None:
-    """Check the arguments of layers with adapters that share x: as many of each as there are weights, at least 1."""
-    count = len(weight)
-    if count == 0 or isinstance(weight, NF4Weight):
-        raise ValueError(f"weight: got {'an NF4Weight' if count else '0 layers'}; allowed: a list of at least 1 layer")
-    for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
-    for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
-        lora_arguments(x, *layer, which=f"[{index}]")
-
-
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether the values of labels, positions or lengths are checked: on a CPU, and on CUDA if UNSLOTH_DEBUG=1.
 
     On CUDA reading them waits for the device. They are never read under torch.compile, where that breaks the graph.
     """
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("UNSLOTH_DEBUG") == "1")
-
-
-NF4_BLOCK, NF4_GROUP = 64, 256  # elements with one scale, and such scales with one scale of their own
-
-
-def nf4_arguments(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    sizes: Sequence[int],
-    result: torch.dtype,
-) -> None:
-    """Check the parts of a weight in 4 bits, of these sizes, and the dtype of the result."""
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"shape: got {list(sizes)}; allowed: sizes from 0")
-    if result not in FLOATS:
-        raise TypeError(f"dtype: got {result}; allowed: {', '.join(map(str, FLOATS))}")
-    size, wide = prod(sizes), (torch.float32, torch.float64)
-    dtype("packed", packed, (torch.uint8,))
-    if packed.numel() != -(-size // 2):
-        wanted = f"{-(-size // 2)} elements, two of shape {list(sizes)} each"
-        raise ValueError(f"packed: got {packed.numel()} elements; allowed: {wanted}")
-    nested = {"nested_code": nested_code, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    given = {name: tensor for name, tensor in nested.items() if tensor is not None}
-    if 0 < len(given) < len(nested):
-        missing = next(name for name in nested if name not in given)
-        raise ValueError(f"{missing}: got None with {next(iter(given))}; allowed: {', '.join(nested)}, or none of them")
-    dtype("absmax", absmax, (torch.uint8,) if given else wide)
-    blocks = -(-size // NF4_BLOCK)
-    shape("absmax", absmax, (blocks,), f"one per {NF4_BLOCK} elements")
-    same_device("absmax", absmax, "packed", packed)
-    shapes = {"nested_code": (256,), "nested_absmax": (-(-blocks // NF4_GROUP),), "nested_offset": ()}
-    meanings = "one per value of absmax", f"one per {NF4_GROUP} blocks", "a single number"
-    for (name, tensor), meaning in zip(given.items(), meanings, strict=False):
-        dtype(name, tensor, wide if name == "nested_code" else (given["nested_code"].dtype,))
-        shape(name, tensor, shapes[name], meaning)
-        same_device(name, tensor, "packed", packed)

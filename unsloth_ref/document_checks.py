@@ -142,6 +142,6 @@ def document_of(cu_seqlens: Tensor, token: Tensor) -> Tensor:
     """The document of each token, [T], int64. cu_seqlens rises from 0; empty documents have no token.
 
     The search is in all of cu_seqlens: for a slice, code that Inductor of torch 2.11 compiles for a GPU searches from
-    the begin of the tensor that is sliced.
+    the start of the tensor that is sliced.
     """
     return torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1

@@ -1,4 +1,4 @@
-"""The argument checks of products by groups of rows and of experts; both backends call them, as those of checks.py."""
+"""Argument checks of products by groups of rows and of experts, which both backends call."""
 
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation
-from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
+from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 
 _dequantize, _State = import_kernels(
     "bitsandbytes", "bitsandbytes.functional:dequantize_4bit", "bitsandbytes.functional:QuantState"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from conformance.peers import import_kernels, operation, refuse
-from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.kernels.nf4_dequantize import CODE
+from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.types import IGNORE_INDEX
 
 _rms_norm, _layer_norm, _rope, _rope_at, _losses, _loss, _linear_loss, _dequantize = import_kernels(

@@ -29,8 +29,8 @@ from conformance.spec import (
     row_counts,
 )
 from unsloth_ref.accuracy import UNIT_FLOAT32
-from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.kernels import lora_linear, nf4_dequantize
+from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.types import NF4Weight
 
 

@@ -26,8 +26,8 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
-from unsloth_ref.checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.kernels import nf4_dequantize
+from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 
 
 def _build(draw: Draw, rows: int, columns: int, nested: int) -> Inputs:

@@ -257,8 +257,7 @@ def test_paths_exist(name: str) -> None:
     rooms = ("unsloth_ref/", "unsloth_fast/", "conformance/", "tests/", "examples/", "docs/")
     spans = [span for span in re.findall(r"`([^`\s]+)`", text_of(name)) if span.startswith(rooms)]
     paths = {span.replace("<op>", op).rstrip("/") for span in spans for op in kernels.__all__}
-    former = {"examples/packed_lora.py", "examples/random_llama.py"} if name == "CHANGELOG.md" else set()
-    assert [path for path in sorted(paths - former) if not list(ROOT.glob(re.sub(r"<\w+>", "*", path)))] == []
+    assert [path for path in sorted(paths) if not list(ROOT.glob(re.sub(r"<\w+>", "*", path)))] == []
 
 
 def test_no_document_repeats_another() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_fast_kernels import NO_OPTIONS, assert_within, random, with_gradients
+from tests.kernels.tensors import NO_OPTIONS, assert_within, random, with_gradients
 from tests.operations.calls import DEVICE
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels._launch import Kernel, launch

@@ -13,38 +13,29 @@ import torch
 from torch import Tensor
 
 from conformance.spec import Spec
+from tests.kernels.tensors import NO_OPTIONS, assert_within, random, with_gradients
 from tests.operations.calls import CALL_NAMES, CALLS, DEVICE, DIFFERENTIABLE, call_of
 from unsloth_fast import kernels as fast
-from unsloth_fast.kernels._loss_options import LossOptions
 from unsloth_ref import kernels as reference
-from unsloth_ref.types import IGNORE_INDEX
-
-UNIT = 2.0**-24  # the relative error of one float32 rounding
-NO_OPTIONS = LossOptions(IGNORE_INDEX, logit_scale=1.0, softcap=0.0, label_smoothing=0.0, z_loss=0.0)
-
-
-def random(*shape: int) -> Tensor:
-    """Standard normal float32 values, the same in every call with this shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """With twice the rows as up."""
+    """The operation with twice the rows as up."""
     return fast.swiglu(x, 2 * x)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """With different weights of columns."""
+    """The operation with a different weight in each column."""
     return fast.rms_norm(x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE))
 
 
 def add_rms_norm(x: Tensor) -> Tensor:
-    """With twice the rows as residual: the sum of both outputs."""
+    """The sum of both outputs, with twice the rows as residual."""
     return sum(fast.add_rms_norm(x, 2 * x, torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)), torch.zeros_like(x))
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """With different weights and biases of columns."""
+    """The operation with a different weight and bias in each column."""
     columns = torch.arange(1.0, x.shape[-1] + 1, device=DEVICE)
     return fast.layer_norm(x, columns, -columns)
 
@@ -66,18 +57,6 @@ def test_a_row_has_the_same_bits_alone_and_among_others(operation: Callable[[Ten
     together = operation(x)
     for row in (0, 20, 32):
         assert torch.equal(operation(x[row : row + 1])[0], together[row])
-
-
-def assert_within(ours: Tensor, exact: Tensor, roundings: float, terms: Tensor) -> None:
-    """The error of each entry is at most this many roundings of the terms of its sum."""
-    assert ((ours.double() - exact).abs() <= roundings * UNIT * terms + torch.finfo(torch.float32).tiny).all()
-
-
-def with_gradients(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The result, and the gradient of each input for the gradient dy of the result."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    result = function(*leaves)
-    return (result.detach(), *torch.autograd.grad(result, leaves, dy))
 
 
 # One row; one row more than a tile has; more tiles than programs; the widest whole rows, and one column more.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conformance.spec import Spec
-from tests.kernels.test_fast_kernels import random
+from tests.kernels.tensors import random
 from tests.operations.calls import DEVICE, DIFFERENTIABLE, call_of
 from unsloth_fast import kernels as fast
 from unsloth_fast.kernels import _launch

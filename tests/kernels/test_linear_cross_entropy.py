@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_fast_kernels import NO_OPTIONS
+from tests.kernels.tensors import NO_OPTIONS
 from tests.operations.linear_cross_entropy import (
     DEVICE,
     OPTIONS,

@@ -54,7 +54,7 @@ def test_adapters_in_float32_have_float32_gradients(dtype: torch.dtype) -> None:
 
 
 def test_a_layer_without_dy_has_no_gradients() -> None:
-    """As if it had not been called: None, which an optimizer skips, not zeros."""
+    """They are None, which an optimizer skips, as if it had not been called, and not zeros."""
     layers = layers_of(3)
     outputs = lora_linears(*layers)
     found = grad(outputs[1].sum(), leaves_of(layers), allow_unused=True)

@@ -59,7 +59,7 @@ def test_adapters_in_float32_have_float32_gradients(dtype: torch.dtype) -> None:
 
 
 def test_the_product_of_gate_and_up_is_not_saved() -> None:
-    """Of 512 tokens and 96 columns between the layers, gate and up alone are kept: 384 KiB in float32."""
+    """Only gate and up are kept between the layers: 384 KiB for 512 tokens and 96 columns in float32."""
     x, *others = layers_of(rows=256, columns=8, inner=96, out=8, dtype=torch.float32)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.cuda import green_contexts
 
-from tests.kernels.test_fast_kernels import NO_OPTIONS, random
+from tests.kernels.tensors import NO_OPTIONS, random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

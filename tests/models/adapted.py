@@ -1,14 +1,15 @@
-"""Small models with trained adapters, and what they compute."""
+"""Small models loaded from a folder, with or without adapters: how they are trained a little, and what they compute."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from unsloth_fast import FastLanguageModel
+from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
 
 TOKENS = torch.tensor([[4, 8, 5, 9, 6, 12, 30]])
@@ -31,6 +32,32 @@ def trained(model: Any) -> Any:
 def adapted(folder: str, four: bool = False, **options: Any) -> tuple[Any, Any]:
     model, tokenizer = load(folder, load_in_4bit=four)
     return trained(FastLanguageModel.get_peft_model(model, r=4, **options)), tokenizer
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def stepped(model: Any) -> Any:
+    """The model after one step that changes every trained parameter by 0.05."""
+    loss_and_gradients(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad.sign() * 0.05
+    return model.eval()
+
+
+def layers_of(model: Any) -> Any:
+    return without_adapter(model).model.layers
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """The parameters that are trained, without the prefix of peft."""
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logits_of(model: Any) -> Tensor:

@@ -81,7 +81,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def record(work: Callable[[], Any], pool: Any) -> tuple[Any, Recorder]:
-    """As `recording.capture`, without CUDA."""
+    """What `recording.capture` returns, without CUDA."""
     with Recorder([] if pool is None else pool) as recorder:
         result = work()
     recorder.pool().append(recorder)
@@ -187,7 +187,7 @@ def model_of(name: str = "llama", lora: bool = True, **options: Any) -> Any:
 
 
 def passes(model: Any, *batches: dict[str, Any]) -> list[list[Tensor]]:
-    """For each microbatch its loss; then the gradients of all."""
+    """The loss of each microbatch, then the gradients of all."""
     losses = []
     for each in batches:
         inputs = {name: value for name, value in each.items() if name != "labels"}

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
-from tests.models.test_language_model import TOKENS, load, loss_and_gradients, stepped, trained_names
+from tests.models.adapted import TOKENS, load, loss_and_gradients, stepped, trained_names
 from unsloth_fast import FastLanguageModel
 
 

@@ -20,7 +20,7 @@ LENGTHS = [7, 1, 12, 20]
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedModel:
-    """With a window smaller than the longest document, if the family has windows."""
+    """A model whose window, if the family has windows, is smaller than the longest document."""
     return tiny.model(family, dtype, **tiny.FAMILIES[family].limits | config)
 
 

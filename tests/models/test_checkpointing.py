@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from tests import tiny
-from tests.models.test_language_model import layers_of, load, loss_and_gradients
+from tests.models.adapted import TOKENS, layers_of, load, loss_and_gradients
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.models import checkpointing
 from unsloth_fast.models.head import without_adapter
@@ -51,7 +51,7 @@ def test_offloading_moves_only_the_inputs_of_the_layers(monkeypatch: pytest.Monk
     monkeypatch.setattr(checkpointing, "from_host", from_host)
     model = FastLanguageModel.get_peft_model(tiny.model(), use_gradient_checkpointing="unsloth")
     loss, gradients = loss_and_gradients(model)
-    assert sent == fetched == [(2, 20, 32)] * 2
+    assert sent == fetched == [(*TOKENS.shape, 32)] * 2
     model.gradient_checkpointing_enable({"use_reentrant": False})
     again, gradients_again = loss_and_gradients(model)
     assert len(sent) == 4 and torch.equal(again, loss)

@@ -173,7 +173,7 @@ def four_bits(folder: Path, dtype: torch.dtype, compute: torch.dtype) -> Any:
 
 
 def adapted(model: Any, **options: Any) -> Any:
-    """With an adapter of random weights."""
+    """The model with an adapter of random weights."""
     model = get_peft_model(model, LoraConfig(**LORA | options))
     torch.manual_seed(2)
     with torch.no_grad():

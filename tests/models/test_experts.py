@@ -16,14 +16,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests import tiny
-from tests.models.test_any_model import batch, build, error, step
+from tests.models.families import EXPERT_WEIGHTS, assert_same, batch, build, error, step
+from tests.models.with_lora import twice
 from unsloth_fast import backends
 from unsloth_fast.models import place, remove
 from unsloth_fast.models.experts import Experts
 from unsloth_fast.models.structure import recognise
 
 REFERENCE = backends.resolve("reference")
-WEIGHTS = ("gate_up_proj", "down_proj")
 SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
 
 
@@ -34,16 +34,10 @@ def adapted(model: Any, *weights: str) -> Any:
     return get_peft_model(model, config)
 
 
-def assert_same(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[str, Any]]) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-9)
-    assert found[1].keys() == expected[1].keys() and found[1]
-    for name, gradient in expected[1].items():
-        assert gradient.any()
-        assert (found[1][name] - gradient).norm() <= 1e-9 * gradient.norm(), name
-
-
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]], ids=["both", "gate_up", "down"])
+@pytest.mark.parametrize(
+    "weights", [EXPERT_WEIGHTS, EXPERT_WEIGHTS[:1], EXPERT_WEIGHTS[1:]], ids=["both", "gate_up", "down"]
+)
 def test_adapters_of_experts_get_their_gradients(
     weights: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +61,7 @@ def test_an_adapter_of_a_bias_is_left_to_peft() -> None:
 
 def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
     """This concerns a second adapter that is active too, adapters that are disabled, and merged ones."""
-    model, (tokens, labels) = adapted(build("qwen3_moe"), *WEIGHTS), batch()
+    model, (tokens, labels) = adapted(build("qwen3_moe"), *EXPERT_WEIGHTS), batch()
     config = model.peft_config["default"]
     model.add_adapter("other", config)
     model.base_model.set_adapter(["default", "other"])
@@ -88,20 +82,16 @@ def test_what_is_no_single_active_adapter_is_left_to_peft() -> None:
             torch.testing.assert_close(model(tokens).logits, without, rtol=1e-10, atol=1e-10)
 
 
-def doubled(self: Any, *inputs: Any) -> Any:
-    return 2 * type(self).forward(self, *inputs)
-
-
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooks", "forward"])
 @pytest.mark.parametrize("kind", [ParamWrapper, MixtralExperts])
 def test_what_somebody_adds_inside_of_adapters_is_called(kind: type[Module], hooked: bool) -> None:
-    """To the experts, or to the adapter of their other weight."""
-    model, (tokens, labels) = adapted(build("mixtral"), *WEIGHTS), batch()
+    """The hook or forward is on the experts, or on the adapter of their other weight."""
+    model, (tokens, labels) = adapted(build("mixtral"), *EXPERT_WEIGHTS), batch()
     inside = [part for part in model.modules() if isinstance(part, kind)][-1]
     if hooked:
         inside.register_forward_hook(lambda module, inputs, output: 2 * output)
     else:
-        inside.forward = MethodType(doubled, inside)
+        inside.forward = MethodType(twice, inside)
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
         place(model, REFERENCE)
@@ -115,7 +105,7 @@ def mixtral(dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["full", "adapters"])
+@pytest.mark.parametrize("weights", [(), EXPERT_WEIGHTS], ids=["full", "adapters"])
 def test_the_fast_kernels_are_as_close_to_float64_as_the_model(weights: tuple[str, ...]) -> None:
     """The error of all gradients together is at most twice the untouched float32 model's own."""
     fast, (tokens, labels) = backends.resolve("fast"), batch()
@@ -149,7 +139,7 @@ def clamped(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any)
 
 
 class Unclamped(GptOssExperts):
-    """Biases alone."""
+    """Experts with the biases of gpt-oss, but without its clamp."""
 
     def _apply_gate(self, gate_up: Any) -> Any:
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -157,7 +147,7 @@ class Unclamped(GptOssExperts):
 
 
 class ClampedBelow(GptOssExperts):
-    """With a gate that is clamped on both sides."""
+    """Experts whose gate is clamped on both sides."""
 
     def _apply_gate(self, gate_up: Any) -> Any:
         return super()._apply_gate(gate_up.clamp(min=-7.0))

@@ -66,7 +66,7 @@ def test_linear_layers_become_float8_and_the_head_does_not(tmp_path: Path) -> No
 
 
 def test_a_run_stays_in_a_band_around_that_of_float32(tmp_path: Path) -> None:
-    """In each of thirty steps, in which the loss falls by more than 1."""
+    """Each of thirty steps does, in which the loss falls by more than 1."""
     runs = []
     for fp8 in (True, False):
         model, _ = in_float8(tmp_path / "a") if fp8 else load(tiny.folder(tmp_path / "b"))
@@ -105,7 +105,7 @@ def test_the_gradients_are_those_of_the_dequantised_weights(tmp_path: Path) -> N
 
 
 def test_a_saved_model_is_one_of_transformers_and_is_loaded_as_it_was(tmp_path: Path) -> None:
-    """Without bits being asked for; transformers alone, on a CPU, dequantises it."""
+    """Its bits need not be asked for. On a CPU plain transformers dequantises it."""
     model, tokenizer = in_float8(tmp_path / "base")
     folder = tmp_path / "saved"
     model.save_pretrained(folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from tests import tiny
-from tests.models import test_any_model, zoo
+from tests.models import families, zoo
 from tests.models.test_placement import counting_backend
 from tests.models.zoo import SIZES
 from unsloth_fast import backends
@@ -122,11 +122,11 @@ def test_a_replaced_or_hooked_norm_is_called(family: str) -> None:
 
 
 def build_any(family: str) -> Any:
-    return test_any_model.build(family) if family in test_any_model.FAMILIES else tiny.model(family).double()
+    return families.build(family) if family in families.FAMILIES else tiny.model(family).double()
 
 
 class Doubled(nn.Module):
-    """Without a weight."""
+    """A module without a weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Between(t.models.qwen3.modeling_qwen3.Qwen3Attention):
     """Scales the queries between their norm and the rotation."""
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        """As Qwen3's, without the attention itself."""
+        """The rotated queries and keys."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -153,7 +153,7 @@ class Kept(t.models.qwen3.modeling_qwen3.Qwen3Attention):
     """Uses the normalised heads beside the rotated ones."""
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        """As Qwen3's, without the attention itself."""
+        """The sums of rotated and normalised queries and keys."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -187,7 +187,7 @@ def test_heads_that_are_used_before_the_rotation_too_are_normalised_apart() -> N
 def test_placed_attentions_call_the_operation(family: str, expected: dict[str, int]) -> None:
     """Once for queries and once for keys, where the family rotates them one by one."""
     calls: list[str] = []
-    model = test_any_model.build(family)
+    model = families.build(family)
     place(model, counting_backend(calls))
     model(torch.arange(9)[None])
     assert {name: calls.count(name) for name in expected} == expected
@@ -197,7 +197,7 @@ def test_placed_attentions_call_the_operation(family: str, expected: dict[str, i
 def test_a_vision_tower_calls_rope(family: str) -> None:
     """Its patches have no batch; values and gradients are the untouched tower's in float64."""
     calls: list[str] = []
-    tower = test_any_model.build(family).model.visual
+    tower = families.build(family).model.visual
     config = tower.config
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     patches, grid = torch.randn(32, width, dtype=torch.float64), torch.tensor([[1, 4, 4], [1, 4, 4]])

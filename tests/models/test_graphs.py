@@ -50,7 +50,7 @@ def test_a_recorded_stack_has_the_bits_of_the_others(name: str, lora: bool) -> N
 
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_checkpointed_layers_are_recorded(offloaded: bool) -> None:
-    """With the bits of those that keep their activations; dropping them is part of the recording."""
+    """The results have the bits of layers that keep their activations; dropping these is part of the recording."""
     expected = passes(model_of(), OTHER)
     model = model_of()
     if offloaded:
@@ -185,7 +185,7 @@ def test_a_larger_size_begins_anew() -> None:
 
 
 def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most an eighth above its tokens, instead of a new one; a batch without padding keeps its own, and its bits."""
+    """The size is at most an eighth above its tokens; a batch without padding keeps its own size, and its bits."""
     monkeypatch.setattr(graphs, "padded_size", lambda tokens: -(-tokens // 16) * 16)
     model = model_of()
     padded, small, whole = batch(60, 60, 60, 55), batch(60, 60, 60, 46), batch(60, 60, 60, 60)
@@ -204,5 +204,5 @@ def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -
     ("tokens", "size"), [(1, 256), (257, 512), (2049, 2304), (4096, 4096), (4097, 4608), (8193, 9216)]
 )
 def test_sizes(tokens: int, size: int) -> None:
-    """At most an eighth above the tokens, from 2048 on."""
+    """From 2048 tokens on, a size is at most an eighth above them."""
     assert graphs.padded_size(tokens) == size

@@ -33,7 +33,7 @@ LARGE = batch(*[64] * 8)
 
 
 class TritonError(Exception):
-    """As Triton's, which has no base but Exception."""
+    """Like Triton's error, it has no base but Exception."""
 
 
 class Layer(torch.nn.Module):
@@ -61,7 +61,7 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def out_of_memory(*_: object) -> Any:
-    """As torch."""
+    """Raise torch's error."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -166,7 +166,7 @@ def test_a_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 
 def test_recordings_make_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """For other passes that run out of memory, which then run once more; the layers are recorded again later."""
+    """Another pass that runs out of memory runs once more without them; the layers are recorded again later."""
     model = model_of()
 
     def fails(*_: object) -> None:

@@ -96,7 +96,7 @@ def test_gradients_are_those_of_their_parameters_alone() -> None:
 
 
 def test_gradients_that_autograd_returns_are_kept() -> None:
-    """Of two losses of the same outputs, and of another pass: each has its own."""
+    """Two losses of the same outputs, and another pass, each have their own gradients."""
     found = []
     for wanted in (True, False):
         model = model_of()
@@ -167,5 +167,5 @@ def test_an_interrupted_pass_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def interrupt(*_: object) -> None:
-    """As if the user had pressed Ctrl-C."""
+    """Raise what Ctrl-C raises."""
     raise KeyboardInterrupt

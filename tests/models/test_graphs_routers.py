@@ -34,7 +34,7 @@ STEPS = [(FULL,), (OTHER,), (FULL,), (OTHER, FULL), (SHORT, OTHER), (OTHER,)]
 
 
 def balanced(model: Any, *batches: dict[str, Any], weight: float = 100.0) -> list[list[Tensor]]:
-    """For each microbatch its loss, the load-balancing loss and the routers' logits; then the gradients of all."""
+    """Loss, load-balancing loss and routers' logits of each microbatch, then the gradients of all."""
     found = []
     for each in batches:
         inputs = {name: value for name, value in each.items() if name != "labels"}
@@ -122,7 +122,7 @@ def test_routers_without_a_gradient() -> None:
 
 
 def test_the_logits_are_there_where_they_are_asked_for() -> None:
-    """By the call or by the configuration; another call is recorded anew."""
+    """The call or the configuration asks for them; another call is recorded anew."""
     model = model_of("qwen3_moe", lora=False)
     inputs = {name: value for name, value in FULL.items() if name != "labels"} | {"use_cache": False}
     with graphs.recorded(model):

@@ -62,27 +62,6 @@ def with_bias() -> Any:
     return model
 
 
-# The model, and whether its logits are computed.
-HEADS: dict[str, tuple[Any, bool]] = {
-    **{family: (lambda family=family: tiny.model(family), False) for family in tiny.FAMILIES},
-    "capped": (lambda: tiny.model("gemma2", final_logit_softcapping=2.0), False),
-    "tied": (lambda: tiny.model(tie_word_embeddings=True), False),
-    "frozen": (lambda: frozen_head(), False),
-    "bias": (with_bias, False),
-    "stablelm": (lambda: of_family("StableLm"), False),
-    "cohere": (lambda: of_family("Cohere", logit_scale=0.25), False),
-    "granite": (lambda: of_family("Granite", logits_scaling=8.0), False),
-    "modules_to_save": (lambda: adapted(modules_to_save=["lm_head"]), False),
-    "modules_to_save, another adapter's": (lambda: adapted("cpt", modules_to_save=["lm_head", "embed_tokens"]), False),
-    "modules_to_save, tied": (lambda: adapted(tied=True, modules_to_save=["lm_head"], ensure_weight_tying=True), False),
-    "LoRA on the head": (lambda: adapted(more=["lm_head"]), True),
-    "more than a product": (lambda: shifted_head(), True),
-    "hooks": (lambda: hooked_head(), True),
-    "a hook of the backward pass": (lambda: hooked_head(backward=True), True),
-    "a forward of somebody else's": (lambda: replaced_head(), True),
-}
-
-
 def frozen_head() -> Any:
     """A model whose head is not trained."""
     model = tiny.model()
@@ -120,6 +99,27 @@ def replaced_head() -> Any:
     model: Any = tiny.model()
     model.lm_head.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), model.lm_head)
     return model
+
+
+# The model, and whether its logits are computed.
+HEADS: dict[str, tuple[Any, bool]] = {
+    **{family: (lambda family=family: tiny.model(family), False) for family in tiny.FAMILIES},
+    "capped": (lambda: tiny.model("gemma2", final_logit_softcapping=2.0), False),
+    "tied": (lambda: tiny.model(tie_word_embeddings=True), False),
+    "frozen": (frozen_head, False),
+    "bias": (with_bias, False),
+    "stablelm": (lambda: of_family("StableLm"), False),
+    "cohere": (lambda: of_family("Cohere", logit_scale=0.25), False),
+    "granite": (lambda: of_family("Granite", logits_scaling=8.0), False),
+    "modules_to_save": (lambda: adapted(modules_to_save=["lm_head"]), False),
+    "modules_to_save, another adapter's": (lambda: adapted("cpt", modules_to_save=["lm_head", "embed_tokens"]), False),
+    "modules_to_save, tied": (lambda: adapted(tied=True, modules_to_save=["lm_head"], ensure_weight_tying=True), False),
+    "LoRA on the head": (lambda: adapted(more=["lm_head"]), True),
+    "more than a product": (shifted_head, True),
+    "hooks": (hooked_head, True),
+    "a hook of the backward pass": (lambda: hooked_head(backward=True), True),
+    "a forward of somebody else's": (replaced_head, True),
+}
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +234,7 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
 
 
 def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
-    """As for a `device_map`: its forward calls the one that it replaces."""
+    """accelerate does so for a `device_map`; its forward calls the one that it replaces."""
     model: Any = tiny.model()
     add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     assert plain_head(model) is model.lm_head

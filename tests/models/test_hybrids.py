@@ -57,7 +57,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def model_of(name: str) -> PreTrainedModel:
-    """In float64, with uneven weights."""
+    """A model in float64, with uneven weights."""
     config, options, _ = HYBRIDS[name]
     if not hasattr(t, f"{name}ForCausalLM"):
         pytest.skip(f"this transformers has no {name}")

@@ -9,47 +9,14 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.models.adapted import PLAIN, TOKENS, layers_of, load, loss_and_gradients
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
 from unsloth_fast.models import loading, quantization
-from unsloth_fast.models.head import without_adapter
-
-TOKENS = torch.arange(3, 43).reshape(2, 20)
-# By default a model would be loaded onto the GPU if there is one.
-PLAIN: dict[str, Any] = {"load_in_4bit": False, "backend": "reference", "device_map": "cpu", "dtype": torch.float32}
-
-
-def load(folder: str, **options: Any) -> tuple[Any, Any]:
-    return FastLanguageModel.from_pretrained(folder, **PLAIN | options)
-
-
-def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(input_ids=TOKENS, labels=TOKENS).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def stepped(model: Any) -> Any:
-    """The model after one step that changes every trained parameter by 0.05."""
-    loss_and_gradients(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= parameter.grad.sign() * 0.05
-    return model.eval()
-
-
-def layers_of(model: Any) -> Any:
-    return without_adapter(model).model.layers
-
-
-def trained_names(model: nn.Module) -> set[str]:
-    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_model_is_loaded_with_the_backend_and_ready_for_training(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,47 +14,19 @@ import torch
 from accelerate import cpu_offload
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
+from tests.models.with_lora import CHANGES, TOKENS, adapted, disabled, merged, run, second
 from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import nf4, place
 from unsloth_fast.models.recomputed import recomputable, recomputed
 from unsloth_ref.types import NF4Weight
 
 REFERENCE = backends.resolve("reference")
-TOKENS = torch.arange(40).reshape(2, 20)
-
-
-def adapted(dtype: torch.dtype = torch.float64, base: Any = None, **options: Any) -> PeftModel:
-    """A tiny model with LoRA on every linear layer; no adapter is zero."""
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options)
-    torch.manual_seed(1)
-    model = get_peft_model(base or tiny.model("llama", dtype), config)
-    randomise(model)
-    return model
-
-
-def randomise(model: PeftModel) -> None:
-    """Give every lora_B, which is initialised to zero, random weights."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter) / 10)
-
-
-def run(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and the gradients of the model's own loss."""
-    model.zero_grad()
-    torch.manual_seed(3)  # for dropout
-    outputs = model(TOKENS, labels=TOKENS)
-    outputs.loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return outputs.logits.detach(), gradients
 
 
 def assert_as_before(model: torch.nn.Module, rtol: float, dtype: torch.dtype = torch.float64) -> None:
@@ -76,18 +48,6 @@ def test_layer_and_adapter_in_one_operation() -> None:
     assert_as_before(adapted(), 1e-12)
 
 
-def twice(self: Any, x: Tensor) -> Tensor:
-    """The forward that somebody gives a layer."""
-    return 2 * type(self).forward(self, x)
-
-
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "a forward of somebody else's": lambda layer: setattr(layer, "forward", MethodType(twice, layer)),
-    "a hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: 2 * output),
-    "a hook of the backward pass": lambda layer: layer.register_full_backward_hook(lambda _, g, __: (2 * g[0],)),
-}
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["base_layer", "lora_A.default", "lora_B.default"])
 def test_a_layer_that_does_more_than_its_class_is_called(name: str, change: str) -> None:
@@ -107,20 +67,6 @@ def test_weights_that_accelerate_loads_when_a_layer_is_called(family: str) -> No
         cpu_offload(model, execution_device=torch.device("cpu"))
         assert all(parameter.is_meta for parameter in model.parameters())
         torch.testing.assert_close(model(TOKENS).logits, expected)
-
-
-def disabled(model: PeftModel) -> None:
-    model.base_model.disable_adapter_layers()
-
-
-def merged(model: PeftModel) -> None:
-    model.merge_adapter()
-
-
-def second(model: PeftModel) -> None:
-    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
-    model.base_model.set_adapter(["default", "other"])
-    randomise(model)
 
 
 @pytest.mark.parametrize("change", [disabled, merged, second], ids=lambda change: change.__name__)

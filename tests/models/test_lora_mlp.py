@@ -7,12 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests import tiny
-from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, randomise, run, second
+from tests.models.with_lora import (
+    CHANGES,
+    adapted,
+    add_adapter,
+    assert_as_before,
+    assert_as_peft_after,
+    assert_follows,
+    disabled,
+    merged,
+    run,
+    second,
+)
 from unsloth_fast import backends
 from unsloth_fast.models import place
 
@@ -34,44 +45,9 @@ def counted(model: PeftModel) -> list[Tensor]:
     return calls
 
 
-def assert_as_before(model: PeftModel, expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    logits, gradients = run(model)
-    torch.testing.assert_close(logits, expected[0], rtol=1e-9, atol=1e-9)
-    assert gradients.keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-18, name
-
-
-def assert_as_peft_after(change: Callable[[PeftModel], None], model: PeftModel, untouched: PeftModel) -> None:
-    """Demand the results of peft's layers after a change of both models, and without peft's layers."""
-    for one in (untouched, model):
-        torch.manual_seed(4)
-        change(one)
-    with tiny.KeepFloat64(), torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, untouched(TOKENS).logits, rtol=1e-9, atol=1e-9)
-        base: list[Any] = [one.unload() for one in (model, untouched)]
-        torch.testing.assert_close(base[0](TOKENS).logits, base[1](TOKENS).logits, rtol=1e-9, atol=1e-9)
-
-
-def add_adapter(model: PeftModel) -> None:
-    """Add one of another rank and scaling."""
-    torch.manual_seed(4)
-    model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"))
-    randomise(model)
-
-
-def assert_follows(*adapters: str, model: PeftModel, expected: PeftModel) -> None:
-    """Demand the results of peft's layers with each of the adapters, one after the other."""
-    with tiny.KeepFloat64():
-        for name in adapters:
-            for one in (model, expected):
-                one.set_adapter(name)
-            assert_as_before(model, run(expected))
-
-
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_values_and_gradients_are_the_untouched_models_in_float64(family: str) -> None:
-    """Of all adapters, for SiLU and GELU by tanh; in Llama with checkpointing, which computes the layers again, too."""
+    """Every adapter has its gradient, under SiLU and GELU by tanh. Llama is tested with checkpointing too."""
     model = adapted(base=tiny.model(family, torch.float64))
     with tiny.KeepFloat64():
         expected = run(model)
@@ -162,7 +138,7 @@ def test_the_fast_kernels_are_as_close_to_float64_as_the_model() -> None:
 
 
 def test_the_product_of_gate_and_up_is_not_saved() -> None:
-    """Of a placed MLP, gate and up alone are kept between the layers; before, their product or its recipe was."""
+    """A placed MLP keeps only gate and up between the layers."""
     model: Any = adapted(torch.float32)
     place(model, backends.resolve("fast"))
     mlp, kept = model.get_submodule(MLP), list[Tensor]()

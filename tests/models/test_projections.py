@@ -15,8 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from tests import tiny
-from tests.models.test_lora import CHANGES, TOKENS, adapted, disabled, merged, run, second
-from tests.models.test_lora_mlp import add_adapter, assert_as_before, assert_as_peft_after, assert_follows
+from tests.models.with_lora import (
+    CHANGES,
+    TOKENS,
+    adapted,
+    add_adapter,
+    assert_as_before,
+    assert_as_peft_after,
+    assert_follows,
+    disabled,
+    merged,
+    run,
+    second,
+)
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.projections import shared_layers
@@ -43,7 +54,7 @@ def counted(model: nn.Module, outputs: list[Any] | None = None) -> list[int]:
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_values_and_gradients_are_the_untouched_models_in_float64(family: str) -> None:
-    """Of all adapters; in two families with checkpointing, which computes the layers again, too."""
+    """Every adapter has its gradient. Two families are tested with checkpointing too, where layers run again."""
     model = adapted(base=tiny.model(family, torch.float64))
     with tiny.KeepFloat64():
         expected = run(model)
@@ -187,7 +198,7 @@ def test_the_placed_forward_compiles_without_a_graph_break() -> None:
 
 
 def test_generation_with_a_cache_gives_the_same_tokens() -> None:
-    """With padding on the left."""
+    """The prompts are padded on the left."""
     model: Any = adapted(torch.float32).eval()
     tokens, mask = torch.arange(3, 15).reshape(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[1, :2] = 0

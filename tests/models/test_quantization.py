@@ -88,7 +88,7 @@ class Reader(nn.Module):
 
 
 def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
-    """To initialise it or to find its device is no reading; the source of a subclass counts too."""
+    """Code that initialises the weight or asks for its device does not read it; the source of a subclass counts too."""
     derived = type("Derived", (Reader,), {"__module__": __name__})
     for kind in (Reader, derived):
         assert quantization.read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}
@@ -140,7 +140,7 @@ def test_an_adapter_on_experts_and_4_bits_is_loaded_again(tmp_path: Path) -> Non
 def test_experts_that_stay_wide_are_logged_once_with_their_size(
     tmp_path: Path, name: str, bits: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not the weights of convolutions, which have three dimensions too; nothing of a model that is not quantised."""
+    """Convolutions, whose weights have three dimensions too, do not count, nor does a model that is not quantised."""
     model, _ = load(zoo.folder(tmp_path, name), **{"load_in_4bit": None if "load_in_fp8" in bits else False} | bits)
     wide = [weight for key, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in key]
     size = sum(4 * weight.numel() for weight in wide) / 2**30

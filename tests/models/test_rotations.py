@@ -126,7 +126,7 @@ def test_a_rotation_by_complex_numbers_is_recognised(module: str, heads: int, mo
 def test_the_last_columns_of_a_head_are_rotated(
     columns: int, turned: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in DeepSeek V4, in float32 for heads of any dtype; the family's own code turns heads of odd width."""
+    """DeepSeek V4 rotates those, in float32 for any dtype; heads of odd width are left to its own code."""
     own = import_module("transformers.models.deepseek_v4.modeling_deepseek_v4").apply_rotary_pos_emb
     forward = forward_with(own, monkeypatch)
     x, angles = random(2, 3, 5, columns).to(dtype).requires_grad_(), random(2, 5, turned // 2, seed=2)
@@ -164,7 +164,7 @@ def test_another_rotation_stays_as_it_is(rotation: Any, monkeypatch: pytest.Monk
 
 
 def test_queries_alone_are_left_to_a_function_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the indexer of Qwen4-Exp calls the function of its attention."""
+    """The indexer of Qwen4-Exp calls the function of its attention with queries only."""
     q, cos, sin = random(2, 3, 5, 16), random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
 
     def optional(q: Tensor, k: Any = None, cos: Any = None, sin: Any = None) -> Any:

@@ -60,7 +60,7 @@ def test_it_is_that_of_the_untouched_model(name: str, form: str, whole: bool) ->
 
 
 def counting(gate_logits: Any, num_experts: int, top_k: int = 2, attention_mask: Tensor | None = None) -> Any:
-    """As in a release of transformers that counts by bincount where there is no mask."""
+    """The function of a transformers release that counts by bincount where there is no mask."""
     if attention_mask is None:
         raise AssertionError(torch.bincount)
     return modeling_mixtral.load_balancing_loss_func(gate_logits, num_experts, top_k, attention_mask)
@@ -68,7 +68,7 @@ def counting(gate_logits: Any, num_experts: int, top_k: int = 2, attention_mask:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_counted_without_waiting_for_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a mask of all tokens, with the same loss and gradients."""
+    """A mask of all tokens avoids the wait; loss and gradients are the same."""
     model, found = zoo.model("qwen3_moe"), []
     logits = [torch.randn(50, 4, generator=torch.Generator().manual_seed(layer)).to(dtype) for layer in range(3)]
     for function in (modeling_qwen3_moe.load_balancing_loss_func, counting):

@@ -12,8 +12,8 @@ from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from tests import tiny
-from tests.models.test_any_model import batch, build, error, step
-from tests.models.test_experts import WEIGHTS, assert_same, doubled
+from tests.models.families import EXPERT_WEIGHTS, assert_same, batch, build, error, step
+from tests.models.with_lora import twice
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.experts import Experts
@@ -22,13 +22,13 @@ from unsloth_fast.models.scaled_experts import ScaledExperts, recognise_scaled_e
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 REFERENCE = backends.resolve("reference")
-ADAPTED = [(), WEIGHTS, WEIGHTS[:1], WEIGHTS[1:]]
+ADAPTED = [(), EXPERT_WEIGHTS, EXPERT_WEIGHTS[:1], EXPERT_WEIGHTS[1:]]
 NAMES = ["full", "both", "gate_up", "down"]
 PARTS = ("router", "experts", "shared_expert")
 
 
 def model_of(*weights: str) -> Any:
-    """In float64, with LoRA on weights of the experts."""
+    """Llama 4 in float64, with LoRA on weights of the experts."""
     model = build("llama4")
     if not weights:
         return model
@@ -51,7 +51,7 @@ def block(kind: type[Llama4TextMoe] = Llama4TextMoe, **config: Any) -> Any:
 
 @pytest.mark.parametrize("weights", ADAPTED, ids=NAMES)
 def test_gradients_are_those_of_the_model(weights: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64; the forward that gives every token to every expert is not called, nor are adapters added up."""
+    """They agree in float64. No forward gives every token to every expert, and no adapters are added up."""
     model, (tokens, labels) = model_of(*weights), batch()
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
@@ -103,19 +103,15 @@ def test_scores_of_zero_choose_no_expert() -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-def twice(module: Any, inputs: Any, output: Any) -> Any:
-    return 2 * output
-
-
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooks", "forward"])
 @pytest.mark.parametrize("weights", ADAPTED[:2], ids=NAMES[:2])
 def test_what_somebody_adds_to_experts_is_called(weights: tuple[str, ...], hooked: bool) -> None:
     model, (tokens, labels) = model_of(*weights), batch()
     inside: Any = [part for part in model.modules() if isinstance(part, Llama4TextExperts)][-1]
     if hooked:
-        inside.register_forward_hook(twice)
+        inside.register_forward_hook(lambda module, inputs, output: 2 * output)
     else:
-        inside.forward = MethodType(doubled, inside)
+        inside.forward = MethodType(twice, inside)
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
         place(model, REFERENCE)
@@ -123,7 +119,7 @@ def test_what_somebody_adds_to_experts_is_called(weights: tuple[str, ...], hooke
 
 
 def test_two_active_adapters_are_left_to_peft() -> None:
-    model, (tokens, labels) = model_of(*WEIGHTS), batch()
+    model, (tokens, labels) = model_of(*EXPERT_WEIGHTS), batch()
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
     with tiny.KeepFloat64():
@@ -143,7 +139,7 @@ class ScaledOutputs(Llama4TextMoe):
 
 
 class OtherChoice(Llama4TextMoe):
-    """Of fewer experts than the router chooses."""
+    """It uses fewer experts than its router chooses."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

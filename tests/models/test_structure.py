@@ -203,7 +203,7 @@ def halves(product: Callable[[Tensor, Tensor], Tensor], gate_first: bool = True)
 
 
 class Squared(nn.Module):
-    """Without a gate."""
+    """An MLP without a gate."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ def test_an_mlp_with_another_activation_is_none() -> None:
 
 
 class DropsOut(Named):
-    """With dropout in a layer of its own."""
+    """An MLP with dropout in a layer of its own."""
 
     def __init__(self) -> None:
         super().__init__()

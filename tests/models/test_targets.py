@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.models import zoo
-from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged
-from tests.models.test_language_model import trained_names
+from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged, trained_names
 from unsloth_fast import FastLanguageModel, FastModel
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -90,7 +89,7 @@ MIXERS = "no LoRA on in_proj, input_linear, output_linear, which 'all-linear' ad
 def test_layers_that_the_usual_names_leave_out_are_logged(
     name: str, options: dict[str, Any], left: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In one line, where the usual names were not replaced by the user's; routers and vision towers are not meant."""
+    """One line names them if the user gave no names; routers and vision towers are not among them."""
     adapt(zoo.empty(name), **options)
     found = [line for line in caplog.messages if line.startswith("target_modules: no LoRA on ")]
     assert len(found) == (left is not None)

@@ -158,7 +158,7 @@ class OwnMaskModel(UnheardModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """With a causal mask that knows no documents."""
+        """Make a causal mask that takes no notice of documents."""
         states = self.embed_tokens(input_ids)
         seen = torch.ones(2 * input_ids.shape[1:], dtype=torch.bool).tril()
         for layer in self.layers:

@@ -52,7 +52,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_losses_are_those_of_trl(tmp_path: Path, padding_free: bool, accumulated: int) -> None:
-    """In training and in an evaluation; so are the load-balancing losses in the log, and so are the weights."""
+    """This holds in training and in an evaluation, for the load-balancing losses in the log and for the weights too."""
     options: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "per_device_eval_batch_size": 8}
     theirs = trained(tmp_path / "a", "qwen3_moe", SFTTrainer, use_cpu=True, **options)
     ours = trained(tmp_path / "b", "qwen3_moe", padding_free=padding_free, **options)
@@ -79,7 +79,7 @@ def _recorder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_experts_have_the_losses_of_others(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With their load-balancing loss, which the layers' recording leaves to the model around them."""
+    """The model around the recorded layers computes their load-balancing loss."""
     caplog.set_level(logging.INFO, "unsloth_fast")
     options = FAST | {"gradient_accumulation_steps": 2, "padding_free": True}
     expected = trained(tmp_path / "a", name, cuda_graphs=False, **options)

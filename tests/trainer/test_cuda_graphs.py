@@ -24,7 +24,7 @@ DTYPE = torch.float32 if ON_GPU else torch.float64
 
 
 class WithReference(UnslothTrainer):
-    """With a loss that compares the model with itself without the adapter."""
+    """A trainer whose loss compares the model with itself without the adapter."""
 
     def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Any:
         """The loss of the batch, and the distance of the probabilities, from another forward pass of the model."""
@@ -61,7 +61,7 @@ def losses(
 def test_a_recorded_training_has_the_losses_of_another(
     kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With microbatches of several sizes, which are padded, and gradients that are accumulated."""
+    """Microbatches of several sizes are padded, and gradients are accumulated."""
     use_recorder(monkeypatch)
     if not ON_GPU:
         monkeypatch.setattr("unsloth_ref.kernels.packed_attention", attention)
@@ -121,7 +121,7 @@ def test_callbacks_evaluations_and_a_resumed_training(tmp_path: Path, monkeypatc
 def test_a_step_that_runs_out_of_memory_is_repeated(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without the recordings, whether the head or the backward pass needs their memory."""
+    """It is repeated without the recordings, whether the head or the backward pass needs their memory."""
     use_recorder(monkeypatch)
     caplog.set_level(logging.INFO, "unsloth_fast")
     if not ON_GPU:
@@ -198,7 +198,7 @@ def test_what_forbids_graphs_is_logged_once(
 def test_a_model_without_packed_attention_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As one with an attention of its own."""
+    """A model with an attention of its own is such a model."""
     use_recorder(monkeypatch)
     monkeypatch.setattr("unsloth_fast.cuda_graphs.documents_of", lambda stack: None)
     watched(tmp_path, True, use_cpu=not ON_GPU)

@@ -29,7 +29,7 @@ BATCHINGS: dict[str, dict[str, Any]] = {
     "padded": {"padding_free": False},
     "padding-free": {"padding_free": True},
     "packed": {"packing": True, "max_length": 24},
-    "packed training alone": {"packing": True, "max_length": 24, "eval_packing": False},
+    "only training packed": {"packing": True, "max_length": 24, "eval_packing": False},
 }
 
 
@@ -175,7 +175,7 @@ def test_the_mean_is_computed_in_float64() -> None:
     assert evaluated.mean(lambda totals: totals) == (2**24 + 1) / 2
 
 
-def test_scores_that_were_not_asked_are_not_counted() -> None:
+def test_batches_without_scores_are_not_counted() -> None:
     scores = Scores()
     scores.add(None)
     assert scores.take(lambda totals: totals) == {}
@@ -185,7 +185,7 @@ def test_scores_that_were_not_asked_are_not_counted() -> None:
 
 
 def test_the_loss_replaces_that_of_the_loop() -> None:
-    """A loop without metrics takes none."""
+    """A loop without metrics gets none."""
     for metrics in ({"eval_loss": 9.0, "eval_runtime": 1.0}, None):
         evaluated = Evaluated()
         evaluated.add(torch.tensor(2.0), torch.tensor(3))

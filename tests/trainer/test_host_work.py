@@ -32,7 +32,7 @@ def test_pinned_batches_are_copied_without_waiting(tmp_path: Path, pinned: bool)
 
 
 def test_a_step_walks_through_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second step on; and the model has its own methods again afterwards."""
+    """This holds from the second step on; afterwards the model has its own methods again."""
     walks: Counter[int] = Counter()
     trainer = build(UnslothTrainer, arguments(tmp_path, max_steps=4, logging_steps=4), lora=True)
     own = Module.named_modules

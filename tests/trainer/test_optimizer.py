@@ -57,7 +57,7 @@ def test_the_embeddings_have_their_own_rate(tmp_path: Path, lora: bool, caplog: 
 
 
 def test_a_rate_without_a_trained_embedding_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Here LoRA is on projections alone."""
+    """LoRA is on the queries only."""
     model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["q_proj"]))
     trainer = build(UnslothTrainer, arguments(tmp_path, embedding_learning_rate=1e-4), model=model)
     assert {group["role"] for group in trainer.create_optimizer().param_groups} == {"base"}

@@ -117,7 +117,7 @@ def require_tokens(dataset: IterableDataset, name: str) -> None:
     """Refuse a stream without rows, after those without a token were dropped.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no rows are left.
     """
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name}: got no token in any row; allowed: at least one row with a token")

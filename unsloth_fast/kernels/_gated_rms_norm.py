@@ -1,4 +1,4 @@
-"""The Triton kernels of gated_rms_norm, whose formulas are in `gated_rms_norm.py`."""
+"""The kernels of gated_rms_norm; gated_rms_norm.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -22,7 +22,7 @@ def activation_and_slope(gate):
 def load_forward(
     x_ptr, gate_ptr, row, column, rows, size, x_row, x_column, gate_row, gate_column, BEFORE: tl.constexpr
 ):  # fmt: skip
-    """Of a tile: v and a."""
+    """v and a of a tile."""
     x = load_tile(x_ptr, row, column, rows, size, x_row, x_column)
     activation, _ = activation_and_slope(load_tile(gate_ptr, row, column, rows, size, gate_row, gate_column))
     return x if BEFORE else x * activation, activation
@@ -88,7 +88,7 @@ def load_backward(
     dy_ptr, x_ptr, gate_ptr, scale, row, column, rows, size, rstd,
     dy_row, dy_column, x_row, x_column, gate_row, gate_column, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: dy, x, a, a', n, the gradient of weight * n, and g."""
+    """dy, x, a, a', n, the gradient of weight * n, and g of a tile."""
     dy = load_tile(dy_ptr, row, column, rows, size, dy_row, dy_column)
     x = load_tile(x_ptr, row, column, rows, size, x_row, x_column)
     activation, slope = activation_and_slope(load_tile(gate_ptr, row, column, rows, size, gate_row, gate_column))

@@ -33,7 +33,7 @@ class Kernel(Protocol):
         fn: the Python function.
         integers: its declared integer parameters.
         arg_names: the names of all its parameters.
-        params: Triton's descriptions of them; a compiled kernel's alone has them.
+        params: Triton's descriptions of them; only a compiled kernel has them.
     """
 
     fn: Callable[..., None]
@@ -114,6 +114,14 @@ def rows_in_one_piece(*tensors: Tensor) -> Iterator[Tensor]:
 def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     """The strides between tokens and between heads of each tensor."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+
+
+def strides_of_angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
+    """The strides of cos, sin and positions; 0 for what all sequences share."""
+    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
+    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
+    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
+    return *strides[0], *strides[1], *where
 
 
 def cdiv(dividend: int, divisor: int) -> int:
@@ -289,13 +297,18 @@ def traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > (recorded.launches is not None)  # a recording has a mode of its own
 
 
-def check_runnable(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
-    if tensor.dtype == torch.float64:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError for float64, which the kernels neither read nor write."""
+    if dtype == torch.float64:
         raise TypeError(
             f"{name}: got dtype torch.float64; allowed: torch.float16, torch.bfloat16, torch.float32; "
             "the reference backend computes in float64"
         )
+
+
+def check_runnable(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for float64, and RuntimeError for a device on which the kernels do not run."""
+    check_dtype(name, tensor.dtype)
     if not (tensor.is_cuda or INTERPRETED or _intercepted):
         raise RuntimeError(
             f"{name}: got device {tensor.device}; allowed: a CUDA device, or any with TRITON_INTERPRET=1 set in the "

@@ -29,7 +29,7 @@ def as_factor(values, dtype: tl.constexpr):
 
 @triton.jit
 def load_decays(dt_ptr, a, row, length, dt_token, ROWS: tl.constexpr):
-    """Of a chunk: dt, and the sums of a dt up to each row and over all rows."""
+    """The dt of a chunk, and the sums of a dt up to each row and over all rows."""
     dt = load_column(dt_ptr, row, length, dt_token)
     total = tl.cumsum(a * dt, 0)
     return dt, total, tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, total, 0.0), 0)

@@ -1,4 +1,4 @@
-"""The Triton kernels of qk_norm_rope, whose formulas are in `qk_norm_rope.py`."""
+"""The kernels of qk_norm_rope; qk_norm_rope.py has their formulas and launches them."""
 
 # A constexpr is written as a plain value:
 # pyright: reportArgumentType=false, reportOperatorIssue=false

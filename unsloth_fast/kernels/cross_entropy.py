@@ -302,8 +302,8 @@ def cross_entropy(
         TypeError: logits do not have a float dtype or are float64, or labels are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: label smoothing, Szegedy 2015, arXiv:1512.00567; z-loss, Chowdhery 2022, arXiv:2204.02311; softcap,
-    Gemma 2, arXiv:2408.00118; running maximum, Milakov and Gimelshein 2018, arXiv:1805.02867.
+    Sources: label smoothing, Szegedy et al. 2015, arXiv:1512.00567; z-loss, Chowdhery et al. 2022, arXiv:2204.02311;
+    softcap, Gemma 2, arXiv:2408.00118; running maximum, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     divisor = divisor_of(reduction, num_items, logits.device)
     options = LossOptions(ignore_index, logit_scale, softcap, label_smoothing, z_loss)

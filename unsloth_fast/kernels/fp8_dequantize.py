@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._fp8 import fp8_dequantize_kernel
-from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, register
+from unsloth_fast.kernels._launch import cdiv, check_dtype, check_runnable, launch, register
 from unsloth_ref import float8_checks
 from unsloth_ref.float8_checks import BLOCK, blocks
 
@@ -57,12 +57,10 @@ def fp8_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: shapes or devices do not match, or scale requires a gradient.
         TypeError: values are not e4m3, scale is not float32, or dtype is no float dtype or float64.
         RuntimeError: on a CPU without Triton's interpreter.
+
+    Sources: those of `fp8_quantize`.
     """
     float8_checks.dequantize_arguments(values, scale, dtype)
-    if dtype == torch.float64:
-        raise TypeError(
-            f"dtype: got {dtype}; allowed: torch.float16, torch.bfloat16, torch.float32; "
-            "the reference backend computes in float64"
-        )
+    check_dtype("dtype", dtype)
     check_runnable("values", values)
     return forward_op(values.detach().view(torch.uint8), scale.detach().resolve_neg(), dtype)

@@ -118,5 +118,7 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
         TypeError: x does not have a float dtype or is float64, weight is not e4m3, scale is not float32, or bias
             differs from x in dtype.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Sources: those of `fp8_quantize`; the derivative of the quantisation, Bengio et al. 2013, arXiv:1308.3432.
     """
     return call(_Fp8Linear, check, x, weight, scale, bias)

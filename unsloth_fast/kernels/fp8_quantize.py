@@ -56,6 +56,8 @@ def fp8_quantize(x: Tensor, block_rows: int = 128) -> tuple[Tensor, Tensor]:
         ValueError: x is no matrix, or another block_rows.
         TypeError: x does not have a float dtype or is float64.
         RuntimeError: on a CPU without Triton's interpreter.
+
+    Sources: Micikevicius et al. 2022, arXiv:2209.05433; blocks, DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.
     """
     float8_checks.quantize_arguments(x, block_rows)
     check_runnable("x", x)

@@ -121,7 +121,7 @@ def fused_swiglu_backward_kernel(
 
 
 def tiles_of(y: Tensor) -> tuple[dict[str, int], int, int]:
-    """As `tiling`, for a matrix [rows, F] of which one row is no other kernel than several: batches may have any."""
+    """What `tiling` returns, but without a kernel of its own for one row: batches may have any number of rows."""
     options, tiles_per_row, programs = tiling(y)
     return options | {"FLAT": False}, tiles_per_row, programs
 

@@ -2,7 +2,7 @@
 
     S'_t = exp(g_t) S_t-1      u_t = beta_t (v_t - S'_t^T k_t)      S_t = S'_t + k_t u_t^T      o_t = scale S_t^T q_t
 
-Documents are cut into chunks of C tokens. Within a chunk let S be the state at its begin, c_i the sum of g up to token
+Documents are cut into chunks of C tokens. Within a chunk let S be the state at its start, c_i the sum of g up to token
 i, and Q, K, V, U, O and B matrices with a row per token, as are rows of other factors. Unrolling the recurrence gives
 
     A_ij = beta_i exp(c_i - c_j) k_i . k_j for j < i        (I + A) U = B        B = beta (V - exp(c) K S)
@@ -137,7 +137,7 @@ def gated_delta_rule_backward(
 
 
 def gated_delta_rule_forward_outputs(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
-    """Allocate the output."""
+    """Allocate out."""
     return v.new_empty(v.shape)
 
 
@@ -220,6 +220,6 @@ def gated_delta_rule(
             is not int32.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Yang 2024, arXiv:2412.06464; chunks, Yang 2024, arXiv:2406.06484.
+    Sources: Yang et al. 2024, arXiv:2412.06464; chunks, Yang et al. 2024, arXiv:2406.06484.
     """
     return call(_GatedDeltaRule, check, q, k, v, g, beta, cu_seqlens, scale)

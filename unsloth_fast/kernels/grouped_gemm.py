@@ -106,7 +106,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
             integers.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Source: Shazeer 2017, arXiv:1701.06538, section 3.1.
+    Source: Shazeer et al. 2017, arXiv:1701.06538, section 3.1.
     """
     run = call if checks.values_are_checked(group_sizes) else call_recorded
     return run(_GroupedGemm, check, x, weight, group_sizes)

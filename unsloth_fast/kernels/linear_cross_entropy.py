@@ -41,7 +41,7 @@ from unsloth_ref.types import IGNORE_INDEX, Reduction
 
 @kernel(fixed=("count",))
 def scale_kernel(x_ptr, factor_ptr, y_ptr, count, COLUMNS: tl.constexpr):
-    """Y = x * factor, rounded once; all tensors are contiguous."""
+    """Store y = x * factor, rounded once; all tensors are contiguous."""
     offset = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + offset, offset < count).to(tl.float32)
     tl.store(y_ptr + offset, (x * tl.load(factor_ptr)).to(y_ptr.dtype.element_ty), offset < count)
@@ -80,7 +80,9 @@ def linear_cross_entropy_total(
     options = LossOptions._make(values)
     chunks = Chunks(hidden, weight, bias, labels, options.ignore_index, needs_weight)
     gradients = GradientSums(hidden, weight, (needs_hidden, needs_weight, needs_bias))
-    items = chunks.targets if given is None and number is None else number if given is None else given
+    items = number if given is None else given
+    if items is None:
+        items = chunks.targets
     sums = []
     for chunk in chunks:
         losses, _, divisor, dlogits = cross_entropy_total(chunk.logits, chunk.labels, items, options, in_place=True)
@@ -260,6 +262,8 @@ def linear_cross_entropy(
         TypeError: hidden does not have a float dtype or is float64, weight or bias differs from it in dtype, or labels
             are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Sources: those of `cross_entropy`.
     """
     divisor = divisor_of(reduction, num_items, hidden.device)
     options = LossOptions(ignore_index, logit_scale, softcap, label_smoothing, z_loss)

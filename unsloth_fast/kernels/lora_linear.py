@@ -27,7 +27,7 @@ from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiab
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.nf4_dequantize import forward_op as dequantize_op
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.types import NF4Weight
 
 Parameters = ParamSpec("Parameters")
@@ -204,7 +204,7 @@ def check(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
 ) -> None:
     """Raise for arguments that lora_linear does not allow."""
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     check_runnable("x", x)
     check_runnable("lora_a", lora_a)
 
@@ -243,6 +243,8 @@ def lora_linear(
         TypeError: x does not have a float dtype or is float64, weight or bias differs from it in dtype, or an adapter
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if isinstance(weight, NF4Weight):
         *parts, shape = weight

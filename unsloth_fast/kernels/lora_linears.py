@@ -36,11 +36,11 @@ from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
 from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize_forward
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.types import NF4Weight
 
 Tensors = Sequence[Tensor]
-Weight = Sequence[Tensor | None]  # a matrix alone, or the tensors of an NF4Weight
+Weight = Sequence[Tensor | None]  # a single matrix, or the tensors of an NF4Weight
 
 
 def tensors_of(weight: Sequence[Tensor | NF4Weight]) -> list[Weight]:
@@ -85,7 +85,7 @@ def rounded(x: Tensor, lora_a: Tensors, lora_b: Tensors) -> tuple[Tensor, list[T
 
 
 def dtype_of_all(x: Tensor, lora_a: Tensors) -> torch.dtype:
-    """In which the gradient of all lora_a is computed: float32 if one of them is stored so."""
+    """The dtype in which the gradient of all lora_a is computed: float32 if one of them is stored so."""
     return x.dtype if all(one.dtype == x.dtype for one in lora_a) else torch.float32
 
 
@@ -293,8 +293,10 @@ def lora_linears(
         TypeError: x does not have a float dtype or is float64, a weight or bias differs from it in dtype, or an adapter
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
+    adapter_checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
     count, each = len(weight), tensors_of(weight)
     factors = tuple(map(float, scaling or [1.0] * count))
     tensors = *(one for group in each for one in group), *lora_a, *lora_b, *(bias or [None] * count)

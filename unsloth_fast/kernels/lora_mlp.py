@@ -259,8 +259,8 @@ def lora_mlp(
             is narrower, or float64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Hu 2021, arXiv:2106.09685; Shazeer 2020, arXiv:2002.05202. The activation is rounded with its product;
-    transformers' MLPs round it before that too.
+    Sources: Hu et al. 2021, arXiv:2106.09685; Shazeer 2020, arXiv:2002.05202. The activation is rounded with its
+    product; transformers' MLPs round it before that too.
     """
     adapter_checks.lora_mlp_arguments(x, weight, lora_a, lora_b, scaling, bias, activation)
     factors = tuple(map(float, scaling or [1.0] * 3))

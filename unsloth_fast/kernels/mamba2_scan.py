@@ -2,7 +2,7 @@
 
     S_t = exp(a dt_t) S_t-1 + dt_t b_t x_t^T        y_t = S_t^T c_t + d x_t
 
-Documents are cut into chunks of L tokens. Within a chunk let S be the state at its begin, s_i the sum of a dt up to
+Documents are cut into chunks of L tokens. Within a chunk let S be the state at its start, s_i the sum of a dt up to
 token i, and B, C, X, Y matrices with a row per token, as are rows of other factors. Unrolling the recurrence gives
 
     P_ij = exp(s_i - s_j) c_i . b_j dt_j for j <= i         Y = exp(s) C S + P X + d X
@@ -19,7 +19,7 @@ and, with dS the gradient of the next state, its derivatives:
     da = sum of dt dg
 
 A pass first goes through each document, chunk by chunk, for each head and part of its state at once, and keeps the
-state at the begin of each chunk. The outputs of all chunks are then computed at once. The backward pass computes the
+state at the start of each chunk. The outputs of all chunks are then computed at once. The backward pass computes the
 states again, goes through the documents from the last chunk to the first for dS, and then computes all gradients for
 all chunks at once. All sums are in a fixed order.
 

@@ -73,7 +73,7 @@ def moe_mlp_forward_outputs(
     x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, gate_up_bias: Tensor | None,
     down_bias: Tensor | None, *gate: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate the results."""
+    """Allocate y, z, order, place and plan."""
     slots = indices.shape[0] * indices.shape[1]
     order, place = (indices.new_empty(slots, dtype=torch.int32) for _ in range(2))
     plan = new_plan(indices, gate_up.shape[0], slots, x.dtype)
@@ -186,7 +186,7 @@ def moe_mlp(
             expert_weights is narrower or float64, or expert_indices are no integers.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Shazeer 2017, arXiv:1701.06538; Mixtral, Jiang 2024, arXiv:2401.04088; gpt-oss, OpenAI 2025,
+    Sources: Shazeer et al. 2017, arXiv:1701.06538; Mixtral, Jiang et al. 2024, arXiv:2401.04088; gpt-oss, OpenAI 2025,
     arXiv:2508.10925.
     """
     run = call if checks.values_are_checked(expert_indices) else call_recorded

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, register
-from unsloth_ref import checks
+from unsloth_fast.kernels._launch import cdiv, check_dtype, check_runnable, kernel, launch, register
+from unsloth_ref import nf4_checks
 
 WORDS = 1024  # of a program; a divisor of the 2048 of a group
 WARPS = 4
@@ -76,7 +76,7 @@ def nf4_dequantize_forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the weight, new and contiguous."""
-    w = nf4_dequantize_outputs(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
+    w = nf4_dequantize_forward_outputs(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
     if w.numel() == 0:
         return w
     given = nested_code, nested_absmax, nested_offset
@@ -88,7 +88,7 @@ def nf4_dequantize_forward(
     return w
 
 
-def nf4_dequantize_outputs(
+def nf4_dequantize_forward_outputs(
     packed: Tensor,
     absmax: Tensor,
     nested_code: Tensor | None,
@@ -102,10 +102,10 @@ def nf4_dequantize_outputs(
 
 
 forward_op = register(
-    "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset,"
-    " SymInt[] shape, ScalarType dtype) -> Tensor",
+    "nf4_dequantize_forward(Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax,"
+    " Tensor? nested_offset, SymInt[] shape, ScalarType dtype) -> Tensor",
     nf4_dequantize_forward,
-    nf4_dequantize_outputs,
+    nf4_dequantize_forward_outputs,
 )
 
 
@@ -119,12 +119,11 @@ def check(
     dtype: torch.dtype,
 ) -> None:
     """Raise for arguments that nf4_dequantize does not allow."""
-    checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
+    nf4_checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
     check_runnable("absmax", absmax)
     if nested_offset is not None:
         check_runnable("nested_offset", nested_offset)
-    if dtype == torch.float64:
-        check_runnable("dtype", absmax.new_empty(0, dtype=dtype))
+    check_dtype("dtype", dtype)
 
 
 def nf4_dequantize(
@@ -156,7 +155,7 @@ def nf4_dequantize(
         TypeError: a tensor or the result has another dtype.
         RuntimeError: on a CPU without Triton's interpreter.
 
-    Source: Dettmers 2023, arXiv:2305.14314. The bits are those of bitsandbytes 0.50.
+    Source: Dettmers et al. 2023, arXiv:2305.14314. The bits are those of bitsandbytes 0.50.
     """
     arguments = packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype
     check(*arguments)

@@ -63,9 +63,8 @@ def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def packed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, max_seqlen: int, scale: float,
-    window: int, softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Compute the output and the log-sum-exps; a window of 0 stands for none."""
     tokens, heads, width = q.shape
     documents = len(cu_seqlens) - 1
@@ -87,7 +86,7 @@ def packed_attention_forward(
 
 def packed_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
-    max_seqlen: int, scale: float, window: int, softcap: float,
+    scale: float, window: int, softcap: float,
 ) -> list[Tensor]:  # fmt: skip
     """Compute dq, dk, dv and, with sinks, dsinks, new and contiguous."""
     tokens, heads, width = q.shape
@@ -99,11 +98,8 @@ def packed_attention_backward(
     q, k, v, do = rows_in_one_piece(q, k, v, do)
     delta, (_, tile) = torch.empty_like(lse), tiles_of(q)
     tiles_of_queries, tiles_of_keys = (tokens // tile[size] + documents for size in ("ROWS", "COLUMNS"))
-    group, strides, flags = (
-        heads // k.shape[1],
-        strides_of(q, k, v, do),
-        {"SOFTCAP": softcap != 0, "WINDOW": window != 0},
-    )
+    group, strides = heads // k.shape[1], strides_of(q, k, v, do)
+    flags = {"SOFTCAP": softcap != 0, "WINDOW": window != 0}
     parts = q if sinks is None else lse.new_zeros((tiles_of_queries, heads))  # a program without queries writes none
     launch(
         packed_attention_dq_kernel, tiles_of_queries * heads, q,
@@ -131,7 +127,7 @@ def packed_attention_backward_outputs(
     return [tensor.new_empty(tensor.shape) for tensor in (q, k, v, sinks) if tensor is not None]
 
 
-OPTIONS = "SymInt max_seqlen, float scale, int window, float softcap"
+OPTIONS = "float scale, int window, float softcap"
 forward_op = register(
     "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? sinks, "
     f"{OPTIONS}) -> (Tensor, Tensor)",
@@ -152,7 +148,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Context, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None,
         window: int | None, softcap: float, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.options = max_seqlen, q.shape[2] ** -0.5 if scale is None else scale, window or 0, softcap
+        ctx.options = q.shape[2] ** -0.5 if scale is None else scale, window or 0, softcap
         out, lse = forward_op(q, k, v, cu_seqlens, sinks, *ctx.options)
         ctx.save_for_backward(q, k, v, cu_seqlens, sinks, out, lse)
         return out
@@ -161,7 +157,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, do: Tensor, *saved: Tensor) -> Gradients:
         dq, dk, dv, *dsinks = backward_op(do, *saved, *ctx.options)
-        return dq, dk, dv, *(None,) * (1 + len(ctx.options)), *(dsinks or (None,))
+        return dq, dk, dv, *(None,) * (2 + len(ctx.options)), *(dsinks or (None,))
 
 
 def check(
@@ -215,7 +211,7 @@ def packed_attention(
             dtype, or cu_seqlens is not int32.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; tiles, Dao 2022,
-    arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118; sinks, gpt-oss, arXiv:2508.10925.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads, Ainslie et al. 2023, arXiv:2305.13245; tiles, Dao et
+    al. 2022, arXiv:2205.14135; softcap, Gemma 2, arXiv:2408.00118; sinks, gpt-oss, arXiv:2508.10925.
     """
     return call(_PackedAttention, check, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, sinks)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, once_differentiable
-from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register, strides_of_angles
 from unsloth_fast.kernels._norms import column_sum_grid, column_sum_kernel
 from unsloth_fast.kernels._qk_norm_rope import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
 from unsloth_fast.kernels._replay import call, call_recorded
@@ -38,14 +38,6 @@ def tiling(q: Tensor, k: Tensor) -> tuple[dict[str, int], int]:
     return {"COLUMNS": columns, "Q_HEADS": q_heads, "K_HEADS": k_heads, "num_warps": warps}, steps
 
 
-def angle_arguments(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
-    """The strides of cos, sin and positions; 0 for what all sequences share."""
-    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
-    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
-    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
-    return *strides[0], *strides[1], *where
-
-
 def qk_norm_rope_forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
     eps: float, offset: float, llama: bool, token_major: bool,
@@ -61,7 +53,7 @@ def qk_norm_rope_forward(
         qk_norm_rope_forward_kernel, batches * length, q,
         q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions, *outputs,
         length, q_heads, k.shape[1], steps, width, cos.shape[-1] // 2, len(cos), eps,
-        *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *angle_arguments(cos, sin, positions),
+        *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *strides_of_angles(cos, sin, positions),
         OFFSET=offset, LLAMA=llama, POSITIONS=positions is not None, TOKEN_MAJOR=token_major, **tile,
     )  # fmt: skip
     return outputs
@@ -92,7 +84,7 @@ def qk_norm_rope_backward(
         q_rstd, k_rstd, dq, dk, *partial,
         tokens, length, each, q_heads, k.shape[1], steps, width, cos.shape[-1] // 2, len(cos),
         *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(),
-        *angle_arguments(cos, sin, positions),
+        *strides_of_angles(cos, sin, positions),
         OFFSET=offset, LLAMA=llama, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
         NEED_DX=need_dx, NEED_DWEIGHT=need_dweight, **tile,
     )  # fmt: skip
@@ -202,7 +194,7 @@ def qk_norm_rope(
         q_weight: [D], float16, bfloat16 or float32.
         k_weight: [D], float16, bfloat16 or float32.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D: the
-            other columns are normalised alone. A constant: it gets no gradient.
+            other columns are only normalised. A constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
         eps: added to the mean square; not negative.
@@ -221,8 +213,8 @@ def qk_norm_rope(
             neither in q's dtype nor float32, or positions are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter, and in a second derivative.
 
-    Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su 2021, arXiv:2104.09864; Yang 2025, arXiv:2505.09388. The
-    rotation is rounded once; transformers rounds its products too.
+    Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; Yang et al. 2025,
+    arXiv:2505.09388. The rotation is rounded once; transformers rounds its products too.
     """
     run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
     return run(_QKNormRope, check, q, k, q_weight, k_weight, cos, sin, positions, eps, offset, casting)

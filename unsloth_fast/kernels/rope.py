@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, resolved
-from unsloth_fast.kernels._launch import cdiv, check_runnable, kernel, launch, next_power_of_2, register
+from unsloth_fast.kernels._launch import (
+    cdiv,
+    check_runnable,
+    kernel,
+    launch,
+    next_power_of_2,
+    register,
+    strides_of_angles,
+)
 from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
 
@@ -164,14 +172,11 @@ def rope_rotate(
     q_heads, k_heads = (0 if t is None else t.shape[1] for t in (q, k))
     warps = next_power_of_2(max(1, (q_tile + k_tile) * half_tile // 512))  # about 32 elements per thread
     steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)
-    tables = (table.stride() if positions is None else (0, *table.stride()) for table in (cos, sin))
-    strides = [(0, *s[1:]) if len(cos) == 1 and positions is None else s for s in tables]
-    where = (0, 0) if positions is None else (positions.stride(0) if len(positions) > 1 else 0, positions.stride(1))
     launch(
         rope_kernel, batches * length, x,
         x if q is None else q, x if k is None else k, cos, sin, cos if positions is None else positions, q_out, k_out,
         length, q_heads, k_heads, steps, half // unit, rest // unit, len(cos),
-        *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides[0], *strides[1], *where,
+        *(x if q is None else q).stride(), *(x if k is None else k).stride(), *strides_of_angles(cos, sin, positions),
         TRANSPOSED=transposed, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
         INTERLEAVED=interleaved, UNIT=unit, HALF=half_tile, REST=next_power_of_2(rest) if rest else 0,
         Q_HEADS=q_tile, K_HEADS=k_tile,
@@ -279,7 +284,7 @@ def rope(
             dtype nor float32, or positions are not int32 or int64.
         RuntimeError: on a CPU without Triton's interpreter.
 
-    Source: Su 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
+    Source: Su et al. 2021, arXiv:2104.09864. Rounded once; transformers rounds the products too.
     """
     run = call if positions is not None and checks.values_are_checked(positions) else call_recorded
     return run(_Rope, check, q, k, cos, sin, positions, interleaved, False, None)

@@ -66,7 +66,7 @@ def _twice(angle: Tensor) -> Tensor:
 
 
 def _half_twice(angle: Tensor) -> Tensor:
-    """For a function that does not read the second half of its angles."""
+    """The angles for a function that does not read the second half."""
     return _twice(angle.chunk(2, -1)[0])
 
 

@@ -19,7 +19,7 @@ _LIMITS = ("limit", "swiglu_limit")
 
 
 def find_experts(module: Any) -> Experts | str:
-    """How experts are stored and gated; why no operation computes them, as text."""
+    """How experts are stored and gated, or in words why no operation computes them."""
     stored = stored_as(module)
     if stored is None:
         return "its weights are stored otherwise"
@@ -58,7 +58,7 @@ def set_sizes(copied: Any) -> None:
 def agreeing_experts(
     module: Any, transposed: bool, biased: bool, own: Tensor, computed: Callable[[Experts], object]
 ) -> Experts | str:
-    """The one way of gating experts that computes what their own forward does; why there is none, as text."""
+    """The one way of gating experts that computes what their own forward does, or in words why there is none."""
     agreeing, differences = [], []
     for found in _gates_of(module, transposed, biased):
         result = cast(Tensor, computed(found))

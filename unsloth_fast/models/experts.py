@@ -73,7 +73,7 @@ def routed_through(module: Any, experts: Experts, kernels: Any) -> Routed | None
     """What takes tokens [T, H], their experts [T, k] and the weights of these [T, k], and returns [T, H].
 
     It is `moe_mlp`, or products by `grouped_gemm` under adapters. None if the module's own forward must run: this
-    device has some of the experts alone, or an adapted weight has not exactly one active adapter, or one that is
+    device has only some of the experts, or an adapted weight has not exactly one active adapter, or one that is
     merged, or there are hooks inside.
     """
     adapters = _adapters_of(module) if isinstance(module, ParamWrapper) else {}
@@ -178,5 +178,5 @@ def _at_least(weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_distributed(experts: Any, weight: Tensor) -> bool:
-    """Whether this device has some of the experts alone."""
+    """Whether this device has only some of the experts."""
     return isinstance(weight, DTensor) or getattr(experts, "_is_expert_parallel", False)

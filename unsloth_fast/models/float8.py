@@ -115,8 +115,8 @@ def load(
 def quantise(model: PreTrainedModel, plain: PreTrainedModel, backend: Backend, device: torch.device) -> None:
     """Replace the linear layers of a model on the CPU by float8 ones on a device, one by one, and move the rest there.
 
-    Those of `quantization.kept_modules` stay as they are, and so does the head. A 16-bit weight leaves the CPU alone,
-    so that the device never holds a second copy of the model.
+    Those of `quantization.kept_modules` stay as they are, and so does the head. 16-bit weights leave the CPU one at a
+    time, so that the device never holds a second copy of the model.
 
     Args:
         model: changed in place.

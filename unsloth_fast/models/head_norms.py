@@ -67,7 +67,7 @@ _Moves = list[tuple[list[ast.stmt], ast.Call | None, ast.Call]]
 
 
 def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Moves:
-    """For the call `q, k = f(q, k, cos, sin)`."""
+    """What the one call `q, k = f(q, k, cos, sin)` may apply."""
     (call,) = calls
     places = [index for index, statement in enumerate(function.body) if _rotates(statement, call, 2)]
     if len(places) != 1 or call.keywords or len(call.args) != 4:
@@ -77,7 +77,7 @@ def _norms_of_both(function: ast.FunctionDef, calls: list[ast.Call], names: Sequ
 
 
 def _norms_of_each(function: ast.FunctionDef, calls: list[ast.Call], names: Sequence[str]) -> _Moves:
-    """For the calls `q = f(q, cos, sin, unsqueeze_dim=2)` and `k = f(k, ...)` in any block, right after the norms."""
+    """What `q = f(q, cos, sin, unsqueeze_dim=2)` and `k = f(k, ...)`, in any block right after the norms, may apply."""
     fields = [getattr(node, name, None) for node in ast.walk(function) for name in ("body", "orelse")]
     pairs = [pair for block in fields if isinstance(block, list) for pair in pairwise(block)]
     found: _Moves = []

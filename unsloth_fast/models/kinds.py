@@ -11,7 +11,7 @@ from unsloth_ref import checks
 
 
 def whole(name: str, value: object, low: int | None = None) -> None:
-    """Raise unless the value is an int of at least low; True and 2.0 are none."""
+    """Raise unless the value is an int of at least low; True and 2.0 are refused."""
     if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
         bound = "" if low is None else f" from {low}"
         raise ValueError(f"{name}: got {value!r}; allowed: a whole number{bound}, as an int")

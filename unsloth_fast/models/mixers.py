@@ -141,7 +141,7 @@ _MIXES = {
 
 
 def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | str | None:
-    """What a mixer is; why it is none although it has the parts of one, as text; None for any other module.
+    """What a mixer is, or in words why a module with the parts of one is none; None for any other module.
 
     Args:
         module: a module whose forward is its class's.

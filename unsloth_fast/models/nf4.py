@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from unsloth_fast.failures import failures_of_kernels
 from unsloth_fast.models.methods import is_more_than_its_class
-from unsloth_ref import checks
+from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 from unsloth_ref.types import NF4Weight
 
 _KNOWN = "unsloth_nf4"  # the attribute of a QuantState that was checked; a weight that is quantised again has none
 _REPACKED = "packing_format_for_cpu"  # one that evaluation on a CPU sets: the bytes are in another order
-_BLOCKS = checks.NF4_GROUP + 4  # in two groups
+_BLOCKS = NF4_GROUP + 4  # in two groups
 
 
 def is_known(layer: nn.Module, nf4_dequantize: Callable[..., Tensor]) -> bool:
@@ -49,9 +49,9 @@ def _is_nf4(weight: Any, state: Any) -> bool:
     nested = state.state2
     scales = (state.absmax,) if nested is None else (nested.absmax, nested.code, state.offset)
     return (
-        (state.quant_type, state.blocksize, weight.dtype) == ("nf4", checks.NF4_BLOCK, torch.uint8)
+        (state.quant_type, state.blocksize, weight.dtype) == ("nf4", NF4_BLOCK, torch.uint8)
         and len(state.shape) == 2
-        and (nested is None or (nested.blocksize == checks.NF4_GROUP and state.absmax.dtype == torch.uint8))
+        and (nested is None or (nested.blocksize == NF4_GROUP and state.absmax.dtype == torch.uint8))
         and all(scale.dtype == torch.float32 for scale in scales)
     )
 
@@ -67,13 +67,13 @@ def _same_bits(weight: Any, state: Any, nf4_dequantize: Callable[..., Tensor]) -
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed, absmax, code, scales, offset, _ = _weight(weight, state)
-    size = min(2 * packed.numel(), _BLOCKS * checks.NF4_BLOCK)
-    blocks = -(-size // checks.NF4_BLOCK)
+    size = min(2 * packed.numel(), _BLOCKS * NF4_BLOCK)
+    blocks = -(-size // NF4_BLOCK)
     packed, absmax = packed.flatten()[: size // 2], absmax[:blocks]
     nested = None
     if scales is not None:
-        scales = scales[: -(-blocks // checks.NF4_GROUP)]
-        nested = QuantState(scales, code=code, blocksize=checks.NF4_GROUP, dtype=torch.float32)
+        scales = scales[: -(-blocks // NF4_GROUP)]
+        nested = QuantState(scales, code=code, blocksize=NF4_GROUP, dtype=torch.float32)
     of_bitsandbytes = QuantState(absmax, (1, size), None, state.blocksize, "nf4", torch.float32, offset, nested)
     theirs = dequantize_4bit(packed[:, None], of_bitsandbytes).flatten()
     try:

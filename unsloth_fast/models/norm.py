@@ -110,7 +110,7 @@ def widened(norm: Norm, hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _promoted(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """In the promoted dtype, unless autocast rounds the result to the dtype of hidden_states in the next layer."""
+    """The input in the promoted dtype, unless autocast casts the result back in the next layer."""
     dtype = hidden_states.dtype
     rounds = product_dtype(hidden_states, weight) == dtype
     return hidden_states if rounds else hidden_states.to(torch.promote_types(dtype, weight.dtype))

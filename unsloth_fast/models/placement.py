@@ -68,8 +68,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
       Gemma 4, qk_norm_rope computes both.
 
     A fused operation, qk_norm_rope, fused_swiglu, lora_mlp or lora_linears, is placed if it and its parts come from the
-    same package.
-    A backend with a setting for one of them, such as "fast,rope=reference", separates it.
+    same package. A backend with a setting for one of them, such as "fast,rope=reference", separates it.
 
     All other modules keep their forward, and so does a module whose forward somebody else has replaced. The log names
     those that look like a norm, an MLP, experts or an attention, each class once per model, with the reason.
@@ -89,6 +88,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     left: list[tuple[Module, str | None]] = []  # modules without an operation, and why if the checks found out
     operated: dict[int, Sequence[str]] = {}
     packed = _place_stacks(model, backend) if documents else {}
+    attends = {key for key, reason in packed.items() if reason is None}
     known: dict[Hashable, Any] = {}
     inside: set[int] = set()  # modules that the operation of a larger one computes
     for module in model.modules():
@@ -102,9 +102,10 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
             operated[id(module)] = operations
             placed.update(() if id(module) in inside else operations)
             inside |= set(map(id, _parts(module, operations, backend)))
-        elif name.endswith(_NAMED) and id(module) not in inside and packed.get(id(module), "") is not None:
+        elif name.endswith(_NAMED) and id(module) not in inside | attends:
             left.append((module, None))
-        placed.update(("packed_attention",) if packed.get(id(module), "") is None else ())
+        if id(module) in attends:
+            placed["packed_attention"] += 1
     unchanged = Counter(f"{type(module).__name__} ({why or _why_left(module, operated)})" for module, why in left)
     unchanged.update(
         f"packed {type(module).__name__} ({packed[id(module)]})" for module in model.modules() if packed.get(id(module))

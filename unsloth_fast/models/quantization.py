@@ -104,7 +104,7 @@ def add_bits(
 def log_experts(model: Any) -> None:
     """Log how much memory the experts of a quantised model take if they are not quantised.
 
-    Experts are one parameter for all of them, and bitsandbytes, as float8 here, quantises linear layers alone.
+    Experts are one parameter for all of them. bitsandbytes quantises only linear layers, and so does float8 here.
     """
     config = getattr(model, "config", None)
     found = _expert_weights(model) if getattr(config, "quantization_config", None) else []

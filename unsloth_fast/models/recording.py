@@ -106,7 +106,7 @@ class Recording:
 
     Raises:
         ValueError: the stack returns more than hidden states and router logits, trains no weight, draws random
-            numbers, or trains a tensor that is none of the parameters.
+            numbers, or trains a tensor that is not one of the parameters.
         Exception: whatever an operation raises that cannot be recorded.
     """
 

@@ -27,7 +27,7 @@ def balancing_loss(model: CausalLM, router_logits: tuple[Tensor, ...], attention
     Returns:
         0-dim.
 
-    Source: Fedus 2021, arXiv:2101.03961, equations 4 to 6.
+    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6.
     """
     function, text = _function_of(model), model.config.get_text_config()
     experts, chosen = (

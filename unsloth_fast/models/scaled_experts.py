@@ -80,7 +80,7 @@ def _is_called(experts: Any) -> bool:
 
 
 def recognise_scaled_experts(module: nn.Module, known: dict[Hashable, Any]) -> ScaledExperts | str | None:
-    """How a module holds experts that get scaled tokens; why it does not although it has the parts; None for others.
+    """How a module holds experts that get scaled tokens, or in words why one with such parts does not; None for others.
 
     Args:
         module: a module whose forward is its class's.

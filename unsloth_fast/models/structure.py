@@ -43,7 +43,7 @@ Found = Norm | LayerNorm | GatedNorm | Gated | Experts | str | None
 
 
 def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
-    """What a module is; why it is none of these although its parameters are those of one, as text; None for others.
+    """What a module is, or in words why one with such parameters is none of these; None for any other module.
 
     Args:
         module: a module whose forward is its class's.
@@ -129,7 +129,7 @@ def _eps(module: nn.Module) -> str | None:
 def _agreeing_norm(
     module: nn.Module, size: int, calls: Mapping[_AnyNorm, Callable[..., object]], operation: str, inputs: int
 ) -> _AnyNorm | str:
-    """The one norm whose forward, of those in calls, agrees with the module's own; why there is none, as text."""
+    """The one norm of calls whose forward agrees with the module's own, or in words why there is none."""
     generator = torch.Generator().manual_seed(0)
     # The first rows are as small as eps is.
     sizes = torch.tensor([getattr(module, _eps(module) or "") ** 0.5, 1.0, 30.0], dtype=torch.float32)[:, None, None]
@@ -156,18 +156,18 @@ def _agreeing_norm(
 
 
 def _agree_in_float32(result: Tensor, own: Tensor) -> bool:
-    """Up to roundings of a mean over H, a root and three products, each of at most half an ulp."""
+    """Whether they agree up to roundings of a mean over H, a root and three products, each of at most half an ulp."""
     roundings = 4 + max(own.shape[-1], 2).bit_length()
     return result.dtype == own.dtype and bool(((result - own).abs() <= roundings * 2.0**-24 * own.abs()).all())
 
 
 def _agree_in_16_bits(result: Tensor, own: Tensor) -> bool:
-    """In nearly all bits: float32 sums in another order rarely fall on the other side of a rounding."""
+    """Whether nearly all bits agree: float32 sums in another order rarely fall on the other side of a rounding."""
     return _agree_in_kind(result, own) and float((result != own).float().mean()) <= _OTHER_ROUNDING
 
 
 def _agree_in_kind(result: Tensor, own: Tensor) -> bool:
-    """In dtype, and up to the two roundings to bfloat16 that either may make."""
+    """Whether they agree in dtype, and up to the two roundings to bfloat16 that either may make."""
     error = (result.float() - own.float()).abs()
     return result.dtype == own.dtype and bool((error <= 2 * torch.finfo(torch.bfloat16).eps * own.float().abs()).all())
 

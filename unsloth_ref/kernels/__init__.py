@@ -1,6 +1,12 @@
 """The operations. `__all__` lists them: each has a twin in `unsloth_fast.kernels` and a spec in `conformance.specs`.
 
-Dimension letters: T tokens (any leading dimensions), H hidden, F feed-forward, V vocabulary.
+Dimension letters of all docstrings, here and in `unsloth_fast`:
+
+    B batch    S sequence    T tokens    ... any leading dimensions
+    H hidden    F feed-forward    V vocabulary    I inputs and O outputs of a linear layer    R LoRA rank
+    N heads of queries    K heads of keys and values    D columns of a head    P positions of a table
+    M heads and E columns of a head of values, where N and D are those of keys (delta rule, scan)
+    E experts or groups of rows    k experts per token    C channels    W width of a convolution
 """
 
 from unsloth_ref.kernels.add_rms_norm import add_rms_norm

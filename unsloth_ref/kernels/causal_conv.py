@@ -49,7 +49,7 @@ def causal_conv(
     document_checks.causal_conv_arguments(x, weight, cu_seqlens, bias, activation)
     if not torch.compiler.is_compiling():
         document_checks.documents_cover(cu_seqlens, len(x), "x")
-    wide, tokens = torch.float64 if x.dtype == torch.float64 else torch.float32, len(x)
+    wide, tokens = torch.promote_types(x.dtype, torch.float32), len(x)
     token = torch.arange(tokens, device=x.device)
     document = document_checks.document_of(cu_seqlens, token)
     place = (token - cu_seqlens[document])[:, None]

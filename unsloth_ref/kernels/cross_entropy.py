@@ -6,8 +6,8 @@
     dz = dloss * (p * (1 + 2 * z_loss * lse) - (1 - s) * onehot - s / V)
     dx = dz * (1 - (z / softcap)^2) * logit_scale
 
-Sources: label smoothing, Szegedy 2015, arXiv:1512.00567; z-loss, Chowdhery 2022, arXiv:2204.02311; softcap, Gemma 2,
-arXiv:2408.00118. All arithmetic is float32 for any dtype of the logits, float64 for float64.
+Sources: label smoothing, Szegedy et al. 2015, arXiv:1512.00567; z-loss, Chowdhery et al. 2022, arXiv:2204.02311;
+softcap, Gemma 2, arXiv:2408.00118. All arithmetic is float32 for any dtype of the logits, float64 for float64.
 """
 
 import torch
@@ -63,7 +63,7 @@ def cross_entropy(
     ignored = labels == ignore_index
     outside = ~ignored & ((labels < 0) | (labels >= logits.shape[1]))
 
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(logits.dtype, torch.float32)
     z = logits.to(wide).masked_fill(ignored[:, None], 0.0) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)

@@ -4,7 +4,7 @@
 
 x^ is x after `fp8_quantize` in blocks of 1 x 128 and `fp8_dequantize`; weight^ is the weight times the scales of its
 blocks of 128 x 128. The derivative of the quantisation of x is taken as 1, and dy is not quantised. Source: as
-`fp8_quantize`; the straight-through derivative of Bengio 2013, arXiv:1308.3432.
+`fp8_quantize`; the straight-through derivative of Bengio et al. 2013, arXiv:1308.3432.
 
 Rounding: the quantisation of x as `fp8_quantize` allows it. x^ and weight^ are rounded to the dtype of x, as
 `fp8_dequantize` returns them; an implementation may also leave them as they are. Sums are float32 for any dtype of x

@@ -3,7 +3,7 @@
     scale = max(amax / 448, 2^-126), or 1 in a block of zeros        values = round to e4m3 (x / scale)
 
 amax is the largest magnitude of a block, 448 that of e4m3, which has 4 exponent and 3 mantissa bits, no infinity, and
-subnormal numbers down to 2^-9. Source: Micikevicius 2022, arXiv:2209.05433; blocks of DeepSeek-AI 2024,
+subnormal numbers down to 2^-9. Source: Micikevicius et al. 2022, arXiv:2209.05433; blocks of DeepSeek-AI 2024,
 arXiv:2412.19437, section 3.3.
 
 Rounding: amax / 448 and x / scale are float32 arithmetic of at most a few roundings, of which a reciprocal may be one;

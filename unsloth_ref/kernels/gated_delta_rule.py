@@ -2,7 +2,7 @@
 
     S'_t = exp(g_t) S_t-1      u_t = beta_t (v_t - S'_t^T k_t)      S_t = S'_t + k_t u_t^T      o_t = scale S_t^T q_t
 
-S is [D, E] for each head of v, and 0 at the begin of each document. In one formula, transposed as in the literature:
+S is [D, E] for each head of v, and 0 at the start of each document. In one formula, transposed as in the literature:
 S_t = exp(g_t) S_t-1 (I - beta_t k_t k_t^T) + beta_t v_t k_t^T. With dS_t the gradient of S_t, that of o_t included:
 
     du_t = dS_t^T k_t         dS'_t = dS_t - beta_t k_t du_t^T      dS_t-1 = exp(g_t) dS'_t + scale q_t-1 do_t-1^T
@@ -11,8 +11,8 @@ S_t = exp(g_t) S_t-1 (I - beta_t k_t k_t^T) + beta_t v_t k_t^T. With dS_t the gr
 
 Heads of q and k are shared in groups: head h of v reads head h // (M / N) of q and k, whose gradients are sums over it.
 
-Source: Yang 2024, arXiv:2412.06464. All arithmetic is float32 for any input dtype (float64 for float64), and rounded
-once, at the end.
+Source: Yang et al. 2024, arXiv:2412.06464. All arithmetic is float32 for any input dtype (float64 for float64), and
+rounded once, at the end.
 """
 
 import torch
@@ -56,7 +56,7 @@ def gated_delta_rule(
     document_checks.gated_delta_rule_arguments(q, k, v, g, beta, cu_seqlens, scale)
     if not torch.compiler.is_compiling():
         document_checks.documents_cover(cu_seqlens, len(q), "q")
-    (tokens, heads, width), wide = q.shape, torch.float64 if q.dtype == torch.float64 else torch.float32
+    (tokens, heads, width), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
     q, k = (x.to(wide).repeat_interleave(v.shape[1] // heads, 1)[..., None] for x in (q, k))  # [T, M, D, 1]
     factor = width**-0.5 if scale is None else scale
     values, rate, decay = v.to(wide), beta.to(wide)[..., None], g.to(wide).exp()[..., None, None]

@@ -2,8 +2,8 @@
 
     y_r = x_r @ weight_g^T        dx_r = dy_r @ weight_g        dweight_g = sum over the rows r of g of dy_r^T @ x_r
 
-Group g has group_sizes[g] rows, which follow those of the groups before it. Source: Shazeer 2017, arXiv:1701.06538,
-section 3.1. Sums are float32 for any input dtype (float64 for float64); only results are rounded.
+Group g has group_sizes[g] rows, which follow those of the groups before it. Source: Shazeer et al. 2017,
+arXiv:1701.06538, section 3.1. Sums are float32 for any input dtype (float64 for float64); only results are rounded.
 """
 
 import torch

@@ -3,8 +3,8 @@
     x = hidden @ weight^T + bias, rounded to the dtype of hidden        loss = cross_entropy(x, labels)
     dhidden = dx @ weight        dweight = dx^T @ hidden        dbias = sum over T of dx
 
-dx, the gradient of cross_entropy, is also rounded to the dtype of hidden, as between two modules. Matrix products are
-accumulated in float32 (float64 in float64).
+Sources: those of cross_entropy. Rounding: dx, the gradient of cross_entropy, is also rounded to the dtype of hidden, as
+between two modules. Matrix products are accumulated in float32 (float64 in float64).
 """
 
 import torch

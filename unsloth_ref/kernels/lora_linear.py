@@ -2,9 +2,9 @@
 
     y = x @ weight^T + bias + scaling * (x @ lora_a^T) @ lora_b^T
 
-Source: Hu 2021, arXiv:2106.09685. Rounding: as between modules: the layer's output, x @ lora_a^T, its product with
-lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such as
-float32 master weights of a bfloat16 layer, are first rounded to the dtype of x; their gradients are not.
+Source: Hu et al. 2021, arXiv:2106.09685. Rounding, as between modules: the layer's output, x @ lora_a^T, its product
+with lora_b, that product times scaling, and the sum are each rounded to the dtype of x. Adapters of another dtype, such
+as float32 master weights of a bfloat16 layer, are first rounded to the dtype of x; their gradients are not.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
 from unsloth_ref.types import NF4Weight
 
@@ -43,7 +43,7 @@ def lora_linear(
         ValueError: shapes or devices do not match.
         TypeError: x does not have a float dtype, weight or bias differs from it in dtype, or an adapter is narrower.
     """
-    checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+    adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
     x = x.contiguous()  # BLAS libraries may take strides of 32 bits only
     with torch.autocast(x.device.type, enabled=False):
         low = _linear(x, lora_a)

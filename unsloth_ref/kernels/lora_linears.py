@@ -2,15 +2,15 @@
 
     y_i = lora_linear(x, weight_i, lora_a_i, lora_b_i, scaling_i, bias_i)
 
-Source: Hu 2021, arXiv:2106.09685. Rounding: as of `lora_linear`, layer by layer. The gradient of x is the sum of those
-of the layers and of their adapters, rounded to the dtype of x after each addition; the order is not defined.
+Source: Hu et al. 2021, arXiv:2106.09685. Rounding: that of `lora_linear`, layer by layer. The gradient of x is the sum
+of those of the layers and of their adapters, rounded to the dtype of x after each addition; the order is not defined.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.lora_linear import lora_linear
 from unsloth_ref.types import NF4Weight
 
@@ -41,7 +41,7 @@ def lora_linears(
         ValueError: shapes, devices or numbers of layers do not match.
         TypeError: x does not have a float dtype, a weight or bias differs from it in dtype, or an adapter is narrower.
     """
-    checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
+    adapter_checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
     count = len(weight)
     x = x.contiguous()  # once, not once per layer
     layers = zip(weight, lora_a, lora_b, scaling or [1.0] * count, bias or [None] * count, strict=True)

@@ -4,8 +4,8 @@
     h = a(gate) * up          y = lora_linear(h, ...) with the third
     dh = the gradient of h    dgate = dh * up * a'(gate)    dup = dh * a(gate)    dx = the sum of those of gate and up
 
-a is SiLU or GELU. Sources: Hu 2021, arXiv:2106.09685; Shazeer 2020, arXiv:2002.05202. Rounding: as of `lora_linear`,
-`swiglu` and `geglu`, one after the other. The gradient of x is a sum as that of `lora_linears`.
+a is SiLU or GELU. Sources: Hu et al. 2021, arXiv:2106.09685; Shazeer 2020, arXiv:2002.05202. Rounding: that of
+`lora_linear`, `swiglu` and `geglu`, one after the other. The gradient of x is a sum like that of `lora_linears`.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
     S_t = exp(a dt_t) S_t-1 + dt_t b_t x_t^T        y_t = S_t^T c_t + d x_t
 
-S is [D, E] for each head of x, and 0 at the begin of each document. With dS_t the gradient of S_t, through y_t too:
+S is [D, E] for each head of x, and 0 at the start of each document. With dS_t the gradient of S_t, through y_t too:
 
     dS_t-1 = exp(a dt_t) dS_t + c_t-1 dy_t-1^T          dg_t = exp(a dt_t) times the sum of the elements of dS_t * S_t-1
     dx_t = dt_t dS_t^T b_t + d dy_t     ddt_t = b_t . dS_t x_t + a dg_t     da = sum over t of dt_t dg_t
@@ -47,10 +47,9 @@ def mamba2_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     document_checks.mamba2_scan_arguments(x, dt, a, b, c, d, cu_seqlens)
     if not torch.compiler.is_compiling():
         document_checks.documents_cover(cu_seqlens, len(x), "x")
-    (tokens, heads, columns), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
-    read, write = (
-        rows.to(wide).repeat_interleave(heads // b.shape[1], 1)[..., None] for rows in (c, b)
-    )  # [T, M, D, 1]
+    (tokens, heads, columns), wide = x.shape, torch.promote_types(x.dtype, torch.float32)
+    group = heads // b.shape[1]
+    read, write = (rows.to(wide).repeat_interleave(group, 1)[..., None] for rows in (c, b))  # [T, M, D, 1]
     values, step = x.to(wide), dt.to(wide)[..., None]
     decay = (step * a.to(wide)[:, None]).exp()[..., None]
     starts = (torch.arange(tokens, device=x.device) == cu_seqlens[:, None]).any(0)

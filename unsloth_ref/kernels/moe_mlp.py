@@ -8,10 +8,10 @@
     dgate_up_bias_e = sum of dz_ts, ddown_bias_e = sum of dout_ts, over the same
 
 a is SiLU, or GELU in its approximation by tanh. With limit, alpha or offset, a(gate) * up is clamped as in
-fused_swiglu.py. Sources: Shazeer 2017, arXiv:1701.06538; Mixtral, Jiang 2024, arXiv:2401.04088; the clamped form:
-OpenAI 2025, arXiv:2508.10925. Rounding: as transformers' experts with grouped products, each product, each sum with a
-bias, the activation as in fused_swiglu.py, and the weighted outputs are rounded; the sum over slots is float32 and
-rounded once.
+fused_swiglu.py. Sources: Shazeer et al. 2017, arXiv:1701.06538; Mixtral, Jiang et al. 2024, arXiv:2401.04088; the
+clamped form: OpenAI 2025, arXiv:2508.10925. Rounding, as in transformers' experts with grouped products: each product,
+each sum with a bias, the activation as in fused_swiglu.py, and the weighted outputs are rounded; the sum over slots is
+float32 and rounded once.
 """
 
 import torch

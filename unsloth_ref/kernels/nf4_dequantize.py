@@ -6,8 +6,9 @@
 n_i is half of a byte: the upper one for an even i, the lower one for an odd i. `code` holds 16 quantiles of the normal
 distribution, scaled to [-1, 1].
 
-Source: Dettmers 2023, arXiv:2305.14314. Rounding: as bitsandbytes 0.50: each product and the sum to float32 (float64 if
-the scales are float64), and then once to the result's dtype. So every correct implementation gives the same bits.
+Source: Dettmers et al. 2023, arXiv:2305.14314. Rounding, as in bitsandbytes 0.50: each product and the sum to float32
+(float64 if the scales are float64), and then once to the result's dtype. So every correct implementation gives the same
+bits.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import nf4_checks
 
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -56,12 +57,12 @@ def nf4_dequantize(
         ValueError: shapes or devices do not match, or only some of the nested arguments are given.
         TypeError: a tensor or the result has another dtype.
     """
-    checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
+    nf4_checks.nf4_arguments(packed, absmax, nested_code, nested_absmax, nested_offset, shape, dtype)
     device, size = packed.device, prod(shape)
     if nested_code is not None and nested_absmax is not None and nested_offset is not None:
-        group = torch.arange(len(absmax), device=device) // checks.NF4_GROUP
+        group = torch.arange(len(absmax), device=device) // nf4_checks.NF4_GROUP
         absmax = nested_code[absmax.long()] * nested_absmax[group] + nested_offset
     code = torch.stack([torch.full((), value, dtype=absmax.dtype, device=device) for value in CODE])
     halves = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], -1).flatten()[:size]
-    block = torch.arange(size, device=device) // checks.NF4_BLOCK
+    block = torch.arange(size, device=device) // nf4_checks.NF4_BLOCK
     return (code[halves.long()] * absmax[block]).to(dtype).view(*shape)

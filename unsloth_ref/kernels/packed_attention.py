@@ -11,7 +11,7 @@
 j and l run over the tokens that query i sees: those of its own document up to itself, and of these the last `window`.
 Query heads share key and value heads in groups: query head h uses key and value head h // (N / K).
 
-Sources: Vaswani 2017, arXiv:1706.03762; grouped heads, Ainslie 2023, arXiv:2305.13245; softcap, Gemma 2,
+Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads, Ainslie et al. 2023, arXiv:2305.13245; softcap, Gemma 2,
 arXiv:2408.00118; sinks, gpt-oss, arXiv:2508.10925. Scores, softmax and sums are float32 for any input dtype (float64
 for float64). As in flash attention, these are rounded to the dtype of the inputs: p in its product with v, dp, and the
 part of dk and dv that each query head adds to its group. The sum over l of p_il * dp_il is o_i . do_i with the rounded
@@ -88,7 +88,7 @@ def _attention(
     document: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one document, or of all documents, given the document of each token."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     group, position = q.shape[1] // k.shape[1], torch.arange(len(q), device=q.device)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     heads_q, heads_k, heads_v = (x.transpose(0, 1).to(wide) for x in (q, k, v))

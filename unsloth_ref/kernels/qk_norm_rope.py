@@ -4,8 +4,9 @@
 
 The formulas are those of rms_norm, whose rows are the heads, and of rope.
 
-Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su 2021, arXiv:2104.09864; Yang 2025, arXiv:2505.09388. Rounding: as
-transformers' Qwen3Attention and Gemma3Attention, where the normalised heads are rounded before they are rotated.
+Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; Yang et al. 2025,
+arXiv:2505.09388. Rounding: as transformers' Qwen3Attention and Gemma3Attention, where the normalised heads are rounded
+before they are rotated.
 """
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def qk_norm_rope(
         q_weight: [D], any float dtype.
         k_weight: [D], any float dtype.
         cos: [B or 1, S, D'], or with positions a table [P, D']; in q's dtype or float32. D' is even and at most D: the
-            other columns are normalised alone. A constant: it gets no gradient.
+            other columns are only normalised. A constant: it gets no gradient.
         sin: as cos.
         positions: [B or 1, S], int32 or int64: the row of the table for each token.
         eps: added to the mean square; not negative.

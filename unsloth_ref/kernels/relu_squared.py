@@ -2,7 +2,7 @@
 
     p = max(x, 0)      y = p^2      dx = 2 * dy * p
 
-Source: So et al. 2021, arXiv:2109.08668. Rounding: as transformers' ReLUSquaredActivation, the square alone.
+Source: So et al. 2021, arXiv:2109.08668. Rounding: as transformers' ReLUSquaredActivation, once.
 """
 
 from torch import Tensor

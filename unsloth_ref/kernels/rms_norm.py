@@ -39,8 +39,8 @@ def rms_norm(
 
 
 def widened(x: Tensor) -> Tensor:
-    """X in the dtype of the computation; called once per tensor, since each cast rounds its part of the gradient."""
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    """Convert x to the dtype of the computation; once per tensor, since each cast rounds its part of the gradient."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalised(rows: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ x1 and x2 are the halves of the first D' columns of a head; interleaved, they ar
 cos2, sin1 and sin2 are the halves of cos and sin. The two halves are usually equal: the backward pass is then the
 rotation by the opposite angle. Columns from D' on are copied.
 
-Source: Su 2021, arXiv:2104.09864. Rounding: as transformers' apply_rotary_pos_emb: each product and then the sum are
-rounded to the wider dtype of x and cos.
+Source: Su et al. 2021, arXiv:2104.09864. Rounding, as in transformers' apply_rotary_pos_emb: each product and then the
+sum are rounded to the wider dtype of x and cos.
 """
 
 from torch import Tensor

@@ -3,9 +3,9 @@
 from tests.judge.mutants.mutant import LYING, Mutant, one
 
 TABLE = {
-    "scaling_ignored": one("lora_b.t(), alpha=scaling", "lora_b.t()", "value"),
+    "scaling_ignored": one("alpha=scaling, out=out", "alpha=1.0, out=out", "value"),
     "scaling_over_the_rank_again": one(
-        "lora_b.t(), alpha=scaling", "lora_b.t(), alpha=scaling / max(1, low.shape[1])", "value"
+        "alpha=scaling, out=out", "alpha=scaling / max(1, low.shape[1]), out=out", "value"
     ),
     "scaling_of_the_layer_too": one("rows, weight.t())", "rows, weight.t(), alpha=scaling)", "value"),
     "layer_over_the_adapter": one("rows, weight.t())", "rows, weight.t(), beta=0)", "value"),

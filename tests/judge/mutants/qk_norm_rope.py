@@ -44,8 +44,8 @@ TABLE = {
         "guard_writes",
     ),
     "k_read_as_q_lies": one(
-        "*q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *angle",
-        "*q.stride(), *q.stride(), *q_weight.stride(), *k_weight.stride(), *angle",
+        "*q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(), *strides_of_angles",
+        "*q.stride(), *q.stride(), *q_weight.stride(), *k_weight.stride(), *strides_of_angles",
         "layouts",
     ),
     "position_outside_gives_nan": one("checks.positions_in_table(positions, len(cos))", "pass", "error_parity"),

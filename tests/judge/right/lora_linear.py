@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.judge.contract import Function
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import NF4Weight
 
@@ -21,7 +21,7 @@ def _lora_linear(product: Function) -> Function:
         scaling: float = 1.0,
         bias: Tensor | None = None,
     ) -> Tensor:
-        checks.lora_arguments(x, weight, lora_a, lora_b, bias)
+        adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
         with torch.autocast(x.device.type, enabled=False):
             return product(x, _dense(weight, x.dtype), lora_a, lora_b, scaling, bias)
 

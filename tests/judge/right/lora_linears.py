@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.judge.contract import Function
 from tests.judge.right import lora_linear
-from unsloth_ref import checks
+from unsloth_ref import adapter_checks
 from unsloth_ref import kernels as reference
 
 
@@ -23,7 +23,7 @@ def _lora_linears(layers: Function) -> Function:
         scaling: Sequence[float] | None = None,
         bias: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, ...]:
-        checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
+        adapter_checks.lora_layers_arguments(x, weight, lora_a, lora_b, scaling, bias)
         count = len(weight)
         with torch.autocast(x.device.type, enabled=False):
             return layers(x, weight, lora_a, lora_b, scaling or [1.0] * count, bias or [None] * count)

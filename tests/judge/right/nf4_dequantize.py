@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import nf4_checks
 from unsloth_ref.kernels.nf4_dequantize import CODE
 
 
@@ -28,7 +28,7 @@ def by_pairs(
 ) -> Tensor:
     """Both halves of a byte from a table of pairs, and whole blocks times their scales."""
     nested = nested or tuple(others.get(name) for name in ("nested_code", "nested_absmax", "nested_offset"))
-    checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
+    nf4_checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
     code = _code(packed.device)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], -1)
     scales, size = _scales(absmax, nested), prod(shape)
@@ -45,7 +45,7 @@ def in_float64(
 ) -> Tensor:
     """In float64, where products of two float32 numbers are exact, and rounded to float32 in between."""
     nested = nested or tuple(others.get(name) for name in ("nested_code", "nested_absmax", "nested_offset"))
-    checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
+    nf4_checks.nf4_arguments(packed, absmax, *nested, shape, dtype)
     scales, flat = _scales(absmax, nested).double(), packed.reshape(-1).int()
     code = _code(packed.device).double()
     index = torch.arange(prod(shape), device=packed.device)
