@@ -27,7 +27,8 @@ class Series(NamedTuple):
 
 def part(points: Sequence[Point]) -> list[Markup]:
     """Build the part: the revisions, then budget use by operation and dtype, then times and memory by shape."""
-    found = [tag("p", f"{len(points)} revisions, from {points[0].label} to {points[-1].label}."), tag("p", HOW)]
+    among = f"{len(points)} revisions, from {points[0].label} to {points[-1].label}."
+    found = [tag("p", among if len(points) > 1 else f"One revision: {points[0].label}."), tag("p", HOW)]
     stacks = {stack: f"stack {place}" for place, stack in enumerate(dict.fromkeys(_stacks(points)), 1)}
     found += [tag("p", f"{name}: {stack}", class_="small") for stack, name in stacks.items()]
     for caption, series, shown in (

@@ -76,6 +76,32 @@ def test_the_revisions_of_one_ledger(ledgers: list[Path], tmp_path: Path) -> Non
     assert {"Summary", "Budget use, the largest of all properties"} <= page.tables.keys()
 
 
+def test_before_the_first_commit_there_is_the_file(ledgers: list[Path], tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    page = Parsed(shown(tmp_path / "page.html", "--history", ledgers[0]))
+    assert "One revision: working tree." in page.words
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "of another branch")
+    git(tmp_path, "checkout", "--quiet", "--orphan", "new")
+    assert [point.label for point in points(ledgers[:1])] == ["working tree"]
+
+
+def test_the_revisions_of_a_link_and_of_a_name_with_special_characters(ledgers: list[Path], tmp_path: Path) -> None:
+    """A link has the revisions of its target; a name that is a pattern too has those of no other file."""
+    git(tmp_path, "init", "--quiet")
+    for place, path in enumerate(ledgers[:2]):
+        for name in ("[12].json", "other.json"):
+            (tmp_path / name).write_text(path.read_text())
+        git(tmp_path, "add", "[12].json" if place else ".")
+        git(tmp_path, "commit", "--quiet", "--message", "results")
+    (tmp_path / "1.json").write_text("")
+    git(tmp_path, "commit", "--quiet", "--all", "--message", "others")
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "far" / "link.json"
+    link.symlink_to("../[12].json")
+    for path in (tmp_path / "[12].json", link):
+        assert [len(point.label.split()[1]) for point in points([path])] == [8, 8]
+
+
 @pytest.mark.parametrize(
     ("arguments", "seen"),
     [
