@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conformance.gate import ledger
 from conformance.gate.ledger import Ledger, LedgerError
-from conformance.gate.sides import git
+from conformance.gate.worktrees import git
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from conformance.cli import main
-from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
+from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
+from conformance.gate.worktrees import RevisionError
 from tests.judge.test_action import ACTION
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +120,9 @@ def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> N
 
 
 @here
-def test_sigterm_leaves_nothing(toy: Path) -> None:
-    """A gate that is stopped while a side runs leaves neither a checkout nor a process."""
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", -1), ("SIGKILL", -9)])
+def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: int) -> None:
+    """While a side runs: neither a checkout nor a process, nor a file of results, even if the gate is killed."""
     started = toy.parent / "started"
     code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
     (toy / "slow_kernels.py").write_text(code)
@@ -127,15 +130,30 @@ def test_sigterm_leaves_nothing(toy: Path) -> None:
     git(toy, "commit", "-qm", "slow")
     words = ["gate", "--base", "HEAD", "layer_norm", "--backend", "slow_kernels", "--json", str(toy.parent / "x.json")]
     with subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL) as gate:
-        deadline = time.monotonic() + 240
-        while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        gate.send_signal(signal.SIGTERM)
-        assert gate.wait(60) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
-    assert (toy.parent / "x.json").read_text() == ""
+        wait_for(lambda: started.exists() and started.read_text() != "", 240)
+        gate.send_signal(signal.Signals[number])
+        assert gate.wait(60) == status
+    if status > 0:  # otherwise another process is still busy with it
+        demand_untouched(toy)
+    wait_for(lambda: not alive(int(started.read_text())), 20)
+    wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
     demand_untouched(toy)
+    assert (toy.parent / "x.json").read_text() == ""
+
+
+def wait_for(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for somebody to ask for its status."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
@@ -247,6 +265,40 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
             verb(base, ["run", "rope", "--backend", "toy_kernels"])
 
 
+def test_a_base_without_the_module_of_an_entry_point_is_judged_without_it(toy: Path) -> None:
+    """A package is installed once, for the working tree; its base may lack what its entry points name."""
+    package = toy / "conformance"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "left_out = os.environ['CONFORMANCE_WITHOUT'].split()\n"
+        "for point in ('first of conformance.specs', 'second'):\n"
+        "    if point.split()[0] not in left_out:\n"
+        "        sys.exit(f'conformance: entry point {point}: ModuleNotFoundError: No module')\n"
+        'Path(sys.argv[-1]).write_text(\'{"meta": {}, "results": []}\')\n'
+    )
+    git(toy, "add", "-A")
+    git(toy, "commit", "-qm", "another judge")
+    with checkouts("HEAD", "HEAD") as (base, head):
+        assert base is not None
+        assert verb(base, ["run", "rope"]) == ({}, [])
+        assert base.without == ["first", "second"]
+        with pytest.raises(Unavailable, match=r"^head: entry point first of conformance.specs: ModuleNotFoundError"):
+            verb(head, ["run", "rope"])
+
+
+def test_a_revision_that_a_shallow_clone_lacks(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = toy.parent / "a clone"
+    git(toy, "clone", "-q", "--depth=1", toy.as_uri(), str(clone))
+    monkeypatch.chdir(clone)
+    message = r"--base: got 'HEAD~1'; allowed: a revision of .*a clone, which is a shallow clone: git fetch --unshallow"
+    with pytest.raises(RevisionError, match=message), checkouts("HEAD~1", None):
+        pass
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None and (base.root / "toy_kernels.py").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -261,6 +313,7 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
         (("--base", "HEAD", "--mutants", "-1"), "--mutants: got -1; allowed: 0 or more"),
         (("--ledger", "x.json", "--mutants", "1"), "--mutants: got a ledger, which records none; allowed: with --base"),
+        (("--ledger", "x.json", "--base-backend", "a"), "--base-backend: got a ledger, which records one name; "),
         ((), "got both --base and --ledger, or neither"),
         (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
         (("--ledger", "x.json"), "x.json: No such file or directory"),
