@@ -147,6 +147,7 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
 
     Raises:
         Unavailable: the head cannot be judged, and the base neither.
+        RevisionError: the backend is not of this repository.
     """
     report = Report()
     _, old = report.attempt(lambda: _judged(base, request))

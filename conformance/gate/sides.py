@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import conformance
+from conformance import backends
 from conformance.gate import worktrees
+from conformance.gate.worktrees import RevisionError
 from conformance.operations import WITHOUT
 from conformance.runner import CASE_TIMEOUT_SECONDS
 
@@ -114,12 +116,24 @@ class Checkout:
         ]
 
     def demand_own(self, backend: str) -> None:
-        """Raise Unavailable if a backend, or what it is in, would come from the working tree instead."""
+        """Demand that a backend, or what it is in, is that of this side.
+
+        Raises:
+            Unavailable: it would come from the working tree instead.
+            RevisionError: it is not of this repository, and would be the same on both sides.
+        """
         name = backend.partition(":")[0]
         found = self.python("-c", ORIGIN, name, capture_output=True, text=True)
-        path = Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
-        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not self._installed(path):
+        path = LIBRARY if name in backends.NAMES else Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
+        if self.name == "base" and path != Path("/") and not self._holds(path) and not self._holds(LIBRARY):
+            allowed = f"a module that Python finds in {self.repository}"
+            raise RevisionError(f"--backend: got {name}, which is {path} on both sides; allowed: {allowed}")
+        if self._holds(path) and not path.is_relative_to(self.root) and name not in backends.NAMES:
             raise Unavailable(self.name, f"{name} is imported from {path}, not from the checkout of {self.revision}")
+
+    def _holds(self, path: Path) -> bool:
+        """Whether a path is of the repository, in its working tree or on this side."""
+        return any(map(path.is_relative_to, (self.repository, self.root))) and not self._installed(path)
 
     def _installed(self, path: Path) -> bool:
         """Whether a path is in an environment, which may lie inside of the repository."""

@@ -20,7 +20,7 @@ TRIES, PAUSE_SECONDS = 20, 0.25  # a process that was told to end may still writ
 
 
 class RevisionError(Exception):
-    """There is no such revision, or no repository; the message is one line."""
+    """There is no such revision, no repository, or no backend of it; the message is one line."""
 
 
 @contextmanager

@@ -233,6 +233,22 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
             base.demand_own("spread.new.swiglu")
 
 
+def test_a_backend_that_is_not_of_the_repository_is_refused(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed package, or one of this project's backends, is the same on both sides: nothing would be found."""
+    elsewhere = toy.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "installed_kernels.py").write_text(KERNELS)
+    monkeypatch.setenv("PYTHONPATH", f"{elsewhere}{os.pathsep}{ROOT}")
+    for name, place in (("installed_kernels", elsewhere / "installed_kernels.py"), ("fast", ROOT)):
+        assert main(["gate", "--base", "HEAD", "--backend", name]) == 2
+        said = f"--backend: got {name}, which is {place} on both sides; allowed: a module that Python finds in {toy}\n"
+        assert capsys.readouterr().err.endswith(f"conformance: {said}")
+    demand_untouched(toy)
+    Checkout("base", "abc", ROOT, ROOT, toy).demand_own("fast")  # here the judge and the reference can change too
+
+
 def test_a_repository_inside_of_an_environment(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As /usr/src/app is in that of the system's Python, /usr: its folders are no installed packages."""
     monkeypatch.setattr(sys, "prefix", str(toy.parent))
