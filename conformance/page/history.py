@@ -103,7 +103,8 @@ def _series(points: Sequence[Point], values: Callable[[Point], Iterable[tuple[st
 def _row(series: Series, points: Sequence[Point], shown: Callable[[float], str]) -> tuple[Markup | str, ...]:
     known = [value for value in series.values if value is not None]
     first, last = known[0], known[-1]
-    change = f"{100 * (last / first - 1):+.1f} %" if first and first != last else ""
+    change = f"{100 * (last / first - 1):+.1f} %" if first else ""
+    change = "" if change in ("+0.0 %", "-0.0 %") else change
     gone = tag("span", " gone", class_="bad") if series.values[-1] is None else None
     return series.name, shown(first), tag("td", shown(last), gone), change, tag("td", _line(series, points, shown))
 

@@ -57,6 +57,12 @@ def test_several_ledgers_in_the_order_given(ledgers: list[Path], tmp_path: Path)
     assert ("points", "4.0,4.0 80.0,9.0") in page.attributes  # of 0.4 and 0.3 of three points
 
 
+def test_a_change_too_small_to_show_is_none(tmp_path: Path) -> None:
+    paths = [written(tmp_path / f"{n}.json", changed(PROPERTY, budget_use=0.5 - 1e-5 * n)) for n in (1, 2)]
+    page = Parsed(shown(tmp_path / "page.html", "--history", *paths))
+    assert page.tables["Budget use, the largest of all properties"][1][1:4] == ["50 %", "50 %", ""]
+
+
 def test_the_revisions_of_one_ledger(ledgers: list[Path], tmp_path: Path) -> None:
     """Revisions that follow the schema are shown; the file comes last, if it differs from the last commit."""
     folder = tmp_path / "repository"
