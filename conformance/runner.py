@@ -308,7 +308,7 @@ def _end_with_the_parent() -> None:
     """End this process with the one that started it, also in the middle of a case."""
     if parent := multiprocessing.parent_process():
         parent.join()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _ready(workers: Sequence[_Worker]) -> list[_Worker]:

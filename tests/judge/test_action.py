@@ -20,6 +20,11 @@ def layer_norm(x, weight, bias, eps=1e-5):
     return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 """
 WRONG = RIGHT.replace("eps)", "10 * eps)")
+SWIGLU = """
+
+def swiglu(gate, up):
+    return functional.silu(gate) * up
+"""
 GH = """#!{python}
 import json, os, re, sys
 from pathlib import Path
@@ -85,9 +90,10 @@ def git(folder: Path, *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_pull_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A regression fails the job, with a comment and a page all the same; the next push edits that comment.
+    """A wrong kernel and a lost operation fail the job, with a comment and a page all the same.
 
-    A gate that cannot run says why in the summary, and neither posts nor keeps the results of the run before it.
+    The next push edits that comment. A gate that cannot run says why in the summary, and neither posts nor keeps the
+    results of the run before it.
     """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     origin, programs, comments = tmp_path / "origin", tmp_path / "programs", tmp_path / "comments.json"
@@ -105,9 +111,9 @@ def test_a_pull_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         git(origin, "commit", "-qm", "kernels")
         return git(origin, "rev-parse", "HEAD")
 
-    pull = {"number": 7, "base": {"sha": push(RIGHT)}}
+    pull = {"number": 7, "base": {"sha": push(RIGHT + SWIGLU)}}
     arguments = "--dtype float32 --property 'value' --jobs 1"
-    inputs = {"backend": "toy_kernels", "operations": "layer_norm", "arguments": arguments, "comment": "true"}
+    inputs = {"backend": "toy_kernels", "operations": "layer_norm swiglu", "arguments": arguments, "comment": "true"}
     inputs["json"] = "results/gate.json"
 
     def job(**changes: str) -> hosted.Job:
@@ -121,10 +127,9 @@ def test_a_pull_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = job()
     failure = "passed before, and fails now: gate G1"
     assert done.status == "failure"
-    assert (
-        f"\nFAIL layer_norm / value / float32: {failure}" in done.summary
-        and "## Conformance: ❌ 1 failed" in done.summary
-    )
+    assert f"\nFAIL layer_norm / value / float32: {failure}" in done.summary
+    assert "\nFAIL swiglu: is lost: it was defined before\n" in done.summary
+    assert "## Conformance: ❌ 2 failed" in done.summary
     assert done.artifact == "conformance-gate-judge-0-toy_kernels-cpu"
     assert json.loads(done.kept["results/gate.json"])["meta"]["head"] == "working tree"
     assert failure in done.kept["results/gate.html"]
@@ -137,7 +142,7 @@ def test_a_pull_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "\nconformance: head: backend: got 'no_such_kernels', which cannot be imported" in unable.summary
     assert json.loads(comments.read_text()) == [["Bot", body]]
 
-    assert push(RIGHT) != head
+    assert push(RIGHT + SWIGLU) != head
     done = job()
     assert done.status == "success", done.printed
     ((_, body),) = json.loads(comments.read_text())
