@@ -33,6 +33,8 @@ from conformance.property import Property
 from conformance.spec import Spec
 from conformance.trial import Caught, describe
 
+WITHOUT = "CONFORMANCE_WITHOUT"  # names of entry points that are left out, as the gate's base has another package
+
 
 @dataclass(frozen=True)
 class Source:
@@ -101,8 +103,7 @@ def _from(source: Source) -> Spec:
 
 @cache
 def _installed() -> list[tuple[str, Spec]]:
-    points = entry_points(group="conformance.specs")
-    return [(point.name, _spec(_loaded(point), f"entry point {point.name}")) for point in points]
+    return [(point.name, _spec(_loaded(point), f"entry point {point.name}")) for point in _points("specs")]
 
 
 def learner(source: Source) -> learn.Learner:
@@ -163,9 +164,14 @@ def _loaded(point: EntryPoint) -> Any:
     raise SpecError(f"entry point {point.name} of {point.group}: {describe(caught.error)}") from caught.error
 
 
+def _points(group: str) -> list[EntryPoint]:
+    without = os.environ.get(WITHOUT, "").split()
+    return [point for point in entry_points(group=f"conformance.{group}") if point.name not in without]
+
+
 def peers() -> Mapping[str, EntryPoint]:
     """The peers of installed packages, by name."""
-    return {point.name: point for point in entry_points(group="conformance.peers")}
+    return {point.name: point for point in _points("peers")}
 
 
 @cache
@@ -175,7 +181,7 @@ def install_properties() -> None:
     Raises:
         SpecError: one cannot be loaded, or has the name of another.
     """
-    for point in entry_points(group="conformance.properties"):
+    for point in _points("properties"):
         found = _loaded(point)
         prop = found if isinstance(found, Property) else getattr(found, "PROPERTY", None)
         if not isinstance(prop, Property) or prop.name in PROPERTIES:

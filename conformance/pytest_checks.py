@@ -7,6 +7,7 @@ backend's import changes, such as TRITON_INTERPRET, does not reach the tests of 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,17 @@ class Check(pytest.Item):
         if result.verdict == "xfail":
             pytest.xfail(result.message or "")
         if result.verdict == "fail":
-            raise CheckFailed(report.failures([result], self._task.backend, self._task.device, self._task.source))
+            raise CheckFailed(f"{self._paragraph(result)}\n  in pytest:     {self._again()}")
+
+    def _paragraph(self, result: Result) -> str:
+        return report.failures([result], self._task.backend, self._task.device, self._task.source)
+
+    def _again(self) -> str:
+        """The command that runs this check alone, with its whole search."""
+        option: Any = self.config.option
+        about = ("backend", self._task.backend), ("device", self._task.device), ("profile", option.conformance_profile)
+        words = [word for name, value in about for word in (f"--conformance-{name}", value)]
+        return shlex.join(["pytest", *words, self.nodeid])
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The message of a failed check, without a traceback, which would only show the judge."""
@@ -72,11 +83,16 @@ class Check(pytest.Item):
 class Backend(pytest.Collector):
     """The backend that the options ask for: the parent of its checks."""
 
+    def __init__(self, *, asked: Sequence[str], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._asked = asked
+
     def collect(self) -> list[Check]:
-        """One check for each operation, dtype and property.
+        """One check for each operation, dtype and property, or those whose ids are asked for.
 
         Raises:
-            pytest.Collector.CollectError: the backend, the device, the profile or the file of deviations is unusable.
+            pytest.Collector.CollectError: the backend, the device, the profile or the file of deviations is unusable,
+                or there is no such check.
         """
         option: Any = self.config.option
         name, asked, profile = option.conformance_backend, option.conformance_device, option.conformance_profile
@@ -87,15 +103,13 @@ class Backend(pytest.Collector):
             known = _known(self.config, tasks[0].device)
         except (UsageError, SpecError) as error:
             raise self.CollectError(f"--conformance-backend {name}: {error}") from error
+        names = {f"{task.op}[{'-'.join(filter(None, (task.dtype, task.property)))}]": task for task in tasks}
+        asked = [one.removeprefix(f"{NODE}::") for one in self._asked] or list(names)
+        if unknown := [one for one in asked if one not in names]:
+            raise self.CollectError(f"{NODE}: got {unknown[0]}; allowed: a check that --collect-only prints")
         return [
-            Check.from_parent(
-                self,
-                name=f"{task.op}[{'-'.join(filter(None, (task.dtype, task.property)))}]",
-                task=task,
-                check=check,
-                known=known,
-            )
-            for task in tasks
+            Check.from_parent(self, name=name, task=names[name], check=check, known=known)
+            for name in dict.fromkeys(asked)
         ]
 
 

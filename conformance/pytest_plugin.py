@@ -1,7 +1,8 @@
 """How does a repository judge its kernels in its own test run? With `pytest --conformance-backend my.kernels`.
 
 The judge's checks of that backend join the tests, one per operation, dtype and property: `rms_norm[bfloat16-value]`.
-Without the option nothing is added, and nothing is imported beyond this file.
+`pytest --conformance-backend my.kernels 'conformance::rms_norm[bfloat16-value]'` runs that check alone. Without the
+option nothing is added, and nothing is imported beyond this file.
 """
 
 from __future__ import annotations
@@ -36,15 +37,23 @@ class _Checks:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._asked: list[str] = []
         self._reports: list[pytest.TestReport] = []
+
+    @pytest.hookimpl(tryfirst=True)  # after xdist has started its workers, which are given the same arguments
+    def pytest_collection(self) -> None:
+        """Take the ids of checks out of the arguments, where pytest would look for files of these names."""
+        arguments = self._config.args
+        self._asked = [one for one in arguments if one.startswith(f"{NODE}::")]
+        self._config.args = [one for one in arguments if one not in self._asked]
 
     @pytest.hookimpl(tryfirst=True)  # before -k and -m deselect
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """Add one item per check."""
+        """Add one item per check, or per check that the arguments name."""
         from conformance.pytest_checks import Backend
 
-        path = session.path / NODE
-        items += session.genitems(Backend.from_parent(session, name=NODE, nodeid=NODE, path=path))
+        backend = Backend.from_parent(session, name=NODE, nodeid=NODE, path=session.path / NODE, asked=self._asked)
+        items += session.genitems(backend)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Remember the verdicts, in the process that sees those of all others."""

@@ -32,8 +32,11 @@ def write_text(path: Path, text: str) -> None:
         return
     path = path.resolve()  # a link remains one
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same file
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -289,6 +290,7 @@ def _end(workers: Sequence[_Worker]) -> None:
 
 def _serve(pipe: Connection) -> None:
     """Receive tasks and send results until the pipe closes; send each case before it runs."""
+    Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     quiet()
     while True:
@@ -300,6 +302,13 @@ def _serve(pipe: Connection) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the other processes share the card
         pipe.send(result)
+
+
+def _end_with_the_parent() -> None:
+    """End this process with the one that started it, also in the middle of a case."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _ready(workers: Sequence[_Worker]) -> list[_Worker]:

@@ -55,7 +55,7 @@ def _benchmark(row: Row, kind: str) -> dict[str, Any]:
     from pytest_benchmark.stats import Stats
 
     shape = _shape(row)
-    param = f"{row.op}-{shape}-{row.backend}-{kind}"
+    param = f"{row.op}-{shape}-{row.dtype}-{row.backend}-{kind}"
     stats = Stats()
     for sample in row.samples[kind].samples:
         stats.update(1e-3 * sample)
@@ -63,7 +63,7 @@ def _benchmark(row: Row, kind: str) -> dict[str, Any]:
         "group": f"{row.op} {row.shape} {row.dtype} {kind}",
         "name": f"test_speed[{param}]",
         "fullname": f"conformance/bench/test_speed.py::test_speed[{param}]",
-        "params": {"op": row.op, "shape": shape, "backend": row.backend, "kind": kind},
+        "params": {"op": row.op, "shape": shape, "dtype": row.dtype, "backend": row.backend, "kind": kind},
         "param": param,
         "extra_info": {key: value for key, value in row.as_dict().items() if value is not None},
         "options": {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from conformance.bench.table import Row
@@ -12,6 +13,7 @@ from conformance.bench.table import Row
 SUFFIXES = (".png", ".svg", ".pdf")
 COLUMNS = 2
 PANEL_INCHES, BAR_INCHES, MARGIN_INCHES = 6.4, 0.32, 1.0
+TITLE_WIDTH = 50  # characters that fit above a panel
 CALL, DEVICE, WRONG = "#a9c8e6", "#1f6fb4", "#c4312b"
 
 
@@ -19,7 +21,8 @@ def lacking(path: Path) -> str | None:
     """Why a plot cannot be written to this file; None if it can."""
     if path.suffix.lower() not in SUFFIXES:
         return f"got {path}; allowed: a name that ends in {', '.join(SUFFIXES)}"
-    return None if find_spec("matplotlib") else f"got {path}, but matplotlib is not installed: pip install '.[demo]'"
+    lacks = f"got {path}, but matplotlib is not installed: pip install 'unsloth-fast[demo]'"
+    return None if find_spec("matplotlib") else lacks
 
 
 def plot(path: Path, rows: Sequence[Row], heading: str) -> None:
@@ -64,5 +67,5 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     axis.set_yticks(range(len(ordered)), [row.backend for row in ordered])
     axis.set_ylim(len(ordered) - 0.5, -0.5)
     axis.set_xlim(0, 1.35 * max((row.full[2] for row in rows if row.full), default=1.0))
-    axis.set_title(f"{rows[0].op} {rows[0].shape} {rows[0].dtype}", fontsize=9)
+    axis.set_title(fill(f"{rows[0].op} {rows[0].shape} {rows[0].dtype}", TITLE_WIDTH), fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)

@@ -33,10 +33,10 @@ def named(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per operation, shape, backend and kind of time, ordered so that one shape ends before the next."""
     shapes = [(op, shape) for op, spec in specs().items() for shape in spec.speed.shapes]
-    names = named(metafunc.config)
+    names, dtype = named(metafunc.config), str(metafunc.config.getoption("--dtype"))
     metafunc.parametrize(
-        ("op", "shape", "backend", "kind"),
-        [(op, shape, name, kind) for op, shape in shapes for name in names for kind in KINDS],
+        ("op", "shape", "dtype", "backend", "kind"),
+        [(op, shape, dtype, name, kind) for op, shape in shapes for name in names for kind in KINDS],
     )
 
 
@@ -66,6 +66,7 @@ def test_speed(
     card: tuple[Card, Rates, dict[str, Any]],
     op: str,
     shape: str,
+    dtype: str,
     backend: str,
     kind: str,
 ) -> None:
@@ -79,7 +80,7 @@ def test_speed(
         pytest.fail(row.red or "not timed")
     if kind not in row.samples:
         pytest.skip(row.note or row.red or "not timed")
-    benchmark.group = f"{op} {row.shape} {row.dtype} {kind}"
+    benchmark.group = f"{op} {row.shape} {dtype} {kind}"
     extra = row.as_dict() | {
         "copy_bytes_per_second": card[1].copy,
         "matmul_flops_per_second": card[1].matmul,

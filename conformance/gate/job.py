@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from conformance.properties import PROPERTIES
 SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
 TIMED_DTYPE = "bfloat16"
 HUGE = "int64_offsets"
+BASES = ("base", "again")  # the sides that run the base
 
 Job = tuple[str, str, str]  # operation, shape and dtype
 Found = tuple[dict[str, Any], list[dict[str, Any]]]  # meta and results, as in a file of the judge
@@ -35,6 +36,7 @@ class Request:
     Attributes:
         ops: operations; none for all.
         backend: under judgement, on both sides.
+        base_backend: its name on the base, if that is another one.
         device: "cpu" or "cuda"; times need the latter.
         judge: further options of `run`, for both sides.
         dtypes: none for checks in all dtypes, and times and fingerprints in TIMED_DTYPE.
@@ -55,6 +57,11 @@ class Request:
     mutants: int = 0
     rise: float = verdict.BUDGET_RISE
     source: Source = PROJECT
+    base_backend: str | None = None
+
+    def of(self, side: str) -> Request:
+        """What to ask of the base, or of the head."""
+        return replace(self, backend=self.base_backend or self.backend) if side in BASES else self
 
     @property
     def timed(self) -> Sequence[str]:
@@ -140,6 +147,7 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
 
     Raises:
         Unavailable: the head cannot be judged, and the base neither.
+        RevisionError: the backend is not of this repository.
     """
     report = Report()
     _, old = report.attempt(lambda: _judged(base, request))
@@ -152,9 +160,10 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         new = []
     report.rows += verdict.properties(old, new, request.rise)
     for dtype in request.timed if old and new else ():
-        if words := _compiling(request, new, dtype):
-            _, one = report.attempt(lambda words=words: verb(base, base.words(words)))
-            _, other = report.attempt(lambda words=words: verb(head, head.words(words)), fatal=bool(one))
+        if ops := _compiling(request, new):
+            words = {side.name: side.words(request.of(side.name).fingerprint(ops, dtype)) for side in (base, head)}
+            _, one = report.attempt(lambda words=words: verb(base, words["base"]))
+            _, other = report.attempt(lambda words=words: verb(head, words["head"]), fatal=bool(one))
             report.rows += verdict.fingerprints(one, other) if one else []
     if request.mutants and not request.source:
         _mutants(
@@ -176,10 +185,9 @@ def _mutants(base: Checkout, head: Checkout, request: Request, ops: Sequence[str
     """Plant the same faults on both sides."""
     if not ops:
         return
-    words = request.mutate(ops)
     _progress(f"planting {request.mutants} faults in each of {', '.join(ops)}, on both sides")
-    _, old = report.attempt(lambda: verb(base, base.words(words)))
-    _, new = report.attempt(lambda: verb(head, head.words(words)))
+    _, old = report.attempt(lambda: verb(base, base.words(request.of("base").mutate(ops))))
+    _, new = report.attempt(lambda: verb(head, head.words(request.mutate(ops))))
     if old and new:
         rows, note = verdict.mutants(old, new)
         report.rows += rows
@@ -204,7 +212,8 @@ def against_ledger(head: Checkout, request: Request, ledger: Ledger) -> Report:
     report.meta, judged = found[0]
     right = verdict.right(judged)
     for dtype in request.timed:
-        if words := _compiling(request, judged, dtype):
+        if compiled := _compiling(request, judged):
+            words = request.fingerprint(compiled, dtype)
             found.append(report.attempt(lambda words=words: verb(head, head.words(words))))
         ops = sorted(op for op, one in right if one == dtype)
         if request.device == "cuda" and request.minutes > 0 and ops and not request.source:
@@ -227,17 +236,16 @@ def _alone(result: dict[str, Any]) -> Row:
 
 
 def _judged(checkout: Checkout, request: Request) -> Found:
-    checkout.demand_own(request.backend)
+    asked = request.of(checkout.name)
+    checkout.demand_own(asked.backend)
     _progress(f"judging the {checkout.name}, {checkout.revision}")
-    return verb(checkout, checkout.words(request.run()))
+    return verb(checkout, checkout.words(asked.run()))
 
 
-def _compiling(request: Request, judged: Iterable[Mapping[str, Any]], dtype: str) -> list[str]:
-    """The command that compiles what launches Triton kernels; empty if nothing does, or nothing is asked for."""
+def _compiling(request: Request, judged: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The operations that launch Triton kernels, for fingerprints; none if none are asked for."""
     ops = dict.fromkeys(one["op"] for one in judged if one.get("coverage") is not None)
-    if not ops or request.source or request.targets == ():
-        return []
-    return request.fingerprint(list(ops), dtype)
+    return [] if request.source or request.targets == () else list(ops)
 
 
 def compare_times(
@@ -283,8 +291,9 @@ def compare_times(
 
 def _started(sides: Mapping[str, Asked], request: Request) -> dict[str, Any]:
     """The card as the head sees it; one side after the other measures its peak rates."""
-    command = {"backend": request.backend, "source": asdict(request.source)}
-    return {name: sides[name].ask("start", **command)["meta"] for name in SIDES}["head"]
+    source = asdict(request.source)
+    asked = {name: request.of(name).backend for name in SIDES}
+    return {name: sides[name].ask("start", backend=asked[name], source=source)["meta"] for name in SIDES}["head"]
 
 
 def _jobs(sides: Mapping[str, Asked], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:

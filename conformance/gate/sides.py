@@ -10,24 +10,33 @@ import json
 import os
 import re
 import select
-import shutil
 import site
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import conformance
+from conformance import backends
+from conformance.gate import worktrees
+from conformance.gate.worktrees import RevisionError
+from conformance.operations import WITHOUT
 from conformance.runner import CASE_TIMEOUT_SECONDS
 
 ANSWER_SECONDS = 2 * CASE_TIMEOUT_SECONDS  # preparing a shape compiles and judges several passes
 STOP_SECONDS = 10
 LIBRARY = Path(conformance.__file__).resolve().parents[1]
+
+# Runs a program that gets SIGTERM when its parent ends, even if that is killed: 1 is PR_SET_PDEATHSIG.
+BOUND = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 # Prints the file of a dotted path's longest part that is a module: a package can lie in two folders, if it has no file.
 ORIGIN = """
@@ -54,10 +63,6 @@ class Unavailable(Exception):
         self.side = side
 
 
-class RevisionError(Exception):
-    """There is no such revision, or no repository; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Checkout:
     """The files of one side.
@@ -67,12 +72,16 @@ class Checkout:
         revision: its commit; "working tree" for the files as they are.
         repository: the folder of the working tree.
         root: the folder of this side, the same for the working tree itself.
+        temporary: a folder for files, which is removed with the checkouts.
+        without: entry points of installed packages that this side cannot load.
     """
 
     name: str
     revision: str
     repository: Path
     root: Path
+    temporary: Path
+    without: list[str] = field(default_factory=list)
 
     def place(self, path: Path) -> Path:
         """Where a path is on this side; a path outside of the repository stays."""
@@ -96,7 +105,7 @@ class Checkout:
         kept = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         wanted = [entry for entry in (*inside, *kept, LIBRARY) if not self._installed(entry.resolve())]
         found = dict.fromkeys(str(self.place(entry)) for entry in wanted)
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(found), WITHOUT: " ".join(self.without)}
 
     def words(self, words: Sequence[str]) -> list[str]:
         """Words of a command line, in which a file of the repository is that of this side."""
@@ -107,12 +116,24 @@ class Checkout:
         ]
 
     def demand_own(self, backend: str) -> None:
-        """Raise Unavailable if a backend, or what it is in, would come from the working tree instead."""
+        """Demand that a backend, or what it is in, is that of this side.
+
+        Raises:
+            Unavailable: it would come from the working tree instead.
+            RevisionError: it is not of this repository, and would be the same on both sides.
+        """
         name = backend.partition(":")[0]
         found = self.python("-c", ORIGIN, name, capture_output=True, text=True)
-        path = Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
-        if path.is_relative_to(self.repository) and not path.is_relative_to(self.root) and not self._installed(path):
+        path = LIBRARY if name in backends.NAMES else Path((found.stdout.splitlines() or ["/"])[-1] or "/").resolve()
+        if self.name == "base" and path != Path("/") and not self._holds(path) and not self._holds(LIBRARY):
+            allowed = f"a module that Python finds in {self.repository}"
+            raise RevisionError(f"--backend: got {name}, which is {path} on both sides; allowed: {allowed}")
+        if self._holds(path) and not path.is_relative_to(self.root) and name not in backends.NAMES:
             raise Unavailable(self.name, f"{name} is imported from {path}, not from the checkout of {self.revision}")
+
+    def _holds(self, path: Path) -> bool:
+        """Whether a path is of the repository, in its working tree or on this side."""
+        return any(map(path.is_relative_to, (self.repository, self.root))) and not self._installed(path)
 
     def _installed(self, path: Path) -> bool:
         """Whether a path is in an environment, which may lie inside of the repository."""
@@ -135,7 +156,10 @@ class Checkout:
         """Start this side's Python in its folder."""
         if not self.folder.is_dir():
             raise Unavailable(self.name, f"{self.revision} has no folder {self.folder.relative_to(self.root)}")
-        return subprocess.Popen([sys.executable, *arguments], cwd=self.folder, env=self.environment(), **options)
+        # Not by preexec_fn, with which an interrupt in the moment of the fork is lost.
+        bound = [sys.executable, "-I", "-S", "-c", BOUND] if sys.platform == "linux" else []
+        command = [*bound, sys.executable, *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment(), **options)
 
 
 def _piped(options: dict[str, Any]) -> dict[str, Any]:
@@ -165,96 +189,42 @@ def checkouts(base: str | None, head: str | None) -> Iterator[tuple[Checkout | N
     Raises:
         RevisionError: there is no such revision, or no repository.
     """
-    repository = _repository() if base or head else Path.cwd().resolve()
-    commits = {name: _commit(repository, name, revision) for name, revision in (("base", base), ("head", head))}
-    with tempfile.TemporaryDirectory(prefix="conformance-gate-") as folder:
-        made: list[tuple[Path, Path]] = []
-        try:
-            sides: dict[str, Checkout] = {}
-            for name, commit in commits.items():
-                root = Path(folder).resolve() / name if commit else repository
-                sides[name] = Checkout(name, commit[:12] if commit else "working tree", repository, root)
-                if commit:
-                    _check_out(repository, root, commit, f"--{name}", made)
-            yield sides["base"] if base else None, sides["head"]
-        finally:
-            for home, root in reversed(made):
-                if git(home, "worktree", "remove", "--force", str(root)).returncode != 0:
-                    shutil.rmtree(root, ignore_errors=True)  # half made, or with submodules
-                    git(home, "worktree", "prune")
-
-
-def _check_out(home: Path, root: Path, commit: str, about: str, made: list[tuple[Path, Path]]) -> None:
-    """Check out a commit, and its submodules from the repositories that the working tree has of them.
-
-    Args:
-        home: the repository.
-        root: the new folder.
-        commit: of the repository.
-        about: the beginning of an error.
-        made: gets each repository and its folder.
-
-    Raises:
-        RevisionError: the commit, or that of a submodule, cannot be checked out.
-    """
-    made.append((home, root))
-    added = git(home, "worktree", "add", "--quiet", "--detach", str(root), commit)
-    if added.returncode != 0:
-        why = (added.stderr.strip().splitlines() or [f"status {added.returncode}"])[-1]
-        raise RevisionError(f"{about}: {commit[:12]} cannot be checked out: {why}")
-    for entry in git(root, "ls-files", "--stage", "-z").stdout.split("\0"):
-        about_it, _, path = entry.partition("\t")
-        if about_it.startswith("160000 ") and (home / path / ".git").exists():
-            _check_out(home / path, root / path, about_it.split()[1], f"{about}: submodule {path}", made)
-
-
-def _repository() -> Path:
-    try:
-        found = git(Path.cwd(), "rev-parse", "--show-toplevel")
-    except FileNotFoundError as error:
-        raise RevisionError("gate: needs git, which is not installed") from error
-    if found.returncode != 0:
-        why = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[0]  # such as its owner
-        raise RevisionError(f"gate: {Path.cwd()} is in no git repository that can be used: {why}")
-    return Path(found.stdout.strip()).resolve()
-
-
-def _commit(repository: Path, name: str, revision: str | None) -> str | None:
-    if revision is None:
-        return None
-    found = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if found.returncode != 0:
-        raise RevisionError(f"--{name}: got {revision!r}; allowed: a revision of {repository}")
-    return found.stdout.strip()
-
-
-def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder. Raises FileNotFoundError if it is not installed."""
-    # A hook runs git with variables that name its own repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), "-c", f"core.hooksPath={os.devnull}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    home = worktrees.repository() if base or head else Path.cwd().resolve()
+    commits = {name: worktrees.commit_of(home, name, revision) for name, revision in (("base", base), ("head", head))}
+    with worktrees.temporary_folder() as (folder, remove):
+        sides: dict[str, Checkout] = {}
+        for name, commit in commits.items():
+            root = folder / name if commit else home
+            sides[name] = Checkout(name, commit[:12] if commit else "working tree", home, root, folder)
+            if commit:
+                worktrees.check_out(home, root, commit, f"--{name}", remove)
+        yield sides["base"] if base else None, sides["head"]
 
 
 def verb(checkout: Checkout, words: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run a verb of the judge in a checkout, with its own judge if it has one; returns what its JSON file holds.
 
-    What the base does not know yet (an operation, a property, a target) is left out there. Progress goes to stderr.
+    What the base does not know yet (an operation, a property, a target, the module of an entry point) is left out
+    there. Progress goes to stderr.
 
     Raises:
         Unavailable: nothing ran.
     """
     words = list(words)
     while True:
-        with tempfile.TemporaryDirectory(prefix="conformance-gate-") as folder:
-            path = Path(folder) / "results.json"
-            command = ("-m", "conformance", *words, "--json", str(path))
-            done = checkout.python(*command, stdout=2, stderr=subprocess.PIPE, text=True)
-            if done.returncode in (0, 1, 2) and path.exists() and path.stat().st_size:
-                sys.stderr.write(done.stderr)
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return found["meta"], found["results"]
+        path = checkout.temporary / f"{checkout.name}.json"
+        path.unlink(missing_ok=True)  # of another verb
+        command = ("-m", "conformance", *words, "--json", str(path))
+        done = checkout.python(*command, stdout=2, stderr=subprocess.PIPE, text=True)
+        if done.returncode in (0, 1, 2) and path.exists() and path.stat().st_size:
+            sys.stderr.write(done.stderr)
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return found["meta"], found["results"]
         line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        point = re.search(r"entry point (\S+?)(?: of \S+)?: ", line)
+        if point and checkout.name == "base" and point[1] not in checkout.without:
+            checkout.without.append(point[1])
+            continue
         unknown = re.search(r"(operation|property|target): got '(\w+)'", line)
         if unknown is None or checkout.name == "head" or unknown[2] not in words[1:]:
             raise Unavailable(checkout.name, line.removeprefix("conformance: "))

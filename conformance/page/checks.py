@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from conformance.page.markup import Markup, breakable, row, scrolled, table, tag
@@ -13,6 +13,7 @@ from conformance.report import GATES
 
 OPEN = 6  # failures that are shown unfolded
 STEPS = 10  # of the heat map's colours
+WIDEST, NARROWEST = 34, 2  # columns of a heat map that fit on paper; an operation's name is at least as wide as two
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 PAIRS = 20  # that are listed
 LEGEND = (
@@ -67,12 +68,33 @@ def _cell(checks: Sequence[Check]) -> Markup:
 
 
 def _heat(checks: Sequence[Check]) -> Markup | None:
-    """One row per property, one column per operation and dtype."""
-    cells = {(check.op, check.dtype, check.property): check for check in checks if check.dtype}
-    if not cells:
+    """One row per property, one column per operation and dtype; several tables where one would be wider than paper."""
+    shown = [check for check in checks if check.dtype]
+    if not shown:
         return None
-    shown = list(cells.values())
     columns = {op: dtypes_of(c for c in shown if c.op == op) for op in sorted({check.op for check in shown})}
+    parts = _parts({op: max(NARROWEST, len(dtypes)) for op, dtypes in columns.items()})
+    tables = [
+        _heat_of(shown, {op: columns[op] for op in part}, f" ({place} of {len(parts)})" if len(parts) > 1 else "")
+        for place, part in enumerate(parts, 1)
+    ]
+    return tag("div", *tables, tag("p", LEGEND, class_="small"))
+
+
+def _parts(widths: Mapping[str, int]) -> list[list[str]]:
+    """Operations in groups that are about as wide as each other."""
+    count = -(-sum(widths.values()) // WIDEST)
+    parts: list[list[str]] = [[] for _ in range(count)]
+    before = 0
+    for op, width in widths.items():
+        parts[before * count // sum(widths.values())].append(op)
+        before += width
+    return parts
+
+
+def _heat_of(checks: Sequence[Check], columns: Mapping[str, Sequence[str]], which: str) -> Markup:
+    """The table of some operations, with their dtypes."""
+    cells = {(check.op, check.dtype, check.property): check for check in checks}
     groups = [tag("th", breakable(op), colspan=len(d), scope="colgroup", class_="first") for op, d in columns.items()]
     flat = [(op, dtype, not place) for op, dtypes in columns.items() for place, dtype in enumerate(dtypes)]
     heads = [
@@ -80,9 +102,9 @@ def _heat(checks: Sequence[Check]) -> Markup | None:
     ]
     rows = [
         row([breakable(name), *(_hot(cells.get((op, dtype, name)), first) for op, dtype, first in flat)])
-        for name in properties_of(shown)
+        for name in properties_of(checks)
     ]
-    label = "Budget use by property, operation and dtype"
+    label = f"Budget use by property, operation and dtype{which}"
     found = tag(
         "table",
         tag("caption", label),
@@ -90,7 +112,7 @@ def _heat(checks: Sequence[Check]) -> Markup | None:
         tag("tbody", *rows),
         class_="heat",
     )
-    return tag("div", scrolled(found, label), tag("p", LEGEND, class_="small"))
+    return scrolled(found, label)
 
 
 def _hot(check: Check | None, first: bool) -> Markup:

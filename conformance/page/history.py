@@ -27,7 +27,8 @@ class Series(NamedTuple):
 
 def part(points: Sequence[Point]) -> list[Markup]:
     """Build the part: the revisions, then budget use by operation and dtype, then times and memory by shape."""
-    found = [tag("p", f"{len(points)} revisions, from {points[0].label} to {points[-1].label}."), tag("p", HOW)]
+    among = f"{len(points)} revisions, from {points[0].label} to {points[-1].label}."
+    found = [tag("p", among if len(points) > 1 else f"One revision: {points[0].label}."), tag("p", HOW)]
     stacks = {stack: f"stack {place}" for place, stack in enumerate(dict.fromkeys(_stacks(points)), 1)}
     found += [tag("p", f"{name}: {stack}", class_="small") for stack, name in stacks.items()]
     for caption, series, shown in (
@@ -102,7 +103,8 @@ def _series(points: Sequence[Point], values: Callable[[Point], Iterable[tuple[st
 def _row(series: Series, points: Sequence[Point], shown: Callable[[float], str]) -> tuple[Markup | str, ...]:
     known = [value for value in series.values if value is not None]
     first, last = known[0], known[-1]
-    change = f"{100 * (last / first - 1):+.1f} %" if first and first != last else ""
+    change = f"{100 * (last / first - 1):+.1f} %" if first else ""
+    change = "" if change in ("+0.0 %", "-0.0 %") else change
     gone = tag("span", " gone", class_="bad") if series.values[-1] is None else None
     return series.name, shown(first), tag("td", shown(last), gone), change, tag("td", _line(series, points, shown))
 

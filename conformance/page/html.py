@@ -9,7 +9,7 @@ from conformance.gate.history import Point
 from conformance.page import checks, gate, history, mutants, speed
 from conformance.page.compare import FACTOR, WORDS, changes
 from conformance.page.markup import Markup, table, tag
-from conformance.page.model import Results
+from conformance.page.model import Results, verdict
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SIGNS = {"regressed": "✗", "skipped": "-", "unsure": "?", "new": "+", "improved": "✓"}
@@ -23,9 +23,7 @@ def page(
 ) -> str:
     """The page: a summary, what changed against the base, a part per file, then the history of a ledger."""
     style = Markup(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
-    failed = sum(file.failed for file in files)
-    verdict = f"{failed} failed" if failed else "nothing failed"
-    title = f"Conformance: {verdict}" if files else "Conformance: history"
+    title = f"Conformance: {verdict(files)}" if files else "Conformance: history"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -38,7 +36,7 @@ def page(
     parts = [(f"part-{place}", file) for place, file in enumerate(files, 1)]
     top = tag(
         "header",
-        tag("h1", "Conformance ", _verdict(failed, verdict) if files else None),
+        tag("h1", "Conformance ", _verdict(files) if files else None),
         _summary(parts) if parts else None,
     )
     sections = [tag("section", tag("h2", file.title), *_part(file), id=name) for name, file in parts]
@@ -48,8 +46,10 @@ def page(
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
 
 
-def _verdict(failed: int, verdict: str) -> Markup:
-    return tag("span", f"{'✗' if failed else '✓'} {verdict}", class_="bad" if failed else "ok")
+def _verdict(files: Sequence[Results]) -> Markup:
+    words = verdict(files)
+    sign, style = {"nothing failed": ("✓", "ok"), "nothing was judged": ("-", "known")}.get(words, ("✗", "bad"))
+    return tag("span", f"{sign} {words}", class_=style)
 
 
 def _summary(parts: Sequence[tuple[str, Results]]) -> Markup:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from conformance.page.compare import FACTOR, WORDS, Change, changes
-from conformance.page.model import Check, Mutant, Results, failures, percent
+from conformance.page.model import Check, Mutant, Results, failures, percent, verdict
 
 LIMIT = 65_000  # characters; GitHub takes 65 536 in a comment, and the action adds a line
 RESERVE = 300  # for the line that says what was left out of a section, and its markup
@@ -30,8 +30,9 @@ class Section:
 
 def comment(files: Sequence[Results], base: Sequence[Results] | None = None, factor: float = FACTOR) -> str:
     """The comment, below GitHub's limit; it states how many items are left out."""
-    failed = sum(file.failed for file in files)
-    text = f"## Conformance: {'❌' if failed else '✅'} {f'{failed} failed' if failed else 'nothing failed'}"
+    words = verdict(files)
+    sign = {"nothing failed": "✅", "nothing was judged": "⚠️"}.get(words, "❌")
+    text = f"## Conformance: {sign} {words}"
     found = changes(files, base, factor)
     if base is not None or any(file.kind == "gate" for file in files):
         counts = [(word, sum(change.word == word for change in found)) for word in WORDS]

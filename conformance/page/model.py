@@ -192,6 +192,12 @@ class Results:
         return [check for check in self.checks if check.verdict != "skip"]
 
     @property
+    def judged(self) -> int:
+        """The number of checks that ran, of times, of mutants and of comparisons."""
+        timed = sum(row.full is not None or row.failed for row in self.rows)
+        return len(self.ran) + timed + len(self.mutants) + len(self.compared) + self.regressed
+
+    @property
     def failed(self) -> int:
         """The number of failed checks, meaningless times, surviving mutants and regressions."""
         checks = sum(check.verdict == "fail" for check in self.checks)
@@ -239,6 +245,12 @@ class Results:
         known = sum(check.verdict == "xfail" for check in self.checks)
         ends = [f"{skipped} skipped"] * bool(skipped) + [f"{known} known deviations"] * bool(known)
         return ", ".join([f"{self.failed} of {ran} checks failed", *ends])
+
+
+def verdict(files: Sequence[Results]) -> str:
+    """The verdict on all files in two or three words."""
+    failed, judged = sum(file.failed for file in files), sum(file.judged for file in files)
+    return f"{failed} failed" if failed else "nothing failed" if judged else "nothing was judged"
 
 
 def percent(fraction: float | None) -> str:

@@ -51,7 +51,7 @@ def diff(text: str) -> Markup:
     """A diff with coloured lines; the first character of a line has the same meaning as its colour."""
     styles = {"+": "added", "-": "removed", "@": "dim"}
     lines = (tag("span", line, class_=styles.get(line[:1])) for line in text.splitlines())
-    return tag("pre", join(lines), class_="diff")
+    return tag("pre", join(lines), class_="diff", tabindex=0)  # scrolls sideways, with the keyboard as well
 
 
 def _harmless(others: list[Mutant]) -> Markup:

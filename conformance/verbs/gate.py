@@ -12,9 +12,10 @@ from conformance.case import DTYPES
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import Ledger, LedgerError
-from conformance.gate.sides import RevisionError, Unavailable, checkouts
+from conformance.gate.sides import Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
+from conformance.gate.worktrees import RevisionError
 from conformance.verbs._shared import (
     UsageError,
     Verbs,
@@ -32,6 +33,7 @@ def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("gate", help="compare two revisions, or one with a ledger; fail for what got worse")
     parser.add_argument("--base", metavar="REV", help="the revision to compare with")
     parser.add_argument("--head", metavar="REV", help="the revision to judge (the files as they are)")
+    parser.add_argument("--base-backend", metavar="NAME", help="the backend's name on the base (that of --backend)")
     parser.add_argument("--ledger", type=Path, metavar="FILE", help="the ledger to compare with, in place of --base")
     parser.add_argument(
         "--minutes", type=float, default=20.0, metavar="M", help="time limit of all timings, on a GPU (20)"
@@ -55,6 +57,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _gate(arguments: argparse.Namespace) -> int:
+    if arguments.base_backend and arguments.ledger:
+        raise UsageError("--base-backend: got a ledger, which records one name; allowed: with --base")
     if arguments.mutants and arguments.ledger:
         raise UsageError("--mutants: got a ledger, which records none; allowed: with --base")
     if (arguments.base is None) == (arguments.ledger is None):
@@ -122,6 +126,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         mutants=arguments.mutants,
         rise=arguments.budget_rise,
         source=source,
+        base_backend=arguments.base_backend,
     )
 
 

@@ -21,6 +21,13 @@ FILES = {
     for path in (ROOT / package).rglob("*")
     if path.is_file() and path.suffix != ".pyc"
 }
+# What the tests, the documents and the action need beside the packages.
+SOURCES = {
+    path.relative_to(ROOT).as_posix()
+    for folder in (".github", "docs", "examples", "ledger", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.suffix != ".pyc"
+}
 JUDGE = {"torch", "triton", "numpy", "ninja", "hypothesis", "rich"}
 BLOCKED = '''
 """Hides the packages of the trainer, in every process of this environment."""
@@ -117,7 +124,8 @@ def test_wheel_and_source_distribution_hold_every_file(built: tuple[Path, Path])
     assert {name.partition("/")[0] for name in held} == {*PACKAGES, "unsloth_fast-0.1.0.dist-info"}
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= {*FILES, "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "docs/judge.md"}
+    assert ".github/actions/judge/action.yml" in SOURCES
+    assert names >= {*FILES, *SOURCES, "pyproject.toml", "Makefile", ".pre-commit-config.yaml", "README.md", "LICENSE"}
 
 
 def test_the_trainer_is_an_extra(built: tuple[Path, Path]) -> None:

@@ -50,7 +50,7 @@ def bench_file(path: Path, rows: list[Row] = ROWS) -> Path:
 
 def mutate_file(path: Path, verdicts: tuple[str, ...] = ("killed", "survived", "equivalent"), line: int = 5) -> Path:
     """One mutant per verdict, each of another kind."""
-    source = SourceFile("mine", Path("mine.py"), "mine.py", "a\n" * line + "b < c\n")
+    source = SourceFile("mine", Path("mine.py"), "mine.py", "a\n" * line + f"b < c  # {'long ' * 20}\n")
     edits = ((2 * line, 2 * line + 5, "b <= c"),)
     outcomes = []
     for kind, verdict in zip(("flipped", "compare", "constant"), verdicts, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -68,13 +69,15 @@ def test_the_plot(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     file = tmp_path / "bench.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts, not outlines
-        plot(file, [*ROWS, replace(FAST, shape="large 8x64", full=(1.0, 2.0, 3.0), roofline={})], "Fake card")
+        large = replace(FAST, shape="large 8x64", full=(1.0, 2.0, 3.0), roofline={})
+        plot(file, [*ROWS, large, replace(FAST, shape="of a long name 4096x128256x4096 smoothing=0.1")], "Fake card")
     texts = {
         " ".join(element.itertext()).strip()
         for element in ElementTree.parse(file).iter()
         if element.tag.endswith("}text")
     }
     assert {"swiglu small 4x64 bfloat16", "swiglu large 8x64 bfloat16", "fast", "liger", "reference"} <= texts
+    assert {"swiglu of a long name 4096x128256x4096", "smoothing=0.1 bfloat16"} <= texts  # in two lines
     assert {"0.500, 55 %", "0.500, 55 %  wrong", "not timed: gate G2 used 3", "2.000"} <= texts
     assert os.listdir(tmp_path) == ["bench.svg"]
 
@@ -190,22 +193,42 @@ def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
 
 
 def test_the_bench_writes_what_pytest_benchmark_reads(tmp_path: Path) -> None:
-    """The file has pytest-benchmark's statistics and the names of test_speed.py; its `compare` shows the file."""
-    samples = {"full": Times(tuple(0.4 + 0.01 * n for n in range(21)))}
-    rows = [replace(FAST, samples=samples), replace(FAST, backend="liger", samples=samples, failed=True), ROWS[2]]
-    exchange.write(tmp_path / "0001_now.json", rows, FakeCard(), STATE)  # type: ignore[arg-type]
-    written = json.loads((tmp_path / "0001_now.json").read_text())
+    """The file has pytest-benchmark's statistics and the names of test_speed.py; its `compare` shows two of them."""
+    for file, scale in (("0001_then.json", 1), ("0002_now.json", 2)):
+        samples = {"full": Times(tuple(scale * (0.4 + 0.01 * n) for n in range(21)))}
+        rows = [replace(FAST, samples=samples), replace(FAST, backend="liger", samples=samples, failed=True), ROWS[2]]
+        exchange.write(tmp_path / file, rows, FakeCard(), STATE)  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "0001_then.json").read_text())
     assert written["machine_info"]["gpu"] == "Fake card"
     (benchmark,) = written["benchmarks"]
-    assert benchmark["fullname"] == "conformance/bench/test_speed.py::test_speed[swiglu-small-fast-full]"
+    assert benchmark["fullname"] == "conformance/bench/test_speed.py::test_speed[swiglu-small-bfloat16-fast-full]"
     assert benchmark["group"] == "swiglu small 4x64 bfloat16 full"
     assert benchmark["extra_info"]["peak_mebibytes"] == 12.0
     assert (benchmark["stats"]["rounds"], benchmark["stats"]["median"]) == (21, pytest.approx(0.5e-3))
     code = "from pytest_benchmark.cli import main; main()"
-    command = [sys.executable, "-c", code, "compare", "0001_now.json", "--columns=median"]
+    command = [sys.executable, "-c", code, "compare", "0001_then.json", "0002_now.json", "--columns=median"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "test_speed[swiglu-small-fast-full]" in done.stdout
-    assert "500.0000" in done.stdout
+    shown = dict(re.findall(r"^test_speed\[swiglu-small-bfloat16-fast-full\] \((\w+)\) +(.*?)\s*$", done.stdout, re.M))
+    assert {file: cell.split()[0] for file, cell in shown.items()} == {
+        "0001_then": "500.0000",
+        "0002_now": "1,000.0000",
+    }
+    assert "benchmark 'swiglu small 4x64 bfloat16 full': 2 tests" in done.stdout
+
+
+def test_the_bench_writes_what_github_action_benchmark_reads(tmp_path: Path) -> None:
+    """Its tool "pytest" takes the full name, calls per second, their deviation, the mean and the rounds of each."""
+    pytest.importorskip("pytest_benchmark")
+    for times in (Times((0.5,)), Times((0.4, 0.5, 0.6))):
+        exchange.write(tmp_path / "now.json", [replace(FAST, samples={"full": times})], FakeCard(), STATE)  # type: ignore[arg-type]
+        (benchmark,) = json.loads((tmp_path / "now.json").read_text())["benchmarks"]
+        stats = benchmark["stats"]
+        assert benchmark["fullname"].endswith("test_speed[swiglu-small-bfloat16-fast-full]")
+        assert (stats["ops"], stats["mean"]) == (pytest.approx(2000), pytest.approx(0.5e-3))
+        assert (stats["stddev"], stats["rounds"]) == (
+            pytest.approx(1e-4 * (len(times.samples) > 1)),
+            len(times.samples),
+        )
 
 
 def test_no_two_rows_have_one_name_in_a_file_of_pytest_benchmark(tmp_path: Path) -> None:
@@ -213,10 +236,12 @@ def test_no_two_rows_have_one_name_in_a_file_of_pytest_benchmark(tmp_path: Path)
     pytest.importorskip("pytest_benchmark")
     samples = {kind: Times((0.4,) * 5) for kind in exchange.KINDS}
     shapes = [(op, shape) for op, spec in specs().items() for shape in spec.speed.shapes]
-    rows = [Row(op, f"{shape} 8x64 mode=sum", "bfloat16", "fast", samples=samples) for op, shape in shapes]
+    dtypes = ("bfloat16", "float32")
+    rows = [Row(op, f"{shape} 8x64 mode=sum", dt, "fast", samples=samples) for op, shape in shapes for dt in dtypes]
     exchange.write(tmp_path / "now.json", rows, FakeCard(), STATE)  # type: ignore[arg-type]
     written = json.loads((tmp_path / "now.json").read_text())["benchmarks"]
-    names = [f"test_speed[{op}-{shape}-fast-{kind}]" for op, shape in shapes for kind in exchange.KINDS]
+    names = [f"test_speed[{op}-{shape}-{dt}-fast-{kind}]" for op, shape in shapes for dt in dtypes for kind in
+             exchange.KINDS]  # fmt: skip
     assert [one["name"] for one in written] == names
     assert len(set(names)) == len(names)
 

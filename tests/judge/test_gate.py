@@ -1,19 +1,20 @@
 """The gate on a repository made for the test: it finds what got worse, and leaves the repository as it was."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from conformance.cli import main
-from conformance.gate.sides import Checkout, RevisionError, Side, Unavailable, checkouts, verb
+from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
+from conformance.gate.worktrees import RevisionError
 from tests.judge.test_action import ACTION
 
 ROOT = Path(__file__).parents[2]
@@ -66,42 +67,6 @@ def demand_untouched(toy: Path) -> None:
     assert len(git(toy, "worktree", "list").splitlines()) == 1
 
 
-@here
-def test_the_action_fails_for_a_wrong_kernel_and_a_lost_operation(toy: Path) -> None:
-    """Run the action's step in the toy repository: the base is right, the head and the files are not."""
-    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "gate")
-    path, summary = toy.parent / "gate.json", toy.parent / "summary.md"
-    values = {name: value.get("default", "") for name, value in ACTION["inputs"].items()}
-    values |= {"backend": "toy_kernels", "base": "HEAD~1", "operations": "layer_norm swiglu", "profile": "dev"}
-    values |= {"arguments": "--head HEAD --dtype float32 --property one_at_a_time --jobs 1", "json": str(path)}
-    inputs = {name: re.fullmatch(r"\${{ inputs\.(\w+) }}", text) for name, text in step["env"].items()}
-    environment = {name: values[match[1]] for name, match in inputs.items() if match} | {"BASE": values["base"]}
-    path_of_programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | environment | {"GITHUB_STEP_SUMMARY": str(summary), "PATH": path_of_programs}
-    done = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert summary.read_text() == f"```text\n{done.stdout}```\n"
-    printed = done.stdout.splitlines()
-    lost, failed = (line for line in printed if line.startswith("FAIL"))
-    assert lost == "FAIL swiglu: is lost: it was defined before"
-    assert failed.startswith("FAIL layer_norm / one_at_a_time / float32: passed before, and fails now: gate G1")
-    assert printed[-1] == "2 regressions in 2 checks"
-    found = json.loads(path.read_text())
-    assert found["meta"]["base"] == git(toy, "rev-parse", "HEAD~1")[:12]
-    assert found["meta"]["head"] == git(toy, "rev-parse", "HEAD")[:12]
-    assert [row["verdict"] for row in found["results"]] == ["lost", "regressed"]
-    demand_untouched(toy)
-    report = next(step for step in ACTION["runs"]["steps"] if step["name"] == "report")
-    environment |= {"JSON": str(path), "GITHUB_OUTPUT": str(toy.parent / "outputs")}
-    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)
-    outputs = dict(line.split("=") for line in (toy.parent / "outputs").read_text().splitlines())
-    assert outputs["name"] == "toy_kernels-cpu"
-    assert summary.read_text().endswith(Path(outputs["comment"]).read_text())
-    assert "Conformance: 2 failed" in Path(outputs["page"]).read_text()
-    path.write_text("")
-    subprocess.run(["bash", "-ec", report["run"]], env=environment, check=True)  # a gate that could not run
-
-
 @pytest.mark.parametrize("base", ["{first}", "first", "0" * 40, "{last}"])
 def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> None:
     """By commit or by name, here or at the origin; for the push of a new branch it is the default branch."""
@@ -118,8 +83,9 @@ def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> N
 
 
 @here
-def test_sigterm_leaves_nothing(toy: Path) -> None:
-    """A gate that is stopped while a side runs leaves neither a checkout nor a process."""
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", -1), ("SIGKILL", -9)])
+def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: int) -> None:
+    """While a side runs: neither a checkout nor a process, nor a file of results, even if the gate is killed."""
     started = toy.parent / "started"
     code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
     (toy / "slow_kernels.py").write_text(code)
@@ -127,15 +93,30 @@ def test_sigterm_leaves_nothing(toy: Path) -> None:
     git(toy, "commit", "-qm", "slow")
     words = ["gate", "--base", "HEAD", "layer_norm", "--backend", "slow_kernels", "--json", str(toy.parent / "x.json")]
     with subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL) as gate:
-        deadline = time.monotonic() + 240
-        while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        gate.send_signal(signal.SIGTERM)
-        assert gate.wait(60) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
-    assert (toy.parent / "x.json").read_text() == ""
+        wait_for(lambda: started.exists() and started.read_text() != "", 240)
+        gate.send_signal(signal.Signals[number])
+        assert gate.wait(60) == status
+    if status > 0:  # otherwise another process is still busy with it
+        demand_untouched(toy)
+    wait_for(lambda: not alive(int(started.read_text())), 20)
+    wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
     demand_untouched(toy)
+    assert (toy.parent / "x.json").read_text() == ""
+
+
+def wait_for(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for somebody to ask for its status."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
@@ -215,6 +196,22 @@ def test_a_side_imports_its_own_checkout(toy: Path, monkeypatch: pytest.MonkeyPa
             base.demand_own("spread.new.swiglu")
 
 
+def test_a_backend_that_is_not_of_the_repository_is_refused(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed package, or one of this project's backends, is the same on both sides: nothing would be found."""
+    elsewhere = toy.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "installed_kernels.py").write_text(KERNELS)
+    monkeypatch.setenv("PYTHONPATH", f"{elsewhere}{os.pathsep}{ROOT}")
+    for name, place in (("installed_kernels", elsewhere / "installed_kernels.py"), ("fast", ROOT)):
+        assert main(["gate", "--base", "HEAD", "--backend", name]) == 2
+        said = f"--backend: got {name}, which is {place} on both sides; allowed: a module that Python finds in {toy}\n"
+        assert capsys.readouterr().err.endswith(f"conformance: {said}")
+    demand_untouched(toy)
+    Checkout("base", "abc", ROOT, ROOT, toy).demand_own("fast")  # here the judge and the reference can change too
+
+
 def test_a_repository_inside_of_an_environment(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As /usr/src/app is in that of the system's Python, /usr: its folders are no installed packages."""
     monkeypatch.setattr(sys, "prefix", str(toy.parent))
@@ -247,6 +244,40 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
             verb(base, ["run", "rope", "--backend", "toy_kernels"])
 
 
+def test_a_base_without_the_module_of_an_entry_point_is_judged_without_it(toy: Path) -> None:
+    """A package is installed once, for the working tree; its base may lack what its entry points name."""
+    package = toy / "conformance"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "left_out = os.environ['CONFORMANCE_WITHOUT'].split()\n"
+        "for point in ('first of conformance.specs', 'second'):\n"
+        "    if point.split()[0] not in left_out:\n"
+        "        sys.exit(f'conformance: entry point {point}: ModuleNotFoundError: No module')\n"
+        'Path(sys.argv[-1]).write_text(\'{"meta": {}, "results": []}\')\n'
+    )
+    git(toy, "add", "-A")
+    git(toy, "commit", "-qm", "another judge")
+    with checkouts("HEAD", "HEAD") as (base, head):
+        assert base is not None
+        assert verb(base, ["run", "rope"]) == ({}, [])
+        assert base.without == ["first", "second"]
+        with pytest.raises(Unavailable, match=r"^head: entry point first of conformance.specs: ModuleNotFoundError"):
+            verb(head, ["run", "rope"])
+
+
+def test_a_revision_that_a_shallow_clone_lacks(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = toy.parent / "a clone"
+    git(toy, "clone", "-q", "--depth=1", toy.as_uri(), str(clone))
+    monkeypatch.chdir(clone)
+    message = r"--base: got 'HEAD~1'; allowed: a revision of .*a clone, which is a shallow clone: git fetch --unshallow"
+    with pytest.raises(RevisionError, match=message), checkouts("HEAD~1", None):
+        pass
+    with checkouts("HEAD", None) as (base, _):
+        assert base is not None and (base.root / "toy_kernels.py").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -261,6 +292,7 @@ def test_a_base_without_a_side_is_one_line(toy: Path, monkeypatch: pytest.Monkey
         (("--base", "HEAD", "--jobs", "0"), "--jobs: got 0; allowed: 1 or more"),
         (("--base", "HEAD", "--mutants", "-1"), "--mutants: got -1; allowed: 0 or more"),
         (("--ledger", "x.json", "--mutants", "1"), "--mutants: got a ledger, which records none; allowed: with --base"),
+        (("--ledger", "x.json", "--base-backend", "a"), "--base-backend: got a ledger, which records one name; "),
         ((), "got both --base and --ledger, or neither"),
         (("--base", "HEAD", "--ledger", "x.json"), "got both --base and --ledger, or neither"),
         (("--ledger", "x.json"), "x.json: No such file or directory"),

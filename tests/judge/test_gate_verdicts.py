@@ -112,7 +112,7 @@ def test_mutants_are_compared_whatever_their_line() -> None:
 
 
 HERE = Path.cwd()
-BASE, HEAD = Checkout("base", "abc", HERE, HERE), Checkout("head", "working tree", HERE, HERE)
+BASE, HEAD = (Checkout(*side, HERE, HERE, HERE) for side in (("base", "abc"), ("head", "working tree")))
 ROW = {
     "op": "rope", "shape": "llama", "dtype": "bfloat16", "backend": "mine", "forward": [1, 1, 1], "full": [2, 2, 2],
     "device_forward": None, "device_full": None, "peak_mebibytes": 9.0, "error_use": 0.1, "roofline": {}, "red": None,
@@ -170,6 +170,30 @@ def test_a_head_that_cannot_be_judged_compiled_or_timed_fails(
     verbs["base", "run"] = Unavailable("base", "cannot be imported")
     with pytest.raises(Unavailable, match="head: cannot be imported"):
         job.against_base(BASE, HEAD, Request(["rope"], "mine", "cpu"))
+
+
+def test_a_backend_that_was_renamed_is_asked_for_by_its_name_on_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every verb, in the demand for its own checkout, and in the processes that time it."""
+    asked: list[tuple[str, str, str]] = []
+
+    class Recorded(DeadSide):
+        def ask(self, do: str, **command: Any) -> dict[str, Any]:
+            asked.append((self._side, "time", command["backend"]))
+            return {"meta": {}} if self._side == "base" else super().ask(do, **command)
+
+    def verb(checkout: Checkout, words: Sequence[str]) -> Any:
+        asked.append((checkout.name, words[0], words[words.index("--backend") + 1]))
+        return META, {"run": [RIGHT], "fingerprint": [PRINT], "mutate": [mutant("killed")]}[words[0]]
+
+    monkeypatch.setattr(job, "verb", verb)
+    monkeypatch.setattr(job, "Side", Recorded)
+    monkeypatch.setattr(Checkout, "demand_own", lambda self, name: asked.append((self.name, "own", name)))
+    job.against_base(BASE, HEAD, Request(["rope"], "new", "cuda", mutants=1, base_backend="old"))
+    names = {"base": "old", "head": "new"}
+    assert {(side, what) for side, what, _ in asked} == {
+        (side, what) for side in names for what in ("own", "run", "fingerprint", "mutate", "time")
+    }
+    assert all(name == names[side] for side, _, name in asked)
 
 
 def test_mutants_are_planted_in_what_is_right_on_both_sides(

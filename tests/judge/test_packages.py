@@ -91,6 +91,13 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(package: Path) -> None:
         operations.install_properties()
 
 
+def test_an_entry_point_can_be_left_out(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a gate does on a base that lacks its module."""
+    (package / "entry_points.txt").write_text("[conformance.specs]\ntwice = their_twice\nlost = no_such_module\n")
+    monkeypatch.setenv("CONFORMANCE_WITHOUT", "missing lost")
+    assert "twice" in operations.specs()
+
+
 def test_without_a_package_the_source_decides() -> None:
     assert not Source()
     assert set(operations.specs(Source(spec="conformance.specs.swiglu"))) == {"swiglu"}

@@ -1,5 +1,6 @@
 """The judge's checks in another repository's test run: what is collected, shown and expected."""
 
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -107,6 +108,12 @@ def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> N
     assert used is not None
     assert 0 < float(used.get("value", "nan")) <= 1
     assert "the derivative of the sigmoid" in of["swiglu[float32-gradients]"].find("skipped").get("message", "")
+    (command,) = (line.partition("in pytest:")[2] for line in shown.splitlines() if "in pytest:" in line)
+    program, *words = shlex.split(command)
+    assert (program, words[-1]) == ("pytest", "conformance::geglu[float32-value]")
+    done = repository.runpytest_inprocess(*PLUGIN, *words, "-n", "1")
+    done.assert_outcomes(failed=1)
+    assert "FAIL geglu / value / float32: the process died (SIGKILL)" in done.stdout.str()
 
 
 @in_this_process
@@ -124,6 +131,10 @@ def test_what_is_collected(repository: pytest.Pytester, monkeypatch: pytest.Monk
         "test_own.py::test_own",
         "conformance::layer_norm[float16-guard_reads]",
     ]
+    ids = ["conformance::pack[order]", "conformance::rms_norm[bfloat16-value]"]
+    for files in ([], ["test_own.py::test_own"]):  # an id runs one check, as that of a test runs one test
+        done = repository.runpytest_inprocess(*collect, ids[1], *files, ids[0])
+        assert done.stdout.str().splitlines()[: len(files) + 3] == [*files, ids[1], ids[0], ""]
 
 
 @in_this_process
@@ -139,6 +150,10 @@ def test_what_is_collected(repository: pytest.Pytester, monkeypatch: pytest.Monk
             ["--conformance-backend", "reference", "--conformance-deviations", "none.toml"],
             "got none.toml, which cannot",
         ),
+        (
+            ["--conformance-backend", "reference", "conformance::rms_norm[bfloat16-valu]"],
+            "conformance: got rms_norm[bfloat16-valu]; allowed: a check",
+        ),
     ],
 )
 def test_a_mistake_is_an_error_of_the_collection(
@@ -147,9 +162,7 @@ def test_a_mistake_is_an_error_of_the_collection(
     monkeypatch.setattr(pytest_checks, "OneByOne", Here)
     done = repository.runpytest_inprocess(*PLUGIN, *OPTIONS, *options)
     assert done.ret == 2
-    done.stdout.fnmatch_lines(
-        ["*ERROR collecting conformance*", f"--conformance-backend *{message.replace('[', '[[]')}*"]
-    )
+    done.stdout.fnmatch_lines(["*ERROR collecting conformance*", f"*{message.replace('[', '[[]')}*"])
 
 
 @in_this_process

@@ -57,6 +57,12 @@ def test_several_ledgers_in_the_order_given(ledgers: list[Path], tmp_path: Path)
     assert ("points", "4.0,4.0 80.0,9.0") in page.attributes  # of 0.4 and 0.3 of three points
 
 
+def test_a_change_too_small_to_show_is_none(tmp_path: Path) -> None:
+    paths = [written(tmp_path / f"{n}.json", changed(PROPERTY, budget_use=0.5 - 1e-5 * n)) for n in (1, 2)]
+    page = Parsed(shown(tmp_path / "page.html", "--history", *paths))
+    assert page.tables["Budget use, the largest of all properties"][1][1:4] == ["50 %", "50 %", ""]
+
+
 def test_the_revisions_of_one_ledger(ledgers: list[Path], tmp_path: Path) -> None:
     """Revisions that follow the schema are shown; the file comes last, if it differs from the last commit."""
     folder = tmp_path / "repository"
@@ -74,6 +80,32 @@ def test_the_revisions_of_one_ledger(ledgers: list[Path], tmp_path: Path) -> Non
     assert [len(point.label.split()[1]) for point in points([folder / "card.json"])] == [8, 8, 8]
     page = Parsed(shown(tmp_path / "page.html", run_file(tmp_path / "run.json"), "--history", folder / "card.json"))
     assert {"Summary", "Budget use, the largest of all properties"} <= page.tables.keys()
+
+
+def test_before_the_first_commit_there_is_the_file(ledgers: list[Path], tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    page = Parsed(shown(tmp_path / "page.html", "--history", ledgers[0]))
+    assert "One revision: working tree." in page.words
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "of another branch")
+    git(tmp_path, "checkout", "--quiet", "--orphan", "new")
+    assert [point.label for point in points(ledgers[:1])] == ["working tree"]
+
+
+def test_the_revisions_of_a_link_and_of_a_name_with_special_characters(ledgers: list[Path], tmp_path: Path) -> None:
+    """A link has the revisions of its target; a name that is a pattern too has those of no other file."""
+    git(tmp_path, "init", "--quiet")
+    for place, path in enumerate(ledgers[:2]):
+        for name in ("[12].json", "other.json"):
+            (tmp_path / name).write_text(path.read_text())
+        git(tmp_path, "add", "[12].json" if place else ".")
+        git(tmp_path, "commit", "--quiet", "--message", "results")
+    (tmp_path / "1.json").write_text("")
+    git(tmp_path, "commit", "--quiet", "--all", "--message", "others")
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "far" / "link.json"
+    link.symlink_to("../[12].json")
+    for path in (tmp_path / "[12].json", link):
+        assert [len(point.label.split()[1]) for point in points([path])] == [8, 8]
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,27 @@ def test_the_format_follows_the_suffix_and_goes_to_standard_output(
     assert shown(tmp_path / "out.txt", file).startswith("<!doctype html>")
 
 
+def test_forty_operations_fit_on_paper(tmp_path: Path) -> None:
+    """The heat map is split into tables that are not cut off at the edge of a sheet; each operation is in one."""
+    ops = [f"operation_{number:02}" for number in range(40)]
+    dtypes = ("float32", "float16", "bfloat16")
+    results = [Result(op, "value", dtype, "pass", 0.5, 3) for op in ops for dtype in dtypes]
+    page = Parsed(shown(tmp_path / "page.html", run_file(tmp_path / "run.json", results)))
+    captions = [f"Budget use by property, operation and dtype ({place} of 4)" for place in range(1, 5)]
+    heads = [page.tables[caption][0][1:] for caption in captions]
+    assert [op for head in heads for op in head] == ops
+    assert {len(head) for head in heads} == {10}
+    assert all(page.tables[caption][2] == ["value", *["50"] * 30] for caption in captions)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md"])
+def test_a_file_in_which_nothing_was_judged_is_no_success(tmp_path: Path, suffix: str) -> None:
+    for results in ([], RESULTS[2:3]):  # without a check, and with one that was skipped
+        text = shown(tmp_path / f"out{suffix}", run_file(tmp_path / "run.json", results))
+        assert "nothing was judged" in text
+        assert not re.search("[✓✅] nothing", text)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_in_a_browser(tmp_path: Path, files: list[Path], dark: bool) -> None:
@@ -232,6 +253,7 @@ def test_in_a_browser(tmp_path: Path, files: list[Path], dark: bool) -> None:
     assert title, done.stderr
     found = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert found["wide"] == []
+    assert found["keyless"] == []  # what scrolls sideways on a phone does so with the keyboard too
     assert found["folded"] == found["unfolded"] > 0
     assert found["texts"] > 100
     assert found["faint"] == []

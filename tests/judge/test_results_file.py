@@ -21,6 +21,7 @@ def test_a_process_that_is_stopped_leaves_the_old_file(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         results_file.write(file, {"device": "cpu"}, [])
     assert json.loads(file.read_text()) == {"meta": {"schema": 1, "device": "cpu"}, "results": [{"op": "rope"}]}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_link_remains_a_link(tmp_path: Path) -> None:

@@ -268,7 +268,9 @@ def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Aske
         text = "\n".join(lines) if share else "from unsloth_fast.kernels import *"
         (root / f"{BACKEND}.py").write_text(text + "\n")
     checkouts = {
-        name: Checkout(name, f"{share:.0%} slower" if name == "head" else "fast", folder, folder / f"{share}" / name)
+        name: Checkout(
+            name, f"{share:.0%} slower" if name == "head" else "fast", folder, folder / f"{share}" / name, folder
+        )
         for name in ("base", "head")
     }
     return _sides({"base": checkouts["base"], "again": checkouts["base"], "head": checkouts["head"]})
