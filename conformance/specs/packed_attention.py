@@ -15,9 +15,9 @@ from torch import Tensor
 
 from conformance.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory, Parts
+from conformance.promises import Law, Memory
 from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, change_inputs, nbytes
-from conformance.specs._documents import bounds_of, laid_out
+from conformance.specs._documents import bounds_of, documents_as_parts, laid_out
 from conformance.specs._packed_attention import ERRORS, longest
 from unsloth_ref.kernels import packed_attention
 
@@ -25,6 +25,8 @@ WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72, 300, 512)
 ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
+TENSORS = ("q", "k", "v")  # those with an entry per token
+DOCUMENTS = documents_as_parts(TENSORS, TENSORS)
 
 
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, sinks: int = 0) -> Inputs:
@@ -183,16 +185,10 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return 2 * product, 5 * product if grads else 0
 
 
-def _documents(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+def _pick(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
     """A call with these documents alone, in this order."""
-    bounds = inputs["cu_seqlens"].tolist()
-    rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in chosen]).to(inputs["q"].device)
-    starts = [0]
-    for i in chosen:
-        starts.append(starts[-1] + bounds[i + 1] - bounds[i])
-    picked = {name: inputs[name][rows] for name in ("q", "k", "v")}
-    picked["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
-    return picked, {"max_seqlen": longest(starts)}, rows
+    picked, options, rows = DOCUMENTS.pick(inputs, chosen)
+    return picked, options | {"max_seqlen": longest(picked["cu_seqlens"].tolist())}, rows
 
 
 def _lse_bytes(inputs: Inputs) -> int:
@@ -271,7 +267,7 @@ spec = Spec(
         bounds={"sinks": _dsinks},
     ),
     rowwise=[],
-    independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
+    independent=DOCUMENTS._replace(pick=_pick),
     far=["q", "k", "v"],
     laws={
         "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "sinks": 2.0}),
