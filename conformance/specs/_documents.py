@@ -101,7 +101,7 @@ def document_kinds(tensors: Sequence[str]) -> dict[str, Change]:
         "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens], first),
         "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens], first),
         "many documents, empty ones, then of a token": _cut(
-            lambda tokens: [max(0, i + tokens - MANY) for i in range(MANY + 1)], first
+            lambda tokens: [0, *(max(0, tokens - left) for left in reversed(range(MANY)))], first
         ),
         "NaN before": _nan_in(0, tensors),
         "NaN in between": _nan_in(1, tensors),
