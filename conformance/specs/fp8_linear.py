@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conformance.bounds import Bound, added_in_float32, exact, product, total
+from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -50,11 +50,6 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     return rows, *((few, columns) if columns % 2 == 0 else (columns, few))
 
 
-def _flattened(tensor: Tensor) -> Tensor:
-    """[..., C] as [T, C]."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
 def _of_elements(scale: Tensor, rows: int, columns: int) -> Tensor:
     """The scale of each element, of blocks of 128 columns and of as many rows as scale shows."""
     height = 1 if len(scale) == rows else 128
@@ -71,7 +66,7 @@ def _e4m3(quotient: Tensor) -> Tensor:
 
 def _x_after(call: Call) -> Bound:
     """x quantised and back: near the middle of two numbers either is right; then some float32 arithmetic."""
-    x = _flattened(call.inputs["x"])
+    x = as_rows(call.inputs["x"])
     tiles = pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
     largest = tiles.abs().amax(2) if x.numel() else tiles.new_zeros(tiles.shape[:2])
     scale = torch.where(largest == 0, 1.0, (largest / 448).clamp(min=2.0**-126)).float().double()
@@ -101,13 +96,13 @@ def _y_bound(call: Call) -> Bound:
 
 def _x_bound(call: Call) -> Bound:
     """dy times the weight."""
-    dy = exact(_flattened(call.grad_outputs[0]))
+    dy = exact(as_rows(call.grad_outputs[0]))
     return product(dy, _weight_after(call), call.elements).reshape(call.inputs["x"].shape)
 
 
 def _bias_bound(call: Call) -> Bound:
     """The sum of dy over rows."""
-    return total(exact(_flattened(call.grad_outputs[0])), call.elements)
+    return total(exact(as_rows(call.grad_outputs[0])), call.elements)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Cross entropy of a linear layer's output against labels."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import nan
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.bounds import SHARED, Bound, exact, product, total
+from conformance.bounds import SHARED, Bound, exact, joined, product, total
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -168,14 +168,9 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
         yield _Chunk(hidden, loss.times(kept.double()).reshape(rows.shape), dx.times(kept.double()))
 
 
-def _joined(bounds: Iterable[Bound]) -> Bound:
-    """Join the bounds of consecutive rows."""
-    return Bound(*(torch.cat(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
-
-
 def _loss_bound(call: Call) -> Bound:
     """The bound of each row's loss, or of the total; losses are float32 for every dtype under test."""
-    losses = _joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
+    losses = joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
     if call.options.get("reduction", "mean") == "none":
         return losses
     return Bound(losses.value.sum(), losses.error.sum(), losses.square.sum())
@@ -184,7 +179,7 @@ def _loss_bound(call: Call) -> Bound:
 def _hidden_bound(call: Call) -> Bound:
     """dx @ weight, and the rounding of a product with dloss."""
     weight = exact(call.inputs["weight"])
-    found = _joined(product(chunk.dx, weight, call.elements) for chunk in _chunks(call))
+    found = joined(product(chunk.dx, weight, call.elements) for chunk in _chunks(call))
     return found.rounded(call.unit, call.smallest)
 
 
