@@ -7,7 +7,6 @@ and strong in others.
 
 from collections.abc import Collection
 from copy import copy
-from math import nan
 
 import torch
 from hypothesis import strategies as st
@@ -117,12 +116,11 @@ spec = Spec(
         },
         build=_build,
         options={"scale": [None, 0.0, 0.5]},
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"tokens": 256, "documents": 64},
     ),
     outputs=["out"],
-    grads=["q", "k", "v", "g", "beta"],
+    grads=TENSORS,
     budget=Budget(
         roundings=1,  # of a state and of u, which kernels may multiply on tensor cores
         terms={name: lambda call, name=name: _terms(name, call) for name in ("out", *TENSORS)},
@@ -141,7 +139,7 @@ spec = Spec(
         Case(
             (("tokens", 4096), ("documents", 2), ("kv_heads", 2), ("group", 2), ("width", 128), ("columns", 128)),
         ),
-        grads=["q", "k", "v", "g", "beta"],
+        grads=TENSORS,
         working=_scratch,
     ),
     argument_kinds=document_kinds(TENSORS)
@@ -154,7 +152,6 @@ spec = Spec(
             lambda i: {"k": i["k"][:1].expand(i["k"].shape).contiguous(), "beta": torch.ones_like(i["beta"])}
         ),
     },
-    special_values=[nan],
     errors=[
         wrong_input("q is a matrix", ValueError, True, q=lambda q: q[0]),
         mistake("q is integer", TypeError, "q", lambda i: {name: i[name].long() for name in "qkv"}),

@@ -231,8 +231,8 @@ spec = Spec(
         options=OPTIONS,
         consistent=may_be_combined,
         fills=["randn", "ones", "zeros", "tiny", "wide", "outlier"],
-        alike=["ones", "zeros", "tiny"],  # equal logits have equal probabilities, whose rounding all gradients share
         shape=_shape,
+        alike=["ones", "zeros", "tiny"],  # equal logits have equal probabilities, whose rounding all gradients share
     ),
     outputs=["loss"],
     grads=["hidden", "weight", "bias"],

@@ -258,7 +258,6 @@ spec = Spec(
             "softcap": [0.0, 30.0, 2.0],
         },
         required=_required,
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"tokens": 1024, "documents": 1024},
         alike=["ones", "zeros", "tiny"],  # equal scores have equal probabilities, whose rounding all rows share
@@ -275,7 +274,6 @@ spec = Spec(
         },
         bounds={"sinks": _dsinks},
     ),
-    rowwise=[],
     independent=DOCUMENTS._replace(pick=_pick),
     far=["q", "k", "v"],
     laws={
