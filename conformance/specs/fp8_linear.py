@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -165,7 +165,7 @@ spec = Spec(
     grads=["x", "bias"],
     budget=Budget(roundings=1, bounds={"y": _y_bound, "x": _x_bound, "bias": _bias_bound}),
     rowwise=["x"],
-    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    bits_vary=BLAS,
     far=["x", "weight"],
     laws={
         "x twice as large": Law({"x": 2.0}, {"y": 2.0}, without=["bias"]),

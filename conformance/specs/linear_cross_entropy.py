@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.bounds import SHARED, Bound, exact, joined, product, total
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -244,7 +244,7 @@ spec = Spec(
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
     total_options={"num_items": 7},
-    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    bits_vary=BLAS,
     laws={
         "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),
         "dloss four times as large": Law({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -261,7 +261,7 @@ spec = Spec(
     ),
     arguments=_arguments,
     rowwise=["x"],
-    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    bits_vary=BLAS,
     laws={
         "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]),
         "lora_b half as large, with twice the scaling": Law(
