@@ -70,12 +70,9 @@ def ask(
         sys.path.append(os.getcwd())  # the process takes it over: a backend may be in the current folder
     found = worker(
         _Catalogue(
-            *(backend, "", "", None, device or "cpu", profile),
-            source=source,
-            properties=tuple(properties),
-            dtypes=tuple(dtypes),
-            asked=device,
-        )
+            backend, "", "", None, device or "cpu", profile,
+            source=source, properties=tuple(properties), dtypes=tuple(dtypes), asked=device,
+        )  # fmt: skip
     )
     if not isinstance(found, _Found):
         raise UsageError(found.message)
