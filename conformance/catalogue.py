@@ -68,12 +68,11 @@ def ask(
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the process takes it over: a backend may be in the current folder
-    found = worker(
-        _Catalogue(
-            backend, "", "", None, device or "cpu", profile,
-            source=source, properties=tuple(properties), dtypes=tuple(dtypes), asked=device,
-        )  # fmt: skip
-    )
+    catalogue = _Catalogue(
+        backend, "", "", None, device or "cpu", profile,
+        source=source, properties=tuple(properties), dtypes=tuple(dtypes), asked=device,
+    )  # fmt: skip
+    found = worker(catalogue)
     if not isinstance(found, _Found):
         raise UsageError(found.message)
     operations.install_properties()  # here too, for the report
