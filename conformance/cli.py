@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="conformance", description="Judge kernels against the reference, and time them.")
+    parser = _Parser(
+        prog="conformance",
+        description="Judge kernels against the reference, and time them.",
+        epilog="Exit status: 0 if everything passed, 1 if something failed, 2 for a usage error or if nothing ran.",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     for verb in VERBS:
         verb.add(verbs)

@@ -1,4 +1,4 @@
-"""What several verbs share: usage errors, names that must be known, the requested backend, the file of results."""
+"""What several verbs share: parsers and options, usage errors, values that are allowed, the requested backend."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -22,10 +22,20 @@ class UsageError(Exception):
     """A command line that cannot be run; the message states the value seen and the allowed values."""
 
 
+def add_verb(verbs: Verbs, name: str, what: str) -> argparse.ArgumentParser:
+    """Add the parser of a verb; `what` states in a sentence what the verb does."""
+    return verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add the options that select what is judged, and where."""
     parser.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that selects the device."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (cuda if there is a CUDA device)")
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +52,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that name an operation of your own."""
     group = parser.add_argument_group("an operation of your own")
     group.add_argument("--reference", metavar="M:F", help="its definition: module:function or file.py:function")
+    group.add_argument("--spec", metavar="SPEC", help="a module or file with a spec, in place of definition and call")
+    add_example(group)
+
+
+def add_example(group: Any) -> None:
+    """Add the options that describe an operation of your own to a parser or a group of one."""
     group.add_argument("--example", metavar="CALL", help="'x=randn(64,128) eps=1e-6', or a file that defines example")
-    group.add_argument("--spec", metavar="SPEC", help="in place of both: a module or file with a spec, as write prints")
     group.add_argument("--in-place", metavar="X,...", type=_names, default=(), help="inputs that it changes on purpose")
     group.add_argument("--rows", metavar="X,...", type=_names, default=(), help="inputs with independent rows")
     group.add_argument("--grads", metavar="X,...", type=_names, help="inputs to differentiate, or none (all)")
@@ -93,6 +108,14 @@ def demand_writable(path: Path | None, flag: str = "--json") -> None:
             path.open("a").close()
     except OSError as error:
         raise UsageError(f"{flag}: got {path}; it cannot be written: {error.strerror}") from error
+
+
+def demand_at_least(arguments: argparse.Namespace, **least: float) -> None:
+    """Raise UsageError for an option whose number is below its least value."""
+    for name, allowed in least.items():
+        given = getattr(arguments, name)
+        if given is not None and not given >= allowed:
+            raise UsageError(f"--{name.replace('_', '-')}: got {given}; allowed: {allowed} or more")
 
 
 def known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:

@@ -17,14 +17,14 @@ from conformance.case import DTYPES
 from conformance.peers import Absent
 from conformance.specs import specs
 from conformance.trial import BackendError
-from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+from conformance.verbs._shared import UsageError, Verbs, add_verb, demand_writable, known
 
 BENCHED = "reference,compile,torch,fast"
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("bench", help="compare the speed of backends on a GPU")
+    parser = add_verb(verbs, "bench", "compare the speed of backends on a GPU")
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
     parser.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")

@@ -21,6 +21,8 @@ from conformance.verbs._shared import (
     Verbs,
     add_backend,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
     judged_by,
     known,
@@ -30,7 +32,7 @@ from conformance.verbs._shared import (
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("coverage", help="show which paths of an operation's kernels its properties do not run")
+    parser = add_verb(verbs, "coverage", "show which paths of an operation's kernels its properties do not run")
     parser.add_argument("op", metavar="OP", nargs="?", help="the operation; not needed with one of your own")
     parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
@@ -49,6 +51,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
     (op,) = known("operation", [arguments.op] if arguments.op or not source else None, list(specs))
     (dtype,) = known("dtype", [arguments.dtype], list(DTYPES))
     names = known("property", arguments.property, list(PROPERTIES))
+    demand_at_least(arguments, jobs=1, lines=0)
     device, judged = judged_by(arguments, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")

@@ -20,6 +20,8 @@ from conformance.verbs._shared import (
     Verbs,
     add_search,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
     known,
     names_of,
@@ -29,7 +31,7 @@ from conformance.verbs._shared import (
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("gate", help="compare two revisions, or one with a ledger; fail for what got worse")
+    parser = add_verb(verbs, "gate", "compare two revisions, or one with a ledger, and fail if anything got worse")
     parser.add_argument("--base", metavar="REV", help="the revision to compare with")
     parser.add_argument("--head", metavar="REV", help="the revision to judge (the files as they are)")
     parser.add_argument("--ledger", type=Path, metavar="FILE", help="the ledger to compare with, in place of --base")
@@ -104,9 +106,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         from conformance.fingerprint import TARGETS  # needs Triton
 
         known("target", arguments.target, [*TARGETS, "none"])
-    for option, least in (("minutes", 0), ("budget_rise", 0), ("mutants", 0), ("jobs", 1)):
-        if (value := getattr(arguments, option)) is not None and not value >= least:
-            raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
+    demand_at_least(arguments, minutes=0, budget_rise=0, mutants=0, jobs=1)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
     options = {"--profile": arguments.profile, "--jobs": arguments.jobs, "--deviations": arguments.deviations}

@@ -13,6 +13,7 @@ from conformance.verbs._shared import (
     Verbs,
     add_backend,
     add_source,
+    add_verb,
     judged_by,
     known,
     names_of,
@@ -25,8 +26,8 @@ LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
-    parser.add_argument("line", help=f"'{LINE}'")
+    parser = add_verb(verbs, "repro", "run one case again, from the line that a failure printed")
+    parser.add_argument("line", help=f"in quotes: {LINE}")
     add_backend(parser)
     add_source(parser)
     parser.set_defaults(verb=_repro)

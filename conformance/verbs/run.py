@@ -14,6 +14,8 @@ from conformance.verbs._shared import (
     Verbs,
     add_search,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
     judged_by,
     known,
@@ -24,7 +26,7 @@ from conformance.verbs._shared import (
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
+    parser = add_verb(verbs, "run", "check the operations and training pieces of a backend")
     add_search(parser)
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     parser.add_argument("-x", "--stop", action="store_true", help="stop an operation after its first failure")
@@ -39,8 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
     ops = known("operation", arguments.ops, [*operations, *piece_names])
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
     properties = known("property", arguments.property, all_properties())
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
+    demand_at_least(arguments, jobs=1)
     device, judged = judged_by(arguments, source)
     demand_writable(arguments.json)
     if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
