@@ -17,10 +17,7 @@ def check(trial: Trial, case: Case) -> None:
         for what in ("shape", "dtype", "device"):
             if getattr(seen, what) != getattr(right, what):
                 raise Failure(f"{name} has {what} {getattr(seen, what)}, should be {getattr(right, what)}")
-        for other_name, other in [
-            *inputs.items(),
-            *zip(("grad_output",) * len(grad_outputs), grad_outputs, strict=True),
-        ]:
+        for other_name, other in (*inputs.items(), *(("grad_output", gradient) for gradient in grad_outputs)):
             if seen.numel() and seen.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
                 raise Failure(f"{name} shares the memory of {other_name}")
 
