@@ -25,7 +25,7 @@ from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
 from conformance.example import Example, Follows, TensorArgument, value_of
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
-from conformance.trial import Caught, describe, leaf
+from conformance.trial import Caught, as_leaves, describe
 
 PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
 FEWEST_ACCEPTED = 0.1  # of the combinations of sizes: with fewer, the sizes do not describe the operation
@@ -205,7 +205,8 @@ class Learner:
     def _called(self, spec: Spec) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the outputs, and of the inputs that have a gradient."""
         case = Case(tuple(self.sizes.items()))
-        inputs = {n: leaf(t, t.is_floating_point()) for n, t in spec.inputs(case, torch.float32, "cpu").items()}
+        inputs = spec.inputs(case, torch.float32, "cpu")
+        inputs = as_leaves(inputs, [name for name, tensor in inputs.items() if tensor.is_floating_point()])
         with Caught() as caught:
             outputs = call(spec, case, inputs)
         if caught.error is not None:

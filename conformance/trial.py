@@ -174,7 +174,7 @@ class Trial:
         """
         inputs = inputs or self.inputs(case)
         grads = [name for name in (self.spec.grads if grads is None else grads) if name in inputs]
-        leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
+        leaves = as_leaves(inputs, grads)
         with Interpreted() as forward:
             outputs = self.call(leaves, self.options(case), function)
         if not grads:
@@ -304,9 +304,9 @@ def is_plain(outputs: Sequence[Tensor]) -> bool:
     return all(PLAIN_NODE.fullmatch(node.name()) for node in nodes)
 
 
-def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """The same memory as a leaf of a new graph."""
-    return tensor.detach().requires_grad_(requires_grad)
+def as_leaves(tensors: Inputs, grads: Sequence[str]) -> Inputs:
+    """The same memory as leaves of a new graph, of which those named require a gradient."""
+    return {name: tensor.detach().requires_grad_(name in grads) for name, tensor in tensors.items()}
 
 
 def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -3,12 +3,12 @@
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
-from conformance.trial import Run, Trial, leaf
+from conformance.trial import Run, Trial, as_leaves
 
 
 def check(trial: Trial, case: Case) -> None:
     """Compare with the reference, and compare storages with those of the inputs."""
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     outputs = trial.call(inputs, trial.options(case))
     wanted = trial.run(case, inputs, function=trial.spec.reference)
     grad_outputs = trial.grad_outputs(case, wanted.outputs)

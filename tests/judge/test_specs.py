@@ -15,7 +15,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.trial import Run, Trial, is_plain, leaf, widen
+from conformance.trial import Run, Trial, as_leaves, is_plain, widen
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Approximate
@@ -168,5 +168,5 @@ def test_plain_pytorch_is_told_from_kernels_by_its_autograd_nodes(op: str) -> No
     case = spec.case(2, 8)
     for package, plain in ((reference, True), (fast, False)):
         trial = Trial(spec, getattr(package, op), torch.float32, "cpu")
-        inputs = {name: leaf(tensor, name in spec.grads) for name, tensor in trial.inputs(case).items()}
+        inputs = as_leaves(trial.inputs(case), spec.grads)
         assert is_plain(trial.call(inputs, trial.options(case))) == plain
