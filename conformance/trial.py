@@ -328,17 +328,14 @@ def bits(tensor: Tensor) -> Tensor:
 def demand_same_bits(spec: Spec, first: Run, second: Run, message: str) -> None:
     """Raise Failure if two runs differ in any bit; `message` states the property that this violates."""
     for (_, name, one), (_, _, other) in zip(first.named(spec), second.named(spec), strict=True):
-        differs = bits(one) != bits(other) if one.shape == other.shape else torch.ones(1, dtype=torch.bool)
+        if one.shape != other.shape:
+            raise Failure(f"{message}: {name} has shape {list(one.shape)}, then {list(other.shape)}")
+        differs = bits(one) != bits(other)
         if differs.any():
             index = tuple(differs.nonzero()[0].tolist())
             raise Failure(
                 f"{message}: {name} differs in {int(differs.sum())} of {differs.numel()} elements,"
-                f" first at index {index}\n"
-                + (
-                    f"first {float(one[index])!r}, then {float(other[index])!r}"
-                    if one.shape == other.shape
-                    else "shapes"
-                )
+                f" first at index {index}\nfirst {float(one[index])!r}, then {float(other[index])!r}"
             )
 
 

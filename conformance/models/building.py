@@ -1,9 +1,9 @@
 """Which model is judged, and on which documents: a tiny random one of any architecture, or one that is loaded.
 
-subject = Subject.named("llama")                      a tiny random model of an architecture
-subject = Subject("folder/or/name")                   a model in a folder or on the hub
-model = subject.model(torch.float32, "cpu")           untouched, in training mode; the same weights each time
-documents = documents_of(subject, "cpu")              documents.padded(), documents.packed(), documents.alone()
+subject = Subject.named("llama")                a tiny random model of an architecture
+subject = Subject("folder/or/name")             a model in a folder or on the hub
+model = subject.model(torch.float32, "cpu")     untouched, in training mode; the same weights each time
+documents = documents_of(subject, "cpu")        documents.padded(), documents.packed(), documents.alone()
 """
 
 import copy
@@ -191,8 +191,7 @@ def documents_of(
     Args:
         subject: the model.
         device: of the tensors.
-        data: a text file, one document a line, or a .jsonl file with a field "text"; None for random
-            tokens.
+        data: a text file, one document per line, or a .jsonl file with a field "text"; None for random tokens.
         lengths: of the documents with random tokens; those of a file are cut to the longest of them.
     """
     if data is not None:
