@@ -32,6 +32,8 @@ NOISE = 0.01  # of one time in one round: a Student t distribution with 3 degree
 PROCESS = {"device": 0.002, "host": 0.005}  # standard deviation of what a process adds for as long as it lives
 CLOCKS = (1.0, 0.97, 0.94, 1.05)  # levels between which a clock steps
 DRIFT, STEP = 0.03, 0.01  # of the clock, each way; how often it steps
+PAGE = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)  # of the columns of its table
 
 
 class SimulatedCard:
@@ -79,9 +81,6 @@ def shares(slowdown: float) -> Counter[Verdict]:
     return Counter(overall(found) for found in decisions(slowdown))
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
-
-
 def documented() -> Iterator[tuple[float, dict[Verdict, float], int]]:
     """The table of docs/gate.md: a slowdown, the share of each verdict, and the rounds."""
     for line in PAGE.splitlines():
@@ -89,9 +88,6 @@ def documented() -> Iterator[tuple[float, dict[Verdict, float], int]]:
             slowdown = int(row[2] or 0) / 100 * (-1 if row[3] == "faster" else 1)
             cells = zip(ORDER, row[4].split("|"), strict=True)
             yield slowdown, {one: int(cell.split()[0]) / 100 for one, cell in cells}, int(row[5])
-
-
-ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.SAME, Verdict.UNSURE)
 
 
 def test_the_documents_give_the_shares_that_are_simulated() -> None:
