@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from conformance.catalogue import UsageError
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
 from conformance.verbs import (
@@ -27,7 +28,6 @@ from conformance.verbs import (
     run,
     write,
 )
-from conformance.verbs._shared import UsageError
 
 VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 

@@ -1,25 +1,16 @@
-"""What several verbs share: parsers and options, usage errors, values that are allowed, the requested backend."""
+"""What several verbs share: parsers and options, and what they demand of them."""
 
 import argparse
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from conformance import backends, operations
-from conformance.backends import Judged
+from conformance import backends
 from conformance.case import DTYPES
-from conformance.operations import PROJECT, Source
-from conformance.pieces import pieces
+from conformance.catalogue import UsageError
+from conformance.operations import Source
 from conformance.profiles import PROFILES
-from conformance.properties import PROPERTIES
 
 Verbs = Any  # argparse's action that adds the parsers of verbs; it has no public name
-
-
-class UsageError(Exception):
-    """A command line that cannot be run; the message states the value seen and the allowed values."""
 
 
 def add_verb(verbs: Verbs, name: str, what: str) -> argparse.ArgumentParser:
@@ -81,25 +72,6 @@ def source_of(arguments: argparse.Namespace) -> Source:
     )
 
 
-def judged_by(arguments: argparse.Namespace, source: Source = PROJECT) -> tuple[str, Judged]:
-    """The requested device and backend."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
-    return device, backends.load(arguments.backend, device, source)
-
-
-def names_of(source: Source) -> tuple[list[str], list[str]]:
-    """The names of the operations and of the training pieces that can be judged."""
-    operations.install_properties()
-    return list(operations.specs(source)), [] if source else list(backends.PIECES)
-
-
-def properties_of(op: str) -> Collection[str]:
-    """The names of the properties of an operation or piece."""
-    return pieces()[op].properties if op in backends.PIECES else PROPERTIES
-
-
 def demand_writable(path: Path | None, flag: str = "--json") -> None:
     """Raise UsageError before any work if the results cannot be written."""
     try:
@@ -116,11 +88,3 @@ def demand_at_least(arguments: argparse.Namespace, **least: float) -> None:
         given = getattr(arguments, name)
         if given is not None and not given >= allowed:
             raise UsageError(f"--{name.replace('_', '-')}: got {given}; allowed: {allowed} or more")
-
-
-def known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """The names, or all allowed names if none is given; raises UsageError for one that is not allowed."""
-    for name in names or []:
-        if name not in allowed:
-            raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")
-    return list(dict.fromkeys(names or allowed))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance import results_file
+from conformance.catalogue import UsageError
 from conformance.gates import Unchecked
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, quiet, trial_of
 from conformance.verbs import model
-from conformance.verbs._shared import UsageError, Verbs, add_verb
+from conformance.verbs._shared import Verbs, add_verb
 
 if TYPE_CHECKING:
     from conformance.models.bisecting import Found

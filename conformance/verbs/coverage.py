@@ -9,6 +9,7 @@ from pathlib import Path
 
 from conformance import operations, report, results_file
 from conformance.case import DTYPES, Case
+from conformance.catalogue import UsageError, judged_by, known
 from conformance.coverage import Explored, Pair, explore, shown
 from conformance.operations import Source
 from conformance.profiles import PROFILES
@@ -17,15 +18,12 @@ from conformance.runner import Task, run
 from conformance.search import Result
 from conformance.trial import Trial
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_backend,
     add_source,
     add_verb,
     demand_at_least,
     demand_writable,
-    judged_by,
-    known,
     source_of,
 )
 
@@ -52,7 +50,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
     (dtype,) = known("dtype", [arguments.dtype], list(DTYPES))
     names = known("property", arguments.property, list(PROPERTIES))
     demand_at_least(arguments, jobs=1, lines=0)
-    device, judged = judged_by(arguments, source)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
     demand_writable(arguments.json)

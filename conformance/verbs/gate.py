@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, known, names_of
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import Ledger, LedgerError
@@ -16,15 +17,12 @@ from conformance.gate.sides import RevisionError, Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
     add_verb,
     demand_at_least,
     demand_writable,
-    known,
-    names_of,
     source_of,
 )
 

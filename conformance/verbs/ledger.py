@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
+from conformance.catalogue import UsageError
 from conformance.gate import ledger
 from conformance.gate.ledger import Entry, Ledger, LedgerError
 from conformance.gate.verdict import name
-from conformance.verbs._shared import UsageError, Verbs, add_verb
+from conformance.verbs._shared import Verbs, add_verb
 
 FOLDER = Path("ledger")
 

@@ -13,11 +13,12 @@ import torch
 
 from conformance import backends, report, results_file
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, known
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, tasks_of
 from conformance.runner import run
 from conformance.search import Result
-from conformance.verbs._shared import UsageError, Verbs, add_device, add_verb, demand_at_least, demand_writable, known
+from conformance.verbs._shared import Verbs, add_device, add_verb, demand_at_least, demand_writable
 from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")

@@ -9,6 +9,7 @@ from pathlib import Path
 from conformance import operations
 from conformance.backends import Judged
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, judged_by, known
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Key, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
@@ -16,15 +17,12 @@ from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
     add_verb,
     demand_at_least,
     demand_writable,
-    judged_by,
-    known,
     source_of,
 )
 
@@ -59,7 +57,7 @@ def _mutate(arguments: argparse.Namespace) -> int:
     demand_at_least(arguments, jobs=1, sample=1)
     if source and arguments.backend.partition(":")[0].endswith(".py"):
         raise UsageError(f"--backend: got {arguments.backend}; allowed for mutate: module:function, as it is imported")
-    device, judged = judged_by(arguments, source)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     demand_writable(arguments.json)
     chosen = _chosen(arguments, judged, ops)
     try:

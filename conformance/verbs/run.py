@@ -6,20 +6,16 @@ from pathlib import Path
 
 from conformance import backends, deviations, report
 from conformance.case import DTYPES
-from conformance.catalogue import all_properties, tasks_of
+from conformance.catalogue import UsageError, all_properties, judged_by, known, names_of, tasks_of
 from conformance.runner import Task, run
 from conformance.search import Result
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
     add_verb,
     demand_at_least,
     demand_writable,
-    judged_by,
-    known,
-    names_of,
     source_of,
 )
 
@@ -42,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
     properties = known("property", arguments.property, all_properties())
     demand_at_least(arguments, jobs=1)
-    device, judged = judged_by(arguments, source)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     demand_writable(arguments.json)
     if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
         ops = operations  # most backends define only kernels: do not list all pieces as missing
