@@ -50,11 +50,16 @@ def properties_of(op: str) -> Collection[str]:
     return pieces()[op].properties if op in backends.PIECES else PROPERTIES
 
 
-def judged_by(backend: str, device: str | None, source: Source = PROJECT) -> tuple[str, Judged]:
-    """The requested device, by default cuda if there is a CUDA device, and the requested backend."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+def device_of(asked: str | None) -> str:
+    """The requested device, by default cuda if there is a CUDA device; raises UsageError if it is missing."""
+    if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def judged_by(backend: str, device: str | None, source: Source = PROJECT) -> tuple[str, Judged]:
+    """The requested device and backend."""
+    device = device_of(device)
     return device, backends.load(backend, device, source)
 
 

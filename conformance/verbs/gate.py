@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, known, names_of
+from conformance.catalogue import UsageError, device_of, known, names_of
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import Ledger, LedgerError
@@ -105,14 +105,12 @@ def _request(arguments: argparse.Namespace) -> Request:
 
         known("target", arguments.target, [*TARGETS, "none"])
     demand_at_least(arguments, minutes=0, budget_rise=0, mutants=0, jobs=1)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
     options = {"--profile": arguments.profile, "--jobs": arguments.jobs, "--deviations": arguments.deviations}
     judge = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
     return Request(
         arguments.ops,
         arguments.backend,
-        arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device_of(arguments.device),
         judge=judge + (["--property", *arguments.property] if arguments.property else []),
         dtypes=tuple(arguments.dtype or ()),
         targets=() if none else arguments.target,

@@ -13,7 +13,7 @@ import torch
 
 from conformance import backends, report, results_file
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, known
+from conformance.catalogue import UsageError, device_of, known
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, tasks_of
 from conformance.runner import run
@@ -124,9 +124,7 @@ def _counted(results: Sequence[Result]) -> str:
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     """What the command line asks for; raises UsageError."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    device = device_of(arguments.device)
     dtypes = known("dtype", arguments.dtype or ["bfloat16" if device == "cuda" else "float32"], list(DTYPES))
     laws = known("law", arguments.law, list(LAWS))
     demand_at_least(arguments, jobs=1)
