@@ -75,7 +75,7 @@ class Subject:
             model_class(config)  # raises ValueError for one that the package does not train
             return _without_noise(config)
         except _FAILURES as failure:
-            raise NotBuilt(f"no configuration of a tiny model: {_first_line(failure)}") from failure
+            raise NotBuilt(f"no configuration of a tiny model: {_in_one_line(failure)}") from failure
 
     def model(self, dtype: torch.dtype, device: str, *, experts: str | None = None) -> Any:
         """The untouched model in training mode, the same each time.
@@ -99,7 +99,7 @@ class Subject:
                     weights, model = model.state_dict(), _from_config(config, dtype, experts)
                     model.load_state_dict(weights)
         except _FAILURES as failure:
-            raise NotBuilt(f"no tiny model: {_first_line(failure)}") from failure
+            raise NotBuilt(f"no tiny model: {_in_one_line(failure)}") from failure
         return model.to(device).train()
 
     def _loaded(self, dtype: torch.dtype, device: str, experts: str | None) -> Any:
@@ -233,5 +233,5 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype, experts: str | No
     return model_class(config).from_config(copy.deepcopy(config), dtype=dtype, **options)
 
 
-def _first_line(failure: Exception) -> str:
+def _in_one_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
