@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
     texts = [json.loads(line)["text"] for line in lines] if data.suffix == ".jsonl" else lines
     rows = (torch.tensor(tokenizer(text)["input_ids"][:longest]) for text in texts)
-    found = [row for row, _ in zip((row for row in rows if len(row) > 1), range(count), strict=False)]
+    found = list(islice((row for row in rows if len(row) > 1), count))
     if len(found) < 2:
         raise NotBuilt(f"data: got {data} with {len(found)} documents of two tokens or more; allowed: 2 or more")
     return found
