@@ -88,7 +88,7 @@ def _stranger(name: str, source: Source) -> dict[str, Function]:
         found = getattr(found, op) if hasattr(found, op) else found
         if not callable(found):
             raise BackendError(f"backend: {name} is no function and defines no {op}; allowed: module:function")
-        return {op: calling.in_words_of(spec.reference, calling.as_function(found, op))}
+        return {op: calling.with_parameters_of(spec.reference, calling.as_function(found, op))}
     if isinstance(caught.error, (BackendError, SpecError)):
         raise BackendError(str(caught.error)) from caught.error
     raise BackendError(f"backend: {name} cannot be called as {op}: {describe(caught.error)}") from caught.error

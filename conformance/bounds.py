@@ -34,7 +34,7 @@ Bound
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,8 @@ class Terms:
     def over_rows(self) -> Terms:
         """The terms of a sum over rows, [..., columns] to [columns], from those of its elements."""
         root = self.size if self.root is None else self.root
-        wide = None if self.in_float32 is None else _rows(self.in_float32).sum(0)
-        return Terms(_rows(self.size).sum(0), _rows(root).norm(dim=0), wide)
+        wide = None if self.in_float32 is None else as_rows(self.in_float32).sum(0)
+        return Terms(as_rows(self.size).sum(0), as_rows(root).norm(dim=0), wide)
 
     def reshape(self, shape: Sequence[int]) -> Terms:
         """The same terms in another shape."""
@@ -100,8 +100,9 @@ class Terms:
         return in_dtype if self.in_float32 is None else in_dtype + float32_error(how.elements) * self.in_float32
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., columns] as [rows, columns]."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def lost(x: Tensor, moved: float | Tensor = 0.0) -> Tensor:
@@ -145,13 +146,17 @@ class Bound:
         """The product with exact numbers, not yet rounded."""
         return Bound(factor * self.value, abs(factor) * self.error, factor**2 * self.square)
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, error and square."""
+        return self.value, self.error, self.square
+
     def t(self) -> Bound:
         """The transposed matrix."""
-        return Bound(self.value.t(), self.error.t(), self.square.t())
+        return Bound(*(part.t() for part in self.parts()))
 
     def reshape(self, shape: Sequence[int]) -> Bound:
         """The same numbers in another shape."""
-        return Bound(*(tensor.reshape(shape) for tensor in (self.value, self.error, self.square)))
+        return Bound(*(part.reshape(shape) for part in self.parts()))
 
     def rounded(self, unit: float, smallest: float | Tensor) -> Bound:
         """Rounded to a dtype with this unit roundoff and smallest normal number."""
@@ -180,6 +185,11 @@ def exact(value: Tensor) -> Bound:
     """A number without an error."""
     nothing = torch.zeros_like(value)
     return Bound(value, nothing, nothing)
+
+
+def joined(bounds: Iterable[Bound], join: Callable[[tuple[Tensor, ...]], Tensor] = torch.cat) -> Bound:
+    """Several numbers as one, by torch.cat, torch.stack or the like."""
+    return Bound(*(join(parts) for parts in zip(*(bound.parts() for bound in bounds), strict=True)))
 
 
 def added_in_float32(term: Bound, elements: int, additions: int = 0) -> Bound:

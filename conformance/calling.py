@@ -1,4 +1,4 @@
-"""How an operation is called: which arguments go by place and which by name, and which tensors come back.
+"""How an operation is called: which arguments go by position and which by name, and which tensors come back.
 
 The inputs of a case are tensors by name. `xs[0]` and `xs[1]` are the elements of the list `xs`. An operation may work
 in place on purpose: then it gets a copy of such an input, and the copy after the call is one more output. So every
@@ -49,14 +49,9 @@ def results(found: Any, written: Sequence[Tensor]) -> list[Any]:
     A returned tensor that is one of those written is no further output.
     """
     memory = {tensor.untyped_storage().data_ptr() for tensor in written if tensor.numel()}
-    return [
-        *(
-            one
-            for one in tree_leaves(found)
-            if one is not None and not (isinstance(one, Tensor) and one.untyped_storage().data_ptr() in memory)
-        ),
-        *written,
-    ]
+    returned = [one for one in tree_leaves(found) if one is not None]
+    own = [t for t in returned if not isinstance(t, Tensor) or t.untyped_storage().data_ptr() not in memory]
+    return [*own, *written]
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -94,14 +89,14 @@ def as_function(found: Any, name: str) -> Callable[..., Any]:
 
 
 def adapted(function: Any) -> Any:
-    """The object that `as_function` and `in_words_of` made this function from."""
+    """The object that `as_function` and `with_parameters_of` made this function from."""
     while "adapted" in getattr(function, "__dict__", {}):
         function = function.adapted
     return function
 
 
 def _without_first(function: type[torch.autograd.Function]) -> inspect.Signature:
-    """The signature of `apply`: that of `forward`, without the context unless `setup_context` gets it; by place."""
+    """The signature of `apply`: that of `forward`, without the context unless `setup_context` gets it; positional."""
     parameters = list(inspect.signature(function.forward).parameters.values())
     if function.setup_context is torch.autograd.function._SingleLevelFunction.setup_context:
         parameters = parameters[1:]
@@ -120,10 +115,10 @@ def _named(
     return call
 
 
-def in_words_of(reference: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under the reference's parameter names, where its own differ or can only be given by place.
+def with_parameters_of(reference: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the reference's parameter names, where its own differ or are positional-only.
 
-    Parameters that have the same name are the same; the others that can be given by place are matched in order. A
+    Parameters that have the same name are the same; the others that can be positional are matched in order. A
     parameter of the function without a default gets the reference's. Additional parameters with a default are allowed.
     """
     empty = inspect.Parameter.empty
@@ -143,22 +138,20 @@ def in_words_of(reference: Callable[..., Any], function: Callable[..., Any]) -> 
     missing = [p.name for p in own.values() if p.default is empty and p.name not in taken]
     if missing:  # signature parity names them
         return function
-    names, order = {name: p.name for name, p in matched.items()}, list(own)
-    by_place = {p.name for p in own.values() if p.kind is p.POSITIONAL_ONLY}
+    names = {name: p.name for name, p in matched.items()}
+    positional = [p.name for p in own.values() if p.kind is p.POSITIONAL_ONLY]
     given_always = {
         names[name]: p.default
         for name, p in wanted.items()
-        if name in names and p.default is not empty and (matched[name].default is empty or names[name] in by_place)
+        if name in names and p.default is not empty and (matched[name].default is empty or names[name] in positional)
     }
     defaults = {name: p.default for name, p in matched.items() if p.default is not empty}
-    words = list(wanted)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = dict(given_always)
-        for name, value in (*zip(words, args, strict=False), *kwargs.items()):
+        for name, value in (*zip(wanted, args, strict=False), *kwargs.items()):
             given[names.get(name, name)] = value
-        first = [given.pop(name) for name in order if name in by_place]
-        return function(*first, **given)
+        return function(*[given.pop(name) for name in positional], **given)
 
     call.adapted = function  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = function.__name__

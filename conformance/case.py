@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,13 +43,14 @@ class Case:
 
     def __str__(self) -> str:
         """The case in the form that `conformance repro` reads: "rows=4 hidden=129 fill=tiny seed=0"."""
-        words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
-        return " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in words)
+        return " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in self._words())
 
     def __repr__(self) -> str:
         """The case in the form of a constructor call, for messages."""
-        words = [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
-        return f"Case({', '.join(f'{name}={value!r}' for name, value in words)})"
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in self._words())})"
+
+    def _words(self) -> list[tuple[str, Any]]:
+        return [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
 
     def size(self, name: str) -> int:
         """The size of one dimension."""
@@ -71,12 +72,11 @@ class Case:
             ValueError: a word is not name=value, a name is unknown, a size is missing, or a value is not allowed.
         """
         words: dict[str, Any] = {}
+        names = [*size_names, *option_names, "fill", "layout", "seed"]
         for word in line.split():
             name, equals, value = word.partition("=")
-            allowed = [*size_names, *option_names, *(f.name for f in fields(cls) if f.default is not f.default_factory)]
-            allowed = [a for a in allowed if a not in ("sizes", "options")]
-            if not equals or name not in allowed:
-                raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(allowed)}")
+            if not equals or name not in names:
+                raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(names)}")
             try:
                 words[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):

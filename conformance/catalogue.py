@@ -1,12 +1,13 @@
-"""Which checks does a backend have? One for every operation or piece that it defines, property and dtype."""
+"""What can be asked for, and which checks does a backend have? One for each operation or piece, property and dtype."""
 
 from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from conformance import backends, operations
 from conformance.backends import Judged
@@ -19,12 +20,47 @@ from conformance.properties import PROPERTIES
 from conformance.runner import OneByOne, Task
 from conformance.search import Result
 from conformance.trial import BackendError
-from conformance.verbs._shared import UsageError, judged_by, known, names_of, properties_of
+
+
+class UsageError(Exception):
+    """What was asked for cannot be run; the message states the value seen and the allowed values."""
+
+
+def known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
+    """The names, or all allowed names if none is given; raises UsageError for one that is not allowed."""
+    for name in names or []:
+        if name not in allowed:
+            raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")
+    return list(dict.fromkeys(names or allowed))
+
+
+def names_of(source: Source) -> tuple[list[str], list[str]]:
+    """The names of the operations and of the training pieces that can be judged."""
+    operations.install_properties()
+    return list(operations.specs(source)), [] if source else list(backends.PIECES)
 
 
 def all_properties() -> list[str]:
     """The names of all properties, of operations and of pieces, without repetitions."""
     return list(dict.fromkeys([*PROPERTIES, *(name for piece in pieces().values() for name in piece.properties)]))
+
+
+def properties_of(op: str) -> Collection[str]:
+    """The names of the properties of an operation or piece."""
+    return pieces()[op].properties if op in backends.PIECES else PROPERTIES
+
+
+def device_of(asked: str | None) -> str:
+    """The requested device, by default cuda if there is a CUDA device; raises UsageError if it is missing."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def judged_by(backend: str, device: str | None, source: Source = PROJECT) -> tuple[str, Judged]:
+    """The requested device and backend."""
+    device = device_of(device)
+    return device, backends.load(backend, device, source)
 
 
 def tasks_of(
@@ -68,15 +104,11 @@ def ask(
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the process takes it over: a backend may be in the current folder
-    found = worker(
-        _Catalogue(
-            *(backend, "", "", None, device or "cpu", profile),
-            source=source,
-            properties=tuple(properties),
-            dtypes=tuple(dtypes),
-            asked=device,
-        )
-    )
+    catalogue = _Catalogue(
+        backend, "", "", None, device or "cpu", profile,
+        source=source, properties=tuple(properties), dtypes=tuple(dtypes), asked=device,
+    )  # fmt: skip
+    found = worker(catalogue)
     if not isinstance(found, _Found):
         raise UsageError(found.message)
     operations.install_properties()  # here too, for the report
@@ -116,7 +148,7 @@ class _Catalogue(Task):
         dtypes = known("dtype", self.dtypes, list(DTYPES))
         known("device", [self.asked] if self.asked else None, ["cpu", "cuda"])
         known("profile", [self.profile], list(PROFILES))
-        device, judged = judged_by(Namespace(backend=self.backend, device=self.asked), self.source)
+        device, judged = judged_by(self.backend, self.asked, self.source)
         tasks = tasks_of(judged, device, self.profile, self.source, (), properties, dtypes)
         if not tasks:
             raise UsageError(f"{', '.join(judged.functions)}: no property of {', '.join(properties)}: nothing to run")

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from conformance.catalogue import UsageError
 from conformance.declarations import SpecError
 from conformance.trial import BackendError
 from conformance.verbs import (
@@ -27,7 +28,6 @@ from conformance.verbs import (
     run,
     write,
 )
-from conformance.verbs._shared import UsageError
 
 VERBS = (run, model, bisect, listing, repro, write, coverage, bench, fingerprint, mutate, gate, ledger, report)
 
@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="conformance", description="Judge kernels against the reference, and time them.")
+    parser = _Parser(
+        prog="conformance",
+        description="Judge kernels against the reference, and time them.",
+        epilog="Exit status: 0 if everything passed, 1 if something failed, 2 for a usage error or if nothing ran.",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     for verb in VERBS:
         verb.add(verbs)

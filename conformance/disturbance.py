@@ -44,7 +44,7 @@ class Widened(TorchDispatchMode):
     """Operators that are asked for a narrower floating-point dtype compute in float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator in float64, then see what became of it."""
+        """Run the operator in float64."""
         args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in (kwargs or {}).items()}
         return self.seen(func, self.run(func, args, kwargs), args)
 

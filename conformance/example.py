@@ -23,6 +23,7 @@ import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import whitespace
 from typing import Any
 
 import torch
@@ -119,44 +120,21 @@ def read(text: str) -> Example:
     return of_call(found)
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, which spaces separate outside of brackets and quotes."""
-    found, depth, quote, word = [], 0, "", ""
+def split(text: str, separators: str) -> list[str]:
+    """The parts of a text between separators outside of brackets and quotes, stripped; empty ones are left out."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
             quote = "" if letter == quote else quote
         elif letter in "'\"":
             quote = letter
-        depth += (letter in "([{") - (letter in ")]}") if not quote else 0
-        if letter.isspace() and not depth and not quote:
-            found.append(word)
-            word = ""
         else:
-            word += letter
-    return [word for word in (*found, word) if word]
-
-
-def split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators outside of brackets and quotes, stripped."""
-    spaced = "".join("\0" if letter.isspace() else letter for letter in text)
-    parts = words("".join(" " if letter == separator else letter for letter in _shielded(spaced, separator)))
-    return [part.replace("\1", separator).replace("\0", " ").strip() for part in parts]
-
-
-def _shielded(text: str, separator: str) -> str:
-    """The text with separators inside brackets and quotes replaced by a mark."""
-    found, depth, quote = "", 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        found += "\1" if letter == separator and (depth or quote) else letter
-    return found
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter in separators and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
 
 
 class _Text:
@@ -166,7 +144,7 @@ class _Text:
         self._sizes = {name: int(number) for name, number in re.findall(r"[(,]\s*([A-Za-z_]\w*)\s*=\s*(\d+)", text)}
         self._unnamed: dict[int, str] = {}
         arguments: dict[str, tuple[Any, ...]] = {}
-        for word in words(text):
+        for word in split(text, whitespace):
             name, equals, value = word.partition("=")
             if not equals or not name.isidentifier() or not value:
                 raise SpecError(f"--example: got {word!r}; allowed: NAME=VALUE with a VALUE such as randn(64,128)")

@@ -31,7 +31,7 @@ from conformance.counts import Counts
 from conformance.gates import Failure
 from conformance.results_file import commit, versions
 from conformance.spec import Spec
-from conformance.trial import Caught, Trial, describe, leaf
+from conformance.trial import Caught, Trial, as_leaves, describe
 from unsloth_fast.kernels._launch import launched_by_triton
 
 NAME_WIDTH, CELL_WIDTH = 36, 24
@@ -160,7 +160,7 @@ def _run(trial: Trial, case: Case, draw: Draw, grads: Sequence[str]) -> None:
     spec = trial.spec
     inputs = spec.drawing.build(draw, **dict(case.sizes))
     inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
-    leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
+    leaves = as_leaves(inputs, grads)
     # Of rows that count: all.
     with shapes.patch(meta_nonzero_assume_all_nonzero=True):  # pyright: ignore[reportAttributeAccessIssue]
         outputs = trial.call(leaves, trial.options(case))

@@ -107,10 +107,10 @@ def patch_for_speed() -> None:
     core.block_type.__init__ = _shared_types(core.block_type.__init__)
     core.tensor.__init__ = _shared_shapes(core.tensor.__init__)
     semantic: Any = importlib.import_module("triton.language.semantic").TritonSemantic
-    semantic.broadcast_impl_value = _broadcast_of_others(semantic.broadcast_impl_value)
-    semantic.binary_op_type_checking_impl = _types_of_others(semantic.binary_op_type_checking_impl)
+    semantic.broadcast_impl_value = _broadcast_if_shapes_differ(semantic.broadcast_impl_value)
+    semantic.binary_op_type_checking_impl = _converted_if_types_differ(semantic.binary_op_type_checking_impl)
     if hasattr(semantic, "binary_op_sanitize_overflow_impl"):
-        semantic.binary_op_sanitize_overflow_impl = _only_in_debugging(semantic.binary_op_sanitize_overflow_impl)
+        semantic.binary_op_sanitize_overflow_impl = _checked_if_debugging(semantic.binary_op_sanitize_overflow_impl)
 
 
 @cache
@@ -230,7 +230,7 @@ def _shared_shapes(make: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any,
     return init
 
 
-def _broadcast_of_others(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+def _broadcast_if_shapes_differ(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
     """Replaces `broadcast_impl_value`: returns two scalars, or two blocks of the same shape, as they are."""
 
     @wraps(broadcast)
@@ -242,7 +242,7 @@ def _broadcast_of_others(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[
     return method
 
 
-def _types_of_others(checked: Callable[..., Any]) -> Callable[..., Any]:
+def _converted_if_types_differ(checked: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `binary_op_type_checking_impl`: operands of the same type are not converted, except for a quotient."""
 
     @wraps(checked)
@@ -256,7 +256,7 @@ def _types_of_others(checked: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _only_in_debugging(check: Callable[[Any, Any, Any, Any], None]) -> Callable[[Any, Any, Any, Any], None]:
+def _checked_if_debugging(check: Callable[[Any, Any, Any, Any], None]) -> Callable[[Any, Any, Any, Any], None]:
     """Replaces `binary_op_sanitize_overflow_impl`, whose finding becomes an assertion only where `debug` is set."""
 
     @wraps(check)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, nan
 from typing import Any
@@ -23,12 +23,12 @@ from conformance import calling
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.example import Example, Follows, Size, TensorArgument, value_of
+from conformance.example import Example, Follows, TensorArgument, value_of
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
-from conformance.trial import Caught, describe, leaf
+from conformance.trial import Caught, as_leaves, describe
 
 PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
-FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not describe the operation
+FEWEST_ACCEPTED = 0.1  # of the combinations of sizes: with fewer, the sizes do not describe the operation
 PRESENT = "given"  # the value of an optional tensor that is there
 
 
@@ -76,7 +76,6 @@ class Learner:
     in_place: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     grads: tuple[str, ...] | None = None
-    tied: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -92,12 +91,11 @@ class Learner:
         self._demand_arguments()
         spec = self._of_example()
         counts = self._counts(spec)
-        spec = replace(
-            spec,
-            drawing=replace(
-                spec.drawing, sizes=counts, shape=lambda rows, columns: shape(counts, rows, columns) if counts else ()
-            ),
-        )
+
+        def fitted(rows: int, columns: int) -> tuple[int, ...]:
+            return shape(counts, rows, columns) if counts else ()
+
+        spec = replace(spec, drawing=replace(spec.drawing, sizes=counts, shape=fitted))
         self._demand_mostly_accepted(spec)
         return replace(spec, lacks=self._lacks(spec), special_values=self._special_values(spec))
 
@@ -131,20 +129,16 @@ class Learner:
         return {name: self.example.sizes[name] for name in names}
 
     def _demand_arguments(self) -> None:
-        variable = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
         for name, values in self.example.arguments.items():
-            if name not in self.parameters and not variable:
+            if name not in self.parameters and not takes_any:
                 raise SpecError(f"--example: {self.op} has no argument {name}; it has {', '.join(self.parameters)}")
-            kinds = [value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)]
-            others = [value for value in values if value not in kinds and value is not None]
-            if kinds and (len(kinds) > 1 or others):
+            others = [value for value in values if value is not None]
+            if any(map(_is_tensors, others)) and len(others) > 1:
                 raise SpecError(f"--example: got several values of {name}; allowed beside a tensor: None")
         for name, parameter in self.parameters.items():
-            optional = parameter.default is not parameter.empty or parameter.kind in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            )
-            if name not in self.example.arguments and not optional:
+            variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if name not in self.example.arguments and parameter.default is parameter.empty and not variable:
                 raise SpecError(f"--example: {name} is missing, which {self.op} needs")
         if not self.tensors:
             raise SpecError("--example: got no tensor; allowed: arguments such as x=randn(64,128)")
@@ -153,32 +147,24 @@ class Learner:
                 if name not in self.tensors:
                     raise SpecError(f"{flag}: got {name}; allowed: {', '.join(self.tensors)}")
 
-    @staticmethod
-    def _is_tensors(value: Any) -> bool:
-        return isinstance(value, TensorArgument) or any(isinstance(one, TensorArgument) for one in value)
-
     def options(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Values to draw by keyword, the default first, and those that every call gets."""
         drawn: dict[str, list[Any]] = {}
         always: dict[str, Any] = {}
         for name, values in self.example.arguments.items():
             parameter = self.parameters.get(name)
-            has_default = parameter is not None and parameter.default is not parameter.empty
-            tensors = [
-                value for value in values if isinstance(value, (TensorArgument, list)) and self._is_tensors(value)
-            ]
-            if tensors:
-                if None in values or (has_default and parameter is not None and parameter.default is None):
-                    drawn[name] = [PRESENT, None]
-                continue
+            default = [] if parameter is None or parameter.default is parameter.empty else [parameter.default]
             first = values[0]
-            if isinstance(first, (Follows, list, dict)) or (has_default is False and len(values) == 1):
+            if any(map(_is_tensors, values)):
+                if None in values or default == [None]:
+                    drawn[name] = [PRESENT, None]
+            elif isinstance(first, (Follows, list, dict)):
                 always[name] = first
-                continue
-            choices = [parameter.default] if has_default and parameter is not None else []
-            drawn[name] = list(dict.fromkeys([*choices, *values]))
-            if not has_default:
-                always[name] = first
+            else:
+                if default or len(values) > 1:
+                    drawn[name] = list(dict.fromkeys([*default, *values]))
+                if not default:
+                    always[name] = first
         return drawn, always
 
     def _of_example(self) -> Spec:
@@ -219,7 +205,8 @@ class Learner:
     def _called(self, spec: Spec) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the outputs, and of the inputs that have a gradient."""
         case = Case(tuple(self.sizes.items()))
-        inputs = {n: leaf(t, t.is_floating_point()) for n, t in spec.inputs(case, torch.float32, "cpu").items()}
+        inputs = spec.inputs(case, torch.float32, "cpu")
+        inputs = as_leaves(inputs, [name for name, tensor in inputs.items() if tensor.is_floating_point()])
         with Caught() as caught:
             outputs = call(spec, case, inputs)
         if caught.error is not None:
@@ -227,19 +214,10 @@ class Learner:
         if not outputs or not all(isinstance(output, Tensor) for output in outputs):
             kinds = ", ".join(type(output).__name__ for output in outputs) or "nothing"
             raise SpecError(f"reference: {self.op} returned {kinds}; allowed: tensors, in tuples, lists or dicts")
-        names = [f"{name} (in place)" for name in self.in_place]
-        returned = len(outputs) - len(names)
-        names = [*(["result"] if returned == 1 else [f"{place}" for place in range(returned)]), *names]
-        roots = [output for output in outputs if output.requires_grad]
-        leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
-        found: Sequence[Tensor | None] = []
-        if roots:
-            found = torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True)
-        grads = [
-            n
-            for n, g in zip([n for n, t in inputs.items() if t.requires_grad], found, strict=bool(roots))
-            if g is not None
-        ]
+        returned = len(outputs) - len(self.in_place)
+        names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
+        names += [f"{name} (in place)" for name in self.in_place]
+        grads = _reached(outputs, inputs)
         wanted = self.grads if self.grads is not None else self.example.grads
         for name in wanted or ():
             if name not in grads:
@@ -270,13 +248,16 @@ class Learner:
 
     def _growth(self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int]) -> int:
         """The power of a size that the reference's work grows with: from 1 to 3."""
+        sizes = [n for n in accepted if n and 2 * n in accepted]
+        if not sizes:
+            return 1
         works = []
-        for size in (pair := [n for n in accepted if n and 2 * n in accepted][-1:]) + [2 * n for n in pair]:
+        for size in (sizes[-1], 2 * sizes[-1]):
             with _Work() as work:
                 self._accepted(spec, {**base, name: size})
             works.append(max(1, work.elements))
-        grows = works[1] / works[0] if len(works) == 2 else 2.0
-        return 1 if grows < 2.5 else 2 if grows < 5 else 3
+        ratio = works[1] / works[0]
+        return 1 if ratio < 2.5 else 2 if ratio < 5 else 3
 
     def _demand_mostly_accepted(self, spec: Spec) -> None:
         drawing, sizes = spec.drawing, []
@@ -307,28 +288,41 @@ class Learner:
     def _with_value(self, value: float, spec: Spec, case: Case) -> Iterator[Inputs]:
         """The inputs of a case once for each element of those that have rows, which has this value."""
         for name in self.rows:
-            size = spec.inputs(case, torch.float32, "cpu")[name]
-            for place in range(size.numel() if size.is_floating_point() else 0):
+            tensor = spec.inputs(case, torch.float32, "cpu")[name]
+            for place in range(tensor.numel() if tensor.is_floating_point() else 0):
                 inputs = spec.inputs(case, torch.float32, "cpu")
                 inputs[name].view(-1)[place] = value
                 yield inputs
 
     def _special_values(self, spec: Spec) -> tuple[float, ...]:
         """Infinities for which the reference returns no NaN, wherever they are, and NaN; none for integer results."""
-        if not self.rows:
-            return ()
         case, found = spec.case(3, 8), [nan]
+        outputs = call(spec, case, spec.inputs(case, torch.float32, "cpu"))
+        if not self.rows or not all(output.is_floating_point() for output in outputs):
+            return ()
         for value in (inf, -inf):
             with Caught():
                 # In each element by itself: a mask may hide some.
                 outputs = [o for inputs in self._with_value(value, spec, case) for o in call(spec, case, inputs)]
                 if not any(output.isnan().any() for output in outputs):
                     found.append(value)
-        return (
-            tuple(found)
-            if all(o.is_floating_point() for o in call(spec, case, spec.inputs(case, torch.float32, "cpu")))
-            else ()
-        )
+        return tuple(found)
+
+
+def _is_tensors(value: Any) -> bool:
+    """Whether a value of an argument is a tensor, or a list with one."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, TensorArgument) for one in values)
+
+
+def _reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
+    """The inputs that require a gradient and get one from these outputs."""
+    roots = [output for output in outputs if output.requires_grad]
+    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    if not roots:
+        return []
+    found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
+    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
 
 
 def call(spec: Spec, case: Case, inputs: Inputs) -> tuple[Any, ...]:

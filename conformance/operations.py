@@ -13,6 +13,7 @@ A package takes part through entry points:
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
@@ -115,7 +116,14 @@ def learner(source: Source) -> learn.Learner:
     if not callable(found):
         raise SpecError(f"--reference: got {source.reference}, which is no function; allowed: module:function")
     call = example.read(source.example)
-    return learn.Learner(calling.as_function(found, name), call, source.in_place, source.rows, source.grads)
+    with Caught() as caught:
+        function = calling.as_function(found, name)
+        inspect.signature(function)
+        return learn.Learner(function, call, source.in_place, source.rows, source.grads)
+    raise SpecError(
+        f"--reference: got {source.reference}, whose parameters are unknown ({describe(caught.error)});"
+        " allowed: a Python function"
+    ) from caught.error
 
 
 def _spec(found: Any, where: str) -> Spec:

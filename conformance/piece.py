@@ -22,6 +22,8 @@ from conformance.properties.signature_parity import demand_signature
 from conformance.property import Check, Property
 from conformance.trial import Caught, Function
 
+SHARE = 2.0  # of a profile's examples: the cases of a piece are small
+
 
 @dataclass(frozen=True)
 class PieceCase:
@@ -70,9 +72,6 @@ def _value(word: str) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-SHARE = 2.0  # of a profile's examples: the cases of a piece are small
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from conformance.case import Case
 Inputs = dict[str, Tensor]
 Options = dict[str, Any]
 
+# Why the bits of matrix products may depend on the number of rows.
+BLAS = "BLAS libraries choose the order of a product's sums by its number of rows"
+
 
 class Parts(NamedTuple):
     """The independent parts of a call: rows, or documents.

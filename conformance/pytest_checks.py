@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 from conformance import deviations, report
-from conformance.catalogue import ask
+from conformance.catalogue import UsageError, ask
 from conformance.declarations import SpecError
 from conformance.deviations import Deviation
 from conformance.pytest_plugin import NODE
 from conformance.runner import OneByOne, Task, alone
 from conformance.search import Result
-from conformance.verbs._shared import UsageError
 
 NAME = re.compile(rf"{NODE}::(?P<op>\w+)\[((?P<dtype>\w+)-)?(?P<property>\w+)\]")
 

@@ -20,7 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options, whose names begin with --conformance."""
     group = parser.getgroup("conformance", "kernels against the reference")
     group.addoption("--conformance-backend", metavar="MODULE", help="add the judge's checks of this backend")
-    group.addoption("--conformance-device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+    group.addoption(
+        "--conformance-device", choices=("cpu", "cuda"), help="where to run (cuda if there is a CUDA device)"
+    )
     group.addoption("--conformance-profile", default="ci", metavar="NAME", help="how many cases to draw (ci)")
     group.addoption("--conformance-deviations", type=Path, metavar="FILE", help="known deviations, as TOML")
 

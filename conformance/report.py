@@ -42,7 +42,7 @@ def name_width(names: Iterable[str]) -> int:
 
 
 def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT) -> str:
-    """One line: the backend, the reference, the versions and device, the profile; then what is known of a stranger."""
+    """One line: backend, reference, versions, device, profile; then what is known of an operation of your own."""
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     release = torch.__version__.split("+")[0]
     reference = source.reference or source.spec or "reference"

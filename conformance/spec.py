@@ -1,7 +1,4 @@
-"""The declaration of an operation: tests, benchmarks and tables are all derived from its Spec.
-
-`conformance/specs/<operation>.py` defines a module-level `spec`.
-"""
+"""The declaration of an operation: tests and benchmarks follow from the `spec` in conformance/specs/<operation>.py."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -148,6 +145,7 @@ class Budget:
         bounds: bound of the error of an output or gradient, in place of terms.
         truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
             in float64; the reference by default.
+        measured: whether the error is measured instead, see conformance/condition.py.
     """
 
     roundings: int = 0
@@ -187,10 +185,10 @@ class Spec:
 
     Attributes:
         reference: the function that defines the operation; its name is the operation's.
-        drawing: read by what draws cases.
+        drawing: how cases are drawn.
         outputs: one name per output.
         grads: the inputs that get a gradient, if a case has them.
-        budget: read by the gates.
+        budget: the error that the gates allow.
         arguments: what the inputs of a case are passed as, where an argument is made of several tensors.
         in_place: the inputs that the operation changes on purpose. Each is one more output, after those returned.
         rowwise: the inputs whose first dimension counts independent rows.
@@ -206,7 +204,7 @@ class Spec:
         same_bits: whether outputs have the same bits with and without gradients.
         syncs: how often a pass may wait for the device. If not 0, a CUDA graph, where it cannot, may give other bits.
         errors: calls that the contract refuses.
-        speed: read by the bench.
+        speed: what the bench times.
         lacks: names of properties that do not apply to this operation, and why.
     """
 

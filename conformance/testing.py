@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from conformance import deviations, report
-from conformance.catalogue import ask
+from conformance.catalogue import UsageError, ask
 from conformance.operations import Source
 from conformance.runner import OneByOne, run
 from conformance.search import Result
 from conformance.spec import Spec
-from conformance.verbs._shared import UsageError
 
 __all__ = ["judge"]
 

@@ -174,7 +174,7 @@ class Trial:
         """
         inputs = inputs or self.inputs(case)
         grads = [name for name in (self.spec.grads if grads is None else grads) if name in inputs]
-        leaves = {name: leaf(tensor, name in grads) for name, tensor in inputs.items()}
+        leaves = as_leaves(inputs, grads)
         with Interpreted() as forward:
             outputs = self.call(leaves, self.options(case), function)
         if not grads:
@@ -304,9 +304,9 @@ def is_plain(outputs: Sequence[Tensor]) -> bool:
     return all(PLAIN_NODE.fullmatch(node.name()) for node in nodes)
 
 
-def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """The same memory as a leaf of a new graph."""
-    return tensor.detach().requires_grad_(requires_grad)
+def as_leaves(tensors: Inputs, grads: Sequence[str]) -> Inputs:
+    """The same memory as leaves of a new graph, of which those named require a gradient."""
+    return {name: tensor.detach().requires_grad_(name in grads) for name, tensor in tensors.items()}
 
 
 def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -328,17 +328,14 @@ def bits(tensor: Tensor) -> Tensor:
 def demand_same_bits(spec: Spec, first: Run, second: Run, message: str) -> None:
     """Raise Failure if two runs differ in any bit; `message` states the property that this violates."""
     for (_, name, one), (_, _, other) in zip(first.named(spec), second.named(spec), strict=True):
-        differs = bits(one) != bits(other) if one.shape == other.shape else torch.ones(1, dtype=torch.bool)
+        if one.shape != other.shape:
+            raise Failure(f"{message}: {name} has shape {list(one.shape)}, then {list(other.shape)}")
+        differs = bits(one) != bits(other)
         if differs.any():
             index = tuple(differs.nonzero()[0].tolist())
             raise Failure(
                 f"{message}: {name} differs in {int(differs.sum())} of {differs.numel()} elements,"
-                f" first at index {index}\n"
-                + (
-                    f"first {float(one[index])!r}, then {float(other[index])!r}"
-                    if one.shape == other.shape
-                    else "shapes"
-                )
+                f" first at index {index}\nfirst {float(one[index])!r}, then {float(other[index])!r}"
             )
 
 

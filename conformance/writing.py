@@ -1,4 +1,4 @@
-"""A learned spec as the text of a Python file, which judges like the learned one and can be sharpened."""
+"""A learned spec as the text of a Python file, which judges like the learned one and can be edited."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def text(learner: Learner, where: str) -> str:
     """
     spec = learner.spec()
     module, _, name = where.rpartition(":") if ":" in where else where.rpartition(".")
-    names = [name for name in spec.drawing.sizes]
     counts = {name: count for name, count in spec.drawing.sizes.items() if isinstance(count, Counts)}
     lines = [
         f'"""The spec of {spec.op}: how it is drawn and judged."""',
@@ -34,10 +33,10 @@ def text(learner: Learner, where: str) -> str:
         *_imports(learner, module, name),
         "",
         "",
-        *_build(learner, spec, names),
+        *_build(learner, spec),
         "",
         "",
-        *(f"{line}" for line in _sizes(counts)),
+        *_sizes(counts),
         "",
         "",
         "spec = Spec(",
@@ -82,9 +81,10 @@ def _imports(learner: Learner, module: str, name: str) -> list[str]:
     ]
 
 
-def _build(learner: Learner, spec: Spec, names: list[str]) -> list[str]:
+def _build(learner: Learner, spec: Spec) -> list[str]:
     optional = [name for name, values in spec.drawing.options.items() if PRESENT in values]
-    lines = [f"def _build(draw: Draw, {', '.join(f'{name}: int' for name in names)}) -> Inputs:", "    inputs = {"]
+    sizes = ", ".join(f"{name}: int" for name in spec.drawing.sizes)
+    lines = [f"def _build(draw: Draw, {sizes}) -> Inputs:", "    inputs = {"]
     lines += [f'        "{name}": {_tensor(one)},' for name, one in learner.tensors.items()]
     lines.append("    }")
     for name in optional:
@@ -96,11 +96,7 @@ def _build(learner: Learner, spec: Spec, names: list[str]) -> list[str]:
 
 def _tensor(one: TensorArgument) -> str:
     words = [f'"{one.kind}"', *(_size(size) for size in one.shape)]
-    if (
-        one.dtype is not None
-        and one.dtype not in (torch.bool,)
-        and not (one.kind == "randint" and one.dtype == torch.int64)
-    ):
+    if one.dtype not in (None, {"mask": torch.bool, "randint": torch.int64}.get(one.kind)):
         words.append(f"dtype={one.dtype}")
     if one.kind == "randint":
         words += [f"low={_size(one.low)}", f"high={_size(one.high)}"]

@@ -16,7 +16,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.properties import honest_results, process_state
 from conformance.spec import Inputs
-from conformance.trial import Caught, Run, Trial, bits, describe, detached, leaf
+from conformance.trial import Caught, Run, Trial, as_leaves, bits, describe, detached
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Contender:
         with Caught() as caught:
             for _ in range(sets):
                 inputs = copies(self._inputs)
-                leaves = {name: leaf(tensor, name in self._grads) for name, tensor in inputs.items()}
+                leaves = as_leaves(inputs, self._grads)
                 wanted = [leaves[name] for name in self._grads]
                 grad_outputs = [gradient.clone() for gradient in self._grad_outputs]
                 calls = self._bound(inputs), self._bound(leaves)

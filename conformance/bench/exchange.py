@@ -14,10 +14,8 @@ from typing import Any
 
 from conformance import results_file
 from conformance.bench.card import Card
-from conformance.bench.table import Row
+from conformance.bench.table import KINDS, Row
 from conformance.specs import specs
-
-KINDS = ("forward", "full", "device_forward", "device_full")
 
 
 def lacking() -> str:

@@ -12,6 +12,7 @@ from conformance.bench.sampler import Times
 from conformance.peers import PACKAGES
 from conformance.results_file import commit, versions
 
+KINDS = ("forward", "full", "device_forward", "device_full")  # of times: the fields of a row that are measured
 Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds
 
 

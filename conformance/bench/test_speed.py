@@ -14,10 +14,9 @@ import torch
 
 from conformance import backends
 from conformance.bench.card import Card, Rates
-from conformance.bench.exchange import KINDS
 from conformance.bench.measure import Bench
 from conformance.bench.playback import PlaybackTimer
-from conformance.bench.table import Row
+from conformance.bench.table import KINDS, Row
 from conformance.peers import Absent
 from conformance.specs import specs
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from conformance import results_file
 from conformance.bench.measure import NOISE
+from conformance.bench.table import KINDS
 from conformance.gate import schema, verdict
 from conformance.gate.verdict import KEYS, Result
 
 SCHEMA = 1
-KINDS_OF_TIME = ("forward", "full", "device_forward", "device_full")
 # The median of one run can be off by NOISE. Two medians are compared within an environment; across environments each of
 # them is divided by a yardstick, which is a median too.
 TIME_RISE = NOISE**2
@@ -229,7 +229,7 @@ def _values(kind: str, result: Result) -> Entry:
         return {"budget_use": result["budget_use"]}
     if kind == "fingerprint":
         return {name: result[name] for name in FINGERPRINT}
-    medians = {name: result[name][1] for name in KINDS_OF_TIME if result[name] is not None}
+    medians = {name: result[name][1] for name in KINDS if result[name] is not None}
     shares = {name: share for name, share in result["roofline"].items() if name in medians and share > 0}
     return {"milliseconds": medians, "roofline": shares} | {
         name: result[name] for name in ("peak_mebibytes", "error_use")

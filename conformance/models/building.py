@@ -1,9 +1,9 @@
 """Which model is judged, and on which documents: a tiny random one of any architecture, or one that is loaded.
 
-subject = Subject.named("llama")                      a tiny random model of an architecture
-subject = Subject("folder/or/name")                   a model in a folder or on the hub
-model = subject.model(torch.float32, "cpu")           untouched, in training mode; the same weights each time
-documents = documents_of(subject, "cpu")              documents.padded(), documents.packed(), documents.alone()
+subject = Subject.named("llama")                a tiny random model of an architecture
+subject = Subject("folder/or/name")             a model in a folder or on the hub
+model = subject.model(torch.float32, "cpu")     untouched, in training mode; the same weights each time
+documents = documents_of(subject, "cpu")        documents.padded(), documents.packed(), documents.alone()
 """
 
 import copy
@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Subject:
             model_class(config)  # raises ValueError for one that the package does not train
             return _without_noise(config)
         except _FAILURES as failure:
-            raise NotBuilt(f"no configuration of a tiny model: {_first_line(failure)}") from failure
+            raise NotBuilt(f"no configuration of a tiny model: {_in_one_line(failure)}") from failure
 
     def model(self, dtype: torch.dtype, device: str, *, experts: str | None = None) -> Any:
         """The untouched model in training mode, the same each time.
@@ -99,7 +100,7 @@ class Subject:
                     weights, model = model.state_dict(), _from_config(config, dtype, experts)
                     model.load_state_dict(weights)
         except _FAILURES as failure:
-            raise NotBuilt(f"no tiny model: {_first_line(failure)}") from failure
+            raise NotBuilt(f"no tiny model: {_in_one_line(failure)}") from failure
         return model.to(device).train()
 
     def _loaded(self, dtype: torch.dtype, device: str, experts: str | None) -> Any:
@@ -191,8 +192,7 @@ def documents_of(
     Args:
         subject: the model.
         device: of the tensors.
-        data: a text file, one document a line, or a .jsonl file with a field "text"; None for random
-            tokens.
+        data: a text file, one document per line, or a .jsonl file with a field "text"; None for random tokens.
         lengths: of the documents with random tokens; those of a file are cut to the longest of them.
     """
     if data is not None:
@@ -223,7 +223,7 @@ def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
     texts = [json.loads(line)["text"] for line in lines] if data.suffix == ".jsonl" else lines
     rows = (torch.tensor(tokenizer(text)["input_ids"][:longest]) for text in texts)
-    found = [row for row, _ in zip((row for row in rows if len(row) > 1), range(count), strict=False)]
+    found = list(islice((row for row in rows if len(row) > 1), count))
     if len(found) < 2:
         raise NotBuilt(f"data: got {data} with {len(found)} documents of two tokens or more; allowed: 2 or more")
     return found
@@ -234,5 +234,5 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype, experts: str | No
     return model_class(config).from_config(copy.deepcopy(config), dtype=dtype, **options)
 
 
-def _first_line(failure: Exception) -> str:
+def _in_one_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"

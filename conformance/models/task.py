@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelTask:
-    """Hold one model to one law; the names are those of conformance.runner's tasks.
+    """Check one law on one model; the names are those of conformance.runner's tasks.
 
     Attributes:
         op: the model: its path or name, or with `random` an architecture.

@@ -5,12 +5,12 @@ import torch
 from conformance.case import Case
 from conformance.interpreter import Interpreted
 from conformance.property import Property
-from conformance.trial import Run, Trial, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, detached
 
 
 def check(trial: Trial, case: Case) -> float:
     """Run the forward pass under autocast to bfloat16 and the backward pass outside it, as training does."""
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     with torch.autocast(trial.device, torch.bfloat16), Interpreted() as forward:
         outputs = trial.call(inputs, trial.options(case))
     with Interpreted() as backward:

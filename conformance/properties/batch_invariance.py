@@ -15,7 +15,7 @@ from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
-from conformance.trial import Run, Trial, bits, is_plain, leaf
+from conformance.trial import Run, Trial, as_leaves, bits, is_plain
 
 VECTOR = 64  # columns: a multiple of what a loop of a CPU takes at once
 # A launcher may choose by rows: below a tile's height, around one wave of a grid, one program per row.
@@ -35,7 +35,7 @@ def check(trial: Trial, case: Case) -> None:
     inputs = trial.inputs(case)
     whole_vectors = all(tensor.shape[-1] % VECTOR == 0 for tensor in inputs.values() if tensor.is_floating_point())
     if trial.device == "cuda" or not whole_vectors:
-        leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
+        leaves = as_leaves(inputs, trial.spec.grads)
         if is_plain(trial.call(leaves, trial.options(case))):
             raise Unchecked("plain PyTorch, whose order of sums depends on the number of rows")
     count = parts.count(inputs)

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from conformance.case import Case
 from conformance.property import Property
-from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
 def check(trial: Trial, case: Case) -> None:
     """Call with the same sizes and other elements, between the two passes and after them."""
     alone = trial.run(case)
     alone = Run(tuple(y.clone() for y in alone.outputs), {name: g.clone() for name, g in alone.grads.items()})
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     outputs = trial.call(inputs, trial.options(case))
     other = trial.run(replace(case, seed=case.seed + 1))
     grads = trial.backward(outputs, inputs, trial.spec.grads, trial.grad_outputs(case, outputs))

@@ -15,7 +15,7 @@ from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
-from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:
@@ -26,7 +26,7 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 def check(trial: Trial, case: Case) -> float:
     """Call, change one input of the same tensors in place, call again; compare with a call on fresh copies."""
     other, through_data = trial.inputs(replace(case, seed=case.seed + 2)), case.seed % 2 == 1
-    leaves = {name: leaf(tensor.clone(), name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    leaves = as_leaves({name: tensor.clone() for name, tensor in trial.inputs(case).items()}, trial.spec.grads)
     grad_outputs = trial.grad_outputs(case, trial.run(case, leaves, grads=()).outputs)
     first = _run(trial, case, leaves, grad_outputs)
     kept = Run(tuple(y.clone() for y in first.outputs), {n: g.clone() for n, g in first.grads.items()})
@@ -38,7 +38,7 @@ def check(trial: Trial, case: Case) -> float:
                 (tensor.data if through_data else tensor).copy_(other[name])
             seen = _run(trial, case, leaves, grad_outputs)
             now = {n: t.detach().clone() for n, t in leaves.items()}
-            fresh = {n: leaf(t, n in trial.spec.grads) for n, t in now.items()}
+            fresh = as_leaves(now, trial.spec.grads)
             how = "through .data" if through_data else "in place"
             message = f"results are not those of {name}, which was changed {how}"
             demand_same_bits(trial.spec, _run(trial, case, fresh, grad_outputs), seen, message)

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.calling import results
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.properties.layouts import naming
 from conformance.property import Property
 from conformance.trial import Trial, demand_same_bits
 
@@ -25,10 +25,8 @@ def check(trial: Trial, case: Case) -> float:
         name, run = f"checkpoint(use_reentrant={reentrant})", trial.run(case, function=recomputed)
         if trial.spec.same_bits:
             demand_same_bits(trial.spec, direct, run, f"{name} changes the results")
-        try:
+        with naming(name):
             used = max(used, trial.judge(case, run))
-        except Failure as failure:
-            raise Failure(f"{name}: {failure}", failure.used) from failure
     return used
 
 

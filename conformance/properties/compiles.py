@@ -18,13 +18,13 @@ from conformance.case import Case
 from conformance.gates import Failure, Unchecked
 from conformance.properties import opcheck
 from conformance.property import Property
-from conformance.trial import Trial, demand_same_bits, is_plain, leaf
+from conformance.trial import Trial, as_leaves, demand_same_bits, is_plain
 
 
 def check(trial: Trial, case: Case) -> float:
     """Compile without cached graphs, then run twice: the second run uses the cached graph."""
     eager, used = trial.run(case), 0.0
-    leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    leaves = as_leaves(trial.inputs(case), trial.spec.grads)
     plain = is_plain(trial.call(leaves, trial.options(case)))
     for engine in ("aot_eager", "inductor") if trial.device == "cuda" else ("aot_eager",):
         torch._dynamo.reset()

@@ -13,7 +13,7 @@ from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
-from conformance.trial import Caught, Function, Trial, describe, leaf, widen
+from conformance.trial import Caught, Function, Trial, as_leaves, describe, widen
 
 TOLERANCE = 0.05  # of the largest entry: separates a missing term from rounding
 
@@ -44,7 +44,7 @@ def check(trial: Trial, case: Case) -> None:
 
 def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool) -> dict[str, Tensor]:
     inputs = {n: widen(t) if wide else t for n, t in trial.inputs(case).items()}
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
+    inputs = as_leaves(inputs, trial.spec.grads)
     leaves = {name: inputs[name] for name in trial.spec.grads if name in inputs}
     outputs = [output for output in trial.call(inputs, trial.options(case), function) if output.requires_grad]
     grads = torch.autograd.grad(outputs, [*leaves.values()], [torch.ones_like(o) for o in outputs], create_graph=True)

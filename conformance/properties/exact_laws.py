@@ -18,7 +18,8 @@ from unsloth_ref.accuracy import is_float, widen_float8
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.
 LEAST, MOST = 0.25, 4.0
-FAR = 15  # so often is a law of incoming gradients alone applied, to find thresholds; not in float16, out of its range
+# How many times a law of incoming gradients alone is applied, to find thresholds; float16 has no range for it.
+FAR = 15
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:

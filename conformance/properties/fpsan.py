@@ -15,7 +15,7 @@ from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
-from conformance.trial import Run, Trial, bits, demand_same_bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, bits, demand_same_bits, detached
 
 COUNTS = ((9, 130), (67, 64), (5, 4097))
 
@@ -51,7 +51,7 @@ def _run(trial: Trial, case: Case, inputs: Inputs, grad_outputs: list[torch.Tens
     from conformance.exact import exact_arithmetic
 
     options = trial.options(case)
-    leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
+    leaves = as_leaves(inputs, trial.spec.grads)
     with exact_arithmetic(other_warps) as exact:
         outputs = trial.call(leaves, options)
         gradients = trial.backward(outputs, leaves, trial.spec.grads, grad_outputs)

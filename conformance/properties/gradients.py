@@ -15,7 +15,7 @@ from conformance.case import Case
 from conformance.properties.layouts import naming
 from conformance.property import Property
 from conformance.spec import Inputs
-from conformance.trial import Trial, leaf
+from conformance.trial import Trial, as_leaves
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -42,7 +42,7 @@ def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _alone(trial: Trial, case: Case, inputs: Inputs, names: Sequence[str], index: int) -> float:
     """Judge the gradients of one output, of those inputs on which it depends."""
-    leaves = {name: leaf(tensor, name in names) for name, tensor in inputs.items()}
+    leaves = as_leaves(inputs, names)
     outputs = trial.call(leaves, trial.options(case), trial.spec.reference)
     if not outputs[index].requires_grad:
         return 0.0

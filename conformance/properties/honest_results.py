@@ -14,7 +14,7 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
 from conformance.spec import Inputs
-from conformance.trial import Run, Trial, bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, bits, detached
 
 WAIT_CYCLES = 20_000_000  # about 10 ms
 WAIT_SECONDS = 2.0  # for a thread; a result that comes later was not there either
@@ -28,7 +28,7 @@ def check(trial: Trial, case: Case) -> None:
 def demand_honest(trial: Trial, case: Case, inputs: Inputs) -> None:
     """Raise Failure unless the results of both passes are plain tensors and complete when the passes return."""
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)  # also compiles
-    leaves = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in inputs.items()}
+    leaves = as_leaves(inputs, trial.spec.grads)
     with _Pass(trial) as forward:
         outputs = trial.call(leaves, trial.options(case))
         forward.returned(Run(outputs, {}))

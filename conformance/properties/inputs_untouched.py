@@ -5,12 +5,12 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
-from conformance.trial import Trial, bits, leaf
+from conformance.trial import Trial, as_leaves, bits
 
 
 def check(trial: Trial, case: Case) -> None:
     """Compare bits and version counters before and after each pass."""
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     before = {name: (bits(tensor).clone(), tensor._version) for name, tensor in inputs.items()}
     outputs = trial.call(inputs, trial.options(case))
     _demand_untouched(inputs, before, "the forward pass")

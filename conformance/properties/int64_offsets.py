@@ -21,7 +21,7 @@ from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property
 from conformance.spec import Inputs, Spec, accepted_options
-from conformance.trial import Run, Trial, bits, is_plain, leaf
+from conformance.trial import Run, Trial, as_leaves, bits, is_plain
 
 FAR = 2**31
 CUBLAS = "at::cuda::blas"  # in the messages of PyTorch that refuse a stride of a matrix
@@ -78,7 +78,7 @@ def _last_repetition(trial: Trial, case: Case, names: Sequence[str]) -> float:
     parts, inputs = trial.spec.parts, trial.inputs(case)
     grads = [name for name in parts.grads if name in names]
     peer = trial.run(case, inputs, function=trial.spec.reference, grads=grads)
-    if is_plain(trial.call({n: leaf(t, n in trial.spec.grads) for n, t in inputs.items()}, trial.options(case))):
+    if is_plain(trial.call(as_leaves(inputs, trial.spec.grads), trial.options(case))):
         raise Unchecked("plain PyTorch, which counts in 64 bits")
     grad_outputs = trial.grad_outputs(case, peer.outputs)
     times = FAR // max(inputs[name].numel() for name in parts.grads) + 1

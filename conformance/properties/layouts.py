@@ -3,6 +3,8 @@
 The gradient of `y.sum()` is a single number, expanded with a stride of 0 in every dimension.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from conformance.case import LAYOUTS, Case
@@ -35,20 +37,13 @@ def check(trial: Trial, case: Case) -> float:
     return used
 
 
-class naming:
-    """Prefixes the message of a failure with the layout that caused it."""
-
-    def __init__(self, what: str) -> None:
-        """Take the name of the tensor and of its layout."""
-        self._what = what
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Add the prefix to a Failure."""
-        if isinstance(error, Failure):
-            raise Failure(f"{self._what}: {error}", error.used) from error
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Prefix the message of a failure with what caused it, such as a tensor and its layout."""
+    try:
+        yield
+    except Failure as failure:
+        raise Failure(f"{what}: {failure}", failure.used) from failure
 
 
 PROPERTY = Property.of_file(check, share=0.2)

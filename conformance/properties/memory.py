@@ -15,7 +15,7 @@ from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec, nbytes
-from conformance.trial import Trial, is_plain, leaf
+from conformance.trial import Trial, as_leaves, is_plain
 
 MEBIBYTE = 2**20
 
@@ -30,7 +30,7 @@ def check(trial: Trial, case: Case) -> None:
     memory = trial.spec.memory
     assert memory is not None
     trial = replace(trial, source=trial.device)  # a CPU takes seconds to draw so many elements
-    inputs = {name: leaf(tensor, name in memory.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), memory.grads)
     options = trial.options(case)
     outputs = trial.call(inputs, options)
     if is_plain(outputs):

@@ -3,12 +3,12 @@
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
-from conformance.trial import Run, Trial, leaf
+from conformance.trial import Run, Trial, as_leaves
 
 
 def check(trial: Trial, case: Case) -> None:
     """Compare with the reference, and compare storages with those of the inputs."""
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     outputs = trial.call(inputs, trial.options(case))
     wanted = trial.run(case, inputs, function=trial.spec.reference)
     grad_outputs = trial.grad_outputs(case, wanted.outputs)
@@ -17,10 +17,7 @@ def check(trial: Trial, case: Case) -> None:
         for what in ("shape", "dtype", "device"):
             if getattr(seen, what) != getattr(right, what):
                 raise Failure(f"{name} has {what} {getattr(seen, what)}, should be {getattr(right, what)}")
-        for other_name, other in [
-            *inputs.items(),
-            *zip(("grad_output",) * len(grad_outputs), grad_outputs, strict=True),
-        ]:
+        for other_name, other in (*inputs.items(), *(("grad_output", gradient) for gradient in grad_outputs)):
             if seen.numel() and seen.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
                 raise Failure(f"{name} shares the memory of {other_name}")
 

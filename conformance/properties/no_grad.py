@@ -6,12 +6,12 @@ from conformance.case import Case
 from conformance.gates import Failure
 from conformance.interpreter import Interpreted
 from conformance.property import Property
-from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
 def check(trial: Trial, case: Case) -> float:
     """Use the same inputs in every mode, with gradients required."""
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     trained, used = Run(detached(trial.call(inputs, trial.options(case))), {}), 0.0
     for context in (torch.no_grad(), torch.inference_mode()):
         with context, Interpreted() as forward:

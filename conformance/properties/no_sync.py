@@ -8,13 +8,13 @@ import torch
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
-from conformance.trial import Trial, leaf
+from conformance.trial import Trial, as_leaves
 
 
 def check(trial: Trial, case: Case) -> None:
     """Run once to compile; then forbid synchronisation, or count it if the spec declares some."""
     grad_outputs = trial.grad_outputs(case, trial.run(case).outputs)
-    inputs = {name: leaf(tensor, name in trial.spec.grads) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), trial.spec.grads)
     with _Synchronisations(trial.spec.syncs) as forward:
         outputs = trial.call(inputs, trial.options(case))
     with _Synchronisations(trial.spec.syncs) as backward:

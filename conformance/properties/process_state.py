@@ -18,7 +18,7 @@ import torch
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.property import Property
-from conformance.trial import Trial, bits
+from conformance.trial import Trial, as_leaves, bits
 
 _torch: Any = torch  # with attributes that its types lack
 
@@ -143,7 +143,7 @@ def check(trial: Trial, case: Case) -> None:
     demand_originals()
     _demand_same("a first call", _AT_IMPORT, _flags())
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)
-    leaves = {name: tensor.detach().requires_grad_(name in trial.spec.grads) for name, tensor in inputs.items()}
+    leaves = as_leaves(inputs, trial.spec.grads)
     # A generator that is seeded again is in another state from here on.
     torch.rand(())
     random.random()

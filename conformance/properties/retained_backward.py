@@ -2,13 +2,13 @@
 
 from conformance.case import Case
 from conformance.property import Property
-from conformance.trial import Run, Trial, demand_same_bits, detached, leaf
+from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
 def check(trial: Trial, case: Case) -> None:
     """Compare two backward passes of one forward pass."""
     names = trial.spec.grads
-    inputs = {name: leaf(tensor, name in names) for name, tensor in trial.inputs(case).items()}
+    inputs = as_leaves(trial.inputs(case), names)
     outputs = trial.call(inputs, trial.options(case))
     grad_outputs = trial.grad_outputs(case, outputs)
     first = trial.backward(outputs, inputs, names, grad_outputs, keep=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conformance.bounds import UNIT_FLOAT32, Terms
 from conformance.spec import Call
+from conformance.specs._documents import kept
 
 CHUNK = 64  # tokens over which a kernel may add up decays before it takes the exponential
 
@@ -86,10 +87,11 @@ class _Token:
         self.after = self.error.times(growth) + added
 
 
-def _unit_sizes(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(tensor), torch.zeros_like(tensor)
+def _no_error(like: Tensor) -> _Error:
+    return _Error(torch.zeros_like(like), torch.zeros_like(like))
 
 
+@kept
 def sizes_of(call: Call) -> Sizes:
     """The errors of the output, and of the gradients if there are any."""
     inputs = call.inputs
@@ -100,7 +102,7 @@ def sizes_of(call: Call) -> Sizes:
     roundings = _decays_added(inputs["g"], starts)
     size, root = {"out": torch.zeros_like(inputs["v"])}, {"out": torch.zeros_like(inputs["v"])}
     state = inputs["v"].new_zeros(heads, width, columns)
-    nothing = _Error(*_unit_sizes(state[:, 0]))
+    nothing = _no_error(state[:, 0])
     error, seen = nothing, []
     for t in range(tokens):
         if t in starts:
@@ -112,7 +114,7 @@ def sizes_of(call: Call) -> Sizes:
         size["out"][t], root["out"][t] = found.size, found.square.sqrt() / width**0.5
     if call.grad_outputs:
         for name in ("q", "k", "v", "g", "beta"):
-            size[name], root[name] = _unit_sizes(inputs[name])
+            size[name], root[name] = torch.zeros_like(inputs[name]), torch.zeros_like(inputs[name])
         _backward(seen, call.grad_outputs[0] * scale, starts, {name: (size[name], root[name]) for name in size})
     return Sizes(size, root)
 
@@ -129,13 +131,13 @@ def _decays_added(g: Tensor, starts: set[int]) -> Tensor:
 
 def _backward(seen: list[_Token], do: Tensor, starts: set[int], into: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Follow the gradient of the state, the last token first, and fill in the errors of the gradients."""
-    dstate = torch.zeros_like(seen[0].state) if seen else None
-    error = _Error(*_unit_sizes(do[0])) if seen else None
+    if not seen:
+        return
+    dstate, error = torch.zeros_like(seen[0].state), _no_error(do[0])
     for t in reversed(range(len(seen))):
         token = seen[t]
-        assert dstate is not None and error is not None
         if t + 1 in starts:
-            dstate, error = torch.zeros_like(dstate), _Error(*_unit_sizes(do[0]))
+            dstate, error = torch.zeros_like(dstate), _no_error(do[0])
         dstate = dstate + token.q[:, :, None] * do[t][:, None]
         error = error + _rounded(token.lq * do[t])
         length = dstate.norm(dim=1)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conformance.bounds import UNIT_FLOAT32, Terms
 from conformance.spec import Call
+from conformance.specs._documents import kept
 from unsloth_ref import document_checks
 
 CHUNK = 256  # tokens over which a kernel may add up decays before it takes the exponential
@@ -139,6 +140,7 @@ def _across(pairs: Tensor) -> Tensor:
     return before.tril().sum(1)
 
 
+@kept
 def sizes_of(call: Call) -> dict[str, Sums]:
     """The sizes of the output, and of the gradients if there are any; heads by heads, so that states fit in memory."""
     (tokens, heads, columns), (groups, width) = call.inputs["x"].shape, call.inputs["b"].shape[1:]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.bounds import SHARED, Bound, added_in_float32, exact, float32_error, product, total
+from conformance.bounds import SHARED, Bound, added_in_float32, exact, float32_error, joined, product, total
 from conformance.spec import Call, mistake, wrong_option
 from unsloth_ref.accuracy import ROUNDING_RMS
 
@@ -113,7 +113,7 @@ def _clamped(number: Bound, low: float, high: float) -> tuple[Bound, Bound]:
 def _through(gradient: Bound, within: Bound) -> Bound:
     """A gradient where a number was within its limits; elsewhere exactly 0, even of NaN."""
     outside = within.value + within.error == 0
-    return Bound(*(tensor.masked_fill(outside, 0.0) for tensor in parts(gradient * within)))
+    return Bound(*(tensor.masked_fill(outside, 0.0) for tensor in (gradient * within).parts()))
 
 
 def _larger(one: Bound, other: Bound) -> Bound:
@@ -121,22 +121,16 @@ def _larger(one: Bound, other: Bound) -> Bound:
     return Bound(one.value, torch.maximum(one.error, other.error), torch.maximum(one.square, other.square))
 
 
-def parts(number: Bound) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors of a bound."""
-    return number.value, number.error, number.square
-
-
 def _split(z: Bound, interleaved: bool) -> tuple[Bound, Bound]:
     """Gate and up."""
-    halves = [(t[:, ::2], t[:, 1::2]) if interleaved else t.chunk(2, -1) for t in parts(z)]
+    halves = [(t[:, ::2], t[:, 1::2]) if interleaved else t.chunk(2, -1) for t in z.parts()]
     gate, up = (Bound(*half) for half in zip(*halves, strict=True))
     return gate, up
 
 
 def _joined(gate: Bound, up: Bound, interleaved: bool) -> Bound:
     """The inverse of `_split`."""
-    pairs = zip(parts(gate), parts(up), strict=True)
-    return Bound(*(torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1) for pair in pairs))
+    return joined((gate, up), lambda pair: torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1))
 
 
 def experts_of(call: Call) -> Iterator[Expert]:

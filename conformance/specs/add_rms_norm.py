@@ -67,13 +67,13 @@ spec = Spec(
         },
     ),
     rowwise=["x", "residual"],
-    special_values=rms_norm.SPECIAL_VALUES,
-    argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,
     laws={
         "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),
         "dnormed and dsum four times as large": Law({}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0),
     },
     memory=replace(rms_norm.MEMORY, grads=["x", "residual", "weight"]),
+    argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,
+    special_values=rms_norm.SPECIAL_VALUES,
     errors=[
         *rms_norm.spec.errors,
         mistake(

@@ -7,7 +7,6 @@ and strong in others.
 
 from collections.abc import Collection
 from copy import copy
-from math import nan
 
 import torch
 from hypothesis import strategies as st
@@ -30,7 +29,7 @@ from conformance.spec import (
     wrong_option,
 )
 from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
-from conformance.specs._gated_delta_rule import Sizes, sizes_of
+from conformance.specs._gated_delta_rule import sizes_of
 from unsloth_ref.kernels import gated_delta_rule
 
 WIDTHS = (16, 64, 32, 128, 1, 7, 33, 80)
@@ -68,14 +67,8 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     return tokens, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 31
 
 
-_last: list[tuple[tuple[object, ...], Sizes]] = []  # one entry: the terms of six results are asked for in turn
-
-
 def _terms(name: str, call: Call) -> Terms:
-    asked = (call.inputs, call.options, call.grad_outputs)
-    if not _last or any(one is not other for one, other in zip(_last[0][0], asked, strict=True)):
-        _last[:] = [(asked, sizes_of(call))]
-    return _last[0][1].terms(name, call, wide=name in ("g", "beta") and call.wide(name))
+    return sizes_of(call).terms(name, call, wide=name in ("g", "beta") and call.wide(name))
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:
@@ -117,12 +110,11 @@ spec = Spec(
         },
         build=_build,
         options={"scale": [None, 0.0, 0.5]},
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"tokens": 256, "documents": 64},
     ),
     outputs=["out"],
-    grads=["q", "k", "v", "g", "beta"],
+    grads=TENSORS,
     budget=Budget(
         roundings=1,  # of a state and of u, which kernels may multiply on tensor cores
         terms={name: lambda call, name=name: _terms(name, call) for name in ("out", *TENSORS)},
@@ -141,7 +133,7 @@ spec = Spec(
         Case(
             (("tokens", 4096), ("documents", 2), ("kv_heads", 2), ("group", 2), ("width", 128), ("columns", 128)),
         ),
-        grads=["q", "k", "v", "g", "beta"],
+        grads=TENSORS,
         working=_scratch,
     ),
     argument_kinds=document_kinds(TENSORS)
@@ -154,7 +146,6 @@ spec = Spec(
             lambda i: {"k": i["k"][:1].expand(i["k"].shape).contiguous(), "beta": torch.ones_like(i["beta"])}
         ),
     },
-    special_values=[nan],
     errors=[
         wrong_input("q is a matrix", ValueError, True, q=lambda q: q[0]),
         mistake("q is integer", TypeError, "q", lambda i: {name: i[name].long() for name in "qkv"}),

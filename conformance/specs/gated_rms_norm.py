@@ -82,7 +82,7 @@ def _parts(call: Call) -> _Parts:
     share, complement = torch.sigmoid(gate), torch.sigmoid(-gate)
     activation, other = gate * share, gate.abs() * complement
     exponential = 1 + other + lost(gate)
-    before = call.options.get("norm_before_gate", True)
+    before = _before(call)
     v = x if before else x * activation
     square = v.square()
     mean = square.mean(-1, keepdim=True)
@@ -184,7 +184,6 @@ spec = Spec(
         build=_build,
         options={"norm_before_gate": [True, False], "casting": ["llama", "gemma"], "eps": [1e-6, 1e-5, 0.5]},
         required=lambda case: {"group_size": case.size("hidden")},
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=lambda rows, columns: (rows, 1 + (columns % 3 == 0), columns),
         costly=[Case((("rows", r), ("groups", 1), ("hidden", h))) for r, h in ((129, 8192), (257, 8193))],
     ),
@@ -195,10 +194,6 @@ spec = Spec(
         terms={"y": _y_terms, "x": _x_terms, "gate": _gate_terms, "weight": _weight_terms},
     ),
     rowwise=["x", "gate"],
-    special_values=rms_norm.SPECIAL_VALUES,
-    argument_kinds=leading_dimensions("x", "gate")
-    | rms_norm.WIDE_WEIGHTS
-    | {"all columns in one group, by default": lambda inputs, options: (inputs, {**options, "group_size": None})},
     laws={
         "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=rms_norm.times_four),
         "x negated": Law({"x": -1.0}, {"y": -1.0, "gate": -1.0, "weight": -1.0}),
@@ -211,6 +206,10 @@ spec = Spec(
         saved=lambda inputs: 4 * len(inputs["x"]),
         working=lambda inputs: 4 * rms_norm.PROGRAMS * inputs["x"].shape[-1],
     ),
+    argument_kinds=leading_dimensions("x", "gate")
+    | rms_norm.WIDE_WEIGHTS
+    | {"all columns in one group, by default": lambda inputs, options: (inputs, {**options, "group_size": None})},
+    special_values=rms_norm.SPECIAL_VALUES,
     errors=[
         *rms_norm.spec.errors,
         mistake(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.bounds import Bound, exact, product
+from conformance.bounds import Bound, exact, joined, product
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -79,23 +79,18 @@ def groups_of(inputs: Inputs) -> Iterator[tuple[int, slice]]:
     return enumerate(slice(begin, end) for begin, end in pairwise(ends))
 
 
-def joined(bounds: Sequence[Bound], join: Callable[[tuple[Tensor, ...]], Tensor]) -> Bound:
-    """The bounds of groups as one, by torch.cat or torch.stack."""
-    return Bound(*(join(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
-
-
 def _y_bound(call: Call) -> Bound:
     """x @ weight^T of each group; only the result is rounded."""
     x, weight = call.inputs["x"], call.inputs["weight"]
     parts = [product(exact(x[rows]), exact(weight[g].t()), call.elements) for g, rows in groups_of(call.inputs)]
-    return joined(parts, torch.cat)
+    return joined(parts)
 
 
 def _x_bound(call: Call) -> Bound:
     """dy @ weight of each group."""
     dy, weight = call.grad_outputs[0], call.inputs["weight"]
     parts = [product(exact(dy[rows]), exact(weight[g]), call.elements) for g, rows in groups_of(call.inputs)]
-    return joined(parts, torch.cat)
+    return joined(parts)
 
 
 def _weight_bound(call: Call) -> Bound:

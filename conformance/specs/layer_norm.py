@@ -96,9 +96,6 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
-    argument_kinds=leading_dimensions("x")
-    | WIDE_WEIGHT
-    | {"bias in float32": change_inputs(lambda i: {"bias": i["bias"].float() * (1 + 2**-13)})},
     laws={
         "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=_times_four),
         "weight and bias negated": Law({"weight": -1.0, "bias": -1.0}, {"y": -1.0, "x": -1.0}),
@@ -111,6 +108,9 @@ spec = Spec(
         saved=lambda inputs: 8 * len(inputs["x"]),  # mean and 1 / standard deviation
         working=lambda inputs: 2 * 4 * PROGRAMS * inputs["x"].shape[-1],
     ),
+    argument_kinds=leading_dimensions("x")
+    | WIDE_WEIGHT
+    | {"bias in float32": change_inputs(lambda i: {"bias": i["bias"].float() * (1 + 2**-13)})},
     errors=[
         *NORM_ERRORS,
         mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["bias"][:-1]}, undefined=True),

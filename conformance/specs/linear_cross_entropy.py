@@ -1,6 +1,6 @@
 """Cross entropy of a linear layer's output against labels."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import nan
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.bounds import SHARED, Bound, exact, product, total
+from conformance.bounds import SHARED, Bound, exact, joined, product, total
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -168,14 +168,9 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
         yield _Chunk(hidden, loss.times(kept.double()).reshape(rows.shape), dx.times(kept.double()))
 
 
-def _joined(bounds: Iterable[Bound]) -> Bound:
-    """Join the bounds of consecutive rows."""
-    return Bound(*(torch.cat(parts) for parts in zip(*((b.value, b.error, b.square) for b in bounds), strict=True)))
-
-
 def _loss_bound(call: Call) -> Bound:
     """The bound of each row's loss, or of the total; losses are float32 for every dtype under test."""
-    losses = _joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
+    losses = joined(chunk.loss for chunk in _chunks(call)).times(loss_factor(call))
     if call.options.get("reduction", "mean") == "none":
         return losses
     return Bound(losses.value.sum(), losses.error.sum(), losses.square.sum())
@@ -184,7 +179,7 @@ def _loss_bound(call: Call) -> Bound:
 def _hidden_bound(call: Call) -> Bound:
     """dx @ weight, and the rounding of a product with dloss."""
     weight = exact(call.inputs["weight"])
-    found = _joined(product(chunk.dx, weight, call.elements) for chunk in _chunks(call))
+    found = joined(product(chunk.dx, weight, call.elements) for chunk in _chunks(call))
     return found.rounded(call.unit, call.smallest)
 
 
@@ -236,8 +231,8 @@ spec = Spec(
         options=OPTIONS,
         consistent=may_be_combined,
         fills=["randn", "ones", "zeros", "tiny", "wide", "outlier"],
-        alike=["ones", "zeros", "tiny"],  # equal logits have equal probabilities, whose rounding all gradients share
         shape=_shape,
+        alike=["ones", "zeros", "tiny"],  # equal logits have equal probabilities, whose rounding all gradients share
     ),
     outputs=["loss"],
     grads=["hidden", "weight", "bias"],
@@ -249,7 +244,7 @@ spec = Spec(
     rowwise=["hidden", "labels"],
     row_options={"reduction": "none", "num_items": None},
     total_options={"num_items": 7},
-    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    bits_vary=BLAS,
     laws={
         "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),
         "dloss four times as large": Law({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound, added_in_float32, exact, product, total
+from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -126,13 +126,13 @@ class Steps:
     def __init__(self, call: Call, x: Bound | None = None, dy: Bound | None = None) -> None:
         self._call = call
         self.scaling = call.options.get("scaling", 1.0)
-        self.x, self.weight = x or exact(_flattened(call.inputs["x"])), _weight(call)
+        self.x, self.weight = x or exact(as_rows(call.inputs["x"])), _weight(call)
         self.a, self.b = (exact(call.inputs[name]) for name in ("lora_a", "lora_b"))
         if _wide(call):
             self.a, self.b = self.rounded(self.a), self.rounded(self.b)
         self.low = self.rounded(self.product(self.x, self.a.t()))
         if call.grad_outputs or dy:
-            self.dy = dy or exact(_flattened(call.grad_outputs[0]))
+            self.dy = dy or exact(as_rows(call.grad_outputs[0]))
             self.dz = self.rounded(self.dy.times(self.scaling))
             self.dlow = self.rounded(self.product(self.dz, self.b))
 
@@ -167,11 +167,6 @@ class Steps:
     def rounded(self, number: Bound) -> Bound:
         """The number rounded to the dtype of x."""
         return number.rounded(self._call.unit, self._call.smallest)
-
-
-def _flattened(tensor: Tensor) -> Tensor:
-    """[..., C] as [T, C]."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _wide(call: Call) -> bool:
@@ -266,7 +261,7 @@ spec = Spec(
     ),
     arguments=_arguments,
     rowwise=["x"],
-    bits_vary="BLAS libraries choose the order of a product's sums by its number of rows",
+    bits_vary=BLAS,
     laws={
         "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]),
         "lora_b half as large, with twice the scaling": Law(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance.bounds import Bound
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -192,7 +192,7 @@ spec = Spec(
     ),
     arguments=_arguments,
     rowwise=["x"],
-    bits_vary=lora_linear.spec.bits_vary,
+    bits_vary=BLAS,
     laws={
         "x twice as large": Law(
             {"x": 2.0}, dict.fromkeys(["q", "k", "v", *each("weight"), *ADAPTERS], 2.0), without=each("bias")

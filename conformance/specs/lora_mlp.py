@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conformance.bounds import Bound
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -180,7 +180,7 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
-    bits_vary=lora_linear.spec.bits_vary,
+    bits_vary=BLAS,
     laws={
         "the last layer negated": Law(
             {"weight[2]": -1.0, "lora_b[2]": -1.0},

@@ -102,7 +102,6 @@ spec = Spec(
         build=_build,
         required=lambda case: {"shape": (case.size("rows"), case.size("columns"))},
         typed="dtype",
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
     ),
     outputs=["w"],

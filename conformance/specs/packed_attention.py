@@ -7,7 +7,7 @@ argument kinds that fill one document with NaN check that documents do not atten
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import nan
+from math import inf
 
 import torch
 from hypothesis import strategies as st
@@ -15,16 +15,38 @@ from torch import Tensor
 
 from conformance.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory, Parts
-from conformance.spec import Budget, Call, Change, Drawing, Inputs, Options, Spec, Speed, change_inputs, nbytes
-from conformance.specs._documents import bounds_of, laid_out
-from conformance.specs._packed_attention import ERRORS, longest
+from conformance.promises import Law, Memory
+from conformance.spec import (
+    Budget,
+    Call,
+    Change,
+    Drawing,
+    ErrorCase,
+    Inputs,
+    Options,
+    Spec,
+    Speed,
+    change_inputs,
+    mistake,
+    nbytes,
+    wrong_option,
+)
+from conformance.specs._documents import (
+    bounds_errors,
+    bounds_of,
+    document_kinds,
+    documents_as_parts,
+    laid_out,
+    wrong_input,
+)
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72, 300, 512)
 ROUNDINGS = 3  # in a gradient: of dp; of ds, or of the output in delta; of one head's part of its group's sum
 # Float32 may flush numbers below 2^-126 to 0: one rounding of this.
 FLUSHED = 2.0**-102
+TENSORS = ("q", "k", "v")  # those with an entry per token
+DOCUMENTS = documents_as_parts(TENSORS, TENSORS)
 
 
 def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, width: int, sinks: int = 0) -> Inputs:
@@ -38,9 +60,13 @@ def _build(draw: Draw, tokens: int, documents: int, kv_heads: int, group: int, w
     return inputs | ({"sinks": draw.weight(kv_heads * group)} if sinks else {})
 
 
+def _longest(bounds: Sequence[int]) -> int:
+    return max(end - begin for begin, end in pairwise(bounds))
+
+
 def _required(case: Case) -> Options:
     """max_seqlen, exactly the length of the longest document."""
-    return {"max_seqlen": longest(bounds_of(case.size("tokens"), case.size("documents"), case.seed))}
+    return {"max_seqlen": _longest(bounds_of(case.size("tokens"), case.size("documents"), case.seed))}
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -183,16 +209,10 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
     return 2 * product, 5 * product if grads else 0
 
 
-def _documents(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
+def _pick(inputs: Inputs, chosen: Sequence[int]) -> tuple[Inputs, Options, Tensor]:
     """A call with these documents alone, in this order."""
-    bounds = inputs["cu_seqlens"].tolist()
-    rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in chosen]).to(inputs["q"].device)
-    starts = [0]
-    for i in chosen:
-        starts.append(starts[-1] + bounds[i + 1] - bounds[i])
-    picked = {name: inputs[name][rows] for name in ("q", "k", "v")}
-    picked["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
-    return picked, {"max_seqlen": longest(starts)}, rows
+    picked, options, rows = DOCUMENTS.pick(inputs, chosen)
+    return picked, options | {"max_seqlen": _longest(picked["cu_seqlens"].tolist())}, rows
 
 
 def _lse_bytes(inputs: Inputs) -> int:
@@ -200,34 +220,19 @@ def _lse_bytes(inputs: Inputs) -> int:
     return 4 * inputs["q"][..., 0].numel()
 
 
-def _cut(cut: Callable[[int], list[int]]) -> Change:
-    """Other document bounds; `cut` computes them from the number of tokens."""
+def _with_max_seqlen(change: Change) -> Change:
+    """A change of the bounds, and max_seqlen for them."""
 
-    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        bounds = cut(len(inputs["q"]))
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=inputs["q"].device)
-        return {**inputs, "cu_seqlens": cu_seqlens}, {**options, "max_seqlen": longest(bounds)}
+    def changed(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+        inputs, options = change(inputs, options)
+        return inputs, {**options, "max_seqlen": _longest(inputs["cu_seqlens"].tolist())}
 
-    return change
+    return changed
 
 
 def _sinks(values: Callable[[int], Tensor]) -> Change:
     """These sinks, from the number of query heads."""
     return change_inputs(lambda inputs: {"sinks": values(inputs["q"].shape[1]).to(inputs["q"].device)})
-
-
-def _nan_in(document: int) -> Change:
-    """Three documents, one filled with NaN: a tile that reads into its neighbour is found."""
-
-    def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        inputs, options = _cut(lambda tokens: [0, tokens // 3, tokens // 2, tokens])(inputs, options)
-        bounds = inputs["cu_seqlens"].tolist()
-        inputs |= {name: inputs[name].clone() for name in ("q", "k", "v")}
-        for name in ("q", "k", "v"):
-            inputs[name][bounds[document] : bounds[document + 1]] = nan
-        return inputs, options
-
-    return change
 
 
 def _bench(tokens: int, documents: int, width: int, group: int = 4, sinks: int = 0) -> dict[str, int]:
@@ -253,7 +258,6 @@ spec = Spec(
             "softcap": [0.0, 30.0, 2.0],
         },
         required=_required,
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"tokens": 1024, "documents": 1024},
         alike=["ones", "zeros", "tiny"],  # equal scores have equal probabilities, whose rounding all rows share
@@ -270,8 +274,7 @@ spec = Spec(
         },
         bounds={"sinks": _dsinks},
     ),
-    rowwise=[],
-    independent=Parts(lambda inputs: len(inputs["cu_seqlens"]) - 1, _documents, ["q", "k", "v"]),
+    independent=DOCUMENTS._replace(pick=_pick),
     far=["q", "k", "v"],
     laws={
         "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "sinks": 2.0}),
@@ -287,19 +290,43 @@ spec = Spec(
         saved=_lse_bytes,  # log-sum-exps
         working=_lse_bytes,  # sums of dout times out
     ),
-    argument_kinds={
-        "one document": _cut(lambda tokens: [0, tokens]),
-        "documents of a token": _cut(lambda tokens: [*range(min(tokens, 4)), tokens]),
-        "empty documents on both sides": _cut(lambda tokens: [0, 0, tokens // 2, tokens // 2, tokens, tokens]),
+    argument_kinds={what: _with_max_seqlen(change) for what, change in document_kinds(TENSORS).items()}
+    | {
         "sinks in float32, with a stride": _sinks(lambda heads: torch.linspace(-4, 4, 2 * heads)[::2]),
         "a sink that takes nothing": _sinks(lambda heads: torch.full((heads,), -torch.inf)),
         "a sink that takes nearly all": _sinks(lambda heads: torch.full((heads,), 100.0)),
         "a longer max_seqlen": lambda i, o: (i, {**o, "max_seqlen": 10_000}),
-        "NaN before": _nan_in(0),
-        "NaN in between": _nan_in(1),
-        "NaN behind": _nan_in(2),
     },
-    errors=ERRORS,
+    errors=[
+        wrong_input("q is a matrix", ValueError, True, q=lambda q: q[0]),
+        wrong_input("k has another length", ValueError, True, k=lambda k: k[:-1]),
+        wrong_input("k has another width", ValueError, True, k=lambda k: k[..., :-1]),
+        wrong_input("v has another length", ValueError, True, v=lambda v: v[:-1]),
+        mistake(
+            "heads of k do not divide those of q",
+            ValueError,
+            "k",
+            lambda i: {name: i["k"].repeat(1, 2 + i["q"].shape[1], 1) for name in "kv"},
+            undefined=True,
+        ),
+        wrong_input("k has another dtype", TypeError, k=lambda k: k.double()),
+        wrong_input("v has another dtype", TypeError, v=lambda v: v.double()),
+        mistake("q is integer", TypeError, "q", lambda i: {name: i[name].long() for name in TENSORS}),
+        *bounds_errors("q"),
+        ErrorCase(
+            "max_seqlen is short of the longest document",
+            lambda inputs, options: (inputs, {**options, "max_seqlen": options["max_seqlen"] - 1}),
+            ValueError,
+            "max_seqlen",
+            device="cpu",
+        ),
+        wrong_option("max_seqlen is negative", "max_seqlen", max_seqlen=-1),
+        wrong_option("a window of nothing", "window", window=0),
+        wrong_option("softcap is negative", "softcap", softcap=-1.0),
+        mistake("sinks are one short", ValueError, "sinks", lambda i: {"sinks": i["q"][0, 1:, 0]}, undefined=True),
+        mistake("sinks are integer", TypeError, "sinks", lambda i: {"sinks": i["q"][0, :, 0].long()}),
+        wrong_option("scale is infinite", "scale", scale=inf),
+    ],
     speed=Speed(
         shapes={
             "text-mix-16k-d64": _bench(16384, 41, 64),

@@ -126,7 +126,6 @@ spec = Spec(
         },
         build=_build,
         options={"eps": [1e-6, 0.5], "offset": [0.0, 1.0], "casting": ["llama", "gemma"]},
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"batch": 2**24, "length": 2**24},
     ),
@@ -145,7 +144,6 @@ spec = Spec(
     ),
     rowwise=["q", "k"],
     independent=Parts(lambda inputs: len(inputs["q"]), _sequences, ["q", "k"]),
-    special_values=rms_norm.SPECIAL_VALUES,
     laws={
         "q and k twice as large, with four times the eps": Law(
             {"q": 2.0, "k": 2.0}, {"q": 0.5, "k": 0.5}, options=rms_norm.times_four
@@ -172,6 +170,7 @@ spec = Spec(
             lambda i: {name: i[name].float() * (1 + 2**-13) for name in ("q_weight", "k_weight")}
         ),
     },
+    special_values=rms_norm.SPECIAL_VALUES,
     errors=[
         *(error for error in rope.spec.errors if error.what in MISTAKES),
         *(error for error in rms_norm.spec.errors if error.names in ("eps", "casting")),

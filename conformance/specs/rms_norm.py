@@ -131,10 +131,10 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
-    special_values=SPECIAL_VALUES,
-    argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
     laws=LAWS,
     memory=MEMORY,
+    argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
+    special_values=SPECIAL_VALUES,
     errors=[*NORM_ERRORS, CASTING_ERROR],
     speed=Speed(
         shapes={

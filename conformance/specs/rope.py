@@ -162,7 +162,6 @@ spec = Spec(
         },
         build=_build,
         options={"interleaved": [False, True]},
-        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],
         shape=_shape,
         counts={"batch": 2**24, "length": 2**24},
     ),

@@ -1,31 +1,32 @@
-"""What several verbs share: usage errors, names that must be known, the requested backend, the file of results."""
+"""What several verbs share: parsers and options, and what they demand of them."""
 
 import argparse
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from conformance import backends, operations
-from conformance.backends import Judged
+from conformance import backends
 from conformance.case import DTYPES
-from conformance.operations import PROJECT, Source
-from conformance.pieces import pieces
+from conformance.catalogue import UsageError
+from conformance.operations import Source
 from conformance.profiles import PROFILES
-from conformance.properties import PROPERTIES
 
 Verbs = Any  # argparse's action that adds the parsers of verbs; it has no public name
 
 
-class UsageError(Exception):
-    """A command line that cannot be run; the message states the value seen and the allowed values."""
+def add_verb(verbs: Verbs, name: str, what: str) -> argparse.ArgumentParser:
+    """Add the parser of a verb; `what` states in a sentence what the verb does."""
+    return verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add the options that select what is judged, and where."""
     parser.add_argument("--backend", default="fast", help=f"{', '.join(backends.NAMES)}, or a dotted path (fast)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that selects the device."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (cuda if there is a CUDA device)")
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +43,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that name an operation of your own."""
     group = parser.add_argument_group("an operation of your own")
     group.add_argument("--reference", metavar="M:F", help="its definition: module:function or file.py:function")
+    group.add_argument("--spec", metavar="SPEC", help="a module or file with a spec, in place of definition and call")
+    add_example(group)
+
+
+def add_example(group: Any) -> None:
+    """Add the options that describe an operation of your own to a parser or a group of one."""
     group.add_argument("--example", metavar="CALL", help="'x=randn(64,128) eps=1e-6', or a file that defines example")
-    group.add_argument("--spec", metavar="SPEC", help="in place of both: a module or file with a spec, as write prints")
     group.add_argument("--in-place", metavar="X,...", type=_names, default=(), help="inputs that it changes on purpose")
     group.add_argument("--rows", metavar="X,...", type=_names, default=(), help="inputs with independent rows")
     group.add_argument("--grads", metavar="X,...", type=_names, help="inputs to differentiate, or none (all)")
@@ -66,25 +72,6 @@ def source_of(arguments: argparse.Namespace) -> Source:
     )
 
 
-def judged_by(arguments: argparse.Namespace, source: Source = PROJECT) -> tuple[str, Judged]:
-    """The requested device and backend."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
-    return device, backends.load(arguments.backend, device, source)
-
-
-def names_of(source: Source) -> tuple[list[str], list[str]]:
-    """The names of the operations and of the training pieces that can be judged."""
-    operations.install_properties()
-    return list(operations.specs(source)), [] if source else list(backends.PIECES)
-
-
-def properties_of(op: str) -> Collection[str]:
-    """The names of the properties of an operation or piece."""
-    return pieces()[op].properties if op in backends.PIECES else PROPERTIES
-
-
 def demand_writable(path: Path | None, flag: str = "--json") -> None:
     """Raise UsageError before any work if the results cannot be written."""
     try:
@@ -95,9 +82,9 @@ def demand_writable(path: Path | None, flag: str = "--json") -> None:
         raise UsageError(f"{flag}: got {path}; it cannot be written: {error.strerror}") from error
 
 
-def known(what: str, names: Sequence[str] | None, allowed: Sequence[str]) -> list[str]:
-    """The names, or all allowed names if none is given; raises UsageError for one that is not allowed."""
-    for name in names or []:
-        if name not in allowed:
-            raise UsageError(f"{what}: got {name!r}; allowed: {', '.join(allowed)}")
-    return list(dict.fromkeys(names or allowed))
+def demand_at_least(arguments: argparse.Namespace, **least: float) -> None:
+    """Raise UsageError for an option whose number is below its least value."""
+    for name, allowed in least.items():
+        given = getattr(arguments, name)
+        if given is not None and not given >= allowed:
+            raise UsageError(f"--{name.replace('_', '-')}: got {given}; allowed: {allowed} or more")

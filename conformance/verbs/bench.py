@@ -14,17 +14,18 @@ from conformance.bench.measure import Bench
 from conformance.bench.plot import lacking, plot
 from conformance.bench.table import heading, text, write_json
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, known
 from conformance.peers import Absent
 from conformance.specs import specs
 from conformance.trial import BackendError
-from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+from conformance.verbs._shared import Verbs, add_verb, demand_writable
 
 BENCHED = "reference,compile,torch,fast"
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("bench", help="compare the speed of backends on a GPU")
+    parser = add_verb(verbs, "bench", "compare the speed of backends on a GPU")
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
     parser.add_argument("--backend", default=BENCHED, metavar="A,B,...", help=f"backends ({BENCHED})")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")

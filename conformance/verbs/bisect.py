@@ -1,4 +1,4 @@
-"""`conformance bisect`: name the smallest set of operations or modules that makes a model break its gates."""
+"""`conformance bisect`: find the smallest set of operations or modules that makes a model break its gates."""
 
 import argparse
 import math
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance import results_file
+from conformance.catalogue import UsageError
 from conformance.gates import Unchecked
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, quiet, trial_of
 from conformance.verbs import model
-from conformance.verbs._shared import UsageError, Verbs
+from conformance.verbs._shared import Verbs, add_verb
 
 if TYPE_CHECKING:
     from conformance.models.bisecting import Found
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("bisect", help="name the operations or modules that make a model break its gates")
+    parser = add_verb(verbs, "bisect", "find the operations or modules that make a model break its gates")
     model.add_subject(parser)
     parser.add_argument("--only", nargs="+", action="extend", metavar="X", help="try this set alone, as a result names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from conformance import operations, report, results_file
 from conformance.case import DTYPES, Case
+from conformance.catalogue import UsageError, judged_by, known
 from conformance.coverage import Explored, Pair, explore, shown
 from conformance.operations import Source
 from conformance.profiles import PROFILES
@@ -17,20 +18,19 @@ from conformance.runner import Task, run
 from conformance.search import Result
 from conformance.trial import Trial
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_backend,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
-    judged_by,
-    known,
     source_of,
 )
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("coverage", help="show which paths of an operation's kernels its properties do not run")
+    parser = add_verb(verbs, "coverage", "show which paths of an operation's kernels its properties do not run")
     parser.add_argument("op", metavar="OP", nargs="?", help="the operation; not needed with one of your own")
     parser.add_argument("--profile", default="ci", choices=PROFILES, help="how many cases to draw (ci)")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
@@ -49,7 +49,8 @@ def _coverage(arguments: argparse.Namespace) -> int:
     (op,) = known("operation", [arguments.op] if arguments.op or not source else None, list(specs))
     (dtype,) = known("dtype", [arguments.dtype], list(DTYPES))
     names = known("property", arguments.property, list(PROPERTIES))
-    device, judged = judged_by(arguments, source)
+    demand_at_least(arguments, jobs=1, lines=0)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
     demand_writable(arguments.json)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from conformance import backends, operations
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, known
 from conformance.gates import Failure
-from conformance.verbs._shared import UsageError, Verbs, add_source, demand_writable, known, source_of
+from conformance.verbs._shared import Verbs, add_source, add_verb, demand_writable, source_of
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("fingerprint", help="registers, spills and the like of Triton kernels; needs no GPU")
+    parser = add_verb(verbs, "fingerprint", "show registers, spills and the like of Triton kernels; needs no GPU")
     parser.add_argument("ops", nargs="*", metavar="OP", help="operations (all)")
     targets = "sm_80, sm_86, sm_90, sm_100, sm_120, gfx942"
     parser.add_argument("--target", nargs="+", action="extend", metavar="T", help=f"{targets} (all)")

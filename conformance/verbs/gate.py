@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, device_of, known, names_of
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import Ledger, LedgerError
@@ -17,20 +18,19 @@ from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
 from conformance.gate.worktrees import RevisionError
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
-    known,
-    names_of,
     source_of,
 )
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("gate", help="compare two revisions, or one with a ledger; fail for what got worse")
+    parser = add_verb(verbs, "gate", "compare two revisions, or one with a ledger, and fail if anything got worse")
     parser.add_argument("--base", metavar="REV", help="the revision to compare with")
     parser.add_argument("--head", metavar="REV", help="the revision to judge (the files as they are)")
     parser.add_argument("--base-backend", metavar="NAME", help="the backend's name on the base (that of --backend)")
@@ -108,17 +108,13 @@ def _request(arguments: argparse.Namespace) -> Request:
         from conformance.fingerprint import TARGETS  # needs Triton
 
         known("target", arguments.target, [*TARGETS, "none"])
-    for option, least in (("minutes", 0), ("budget_rise", 0), ("mutants", 0), ("jobs", 1)):
-        if (value := getattr(arguments, option)) is not None and not value >= least:
-            raise UsageError(f"--{option.replace('_', '-')}: got {value}; allowed: {least} or more")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    demand_at_least(arguments, minutes=0, budget_rise=0, mutants=0, jobs=1)
     options = {"--profile": arguments.profile, "--jobs": arguments.jobs, "--deviations": arguments.deviations}
     judge = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
     return Request(
         arguments.ops,
         arguments.backend,
-        arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device_of(arguments.device),
         judge=judge + (["--property", *arguments.property] if arguments.property else []),
         dtypes=tuple(arguments.dtype or ()),
         targets=() if none else arguments.target,

@@ -3,17 +3,18 @@
 import argparse
 from pathlib import Path
 
+from conformance.catalogue import UsageError
 from conformance.gate import ledger
 from conformance.gate.ledger import Entry, Ledger, LedgerError
 from conformance.gate.verdict import name
-from conformance.verbs._shared import UsageError, Verbs
+from conformance.verbs._shared import Verbs, add_verb
 
 FOLDER = Path("ledger")
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("ledger", help="record the best results of a card, or show them")
+    parser = add_verb(verbs, "ledger", "record the best results of a card, or show them")
     parser.add_argument("action", choices=("update", "show"), help="record results, or show what is recorded")
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="files of results to record, or ledgers to show (all)"

@@ -6,12 +6,12 @@ from conformance import backends, operations, report
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.verbs._shared import Verbs
+from conformance.verbs._shared import Verbs, add_verb
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("list", help="list operations, properties, training pieces, backends and profiles")
+    parser = add_verb(verbs, "list", "list operations, properties, training pieces, backends and profiles")
     parser.set_defaults(verb=_list)
 
 

@@ -1,4 +1,4 @@
-"""`conformance model`: hold whole models, with a backend's operations placed under them, to the laws of models."""
+"""`conformance model`: check whole models, with a backend's operations under them, against the laws of models."""
 
 import argparse
 from collections import defaultdict
@@ -13,11 +13,12 @@ import torch
 
 from conformance import backends, report, results_file
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, device_of, known
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, tasks_of
 from conformance.runner import run
 from conformance.search import Result
-from conformance.verbs._shared import UsageError, Verbs, demand_writable, known
+from conformance.verbs._shared import Verbs, add_device, add_verb, demand_at_least, demand_writable
 from unsloth_fast.unsupported import demand_extra
 
 PACKAGES = ("transformers", "peft", "trl")
@@ -27,7 +28,7 @@ TIMEOUT_SECONDS, TINY_TIMEOUT_SECONDS = 4 * 3600, 900
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("model", help="hold whole models to the laws of models")
+    parser = add_verb(verbs, "model", "check whole models against the laws of models")
     add_subject(parser)
     parser.add_argument("--law", nargs="+", action="extend", metavar="L", help=f"{', '.join(LAWS)} (all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes, each with its truths (1)")
@@ -44,9 +45,9 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", default="fast", help="fast or reference, as in UNSLOTH_BACKEND (fast)")
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="documents, one a line, or .jsonl with texts (random)"
+        "--data", type=Path, metavar="FILE", help="documents, one per line, or .jsonl with texts (random)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a CUDA device)")
+    add_device(parser)
     parser.add_argument(
         "--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (float32; on cuda bfloat16)"
     )
@@ -123,13 +124,10 @@ def _counted(results: Sequence[Result]) -> str:
 
 def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     """What the command line asks for; raises UsageError."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but torch finds no CUDA device; allowed here: cpu")
+    device = device_of(arguments.device)
     dtypes = known("dtype", arguments.dtype or ["bfloat16" if device == "cuda" else "float32"], list(DTYPES))
     laws = known("law", arguments.law, list(LAWS))
-    if arguments.jobs < 1:
-        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
+    demand_at_least(arguments, jobs=1)
     if not arguments.models and not arguments.config:
         raise UsageError("model: got none; allowed: PATH_OR_NAME, --config ARCH, or both")
     if arguments.data and not arguments.data.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from conformance import operations
 from conformance.backends import Judged
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, judged_by, known
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Key, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
@@ -16,13 +17,12 @@ from conformance.operations import Source
 from conformance.properties import PROPERTIES
 from conformance.report import heading
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
-    judged_by,
-    known,
     source_of,
 )
 
@@ -31,7 +31,7 @@ GPU_JOBS = 16
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("mutate", help="plant faults in a backend and see which ones the properties find")
+    parser = add_verb(verbs, "mutate", "plant faults in a backend and see which ones the properties find")
     add_search(parser)
     parser.add_argument("--sample", type=int, metavar="N", help="draw this many mutants of each operation (all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draw (0)")
@@ -42,7 +42,7 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--known", nargs="+", action="extend", type=Path, metavar="FILE",
-        help="examine no mutant that a file of --json shows as killed",
+        help="leave out mutants that such a file of --json shows as killed",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", help=f"processes (one per core; at most {GPU_JOBS} on a GPU)")
     add_source(parser)
@@ -54,12 +54,10 @@ def _mutate(arguments: argparse.Namespace) -> int:
     ops = known("operation", arguments.ops, list(operations.specs(source)))
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
     properties = known("property", arguments.property, list(PROPERTIES))
-    for name in ("jobs", "sample"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UsageError(f"--{name}: got {value}; allowed: 1 or more")
+    demand_at_least(arguments, jobs=1, sample=1)
     if source and arguments.backend.partition(":")[0].endswith(".py"):
         raise UsageError(f"--backend: got {arguments.backend}; allowed for mutate: module:function, as it is imported")
-    device, judged = judged_by(arguments, source)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     demand_writable(arguments.json)
     chosen = _chosen(arguments, judged, ops)
     try:

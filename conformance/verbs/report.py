@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from conformance import results_file
+from conformance.catalogue import UsageError
 from conformance.gate.history import points
 from conformance.gate.ledger import LedgerError
 from conformance.page.compare import FACTOR, changes
@@ -11,7 +12,7 @@ from conformance.page.html import page
 from conformance.page.junit import junit
 from conformance.page.markdown import comment
 from conformance.page.reading import FileError, read
-from conformance.verbs._shared import UsageError, Verbs, demand_writable
+from conformance.verbs._shared import Verbs, add_verb, demand_writable
 
 FORMATS = ("html", "markdown", "junit")
 SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".xml": "junit"}
@@ -19,10 +20,12 @@ SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".xml": "junit"}
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("report", help="show files of results: a page, a pull request's comment, JUnit's XML")
+    parser = add_verb(verbs, "report", "show files of results as a page, a pull request's comment or JUnit's XML")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of results, as --json writes them")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the file to write (standard output)")
-    parser.add_argument("--format", choices=FORMATS, help="(that of the suffix of -o: .html, .md or .xml; else html)")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="of the output (by the suffix of -o: .html, .md, .xml; else html)"
+    )
     parser.add_argument(
         "--base", nargs="+", action="extend", type=Path, metavar="FILE", help="older results, to report what changed"
     )

@@ -5,28 +5,19 @@ from dataclasses import replace
 
 from conformance import backends, operations, report
 from conformance.case import DTYPES
+from conformance.catalogue import UsageError, judged_by, known, names_of, properties_of
 from conformance.operations import Source
 from conformance.pieces import pieces
 from conformance.runner import Task, run
-from conformance.verbs._shared import (
-    UsageError,
-    Verbs,
-    add_backend,
-    add_source,
-    judged_by,
-    known,
-    names_of,
-    properties_of,
-    source_of,
-)
+from conformance.verbs._shared import Verbs, add_backend, add_source, add_verb, source_of
 
 LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("repro", help="run one case again, from the line that a failure printed")
-    parser.add_argument("line", help=f"'{LINE}'")
+    parser = add_verb(verbs, "repro", "run one case again, from the line that a failure printed")
+    parser.add_argument("line", help=f"in quotes: {LINE}")
     add_backend(parser)
     add_source(parser)
     parser.set_defaults(verb=_repro)
@@ -39,7 +30,7 @@ def _repro(arguments: argparse.Namespace) -> int:
         case = pieces()[op].parse(line) if dtype is None else operations.specs(source)[op].parse(line)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    device, judged = judged_by(arguments, source)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     if op not in judged.functions:
         raise UsageError(f"backend {arguments.backend} does not define {op}")
     task = Task(arguments.backend, op, name, dtype, device, case=case, source=source)

@@ -6,25 +6,23 @@ from pathlib import Path
 
 from conformance import backends, deviations, report
 from conformance.case import DTYPES
-from conformance.catalogue import all_properties, tasks_of
+from conformance.catalogue import UsageError, all_properties, judged_by, known, names_of, tasks_of
 from conformance.runner import Task, run
 from conformance.search import Result
 from conformance.verbs._shared import (
-    UsageError,
     Verbs,
     add_search,
     add_source,
+    add_verb,
+    demand_at_least,
     demand_writable,
-    judged_by,
-    known,
-    names_of,
     source_of,
 )
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("run", help="check the operations and training pieces of a backend")
+    parser = add_verb(verbs, "run", "check the operations and training pieces of a backend")
     add_search(parser)
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (one per core, at most 4)")
     parser.add_argument("-x", "--stop", action="store_true", help="stop an operation after its first failure")
@@ -39,9 +37,8 @@ def _run(arguments: argparse.Namespace) -> int:
     ops = known("operation", arguments.ops, [*operations, *piece_names])
     dtypes = known("dtype", arguments.dtype, list(DTYPES))
     properties = known("property", arguments.property, all_properties())
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UsageError(f"--jobs: got {arguments.jobs}; allowed: 1 or more")
-    device, judged = judged_by(arguments, source)
+    demand_at_least(arguments, jobs=1)
+    device, judged = judged_by(arguments.backend, arguments.device, source)
     demand_writable(arguments.json)
     if not arguments.ops and not judged.functions.keys() & set(backends.PIECES):
         ops = operations  # most backends define only kernels: do not list all pieces as missing

@@ -48,6 +48,8 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("run", "--profile", "lazy"), "invalid choice: 'lazy'", "nightly"),
         (("run", "--device", "tpu"), "invalid choice: 'tpu'", "cuda"),
         (("run", "--jobs", "0"), "--jobs: got 0", "1 or more"),
+        (("coverage", "swiglu", "--jobs", "-1"), "--jobs: got -1", "1 or more"),
+        (("coverage", "swiglu", "--lines", "-1"), "--lines: got -1", "0 or more"),
         (("run", "--no-such-flag"), "--no-such-flag", "unrecognized"),
         (("bench", "soup"), "operation: got 'soup'", "rms_norm"),
         (("bench", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),

@@ -15,6 +15,7 @@ from conformance.specs import specs
 FAILED = Result("rms_norm", "value", "float16", "fail", 3.0, 5, "rows=1", "gate G1 used 3")
 PASSED = Result("rms_norm", "value", "float32", "pass", 0.5, 5)
 KNOWN = Deviation("rms_norm", "value", "rounds twice")
+ENTRY = "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'"
 
 
 def test_a_failure_that_is_known_is_expected() -> None:
@@ -65,23 +66,14 @@ def test_what_the_peers_declare_exists() -> None:
         assert deviation.reason
 
 
-ENTRY = "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'"
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[deviations]]\noperation = 'rope'", r"got deviations; allowed: entries that begin with \[\[deviation\]\]"),
         ("[deviation]\noperation = 'rope'", r"got deviation; allowed: entries that begin with"),
         ("deviation = [1]", "got deviation; allowed: entries that begin with"),
-        (
-            "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'\ndtype = 'bf16'",
-            "dtype: got 'bf16'; allowed: f",
-        ),
-        (
-            "[[deviation]]\noperation = 'a'\nproperty = 'b'\nreason = 'c'\ndevice = 'gpu'",
-            "device: got 'gpu'; allowed: c",
-        ),
+        (f"{ENTRY}\ndtype = 'bf16'", "dtype: got 'bf16'; allowed: f"),
+        (f"{ENTRY}\ndevice = 'gpu'", "device: got 'gpu'; allowed: c"),
         ("reason = '\xff'", "which cannot be read: 'utf-8' codec"),
     ],
 )

@@ -3,7 +3,6 @@
 Without a GPU a stand-in in Triton's interpreter has the same laws.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 
 import pytest
@@ -23,19 +22,16 @@ ON_GPU = PROPERTY.lacks("cuda" if torch.cuda.is_available() else "cpu") is None
 DEVICE = "cuda" if ON_GPU else "cpu"
 # What masks columns by -inf does so by tiles: in exact arithmetic exp(-inf) is not 0.
 TWINS = [op for op in specs() if f"{op}_in_other_tiles" in RIGHT and op not in ("cross_entropy", "packed_attention")]
-
-
 # Operations whose arithmetic is in Triton kernels alone.
 WHOLE = ("rms_norm", "add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy", "packed_attention")
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         from tests.judge import ring
 
         monkeypatch.setattr(exact, "exact_arithmetic", ring.exact_arithmetic)
-    yield
 
 
 def trial(op: str, backend: str = "fast", dtype: torch.dtype = torch.float32) -> Trial:

@@ -11,6 +11,7 @@ from statistics import mean
 
 import pytest
 
+from conformance.bench.table import KINDS
 from conformance.gate.statistics import (
     EXPECTED,
     FLOOR,
@@ -31,7 +32,6 @@ NOISE = 0.01  # of one time in one round: a Student t distribution with 3 degree
 PROCESS = {"device": 0.002, "host": 0.005}  # standard deviation of what a process adds for as long as it lives
 CLOCKS = (1.0, 0.97, 0.94, 1.05)  # levels between which a clock steps
 DRIFT, STEP = 0.03, 0.01  # of the clock, each way; how often it steps
-KINDS = ("forward", "full", "device_forward", "device_full")
 
 
 class SimulatedCard:

@@ -86,7 +86,7 @@ class LocalSide:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Report]]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Compare the times of a base and a head, each milliseconds and a function, on one small shape of swiglu."""
     swiglu: Spec = specs()["swiglu"]
     small = replace(swiglu, speed=replace(swiglu.speed, shapes={"small": {"rows": 4, "hidden": 64}}))
@@ -111,7 +111,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Report]]:
         compare_times(start, request, [("swiglu", "float32")], report)
         return report
 
-    yield compare
+    return compare
 
 
 def test_a_slower_head_fails_and_a_faster_one_is_a_record(timed: Callable[..., Report]) -> None:

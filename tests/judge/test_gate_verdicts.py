@@ -41,7 +41,7 @@ KNOWN = {"verdict": "xfail", "message": "expected"}
         (check(**SKIPPED), check(**SKIPPED), None, "same"),
     ],
 )
-def test_checks(base: Any, head: Any, sentence: str | None, found: str) -> None:
+def test_a_check_that_got_worse_is_one_sentence(base: Any, head: Any, sentence: str | None, found: str) -> None:
     sentences = [f"rope / value / float32: {sentence}"] if sentence else []
     assert verdict.property_change(base, head) == (sentences, found)
 
@@ -78,7 +78,7 @@ PRINT = {
         ({"kernel": "another"}, None),
     ],
 )
-def test_fingerprints(change: dict[str, Any], sentence: str | None) -> None:
+def test_a_kernel_that_got_worse_is_one_sentence(change: dict[str, Any], sentence: str | None) -> None:
     """Only the launch that changed is reported, where a kernel is launched twice."""
     rows = verdict.fingerprints([PRINT, PRINT], [{**PRINT, **change}, PRINT])
     found = [sentence for row in rows for sentence in row["regressions"]]

@@ -17,13 +17,13 @@ from triton.runtime.errors import InterpreterError
 from conformance import backends
 from conformance.gates import Failure
 from conformance.interpreter import (
-    _broadcast_of_others,
+    _broadcast_if_shapes_differ,
+    _checked_if_debugging,
+    _converted_if_types_differ,
     _Memoised,
     _OncePerLaunch,
-    _only_in_debugging,
     _shared_shapes,
     _shared_types,
-    _types_of_others,
     _with_indices,
     reads,
 )
@@ -35,9 +35,9 @@ from unsloth_ref import kernels
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is selected for the whole process")
 
 PATCHED = {
-    "broadcast_impl_value": _broadcast_of_others,
-    "binary_op_type_checking_impl": _types_of_others,
-    "binary_op_sanitize_overflow_impl": _only_in_debugging,
+    "broadcast_impl_value": _broadcast_if_shapes_differ,
+    "binary_op_type_checking_impl": _converted_if_types_differ,
+    "binary_op_sanitize_overflow_impl": _checked_if_debugging,
 }
 
 

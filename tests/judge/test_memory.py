@@ -221,18 +221,9 @@ def test_the_allocator_of_cuda_has_the_types_of_this_torch(tmp_path: Path) -> No
 
 
 def test_a_process_that_dies_is_a_failure_and_the_next_task_runs() -> None:
-    tasks = [
-        Task(
-            f"tests.judge.{backend}",
-            "swiglu",
-            "signature_parity" if backend.startswith("right") else "value",
-            "float32",
-            "cpu",
-            "ci",
-        )
-        for backend in ("dying.aborting", "right.swiglu_by_sigmoid")
-    ]
-    (_, died), (_, next_one) = run(tasks, lambda *_: None, jobs=1)
+    aborting = Task("tests.judge.dying.aborting", "swiglu", "value", "float32", "cpu", "ci")
+    following = Task("tests.judge.right.swiglu_by_sigmoid", "swiglu", "signature_parity", "float32", "cpu", "ci")
+    (_, died), (_, next_one) = run([aborting, following], lambda *_: None, jobs=1)
     assert died.verdict == "fail"
     assert "the process died (SIGABRT)" in (died.message or "")
     assert died.case == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"

@@ -222,8 +222,8 @@ def test_a_generation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert message.startswith("new token ") and "of document" in message and "allowed" in message
 
 
-@pytest.mark.parametrize(("law", "adapted"), [("saved", False), ("adapter_saved", True)])
-def test_a_save_that_loses_a_tensor(monkeypatch: pytest.MonkeyPatch, law: str, adapted: bool) -> None:
+@pytest.mark.parametrize("law", ["saved", "adapter_saved"])
+def test_a_save_that_loses_a_tensor(monkeypatch: pytest.MonkeyPatch, law: str) -> None:
     def lose(model: Any) -> None:
         save = model.save_pretrained
 
@@ -234,7 +234,7 @@ def test_a_save_that_loses_a_tensor(monkeypatch: pytest.MonkeyPatch, law: str, a
         model.save_pretrained = saving
 
     after_placing(monkeypatch, lose)
-    assert "o_proj" in broken(law, trial_of("llama")) and adapted == (law == "adapter_saved")
+    assert "o_proj" in broken(law, trial_of("llama"))
 
 
 def test_a_checkpoint_that_recomputes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_the_check_knows_what_a_gate_found(tmp_path: Path) -> None:
         ({}, ["--factor", "0.9"], "--factor: got 0.9; allowed: a number above 1"),
     ],
 )
-def test_usage_errors(
+def test_a_usage_error_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], options: list[str], seen: str
 ) -> None:
     assert main(["report", str(foreign(tmp_path / "now.json", 0.002, 0.003, **changes)), *options]) == 2

@@ -43,7 +43,7 @@ def with_verdict(verdict: str | None, used: float | None = None) -> list[Result]
         (("pass", None), ("pass", 0.5), None),
     ],
 )
-def test_changes_of_verdicts(tmp_path: Path, before: Any, now: Any, word: str | None) -> None:
+def test_a_verdict_that_gets_worse_is_a_regression(tmp_path: Path, before: Any, now: Any, word: str | None) -> None:
     files = [read(run_file(tmp_path / "run.json", with_verdict(*one))) for one in (before, now)]
     found = compare.changes(files[1:], files[:1])
     assert [change.word for change in found] == ([word] if word else [])
@@ -78,11 +78,13 @@ def test_files_are_compared_with_their_like(tmp_path: Path) -> None:
         ((1.02, 1.1, 1.20), 1.0, "regressed"),
     ],
 )
-def test_times(now: tuple[float, float, float], clocks: float, word: str | None) -> None:
+def test_a_longer_time_is_a_regression_unless_noise_or_the_clock_explains_it(
+    now: tuple[float, float, float], clocks: float, word: str | None
+) -> None:
     assert compare.timing(now, (0.99, 1.0, 1.01), clocks) == word
 
 
-def test_changes_of_times(tmp_path: Path) -> None:
+def test_a_slower_row_is_a_regression_on_the_same_card_alone(tmp_path: Path) -> None:
     base = read(bench_file(tmp_path / "bench.json"))
     slow = replace(ROWS[0], device_full=(0.7, 0.75, 0.8))
     now = replace(base, rows=(slow, *base.rows[1:]))

@@ -15,7 +15,7 @@ from conformance.profiles import PROFILES
 from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.trial import Run, Trial, is_plain, leaf, widen
+from conformance.trial import Run, Trial, as_leaves, is_plain, widen
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Approximate
@@ -148,11 +148,25 @@ def test_a_law_that_does_not_hold_is_reported() -> None:
         )
 
 
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if specs()[op].independent or specs()[op].rowwise])
+@pytest.mark.parametrize("size", [(3, 64), (3, 33)])  # some inputs are there for an odd number of columns alone
+def test_all_parts_of_a_call_are_the_whole_call(op: str, size: tuple[int, int]) -> None:
+    spec = specs()[op]
+    trial = Trial(spec, spec.reference, torch.float32, "cpu")
+    case = trial.rowwise(spec.case(*size))
+    inputs = trial.inputs(case)
+    picked, options, rows = spec.parts.pick(inputs, range(spec.parts.count(inputs)))
+    assert picked.keys() == inputs.keys()
+    whole, parts = trial.run(case, inputs, grads=()), trial.run(case.with_options(options), picked, grads=())
+    for one, other in zip(whole.outputs, parts.outputs, strict=True):
+        torch.testing.assert_close(other, one[rows])
+
+
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if specs()[op].grads])
 def test_plain_pytorch_is_told_from_kernels_by_its_autograd_nodes(op: str) -> None:
     spec = specs()[op]
     case = spec.case(2, 8)
     for package, plain in ((reference, True), (fast, False)):
         trial = Trial(spec, getattr(package, op), torch.float32, "cpu")
-        inputs = {name: leaf(tensor, name in spec.grads) for name, tensor in trial.inputs(case).items()}
+        inputs = as_leaves(trial.inputs(case), spec.grads)
         assert is_plain(trial.call(inputs, trial.options(case))) == plain

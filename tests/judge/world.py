@@ -133,6 +133,13 @@ def gemma_geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tenso
     return GemmaMLP.forward(_Gated(gate, up, partial(F.gelu, approximate=approximate)), None)  # type: ignore[arg-type]
 
 
+def nemotron_relu_squared(x: Tensor) -> Tensor:
+    """The "relu2" of transformers."""
+    checks.has_rows("x", x)
+    checks.dtype("x", x)
+    return ReLUSquaredActivation.forward(None, x)  # type: ignore[arg-type]
+
+
 def in_halves(x: Tensor, width: int) -> Tensor:
     """The even columns of the first `width`, then the odd ones, then the rest."""
     return torch.cat([x[..., 0:width:2], x[..., 1:width:2], x[..., width:]], -1)
@@ -142,13 +149,6 @@ def in_pairs(x: Tensor, width: int) -> Tensor:
     """The inverse of `in_halves`."""
     halves = x[..., :width].unflatten(-1, (2, width // 2))
     return torch.cat([halves.transpose(-1, -2).flatten(-2), x[..., width:]], -1)
-
-
-def nemotron_relu_squared(x: Tensor) -> Tensor:
-    """The "relu2" of transformers."""
-    checks.has_rows("x", x)
-    checks.dtype("x", x)
-    return ReLUSquaredActivation.forward(None, x)  # type: ignore[arg-type]
 
 
 def llama_rope(

@@ -1,13 +1,13 @@
 """How often is the judge wrong, and how often the gate? Measures both, and writes the results into documents.
 
-python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
-python -m conformance run --backend liger --profile gpu --json out/liger.json     # and other peers
-python -m conformance mutate --json out/mutants.json
-python -m tests.judge.power brief out/mutants.json --json out/mutants_cpu.json    # what write needs of it
-python -m tests.judge.power write out/power.json out/liger.json ... out/mutants_cpu.json survivors.toml
-python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
-python -m tests.judge.power gate --minutes 7 --first 10 --json out/more.json      # more gates, in another order
-python -m tests.judge.power write-gate out/gates.json out/more.json
+    python -m tests.judge.power measure --device cuda --jobs 16 --json out/power.json
+    python -m conformance run --backend liger --profile gpu --json out/liger.json     # and other peers
+    python -m conformance mutate --json out/mutants.json
+    python -m tests.judge.power brief out/mutants.json --json out/mutants_cpu.json    # what write needs of it
+    python -m tests.judge.power write out/power.json out/liger.json ... out/mutants_cpu.json survivors.toml
+    python -m tests.judge.power gate --minutes 7 --json out/gates.json                # needs a GPU of its own
+    python -m tests.judge.power gate --minutes 7 --first 10 --json out/more.json      # more gates, in another order
+    python -m tests.judge.power write-gate out/gates.json out/more.json
 
 `write` makes docs/judge-power.md; a TOML file says why mutants survive, `[[survivor]]` with `mutant` and `reason`.
 `write-gate` writes the measured error rates into docs/gate.md. Both take several files.
@@ -30,19 +30,19 @@ from tests.judge.power import automatic, document, gate, gate_document, measure
 def main() -> None:
     """Run one of the steps."""
     parser = argparse.ArgumentParser(prog="python -m tests.judge.power")
-    steps = parser.add_subparsers(required=True)
+    steps = parser.add_subparsers(dest="step", required=True)
     first = steps.add_parser("measure", help="run the judge and the oracles on every wrong and every right kernel")
     first.add_argument("ops", nargs="*", help="operations (all)")
     first.add_argument("--kernel", nargs="+", help="names of kernels (all)")
     populations = list(document.POPULATIONS)
-    first.add_argument("--population", nargs="+", choices=populations, default=populations)
-    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    first.add_argument("--profile", default="ci")
-    first.add_argument("--jobs", type=int, default=2)
+    first.add_argument("--population", nargs="+", choices=populations, default=populations, help="(all)")
+    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
+    first.add_argument("--profile", default="ci", help="how many cases (ci)")
+    first.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
     first.add_argument("--json", type=Path, required=True)
     second = steps.add_parser("write", help="write the document from the results")
     second.add_argument("files", type=Path, nargs="+", help="what measure, and conformance's run and mutate, wrote")
-    second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"))
+    second.add_argument("--to", type=Path, default=Path("docs/judge-power.md"), help="(docs/judge-power.md)")
     brief = steps.add_parser("brief", help="shorten what conformance's mutate wrote to what write needs")
     brief.add_argument("mutants", type=Path)
     brief.add_argument("--note", default="", help="how the mutants were examined, for the document")
@@ -53,19 +53,19 @@ def main() -> None:
     third.add_argument("--first", type=int, default=0, metavar="N", help="number of the first generation of gates (0)")
     third.add_argument("--json", type=Path, required=True)
     fourth = steps.add_parser("write-gate", help="write the measured error rates into the document")
-    fourth.add_argument("gates_found", type=Path, nargs="+", help="files that gate wrote, of one card")
-    fourth.add_argument("--to", type=Path, default=Path("docs/gate.md"))
+    fourth.add_argument("files", type=Path, nargs="+", help="files that gate wrote, of one card")
+    fourth.add_argument("--to", type=Path, default=Path("docs/gate.md"), help="(docs/gate.md)")
     arguments = parser.parse_args()
-    if "gates" in arguments:
+    if arguments.step == "gate":
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         gate.measure(arguments.gates, arguments.minutes, arguments.first, arguments.json)
         sys.stdout.write(gate_document.text([_read(arguments.json)]) + "\n")
-    elif "gates_found" in arguments:
-        found = [_read(path) for path in arguments.gates_found]
+    elif arguments.step == "write-gate":
+        found = [_read(path) for path in arguments.files]
         arguments.to.write_text(gate_document.into(arguments.to.read_text(), found))
-    elif "files" in arguments:
+    elif arguments.step == "write":
         _write_document(parser, arguments.files, arguments.to)
-    elif "mutants" in arguments:
+    elif arguments.step == "brief":
         results_file.write_text(arguments.json, automatic.brief(_read(arguments.mutants), arguments.note))
     else:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

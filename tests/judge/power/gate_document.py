@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, quantiles
 from typing import Any
 
+from conformance.bench.table import KINDS
 from conformance.gate.statistics import EXPECTED, Verdict, group
 from conformance.page.markdown import table
 from tests.judge.power.gate import BASE, WRONG_KERNEL
@@ -16,7 +17,6 @@ Json = Mapping[str, Any]
 
 BEGIN, END = "<!-- measured by tests.judge.power -->", "<!-- end of what is measured -->"
 CONFIDENCE = 0.95
-KINDS = ("forward", "full", "device_forward", "device_full")
 NO_SPEED = "no speed"
 DIFFERENCES = """\
 The difference between two processes that run the same code, as the median over the rounds of a gate. The last column is

@@ -109,6 +109,8 @@ def test_a_written_spec_judges_as_the_learned_one(op: str, tmp_path: Path) -> No
             "raised RuntimeError: Expected",
         ),
         (Source(f"{HERE}.references:group_norms", "x=randn(2,8)"), "cannot be imported"),
+        (Source("torch.nn.functional:gelu", "input=randn(2,8)"), "unknown (ValueError: no signature"),
+        (Source("torch.nn:Linear", "input=randn(2,8)"), "unknown (TypeError"),
         (Source(f"{HERE}.references:kl_divergence", "log_p=randn(2,8) q=randn(2,8)", rows=("q",)), "has no such rows"),
         (
             Source(f"{HERE}.references:scaled_add_", "x=randn(2) y=randn(2)", in_place=("z",)),
