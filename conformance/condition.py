@@ -274,7 +274,7 @@ def _extreme(r: Tensor, which: Callable[..., Any]) -> float:
 
 def _typical(response: Tensor, r: Tensor) -> Tensor:
     """The response, raised to at least half of the value, in units of |r|, that is typical for the tensor."""
-    size = r.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    size = r.double().abs().nan_to_num(0.0, 0.0, 0.0)
     if not size.any():
         return response
     usual = (response / size)[size > size.max() * UNIT_FLOAT32].median()  # not where results underflow

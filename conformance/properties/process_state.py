@@ -89,7 +89,6 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "torch's flushing of subnormal numbers": lambda: not float(torch.tensor(1e-40) * 1.0),
     "autograd's multithreading": torch._C._is_multithreading_enabled,
     "the collection of garbage": gc.isenabled,
-    "the limit of recursion": sys.getrecursionlimit,
     "the locale": lambda: locale.setlocale(locale.LC_ALL),
     "the handler of SIGINT": lambda: signal.getsignal(signal.SIGINT),
     "the working directory": os.getcwd,
@@ -133,7 +132,6 @@ _WRITERS: Mapping[str, Callable[[Any], None]] = {
     "torch's flushing of subnormal numbers": torch.set_flush_denormal,
     "autograd's multithreading": torch._C._set_multithreading_enabled,
     "the collection of garbage": lambda value: gc.enable() if value else gc.disable(),
-    "the limit of recursion": sys.setrecursionlimit,
     "torch.backends.cudnn.benchmark": lambda value: setattr(torch.backends.cudnn, "benchmark", value),
 }
 
