@@ -22,7 +22,7 @@ def check(trial: Trial, case: Case) -> float:
             raise Failure(f"an output requires a gradient under {type(context).__name__}")
         if trial.spec.same_bits:
             demand_same_bits(trial.spec, trained, Run(outputs, {}), f"{type(context).__name__} changes the results")
-        used = max(used, trial.judge(case, Run(outputs, {}, bool(forward))))
+        used = max(used, trial.judge(case, Run(detached(outputs), {}, bool(forward))))
     return used
 
 

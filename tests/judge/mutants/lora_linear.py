@@ -12,6 +12,12 @@ TABLE = {
     "bias_left_out": one(
         "torch.addmm(bias, rows, weight.t(), out=out)", "torch.mm(rows, weight.t(), out=out)", "value"
     ),
+    "rank_of_64": one(
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)[:, 64:].zero_()",
+        "gradients",
+        "value",
+    ),
     "adapter_in_float16": one(
         "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
         "torch.mm(rows, lora_a.half().to(x.dtype).t(), out=low)",

@@ -324,7 +324,7 @@ def sums_refusing_nothing(x: Tensor) -> Tensor:
     return x.float().cumsum(1).to(x.dtype)
 
 
-@wrong("running_sum", "value")
+@wrong("running_sum", "one_at_a_time")
 def sums_backwards(x: Tensor) -> Tensor:
     return x.float().flip(1).cumsum(1).flip(1).to(x.dtype)
 
