@@ -286,7 +286,7 @@ class Learner:
         once, twice = works
         grows = max(1, twice.elements) / max(1, once.elements)
         counts = replace(counts, growth=1 if grows < 2.5 else 2 if grows < 5 else 3)
-        if twice.operators < 1.5 * once.operators or counts.only:
+        if not once.operators or twice.operators < 1.5 * once.operators or counts.only:
             return counts
         most = max(counts.example, pair[0] * OPERATORS // once.operators)
         return replace(counts, high=min(most, counts.high or most))
