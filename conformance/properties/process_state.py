@@ -130,7 +130,7 @@ _WRITERS: Mapping[str, Callable[[Any], None]] = {
     "torch.get_float32_matmul_precision()": torch.set_float32_matmul_precision,
     "torch.is_grad_enabled()": torch._C._set_grad_enabled,
     "torch's flushing of subnormal numbers": torch.set_flush_denormal,
-    "autograd's multithreading": torch._C._set_multithreading_enabled,
+    "autograd's multithreading": torch.autograd.set_multithreading_enabled,
     "the collection of garbage": lambda value: gc.enable() if value else gc.disable(),
     "torch.backends.cudnn.benchmark": lambda value: setattr(torch.backends.cudnn, "benchmark", value),
 }
