@@ -25,7 +25,7 @@ def check(trial: Trial, case: Case) -> float:
     trial.run(replace(case, seed=case.seed + 2))
     demand_same_bits(trial.spec, alone, Run(detached(outputs), grads), "another call in between changes the results")
     del other  # kept alive until here, as a model keeps its activations
-    dtype = torch.float32 if trial.dtype != torch.float32 else torch.bfloat16
+    dtype = torch.float16 if trial.dtype == torch.bfloat16 else torch.bfloat16  # float32 may be lacking
     elsewhere = replace(trial, dtype=dtype)
     try:
         return elsewhere.judge(case, elsewhere.run(case))
