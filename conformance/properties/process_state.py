@@ -125,7 +125,7 @@ def _state() -> dict[str, Any]:
 
 
 # What the judge sets back after a finding, so that it is no finding of the next check too.
-_WRITERS: Mapping[str, Callable[[Any], None]] = {
+_WRITERS: Mapping[str, Callable[[Any], object]] = {
     "torch.get_default_dtype()": torch.set_default_dtype,
     "torch.get_float32_matmul_precision()": torch.set_float32_matmul_precision,
     "torch.is_grad_enabled()": torch._C._set_grad_enabled,
