@@ -75,6 +75,11 @@ def return_surroundings(tensor: Tensor, copy: Tensor) -> None:
         storage.copy_(memory)
 
 
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor that has elements lies in the memory of another, as a view does."""
+    return one.numel() > 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def as_function(found: Any, name: str) -> Callable[..., Any]:
     """A function, module, `torch.autograd.Function` or class of a module as a function with this name."""
     if isinstance(found, type) and issubclass(found, torch.autograd.Function):

@@ -8,7 +8,7 @@ device, so that every device sees the same bits; there they get their memory lay
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from unsloth_ref.types import IGNORE_INDEX
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
 MOST_EQUAL_ROWS = 512
+OF_CASES = ("fill", "layout", "seed")  # what a case names besides sizes and options
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +44,7 @@ class Case:
 
     def __str__(self) -> str:
         """The case in the form that `conformance repro` reads: "rows=4 hidden=129 fill=tiny seed=0"."""
-        return " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in self._words())
+        return " ".join(f"{name}={_word(value)}" for name, value in self._words())
 
     def __repr__(self) -> str:
         """The case in the form of a constructor call, for messages."""
@@ -65,20 +66,24 @@ class Case:
         return replace(self, options=tuple({**dict(self.options), **options}.items()))
 
     @classmethod
-    def parse(cls, line: str, size_names: tuple[str, ...], option_names: tuple[str, ...]) -> Case:
+    def parse(cls, line: str, size_names: tuple[str, ...], options: Mapping[str, Sequence[Any]]) -> Case:
         """Parse the output of `str(case)`.
 
         Raises:
             ValueError: a word is not name=value, a name is unknown, a size is missing, or a value is not allowed.
         """
         words: dict[str, Any] = {}
-        names = [*size_names, *option_names, "fill", "layout", "seed"]
+        chosen: dict[str, Any] = {}
+        names = [*size_names, *options, *OF_CASES]
         for word in line.split():
             name, equals, value = word.partition("=")
             if not equals or name not in names:
                 raise ValueError(f"case: got {word!r}; allowed: name=value with a name of {', '.join(names)}")
+            if name in words and name in options:  # an option called fill, layout or seed comes before that of the case
+                chosen[name] = words[name]
+            of_text = {_word(one): one for one in options.get(name, ())}
             try:
-                words[name] = ast.literal_eval(value)
+                words[name] = of_text[value] if value in of_text else ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 words[name] = value
         missing = [name for name in size_names if name not in words]
@@ -90,11 +95,13 @@ class Case:
         for name, allowed in (("fill", FILLS), ("layout", LAYOUTS)):
             if name in words and words[name] not in allowed:
                 raise ValueError(f"case: got {name}={words[name]}; allowed: {', '.join(allowed)}")
-        return cls(
-            sizes=tuple((name, int(words.pop(name))) for name in size_names),
-            options=tuple((name, words.pop(name)) for name in option_names if name in words),
-            **words,
-        )
+        sizes = tuple((name, int(words.pop(name))) for name in size_names)
+        chosen |= {name: words.pop(name) for name in options if name in words and name not in OF_CASES}
+        return cls(sizes, tuple((name, chosen[name]) for name in options if name in chosen), **words)
+
+
+def _word(value: Any) -> str:
+    return str(value).replace(" ", "")
 
 
 def _randn(generator: Generator, shape: tuple[int, ...]) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 
 from hypothesis import strategies as st
 
 from conformance.spec import COLUMNS
 
 LARGEST = 2**18  # elements of the largest case of `extents`
+LONG = 4097  # one more than several tiles
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Counts:
     Attributes:
         example: its size in the example.
         of: every size is a multiple of this.
-        low, high: the smallest size, and the largest if there is one. What is learned never includes 0: a stranger's
-            kernel may refuse empty tensors.
+        low, high: the smallest size above 0, and the largest if there is one.
         growth: the power of the size that the reference's work grows with.
         only: the sizes that are accepted, if they follow no rule.
+        empty: whether 0 is accepted. It is not drawn, as a stranger's kernel may refuse empty tensors.
     """
 
     example: int
@@ -32,6 +33,7 @@ class Counts:
     high: int | None = None
     growth: int = 1
     only: Sequence[int] = ()
+    empty: bool = False
 
     def __call__(self, budget: int) -> st.SearchStrategy[int]:
         """Sizes within the budget, small ones first."""
@@ -77,6 +79,17 @@ def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, .
         found[name] = one.fit(min(wanted[name], most))
         left = max(1, left // max(1, found[name]) ** one.growth)
     return tuple(found[name] for name in names)
+
+
+def edges(counts: Mapping[str, Counts]) -> list[dict[str, int]]:
+    """Small sizes, of which one is 1 or LONG, or one is 0 where that is accepted; `shape` makes the last one long."""
+    usual = dict(zip(counts, shape(counts, 3, 7), strict=True))
+    found = []
+    for name, one in list(counts.items())[:-1]:
+        left = LARGEST // prod(size for other, size in usual.items() if other != name)
+        most = max(one.low, int(left ** (1 / one.growth)))
+        found += [{**usual, name: one.fit(min(size, most))} for size in (1, LONG)]
+    return [*found, *({**usual, name: 0} for name, one in counts.items() if one.empty)]
 
 
 def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:

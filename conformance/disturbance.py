@@ -35,6 +35,7 @@ COMPOSITE = {
     "mish", "mish_backward", "elu", "elu_backward", "smooth_l1_loss", "huber_loss", "mse_loss", "mse_loss_backward",
     "log_sigmoid_forward", "log_sigmoid_backward", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "soft_margin_loss", "addmm", "addmv", "baddbmm", "addcmul", "addcdiv", "lerp",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
     "_scaled_dot_product_flash_attention_for_cpu", "hardswish", "glu", "glu_backward", "sigmoid_backward",
     "tanh_backward", "logaddexp", "rsub", "dist",
 }  # fmt: skip

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.case import OF_CASES
 from conformance.declarations import SpecError
 
 Size = int | tuple[int, str]  # a constant, or a factor and the name of a size
@@ -141,17 +142,26 @@ class _Text:
     """Reads a text: first the names of sizes with their numbers, then the arguments."""
 
     def __init__(self, text: str) -> None:
-        self._sizes = {name: int(number) for name, number in re.findall(r"[(,]\s*([A-Za-z_]\w*)\s*=\s*(\d+)", text)}
+        self._sizes: dict[str, int] = {}
+        for name, number in re.findall(r"[(,]\s*([A-Za-z_]\w*)\s*=\s*(\d+)", text):
+            if self._sizes.setdefault(name, int(number)) != int(number):
+                raise SpecError(f"--example: got {name}={self._sizes[name]} and {name}={number}; allowed: one number")
         self._unnamed: dict[int, str] = {}
         arguments: dict[str, tuple[Any, ...]] = {}
         for word in split(text, whitespace):
             name, equals, value = word.partition("=")
             if not equals or not name.isidentifier() or not value:
                 raise SpecError(f"--example: got {word!r}; allowed: NAME=VALUE with a VALUE such as randn(64,128)")
+            if name in arguments:
+                raise SpecError(f"--example: got {name} twice; allowed: once, with | between several values")
             arguments[name] = tuple(self._value(name, part) for part in split(value, "|"))
         for name in self._sizes:
             if name in arguments:
                 raise SpecError(f"--example: {name} is an argument and a size; give the size another name")
+            if name in OF_CASES:
+                raise SpecError(
+                    f"--example: got {name} as the name of a size; allowed: others than {', '.join(OF_CASES)}"
+                )
         self.example = Example(arguments, self._sizes)
 
     def _value(self, argument: str, text: str) -> Any:
@@ -196,6 +206,8 @@ class _Text:
     def _size(self, argument: str, place: int, text: str, bound: bool = False) -> Size:
         if re.fullmatch(r"-?\d+", text):
             number = int(text)
+            if number < 0 and not bound:
+                raise SpecError(f"--example: got {number} as a size of {argument}; allowed: 0 or more")
             if bound or number < 2:
                 return number
             if number not in self._unnamed:
@@ -227,6 +239,8 @@ def of_call(arguments: Mapping[str, Any]) -> Example:
         return 1, names[number]
 
     def tensor(name: str, value: Tensor) -> TensorArgument:
+        if value.is_complex() or value.layout != torch.strided:
+            raise SpecError(f"--example: got {name} of {value.dtype}, {value.layout}; allowed: dense, of real numbers")
         shape = tuple(size(name, place, number) for place, number in enumerate(value.shape))
         own = None if value.is_floating_point() and value.dtype == floats[0] else value.dtype
         if value.is_floating_point():

@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conformance import calling
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
+from conformance.definition import PRESENT, call, demand_function, outputs_of
 from conformance.example import Example, Follows, TensorArgument, value_of
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
 from conformance.trial import Caught, as_leaves, describe
 
 PROBED = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
-FEWEST_ACCEPTED = 0.1  # of the combinations of sizes: with fewer, the sizes do not describe the operation
-PRESENT = "given"  # the value of an optional tensor that is there
+OPERATORS = 2**11  # of a loop over a size: each runs some fifty times a case, in probes and both passes
+FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not describe the operation
 
 
 def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[str, int]) -> Inputs:
@@ -46,15 +46,16 @@ def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[st
 
 
 class _Work(TorchDispatchMode):
-    """Counts the elements that operators produce."""
+    """Counts operators, and the elements that they produce."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements = self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, add up its results."""
         found = func(*args, **(kwargs or {}))
+        self.operators += 1
         self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
 
@@ -134,14 +135,19 @@ class Learner:
             if name not in self.parameters and not takes_any:
                 raise SpecError(f"--example: {self.op} has no argument {name}; it has {', '.join(self.parameters)}")
             others = [value for value in values if value is not None]
-            if any(map(_is_tensors, others)) and len(others) > 1:
+            tensors = any(map(_is_tensors, others))
+            if tensors and len(others) > 1:
                 raise SpecError(f"--example: got several values of {name}; allowed beside a tensor: None")
+            if not tensors and len(values) > 1 and any(isinstance(value, (Follows, list, dict)) for value in values):
+                raise SpecError(
+                    f"--example: got several values of {name}; allowed: numbers, words and tuples, not lists and sizes"
+                )
         for name, parameter in self.parameters.items():
             variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
             if name not in self.example.arguments and parameter.default is parameter.empty and not variable:
                 raise SpecError(f"--example: {name} is missing, which {self.op} needs")
-        if not self.tensors:
-            raise SpecError("--example: got no tensor; allowed: arguments such as x=randn(64,128)")
+        if not any(all(value_of(size, self.sizes) for size in one.shape) for one in self.tensors.values()):
+            raise SpecError("--example: got no tensor with an element; allowed: arguments such as x=randn(64,128)")
         for flag, names in (("--in-place", self.in_place), ("--rows", self.rows), ("--grads", self.grads or ())):
             for name in names:
                 if name not in self.tensors:
@@ -205,15 +211,13 @@ class Learner:
     def _called(self, spec: Spec) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the outputs, and of the inputs that have a gradient."""
         case = Case(tuple(self.sizes.items()))
-        inputs = spec.inputs(case, torch.float32, "cpu")
-        inputs = as_leaves(inputs, [name for name, tensor in inputs.items() if tensor.is_floating_point()])
         with Caught() as caught:
-            outputs = call(spec, case, inputs)
+            plain = spec.inputs(case, torch.float32, "cpu")
         if caught.error is not None:
-            raise SpecError(f"reference: {self.op} raised {describe(caught.error)}, on the example") from caught.error
-        if not outputs or not all(isinstance(output, Tensor) for output in outputs):
-            kinds = ", ".join(type(output).__name__ for output in outputs) or "nothing"
-            raise SpecError(f"reference: {self.op} returned {kinds}; allowed: tensors, in tuples, lists or dicts")
+            raise SpecError(f"--example: its tensors cannot be made: {describe(caught.error)}") from caught.error
+        demand_function(spec, case, plain)
+        inputs = as_leaves(plain, [name for name, tensor in plain.items() if tensor.is_floating_point()])
+        outputs = outputs_of(spec, case, inputs)
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]
@@ -243,21 +247,28 @@ class Learner:
         for name, size in self.sizes.items():
             probed = sorted({*PROBED, size, *([2 * size] if size <= 4096 else ())})
             accepted = [n for n in probed if self._accepted(spec, {**base, name: n})]
-            found[name] = replace(rule(size, accepted, probed), growth=self._growth(spec, base, name, accepted))
+            found[name] = self._affordable(spec, base, name, accepted, rule(size, accepted, probed))
         return found
 
-    def _growth(self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int]) -> int:
-        """The power of a size that the reference's work grows with: from 1 to 3."""
-        sizes = [n for n in accepted if n and 2 * n in accepted]
-        if not sizes:
-            return 1
-        works = []
-        for size in (sizes[-1], 2 * sizes[-1]):
+    def _affordable(
+        self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int], counts: Counts
+    ) -> Counts:
+        """The power of a size that the reference's work grows with, from 1 to 3; no long loops of operators."""
+        counts, works = replace(counts, empty=0 in accepted), list[_Work]()
+        pair = [n for n in accepted if n and 2 * n in accepted][-1:]
+        for size in (*pair, *(2 * n for n in pair)):
             with _Work() as work:
                 self._accepted(spec, {**base, name: size})
-            works.append(max(1, work.elements))
-        ratio = works[1] / works[0]
-        return 1 if ratio < 2.5 else 2 if ratio < 5 else 3
+            works.append(work)
+        if not works:
+            return counts
+        once, twice = works
+        grows = max(1, twice.elements) / max(1, once.elements)
+        counts = replace(counts, growth=1 if grows < 2.5 else 2 if grows < 5 else 3)
+        if not once.operators or twice.operators < 1.5 * once.operators or counts.only:
+            return counts
+        most = max(counts.example, pair[0] * OPERATORS // once.operators)
+        return replace(counts, high=min(most, counts.high or most))
 
     def _demand_mostly_accepted(self, spec: Spec) -> None:
         drawing, sizes = spec.drawing, []
@@ -323,18 +334,6 @@ def _reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
         return []
     found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
     return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
-
-
-def call(spec: Spec, case: Case, inputs: Inputs) -> tuple[Any, ...]:
-    """Call the reference on a case, and return its outputs, however many there are.
-
-    Raises:
-        SpecError: on the example; any error of the reference.
-    """
-    written = {name: calling.copied(inputs[name]) for name in spec.in_place if name in inputs}
-    positional, by_name = calling.placed(spec.reference, {**inputs, **written})
-    options = {**spec.drawing.required(case), **{n: v for n, v in case.options if v != PRESENT}}
-    return tuple(calling.results(spec.reference(*positional, **by_name, **options), list(written.values())))
 
 
 def found_shapes(spec: Spec, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:

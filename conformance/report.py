@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from statistics import mean
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conformance import operations, results_file
+from conformance import calling, operations, results_file
 from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.case import Case
 from conformance.operations import PROJECT, Source
@@ -56,6 +57,7 @@ def learned(spec: Spec) -> str:
     """Describe in a few lines what the judge draws for an operation of the command line."""
     case = Case(tuple((name, getattr(size, "example", 1)) for name, size in spec.drawing.sizes.items()))
     always = spec.drawing.required(case)
+    inputs = calling.grouped(spec.inputs(case, torch.float32, "cpu"))
     lines = {
         "sizes": ", ".join(
             f"{name} {count}" for name, count in spec.drawing.sizes.items() if hasattr(count, "example")
@@ -65,6 +67,11 @@ def learned(spec: Spec) -> str:
                 *(f"{name} {', '.join(map(str, values))}" for name, values in spec.drawing.options.items()),
                 *(f"{name} {value}" for name, value in always.items() if name not in spec.drawing.options),
             ]
+        ),
+        "fixed": ", ".join(
+            f"{name}={parameter.default}"
+            for name, parameter in inspect.signature(spec.reference).parameters.items()
+            if parameter.default is not parameter.empty and name not in {*spec.drawing.options, *always, *inputs}
         ),
         "outputs": ", ".join(spec.outputs),
         "gradients": ", ".join(spec.grads) or "none",

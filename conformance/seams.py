@@ -18,6 +18,7 @@ SEAMS = (
     Seam("torch._C._autograd._top_saved_tensors_default_hooks", "called: a call must leave the hooks on saved tensors"),
     Seam("torch._C._len_torch_dispatch_stack", "called: a call must leave the stack of dispatch modes"),
     Seam("torch._C._len_torch_function_stack", "called: a call must leave the stack of function modes"),
+    Seam("torch._C._is_multithreading_enabled", "called: a call must leave autograd's threads"),
     Seam("torch._C._set_grad_enabled", "called: sets the gradient mode back after a finding"),
     Seam("torch._tensor_str.PRINT_OPTS", "read: a call must leave the print options"),
     Seam("torch.autograd.function._SingleLevelFunction.setup_context", "compared: whether forward gets the context"),

@@ -270,7 +270,7 @@ class Spec:
 
     def parse(self, line: str) -> Case:
         """Parse a case of this operation; raises ValueError, also for an option with a value that is not allowed."""
-        case = Case.parse(line, tuple(self.drawing.sizes), tuple(self.drawing.options))
+        case = Case.parse(line, tuple(self.drawing.sizes), self.drawing.options)
         for name, value in case.options:
             numbers = any(isinstance(one, Number) for one in self.drawing.options[name])
             if value not in self.drawing.options[name] and not (numbers and isinstance(value, Number)):

@@ -270,7 +270,7 @@ class Trial:
                 judge_exact(name, y, response.truth, p, response.flips, response.lowest, response.highest)
                 continue
             model = ErrorModel(
-                error=response,
+                error=response.beside(p),
                 elements=elements,
                 roundings=1,
                 random=case.fill not in self.spec.drawing.alike,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from conformance.counts import Counts
+from conformance.definition import PRESENT
 from conformance.example import Follows, Size, TensorArgument, word_of
-from conformance.learn import PRESENT, Learner
+from conformance.learn import Learner
 from conformance.spec import Spec
 
 _HINTS = """    # Measured: conformance/condition.py. To state it by hand, give roundings, and terms for what cancels:
@@ -108,7 +109,7 @@ def _size(size: Size) -> str:
 
 
 def _sizes(counts: dict[str, Counts]) -> list[str]:
-    fields = ("of", "low", "high", "growth", "only")
+    fields = ("of", "low", "high", "growth", "only", "empty")
     usual = Counts(0)
     lines = ["SIZES = {"]
     for name, count in counts.items():

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from conformance.calling import same_memory
 from conformance.case import Case
 from conformance.gates import Failure
 from conformance.interpreter import Interpreted
@@ -29,6 +30,8 @@ def check(trial: Trial, case: Case) -> float:
     leaves = as_leaves({name: tensor.clone() for name, tensor in trial.inputs(case).items()}, trial.spec.grads)
     grad_outputs = trial.grad_outputs(case, trial.run(case, leaves, grads=()).outputs)
     first = _run(trial, case, leaves, grad_outputs)
+    views = [any(same_memory(y, tensor) for tensor in leaves.values()) for y in first.outputs]
+    first = Run(tuple(y.clone() if view else y for y, view in zip(first.outputs, views, strict=True)), first.grads)
     kept = Run(tuple(y.clone() for y in first.outputs), {n: g.clone() for n, g in first.grads.items()})
     _run(trial, case, leaves, grad_outputs)  # a second call is one that may reuse what the first one kept
     used = 0.0

@@ -3,6 +3,7 @@
 A user's next random number, their precision of products, their gradient mode and their timer are theirs.
 """
 
+import gc
 import locale
 import os
 import random
@@ -85,6 +86,9 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "the stack of dispatch modes": torch._C._len_torch_dispatch_stack,
     "the stack of function modes": torch._C._len_torch_function_stack,
     "torch's print options": lambda: dict(vars(_torch._tensor_str.PRINT_OPTS)),
+    "torch's flushing of subnormal numbers": lambda: not float(torch.tensor(1e-40) * 1.0),
+    "autograd's multithreading": torch._C._is_multithreading_enabled,
+    "the collection of garbage": gc.isenabled,
     "the locale": lambda: locale.setlocale(locale.LC_ALL),
     "the handler of SIGINT": lambda: signal.getsignal(signal.SIGINT),
     "the working directory": os.getcwd,
@@ -121,10 +125,13 @@ def _state() -> dict[str, Any]:
 
 
 # What the judge sets back after a finding, so that it is no finding of the next check too.
-_WRITERS: Mapping[str, Callable[[Any], None]] = {
+_WRITERS: Mapping[str, Callable[[Any], object]] = {
     "torch.get_default_dtype()": torch.set_default_dtype,
     "torch.get_float32_matmul_precision()": torch.set_float32_matmul_precision,
     "torch.is_grad_enabled()": torch._C._set_grad_enabled,
+    "torch's flushing of subnormal numbers": torch.set_flush_denormal,
+    "autograd's multithreading": torch.autograd.set_multithreading_enabled,
+    "the collection of garbage": lambda value: gc.enable() if value else gc.disable(),
     "torch.backends.cudnn.benchmark": lambda value: setattr(torch.backends.cudnn, "benchmark", value),
 }
 

@@ -240,7 +240,7 @@ spec = Spec(
     drawing=Drawing(
         sizes={
             "rows": lambda budget: row_counts(max(budget, 16)),
-            "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 64]),
+            "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 24, 64, 129]),
             "wide": lambda budget: st.sampled_from([0, 1, 2]),
             "columns": column_counts,
             "out": _out,

@@ -168,7 +168,7 @@ spec = Spec(
     drawing=Drawing(
         sizes={
             "rows": lambda budget: row_counts(max(budget, 16)),
-            "rank": lambda budget: st.sampled_from([1, 4, 8, 16]),
+            "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 24, 129]),
             "wide": lambda budget: st.sampled_from([0, 1]),
             "columns": column_counts,
             "out": lambda budget: st.sampled_from([1, 2, 4, 16, 33, 64]),

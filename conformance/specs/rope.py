@@ -199,6 +199,9 @@ spec = Spec(
         "positions of 32 bits": lambda i, o: _by_table(i, o, dtype=torch.int32),
         "queries alone": _change(k=lambda i: i["k"][:, :0]),
         "keys alone": _change(q=lambda i: i["q"][:, :0]),
+        "heads that a kernel may take in several steps": _change(
+            q=lambda i: i["q"].repeat(1, 40, 1, 1), k=lambda i: i["k"].repeat(1, 80, 1, 1)
+        ),
     },
     errors=[
         ErrorCase("k has another length", _change(k=lambda i: i["k"][:, :, :0]), ValueError, "k", undefined=True),

@@ -43,6 +43,12 @@ def test_parse_refuses_an_invalid_case(line: str, message: str) -> None:
         specs()["rms_norm"].parse(line)
 
 
+def test_options_may_have_the_names_of_a_case_and_values_that_are_no_literals() -> None:
+    options = {"seed": [0, 7], "kind": [torch.float32, torch.int8], "of": ["", "two words"]}
+    case = Case((("rows", 3),), (("seed", 7), ("kind", torch.int8), ("of", "two words")), seed=2)
+    assert Case.parse(str(case), ("rows",), options) == case
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"expanded"}))
 def test_a_layout_does_not_change_elements(op: str, layout: str) -> None:

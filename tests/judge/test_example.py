@@ -45,6 +45,10 @@ def test_lists_of_tensors() -> None:
         ("x=randn(T)", "got 'T' as a size of x; allowed: a number, NAME=NUMBER"),
         ("x=randn(3,dtype=int3)", "got x with dtype=int3"),
         ("T=3 x=randn(T=4)", "T is an argument and a size"),
+        ("x=randn(T=4) y=randn(T=5)", "got T=4 and T=5; allowed: one number"),
+        ("x=randn(-4,5)", "got -4 as a size of x; allowed: 0 or more"),
+        ("x=randn(4) x=randn(5)", "got x twice; allowed: once, with | between several values"),
+        ("x=randn(seed=4)", "got seed as the name of a size; allowed: others than fill, layout, seed"),
         ("x=3+", r"got x=3\+; allowed: a tensor such as"),
         ("nowhere.py", "there is no such file"),
     ],
@@ -52,6 +56,11 @@ def test_lists_of_tensors() -> None:
 def test_a_mistake_is_named(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         read(text)
+
+
+def test_numbers_that_are_not_real_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"got x of torch\.complex64"):
+        of_call({"x": torch.ones(3, dtype=torch.complex64)})
 
 
 def test_a_real_call_tells_kinds_and_dtypes() -> None:

@@ -3,6 +3,7 @@
 Each is a backend, such as `tests.judge.wrong_process.swiglu_seeds_torch`.
 """
 
+import gc
 import itertools
 import os
 from typing import Any
@@ -82,6 +83,32 @@ def swiglu_chooses_cudnn_algorithms(gate: Tensor, up: Tensor) -> Tensor:
     """Sets a flag of cuDNN."""
     torch.backends.cudnn.benchmark = True
     return reference.swiglu(gate, up)
+
+
+@wrong("swiglu", "process_state")
+def swiglu_flushes_subnormal_numbers(gate: Tensor, up: Tensor) -> Tensor:
+    """Makes small numbers 0 in the whole process."""
+    if not torch.compiler.is_compiling():
+        torch.set_flush_denormal(True)
+    return reference.swiglu(gate, up)
+
+
+@wrong("swiglu", "process_state")
+def swiglu_stops_the_collection_of_garbage(gate: Tensor, up: Tensor) -> Tensor:
+    """Avoids a pause, for ever."""
+    if not torch.compiler.is_compiling():
+        gc.disable()
+    return reference.swiglu(gate, up)
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+@wrong("swiglu", "calls_apart")
+def swiglu_keeps_a_table_by_shape(gate: Tensor, up: Tensor) -> Tensor:
+    """Keeps what it multiplies by in the dtype of the first call, which the results of another then have."""
+    y = reference.swiglu(gate, up)
+    return y if torch.compiler.is_compiling() else y * TABLES.setdefault(y.shape[-1], y.new_ones(y.shape[-1]))
 
 
 CALLS = itertools.count()

@@ -12,6 +12,12 @@ TABLE = {
     "y_added_to_what_was_there": one("(out, 0) if bias is None", "(out, 1) if bias is None", "uninitialised"),
     "bias_left_out": one("if bias is None else (bias, 1)", "if True else (bias, 1)", "value"),
     "bias_scaled": one("torch.addmm(start, low", "torch.addmm(scaling * start, low", "value"),
+    "rank_of_64": one(
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)[:, 64:].zero_()",
+        "gradients",
+        "value",
+    ),
     "adapter_in_float16": one(
         "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
         "torch.mm(rows, lora_a.half().to(x.dtype).t(), out=low)",

@@ -64,6 +64,9 @@ TABLE = {
     "output_not_rescaled": one("out = out * shrink[:, None] +", "out = out +", "extents"),
     "dv_of_the_last_queries": one("dv += tl.dot(", "dv = tl.dot(", "gradients"),
     "dk_of_the_first_head": one("for index in range(0, group)", "for index in range(0, 1)", "extents"),
+    "dk_of_the_first_eight_heads": one(
+        "head = kv_head * group + index\n", "head = kv_head * group + index % 8\n", "extents"
+    ),
     "k_read_as_v_lies": one("*strides_of(q, k, v), scale", "*strides_of(q, v, v), scale", "layouts"),
     "grad_output_read_as_the_output_lies": one("strides_of(q, k, v, do)", "strides_of(q, k, v, out)", "layouts"),
     "columns_read_as_if_in_one_piece": one(

@@ -46,6 +46,11 @@ TABLE = {
         "(0 if t is None else min(t.shape[1], x.shape[1]) for t in (q, k))",
         "value",
     ),
+    "as_many_steps_as_queries_need": one(
+        "steps = max(cdiv(q_heads, q_tile) if q_tile else 0, cdiv(k_heads, k_tile) if k_tile else 0)",
+        "steps = cdiv(q_heads, q_tile) if q_tile else cdiv(k_heads, k_tile)",
+        "argument_kinds",
+    ),
     "stored_a_head_too_many": Mutant(
         (
             ("q_known = head < q_heads", "q_known, q_stored = head < q_heads, head <= q_heads"),

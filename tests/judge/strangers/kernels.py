@@ -1,4 +1,4 @@
-"""Kernels of the seven operations: right ones, and wrong ones with the properties of which one finds each."""
+"""Kernels of these operations: right ones, and wrong ones with the properties of which one finds each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -267,3 +267,73 @@ def add_scales_y_too(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
     with torch.no_grad():
         y.mul_(alpha)
     return x.add_(y)
+
+
+@right("heads")
+def heads_by_copy(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2).contiguous()
+
+
+@right("heads")
+def heads_by_view(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).permute(0, 2, 1, 3)
+
+
+@wrong("heads", "value")
+def heads_of_neighbours(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (-1, count)).permute(0, 3, 1, 2)
+
+
+@wrong("heads", "metadata")
+def heads_in_the_memory_of_another(x: Tensor, count: int) -> Tensor:
+    """Squeezes, whatever has a size of 1."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2).squeeze(0)
+
+
+@right("marked")
+def marked_by_squares(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    far = (x.float() > limit) | (x.float() < -limit)
+    return far, far.long().sum(-1)
+
+
+@wrong("marked", "metadata")
+def marked_in_bytes(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    far = x.float().abs() > limit
+    return far.to(torch.uint8), far.sum(-1)
+
+
+@wrong("marked", "one_at_a_time")
+def marked_on_one_side(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    far = x.float() > limit
+    return far, far.sum(-1)
+
+
+@right("running_sum")
+def sums_by_chunks(x: Tensor) -> Tensor:
+    carry, parts = torch.zeros_like(x[:, :1]).float(), []
+    for chunk in x.float().split(64, 1):
+        parts.append(chunk.cumsum(1) + carry)
+        carry = parts[-1][:, -1:]
+    return torch.cat(parts, 1).to(x.dtype)
+
+
+@right("running_sum")
+def sums_refusing_nothing(x: Tensor) -> Tensor:
+    if not x.numel():
+        raise ValueError("x: got no element; allowed: 1 or more")
+    return x.float().cumsum(1).to(x.dtype)
+
+
+@wrong("running_sum", "one_at_a_time")
+def sums_backwards(x: Tensor) -> Tensor:
+    return x.float().flip(1).cumsum(1).flip(1).to(x.dtype)
+
+
+def sums_without_a_carry(x: Tensor) -> Tensor:
+    """Loses the sum at the edge of a tile; `extents` alone has sizes that show it."""
+    return torch.cat([chunk.float().cumsum(1) for chunk in x.split(1024, 1)], 1).to(x.dtype)
+
+
+def sums_of_nothing(x: Tensor) -> Tensor:
+    """Adds a row to a tensor without elements."""
+    return x.float().cumsum(1).to(x.dtype) if x.numel() else x.sum().expand(1, 1, 1)

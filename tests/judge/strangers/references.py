@@ -1,4 +1,4 @@
-"""Seven operations as a stranger would define them."""
+"""Operations as a stranger would define them."""
 
 import torch
 from torch import Tensor
@@ -39,3 +39,48 @@ def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
 def scaled_add_(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
     """Adds alpha y to x, in place."""
     return x.add_(y, alpha=alpha)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """The heads of x [B, S, E] before its tokens, as a view."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def marked(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Which elements of x [T, H] are far from 0, and how many in each row."""
+    far = x.float().abs() > limit
+    return far, far.sum(-1)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """The cumulative sums of x [B, S, D] along S."""
+    return x.float().cumsum(1).to(x.dtype)
+
+
+def moving_average(x: Tensor, decay: float = 0.9) -> Tensor:
+    """Averages of the rows of x [T, H] so far, the older the less, one row after the other."""
+    now, rows = torch.zeros_like(x[0]), []
+    for row in x:
+        now = decay * now + (1 - decay) * row
+        rows.append(now)
+    return torch.stack(rows)
+
+
+def bag(weight: Tensor, index: Tensor) -> Tensor:
+    """The sum of some rows of weight [V, H] for each row of index [T, K]."""
+    return weight[index].sum(1)
+
+
+def stretched(x: Tensor, size: int) -> Tensor:
+    """x [B, C, L] at so many places, by linear interpolation."""
+    return F.interpolate(x, size=size, mode="linear")
+
+
+def noisy(x: Tensor) -> Tensor:
+    """No function of x."""
+    return x + torch.rand_like(x)
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """The Fourier transform of the rows of x."""
+    return torch.fft.rfft(x.float())

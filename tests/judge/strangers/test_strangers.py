@@ -10,11 +10,14 @@ import torch
 from conformance import backends, operations
 from conformance.case import DTYPES
 from conformance.cli import main
+from conformance.counts import Counts
 from conformance.declarations import SpecError
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import Result, search
+from conformance.report import learned
+from conformance.search import Result, reproduce, search
+from conformance.spec import Spec
 from conformance.trial import Trial
 from conformance.writing import text
 from tests.judge.strangers.kernels import RIGHT, WRONG
@@ -34,6 +37,9 @@ SOURCES = {
         Source(f"{HERE}.references:scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N"),
         Source(f"{HERE}.references:masked_softmax", "x=randn(16,32) mask=mask(16,32)", rows=("x", "mask")),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
+        Source(f"{HERE}.references:heads", "x=randn(2,5,12) count=4"),
+        Source(f"{HERE}.references:marked", "x=randn(16,32) limit=1.5"),
+        Source(f"{HERE}.references:running_sum", "x=randn(B=2,S=40,D=16)"),
     )
     if source.reference
 }
@@ -117,6 +123,12 @@ def test_a_written_spec_judges_as_the_learned_one(op: str, tmp_path: Path) -> No
             "--in-place: got z; allowed",
         ),
         (Source(f"{HERE}.references:top_k_gate", "logits=randn(4,8) k=2", grads=("k",)), "--grads: got k; allowed"),
+        (Source(f"{HERE}.references:scaled_add_", "x=randn(2) y=randn(2)"), "changes x; allowed: only what --in-place"),
+        (Source(f"{HERE}.references:noisy", "x=randn(2,8)"), "gives other results in a second call"),
+        (Source(f"{HERE}.references:spectrum", "x=randn(2,8)"), "returned a tensor of torch.complex64; allowed: dense"),
+        (Source(f"{HERE}.references:heads", "x=randn(2,3,4) count=[1]|[2]"), "got several values of count; allowed"),
+        (Source(f"{HERE}.references:tempered_softmax", "x=randn(0,4)"), "got no tensor with an element; allowed"),
+        (Source(f"{HERE}.references:tempered_softmax", "x=randn(2000000000,2000000)"), "its tensors cannot be made"),
     ],
 )
 def test_an_example_that_does_not_fit_is_refused(source: Source, message: str) -> None:
@@ -124,6 +136,73 @@ def test_an_example_that_does_not_fit_is_refused(source: Source, message: str) -
         specs(source)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def spec_of(op: str, example: str) -> Spec:
+    return specs(Source(f"{HERE}.references:{op}", example))[op]
+
+
+def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
+    spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
+    sizes = [dict(case.sizes) for case in PROPERTIES["extents"].cases(spec, SMALL)]
+    for name in ("B", "S", "D"):
+        assert {0, 1} <= {one[name] for one in sizes}
+        assert max(one[name] for one in sizes) > 4096
+
+
+@here
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "verdict"),
+    [
+        ("sums_without_a_carry", {"S": 4097}, "fail"),
+        ("sums_of_nothing", {"S": 0}, "fail"),
+        ("sums_refusing_nothing", {"S": 0}, "skip"),
+        ("sums_refusing_nothing", {"S": 5}, "pass"),
+    ],
+)
+def test_long_and_empty_dimensions_between_others(kernel: str, sizes: dict[str, int], verdict: str) -> None:
+    spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
+    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", SOURCES["running_sum"]).functions["running_sum"]
+    case = spec.case(3, 7).resized(**sizes)
+    result = reproduce(Trial(spec, function, torch.float32, "cpu"), PROPERTIES["extents"], case, "float32")
+    assert result.verdict == verdict, result.message
+
+
+def test_a_loop_of_operators_is_not_drawn_long() -> None:
+    high = spec_of("moving_average", "x=randn(T=10,H=32)").drawing.sizes["T"]
+    assert isinstance(high, Counts)
+    assert 10 < (high.high or 0) < 2048
+
+
+@here
+@pytest.mark.parametrize(
+    ("op", "example", "sizes", "dtype"),
+    [
+        ("bag", "weight=randn(V=50,H=32) index=randint(V,T=20,K=4)", "V=1 H=1 T=20 K=511", "bfloat16"),
+        ("bag", "weight=randn(V=50,H=32) index=randint(V,T=20,K=4)", "V=2 H=3 T=3 K=5120", "float32"),
+        ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=2 C=3 L=33", "bfloat16"),
+        ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=5 C=3 L=130", "float32"),
+        ("marked", "x=randn(16,32) limit=1.5", "x_0=4 x_1=8", "float16"),
+    ],
+)
+def test_plain_pytorch_passes_whatever_its_operators_round_inside(
+    op: str, example: str, sizes: str, dtype: str
+) -> None:
+    spec = spec_of(op, example)
+    trial = Trial(spec, spec.reference, DTYPES[dtype], "cpu")
+    result = reproduce(trial, PROPERTIES["one_at_a_time"], spec.parse(sizes), dtype)
+    assert result.verdict == "pass", result.message
+
+
+@here
+@pytest.mark.parametrize("kernel", ["heads_by_copy", "heads_by_view"])
+def test_a_view_may_follow_its_input(kernel: str) -> None:
+    assert judged(SOURCES["heads"], kernel, "changed_inputs", "float32").verdict == "pass"
+
+
+def test_what_the_example_leaves_at_its_default_is_said() -> None:
+    spec = spec_of("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)")
+    assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
 
 
 KERNEL = (
