@@ -20,7 +20,7 @@ class Own(LlamaForCausalLM):
     """The cross entropy, in the dtype of the logits."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
-        outputs: Any = super().forward(input_ids, **kwargs)
+        outputs: Any = super().forward(input_ids, **kwargs)  # pyright: ignore[reportArgumentType]
         outputs.loss = None if labels is None else self.changed(outputs.logits, labels)
         return outputs
 

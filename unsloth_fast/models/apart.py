@@ -55,11 +55,12 @@ def joined_documents(model: PreTrainedModel) -> str | None:
 
 
 def _is_strange(module: nn.Module) -> bool:
-    """Whether a module's class or its forward is no library's, or joins tokens by a class of torch."""
+    """Whether a module's class or its forward is no library's, or it is a container of torch's that joins tokens."""
     kind = type(module)
     foreign = has_foreign_forward(module) and not has_replaced_method(module, "forward")
     known = of_a_library(kind) and of_a_library(inspect.unwrap(kind.forward))
-    return foreign or not known or isinstance(module, _OVER_TOKENS)
+    contains = kind.__module__.startswith("torch.") and any(isinstance(c, _OVER_TOKENS) for c in module.children())
+    return foreign or not known or contains
 
 
 def _are_joined(model: Any) -> bool:
