@@ -51,9 +51,8 @@ def demand_none_lost(lost: Callable[[Any], list[str]], placed: Any, untouched: C
     if caught.error is not None:
         raise Failure(f"raised {describe(caught.error)}") from caught.error
     if names := [name for name in names if name not in likewise]:
-        raise Failure(
-            f"{names[0]} is missing after saving and loading, has other elements, or is no longer tied as before\n{len(names)} in all"
-        )
+        what = "is missing after saving and loading, has other elements, or is no longer tied as before"
+        raise Failure(f"{names[0]} {what}\n{len(names)} in all")
 
 
 def _tied(model: Any) -> set[frozenset[str]]:
