@@ -88,7 +88,8 @@ def _are_joined(model: Any) -> bool:
 def _without_zeros(modules: list[nn.Module]) -> Iterator[None]:
     """Give weights of these modules that are all 0 small random values for a while."""
     own = {id(each): each for module in modules for each in module.parameters()}
-    plain = (each for each in own.values() if each.is_floating_point() and not isinstance(each, DTensor))
+    wide = (each for each in own.values() if each.is_floating_point() and each.itemsize > 1)  # float8 has no `any`
+    plain = (each for each in wide if not isinstance(each, DTensor))
     zeros = [each for each in plain if not each.is_meta and each.numel() and not each.any()]
     try:
         for each in zeros:
