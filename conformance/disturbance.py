@@ -36,7 +36,7 @@ COMPOSITE = {
     "log_sigmoid_forward", "log_sigmoid_backward", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "soft_margin_loss", "addmm", "addmv", "baddbmm", "addcmul", "addcdiv", "lerp",
     "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
-    "_scaled_dot_product_flash_attention_for_cpu", "hardswish", "glu", "glu_backward", "sigmoid_backward",
+    "hardswish", "glu", "glu_backward", "sigmoid_backward",
     "tanh_backward", "logaddexp", "rsub", "dist",
 }  # fmt: skip
 
@@ -169,11 +169,11 @@ class Disturbed(Widened):
         """
         super().__init__()
         self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
-        self._inside = inside
+        self.inside = inside
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the operator, or the simpler ones that it consists of."""
-        if self._inside and _name(func) in COMPOSITE and func in decomposition_table:
+        if self.inside and _name(func) in COMPOSITE and func in decomposition_table:
             with self:
                 return decomposition_table[func](*args, **kwargs)
         return func(*args, **kwargs)
@@ -184,7 +184,7 @@ class Disturbed(Widened):
             return found
         place = next(self._places)
         unit = self._units(place)
-        if not unit or (name in EXACT and self._inside):
+        if not unit or (name in EXACT and self.inside):
             return found
         if name.endswith("_"):
             if isinstance(found, Tensor) and found.is_floating_point():

@@ -34,7 +34,6 @@ SEAMS = (
     Seam("torch.ops.aten._log_softmax_backward_data", "recognised by name: the same"),
     Seam("torch.ops.aten._fused_rms_norm", "recognised by name: the same"),
     Seam("torch.ops.aten._fused_rms_norm_backward", "recognised by name: the same"),
-    Seam("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "recognised by name: the same"),
     Seam("torch._dynamo.reset", "called: each graph is compiled afresh"),
     Seam("torch._dynamo.config.recompile_limit", "set: nearly every case needs a graph of its own"),
     Seam("torch._dynamo.config.automatic_dynamic_shapes", "set: a bench compiles every shape statically"),

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from unsloth_fast.backends import Backend
 from unsloth_fast.balance import weighs_balance
 from unsloth_fast.models.head import add_loss, without_adapter
+from unsloth_fast.models.own_loss import warn_of_own_loss
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def choose_loss(trainer: SFTTrainer, backend: Backend) -> bool:
     reason = reason_for_trl_loss(trainer)
     model = without_adapter(trainer.model)
     if reason is None:
+        warn_of_own_loss(model)
         add_loss(model, backend, label_smoothing=trainer.args.label_smoothing_factor)
         _keep_loss_in_float32(trainer)
         # compute_loss divides by the targets of the whole accumulated batch, so transformers must not divide again.

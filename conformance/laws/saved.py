@@ -1,4 +1,4 @@
-"""A model that is saved and loaded by transformers has every tensor, with the same bits."""
+"""A model that is saved and loaded by transformers has every tensor, with the same bits, tied as before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def check(trial: ModelTrial) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             loaded = type(model).from_pretrained(folder, dtype=trial.dtype).to(trial.device)
-        return differing(model.state_dict(), loaded.state_dict())
+        untied = set().union(*(_tied(model) ^ _tied(loaded)))
+        return differing(model.state_dict(), loaded.state_dict()) + sorted(untied)
 
     demand_none_lost(lost, trial.placed(), trial.untouched)
 
@@ -32,7 +33,8 @@ def demand_none_lost(lost: Callable[[Any], list[str]], placed: Any, untouched: C
     """Raise Failure for a model that loses tensors, other than those that the untouched model loses.
 
     Args:
-        lost: saves and loads a model; returns the names of the tensors that are missing then, or have other bits.
+        lost: saves and loads a model; returns the names of the tensors that are missing then, have other bits, or are
+            tied otherwise.
         placed: the model.
         untouched: makes the untouched model.
     """
@@ -49,7 +51,16 @@ def demand_none_lost(lost: Callable[[Any], list[str]], placed: Any, untouched: C
     if caught.error is not None:
         raise Failure(f"raised {describe(caught.error)}") from caught.error
     if names := [name for name in names if name not in likewise]:
-        raise Failure(f"{names[0]} is missing after saving and loading, or has other elements\n{len(names)} in all")
+        what = "is missing after saving and loading, has other elements, or is no longer tied as before"
+        raise Failure(f"{names[0]} {what}\n{len(names)} in all")
+
+
+def _tied(model: Any) -> set[frozenset[str]]:
+    """The names of parameters that are the same parameter."""
+    named: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), []).append(name)
+    return {frozenset(names) for names in named.values() if len(names) > 1}
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:

@@ -16,6 +16,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "attn_implementation": ("flex_attention",),
     "padding_free": (None, False, True),
     "recurrent_layers": ((),),
+    "joined": (None,),
 }
 
 
@@ -29,7 +30,7 @@ def name_of(model: ModelFacts) -> str:
     return " ".join([model.model_type, model.attn_implementation or "", *true])
 
 
-# 128 models and 192 runs: 24 576 combinations.
+# 256 models and 192 runs: 49 152 combinations.
 each_model = pytest.mark.parametrize("model", combinations(ModelFacts), ids=name_of)
 CONFIGS = combinations(ConfigFacts)
 
@@ -78,6 +79,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"positions_by_axis": True},
     {"unknown_masks": True},
     {"own_positions": True},
+    {"joined": "seen to join"},
     {"prompt_learning": True},
 ]
 
@@ -124,6 +126,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"positions_by_axis": True}, {}, "positions have several axes"),
     ({"unknown_masks": True}, {}, "may join them"),
     ({"own_positions": True}, {}, "counts the tokens of a row, not those of a document"),
+    ({"joined": "seen to join"}, {}, "seen to join"),
     ({}, {"prompt_learning": True}, "belong to no document"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]

@@ -144,6 +144,22 @@ def test_numbers_that_cancel_inside_of_an_operator_are_seen() -> None:
     assert (found.terms > 100 * found.truth.abs()).all()  # 1 + erf
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_torchs_attention_responds_with_roundings(masked: bool) -> None:
+    """Its operator on a CPU keeps a sum for the backward pass, which its decomposition does not return."""
+    heads = {"heads": torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0))}
+    mask = torch.ones(6, 6, dtype=torch.bool).tril() if masked else None
+
+    def again(tensors: dict[str, Tensor], gradients: Any) -> dict[str, Tensor]:
+        x = tensors["heads"].detach().requires_grad_()
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x, mask, is_causal=not masked)
+        return {"y": y.detach(), "gradient": torch.autograd.grad(y.square().sum(), x)[0]}
+
+    for name, found in condition._measured(again, heads, [], torch.float32, condition.WORK).items():
+        assert 0 < float(found.terms.norm()) < 100 * float(found.truth.norm()), name
+        assert not found.jumps.any(), name
+
+
 def test_ties_are_exempt_and_clear_choices_are_not() -> None:
     x = torch.tensor([[1.0, 1.0, 0.0, 0.5], [3.0, 2.0, 1.0, 0.0]])
     found = measured(lambda x: x.argmax(-1), {"x": x}, torch.float32)["y"]

@@ -29,6 +29,7 @@ class ModelFacts:
             for a factor of its queries.
         positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
             documents.
+        joined: what a run of a few tokens showed to join documents, in words; None if nothing was seen.
     """
 
     model_type: str = ""
@@ -41,6 +42,7 @@ class ModelFacts:
     positions_by_axis: bool = False
     unknown_masks: bool = False
     own_positions: bool = False
+    joined: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (model.own_positions, "the model's attention counts the tokens of a row, not those of a document"),
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
+        (model.joined is not None, str(model.joined)),
         (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
         (
             config.packing and config.padding_free is False,

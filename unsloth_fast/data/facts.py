@@ -18,6 +18,7 @@ from unsloth_fast.data.columns import datasets_of, has_vision_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
 from unsloth_fast.failures import FAILURES
+from unsloth_fast.models.apart import joined_documents
 from unsloth_fast.models.documents import carriers_of, counts_tokens, finds_documents
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.interface import ATTENTION_LAYERS, stacks_of
@@ -50,7 +51,10 @@ def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> Ba
     if built is not None:
         unknown = facts.unknown_masks or _makes_unknown_masks(built)
         facts = replace(facts, unknown_masks=unknown, own_positions=counts_tokens(built))
-    plan = batching_plan(facts, _config_facts(model, args, given))
+    run = _config_facts(model, args, given)
+    plan = batching_plan(facts, run)
+    if plan.padding_free and not isinstance(model, str):
+        plan = batching_plan(replace(facts, joined=joined_documents(without_adapter(model))), run)
     if not plan.padding_free and given.get("data_collator") is None:
         for name, dataset in datasets_of(given):
             refuse_packed_rows(dataset, name, "; ".join(plan.reasons) or "padding_free=False was requested")

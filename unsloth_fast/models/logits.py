@@ -69,13 +69,13 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
         return outputs
 
     few = _few_tokens(model, inputs)
-    with _undisturbed(model, base, few["input_ids"].device):
+    with undisturbed(model, base, few["input_ids"].device):
         hook = base.register_forward_hook(replace_last)
         try:
             logits = own(**few).logits
         finally:
             hook.remove()
-    with _undisturbed(model, base, few["input_ids"].device):
+    with undisturbed(model, base, few["input_ids"].device):
         alone = base(**few).last_hidden_state
     if len(last) != 1:
         return f"it calls its base model {len(last)} times"
@@ -106,7 +106,7 @@ def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, base: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, base: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients, the base model in evaluation mode; restores its modes and the state of random numbers.
 
     Hooks of users, which count and record steps, do not run.
@@ -135,7 +135,7 @@ def _without_hooks_of_users(model: nn.Module) -> Iterator[None]:
     given = [(place, dict(place)) for place in places if place]
     for place, hooks in given:
         for number, hook in hooks.items():
-            if not _of_a_library(hook):
+            if not of_a_library(hook):
                 del place[number]
     try:
         yield
@@ -145,7 +145,8 @@ def _without_hooks_of_users(model: nn.Module) -> Iterator[None]:
             place.update(hooks)
 
 
-def _of_a_library(hook: Callable[..., object]) -> bool:
+def of_a_library(hook: Callable[..., object]) -> bool:
+    """Whether a function or a class is defined in a library that this package stands on, or in this package."""
     function = getattr(hook, "func", hook)  # that of a partial
     defined = getattr(function, "__module__", None) or type(function).__module__
     return defined.partition(".")[0] in _LIBRARIES

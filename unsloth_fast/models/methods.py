@@ -92,6 +92,11 @@ def has_own_method(instance: object, name: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(instance), name, None)
 
 
+def has_replaced_method(instance: object, name: str) -> bool:
+    """Whether the instance has a method that `replace_method` gave it."""
+    return _current(instance, name) is not None
+
+
 def hooks_of(module: Module) -> tuple[Callable[..., object], ...]:
     """The hooks that run when the module is called, and in the backward pass of the call."""
     return tuple(hook for name in HOOKS for hook in getattr(module, name).values())

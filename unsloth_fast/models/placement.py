@@ -5,7 +5,8 @@ Classes, parameters and state-dict names do not change (see `unsloth_fast.models
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -83,6 +84,26 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
         How many modules call each operation, such as {"rope": 16, "packed_attention": 16, "swiglu": 16,
         "rms_norm": 33}.
     """
+    operations, unchanged = _place(model, backend, documents)
+    _log(model, f"backend {backend.name}: operations placed: {operations}", unchanged)
+    return operations
+
+
+@contextmanager
+def placed(model: Module, backend: Backend) -> Iterator[None]:
+    """Within the context operations are placed, which is not logged; those of an earlier `place` stay as they are."""
+    if getattr(model, _LOGGED, None) is not None:
+        yield
+        return
+    _place(model, backend, documents=True)
+    try:
+        yield
+    finally:
+        remove(model)
+
+
+def _place(model: Module, backend: Backend, documents: bool) -> tuple[dict[str, int], Counter[str]]:
+    """Place operations; return how many modules call each, and the modules that call none, with the reason."""
     _restore_forwards(model)
     placed: Counter[str] = Counter()
     left: list[tuple[Module, str | None]] = []  # modules without an operation, and why if the checks found out
@@ -110,8 +131,7 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     unchanged.update(
         f"packed {type(module).__name__} ({packed[id(module)]})" for module in model.modules() if packed.get(id(module))
     )
-    _log(model, f"backend {backend.name}: operations placed: {dict(placed)}", unchanged)
-    return dict(placed)
+    return dict(placed), unchanged
 
 
 def remove(model: Module) -> None:
