@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -54,7 +55,7 @@ def test_a_loss_of_ones_own_has_the_numbers_of_plain_trl(
     """Rows are padded as in TRL, without a choice of padding_free; float32 in sums of some 40 terms over two layers."""
     losses = []
     for kind, config in ((UnslothTrainer, {}), (SFTTrainer, {"kind": SFTConfig})):
-        more = {"compute_loss_func": func_of_rows} if how == "function" else {}
+        more: dict[str, Any] = {"compute_loss_func": func_of_rows} if how == "function" else {}
         kind = with_own_loss(kind) if how == "method" else kind
         trainer = build(kind, arguments(tmp_path, **config), torch.float32, **more)
         trainer.train()
@@ -163,6 +164,40 @@ def test_batches_of_a_collator_may_have_what_the_model_takes(
 def test_a_batch_without_labels_is_refused(tmp_path: Path, labels: dict[str, Any], got: str) -> None:
     with pytest.raises(ValueError, match=f"^data_collator: got a batch without a tensor of labels .*{got}"):
         trained(tmp_path, lambda _: {"input_ids": TOKENS} | labels)
+
+
+def half_logits(how: str) -> Any:
+    """A model whose logits are halved by a forward that is set on it, or by a hook of its head; or GPT-2."""
+    if how == "class":  # transformers counts targets only of classes that are called ...ForCausalLM
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"vocab_size": len(tiny.WORDS), "n_embd": 32, "n_layer": 1, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).double()
+    model = tiny.model(dtype=torch.float64)
+    if how == "hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.5)
+        return model
+    forward = model.forward
+
+    def halved(*positional: Any, **keywords: Any) -> Any:
+        outputs = forward(*positional, **keywords)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+
+    model.forward = halved
+    return model
+
+
+@pytest.mark.parametrize("how", ["forward", "hook", "class"])
+def test_the_loss_is_the_mean_over_the_targets_of_the_users_model(tmp_path: Path, how: str) -> None:
+    """TRL's fused head leaves out the forward and the hook, and divides GPT-2's loss by all labels."""
+    with tiny.KeepFloat64():
+        args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, padding_free=False)
+        trainer = build(UnslothTrainer, args, model=half_logits(how), texts=8)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        labels = batch.pop("labels")
+        expected = textbook(half_logits(how)(**batch), labels, (labels[:, 1:] != -100).sum()).item()
+        trainer.train()
+    assert trainer.losses == [pytest.approx(expected, rel=4000 * 2.0**-53)]
 
 
 @pytest.mark.parametrize("last", ["training", "evaluation"])
