@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
+from unsloth_fast.argument_types import check_model, check_types
 from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan
@@ -86,6 +87,7 @@ def resolve_arguments(
     positional: tuple[Any, ...],
     keywords: Mapping[str, Any],
     *,
+    kind: type | None = None,
     as_trl: bool = False,
 ) -> ResolvedArguments:
     """Resolve the arguments that a trainer is called with.
@@ -95,16 +97,20 @@ def resolve_arguments(
         args: as the user gave them.
         positional: what followed `args`.
         keywords: the further keywords, in names of any release of TRL.
+        kind: the trainer's class, which may be derived from `UnslothTrainer`; None for that itself.
         as_trl: whether the call was one of `trl.SFTTrainer`.
 
     Raises:
-        TypeError: an unknown keyword, too many arguments, one given twice, args of another type, or no data set.
+        TypeError: an unknown keyword, too many arguments, one given twice, one of a type that no run can use, or no
+            data set.
         ValueError: a value that is not allowed, or a data set that cannot be trained on.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
     _, _, *parameters = (name for name in inspect.signature(SFTTrainer.__init__).parameters if name != "self")
+    check_model(model)
     given = _by_name(parameters, positional, keywords)
     settings, given, updates = rename_arguments(model, args, given, parameters)
+    check_types(model, given)
     settings.max_length = _max_length(settings, model, asked="max_length" in updates)
     spec = getattr(settings, "backend", None) or getattr(model, "unsloth_backend", None)
     backend = backends.resolve(spec, on_cpu=settings.device.type == "cpu")
@@ -118,7 +124,7 @@ def resolve_arguments(
     check_columns(given, settings, vocabulary, named=named, images=images)
     check_processing_classes(given, settings, named=named)
     given = with_messages(prepared_rows(given, settings), settings, named=named, images=images)
-    plan = decide_batching(model, settings, given)
+    plan = decide_batching(model, settings, given, kind=kind)
     _log_batching(plan, asked=bool(settings.packing or settings.padding_free))
     # TRL refuses padding-free batches with a max_length, as it would not cut documents then. So documents are prepared
     # as for padding, which cuts them, and the collator concatenates them. A script for TRL gets TRL's answer.

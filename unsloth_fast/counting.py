@@ -34,16 +34,15 @@ class Counter:
         """Count one step of the optimizer.
 
         Args:
-            batches: the microbatches of this process, each with input_ids and labels [B, S] and, where rows are padded,
-                an attention_mask [B, S].
+            batches: the microbatches of this process, each with labels [B, S] and, where rows are padded, an
+                attention_mask [B, S]; a mask of another shape, such as one of pairs of tokens, counts nothing.
             count_targets: the training piece of that name.
             sum_over_devices: adds up a tensor of counts over all data-parallel processes.
 
         Returns:
             The targets of all processes and those of this one, 0-dim int64 on the counter's device.
         """
-        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches)
-        tokens = torch.stack([mask.sum() for mask in masks]).sum()
+        tokens = torch.stack([_tokens(batch) for batch in batches]).sum()
         targets = count_targets(batch["labels"] for batch in batches)
         own = torch.stack([targets.to(self._tokens.device), tokens.to(self._tokens.device)])
         total = sum_over_devices(own)
@@ -62,6 +61,11 @@ class Counter:
         tokens = int(self._tokens)
         self._tokens.zero_()
         return tokens
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    return (mask if mask is not None and mask.shape == labels.shape else torch.ones_like(labels)).sum()
 
 
 def scaled_by_devices(loss: Tensor, num_items: Tensor | int | None, trainer: Any) -> Tensor:

@@ -14,16 +14,28 @@ from transformers.trainer_optimizer import is_optimizer_factory
 logger = logging.getLogger(__name__)
 
 
-def check_trainable(model: nn.Module, args: TrainingArguments) -> None:
+def check_trainable(model: nn.Module, args: TrainingArguments, optimizer: Any = None) -> None:
     """Refuse a run that trains nothing, or in a precision that its device does not have.
+
+    Args:
+        model: the trainer's, with the adapter that it has made, if any.
+        args: the run's arguments.
+        optimizer: the user's own; None if there is none.
 
     Raises:
         ValueError: what was found, and what is allowed.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
         raise ValueError(
             "model: got no trainable parameter; allowed: at least one (unfreeze some, add an adapter, or load the "
             "adapter with is_trainable=True)"
+        )
+    groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
+    if groups and trained.isdisjoint(parameter for group in groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizers: got an optimizer of none of the parameters that the model trains; allowed: one that is made "
+            "from them, after the model has its adapter"
         )
     half = args.bf16 or any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     if half and args.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -17,7 +17,7 @@ from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
 from unsloth_fast.cuda_graphs import recorded_layers
-from unsloth_fast.data.collator import collators, without_ends
+from unsloth_fast.data.collator import check_labels, collators, has_labels, without_ends
 from unsloth_fast.evaluation import Evaluated, Scores
 from unsloth_fast.logged_loss import FiniteLosses
 from unsloth_fast.loss_choice import choose_loss, sequence_is_split
@@ -54,20 +54,19 @@ class UnslothTrainer(SFTTrainer):
     Batches: where the model and the data allow it, and unless `padding_free=False` is given, the documents of a batch
     are concatenated in one row. With `packing=True` they are first packed into rows of `max_length` tokens, over the
     whole data set at once (a stream is packed by TRL). The decision and its reasons are logged. A plain
-    `trl.SFTConfig` means `padding_free=False` where it does not pack. A data collator of your own makes the batches
-    itself: then neither happens.
+    `trl.SFTConfig` means `padding_free=False` where it does not pack, and so does a loss of your own that sees the
+    batches. A data collator of your own makes the batches itself: then neither happens.
 
     Loss: the backend's cross entropy, with the output head in one operation where the head is a plain linear layer. It
     is summed and divided once by the number of targets of the whole batch, so that gradient accumulation and data
     parallelism change nothing but rounding (unless average_tokens_across_devices=False asks for it). The loss of an
     evaluation or a prediction is divided by the targets of all its batches. Only for a stream on several processes,
     whose end no process knows, accelerate's repeated documents are counted twice. Mixtures of experts have a
-    load-balancing loss beside it, as in TRL (`router_aux_loss_coef`). Logged beside the loss: `num_tokens`
-    since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not TRL's `entropy` and
-    `mean_token_accuracy`, which would need the logits. An evaluation logs them if `metric_for_best_model` is one of
-    them, or with `compute_metrics`, for which it computes the logits.
+    load-balancing loss beside it, as in TRL (`router_aux_loss_coef`). NEFTune scales by a document's own length.
 
-    NEFTune: where documents are concatenated, the noise of each is scaled by its own length.
+    Logs: `num_tokens` since training began, `learning_rate`, and `embedding_learning_rate` where there is one; not
+    TRL's `entropy` and `mean_token_accuracy`, which would need the logits. An evaluation logs them with
+    `compute_metrics`, for which it computes the logits, or if `metric_for_best_model` is one of them.
 
     CUDA graphs: on a GPU the layers of small concatenated batches are recorded and replayed (`cuda_graphs`).
 
@@ -86,7 +85,7 @@ class UnslothTrainer(SFTTrainer):
         ValueError: an unknown backend; a data set that is empty, has no known column, a row without text or a token
             outside the vocabulary, or in which no token is a target; a packed row longer than `max_length`; nothing to
             train; bfloat16 on a card without it, activation_offloading on a CPU; or what `trl.SFTTrainer` raises.
-        TypeError: an unknown keyword, or what is no data set.
+        TypeError: an unknown keyword, or an argument of a type that no run can use.
         RuntimeError: the fast backend was asked for by name and cannot run here.
     """
 
@@ -103,7 +102,7 @@ class UnslothTrainer(SFTTrainer):
 
     def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **keywords: Any) -> None:
         """Build TRL's trainer and place the backend under its model."""
-        resolved = resolve_arguments(model, args, positional, keywords, as_trl=self.called_as_trls)
+        resolved = resolve_arguments(model, args, positional, keywords, kind=type(self), as_trl=self.called_as_trls)
         self.backend, self._preparation = resolved.backend, resolved.preparation()
         self._verification = verification_of(resolved.args, self.backend)
         if self._verification is not None:
@@ -113,7 +112,7 @@ class UnslothTrainer(SFTTrainer):
             super().__init__(model, resolved.args, **resolved.keywords)
         self.padding_free = self.args.padding_free = resolved.batching.padding_free
         self.data_collator, self._padding = collators(self, resolved.completion_only, own=resolved.own_collator)
-        check_trainable(self.model, self.args)
+        check_trainable(self.model, self.args, self.optimizer)
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
@@ -138,7 +137,7 @@ class UnslothTrainer(SFTTrainer):
         where it ends, would take no step and leave the gradients to the next one.
         """
         samples, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples and self._own_loss and "labels" in samples[-1] and not has_length(self.train_dataset):
+        if samples and self._own_loss and has_labels(samples[-1]) and not has_length(self.train_dataset):
             blank = {**samples[-1], "labels": torch.full_like(samples[-1]["labels"], IGNORE_INDEX)}
             samples += [blank] * (num_batches - len(samples))
         return samples, targets
@@ -148,7 +147,7 @@ class UnslothTrainer(SFTTrainer):
     @overrides(SFTTrainer)
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Count:
         """The targets of all microbatches on all devices, 0-dim int64."""
-        if not self._own_loss or not batch_samples or "labels" not in batch_samples[0]:
+        if not self._own_loss or not batch_samples or not has_labels(batch_samples[0]):
             return super()._get_num_items_in_batch(batch_samples, device)
         count_targets = self.backend.training.count_targets
         everywhere, here = self._counter.step(batch_samples, count_targets, self._sum_over_processes)
@@ -196,6 +195,7 @@ class UnslothTrainer(SFTTrainer):
         with with_values(self.model.config, self._fields):
             if not self._own_loss:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            check_labels(inputs)
             evaluation.warn_of_logits(self.args, asked=return_outputs)
             wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
             wanted["with_balance"] = self.aux_loss_enabled
@@ -287,8 +287,9 @@ class UnslothTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the tokens since training began, the embeddings' learning rate, and the scores where known."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        if self._own_loss:
-            metrics["num_tokens"] = [self._tokens_so_far()]
+        tokens = self._tokens_so_far()
+        if self._own_loss and (self.model.training or "train_runtime" not in logs):  # a run's summary is no evaluation
+            metrics["num_tokens"] = [tokens]
             metrics |= self._balance.take(self.model.training, self._sum_over_processes)
             if self.model.training:
                 metrics |= {name: [value] for name, value in self._scores.take(self._sum_over_processes).items()}
@@ -310,9 +311,8 @@ class UnslothTrainer(SFTTrainer):
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if type(self) is UnslothTrainer and self._own_loss:
             evaluation.check_best_metric(self)
-        with (
-            self._noise.added_to(self.model), recorded_layers(self) as self._graphs, ModuleLists() as self._lists
-        ):  # fmt: skip
+        noise, lists = self._noise.added_to(self.model), ModuleLists()
+        with noise, recorded_layers(self) as self._graphs, lists as self._lists:
             return super().train(self._checkpoint, *positional, **keywords)
 
     @overrides(SFTTrainer)

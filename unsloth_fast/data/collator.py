@@ -73,6 +73,26 @@ def collators(trainer: Any, completion_only: bool, *, own: bool) -> tuple[Any, A
     return packed, padding
 
 
+def has_labels(batch: object) -> bool:
+    """Whether a batch is a dictionary with a tensor of labels."""
+    return isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
+
+
+def check_labels(batch: object) -> None:
+    """Refuse a batch without labels, which only a user's own data collator makes.
+
+    Raises:
+        ValueError: what the batch has, and what is allowed.
+    """
+    if has_labels(batch):
+        return
+    got = f"the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise ValueError(
+        f"data_collator: got a batch without a tensor of labels ({got}); allowed: a dictionary with 'labels' [B, S], "
+        f"{IGNORE_INDEX} at tokens that are no targets"
+    )
+
+
 def without_ends(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     """The model's part of a batch of an evaluation, and where each example ends in the row; None if it is not known."""
     inputs = dict(batch)

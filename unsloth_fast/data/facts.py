@@ -28,16 +28,18 @@ from unsloth_fast.models.positions import depends_on_batch
 logger = logging.getLogger(__name__)
 
 _OTHER_INPUTS = ("vision_config", "audio_config", "img_processor", "image_token_index", "projector_config")
+_STEPS = ("compute_loss", "training_step", "prediction_step")  # methods of the trainer that receive a batch
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding")
 
 
-def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> BatchingPlan:
+def decide_batching(model: Module | str, args: SFTConfig, given: Keywords, *, kind: type | None = None) -> BatchingPlan:
     """Whether a run packs, whether its batches are padding-free, and what speaks against either.
 
     Args:
         model: the model, or the name or path of one.
         args: the run's arguments.
         given: the trainer's other keywords.
+        kind: the trainer's class, which may be derived from `UnslothTrainer`; None for that itself.
 
     Raises:
         ValueError: rows that were packed earlier, and batches that are padded.
@@ -51,7 +53,7 @@ def decide_batching(model: Module | str, args: SFTConfig, given: Keywords) -> Ba
     if built is not None:
         unknown = facts.unknown_masks or _makes_unknown_masks(built)
         facts = replace(facts, unknown_masks=unknown, own_positions=counts_tokens(built))
-    run = _config_facts(model, args, given)
+    run = _config_facts(model, args, given, kind)
     plan = batching_plan(facts, run)
     if plan.padding_free and not isinstance(model, str):
         plan = batching_plan(replace(facts, joined=joined_documents(without_adapter(model))), run)
@@ -153,12 +155,16 @@ def _makes_unknown_masks(model: Module) -> bool:
     )
 
 
-def _config_facts(model: Module | str, args: SFTConfig, given: Keywords) -> ConfigFacts:
-    padding_free = args.padding_free
-    # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open.
-    if not padding_free and not isinstance(args, UnslothTrainingArguments):
+def _config_facts(model: Module | str, args: SFTConfig, given: Keywords, kind: type | None) -> ConfigFacts:
+    padding_free, plain = args.padding_free, not isinstance(args, UnslothTrainingArguments)
+    # A plain trl.SFTConfig cannot leave padding_free open: with packing its False counts as open. A loss of the user's
+    # own may read what padded batches have, such as an attention_mask, or a row per document.
+    own_steps = None if plain or padding_free is not None else _own_steps(given, kind)
+    if not padding_free and (plain or own_steps is not None):
         packed = args.packing or any(has_packed_rows(dataset) for _, dataset in datasets_of(given))
         padding_free = None if packed else False
+        if own_steps is not None and not packed and given.get("data_collator") is None:
+            logger.warning("batching: padded, because %s; padding_free=True concatenates the documents", own_steps)
     processor = given.get("processing_class")
     adapter = given.get("peft_config") or getattr(model, "active_peft_config", None)
     return ConfigFacts(
@@ -170,3 +176,29 @@ def _config_facts(model: Module | str, args: SFTConfig, given: Keywords) -> Conf
         vision_columns=has_vision_columns(given),
         prompt_learning=getattr(adapter, "is_prompt_learning", False),
     )
+
+
+def _own_steps(given: Keywords, kind: type | None) -> str | None:
+    """Which code of the user's own takes batches to the model or the loss, as a reason; None if there is none.
+
+    A method that calls one of these methods itself, such as `super().compute_loss`, leaves that to the trainer.
+
+    Args:
+        given: the trainer's keywords.
+        kind: the trainer's class; None for `UnslothTrainer`.
+    """
+    if given.get("compute_loss_func") is not None:
+        return "compute_loss_func is your own"
+    for name in _STEPS:
+        for base in () if kind is None else inspect.getmro(kind):
+            method = vars(base).get(name)
+            if hasattr(method, "overrides"):  # the trainer's own, see seams.py
+                break
+            if method is not None and not _calls(method, _STEPS):
+                return f"{base.__name__}.{name} is your own"
+    return None
+
+
+def _calls(method: Any, names: tuple[str, ...]) -> bool:
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return code is not None and not set(names).isdisjoint(code.co_names)

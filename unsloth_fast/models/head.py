@@ -109,7 +109,8 @@ def forward_with_loss(
         with_balance: whether the load-balancing loss is wanted.
     """
     options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
-    found = model(**inputs, **options, num_items=num_items, use_cache=False, backend_loss=True)
+    options |= {"num_items": num_items, "use_cache": False, "backend_loss": True}
+    found = model(**{**inputs, **options})  # a batch may have a use_cache of its own
     loss, *others = found if isinstance(found, tuple) else (found,)
     outputs, scores, balance, *_ = (*others, None, None, None)
     return loss, outputs, scores, balance
