@@ -57,7 +57,7 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """Columns up to 130 are the width of a head, more are tokens, including sizes around the ends of chunks."""
     if columns <= 130 or rows == 0:
         # Once nine heads share a key, more than in random cases: kernels loop over them.
-        heads = 1 + columns % 2, 9 if rows == 3 and columns % 2 else 1 + columns % 2
+        heads = 1 + columns % 2, 9 if (rows, columns) == (3, 7) else 1 + columns % 2
         return min(rows, 40), 1 + rows % 2, *heads, max(1, columns), max(1, (columns + 3) % 31)
     tokens = 130 + columns % 7 if rows == 1 else 30 + columns % 31
     return tokens, min(rows, 2), 1, 1 + columns % 2, WIDTHS[columns % 3], 1 + columns % 31

@@ -33,7 +33,7 @@ SPILLS = {
         for part, stack in DELTA.items()
         for shape in ("qwen-3.5 text-mix-2k", "qwen-3.5 long-2k")
     },
-    ("gated_rms_norm_backward_kernel", "mamba-2"): 16,
+    ("gated_rms_norm_backward_kernel", "mamba-2"): 136,
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
     ("packed_attention_dkdv_kernel", "text-mix-16k-d128"): 256,
     ("packed_attention_dkdv_kernel", "long-16k-d128"): 256,

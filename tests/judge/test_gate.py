@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,16 +93,32 @@ def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: i
     git(toy, "add", "-A")
     git(toy, "commit", "-qm", "slow")
     words = ["gate", "--base", "HEAD", "layer_norm", "--backend", "slow_kernels", "--json", str(toy.parent / "x.json")]
-    with subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL) as gate:
+    with heeded(signal.Signals[number]):
+        gate = subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL)
+    try:
         wait_for(lambda: started.exists() and started.read_text() != "", 240)
         gate.send_signal(signal.Signals[number])
         assert gate.wait(60) == status
+    finally:
+        gate.kill()
+        gate.wait()
     if status > 0:  # otherwise another process is still busy with it
         demand_untouched(toy)
     wait_for(lambda: not alive(int(started.read_text())), 20)
     wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
     demand_untouched(toy)
     assert (toy.parent / "x.json").read_text() == ""
+
+
+@contextmanager
+def heeded(number: signal.Signals) -> Iterator[None]:
+    """Processes that start meanwhile do not ignore a signal, as they would below `nohup`."""
+    before = None if number == signal.SIGKILL else signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(number, before)
 
 
 def wait_for(happened: Callable[[], bool], seconds: float) -> None:

@@ -36,8 +36,8 @@ def gated_tile(size: int) -> BackwardTile:
     """The tile of a backward pass for groups of this size; it does not depend on the number of rows.
 
     On sm_90, 8 columns per thread take up to 128 registers, with which a processor holds 16 warps, and 16 columns 240,
-    with which it holds 8. A tile of 8192 columns spills 120 bytes per thread with 16 warps, and 80 with 32; on an H200,
-    it takes 0.83 of the time with 16, as fewer warps wait for each other.
+    with which it holds 8. A tile of 8192 columns spills more with 16 warps than with 32, and on an H200 takes 0.83 of
+    the time, as fewer warps wait for each other.
     """
     if size > WIDEST:
         return BackwardTile(1, 4096, 0, 8, 256)
