@@ -34,7 +34,8 @@ def test_every_kernel_of_the_tests_is_measured() -> None:
 def test_the_document_is_that_of_the_results() -> None:
     root = Path(__file__).parents[2]
     files = [
-        json.loads((root / "docs/results/power" / name).read_text()) for name in ("wrong_cpu.json", "wrong_cpu_2.json", "right_h200.json")
+        json.loads((root / "docs/results/power" / name).read_text())
+        for name in ("wrong_cpu.json", "wrong_cpu_2.json", "right_h200.json")
     ]
     mutants = json.loads((root / "docs/results/power/mutants_cpu.json").read_text())
     reasons = automatic.reasons(root / document.SURVIVORS)

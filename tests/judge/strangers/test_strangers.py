@@ -200,6 +200,13 @@ def test_a_view_may_follow_its_input(kernel: str) -> None:
     assert judged(SOURCES["heads"], kernel, "changed_inputs", "float32").verdict == "pass"
 
 
+@here
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_a_kernel_may_take_one_dtype_alone(name: str) -> None:
+    """It is judged in that one."""
+    assert judged(SOURCES["running_sum"], "sums_in_float32_alone", name, "float32").verdict in ("pass", "skip")
+
+
 def test_what_the_example_leaves_at_its_default_is_said() -> None:
     spec = spec_of("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)")
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
