@@ -5,9 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 from conformance.cli import main
 from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
 from conformance.gate.worktrees import RevisionError
+from tests.judge.processes import alive, heeded, wait_for
 from tests.judge.test_action import ACTION
 
 ROOT = Path(__file__).parents[2]
@@ -108,32 +106,6 @@ def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: i
     wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
     demand_untouched(toy)
     assert (toy.parent / "x.json").read_text() == ""
-
-
-@contextmanager
-def heeded(number: signal.Signals) -> Iterator[None]:
-    """Processes that start meanwhile do not ignore a signal, as they would below `nohup`."""
-    before = None if number == signal.SIGKILL else signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(number, before)
-
-
-def wait_for(happened: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    """Whether a process runs; one that has ended may wait for somebody to ask for its status."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
