@@ -119,11 +119,12 @@ def learner(source: Source) -> learn.Learner:
     with Caught() as caught:
         function = calling.as_function(found, name)
         inspect.signature(function)
-        return learn.Learner(function, call, source.in_place, source.rows, source.grads)
-    raise SpecError(
-        f"--reference: got {source.reference}, whose parameters are unknown ({describe(caught.error)});"
-        " allowed: a Python function"
-    ) from caught.error
+    if caught.error is not None:
+        raise SpecError(
+            f"--reference: got {source.reference}, whose parameters are unknown ({describe(caught.error)});"
+            " allowed: a Python function"
+        ) from caught.error
+    return learn.Learner(function, call, source.in_place, source.rows, source.grads)
 
 
 def _spec(found: Any, where: str) -> Spec:

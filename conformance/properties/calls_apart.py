@@ -15,7 +15,10 @@ from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
 def check(trial: Trial, case: Case) -> float:
-    """Call with the same sizes and other elements, between the two passes and after them; judge another dtype."""
+    """Call with the same sizes and other elements, between the two passes and after them; judge another dtype.
+
+    What raises in that dtype is not judged in it: then a table that a call in this dtype left behind is not found.
+    """
     alone = trial.run(case)
     alone = Run(tuple(y.clone() for y in alone.outputs), {name: g.clone() for name, g in alone.grads.items()})
     inputs = as_leaves(trial.inputs(case), trial.spec.grads)
