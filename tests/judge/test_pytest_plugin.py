@@ -108,7 +108,7 @@ def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> N
     assert used is not None
     assert 0 < float(used.get("value", "nan")) <= 1
     assert "the derivative of the sigmoid" in of["swiglu[float32-gradients]"].find("skipped").get("message", "")
-    (command,) = (line.partition("in pytest:")[2] for line in shown.splitlines() if "in pytest:" in line)
+    (command,) = {line.partition("in pytest:")[2] for line in shown.splitlines() if "in pytest:" in line}
     program, *words = shlex.split(command)
     assert (program, words[-1]) == ("pytest", "conformance::geglu[float32-value]")
     done = repository.runpytest_inprocess(*PLUGIN, *words, "-n", "1")
