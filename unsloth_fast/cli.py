@@ -228,7 +228,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     from yaml import YAMLError
 
     from unsloth_fast import backends
-    from unsloth_fast.checkpoints import resolve_checkpoint
+    from unsloth_fast.hooks.checkpoints import resolve_checkpoint
     from unsloth_fast.options import Parser, target_modules
 
     if list(arguments[-1:]) == ["--config"]:

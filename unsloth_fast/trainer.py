@@ -10,28 +10,28 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
-from unsloth_fast import evaluation
 from unsloth_fast.arguments import resolve_arguments
-from unsloth_fast.balance import Balance
-from unsloth_fast.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
-from unsloth_fast.cuda_graphs import recorded_layers
 from unsloth_fast.data.collator import check_labels, collators, has_labels, without_ends
-from unsloth_fast.evaluation import Evaluated, Scores
-from unsloth_fast.logged_loss import FiniteLosses
-from unsloth_fast.loss_choice import choose_loss, sequence_is_split
+from unsloth_fast.hooks import evaluation
+from unsloth_fast.hooks.balance import Balance
+from unsloth_fast.hooks.checkpoints import passes_of_stream, resolve_checkpoint
+from unsloth_fast.hooks.counting import Counter, logged_tokens, scaled_by_devices
+from unsloth_fast.hooks.cuda_graphs import recorded_layers
+from unsloth_fast.hooks.evaluation import Evaluated, Scores
+from unsloth_fast.hooks.logged_loss import FiniteLosses
+from unsloth_fast.hooks.loss_choice import choose_loss, sequence_is_split
+from unsloth_fast.hooks.module_lists import ModuleLists
+from unsloth_fast.hooks.noise import noise_of_documents
+from unsloth_fast.hooks.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
+from unsloth_fast.hooks.verification import verification_of
 from unsloth_fast.models import place
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.models.fields import kept_fields, with_values
 from unsloth_fast.models.graphs import Recordings
 from unsloth_fast.models.head import forward_with_loss, head_without_adapter
-from unsloth_fast.module_lists import ModuleLists
-from unsloth_fast.noise import noise_of_documents
-from unsloth_fast.optimizer import check_trainable, embedding_rate, grouped_optimizer, kept_dtypes
 from unsloth_fast.seams import overrides
 from unsloth_fast.unsupported import missing
-from unsloth_fast.verification import verification_of
 from unsloth_ref.types import IGNORE_INDEX
 
 __all__ = ["UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"]
@@ -45,9 +45,9 @@ class UnslothTrainer(SFTTrainer):
 
         documents -> rows       tokenized, labelled, checked, packed                     data/preparation.py
         rows -> batch           documents concatenated, positions restart                data/collator.py
-        batch -> targets        counted over all microbatches and processes              counting.py
+        batch -> targets        counted over all microbatches and processes              hooks/counting.py
         batch -> loss           operations under the model; one division by the targets  models/placement.py, head.py
-        gradients -> weights    the embeddings at their own learning rate                optimizer.py
+        gradients -> weights    the embeddings at their own learning rate                hooks/optimizer.py
 
     The backend is resolved once, when the trainer is built, and placed under the model.
 

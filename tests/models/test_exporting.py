@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-import unsloth_fast.hub
 import unsloth_fast.save
+import unsloth_fast.save.hub
 from tests import tiny
 from tests.models.adapted import adapted, load
 
@@ -35,7 +35,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub()
-    monkeypatch.setattr(unsloth_fast.hub, "HfApi", made)
+    monkeypatch.setattr(unsloth_fast.save.hub, "HfApi", made)
     return made
 
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.models import zoo
 from tests.models.adapted import adapted, assert_near, config_of, load, logits_of, merged, trained
-from unsloth_fast import FastLanguageModel, hub
+from unsloth_fast import FastLanguageModel
 from unsloth_fast.models.merging import merged_model
+from unsloth_fast.save import hub
 
 # The options of an adapter, and whether tied embeddings stay tied.
 ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {

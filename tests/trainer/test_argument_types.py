@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, ProgressCallback
 
 from tests import tiny
-from unsloth_fast.argument_types import check_model, check_types
-from unsloth_fast.optimizer import check_trainable
+from unsloth_fast.arguments.types import check_model, check_types
+from unsloth_fast.hooks.optimizer import check_trainable
 
 TOKENIZER = {"processing_class": tiny.tokenizer()}
 CPU: Any = type("Arguments", (), {"bf16": False, "device": torch.device("cpu")})()

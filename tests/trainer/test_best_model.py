@@ -13,7 +13,7 @@ from trl import SFTConfig
 from tests import tiny
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, compat
-from unsloth_fast.evaluation import Scores
+from unsloth_fast.hooks.evaluation import Scores
 from unsloth_fast.models.scores import CHUNK_ROWS, score
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import unsloth_fast.training
 import unsloth_ref.training
-from unsloth_fast.counting import Counter, logged_tokens, scaled_by_devices
+from unsloth_fast.hooks.counting import Counter, logged_tokens, scaled_by_devices
 
 PACKAGES = [unsloth_ref.training, unsloth_fast.training]
 COUNT_TARGETS = unsloth_ref.training.count_targets

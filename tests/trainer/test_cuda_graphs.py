@@ -17,7 +17,7 @@ from tests.models.recorder import ON_GPU, attention, stack_graphs, use_recorder
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
 from unsloth_fast import trainer as trainer_module
-from unsloth_fast.cuda_graphs import recorded_layers
+from unsloth_fast.hooks.cuda_graphs import recorded_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DTYPE = torch.float32 if ON_GPU else torch.float64
@@ -184,11 +184,11 @@ def test_what_forbids_graphs_is_logged_once(
     assert any(watched(tmp_path, wanted, padding_free=False, gradient_accumulation_steps=2, **own))
     assert lines(caplog) == [(level, "a call with attention_mask")]
     caplog.clear()
-    monkeypatch.setattr("unsloth_fast.cuda_graphs.WHOLE", ())
+    monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.WHOLE", ())
     assert not any(watched(tmp_path, wanted, **own))
     assert lines(caplog) == [(level, "the training is distributed by NO")]
     caplog.clear()
-    monkeypatch.setattr("unsloth_fast.cuda_graphs.recording.DEVICE", "elsewhere")
+    monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.recording.DEVICE", "elsewhere")
     assert not any(watched(tmp_path, wanted, **own))
     assert lines(caplog) == [(level, f"the device is a {'cuda' if ON_GPU else 'cpu'}")]
     caplog.clear()
@@ -200,7 +200,7 @@ def test_a_model_without_packed_attention_is_named(
 ) -> None:
     """A model with an attention of its own is such a model."""
     use_recorder(monkeypatch)
-    monkeypatch.setattr("unsloth_fast.cuda_graphs.documents_of", lambda stack: None)
+    monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.documents_of", lambda stack: None)
     watched(tmp_path, True, use_cpu=not ON_GPU)
     assert lines(caplog) == [(logging.WARNING, "the model's attention takes no packed batches")]
 

@@ -21,7 +21,14 @@ from tests.data.samples import tokens
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
 from unsloth_fast.data.collator import PackedCollator
-from unsloth_fast.evaluation import Evaluated, Scores, collator_for, labels_counted_once, prediction_of, wants_scores
+from unsloth_fast.hooks.evaluation import (
+    Evaluated,
+    Scores,
+    collator_for,
+    labels_counted_once,
+    prediction_of,
+    wants_scores,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -17,8 +17,8 @@ from tests import tiny
 from tests.trainer.runs import arguments, build
 from tests.trainer.test_arguments import resolve
 from unsloth_fast import UnslothTrainer
+from unsloth_fast.hooks.module_lists import ModuleLists
 from unsloth_fast.models.methods import has_own_method
-from unsloth_fast.module_lists import ModuleLists
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = ("parameters", "train", "num_parameters")

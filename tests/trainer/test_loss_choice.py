@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tests import tiny
 from tests.models import zoo
 from unsloth_fast import backends
-from unsloth_fast.loss_choice import choose_loss, reason_for_trl_loss
+from unsloth_fast.hooks.loss_choice import choose_loss, reason_for_trl_loss
 
 BALANCED: dict[str, Any] = {"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

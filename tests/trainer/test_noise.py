@@ -15,7 +15,7 @@ from torch import Tensor
 from tests import tiny
 from tests.trainer.runs import BATCHINGS, arguments
 from unsloth_fast import UnslothTrainer
-from unsloth_fast.noise import EmbeddingNoise, document_lengths, noise_of_documents
+from unsloth_fast.hooks.noise import EmbeddingNoise, document_lengths, noise_of_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
-from unsloth_fast.optimizer import check_trainable, embedding_rate
+from unsloth_fast.hooks.optimizer import check_trainable, embedding_rate
 
 # TRL warns of deprecated options and peft of tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore")

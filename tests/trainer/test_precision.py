@@ -16,7 +16,7 @@ from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.arguments import as_sft_config
 from unsloth_fast.compat import patch_trl
-from unsloth_fast.optimizer import check_trainable
+from unsloth_fast.hooks.optimizer import check_trainable
 
 ROWS = Dataset.from_dict({"text": tiny.texts(4)})
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}

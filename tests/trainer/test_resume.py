@@ -14,7 +14,7 @@ from datasets import IterableDataset
 from tests import tiny
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
-from unsloth_fast.checkpoints import last_checkpoint, passes_of_stream
+from unsloth_fast.hooks.checkpoints import last_checkpoint, passes_of_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

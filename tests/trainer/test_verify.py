@@ -111,9 +111,9 @@ def test_a_wrong_operation_is_named(
 ) -> None:  # fmt: skip
     """The warning names operation, module, result, shapes and dtype; no other operation is warned of."""
     plant(monkeypatch, **wrong)
-    with caplog.at_level(logging.WARNING, "unsloth_fast.verification"):
+    with caplog.at_level(logging.WARNING, "unsloth_fast.hooks.verification"):
         log = trained(tmp_path, max_steps=1, verify_every=1).state.log_history[0]
-    (message,) = (record.message for record in caplog.records if record.name == "unsloth_fast.verification")
+    (message,) = (record.message for record in caplog.records if record.name == "unsloth_fast.hooks.verification")
     assert message.startswith("verify_every: step 1: ")
     assert all(part in message for part in named)
     assert "allowed" in message

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTTrainer
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.balance import weighs_balance
+from unsloth_fast.hooks.balance import weighs_balance
 from unsloth_fast.models.head import add_loss, without_adapter
 from unsloth_fast.models.own_loss import warn_of_own_loss
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
-from unsloth_fast.argument_types import check_model, check_types
+from unsloth_fast.arguments.types import check_model, check_types
 from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
 from unsloth_fast.data.batching import BatchingPlan

@@ -17,15 +17,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unsloth_fast import gguf, hub
-from unsloth_fast.gguf import ALLOWED_QUANTS
 from unsloth_fast.models import loading
 from unsloth_fast.models.fields import changed_by_trainers, restore, with_values
 from unsloth_fast.models.generation import TOKENIZER, generate
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.merging import merged_model
 from unsloth_fast.models.quantization import bits_config
-from unsloth_fast.save_arguments import SAVE_METHODS, SIXTEEN, check_saving
+from unsloth_fast.save import gguf, hub
+from unsloth_fast.save.arguments import SAVE_METHODS, SIXTEEN, check_saving
+from unsloth_fast.save.gguf import ALLOWED_QUANTS
 from unsloth_ref import checks
 
 __all__ = [

@@ -7,11 +7,11 @@ from typing import Any
 
 from peft import PeftModel
 
+from unsloth_fast.hooks.module_lists import WHOLE
 from unsloth_fast.models import recording
 from unsloth_fast.models.graphs import Recordings, recorded
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.packed import documents_of
-from unsloth_fast.module_lists import WHOLE
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What does each hook of the trainer do? One subject per file; `unsloth_fast/trainer.py` says when each is called."""
