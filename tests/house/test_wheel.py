@@ -26,7 +26,7 @@ SOURCES = {
     path.relative_to(ROOT).as_posix()
     for folder in (".github", "docs", "examples", "ledger", "tests")
     for path in (ROOT / folder).rglob("*")
-    if path.is_file() and path.suffix != ".pyc"
+    if path.is_file() and path.suffix != ".pyc" and ".hypothesis" not in path.parts
 }
 JUDGE = {"torch", "triton", "numpy", "ninja", "hypothesis", "rich"}
 BLOCKED = '''
