@@ -71,7 +71,8 @@ def load(name: str, device: str, source: Source = PROJECT) -> Judged:
     description = name + _triton(device)
     if device == "cpu" and find_spec("triton"):  # a backend may import it later, in a call
         interpreter.patch_for_speed()
-        interpreter.patch_range()
+        interpreter.compute_as_a_gpu()
+        interpreter.tune_without_a_gpu()
         interpreter.count_launches()
     return Judged(name, functions, description)
 

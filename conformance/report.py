@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
@@ -165,6 +166,26 @@ def _cell(results: Sequence[Result]) -> str:
     return f"{verdict:<5}{percent}"
 
 
+# Words of a message, what helps then, and whether that fits the device and the source of the operation.
+_HINTS: tuple[tuple[str, str, Callable[[str, Source], bool]], ...] = (
+    (
+        r"(?i)raised .*(cuda|gpu|active drivers|inline_asm)",
+        "the kernel needs a GPU, and Triton's interpreter ran it on a CPU; --device cuda judges it on a GPU",
+        lambda device, source: device == "cpu",
+    ),
+    (
+        r"has no graph, although",
+        "--grads none judges the results of an operation that has no backward pass",
+        lambda device, source: bool(source),
+    ),
+    (
+        r"the second derivative with respect to",
+        "torch's once_differentiable raises only if an incoming gradient requires one; in a gradient penalty none does",
+        lambda device, source: bool(source),
+    ),
+)
+
+
 def failures(
     results: Sequence[Result],
     backend: str,
@@ -194,6 +215,7 @@ def failures(
         ]
         asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]
         holds = statements.get(result.property)
+        hints = [text for words, text, fits in _HINTS if fits(device, source) and re.search(words, first)]
         paragraphs.append(
             "\n".join(
                 [
@@ -202,6 +224,7 @@ def failures(
                     *asks,
                     *([f"  must hold:     {holds}"] if holds else ()),
                     *(again if result.case else ()),
+                    *(f"  hint:          {text}" for text in hints),
                 ]
             )
         )

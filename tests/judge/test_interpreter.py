@@ -16,7 +16,8 @@ from triton.runtime.errors import InterpreterError
 
 from conformance import backends
 from conformance.gates import Failure
-from conformance.interpreter import (
+from conformance.interpreter import reads
+from conformance.interpreter.speed import (
     _broadcast_if_shapes_differ,
     _checked_if_debugging,
     _converted_if_types_differ,
@@ -25,7 +26,6 @@ from conformance.interpreter import (
     _shared_shapes,
     _shared_types,
     _with_indices,
-    reads,
 )
 from conformance.properties import PROPERTIES
 from conformance.specs import swiglu

@@ -1,11 +1,7 @@
-"""Triton's interpreter, which runs kernels on a CPU: did it run one, and patches of its speed and its range.
+"""Triton's interpreter in a third of its time.
 
-The interpreter truncates float32 to bfloat16, so the gates must know which results it computed. `count_launches`
-patches `GridExecutor.__call__` of `triton.runtime.interpreter`, which runs a kernel's whole grid, and `Interpreted`
-is true if that happened in a block of code. What a module imports makes no difference.
-
-`patch_for_speed` replaces two private functions of the same module, and five methods of `triton.language`, without
-changing what the interpreter computes:
+`patch_for_speed` replaces two private functions of `triton.runtime.interpreter`, and five methods of `triton.language`,
+without changing what the interpreter computes:
 
     _patch_lang      Triton replaces the functions of `triton.language` by interpreted ones at every call of a device
                      function, although the launch has already done so. `_OncePerLaunch` skips the repetitions, and
@@ -22,76 +18,15 @@ changing what the interpreter computes:
 This takes two thirds of the time of the project's kernels in the interpreter. A version of Triton that lacks one of
 these functions stays as it is there. One more function, `_patch_lang_tensor`, is replaced so that Triton 3.6 runs with
 NumPy 2.4: a bound of a loop is an array of one number, which NumPy converts no more.
-
-`patch_range` replaces three methods of `InterpreterBuilder`, so that a kernel computes what it would on a GPU:
-
-    create_exp2                  Float32 results below the normal numbers become 0; those of tl.exp do not.
-    create_sqrt, create_rsqrt    Float32 arguments below the normal numbers count as 0; those of tl.sqrt_rn do not.
-
-`conformance.backends.load` applies all of these on a CPU, for the whole process, to other people's kernels too.
-
-`reads` patches the interpreter's loads: it sees an address outside the tensors of a launch, whatever becomes of the
-element that is read there.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from inspect import ismodule
-from typing import Any, ClassVar
-from unittest.mock import patch
-
-import numpy as np
-import torch
-
-
-class Interpreted:
-    """After a `with` block, true if the interpreter ran a kernel in it.
-
-    Attributes:
-        launches: kernels that the interpreter has run in this process.
-    """
-
-    launches: ClassVar[int] = 0
-
-    def __init__(self) -> None:
-        """Nothing has run yet."""
-        self._before = self._after = 0
-
-    def __enter__(self) -> Interpreted:
-        """Start counting."""
-        self._before = Interpreted.launches
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop counting."""
-        self._after = Interpreted.launches
-
-    def __bool__(self) -> bool:
-        """Whether a kernel ran."""
-        return self._after > self._before
-
-
-@cache
-def count_launches() -> None:
-    """Count the kernels that the interpreter runs from now on, once per process; imports triton.
-
-    Raises:
-        ImportError: triton is not installed.
-        AttributeError: this version of Triton runs kernels in another way, which would be taken for no kernel at all.
-    """
-    executor: Any = importlib.import_module("triton.runtime.interpreter").GridExecutor
-    run_grid = executor.__call__
-
-    @wraps(run_grid)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        Interpreted.launches += 1
-        return run_grid(self, *args, **kwargs)
-
-    executor.__call__ = counted
+from typing import Any
 
 
 @cache
@@ -111,20 +46,6 @@ def patch_for_speed() -> None:
     semantic.binary_op_type_checking_impl = _converted_if_types_differ(semantic.binary_op_type_checking_impl)
     if hasattr(semantic, "binary_op_sanitize_overflow_impl"):
         semantic.binary_op_sanitize_overflow_impl = _checked_if_debugging(semantic.binary_op_sanitize_overflow_impl)
-
-
-@cache
-def patch_range() -> None:
-    """Give the interpreter's float32 functions the range of PTX's .ftz, once per process; imports triton."""
-    builder: Any = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
-
-    def flushed(value: Any) -> Any:
-        small = (value.dtype == np.float32) & (np.abs(value) < np.finfo(np.float32).tiny)
-        return np.where(small, np.copysign(np.zeros_like(value), value), value)
-
-    builder.create_exp2 = lambda self, x: self.unary_op(x, lambda data: flushed(np.exp2(data)))
-    builder.create_sqrt = lambda self, x: self.unary_op(x, lambda data: np.sqrt(flushed(data)))
-    builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(flushed(data)))
 
 
 class _Memoised:
@@ -265,77 +186,3 @@ def _checked_if_debugging(check: Callable[[Any, Any, Any, Any], None]) -> Callab
             check(self, lhs, rhs, binary_op)
 
     return method
-
-
-class Reads:
-    """The loads of launches in the interpreter.
-
-    Attributes:
-        outside: the first load from outside the memory of the tensors of its launch, in words; None without one.
-    """
-
-    def __init__(self) -> None:
-        """No load yet."""
-        self.outside: str | None = None
-        self.kernel = ""
-        self.memory: list[tuple[int, int]] = []  # first byte and the byte after the last, of each tensor's memory
-
-    def inside(self, addresses: Any, width: int) -> Any:
-        """Which elements of this many bytes are in the memory of the launch's tensors."""
-        first, last = int(addresses.min()), int(addresses.max()) + width
-        if any(begin <= first and last <= end for begin, end in self.memory):
-            return np.ones(addresses.shape, bool)
-        found = np.zeros(addresses.shape, bool)
-        for begin, end in self.memory:
-            found |= (addresses >= begin) & (addresses + width <= end)
-        return found
-
-
-@contextmanager
-def reads() -> Iterator[Reads]:
-    """Within this context all loads of kernels in the interpreter are seen; those from outside are not executed.
-
-    A launch that turns integers into pointers may read other tensors than its own: it is not checked.
-    """
-    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    builder, executor, seen = interpreter.InterpreterBuilder, interpreter.GridExecutor, Reads()
-    load, arguments, to_pointer = builder.create_masked_load, executor._init_args_hst, builder.create_int_to_ptr
-
-    def on_launch(self: Any, *given: Any) -> Any:
-        copied = arguments(self, *given)
-        seen.kernel = self.fn.__name__
-        storages = {tensor.untyped_storage() for tensor in _tensors([*copied[0], *copied[1].values()])}
-        seen.memory = [(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages]
-        return copied
-
-    def on_pointer(self: Any, *given: Any) -> Any:
-        seen.memory = [(0, 2**64)]
-        return to_pointer(self, *given)
-
-    def on_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
-        chosen = np.broadcast_to(mask.data, pointers.data.shape)
-        if chosen.any():
-            width = pointers.get_element_ty().primitive_bitwidth // 8
-            wrong = chosen.copy()
-            wrong[chosen] = ~seen.inside(pointers.data[chosen], width)
-            if wrong.any():
-                far = f"{int(wrong.sum())} of {int(chosen.sum())} elements are outside the memory of its tensors"
-                seen.outside = seen.outside or f"a load of {seen.kernel}: {far}"
-                mask = interpreter.TensorHandle(chosen & ~wrong, mask.dtype)
-        return load(self, pointers, mask, *others)
-
-    with (
-        patch.object(builder, "create_masked_load", on_load),
-        patch.object(builder, "create_int_to_ptr", on_pointer),
-        patch.object(executor, "_init_args_hst", on_launch),
-    ):
-        yield seen
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments of a launch, also those of tuples and descriptors."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from _tensors(argument)
-        elif isinstance(base := getattr(argument, "base", argument), torch.Tensor):
-            yield base

@@ -1,0 +1,129 @@
+"""A kernel in Triton's interpreter computes what it would on a GPU.
+
+`compute_as_a_gpu` changes, in `triton.runtime.interpreter` and `triton.language`:
+
+    create_exp2                  Float32 results below the normal numbers become 0; those of tl.exp do not.
+    create_sqrt, create_rsqrt    Float32 arguments below the normal numbers count as 0; those of tl.sqrt_rn do not.
+    create_extern_elementwise    Functions of libdevice are computed by torch; the interpreter has none of them.
+    libdevice                    Its functions call those of CUDA; a compiler would replace them by name.
+    _implicit_cvt                A float among a kernel's arguments is a float32 scalar. The interpreter leaves it a
+                                 number of Python, which has no `.to`, and with which 16 bits stay 16 bits.
+    constexpr                    A global `tl.constexpr` may stand left of a tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache, partial, wraps
+from inspect import isfunction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What libdevice's functions compute, named as there, without `__nv_` and the letter of the type.
+LIBDEVICE: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(torch, name) for name in (
+        "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "copysign", "cos", "cosh", "erf", "erfc",
+        "erfinv", "exp", "exp2", "expm1", "floor", "fmod", "hypot", "isnan", "lgamma", "log", "log10", "log1p", "log2",
+        "pow", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh", "trunc",
+    )},
+    "abs": torch.abs, "fabs": torch.abs, "llabs": torch.abs,
+    "rint": torch.round, "nearbyint": torch.round,
+    "round": lambda x: torch.trunc(x + torch.copysign(torch.full_like(x, 0.5), x)),
+    "isinf": torch.isinf, "finite": torch.isfinite, "isfinite": torch.isfinite, "signbit": torch.signbit,
+    "exp10": lambda x: 10.0**x, "powi": torch.pow, "ldexp": torch.ldexp,
+    "fma": lambda x, y, z: x * y + z, "fdim": lambda x, y: (x - y).clamp(min=0), "saturate": lambda x: x.clamp(0, 1),
+    "normcdf": torch.special.ndtr,
+    "fast_exp": torch.exp, "fast_exp10": lambda x: 10.0**x, "fast_log": torch.log, "fast_log2": torch.log2,
+    "fast_log10": torch.log10, "fast_pow": torch.pow, "fast_fdivide": torch.div, "fast_sin": torch.sin,
+    "fast_cos": torch.cos, "fast_tan": torch.tan,
+    **{f"{of}{name}_rn": function for of in "fd" for name, function in (
+        ("add", torch.add), ("sub", torch.sub), ("mul", torch.mul), ("div", torch.div), ("sqrt", torch.sqrt),
+        ("rcp", torch.reciprocal),
+    )},
+    "frsqrt_rn": torch.rsqrt, "fma_rn": lambda x, y, z: x * y + z,
+    "float2int_rn": torch.round, "float2int_rz": torch.trunc, "int2float_rn": lambda x: x,
+}  # fmt: skip
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+
+
+@cache
+def compute_as_a_gpu() -> None:
+    """Apply the changes to Triton's interpreter, once per process; imports triton."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    builder.create_exp2 = lambda self, x: self.unary_op(x, lambda data: _flushed(np.exp2(data)))
+    builder.create_sqrt = lambda self, x: self.unary_op(x, lambda data: np.sqrt(_flushed(data)))
+    builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(_flushed(data)))
+    builder.create_extern_elementwise = _extern_elementwise
+    interpreter._implicit_cvt = _with_float32_scalars(interpreter._implicit_cvt, interpreter.TensorHandle)
+    core: Any = importlib.import_module("triton.language.core")
+    for name in (*_ARITHMETIC, *_COMPARISONS):
+        method = f"__{name}__"
+        if method in vars(core.constexpr):
+            setattr(core.constexpr, method, _left_to_tensors(getattr(core.constexpr, method), core.tensor))
+    _call_libdevice(interpreter.interpreter_semantic)
+
+
+def _flushed(value: Any) -> Any:
+    """The range of PTX's .ftz: float32 below the normal numbers is 0."""
+    small = (value.dtype == np.float32) & (np.abs(value) < np.finfo(np.float32).tiny)
+    return np.where(small, np.copysign(np.zeros_like(value), value), value)
+
+
+def _with_float32_scalars(convert: Callable[[Any], Any], handle: Any) -> Callable[[Any], Any]:
+    """Replaces `_implicit_cvt`: a float becomes a float32 scalar, as in a compiled kernel."""
+    language: Any = importlib.import_module("triton.language")
+
+    @wraps(convert)
+    def converted(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        return language.tensor(handle(np.array([argument], np.float32), language.float32), language.float32)
+
+    return converted
+
+
+def _left_to_tensors(method: Callable[[Any, Any], Any], tensor: type) -> Callable[[Any, Any], Any]:
+    """Replaces an operator of `constexpr`: with a tensor on the right, the tensor's own operator computes."""
+
+    @wraps(method)
+    def operator(self: Any, other: Any) -> Any:
+        return NotImplemented if isinstance(other, tensor) else method(self, other)
+
+    return operator
+
+
+def _call_libdevice(semantic: Any) -> None:
+    """Give the functions of both modules named libdevice the interpreter, whoever has imported them already."""
+    functions: Any = importlib.import_module("triton.language.extra.libdevice")
+    of_cuda: Any = importlib.import_module("triton.language.extra.cuda.libdevice")
+    for name, stub in vars(functions).items():
+        if isfunction(stub) and hasattr(of_cuda, name):
+            interpreted = partial(getattr(of_cuda, name), _semantic=semantic)
+            stub.__code__, stub.__kwdefaults__ = _called.__code__, {"function": interpreted}
+            setattr(of_cuda, name, interpreted)
+
+
+def _called(*arguments: Any, function: Any) -> Any:
+    return function(*arguments)
+
+
+def _extern_elementwise(
+    self: Any, library: str, path: str, symbol: str, arguments: list[Any], kind: Any, pure: bool
+) -> Any:
+    """A function of libdevice, such as __nv_tanhf, of each element; its float32 results are rounded once."""
+    name = symbol.removeprefix("__nv_")
+    name = name if name in LIBDEVICE else name[:-1]
+    if name not in LIBDEVICE:
+        raise NotImplementedError(f"libdevice: {symbol} is not computed in the interpreter; judge it on a GPU")
+    tensors = [torch.from_numpy(np.ascontiguousarray(one.data)) for one in arguments]
+    wide = [one.double() if one.is_floating_point() else one for one in tensors]
+    first = arguments[0]
+    result = LIBDEVICE[name](*wide).numpy().reshape(first.data.shape)
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    return interpreter.TensorHandle(result.astype(interpreter._get_np_dtype(kind.scalar)), kind.scalar)

@@ -1,0 +1,197 @@
+"""On a CPU a kernel computes what it would on a GPU, and what it asks of Triton and of a GPU has an answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+from triton.language.extra.libdevice import tanh as tanh_by_name
+from triton.runtime.errors import InterpreterError
+
+from conformance import backends
+from conformance.case import DTYPES
+from conformance.interpreter.gpu import LIBDEVICE
+from conformance.operations import Source, specs
+from conformance.profiles import PROFILES
+from conformance.properties import PROPERTIES
+from conformance.report import failures
+from conformance.search import Result, search
+from conformance.trial import Trial
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is selected for the whole process")
+backends.load("fast", "cpu")
+
+FOR_A_GPU = "raised AssertionError: x must be on a GPU"
+FORWARD_ALONE = "output result has no graph, although x require gradients"
+TWICE = "the second derivative with respect to x is wrong"
+OWN = Source("module:function", "x=randn(2)")
+TWO: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def scalar_kernel(x, y, factor, FACTOR_FIRST: tl.constexpr):
+    i = tl.arange(0, 4)
+    value = tl.load(x + i)
+    tl.store(y + i, factor * value if FACTOR_FIRST else value * factor.to(tl.float32))
+
+
+@triton.jit
+def constexpr_kernel(x, y):
+    i = tl.arange(0, 4)
+    value = tl.load(x + i)
+    tl.store(y + i, tl.where(value < TWO, TWO * value - TWO, TWO / value))
+
+
+@triton.jit
+def library_kernel(x, y, NAME: tl.constexpr):
+    i = tl.arange(0, 4)
+    value = tl.load(x + i)
+    if NAME == "by name":
+        result = tanh_by_name(value)
+    elif NAME == "round":
+        result = libdevice.round(value)
+    elif NAME == "pow":
+        result = libdevice.pow(value, 2.0)
+    elif NAME == "isnan":
+        nan: Any = libdevice.isnan(value)
+        result = nan.to(tl.float32)
+    elif NAME == "fast":
+        result = libdevice.fast_expf(value)
+    elif NAME == "erf":
+        result = libdevice.erf(value)
+    else:
+        result = libdevice.j0(value)
+    tl.store(y + i, result)
+
+
+@triton.autotune(configs=[triton.Config({"BLOCK": size}) for size in (16, 32, 64)], key=["n"])
+@triton.jit
+def doubled_kernel(x, sizes, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(x + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+    tl.atomic_add(sizes + BLOCK, 1)
+
+
+@triton.autotune(configs=[triton.Config({"BLOCK": size}) for size in (16, 32)], key=["n"], restore_value=["x"])
+@triton.jit
+def restored_kernel(x, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(x + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def launched(kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    y = torch.zeros(x.shape, dtype=options.pop("dtype", x.dtype))
+    kernel[(1,)](x, y, *arguments, **options)
+    return y
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_float_argument_is_a_float32_scalar(first: bool) -> None:
+    """It rounds to float32, it has `.to`, and a product with float16 is float32."""
+    x = torch.tensor([1.0, 2.0, 3.0, 1 / 3]).half()
+    y = launched(scalar_kernel, x, 0.1, FACTOR_FIRST=first, dtype=torch.float32)
+    assert y.equal(x.float() * torch.tensor(0.1))
+
+
+def test_a_global_constant_stands_left_of_a_tensor() -> None:
+    x = torch.tensor([1.0, 4.0, -3.0, 2.0])
+    assert launched(constexpr_kernel, x).tolist() == [0.0, 0.5, -8.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("by name", torch.tanh),
+        ("round", lambda x: torch.tensor([1.0, -2.0, 3.0, torch.nan])),
+        ("pow", torch.square),
+        ("isnan", lambda x: torch.isnan(x).float()),
+        ("fast", torch.exp),
+        ("erf", torch.erf),
+    ],
+)
+def test_functions_of_libdevice(name: str, wanted: Any) -> None:
+    x = torch.tensor([0.5, -1.5, 2.5, torch.nan])
+    torch.testing.assert_close(launched(library_kernel, x, NAME=name), wanted(x), rtol=3e-7, atol=0, equal_nan=True)
+
+
+def test_a_function_that_nothing_computes_is_named() -> None:
+    with pytest.raises(InterpreterError, match=r"libdevice: __nv_j0f is not computed in the interpreter"):
+        launched(library_kernel, torch.ones(4), NAME="j0")
+
+
+def test_the_functions_are_those_of_libdevice() -> None:
+    """Every name of the table is a symbol of CUDA's library, so that none is misspelt."""
+    source = Path(libdevice.__file__).with_name("cuda").joinpath("libdevice.py").read_text()
+    missing = [name for name in LIBDEVICE if not any(f'"__nv_{name}{end}"' in source for end in ("", "f", "d"))]
+    assert not missing
+
+
+def test_tuning_runs_two_configurations_and_chooses_always_the_same() -> None:
+    """Over several keys each configuration runs, and a kernel in place shows that it ran three times."""
+    seen = set()
+    for n in range(1, 9):
+        chosen = []
+        for _ in range(2):
+            doubled_kernel.cache.clear()
+            x, sizes = torch.ones(n), torch.zeros(65, dtype=torch.int32)
+            doubled_kernel[(1,)](x, sizes, n)
+            assert x.tolist() == [8.0] * n
+            assert sizes.sum() == 3
+            chosen.append(sizes.argmax().item())
+        assert chosen[0] == chosen[1]
+        seen |= {*sizes.nonzero().flatten().tolist()}
+        doubled_kernel[(1,)](x, sizes, n)
+        assert sizes.sum() == 4
+    assert seen == {16, 32, 64}
+
+
+def test_what_a_kernel_restores_is_restored() -> None:
+    x = torch.ones(3)
+    restored_kernel[(1,)](x, 3)
+    assert x.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("kernel", "verdict"),
+    [("right", "pass"), ("wrong_in_a_configuration", "fail"), ("scaled_again_by_tuning", "fail")],
+)
+def test_tuned_kernels_of_a_stranger(kernel: str, verdict: str) -> None:
+    source = Source("tests.judge.strangers.tuned:scaled_tanh", "x=randn(4,70) factor=0.7", grads=())
+    ((op, spec),) = specs(source).items()
+    function = backends.load(f"tests.judge.strangers.tuned:{kernel}", "cpu", source).functions[op]
+    found = [
+        search(Trial(spec, function, DTYPES[dtype], "cpu"), PROPERTIES[name], PROFILES["dev"], dtype)
+        for name in ("value", "determinism", "extents")
+        for dtype in ("float32", "float16")
+    ]
+    assert (verdict == "fail") == any(one.verdict == "fail" for one in found), [one.message for one in found]
+
+
+def test_questions_about_the_gpu_have_answers() -> None:
+    """As kernels and tutorials ask them, when they are imported and before they are launched."""
+    active: Any = triton.runtime.driver.active
+    assert active.get_active_torch_device() == torch.device("cpu")
+    assert (active.get_current_target().backend, active.get_current_target().arch) == ("cuda", 80)
+    assert active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"] == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "device", "source", "hint"),
+    [
+        (FOR_A_GPU, "cpu", Source(), "--device cuda judges it on a GPU"),
+        (FOR_A_GPU, "cuda", Source(), None),
+        (FORWARD_ALONE, "cpu", OWN, "--grads none"),
+        (FORWARD_ALONE, "cpu", Source(), None),
+        (TWICE, "cpu", OWN, "once_differentiable"),
+    ],
+)
+def test_a_failure_says_what_helps(message: str, device: str, source: Source, hint: str | None) -> None:
+    shown = failures([Result("f", "value", "float32", "fail", message=message)], "m:k", device, source)
+    assert ("  hint: " in shown) == (hint is not None)
+    assert hint is None or hint in shown
