@@ -30,12 +30,21 @@ PROFILES_WITH_SAME_CASES = ("ci", "gpu")
 
 @dataclass(frozen=True)
 class Change:
-    """One line of a comparison: what it is about, such as an operation and property, and what happened to it."""
+    """One line of a comparison.
+
+    Attributes:
+        word: what happened, in a word.
+        subject: what it is about, such as an operation and a property.
+        text: what happened, in a sentence.
+        dtypes: in which dtypes, if the subject does not say so.
+        again: the command that reproduces it.
+    """
 
     word: Word
     subject: str
     text: str
     dtypes: tuple[str, ...] = ()
+    again: str | None = None
 
     @property
     def name(self) -> str:
@@ -84,7 +93,8 @@ def _gated(results: Results) -> Iterable[Change]:
     for one in results.compared:
         said.update(one.regressions)
         for sentence in one.regressions:
-            yield Change("regressed", one.name(), sentence.removeprefix(f"{one.name()}: "))
+            text = sentence.removeprefix(f"{one.name()}: ")
+            yield Change("regressed", one.name(), text, again=one.again(results.meta))
         word = "skipped" if one.verdict == "lost" or one.no_speed else words.get(one.verdict)
         if word and not one.regressions:
             yield Change(word, one.name(), one.ratios() or one.no_speed or str(one.verdict))
