@@ -24,7 +24,7 @@ from conformance.page.model import Check, Meta, Results, in_order, percent
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
 WORDS: tuple[Word, ...] = ("regressed", "skipped", "unsure", "new", "improved")  # what asks for attention first
-FACTOR = 1.05  # the smallest change of a time that somebody asks for
+FACTOR = 1.05  # the smallest change of a time that is reported
 PROFILES_WITH_SAME_CASES = ("ci", "gpu")
 
 
@@ -89,9 +89,9 @@ def _shared(one: Results, other: Results) -> int:
 def _gated(results: Results) -> Iterable[Change]:
     """The changes that a gate found between its two sides."""
     words: dict[str | None, Word] = {"improved": "improved", "FASTER": "improved", "UNSURE": "unsure", "new": "new"}
-    said: set[str] = set()
+    of_rows: set[str] = set()
     for one in results.compared:
-        said.update(one.regressions)
+        of_rows.update(one.regressions)
         for sentence in one.regressions:
             text = sentence.removeprefix(f"{one.name()}: ")
             yield Change("regressed", one.name(), text, again=one.again(results.meta))
@@ -99,7 +99,7 @@ def _gated(results: Results) -> Iterable[Change]:
         if word and not one.regressions:
             yield Change(word, one.name(), one.ratios() or one.no_speed or str(one.verdict))
     for sentence in results.meta.regressions:
-        if sentence not in said:
+        if sentence not in of_rows:
             yield Change("regressed", results.title, sentence)
 
 

@@ -105,7 +105,7 @@ class Mutant:
 
     @property
     def survives(self) -> bool:
-        """Whether no property found it, and nobody confirmed that it is no fault."""
+        """Whether no property found it, and it was not confirmed to be no fault."""
         return self.verdict in ("survived", "unreached")
 
     def again(self, meta: Meta) -> str | None:

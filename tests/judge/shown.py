@@ -89,7 +89,7 @@ def gate_file(path: Path) -> Path:
     time("1x64", full=replace(faster, verdict=Verdict.SAME, ratio=1.0))
     meta: dict[str, Any] = {"versions": {"torch": "2.11"}, "base": "0123456789abcdef", "head": "fedcba9876543210"}
     meta |= {"backend": "mine.kernels", "device": "cpu"}
-    Report(rows, sentences=["the yardstick moved"], notes=["one host"], meta=meta).write(path)
+    Report(rows, sentences=["the ledger has another card"], notes=["one host"], meta=meta).write(path)
     return path
 
 

@@ -114,7 +114,7 @@ def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
         ("regressed", "swiglu", "is lost: it was defined before"),
         ("regressed", "rope / value / bfloat16", f"passed before, and fails now: {MESSAGE.partition(chr(10))[0]}"),
         ("regressed", "rope / 4x64 / bfloat16", SLOWER.partition("bfloat16: ")[2]),
-        ("regressed", "Gate of mine.kernels on cpu", "the yardstick moved"),
+        ("regressed", "Gate of mine.kernels on cpu", "the ledger has another card"),
         ("skipped", "rope / 2x64 / bfloat16", "the base: gate G1; the head: gate G1"),
         ("new", "rope / value / float32", "new"),
         ("improved", "rope / 8x64 / bfloat16", "device_full 0.900 [0.880 0.920]"),

@@ -1,4 +1,4 @@
-"""The kernels of experts' MLPs beside their products: routing, the activation's gradient, sums over a token's slots.
+"""The kernels of experts' MLPs besides their products: routing, the activation's gradient, sums over a token's slots.
 
 moe_mlp.py has the formulas. A slot is a pair of a token and one of its experts; slot t k + s is one of token t. Rows of
 groups are slots, sorted by expert.
