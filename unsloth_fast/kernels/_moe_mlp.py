@@ -19,7 +19,7 @@ from unsloth_fast.kernels._grouped import new_plan, slot_weights, store_plan, ti
 from unsloth_fast.kernels._launch import cdiv, kernel, launch, tile
 from unsloth_fast.kernels.fused_swiglu import clamped, load_gate_and_up, store_gate_and_up, through_clamps
 
-SLOTS = 2048  # that a program of the routing looks at together
+SLOTS = 2048  # that a program of the routing reads at once
 
 
 class Gate(NamedTuple):
