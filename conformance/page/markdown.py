@@ -52,12 +52,12 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
     head = table(("operation, shape, backend", "call ms", "device ms", "roofline", "budget use"), ())
     notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
-    results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
+    results = [f"| {_cell(file.title)} | {file.summary} | {_cell(file.name)} |" for file in files]
     return [
-        Section("Results", results, table(("results", ""), ())),
+        Section("Results", results, table(("results", "verdict", "file"), ())),
         Section("Regressed", by_word["regressed"]),
         Section("Failures", failed),
-        Section("Times that mean nothing", bad),
+        Section("Times without meaning", bad),
         Section("Mutants that survived", missed),
         *(Section(word.capitalize(), by_word[word], folded=word != "improved") for word in WORDS[1:]),
         Section("Notes", notes, folded=True),

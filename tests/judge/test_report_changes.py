@@ -120,7 +120,7 @@ def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
         ("improved", "rope / 8x64 / bfloat16", "device_full 0.900 [0.880 0.920]"),
     ]
     text = shown(tmp_path / "out.md", tmp_path / "gate.json")
-    assert "| `Gate of mine.kernels on cpu` | 4 regressions, 1 FASTER, 1 SAME, 1 SLOWER |" in text
+    assert "| `Gate of mine.kernels on cpu` | 4 regressions, 1 FASTER, 1 SAME, 1 SLOWER | `gate.json` |" in text
     assert "Against the base: 4 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
 
 
@@ -147,7 +147,7 @@ def test_the_comment(tmp_path: Path) -> None:
     text = shown(tmp_path / "out.md", file, "--base", base)
     lines = text.split("\n")
     assert lines[0] == "## Conformance: ❌ 1 failed"
-    assert "| `Run of mine.kernels on cpu` | 1 of 5 checks failed, 1 skipped, 1 known deviation |" in lines
+    assert "| `Run of mine.kernels on cpu` | 1 of 5 checks failed, 1 skipped, 1 known deviation | `run.json` |" in lines
     assert "Against the base: 1 regressed, 0 skipped, 0 unsure, 1 new, 0 improved." in lines
     assert "- `rope / value / bfloat16`: `gate G1 used 2.74 of the budget in output loss at index ()`" in lines
     assert "- `rope / value / float32`: `pass`" in lines
