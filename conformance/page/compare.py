@@ -166,7 +166,8 @@ def _rows(results: Results, base: Results, factor: float) -> Iterable[Change]:
         if row is None or other is None:
             yield Change("skipped", name, "it was not timed") if row is None else Change("new", name, _timed(row))
         elif (row.red is None) != (other.red is None):
-            yield Change("regressed", name, row.red) if row.red else Change("improved", name, f"correct, was {other.red}")
+            better = Change("improved", name, f"correct, was {other.red}")
+            yield Change("regressed", name, row.red) if row.red else better
         elif row.red is None and (times := _both(row, other)):
             what, now, before = times
             word = timing(now, before, clocks, factor)
