@@ -4,6 +4,7 @@ MODEL is the name or the path of a model; without it the script makes a tiny one
 """
 
 import argparse
+import logging
 
 import random_model
 import torch
@@ -13,8 +14,11 @@ from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArgum
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
 parser.add_argument("model", nargs="?", help="its name or path (default: a tiny one)")
-gpu = torch.cuda.is_available()
 name = parser.parse_args().model or random_model.save("out/tiny_llama")
+gpu = torch.cuda.is_available()
+logging.basicConfig(format="%(message)s")
+logging.getLogger("unsloth_fast").setLevel(logging.INFO)  # shows which operations run, and what is left as it is
+
 model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length=256, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model, r=16)
 
@@ -25,4 +29,5 @@ args = UnslothTrainingArguments(
 )  # fmt: skip
 trainer = UnslothTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=args)
 trainer.train()
-trainer.save_model()  # the adapter, in out/finetune; from_pretrained("out/finetune") loads it with its model
+trainer.save_model()
+print('The adapter is in out/finetune. FastLanguageModel.from_pretrained("out/finetune") loads it with its model.')

@@ -43,18 +43,18 @@ def distances(losses: list[float], truth: list[float]) -> list[float]:
     return [abs(loss - true) for loss, true in zip(losses, truth, strict=True)]
 
 
-def judge(runs: dict[str, Any], yardsticks: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
+def judge(runs: dict[str, Any], baselines: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
     """Compare each run with the truth.
 
     Args:
         runs: of each backend what `train` returned.
-        yardsticks: per seed, the losses of the reference and the true ones; the runs use the first seed.
+        baselines: per seed, the losses of the reference and the true ones; the runs use the first seed.
 
     Returns:
         How far each run is off, how far it may be, and the steps at which one is further off or not finite.
     """
-    truth = yardsticks[0][1]
-    worst = itertools.accumulate(map(max, *(distances(*pair) for pair in yardsticks)), max)
+    truth = baselines[0][1]
+    worst = itertools.accumulate(map(max, *(distances(*pair) for pair in baselines)), max)
     allowed = [MARGIN * max(error, LOSS_ULP * true) for error, true in zip(worst, truth, strict=True)]
     off = {name: distances(run["losses"], truth) for name, run in runs.items()}
     steps = zip(allowed, *off.values(), strict=True)
@@ -73,15 +73,15 @@ def compare(folder: str, steps: int, backends: list[str]) -> dict[str, Any]:
     # On a GPU the runs are timed, so they run one at a time; on a CPU two run at once, one per core.
     with ThreadPoolExecutor(1 if settings["device"] == "cuda" else 2) as pool:
         of_backends = {name: pool.submit(in_child, train, (folder, settings, name, 0, dtypes[0])) for name in backends}
-        of_yardsticks = pool.submit(in_child, train, *calls)
+        of_baselines = pool.submit(in_child, train, *calls)
     runs = {name: run.result()[0] for name, run in of_backends.items()}
-    losses = [run["losses"] for run in of_yardsticks.result()]
-    yardsticks = list(zip(losses[::2], losses[1::2], strict=True))
+    losses = [run["losses"] for run in of_baselines.result()]
+    baselines = list(zip(losses[::2], losses[1::2], strict=True))
 
     model, millions = settings["model"], next(iter(runs.values()))["parameters"] / 1e6
     title = f"Llama, {model['num_hidden_layers']} layers of {model['hidden_size']}, {millions:.1f} M parameters"
     report = {"title": f"{title}, {dtypes[0]}, {settings['device_name']}", "settings": settings, "runs": runs}
-    return report | {"yardsticks": yardsticks, **judge(runs, yardsticks)}
+    return report | {"baselines": baselines, **judge(runs, baselines)}
 
 
 def main() -> int:

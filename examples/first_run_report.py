@@ -16,7 +16,7 @@ def show(report: dict[str, Any]) -> None:
         print(f"{line}{limit:12.1e}" + ("  <- too far" if step + 1 in report["failed_steps"] else ""))
     print(f"off: distance from the reference in {report['settings']['truth_dtype']}")
     print(f"allowed: {report['margin']} times the largest distance of the reference so far, from any of", end=" ")
-    print(f"{len(report['yardsticks'])} random starts")
+    print(f"{len(report['baselines'])} random starts")
     first, *others = runs
     for name in others:
         gaps = [abs(a - b) for a, b in zip(runs[name]["losses"], runs[first]["losses"], strict=True)]

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import unsloth_fast  # before peft: it filters a warning that bitsandbytes logs on every import
+
 # The interpreter takes 2 to 4 ms per Triton program, and rope and cross entropy run one program per token: about 100
 # tokens per step.
 SMALL = {
@@ -49,8 +51,8 @@ def functions() -> list[tuple[str, str]]:
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
-                seam = (node.body[0].end_lineno or node.lineno) - node.lineno + 1
-                found.append(("\n".join(source[:seam]), "\n" + "\n".join(source[seam:])))
+                body = (node.body[0].end_lineno or node.lineno) - node.lineno + 1
+                found.append(("\n".join(source[:body]), "\n" + "\n".join(source[body:])))
     return found
 
 
@@ -104,9 +106,7 @@ def build_trainer(folder: str, settings: dict[str, Any], backend: str, seed: int
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerFast, PrinterCallback
 
-    from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
-
-    args = UnslothTrainingArguments(
+    args = unsloth_fast.UnslothTrainingArguments(
         output_dir=folder,
         backend=backend,
         max_steps=settings["steps"],
@@ -127,7 +127,7 @@ def build_trainer(folder: str, settings: dict[str, Any], backend: str, seed: int
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", eos_token="<eos>", pad_token="<pad>")
     model = build_model(settings, seed, dtype)
     torch.manual_seed(seed)  # for the weights of LoRA
-    trainer = UnslothTrainer(
+    trainer = unsloth_fast.UnslothTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(json.loads(Path(folder, "data.json").read_text())),

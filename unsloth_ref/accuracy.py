@@ -176,7 +176,7 @@ def _worst(dtype: torch.dtype, r: Tensor, error: Tensor, of_peer: Tensor, change
 
 
 def _structure(y: Tensor | None, r: Tensor, p: Tensor) -> str:
-    """What is wrong with a result beside its error; empty for nothing."""
+    """What is wrong with a result besides its error; empty for nothing."""
     if y is None:
         return "no result"
     if y.shape != p.shape or y.dtype != p.dtype:

@@ -1,4 +1,4 @@
-"""The contract's checks of operations on packed documents, and whose each token is; both backends call them."""
+"""The contract's checks of operations on packed documents, and the document of each token; both backends call them."""
 
 from itertools import pairwise
 

@@ -126,14 +126,14 @@ class Report:
             return {}, []
 
 
-class Asked(Protocol):
+class Measuring(Protocol):
     """A process that measures on command; see conformance/gate/side.py."""
 
-    def tell(self, do: str, **command: Any) -> None:
+    def send(self, do: str, **command: Any) -> None:
         """Send a command."""
         ...
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """Wait for its answer."""
         ...
 
@@ -195,7 +195,7 @@ def _mutants(base: Checkout, head: Checkout, request: Request, ops: Sequence[str
 
 
 @contextmanager
-def _processes(base: Checkout, head: Checkout) -> Iterator[Mapping[str, Asked]]:
+def _processes(base: Checkout, head: Checkout) -> Iterator[Mapping[str, Measuring]]:
     checkouts = {"base": base, "again": base, "head": head}
     with ExitStack() as stack:
         yield {name: stack.enter_context(closing(Side(checkouts[name]))) for name in SIDES}
@@ -249,7 +249,7 @@ def _compiling(request: Request, judged: Iterable[Mapping[str, Any]]) -> list[st
 
 
 def compare_times(
-    start: Callable[[], AbstractContextManager[Mapping[str, Asked]]],
+    start: Callable[[], AbstractContextManager[Mapping[str, Measuring]]],
     request: Request,
     pairs: Sequence[tuple[str, str]],
     report: Report,
@@ -285,18 +285,18 @@ def compare_times(
                     _progress(f"timing {' '.join(job)} again, in new processes")
                     rows = _time(sides, pool, job, kinds, lambda: clock() > end)
                     found[job] = rows if _red(rows) else found[job]
-    finally:  # at the end, when all that there is to learn about noise is known
+    finally:  # at the end: every comparison adds to what is known about noise
         report.rows += [verdict.times(*rows, pool.decisions(" ".join(job))) for job, rows in found.items()]
 
 
-def _started(sides: Mapping[str, Asked], request: Request) -> dict[str, Any]:
+def _started(sides: Mapping[str, Measuring], request: Request) -> dict[str, Any]:
     """The card as the head sees it; one side after the other measures its peak rates."""
     source = asdict(request.source)
     asked = {name: request.of(name).backend for name in SIDES}
     return {name: sides[name].ask("start", backend=asked[name], source=source)["meta"] for name in SIDES}["head"]
 
 
-def _jobs(sides: Mapping[str, Asked], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:
+def _jobs(sides: Mapping[str, Measuring], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:
     """The shapes that both sides know."""
     for op, dtype in pairs:
         known = sides["base"].ask("shapes", op=op)["shapes"]
@@ -308,13 +308,13 @@ def _red(rows: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def _time(
-    sides: Mapping[str, Asked], pool: Pool, job: Job, wanted: Sequence[str] | None, late: Callable[[], bool]
+    sides: Mapping[str, Measuring], pool: Pool, job: Job, wanted: Sequence[str] | None, late: Callable[[], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time these kinds of time of one shape, or all of them; returns the rows of the base and of the head."""
     op, shape, dtype = job
     for name in SIDES:
-        sides[name].tell("prepare", op=op, shape=shape, dtype=dtype)
-    ready = [sides[name].hear() for name in SIDES]
+        sides[name].send("prepare", op=op, shape=shape, dtype=dtype)
+    ready = [sides[name].receive() for name in SIDES]
     slowest = {
         kind: max(one["kinds"][kind] for one in ready)
         for kind in ready[0]["kinds"]

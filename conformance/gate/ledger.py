@@ -23,7 +23,7 @@ from conformance.gate.verdict import KEYS, Result
 
 SCHEMA = 1
 # The median of one run can be off by NOISE. Two medians are compared within an environment; across environments each of
-# them is divided by a yardstick, which is a median too.
+# them is divided by the card's measured rate, which is a median too.
 TIME_RISE = NOISE**2
 SHARE_FALL = NOISE**-4
 CLOCK = 0.02  # relative difference of the SM clock within which its state is the same

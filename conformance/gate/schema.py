@@ -41,7 +41,7 @@ def problem(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], wher
         return f"{where}: got {value!r}; allowed: {schema['minimum']} or more"
     if "anyOf" in schema:
         problems = [problem(value, one, root, where) for one in schema["anyOf"]]
-        return None if None in problems else _most_telling([one for one in problems if one])
+        return None if None in problems else _of_same_kind([one for one in problems if one])
     if isinstance(value, list) and "items" in schema:
         found = (problem(one, schema["items"], root, f"{where}[{index}]") for index, one in enumerate(value))
         return next((one for one in found if one), None)
@@ -62,7 +62,7 @@ def _of_object(value: Mapping[str, Any], schema: Mapping[str, Any], root: Mappin
     return None
 
 
-def _most_telling(problems: list[str]) -> str:
+def _of_same_kind(problems: list[str]) -> str:
     """The problem of the alternative that was meant: any but one whose kind is another."""
     return next((one for one in problems if ".kind:" not in one and "has no" not in one), problems[0])
 

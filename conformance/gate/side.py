@@ -134,8 +134,8 @@ class Server:
         rates, state = card.rates(), card.state()
         self._bench = Bench(card, rates, (backend,), "", Source(**words))
         backends.load(backend, card.device, self._bench.source)
-        yardsticks = {"copy_bytes_per_second": rates.copy, "matmul_flops_per_second": rates.matmul}
-        return {"meta": {"versions": versions(), "gpu": card.name, **state, **yardsticks}}
+        peak = {"copy_bytes_per_second": rates.copy, "matmul_flops_per_second": rates.matmul}
+        return {"meta": {"versions": versions(), "gpu": card.name, **state, **peak}}
 
     def _shapes(self, bench: Bench, op: str) -> Answer:
         (backend,) = bench.names

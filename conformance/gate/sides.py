@@ -242,15 +242,15 @@ class Side:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = checkout.start("-m", "conformance.gate.side", **pipes, bufsize=0)
 
-    def tell(self, do: str, **command: Any) -> None:
-        """Send a command; `hear` waits for its answer. Raises Unavailable."""
+    def send(self, do: str, **command: Any) -> None:
+        """Send a command; `receive` waits for its answer. Raises Unavailable."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **command}).encode() + b"\n")
         except BrokenPipeError:
             self._lost()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """The answer to the last command. Raises Unavailable."""
         stdout = self._process.stdout
         assert stdout is not None
@@ -263,8 +263,8 @@ class Side:
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
         """Send a command and wait for its answer. Raises Unavailable."""
-        self.tell(do, **command)
-        return self.hear()
+        self.send(do, **command)
+        return self.receive()
 
     def _lost(self) -> None:
         status = self._process.wait()

@@ -189,7 +189,7 @@ def mutants(base: Sequence[Result], head: Sequence[Result]) -> tuple[list[Row], 
 
 
 def _killed(results: Sequence[Result]) -> str:
-    """Of those that are faults, as far as anybody knows."""
+    """How many mutants were killed, of those that are not known to be harmless."""
     judged = [one["verdict"] for one in results if one["verdict"] in (*SURVIVES, *KILLED)]
     return f"{sum(verdict in KILLED for verdict in judged)} of {len(judged)}"
 

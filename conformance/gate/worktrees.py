@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TRIES, PAUSE_SECONDS = 20, 0.25  # a process that was told to end may still write files
+TRIES, PAUSE_SECONDS = 20, 0.25  # a process that was asked to end may still write files
 
 
 class RevisionError(Exception):

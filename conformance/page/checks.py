@@ -191,10 +191,10 @@ def bar(fraction: float) -> Markup:
 
 def _skips(file: Results) -> Markup | None:
     """The reasons of skipped properties, known deviations, and operations that the backend does not define."""
-    said = Counter((c.property, c.first_line() or "no reason given") for c in file.checks if c.verdict == "skip")
+    reasons = Counter((c.property, c.first_line() or "no reason given") for c in file.checks if c.verdict == "skip")
     known = Counter((c.name(), c.first_line().removeprefix("expected: ")) for c in file.checks if c.verdict == "xfail")
     rows = [("known deviation", name, reason) for name, reason in known]
-    rows += [(f"skipped {count} times", name, reason) for (name, reason), count in said.items()]
+    rows += [(f"skipped {count} times", name, reason) for (name, reason), count in reasons.items()]
     rows += [("not defined", ", ".join(file.meta.not_defined), "")] * bool(file.meta.not_defined)
     shown = table(("", "what", "why"), rows, caption="Not judged, or known", wide=True)
     return tag("details", tag("summary", f"Not judged, or known ({len(rows)})"), shown) if rows else None

@@ -24,18 +24,27 @@ from conformance.page.model import Check, Meta, Results, in_order, percent
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
 WORDS: tuple[Word, ...] = ("regressed", "skipped", "unsure", "new", "improved")  # what asks for attention first
-FACTOR = 1.05  # the smallest change of a time that somebody asks for
+FACTOR = 1.05  # the smallest change of a time that is reported
 PROFILES_WITH_SAME_CASES = ("ci", "gpu")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One line of a comparison: what it is about, such as an operation and property, and what happened to it."""
+    """One line of a comparison.
+
+    Attributes:
+        word: what happened, in a word.
+        subject: what it is about, such as an operation and a property.
+        text: what happened, in a sentence.
+        dtypes: in which dtypes, if the subject does not say so.
+        again: the command that reproduces it.
+    """
 
     word: Word
     subject: str
     text: str
     dtypes: tuple[str, ...] = ()
+    again: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,16 +89,17 @@ def _shared(one: Results, other: Results) -> int:
 def _gated(results: Results) -> Iterable[Change]:
     """The changes that a gate found between its two sides."""
     words: dict[str | None, Word] = {"improved": "improved", "FASTER": "improved", "UNSURE": "unsure", "new": "new"}
-    said: set[str] = set()
+    of_rows: set[str] = set()
     for one in results.compared:
-        said.update(one.regressions)
+        of_rows.update(one.regressions)
         for sentence in one.regressions:
-            yield Change("regressed", one.name(), sentence.removeprefix(f"{one.name()}: "))
+            text = sentence.removeprefix(f"{one.name()}: ")
+            yield Change("regressed", one.name(), text, again=one.again(results.meta))
         word = "skipped" if one.verdict == "lost" or one.no_speed else words.get(one.verdict)
         if word and not one.regressions:
             yield Change(word, one.name(), one.ratios() or one.no_speed or str(one.verdict))
     for sentence in results.meta.regressions:
-        if sentence not in said:
+        if sentence not in of_rows:
             yield Change("regressed", results.title, sentence)
 
 
@@ -156,7 +166,8 @@ def _rows(results: Results, base: Results, factor: float) -> Iterable[Change]:
         if row is None or other is None:
             yield Change("skipped", name, "it was not timed") if row is None else Change("new", name, _timed(row))
         elif (row.red is None) != (other.red is None):
-            yield Change("regressed", name, row.red) if row.red else Change("improved", name, f"right, was {other.red}")
+            better = Change("improved", name, f"correct, was {other.red}")
+            yield Change("regressed", name, row.red) if row.red else better
         elif row.red is None and (times := _both(row, other)):
             what, now, before = times
             word = timing(now, before, clocks, factor)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conformance.gate.history import Point
 from conformance.page import checks, gate, history, mutants, speed
-from conformance.page.compare import FACTOR, WORDS, changes
+from conformance.page.compare import FACTOR, WORDS, Change, changes
 from conformance.page.markup import Markup, table, tag
 from conformance.page.model import Results, verdict
 
@@ -79,7 +79,12 @@ def _changes(files: Sequence[Results], base: Sequence[Results] | None, factor: f
     found = changes(files, base, factor)
     if base is None and not any(file.kind == "gate" for file in files):
         return None
-    rows = [(f"{SIGNS[change.word]} {change.word}", change.name, change.text) for change in found]
+    rows = [(f"{SIGNS[change.word]} {change.word}", change.name, _how(change)) for change in found]
     counts = ", ".join(f"{sum(change.word == word for change in found)} {word}" for word in WORDS)
     shown = table(("", "what", "how"), rows, caption="Changes against the base", wide=True) if rows else None
     return tag("section", tag("h2", "Against the base"), tag("p", counts, "."), shown, id="changes")
+
+
+def _how(change: Change) -> Markup:
+    """What happened, and the command that reproduces it."""
+    return tag("td", change.text, tag("pre", change.again, class_="command") if change.again else None)

@@ -57,7 +57,8 @@ def _cases(file: Results) -> Iterable[tuple[str, Element]]:
     for one in file.compared:
         case = _case(backend, one.op, f"{one.kind}: {one.name()}")
         if one.regressions:
-            _add(case, "failure", one.regressions[0], "\n".join(one.regressions))
+            text = _with_command("\n".join(one.regressions), one.again(file.meta))
+            _add(case, "failure", one.regressions[0], text)
         elif one.no_speed:
             _add(case, "skipped", one.no_speed, "")
         yield one.op, case
@@ -69,16 +70,14 @@ def _case(backend: str, op: str, name: str) -> Element:
 
 def _check(check: Check, case: Element, meta: Meta) -> Element:
     if check.verdict == "fail":
-        again = check.again(meta)
-        _add(
-            case,
-            "failure",
-            check.first_line(),
-            "\n".join(filter(None, (check.message, again and f"reproduce: {again}"))),
-        )
+        _add(case, "failure", check.first_line(), _with_command(check.message, check.again(meta)))
     elif check.verdict in ("skip", "xfail"):
         _add(case, "skipped", check.first_line() or "no reason given", "")
     return case
+
+
+def _with_command(message: str | None, again: str | None) -> str:
+    return "\n".join(filter(None, (message, again and f"reproduce: {again}")))
 
 
 def _add(case: Element, kind: str, message: str, text: str) -> None:

@@ -45,19 +45,19 @@ def comment(files: Sequence[Results], base: Sequence[Results] | None = None, fac
 
 def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section]:
     """The sections, those that need attention first."""
-    by_word = {word: [f"- {code(c.name)}: {code(c.text)}" for c in found if c.word == word] for word in WORDS}
+    by_word = {word: [_change(change) for change in found if change.word == word] for word in WORDS}
     failed = [_failure(checks, file) for file in files for checks in failures(file.checks).values()]
     bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
     head = table(("operation, shape, backend", "call ms", "device ms", "roofline", "budget use"), ())
     notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
-    results = [f"| {_cell(file.title)} | {file.summary} |" for file in files]
+    results = [f"| {_cell(file.title)} | {file.summary} | {_cell(file.name)} |" for file in files]
     return [
-        Section("Results", results, table(("results", ""), ())),
+        Section("Results", results, table(("results", "verdict", "file"), ())),
         Section("Regressed", by_word["regressed"]),
         Section("Failures", failed),
-        Section("Times that mean nothing", bad),
+        Section("Times without meaning", bad),
         Section("Mutants that survived", missed),
         *(Section(word.capitalize(), by_word[word], folded=word != "improved") for word in WORDS[1:]),
         Section("Notes", notes, folded=True),
@@ -81,6 +81,13 @@ def _cut(section: Section, room: int) -> str:
     left = len(section.items) - len(kept)
     more = f"\n\nand {left} more, which the page and the files of results list" * bool(left)
     return "\n".join([begin, *kept]) + more + end
+
+
+def _change(change: Change) -> str:
+    """What changed, and the command that reproduces it."""
+    lines = [f"- {code(change.name)}: {code(change.text)}"]
+    lines += [f"  {line}" for line in _fenced(change.again, "sh")] if change.again else []
+    return "\n".join(lines)
 
 
 def _failure(checks: Sequence[Check], file: Results) -> str:

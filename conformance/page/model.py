@@ -80,10 +80,14 @@ class Check:
 
     def again(self, meta: Meta) -> str | None:
         """The command that runs the smallest failing case again."""
-        if self.case is None or meta.backend is None or meta.device is None:
-            return None
-        words = (self.op, *((self.dtype,) if self.dtype else ()), self.property, self.case)
-        return repro(" ".join(words), meta.backend, meta.device, meta.source)
+        return _judge_again((self.op, self.dtype, self.property, self.case), meta)
+
+
+def _judge_again(words: tuple[str | None, ...], meta: Meta) -> str | None:
+    """The command that judges a case again; None without a case, which comes last."""
+    if words[-1] is None or meta.backend is None or meta.device is None:
+        return None
+    return repro(" ".join(filter(None, words)), meta.backend, meta.device, meta.source)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Mutant:
 
     @property
     def survives(self) -> bool:
-        """Whether no property found it, and nobody confirmed that it is no fault."""
+        """Whether no property found it, and it was not confirmed to be no fault."""
         return self.verdict in ("survived", "unreached")
 
     def again(self, meta: Meta) -> str | None:
@@ -124,6 +128,13 @@ class Ratio:
     def shown(self) -> str:
         """The ratio and its interval, with three decimals."""
         return f"{self.ratio:.3f} [{self.low:.3f} {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The smallest failing case on the head of a gate, if it is a check that fails."""
+
+    case: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,11 +162,16 @@ class Compared:
     index: int | None = None
     times: dict[str, Ratio] = field(default_factory=dict)
     no_speed: str | None = None
+    head: Head | None = None
 
     def name(self) -> str:
         """The words that its sentences begin with."""
         parts = (self.op, self.property, self.mutant, self.shape, self.dtype, self.kernel, self.target, self.index)
         return " / ".join(str(part) for part in parts if part is not None)
+
+    def again(self, meta: Meta) -> str | None:
+        """The command that runs the smallest failing case of the head again."""
+        return _judge_again((self.op, self.dtype, self.property, self.head.case), meta) if self.head else None
 
     def ratios(self) -> str:
         """All times in one line."""
@@ -177,7 +193,13 @@ class Results:
     @property
     def title(self) -> str:
         """The kind of results, the backend and the device."""
-        begins = {"run": "Run of", "coverage": "Coverage of", "mutate": "Mutants of", "bench": "Speed", "gate": "Gate"}
+        begins = {
+            "run": "Run of",
+            "coverage": "Coverage of",
+            "mutate": "Mutants of",
+            "bench": "Speed",
+            "gate": "Gate of",
+        }
         where = self.meta.gpu or self.meta.device
         return " ".join(filter(None, (begins[self.kind], self.meta.backend, f"on {where}" if where else "")))
 
@@ -237,13 +259,14 @@ class Results:
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
         if self.kind == "gate":
             words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())
-            return ", ".join([f"{self.regressed} regressions", *(f"{n} {word}" for word, n in sorted(words.items()))])
+            found = counted(self.regressed, "regression")
+            return ", ".join([found, *(f"{n} {word}" for word, n in sorted(words.items()))])
         if self.kind == "mutate":
             judged = [one for one in self.mutants if one.verdict not in ("same bits", "equivalent")]
             return f"{len(judged) - self.failed} of {len(judged)} mutants killed ({percent(self.meta.kill_rate)})"
         ran, skipped = len(self.ran), len(self.checks) - len(self.ran)
         known = sum(check.verdict == "xfail" for check in self.checks)
-        ends = [f"{skipped} skipped"] * bool(skipped) + [f"{known} known deviations"] * bool(known)
+        ends = [f"{skipped} skipped"] * bool(skipped) + [counted(known, "known deviation")] * bool(known)
         return ", ".join([f"{self.failed} of {ran} checks failed", *ends])
 
 
@@ -251,6 +274,11 @@ def verdict(files: Sequence[Results]) -> str:
     """The verdict on all files in two or three words."""
     failed, judged = sum(file.failed for file in files), sum(file.judged for file in files)
     return f"{failed} failed" if failed else "nothing failed" if judged else "nothing was judged"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 check" and "2 checks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def percent(fraction: float | None) -> str:

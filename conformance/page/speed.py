@@ -1,4 +1,4 @@
-"""The part of the page about speed: times with their share of the roofline, and speed against error."""
+"""The part of the page about speed: times with their share of the roofline, and a plot of speed and error."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _plot(groups: Sequence[Sequence[Row]], names: Sequence[str]) -> Markup | Non
         return HEIGHT - BOTTOM - min(use, MOST) / MOST * (HEIGHT - BOTTOM - TOP)
 
     marks = [_mark(names.index(row.backend), x(ratio), y(row.error_use or 0.0), ratio, row) for ratio, row in points]
-    label = "Speed against error: the better, the nearer to the lower left corner"
+    label = "Speed and error: a point nearer to the lower left corner is better"
     svg = tag(
         "svg",
         *_axes(octaves, x, y),
@@ -141,7 +141,7 @@ def _axes(octaves: int, x: Callable[[float], float], y: Callable[[float], float]
         found.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="grid"))
         found.append(tag("text", f"{2**octave}x", x=at, y=HEIGHT - BOTTOM + 14, text_anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    words = "time, forward and backward, against the fastest right one"
+    words = "time of forward and backward, relative to the fastest correct one"
     found.append(tag("text", words, x=middle, y=HEIGHT - 4, text_anchor="middle"))
     return found
 

@@ -44,16 +44,16 @@ class FakeSide:
         self._answers: list[dict[str, Any]] = []
         self.started = 0
 
-    def tell(self, do: str, **command: Any) -> None:
+    def send(self, do: str, **command: Any) -> None:
         self._clock.seconds += {"start": 4.0, "prepare": 0.2, "sample": 0.005}.get(do, 0.0)
         self._answers.append(getattr(self, f"_{do}")(**command))
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         return self._answers.pop(0)
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        self.tell(do, **command)
-        return self.hear()
+        self.send(do, **command)
+        return self.receive()
 
     def _start(self, **_: Any) -> dict[str, Any]:
         self.started += 1

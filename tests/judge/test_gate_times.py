@@ -72,17 +72,17 @@ class LocalSide:
         self._function, self._load = function, load
         self._answers: list[dict[str, Any]] = []
 
-    def tell(self, do: str, **command: Any) -> None:
+    def send(self, do: str, **command: Any) -> None:
         self._load(self._function)
         answer = self._server.answer(do, **json.loads(json.dumps(command)))
         self._answers.append(json.loads(json.dumps(answer, allow_nan=False)))
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         return self._answers.pop(0)
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        self.tell(do, **command)
-        return self.hear()
+        self.send(do, **command)
+        return self.receive()
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_what_is_worse_is_one_sentence(worse: dict[str, Any], sentence: str, rec
 
 
 def test_another_clock_compares_shares_of_the_roofline_alone(recorded: Ledger) -> None:
-    """Milliseconds, and memory, count within one environment; a share counts against the yardstick of its own run."""
+    """Milliseconds, and memory, count within one environment; a share counts against the peak rates of its own run."""
     slow = changed(TIME, full=[0.6, 0.62, 0.64], forward=[0.2, 0.22, 0.24], device_forward=[0.18, 0.2, 0.22])
     other = {**META, "sm_clock_mhz": 1200}
     assert recorded.regressions(results_of({**META, "sm_clock_mhz": 1950}, [slow])) != []

@@ -4,13 +4,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from conformance.page import compare
 from conformance.page.reading import read
 from conformance.search import Result
-from tests.judge.shown import RESULTS, SLOWER, bench_file, gate_file, mutate_file, run_file, shown
+from tests.judge.shown import MESSAGE, RESULTS, SLOWER, Parsed, bench_file, gate_file, mutate_file, run_file, shown
 from tests.judge.test_bench_shown import ROWS
 
 
@@ -111,15 +112,33 @@ def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
     gate = read(gate_file(tmp_path / "gate.json"))
     assert [(change.word, change.name, change.text) for change in compare.changes([gate], None)] == [
         ("regressed", "swiglu", "is lost: it was defined before"),
+        ("regressed", "rope / value / bfloat16", f"passed before, and fails now: {MESSAGE.partition(chr(10))[0]}"),
         ("regressed", "rope / 4x64 / bfloat16", SLOWER.partition("bfloat16: ")[2]),
-        ("regressed", "Gate", "the yardstick moved"),
+        ("regressed", "Gate of mine.kernels on cpu", "the ledger has another card"),
         ("skipped", "rope / 2x64 / bfloat16", "the base: gate G1; the head: gate G1"),
         ("new", "rope / value / float32", "new"),
         ("improved", "rope / 8x64 / bfloat16", "device_full 0.900 [0.880 0.920]"),
     ]
     text = shown(tmp_path / "out.md", tmp_path / "gate.json")
-    assert "| `Gate` | 3 regressions, 1 FASTER, 1 SAME, 1 SLOWER |" in text
-    assert "Against the base: 3 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
+    assert "| `Gate of mine.kernels on cpu` | 4 regressions, 1 FASTER, 1 SAME, 1 SLOWER | `gate.json` |" in text
+    assert "Against the base: 4 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
+
+
+def test_a_check_that_a_gate_rejects_has_its_command(tmp_path: Path) -> None:
+    """In every format; other regressions have none."""
+    gate = gate_file(tmp_path / "gate.json")
+    (command,) = (change.again for change in compare.changes([read(gate)], None) if change.again)
+    case = "rope bfloat16 value rows=1 fill=randn seed=0"
+    assert command == f"python -m conformance repro --backend mine.kernels --device cpu '{case}'"
+    assert f"\n  ```sh\n  {command}\n  ```\n" in shown(tmp_path / "out.md", gate)
+    rows = Parsed(shown(tmp_path / "out.html", gate)).tables["Changes against the base"]
+    assert [row[1] for row in rows if row[2].endswith(command)] == ["rope / value / bfloat16"]
+    root = ElementTree.fromstring(shown(tmp_path / "out.xml", gate))
+    assert [failure.text.endswith(f"reproduce: {command}") for failure in root.iter("failure") if failure.text] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_the_comment(tmp_path: Path) -> None:
@@ -128,7 +147,7 @@ def test_the_comment(tmp_path: Path) -> None:
     text = shown(tmp_path / "out.md", file, "--base", base)
     lines = text.split("\n")
     assert lines[0] == "## Conformance: ❌ 1 failed"
-    assert "| `Run of mine.kernels on cpu` | 1 of 5 checks failed, 1 skipped, 1 known deviations |" in lines
+    assert "| `Run of mine.kernels on cpu` | 1 of 5 checks failed, 1 skipped, 1 known deviation | `run.json` |" in lines
     assert "Against the base: 1 regressed, 0 skipped, 0 unsure, 1 new, 0 improved." in lines
     assert "- `rope / value / bfloat16`: `gate G1 used 2.74 of the budget in output loss at index ()`" in lines
     assert "- `rope / value / float32`: `pass`" in lines

@@ -123,7 +123,7 @@ def cross_entropy_total_kernel(
     programs. A waiting program instead repeats an atomic addition of 0 to the number, by one thread.
 
     The programs of a row are neighbours and wait for each other, which takes little time if they run at the same time.
-    Where the device has no room for all of them, the wait is in vain. After POLLS additions, or once another program of
+    If the device cannot run all of them at once, waiting is no use. After POLLS additions, or once another program of
     the row has left, a program marks its pair and leaves its segment to cross_entropy_rest_kernel. So no program needs
     another one to end. dlogits may share the memory of the logits: no other program of this kernel reads a segment.
     """

@@ -49,7 +49,7 @@ def normal_distribution(x):
     """Phi(x), the cumulative distribution function of the standard normal, and exp(-x^2 / 2).
 
     The tail Phi(-|x|) is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |x|), fitted for the least relative error
-    on |x| <= 13.3, beyond which the exponential is 0. The error is 6e-8 beside those of the exponential and t.
+    on |x| <= 13.3, beyond which the exponential is 0. The error is 6e-8 besides those of the exponential and t.
     """
     density = tl.exp(-0.5 * x * x)
     t = reciprocal(1.0 + 0.3 * tl.abs(x))

@@ -134,7 +134,7 @@ def gated_rms_norm_backward_kernel(
     dgate_ptr += first
     partial_ptr += program * groups * size + first
     dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if WHOLE:  # as a tile, so that it lies in the registers as x does: one row may lie otherwise, and all else with it
+    if WHOLE:  # as a tile, to get the register layout of x: a single row may get another one, which all others follow
         scale = load_scale(weight_ptr, tl.broadcast_to(column, ROWS, COLUMNS), size, weight_stride, 0)
     for index in tl.range(0, each, num_stages=STAGES):
         row = ((index * programs.to(tl.int64) + program) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -12,7 +12,7 @@ SCHEMA = "int ignore_index, float logit_scale, float softcap, float label_smooth
 
 
 class LossOptions(NamedTuple):
-    """What the losses of rows depend on beside logits and labels; in the order of the kernels' parameters."""
+    """What the losses of rows depend on besides logits and labels; in the order of the kernels' parameters."""
 
     ignore_index: int
     logit_scale: float

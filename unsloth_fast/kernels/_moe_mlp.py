@@ -1,4 +1,4 @@
-"""The kernels of experts' MLPs beside their products: routing, the activation's gradient, sums over a token's slots.
+"""The kernels of experts' MLPs besides their products: routing, the activation's gradient, sums over a token's slots.
 
 moe_mlp.py has the formulas. A slot is a pair of a token and one of its experts; slot t k + s is one of token t. Rows of
 groups are slots, sorted by expert.
@@ -19,7 +19,7 @@ from unsloth_fast.kernels._grouped import new_plan, slot_weights, store_plan, ti
 from unsloth_fast.kernels._launch import cdiv, kernel, launch, tile
 from unsloth_fast.kernels.fused_swiglu import clamped, load_gate_and_up, store_gate_and_up, through_clamps
 
-SLOTS = 2048  # that a program of the routing looks at together
+SLOTS = 2048  # that a program of the routing reads at once
 
 
 class Gate(NamedTuple):

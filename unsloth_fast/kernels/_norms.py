@@ -35,7 +35,7 @@ def load_scale(weight_ptr, column, columns, weight_stride, OFFSET: tl.constexpr)
 
 @triton.jit
 def quotient(total, count):
-    """total / count, correctly rounded: on a GPU the error of `/` is up to two ulp, for all elements of a row alike."""
+    """total / count, correctly rounded: on a GPU `/` is off by up to two ulp, the same for all elements of a row."""
     return tl.div_rn(total, tl.cast(count, tl.float32))
 
 

@@ -27,7 +27,7 @@ from unsloth_fast.kernels._norms import column_sum_grid
 from unsloth_fast.kernels._replay import call
 from unsloth_ref import checks, document_checks
 
-PROGRAMS = 4096  # of a backward pass, about, each of which sums up several tiles; constant, and so are the bits
+PROGRAMS = 4096  # of a backward pass, about; each sums up several tiles. A constant, so that the bits are constant
 
 
 def forward_tile(channels: int) -> Tile:

@@ -3,7 +3,7 @@
     y = x^ @ weight^ transposed + bias        dx = dy @ weight^        dbias = sum over rows of dy
 
 x^ is x after `fp8_quantize` in blocks of 1 x 128 and `fp8_dequantize`; weight^ is the weight times the scales of its
-blocks of 128 x 128. Both are rounded to the dtype of x and are scratch memory: each pass dequantises the weight anew.
+blocks of 128 x 128. Both are rounded to the dtype of x and are scratch memory: each pass dequantises the weight again.
 The products are the library's: a training step of Llama 3.2 1B with 8 x 2048 tokens takes 211 ms on an H200, and took
 362 with a kernel that scaled the sum over each block by itself. Sums are float32, rounded once.
 

@@ -20,7 +20,7 @@ and, with dS the gradient of the next state and dO that of O times the scale, it
     dg_l = the sum of each gradient times its factor over all decays across l: exp(c_i - c_j) for j < l <= i, exp(c_i)
            for i >= l, exp(c_C - c_j) for j < l, and exp(c_C)
 
-I + A is inverted by substitution in blocks, never by powers of A, which grow where keys are alike.
+I + A is inverted by substitution in blocks, never by powers of A, which grow if keys are similar.
 
 A pass first computes (I + A)^-1 and P of all chunks at once, then goes through each document, chunk by chunk, for each
 head and 32 columns of v at once. The backward pass does so three times: forward for the states and U, from the last

@@ -1,4 +1,4 @@
-"""A gated MLP whose three layers have low-rank adapters, without an activation kept beside gate and up.
+"""A gated MLP whose three layers have low-rank adapters, which keeps no activation besides gate and up.
 
     [low_0, low_1] = x @ [lora_a_0; lora_a_1]^T       low_2 = h @ lora_a_2^T
     gate, up, y: each layer of x, x and h = a(gate) * up, as in `lora_linears`
@@ -8,7 +8,7 @@
 
 Both passes take CHUNK tokens at a time from gate and up on. h is computed for the tokens of a chunk and dropped; the
 backward pass computes it again, from gate and up, in the kernel that computes their gradients, and writes dgate over
-dh. So beside inputs, results and what is saved, there are at most CHUNK F elements forward and 3 CHUNK F backward.
+dh. So besides inputs, results and what is saved, there are at most CHUNK F elements forward and 3 CHUNK F backward.
 Saved: x, gate, up, low, all weights and adapters; nothing that is saved is written to. A weight in 4 bits is
 dequantised for each product, to the dtype of x: there is one such copy at a time.
 

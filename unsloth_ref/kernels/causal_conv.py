@@ -8,7 +8,8 @@
 x and dz are 0 outside of the document of token t. The last column of the weight is that of the token itself, as in
 torch.nn.Conv1d with groups=C and W - 1 zeros in front of the document.
 
-Sums and the activation are float32 for any input dtype (float64 for float64), and rounded once, at the end.
+Source: the short convolution of Mamba, Gu and Dao 2023, arXiv:2312.00752. Sums and the activation are float32 for any
+input dtype (float64 for float64), and rounded once, at the end.
 """
 
 import torch

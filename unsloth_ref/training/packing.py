@@ -1,8 +1,4 @@
-"""Packing: documents of different lengths in rows of one capacity.
-
-    bfd         best fit decreasing: the longest document first, each into the fullest row that has space for it
-    bfd_split   the same, after documents longer than a row are split into pieces as long as a row
-    wrapped     all documents concatenated, and split every `capacity` tokens
+"""Packing: documents of different lengths in rows of one capacity. `pack` describes the strategies.
 
 Best fit decreasing needs at most 11/9 of the fewest rows possible, plus 4 (Johnson et al. 1974, SIAM J. Comput. 3(4)).
 For language models: Ding et al. 2024, arXiv:2404.10830. A plan covers the whole data set.

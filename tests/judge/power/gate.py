@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from conformance import results_file
-from conformance.gate.job import TIMED_DTYPE, Asked, Report, Request, compare_times
+from conformance.gate.job import TIMED_DTYPE, Measuring, Report, Request, compare_times
 from conformance.gate.sides import Checkout, Side, Unavailable
 from conformance.gate.statistics import SIDES
 from tests.judge.power.planted import WRONG
@@ -50,7 +50,7 @@ QUICK: tuple[Shape, ...] = (
     ("lora_linear", "llama-3.2-1b q, o, few"),
 )
 
-Sets = Callable[[float], AbstractContextManager[Mapping[str, Asked]]]  # starts three processes, for a planted share
+Sets = Callable[[float], AbstractContextManager[Mapping[str, Measuring]]]  # starts three processes, for a planted share
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def generations(gates: int, first: int = 0) -> list[Generation]:
 class Shared:
     """A process that several gates use, each as if it had started it; records the samples."""
 
-    def __init__(self, side: Asked, started: dict[str, Any], alone: bool) -> None:
+    def __init__(self, side: Measuring, started: dict[str, Any], alone: bool) -> None:
         """Takes what the process answered to "start".
 
         If `alone`, it prepares after the others are ready, because calibrating its kernels measures times.
@@ -105,19 +105,19 @@ class Shared:
         self.shape = ""
         self.samples: dict[str, list[float]] = {}
 
-    def tell(self, do: str, **command: Any) -> None:
+    def send(self, do: str, **command: Any) -> None:
         """Send a command."""
         if self._alone and do == "prepare":
             self._held = {"do": do, **command}
         else:
-            self._side.tell(do, **command)
+            self._side.send(do, **command)
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """Wait for its answer."""
         if self._held is not None:
-            self._side.tell(**self._held)
+            self._side.send(**self._held)
             self._held = None
-        return self._side.hear()
+        return self._side.receive()
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
         """Send a command and wait; the process starts once, and offers only the shape of the gate."""
@@ -135,7 +135,7 @@ class Shared:
 class Processes:
     """The processes of one generation: one set times first, another times changes again; started when needed."""
 
-    start: Callable[[], AbstractContextManager[Mapping[str, Asked]]]
+    start: Callable[[], AbstractContextManager[Mapping[str, Measuring]]]
     stack: ExitStack
     clock: Callable[[], float]
     alone: bool
@@ -148,9 +148,9 @@ class Processes:
             begin = self.clock()
             sides = self.stack.enter_context(self.start())
             for name in SIDES:  # at the same time, so that their peak rates mean nothing
-                sides[name].tell("start", backend=BACKEND, source={})
+                sides[name].send("start", backend=BACKEND, source={})
             self.sets.append(
-                {name: Shared(sides[name], sides[name].hear(), self.alone and name == "head") for name in SIDES}
+                {name: Shared(sides[name], sides[name].receive(), self.alone and name == "head") for name in SIDES}
             )
             self.seconds += self.clock() - begin
         return self.sets[index]
@@ -211,7 +211,7 @@ class Measurement:
         report, used, begin, starting = Report(), list[Mapping[str, Shared]](), self.clock(), processes.seconds
         number = count()
 
-        def start() -> AbstractContextManager[Mapping[str, Asked]]:
+        def start() -> AbstractContextManager[Mapping[str, Measuring]]:
             sides = processes.set(next(number))
             for side in sides.values():
                 side.shape, side.samples = name, {}
@@ -254,7 +254,7 @@ def differences(sides: Mapping[str, Shared]) -> dict[str, dict[str, float]]:
     return found
 
 
-def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Asked]]:
+def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Measuring]]:
     """Start three processes on the card; base and head are folders with kernels, the fast ones if the share is 0."""
     for name, planted in (("base", 0.0), ("head", share)):
         root = folder / f"{share}" / name
@@ -277,7 +277,7 @@ def real(folder: Path, share: float) -> AbstractContextManager[Mapping[str, Aske
 
 
 @contextmanager
-def _sides(checkouts: Mapping[str, Checkout]) -> Iterator[Mapping[str, Asked]]:
+def _sides(checkouts: Mapping[str, Checkout]) -> Iterator[Mapping[str, Measuring]]:
     with ExitStack() as stack:
         yield {name: stack.enter_context(closing(Side(one))) for name, one in checkouts.items()}
 
