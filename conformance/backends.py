@@ -54,6 +54,11 @@ def load(name: str, device: str, source: Source = PROJECT) -> Judged:
     """
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    if device == "cpu" and find_spec("triton"):  # a backend may import it later, in a call
+        interpreter.patch_for_speed()
+        interpreter.compute_as_a_gpu()
+        interpreter.tune_without_a_gpu()
+        interpreter.count_launches()
     names = operations.specs(source) if source else (*operations.specs(), *PIECES)
     functions = (
         _stranger(name, source)
@@ -69,11 +74,6 @@ def load(name: str, device: str, source: Source = PROJECT) -> Judged:
         if caught.error is not None:
             raise BackendError(f"backend: {name}.{op} is not a function with a signature: {describe(caught.error)}")
     description = name + _triton(device)
-    if device == "cpu" and find_spec("triton"):  # a backend may import it later, in a call
-        interpreter.patch_for_speed()
-        interpreter.compute_as_a_gpu()
-        interpreter.tune_without_a_gpu()
-        interpreter.count_launches()
     return Judged(name, functions, description)
 
 

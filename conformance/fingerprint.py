@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -22,6 +22,7 @@ from torch.fx.experimental import _config as shapes
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
 
 from conformance import results_file
 from conformance.backends import Judged
@@ -29,6 +30,7 @@ from conformance.bench.measure import bench_case
 from conformance.case import DTYPES, LAYOUTS, Case, Draw
 from conformance.counts import Counts
 from conformance.gates import Failure
+from conformance.interpreter.tuning import AbsentDriver, run_once
 from conformance.results_file import commit, versions
 from conformance.spec import Spec
 from conformance.trial import Caught, Trial, as_leaves, describe
@@ -167,34 +169,17 @@ def _run(trial: Trial, case: Case, draw: Draw, grads: Sequence[str]) -> None:
         trial.backward(outputs, leaves, grads, [draw.grad_output(output) for output in outputs])
 
 
-class _AbsentDriver:
-    """Triton's driver of a GPU that this machine does not have."""
-
-    def __init__(self, index: int, target: GPUTarget) -> None:
-        self._index, self._target = index, target
-
-    def get_current_device(self) -> int:
-        return self._index
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-
 @contextmanager
 def _compiled_not_launched(
     blanks: Sequence[Fingerprint], on_launch: Callable[[tuple[Fingerprint, ...]], Any]
 ) -> Iterator[None]:
     """Within this context kernels are compiled for the targets of the blanks, and not launched."""
-    original: Any = JITFunction.run
+    original, absent = JITFunction.run, cast(Any, AbsentDriver)  # has the methods of a driver that are called
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         found = []
         for index, blank in enumerate(blanks):
-            absent: Any = _AbsentDriver(index, TARGETS[blank.target].triton)  # has the three methods that Triton calls
-            driver.set_active(absent)
+            driver.set_active(absent(TARGETS[blank.target].triton, index))
             one = replace(blank, kernel=kernel.__name__)
             with Caught() as raised:
                 one = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), one)
@@ -202,7 +187,13 @@ def _compiled_not_launched(
             found.append(replace(one, problem=problem))
         on_launch(tuple(found))
 
-    with patch.object(driver, "_active", None), patch.object(JITFunction, "run", run), launched_by_triton():
+    first = absent(TARGETS[blanks[0].target].triton)
+    with (
+        patch.object(driver, "_active", first),
+        patch.object(Autotuner, "do_bench", property(lambda self: run_once)),  # every configuration is compiled
+        patch.object(JITFunction, "run", run),
+        launched_by_triton(),
+    ):
         yield
 
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from conformance import calling, example, learn
 from conformance import specs as own
 from conformance.declarations import SpecError
+from conformance.interpreter.tuning import describe_a_gpu
 from conformance.properties import PROPERTIES
 from conformance.property import Property
 from conformance.spec import Spec
@@ -142,6 +144,8 @@ def resolve(name: str, flag: str) -> Any:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+        if find_spec("triton"):
+            describe_a_gpu()
     path, _, attribute = name.partition(":")
     with Caught(SystemExit) as caught:
         if path.endswith(".py"):

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CAPABILITY = (8, 0)
 _PROPERTIES = {
     "multiprocessor_count": 4,
     "max_shared_mem": 163 * 1024,
@@ -38,8 +37,14 @@ def tune_without_a_gpu() -> None:
     """Apply the changes to Triton, once per process; imports triton."""
     tuner: Any = importlib.import_module("triton.runtime.autotuner").Autotuner
     tuner.prune_configs = _two_of(tuner.prune_configs)
-    tuner.do_bench = property(lambda self: _run_once)
-    importlib.import_module("triton.runtime.driver").driver.set_active(_Driver())
+    tuner.do_bench = property(lambda self: run_once)
+    describe_a_gpu()
+
+
+def describe_a_gpu() -> None:
+    """Let Triton describe a GPU, unless there is one: modules of kernels ask for it when they are imported."""
+    if not torch.cuda.is_available():
+        importlib.import_module("triton.runtime.driver").driver.set_active(AbsentDriver())
 
 
 def _two_of(prune: Callable[[Any, Any], list[Any]]) -> Callable[[Any, Any], list[Any]]:
@@ -55,35 +60,45 @@ def _two_of(prune: Callable[[Any, Any], list[Any]]) -> Callable[[Any, Any], list
     return method
 
 
-def _run_once(kernel_call: Callable[[], object], **how: Any) -> tuple[float, float, float]:
+def run_once(kernel_call: Callable[[], object], **how: Any) -> tuple[float, float, float]:
     """Stands for a benchmark: the kernel runs, in no time, so that the first configuration is the fastest."""
     kernel_call()
     return 0.0, 0.0, 0.0
 
 
-class _Driver:
-    """Stands for Triton's driver of a GPU."""
+class AbsentDriver:
+    """Triton's driver of a GPU that this machine does not have; its tensors lie on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Any = None, index: int = 0) -> None:
+        """For a `GPUTarget`, by default compute capability 8.0, as the device of this index."""
+        self._target = target or importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
+        self._index = index
         self.utils = SimpleNamespace(get_device_properties=lambda device: dict(_PROPERTIES))
 
     def get_current_target(self) -> Any:
-        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 80, 32)
+        """The architecture."""
+        return self._target
 
     def get_active_torch_device(self) -> torch.device:
+        """Where tensors lie."""
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
+        """What has the functions of `torch.cuda`."""
         return torch.cpu
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
-        return _CAPABILITY
+        """Of that architecture."""
+        return divmod(self._target.arch, 10) if self._target.backend == "cuda" else (9, 4)
 
     def get_current_device(self) -> int:
-        return 0
+        """The index."""
+        return self._index
 
     def get_current_stream(self, device: Any = None) -> int:
+        """The default stream."""
         return 0
 
     def get_benchmarker(self) -> Callable[..., tuple[float, float, float]]:
-        return _run_once
+        """What times a kernel for `triton.autotune`."""
+        return run_once

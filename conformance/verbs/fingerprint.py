@@ -31,7 +31,9 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
     ops = known("operation", arguments.ops, list(specs))
     known("dtype", [arguments.dtype], list(DTYPES))
     from conformance import fingerprint
+    from conformance.interpreter.tuning import describe_a_gpu
 
+    describe_a_gpu()
     targets = known("target", arguments.target, list(fingerprint.TARGETS))
     judged = backends.load(arguments.backend, "cuda", source)
     demand_writable(arguments.json)
