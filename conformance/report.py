@@ -238,6 +238,11 @@ def repro(line: str, backend: str, device: str, words: Sequence[str] = ()) -> st
     return f"python -m conformance repro{where} {shlex.quote(line)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 check" and "2 checks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def closing(results: Sequence[Result]) -> str:
     """One line: how many checks failed, and before it each failure that was expected."""
     known = [result for result in results if result.verdict == "xfail"]
@@ -250,7 +255,7 @@ def closing(results: Sequence[Result]) -> str:
     failed = sum(result.verdict == "fail" for result in run)
     skipped = len(results) - len(run)
     line = f"{failed} of {len(run)} checks failed" + (f", {skipped} skipped" if skipped else "")
-    return "\n".join([*lines, line + (f", {len(known)} known deviations" if known else "")])
+    return "\n".join([*lines, line + (f", {counted(len(known), 'known deviation')}" if known else "")])
 
 
 def _all_names(source: Source) -> list[str]:

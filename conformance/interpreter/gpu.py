@@ -9,6 +9,7 @@
     _implicit_cvt                A float among a kernel's arguments is a float32 scalar. The interpreter leaves it a
                                  number of Python, which has no `.to`, and with which 16 bits stay 16 bits.
     constexpr                    A global `tl.constexpr` may stand left of a tensor.
+    GridExecutor.__call__        NumPy does not warn of an overflow or of 0 / 0.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def compute_as_a_gpu() -> None:
     builder.create_sqrt = lambda self, x: self.unary_op(x, lambda data: np.sqrt(_flushed(data)))
     builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(_flushed(data)))
     builder.create_extern_elementwise = _extern_elementwise
+    interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
     interpreter._implicit_cvt = _with_float32_scalars(interpreter._implicit_cvt, interpreter.TensorHandle)
     core: Any = importlib.import_module("triton.language.core")
     for name in (*_ARITHMETIC, *_COMPARISONS):

@@ -11,7 +11,7 @@ from typing import Literal
 from conformance.bench.table import Row
 from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
-from conformance.report import repro
+from conformance.report import counted, repro
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 
@@ -274,11 +274,6 @@ def verdict(files: Sequence[Results]) -> str:
     """The verdict on all files in two or three words."""
     failed, judged = sum(file.failed for file in files), sum(file.judged for file in files)
     return f"{failed} failed" if failed else "nothing failed" if judged else "nothing was judged"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, such as "1 check" and "2 checks"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def percent(fraction: float | None) -> str:

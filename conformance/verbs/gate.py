@@ -17,6 +17,7 @@ from conformance.gate.sides import Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
 from conformance.gate.worktrees import RevisionError
+from conformance.report import counted
 from conformance.verbs._shared import (
     Verbs,
     add_search,
@@ -158,6 +159,6 @@ def _ratio(one: dict[str, Any]) -> str:
 
 def _closing(report: Report) -> str:
     counts = Counter(row["kind"] for row in report.rows)
-    words = {"property": "checks", "fingerprint": "kernels", "time": "shapes", "mutant": "mutants"}
-    compared = ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind])
-    return f"{len(report.regressions)} regressions in {compared or 'nothing'}"
+    words = {"property": "check", "fingerprint": "kernel", "time": "shape", "mutant": "mutant"}
+    compared = ", ".join(counted(counts[kind], word) for kind, word in words.items() if counts[kind])
+    return f"{counted(len(report.regressions), 'regression')} in {compared or 'nothing'}"
