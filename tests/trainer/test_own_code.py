@@ -1,6 +1,7 @@
 """Losses, methods and collators of the user's own see the batches and the numbers of plain TRL."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,41 @@ def test_batches_of_a_collator_may_have_what_the_model_takes(
 
 @pytest.mark.parametrize(
     ("labels", "got"),
-    [({}, "the keys 'input_ids'"), ({"labels": None}, "the keys 'input_ids', 'labels'"), ({"labels": [[3]]}, "labels")],
-    ids=["missing", "None", "a list"],
+    [({}, "the keys 'input_ids'"), ({"labels": None}, "the keys 'input_ids', 'labels'")],
+    ids=["missing", "None"],
 )
 def test_a_batch_without_labels_is_refused(tmp_path: Path, labels: dict[str, Any], got: str) -> None:
     with pytest.raises(ValueError, match=f"^data_collator: got a batch without a tensor of labels .*{got}"):
         trained(tmp_path, lambda _: {"input_ids": TOKENS} | labels)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ({"input_ids": TOKENS.tolist(), "labels": TOKENS.tolist()}, "'input_ids' (list), 'labels' (list)"),
+        ({"input_ids": TOKENS.numpy(), "labels": TOKENS}, "'input_ids' (ndarray)"),
+        ({"input_ids": TOKENS, "attention_mask": [[1] * 4] * 2, "labels": TOKENS}, "'attention_mask' (list)"),
+        ((TOKENS, TOKENS), "a batch of type tuple"),
+    ],
+    ids=["lists", "array", "mask", "tuple"],
+)
+def test_a_batch_of_other_things_than_tensors_is_refused(tmp_path: Path, batch: Any, got: str) -> None:
+    """The message names the keys and the types."""
+    with pytest.raises(ValueError, match=f"^data_collator: got {re.escape(got)}.*; allowed: "):
+        trained(tmp_path, lambda _: batch)
+
+
+def test_a_loss_of_ones_own_may_take_any_batch(tmp_path: Path) -> None:
+    """Lists that the method makes tensors of are allowed."""
+
+    class Own(UnslothTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Tensor:
+            return model(input_ids=inputs["input_ids"], labels=torch.tensor(inputs["labels"])).loss
+
+    batch = {"input_ids": TOKENS, "labels": TOKENS.tolist(), "attention_mask": [[1] * 4] * 2}
+    args = arguments(tmp_path, max_steps=1)
+    log = Own(model=tiny.model(), args=args, data_collator=lambda _: batch, **TEXTS).train()
+    assert log.training_loss > 0
 
 
 def half_logits(how: str) -> Any:

@@ -180,10 +180,12 @@ def test_an_evaluation_has_the_loss_the_accuracy_and_the_logits(tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
-def test_the_log_counts_tokens(tmp_path: Path, padding_free: bool) -> None:
+@pytest.mark.parametrize("multiple", [None, 16])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_the_log_counts_tokens(tmp_path: Path, batching: str, multiple: int | None) -> None:
     """It counts all four microbatches of a step, without padding. It has no accuracy, which needs the logits."""
-    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "padding_free": padding_free}
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "pad_to_multiple_of": multiple, "max_length": 42}
+    options |= BATCHINGS[batching] | {"per_device_train_batch_size": 1 if batching == "packed" else 2}
     trainer = build(UnslothTrainer, arguments(tmp_path, **options), texts=8)
     trainer.train()
     log = trainer.state.log_history[0]
