@@ -281,6 +281,17 @@ def test_a_saved_result_is_freed_with_its_operation(sources: list[Tensor]) -> No
     assert saved() is None
 
 
+def test_a_sparse_tensor_is_saved(sources: list[Tensor]) -> None:
+    """Some adapters of peft, such as SHiRA, add a sparse tensor to a weight."""
+    x, left, right = sources
+    made = doubled(x)
+    with recomputed(made):
+        product = torch.sparse.mm(left.detach().to_sparse(), right.T) @ made
+    assert torch.equal(product, left.detach() @ right.T @ made)
+    (found,) = torch.autograd.grad(product.sum(), right)
+    assert torch.equal(found, torch.autograd.grad((left.detach() @ right.T @ made).sum(), right)[0])
+
+
 def test_norms_and_activations_are_recomputed() -> None:
     """One recomputation per backward pass serves all projections; the first norm, with a frozen input, needs none.
 
