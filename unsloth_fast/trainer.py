@@ -161,10 +161,10 @@ class UnslothTrainer(SFTTrainer):
             for each in (model, self.model):
                 self._lists.use(each, self.accelerator.distributed_type)
         devices = set((getattr(self.model, "hf_device_map", None) or {}).values())
-        # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         verified = nullcontext()
         if self._verification is not None:
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
+        # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
             step = partial(super().training_step, model, *positional, **keywords)
             loss = self._graphs.with_room(step, self.model)
@@ -173,7 +173,7 @@ class UnslothTrainer(SFTTrainer):
 
     @overrides(SFTTrainer)
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The count of transformers, which asks for it right after it has added the loss to the others."""
+        """transformers' count. It is called right after the loss of a microbatch was added to the others."""
         self._finite_losses.end(self)
         return super().floating_point_ops(inputs)
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.trainer.runs import arguments, build, textbook
+from tests.trainer.runs import SGD, arguments, build, textbook
 from unsloth_fast import UnslothTrainer
 
 # TRL warns of deprecated options.
@@ -64,6 +64,28 @@ def test_a_loss_of_ones_own_has_the_numbers_of_plain_trl(
     assert losses[0] == pytest.approx(losses[1], rel=4000 * 2.0**-24)
     reason = "OwnLoss.compute_loss is your own" if how == "method" else "compute_loss_func is your own"
     assert f"batching: padded, because {reason}; padding_free=True concatenates the documents" in caplog.messages
+
+
+def test_a_term_of_the_logits_is_trained_on(tmp_path: Path) -> None:
+    """The outputs that `compute_loss` returns have a gradient, as in a loss that is computed from the model's logits."""
+
+    class FromTrainer(UnslothTrainer):
+        def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
+            loss, outputs = super().compute_loss(*positional, **keywords | {"return_outputs": True})
+            return loss + outputs.logits.square().mean()
+
+    class FromModel(UnslothTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Any:
+            outputs = model(**inputs)
+            logits, labels = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+            return cross_entropy(logits, labels) + outputs.logits.square().mean()
+
+    weights = []
+    for kind in (FromTrainer, FromModel):
+        trainer = build(kind, arguments(tmp_path, **SGD, padding_free=False))
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
 
 
 class Delegating(UnslothTrainer):

@@ -196,7 +196,7 @@ def as_sft_config(
         TypeError: args has another type.
         ValueError: a field is out of its range.
     """
-    changed = _consistent(updates)
+    changed = _with_implied(updates)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         output_dir = f"{name.rstrip('/').split('/')[-1]}-SFT"  # TRL's own default
@@ -222,8 +222,8 @@ def _copied(args: Arguments) -> Arguments:
     return copied
 
 
-def _consistent(updates: Mapping[str, Any]) -> dict[str, Any]:
-    """The updates, and what they imply for fields that depend on them: a second name, and the other precision."""
+def _with_implied(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """The updates, and those that follow from them: of a field's second name, and of the other precision."""
     implied = dict(updates)
     known = {entry.name for entry in fields(UnslothTrainingArguments)}
     for name, value in updates.items():
