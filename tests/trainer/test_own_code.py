@@ -67,7 +67,7 @@ def test_a_loss_of_ones_own_has_the_numbers_of_plain_trl(
 
 
 def test_a_term_of_the_logits_is_trained_on(tmp_path: Path) -> None:
-    """The outputs that `compute_loss` returns have a gradient, as in a loss that is computed from the model's logits."""
+    """The outputs that `compute_loss` returns have the gradient of the model's."""
 
     class FromTrainer(UnslothTrainer):
         def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
