@@ -1,17 +1,15 @@
 """Arguments of every release of TRL, resolved once: what was asked for, what holds, and no input changes."""
 
-import copy
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from tests import tiny
-from tests.trainer.runs import arguments, build
+from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 from unsloth_fast.arguments import ResolvedArguments, as_sft_config, check_device, rename_arguments, resolve_arguments
 from unsloth_fast.data.preparation import Preparation
@@ -58,20 +56,6 @@ def test_nothing_that_is_given_changes(tmp_path: Path, kind: type) -> None:
     assert resolved.args is not args and resolved.args.accelerator_config is not args.accelerator_config
     assert (resolved.args.max_length, resolved.args.packing) == (12, True)
     assert resolved.args.accelerator_config.dispatch_batches is False
-
-
-@pytest.mark.parametrize("kind", [UnslothTrainingArguments, SFTConfig, TrainingArguments])
-def test_arguments_serve_several_trainers(tmp_path: Path, kind: type) -> None:
-    """transformers writes the number of steps into accelerate's options, and refuses options that have it already."""
-    nested = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    options = {"gradient_accumulation_steps": 2, "accelerator_config": nested}
-    options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}}
-    args = arguments(tmp_path, kind, **options)
-    before = copy.deepcopy(args.to_dict())
-    for _ in range(2):
-        build(UnslothTrainer, args, dtype=torch.float32, lora=True)
-    assert args.to_dict() == before
-    assert nested == {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
 
 def test_older_names_and_positions_reach_trls_keywords(tmp_path: Path) -> None:
