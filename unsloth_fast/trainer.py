@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.data.collator import check_labels, collators, has_labels, without_ends
+from unsloth_fast.data.collator import EXAMPLE_ENDS, check_batch, collators, has_labels, without_ends
 from unsloth_fast.hooks import evaluation
 from unsloth_fast.hooks.balance import Balance
 from unsloth_fast.hooks.checkpoints import passes_of_stream, resolve_checkpoint
@@ -137,6 +137,7 @@ class UnslothTrainer(SFTTrainer):
         where it ends, would take no step and leave the gradients to the next one.
         """
         samples, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = [without_ends(sample)[0] if EXAMPLE_ENDS in sample else sample for sample in samples]
         if samples and self._own_loss and has_labels(samples[-1]) and not has_length(self.train_dataset):
             blank = {**samples[-1], "labels": torch.full_like(samples[-1]["labels"], IGNORE_INDEX)}
             samples += [blank] * (num_batches - len(samples))
@@ -160,10 +161,10 @@ class UnslothTrainer(SFTTrainer):
             for each in (model, self.model):
                 self._lists.use(each, self.accelerator.distributed_type)
         devices = set((getattr(self.model, "hf_device_map", None) or {}).values())
-        # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         verified = nullcontext()
         if self._verification is not None:
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
+        # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
             step = partial(super().training_step, model, *positional, **keywords)
             loss = self._graphs.with_room(step, self.model)
@@ -172,7 +173,7 @@ class UnslothTrainer(SFTTrainer):
 
     @overrides(SFTTrainer)
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The count of transformers, which asks for it right after it has added the loss to the others."""
+        """transformers' count. It is called right after the loss of a microbatch was added to the others."""
         self._finite_losses.end(self)
         return super().floating_point_ops(inputs)
 
@@ -191,11 +192,10 @@ class UnslothTrainer(SFTTrainer):
         Returns:
             The loss, 0-dim, or (loss, outputs).
         """
-        self._noise.positions = inputs.get("position_ids")
+        self._noise.positions = check_batch(inputs, with_labels=self._own_loss).get("position_ids")
         with with_values(self.model.config, self._fields):
             if not self._own_loss:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            check_labels(inputs)
             evaluation.warn_of_logits(self.args, asked=return_outputs)
             wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
             wanted["with_balance"] = self.aux_loss_enabled

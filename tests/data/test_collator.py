@@ -96,7 +96,7 @@ def test_a_users_collator_makes_all_batches() -> None:
 def test_documents_are_concatenated_by_the_backend_where_batches_are_padding_free(completion_only: bool) -> None:
     given = DataCollatorForLanguageModeling(pad_token_id=0)
     usual, _ = collators(trainer_with(given, padding_free=True), completion_only, own=False)
-    assert usual == packed(pad_to_multiple_of=8, completion_only=completion_only)
+    assert usual == packed(pad_to_multiple_of=8, completion_only=completion_only, with_ends=True)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

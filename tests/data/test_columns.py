@@ -68,6 +68,17 @@ def check(folder: Path, data: Any, vocabulary: int | None = 48, **options: Any) 
             "train_dataset: got None in row 1 of column 'messages'; allowed: a list in every row",
         ),
         (
+            Dataset.from_dict({"messages": [["Hi", "Hello"]]}),
+            {},
+            "train_dataset: got ['Hi', 'Hello'] in row 0 of column 'messages'; allowed: a list of dictionaries with "
+            "'role' and 'content' in every row",
+        ),
+        (
+            Dataset.from_dict({"prompt": [CHAT], "completion": [[{"speaker": "a", "text": "w2"}]]}),
+            {},
+            "train_dataset: got [{'speaker': 'a', 'text': 'w2'}] in row 0 of column 'completion'; allowed: a list of d",
+        ),
+        (
             Dataset.from_dict({"conversations": [CHAT, None]}),
             {},
             "train_dataset: got None in row 1 of column 'conversations'; allowed: a list in every row",

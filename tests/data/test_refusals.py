@@ -83,6 +83,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
             "eval data set: got no target in 1 documents",
         ),
         (tokens(3), {"eval_dataset": {"a": tokens(3), "b": tokens(1, 1)}}, "b data set: got no target in 2 documents"),
+        (tokens(3), {"packing": True, "packing_strategy": "ffd"}, "packing_strategy: got 'ffd'; allowed: 'bfd'"),
         (tokens(3), {"packing": True, "max_length": None}, "max_length: got None with packing=True; allowed"),
         (
             ids([3, 4], [5, 6, 48, 49]),

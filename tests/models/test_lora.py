@@ -281,6 +281,17 @@ def test_a_saved_result_is_freed_with_its_operation(sources: list[Tensor]) -> No
     assert saved() is None
 
 
+def test_a_sparse_tensor_is_saved(sources: list[Tensor]) -> None:
+    """Some adapters of peft, such as SHiRA, make a sparse tensor, which has no address."""
+    x, left, right = sources
+    made = doubled(x)
+    with recomputed(made):
+        product = made @ torch.sparse.mm(left.detach().to_sparse(), right.T)
+    found = torch.autograd.grad(product.sum(), [x, right])
+    expected = torch.autograd.grad((doubled(x) @ (left.detach() @ right.T)).sum(), [x, right])
+    torch.testing.assert_close(found, expected)
+
+
 def test_norms_and_activations_are_recomputed() -> None:
     """One recomputation per backward pass serves all projections; the first norm, with a frozen input, needs none.
 

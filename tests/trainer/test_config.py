@@ -1,5 +1,6 @@
 """The trainer's arguments: a dataclass that survives round trips and checks its fields."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
-from trl import TrlParser
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from trl import SFTConfig, TrlParser
 
-from tests.trainer.runs import arguments
-from unsloth_fast import UnslothTrainingArguments
+from tests.trainer.runs import arguments, build
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 
 
 def test_arguments_survive_every_round_trip(tmp_path: Path) -> None:
@@ -125,3 +127,17 @@ def test_older_names_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.1, 4), (1.0, 40)])
 def test_a_warmup_ratio_is_a_share_of_all_steps(tmp_path: Path, share: float, steps: int) -> None:
     assert arguments(tmp_path, warmup_ratio=share).get_warmup_steps(40) == steps
+
+
+@pytest.mark.parametrize("kind", [UnslothTrainingArguments, SFTConfig, TrainingArguments])
+def test_arguments_serve_several_trainers(tmp_path: Path, kind: type) -> None:
+    """transformers writes the number of steps into accelerate's options, and refuses options that have it already."""
+    nested = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    options = {"gradient_accumulation_steps": 2, "accelerator_config": nested}
+    options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}}
+    args = arguments(tmp_path, kind, **options)
+    before = copy.deepcopy(args.to_dict())
+    for _ in range(2):
+        build(UnslothTrainer, args, dtype=torch.float32, lora=True)
+    assert args.to_dict() == before
+    assert nested == {"gradient_accumulation_kwargs": {"sync_each_batch": True}}

@@ -75,6 +75,14 @@ def test_the_users_optimizer_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "embedding_learning_rate=0.0001 has no effect: an optimizer was given" in caplog.text
 
 
+def test_a_second_training_keeps_the_optimizer_of_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its embeddings have their rate, so no log says that the rate has no effect."""
+    trainer = build(UnslothTrainer, arguments(tmp_path, embedding_learning_rate=1e-4))
+    first = trainer.create_optimizer()
+    assert trainer.create_optimizer() is first
+    assert "has no effect" not in caplog.text
+
+
 def test_an_optimizer_with_groups_of_its_own_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """GaLore has such groups, under the key "params" of its options."""
     model = tiny.model()

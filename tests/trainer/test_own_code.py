@@ -1,6 +1,7 @@
 """Losses, methods and collators of the user's own see the batches and the numbers of plain TRL."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.trainer.runs import arguments, build, textbook
+from tests.trainer.runs import SGD, arguments, build, textbook
 from unsloth_fast import UnslothTrainer
 
 # TRL warns of deprecated options.
@@ -63,6 +64,28 @@ def test_a_loss_of_ones_own_has_the_numbers_of_plain_trl(
     assert losses[0] == pytest.approx(losses[1], rel=4000 * 2.0**-24)
     reason = "OwnLoss.compute_loss is your own" if how == "method" else "compute_loss_func is your own"
     assert f"batching: padded, because {reason}; padding_free=True concatenates the documents" in caplog.messages
+
+
+def test_a_term_of_the_logits_is_trained_on(tmp_path: Path) -> None:
+    """The outputs that `compute_loss` returns have the gradient of the model's."""
+
+    class FromTrainer(UnslothTrainer):
+        def compute_loss(self, *positional: Any, **keywords: Any) -> Any:
+            loss, outputs = super().compute_loss(*positional, **keywords | {"return_outputs": True})
+            return loss + outputs.logits.square().mean()
+
+    class FromModel(UnslothTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Any:
+            outputs = model(**inputs)
+            logits, labels = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+            return cross_entropy(logits, labels) + outputs.logits.square().mean()
+
+    weights = []
+    for kind in (FromTrainer, FromModel):
+        trainer = build(kind, arguments(tmp_path, **SGD, padding_free=False))
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
 
 
 class Delegating(UnslothTrainer):
@@ -158,12 +181,41 @@ def test_batches_of_a_collator_may_have_what_the_model_takes(
 
 @pytest.mark.parametrize(
     ("labels", "got"),
-    [({}, "the keys 'input_ids'"), ({"labels": None}, "the keys 'input_ids', 'labels'"), ({"labels": [[3]]}, "labels")],
-    ids=["missing", "None", "a list"],
+    [({}, "the keys 'input_ids'"), ({"labels": None}, "the keys 'input_ids', 'labels'")],
+    ids=["missing", "None"],
 )
 def test_a_batch_without_labels_is_refused(tmp_path: Path, labels: dict[str, Any], got: str) -> None:
     with pytest.raises(ValueError, match=f"^data_collator: got a batch without a tensor of labels .*{got}"):
         trained(tmp_path, lambda _: {"input_ids": TOKENS} | labels)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ({"input_ids": TOKENS.tolist(), "labels": TOKENS.tolist()}, "'input_ids' (list), 'labels' (list)"),
+        ({"input_ids": TOKENS.numpy(), "labels": TOKENS}, "'input_ids' (ndarray)"),
+        ({"input_ids": TOKENS, "attention_mask": [[1] * 4] * 2, "labels": TOKENS}, "'attention_mask' (list)"),
+        ((TOKENS, TOKENS), "a batch of type tuple"),
+    ],
+    ids=["lists", "array", "mask", "tuple"],
+)
+def test_a_batch_of_other_things_than_tensors_is_refused(tmp_path: Path, batch: Any, got: str) -> None:
+    """The message names the keys and the types."""
+    with pytest.raises(ValueError, match=f"^data_collator: got {re.escape(got)}.*; allowed: "):
+        trained(tmp_path, lambda _: batch)
+
+
+def test_a_loss_of_ones_own_may_take_any_batch(tmp_path: Path) -> None:
+    """Lists that the method makes tensors of are allowed."""
+
+    class Own(UnslothTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *positional: Any, **keywords: Any) -> Tensor:
+            return model(input_ids=inputs["input_ids"], labels=torch.tensor(inputs["labels"])).loss
+
+    batch = {"input_ids": TOKENS, "labels": TOKENS.tolist(), "attention_mask": [[1] * 4] * 2}
+    args = arguments(tmp_path, max_steps=1)
+    log = Own(model=tiny.model(), args=args, data_collator=lambda _: batch, **TEXTS).train()
+    assert log.training_loss > 0
 
 
 def half_logits(how: str) -> Any:

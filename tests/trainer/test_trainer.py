@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.trainer.runs import BATCHINGS, SGD, TRAINED, arguments, build, plain_trl, textbook
-from unsloth_fast import UnslothTrainer
+from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
 
 # TRL warns of deprecated options and peft of tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,6 +87,29 @@ def test_fast_is_as_close_to_float64_as_the_reference(
     allowed = 2 * (losses["reference", torch.float32] - truth).abs().max() + truth.max() * 2.0**-23
     assert (losses["fast", torch.float32] - truth).abs().max() <= allowed
     assert not torch.equal(losses["fast", torch.float32], truth)  # the fast backend computed in float32
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_in_bfloat16_is_as_close_to_float32_as_plain_trl(tmp_path: Path, batching: str, lora: bool) -> None:
+    """Both round, at other places: the error of all gradients is at most 1.5 times TRL's, as that of an operation."""
+
+    def gradients(kind: type, config: type, **options: Any) -> Tensor:
+        torch.manual_seed(0)  # for the adapter
+        trainer = build(kind, arguments(tmp_path, config, **SGD | options), torch.float32, lora, texts=8)
+        before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        trainer.train()
+        after = trainer.model.named_parameters()
+        return torch.cat([(before[name] - weight).detach().flatten() for name, weight in after])
+
+    options = {"per_device_train_batch_size": 8, "max_length": 168}  # all texts in one batch, however they are packed
+    exact = gradients(SFTTrainer, SFTConfig, **options)
+    theirs = (gradients(SFTTrainer, SFTConfig, bf16=True, **options) - exact).norm()
+    ours = (
+        gradients(UnslothTrainer, UnslothTrainingArguments, bf16=True, **options, **BATCHINGS[batching]) - exact
+    ).norm()
+    assert 0 < theirs < 0.05 * exact.norm()
+    assert ours <= 1.5 * theirs
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4), (1, 8), (3, 3)])
@@ -180,10 +203,12 @@ def test_an_evaluation_has_the_loss_the_accuracy_and_the_logits(tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
-def test_the_log_counts_tokens(tmp_path: Path, padding_free: bool) -> None:
+@pytest.mark.parametrize("multiple", [None, 16])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_the_log_counts_tokens(tmp_path: Path, batching: str, multiple: int | None) -> None:
     """It counts all four microbatches of a step, without padding. It has no accuracy, which needs the logits."""
-    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "padding_free": padding_free}
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "pad_to_multiple_of": multiple, "max_length": 42}
+    options |= BATCHINGS[batching] | {"per_device_train_batch_size": 1 if batching == "packed" else 2}
     trainer = build(UnslothTrainer, arguments(tmp_path, **options), texts=8)
     trainer.train()
     log = trainer.state.log_history[0]

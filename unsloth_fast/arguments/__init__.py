@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
@@ -39,6 +40,7 @@ from unsloth_fast.models.load_balancing import prepare_experts
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def resolve_arguments(
     if settings.eval_packing and not plan.padding_free:
         logger.warning("eval_packing: off, as batches are padded")
         settings.eval_packing = False
-    settings.accelerator_config = _loading(settings, own_rows=plan.padding_free or has_stream(given))
+    _configure_loading(settings, own_rows=plan.padding_free or has_stream(given))
     only_completions = completion_only(given, settings, named=named)
     return ResolvedArguments(settings, given, config, backend, plan, vocabulary, only_completions, named)
 
@@ -194,25 +196,34 @@ def as_sft_config(
         TypeError: args has another type.
         ValueError: a field is out of its range.
     """
-    changed = _consistent(updates)
+    changed = _with_implied(updates)
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         output_dir = f"{name.rstrip('/').split('/')[-1]}-SFT"  # TRL's own default
         values: dict[str, Any] = {"output_dir": output_dir, **changed}
         return UnslothTrainingArguments(**values)
     if isinstance(args, SFTConfig):
-        return _updated(_on_this_card(copy.copy(args)), changed)
+        return _updated(_on_this_card(_copied(args)), changed)
     if not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args: got {type(args).__name__}; allowed: UnslothTrainingArguments, trl.SFTConfig or "
             "transformers.TrainingArguments"
         )
-    values = args.to_dict() | {"hub_token": args.hub_token} | changed  # to_dict hides the token
+    values = _copied(args).to_dict() | {"hub_token": args.hub_token} | changed  # to_dict hides the token
     return UnslothTrainingArguments(**values)
 
 
-def _consistent(updates: Mapping[str, Any]) -> dict[str, Any]:
-    """The updates, and what they imply for fields that depend on them: a second name, and the other precision."""
+def _copied(args: Arguments) -> Arguments:
+    """A copy with containers of its own: transformers and TRL write into those of `*_kwargs` and `*_config`."""
+    copied = copy.copy(args)
+    for name, value in vars(args).items():
+        if isinstance(value, dict | list | AcceleratorConfig):
+            setattr(copied, name, copy.deepcopy(value))
+    return copied
+
+
+def _with_implied(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """The updates, and those that follow from them: of a field's second name, and of the other precision."""
     implied = dict(updates)
     known = {entry.name for entry in fields(UnslothTrainingArguments)}
     for name, value in updates.items():
@@ -321,17 +332,16 @@ def _log_batching(plan: BatchingPlan, asked: bool) -> None:
     )
 
 
-def _loading(settings: SFTConfig, *, own_rows: bool) -> Any:
-    """A copy of accelerate's configuration, with which pinned batches are copied without waiting for the device.
+def _configure_loading(settings: SFTConfig, *, own_rows: bool) -> None:
+    """Let accelerate copy pinned batches without waiting for the device.
 
     With own_rows each process reads its own rows. By default one process reads a stream for all of them and splits
     every tensor along its first dimension. That dimension is 1 for a padding-free row, and rows that are padded to
     different lengths cannot be concatenated.
     """
-    accelerator_config: Any = copy.copy(settings.accelerator_config)
+    accelerator_config: Any = settings.accelerator_config
     accelerator_config.non_blocking |= settings.dataloader_pin_memory
     if own_rows and accelerator_config.dispatch_batches:
         logger.warning("dispatch_batches=True has no effect: each process reads its own rows")
     if own_rows:
         accelerator_config.dispatch_batches = False
-    return accelerator_config

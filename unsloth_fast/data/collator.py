@@ -13,7 +13,9 @@ from unsloth_fast.data.labels import labels_of
 from unsloth_fast.seams import overrides
 from unsloth_ref.types import IGNORE_INDEX, PackedBatch
 
-EXAMPLE_ENDS = "example_ends"  # the key, in a batch of an evaluation, of where each example ends in the row
+EXAMPLE_ENDS = "example_ends"  # the key, in batches that no model has seen yet, of where each example ends in the row
+COLUMNS = ("input_ids", "attention_mask", "position_ids", "labels")  # of a batch; each one tensor
+_ALLOWED = f"allowed: a dictionary with 'labels' [B, S], {IGNORE_INDEX} at tokens that are no targets"
 
 
 @dataclass
@@ -24,7 +26,8 @@ class PackedCollator(DataCollatorForLanguageModeling):
         collate: the backend's training piece of that name.
         vocab_size: tokens and labels must be below it.
         completion_only: whether a completion_mask counts, where the examples have no labels yet.
-        with_ends: whether the batch also holds where each example ends; no model takes that.
+        with_ends: whether the batch also holds where each example ends; no model takes that. In training it tells
+            tokens from the padding at the end of the row.
     """
 
     collate: Callable[..., PackedBatch] | None = None
@@ -69,6 +72,7 @@ def collators(trainer: Any, completion_only: bool, *, own: bool) -> tuple[Any, A
         collate=trainer.backend.training.collate,
         vocab_size=trainer.model.config.get_text_config().vocab_size,
         completion_only=completion_only,
+        with_ends=bool(trainer.args.pad_to_multiple_of),
     )
     return packed, padding
 
@@ -78,23 +82,37 @@ def has_labels(batch: object) -> bool:
     return isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
 
 
-def check_labels(batch: object) -> None:
-    """Refuse a batch without labels, which only a user's own data collator makes.
+def check_batch(batch: object, *, with_labels: bool) -> Mapping[str, Any]:
+    """The batch, whose columns are tensors. Only a user's own data collator makes others.
+
+    Args:
+        batch: as the collator made it.
+        with_labels: whether it must have labels.
 
     Raises:
         ValueError: what the batch has, and what is allowed.
     """
-    if has_labels(batch):
-        return
-    got = f"the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-    raise ValueError(
-        f"data_collator: got a batch without a tensor of labels ({got}); allowed: a dictionary with 'labels' [B, S], "
-        f"{IGNORE_INDEX} at tokens that are no targets"
-    )
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"data_collator: got a batch of type {type(batch).__name__}; {_ALLOWED}")
+    others = [f"{name!r} ({type(batch[name]).__name__})" for name in COLUMNS if _is_array(batch.get(name))]
+    if others:
+        raise ValueError(
+            f"data_collator: got {', '.join(others)} in a batch; allowed: a torch.Tensor under each of these keys, its "
+            "rows padded to one length"
+        )
+    if with_labels and not has_labels(batch):
+        keys = ", ".join(map(repr, batch))
+        raise ValueError(f"data_collator: got a batch without a tensor of labels (the keys {keys}); {_ALLOWED}")
+    return batch
+
+
+def _is_array(value: object) -> bool:
+    """Whether the value holds numbers in another form than a tensor, such as a list or an array of numpy."""
+    return isinstance(value, list | tuple) or (hasattr(value, "__array__") and not isinstance(value, Tensor))
 
 
 def without_ends(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """The model's part of a batch of an evaluation, and where each example ends in the row; None if it is not known."""
+    """The model's part of a batch, and where each example ends in the row; None if it is not known."""
     inputs = dict(batch)
     ends = inputs.pop(EXAMPLE_ENDS, None)
     return inputs, ends

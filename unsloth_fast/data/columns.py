@@ -262,8 +262,17 @@ def check_text(dataset: Rows, name: str, first: Row, args: SFTConfig, *, named: 
         if not fits(completion, allowed):
             raise wrong_value(name, columns[-1], 0, completion, allowed)
     if is_conversational(first, columns):
+        for column in columns:
+            _check_messages(name, column, first)
         _check_options(dataset, name, first)
     return columns
+
+
+def _check_messages(name: str, column: str, first: Row) -> None:
+    """Refuse a list of other things than messages. A column has one type, so the first row shows it."""
+    messages: Any = first[column]
+    if not all(isinstance(message, Mapping) and message.keys() & {"role", "from"} for message in messages):
+        raise wrong_value(name, column, 0, messages, "a list of dictionaries with 'role' and 'content'")
 
 
 def _check_options(dataset: Rows, name: str, first: Row) -> None:

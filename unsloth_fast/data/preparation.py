@@ -19,6 +19,8 @@ from unsloth_fast.data.text import read_texts
 from unsloth_fast.data.tokens import check_tokens_while_reading, require_tokens, without_empty_rows
 from unsloth_fast.data.truncation import truncation_of, without_truncation
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
+from unsloth_ref import checks
+from unsloth_ref.batch_checks import STRATEGIES
 from unsloth_ref.types import Strategy
 
 
@@ -70,9 +72,11 @@ class Preparation:
             formatting_func: the user's function that makes the text of a row.
 
         Raises:
-            ValueError: a token outside the vocabulary; no token is a target; packing without a max_length; a packed row
-                longer than max_length; or what TRL raises.
+            ValueError: a token outside the vocabulary; no token is a target; packing without a max_length or
+                by an unknown strategy; a packed row longer than max_length; or what TRL raises.
         """
+        if packing:
+            checks.one_of("packing_strategy", args.packing_strategy, STRATEGIES)
         packed = TOKENS[0] in next(iter(dataset), ()) and has_lists(dataset, "seq_lengths")
         if packing and args.max_length is None and not packed:
             raise ValueError("max_length: got None with packing=True; allowed: an integer from 1, the size of a row")

@@ -67,13 +67,13 @@ def under_known_name(dataset: DataSet, columns: tuple[str, ...]) -> tuple[DataSe
     row: Row = next(iter(dataset))
     messages = [row[column][0] for column in columns]
     if any(isinstance(message, Mapping) and message.keys() >= {*_SHAREGPT} for message in messages):
-        dataset = dataset.map(_standard, fn_kwargs={"columns": columns})
+        dataset = dataset.map(_with_standard_keys, fn_kwargs={"columns": columns})
     if columns != (CHATS[1],):
         return dataset, columns
     return dataset.rename_column(CHATS[1], CHATS[0]), (CHATS[0],)
 
 
-def _standard(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+def _with_standard_keys(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     """The conversations of a row with standard keys; those that were given do not change."""
     return {
         column: [{_SHAREGPT.get(key, key): value for key, value in message.items()} for message in row[column]]

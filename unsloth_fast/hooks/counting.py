@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
+from unsloth_fast.data.collator import EXAMPLE_ENDS
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +37,8 @@ class Counter:
 
         Args:
             batches: the microbatches of this process, each with labels [B, S] and, where rows are padded, an
-                attention_mask [B, S]; a mask of another shape, such as one of pairs of tokens, counts nothing.
+                attention_mask [B, S]; a mask of another shape, such as one of pairs of tokens, counts nothing. Where
+                one row is padded, it has the ends of its examples.
             count_targets: the training piece of that name.
             sum_over_devices: adds up a tensor of counts over all data-parallel processes.
 
@@ -64,8 +67,10 @@ class Counter:
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    labels, mask = batch["labels"], batch.get("attention_mask")
-    return (mask if mask is not None and mask.shape == labels.shape else torch.ones_like(labels)).sum()
+    labels, mask, ends = batch["labels"], batch.get("attention_mask"), batch.get(EXAMPLE_ENDS)
+    if ends is not None:
+        return ends[-1]
+    return (mask if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones_like(labels)).sum()
 
 
 def scaled_by_devices(loss: Tensor, num_items: Tensor | int | None, trainer: Any) -> Tensor:

@@ -68,7 +68,8 @@ class ModuleLists:
     def _guarded(self, model: Module, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method for this model within the context.
 
-        A copy of the model takes it along, and calls its class's. Somebody else's method may call it after the context.
+        A deep copy of the model has this function too, and then calls the method of its class. A function that others
+        put over it may call it after the context.
         """
         name = method.__name__
         own = getattr(model, name)
@@ -82,7 +83,7 @@ class ModuleLists:
             finally:
                 vars(called)[name] = taken
 
-        guarded.__name__ = name  # by which a pickled model finds its class's
+        guarded.__name__ = name  # under which a pickled model finds the method of its class
         return guarded
 
     def _forget(self, changed: Module, *_: object) -> None:

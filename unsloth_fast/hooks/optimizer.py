@@ -112,7 +112,8 @@ def grouped_optimizer(trainer: Any, model: nn.Module) -> tuple[type[torch.optim.
     if embedding_lr is None:
         return None
     if trainer.optimizer is not None:
-        logger.warning("embedding_learning_rate=%s has no effect: an optimizer was given", embedding_lr)
+        if not any("role" in group for group in trainer.optimizer.param_groups):  # else that of an earlier `train`
+            logger.warning("embedding_learning_rate=%s has no effect: an optimizer was given", embedding_lr)
         return None
     found = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     optimizer_class, options = found

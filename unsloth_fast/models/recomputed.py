@@ -39,7 +39,9 @@ def recomputed(tensor: Tensor) -> AbstractContextManager[object]:
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         nonlocal saves
-        if not (saved.data_ptr() == start and saved.numel() == size and saved.dtype == dtype and saved.is_contiguous()):
+        # A sparse tensor, which some adapters make of their weights, has no data_ptr.
+        dense = saved.layout == torch.strided and saved.is_contiguous()
+        if not (dense and saved.numel() == size and saved.dtype == dtype and saved.data_ptr() == start):
             return saved.detach()  # an operation that keeps its own result itself would never be freed
         saves += 1
         return saved.shape
