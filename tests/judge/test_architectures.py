@@ -71,11 +71,10 @@ def test_documents_apart_in_a_model_of_its_own_kind(name: str) -> None:
         ("llama4_text", "q_proj", "router"),
         ("modernbert-decoder", "q_proj", "decoder"),
         ("falcon", "query_key_value", "lm_head"),
-        ("deepseek_v4", "q_a_proj", "o_a_proj"),
     ],
 )
 def test_linear_layers_alone_get_adapters(name: str, some: str, none: str) -> None:
-    """Not all of "h.0" for "ffn.0"; no router, which returns more, no head, no groups; but Falcon's own kind."""
+    """Not all of "h.0" for "ffn.0"; no router, which returns more, and no head, but Falcon's own kind."""
     found = trial_of(name).adapter[0].target_modules
     assert some in found and none not in found
 
