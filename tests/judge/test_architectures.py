@@ -47,7 +47,7 @@ def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
     assert tiny.num_parameters() < 10**5
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral4"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral4", "glm4v_moe"])
 def test_the_text_part_of_an_image_text_model_is_judged(name: str) -> None:
     """It has a name for `--config`, although transformers has no causal language model of it."""
     if name not in CONFIG_MAPPING:

@@ -1,5 +1,6 @@
 """Whole models under the laws of models: right ones hold, and each planted fault breaks the law that is about it."""
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -343,6 +344,15 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 def test_exit_status_without_a_failure(law: str, status: int) -> None:
     """The status is 2 if every law was skipped."""
     assert cli.main(["model", "--config", "jamba", "--law", law, *OPTIONS]) == status
+
+
+@pytest.mark.parametrize(("words", "compared"), [(["--law", "reference"], True), ([], False)])
+def test_the_reference_is_not_compared_with_itself_unless_asked(words: list[str], compared: bool) -> None:
+    """So that a model that is not judged has one reason."""
+    parser = argparse.ArgumentParser()
+    verb.add(parser.add_subparsers())
+    tasks = verb.tasks_asked(parser.parse_args(["model", "--config", "gpt2", *OPTIONS, *words]))
+    assert ("reference" in {each.property for each in tasks}) == compared
 
 
 @pytest.mark.usefixtures("here")
