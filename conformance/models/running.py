@@ -84,7 +84,7 @@ def run(
     if routers:
         balances = [balancing_loss(without_adapter(model), tuple(map(torch.cat, zip(*routers, strict=True))), None)]
     if balances:
-        sum(losses, *balances).backward()
+        (torch.stack(losses).sum() + torch.stack(balances).sum()).backward()
     found = {name: torch.cat(pieces).detach() for name, pieces in parts.items()}
     for name, values in ((LOSS, losses), (BALANCE, balances)):
         found |= {name: torch.stack(values).detach().sum()} if values else {}

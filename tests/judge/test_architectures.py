@@ -1,5 +1,6 @@
 """Tiny models of any architecture: every kind of layer, models that are not judged, and models with their own ways."""
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,3 +167,14 @@ def test_models_are_counted_by_what_became_of_them() -> None:
 def test_an_encoder_decoder_is_refused_in_one_sentence() -> None:
     with pytest.raises(NotBuilt, match=r"got a model of type 'bart'; allowed: causal language models"):
         Subject.named("bart").config()
+
+
+@pytest.mark.parametrize(("words", "compared"), [(["--law", "reference"], True), ([], False)])
+def test_the_reference_is_not_compared_with_itself_unless_asked(words: list[str], compared: bool) -> None:
+    """So that a model that is not judged has one reason."""
+    parser = argparse.ArgumentParser()
+    verb.add(parser.add_subparsers())
+    tasks = verb.tasks_asked(
+        parser.parse_args(["model", "--config", "gpt2", "--backend", "reference", "--device", "cpu", *words])
+    )
+    assert ("reference" in {each.property for each in tasks}) == compared

@@ -1,6 +1,5 @@
 """Whole models under the laws of models: right ones hold, and each planted fault breaks the law that is about it."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -113,40 +112,6 @@ def test_a_head_whose_cap_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     own = head.logit_options
     monkeypatch.setattr(head, "logit_options", lambda *args: (own(*args) or {}) | {"softcap": 0.0})
     assert "in the loss" in broken("gradients", trial_of("gemma2"))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "place"),
-    [
-        (lambda right, model, routers, mask: right(model, routers, mask).detach(), "the gradient of "),
-        (lambda right, model, routers, mask: 0.0 * right(model, routers, mask), "the load-balancing loss"),
-        (lambda right, model, routers, mask: right(model, routers, None), "the load-balancing loss"),
-    ],
-    ids=["without a gradient", "lost", "of padding too"],
-)
-def test_a_load_balancing_loss_of_experts(
-    wrong: Callable[..., Tensor], place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is a fault that the loss of the tokens does not show."""
-    own = head.balancing_loss
-    monkeypatch.setattr(head, "balancing_loss", lambda *args: wrong(own, *args))
-    assert f"in {place}" in broken("gradients", trial_of("mixtral"))
-    assert LAWS["accumulated"].check(trial_of("mixtral"))
-
-
-def test_a_router_whose_logits_are_not_those_of_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a placed model returns of its routers is wrong: its layers and the loss of its tokens are not."""
-
-    def wrong(model: Any) -> None:
-        for name, module in model.named_modules():
-            if name.endswith("mlp.gate"):
-                module.register_forward_hook(lambda module, args, outputs: (2.0 * outputs[0], *outputs[1:]))
-
-    after_placing(monkeypatch, wrong)
-    trial = trial_of("mixtral")
-    assert LAWS["layers"].check(trial) and LAWS["accumulated"].check(trial)
-    for law in ("gradients", "padding_free", "checkpointed", "adapters"):
-        assert "in the load-balancing loss" in broken(law, trial)
 
 
 def test_an_adapter_of_an_expert_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,15 +309,6 @@ def test_the_verb_shows_what_fails_and_how_to_run_it_again(
 def test_exit_status_without_a_failure(law: str, status: int) -> None:
     """The status is 2 if every law was skipped."""
     assert cli.main(["model", "--config", "jamba", "--law", law, *OPTIONS]) == status
-
-
-@pytest.mark.parametrize(("words", "compared"), [(["--law", "reference"], True), ([], False)])
-def test_the_reference_is_not_compared_with_itself_unless_asked(words: list[str], compared: bool) -> None:
-    """So that a model that is not judged has one reason."""
-    parser = argparse.ArgumentParser()
-    verb.add(parser.add_subparsers())
-    tasks = verb.tasks_asked(parser.parse_args(["model", "--config", "gpt2", *OPTIONS, *words]))
-    assert ("reference" in {each.property for each in tasks}) == compared
 
 
 @pytest.mark.usefixtures("here")
