@@ -1,4 +1,7 @@
-"""The loss and every gradient of a padded batch are those of its documents alone in the untouched model."""
+"""The loss and every gradient of a padded batch are those of its documents alone in the untouched model.
+
+Experts have a load-balancing loss too, which is that of the documents together. All laws of a single batch compare it.
+"""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class Bisection:
             try:
                 with self._without(modules):
                     judged = self._trial.run(batches, model=model, targets=targets, own_loss=own)
-                self._trial.judge(judged)
+                self._trial.judge(judged, self._trial.truth)
             except Failure as failure:
                 self._results[key] = failure
             self._say(f"{what}: {'holds' if self._results[key] is None else 'breaks a gate'}")

@@ -1,4 +1,4 @@
-"""What does a model compute for some documents: hidden states of its layers, logits, the loss, every gradient?"""
+"""What does a model compute for some documents: hidden states of its layers, logits, losses, every gradient?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from unsloth_fast.models.head import without_adapter
+from unsloth_fast.models.router_loss import balancing_loss
 
 Results = dict[str, Tensor]
 
-LOGITS, LOSS, HIDDEN, GRADIENT = "logits", "the loss", "the hidden states of ", "the gradient of "
+LOGITS, LOSS, BALANCE = "logits", "the loss", "the load-balancing loss"
+HIDDEN, GRADIENT = "the hidden states of ", "the gradient of "  # before a name
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,7 +32,12 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def run(
-    model: Any, batches: Sequence[Mapping[str, Any]], *, targets: int | None = None, own_loss: bool = False
+    model: Any,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    targets: int | None = None,
+    own_loss: bool = False,
+    balanced: bool = False,
 ) -> Results:
     """Run a model on batches, and the backward pass of the loss, if the batches have labels.
 
@@ -40,32 +47,47 @@ def run(
         targets: divides the summed loss; None for the number of targets of a single batch.
         own_loss: whether the forward takes `backend_loss`, as `unsloth_fast.models.head.add_loss` makes it. There are
             no logits then. Otherwise the loss is computed here, by its definition.
+        balanced: whether the load-balancing loss of experts is wanted too, over the tokens of all documents, which is
+            no sum over documents. For the backward pass it is added with a factor of 1, not the small one of the
+            configuration, so that its gradients show in 16 bits.
 
     Returns:
         By name: the hidden states of each layer, [T, H], and the logits, [T, V], of all tokens of the documents; the
-        loss; the gradient of each parameter that has one.
+        losses; the gradient of each parameter that has one.
     """
     model.zero_grad(set_to_none=True)
     parts: dict[str, list[Tensor]] = {}
     losses: list[Tensor] = []
+    balances: list[Tensor] = []
+    routers: list[list[Tensor]] = []
     for batch in batches:
         inputs = dict(batch)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         labels = inputs.get("labels")
         with _recording(model, mask, parts):
             if own_loss:
-                loss = model(**inputs, **without_cache(model), backend_loss=True, num_items=targets)
+                options = {"backend_loss": True, "num_items": targets, "with_balance": balanced}
+                outputs = model(**inputs, **without_cache(model), **options)
+                loss = outputs.loss
+                balances += [outputs.balance] if balanced else []
             else:
+                inputs |= {"output_router_logits": True} if balanced else {}
                 inputs.pop("labels", None)
-                logits = model(**inputs, **without_cache(model)).logits
-                parts.setdefault(LOGITS, []).append(logits[mask])
-                loss = None if labels is None else textbook_loss(logits, labels, targets)
+                outputs = model(**inputs, **without_cache(model))
+                parts.setdefault(LOGITS, []).append(outputs.logits[mask])
+                loss = None if labels is None else textbook_loss(outputs.logits, labels, targets)
+                routers += [[each[mask.flatten()] for each in outputs.router_logits]] if balanced else []
         if loss is not None:
-            loss.backward()
-            losses.append(loss.detach())
+            losses.append(loss)
+            if not balanced:
+                loss.backward()
+    if routers:
+        balances = [balancing_loss(without_adapter(model), tuple(map(torch.cat, zip(*routers, strict=True))), None)]
+    if balances:
+        (torch.stack(losses).sum() + torch.stack(balances).sum()).backward()
     found = {name: torch.cat(pieces).detach() for name, pieces in parts.items()}
-    if losses:
-        found[LOSS] = torch.stack(losses).sum()
+    for name, values in ((LOSS, losses), (BALANCE, balances)):
+        found |= {name: torch.stack(values).detach().sum()} if values else {}
     return found | gradients_of(model)
 
 

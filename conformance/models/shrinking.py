@@ -1,5 +1,6 @@
 """How does an architecture's configuration become that of a tiny model, with every kind of its layers?"""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ _NAMES = (
     (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size"),
     (WINDOW, "attention_chunk_size keep_window_size local_attention_window_len"),
     # Positions from which on something changes, and the keys of a block that is chosen as a whole.
-    (WINDOW, "floor_scale log_scaling_n_floor index_block_size"),
+    (WINDOW, "floor_scale log_scaling_n_floor index_block_size index_kpool"),
     (1, "index_topk_blocks"),
     (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length"),
     (POSITIONS, "max_target_positions max_source_positions original_max_position_embeddings"),
@@ -71,7 +72,8 @@ def tiny_config(model_type: str, **given: Any) -> PreTrainedConfig:
         **given: fields to set beside those that are shrunk.
     """
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_shrunk(config_class()) | _ADAPTED.get(model_type, {}) | given)
+    fields = _shrunk(config_class()) | _ADAPTED.get(model_type, {}) | given
+    return config_class(**copy.deepcopy(fields))  # some classes change what they are given
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
@@ -97,6 +99,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = [layers.index(layer) for layer in value or () if layer in layers]
         elif isinstance(value, dict) and value.get("llama_4_scaling_beta"):
             fields[name] = value | {"original_max_position_embeddings": WINDOW}  # the factor of queries by position
+        elif isinstance(value, dict) and value.get("mrope_section"):
+            fields[name] = value | {"mrope_section": _sections(value.get("partial_rotary_factor", 1.0))}
     if fields.get("kv_lora_rank"):  # each head has keys of its own
         fields["num_key_value_heads"] = HEADS
     if _EACH in values:
@@ -106,6 +110,12 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             if layer in layers
         }
     return fields
+
+
+def _sections(rotated: float) -> list[int]:
+    """How many pairs of columns the three axes of positions have, of the share of a head that is rotated."""
+    pairs = int(rotated * HEAD) // 2
+    return [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]
 
 
 def _each(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -135,7 +145,7 @@ def _take(values: Iterable[int], count: int) -> list[int]:
 
 
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-_SECTIONS = _PLAIN | {"mrope_section": [HEAD // 4, HEAD // 8, HEAD // 8]}  # of half a head
+_SECTIONS = _PLAIN | {"mrope_section": _sections(1.0)}
 _CONV = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
 # Where fields depend on each other in ways that their names do not tell, or where the default has one kind of layer.
 _ADAPTED: dict[str, dict[str, Any]] = {
@@ -150,6 +160,9 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 12 + HEAD},  # of the sliding layers, with rope and without
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
+    "glm4v_text": {"rope_parameters": _SECTIONS},
+    "glm4v_moe_text": {"rope_parameters": _PLAIN | {"partial_rotary_factor": 0.5, "mrope_section": _sections(0.5)}},
+    "glm_ocr_text": {"rope_parameters": _SECTIONS},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "inkling2_loop_text": {  # the two layers in the middle are passed twice
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,

@@ -12,24 +12,22 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from conformance import condition
 from conformance.bounds import Arithmetic
 from conformance.condition import JUMP, Response
 from conformance.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.interpreter import Interpreted
+from conformance.models.adapting import adapted as with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
 from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
 from conformance.trial import Caught, describe
-from unsloth_fast import FastLanguageModel, backends
+from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, without_adapter
+from unsloth_fast.models.router_loss import has_usual_balancing
 from unsloth_fast.save import patch_saving_functions
-
-RANK = 2
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # parameters of experts that get LoRA by these names
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class ModelTrial:
         """The model with the backend's operations, and the loss without logits, as a trainer places them."""
         model = self.untouched()
         if adapted:
-            model = _adapted(model)
+            model = with_adapter(model)
             model.load_state_dict(self.adapter[1], strict=False)
         else:
             patch_saving_functions(model)
@@ -120,34 +118,51 @@ class ModelTrial:
 
         Embedding and head are trained in full.
         """
-        model = _adapted(self.untouched())
+        model = with_adapter(self.untouched())
         weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         return model.peft_config["default"], weights
 
     @cached_property
     def truth(self) -> Truth:
-        """Of the model whose weights are all trained."""
-        return self._truth(adapted=False)
+        """Of the model whose weights are all trained, without a load-balancing loss."""
+        return self._truth(adapted=False, balanced=False)
+
+    @cached_property
+    def truth_of_batch(self) -> Truth:
+        """Of the same model, with the load-balancing loss of experts where it has one."""
+        return self._truth(adapted=False, balanced=True) if self.balances else self.truth
 
     @cached_property
     def truth_of_adapter(self) -> Truth:
-        """Of the model with the adapter."""
-        return self._truth(adapted=True)
+        """Of the model with the adapter, with the load-balancing loss of experts where it has one."""
+        return self._truth(adapted=True, balanced=self.balances)
 
-    def _truth(self, adapted: bool) -> Truth:
+    @cached_property
+    def balances(self) -> bool:
+        """Whether the untouched model returns a load-balancing loss, which a trainer adds to that of the tokens."""
+        model = self.untouched()
+        if not hasattr(model.config.get_text_config(), "output_router_logits") or not has_usual_balancing(model):
+            return False
+        options = without_cache(model) | {"output_router_logits": True}
+        with Caught(), torch.no_grad():
+            return isinstance(model(self.documents.tokens[0][None], **options).aux_loss, Tensor)
+        return False  # some releases of transformers have the option for a model without such a loss
+
+    def _truth(self, *, adapted: bool, balanced: bool) -> Truth:
         batches, targets = self.documents.alone(), self.documents.targets
         models = {
             dtype: self.untouched(wide=dtype == torch.float64, adapted=adapted) for dtype in (torch.float64, self.dtype)
         }
 
         def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
-            return run(models[inputs["in the dtype"].dtype], batches, targets=targets)
+            return run(models[inputs["in the dtype"].dtype], batches, targets=targets, balanced=balanced)
 
         with Caught() as caught:
-            peer = run(models[self.dtype], batches, targets=targets)
+            peer = run(models[self.dtype], batches, targets=targets, balanced=balanced)
             one = torch.ones(1, dtype=self.dtype, device=self.device)
-            responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, (self, adapted), work=0)
-            twice = run(models[self.dtype], batches, targets=targets)
+            key = self, adapted, balanced
+            responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, key, work=0)
+            twice = run(models[self.dtype], batches, targets=targets, balanced=balanced)
         if caught.error is not None:
             raise Unchecked(f"the untouched model raises {describe(caught.error)}") from caught.error
         if (why := _cannot_judge(responses, peer, twice, torch.finfo(self.dtype).eps / 2)) is not None:
@@ -161,11 +176,13 @@ class ModelTrial:
         model: Any = None,
         targets: int | None = None,
         own_loss: bool = True,
+        balanced: bool = False,
     ) -> Judged:
         """Run the model with placed operations; raises Failure if it raises. See `running.run`."""
         model = self.placed() if model is None else model
         with Interpreted() as interpreted, Caught() as caught:
-            return Judged(run(model, batches, targets=targets, own_loss=own_loss), bool(interpreted))
+            found = run(model, batches, targets=targets, own_loss=own_loss, balanced=balanced)
+            return Judged(found, bool(interpreted))
         raise Failure(f"raised {describe(caught.error)}") from caught.error
 
     def compare(
@@ -180,6 +197,8 @@ class ModelTrial:
         adapted: bool = False,
     ) -> float:
         """Compare the model's results on batches with the truth; returns the budget use.
+
+        The load-balancing loss of experts is one of the results of a single batch, and its gradients are added.
 
         Args:
             batches: of the documents, in their order.
@@ -197,14 +216,17 @@ class ModelTrial:
         if not labels:
             batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
             names = _no_gradient
+        whole = labels and targets is None
+        truth = self.truth_of_adapter if adapted else self.truth_of_batch if whole else self.truth
+        balanced = whole and self.balances
         try:
-            judged = self.run(batches, model=model, targets=targets, own_loss=labels)
-            return self.judge(judged, adapted=adapted, names=names)
+            judged = self.run(batches, model=model, targets=targets, own_loss=labels, balanced=balanced)
+            return self.judge(judged, truth, names=names)
         except Failure as failure:
             untouched = self.untouched(adapted=adapted)
             try:
-                same = self.run(own or batches, model=untouched, targets=targets, own_loss=False)
-                self.judge(same, adapted=adapted, names=names)
+                same = self.run(own or batches, model=untouched, targets=targets, own_loss=False, balanced=balanced)
+                self.judge(same, truth, names=names)
             except Failure as likewise:
                 raise Unchecked(f"the untouched model breaks a gate too: {likewise}") from failure
             raise
@@ -261,20 +283,17 @@ class ModelTrial:
         how = Arithmetic(torch.finfo(self.dtype).eps / 2, 1, tokens.numel() * self.documents.targets)
         return float(found.truth), 2 * float(found.largest(how))
 
-    def judge(
-        self, judged: Judged, *, adapted: bool = False, names: Callable[[str], bool] = lambda name: True
-    ) -> float:
+    def judge(self, judged: Judged, truth: Truth, *, names: Callable[[str], bool] = lambda name: True) -> float:
         """Compare results with the truth, in the order in which they are computed; returns the budget use.
 
         Args:
             judged: what was computed.
-            adapted: whether the truth is that of the model with the adapter.
+            truth: one of this trial's.
             names: which results are judged.
 
         Raises:
             Failure: a gate is broken, or a gradient is missing.
         """
-        truth = self.truth_of_adapter if adapted else self.truth
         elements = max(response.truth.numel() for response in truth.responses.values())
         used = 0.0
         for name, response in truth.responses.items():
@@ -325,26 +344,3 @@ def _raised(response: Response) -> Response:
 
 def _no_gradient(name: str) -> bool:
     return not name.startswith(GRADIENT)
-
-
-def _last_word(name: str) -> str:
-    """The end of a name from its last part that is not a number: "ffn.0", as peft takes "0" for layers too."""
-    parts = name.split(".")
-    first = max((place for place, part in enumerate(parts) if not part.isdigit()), default=0)
-    return ".".join(parts[first:])
-
-
-def _adapted(model: Any) -> Any:
-    """The model with LoRA on every linear layer and expert, B included, and embedding and head trained in full."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = (nn.Linear.forward, Conv1D.forward)  # a router's forward may return more
-    linear = {n for n, layer in model.named_modules() if type(layer).forward in own and layer is not head}
-    names = sorted({_last_word(name) for name in linear})
-    saved = [name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)]
-    options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}
-    try:
-        return FastLanguageModel.get_peft_model(
-            model, RANK, [*names, *EXPERT_WEIGHTS], modules_to_save=saved, **options
-        )
-    except ValueError as refused:
-        raise Unchecked(f"get_peft_model refuses: {refused}") from refused

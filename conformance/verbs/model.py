@@ -127,6 +127,8 @@ def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     device = device_of(arguments.device)
     dtypes = known("dtype", arguments.dtype or ["bfloat16" if device == "cuda" else "float32"], list(DTYPES))
     laws = known("law", arguments.law, list(LAWS))
+    if not arguments.law and arguments.backend == "reference":
+        laws = [law for law in laws if law != "reference"]  # it compares with what that backend is
     demand_at_least(arguments, jobs=1)
     if not arguments.models and not arguments.config:
         raise UsageError("model: got none; allowed: PATH_OR_NAME, --config ARCH, or both")

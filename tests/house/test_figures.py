@@ -83,7 +83,7 @@ LIMITS = {
         f"Shares may be {100 * (1 - SHARE_FALL):.0f} % lower",
     ],
     "docs/judge.md": ["y=randn(T,2*H)", "with 64 GiB of free GPU memory", "100 % is the whole budget"],
-    "docs/models.md": [f"{TIMEOUT_SECONDS // 3600} hours for a model that is loaded"],
+    "docs/judge-models.md": [f"{TIMEOUT_SECONDS // 3600} hours for a model that is loaded"],
     "docs/report.md": [
         "--factor of 1",
         f"by this factor; {FACTOR:g} by default",

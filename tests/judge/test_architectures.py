@@ -1,5 +1,6 @@
 """Tiny models of any architecture: every kind of layer, models that are not judged, and models with their own ways."""
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
     assert tiny.num_parameters() < 10**5
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral4"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral4", "glm4v_moe"])
 def test_the_text_part_of_an_image_text_model_is_judged(name: str) -> None:
     """It has a name for `--config`, although transformers has no causal language model of it."""
     if name not in CONFIG_MAPPING:
@@ -66,10 +67,15 @@ def test_documents_apart_in_a_model_of_its_own_kind(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "some", "none"),
-    [("ctrl", "ffn.0", "0"), ("llama4_text", "q_proj", "router"), ("modernbert-decoder", "q_proj", "decoder")],
+    [
+        ("ctrl", "ffn.0", "0"),
+        ("llama4_text", "q_proj", "router"),
+        ("modernbert-decoder", "q_proj", "decoder"),
+        ("falcon", "query_key_value", "lm_head"),
+    ],
 )
 def test_linear_layers_alone_get_adapters(name: str, some: str, none: str) -> None:
-    """Not all of "h.0" for a layer "ffn.0"; no router, which returns more than a product; a head called "decoder"."""
+    """Not all of "h.0" for "ffn.0"; no router, which returns more, and no head, but Falcon's own kind."""
     found = trial_of(name).adapter[0].target_modules
     assert some in found and none not in found
 
@@ -161,3 +167,14 @@ def test_models_are_counted_by_what_became_of_them() -> None:
 def test_an_encoder_decoder_is_refused_in_one_sentence() -> None:
     with pytest.raises(NotBuilt, match=r"got a model of type 'bart'; allowed: causal language models"):
         Subject.named("bart").config()
+
+
+@pytest.mark.parametrize(("words", "compared"), [(["--law", "reference"], True), ([], False)])
+def test_the_reference_is_not_compared_with_itself_unless_asked(words: list[str], compared: bool) -> None:
+    """So that a model that is not judged has one reason."""
+    parser = argparse.ArgumentParser()
+    verb.add(parser.add_subparsers())
+    tasks = verb.tasks_asked(
+        parser.parse_args(["model", "--config", "gpt2", "--backend", "reference", "--device", "cpu", *words])
+    )
+    assert ("reference" in {each.property for each in tasks}) == compared

@@ -216,8 +216,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def step(model: Any, tokens: torch.Tensor, labels: torch.Tensor, **options: Any) -> tuple[float, dict[str, Any]]:
     """The loss and every gradient."""
     model.zero_grad(set_to_none=True)
-    found = model(input_ids=tokens, labels=labels, use_cache=False, **options)
-    loss = found if options else found.loss
+    loss = model(input_ids=tokens, labels=labels, use_cache=False, **options).loss
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -83,7 +83,7 @@ def assert_as_untouched(
     for name in rows:
         batch = batches()[name]
         with autocast:
-            found = model(**batch, use_cache=False, backend_loss=True)
+            found = model(**batch, use_cache=False, backend_loss=True).loss
         assert found.dtype == FLOAT32
         assert found.item() == pytest.approx(loss.item(), rel=share / 10), name
         after = gradients(model, found)
@@ -161,7 +161,7 @@ def test_a_head_in_float32_without_autocast() -> None:
     hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     expected = cross_entropy(model.lm_head(hidden.float())[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     add_loss(model, backends.resolve("reference"))
-    assert model(**batch, backend_loss=True).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model(**batch, backend_loss=True).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def four_bits(folder: Path, dtype: torch.dtype, compute: torch.dtype) -> Any:

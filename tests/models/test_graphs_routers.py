@@ -221,9 +221,9 @@ def test_experts_wait_for_nothing(name: str, lora: bool) -> None:
             for each in (FULL, FULL, FULL, FULL, OTHER):
                 torch.cuda.set_sync_debug_mode("error" if each is OTHER else "default")
                 try:
-                    loss, *_, balance = model(**each, use_cache=False, backend_loss=True, with_balance=True)
-                    (loss + balance).backward()
-                    del loss, balance  # what is left of an earlier pass keeps the layers from being recorded
+                    found = model(**each, use_cache=False, backend_loss=True, with_balance=True)
+                    (found.loss + found.balance).backward()
+                    del found  # what is left of an earlier pass keeps the layers from being recorded
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             assert not wanted or replays(model) >= 2

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import StableLmConfig, StableLmForCausalLM
 
 from tests import tiny
+from tests.models import zoo
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer, backends
 from unsloth_fast.models.head import add_loss, forward_with_loss, plain_head, remove_loss, without_adapter
@@ -156,7 +157,7 @@ def test_the_loss_is_that_of_the_logits(head: str, smoothing: float) -> None:
 
         nn.Linear.forward = watched
         try:
-            loss = model(input_ids=tokens, labels=labels, use_cache=False, backend_loss=True, num_items=5)
+            loss = model(input_ids=tokens, labels=labels, use_cache=False, backend_loss=True, num_items=5).loss
         finally:
             nn.Linear.forward = forward
         loss.backward()
@@ -183,8 +184,8 @@ def test_outputs_come_with_the_same_loss(head: str, num_items: Any) -> None:
         add_loss(without_adapter(model), backends.resolve("reference"), label_smoothing=0.1)
         options |= {"labels": labels, "backend_loss": True, "num_items": num_items}
         results = []
-        for loss in (model(**options), model(**options, with_outputs=True)):
-            loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
+        for found in (model(**options), model(**options, with_outputs=True)):
+            loss, outputs = found.loss, found.outputs
             model.zero_grad(set_to_none=True)
             loss.backward()
             results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -204,8 +205,8 @@ def test_outputs_under_accelerates_autocast(dtype: torch.dtype) -> None:
     with_loss = model.forward
     model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(with_loss))
     tokens, labels = batch()
-    loss, outputs = model(input_ids=tokens, labels=labels, backend_loss=True, num_items=5, with_outputs=True)
-    logits = outputs.logits
+    found = model(input_ids=tokens, labels=labels, backend_loss=True, num_items=5, with_outputs=True)
+    loss, logits = found.loss, found.outputs.logits
     assert (loss.dtype, logits.dtype) == (torch.float32, torch.float32)
     shifted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(*shifted, reduction="sum").item() / 5, rel=1e-6)
@@ -222,11 +223,10 @@ def test_the_loss_and_the_outputs_pass_through_distributed_data_parallel(tmp_pat
             add_loss(each, backends.resolve("reference"))
         tokens, labels = batch()
         options = {"input_ids": tokens, "labels": labels, "backend_loss": True, "with_outputs": True}
-        loss, outputs = nn.parallel.DistributedDataParallel(model)(**options)
-        expected_loss, expected = alone(**options)
-        assert torch.equal(loss, expected_loss) and torch.equal(outputs.logits, expected.logits)
-        loss.backward()
-        expected_loss.backward()
+        found, expected = nn.parallel.DistributedDataParallel(model)(**options), alone(**options)
+        assert torch.equal(found.loss, expected.loss) and torch.equal(found.outputs.logits, expected.outputs.logits)
+        found.loss.backward()
+        expected.loss.backward()
         for parameter, reference in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, reference.grad)
     finally:
@@ -240,29 +240,17 @@ def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
     assert plain_head(model) is model.lm_head
 
 
-@pytest.mark.parametrize(
-    ("with_outputs", "with_scores", "with_balance", "returned", "expected"),
-    [
-        (False, False, False, "loss", ("loss", None, None, None)),
-        (True, False, False, ("loss", "outputs"), ("loss", "outputs", None, None)),
-        (False, True, False, ("loss", None, "scores"), ("loss", None, "scores", None)),
-        (True, True, False, ("loss", "outputs", "scores"), ("loss", "outputs", "scores", None)),
-        (False, False, True, ("loss", None, None, "balance"), ("loss", None, None, "balance")),
-    ],
-)
-def test_what_is_not_wanted_of_a_forward_is_none(
-    with_outputs: bool, with_scores: bool, with_balance: bool, returned: Any, expected: tuple[Any, ...]
-) -> None:
-    seen: dict[str, Any] = {}
-
-    def model(**inputs: Any) -> Any:
-        seen.update(inputs)
-        return returned
-
-    called: Any = model
-    wanted = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
-    assert forward_with_loss(called, {"labels": 1}, 5, **wanted) == expected
-    assert seen == {"labels": 1, "num_items": 5, "use_cache": False, "backend_loss": True} | wanted
+@pytest.mark.parametrize("wanted", [{"with_outputs"}, {"with_scores"}, {"with_balance"}, set[str]()], ids=str)
+def test_what_is_not_wanted_of_a_forward_is_none(wanted: set[str]) -> None:
+    """And a batch with a `use_cache` of its own gets none."""
+    model = zoo.model("qwen3_moe")
+    add_loss(model, backends.resolve("reference"))
+    tokens, labels = batch()
+    options = {name: name in wanted for name in ("with_outputs", "with_scores", "with_balance")}
+    found = forward_with_loss(model, {"input_ids": tokens, "labels": labels, "use_cache": True}, 5, **options)
+    given = {f"with_{name}" for name, value in found._asdict().items() if value is not None}
+    assert given == wanted | {"with_loss"}
+    assert found.outputs is None or found.outputs.past_key_values is None
 
 
 def test_removing_the_loss_gives_back_the_fused_head_of_trl(tmp_path: Path) -> None:
@@ -281,7 +269,7 @@ def test_removing_the_loss_gives_back_the_fused_head_of_trl(tmp_path: Path) -> N
     assert vars(model).get("forward") is own
     tokens, labels = batch()
     assert hasattr(model(input_ids=tokens, labels=labels, backend_loss=True), "logits")  # the keyword has no effect
-    assert with_loss(input_ids=tokens, labels=labels, backend_loss=True).isfinite()
+    assert with_loss(input_ids=tokens, labels=labels, backend_loss=True).loss.isfinite()
 
 
 @pytest.mark.parametrize("head", ["llama", "more than a product"])
@@ -297,7 +285,7 @@ def test_a_copy_of_a_trained_model_has_its_own_weights(tmp_path: Path, head: str
         for parameter in zeros.parameters():
             parameter.zero_()
     assert not zeros(tokens).logits[..., 1:].any()
-    loss = zeros(input_ids=tokens, labels=tokens, backend_loss=True)
+    loss = zeros(input_ids=tokens, labels=tokens, backend_loss=True).loss
     assert loss.item() == pytest.approx(math.log(len(tiny.WORDS)), rel=1e-2 if head != "llama" else 1e-6)
     assert torch.equal(trainer.model(tokens).logits, before)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests import tiny
+from tests.models import zoo
 from tests.models.custom import CustomConfig, CustomForCausalLM
 from unsloth_fast import FastLanguageModel, backends
 from unsloth_fast.models import place
@@ -47,6 +48,16 @@ def test_hooks_of_users_do_not_see_the_check() -> None:
     assert [list(part._forward_hooks.values()) for part in parts] == hooks
     model(TOKENS)
     assert len(seen) == 6
+
+
+def test_hooks_that_the_first_forward_adds_stay() -> None:
+    """transformers records what routers return by hooks, on modules on which users may have some too."""
+    model = zoo.model("qwen3_moe")
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda *_: None)
+    inputs = {"labels": TOKENS, "use_cache": False, "output_router_logits": True}
+    assert logit_options(model, model.forward, inputs) == {"logit_scale": 1.0, "softcap": 0.0}
+    assert len(model(TOKENS, output_router_logits=True).router_logits) == len(model.model.layers)
 
 
 class Other(CustomForCausalLM):
@@ -150,7 +161,7 @@ def test_the_first_step_under_autocast_has_every_gradient() -> None:
         for _ in range(repeated):
             model.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                model(input_ids=TOKENS, labels=TOKENS, backend_loss=True, use_cache=False).backward()
+                model(input_ids=TOKENS, labels=TOKENS, backend_loss=True, use_cache=False).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(first is not None and torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 

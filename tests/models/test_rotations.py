@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.models.families import assert_same, batch, build, step
 from unsloth_fast import backends
 from unsloth_fast.models import place, remove
 from unsloth_fast.models.attention import attention_placement
@@ -174,6 +175,26 @@ def test_queries_alone_are_left_to_a_function_that_takes_them(monkeypatch: pytes
     forward = forward_with(optional, monkeypatch)
     assert forward(Turning(), q, q, None, cos=cos, sin=sin).equal(optional(q, cos=cos, sin=sin))
     assert forward(Turning(), q, q, q, cos, sin)[1].equal(optional(q, q, cos, sin)[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma4", "llama4"])
+def test_angles_that_are_learned_get_their_gradient(name: str) -> None:
+    """As the frequencies of Mistral Large 4: of q and k together or each, with norms or without, complex ones too."""
+    model = tiny.model("llama").double() if name == "llama" else build(name)
+    for part in [part for part in model.modules() if type(part).__name__.endswith("RotaryEmbedding")]:
+        part.factor = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        part.register_forward_hook(
+            lambda part, _, angles: (
+                angles * part.factor if isinstance(angles, Tensor) else tuple(angle * part.factor for angle in angles)
+            )
+        )
+    with tiny.KeepFloat64():
+        tokens, labels = batch()
+        expected = step(model, tokens, labels)
+        operations = place(model, REFERENCE)
+        assert {"rope", "qk_norm_rope"} & operations.keys()
+        assert_same(step(model, tokens, labels), expected)
+    assert any(name.endswith("rotary_emb.factor") for name in expected[1])
 
 
 def test_a_forward_without_a_source_stays_as_it_is() -> None:

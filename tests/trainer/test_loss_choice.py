@@ -96,7 +96,7 @@ def test_the_backends_loss_is_put_into_the_forward_and_not_divided_again(smoothi
     logits = trainer.model(tokens).logits[0, :-1]
     assert choose_loss(trainer, backends.resolve("reference"))
     assert trainer.loss_is_scaled_for_ga and trainer.model_accepts_loss_kwargs
-    loss = trainer.model(input_ids=tokens, labels=tokens, backend_loss=True, num_items=2)
+    loss = trainer.model(input_ids=tokens, labels=tokens, backend_loss=True, num_items=2).loss
     expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum", label_smoothing=smoothing) / 2
     torch.testing.assert_close(loss, expected)
 

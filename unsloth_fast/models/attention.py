@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from unsloth_fast.backends import Backend
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.dtypes import promoted
-from unsloth_fast.models.head_norms import norms_of, rotation_with_norms
+from unsloth_fast.models.head_norms import are_learned, norms_of, rotation_with_norms
 from unsloth_fast.models.lora import together
 from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
@@ -183,12 +183,12 @@ def _replacement(operation: Rope, rotation: Rotation, own: Rope) -> Rope:
         known = not args and options.keys() <= allowed and heads_of(options) in (1, 2, -2)
         sizes = ((4, 3), (4, 2), (3, 2)) if rotation.heads == -2 else ((4, 3),)
         pairs = not rotation.last or (heads.shape[-1] % 2 == 0 and 2 * angles.shape[-1] <= heads.shape[-1])
-        return known and pairs and (heads.ndim, angles.ndim) in sizes
+        return known and pairs and (heads.ndim, angles.ndim) in sizes and not are_learned(angles)
 
     def both(
         q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *args: Any, rope: Rope = operation, **options: Any
     ) -> Any:
-        if k is None or not fits(q, cos, *args, **options):  # q alone, or other positions
+        if k is None or not fits(q, cos, *args, **options):  # q alone, other positions, or learned ones
             return own(q, k, cos, sin, *args, **options)
         return rotated(q, k, cos, sin, rope, options)
 

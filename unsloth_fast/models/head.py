@@ -7,7 +7,7 @@ DistributedDataParallel, FSDP and autocast see an ordinary forward, and FSDP has
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,13 +25,26 @@ from unsloth_fast.models.router_loss import balancing_loss
 from unsloth_fast.models.scores import score
 
 
-def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0) -> None:
-    """Let `model(..., labels=labels, backend_loss=True, num_items=None, with_outputs=False)` return the loss.
+class LossOutputs(NamedTuple):
+    """What a forward returns with `backend_loss=True`; what was not asked for is None.
 
-    Without `backend_loss=True` the forward works as before. With it, the forward returns the loss of the next tokens,
-    and with `with_outputs=True` the pair of the loss and the model's outputs, with logits. With `with_scores=True` it
-    returns the loss, the outputs or None, and the `scores.score` of the predictions, which need no whole logits either;
-    with `with_balance=True` the loss, the outputs or None, the scores or None, and the `balancing_loss` of its routers.
+    Attributes:
+        loss: of the next tokens, 0-dim.
+        outputs: the model's own, with logits, by `with_outputs=True`.
+        scores: the `scores.score` of the predictions, which need no whole logits, by `with_scores=True`.
+        balance: the `balancing_loss` of the routers, 0-dim, by `with_balance=True`.
+    """
+
+    loss: Tensor
+    outputs: Any = None
+    scores: Tensor | None = None
+    balance: Tensor | None = None
+
+
+def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0) -> None:
+    """Let `model(..., labels=labels, backend_loss=True, num_items=None)` return the loss, as `LossOutputs`.
+
+    Without `backend_loss=True` the forward works as before.
 
     Head and cross entropy are the backend's `linear_cross_entropy` if the head is a plain linear layer of the last
     hidden states, trained or frozen, tied or not, which the first call checks (`logits.logit_options`). The logits are
@@ -78,13 +91,10 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         else:
             outputs = own(*positional, **inputs)
             loss, scores = _loss_of_logits(outputs.logits, labels, backend, options, with_scores)
-        shown = outputs if with_outputs else None
+        balance = None
         if with_balance:
-            balance = balancing_loss(self, outputs.router_logits, inputs.get("attention_mask"))
-            return loss, shown, scores, balance.to(loss.device)
-        if with_scores:
-            return loss, shown, scores
-        return (loss, shown) if with_outputs else loss
+            balance = balancing_loss(self, outputs.router_logits, inputs.get("attention_mask")).to(loss.device)
+        return LossOutputs(loss, outputs if with_outputs else None, scores, balance)
 
     replace_method(model, "forward", forward, "loss")
 
@@ -97,8 +107,8 @@ def forward_with_loss(
     with_outputs: bool,
     with_scores: bool,
     with_balance: bool,
-) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
-    """The loss, the outputs, the scores and the load-balancing loss of a batch; None for what is not wanted.
+) -> LossOutputs:
+    """The loss of a batch, without a cache.
 
     Args:
         model: the model, inside any wrapper; its forward is one that `add_loss` made.
@@ -110,10 +120,7 @@ def forward_with_loss(
     """
     options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
     options |= {"num_items": num_items, "use_cache": False, "backend_loss": True}
-    found = model(**{**inputs, **options})  # a batch may have a use_cache of its own
-    loss, *others = found if isinstance(found, tuple) else (found,)
-    outputs, scores, balance, *_ = (*others, None, None, None)
-    return loss, outputs, scores, balance
+    return model(**{**inputs, **options})  # a batch may have a use_cache of its own
 
 
 def remove_loss(model: CausalLM) -> None:

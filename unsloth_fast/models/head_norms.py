@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unsloth_fast.models.methods import has_own_method, hooks_of
@@ -95,7 +96,8 @@ def rotation_with_norms(
 ) -> Callable[..., Any]:
     """A rotation that receives the norms too: by the operation, or by the norms themselves and `separate`.
 
-    The latter if somebody has replaced or hooked a norm, or if heads have another layout than the operation's.
+    The latter if somebody has replaced or hooked a norm, if heads have another layout than the operation's, or if the
+    angles are learned.
     """
 
     def operation_of(q_norm: Any, *weights: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -108,18 +110,28 @@ def rotation_with_norms(
 
     def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Any, k_norm: Any) -> Any:
         norms = ((q, q_norm), (k, k_norm))
-        if q.dtype != k.dtype or cos.ndim != 3 or not all(_fits(heads, module) for heads, module in norms):
+        if (
+            q.dtype != k.dtype
+            or cos.ndim != 3
+            or are_learned(cos)
+            or not all(_fits(heads, module) for heads, module in norms)
+        ):
             return separate(q_norm(q), k_norm(k), cos, sin)
         q, k = (widened(norm, heads, module.weight) for heads, module in norms)
         return separate(q, k, cos, sin, rope=operation_of(q_norm, q_norm.weight, k_norm.weight))
 
     def one(x: Tensor, cos: Tensor, sin: Tensor, module: Any, **options: int) -> Any:
-        if cos.ndim != 3 or not _fits(x, module):
+        if cos.ndim != 3 or are_learned(cos) or not _fits(x, module):
             return separate(module(x), cos, sin, **options)
         x, weight = widened(norm, x, module.weight), module.weight
         return separate(x, cos, sin, rope=operation_of(module, weight, weight.detach()), **options)
 
     return both if "k" in inspect.signature(separate).parameters else one
+
+
+def are_learned(angles: Tensor) -> bool:
+    """Whether the angles need a gradient, which no operation gives: Mistral Large 4 learns its frequencies."""
+    return angles.requires_grad and torch.is_grad_enabled()
 
 
 def _fits(heads: Tensor, norm: Any) -> bool:

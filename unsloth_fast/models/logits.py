@@ -141,8 +141,9 @@ def _without_hooks_of_users(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for place, hooks in given:
+            added = {number: hook for number, hook in place.items() if number not in hooks}  # by the first forward
             place.clear()
-            place.update(hooks)
+            place.update(hooks | added)
 
 
 def of_a_library(hook: Callable[..., object]) -> bool:
