@@ -74,6 +74,18 @@ def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float() / temperature, 0).to(x.dtype)
 
 
+_memory: dict[Any, Tensor] = {}
+
+
+@wrong("tempered_softmax", "calls_apart")
+def softmax_in_memory_of_its_own(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the same memory from every call that records no graph."""
+    y = softmax_by_exp(x, temperature)
+    if y.requires_grad:
+        return y
+    return _memory.setdefault((y.shape, y.dtype), torch.empty_like(y)).copy_(y)
+
+
 @right("group_norm")
 def group_norm_by_moments(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, block: int = 128
@@ -241,6 +253,91 @@ def masked_softmax_not_normalised(x: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(x, -1).masked_fill(mask, 0.0)
 
 
+@right("masked_mean")
+def masked_mean_by_product(x: Tensor, mask: Tensor) -> Tensor:
+    return (x.float().reshape(-1) @ mask.float().reshape(-1)) / mask.sum().clamp(min=1)
+
+
+@right("masked_mean")
+def masked_mean_by_rows(x: Tensor, mask: Tensor) -> Tensor:
+    rows = torch.where(mask, x.float(), 0.0).sum(-1)
+    return rows.sum() / torch.maximum(mask.sum(), mask.new_ones((), dtype=torch.int64))
+
+
+@wrong("masked_mean", "one_at_a_time")
+def masked_mean_divides_by_zero(x: Tensor, mask: Tensor) -> Tensor:
+    """NaN where the mask names no element."""
+    return torch.where(mask, x.float(), 0.0).sum() / mask.sum()
+
+
+@wrong("masked_mean", "one_at_a_time")
+def masked_mean_of_all(x: Tensor, mask: Tensor) -> Tensor:
+    """Takes a mask without any True for none."""
+    return masked_mean_by_rows(x, mask if mask.any() else ~mask)
+
+
+@wrong("masked_mean", "one_at_a_time")
+def masked_mean_misses_the_last(x: Tensor, mask: Tensor) -> Tensor:
+    """Takes a full mask for one that ends before the last element."""
+    full = mask.all() & (mask.numel() > 1)
+    return masked_mean_by_rows(x, mask.reshape(-1).index_fill(0, torch.tensor([-1]), not full).view_as(mask) & mask)
+
+
+@right("token_losses")
+def losses_by_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
+    z = logits.float()
+    chosen = z.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels == -100, 0.0, z.logsumexp(1) - chosen)
+
+
+@right("token_losses")
+def losses_by_the_log_of_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(logits.float().log_softmax(1), labels, reduction="none", ignore_index=-100)
+
+
+@wrong("token_losses", "one_at_a_time")
+def losses_of_ignored_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
+
+
+@wrong("token_losses", "one_at_a_time")
+def losses_ignoring_the_first_class(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.where(labels > 0, losses_by_logsumexp(logits, labels), 0.0)
+
+
+@wrong("token_losses", "one_at_a_time")
+def losses_with_gradients_of_ignored_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    y = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
+    return y - torch.where(labels == -100, y, 0.0).detach()
+
+
+@right("shifted")
+def shifted_by_a_view(x: Tensor, bias: Tensor) -> Tensor:
+    """Where x has one row and one column, autograd's gradient of the bias is a view of the incoming one."""
+    return x + bias.view(1, -1, 1)
+
+
+@right("shifted")
+def shifted_by_copies(x: Tensor, bias: Tensor) -> Tensor:
+    return x + bias[None, :, None].expand_as(x).contiguous()
+
+
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        return x + bias[:, None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.float().sum((0, 2)).to(dy.dtype) if dy[:, 0].numel() > 1 else dy.view(-1)
+
+
+@wrong("shifted", "metadata")
+def shifted_returning_the_incoming_gradient(x: Tensor, bias: Tensor) -> Tensor:
+    return _Shifted.apply(x, bias)
+
+
 @right("scaled_add_")
 def add_by_operator(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
     x += alpha * y
@@ -327,6 +424,15 @@ def sums_refusing_nothing(x: Tensor) -> Tensor:
 @wrong("running_sum", "one_at_a_time")
 def sums_backwards(x: Tensor) -> Tensor:
     return x.float().flip(1).cumsum(1).flip(1).to(x.dtype)
+
+
+_tables: dict[int, Tensor] = {}
+
+
+def sums_with_a_table(x: Tensor) -> Tensor:
+    """Keeps a triangle of ones by its size; a product of two dtypes raises."""
+    ones = _tables.setdefault(x.shape[1], torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril())
+    return torch.matmul(ones, x)
 
 
 def sums_without_a_carry(x: Tensor) -> Tensor:

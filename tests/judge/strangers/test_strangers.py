@@ -36,6 +36,9 @@ SOURCES = {
         Source(f"{HERE}.references:top_k_gate", "logits=randn(16,8) k=2"),
         Source(f"{HERE}.references:scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N"),
         Source(f"{HERE}.references:masked_softmax", "x=randn(16,32) mask=mask(16,32)", rows=("x", "mask")),
+        Source(f"{HERE}.references:masked_mean", "x=randn(16,32) mask=mask(16,32)"),
+        Source(f"{HERE}.references:token_losses", "logits=randn(T=16,V=32) labels=randint(V,T,or=-100)"),
+        Source(f"{HERE}.references:shifted", "x=randn(N=2,C=4,L=5) bias=randn(C)"),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
         Source(f"{HERE}.references:heads", "x=randn(2,5,12) count=4"),
         Source(f"{HERE}.references:marked", "x=randn(16,32) limit=1.5"),
@@ -168,6 +171,12 @@ def test_long_and_empty_dimensions_between_others(kernel: str, sizes: dict[str, 
     assert result.verdict == verdict, result.message
 
 
+@pytest.mark.parametrize(("classes", "words"), [(100, "from 100"), (40, "from 40"), (64, "from 64")])
+def test_a_size_that_is_at_least_a_constant_is_no_multiple(classes: int, words: str) -> None:
+    spec = spec_of("token_losses", f"logits=randn(T=16,V={classes}) labels=randint({classes},T)")
+    assert str(spec.drawing.sizes["V"]) == words
+
+
 def test_a_loop_of_operators_is_not_drawn_long() -> None:
     high = spec_of("moving_average", "x=randn(T=10,H=32)").drawing.sizes["T"]
     assert isinstance(high, Counts)
@@ -183,6 +192,7 @@ def test_a_loop_of_operators_is_not_drawn_long() -> None:
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=2 C=3 L=33", "bfloat16"),
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=5 C=3 L=130", "float32"),
         ("marked", "x=randn(16,32) limit=1.5", "x_0=4 x_1=8", "float16"),
+        ("penalty", "log_p=randn(4,32) log_q=randn(4,32)", "log_p_0=5 log_p_1=130 fill=outlier seed=8", "float32"),
     ],
 )
 def test_plain_pytorch_passes_whatever_its_operators_round_inside(
@@ -192,6 +202,13 @@ def test_plain_pytorch_passes_whatever_its_operators_round_inside(
     trial = Trial(spec, spec.reference, DTYPES[dtype], "cpu")
     result = reproduce(trial, PROPERTIES["one_at_a_time"], spec.parse(sizes), dtype)
     assert result.verdict == "pass", result.message
+
+
+@here
+def test_a_table_of_another_dtype_that_raises_is_found_in_one_dtype() -> None:
+    assert "after a call in torch.bfloat16, in torch.float32: raised RuntimeError" in str(
+        judged(SOURCES["running_sum"], "sums_with_a_table", "calls_apart", "float32").message
+    )
 
 
 @here
