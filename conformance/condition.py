@@ -64,7 +64,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
-from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen_float8
+from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
@@ -194,8 +194,8 @@ class _Changes:
 def _measured(
     again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, work: int
 ) -> dict[str, Response]:
-    wide = {name: _widened(tensor) for name, tensor in inputs.items()}
-    gradients = [_widened(gradient) for gradient in grad_outputs]
+    wide = {name: widen(tensor) for name, tensor in inputs.items()}
+    gradients = [widen(gradient) for gradient in grad_outputs]
     with Order() as order:
         truth = again(wide, gradients)
     unit = torch.finfo(dtype).eps / 2
@@ -314,9 +314,5 @@ def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order
     return _Narrow(flags, cast, last)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if is_float(tensor) else tensor
-
-
 def _of_float8(result: Tensor) -> Tensor:
-    return result if is_float(result) else _widened(widen_float8(result))
+    return result if is_float(result) else widen(widen_float8(result))

@@ -328,6 +328,7 @@ def mistake(
     raises: type[Exception],
     names: str,
     change: Callable[[Inputs], Inputs],
+    *,
     undefined: bool = False,
     device: str | None = None,
 ) -> ErrorCase:
