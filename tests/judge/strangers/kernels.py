@@ -426,6 +426,12 @@ def sums_backwards(x: Tensor) -> Tensor:
     return x.float().flip(1).cumsum(1).flip(1).to(x.dtype)
 
 
+def sums_of_a_wrong_tile(x: Tensor) -> Tensor:
+    """Wrong where both S and D are beyond a tile."""
+    y = x.float().cumsum(1).to(x.dtype)
+    return torch.cat([y[:, :128], torch.cat([y[:, 128:, :128], 2 * y[:, 128:, 128:]], 2)], 1)
+
+
 _tables: dict[int, Tensor] = {}
 
 

@@ -154,6 +154,19 @@ def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
 
 
 @here
+def test_two_dimensions_are_beyond_a_tile_together() -> None:
+    spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
+    (case,) = (
+        case
+        for case in PROPERTIES["extents"].cases(spec, SMALL)
+        if case.size("S") > 128 < case.size("D") and case.size("B") < 3
+    )
+    function = backends.load(f"{HERE}.kernels:sums_of_a_wrong_tile", "cpu", SOURCES["running_sum"]).functions
+    trial = Trial(spec, function["running_sum"], torch.float32, "cpu")
+    assert reproduce(trial, PROPERTIES["extents"], case, "float32").verdict == "fail"
+
+
+@here
 @pytest.mark.parametrize(
     ("kernel", "sizes", "verdict"),
     [
