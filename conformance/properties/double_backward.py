@@ -37,7 +37,8 @@ def check(trial: Trial, case: Case) -> None:
             if not error <= TOLERANCE * r.abs().max().clamp(min=1e-3):
                 raise Failure(
                     f"the second derivative with respect to {name} is wrong: error {float(error):.2g},"
-                    f" largest entry {float(r.abs().max()):.2g}; an operation that has none must raise RuntimeError"
+                    f" largest entry {float(r.abs().max()):.2g}; an operation that has none must raise RuntimeError,"
+                    " also where no incoming gradient requires one, as torch's once_differentiable does not"
                 )
     if caught.error is not None and not isinstance(caught.error, RuntimeError):  # NotImplementedError is one
         raise Failure(f"differentiating twice raised {describe(caught.error)}, should raise RuntimeError")

@@ -205,6 +205,7 @@ def test_a_loop_of_operators_is_not_drawn_long() -> None:
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=2 C=3 L=33", "bfloat16"),
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=5 C=3 L=130", "float32"),
         ("marked", "x=randn(16,32) limit=1.5", "x_0=4 x_1=8", "float16"),
+        ("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)", "x_0=3 x_1=0 x_2=7", "float32"),
         ("penalty", "log_p=randn(4,32) log_q=randn(4,32)", "log_p_0=5 log_p_1=130 fill=outlier seed=8", "float32"),
     ],
 )
