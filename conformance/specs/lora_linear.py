@@ -218,7 +218,7 @@ def _low_bytes(inputs: Inputs) -> int:
 
 
 def _bias_error(
-    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
+    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], *, undefined: bool = False
 ) -> ErrorCase:
     """A wrong bias, passed by name: in the signature, an option precedes it."""
 
