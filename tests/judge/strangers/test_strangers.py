@@ -154,6 +154,18 @@ def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
 
 
 @here
+@pytest.mark.parametrize("kernel", ["group_norm_by_moments", "GroupNorm"])
+def test_a_definition_that_is_nan_without_elements_asks_for_nothing_there(kernel: str) -> None:
+    source = SOURCES["group_norm"]
+    spec = spec_of("group_norm", source.example or "")
+    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions["group_norm"]
+    trial = Trial(spec, function, torch.float32, "cpu")
+    for case in (spec.case(3, 7).resized(x_2=0), spec.case(3, 7).resized(x_1=0)):
+        result = reproduce(trial, PROPERTIES["extents"], case, "float32")
+        assert result.verdict in ("pass", "skip"), result.message
+
+
+@here
 def test_two_dimensions_are_beyond_a_tile_together() -> None:
     spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
     (case,) = (
