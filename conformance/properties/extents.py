@@ -21,6 +21,7 @@ from conformance.trial import Run, Trial
 SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (129, 3), (17, 31), (5, 127), (5, 128), (5, 129))
 SUMMED = (1031, 257)  # for sums over rows in 16 bits; with so many columns that their errors are a statistic
 WIDE = (1021, 1024, 1025, 2560, 4096, 5120, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
+OVER_4096 = (4099, 4)  # rows that a plain function takes at once; an interpreter would take seconds, a program for each
 MANY_ROWS = 70_001  # more than 65535, the limit of a grid's second and third axis
 
 
@@ -30,6 +31,8 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
     sizes = [*SMALL, *((2 if columns <= 32768 else 1, columns) for columns in WIDE)]
     if set(spec.grads) - set(spec.rowwise):  # a gradient that adds up rows
         sizes.append(SUMMED)
+    if spec.rowwise:
+        sizes.append(OVER_4096)
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
     costly = spec.drawing.costly if profile.affords_costly else ()
@@ -47,8 +50,14 @@ def check(trial: Trial, case: Case) -> float:
         if trial.dtype != torch.float32:
             raise Unchecked("a costly case is judged in float32 alone")
         return trial.judge(case, trial.run(case))
+    if case == trial.spec.case(*OVER_4096) and _is_interpreted(trial):
+        raise Unchecked("so many rows would take Triton's interpreter long")
     judged = _judge_empty if trial.spec.drawing.partial and 0 in dict(case.sizes).values() else _judge
     return max(judged(trial, case, grads) for grads in ((), None))
+
+
+def _is_interpreted(trial: Trial) -> bool:
+    return trial.device == "cpu" and trial.run(trial.spec.case(1, 4), grads=()).forward_interpreted
 
 
 def _judge(trial: Trial, case: Case, grads: tuple[str, ...] | None) -> float:
