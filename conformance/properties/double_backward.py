@@ -62,7 +62,8 @@ def _second_derivatives(trial: Trial, case: Case, function: Function, constant: 
     grads = torch.autograd.grad(outputs, [*leaves.values()], incoming, create_graph=True)
     # Like a gradient penalty added to the loss: autograd does not notice gradients that are cut off from the graph.
     total = torch.stack([o.double().sum() for o in outputs] + [g.double().square().sum() for g in grads]).sum()
-    return dict(zip(leaves, torch.autograd.grad(total, [*leaves.values()]), strict=True))
+    total.backward()  # not `grad` of the leaves, which runs no node that leads elsewhere, such as one that raises
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
 PROPERTY = Property.of_file(check, cases=cases, needs=("gradients",))

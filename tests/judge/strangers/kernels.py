@@ -295,6 +295,31 @@ def losses_by_the_log_of_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(logits.float().log_softmax(1), labels, reduction="none", ignore_index=-100)
 
 
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, keeps_nan: bool) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.keeps_nan = keeps_nan
+        return losses_by_logsumexp(logits, labels)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels = ctx.saved_tensors
+        dx = logits.float().softmax(1) - F.one_hot(labels.clamp(min=0), logits.shape[1])
+        ignored = (labels == -100)[:, None] if ctx.keeps_nan else ((labels == -100) | dx.isnan().any(1))[:, None]
+        return (dx * dy[:, None]).masked_fill(ignored, 0.0).to(logits.dtype), None, None
+
+
+def losses_without_nan_in_ignored_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right: the derivative of 0, where the definition multiplies it by NaN."""
+    return _Losses.apply(logits, labels, True)
+
+
+def losses_without_any_nan(logits: Tensor, labels: Tensor) -> Tensor:
+    """Hides the NaN of a row that counts from the gradient."""
+    return _Losses.apply(logits, labels, False)
+
+
 @wrong("token_losses", "one_at_a_time")
 def losses_of_ignored_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")

@@ -64,7 +64,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross entropy of the rows of logits [T, V], 0 where a label is -100."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    losses = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
+    return torch.where(labels == -100, 0.0, losses)
 
 
 def shifted(x: Tensor, bias: Tensor) -> Tensor:

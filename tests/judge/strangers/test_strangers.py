@@ -244,6 +244,19 @@ def test_a_view_may_follow_its_input(kernel: str) -> None:
 
 
 @here
+@pytest.mark.parametrize(
+    ("kernel", "verdict"), [("losses_without_nan_in_ignored_rows", "pass"), ("losses_without_any_nan", "fail")]
+)
+def test_a_gradient_of_0_beside_finite_outputs_need_not_be_nan(kernel: str, verdict: str) -> None:
+    source = replace(SOURCES["token_losses"], rows=("logits", "labels"))
+    (spec,) = specs(source).values()
+    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions["token_losses"]
+    trial = Trial(spec, function, torch.float32, "cpu")
+    result = reproduce(trial, PROPERTIES["special_values"], spec.parse("T=5 V=7"), "float32")
+    assert result.verdict == verdict, result.message
+
+
+@here
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_a_kernel_may_take_one_dtype_alone(name: str) -> None:
     """It is judged in that one."""
