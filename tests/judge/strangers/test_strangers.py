@@ -20,7 +20,7 @@ from conformance.search import Result, reproduce, search
 from conformance.spec import Spec
 from conformance.trial import Trial
 from conformance.writing import text
-from tests.judge.strangers.kernels import RIGHT, WRONG
+from tests.judge.strangers import RIGHT, WRONG, kernels, losses, sums
 
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="judges on the CPU, in this process")
 HERE = "tests.judge.strangers"
@@ -54,9 +54,14 @@ SHORT = (
 )  # fmt: skip
 
 
+def path(kernel: str) -> str:
+    """The name of a kernel on the command line."""
+    return next(f"{file.__name__}:{kernel}" for file in (kernels, losses, sums) if hasattr(file, kernel))
+
+
 def judged(source: Source, kernel: str, name: str, dtype: str) -> Result:
     ((op, spec),) = specs(source).items()
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions[op]
+    function = backends.load(path(kernel), "cpu", source).functions[op]
     return search(Trial(spec, function, DTYPES[dtype], "cpu"), PROPERTIES[name], SMALL, dtype)
 
 
@@ -158,7 +163,7 @@ def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
 def test_a_definition_that_is_nan_without_elements_asks_for_nothing_there(kernel: str) -> None:
     source = SOURCES["group_norm"]
     spec = spec_of("group_norm", source.example or "")
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions["group_norm"]
+    function = backends.load(path(kernel), "cpu", source).functions["group_norm"]
     trial = Trial(spec, function, torch.float32, "cpu")
     for case in (spec.case(3, 7).resized(x_2=0), spec.case(3, 7).resized(x_1=0)):
         result = reproduce(trial, PROPERTIES["extents"], case, "float32")
@@ -173,7 +178,7 @@ def test_two_dimensions_are_beyond_a_tile_together() -> None:
         for case in PROPERTIES["extents"].cases(spec, SMALL)
         if case.size("S") > 128 < case.size("D") and case.size("B") < 3
     )
-    function = backends.load(f"{HERE}.kernels:sums_of_a_wrong_tile", "cpu", SOURCES["running_sum"]).functions
+    function = backends.load(path("sums_of_a_wrong_tile"), "cpu", SOURCES["running_sum"]).functions
     trial = Trial(spec, function["running_sum"], torch.float32, "cpu")
     assert reproduce(trial, PROPERTIES["extents"], case, "float32").verdict == "fail"
 
@@ -190,7 +195,7 @@ def test_two_dimensions_are_beyond_a_tile_together() -> None:
 )
 def test_long_and_empty_dimensions_between_others(kernel: str, sizes: dict[str, int], verdict: str) -> None:
     spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", SOURCES["running_sum"]).functions["running_sum"]
+    function = backends.load(path(kernel), "cpu", SOURCES["running_sum"]).functions["running_sum"]
     case = spec.case(3, 7).resized(**sizes)
     result = reproduce(Trial(spec, function, torch.float32, "cpu"), PROPERTIES["extents"], case, "float32")
     assert result.verdict == verdict, result.message
@@ -250,7 +255,7 @@ def test_a_view_may_follow_its_input(kernel: str) -> None:
 def test_a_gradient_of_0_beside_finite_outputs_need_not_be_nan(kernel: str, verdict: str) -> None:
     source = replace(SOURCES["token_losses"], rows=("logits", "labels"))
     (spec,) = specs(source).values()
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions["token_losses"]
+    function = backends.load(path(kernel), "cpu", source).functions["token_losses"]
     trial = Trial(spec, function, torch.float32, "cpu")
     result = reproduce(trial, PROPERTIES["special_values"], spec.parse("T=5 V=7"), "float32")
     assert result.verdict == verdict, result.message
