@@ -273,6 +273,11 @@ def test_what_the_example_leaves_at_its_default_is_said() -> None:
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
 
 
+def test_an_option_that_follows_a_size_is_said() -> None:
+    spec = spec_of("scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N")
+    assert "  options    count as N\n" in learned(spec)
+
+
 KERNEL = (
     "--reference", f"{HERE}.references:tempered_softmax", "--backend", f"{HERE}.tempered_softmax:Softmax",
     "--example", "x=randn(64,128) temperature=0.5", "--device", "cpu", "--profile", "dev", "--dtype", "float32",
