@@ -5,13 +5,14 @@ Its kernel may refuse empty tensors. Where the reference gives NaN for them, as 
 gradient of its weight, the kernel may give any number.
 """
 
+from dataclasses import replace
 from math import nan
 
 import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.counts import Counts, edges
+from conformance.counts import LONG, Counts, edges
 from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
@@ -41,7 +42,11 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 
 def _of_stranger(spec: Spec) -> list[Case]:
     counts = {name: count for name, count in spec.drawing.sizes.items() if isinstance(count, Counts)}
-    return [Case(tuple(sizes.items())) for sizes in edges(counts)] if len(counts) == len(spec.drawing.sizes) > 0 else []
+    if not counts or len(counts) < len(spec.drawing.sizes):
+        return []
+    found = [Case(tuple(sizes.items())) for sizes in edges(counts)]
+    long = [case for case in found if LONG in dict(case.sizes).values()] if "lowest" in spec.drawing.fills else []
+    return [*found, *(replace(case, fill="lowest") for case in long)]  # all rows in one group
 
 
 def check(trial: Trial, case: Case) -> float:

@@ -273,6 +273,16 @@ def test_what_the_example_leaves_at_its_default_is_said() -> None:
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
 
 
+@here
+def test_many_rows_are_once_in_one_group() -> None:
+    spec = spec_of("scatter_rows", SOURCES["scatter_rows"].example or "")
+    (case,) = (c for c in PROPERTIES["extents"].cases(spec, SMALL) if c.fill == "lowest" and c.size("T") > 4096)
+    function = backends.load(path("scatter_of_1024_rows"), "cpu", SOURCES["scatter_rows"]).functions["scatter_rows"]
+    for kernel, verdict in ((function, "fail"), (spec.reference, "pass")):
+        result = reproduce(Trial(spec, kernel, torch.float32, "cpu"), PROPERTIES["extents"], case, "float32")
+        assert result.verdict == verdict, result.message
+
+
 def test_an_option_that_follows_a_size_is_said() -> None:
     spec = spec_of("scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N")
     assert "  options    count as N\n" in learned(spec)
