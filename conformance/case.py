@@ -21,6 +21,7 @@ from unsloth_ref.types import IGNORE_INDEX
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
 MOST_EQUAL_ROWS = 512
+OTHER = 0.2  # of integers, that are the one number outside of their range
 OF_CASES = ("fill", "layout", "seed")  # what a case names besides sizes and options
 
 
@@ -139,6 +140,8 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
     "graded": lambda generator, shape: _randn(generator, shape) * 2.0 ** -(torch.arange(shape[-1]) % 17).double(),
     "level": lambda generator, shape: 512 + _randn(generator, shape),
+    "lowest": _randn,  # and integers and booleans that are all the lowest
+    "highest": _randn,
 }
 
 
@@ -231,16 +234,25 @@ class Draw:
         """[..., columns] with the case's fill and layout."""
         return self.place(FILLS[self.case.fill](self._generator(), shape))
 
-    def tensor(self, kind: str, *shape: int, dtype: torch.dtype | None = None, low: int = 0, high: int = 2) -> Tensor:
+    def tensor(
+        self,
+        kind: str,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        low: int = 0,
+        high: int = 2,
+        other: int | None = None,
+    ) -> Tensor:
         """A tensor of any shape, with the case's fill and layout.
 
         Args:
             kind: "randn" takes the case's fill as it is; "ones" lies around 1, as a weight; "rand" is in [0, 1),
                 "positive" above 0; "probabilities" and "log_probabilities" are so along the last dimension; "randint"
-                and "mask" are integers and booleans, whatever the fill.
+                and "mask" are integers and booleans, all equal under the fills "lowest" and "highest".
             shape: may be empty.
             dtype: instead of that of the case.
             low, high: the range of "randint", without `high`; both ends occur, and one number twice.
+            other: one more number, that of one element in five, and the lowest.
         """
         generator = self._generator()
         if kind in ("randint", "mask"):
@@ -248,6 +260,12 @@ class Draw:
             flat, last = values.reshape(-1), max(high, low + 1) - 1
             ends = flat[: 3 if len(flat) > 3 else 2]  # of up to three, one stays random
             ends.copy_(torch.tensor([last, low, last])[: len(ends)])
+            if other is not None:
+                chosen = torch.rand(flat.shape, generator=generator, device=generator.device) < OTHER
+                flat[chosen] = other
+                flat[3:4] = other
+            if self.case.fill in ("lowest", "highest"):
+                flat.fill_(last if self.case.fill == "highest" else low if other is None else other)
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
             return LAYOUTS[self.case.layout](values.to(own).to(self.device))
         fill = "randn" if kind == "ones" else self.case.fill

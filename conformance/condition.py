@@ -55,6 +55,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from math import inf, nan
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.bounds import SHARED, Arithmetic
 from conformance.disturbance import Disturbed, Order, Rounded
-from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen_float8
+from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
 FACTOR_A = 3.0
 JUMP = 64
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 KEPT = 8  # measured conditions: layouts of a case have the same elements
 Tensors = dict[str, Tensor]
 Again = Callable[[Tensors, Sequence[Tensor]], Tensors]
@@ -162,7 +164,7 @@ class _Changes:
 
     def __init__(self, truth: Tensors, unit: float, last_place: float) -> None:
         """Start with the truth, the unit roundoff under test, and the largest place in an input."""
-        self._truth, self._unit = truth, unit
+        self.truth, self._unit = {name: _within_float32(r) for name, r in truth.items()}, unit
         self.flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
         self.jumps = {name: flip.clone() for name, flip in self.flips.items()}
         self.ranges = {
@@ -171,11 +173,11 @@ class _Changes:
 
     def zeros(self) -> Tensors:
         """Squares of changes, before any."""
-        return {name: torch.zeros_like(r, dtype=torch.float64) for name, r in self._truth.items()}
+        return {name: torch.zeros_like(r, dtype=torch.float64) for name, r in self.truth.items()}
 
     def add(self, found: Mapping[str, Tensor], squares: Tensors | None, probes: int) -> None:
         """Add the results of one of so many probes; without squares, only integers."""
-        for name, r in self._truth.items():
+        for name, r in self.truth.items():
             if found[name].shape != r.shape:
                 self.flips[name].fill_(True)
             elif not r.is_floating_point():
@@ -184,16 +186,16 @@ class _Changes:
                 self.ranges[name] = min(low, _extreme(found[name], min)), max(high, _extreme(found[name], max))
             elif squares is not None:
                 change = torch.where(found[name] == r, 0.0, found[name] - r)
-                level = torch.maximum(r.abs(), r.square().nanmean().sqrt()) if r.numel() else r
+                level = torch.maximum(r.abs(), r.where(r.isfinite(), nan).square().nanmean().sqrt()) if r.numel() else r
                 self.jumps[name] |= ~(change.abs() <= JUMP * self._unit * level)
-                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).square() / probes
+                squares[name] += change.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_FLOAT32, MAX_FLOAT32).square() / probes
 
 
 def _measured(
     again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], dtype: torch.dtype, work: int
 ) -> dict[str, Response]:
-    wide = {name: _widened(tensor) for name, tensor in inputs.items()}
-    gradients = [_widened(gradient) for gradient in grad_outputs]
+    wide = {name: widen(tensor) for name, tensor in inputs.items()}
+    gradients = [widen(gradient) for gradient in grad_outputs]
     with Order() as order:
         truth = again(wide, gradients)
     unit = torch.finfo(dtype).eps / 2
@@ -209,13 +211,13 @@ def _measured(
     narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
     for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
         changes.add(disturbed.results(again), square_a, probes_a)
-    terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, truth[name]) for name, square in square_b.items()}
+    terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, changes.truth[name]) for name, square in square_b.items()}
     factor = FACTOR_A * (PROBES_A / probes_a) ** 0.5
     return {
         name: Response(
             truth=r,
             terms=terms[name],
-            extra=factor * _typical(square_a[name].sqrt(), r),
+            extra=factor * _typical(square_a[name].sqrt(), changes.truth[name]),
             spread=SHARED * _largest(terms[name]),
             flips=changes.flips[name],
             lowest=changes.ranges[name][0],
@@ -259,6 +261,11 @@ def _rounded(
         mode = Disturbed(lambda p: unit if p >= len(flags) or flags[p] else 0.0, smallest, seed, inside=False)
         inputs = {name: mode.disturbed(t, unit, -1) if name in narrow.inputs else t for name, t in wide.items()}
         yield _Probe(mode, inputs, gradients)
+
+
+def _within_float32(r: Tensor) -> Tensor:
+    """The numbers that float32 has; larger ones are infinite in every kernel, and no measure of the others' errors."""
+    return torch.where(r.abs() <= MAX_FLOAT32, r, r * inf) if r.is_floating_point() else r
 
 
 def _largest(terms: Tensor) -> Tensor:
@@ -307,9 +314,5 @@ def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order
     return _Narrow(flags, cast, last)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if is_float(tensor) else tensor
-
-
 def _of_float8(result: Tensor) -> Tensor:
-    return result if is_float(result) else _widened(widen_float8(result))
+    return result if is_float(result) else widen(widen_float8(result))

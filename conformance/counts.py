@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import gcd, prod
 
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from conformance.spec import COLUMNS
 
 LARGEST = 2**18  # elements of the largest case of `extents`
 LONG = 4097  # one more than several tiles
+BEYOND = (129, 131)  # two dimensions of which each is beyond a tile
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,23 @@ def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, .
 
 
 def edges(counts: Mapping[str, Counts]) -> list[dict[str, int]]:
-    """Small sizes, of which one is 1 or LONG, or one is 0 where that is accepted; `shape` makes the last one long."""
+    """Small sizes, of which one is 1 or LONG, or one is 0 where that is accepted; `shape` makes the last one long.
+
+    Then two of them are beyond a tile: the second tile of one with the second of the other.
+    """
     usual = dict(zip(counts, shape(counts, 3, 7), strict=True))
     found = []
     for name, one in list(counts.items())[:-1]:
         left = LARGEST // prod(size for other, size in usual.items() if other != name)
         most = max(one.low, int(left ** (1 / one.growth)))
         found += [{**usual, name: one.fit(min(size, most))} for size in (1, LONG)]
-    return [*found, *({**usual, name: 0} for name, one in counts.items() if one.empty)]
+    found += [{**usual, name: 0} for name, one in counts.items() if one.empty]
+    few = {name: one.fit(2) for name, one in counts.items()}
+    for pair in combinations(counts, 2):
+        left = (LARGEST / prod(size for name, size in few.items() if name not in pair)) ** 0.5
+        most = {name: max(counts[name].low, int(left ** (1 / counts[name].growth))) for name in pair}
+        found.append({**few, **{n: counts[n].fit(min(size, most[n])) for n, size in zip(pair, BEYOND, strict=True)}})
+    return found
 
 
 def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:

@@ -70,6 +70,11 @@ def _is_view(func: Any) -> bool:
     return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
 
 
+def _has_empty(args: Any) -> bool:
+    """Whether a tensor has no elements: simpler operators may then divide by their number, in Python."""
+    return any(not one.numel() for one in tree_leaves(args) if isinstance(one, Tensor))
+
+
 class Order(Widened):
     """Records the operators of a run in float64, and whose results no other operator reads.
 
@@ -173,7 +178,7 @@ class Disturbed(Widened):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the operator, or the simpler ones that it consists of."""
-        if self.inside and _name(func) in COMPOSITE and func in decomposition_table:
+        if self.inside and _name(func) in COMPOSITE and func in decomposition_table and not _has_empty(args):
             with self:
                 return decomposition_table[func](*args, **kwargs)
         return func(*args, **kwargs)

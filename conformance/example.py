@@ -7,12 +7,13 @@ Two forms:
 
 In the text an argument is a tensor, a literal, or several of them with | between: each is judged. A tensor is
 `KIND(SIZE, ...)` with a kind of KINDS; `randint([LOW,] HIGH, SIZE, ...)` takes its range first. A size is a number, a
-name with a number (`T=64`), a name that has its number elsewhere, or a product such as `2*H`. Equal numbers are one
-size, unless one of them has a name. `dtype=float32` as the last word keeps a tensor in that dtype. An option may be the
-name of a size, which it then follows.
+name with a number (`T=64`), a name that has its number elsewhere, or a product such as `2*H`, also with its number
+(`2*H=64`). Equal numbers are one size, unless one of them has a name. After the sizes, `dtype=float32` keeps a tensor
+in that dtype, and `or=-100` is one more number for integers. An option may be the name of a size, which it then
+follows.
 
 In a file the tensors are real ones: equal sizes are one size, and values tell the kind (all positive, probabilities,
-the range of integers). Sizes of 0 and 1 never vary.
+the range of integers, and the one negative number among others). Sizes of 0 and 1 never vary.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class TensorArgument:
         shape: one Size per dimension.
         dtype: its own; None for the dtype under test.
         low, high: of randint: the range, without `high`.
+        other: of randint: one more number; None for none.
     """
 
     kind: str
@@ -56,6 +58,12 @@ class TensorArgument:
     dtype: torch.dtype | None = None
     low: Size = 0
     high: Size = 2
+    other: int | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its elements are integers or booleans, which no fill scales."""
+        return self.kind in ("randint", "mask")
 
     def __str__(self) -> str:
         """The tensor as in the text of an example, without the numbers of its sizes."""
@@ -64,6 +72,8 @@ class TensorArgument:
             words = [word_of(self.low), word_of(self.high), *words]
         if self.dtype not in (None, torch.bool, torch.int64):
             words.append(f"dtype={str(self.dtype).removeprefix('torch.')}")
+        if self.other is not None:
+            words.append(f"or={self.other}")
         return f"{self.kind}({', '.join(words)})"
 
 
@@ -143,8 +153,11 @@ class _Text:
 
     def __init__(self, text: str) -> None:
         self._sizes: dict[str, int] = {}
-        for name, number in re.findall(r"[(,]\s*([A-Za-z_]\w*)\s*=\s*(\d+)", text):
-            if self._sizes.setdefault(name, int(number)) != int(number):
+        for factor, name, size in re.findall(r"[(,]\s*(?:(\d+)\s*\*\s*)?(?!or\b)([A-Za-z_]\w*)\s*=\s*(\d+)", text):
+            number, rest = divmod(int(size), int(factor or 1) or 1)
+            if rest:
+                raise SpecError(f"--example: got {factor}*{name}={size}; allowed: a multiple of {factor}")
+            if self._sizes.setdefault(name, number) != number:
                 raise SpecError(f"--example: got {name}={self._sizes[name]} and {name}={number}; allowed: one number")
         self._unnamed: dict[int, str] = {}
         arguments: dict[str, tuple[Any, ...]] = {}
@@ -188,11 +201,14 @@ class _Text:
         if kind not in KINDS:
             raise SpecError(f"--example: got {argument}={kind}(...); allowed: {', '.join(KINDS)}")
         dtype = {"randint": torch.int64, "mask": torch.bool}.get(kind)
-        if parts and parts[-1].startswith("dtype="):
-            given = parts.pop().removeprefix("dtype=").strip()
-            if given not in DTYPES:
+        other: int | None = None
+        while parts and re.match(r"(dtype|or)\s*=", parts[-1]):
+            word, _, given = (part.strip() for part in parts.pop().partition("="))
+            if word == "dtype" and given not in DTYPES:
                 raise SpecError(f"--example: got {argument} with dtype={given}; allowed: {', '.join(DTYPES)}")
-            dtype = DTYPES[given]
+            if word == "or" and (kind != "randint" or not re.fullmatch(r"-?\d+", given)):
+                raise SpecError(f"--example: got {argument} with or={given}; allowed: a number, in randint(...)")
+            dtype, other = (DTYPES[given], other) if word == "dtype" else (dtype, int(given))
         low: Size = 0
         high: Size = 2
         if kind == "randint":
@@ -201,7 +217,8 @@ class _Text:
             high = self._size(argument, 0, parts.pop(0), bound=True)
             if parts and isinstance(high, int) and high < 2:  # randint(LOW, HIGH, ...)
                 low, high = high, self._size(argument, 0, parts.pop(0), bound=True)
-        return TensorArgument(kind, tuple(self._size(argument, i, p) for i, p in enumerate(parts)), dtype, low, high)
+        shape = tuple(self._size(argument, i, p) for i, p in enumerate(parts))
+        return TensorArgument(kind, shape, dtype, low, high, other)
 
     def _size(self, argument: str, place: int, text: str, bound: bool = False) -> Size:
         if re.fullmatch(r"-?\d+", text):
@@ -248,6 +265,9 @@ def of_call(arguments: Mapping[str, Any]) -> Example:
         if value.dtype == torch.bool:
             return TensorArgument("mask", shape, own)
         low, high = (int(value.min()), int(value.max()) + 1) if value.numel() else (0, 1)
+        within = value[value >= 0]
+        if low < 0 < within.numel() and not ((value < 0) & (value != low)).any():  # as the label of an ignored token
+            return TensorArgument("randint", shape, own, int(within.min()), high, low)
         return TensorArgument("randint", shape, own, low, high)
 
     def argument(name: str, value: Any) -> Any:

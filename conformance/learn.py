@@ -39,7 +39,7 @@ def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[st
     for name, one in arguments.items():
         numbers = [value_of(size, sizes) for size in one.shape]
         low, high = value_of(one.low, sizes), value_of(one.high, sizes)
-        tensor = draw.tensor(one.kind, *numbers, dtype=one.dtype, low=low, high=high)
+        tensor = draw.tensor(one.kind, *numbers, dtype=one.dtype, low=low, high=high, other=one.other)
         if replaced.get(name.partition("[")[0], PRESENT) is not None:
             inputs[name] = tensor
     return inputs
@@ -192,6 +192,7 @@ class Learner:
                 build=lambda draw, **sizes: build(tensors, draw, sizes),
                 options=drawn,
                 required=required,
+                fills=(*Drawing.fills, *(("lowest", "highest") if any(t.is_integer for t in tensors.values()) else ())),
                 partial=True,
             ),
             outputs=(),
@@ -245,7 +246,8 @@ class Learner:
             base[name] = next((n for n in small if self._accepted(spec, {**base, name: n})), size)
         found = {}
         for name, size in self.sizes.items():
-            probed = sorted({*PROBED, size, *([2 * size] if size <= 4096 else ())})
+            around = {size - 1, size, size + 1, size + 2, *((2 * size, 2 * size + 1) if size <= 4096 else ())}
+            probed = sorted({*PROBED, *around})
             accepted = [n for n in probed if self._accepted(spec, {**base, name: n})]
             found[name] = self._affordable(spec, base, name, accepted, rule(size, accepted, probed))
         return found

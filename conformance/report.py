@@ -66,7 +66,11 @@ def learned(spec: Spec) -> str:
         "options": ", ".join(
             [
                 *(f"{name} {', '.join(map(str, values))}" for name, values in spec.drawing.options.items()),
-                *(f"{name} {value}" for name, value in always.items() if name not in spec.drawing.options),
+                *(
+                    f"{name} {_followed(spec, case, name) or value}"
+                    for name, value in always.items()
+                    if name not in spec.drawing.options
+                ),
             ]
         ),
         "fixed": ", ".join(
@@ -78,6 +82,13 @@ def learned(spec: Spec) -> str:
         "gradients": ", ".join(spec.grads) or "none",
     }
     return "\n".join(f"  {what:<10} {text}" for what, text in lines.items() if text)
+
+
+def _followed(spec: Spec, case: Case, option: str) -> str:
+    """The sizes that the value of an option changes with, in words; empty if there are none."""
+    value = spec.drawing.required(case)[option]
+    sizes = [name for name, n in case.sizes if spec.drawing.required(case.resized(**{name: n + 1}))[option] != value]
+    return f"as {' and '.join(sizes)}" if sizes else ""
 
 
 class Table:

@@ -131,7 +131,7 @@ class Drawing:
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     partial: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
-    alike: Sequence[str] = ("ones", "zeros")
+    alike: Sequence[str] = ("ones", "zeros", "lowest", "highest")
     costly: Sequence[Case] = ()
 
 
@@ -328,6 +328,7 @@ def mistake(
     raises: type[Exception],
     names: str,
     change: Callable[[Inputs], Inputs],
+    *,
     undefined: bool = False,
     device: str | None = None,
 ) -> ErrorCase:

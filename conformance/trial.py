@@ -18,7 +18,7 @@ from conformance.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
-from unsloth_ref.accuracy import is_float
+from unsloth_ref.accuracy import widen
 
 Function = Callable[..., Any]
 
@@ -312,11 +312,6 @@ def as_leaves(tensors: Inputs, grads: Sequence[str]) -> Inputs:
 def detached(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The same memory outside any graph."""
     return tuple(tensor.detach() for tensor in tensors)
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Floating-point tensors in float64, others unchanged."""
-    return tensor.double() if is_float(tensor) else tensor
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def text(learner: Learner, where: str) -> str:
         "        sizes=SIZES,",
         "        build=_build,",
         *_options(learner),
-        '        fills=["randn", "ones", "zeros", "tiny", "outlier", "wide"],',
+        f"        fills={_list(spec.drawing.fills)},",
         "        shape=lambda rows, columns: shape(SIZES, rows, columns),",
         "        partial=True,  # cases that the reference refuses are skipped",
         "    ),",
@@ -101,6 +101,7 @@ def _tensor(one: TensorArgument) -> str:
         words.append(f"dtype={one.dtype}")
     if one.kind == "randint":
         words += [f"low={_size(one.low)}", f"high={_size(one.high)}"]
+        words += [] if one.other is None else [f"other={one.other}"]
     return f"draw.tensor({', '.join(words)})"
 
 

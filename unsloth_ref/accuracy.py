@@ -48,6 +48,11 @@ def is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Floating-point numbers in float64, for the truth; others unchanged."""
+    return tensor.double() if is_float(tensor) else tensor
+
+
 def widen_float8(tensor: Tensor) -> Tensor:
     """Floating-point numbers of 8 bits, for which torch has few operators, in float32; others unchanged."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
@@ -186,7 +191,7 @@ def _structure(y: Tensor | None, r: Tensor, p: Tensor) -> str:
 
 
 def _widened(tensors: Tensors) -> Tensors:
-    return {key: tensor.double() if is_float(tensor) else tensor for key, tensor in tensors.items()}
+    return {key: widen(tensor) for key, tensor in tensors.items()}
 
 
 def _wanted_move(tensor: Tensor, elements: int) -> float:

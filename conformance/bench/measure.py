@@ -192,7 +192,10 @@ class Bench:
         c = prepared.contenders[name]
         notes = (c.remark if c.remark != c.failure else None, refused)
         row = Row(
-            *(prepared.op, prepared.title, self.dtype, name),
+            op=prepared.op,
+            shape=prepared.title,
+            dtype=self.dtype,
+            backend=name,
             peak_mebibytes=None if c.cheat else peak,
             error_use=c.error_use,
             red=c.cheat or c.failure,

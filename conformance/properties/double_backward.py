@@ -13,7 +13,8 @@ from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
-from conformance.trial import Caught, Function, Trial, as_leaves, describe, widen
+from conformance.trial import Caught, Function, Trial, as_leaves, describe
+from unsloth_ref.accuracy import widen
 
 TOLERANCE = 0.05  # of the largest entry: separates a missing term from rounding
 
@@ -25,32 +26,44 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Differentiate the outputs plus the squares of their gradients with respect to every differentiable input."""
+    """Differentiate the outputs plus the squares of their gradients with respect to every differentiable input.
+
+    The incoming gradients are constants first. Then they are the outputs, and depend on the inputs too: a backward pass
+    that cuts them off loses a term, even if the operation is linear.
+    """
     trial = replace(trial, dtype=torch.float32)
+    for constant in (True, False):
+        _check(trial, case, constant)
+
+
+def _check(trial: Trial, case: Case, constant: bool) -> None:
     with Caught() as caught:
-        seen = _second_derivatives(trial, case, trial.function, wide=False)
-        right = _second_derivatives(trial, case, trial.spec.reference, wide=True)
+        seen = _second_derivatives(trial, case, trial.function, constant, wide=False)
+        right = _second_derivatives(trial, case, trial.spec.reference, constant, wide=True)
         for name, y in seen.items():
             r = right[name]
             error = (y.double() - r).abs().max() if r.numel() else r.sum()
             if not error <= TOLERANCE * r.abs().max().clamp(min=1e-3):
                 raise Failure(
                     f"the second derivative with respect to {name} is wrong: error {float(error):.2g},"
-                    f" largest entry {float(r.abs().max()):.2g}; an operation that has none must raise RuntimeError"
+                    f" largest entry {float(r.abs().max()):.2g}; an operation that has none must raise RuntimeError,"
+                    " also where no incoming gradient requires one, as torch's once_differentiable does not"
                 )
     if caught.error is not None and not isinstance(caught.error, RuntimeError):  # NotImplementedError is one
         raise Failure(f"differentiating twice raised {describe(caught.error)}, should raise RuntimeError")
 
 
-def _second_derivatives(trial: Trial, case: Case, function: Function, wide: bool) -> dict[str, Tensor]:
+def _second_derivatives(trial: Trial, case: Case, function: Function, constant: bool, wide: bool) -> dict[str, Tensor]:
     inputs = {n: widen(t) if wide else t for n, t in trial.inputs(case).items()}
     inputs = as_leaves(inputs, trial.spec.grads)
     leaves = {name: inputs[name] for name in trial.spec.grads if name in inputs}
     outputs = [output for output in trial.call(inputs, trial.options(case), function) if output.requires_grad]
-    grads = torch.autograd.grad(outputs, [*leaves.values()], [torch.ones_like(o) for o in outputs], create_graph=True)
+    incoming = [torch.ones_like(o) for o in outputs] if constant else outputs
+    grads = torch.autograd.grad(outputs, [*leaves.values()], incoming, create_graph=True)
     # Like a gradient penalty added to the loss: autograd does not notice gradients that are cut off from the graph.
     total = torch.stack([o.double().sum() for o in outputs] + [g.double().square().sum() for g in grads]).sum()
-    return dict(zip(leaves, torch.autograd.grad(total, [*leaves.values()]), strict=True))
+    total.backward()  # not `grad` of the leaves, which runs no node that leads elsewhere, such as one that raises
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
 PROPERTY = Property.of_file(check, cases=cases, needs=("gradients",))

@@ -1,12 +1,18 @@
 """Every size gives correct results: 0, 1, primes, sizes around tile edges, over 65536 columns, over 65535 rows.
 
-Of an operation of the command line, every dimension is once 1 and once long. Its kernel may refuse empty tensors.
+Of an operation of the command line, every dimension is once 1 and once long, and every two are beyond a tile together.
+Its kernel may refuse empty tensors. Where the reference gives NaN for them, as PyTorch's group norm does for the
+gradient of its weight, the kernel may give any number.
 """
 
+from dataclasses import replace
+from math import nan
+
 import torch
+from torch import Tensor
 
 from conformance.case import Case
-from conformance.counts import Counts, edges
+from conformance.counts import LONG, Counts, edges
 from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
@@ -16,6 +22,7 @@ from conformance.trial import Run, Trial
 SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (129, 3), (17, 31), (5, 127), (5, 128), (5, 129))
 SUMMED = (1031, 257)  # for sums over rows in 16 bits; with so many columns that their errors are a statistic
 WIDE = (1021, 1024, 1025, 2560, 4096, 5120, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
+OVER_4096 = (4099, 4)  # rows that a plain function takes at once; an interpreter would take seconds, a program for each
 MANY_ROWS = 70_001  # more than 65535, the limit of a grid's second and third axis
 
 
@@ -25,6 +32,8 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
     sizes = [*SMALL, *((2 if columns <= 32768 else 1, columns) for columns in WIDE)]
     if set(spec.grads) - set(spec.rowwise):  # a gradient that adds up rows
         sizes.append(SUMMED)
+    if spec.rowwise:
+        sizes.append(OVER_4096)
     if profile.elements >= 4 * MANY_ROWS:
         sizes += [(MANY_ROWS, 4), (3, 300_007)]
     costly = spec.drawing.costly if profile.affords_costly else ()
@@ -33,7 +42,11 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
 
 def _of_stranger(spec: Spec) -> list[Case]:
     counts = {name: count for name, count in spec.drawing.sizes.items() if isinstance(count, Counts)}
-    return [Case(tuple(sizes.items())) for sizes in edges(counts)] if len(counts) == len(spec.drawing.sizes) > 0 else []
+    if not counts or len(counts) < len(spec.drawing.sizes):
+        return []
+    found = [Case(tuple(sizes.items())) for sizes in edges(counts)]
+    long = [case for case in found if LONG in dict(case.sizes).values()] if "lowest" in spec.drawing.fills else []
+    return [*found, *(replace(case, fill="lowest") for case in long)]  # all rows in one group
 
 
 def check(trial: Trial, case: Case) -> float:
@@ -42,16 +55,35 @@ def check(trial: Trial, case: Case) -> float:
         if trial.dtype != torch.float32:
             raise Unchecked("a costly case is judged in float32 alone")
         return trial.judge(case, trial.run(case))
-    return max(trial.judge(case, _run(trial, case, grads)) for grads in ((), None))
+    if case == trial.spec.case(*OVER_4096) and _is_interpreted(trial):
+        raise Unchecked("so many rows would take Triton's interpreter long")
+    judged = _judge_empty if trial.spec.drawing.partial and 0 in dict(case.sizes).values() else _judge
+    return max(judged(trial, case, grads) for grads in ((), None))
 
 
-def _run(trial: Trial, case: Case, grads: tuple[str, ...] | None) -> Run:
+def _is_interpreted(trial: Trial) -> bool:
+    return trial.device == "cpu" and trial.run(trial.spec.case(1, 4), grads=()).forward_interpreted
+
+
+def _judge(trial: Trial, case: Case, grads: tuple[str, ...] | None) -> float:
+    return trial.judge(case, trial.run(case, grads=grads))
+
+
+def _judge_empty(trial: Trial, case: Case, grads: tuple[str, ...] | None) -> float:
     try:
-        return trial.run(case, grads=grads)
+        run = trial.run(case, grads=grads)
     except Failure as failure:
-        if trial.spec.drawing.partial and 0 in dict(case.sizes).values() and failure.__cause__ is not None:
+        if failure.__cause__ is not None:
             raise Unchecked(f"an empty tensor is refused: {failure}") from failure
         raise
+    peer = trial.run(case, function=trial.spec.reference, grads=grads)
+
+    def defined(y: Tensor, p: Tensor) -> Tensor:
+        return y.masked_fill(p.isnan(), nan) if y.shape == p.shape and y.is_floating_point() else y
+
+    outputs = tuple(map(defined, run.outputs, peer.outputs))
+    found = Run(outputs, {name: defined(gradient, peer.grads[name]) for name, gradient in run.grads.items()})
+    return trial.judge(case, found, peer=peer)
 
 
 PROPERTY = Property.of_file(check, cases=cases)

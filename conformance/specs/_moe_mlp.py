@@ -191,12 +191,20 @@ def experts_of(call: Call) -> Iterator[Expert]:
 ERRORS = (
     mistake("x is a vector", ValueError, "x", lambda i: {"x": i["x"][0]}, undefined=True),
     mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
-    mistake("gate_up is a matrix", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][0]}, True),
+    mistake("gate_up is a matrix", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][0]}, undefined=True),
     mistake("gate_up has an odd number of rows", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][:, 1:]}),
-    mistake("gate_up is one column short", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][..., 1:]}, True),
+    mistake(
+        "gate_up is one column short",
+        ValueError,
+        "gate_up",
+        lambda i: {"gate_up": i["gate_up"][..., 1:]},
+        undefined=True,
+    ),
     mistake("gate_up is wider than x", TypeError, "gate_up", lambda i: {"gate_up": i["gate_up"].double()}),
-    mistake("down has one expert less", ValueError, "down", lambda i: {"down": i["down"][1:]}, True),
-    mistake("down is transposed", ValueError, "down", lambda i: {"down": torch.cat([i["down"].mT] * 2, 1)}, True),
+    mistake("down has one expert less", ValueError, "down", lambda i: {"down": i["down"][1:]}, undefined=True),
+    mistake(
+        "down is transposed", ValueError, "down", lambda i: {"down": torch.cat([i["down"].mT] * 2, 1)}, undefined=True
+    ),
     mistake("down is wider than x", TypeError, "down", lambda i: {"down": i["down"].double()}),
     mistake(
         "indices of one token too few",
@@ -235,7 +243,7 @@ ERRORS = (
         ValueError,
         "gate_up_bias",
         lambda i: {"gate_up_bias": i["gate_up"][:, 1:, 0]},
-        True,
+        undefined=True,
     ),
     mistake(
         "gate_up_bias would broadcast", ValueError, "gate_up_bias", lambda i: {"gate_up_bias": i["gate_up"][:1, :, 0]}
@@ -246,7 +254,9 @@ ERRORS = (
         "gate_up_bias",
         lambda i: {"gate_up_bias": i["gate_up"][..., 0].double()},
     ),
-    mistake("down_bias is one short", ValueError, "down_bias", lambda i: {"down_bias": i["down"][:, 1:, 0]}, True),
+    mistake(
+        "down_bias is one short", ValueError, "down_bias", lambda i: {"down_bias": i["down"][:, 1:, 0]}, undefined=True
+    ),
     mistake("down_bias would broadcast", ValueError, "down_bias", lambda i: {"down_bias": i["down"][:1, :, 0]}),
     mistake("down_bias is wider than x", TypeError, "down_bias", lambda i: {"down_bias": i["down"][..., 0].double()}),
     wrong_option("an unknown activation", "activation", activation="relu"),

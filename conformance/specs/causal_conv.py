@@ -161,7 +161,9 @@ spec = Spec(
     errors=[
         mistake("x is a cube", ValueError, "x", lambda i: {"x": i["x"][None]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
-        mistake("weight is one channel short", ValueError, "weight", lambda i: {"weight": i["weight"][:-1]}, True),
+        mistake(
+            "weight is one channel short", ValueError, "weight", lambda i: {"weight": i["weight"][:-1]}, undefined=True
+        ),
         mistake("weight is a cube", ValueError, "weight", lambda i: {"weight": i["weight"][:, None]}, undefined=True),
         mistake("weight has no column", ValueError, "weight", lambda i: {"weight": i["weight"][:, :0]}),
         mistake("weight is integer", TypeError, "weight", lambda i: {"weight": i["weight"].long()}),

@@ -118,7 +118,7 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
 
 
 def _bias_error(
-    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
+    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], *, undefined: bool = False
 ) -> ErrorCase:
     """A wrong bias, in place of none."""
 
@@ -186,15 +186,21 @@ spec = Spec(
         "no rows": change_inputs(lambda i: {"x": i["x"][:0]}),
     },
     errors=[
-        mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
+        mistake(
+            "weight is one column short",
+            ValueError,
+            "weight",
+            lambda i: {"weight": i["weight"][:, :-1]},
+            undefined=True,
+        ),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
         mistake("weight is not quantised", TypeError, "weight", lambda i: {"weight": i["weight"].to(i["x"].dtype)}),
-        mistake("scale is one row short", ValueError, "scale", lambda i: {"scale": i["scale"][1:]}, True),
+        mistake("scale is one row short", ValueError, "scale", lambda i: {"scale": i["scale"][1:]}, undefined=True),
         mistake("scale would broadcast", ValueError, "scale", lambda i: {"scale": i["scale"][0]}),
         mistake("scale is narrower", TypeError, "scale", lambda i: {"scale": i["scale"].bfloat16()}),
-        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
+        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
-        _bias_error("bias is one short", ValueError, lambda i: i["x"].new_ones(len(i["weight"]) - 1), True),
+        _bias_error("bias is one short", ValueError, lambda i: i["x"].new_ones(len(i["weight"]) - 1), undefined=True),
         _bias_error("bias is wider than x", TypeError, lambda i: i["x"].new_ones(len(i["weight"])).double()),
     ],
     speed=Speed(

@@ -267,14 +267,20 @@ spec = Spec(
     same_bits=False,  # the order of summation of a total may depend on whether gradients are computed with it
     syncs=1,  # to read the number of rows that are not ignored, on which the sizes of all products depend
     errors=[
-        mistake("one label too few", ValueError, "labels", lambda i: {"labels": i["labels"][:-1]}, True),
-        mistake("labels are a matrix", ValueError, "labels", lambda i: {"labels": i["labels"][None]}, True),
-        mistake("labels are floats", TypeError, "labels", lambda i: {"labels": i["labels"].float()}, True),
-        mistake("hidden is a cube", ValueError, "hidden", lambda i: {"hidden": i["hidden"][None]}, True),
-        mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
-        mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}, True),
-        mistake("there is no class", ValueError, "weight", lambda i: {"weight": i["weight"][:0]}, True),
-        mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["weight"][1:, 0]}, True),
+        mistake("one label too few", ValueError, "labels", lambda i: {"labels": i["labels"][:-1]}, undefined=True),
+        mistake("labels are a matrix", ValueError, "labels", lambda i: {"labels": i["labels"][None]}, undefined=True),
+        mistake("labels are floats", TypeError, "labels", lambda i: {"labels": i["labels"].float()}, undefined=True),
+        mistake("hidden is a cube", ValueError, "hidden", lambda i: {"hidden": i["hidden"][None]}, undefined=True),
+        mistake(
+            "weight is one column short",
+            ValueError,
+            "weight",
+            lambda i: {"weight": i["weight"][:, :-1]},
+            undefined=True,
+        ),
+        mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}, undefined=True),
+        mistake("there is no class", ValueError, "weight", lambda i: {"weight": i["weight"][:0]}, undefined=True),
+        mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["weight"][1:, 0]}, undefined=True),
         label_error("a label is the vocabulary's size", lambda i: len(i["weight"])),
         label_error("a label is negative", lambda i: -1),
         mistake("weight is wider than hidden", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),

@@ -218,7 +218,7 @@ def _low_bytes(inputs: Inputs) -> int:
 
 
 def _bias_error(
-    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], undefined: bool = False
+    what: str, raises: type[Exception], bias: Callable[[Inputs], Tensor], *, undefined: bool = False
 ) -> ErrorCase:
     """A wrong bias, passed by name: in the signature, an option precedes it."""
 
@@ -290,16 +290,30 @@ spec = Spec(
     },
     special_values=[nan],  # infinity gives terms of both signs, and inf or NaN with a scaling of 0
     errors=[
-        mistake("weight is one column short", ValueError, "weight", lambda i: {"weight": i["weight"][:, :-1]}, True),
+        mistake(
+            "weight is one column short",
+            ValueError,
+            "weight",
+            lambda i: {"weight": i["weight"][:, :-1]},
+            undefined=True,
+        ),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
-        mistake("lora_a is one column short", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][:, :-1]}, True),
+        mistake(
+            "lora_a is one column short",
+            ValueError,
+            "lora_a",
+            lambda i: {"lora_a": i["lora_a"][:, :-1]},
+            undefined=True,
+        ),
         mistake("lora_a is a vector", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][0]}),
-        mistake("lora_b is one row short", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][1:]}, True),
-        mistake("lora_b has another rank", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:, 1:]}, True),
+        mistake("lora_b is one row short", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][1:]}, undefined=True),
+        mistake(
+            "lora_b has another rank", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:, 1:]}, undefined=True
+        ),
         mistake("lora_b would broadcast", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:1]}),
-        _bias_error("bias is one short", ValueError, lambda i: i["weight"][1:, 0], True),
+        _bias_error("bias is one short", ValueError, lambda i: i["weight"][1:, 0], undefined=True),
         _bias_error("bias would broadcast", ValueError, lambda i: i["weight"][:1, 0]),
-        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
+        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
         mistake("weight is wider than x", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),
         _bias_error("bias is wider than x", TypeError, lambda i: i["weight"][:, 0].double()),

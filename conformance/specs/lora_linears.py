@@ -240,7 +240,7 @@ spec = Spec(
             ValueError,
             "weight[1]",
             lambda i: {"weight[1]": i["weight[1]"][:, :-1]},
-            True,
+            undefined=True,
         ),
         mistake("a weight is wider than x", TypeError, "weight[2]", lambda i: {"weight[2]": i["weight[2]"].double()}),
         mistake(
@@ -248,13 +248,17 @@ spec = Spec(
             ValueError,
             "lora_a[2]",
             lambda i: {"lora_a[2]": i["lora_a[2]"][:, :-1]},
-            True,
+            undefined=True,
         ),
         mistake(
-            "a lora_b is one row short", ValueError, "lora_b[0]", lambda i: {"lora_b[0]": i["lora_b[0]"][1:]}, True
+            "a lora_b is one row short",
+            ValueError,
+            "lora_b[0]",
+            lambda i: {"lora_b[0]": i["lora_b[0]"][1:]},
+            undefined=True,
         ),
         mistake("a lora_b would broadcast", ValueError, "lora_b[1]", lambda i: {"lora_b[1]": i["lora_b[1]"][:1]}),
-        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, True),
+        mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
         mistake(
             "an adapter is narrower than x",

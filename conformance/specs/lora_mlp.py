@@ -219,7 +219,7 @@ spec = Spec(
             ValueError,
             "weight[1]",
             lambda i: {n: i[n].repeat(2, 1)[: len(i[n]) + 1] for n in ("weight[1]", "lora_b[1]")},
-            True,
+            undefined=True,
         ),
         mistake(
             "the last weight is one column short",

@@ -128,12 +128,18 @@ spec = Spec(
         ),
     },
     errors=[
-        mistake("packed is one byte short", ValueError, "packed", lambda i: {"packed": i["packed"][1:]}, True),
+        mistake(
+            "packed is one byte short", ValueError, "packed", lambda i: {"packed": i["packed"][1:]}, undefined=True
+        ),
         mistake("packed is signed", TypeError, "packed", lambda i: {"packed": i["packed"].to(torch.int8)}),
-        mistake("absmax is one short", ValueError, "absmax", lambda i: {"absmax": i["absmax"][1:]}, True),
+        mistake("absmax is one short", ValueError, "absmax", lambda i: {"absmax": i["absmax"][1:]}, undefined=True),
         mistake("absmax is float with nested scales", TypeError, "absmax", lambda i: {"absmax": i["absmax"].float()}),
         mistake(
-            "nested_code is one short", ValueError, "nested_code", lambda i: {"nested_code": i["nested_code"][1:]}, True
+            "nested_code is one short",
+            ValueError,
+            "nested_code",
+            lambda i: {"nested_code": i["nested_code"][1:]},
+            undefined=True,
         ),
         mistake("nested_code is half", TypeError, "nested_code", lambda i: {"nested_code": i["nested_code"].half()}),
         mistake(
@@ -157,9 +163,15 @@ spec = Spec(
                 ("nested_offset", ValueError, "nested_offset"),
             ]
         ),
-        ErrorCase("a negative size", _reshaped(lambda rows, columns: (-rows, columns)), ValueError, "shape", True),
         ErrorCase(
-            "twice as many rows", _reshaped(lambda rows, columns: (2 * rows, columns)), ValueError, "packed", True
+            "a negative size", _reshaped(lambda rows, columns: (-rows, columns)), ValueError, "shape", undefined=True
+        ),
+        ErrorCase(
+            "twice as many rows",
+            _reshaped(lambda rows, columns: (2 * rows, columns)),
+            ValueError,
+            "packed",
+            undefined=True,
         ),
         ErrorCase(
             "an integer result", lambda inputs, options: (inputs, {**options, "dtype": torch.int32}), TypeError, "dtype"

@@ -300,10 +300,10 @@ spec = Spec(
         "a longer max_seqlen": lambda i, o: (i, {**o, "max_seqlen": 10_000}),
     },
     errors=[
-        wrong_input("q is a matrix", ValueError, True, q=lambda q: q[0]),
-        wrong_input("k has another length", ValueError, True, k=lambda k: k[:-1]),
-        wrong_input("k has another width", ValueError, True, k=lambda k: k[..., :-1]),
-        wrong_input("v has another length", ValueError, True, v=lambda v: v[:-1]),
+        wrong_input("q is a matrix", ValueError, undefined=True, q=lambda q: q[0]),
+        wrong_input("k has another length", ValueError, undefined=True, k=lambda k: k[:-1]),
+        wrong_input("k has another width", ValueError, undefined=True, k=lambda k: k[..., :-1]),
+        wrong_input("v has another length", ValueError, undefined=True, v=lambda v: v[:-1]),
         mistake(
             "heads of k do not divide those of q",
             ValueError,

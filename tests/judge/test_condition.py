@@ -14,8 +14,8 @@ from conformance.bounds import Arithmetic
 from conformance.condition import Response
 from conformance.spec import Call
 from conformance.specs import specs
-from conformance.trial import Trial, widen
-from unsloth_ref.accuracy import unit_roundoff
+from conformance.trial import Trial
+from unsloth_ref.accuracy import unit_roundoff, widen
 
 # Median over elements of the bound measured, without its part for other formulas, divided by the bound of the spec.
 # Most lie between 1/2 and 2. Others, by how much and why:

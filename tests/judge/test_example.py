@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conformance.case import Case, Draw
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
 from conformance.example import Follows, TensorArgument, of_call, read, value_of
@@ -33,6 +34,35 @@ def test_integers_have_a_range() -> None:
     assert found.arguments["keep"][0].dtype == torch.bool
 
 
+def test_integers_may_have_one_number_more() -> None:
+    (labels,) = read("labels=randint(V=9,T=50,or=-100,dtype=int32) x=randn(T,V)").arguments["labels"]
+    assert (labels.low, labels.high, labels.other, labels.dtype) == (0, (1, "V"), -100, torch.int32)
+    assert str(labels) == "randint(0, V, T, dtype=int32, or=-100)"
+    assert read(f"y={labels} x=randn(T=3,V=4)").arguments["y"][0].other == -100
+    found = of_call({"labels": torch.tensor([3, -100, 8, 2]), "x": torch.randn(4), "at": torch.tensor([-2, -1, 5])})
+    assert [(t.low, t.high, t.other) for (t,) in (found.arguments["labels"], found.arguments["at"])] == [
+        (2, 9, -100), (-2, 6, None),
+    ]  # fmt: skip
+
+
+def test_integers_of_two_fills_are_all_equal() -> None:
+    for fill, values in (("lowest", [{0}, {False}, {-100}]), ("highest", [{8}, {True}, {8}])):
+        draw = Draw(Case((), fill=fill), torch.float16, "cpu")
+        labels = [draw.tensor("randint", 40, high=9, other=other) for other in (None, -100)]
+        tensors = (labels[0], draw.tensor("mask", 5, 8), labels[1])
+        assert [set(t.flatten().tolist()) for t in tensors] == values
+        assert draw.tensor("randn", 40).unique().numel() > 30
+    drawn = Draw(Case(()), torch.float16, "cpu").tensor("randint", 400, high=9, other=-100)
+    assert set(drawn.tolist()) == {*range(9), -100}
+    assert 40 < int((drawn == -100).sum()) < 120
+
+
+def test_a_product_has_its_number() -> None:
+    found = read("x=randn(B=2,4*Q=16) y=randn(Q)")
+    assert found.sizes == {"B": 2, "Q": 4}
+    assert found.arguments["x"][0].shape[1] == (4, "Q")
+
+
 def test_lists_of_tensors() -> None:
     assert [one.kind for one in read("xs=[randn(4,8),rand(4)]").arguments["xs"][0]] == ["randn", "rand"]
 
@@ -46,6 +76,9 @@ def test_lists_of_tensors() -> None:
         ("x=randn(3,dtype=int3)", "got x with dtype=int3"),
         ("T=3 x=randn(T=4)", "T is an argument and a size"),
         ("x=randn(T=4) y=randn(T=5)", "got T=4 and T=5; allowed: one number"),
+        ("x=randn(4*Q=18)", r"got 4\*Q=18; allowed: a multiple of 4"),
+        ("x=randn(3,or=-1)", r"got x with or=-1; allowed: a number, in randint"),
+        ("x=randint(3,4,or=x)", r"got x with or=x; allowed: a number, in randint"),
         ("x=randn(-4,5)", "got -4 as a size of x; allowed: 0 or more"),
         ("x=randn(4) x=randn(5)", "got x twice; allowed: once, with | between several values"),
         ("x=randn(seed=4)", "got seed as the name of a size; allowed: others than fill, layout, seed"),

@@ -15,9 +15,10 @@ from conformance.profiles import PROFILES
 from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
-from conformance.trial import Run, Trial, as_leaves, is_plain, widen
+from conformance.trial import Run, Trial, as_leaves, is_plain
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
+from unsloth_ref.accuracy import widen
 from unsloth_ref.types import Approximate
 
 OPERATIONS = tuple(reference.__all__)

@@ -1,34 +1,12 @@
-"""Kernels of these operations: right ones, and wrong ones with the properties of which one finds each."""
+"""Kernels of softmaxes, norms, gates and views: right ones, and wrong ones with a property that finds each."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RIGHT: dict[str, list[str]] = {}
-WRONG: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-
-
-def right(op: str) -> Callable[[Any], Any]:
-    """Register a right kernel of an operation."""
-
-    def register(kernel: Any) -> Any:
-        RIGHT.setdefault(op, []).append(kernel.__name__)
-        return kernel
-
-    return register
-
-
-def wrong(op: str, *properties: str) -> Callable[[Any], Any]:
-    """Register a wrong kernel of an operation."""
-
-    def register(kernel: Any) -> Any:
-        WRONG.setdefault(op, []).append((kernel.__name__, properties))
-        return kernel
-
-    return register
+from tests.judge.strangers import right, wrong
 
 
 @right("tempered_softmax")
@@ -72,6 +50,18 @@ def softmax_overflows(x: Tensor, temperature: float = 1.0) -> Tensor:
 @wrong("tempered_softmax", "value")
 def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float() / temperature, 0).to(x.dtype)
+
+
+_memory: dict[Any, Tensor] = {}
+
+
+@wrong("tempered_softmax", "calls_apart")
+def softmax_in_memory_of_its_own(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the same memory from every call that records no graph."""
+    y = softmax_by_exp(x, temperature)
+    if y.requires_grad:
+        return y
+    return _memory.setdefault((y.shape, y.dtype), torch.empty_like(y)).copy_(y)
 
 
 @right("group_norm")
@@ -123,35 +113,6 @@ def group_norm_detaches_the_mean(
     return (y if bias is None else y + bias.float().view(per_channel)).to(x.dtype)
 
 
-@right("kl_divergence")
-def kl_by_entropy(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    wide = q.float()
-    each = torch.xlogy(wide, wide) - wide * log_p.float()
-    if reduction == "none":
-        return each.to(log_p.dtype)
-    return (each.sum() / (len(log_p) if reduction == "batchmean" else 1)).to(log_p.dtype)
-
-
-@right("kl_divergence")
-def kl_by_torch(input: Tensor, target: Tensor, reduction: str = "batchmean") -> Tensor:
-    return F.kl_div(input.float(), target.float(), reduction=reduction).to(input.dtype)
-
-
-@wrong("kl_divergence", "one_at_a_time")
-def kl_divides_by_all(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    return F.kl_div(log_p, q, reduction="mean" if reduction == "batchmean" else reduction)
-
-
-@wrong("kl_divergence", "one_at_a_time")
-def kl_the_other_way(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    return F.kl_div(q.log(), log_p.exp(), reduction=reduction)
-
-
-@wrong("kl_divergence", "gradients")
-def kl_without_gradient_of_q(log_p: Tensor, q: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    return F.kl_div(log_p, q.detach(), reduction=reduction)
-
-
 @right("top_k_gate")
 def gate_by_sorting(logits: Tensor, k: int) -> list[Tensor]:
     order = logits.float().sort(dim=-1, descending=True, stable=True)
@@ -180,36 +141,6 @@ def gate_not_normalised(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gate_in_another_order(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chosen, places = logits.float().topk(k, -1)
     return torch.softmax(chosen, -1).to(logits.dtype), places.flip(-1)
-
-
-@right("scatter_rows")
-def scatter_by_product(src: Tensor, index: Tensor, count: int) -> Tensor:
-    return (F.one_hot(index, count).t().float() @ src.float()).to(src.dtype)
-
-
-@right("scatter_rows")
-def scatter_sorted(src: Tensor, index: Tensor, count: int) -> Tensor:
-    order = index.argsort(stable=True)
-    sums = torch.zeros(count, src.shape[1], device=src.device)
-    return sums.index_add(0, index[order], src[order].float()).to(src.dtype)
-
-
-@wrong("scatter_rows", "one_at_a_time")
-def scatter_keeps_the_last(src: Tensor, index: Tensor, count: int) -> Tensor:
-    return src.new_zeros(count, src.shape[1]).index_put((index,), src)
-
-
-@wrong("scatter_rows", "one_at_a_time")
-def scatter_averages(src: Tensor, index: Tensor, count: int) -> Tensor:
-    rows = F.one_hot(index, count).sum(0).clamp(min=1)[:, None]
-    return src.new_zeros(count, src.shape[1]).index_add(0, index, src) / rows
-
-
-@wrong("scatter_rows", "changed_inputs")
-def scatter_sorts_once(src: Tensor, index: Tensor, count: int) -> Tensor:
-    order = vars(index).setdefault("order", index.argsort(stable=True))
-    rows = vars(index).setdefault("rows", index[order])
-    return src.new_zeros(count, src.shape[1]).index_add(0, rows, src[order])
 
 
 @right("masked_softmax")
@@ -241,32 +172,31 @@ def masked_softmax_not_normalised(x: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(x, -1).masked_fill(mask, 0.0)
 
 
-@right("scaled_add_")
-def add_by_operator(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
-    x += alpha * y
-    return x
+@right("shifted")
+def shifted_by_a_view(x: Tensor, bias: Tensor) -> Tensor:
+    """Where x has one row and one column, autograd's gradient of the bias is a view of the incoming one."""
+    return x + bias.view(1, -1, 1)
 
 
-@right("scaled_add_")
-def add_returning_nothing(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> None:
-    x.copy_(torch.add(x, y, alpha=alpha))
+@right("shifted")
+def shifted_by_copies(x: Tensor, bias: Tensor) -> Tensor:
+    return x + bias[None, :, None].expand_as(x).contiguous()
 
 
-@wrong("scaled_add_", "value")
-def add_not_in_place(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return x + alpha * y
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        return x + bias[:, None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.float().sum((0, 2)).to(dy.dtype) if dy[:, 0].numel() > 1 else dy.view(-1)
 
 
-@wrong("scaled_add_", "one_at_a_time")
-def add_unscaled(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
-    return x.add_(y)
-
-
-@wrong("scaled_add_", "inputs_untouched")
-def add_scales_y_too(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
-    with torch.no_grad():
-        y.mul_(alpha)
-    return x.add_(y)
+@wrong("shifted", "metadata")
+def shifted_returning_the_incoming_gradient(x: Tensor, bias: Tensor) -> Tensor:
+    return _Shifted.apply(x, bias)
 
 
 @right("heads")
@@ -306,41 +236,3 @@ def marked_in_bytes(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 def marked_on_one_side(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     far = x.float() > limit
     return far, far.sum(-1)
-
-
-@right("running_sum")
-def sums_by_chunks(x: Tensor) -> Tensor:
-    carry, parts = torch.zeros_like(x[:, :1]).float(), []
-    for chunk in x.float().split(64, 1):
-        parts.append(chunk.cumsum(1) + carry)
-        carry = parts[-1][:, -1:]
-    return torch.cat(parts, 1).to(x.dtype)
-
-
-@right("running_sum")
-def sums_refusing_nothing(x: Tensor) -> Tensor:
-    if not x.numel():
-        raise ValueError("x: got no element; allowed: 1 or more")
-    return x.float().cumsum(1).to(x.dtype)
-
-
-@wrong("running_sum", "one_at_a_time")
-def sums_backwards(x: Tensor) -> Tensor:
-    return x.float().flip(1).cumsum(1).flip(1).to(x.dtype)
-
-
-def sums_without_a_carry(x: Tensor) -> Tensor:
-    """Loses the sum at the edge of a tile; `extents` alone has sizes that show it."""
-    return torch.cat([chunk.float().cumsum(1) for chunk in x.split(1024, 1)], 1).to(x.dtype)
-
-
-def sums_of_nothing(x: Tensor) -> Tensor:
-    """Adds a row to a tensor without elements."""
-    return x.float().cumsum(1).to(x.dtype) if x.numel() else x.sum().expand(1, 1, 1)
-
-
-def sums_in_float32_alone(x: Tensor) -> Tensor:
-    """Takes one dtype, as many kernels do."""
-    if x.dtype != torch.float32:
-        raise TypeError(f"x: got {x.dtype}; allowed: torch.float32")
-    return x.cumsum(1)

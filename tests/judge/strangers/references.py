@@ -57,6 +57,28 @@ def running_sum(x: Tensor) -> Tensor:
     return x.float().cumsum(1).to(x.dtype)
 
 
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the elements of x that a mask names, 0 if it names none."""
+    return x.float().where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of the rows of logits [T, V], 0 where a label is -100."""
+    losses = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
+    return torch.where(labels == -100, 0.0, losses)
+
+
+def shifted(x: Tensor, bias: Tensor) -> Tensor:
+    """x [N, C, L] plus a bias of each channel."""
+    return x + bias[:, None]
+
+
+def penalty(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """An estimate of the divergence of each sample, which overflows where the two differ by much."""
+    d = log_q.float() - log_p.float()
+    return torch.exp(d) - d - 1
+
+
 def moving_average(x: Tensor, decay: float = 0.9) -> Tensor:
     """Averages of the rows of x [T, H] so far, the older the less, one row after the other."""
     now, rows = torch.zeros_like(x[0]), []

@@ -20,7 +20,7 @@ from conformance.search import Result, reproduce, search
 from conformance.spec import Spec
 from conformance.trial import Trial
 from conformance.writing import text
-from tests.judge.strangers.kernels import RIGHT, WRONG
+from tests.judge.strangers import RIGHT, WRONG, kernels, losses, sums
 
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="judges on the CPU, in this process")
 HERE = "tests.judge.strangers"
@@ -36,6 +36,9 @@ SOURCES = {
         Source(f"{HERE}.references:top_k_gate", "logits=randn(16,8) k=2"),
         Source(f"{HERE}.references:scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N"),
         Source(f"{HERE}.references:masked_softmax", "x=randn(16,32) mask=mask(16,32)", rows=("x", "mask")),
+        Source(f"{HERE}.references:masked_mean", "x=randn(16,32) mask=mask(16,32)"),
+        Source(f"{HERE}.references:token_losses", "logits=randn(T=16,V=32) labels=randint(V,T,or=-100)"),
+        Source(f"{HERE}.references:shifted", "x=randn(N=2,C=4,L=5) bias=randn(C)"),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
         Source(f"{HERE}.references:heads", "x=randn(2,5,12) count=4"),
         Source(f"{HERE}.references:marked", "x=randn(16,32) limit=1.5"),
@@ -51,9 +54,14 @@ SHORT = (
 )  # fmt: skip
 
 
+def path(kernel: str) -> str:
+    """The name of a kernel on the command line."""
+    return next(f"{file.__name__}:{kernel}" for file in (kernels, losses, sums) if hasattr(file, kernel))
+
+
 def judged(source: Source, kernel: str, name: str, dtype: str) -> Result:
     ((op, spec),) = specs(source).items()
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", source).functions[op]
+    function = backends.load(path(kernel), "cpu", source).functions[op]
     return search(Trial(spec, function, DTYPES[dtype], "cpu"), PROPERTIES[name], SMALL, dtype)
 
 
@@ -151,6 +159,31 @@ def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
 
 
 @here
+@pytest.mark.parametrize("kernel", ["group_norm_by_moments", "GroupNorm"])
+def test_a_definition_that_is_nan_without_elements_asks_for_nothing_there(kernel: str) -> None:
+    source = SOURCES["group_norm"]
+    spec = spec_of("group_norm", source.example or "")
+    function = backends.load(path(kernel), "cpu", source).functions["group_norm"]
+    trial = Trial(spec, function, torch.float32, "cpu")
+    for case in (spec.case(3, 7).resized(x_2=0), spec.case(3, 7).resized(x_1=0)):
+        result = reproduce(trial, PROPERTIES["extents"], case, "float32")
+        assert result.verdict in ("pass", "skip"), result.message
+
+
+@here
+def test_two_dimensions_are_beyond_a_tile_together() -> None:
+    spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
+    (case,) = (
+        case
+        for case in PROPERTIES["extents"].cases(spec, SMALL)
+        if case.size("S") > 128 < case.size("D") and case.size("B") < 3
+    )
+    function = backends.load(path("sums_of_a_wrong_tile"), "cpu", SOURCES["running_sum"]).functions
+    trial = Trial(spec, function["running_sum"], torch.float32, "cpu")
+    assert reproduce(trial, PROPERTIES["extents"], case, "float32").verdict == "fail"
+
+
+@here
 @pytest.mark.parametrize(
     ("kernel", "sizes", "verdict"),
     [
@@ -162,10 +195,16 @@ def test_every_dimension_is_once_1_once_long_and_once_empty() -> None:
 )
 def test_long_and_empty_dimensions_between_others(kernel: str, sizes: dict[str, int], verdict: str) -> None:
     spec = spec_of("running_sum", "x=randn(B=2,S=40,D=16)")
-    function = backends.load(f"{HERE}.kernels:{kernel}", "cpu", SOURCES["running_sum"]).functions["running_sum"]
+    function = backends.load(path(kernel), "cpu", SOURCES["running_sum"]).functions["running_sum"]
     case = spec.case(3, 7).resized(**sizes)
     result = reproduce(Trial(spec, function, torch.float32, "cpu"), PROPERTIES["extents"], case, "float32")
     assert result.verdict == verdict, result.message
+
+
+@pytest.mark.parametrize(("classes", "words"), [(100, "from 100"), (40, "from 40"), (64, "from 64")])
+def test_a_size_that_is_at_least_a_constant_is_no_multiple(classes: int, words: str) -> None:
+    spec = spec_of("token_losses", f"logits=randn(T=16,V={classes}) labels=randint({classes},T)")
+    assert str(spec.drawing.sizes["V"]) == words
 
 
 def test_a_loop_of_operators_is_not_drawn_long() -> None:
@@ -183,6 +222,8 @@ def test_a_loop_of_operators_is_not_drawn_long() -> None:
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=2 C=3 L=33", "bfloat16"),
         ("stretched", "x=randn(B=2,C=3,L=20) size=37", "B=5 C=3 L=130", "float32"),
         ("marked", "x=randn(16,32) limit=1.5", "x_0=4 x_1=8", "float16"),
+        ("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)", "x_0=3 x_1=0 x_2=7", "float32"),
+        ("penalty", "log_p=randn(4,32) log_q=randn(4,32)", "log_p_0=5 log_p_1=130 fill=outlier seed=8", "float32"),
     ],
 )
 def test_plain_pytorch_passes_whatever_its_operators_round_inside(
@@ -195,9 +236,29 @@ def test_plain_pytorch_passes_whatever_its_operators_round_inside(
 
 
 @here
+def test_a_table_of_another_dtype_that_raises_is_found_in_one_dtype() -> None:
+    assert "after a call in torch.bfloat16, in torch.float32: raised RuntimeError" in str(
+        judged(SOURCES["running_sum"], "sums_with_a_table", "calls_apart", "float32").message
+    )
+
+
+@here
 @pytest.mark.parametrize("kernel", ["heads_by_copy", "heads_by_view"])
 def test_a_view_may_follow_its_input(kernel: str) -> None:
     assert judged(SOURCES["heads"], kernel, "changed_inputs", "float32").verdict == "pass"
+
+
+@here
+@pytest.mark.parametrize(
+    ("kernel", "verdict"), [("losses_without_nan_in_ignored_rows", "pass"), ("losses_without_any_nan", "fail")]
+)
+def test_a_gradient_of_0_beside_finite_outputs_need_not_be_nan(kernel: str, verdict: str) -> None:
+    source = replace(SOURCES["token_losses"], rows=("logits", "labels"))
+    (spec,) = specs(source).values()
+    function = backends.load(path(kernel), "cpu", source).functions["token_losses"]
+    trial = Trial(spec, function, torch.float32, "cpu")
+    result = reproduce(trial, PROPERTIES["special_values"], spec.parse("T=5 V=7"), "float32")
+    assert result.verdict == verdict, result.message
 
 
 @here
@@ -210,6 +271,21 @@ def test_a_kernel_may_take_one_dtype_alone(name: str) -> None:
 def test_what_the_example_leaves_at_its_default_is_said() -> None:
     spec = spec_of("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)")
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
+
+
+@here
+def test_many_rows_are_once_in_one_group() -> None:
+    spec = spec_of("scatter_rows", SOURCES["scatter_rows"].example or "")
+    (case,) = (c for c in PROPERTIES["extents"].cases(spec, SMALL) if c.fill == "lowest" and c.size("T") > 4096)
+    function = backends.load(path("scatter_of_1024_rows"), "cpu", SOURCES["scatter_rows"]).functions["scatter_rows"]
+    for kernel, verdict in ((function, "fail"), (spec.reference, "pass")):
+        result = reproduce(Trial(spec, kernel, torch.float32, "cpu"), PROPERTIES["extents"], case, "float32")
+        assert result.verdict == verdict, result.message
+
+
+def test_an_option_that_follows_a_size_is_said() -> None:
+    spec = spec_of("scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N")
+    assert "  options    count as N\n" in learned(spec)
 
 
 KERNEL = (
