@@ -189,11 +189,6 @@ _HINTS: tuple[tuple[str, str, Callable[[str, Source], bool]], ...] = (
         "--grads none judges the results of an operation that has no backward pass",
         lambda device, source: bool(source),
     ),
-    (
-        r"the second derivative with respect to",
-        "torch's once_differentiable raises only if an incoming gradient requires one; in a gradient penalty none does",
-        lambda device, source: bool(source),
-    ),
 )
 
 

@@ -55,9 +55,7 @@ SEAMS = (
     Seam("triton.language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl", "replaced: only in debugging"),
     Seam("triton.runtime.interpreter._patch_lang_tensor", "replaced: arrays of one number are integers"),
     Seam("triton.runtime.interpreter._get_np_dtype", "replaced: keeps its results"),
-    Seam(
-        "triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts kernels, and silences NumPy"
-    ),
+    Seam("triton.runtime.interpreter.GridExecutor.__call__", "replaced: counts kernels, and silences NumPy"),
     Seam("triton.runtime.interpreter.GridExecutor._init_args_hst", "replaced: sees the tensors of a launch"),
     Seam("triton.runtime.interpreter.InterpreterBuilder.create_masked_load", "replaced: sees the addresses of loads"),
     Seam("triton.runtime.interpreter.InterpreterBuilder.create_int_to_ptr", "replaced: sees addresses from elsewhere"),
