@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import unsloth_ref.kernels
@@ -31,7 +32,7 @@ class Judged:
     Attributes:
         name: from the command line.
         functions: its operations and training pieces by name; those that it does not define are absent.
-        description: its name, and the version and mode of Triton if importing it loads Triton.
+        description: its name, and the version and mode of Triton if a module that is loaded uses it.
     """
 
     name: str
@@ -117,7 +118,18 @@ def _namespaces(name: str) -> list[Any]:
 
 
 def _triton(device: str) -> str:
-    """The version of Triton and whether it interprets, in parentheses; empty if triton is not loaded."""
-    if "triton" not in sys.modules:
+    """The version of Triton and whether it interprets, in parentheses; empty if only torch and the judge loaded it."""
+    triton = sys.modules.get("triton")
+    if triton is None or not any(_has(module, triton) for name, module in [*sys.modules.items()] if _is_others(name)):
         return ""
-    return f" (Triton {sys.modules['triton'].__version__}{', interpreter' if device == 'cpu' else ''})"
+    return f" (Triton {triton.__version__}{', interpreter' if device == 'cpu' else ''})"
+
+
+def _is_others(name: str) -> bool:
+    return name.partition(".")[0] not in ("torch", "triton", "conformance")
+
+
+def _has(module: object, triton: ModuleType) -> bool:
+    """Whether the names of a module contain triton or its language."""
+    names = getattr(module, "__dict__", {})
+    return names.get("triton") is triton or names.get("tl") is sys.modules.get("triton.language", module)
