@@ -4,6 +4,10 @@
 
     create_exp2                  Float32 results below the normal numbers become 0; those of tl.exp do not.
     create_sqrt, create_rsqrt    Float32 arguments below the normal numbers count as 0; those of tl.sqrt_rn do not.
+    unary_op, binary_op, ternary_op, cast_impl
+                                 Numbers in bfloat16 are computed in float32 and rounded to nearest. The interpreter
+                                 computes with their bits, as if these were integers.
+    create_fma, get_bf16         The same; Triton 3.6 has no such constant.
     create_extern_elementwise    Functions of libdevice are computed by torch; the interpreter has none of them.
     libdevice                    Its functions call those of CUDA; a compiler would replace them by name.
     _implicit_cvt                A float among a kernel's arguments is a float32 scalar. The interpreter leaves it a
@@ -61,6 +65,11 @@ def compute_as_a_gpu() -> None:
     builder.create_sqrt = lambda self, x: self.unary_op(x, lambda data: np.sqrt(_flushed(data)))
     builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(_flushed(data)))
     builder.create_extern_elementwise = _extern_elementwise
+    for name in ("unary_op", "binary_op", "ternary_op"):
+        setattr(builder, name, _of_bfloat16(getattr(builder, name), interpreter.TensorHandle))
+    builder.create_fma = lambda self, x, y, z: self.ternary_op(x, y, z, lambda x, y, z: x * y + z)
+    builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), _scalar_type("bfloat16"))
+    builder.cast_impl = _to_bfloat16(builder.cast_impl, interpreter.TensorHandle)
     interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
     interpreter._implicit_cvt = _with_float32_scalars(interpreter._implicit_cvt, interpreter.TensorHandle)
     core: Any = importlib.import_module("triton.language.core")
@@ -75,6 +84,57 @@ def _flushed(value: Any) -> Any:
     """The range of PTX's .ftz: float32 below the normal numbers is 0."""
     small = (value.dtype == np.float32) & (np.abs(value) < np.finfo(np.float32).tiny)
     return np.where(small, np.copysign(np.zeros_like(value), value), value)
+
+
+def _widened(handle: Any, kind: Any) -> Any:
+    """The handle, with bfloat16 numbers in float32."""
+    if not _is_bfloat16(handle.dtype):
+        return handle
+    return kind((handle.data.astype(np.uint32) << 16).view(np.float32), _scalar_type("float32"))
+
+
+def _rounded(data: Any, kind: Any) -> Any:
+    """A handle of float32 numbers rounded to the nearest of bfloat16, ties to even."""
+    bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return kind(np.where(np.isnan(data), quiet, nearest).astype(np.uint16), _scalar_type("bfloat16"))
+
+
+def _is_bfloat16(dtype: Any) -> bool:
+    return dtype.scalar.name == "bf16"
+
+
+def _scalar_type(name: str) -> Any:
+    return getattr(importlib.import_module("triton.language"), name)
+
+
+def _of_bfloat16(method: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    """Replaces a method that applies a function of NumPy to handles: those in bfloat16 are numbers, not bits."""
+
+    @wraps(method)
+    def computed(self: Any, *given: Any) -> Any:
+        *handles, function = given
+        if not any(_is_bfloat16(one.dtype) for one in handles):
+            return method(self, *given)
+        result = method(self, *(_widened(one, kind) for one in handles), function)
+        return _rounded(result.data, kind) if result.data.dtype == np.float32 else result
+
+    return computed
+
+
+def _to_bfloat16(cast: Callable[[Any, Any, Any], Any], kind: Any) -> Callable[[Any, Any, Any], Any]:
+    """Replaces `cast_impl`, which takes other numbers than float32 for the bits of bfloat16."""
+
+    @wraps(cast)
+    def converted(self: Any, source: Any, target: Any) -> Any:
+        names = source.dtype.scalar.name, target.scalar.name
+        if "bf16" not in names or "fp32" in names or names[0] == names[1]:
+            return cast(self, source, target)
+        wide = _widened(source, kind)
+        return _rounded(wide.data.astype(np.float32), kind) if names[1] == "bf16" else cast(self, wide, target)
+
+    return converted
 
 
 def _with_float32_scalars(convert: Callable[[Any], Any], handle: Any) -> Callable[[Any], Any]:

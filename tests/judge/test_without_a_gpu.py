@@ -46,6 +46,35 @@ def constexpr_kernel(x, y):
 
 
 @triton.jit
+def sixteen_bits_kernel(x, other, y, NAME: tl.constexpr):
+    i = tl.arange(0, 8)
+    one, two = tl.load(x + i), tl.load(other + i)
+    if NAME == "product":
+        result = one * two
+    elif NAME == "sum":
+        result = one + two - 1.5
+    elif NAME == "quotient":
+        result = one / two
+    elif NAME == "negative":
+        result = -one
+    elif NAME == "larger":
+        result = tl.maximum(one, two)
+    elif NAME == "less":
+        result = tl.where(one < two, one, two * 2)
+    elif NAME == "clamped":
+        result = tl.clamp(one, -1.0, 1.0)
+    elif NAME == "fused":
+        result = tl.fma(one, two, one)
+    elif NAME == "of integers":
+        result = (i * 3 - 7).to(tl.bfloat16)
+    elif NAME == "to integers":
+        result = one.to(tl.int32).to(tl.float32).to(tl.bfloat16)
+    else:
+        result = one.to(tl.float64).to(tl.bfloat16)
+    tl.store(y + i, result)
+
+
+@triton.jit
 def library_kernel(x, y, NAME: tl.constexpr):
     i = tl.arange(0, 4)
     value = tl.load(x + i)
@@ -96,6 +125,35 @@ def test_a_float_argument_is_a_float32_scalar(first: bool) -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 1 / 3]).half()
     y = launched(scalar_kernel, x, 0.1, FACTOR_FIRST=first, dtype=torch.float32)
     assert y.equal(x.float() * torch.tensor(0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("product", lambda x, y: x * y),
+        ("sum", lambda x, y: x + y - 1.5),
+        ("quotient", lambda x, y: x / y),
+        ("negative", lambda x, y: -x),
+        ("larger", torch.maximum),
+        ("less", lambda x, y: torch.where(x < y, x, y * 2)),
+        ("clamped", lambda x, y: x.clamp(-1, 1)),
+        ("fused", lambda x, y: (x.float() * y.float() + x.float()).bfloat16()),
+        ("of integers", lambda x, y: torch.arange(8).mul(3).sub(7).bfloat16()),
+        ("to integers", lambda x, y: x.int().bfloat16()),
+        ("there and back", lambda x, y: x),
+    ],
+)
+def test_arithmetic_in_bfloat16_rounds_as_torch_does(name: str, wanted: Any) -> None:
+    """Of numbers, not of their bits; a quotient is one of float32, which the interpreter truncates."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8, generator=generator).mul(3).bfloat16() for _ in range(2))
+    found = torch.zeros_like(x)
+    launch: Any = sixteen_bits_kernel
+    launch[(1,)](x, y, found, NAME=name)
+    if name == "quotient":
+        torch.testing.assert_close(found, wanted(x, y), rtol=2.0**-7, atol=0)
+    else:
+        assert found.equal(wanted(x, y))
 
 
 def test_a_global_constant_stands_left_of_a_tensor() -> None:
