@@ -88,7 +88,7 @@ def _flushed(value: Any) -> Any:
 
 def _widened(handle: Any, kind: Any) -> Any:
     """The handle, with bfloat16 numbers in float32."""
-    if not _is_bfloat16(handle.dtype):
+    if handle.dtype.name != "bf16":
         return handle
     return kind((handle.data.astype(np.uint32) << 16).view(np.float32), _scalar_type("float32"))
 
@@ -101,10 +101,6 @@ def _rounded(data: Any, kind: Any) -> Any:
     return kind(np.where(np.isnan(data), quiet, nearest).astype(np.uint16), _scalar_type("bfloat16"))
 
 
-def _is_bfloat16(dtype: Any) -> bool:
-    return dtype.scalar.name == "bf16"
-
-
 def _scalar_type(name: str) -> Any:
     return getattr(importlib.import_module("triton.language"), name)
 
@@ -113,10 +109,10 @@ def _of_bfloat16(method: Callable[..., Any], kind: Any) -> Callable[..., Any]:
     """Replaces a method that applies a function of NumPy to handles: those in bfloat16 are numbers, not bits."""
 
     @wraps(method)
-    def computed(self: Any, *given: Any) -> Any:
-        *handles, function = given
-        if not any(_is_bfloat16(one.dtype) for one in handles):
-            return method(self, *given)
+    def computed(self: Any, first: Any, *others: Any) -> Any:
+        if first.dtype.name != "bf16":  # all are of one dtype, except in a selection, which may select bits
+            return method(self, first, *others)
+        *handles, function = first, *others
         result = method(self, *(_widened(one, kind) for one in handles), function)
         return _rounded(result.data, kind) if result.data.dtype == np.float32 else result
 
@@ -128,7 +124,7 @@ def _to_bfloat16(cast: Callable[[Any, Any, Any], Any], kind: Any) -> Callable[[A
 
     @wraps(cast)
     def converted(self: Any, source: Any, target: Any) -> Any:
-        names = source.dtype.scalar.name, target.scalar.name
+        names = source.dtype.name, target.scalar.name
         if "bf16" not in names or "fp32" in names or names[0] == names[1]:
             return cast(self, source, target)
         wide = _widened(source, kind)
