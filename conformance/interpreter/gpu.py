@@ -7,7 +7,9 @@
     unary_op, binary_op, ternary_op, cast_impl
                                  Numbers in bfloat16 are computed in float32 and rounded to nearest. The interpreter
                                  computes with their bits, as if these were integers.
-    create_fma, get_bf16         The same; Triton 3.6 has no such constant.
+    create_fma, create_dot, ReduceOps.apply, ScanOps.apply
+                                 The same.
+    get_bf16                     A constant in bfloat16, which Triton 3.6 has not.
     create_extern_elementwise    Functions of libdevice are computed by torch; the interpreter has none of them.
     libdevice                    Its functions call those of CUDA; a compiler would replace them by name.
     _implicit_cvt                A float among a kernel's arguments is a float32 scalar. The interpreter leaves it a
@@ -67,6 +69,9 @@ def compute_as_a_gpu() -> None:
     builder.create_extern_elementwise = _extern_elementwise
     for name in ("unary_op", "binary_op", "ternary_op"):
         setattr(builder, name, _of_bfloat16(getattr(builder, name), interpreter.TensorHandle))
+    builder.create_dot = _of_wide_operands(builder.create_dot, interpreter.TensorHandle)
+    interpreter.ReduceOps.apply = _over_numbers(interpreter.ReduceOps.apply, interpreter.TensorHandle)
+    interpreter.ScanOps.apply = _over_numbers(interpreter.ScanOps.apply, interpreter.TensorHandle)
     builder.create_fma = lambda self, x, y, z: self.ternary_op(x, y, z, lambda x, y, z: x * y + z)
     builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), _scalar_type("bfloat16"))
     builder.cast_impl = _to_bfloat16(builder.cast_impl, interpreter.TensorHandle)
@@ -117,6 +122,39 @@ def _of_bfloat16(method: Callable[..., Any], kind: Any) -> Callable[..., Any]:
         return _rounded(result.data, kind) if result.data.dtype == np.float32 else result
 
     return computed
+
+
+def _of_wide_operands(dot: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    """Replaces `create_dot`: operands in bfloat16 are numbers."""
+
+    @wraps(dot)
+    def product(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, _widened(a, kind), _widened(b, kind), *others)
+
+    return product
+
+
+def _over_numbers(apply: Callable[[Any, Any], Any], kind: Any) -> Callable[[Any, Any], Any]:
+    """Replaces `apply` of a reduction or a scan: of numbers in bfloat16, rounded at the end."""
+    core: Any = importlib.import_module("triton.language.core")
+
+    def as_dtype(tensor: Any, handle: Any) -> Any:
+        dtype = handle.dtype
+        return core.tensor(handle, core.block_type(dtype, tensor.type.shape) if tensor.type.is_block() else dtype)
+
+    @wraps(apply)
+    def reduced(self: Any, given: Any) -> Any:
+        if not isinstance(given, tuple):
+            return reduced(self, (given,))[0]
+        narrow = [one.dtype.name == "bf16" for one in given]
+        wide = (as_dtype(one, _widened(one.handle, kind)) for one in given)
+        results = apply(self, tuple(wide)) if any(narrow) else apply(self, given)
+        return tuple(
+            as_dtype(one, _rounded(one.handle.data, kind)) if was and one.dtype.name == "fp32" else one
+            for one, was in zip(results, narrow, strict=False)
+        )
+
+    return reduced
 
 
 def _to_bfloat16(cast: Callable[[Any, Any, Any], Any], kind: Any) -> Callable[[Any, Any, Any], Any]:

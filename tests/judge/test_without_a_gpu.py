@@ -65,6 +65,12 @@ def sixteen_bits_kernel(x, other, y, NAME: tl.constexpr):
         result = tl.clamp(one, -1.0, 1.0)
     elif NAME == "fused":
         result = tl.fma(one, two, one)
+    elif NAME == "total":
+        result = tl.sum(one, 0) + tl.zeros([8], tl.bfloat16)
+    elif NAME == "running":
+        result = tl.cumsum(one, 0)
+    elif NAME == "place":
+        result = (tl.argmax(one, 0) + i * 0).to(tl.bfloat16)
     elif NAME == "of integers":
         result = (i * 3 - 7).to(tl.bfloat16)
     elif NAME == "to integers":
@@ -72,6 +78,13 @@ def sixteen_bits_kernel(x, other, y, NAME: tl.constexpr):
     else:
         result = one.to(tl.float64).to(tl.bfloat16)
     tl.store(y + i, result)
+
+
+@triton.jit
+def square_kernel(x, y):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    matrix = tl.load(x + i)
+    tl.store(y + i, tl.dot(matrix, matrix))
 
 
 @triton.jit
@@ -138,22 +151,33 @@ def test_a_float_argument_is_a_float32_scalar(first: bool) -> None:
         ("less", lambda x, y: torch.where(x < y, x, y * 2)),
         ("clamped", lambda x, y: x.clamp(-1, 1)),
         ("fused", lambda x, y: (x.float() * y.float() + x.float()).bfloat16()),
+        ("total", lambda x, y: x.float().sum().bfloat16().expand(8)),
+        ("running", lambda x, y: x.float().cumsum(0).bfloat16()),
+        ("place", lambda x, y: x.argmax().bfloat16().expand(8)),
         ("of integers", lambda x, y: torch.arange(8).mul(3).sub(7).bfloat16()),
         ("to integers", lambda x, y: x.int().bfloat16()),
         ("there and back", lambda x, y: x),
     ],
 )
 def test_arithmetic_in_bfloat16_rounds_as_torch_does(name: str, wanted: Any) -> None:
-    """Of numbers, not of their bits; a quotient is one of float32, which the interpreter truncates."""
+    """Of numbers, not of their bits; a quotient, or a running sum, may be float32, which the interpreter truncates."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(8, generator=generator).mul(3).bfloat16() for _ in range(2))
     found = torch.zeros_like(x)
     launch: Any = sixteen_bits_kernel
     launch[(1,)](x, y, found, NAME=name)
-    if name == "quotient":
+    if name in ("quotient", "running"):
         torch.testing.assert_close(found, wanted(x, y), rtol=2.0**-7, atol=0)
     else:
         assert found.equal(wanted(x, y))
+
+
+def test_a_product_of_matrices_in_bfloat16() -> None:
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = torch.zeros(16, 16)
+    launch: Any = square_kernel
+    launch[(1,)](x, y)
+    torch.testing.assert_close(y, x.float() @ x.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_global_constant_stands_left_of_a_tensor() -> None:

@@ -12,7 +12,7 @@ DEVICE: Any = triton.runtime.driver.active.get_active_torch_device()  # as Trito
 SIZES = [triton.Config({"BLOCK": size}, num_warps=size // 32) for size in (32, 64, 128)]
 
 
-def scaled_tanh(x: Tensor, factor: float = 1.0) -> Tensor:
+def scaled_tanh(x: Tensor, factor: float) -> Tensor:
     """The reference."""
     return torch.tanh(x) * factor
 
@@ -37,7 +37,7 @@ def scale_kernel(y, n, factor, BLOCK: tl.constexpr):
     tl.store(y + i, value.to(y.dtype.element_ty), mask=i < n)
 
 
-def right(x: Tensor, factor: float = 1.0, wrong: bool = False) -> Tensor:
+def right(x: Tensor, factor: float, wrong: bool = False) -> Tensor:
     assert x.device.type == DEVICE.type
     x = x.contiguous()
     y, n = torch.empty_like(x), x.numel()
@@ -47,13 +47,13 @@ def right(x: Tensor, factor: float = 1.0, wrong: bool = False) -> Tensor:
     return y
 
 
-def wrong_in_a_configuration(x: Tensor, factor: float = 1.0) -> Tensor:
+def wrong_in_a_configuration(x: Tensor, factor: float) -> Tensor:
     return right(x, factor, wrong=True)
 
 
-def scaled_again_by_tuning(x: Tensor, factor: float = 1.0) -> Tensor:
+def scaled_again_by_tuning(x: Tensor, factor: float) -> Tensor:
     """Its second kernel works in place, and nothing restores what the runs of the tuning change."""
-    y, n = right(x), x.numel()
+    y, n = right(x, 1.0), x.numel()
     if n:
         launched: Any = scale_kernel
         launched[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]),)](y, n, factor)
