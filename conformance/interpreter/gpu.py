@@ -68,15 +68,15 @@ def compute_as_a_gpu() -> None:
     builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda data: 1 / np.sqrt(_flushed(data)))
     builder.create_extern_elementwise = _extern_elementwise
     for name in ("unary_op", "binary_op", "ternary_op"):
-        setattr(builder, name, _of_bfloat16(getattr(builder, name), interpreter.TensorHandle))
-    builder.create_dot = _of_wide_operands(builder.create_dot, interpreter.TensorHandle)
-    interpreter.ReduceOps.apply = _over_numbers(interpreter.ReduceOps.apply, interpreter.TensorHandle)
-    interpreter.ScanOps.apply = _over_numbers(interpreter.ScanOps.apply, interpreter.TensorHandle)
+        setattr(builder, name, _of_bfloat16(getattr(builder, name)))
+    builder.create_dot = _of_wide_operands(builder.create_dot)
+    interpreter.ReduceOps.apply = _over_numbers(interpreter.ReduceOps.apply)
+    interpreter.ScanOps.apply = _over_numbers(interpreter.ScanOps.apply)
     builder.create_fma = lambda self, x, y, z: self.ternary_op(x, y, z, lambda x, y, z: x * y + z)
-    builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), _scalar_type("bfloat16"))
-    builder.cast_impl = _to_bfloat16(builder.cast_impl, interpreter.TensorHandle)
+    builder.get_bf16 = lambda self, value: _rounded(self.get_fp32(value).data)
+    builder.cast_impl = _to_bfloat16(builder.cast_impl)
     interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
-    interpreter._implicit_cvt = _with_float32_scalars(interpreter._implicit_cvt, interpreter.TensorHandle)
+    interpreter._implicit_cvt = _with_float32_scalars(interpreter._implicit_cvt)
     core: Any = importlib.import_module("triton.language.core")
     for name in (*_ARITHMETIC, *_COMPARISONS):
         method = f"__{name}__"
@@ -91,26 +91,28 @@ def _flushed(value: Any) -> Any:
     return np.where(small, np.copysign(np.zeros_like(value), value), value)
 
 
-def _widened(handle: Any, kind: Any) -> Any:
+def _handle(data: Any, dtype: str) -> Any:
+    """The interpreter's form of an array: with Triton's dtype of this name."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    return interpreter.TensorHandle(data, getattr(importlib.import_module("triton.language"), dtype))
+
+
+def _widened(handle: Any) -> Any:
     """The handle, with bfloat16 numbers in float32."""
     if handle.dtype.name != "bf16":
         return handle
-    return kind((handle.data.astype(np.uint32) << 16).view(np.float32), _scalar_type("float32"))
+    return _handle((handle.data.astype(np.uint32) << 16).view(np.float32), "float32")
 
 
-def _rounded(data: Any, kind: Any) -> Any:
+def _rounded(data: Any) -> Any:
     """A handle of float32 numbers rounded to the nearest of bfloat16, ties to even."""
     bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     quiet = (bits >> 16) | 0x40
-    return kind(np.where(np.isnan(data), quiet, nearest).astype(np.uint16), _scalar_type("bfloat16"))
+    return _handle(np.where(np.isnan(data), quiet, nearest).astype(np.uint16), "bfloat16")
 
 
-def _scalar_type(name: str) -> Any:
-    return getattr(importlib.import_module("triton.language"), name)
-
-
-def _of_bfloat16(method: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+def _of_bfloat16(method: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces a method that applies a function of NumPy to handles: those in bfloat16 are numbers, not bits."""
 
     @wraps(method)
@@ -118,23 +120,23 @@ def _of_bfloat16(method: Callable[..., Any], kind: Any) -> Callable[..., Any]:
         if first.dtype.name != "bf16":  # all are of one dtype, except in a selection, which may select bits
             return method(self, first, *others)
         *handles, function = first, *others
-        result = method(self, *(_widened(one, kind) for one in handles), function)
-        return _rounded(result.data, kind) if result.data.dtype == np.float32 else result
+        result = method(self, *(_widened(one) for one in handles), function)
+        return _rounded(result.data) if result.data.dtype == np.float32 else result
 
     return computed
 
 
-def _of_wide_operands(dot: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+def _of_wide_operands(dot: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces `create_dot`: operands in bfloat16 are numbers."""
 
     @wraps(dot)
     def product(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return dot(self, _widened(a, kind), _widened(b, kind), *others)
+        return dot(self, _widened(a), _widened(b), *others)
 
     return product
 
 
-def _over_numbers(apply: Callable[[Any, Any], Any], kind: Any) -> Callable[[Any, Any], Any]:
+def _over_numbers(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Replaces `apply` of a reduction or a scan: of numbers in bfloat16, rounded at the end."""
     core: Any = importlib.import_module("triton.language.core")
 
@@ -147,17 +149,17 @@ def _over_numbers(apply: Callable[[Any, Any], Any], kind: Any) -> Callable[[Any,
         if not isinstance(given, tuple):
             return reduced(self, (given,))[0]
         narrow = [one.dtype.name == "bf16" for one in given]
-        wide = (as_dtype(one, _widened(one.handle, kind)) for one in given)
+        wide = (as_dtype(one, _widened(one.handle)) for one in given)
         results = apply(self, tuple(wide)) if any(narrow) else apply(self, given)
         return tuple(
-            as_dtype(one, _rounded(one.handle.data, kind)) if was and one.dtype.name == "fp32" else one
+            as_dtype(one, _rounded(one.handle.data)) if was and one.dtype.name == "fp32" else one
             for one, was in zip(results, narrow, strict=False)
         )
 
     return reduced
 
 
-def _to_bfloat16(cast: Callable[[Any, Any, Any], Any], kind: Any) -> Callable[[Any, Any, Any], Any]:
+def _to_bfloat16(cast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
     """Replaces `cast_impl`, which takes other numbers than float32 for the bits of bfloat16."""
 
     @wraps(cast)
@@ -165,13 +167,13 @@ def _to_bfloat16(cast: Callable[[Any, Any, Any], Any], kind: Any) -> Callable[[A
         names = source.dtype.name, target.scalar.name
         if "bf16" not in names or "fp32" in names or names[0] == names[1]:
             return cast(self, source, target)
-        wide = _widened(source, kind)
-        return _rounded(wide.data.astype(np.float32), kind) if names[1] == "bf16" else cast(self, wide, target)
+        wide = _widened(source)
+        return _rounded(wide.data.astype(np.float32)) if names[1] == "bf16" else cast(self, wide, target)
 
     return converted
 
 
-def _with_float32_scalars(convert: Callable[[Any], Any], handle: Any) -> Callable[[Any], Any]:
+def _with_float32_scalars(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Replaces `_implicit_cvt`: a float becomes a float32 scalar, as in a compiled kernel."""
     language: Any = importlib.import_module("triton.language")
 
@@ -179,7 +181,7 @@ def _with_float32_scalars(convert: Callable[[Any], Any], handle: Any) -> Callabl
     def converted(argument: Any) -> Any:
         if not isinstance(argument, float):
             return convert(argument)
-        return language.tensor(handle(np.array([argument], np.float32), language.float32), language.float32)
+        return language.tensor(_handle(np.array([argument], np.float32), "float32"), language.float32)
 
     return converted
 
@@ -210,7 +212,7 @@ def _called(*arguments: Any, function: Any) -> Any:
 
 
 def _extern_elementwise(
-    self: Any, library: str, path: str, symbol: str, arguments: list[Any], kind: Any, pure: bool
+    self: Any, library: str, path: str, symbol: str, arguments: list[Any], result_type: Any, pure: bool
 ) -> Any:
     """A function of libdevice, such as __nv_tanhf, of each element; its float32 results are rounded once."""
     name = symbol.removeprefix("__nv_")
@@ -222,4 +224,4 @@ def _extern_elementwise(
     first = arguments[0]
     result = LIBDEVICE[name](*wide).numpy().reshape(first.data.shape)
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    return interpreter.TensorHandle(result.astype(interpreter._get_np_dtype(kind.scalar)), kind.scalar)
+    return interpreter.TensorHandle(result.astype(interpreter._get_np_dtype(result_type.scalar)), result_type.scalar)

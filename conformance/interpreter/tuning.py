@@ -3,8 +3,9 @@
 `tune_without_a_gpu` answers where there is none:
 
     triton.autotune                 Two of a kernel's configurations are drawn for each of its keys, always the same.
-                                    Each runs once, as it would to be timed, and the first of them is chosen. So all
-                                    configurations are judged, and so is a kernel that must not run twice.
+                                    Each runs once, as it would to be timed, and the first of them is chosen. Over
+                                    several keys and dtypes every configuration has its turn, and a kernel that must
+                                    not run twice is found.
     triton.runtime.driver.active    A GPU of compute capability 8.0 with 4 multiprocessors, whose tensors lie on the
                                     CPU. Where `torch.cuda` is asked, nothing answers.
 """

@@ -1,5 +1,7 @@
 """On a CPU a kernel computes what it would on a GPU, and what it asks of Triton and of a GPU has an answer."""
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,38 @@ def test_functions_of_libdevice(name: str, wanted: Any) -> None:
 def test_a_function_that_nothing_computes_is_named() -> None:
     with pytest.raises(InterpreterError, match=r"libdevice: __nv_j0f is not computed in the interpreter"):
         launched(library_kernel, torch.ones(4), NAME="j0")
+
+
+# Each function at 0.7, at (0.7, -1.3) or at (0.7, -1.3, 2.5), by another library than the one that computes it.
+VALUES = {
+    **{name: getattr(math, name)(0.7) for name in (
+        "acos", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "fabs",
+        "floor", "isinf", "isnan", "lgamma", "log", "log10", "log1p", "log2", "sin", "sinh", "sqrt", "tan", "tanh",
+        "trunc",
+    )},
+    **{f"fast_{name}": getattr(math, name)(0.7) for name in ("exp", "log", "log2", "log10", "sin", "cos", "tan")},
+    "acosh": math.nan, "abs": 0.7, "llabs": 0.7, "rint": 1.0, "nearbyint": 1.0, "round": 1.0,
+    "finite": 1.0, "isfinite": 1.0, "signbit": 0.0, "exp10": 10**0.7, "fast_exp10": 10**0.7, "saturate": 0.7,
+    "rsqrt": 0.7**-0.5, "frsqrt_rn": 0.7**-0.5, "normcdf": (1 + math.erf(0.7 / 2**0.5)) / 2,
+    "erfinv": statistics.NormalDist().inv_cdf(1.7 / 2) / 2**0.5,
+    "float2int_rn": 1.0, "float2int_rz": 0.0, "int2float_rn": 0.7,
+    "atan2": math.atan2(0.7, -1.3), "copysign": -0.7, "fmod": math.fmod(0.7, -1.3), "hypot": math.hypot(0.7, -1.3),
+    "pow": 0.7**-1.3, "powi": 0.7**-1.3, "fast_pow": 0.7**-1.3, "ldexp": 0.7 * 2**-1.3, "fdim": 2.0,
+    "fast_fdivide": 0.7 / -1.3, "fma": 0.7 * -1.3 + 2.5, "fma_rn": 0.7 * -1.3 + 2.5,
+    **{f"{of}{name}_rn": value for of in "fd" for name, value in (
+        ("add", -0.6), ("sub", 2.0), ("mul", -0.91), ("div", 0.7 / -1.3), ("sqrt", 0.7**0.5), ("rcp", 1 / 0.7),
+    )},
+}  # fmt: skip
+BINARY = {"atan2", "copysign", "fmod", "hypot", "pow", "powi", "fast_pow", "ldexp", "fdim", "fast_fdivide"}
+BINARY |= {f"{of}{name}_rn" for of in "fd" for name in ("add", "sub", "mul", "div")}
+
+
+def test_each_function_computes_what_its_name_says() -> None:
+    assert VALUES.keys() == LIBDEVICE.keys()
+    for name, function in LIBDEVICE.items():
+        count = 3 if name in ("fma", "fma_rn") else 2 if name in BINARY else 1
+        arguments = torch.tensor([0.7, -1.3, 2.5], dtype=torch.float64)[:count].unbind()
+        assert function(*arguments).item() == pytest.approx(VALUES[name], rel=1e-12, nan_ok=True), name
 
 
 def test_the_functions_are_those_of_libdevice() -> None:
