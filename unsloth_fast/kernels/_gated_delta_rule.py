@@ -7,13 +7,24 @@ import triton
 import triton.language as tl
 
 from unsloth_fast.kernels._launch import kernel
-from unsloth_fast.kernels._packed_attention import find_tile, load_rows, store_rows
+from unsloth_fast.kernels._packed_attention import EMULATED, find_tile, load_rows, store_rows
 
 
 @triton.jit
-def multiply(a, b):
-    """The matrix product of two matrices in float32."""
-    return tl.dot(a, b, input_precision="ieee")
+def multiply(a, b, NARROW: tl.constexpr):
+    """The matrix product in float32, on tensor cores if NARROW: then the factors are rounded to bfloat16 first."""
+    if NARROW:
+        product = tl.dot(narrowed(a), narrowed(b))
+    else:
+        product = tl.dot(a, b, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def narrowed(values):
+    """Round to bfloat16; the interpreter, which would multiply the bits, gets the rounded numbers in float32."""
+    rounded = values.to(tl.bfloat16)
+    return rounded.to(tl.float32) if EMULATED else rounded
 
 
 @triton.jit
@@ -59,10 +70,10 @@ def inverse(below, ROWS: tl.constexpr):
         solved = tl.where(line == step, solved - change[:, None, :], solved)
     whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), [ROWS, ROWS])
     if BLOCKS > 1:
-        outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]))
-        whole -= multiply(outside, whole)
+        outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]), False)
+        whole -= multiply(outside, whole, False)
         if BLOCKS > 2:
-            whole += multiply(multiply(outside, outside), whole)
+            whole += multiply(multiply(outside, outside, False), whole, False)
     return whole
 
 
@@ -85,7 +96,7 @@ def find_document(cu_seqlens_ptr, document, tokens, ROWS: tl.constexpr):
 def gated_delta_rule_solve_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr,
     tokens, documents, heads, group, width, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 and P of one chunk and head of v per program."""
     tile = tl.program_id(0) // heads
@@ -100,10 +111,10 @@ def gated_delta_rule_solve_kernel(
     beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
     _, _, _, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
     below = row[None, :] < row[:, None]
-    a = tl.where(below, beta[:, None] * between * multiply(k, tl.trans(k)), 0.0)
+    a = tl.where(below, beta[:, None] * between * multiply(k, tl.trans(k), NARROW), 0.0)
     solved = solved_ptr + (tile * heads + head) * (2 * ROWS * ROWS) + square(ROWS)
     tl.store(solved, inverse(a, ROWS))
-    tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k)))
+    tl.store(solved + ROWS * ROWS, between * multiply(q, tl.trans(k), NARROW))
 
 
 @kernel(varying=("tokens", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
@@ -111,7 +122,7 @@ def gated_delta_rule_forward_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, out_ptr, states_ptr, u_ptr,
     tokens, heads, group, width, columns, slices,
     q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
-    STATES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    STATES: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One document, head of v and slice of its columns per program: the output, or if STATES what backward needs."""
     document = tl.program_id(0) // (slices * heads)
@@ -136,15 +147,15 @@ def gated_delta_rule_forward_kernel(
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
         solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
-        rest = beta[:, None] * (v - until[:, None] * multiply(k, state))
-        u = multiply(tl.load(solved), rest)
+        rest = beta[:, None] * (v - until[:, None] * multiply(k, state, NARROW))
+        u = multiply(tl.load(solved), rest, NARROW)
         if STATES:
             store_rows(u_ptr + mine, u, row, length, column, columns, heads * columns)
         else:
             q = load_factor(q_ptr, row, length, depth, width, q_token)
-            out = until[:, None] * multiply(q, state) + multiply(tl.load(solved + ROWS * ROWS), u)
+            out = until[:, None] * multiply(q, state, NARROW) + multiply(tl.load(solved + ROWS * ROWS), u, NARROW)
             store_rows(out_ptr + mine, scale * out, row, length, column, columns, heads * columns)
-        state = whole * state + multiply(tl.trans(k), after[:, None] * u)
+        state = whole * state + multiply(tl.trans(k), after[:, None] * u, NARROW)
 
 
 @kernel(varying=("tokens", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
@@ -152,7 +163,7 @@ def gated_delta_rule_backward_kernel(
     do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, dstates_ptr, db_ptr, dv_ptr,
     tokens, heads, group, width, columns, slices,
     do_token, do_head, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head, scale,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One document, head of v and slice of its columns per program, the last chunk first: dv, and each chunk's dS."""
     document = tl.program_id(0) // (slices * heads)
@@ -179,89 +190,118 @@ def gated_delta_rule_backward_kernel(
         beta = load_column(beta_ptr, row, length, beta_token)
         until, after, whole, _ = load_decays(g_ptr, row, length, g_token, ROWS)
         solved = solved_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
-        du = scale * multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do)
-        du += after[:, None] * multiply(k, dstate)
-        db = multiply(tl.trans(tl.load(solved)), du)
+        du = scale * multiply(tl.trans(tl.load(solved + ROWS * ROWS)), do, NARROW)
+        du += after[:, None] * multiply(k, dstate, NARROW)
+        db = multiply(tl.trans(tl.load(solved)), du, NARROW)
         store_rows(db_ptr + mine, db, row, length, column, columns, heads * columns)
         dv = beta[:, None] * db
         store_rows(dv_ptr + mine, dv, row, length, column, columns, heads * columns)
-        dstate = whole * dstate + multiply(tl.trans(q), (scale * until)[:, None] * do)
-        dstate -= multiply(tl.trans(k), until[:, None] * dv)
+        dstate = whole * dstate + multiply(tl.trans(q), (scale * until)[:, None] * do, NARROW)
+        dstate -= multiply(tl.trans(k), until[:, None] * dv, NARROW)
 
 
 @kernel(varying=("tokens", "documents", "heads", "group", "g_token", "beta_token"), fixed=("width", "columns"))
-def gated_delta_rule_gradients_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr,
-    dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
-    tokens, documents, heads, group, width, columns,
+def gated_delta_rule_dg_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr,
+    pairs_ptr, dg_ptr, dbeta_ptr, tokens, documents, heads, group, width, columns,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head, scale,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of one chunk and head of q per program, dg and dbeta of the heads of v in its group."""
-    kv_heads = heads // group
-    tile = tl.program_id(0) // kv_heads
-    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    """dg and dbeta of one chunk and head of v per program, and what pairs of tokens add to dq and dk."""
+    tile = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
     if start >= length:
         return
     row = start + tl.arange(0, ROWS)
     depth = tl.arange(0, WIDTH)
+    q = load_rows(q_ptr + begin * q_token + head // group * q_head, row, length, depth, width, q_token)
+    k = load_rows(k_ptr + begin * k_token + head // group * k_head, row, length, depth, width, k_token)
+    beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
+    until, after, whole, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
+    chunk = tile * heads + head
+    mine = (begin * heads + head) * columns
+    dp = tl.zeros([ROWS, ROWS], tl.float32)
+    da = tl.zeros([ROWS, ROWS], tl.float32)
+    dbeta = tl.zeros([ROWS], tl.float32)
+    by_old = tl.zeros([ROWS], tl.float32)  # what the decays from the old state to a row contribute to dg
+    by_new = tl.zeros([ROWS], tl.float32)  # those from a row to the new state
+    through = 0.0  # that over the whole chunk
+    for left in range(0, columns, COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        state = load_factor(states_ptr + chunk * width * columns, depth, width, column, columns, columns)
+        dstate = load_factor(dstates_ptr + chunk * width * columns, depth, width, column, columns, columns)
+        u = load_factor(u_ptr + mine, row, length, column, columns, heads * columns)
+        db = load_factor(db_ptr + mine, row, length, column, columns, heads * columns)
+        v = load_factor(v_ptr + begin * v_token + head * v_head, row, length, column, columns, v_token)
+        do = load_factor(do_ptr + begin * do_token + head * do_head, row, length, column, columns, do_token)
+        dp += multiply(do, tl.trans(u), NARROW)
+        da -= multiply(db, tl.trans(u), NARROW)
+        known = until[:, None] * multiply(k, state, NARROW)
+        dbeta += tl.sum(db * (v - known), 1)
+        read = until[:, None] * multiply(q, state, NARROW)
+        by_old += tl.sum(scale * do * read - beta[:, None] * db * known, 1)
+        by_new += after * tl.sum(u * multiply(k, dstate, NARROW), 1)
+        through += whole * tl.sum(tl.sum(state * dstate, 1), 0)
     below = row[None, :] < row[:, None]
-    q = load_factor(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token)
-    k = load_factor(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token)
+    da = tl.where(below, da * between, 0.0)
+    products = da * multiply(k, tl.trans(k), NARROW)
+    dbeta += tl.sum(products, 1)
+    da = da * beta[:, None]
+    dp = scale * dp * between
+    pairs = pairs_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
+    tl.store(pairs, dp)
+    tl.store(pairs + ROWS * ROWS, da + tl.trans(da))
+    # Row l of dg is the sum over all decays across l: of pairs i >= l > j, and of those above.
+    across = tl.where(below, dp * multiply(q, tl.trans(k), NARROW), 0.0) + products * beta[:, None]
+    across = tl.cumsum(across, 1) - across + by_old[:, None]
+    dg = tl.sum(tl.where(row[None, :] <= row[:, None], across, 0.0), 0)
+    dg += tl.cumsum(by_new, 0) - by_new + through
+    place = (begin + row.to(tl.int64)) * heads + head
+    tl.store(dg_ptr + place, dg.to(dg_ptr.dtype.element_ty), row < length)
+    tl.store(dbeta_ptr + place, dbeta.to(dbeta_ptr.dtype.element_ty), row < length)
+
+
+@kernel(varying=("tokens", "documents", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
+def gated_delta_rule_dqdk_kernel(
+    do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr, pairs_ptr,
+    dq_ptr, dk_ptr, tokens, documents, heads, group, width, columns, slices,
+    do_token, do_head, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head, scale,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of one chunk, head of q and slice of its columns per program."""
+    kv_heads = heads // group
+    tile = tl.program_id(0) // (slices * kv_heads)
+    kv_head = (tl.program_id(0) // slices % kv_heads).to(tl.int64)
+    begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
+    if start >= length:
+        return
+    row = start + tl.arange(0, ROWS)
+    depth = tl.program_id(0) % slices * WIDTH + tl.arange(0, WIDTH)
+    q = load_rows(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token)
+    k = load_rows(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     dk = tl.zeros([ROWS, WIDTH], tl.float32)
     for index in range(0, group):
         head = kv_head * group + index
         chunk = tile * heads + head
         beta = load_column(beta_ptr + begin * beta_token + head * beta_head, row, length, beta_token)
-        until, after, whole, between = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
+        until, after, _, _ = load_decays(g_ptr + begin * g_token + head * g_head, row, length, g_token, ROWS)
         mine = (begin * heads + head) * columns
-        dp = tl.zeros([ROWS, ROWS], tl.float32)
-        da = tl.zeros([ROWS, ROWS], tl.float32)
-        dbeta = tl.zeros([ROWS], tl.float32)
-        by_old = tl.zeros([ROWS], tl.float32)  # what the decays from the old state to a row contribute to dg
-        by_new = tl.zeros([ROWS], tl.float32)  # those from a row to the new state
-        through = 0.0  # that over the whole chunk
         for left in range(0, columns, COLUMNS):
             column = left + tl.arange(0, COLUMNS)
             state = load_rows(states_ptr + chunk * width * columns, depth, width, column, columns, columns)
             dstate = load_rows(dstates_ptr + chunk * width * columns, depth, width, column, columns, columns)
-            u = load_rows(u_ptr + mine, row, length, column, columns, heads * columns)
-            db = load_rows(db_ptr + mine, row, length, column, columns, heads * columns)
-            v_rows = v_ptr + begin * v_token + head * v_head
-            v = load_rows(v_rows, row, length, column, columns, v_token).to(tl.float32)
-            do_rows = do_ptr + begin * do_token + head * do_head
-            do = load_factor(do_rows, row, length, column, columns, do_token)
-            dp += multiply(do, tl.trans(u))
-            da -= multiply(db, tl.trans(u))
-            part = (scale * until)[:, None] * multiply(do, tl.trans(state))
-            dq += part
-            by_old += tl.sum(part * q.to(tl.float32), 1)
-            part = (until * beta)[:, None] * multiply(db, tl.trans(state))
-            dk -= part
-            by_old -= tl.sum(part * k.to(tl.float32), 1)
-            part = after[:, None] * multiply(u, tl.trans(dstate))
-            dk += part
-            by_new += tl.sum(part * k.to(tl.float32), 1)
-            through += whole * tl.sum(tl.sum(state * dstate, 1), 0)
-            dbeta += tl.sum(db * (v - until[:, None] * multiply(k, state)), 1)
-        da = tl.where(below, da * between, 0.0)
-        products = da * multiply(k, tl.trans(k))
-        dbeta += tl.sum(products, 1)
-        da = da * beta[:, None]
-        dp = scale * dp * between
-        dq += multiply(dp, k)
-        dk += multiply(tl.trans(dp), q) + multiply(da + tl.trans(da), k)
-        pairs = tl.where(below, dp * multiply(q, tl.trans(k)), 0.0) + products * beta[:, None]
-        # Row l of dg is the sum over all decays across l: of pairs i >= l > j, and of those above.
-        before = tl.where(row[:, None] < row[None, :], 1.0, 0.0)
-        across = multiply(pairs, before) + by_old[:, None]
-        dg = tl.sum(tl.where(row[None, :] <= row[:, None], across, 0.0), 0)
-        dg += tl.sum(before * by_new[:, None], 0) + through
-        place = (begin + row.to(tl.int64)) * heads + head
-        tl.store(dg_ptr + place, dg.to(dg_ptr.dtype.element_ty), row < length)
-        tl.store(dbeta_ptr + place, dbeta.to(dbeta_ptr.dtype.element_ty), row < length)
+            u = load_factor(u_ptr + mine, row, length, column, columns, heads * columns)
+            db = load_factor(db_ptr + mine, row, length, column, columns, heads * columns)
+            do = load_factor(do_ptr + begin * do_token + head * do_head, row, length, column, columns, do_token)
+            dq += multiply((scale * until)[:, None] * do, tl.trans(state), NARROW)
+            dk -= multiply((until * beta)[:, None] * db, tl.trans(state), NARROW)
+            dk += multiply(after[:, None] * u, tl.trans(dstate), NARROW)
+        pairs = pairs_ptr + chunk * (2 * ROWS * ROWS) + square(ROWS)
+        dp = tl.load(pairs)
+        dq += multiply(dp, k, NARROW)
+        dk += multiply(tl.trans(dp), q, NARROW) + multiply(tl.load(pairs + ROWS * ROWS), k, NARROW)
     mine = (begin * kv_heads + kv_head) * width
     store_rows(dq_ptr + mine, dq, row, length, depth, width, kv_heads * width)
     store_rows(dk_ptr + mine, dk, row, length, depth, width, kv_heads * width)

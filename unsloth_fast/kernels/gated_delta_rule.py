@@ -41,11 +41,13 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._gated_delta_rule import (
     gated_delta_rule_backward_kernel,
+    gated_delta_rule_dg_kernel,
+    gated_delta_rule_dqdk_kernel,
     gated_delta_rule_forward_kernel,
-    gated_delta_rule_gradients_kernel,
     gated_delta_rule_solve_kernel,
 )
 from unsloth_fast.kernels._launch import (
+    cdiv,
     check_runnable,
     launch,
     next_power_of_2,
@@ -60,7 +62,7 @@ from unsloth_ref import checks, document_checks
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
     """Tokens per chunk, columns of q and of v per program, from widths, not from lengths."""
     width, columns = (max(16, next_power_of_2(tensor.shape[2])) for tensor in (q, v))
-    return {"ROWS": 32, "WIDTH": width, "COLUMNS": min(32, columns)}
+    return {"ROWS": 32, "WIDTH": width, "COLUMNS": 16}
 
 
 class _Chunks:
@@ -71,9 +73,12 @@ class _Chunks:
         self.g, self.beta, self.bounds = g, beta, cu_seqlens.contiguous()
         (tokens, kv_heads, width), (heads, columns) = q.shape, v.shape[1:]
         self.tile, documents = tile_of(q, v), len(cu_seqlens) - 1
+        narrow = q.dtype == torch.bfloat16
+        self.scratch = torch.bfloat16 if narrow else torch.float32
+        self.options = {"NARROW": narrow, "num_warps": 2 if narrow else 8, "num_stages": 1}
         self.heads, self.kv_heads, self.documents = heads, kv_heads, documents
         self.chunks = tokens // self.tile["ROWS"] + documents
-        slices = -(-columns // self.tile["COLUMNS"])
+        slices = cdiv(columns, self.tile["COLUMNS"])
         self.sizes = tokens, heads, heads // kv_heads, width, columns
         self.slices, self.programs = slices, documents * heads * slices
         rows = self.tile["ROWS"]
@@ -81,14 +86,13 @@ class _Chunks:
         launch(
             gated_delta_rule_solve_kernel, self.chunks * heads, q,
             self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
-            *strides_of(self.q, self.k, g, beta), ROWS=rows, WIDTH=self.tile["WIDTH"],
-            num_warps=8, num_stages=1,
+            *strides_of(self.q, self.k, g, beta), ROWS=rows, WIDTH=self.tile["WIDTH"], **self.options,
         )  # fmt: skip
 
     def states(self) -> Tensor:
         """Memory for a state per chunk and head."""
         _, heads, _, width, columns = self.sizes
-        return self.q.new_empty((self.chunks, heads, width, columns), dtype=torch.float32)
+        return self.q.new_empty((self.chunks, heads, width, columns), dtype=self.scratch)
 
     def forward(self, scale: float, out: Tensor, states: Tensor, u: Tensor, *, keep: bool) -> None:
         """Compute the output, or keep the states and U."""
@@ -96,7 +100,7 @@ class _Chunks:
             gated_delta_rule_forward_kernel, self.programs, self.q,
             self.q, self.k, self.v, self.g, self.beta, self.bounds, self.solved, out, states, u,
             *self.sizes, self.slices, *strides_of(self.q, self.k, self.v, self.g, self.beta), scale,
-            STATES=keep, **self.tile, num_warps=8, num_stages=1,
+            STATES=keep, **self.tile, **self.options,
         )  # fmt: skip
 
 
@@ -119,19 +123,26 @@ def gated_delta_rule_backward(
         return gradients
     (do,) = rows_in_one_piece(do)
     c = _Chunks(q, k, v, g, beta, cu_seqlens)
-    u, db = (v.new_empty(v.shape, dtype=torch.float32) for _ in range(2))
+    u, db = (v.new_empty(v.shape, dtype=c.scratch) for _ in range(2))
     states, dstates = c.states(), c.states()
     c.forward(scale, u, states, u, keep=True)
     launch(
         gated_delta_rule_backward_kernel, c.programs, q,
         do, c.q, c.k, g, beta, c.bounds, c.solved, dstates, db, dv,
-        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, num_warps=8, num_stages=1,
+        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, **c.options,
     )  # fmt: skip
+    strides = strides_of(do, c.q, c.k, c.v, g, beta)
     launch(
-        gated_delta_rule_gradients_kernel, c.chunks * c.kv_heads, q,
-        do, c.q, c.k, c.v, g, beta, c.bounds, c.solved, states, dstates, u, db, dq, dk, dg, dbeta,
-        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale, **c.tile,
-        num_warps=8, num_stages=1,
+        gated_delta_rule_dg_kernel, c.chunks * c.heads, q,
+        do, c.q, c.k, c.v, g, beta, c.bounds, states, dstates, u, db, c.solved, dg, dbeta,
+        len(q), c.documents, *c.sizes[1:], *strides, scale, **c.tile, **c.options,
+    )  # fmt: skip
+    tile = c.tile | {"WIDTH": min(64, c.tile["WIDTH"])}
+    slices = cdiv(q.shape[2], tile["WIDTH"])
+    launch(
+        gated_delta_rule_dqdk_kernel, c.chunks * c.kv_heads * slices, q,
+        do, c.q, c.k, g, beta, c.bounds, states, dstates, u, db, c.solved, dq, dk,
+        len(q), c.documents, *c.sizes[1:], slices, *strides_of(do, c.q, c.k, g, beta), scale, **tile, **c.options,
     )  # fmt: skip
     return gradients
 

@@ -112,7 +112,8 @@ def packed_attention_backward(
         q, k, v, do, lse, delta, dk, dv, cu_seqlens,
         tokens, documents, tiles_of_keys, heads, group, width, *strides, scale, softcap, window, **flags, **tile,
     )  # fmt: skip
-    return [dq, dk, dv, *(gradient.copy_(parts.sum(0)) for gradient in dsinks)]
+    # In float64: in float32 the bits would depend on the number of tiles, which more documents without tokens raise.
+    return [dq, dk, dv, *(gradient.copy_(parts.sum(0, dtype=torch.float64)) for gradient in dsinks)]
 
 
 def packed_attention_forward_outputs(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
