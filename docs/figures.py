@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.table import Row, Spread
 from conformance.case import DTYPES
 from conformance.gate import ledger, schema
@@ -29,6 +28,7 @@ from conformance.page.html import page
 from conformance.page.markdown import comment, table
 from conformance.page.model import in_order, percent
 from conformance.page.reading import FileError, read
+from conformance.reporting import results_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")

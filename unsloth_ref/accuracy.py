@@ -6,7 +6,7 @@
     max |y - r|   <= 2   max(max |p - r|, floor)
 
 A floor is the error of a right computation that makes every rounding that it may, for the peer may make fewer. Gate G2
-of the judge derives it from the spec of an operation (conformance/gates.py). `compared` needs no spec:
+of the judge derives it from the spec of an operation (conformance/tolerances/gates.py). `compared` needs no spec:
 
     0.42 u ||r|| + ||r' - r||   of the norm         u max |r| + max |r' - r|   of the largest error
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.card import Card, Rates
 from conformance.bench.sampler import Times
 from conformance.peers import PACKAGES
-from conformance.results_file import commit, versions
+from conformance.reporting import results_file
+from conformance.reporting.results_file import commit, versions
 
 KINDS = ("forward", "full", "device_forward", "device_full")  # of times: the fields of a row that are measured
 Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from conformance import results_file
 from conformance.gate import verdict
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.sides import Checkout, Side, Unavailable, verb
@@ -19,6 +18,7 @@ from conformance.gate.statistics import SIDES, Pool
 from conformance.gate.verdict import Row
 from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
+from conformance.reporting import results_file
 
 SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
 TIMED_DTYPE = "bfloat16"

@@ -27,7 +27,7 @@ from conformance.bench.card import Card
 from conformance.bench.measure import Bench, Prepared, static_shapes
 from conformance.bench.sampler import Times
 from conformance.operations import Source
-from conformance.results_file import versions
+from conformance.reporting.results_file import versions
 
 Answer = dict[str, Any]
 

@@ -14,14 +14,14 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from conformance import condition
-from conformance.bounds import Arithmetic
-from conformance.condition import JUMP, Response
-from conformance.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.interpreter import Interpreted
 from conformance.models.adapting import adapted as with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
 from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
+from conformance.tolerances import condition
+from conformance.tolerances.bounds import Arithmetic
+from conformance.tolerances.condition import JUMP, Response
+from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.trial import Caught, describe
 from unsloth_fast import backends
 from unsloth_fast.models import place

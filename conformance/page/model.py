@@ -11,7 +11,7 @@ from typing import Literal
 from conformance.bench.table import Row
 from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
-from conformance.report import counted, repro
+from conformance.reporting.report import counted, repro
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 
@@ -53,7 +53,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on one property, operation and dtype, as conformance.search.Result writes it.
+    """The verdict on one property, operation and dtype, as conformance.running.search.Result writes it.
 
     Attributes:
         missed: the pairs of settings that `coverage` found not run, {"pair", "case"}.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.bounds import SHARED, Bound, added_in_float32, exact, float32_error, joined, product, total
 from conformance.spec import Call, mistake, wrong_option
+from conformance.tolerances.bounds import SHARED, Bound, added_in_float32, exact, float32_error, joined, product, total
 from unsloth_ref.accuracy import ROUNDING_RMS
 
 

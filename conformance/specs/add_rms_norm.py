@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from conformance.bounds import Terms, root_of_mean
 from conformance.case import Draw
 from conformance.promises import Law
 from conformance.spec import (
@@ -21,6 +20,7 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs import rms_norm
+from conformance.tolerances.bounds import Terms, root_of_mean
 from unsloth_ref.kernels import add_rms_norm
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -26,6 +25,7 @@ from conformance.spec import (
 )
 from conformance.specs.fp8_dequantize import quantised
 from conformance.specs.grouped_gemm import moderate, moderate_column_counts
+from conformance.tolerances.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import fp8_linear
 

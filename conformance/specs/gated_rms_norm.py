@@ -6,7 +6,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import UNIT_FLOAT32, Terms, lost, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -24,6 +23,7 @@ from conformance.spec import (
     wrong_option,
 )
 from conformance.specs import rms_norm
+from conformance.tolerances.bounds import UNIT_FLOAT32, Terms, lost, root_of_mean
 from unsloth_ref.kernels import gated_rms_norm
 
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.bounds import Bound, exact, joined, product
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -25,6 +24,7 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
+from conformance.tolerances.bounds import Bound, exact, joined, product
 from unsloth_ref.kernels import grouped_gemm
 
 

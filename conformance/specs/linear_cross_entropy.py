@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.bounds import SHARED, Bound, exact, joined, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -36,6 +35,7 @@ from conformance.specs.cross_entropy import (
     loss_factor,
     may_be_combined,
 )
+from conformance.tolerances.bounds import SHARED, Bound, exact, joined, product, total
 from unsloth_ref.accuracy import float32_error
 from unsloth_ref.kernels import linear_cross_entropy
 from unsloth_ref.types import IGNORE_INDEX

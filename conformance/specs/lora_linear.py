@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -28,6 +27,7 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.tolerances.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import lora_linear, nf4_dequantize
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP

@@ -10,7 +10,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -30,6 +29,7 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs import lora_linear
+from conformance.tolerances.bounds import Bound
 from unsloth_ref.accuracy import ROUNDING_RMS
 from unsloth_ref.kernels import lora_linears
 

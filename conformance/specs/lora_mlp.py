@@ -6,7 +6,6 @@ from math import nan
 
 from hypothesis import strategies as st
 
-from conformance.bounds import Bound
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -28,6 +27,7 @@ from conformance.spec import (
 from conformance.specs import lora_linear, lora_linears
 from conformance.specs._moe_mlp import activated
 from conformance.specs.lora_linears import ADAPTERS, LAYERS, each
+from conformance.tolerances.bounds import Bound
 from unsloth_ref.kernels import lora_mlp
 
 CHUNK = 4096  # tokens for which a call may hold a few tensors between the layers at once

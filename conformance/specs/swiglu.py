@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -19,6 +18,7 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.tolerances.bounds import Terms, lost
 from unsloth_ref.kernels import swiglu
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from conformance import results_file
 from conformance.bench import card
 from conformance.gate import schema
+from conformance.reporting import results_file
 from docs import figures
 from examples import step_benchmark
 

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from conformance import report, results_file
 from conformance.backends import Judged
 from conformance.bench.table import Row, write_json
 from conformance.cli import main
@@ -17,7 +16,8 @@ from conformance.mutate.campaign import Outcome
 from conformance.mutate.mutant import Mutant
 from conformance.mutate.mutant import Source as SourceFile
 from conformance.operations import Source
-from conformance.search import Result
+from conformance.reporting import report, results_file
+from conformance.running.search import Result
 from tests.judge.fake_card import RATES, STATE, FakeCard
 from tests.judge.test_bench_shown import ROWS
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.gates import Failure
 from conformance.laws import LAWS
 from conformance.models import trial as trials
 from conformance.models.building import Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Failure
 from unsloth_fast.models import head
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from conformance.page import compare
 from conformance.page.reading import read
-from conformance.search import Result
+from conformance.running.search import Result
 from tests.judge.shown import MESSAGE, RESULTS, SLOWER, Parsed, bench_file, gate_file, mutate_file, run_file, shown
 from tests.judge.test_bench_shown import ROWS
 

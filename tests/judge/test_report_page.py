@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conformance import report
 from conformance.bench.table import Row
 from conformance.cli import main
 from conformance.operations import Source
-from conformance.search import Result
+from conformance.reporting import report
+from conformance.running.search import Result
 from tests.judge.shown import (
     MESSAGE,
     RESULTS,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance import results_file
+from conformance.reporting import results_file
 
 
 def test_a_process_that_is_stopped_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
