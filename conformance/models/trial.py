@@ -26,7 +26,7 @@ from conformance.trial import Caught, describe
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, without_adapter
-from unsloth_fast.models.router_loss import has_usual_balancing
+from unsloth_fast.models.load_balancing import has_usual_load_balancing
 from unsloth_fast.save import patch_saving_functions
 
 
@@ -141,7 +141,7 @@ class ModelTrial:
     def balances(self) -> bool:
         """Whether the untouched model returns a load-balancing loss, which a trainer adds to that of the tokens."""
         model = self.untouched()
-        if not hasattr(model.config.get_text_config(), "output_router_logits") or not has_usual_balancing(model):
+        if not hasattr(model.config.get_text_config(), "output_router_logits") or not has_usual_load_balancing(model):
             return False
         options = without_cache(model) | {"output_router_logits": True}
         with Caught(), torch.no_grad():
