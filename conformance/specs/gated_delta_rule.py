@@ -27,8 +27,9 @@ from conformance.spec import (
     nbytes,
     wrong_option,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
 from conformance.specs._gated_delta_rule import sizes_of
+from conformance.specs._mistakes import wrong_input
 from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import gated_delta_rule
 

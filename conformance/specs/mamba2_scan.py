@@ -25,8 +25,9 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
 from conformance.specs._mamba2_scan import sizes_of
+from conformance.specs._mistakes import wrong_input
 from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import mamba2_scan
 

@@ -36,8 +36,8 @@ from conformance.specs._documents import (
     document_kinds,
     documents_as_parts,
     laid_out,
-    wrong_input,
 )
+from conformance.specs._mistakes import wrong_input
 from conformance.tolerances.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from unsloth_ref.kernels import packed_attention
 
