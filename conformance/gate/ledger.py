@@ -220,7 +220,7 @@ def _wrong(kind: str, result: Result) -> str | None:
     elif kind == "fingerprint":
         why = result["problem"]
     else:
-        why = result["red"] or ("not timed" if result["full"] is None else None)
+        why = result["wrong"] or ("not timed" if result["full"] is None else None)
     return None if why is None else str(why).partition("\n")[0]
 
 

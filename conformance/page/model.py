@@ -30,7 +30,7 @@ class Meta:
         regressions, notes: the sentences of a gate: what fails, and what a reader should know.
     """
 
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
     versions: dict[str, str | None] = field(default_factory=dict)
     backend: str | None = None
     device: str | None = None
@@ -255,7 +255,7 @@ class Results:
         """The counts in one sentence."""
         if self.kind == "bench":
             timed = [row for row in self.rows if row.full is not None]
-            wrong = sum(row.red is not None for row in timed)
+            wrong = sum(row.wrong is not None for row in timed)
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
         if self.kind == "gate":
             words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())
