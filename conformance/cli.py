@@ -10,8 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from conformance.catalogue import UsageError
 from conformance.declarations import SpecError
+from conformance.running.catalogue import UsageError
 from conformance.trial import BackendError
 from conformance.verbs import (
     bench,

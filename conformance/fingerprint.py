@@ -24,15 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
-from conformance import results_file
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
 from conformance.case import DTYPES, LAYOUTS, Case, Draw
 from conformance.counts import Counts
-from conformance.gates import Failure
 from conformance.interpreter.tuning import AbsentDriver, run_once
-from conformance.results_file import commit, versions
+from conformance.reporting import results_file
+from conformance.reporting.results_file import commit, versions
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial, as_leaves, describe
 from unsloth_fast.kernels._launch import launched_by_triton
 

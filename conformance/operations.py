@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from conformance import calling, example, learn
+from conformance import calling
 from conformance import specs as own
 from conformance.declarations import SpecError
 from conformance.interpreter.tuning import describe_a_gpu
+from conformance.learning import example, learn
 from conformance.properties import PROPERTIES
 from conformance.property import Property
 from conformance.spec import Spec
@@ -45,7 +46,7 @@ class Source:
 
     Attributes:
         reference: the function that defines it, "module:function".
-        example: an example call, see conformance/example.py.
+        example: an example call, see conformance/learning/example.py.
         spec: a file or module with a `spec`, which takes the place of both.
         in_place, rows: inputs that it changes on purpose, and whose first dimension counts independent rows.
         grads: inputs to differentiate; None for all that the reference differentiates.

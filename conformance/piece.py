@@ -15,11 +15,11 @@ from typing import Any, Self, get_origin, get_type_hints
 from hypothesis import strategies as st
 
 import unsloth_ref.training
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
 from conformance.properties.signature_parity import demand_signature
 from conformance.property import Check, Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Function
 
 SHARE = 2.0  # of a profile's examples: the cases of a piece are small

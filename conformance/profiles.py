@@ -13,8 +13,8 @@ class Profile:
         name: on the command line.
         examples: cases for a property whose share is 1.
         elements: of the largest input.
-        explored: cases from which those are chosen that reach what random ones may miss, see conformance/coverage.py;
-            0 for none.
+        explored: cases from which those are chosen that reach what random ones may miss; 0 for none. See
+            conformance/running/coverage.py.
         derandomize: whether every run draws the same cases.
         shrink_seconds: time to spend on finding a smaller failing case; 0 disables shrinking.
     """

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from conformance import deviations, report
-from conformance.catalogue import UsageError, ask
 from conformance.declarations import SpecError
-from conformance.deviations import Deviation
 from conformance.pytest_plugin import NODE
-from conformance.runner import OneByOne, Task, alone
-from conformance.search import Result
+from conformance.reporting import deviations, report
+from conformance.reporting.deviations import Deviation
+from conformance.running.catalogue import UsageError, ask
+from conformance.running.runner import OneByOne, Task, alone
+from conformance.running.search import Result
 
 NAME = re.compile(rf"{NODE}::(?P<op>\w+)\[((?P<dtype>\w+)-)?(?P<property>\w+)\]")
 

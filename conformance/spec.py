@@ -12,9 +12,9 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms
 from conformance.case import Case, Draw
 from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
+from conformance.tolerances.bounds import Bound, Terms
 from unsloth_ref.accuracy import unit_roundoff
 
 # Sizes at which kernels often fail: tile edges, primes, hidden and vocabulary sizes.
@@ -137,7 +137,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Budget:
-    """The error that a correct kernel may make before its last rounding; the formulas are in conformance/bounds.py.
+    """The error that a correct kernel may make before its last rounding. conformance/tolerances/bounds.py has formulas.
 
     Attributes:
         roundings: roundings to the dtype of an output or gradient that a correct kernel may make before the last one.
@@ -145,7 +145,7 @@ class Budget:
         bounds: bound of the error of an output or gradient, in place of terms.
         truth: the contract in another form, for inputs on which its intermediates do not fit in memory or cancel even
             in float64; the reference by default.
-        measured: whether the error is measured instead, see conformance/condition.py.
+        measured: whether the error is measured instead, see conformance/tolerances/condition.py.
     """
 
     roundings: int = 0

@@ -9,11 +9,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from conformance import deviations, report
-from conformance.catalogue import UsageError, ask
 from conformance.operations import Source
-from conformance.runner import OneByOne, run
-from conformance.search import Result
+from conformance.reporting import deviations, report
+from conformance.running.catalogue import UsageError, ask
+from conformance.running.runner import OneByOne, run
+from conformance.running.search import Result
 from conformance.spec import Spec
 
 __all__ = ["judge"]

@@ -12,12 +12,13 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from conformance import calling, condition
+from conformance import calling
 from conformance.case import Case, Draw
-from conformance.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
+from conformance.tolerances import condition
+from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from unsloth_ref.accuracy import widen
 
 Function = Callable[..., Any]

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.table import Row, Spread
 from conformance.case import DTYPES
 from conformance.gate import ledger, schema
@@ -29,6 +28,7 @@ from conformance.page.html import page
 from conformance.page.markdown import comment, table
 from conformance.page.model import in_order, percent
 from conformance.page.reading import FileError, read
+from conformance.reporting import results_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
@@ -99,11 +99,11 @@ def operations(*paths: Path) -> str:
     lines: list[tuple[str, ...]] = []
     for (path, op, shape), rows in groups.items():
         ours = next((row for row in rows if row.backend == OURS), None)
-        if ours is None or ours.red is not None or ours.full is None:
+        if ours is None or ours.wrong is not None or ours.full is None:
             raise FiguresError(
                 f"{path}: {op} {shape}: got no correct time of {OURS}; allowed: a bench of correct kernels"
             )
-        others = [row for row in rows if row is not ours and row.red is None]
+        others = [row for row in rows if row is not ours and row.wrong is None]
         shares = [ours.roofline.get(name) for name in ("device_forward", "device_backward")]
         shares = [share for share in shares if share is not None] or [ours.roofline["full"]]
         device = _ms(ours.device_full), _fastest(others, lambda row: row.device_full)
@@ -256,7 +256,7 @@ def _fastest(rows: Iterable[Row], times: Callable[[Row], Spread | None]) -> str:
     if not timed:
         return ""
     spread, row = min(timed, key=lambda one: one[0][1])
-    return f"{_ms(spread)} {row.backend}" + ", in place" * ("writes over" in (row.note or ""))
+    return f"{_ms(spread)} {row.backend}" + ", in place" * ("writes over" in (row.remark or ""))
 
 
 if __name__ == "__main__":

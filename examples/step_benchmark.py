@@ -166,7 +166,7 @@ def write(chosen: argparse.Namespace, gpu: str, rate: float, results: Sequence[d
         rate: of a large matrix product, in TFLOP/s.
         results: of the contenders; None for one that failed.
     """
-    from conformance import results_file
+    from conformance.reporting import results_file
 
     meta = {name: getattr(chosen, name) for name in ("shape", "rows", "length", "mode", "gpus")}
     meta |= {"gpu": gpu, "matmul_teraflops": rate, "commit": results_file.commit()}

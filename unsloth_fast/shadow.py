@@ -4,7 +4,7 @@ A shadowed backend has the same operations. While its `Watch` is on, each call o
 the reference, and the errors are compared. The model's graph stays as it is, and with it every bit: the outputs are
 compared when the call returns, and the gradients are computed again when those of its outputs are known.
 
-What is allowed needs no spec: see `compared` in unsloth_ref/accuracy.py.
+What is allowed needs no spec: see `comparisons` in unsloth_fast/comparison.py.
 
 The inputs of a call wait for its backward pass as autograd saves tensors: a checkpoint recomputes them.
 """
@@ -24,9 +24,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.comparison import comparisons
 from unsloth_fast.failures import FAILURES
 from unsloth_ref import kernels as reference_kernels
-from unsloth_ref.accuracy import compared
 from unsloth_ref.types import NF4Weight
 
 Tensors = dict[str, Tensor]
@@ -255,7 +255,7 @@ class _Call:
         inputs = tensors | incoming
         try:
             with torch.no_grad(), torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
-                errors = list(compared(own(), inputs, run))
+                errors = list(comparisons(own(), inputs, run))
         except FAILURES as error:  # memory for the reference among them
             self.watch.unverified[self.operation] = f"{shapes}: {type(error).__name__}: {_first_line(error)}"
             return

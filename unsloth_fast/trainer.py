@@ -14,11 +14,11 @@ from unsloth_fast.arguments import resolve_arguments
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.collator import EXAMPLE_ENDS, check_batch, collators, has_labels, without_ends
 from unsloth_fast.hooks import evaluation
-from unsloth_fast.hooks.balance import Balance
 from unsloth_fast.hooks.checkpoints import passes_of_stream, resolve_checkpoint
 from unsloth_fast.hooks.counting import Counter, logged_tokens, scaled_by_devices
 from unsloth_fast.hooks.cuda_graphs import recorded_layers
 from unsloth_fast.hooks.evaluation import Evaluated, Scores
+from unsloth_fast.hooks.load_balancing import LoadBalancing
 from unsloth_fast.hooks.logged_loss import FiniteLosses
 from unsloth_fast.hooks.loss_choice import choose_loss, sequence_is_split
 from unsloth_fast.hooks.module_lists import ModuleLists
@@ -116,7 +116,7 @@ class UnslothTrainer(SFTTrainer):
         place(self.model, self.backend, documents=not sequence_is_split(self))
         self._own_loss = choose_loss(self, self.backend)
         self._counter, self._scores, self._evaluated = Counter(self.args.device), Scores(), Evaluated()
-        self._graphs, self._balance = Recordings(), Balance()
+        self._graphs, self._load_balancing = Recordings(), LoadBalancing()
         self._noise, self._finite_losses = noise_of_documents(self), FiniteLosses()
 
     # Documents to batches
@@ -166,8 +166,7 @@ class UnslothTrainer(SFTTrainer):
             verified = self._verification.microbatch(self.model, self.state.global_step + 1)
         # With one device autograd's worker thread is of no use, and costs some 100 us for each operation of ours.
         with verified, torch.autograd.set_multithreading_enabled(len(devices) > 1):
-            step = partial(super().training_step, model, *positional, **keywords)
-            loss = self._graphs.with_room(step, self.model)
+            loss = self._graphs.with_room(partial(super().training_step, model, *positional, **keywords), self.model)
         self._finite_losses.begin(self)
         return loss
 
@@ -198,11 +197,12 @@ class UnslothTrainer(SFTTrainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             evaluation.warn_of_logits(self.args, asked=return_outputs)
             wanted = {"with_outputs": return_outputs, "with_scores": evaluation.wants_scores(self, return_outputs)}
-            wanted["with_balance"] = self.aux_loss_enabled
+            wanted["with_load_balancing"] = self.aux_loss_enabled
             forward = partial(forward_with_loss, model, inputs, num_items_in_batch, **wanted)
-            loss, outputs, scores, balance = self._graphs.with_room(forward)
+            loss, outputs, scores, load_balancing = self._graphs.with_room(forward)
         (self._scores if self.model.training else self._evaluated.scores).add(scores)
-        loss = self._balance.added(scaled_by_devices(loss, num_items_in_batch, self), balance, num_items_in_batch, self)
+        loss = scaled_by_devices(loss, num_items_in_batch, self)
+        loss = self._load_balancing.added(loss, load_balancing, num_items_in_batch, self)
         return (loss, outputs) if return_outputs else loss
 
     @overrides(SFTTrainer)
@@ -290,7 +290,7 @@ class UnslothTrainer(SFTTrainer):
         tokens = self._tokens_so_far()
         if self._own_loss and (self.model.training or "train_runtime" not in logs):  # a run's summary is no evaluation
             metrics["num_tokens"] = [tokens]
-            metrics |= self._balance.take(self.model.training, self._sum_over_processes)
+            metrics |= self._load_balancing.take(self.model.training, self._sum_over_processes)
             if self.model.training:
                 metrics |= {name: [value] for name, value in self._scores.take(self._sum_over_processes).items()}
         if self._verification is not None and self.model.training:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conformance.bench.card import Card, Rates
-from conformance.results_file import versions
+from conformance.reporting.results_file import versions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conformance import calling
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.properties import honest_results, process_state
 from conformance.spec import Inputs
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Run, Trial, as_leaves, bits, describe, detached
 
 

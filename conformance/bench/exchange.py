@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.card import Card
 from conformance.bench.table import KINDS, Row
+from conformance.reporting import results_file
 from conformance.specs import specs
 
 

@@ -190,7 +190,7 @@ class Bench:
             refused: why there is no CUDA graph.
         """
         c = prepared.contenders[name]
-        notes = (c.remark if c.remark != c.failure else None, refused)
+        remarks = (c.remark if c.remark != c.failure else None, refused)
         row = Row(
             op=prepared.op,
             shape=prepared.title,
@@ -198,14 +198,14 @@ class Bench:
             backend=name,
             peak_mebibytes=None if c.cheat else peak,
             error_use=c.error_use,
-            red=c.cheat or c.failure,
-            note="; ".join(filter(None, notes)) or None,
+            wrong=c.cheat or c.failure,
+            remark="; ".join(filter(None, remarks)) or None,
         )
         row = self._with_times(row, {} if c.cheat else samples, prepared.work)
         return replace(row, failed=row.failed or c.cheat is not None)
 
     def _with_times(self, row: Row, samples: dict[str, Times], work: Mapping[str, Work]) -> Row:
-        if not samples or (row.red and is_ours(row.backend)):
+        if not samples or (row.wrong and is_ours(row.backend)):
             return replace(row, failed=is_ours(row.backend))
         medians = {what: times.median for what, times in samples.items()}
         if {"device_forward", "device_full"} <= medians.keys():
@@ -216,8 +216,8 @@ class Bench:
         impossible = [what for what in samples if medians[what] < floors[what]]
         if impossible:
             worst = max(impossible, key=lambda what: fractions[what])
-            red = f"{worst}: {100 * fractions[worst]:.0f} % of the roofline: not all the work was done"
-            return replace(row, red=red, peak_mebibytes=None, failed=True)
+            wrong = f"{worst}: {100 * fractions[worst]:.0f} % of the roofline: not all the work was done"
+            return replace(row, wrong=wrong, peak_mebibytes=None, failed=True)
         if "device_backward" in floors and medians["device_backward"] < floors["device_backward"]:
             del fractions["device_backward"]  # the forward pass did part of it; the sum has been checked
         return replace(

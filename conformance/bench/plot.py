@@ -55,14 +55,14 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     ordered = sorted(rows, key=lambda row: row.full[1] if row.full else float("inf"))
     for place, row in enumerate(ordered):
         if row.full is None:
-            axis.text(0, place, f" not timed: {row.red or ''}"[:60], va="center", fontsize=8, color=WRONG)
+            axis.text(0, place, f" not timed: {row.wrong or ''}"[:60], va="center", fontsize=8, color=WRONG)
             continue
         low, middle, high = row.full
         axis.barh(place, middle, color=CALL, height=0.7, xerr=[[middle - low], [high - middle]], ecolor="#555555")
         if row.device_full:
             axis.barh(place, row.device_full[1], color=DEVICE, height=0.35)
         share = f", {100 * row.roofline['full']:.0f} %" if "full" in row.roofline else ""
-        wrong = "  wrong" if row.red else ""
+        wrong = "  wrong" if row.wrong else ""
         axis.text(high, place, f"  {middle:.3f}{share}{wrong}", va="center", fontsize=8, color=WRONG if wrong else None)
     axis.set_yticks(range(len(ordered)), [row.backend for row in ordered])
     axis.set_ylim(len(ordered) - 0.5, -0.5)

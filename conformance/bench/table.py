@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.card import Card, Rates
 from conformance.bench.sampler import Times
 from conformance.peers import PACKAGES
-from conformance.results_file import commit, versions
+from conformance.reporting import results_file
+from conformance.reporting.results_file import commit, versions
 
 KINDS = ("forward", "full", "device_forward", "device_full")  # of times: the fields of a row that are measured
 Spread = tuple[float, float, float]  # 20 %, 50 % and 80 % quantiles in milliseconds
@@ -28,10 +28,10 @@ class Row:
         error_use: fraction of the error budget used on these inputs.
         roofline: for each time, the lower bound divided by the time. The bound is that of moving the bytes at the
             card's copy rate or of the matrix products at its matmul rate, whichever is longer.
-        red: the broken gate, on the judged inputs or in the last timed result; or a time that is too short for the
+        wrong: the broken gate, on the judged inputs or in the last timed result; or a time that is too short for the
             work. Peers are timed even if their results are wrong, but an impossible time is never shown.
-        note: a deviation from the contract that leaves the values correct, or the reason why there is no CUDA graph.
-        failed: whether this is an error of the bench: one of our own backends is red, or a time is impossible.
+        remark: a deviation from the contract that leaves the values correct, or the reason why there is no CUDA graph.
+        failed: whether this is an error of the bench: one of our own backends is wrong, or a time is impossible.
         samples: all times.
     """
 
@@ -47,8 +47,8 @@ class Row:
     peak_mebibytes: float | None = None
     error_use: float | None = None
     roofline: dict[str, float] = field(default_factory=dict)
-    red: str | None = None
-    note: str | None = None
+    wrong: str | None = None
+    remark: str | None = None
     failed: bool = False
     samples: dict[str, Times] = field(default_factory=dict, repr=False)
 
@@ -89,17 +89,17 @@ def text(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> str:
     if row.full is None:
-        return f"  {row.backend:<{NAME_WIDTH - 2}}not timed: {row.red}"
+        return f"  {row.backend:<{NAME_WIDTH - 2}}not timed: {row.wrong}"
     cells = (
         _spread(row.forward),
         f"{_spread(row.full)} {_percent(row, 'full')}",
         _device(row, "device_forward", row.device_forward and row.device_forward[1]),
         _device(row, "device_backward", row.device_backward),
         f"{row.peak_mebibytes or 0:.0f}",
-        "FAIL" if row.red else f"{100 * (row.error_use or 0):.0f} %",
+        "FAIL" if row.wrong else f"{100 * (row.error_use or 0):.0f} %",
     )
     padded = "".join(f"{cell:<{width - 1}} " for cell, (_, width) in zip(cells, COLUMNS, strict=True))
-    return f"  {row.backend:<{NAME_WIDTH - 2}}{padded}{'; '.join(filter(None, (row.red, row.note)))}".rstrip()
+    return f"  {row.backend:<{NAME_WIDTH - 2}}{padded}{'; '.join(filter(None, (row.wrong, row.remark)))}".rstrip()
 
 
 def _spread(times: Spread | None) -> str:

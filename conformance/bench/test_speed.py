@@ -76,9 +76,9 @@ def test_speed(
     if row is None:
         pytest.skip(f"{backend} does not define {op}")
     if row.failed:
-        pytest.fail(row.red or "not timed")
+        pytest.fail(row.wrong or "not timed")
     if kind not in row.samples:
-        pytest.skip(row.note or row.red or "not timed")
+        pytest.skip(row.remark or row.wrong or "not timed")
     benchmark.group = f"{op} {row.shape} {dtype} {kind}"
     extra = row.as_dict() | {
         "copy_bytes_per_second": card[1].copy,

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from conformance import results_file
 from conformance.gate import verdict
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.sides import Checkout, Side, Unavailable, verb
@@ -19,6 +18,7 @@ from conformance.gate.statistics import SIDES, Pool
 from conformance.gate.verdict import Row
 from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
+from conformance.reporting import results_file
 
 SAMPLE_MILLISECONDS, FEWEST_CALLS, MOST_CALLS = 5.0, 3, 20  # of one side in one round
 TIMED_DTYPE = "bfloat16"
@@ -277,14 +277,14 @@ def compare_times(
                 _progress(f"timing {' '.join(job)}, {number + 1} of {len(jobs)}")
                 deadline = clock() + max(0.0, end - clock()) / (len(jobs) - number)
                 found[job] = _time(sides, pool, job, None, lambda deadline=deadline: clock() > deadline)
-        changed = {job: kinds for job in jobs if not _red(found[job]) and (kinds := pool.changed(" ".join(job)))}
+        changed = {job: kinds for job in jobs if not _any_wrong(found[job]) and (kinds := pool.changed(" ".join(job)))}
         if changed:
             with start() as sides:
                 _started(sides, request)
                 for job, kinds in changed.items():
                     _progress(f"timing {' '.join(job)} again, in new processes")
                     rows = _time(sides, pool, job, kinds, lambda: clock() > end)
-                    found[job] = rows if _red(rows) else found[job]
+                    found[job] = rows if _any_wrong(rows) else found[job]
     finally:  # at the end: every comparison adds to what is known about noise
         report.rows += [verdict.times(*rows, pool.decisions(" ".join(job))) for job, rows in found.items()]
 
@@ -293,7 +293,11 @@ def _started(sides: Mapping[str, Measuring], request: Request) -> dict[str, Any]
     """The card as the head sees it; one side after the other measures its peak rates."""
     source = asdict(request.source)
     asked = {name: request.of(name).backend for name in SIDES}
-    return {name: sides[name].ask("start", backend=asked[name], source=source)["meta"] for name in SIDES}["head"]
+    started = {name: sides[name].ask("start", backend=asked[name], source=source)["meta"] for name in SIDES}
+    theirs, ours = (started[name].get("schema") for name in ("base", "head"))
+    if theirs != ours:
+        raise Unavailable("base", f"its results have schema {theirs}, those of the head {ours}: no times")
+    return started["head"]
 
 
 def _jobs(sides: Mapping[str, Measuring], pairs: Sequence[tuple[str, str]]) -> Iterator[Job]:
@@ -303,8 +307,8 @@ def _jobs(sides: Mapping[str, Measuring], pairs: Sequence[tuple[str, str]]) -> I
         yield from ((op, shape, dtype) for shape in sides["head"].ask("shapes", op=op)["shapes"] if shape in known)
 
 
-def _red(rows: Iterable[Mapping[str, Any]]) -> bool:
-    return any(row["red"] for row in rows)
+def _any_wrong(rows: Iterable[Mapping[str, Any]]) -> bool:
+    return any(row["wrong"] for row in rows)
 
 
 def _time(
@@ -328,7 +332,7 @@ def _time(
     def sample(side: str, kind: str) -> float:
         return median(sides[side].ask("sample", kind=kind, count=counts[kind])["milliseconds"])
 
-    if counts and not _red(ready):
+    if counts and not _any_wrong(ready):
         pool.time(" ".join(job), list(counts), sample, late)
     rows = {name: sides[name].ask("finish")["row"] for name in SIDES}
     return rows["base"], rows["head"]

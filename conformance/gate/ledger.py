@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.bench.measure import NOISE
 from conformance.bench.table import KINDS
 from conformance.gate import schema, verdict
 from conformance.gate.verdict import KEYS, Result
+from conformance.reporting import results_file
 
 SCHEMA = 1
 # The median of one run can be off by NOISE. Two medians are compared within an environment; across environments each of
@@ -220,7 +220,7 @@ def _wrong(kind: str, result: Result) -> str | None:
     elif kind == "fingerprint":
         why = result["problem"]
     else:
-        why = result["red"] or ("not timed" if result["full"] is None else None)
+        why = result["wrong"] or ("not timed" if result["full"] is None else None)
     return None if why is None else str(why).partition("\n")[0]
 
 

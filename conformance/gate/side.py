@@ -6,7 +6,7 @@ A command is a line of JSON on stdin, its answer one on stdout; whatever the bac
 
     {"do": "start", "backend": ..., "source": {...}}           -> {"meta": {...}}
     {"do": "shapes", "op": ...}                                -> {"shapes": [...]}
-    {"do": "prepare", "op": ..., "shape": ..., "dtype": ...}   -> {"kinds": {kind: milliseconds}, "red": ...}
+    {"do": "prepare", "op": ..., "shape": ..., "dtype": ...}   -> {"kinds": {kind: milliseconds}, "wrong": ...}
     {"do": "sample", "kind": ..., "count": ...}                -> {"milliseconds": [...]}
     {"do": "finish"}                                           -> {"row": {...}}
 
@@ -27,7 +27,7 @@ from conformance.bench.card import Card
 from conformance.bench.measure import Bench, Prepared, static_shapes
 from conformance.bench.sampler import Times
 from conformance.operations import Source
-from conformance.results_file import versions
+from conformance.reporting.results_file import SCHEMA, versions
 
 Answer = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Job:
         """
         contender = self._prepared.contenders[self._name]
         kinds = {kind: min(call()[0] for _ in range(FIRST_CALLS)) for kind, call in self._calls.items()}
-        return {"kinds": kinds, "red": contender.cheat or contender.failure}
+        return {"kinds": kinds, "wrong": contender.cheat or contender.failure}
 
     def sample(self, kind: str, count: int) -> Answer:
         """Time this many calls, after one that is not counted: another process had the card."""
@@ -135,7 +135,7 @@ class Server:
         self._bench = Bench(card, rates, (backend,), "", Source(**words))
         backends.load(backend, card.device, self._bench.source)
         peak = {"copy_bytes_per_second": rates.copy, "matmul_flops_per_second": rates.matmul}
-        return {"meta": {"versions": versions(), "gpu": card.name, **state, **peak}}
+        return {"meta": {"schema": SCHEMA, "versions": versions(), "gpu": card.name, **state, **peak}}
 
     def _shapes(self, bench: Bench, op: str) -> Answer:
         (backend,) = bench.names

@@ -25,7 +25,7 @@ from conformance import backends
 from conformance.gate import worktrees
 from conformance.gate.worktrees import RevisionError
 from conformance.operations import WITHOUT
-from conformance.runner import CASE_TIMEOUT_SECONDS
+from conformance.running.runner import CASE_TIMEOUT_SECONDS
 
 ANSWER_SECONDS = 2 * CASE_TIMEOUT_SECONDS  # preparing a shape compiles and judges several passes
 STOP_SECONDS = 10

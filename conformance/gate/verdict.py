@@ -202,12 +202,12 @@ def times(base: Result, head: Result, decisions: Mapping[str, Decision]) -> Row:
         decisions: by kind of time.
     """
     about = name("time", head)
-    wrong = [f"the {side}: {row['red']}" for side, row in (("base", base), ("head", head)) if row["red"]]
+    wrong = [f"the {side}: {row['wrong']}" for side, row in (("base", base), ("head", head)) if row["wrong"]]
     found = {} if wrong else decisions
     verdict = overall(found) if found else None
     sentences = [f"{about}: {kind}: {slower(one)}" for kind, one in found.items() if one.verdict is Verdict.SLOWER]
-    if head["red"] and not base["red"]:
-        sentences.append(f"{about}: wrong, and has no speed: {head['red']}")
+    if head["wrong"] and not base["wrong"]:
+        sentences.append(f"{about}: wrong, and has no speed: {head['wrong']}")
     row = _row("time", head, sentences + _memory(about, base, head), verdict, base, head)
     return row | {"times": {kind: asdict(one) for kind, one in found.items()}, "no_speed": "; ".join(wrong) or None}
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conformance.gates import Failure
 from conformance.laws._law import ModelLaw
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught
 
 if TYPE_CHECKING:

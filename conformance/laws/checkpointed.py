@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conformance.gates import Unchecked
 from conformance.laws._law import ModelLaw
+from conformance.tolerances.gates import Unchecked
 
 if TYPE_CHECKING:
     from conformance.models.trial import ModelTrial

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from conformance.gates import Failure, Unchecked
 from conformance.laws._law import ModelLaw
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, describe
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conformance.gates import Failure, Unchecked
 from conformance.laws._law import ModelLaw
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, bits, describe
 
 if TYPE_CHECKING:

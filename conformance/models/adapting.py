@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conformance.gates import Unchecked
+from conformance.tolerances.gates import Unchecked
 from conformance.trial import Caught
 from unsloth_fast import FastLanguageModel
 

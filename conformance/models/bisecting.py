@@ -20,8 +20,8 @@ from functools import cached_property, wraps
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from conformance.gates import Failure, Unchecked
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Failure, Unchecked
 from unsloth_fast.backends import Backend, resolve
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss

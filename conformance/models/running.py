@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.router_loss import balancing_loss
+from unsloth_fast.models.load_balancing import load_balancing_loss
 
 Results = dict[str, Tensor]
 
-LOGITS, LOSS, BALANCE = "logits", "the loss", "the load-balancing loss"
+LOGITS, LOSS, LOAD_BALANCING = "logits", "the loss", "the load-balancing loss"
 HIDDEN, GRADIENT = "the hidden states of ", "the gradient of "  # before a name
 
 
@@ -66,10 +66,10 @@ def run(
         labels = inputs.get("labels")
         with _recording(model, mask, parts):
             if own_loss:
-                options = {"backend_loss": True, "num_items": targets, "with_balance": balanced}
+                options = {"backend_loss": True, "num_items": targets, "with_load_balancing": balanced}
                 outputs = model(**inputs, **without_cache(model), **options)
                 loss = outputs.loss
-                balances += [outputs.balance] if balanced else []
+                balances += [outputs.load_balancing] if balanced else []
             else:
                 inputs |= {"output_router_logits": True} if balanced else {}
                 inputs.pop("labels", None)
@@ -82,11 +82,12 @@ def run(
             if not balanced:
                 loss.backward()
     if routers:
-        balances = [balancing_loss(without_adapter(model), tuple(map(torch.cat, zip(*routers, strict=True))), None)]
+        logits = tuple(map(torch.cat, zip(*routers, strict=True)))
+        balances = [load_balancing_loss(without_adapter(model), logits, None)]
     if balances:
         (torch.stack(losses).sum() + torch.stack(balances).sum()).backward()
     found = {name: torch.cat(pieces).detach() for name, pieces in parts.items()}
-    for name, values in ((LOSS, losses), (BALANCE, balances)):
+    for name, values in ((LOSS, losses), (LOAD_BALANCING, balances)):
         found |= {name: torch.stack(values).detach().sum()} if values else {}
     return found | gradients_of(model)
 

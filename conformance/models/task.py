@@ -1,4 +1,4 @@
-"""One law on one model, as conformance.runner runs it. Imports no transformers until it runs."""
+"""One law on one model, as conformance.running.runner runs it. Imports no transformers until it runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from conformance import backends
 from conformance.case import DTYPES
-from conformance.gates import Failure, Unchecked
 from conformance.laws import LAWS
-from conformance.search import Result
+from conformance.running.search import Result
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, describe
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelTask:
-    """Check one law on one model; the names are those of conformance.runner's tasks.
+    """Check one law on one model; the names are those of conformance.running.runner's tasks.
 
     Attributes:
         op: the model: its path or name, or with `random` an architecture.

@@ -14,19 +14,19 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from conformance import condition
-from conformance.bounds import Arithmetic
-from conformance.condition import JUMP, Response
-from conformance.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.interpreter import Interpreted
 from conformance.models.adapting import adapted as with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
 from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
+from conformance.tolerances import condition
+from conformance.tolerances.bounds import Arithmetic
+from conformance.tolerances.condition import JUMP, Response
+from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge
 from conformance.trial import Caught, describe
 from unsloth_fast import backends
 from unsloth_fast.models import place
 from unsloth_fast.models.head import add_loss, without_adapter
-from unsloth_fast.models.router_loss import has_usual_balancing
+from unsloth_fast.models.load_balancing import has_usual_load_balancing
 from unsloth_fast.save import patch_saving_functions
 
 
@@ -141,7 +141,7 @@ class ModelTrial:
     def balances(self) -> bool:
         """Whether the untouched model returns a load-balancing loss, which a trainer adds to that of the tokens."""
         model = self.untouched()
-        if not hasattr(model.config.get_text_config(), "output_router_logits") or not has_usual_balancing(model):
+        if not hasattr(model.config.get_text_config(), "output_router_logits") or not has_usual_load_balancing(model):
             return False
         options = without_cache(model) | {"output_router_logits": True}
         with Caught(), torch.no_grad():

@@ -12,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from conformance import runner
 from conformance.backends import OPERATIONS, Judged
 from conformance.case import Case
 from conformance.mutate.edits import mutants
@@ -22,7 +21,8 @@ from conformance.mutate.mutant import Mutant, Region
 from conformance.mutate.sources import sources_of
 from conformance.operations import PROJECT, Source
 from conformance.properties import PROPERTIES
-from conformance.search import Result
+from conformance.running import runner
+from conformance.running.search import Result
 
 # The longest case of a correct kernel takes 15 s in Triton's interpreter, and up to 60 to be compiled by torch.compile.
 HANG_SECONDS = {"cpu": 60.0, "cuda": 150.0}

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from conformance import backends, operations
 from conformance.case import DTYPES, Case
-from conformance.gates import Failure
 from conformance.mutate.mutant import Region
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import import_edited
 from conformance.profiles import PROFILES, Profile
 from conformance.properties import PROPERTIES
-from conformance.runner import Task, alone
-from conformance.search import Result, cover, search
+from conformance.running.runner import Task, alone
+from conformance.running.search import Result, cover, search
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Run, Trial, bits, describe
 
 Check = tuple[str, str]  # property, dtype

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conformance import results_file
 from conformance.mutate.campaign import Key, Original, Outcome
-from conformance.results_file import commit, versions
-from conformance.search import Result
+from conformance.reporting import results_file
+from conformance.reporting.results_file import commit, versions
+from conformance.running.search import Result
 
 KIND_WIDTH = 18
 

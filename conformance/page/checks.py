@@ -9,7 +9,7 @@ from statistics import mean
 from conformance.page.markup import Markup, breakable, row, scrolled, table, tag
 from conformance.page.model import Check, Meta, Results, dtypes_of, failures, percent, properties_of
 from conformance.properties import PROPERTIES
-from conformance.report import GATES
+from conformance.reporting.report import GATES
 
 OPEN = 6  # failures that are shown unfolded
 STEPS = 10  # of the heat map's colours

@@ -165,10 +165,10 @@ def _rows(results: Results, base: Results, factor: float) -> Iterable[Change]:
         name = " ".join(((row or other).op, (row or other).shape, (row or other).dtype, (row or other).backend))  # type: ignore[union-attr]
         if row is None or other is None:
             yield Change("skipped", name, "it was not timed") if row is None else Change("new", name, _timed(row))
-        elif (row.red is None) != (other.red is None):
-            better = Change("improved", name, f"correct, was {other.red}")
-            yield Change("regressed", name, row.red) if row.red else better
-        elif row.red is None and (times := _both(row, other)):
+        elif (row.wrong is None) != (other.wrong is None):
+            better = Change("improved", name, f"correct, was {other.wrong}")
+            yield Change("regressed", name, row.wrong) if row.wrong else better
+        elif row.wrong is None and (times := _both(row, other)):
             what, now, before = times
             word = timing(now, before, clocks, factor)
             text = f"{what} {before[1]:.3f} to {now[1]:.3f} ms, {now[1] / before[1]:.2f} times"
@@ -197,7 +197,7 @@ def timing(now: Spread, before: Spread, clocks: float = 1.0, factor: float = FAC
 
 
 def _timed(row: Row) -> str:
-    return row.red or (f"call {row.full[1]:.3f} ms" if row.full else "not timed")
+    return row.wrong or (f"call {row.full[1]:.3f} ms" if row.full else "not timed")
 
 
 def _mutants(results: Results, base: Results) -> Iterable[Change]:

@@ -43,9 +43,9 @@ def _cases(file: Results) -> Iterable[tuple[str, Element]]:
     for row in file.rows:
         case = _case(backend, row.op, f"{row.shape}[{row.dtype}-{row.backend}]")
         if row.failed:
-            _add(case, "failure", row.red or row.note or "failed", "")
+            _add(case, "failure", row.wrong or row.remark or "failed", "")
         elif row.full is None:
-            _add(case, "skipped", f"not timed: {row.red}", "")
+            _add(case, "skipped", f"not timed: {row.wrong}", "")
         yield row.op, case
     for mutant in file.mutants:
         case = _case(backend, mutant.op, mutant.mutant)

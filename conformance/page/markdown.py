@@ -47,7 +47,9 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
     """The sections, those that need attention first."""
     by_word = {word: [_change(change) for change in found if change.word == word] for word in WORDS}
     failed = [_failure(checks, file) for file in files for checks in failures(file.checks).values()]
-    bad = [f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.red or '')}" for f in files for r in f.rows if r.failed]
+    bad = [
+        f"- {code(f'{r.op} {r.shape} {r.backend}')}: {code(r.wrong or '')}" for f in files for r in f.rows if r.failed
+    ]
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
     head = table(("operation, shape, backend", "call ms", "device ms", "roofline", "budget use"), ())
     notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
@@ -117,7 +119,7 @@ def _speed(files: Sequence[Results]) -> list[str]:
         call = f"{row.full[1]:.3f}" if row.full else "not timed"
         share = percent(row.roofline.get("full"))
         rows.append(
-            f"| {name} | {call} | {device} | {share} | {_cell(row.red) if row.red else percent(row.error_use)} |"
+            f"| {name} | {call} | {device} | {share} | {_cell(row.wrong) if row.wrong else percent(row.error_use)} |"
         )
     return rows
 

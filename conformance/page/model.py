@@ -11,7 +11,7 @@ from typing import Literal
 from conformance.bench.table import Row
 from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
-from conformance.report import counted, repro
+from conformance.reporting.report import counted, repro
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 
@@ -30,7 +30,7 @@ class Meta:
         regressions, notes: the sentences of a gate: what fails, and what a reader should know.
     """
 
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
     versions: dict[str, str | None] = field(default_factory=dict)
     backend: str | None = None
     device: str | None = None
@@ -53,7 +53,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on one property, operation and dtype, as conformance.search.Result writes it.
+    """The verdict on one property, operation and dtype, as conformance.running.search.Result writes it.
 
     Attributes:
         missed: the pairs of settings that `coverage` found not run, {"pair", "case"}.
@@ -255,7 +255,7 @@ class Results:
         """The counts in one sentence."""
         if self.kind == "bench":
             timed = [row for row in self.rows if row.full is not None]
-            wrong = sum(row.red is not None for row in timed)
+            wrong = sum(row.wrong is not None for row in timed)
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
         if self.kind == "gate":
             words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())

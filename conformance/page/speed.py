@@ -40,7 +40,7 @@ def part(file: Results) -> list[Markup]:
 
 
 def _right(row: Row) -> bool:
-    return row.red is None and not row.failed and row.full is not None
+    return row.wrong is None and not row.failed and row.full is not None
 
 
 def _time(row: Row, device: bool) -> float:
@@ -64,11 +64,11 @@ def _times(rows: Sequence[Row]) -> Markup:
     shown = []
     for row in rows:
         name = tag("span", f"{row.backend} ", tag("small", "fastest call") if row is best else None)
-        note = "; ".join(filter(None, (row.red, row.note)))
+        remark = "; ".join(filter(None, (row.wrong, row.remark)))
         if row.full is None:
-            shown.append((name, tag("td", f"not timed: {row.red or row.note}", colspan=7, class_="bad")))
+            shown.append((name, tag("td", f"not timed: {row.wrong or row.remark}", colspan=7, class_="bad")))
             continue
-        error = tag("td", "✗ wrong", class_="bad") if row.red else percent(row.error_use)
+        error = tag("td", "✗ wrong", class_="bad") if row.wrong else percent(row.error_use)
         shown.append(
             (
                 name,
@@ -78,7 +78,7 @@ def _times(rows: Sequence[Row]) -> Markup:
                 _measured(row, "device_backward", row.device_backward),
                 f"{row.peak_mebibytes:.0f}" if row.peak_mebibytes is not None else "-",
                 error,
-                tag("td", note, class_="small"),
+                tag("td", remark, class_="small"),
             )
         )
     caption = f"{rows[0].shape}, {rows[0].dtype}"
@@ -161,7 +161,7 @@ SHAPES = (
 def _mark(place: int, x: float, y: float, ratio: float, row: Row) -> Markup:
     """A point: shape and colour are the backend's; hollow if the result is wrong."""
     title = f"{row.backend}, {row.shape}: {ratio:.2f} times the fastest, {percent(row.error_use)} of the budget"
-    style = f"mark c{place % len(SHAPES)}" + " hollow" * (row.red is not None)
+    style = f"mark c{place % len(SHAPES)}" + " hollow" * (row.wrong is not None)
     at = f"translate({x:.1f} {y:.1f})"
     return tag("path", tag("title", title), d=SHAPES[place % len(SHAPES)], transform=at, class_=style)
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from torch.nn import Parameter
 
-from conformance.gates import Failure
 from conformance.piece import PieceTrial
 from conformance.property import Check
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, describe
 from unsloth_ref.types import IGNORE_INDEX
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import UNIT, Arguments, equal, inputs_untouched
+from conformance.tolerances.gates import Failure
 from unsloth_ref import kernels, training
 from unsloth_ref.types import IGNORE_INDEX, PackedBatch
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import Arguments, batches, equal, inputs_untouched, labels
+from conformance.tolerances.gates import Failure
 from unsloth_ref.types import IGNORE_INDEX
 
 

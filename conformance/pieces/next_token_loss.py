@@ -7,11 +7,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.gates import ErrorModel, Failure, judge
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import batches, comparable, demand_equal, labels
 from conformance.spec import Call
 from conformance.specs.cross_entropy import spec as cross_entropy_spec
+from conformance.tolerances.gates import ErrorModel, Failure, judge
 from unsloth_ref import kernels, training
 from unsloth_ref.types import IGNORE_INDEX
 

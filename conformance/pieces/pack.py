@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from hypothesis import strategies as st
 
-from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import Arguments, equal, inputs_untouched
+from conformance.tolerances.gates import Failure
 from unsloth_ref.batch_checks import STRATEGIES
 from unsloth_ref.types import PackingPlan
 

@@ -4,11 +4,11 @@ from itertools import accumulate
 
 import torch
 
-from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceTrial
 from conformance.pieces import pack
 from conformance.pieces._shared import Arguments, equal, inputs_untouched
 from conformance.pieces.pack import PackCase
+from conformance.tolerances.gates import Failure
 from unsloth_ref import training
 
 FAR = 2**33  # tokens of a column before the first document

@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from conformance.gates import Failure
 from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import Arguments, comparable, equal
+from conformance.tolerances.gates import Failure
 from unsloth_ref.types import ParamGroup
 
 SIZE = 3

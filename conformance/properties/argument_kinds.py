@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from conformance.case import LAYOUTS, Case
-from conformance.gates import Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
+from conformance.tolerances.gates import Unchecked
 from conformance.trial import Lacking, Run, Trial
 
 

@@ -11,10 +11,10 @@ elsewhere.
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, is_plain
 
 VECTOR = 64  # columns: a multiple of what a loop of a CPU takes at once

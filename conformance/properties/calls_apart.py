@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 # Rows and columns, by the dtype under test, that no other property has: the first call with them is in another dtype.

@@ -11,11 +11,11 @@ import torch
 
 from conformance.calling import same_memory
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.properties import opcheck
 from conformance.property import Property
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial, as_leaves, demand_same_bits, is_plain
 
 

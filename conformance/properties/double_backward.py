@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Function, Trial, as_leaves, describe
 from unsloth_ref.accuracy import widen
 

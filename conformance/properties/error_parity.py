@@ -6,10 +6,10 @@ error does not. A separate test requires that `unsloth_ref` and `unsloth_fast` r
 
 from conformance.calling import placed
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import ErrorCase, Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
 
 REFUSALS = (ValueError, TypeError, IndexError, RuntimeError)

@@ -8,11 +8,11 @@ constant that is rounded, an eps in the wrong place, or a branch on the size of 
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.promises import Law
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, bits
 from unsloth_ref.accuracy import is_float, widen_float8
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from conformance.case import Case
 from conformance.counts import LONG, Counts, edges
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial
 
 SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (129, 3), (17, 31), (5, 127), (5, 128), (5, 129))

@@ -1,9 +1,9 @@
 """In exact arithmetic, results do not depend on warps, and gradients of rows add up to the whole bit by bit.
 
-Triton's floating-point sanitizer makes every operation of a kernel exact (conformance/exact.py). Two programs that add
-up the same terms then agree in every bit, whatever their order: the kernel, the same kernel with other warps, and the
-naive sum over calls with a few rows each. A term that is lost, counted twice or taken from another row shows, however
-small it is beside the sum.
+Triton's floating-point sanitizer makes every operation of a kernel exact (conformance/instruments/exact.py). Two
+programs that add up the same terms then agree in every bit, whatever their order: the kernel, the same kernel with
+other warps, and the naive sum over calls with a few rows each. A term that is lost, counted twice or taken from another
+row shows, however small it is beside the sum.
 
 A call whose arithmetic is not all in Triton kernels that the sanitizer understands is not checked.
 """
@@ -11,10 +11,10 @@ A call whose arithmetic is not all in Triton kernels that the sanitizer understa
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Inputs, Spec
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, demand_same_bits, detached
 
 COUNTS = ((9, 130), (67, 64), (5, 4097))
@@ -48,7 +48,7 @@ def check(trial: Trial, case: Case) -> None:
 
 def _run(trial: Trial, case: Case, inputs: Inputs, grad_outputs: list[torch.Tensor], other_warps: bool = False) -> Run:
     """A run in exact arithmetic; raises Unchecked if some of it is not exact."""
-    from conformance.exact import exact_arithmetic
+    from conformance.instruments.exact import exact_arithmetic
 
     options = trial.options(case)
     leaves = as_leaves(inputs, trial.spec.grads)
@@ -64,7 +64,7 @@ def _run(trial: Trial, case: Case, inputs: Inputs, grad_outputs: list[torch.Tens
 
 def _demand_sums(trial: Trial, case: Case, inputs: Inputs, grad_outputs: list[torch.Tensor], whole: Run) -> None:
     """Call with the first part, the odd ones in reverse and the others; what has no parts must add up."""
-    from conformance.exact import add, exact_arithmetic
+    from conformance.instruments.exact import add, exact_arithmetic
 
     parts, totals = trial.spec.parts, dict[str, torch.Tensor]()
     every = list(range(parts.count(inputs)))

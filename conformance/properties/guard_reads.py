@@ -7,10 +7,10 @@ it may end the process, where the page behind a tensor is not mapped.
 import sys
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.instruments.memory import POISONS, Fence, demand_unaffected, fenced
 from conformance.interpreter import reads
-from conformance.memory import POISONS, Fence, demand_unaffected, fenced
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 
 

@@ -1,7 +1,7 @@
 """No memory outside a tensor is written: bands around every input and allocation are unchanged after both passes."""
 
 from conformance.case import Case
-from conformance.memory import Fence, demand_unbroken, fenced
+from conformance.instruments.memory import Fence, demand_unbroken, fenced
 from conformance.property import Property
 from conformance.trial import Trial
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
 from conformance.spec import Inputs
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, bits, detached
 
 WAIT_CYCLES = 20_000_000  # about 10 ms

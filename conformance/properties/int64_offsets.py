@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property
 from conformance.spec import Inputs, Spec, accepted_options
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, is_plain
 
 FAR = 2**31

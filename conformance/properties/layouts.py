@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from conformance.case import LAYOUTS, Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Trial
 
 OF_GRADIENTS = {

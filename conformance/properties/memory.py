@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec, nbytes
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial, as_leaves, is_plain
 
 MEBIBYTE = 2**20

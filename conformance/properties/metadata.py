@@ -6,8 +6,8 @@ views of the incoming gradient, for a sum over sizes of 1 for example: gradients
 
 from conformance.calling import same_memory
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, is_plain
 
 

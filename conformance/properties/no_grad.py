@@ -3,9 +3,9 @@
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.interpreter import Interpreted
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 

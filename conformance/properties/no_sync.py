@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, as_leaves
 
 

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
 
 BUILT_IN = ("aten", "prim", "prims", "c10d", "inductor", "debugprims", "profiler", "quantized")

@@ -3,8 +3,8 @@
 from math import nan
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, bits
 
 

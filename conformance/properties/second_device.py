@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.property import Property
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, demand_same_bits
 
 FIRST, SECOND = "cuda:0", "cuda:1"

@@ -6,10 +6,10 @@ It may add keyword-only parameters of its own if they have defaults.
 import inspect
 
 from conformance.case import Case
-from conformance.gates import Failure
 from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Function, Trial
 
 

@@ -1,7 +1,7 @@
 """Results do not depend on uninitialised memory: they have the same bits whatever it holds, floats or integers."""
 
 from conformance.case import Case
-from conformance.memory import POISONS, demand_unaffected, fenced
+from conformance.instruments.memory import POISONS, demand_unaffected, fenced
 from conformance.property import Property
 from conformance.trial import Run, Trial
 

@@ -110,14 +110,6 @@ def document_kinds(tensors: Sequence[str]) -> dict[str, Change]:
     }
 
 
-def wrong_input(
-    what: str, raises: type[Exception], *, undefined: bool = False, **change: Callable[[Tensor], Tensor]
-) -> ErrorCase:
-    """A mistake in one input, which `change` makes of a right one; see `mistake`."""
-    ((name, wrong),) = change.items()
-    return mistake(what, raises, name, lambda i: {name: wrong(i[name])}, undefined=undefined)
-
-
 def bounds_errors(first: str) -> list[ErrorCase]:
     """Mistakes in cu_seqlens; `first` has an entry per token."""
 

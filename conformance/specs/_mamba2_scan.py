@@ -21,9 +21,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from conformance.bounds import UNIT_FLOAT32, Terms
 from conformance.spec import Call
 from conformance.specs._documents import kept
+from conformance.tolerances.bounds import UNIT_FLOAT32, Terms
 from unsloth_ref import document_checks
 
 CHUNK = 256  # tokens over which a kernel may add up decays before it takes the exponential

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.bounds import SHARED, Bound, added_in_float32, exact, float32_error, joined, product, total
 from conformance.spec import Call, mistake, wrong_option
+from conformance.specs._mistakes import one_column_short
+from conformance.tolerances.bounds import SHARED, Bound, added_in_float32, exact, float32_error, joined, product, total
 from unsloth_ref.accuracy import ROUNDING_RMS
 
 
@@ -193,13 +194,7 @@ ERRORS = (
     mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
     mistake("gate_up is a matrix", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][0]}, undefined=True),
     mistake("gate_up has an odd number of rows", ValueError, "gate_up", lambda i: {"gate_up": i["gate_up"][:, 1:]}),
-    mistake(
-        "gate_up is one column short",
-        ValueError,
-        "gate_up",
-        lambda i: {"gate_up": i["gate_up"][..., 1:]},
-        undefined=True,
-    ),
+    one_column_short("gate_up"),
     mistake("gate_up is wider than x", TypeError, "gate_up", lambda i: {"gate_up": i["gate_up"].double()}),
     mistake("down has one expert less", ValueError, "down", lambda i: {"down": i["down"][1:]}, undefined=True),
     mistake(

@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -26,6 +25,7 @@ from conformance.spec import (
 )
 from conformance.specs._documents import Shifts, bounds_errors, document_kinds, documents_as_parts, laid_out
 from conformance.specs.rms_norm import WIDE_WEIGHT
+from conformance.tolerances.bounds import Terms, lost
 from unsloth_ref.kernels import causal_conv
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -24,8 +23,10 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
+from conformance.specs._mistakes import one_column_short, one_row_short
 from conformance.specs.fp8_dequantize import quantised
 from conformance.specs.grouped_gemm import moderate, moderate_column_counts
+from conformance.tolerances.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import fp8_linear
 
@@ -186,16 +187,10 @@ spec = Spec(
         "no rows": change_inputs(lambda i: {"x": i["x"][:0]}),
     },
     errors=[
-        mistake(
-            "weight is one column short",
-            ValueError,
-            "weight",
-            lambda i: {"weight": i["weight"][:, :-1]},
-            undefined=True,
-        ),
+        one_column_short("weight"),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
         mistake("weight is not quantised", TypeError, "weight", lambda i: {"weight": i["weight"].to(i["x"].dtype)}),
-        mistake("scale is one row short", ValueError, "scale", lambda i: {"scale": i["scale"][1:]}, undefined=True),
+        one_row_short("scale"),
         mistake("scale would broadcast", ValueError, "scale", lambda i: {"scale": i["scale"][0]}),
         mistake("scale is narrower", TypeError, "scale", lambda i: {"scale": i["scale"].bfloat16()}),
         mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, undefined=True),

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -20,6 +19,7 @@ from conformance.spec import (
     row_counts,
     wrong_option,
 )
+from conformance.tolerances.bounds import Terms, lost
 from unsloth_ref.kernels import fused_swiglu
 
 GPT_OSS = {"interleaved": True, "alpha": 1.702, "limit": 7.0, "offset": 1.0}

@@ -12,7 +12,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.bounds import Terms
 from conformance.case import FILLS, Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -28,8 +27,10 @@ from conformance.spec import (
     nbytes,
     wrong_option,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
 from conformance.specs._gated_delta_rule import sizes_of
+from conformance.specs._mistakes import wrong_input
+from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import gated_delta_rule
 
 WIDTHS = (16, 64, 32, 128, 1, 7, 33, 80)

@@ -6,7 +6,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import UNIT_FLOAT32, Terms, lost, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -24,6 +23,8 @@ from conformance.spec import (
     wrong_option,
 )
 from conformance.specs import rms_norm
+from conformance.specs._mistakes import one_column_short
+from conformance.tolerances.bounds import UNIT_FLOAT32, Terms, lost, root_of_mean
 from unsloth_ref.kernels import gated_rms_norm
 
 
@@ -212,9 +213,7 @@ spec = Spec(
     special_values=rms_norm.SPECIAL_VALUES,
     errors=[
         *rms_norm.spec.errors,
-        mistake(
-            "gate is one column short", ValueError, "gate", lambda i: {"gate": i["gate"][..., :-1]}, undefined=True
-        ),
+        one_column_short("gate"),
         mistake("gate would broadcast", ValueError, "gate", lambda i: {"gate": i["gate"][:1]}),
         mistake("gate has another dtype", TypeError, "gate", lambda i: {"gate": i["gate"].double()}),
         wrong_option("group_size is no divisor", "group_size", group_size=5),

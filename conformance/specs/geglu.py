@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms
 from conformance.spec import Call, Speed, wrong_option
 from conformance.specs import swiglu
+from conformance.tolerances.bounds import Terms
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import geglu
 from unsloth_ref.types import Approximate

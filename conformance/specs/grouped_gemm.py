@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.bounds import Bound, exact, joined, product
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -25,6 +24,8 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
+from conformance.specs._mistakes import one_column_short
+from conformance.tolerances.bounds import Bound, exact, joined, product
 from unsloth_ref.kernels import grouped_gemm
 
 
@@ -186,13 +187,7 @@ spec = Spec(
         mistake("x is a vector", ValueError, "x", lambda i: {"x": i["x"][0]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {n: i[n].long() for n in ("x", "weight")}),
         mistake("weight is a matrix", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
-        mistake(
-            "weight is one column short",
-            ValueError,
-            "weight",
-            lambda i: {"weight": i["weight"][..., :-1]},
-            undefined=True,
-        ),
+        one_column_short("weight"),
         mistake("there is no group", ValueError, "weight", lambda i: {"weight": i["weight"][:0]}, undefined=True),
         mistake("weight is wider than x", TypeError, "weight", lambda i: {"weight": i["weight"].double()}),
         mistake(

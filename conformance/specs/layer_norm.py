@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -22,6 +21,7 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs.rms_norm import NORM_ERRORS, PROGRAMS, WIDE_WEIGHT
+from conformance.tolerances.bounds import Terms, root_of_mean
 from unsloth_ref.kernels import layer_norm
 
 ROUNDINGS = 1  # the contract rounds once, at the end; one more for another order of operations, in either pass

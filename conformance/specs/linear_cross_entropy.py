@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.bounds import SHARED, Bound, exact, joined, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -28,6 +27,7 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
+from conformance.specs._mistakes import one_column_short
 from conformance.specs.cross_entropy import (
     OPTION_ERRORS,
     OPTIONS,
@@ -36,6 +36,7 @@ from conformance.specs.cross_entropy import (
     loss_factor,
     may_be_combined,
 )
+from conformance.tolerances.bounds import SHARED, Bound, exact, joined, product, total
 from unsloth_ref.accuracy import float32_error
 from unsloth_ref.kernels import linear_cross_entropy
 from unsloth_ref.types import IGNORE_INDEX
@@ -271,13 +272,7 @@ spec = Spec(
         mistake("labels are a matrix", ValueError, "labels", lambda i: {"labels": i["labels"][None]}, undefined=True),
         mistake("labels are floats", TypeError, "labels", lambda i: {"labels": i["labels"].float()}, undefined=True),
         mistake("hidden is a cube", ValueError, "hidden", lambda i: {"hidden": i["hidden"][None]}, undefined=True),
-        mistake(
-            "weight is one column short",
-            ValueError,
-            "weight",
-            lambda i: {"weight": i["weight"][:, :-1]},
-            undefined=True,
-        ),
+        one_column_short("weight"),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}, undefined=True),
         mistake("there is no class", ValueError, "weight", lambda i: {"weight": i["weight"][:0]}, undefined=True),
         mistake("bias is one short", ValueError, "bias", lambda i: {"bias": i["weight"][1:, 0]}, undefined=True),

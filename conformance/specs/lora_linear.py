@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -28,6 +27,8 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.specs._mistakes import one_column_short, one_row_short
+from conformance.tolerances.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import lora_linear, nf4_dequantize
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
@@ -290,23 +291,11 @@ spec = Spec(
     },
     special_values=[nan],  # infinity gives terms of both signs, and inf or NaN with a scaling of 0
     errors=[
-        mistake(
-            "weight is one column short",
-            ValueError,
-            "weight",
-            lambda i: {"weight": i["weight"][:, :-1]},
-            undefined=True,
-        ),
+        one_column_short("weight"),
         mistake("weight is a vector", ValueError, "weight", lambda i: {"weight": i["weight"][0]}),
-        mistake(
-            "lora_a is one column short",
-            ValueError,
-            "lora_a",
-            lambda i: {"lora_a": i["lora_a"][:, :-1]},
-            undefined=True,
-        ),
+        one_column_short("lora_a"),
         mistake("lora_a is a vector", ValueError, "lora_a", lambda i: {"lora_a": i["lora_a"][0]}),
-        mistake("lora_b is one row short", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][1:]}, undefined=True),
+        one_row_short("lora_b"),
         mistake(
             "lora_b has another rank", ValueError, "lora_b", lambda i: {"lora_b": i["lora_b"][:, 1:]}, undefined=True
         ),

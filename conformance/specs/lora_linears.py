@@ -10,7 +10,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Bound
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -30,6 +29,8 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs import lora_linear
+from conformance.specs._mistakes import one_column_short, one_row_short
+from conformance.tolerances.bounds import Bound
 from unsloth_ref.accuracy import ROUNDING_RMS
 from unsloth_ref.kernels import lora_linears
 
@@ -235,28 +236,10 @@ spec = Spec(
         _option_error(
             "a bias is one short", ValueError, "bias[1]", "bias", lambda i: [None, i["weight[1]"][1:, 0], None]
         ),
-        mistake(
-            "a weight is one column short",
-            ValueError,
-            "weight[1]",
-            lambda i: {"weight[1]": i["weight[1]"][:, :-1]},
-            undefined=True,
-        ),
+        one_column_short("weight[1]"),
         mistake("a weight is wider than x", TypeError, "weight[2]", lambda i: {"weight[2]": i["weight[2]"].double()}),
-        mistake(
-            "a lora_a is one column short",
-            ValueError,
-            "lora_a[2]",
-            lambda i: {"lora_a[2]": i["lora_a[2]"][:, :-1]},
-            undefined=True,
-        ),
-        mistake(
-            "a lora_b is one row short",
-            ValueError,
-            "lora_b[0]",
-            lambda i: {"lora_b[0]": i["lora_b[0]"][1:]},
-            undefined=True,
-        ),
+        one_column_short("lora_a[2]"),
+        one_row_short("lora_b[0]"),
         mistake("a lora_b would broadcast", ValueError, "lora_b[1]", lambda i: {"lora_b[1]": i["lora_b[1]"][:1]}),
         mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}, undefined=True),
         mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),

@@ -11,7 +11,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator
 
-from conformance.bounds import Terms
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -26,8 +25,10 @@ from conformance.spec import (
     mistake,
     nbytes,
 )
-from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out, wrong_input
+from conformance.specs._documents import bounds_errors, document_kinds, documents_as_parts, laid_out
 from conformance.specs._mamba2_scan import sizes_of
+from conformance.specs._mistakes import wrong_input
+from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import mamba2_scan
 
 WIDTHS = (16, 64, 128, 32, 1, 7, 33, 80)

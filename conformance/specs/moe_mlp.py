@@ -6,7 +6,6 @@ from math import nan
 import torch
 from hypothesis import strategies as st
 
-from conformance.bounds import Bound, exact, product, total
 from conformance.case import Case, Draw
 from conformance.promises import BLAS, Law, Memory
 from conformance.spec import (
@@ -22,6 +21,7 @@ from conformance.spec import (
 )
 from conformance.specs._moe_mlp import ERRORS, experts_of
 from conformance.specs.fused_swiglu import GPT_OSS
+from conformance.tolerances.bounds import Bound, exact, product, total
 from unsloth_ref.kernels import moe_mlp
 
 _BIASES = ("gate_up_bias", "down_bias")

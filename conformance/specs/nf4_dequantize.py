@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import Terms
 from conformance.case import Draw
 from conformance.promises import Law
 from conformance.spec import (
@@ -26,6 +25,7 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import nf4_dequantize
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
 

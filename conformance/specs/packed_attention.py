@@ -13,7 +13,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -37,8 +36,9 @@ from conformance.specs._documents import (
     document_kinds,
     documents_as_parts,
     laid_out,
-    wrong_input,
 )
+from conformance.specs._mistakes import wrong_input
+from conformance.tolerances.bounds import ROUNDING_RMS, SHARED, Bound, Terms, float32_error
 from unsloth_ref.kernels import packed_attention
 
 WIDTHS = (64, 16, 40, 80, 96, 128, 256, 1, 7, 33, 72, 300, 512)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.bounds import UNIT_FLOAT32, Terms, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -23,6 +22,7 @@ from conformance.spec import (
     nbytes,
 )
 from conformance.specs import rms_norm, rope
+from conformance.tolerances.bounds import UNIT_FLOAT32, Terms, root_of_mean
 from unsloth_ref.kernels import qk_norm_rope
 
 # Of the normalised heads n and their products with the weight; of the products with cos and sin, before their sum;

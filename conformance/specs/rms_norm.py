@@ -5,7 +5,6 @@ from math import nan
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms, root_of_mean
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -24,6 +23,7 @@ from conformance.spec import (
     row_counts,
     wrong_option,
 )
+from conformance.tolerances.bounds import Terms, root_of_mean
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import rms_norm
 

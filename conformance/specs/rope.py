@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from conformance.bounds import Terms
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory, Parts
 from conformance.spec import (
@@ -23,6 +22,7 @@ from conformance.spec import (
     change_inputs,
     nbytes,
 )
+from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import rope
 
 ROUNDINGS = 1  # each product, before their sum

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from conformance.bounds import Terms, lost
 from conformance.case import Case, Draw
 from conformance.promises import Law, Memory
 from conformance.spec import (
@@ -19,6 +18,8 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.specs._mistakes import one_column_short
+from conformance.tolerances.bounds import Terms, lost
 from unsloth_ref.kernels import swiglu
 
 
@@ -82,7 +83,7 @@ spec = Spec(
     memory=Memory(Case((("rows", 8192), ("hidden", 8192))), grads=["gate", "up"]),
     argument_kinds=leading_dimensions("gate", "up"),
     errors=[
-        mistake("up is one column short", ValueError, "up", lambda i: {"up": i["up"][..., :-1]}, undefined=True),
+        one_column_short("up"),
         mistake("up would broadcast", ValueError, "up", lambda i: {"up": i["up"][:1]}),
         mistake("up has another dtype", TypeError, "up", lambda i: {"up": i["up"].double()}),
         mistake("gate is integer", TypeError, "gate", lambda i: {name: i[name].long() for name in i}),

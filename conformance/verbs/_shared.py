@@ -6,9 +6,9 @@ from typing import Any
 
 from conformance import backends
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError
 from conformance.operations import Source
 from conformance.profiles import PROFILES
+from conformance.running.catalogue import UsageError
 
 Verbs = Any  # argparse's action that adds the parsers of verbs; it has no public name
 

@@ -14,8 +14,8 @@ from conformance.bench.measure import Bench
 from conformance.bench.plot import lacking, plot
 from conformance.bench.table import heading, text, write_json
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, known
 from conformance.peers import Absent
+from conformance.running.catalogue import UsageError, known
 from conformance.specs import specs
 from conformance.trial import BackendError
 from conformance.verbs._shared import Verbs, add_verb, demand_writable

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conformance import results_file
-from conformance.catalogue import UsageError
-from conformance.gates import Unchecked
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, quiet, trial_of
+from conformance.reporting import results_file
+from conformance.running.catalogue import UsageError
+from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model
 from conformance.verbs._shared import Verbs, add_verb
 

@@ -7,15 +7,16 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 
-from conformance import operations, report, results_file
+from conformance import operations
 from conformance.case import DTYPES, Case
-from conformance.catalogue import UsageError, judged_by, known
-from conformance.coverage import Explored, Pair, explore, shown
 from conformance.operations import Source
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Task, run
-from conformance.search import Result
+from conformance.reporting import report, results_file
+from conformance.running.catalogue import UsageError, judged_by, known
+from conformance.running.coverage import Explored, Pair, explore, shown
+from conformance.running.runner import Task, run
+from conformance.running.search import Result
 from conformance.trial import Trial
 from conformance.verbs._shared import (
     Verbs,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from conformance import backends, operations
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, known
-from conformance.gates import Failure
+from conformance.running.catalogue import UsageError, known
+from conformance.tolerances.gates import Failure
 from conformance.verbs._shared import Verbs, add_source, add_verb, demand_writable, source_of
 
 

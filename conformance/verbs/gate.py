@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, device_of, known, names_of
 from conformance.gate import job, ledger
 from conformance.gate.job import Report, Request
 from conformance.gate.ledger import Ledger, LedgerError
@@ -17,7 +16,8 @@ from conformance.gate.sides import Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
 from conformance.gate.worktrees import RevisionError
-from conformance.report import counted
+from conformance.reporting.report import counted
+from conformance.running.catalogue import UsageError, device_of, known, names_of
 from conformance.verbs._shared import (
     Verbs,
     add_search,

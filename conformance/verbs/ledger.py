@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from conformance.catalogue import UsageError
 from conformance.gate import ledger
 from conformance.gate.ledger import Entry, Ledger, LedgerError
 from conformance.gate.verdict import name
+from conformance.running.catalogue import UsageError
 from conformance.verbs._shared import Verbs, add_verb
 
 FOLDER = Path("ledger")

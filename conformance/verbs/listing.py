@@ -2,10 +2,11 @@
 
 import argparse
 
-from conformance import backends, operations, report
+from conformance import backends, operations
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
+from conformance.reporting import report
 from conformance.verbs._shared import Verbs, add_verb
 
 

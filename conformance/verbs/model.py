@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from conformance import backends, report, results_file
+from conformance import backends
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, device_of, known
 from conformance.laws import LAWS
 from conformance.models.task import ModelTask, tasks_of
-from conformance.runner import run
-from conformance.search import Result
+from conformance.reporting import report, results_file
+from conformance.running.catalogue import UsageError, device_of, known
+from conformance.running.runner import run
+from conformance.running.search import Result
 from conformance.verbs._shared import Verbs, add_device, add_verb, demand_at_least, demand_writable
 from unsloth_fast.unsupported import demand_extra
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from conformance import operations
 from conformance.backends import Judged
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, judged_by, known
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Key, Outcome, choose, users
 from conformance.mutate.equivalent import confirmed
 from conformance.operations import Source
 from conformance.properties import PROPERTIES
-from conformance.report import heading
+from conformance.reporting.report import heading
+from conformance.running.catalogue import UsageError, judged_by, known
 from conformance.verbs._shared import (
     Verbs,
     add_search,

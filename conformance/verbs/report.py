@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from conformance import results_file
-from conformance.catalogue import UsageError
 from conformance.gate.history import points
 from conformance.gate.ledger import LedgerError
 from conformance.page.compare import FACTOR, changes
@@ -12,6 +10,8 @@ from conformance.page.html import page
 from conformance.page.junit import junit
 from conformance.page.markdown import comment
 from conformance.page.reading import FileError, read
+from conformance.reporting import results_file
+from conformance.running.catalogue import UsageError
 from conformance.verbs._shared import Verbs, add_verb, demand_writable
 
 FORMATS = ("html", "markdown", "junit")

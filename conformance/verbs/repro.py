@@ -3,12 +3,13 @@
 import argparse
 from dataclasses import replace
 
-from conformance import backends, operations, report
+from conformance import backends, operations
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, judged_by, known, names_of, properties_of
 from conformance.operations import Source
 from conformance.pieces import pieces
-from conformance.runner import Task, run
+from conformance.reporting import report
+from conformance.running.catalogue import UsageError, judged_by, known, names_of, properties_of
+from conformance.running.runner import Task, run
 from conformance.verbs._shared import Verbs, add_backend, add_source, add_verb, source_of
 
 LINE = "OP DTYPE [PROPERTY] NAME=VALUE ... or PIECE PROPERTY NAME=VALUE ..."

@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance import backends, deviations, report
+from conformance import backends
 from conformance.case import DTYPES
-from conformance.catalogue import UsageError, all_properties, judged_by, known, names_of, tasks_of
-from conformance.runner import Task, run
-from conformance.search import Result
+from conformance.reporting import deviations, report
+from conformance.running.catalogue import UsageError, all_properties, judged_by, known, names_of, tasks_of
+from conformance.running.runner import Task, run
+from conformance.running.search import Result
 from conformance.verbs._shared import (
     Verbs,
     add_search,

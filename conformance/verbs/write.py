@@ -3,8 +3,8 @@
 import argparse
 
 from conformance import operations
+from conformance.learning.writing import text
 from conformance.verbs._shared import Verbs, add_example, add_verb, source_of
-from conformance.writing import text
 
 
 def add(verbs: Verbs) -> None:

@@ -264,13 +264,13 @@ def test_the_table_of_operations(tmp_path: Path) -> None:
     fast = ROWS[0]
     others = [
         replace(fast, backend="torch", full=(0.4, 0.7, 0.8), device_full=(0.3, 0.36, 0.4)),
-        replace(fast, backend="liger", full=(0.4, 0.6, 0.8), device_full=(0.3, 0.37, 0.4), note="writes over gate"),
-        replace(fast, backend="unsloth", full=(0.1, 0.1, 0.1), red="gate G1"),
+        replace(fast, backend="liger", full=(0.4, 0.6, 0.8), device_full=(0.3, 0.37, 0.4), remark="writes over gate"),
+        replace(fast, backend="unsloth", full=(0.1, 0.1, 0.1), wrong="gate G1"),
     ]
     (_, _, row) = figures.operations(bench_file(tmp_path / "bench.json", [fast, *others])).splitlines()
     assert row == "| swiglu small 4x64 | 0.350 | 0.360 torch | 92 / 86 | 0.500 | 0.600 liger, in place | 12 |"
     with pytest.raises(figures.FiguresError, match="swiglu small 4x64: got no correct time of fast"):
-        figures.operations(bench_file(tmp_path / "wrong.json", [replace(fast, red="gate G1")]))
+        figures.operations(bench_file(tmp_path / "wrong.json", [replace(fast, wrong="gate G1")]))
 
 
 def test_the_table_of_budget_use(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from conformance import results_file
 from conformance.bench import card
 from conformance.gate import schema
+from conformance.reporting import results_file
 from docs import figures
 from examples import step_benchmark
 
@@ -64,7 +64,7 @@ def test_the_file_has_what_ran(
     found = json.loads(path.read_text())
     assert schema.problem(found, figures.STEPS, figures.STEPS) is None
     assert [one["who"] for one in found["results"]] == ["fast", "fast-4bit"]
-    meta = {"schema": 1, "shape": "llama-3.2-1b", "rows": 2, "length": 2048, "mode": "gc", "gpus": 1, "commit": "abc"}
+    meta = {"schema": 2, "shape": "llama-3.2-1b", "rows": 2, "length": 2048, "mode": "gc", "gpus": 1, "commit": "abc"}
     assert found["meta"].items() >= meta.items() and found["meta"]["matmul_teraflops"] == 800.0
     shown = capsys.readouterr()
     assert "liger-varlen  failed: RuntimeError: no memory" in shown.out and "the trace" in shown.err

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-from conformance.exact import Exact
+from conformance.instruments.exact import Exact
 
 INTEGER = {2: np.int16, 4: np.int32}
 Array = Any  # numpy.ndarray of floats or integers
@@ -130,7 +130,7 @@ APPLY = ReduceOps.apply_impl
 
 @contextmanager
 def exact_arithmetic(other_warps: bool = False) -> Iterator[Exact]:
-    """As that of `conformance.exact`, in the interpreter; warps mean nothing there."""
+    """As that of `conformance.instruments.exact`, in the interpreter; warps mean nothing there."""
     exact = Exact()
     run = interpreter.InterpretedFunction.run
 

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from conformance import report, results_file
 from conformance.backends import Judged
 from conformance.bench.table import Row, write_json
 from conformance.cli import main
@@ -17,7 +16,8 @@ from conformance.mutate.campaign import Outcome
 from conformance.mutate.mutant import Mutant
 from conformance.mutate.mutant import Source as SourceFile
 from conformance.operations import Source
-from conformance.search import Result
+from conformance.reporting import report, results_file
+from conformance.running.search import Result
 from tests.judge.fake_card import RATES, STATE, FakeCard
 from tests.judge.test_bench_shown import ROWS
 
@@ -78,14 +78,14 @@ def gate_file(path: Path) -> Path:
     swiglu, passed = replace(RESULTS[0], op="swiglu"), replace(RESULTS[1], verdict="pass")
     rows = properties([swiglu.as_dict(), passed.as_dict()], [one.as_dict() for one in RESULTS[:2]])
 
-    def time(shape: str, red: str | None = None, **found: Decision) -> None:
-        row = replace(ROWS[0], op="rope", shape=shape, red=red).as_dict()
+    def time(shape: str, wrong: str | None = None, **found: Decision) -> None:
+        row = replace(ROWS[0], op="rope", shape=shape, wrong=wrong).as_dict()
         rows.append(times(row, row, found))
 
     faster = Decision(Verdict.FASTER, 0.9, 0.88, 0.92, margin=0.02, rounds=9)
     time("4x64", device_full=Decision(Verdict.SLOWER, 1.101, 1.08, 1.12, margin=0.02, rounds=9))
     time("8x64", device_full=faster)
-    time("2x64", red="gate G1", device_full=faster)
+    time("2x64", wrong="gate G1", device_full=faster)
     time("1x64", full=replace(faster, verdict=Verdict.SAME, ratio=1.0))
     meta: dict[str, Any] = {"versions": {"torch": "2.11"}, "base": "0123456789abcdef", "head": "fedcba9876543210"}
     meta |= {"backend": "mine.kernels", "device": "cpu"}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from conformance.gates import Unchecked
 from conformance.laws import LAWS
 from conformance.models.building import NotBuilt, Subject, architectures, image_text_architectures
 from conformance.models.task import ModelTask
 from conformance.models.trial import ModelTrial
-from conformance.runner import run
-from conformance.search import Result
+from conformance.running.runner import run
+from conformance.running.search import Result
+from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model as verb
 
 pytestmark = pytest.mark.filterwarnings("ignore")

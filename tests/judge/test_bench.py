@@ -93,7 +93,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
 
 def test_a_right_kernel_is_timed(measure: Callable[..., dict[str, Row]]) -> None:
     row = measure(FakeCard(milliseconds=2.0), fast=right)["fast"]
-    assert (row.red, row.note, row.failed) == (None, None, False)
+    assert (row.wrong, row.remark, row.failed) == (None, None, False)
     assert row.shape == "small 4x64"
     assert row.forward == row.full == (2.0, 2.0, 2.0)
     assert row.device_forward == row.device_full == (1.0, 1.0, 1.0)  # two sets in each graph
@@ -109,21 +109,21 @@ def test_a_right_kernel_is_timed(measure: Callable[..., dict[str, Row]]) -> None
 @pytest.mark.parametrize("function", [wrong, over_gate, not_implemented])
 def test_our_wrong_result_gets_no_time(function: Callable[..., Any], measure: Callable[..., dict[str, Row]]) -> None:
     row = measure(FakeCard(), fast=function)["fast"]
-    assert row.red is not None
+    assert row.wrong is not None
     assert row.failed
     assert row.forward is row.full is row.device_forward is row.device_full is row.peak_mebibytes is None
     assert row.roofline == {}
 
 
 def test_a_peer_with_wrong_results_is_timed_all_the_same(measure: Callable[..., dict[str, Row]]) -> None:
-    red = measure(FakeCard(), liger=wrong)["liger"]
-    assert red.red is not None and red.red.startswith("gate G1")
-    assert (red.full, red.failed) == ((1.0, 1.0, 1.0), False)
+    incorrect = measure(FakeCard(), liger=wrong)["liger"]
+    assert incorrect.wrong is not None and incorrect.wrong.startswith("gate G1")
+    assert (incorrect.full, incorrect.failed) == ((1.0, 1.0, 1.0), False)
     in_place = measure(FakeCard(), liger=over_gate)["liger"]
-    assert (in_place.red, in_place.note, in_place.full) == (None, "writes over gate", (1.0, 1.0, 1.0))
+    assert (in_place.wrong, in_place.remark, in_place.full) == (None, "writes over gate", (1.0, 1.0, 1.0))
     absent = measure(FakeCard(), liger=not_implemented)["liger"]
     assert (absent.full, absent.failed) == (None, False)
-    assert absent.red == "raised NotImplementedError: no such thing"
+    assert absent.wrong == "raised NotImplementedError: no such thing"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_last_timed_result_is_checked(
 ) -> None:
     monkeypatch.setattr("conformance.bench.sampler.FEWEST_ROUNDS", MOST_ROUNDS)
     row = measure(FakeCard(), fast=RightForSomeCalls(calls))["fast"]
-    assert row.red is not None and row.red.startswith(f"{what}: gate G1")
+    assert row.wrong is not None and row.wrong.startswith(f"{what}: gate G1")
     assert row.full is None
     assert row.failed
 
@@ -145,13 +145,13 @@ def test_a_replay_that_writes_nothing_is_found(measure: Callable[..., dict[str, 
             return (lambda: None), body()
 
     row = measure(IdleGraphs(), fast=right)["fast"]
-    assert row.red is not None and row.red.startswith("replayed: ")
+    assert row.wrong is not None and row.wrong.startswith("replayed: ")
 
 
 @pytest.mark.parametrize("name", ["fast", "liger"])
 def test_a_time_faster_than_the_roofline_is_an_error(name: str, measure: Callable[..., dict[str, Row]]) -> None:
     row = measure(FakeCard(milliseconds=1e-7), **{name: right})[name]
-    assert row.red is not None and row.red.endswith("of the roofline: not all the work was done")
+    assert row.wrong is not None and row.wrong.endswith("of the roofline: not all the work was done")
     assert row.full is row.device_full is row.peak_mebibytes is None
     assert row.failed
 
@@ -159,7 +159,7 @@ def test_a_time_faster_than_the_roofline_is_an_error(name: str, measure: Callabl
 def test_the_roofline_is_the_longer_of_the_times_for_bytes_and_products(measure: Callable[..., dict[str, Row]]) -> None:
     forward, backward = 7 * 10**11, 1  # a millisecond of products, and almost none
     row = measure(FakeCard(milliseconds=2.0), (forward, backward), fast=right)["fast"]
-    assert row.red is None
+    assert row.wrong is None
     assert row.roofline["forward"] == pytest.approx(0.5)
     assert row.roofline["device_forward"] == pytest.approx(1.0)
     assert row.roofline["full"] == pytest.approx((forward + backward) / RATES.matmul / 2e-3)
@@ -174,7 +174,7 @@ def test_a_time_too_short_for_the_products_is_an_error(
 ) -> None:
     """A time that is long enough to move the bytes can be too short for the matrix products."""
     row = measure(FakeCard(milliseconds=2.0), flops, fast=right)["fast"]
-    assert row.red == f"{what} of the roofline: not all the work was done"
+    assert row.wrong == f"{what} of the roofline: not all the work was done"
     assert row.full is None
     assert row.failed
 
@@ -189,14 +189,14 @@ def test_a_single_call_may_leave_data_in_the_cache(measure: Callable[..., dict[s
     """A call in a graph may leave no data in the cache: it writes back what the call before it left there."""
     card = FakeCard(milliseconds=1e-7)
     card.cache_bytes = 2**20
-    assert "device" in (measure(card, fast=right)["fast"].red or "")
+    assert "device" in (measure(card, fast=right)["fast"].wrong or "")
 
 
 def test_without_a_graph_there_is_no_device_time(measure: Callable[..., dict[str, Row]]) -> None:
     row = measure(FakeCard(graphs=False), liger=right)["liger"]
     assert row.device_full is row.device_backward is None
     assert row.full == (1.0, 1.0, 1.0)
-    assert row.note == "no CUDA graph (it synchronises)"
+    assert row.remark == "no CUDA graph (it synchronises)"
     assert not row.failed
 
 
@@ -337,9 +337,9 @@ def test_the_fast_kernels_on_a_card(op: str, card: Card, monkeypatch: pytest.Mon
     rows = {row.backend: row for row in Bench(card, unlimited, ["fast", "reference"], "bfloat16").measure(op, shape)}
     assert rows.keys() == {"fast", "reference"}
     for row in rows.values():
-        assert (row.red, row.failed) == (None, False)
+        assert (row.wrong, row.failed) == (None, False)
         # A call that synchronises, such as a loop over documents in the reference, has no graph; its note says why.
-        device = set() if "synchroniz" in (row.note or "") else {"device_forward", "device_full"}
+        device = set() if "synchroniz" in (row.remark or "") else {"device_forward", "device_full"}
         assert set(row.samples) == {"forward", "full"} | device
     if not spec.syncs:
         assert rows["fast"].note is None

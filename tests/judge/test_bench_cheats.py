@@ -45,11 +45,11 @@ def row(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Row]]:
 )
 def test_a_cheat_gets_no_time(cheat: Any, words: str, row: Callable[[Any], Row]) -> None:
     found = row(cheat.swiglu)
-    assert found.red is not None and words in found.red
+    assert found.wrong is not None and words in found.wrong
     assert found.failed
     assert found.full is found.device_full is found.peak_mebibytes is None
 
 
 def test_an_honest_peer_is_timed(row: Callable[[Any], Row]) -> None:
     found = row(specs()["swiglu"].reference)
-    assert (found.red, found.failed, found.full) == (None, False, (1.0, 1.0, 1.0))
+    assert (found.wrong, found.failed, found.full) == (None, False, (1.0, 1.0, 1.0))

@@ -43,8 +43,8 @@ FAST = Row(
 )
 ROWS = [
     FAST,
-    replace(FAST, backend="liger", device_full=None, device_backward=None, red="gate G1", note="writes over gate"),
-    Row("swiglu", "small 4x64", "bfloat16", "reference", red="gate G2 used 3", failed=True),
+    replace(FAST, backend="liger", device_full=None, device_backward=None, wrong="gate G1", remark="writes over gate"),
+    Row("swiglu", "small 4x64", "bfloat16", "reference", wrong="gate G2 used 3", failed=True),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms, added_in_float32, exact, lost, product, root_of_mean, total
+from conformance.tolerances.bounds import Bound, Terms, added_in_float32, exact, lost, product, root_of_mean, total
 from unsloth_ref.accuracy import unit_roundoff
 
 DTYPE = torch.float16

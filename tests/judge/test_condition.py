@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance import condition
-from conformance.bounds import Arithmetic
-from conformance.condition import Response
 from conformance.spec import Call
 from conformance.specs import specs
+from conformance.tolerances import condition
+from conformance.tolerances.bounds import Arithmetic
+from conformance.tolerances.condition import Response
 from conformance.trial import Trial
 from unsloth_ref.accuracy import unit_roundoff, widen
 

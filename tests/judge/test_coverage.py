@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conformance import variants
 from conformance.backends import load
 from conformance.case import Case
-from conformance.coverage import Explored, _counted, explore, shown
-from conformance.gates import Failure
+from conformance.instruments import variants
+from conformance.instruments.variants import launches
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.search import Result, reproduce, search
+from conformance.running.coverage import Explored, _counted, explore, shown
+from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure
 from conformance.trial import Trial
-from conformance.variants import launches
 
 CI = replace(PROFILES["ci"], shrink_seconds=60)
 

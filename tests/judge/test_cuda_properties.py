@@ -10,11 +10,11 @@ from torch import Tensor
 
 from conformance.backends import load
 from conformance.case import LAYOUTS
-from conformance.gates import Failure, Unchecked
-from conformance.memory import fenced
+from conformance.instruments.memory import fenced
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial
 from tests.judge import scratch
 from unsloth_ref.kernels import swiglu

@@ -7,9 +7,9 @@ import pytest
 
 from conformance import peers
 from conformance.declarations import SpecError
-from conformance.deviations import Deviation, expected, gone, read, shipped
 from conformance.properties import PROPERTIES
-from conformance.search import Result
+from conformance.reporting.deviations import Deviation, expected, gone, read, shipped
+from conformance.running.search import Result
 from conformance.specs import specs
 
 FAILED = Result("rms_norm", "value", "float16", "fail", 3.0, 5, "rows=1", "gate G1 used 3")

@@ -8,12 +8,13 @@ from contextlib import nullcontext, suppress
 import pytest
 import torch
 
-from conformance import backends, exact
+from conformance import backends
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
+from conformance.instruments import exact
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES, fpsan
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial, demand_same_bits
 from tests.judge.right import RIGHT
 

@@ -6,7 +6,7 @@ import torch
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
-from conformance.example import Follows, TensorArgument, of_call, read, value_of
+from conformance.learning.example import Follows, TensorArgument, of_call, read, value_of
 
 
 def test_equal_numbers_are_one_size_unless_they_are_named() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance import backends
 from conformance.properties import PROPERTIES
-from conformance.search import reproduce
+from conformance.running.search import reproduce
 from conformance.specs import specs
 from conformance.trial import Function, Trial
 from tests.judge.contract import as_backend

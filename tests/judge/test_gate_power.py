@@ -63,16 +63,16 @@ class FakeSide:
     def _prepare(self, op: str, shape: str, dtype: str) -> dict[str, Any]:
         if self._dies and op == "rope":
             raise Unavailable("head", "it ended")
-        self._red = "wrong" if self._slower and op == planted.WRONG else None
+        self._wrong = "wrong" if self._slower and op == planted.WRONG else None
         self._about = {"op": op, "shape": shape, "dtype": dtype}
-        return {"kinds": {} if self._red else KINDS, "red": self._red}
+        return {"kinds": {} if self._wrong else KINDS, "wrong": self._wrong}
 
     def _sample(self, kind: str, count: int) -> dict[str, Any]:
         slower = 1 + self._slower * kind.startswith("device")
         return {"milliseconds": [slower * KINDS[kind] * math.exp(self._random.gauss(0, 0.002)) for _ in range(count)]}
 
     def _finish(self) -> dict[str, Any]:
-        return {"row": {**self._about, "red": self._red, "peak_mebibytes": 1.0}}
+        return {"row": {**self._about, "wrong": self._wrong, "peak_mebibytes": 1.0}}
 
 
 def measured(path: Path, minutes: float, gates: int = 40, dies: bool = False) -> dict[str, Any]:

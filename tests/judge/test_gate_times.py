@@ -16,6 +16,7 @@ from conformance.bench.card import Rates
 from conformance.gate import side
 from conformance.gate.job import Report, Request, compare_times
 from conformance.gate.side import Server
+from conformance.gate.sides import Unavailable
 from conformance.gate.statistics import SIDES
 from conformance.operations import PROJECT
 from conformance.spec import Spec
@@ -127,6 +128,23 @@ def test_a_slower_head_fails_and_a_faster_one_is_a_record(timed: Callable[..., R
     assert "better than the base: 1; record it" in text(faster)
 
 
+class OtherSchema:
+    """A side that has started, whose results have a schema of their own."""
+
+    def __init__(self, schema: int) -> None:
+        self._schema = schema
+
+    def ask(self, do: str, **command: Any) -> dict[str, Any]:
+        return {"meta": {"schema": self._schema}}
+
+
+def test_a_base_whose_results_have_another_schema_is_not_timed() -> None:
+    sides: Any = {name: OtherSchema(2 if name == "head" else 1) for name in SIDES}
+    request = Request(["swiglu"], "mine", "cuda")
+    with pytest.raises(Unavailable, match=r"^base: its results have schema 1, those of the head 2: no times"):
+        compare_times(lambda: nullcontext(sides), request, [("swiglu", "float32")], Report())
+
+
 def test_the_same_is_the_same(timed: Callable[..., Report]) -> None:
     report = timed((10.0, right), (10.0, right))
     assert (report.rows[0]["verdict"], report.regressions) == ("SAME", [])
@@ -185,7 +203,7 @@ def test_a_process_answers_line_by_line(
     start, shapes, none, ready, sample, finish = map(json.loads, printed.out.splitlines())
     assert start["meta"]["gpu"] == "Fake card"
     assert (shapes, none) == ({"shapes": ["small"]}, {"shapes": []})
-    assert (sorted(ready["kinds"]), ready["red"]) == (["device_forward", "device_full", "forward", "full"], None)
+    assert (sorted(ready["kinds"]), ready["wrong"]) == (["device_forward", "device_full", "forward", "full"], None)
     assert min(ready["kinds"].values()) >= 2.0  # of a whole replay, which decides how many make a sample
     assert len(sample["milliseconds"]) == 20
     assert finish["row"]["full"][1] == pytest.approx(2.0, rel=0.01)

@@ -115,7 +115,7 @@ HERE = Path.cwd()
 BASE, HEAD = (Checkout(*side, HERE, HERE, HERE) for side in (("base", "abc"), ("head", "working tree")))
 ROW = {
     "op": "rope", "shape": "llama", "dtype": "bfloat16", "backend": "mine", "forward": [1, 1, 1], "full": [2, 2, 2],
-    "device_forward": None, "device_full": None, "peak_mebibytes": 9.0, "error_use": 0.1, "roofline": {}, "red": None,
+    "device_forward": None, "device_full": None, "peak_mebibytes": 9.0, "error_use": 0.1, "roofline": {}, "wrong": None,
 }  # fmt: skip
 RIGHT = {**check(coverage=0.5), "dtype": "bfloat16"}
 META = {"versions": {"torch": "2.11"}, "gpu": "Fake card", "backend": "mine"}

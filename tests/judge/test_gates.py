@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.bounds import Bound, Terms
 from conformance.case import DTYPES
-from conformance.gates import (
+from conformance.tolerances.bounds import Bound, Terms
+from conformance.tolerances.gates import (
     G3_BIAS,
     G3_ELEMENTS,
     ErrorModel,

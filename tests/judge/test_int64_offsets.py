@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.properties import int64_offsets
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial
 from unsloth_ref import kernels as reference
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from conformance import backends
-from conformance.gates import Failure
 from conformance.interpreter import reads
 from conformance.interpreter.speed import (
     _broadcast_if_shapes_differ,
@@ -29,6 +28,7 @@ from conformance.interpreter.speed import (
 )
 from conformance.properties import PROPERTIES
 from conformance.specs import swiglu
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 from unsloth_ref import kernels
 

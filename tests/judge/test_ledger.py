@@ -20,7 +20,7 @@ PROPERTY = {
 TIME = {
     "op": "swiglu", "shape": "llama 4096x14336", "dtype": "bfloat16", "backend": "fast", "forward": [0.1, 0.11, 0.12],
     "full": [0.3, 0.31, 0.32], "device_forward": [0.09, 0.1, 0.11], "device_full": None, "peak_mebibytes": 512.0,
-    "error_use": 0.2, "roofline": {"forward": 0.8, "full": 0.7, "device_forward": 0.9}, "red": None,
+    "error_use": 0.2, "roofline": {"forward": 0.8, "full": 0.7, "device_forward": 0.9}, "wrong": None,
 }  # fmt: skip
 PRINT = {
     "op": "swiglu", "shape": "llama", "dtype": "bfloat16", "kernel": "forward_kernel", "target": "sm_90",
@@ -112,7 +112,7 @@ def test_noise_neither_fails_nor_loosens(recorded: Ledger) -> None:
         (changed(PROPERTY, verdict="skip", message="no C++"), "was right in the ledger, and is not now: no C++"),
         (changed(TIME, full=[0.3, 0.34, 0.4]), "full: got 0.3400 ms; allowed: 0.3289 (the ledger 0.3100)"),
         (changed(TIME, device_forward=None), "device_forward: was timed in the ledger, and is not now"),
-        (changed(TIME, red="gate G2"), "was right in the ledger, and is not now: gate G2"),
+        (changed(TIME, wrong="gate G2"), "was right in the ledger, and is not now: gate G2"),
         (changed(TIME, peak_mebibytes=530.0), "peak memory: got 530.0 MiB; allowed: 517.1"),
         (changed(PRINT, stack=8), "swiglu / llama / bfloat16 / forward_kernel / sm_90 / 0: stack: got 8 bytes"),
         (changed(PRINT, registers=51), "registers: got 51; allowed: 50 (before: 40)"),
@@ -238,7 +238,7 @@ def test_a_file_that_breaks_the_schema_is_refused(break_it: Any, words: str, rec
         (("update", "absent.json"), "absent.json: No such file"),
         (("update", "text.json"), "text.json: no JSON"),
         (("update", "list.json"), "list.json: holds no results"),
-        (("update", "later.json"), "later.json: meta.schema: got 2; allowed: 1"),
+        (("update", "later.json"), "later.json: meta.schema: got 3; allowed: 2"),
         (("update", "results.json", "--because", " "), "--because: got an empty text"),
         (("show",), "got no ledger in ledger"),
         (("show", "results.json"), "results.json: file.meta: has no schema"),
@@ -250,7 +250,7 @@ def test_a_usage_error_is_one_line(
 ) -> None:
     (desk / "text.json").write_text("no")
     (desk / "list.json").write_text("[]")
-    (desk / "later.json").write_text('{"meta": {"schema": 2}, "results": []}')
+    (desk / "later.json").write_text('{"meta": {"schema": 3}, "results": []}')
     file(desk / "results.json", *ALL)
     assert main(["ledger", *arguments]) == 2
     printed = capsys.readouterr().err

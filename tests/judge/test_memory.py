@@ -15,12 +15,12 @@ import torch.utils.cpp_extension
 import triton
 from torch import Tensor
 
-from conformance import memory
-from conformance.gates import Failure
-from conformance.memory import Allocations, Fence, demand_unbroken
+from conformance.instruments import memory
+from conformance.instruments.memory import Allocations, Fence, demand_unbroken
 from conformance.properties import PROPERTIES
-from conformance.runner import Task, next_task, run
+from conformance.running.runner import Task, next_task, run
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 from tests.judge import scratch
 from unsloth_fast.kernels._launch import INTERPRETED

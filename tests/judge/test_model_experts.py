@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.gates import Failure
 from conformance.laws import LAWS
 from conformance.models import trial as trials
 from conformance.models.building import Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Failure
 from unsloth_fast.models import head
 
 
@@ -49,8 +49,8 @@ def test_a_load_balancing_loss_of_experts(
     wrong: Callable[..., Tensor], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a fault that the loss of the tokens does not show."""
-    own = head.balancing_loss
-    monkeypatch.setattr(head, "balancing_loss", lambda *args: wrong(own, *args))
+    own = head.load_balancing_loss
+    monkeypatch.setattr(head, "load_balancing_loss", lambda *args: wrong(own, *args))
     assert f"in {place}" in broken("gradients", trial_of())
     assert LAWS["accumulated"].check(trial_of())
 

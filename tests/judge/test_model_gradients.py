@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.bounds import Arithmetic
-from conformance.gates import Failure
 from conformance.laws import LAWS
 from conformance.models import trial as trials
 from conformance.models.building import Subject
 from conformance.models.running import GRADIENT
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.bounds import Arithmetic
+from conformance.tolerances.gates import Failure
 
 
 @pytest.fixture(autouse=True, scope="module")

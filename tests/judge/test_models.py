@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from conformance import cli
-from conformance.gates import Failure, Unchecked
 from conformance.laws import LAWS
 from conformance.models import task
 from conformance.models import trial as trials
@@ -22,7 +21,8 @@ from conformance.models.building import LENGTHS, Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
 from conformance.page.reading import read
-from conformance.search import Result
+from conformance.running.search import Result
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.verbs import model as verb
 from tests import tiny
 from unsloth_fast.backends import Backend

@@ -15,8 +15,8 @@ import pytest
 from conformance.case import DTYPES
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import Task, run
-from conformance.search import Result
+from conformance.running.runner import Task, run
+from conformance.running.search import Result
 from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG

@@ -12,7 +12,6 @@ import torch
 
 from conformance import backends
 from conformance.cli import main
-from conformance.coverage import Reached
 from conformance.mutate import report
 from conformance.mutate.campaign import Campaign, Original, Outcome, choose, users
 from conformance.mutate.edits import mutants
@@ -21,8 +20,9 @@ from conformance.mutate.examine import Examination
 from conformance.mutate.mutant import Mutant, Source
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import SHARED, import_edited, sources_of
-from conformance.runner import Task, alone, run
-from conformance.search import Result
+from conformance.running.coverage import Reached
+from conformance.running.runner import Task, alone, run
+from conformance.running.search import Result
 from conformance.trial import BackendError
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from conformance import backends, operations
 from conformance.declarations import SpecError
 from conformance.operations import Source
 from conformance.properties import PROPERTIES
-from conformance.runner import Task
+from conformance.running.runner import Task
 
 MODULE = '''
 """Everything that a package may bring."""

@@ -15,8 +15,8 @@ from conformance.cli import main
 from conformance.piece import PieceCase
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
-from conformance.runner import Task, run
-from conformance.search import Result
+from conformance.running.runner import Task, run
+from conformance.running.search import Result
 
 HERE = "tests.judge.pieces"
 FILES = {file.name: import_module(f"{HERE}.{file.name}") for file in iter_modules(import_module(HERE).__path__)}

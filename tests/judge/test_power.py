@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conformance import backends
-from conformance.runner import Task
-from conformance.search import Result
+from conformance.running.runner import Task
+from conformance.running.search import Result
 from conformance.specs import specs
 from tests.judge.power import automatic, document, measure
 from tests.judge.power.oracles import LIGER, ORACLES, rejecting

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from conformance import pytest_checks
-from conformance.runner import Task
-from conformance.search import Result
+from conformance.running.runner import Task
+from conformance.running.search import Result
 
 pytest_plugins = ("pytester",)
 ROOT = Path(__file__).parents[2]

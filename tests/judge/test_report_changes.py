@@ -10,7 +10,7 @@ import pytest
 
 from conformance.page import compare
 from conformance.page.reading import read
-from conformance.search import Result
+from conformance.running.search import Result
 from tests.judge.shown import MESSAGE, RESULTS, SLOWER, Parsed, bench_file, gate_file, mutate_file, run_file, shown
 from tests.judge.test_bench_shown import ROWS
 
@@ -93,7 +93,7 @@ def test_a_slower_row_is_a_regression_on_the_same_card_alone(tmp_path: Path) -> 
     assert (change.word, change.text) == ("regressed", "device 0.350 to 0.750 ms, 2.14 times")
     (change,) = compare.changes([replace(now, meta=replace(now.meta, gpu="another"))], [base])
     assert (change.word, change.name) == ("unsure", "Speed on another")
-    wrong = replace(base, rows=(replace(ROWS[0], red="gate G1"), *base.rows[1:]))
+    wrong = replace(base, rows=(replace(ROWS[0], wrong="gate G1"), *base.rows[1:]))
     assert [change.word for change in compare.changes([wrong], [base])] == ["regressed"]
 
 

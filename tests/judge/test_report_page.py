@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conformance import report
 from conformance.bench.table import Row
 from conformance.cli import main
 from conformance.operations import Source
-from conformance.search import Result
+from conformance.reporting import report
+from conformance.running.search import Result
 from tests.judge.shown import (
     MESSAGE,
     RESULTS,
@@ -86,7 +86,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path, files: list[Pat
 @pytest.mark.parametrize("suffix", [".html", ".md", ".xml"])
 def test_everything_is_escaped(tmp_path: Path, suffix: str) -> None:
     results = [Result(EVIL, EVIL, EVIL, verdict, 0.5, 1, EVIL, EVIL) for verdict in ("fail", "skip", "xfail")]  # type: ignore[arg-type]
-    rows = [Row(EVIL, EVIL, EVIL, EVIL, red=EVIL, note=EVIL, failed=True), replace(ROWS[0], op=EVIL, backend=EVIL)]
+    rows = [Row(EVIL, EVIL, EVIL, EVIL, wrong=EVIL, remark=EVIL, failed=True), replace(ROWS[0], op=EVIL, backend=EVIL)]
     files = [run_file(tmp_path / "run.json", results, EVIL), bench_file(tmp_path / "bench.json", rows)]
     text = shown(tmp_path / f"out{suffix}", *files)
     if suffix == ".html":
@@ -155,7 +155,7 @@ def test_junit(tmp_path: Path, files: list[Path]) -> None:
         ('{"meta": {}, "results": [{"property": "value"}]}', 'result 1: got no "op"'),
         ('{"meta": {}, "results": [{"property": "value", "op": "rope", "verdict": "good"}]}', 'verdict: got "good"'),
         ('{"meta": {"not_defined": 3}, "results": []}', "meta, not_defined: got 3"),
-        ('{"meta": {"not_defined": [], "schema": 2}, "results": []}', "meta, schema: got 2"),
+        ('{"meta": {"not_defined": [], "schema": 1}, "results": []}', "meta, schema: got 1"),
         ('{"meta": {"not_defined": []}, "results": [], "x": 1e999}', ""),
         ('{"meta": {"kill_rate": 1e999}, "results": []}', "kill_rate: got inf"),
         ('{"meta": {"kill_rate": 1' + "0" * 400 + '}, "results": []}', "kill_rate: got a number too large"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance import results_file
+from conformance.reporting import results_file
 
 
 def test_a_process_that_is_stopped_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_a_process_that_is_stopped_leaves_the_old_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "write_text", stopped)
     with pytest.raises(KeyboardInterrupt):
         results_file.write(file, {"device": "cpu"}, [])
-    assert json.loads(file.read_text()) == {"meta": {"schema": 1, "device": "cpu"}, "results": [{"op": "rope"}]}
+    assert json.loads(file.read_text()) == {"meta": {"schema": 2, "device": "cpu"}, "results": [{"op": "rope"}]}
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conformance.case import Case
-from conformance.gates import Failure, Unchecked
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.search import Result, reproduce, search
+from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial
 from unsloth_ref import kernels as reference
 from unsloth_ref.kernels import swiglu

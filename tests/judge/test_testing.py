@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from conformance import testing
-from conformance.runner import Task
-from conformance.search import Result
+from conformance.running.runner import Task
+from conformance.running.search import Result
 from conformance.specs.swiglu import spec as swiglu_spec
 from conformance.testing import judge
 from tests.judge.test_pytest_plugin import Here, in_this_process

@@ -20,8 +20,8 @@ from conformance.interpreter.gpu import LIBDEVICE
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.report import failures
-from conformance.search import Result, search
+from conformance.reporting.report import failures
+from conformance.running.search import Result, search
 from conformance.trial import Trial
 
 if torch.cuda.is_available():  # before the next line, which concerns every later test of the process

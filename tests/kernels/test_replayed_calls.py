@@ -168,7 +168,7 @@ def test_an_error_in_the_python_of_a_backward_pass_reaches_the_caller() -> None:
 
 
 def test_hooks_modes_and_fences_see_what_a_replayed_call_does() -> None:
-    from conformance.memory import fenced
+    from conformance.instruments.memory import fenced
 
     x, weight = random(4, 8).requires_grad_(), random(8)
     expected = fast.rms_norm(x, weight)

@@ -221,8 +221,8 @@ def test_experts_wait_for_nothing(name: str, lora: bool) -> None:
             for each in (FULL, FULL, FULL, FULL, OTHER):
                 torch.cuda.set_sync_debug_mode("error" if each is OTHER else "default")
                 try:
-                    found = model(**each, use_cache=False, backend_loss=True, with_balance=True)
-                    (found.loss + found.balance).backward()
+                    found = model(**each, use_cache=False, backend_loss=True, with_load_balancing=True)
+                    (found.loss + found.load_balancing).backward()
                     del found  # what is left of an earlier pass keeps the layers from being recorded
                 finally:
                     torch.cuda.set_sync_debug_mode("default")

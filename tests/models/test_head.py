@@ -240,13 +240,13 @@ def test_a_head_that_accelerate_puts_on_a_device_is_plain() -> None:
     assert plain_head(model) is model.lm_head
 
 
-@pytest.mark.parametrize("wanted", [{"with_outputs"}, {"with_scores"}, {"with_balance"}, set[str]()], ids=str)
+@pytest.mark.parametrize("wanted", [{"with_outputs"}, {"with_scores"}, {"with_load_balancing"}, set[str]()], ids=str)
 def test_what_is_not_wanted_of_a_forward_is_none(wanted: set[str]) -> None:
     """And a batch with a `use_cache` of its own gets none."""
     model = zoo.model("qwen3_moe")
     add_loss(model, backends.resolve("reference"))
     tokens, labels = batch()
-    options = {name: name in wanted for name in ("with_outputs", "with_scores", "with_balance")}
+    options = {name: name in wanted for name in ("with_outputs", "with_scores", "with_load_balancing")}
     found = forward_with_loss(model, {"input_ids": tokens, "labels": labels, "use_cache": True}, 5, **options)
     given = {f"with_{name}" for name, value in found._asdict().items() if value is not None}
     assert given == wanted | {"with_loss"}

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig, SFTTrainer
 
 from unsloth_fast import backends
+from unsloth_fast.arguments.load_balancing import prepare_load_balancing
 from unsloth_fast.arguments.types import check_model, check_types
 from unsloth_fast.backends import Backend
 from unsloth_fast.config import CHECKPOINTING, UnslothTrainingArguments, check_fields, take_float16
@@ -36,7 +37,6 @@ from unsloth_fast.data.facts import config_and_class, decide_batching, takes_ima
 from unsloth_fast.data.preparation import Preparation, TrlPreparation
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
-from unsloth_fast.models.load_balancing import prepare_experts
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def resolve_arguments(
     backend = backends.resolve(spec, on_cpu=settings.device.type == "cpu")
     check_device(settings)
     config, model_class = config_and_class(model, settings)
-    prepare_experts(config, model_class, settings)
+    prepare_load_balancing(config, model_class, settings)
     vocabulary = vocabulary_size(model, settings, given)
     named = names_text_field(args, updates)
     given = without_empty_media(with_rows(given, settings))

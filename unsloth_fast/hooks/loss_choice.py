@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTTrainer
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.hooks.balance import weighs_balance
+from unsloth_fast.hooks.load_balancing import weighs_load_balancing
 from unsloth_fast.models.head import add_loss, without_adapter
 from unsloth_fast.models.own_loss import warn_of_own_loss
 
@@ -48,7 +48,7 @@ def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
         return f"loss_type={args.loss_type!r}"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is given"
-    if trainer.aux_loss_enabled and not weighs_balance(trainer):
+    if trainer.aux_loss_enabled and not weighs_load_balancing(trainer):
         return "the load-balancing loss is the model's own"
     if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt learning adds positions that have no label"

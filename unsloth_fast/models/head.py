@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
+from unsloth_fast.models.load_balancing import load_balancing_loss
 from unsloth_fast.models.logits import logit_options, without_head
 from unsloth_fast.models.methods import has_foreign_forward, hooks_of, replace_method, replaced_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
-from unsloth_fast.models.router_loss import balancing_loss
 from unsloth_fast.models.scores import score
 
 
@@ -32,13 +32,13 @@ class LossOutputs(NamedTuple):
         loss: of the next tokens, 0-dim.
         outputs: the model's own, with logits, by `with_outputs=True`.
         scores: the `scores.score` of the predictions, which need no whole logits, by `with_scores=True`.
-        balance: the `balancing_loss` of the routers, 0-dim, by `with_balance=True`.
+        load_balancing: the `load_balancing_loss` of the routers, 0-dim, by `with_load_balancing=True`.
     """
 
     loss: Tensor
     outputs: Any = None
     scores: Tensor | None = None
-    balance: Tensor | None = None
+    load_balancing: Tensor | None = None
 
 
 def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0) -> None:
@@ -70,7 +70,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         num_items: float | Tensor | None = None,
         with_outputs: bool = False,
         with_scores: bool = False,
-        with_balance: bool = False,
+        with_load_balancing: bool = False,
         **inputs: Any,
     ) -> object:
         # A deep copy shares this function, but TRL's fused head below it would run the model that was copied.
@@ -78,7 +78,7 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         if not backend_loss:
             return own(*positional, **inputs)
         labels: Tensor = inputs.pop("labels")
-        inputs |= {"output_router_logits": True} if with_balance else {}
+        inputs |= {"output_router_logits": True} if with_load_balancing else {}
         options = {"num_items": num_items, "label_smoothing": label_smoothing}
         head = None if with_outputs else plain_head(self)
         if head is not None and self.training not in checked:
@@ -91,10 +91,11 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         else:
             outputs = own(*positional, **inputs)
             loss, scores = _loss_of_logits(outputs.logits, labels, backend, options, with_scores)
-        balance = None
-        if with_balance:
-            balance = balancing_loss(self, outputs.router_logits, inputs.get("attention_mask")).to(loss.device)
-        return LossOutputs(loss, outputs if with_outputs else None, scores, balance)
+        load_balancing = None
+        if with_load_balancing:
+            routers = outputs.router_logits
+            load_balancing = load_balancing_loss(self, routers, inputs.get("attention_mask")).to(loss.device)
+        return LossOutputs(loss, outputs if with_outputs else None, scores, load_balancing)
 
     replace_method(model, "forward", forward, "loss")
 
@@ -106,7 +107,7 @@ def forward_with_loss(
     *,
     with_outputs: bool,
     with_scores: bool,
-    with_balance: bool,
+    with_load_balancing: bool,
 ) -> LossOutputs:
     """The loss of a batch, without a cache.
 
@@ -116,9 +117,9 @@ def forward_with_loss(
         num_items: as in `add_loss`.
         with_outputs: whether the outputs are wanted.
         with_scores: whether the scores are wanted.
-        with_balance: whether the load-balancing loss is wanted.
+        with_load_balancing: whether the load-balancing loss is wanted.
     """
-    options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_balance": with_balance}
+    options = {"with_outputs": with_outputs, "with_scores": with_scores, "with_load_balancing": with_load_balancing}
     options |= {"num_items": num_items, "use_cache": False, "backend_loss": True}
     return model(**{**inputs, **options})  # a batch may have a use_cache of its own
 

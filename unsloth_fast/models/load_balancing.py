@@ -1,45 +1,43 @@
-"""Configurations of expert models as TRL's load-balancing loss reads them."""
+"""The load-balancing loss of a mixture of experts, by transformers' own function."""
 
-import logging
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedConfig
-from trl import SFTConfig
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-logger = logging.getLogger(__name__)
+from unsloth_fast.models.protocols import CausalLM
 
 
-def prepare_experts(config: PreTrainedConfig, model_class: type, args: SFTConfig) -> None:
-    """Let TRL find the number of experts of a model, and compute no load-balancing loss for a model that gives none.
+def has_usual_load_balancing(model: CausalLM) -> bool:
+    """Whether `load_balancing_loss` is the load-balancing loss of a model."""
+    function, usual = (inspect.signature(each) for each in (_function_of(model), load_balancing_loss_func))
+    return list(function.parameters) == list(usual.parameters)
 
-    TRL reads `num_experts`. Some families call it `num_local_experts`, without the alias that transformers has in
-    others. Granite 4's dense models are expert models with 0 of them. Some releases of transformers (5.17 for Granite)
-    do not return what the routers computed, and TRL's loss then fails.
+
+def load_balancing_loss(model: CausalLM, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss by the function of the model's class; Mixtral's where it has none, as in TRL.
 
     Args:
-        config: the model's configuration; its class gets the alias.
-        model_class: the model's class.
-        args: the trainer's own copy of the arguments.
+        model: the language model itself, inside any adapter.
+        router_logits: of each layer with experts, [tokens, experts].
+        attention_mask: [B, S], 0 for padding; None if all tokens count.
+
+    Returns:
+        0-dim.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6.
     """
-    text: Any = config.get_text_config()
-    experts = getattr(text, "num_local_experts", None)
-    if experts is None:
-        return
-    if not hasattr(text, "num_experts"):
-        type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
-    if not hasattr(args, "router_aux_loss_coef") or args.router_aux_loss_coef == 0.0:  # TRL before it had such a loss
-        return
-    if experts == 0:
-        args.router_aux_loss_coef = 0.0
-    elif hasattr(config, "output_router_logits") and _hides_routers(model_class):
-        logger.warning(
-            "router_aux_loss_coef: 0, as the installed transformers computes no load-balancing loss for a %s",
-            model_class.__name__,
-        )
-        args.router_aux_loss_coef = 0.0
+    function, text = _function_of(model), model.config.get_text_config()
+    experts, chosen = (
+        getattr(model, name) if hasattr(model, name) else getattr(text, name)
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    if attention_mask is None and "bincount" in function.__code__.co_names:  # it waits for the device, in each layer
+        attention_mask = router_logits[0].new_ones(len(router_logits[0]))
+    return function(router_logits, experts, chosen, attention_mask)
 
 
-def _hides_routers(model_class: type) -> bool:
-    """Whether a class states which outputs it can return, and the routers' are not among them."""
-    recorded = getattr(model_class, "_can_record_outputs", None)
-    return bool(recorded) and "router_logits" not in recorded
+def _function_of(model: CausalLM) -> Callable[..., Any]:
+    return inspect.unwrap(type(model).forward).__globals__.get("load_balancing_loss_func", load_balancing_loss_func)

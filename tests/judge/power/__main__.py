@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conformance import results_file
 from conformance.backends import OPERATIONS
+from conformance.reporting import results_file
 from tests.judge.power import automatic, document, gate, gate_document, measure
 
 

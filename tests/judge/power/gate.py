@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conformance import results_file
 from conformance.gate.job import TIMED_DTYPE, Measuring, Report, Request, compare_times
 from conformance.gate.sides import Checkout, Side, Unavailable
 from conformance.gate.statistics import SIDES
+from conformance.reporting import results_file
 from tests.judge.power.planted import WRONG
 
 BASE, WRONG_KERNEL = "base", "wrong"  # heads of gates; any other head is the share by which its kernels are slower

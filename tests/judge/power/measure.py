@@ -12,9 +12,9 @@ from conformance import backends
 from conformance.case import DTYPES
 from conformance.mutate.examine import profile_of
 from conformance.properties import PROPERTIES
-from conformance.results_file import versions
-from conformance.runner import Task, run
-from conformance.search import Result, search
+from conformance.reporting.results_file import versions
+from conformance.running.runner import Task, run
+from conformance.running.search import Result, search
 from conformance.specs import specs
 from tests.judge import cheats, wrong, wrong_process
 from tests.judge.contract import WRONG

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from conformance.case import DTYPES, Case
-from conformance.gates import Failure
 from conformance.spec import Spec
+from conformance.tolerances.gates import Failure
 from conformance.trial import Function, Trial
 
 SIZES = ((4, 8), (63, 41), (64, 512))  # two that fit into a tile, one that does not; the second is odd

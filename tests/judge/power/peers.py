@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conformance.page.markdown import table
-from conformance.report import repro
+from conformance.reporting.report import repro
 
 Json = Mapping[str, Any]
 

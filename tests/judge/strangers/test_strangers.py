@@ -12,14 +12,14 @@ from conformance.case import DTYPES
 from conformance.cli import main
 from conformance.counts import Counts
 from conformance.declarations import SpecError
+from conformance.learning.writing import text
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.report import learned
-from conformance.search import Result, reproduce, search
+from conformance.reporting.report import learned
+from conformance.running.search import Result, reproduce, search
 from conformance.spec import Spec
 from conformance.trial import Trial
-from conformance.writing import text
 from tests.judge.strangers import RIGHT, WRONG, kernels, losses, sums
 
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="judges on the CPU, in this process")

@@ -17,19 +17,20 @@ from statistics import mean
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from conformance import calling, operations, results_file
+from conformance import calling, operations
 from conformance.backends import OPERATIONS, PIECES, Judged
 from conformance.case import Case
 from conformance.operations import PROJECT, Source
 from conformance.peers import PACKAGES
 from conformance.properties import PROPERTIES
-from conformance.results_file import commit, versions
-from conformance.runner import Work
-from conformance.search import Result
+from conformance.reporting import results_file
+from conformance.reporting.results_file import commit, versions
+from conformance.running.runner import Work
+from conformance.running.search import Result
 from conformance.spec import Spec
 
 CELL_WIDTH = 17
-# What each gate asks, for readers of a failure; conformance/gates.py derives them.
+# What each gate asks, for readers of a failure; conformance/tolerances/gates.py derives them.
 GATES = {
     "gate G0": "shape, dtype and digits, and NaN, infinity and integers must be those of the reference",
     "gate G1": "no element may be further from the reference in float64 than rounding explains",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SCHEMA = 1  # counts up when a field changes its meaning or goes; new fields do not change it
+SCHEMA = 2  # counts up when a field changes its meaning or goes; new fields do not change it
 
 
 def write(path: Path, meta: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from conformance.counts import Counts
-from conformance.definition import PRESENT
-from conformance.example import Follows, Size, TensorArgument, word_of
-from conformance.learn import Learner
+from conformance.learning.definition import PRESENT
+from conformance.learning.example import Follows, Size, TensorArgument, word_of
+from conformance.learning.learn import Learner
 from conformance.spec import Spec
 
-_HINTS = """    # Measured: conformance/condition.py. To state it by hand, give roundings, and terms for what cancels:
+_HINTS = """    # Measured: conformance/tolerances/condition.py. To state it by hand, give roundings, and terms for
+    # what cancels:
     #     budget=Budget(roundings=1, terms={"result": lambda call: call.inputs["x"].abs()}),
 """
 

@@ -1,4 +1,4 @@
-"""Runs in float64 whose operators are recorded, or disturbed as rounding errors would; see conformance/condition.py."""
+"""Runs in float64 whose operators are recorded, or disturbed as rounding errors would; `condition` says what for."""
 
 from __future__ import annotations
 

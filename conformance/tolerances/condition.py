@@ -62,8 +62,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conformance.bounds import SHARED, Arithmetic
-from conformance.disturbance import Disturbed, Order, Rounded
+from conformance.tolerances.bounds import SHARED, Arithmetic
+from conformance.tolerances.disturbance import Disturbed, Order, Rounded
 from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
 PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20

@@ -17,8 +17,8 @@ from conformance.operations import PROJECT, Source
 from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.runner import OneByOne, Task
-from conformance.search import Result
+from conformance.running.runner import OneByOne, Task
+from conformance.running.search import Result
 from conformance.trial import BackendError
 
 

@@ -27,7 +27,7 @@ from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.search import AnyCase, AnyTrial, Result, reproduce, search
+from conformance.running.search import AnyCase, AnyTrial, Result, reproduce, search
 from conformance.trial import Trial
 
 CASE_TIMEOUT_SECONDS = 300  # compiling for one case takes under 60

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, bits, demand_same_bits
 from unsloth_ref.accuracy import widen_float8
 

@@ -12,13 +12,13 @@ from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import SearchStrategy
 
 from conformance.case import DTYPES, Case
-from conformance.coverage import Explored, Reached, explore
-from conformance.gates import Failure, Unchecked
+from conformance.instruments.variants import launches
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
+from conformance.running.coverage import Explored, Reached, explore
+from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, Lacking, Trial, describe
-from conformance.variants import launches
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
 # again, including the first one. The second check compiles nothing: a run takes at most a third longer.
@@ -34,7 +34,7 @@ class Result:
 
     Attributes:
         dtype: the dtype's name; None for a piece.
-        verdict: "pass", "fail" or "skip"; "xfail" for a failure that is declared, see conformance/deviations.py.
+        verdict: "pass", "fail" or "skip"; "xfail" for a failure that is declared (conformance.reporting.deviations).
         budget_use: largest fraction of the error budget used; None if the property has no budget.
         examples: number of cases run.
         case: the smallest failing case, in the form that `conformance repro` reads.

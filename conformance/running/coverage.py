@@ -1,10 +1,10 @@
 """Which code paths of its kernels can an operation reach, by which cases, and which of these has a property run?
 
 Kernels are chosen by settings: constants such as the width of a tile or whether an option is in use, whether an integer
-is 1, alignment, the number of programs (see conformance/variants.py). The combinations of all settings are too many to
-run each of them under every property: cross entropy's kernels have thousands. But nearly every fault needs one or two
-settings to show (Kuhn, Wallace and Gallo 2004, doi:10.1109/TSE.2004.24: 70 to 97 percent of the faults of four large
-programs). So coverage counts *pairs*: two settings of one launch, such as `SMOOTHING=True, SEGMENTS=4`.
+is 1, alignment, the number of programs (see conformance/instruments/variants.py). The combinations of all settings are
+too many to run each of them under every property: cross entropy's kernels have thousands. But nearly every fault needs
+one or two settings to show (Kuhn, Wallace and Gallo 2004, doi:10.1109/TSE.2004.24: 70 to 97 percent of the faults of
+four large programs). So coverage counts *pairs*: two settings of one launch, such as `SMOOTHING=True, SEGMENTS=4`.
 
 `explore` calls an operation with many cases, without running its kernels, and notes the pairs of each. A quarter of
 the cases are drawn as every property draws them. The others are larger; they differ in layout, and some have as many
@@ -31,11 +31,11 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.gates import Failure
+from conformance.instruments.variants import Seen, Setting, Variant, launches
 from conformance.profiles import Profile
 from conformance.spec import Options, Spec, accepted_options
+from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
-from conformance.variants import Seen, Setting, Variant, launches
 
 Pair = tuple[str, tuple[Setting, ...]]  # a kernel and two of its settings, or fewer if it has no more that vary
 

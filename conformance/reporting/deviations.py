@@ -27,7 +27,7 @@ from conformance.case import DTYPES
 from conformance.declarations import SpecError
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
-from conformance.search import Result
+from conformance.running.search import Result
 
 NEEDED = ("operation", "property", "reason")
 KEYS = (*NEEDED, "dtype", "device", "message")

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.definition import PRESENT, call, demand_function, outputs_of
-from conformance.example import Example, Follows, TensorArgument, value_of
+from conformance.learning.definition import PRESENT, call, demand_function, outputs_of
+from conformance.learning.example import Example, Follows, TensorArgument, value_of
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
 from conformance.trial import Caught, as_leaves, describe
 

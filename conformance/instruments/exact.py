@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction, knobs
 
-from conformance.variants import through_triton
+from conformance.instruments.variants import through_triton
 
 MOST_WARPS = 8  # with more, the other number of warps is half as many
 FLOATS = r"(?:b?f\d+)"

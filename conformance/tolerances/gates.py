@@ -7,8 +7,8 @@
     u   the unit roundoff of the dtype of y
 
 The spec of the operation declares the error before the last rounding, as terms or as a bound. Its parts `largest`,
-`independent`, `shared` and `scale` are derived in conformance/bounds.py. Where `largest` is 0, only the last rounding
-is allowed, so that an exact 0 must be 0.
+`independent`, `shared` and `scale` are derived in conformance/tolerances/bounds.py. Where `largest` is 0, only the last
+rounding is allowed, so that an exact 0 must be 0.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has
@@ -53,7 +53,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conformance.bounds import Arithmetic
+from conformance.tolerances.bounds import Arithmetic
 from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff, widen_float8
 
 G0_ELEMENTS, G0_SAMPLE = 16, 2**16
@@ -75,7 +75,7 @@ class Unchecked(Exception):
 
 
 class Allowance(Protocol):
-    """The error that Terms, Bound or a measured Response allows; see conformance/bounds.py."""
+    """The error that Terms, Bound or a measured Response allows; see conformance/tolerances/bounds.py."""
 
     def largest(self, how: Arithmetic) -> Tensor:
         """No correct result exceeds it."""
