@@ -73,6 +73,7 @@ class Call:
         grad_outputs: one per output; empty if only the forward pass is judged.
         dtype: under test.
         truncates: whether Triton's interpreter, which truncates to bfloat16, computed the result.
+        wider: the inputs whose own dtype, and that of their gradients, is wider than the one under test.
     """
 
     inputs: Inputs
@@ -80,11 +81,12 @@ class Call:
     grad_outputs: Sequence[Tensor]
     dtype: torch.dtype
     truncates: bool = False
+    wider: frozenset[str] = frozenset()
 
     def wide(self, *names: str) -> bool:
         """Whether one of these inputs has more bits than the dtype under test, which has 16."""
-        given = [self.inputs[name] for name in names]
-        return self.dtype != torch.float32 and any(not torch.equal(t.to(self.dtype).double(), t) for t in given)
+        given = (self.inputs[name] for name in names if self.dtype != torch.float32)
+        return any(not torch.equal(tensor.to(self.dtype).double(), tensor) for tensor in given)
 
     @property
     def unit(self) -> float:
@@ -324,14 +326,9 @@ def leading_dimensions(*names: str) -> dict[str, Change]:
 
 
 def mistake(
-    what: str,
-    raises: type[Exception],
-    names: str,
-    change: Callable[[Inputs], Inputs],
-    *,
-    undefined: bool = False,
-    device: str | None = None,
-) -> ErrorCase:
+    what: str, raises: type[Exception], names: str, change: Callable[[Inputs], Inputs], *,
+    undefined: bool = False, device: str | None = None,
+) -> ErrorCase:  # fmt: skip
     """A mistake in the tensors; `change` returns the wrong ones."""
     return ErrorCase(what, change_inputs(change), raises, names, undefined, device)
 

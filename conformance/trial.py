@@ -232,11 +232,9 @@ class Trial:
         budget = self.spec.budget
         if budget.measured:
             return self._judge_measured(case, run, peer, inputs, grad_outputs)
-        wide_inputs = {name: widen(tensor) for name, tensor in inputs.items()}
-        wide_grads = [widen(gradient) for gradient in grad_outputs]
+        call = call_of(inputs, self.options(case), grad_outputs, self.dtype)
         contract = budget.truth or self.spec.reference
-        truth = self.run(case, wide_inputs, function=contract, grads=names, grad_outputs=wide_grads)
-        call = Call(wide_inputs, self.options(case), wide_grads, self.dtype)
+        truth = self.run(case, call.inputs, function=contract, grads=names, grad_outputs=call.grad_outputs)
         used = 0.0
         for (key, name, y), truncates, (_, _, p), (_, _, r) in zip(
             run.named(self.spec), run.interpreted(), peer.named(self.spec), truth.named(self.spec), strict=True
@@ -291,6 +289,13 @@ class Trial:
             except Failure as failure:
                 return str(failure)
         return describe(caught.error) if caught.error is not None else None
+
+
+def call_of(inputs: Inputs, options: Options, grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> Call:
+    """The call as a spec's terms see it."""
+    wide = {name: widen(tensor) for name, tensor in inputs.items()}
+    wider = frozenset(name for name, tensor in inputs.items() if tensor.itemsize > dtype.itemsize)
+    return Call(wide, options, [widen(gradient) for gradient in grad_outputs], dtype, wider=wider)
 
 
 def is_plain(outputs: Sequence[Tensor]) -> bool:

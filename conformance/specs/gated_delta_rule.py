@@ -70,7 +70,7 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def _terms(name: str, call: Call) -> Terms:
-    return sizes_of(call).terms(name, call, wide=name in ("g", "beta") and call.wide(name))
+    return sizes_of(call).terms(name, call, wide=name in call.wider)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:

@@ -168,7 +168,7 @@ def _weight_terms(call: Call) -> Terms:
     parts = _parts(call)
     of_product = (parts.dy * parts.activation if _before(call) else parts.dy).abs()
     size = (parts.n.abs() + 2 * call.smallest) * of_product
-    factor = call.unit / UNIT_FLOAT32 if call.wide("weight") and call.options.get("casting") != "gemma" else 1.0
+    factor = call.unit / UNIT_FLOAT32 if "weight" in call.wider and call.options.get("casting") != "gemma" else 1.0
     in_float32 = size * (parts.of_n + (parts.exponential if _before(call) else 0.0))
     root = (parts.n * of_product).flatten(-2)
     return Terms(factor * size.flatten(-2), factor * root, in_float32.flatten(-2)).over_rows()

@@ -65,7 +65,7 @@ def _shape(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def _terms(name: str, call: Call) -> Terms:
-    return sizes_of(call)[name].terms(call, wide=name in ("dt", "a", "d") and call.wide(name))
+    return sizes_of(call)[name].terms(call, wide=name in call.wider)
 
 
 def _bytes(inputs: Inputs) -> tuple[int, int]:

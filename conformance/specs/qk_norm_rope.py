@@ -89,7 +89,7 @@ def _weight_terms(call: Call, name: str) -> Terms:
     """Sum |d n| over tokens and heads; d and n are rounded to the dtype of q, if the weight is wider too."""
     n, d = _of(call, name)[0], _gradient_of_normed(call, name)
     assert d.root is not None
-    factor = call.unit / UNIT_FLOAT32 if call.wide(f"{name}_weight") else 1.0
+    factor = call.unit / UNIT_FLOAT32 if f"{name}_weight" in call.wider else 1.0
     size = (n.abs() + 2 * call.smallest) * d.size + call.smallest * n.abs()
     return Terms(factor * size, root=factor * (d.root * n).abs(), in_float32=size).over_rows()
 

@@ -78,7 +78,7 @@ def weight_terms(call: Call, rounded: bool) -> Terms:
     """
     n, dy = normed(call)[0], call.grad_outputs[0]
     size, factor = (n.abs() + 2 * call.smallest) * dy.abs(), 1.0
-    if rounded and call.wide("weight"):
+    if rounded and "weight" in call.wider:
         factor = call.unit / UNIT_FLOAT32
     return Terms(factor * size, root=factor * (dy * n).abs(), in_float32=size).over_rows()
 

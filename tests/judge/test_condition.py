@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.spec import Call
 from conformance.specs import specs
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.condition import Response
-from conformance.trial import Trial
-from unsloth_ref.accuracy import unit_roundoff, widen
+from conformance.trial import Trial, call_of
+from unsloth_ref.accuracy import unit_roundoff
 
 # Median over elements of the bound measured, without its part for other formulas, divided by the bound of the spec.
 # Most lie between 1/2 and 2. Others, by how much and why:
@@ -98,8 +97,7 @@ def checked(op: str, dtype: torch.dtype) -> Iterator[float]:
     gradients = trial.grad_outputs(case, run.outputs)
     trial.judge(case, run, inputs, gradients)  # the reference itself passes
     responses = next(reversed(condition._kept.values()))
-    wide = {name: widen(tensor) for name, tensor in inputs.items()}
-    call = Call(wide, trial.options(case), [widen(g) for g in gradients], dtype)
+    call = call_of(inputs, trial.options(case), gradients, dtype)
     for key, name, seen in run.named(spec):
         response, unit = responses[name], unit_roundoff(seen.dtype)
         size = response.truth.abs()

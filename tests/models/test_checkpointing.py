@@ -35,16 +35,19 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, how: bool | str, 
 
 
 def test_offloading_moves_only_the_inputs_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor per layer goes to the host and back, even after checkpointing is enabled a second time."""
+    """One tensor per layer goes to the host and back, even after checkpointing is enabled a second time.
+
+    torch 2.11 also saves an empty tensor per layer.
+    """
     sent: list[tuple[int, ...]] = []
     fetched: list[tuple[int, ...]] = []
 
     def to_host(tensor: Tensor) -> Tensor:
-        sent.append(tuple(tensor.shape))
+        sent.extend([tuple(tensor.shape)] if tensor.numel() else [])
         return tensor.clone()
 
     def from_host(packed: Tensor) -> Tensor:
-        fetched.append(tuple(packed.shape))
+        fetched.extend([tuple(packed.shape)] if packed.numel() else [])
         return packed
 
     monkeypatch.setattr(checkpointing, "to_host", to_host)

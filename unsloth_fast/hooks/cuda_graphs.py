@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
-
 from unsloth_fast.hooks.module_lists import WHOLE
 from unsloth_fast.models import recording
 from unsloth_fast.models.graphs import Recordings, recorded
@@ -37,9 +35,6 @@ def recorded_layers(trainer: Any) -> Iterator[Recordings]:
     if asked and others:
         raise ValueError(f"cuda_graphs: got True with {others[0]}={getattr(args, others[0])}; allowed: False, or None")
     obstacle = f"{others[0]}={getattr(args, others[0])}" if others else _obstacle(trainer)
-    if asked is None and obstacle is None and getattr(trainer, "aux_loss_enabled", False):
-        adapted = isinstance(trainer.model, PeftModel)
-        obstacle = None if adapted else "a load-balancing loss, and no adapter; cuda_graphs=True records such layers"
     level = logging.WARNING if asked else logging.INFO
     if asked is False or obstacle is not None:
         if asked is not False and args.process_index == 0:

@@ -16,7 +16,7 @@ def multiply(a, b, NARROW: tl.constexpr):
     if NARROW:
         product = tl.dot(narrowed(a), narrowed(b))
     else:
-        product = tl.dot(a, b, input_precision="ieee")
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return product
 
 
@@ -52,10 +52,10 @@ def load_decays(g_ptr, row, length, g_token, ROWS: tl.constexpr):
 
 @triton.jit
 def inverse(below, ROWS: tl.constexpr):
-    """The inverse of I + below, for a matrix that is 0 on and above its diagonal.
+    """The inverse of I + below, for a matrix of 16 or 32 rows that is 0 on and above its diagonal.
 
-    Blocks of 16 x 16 on the diagonal by substitution, row by row. Their inverse is D, what is outside of them L: then
-    the inverse is (I + D L)^-1 D, and D L to the power of the number of blocks is 0.
+    Blocks of 16 x 16 on the diagonal by substitution, row by row. Their inverse is D, what is outside of them L: as the
+    square of D L is 0, the inverse is D - D L D.
     """
     BLOCKS: tl.constexpr = ROWS // 16
     number = tl.arange(0, BLOCKS)
@@ -72,8 +72,6 @@ def inverse(below, ROWS: tl.constexpr):
     if BLOCKS > 1:
         outside = multiply(whole, tl.reshape(tl.where(same, 0.0, parts), [ROWS, ROWS]), False)
         whole -= multiply(outside, whole, False)
-        if BLOCKS > 2:
-            whole += multiply(multiply(outside, outside, False), whole, False)
     return whole
 
 
@@ -96,7 +94,7 @@ def find_document(cu_seqlens_ptr, document, tokens, ROWS: tl.constexpr):
 def gated_delta_rule_solve_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, solved_ptr,
     tokens, documents, heads, group, width, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 and P of one chunk and head of v per program."""
     tile = tl.program_id(0) // heads
@@ -262,22 +260,22 @@ def gated_delta_rule_dg_kernel(
     tl.store(dbeta_ptr + place, dbeta.to(dbeta_ptr.dtype.element_ty), row < length)
 
 
-@kernel(varying=("tokens", "documents", "heads", "group", "slices", "g_token", "beta_token"), fixed=("width", "columns"))
+@kernel(varying=("tokens", "documents", "heads", "group", "g_token", "beta_token"), fixed=("width", "columns"))
 def gated_delta_rule_dqdk_kernel(
     do_ptr, q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr, u_ptr, db_ptr, pairs_ptr,
-    dq_ptr, dk_ptr, tokens, documents, heads, group, width, columns, slices,
+    dq_ptr, dk_ptr, tokens, documents, heads, group, width, columns,
     do_token, do_head, q_token, q_head, k_token, k_head, g_token, g_head, beta_token, beta_head, scale,
     NARROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of one chunk, head of q and slice of its columns per program."""
+    """dq and dk of one chunk and head of q per program."""
     kv_heads = heads // group
-    tile = tl.program_id(0) // (slices * kv_heads)
-    kv_head = (tl.program_id(0) // slices % kv_heads).to(tl.int64)
+    tile = tl.program_id(0) // kv_heads
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
     if start >= length:
         return
     row = start + tl.arange(0, ROWS)
-    depth = tl.program_id(0) % slices * WIDTH + tl.arange(0, WIDTH)
+    depth = tl.arange(0, WIDTH)
     q = load_rows(q_ptr + begin * q_token + kv_head * q_head, row, length, depth, width, q_token)
     k = load_rows(k_ptr + begin * k_token + kv_head * k_head, row, length, depth, width, k_token)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)

@@ -23,16 +23,19 @@ and, with dS the gradient of the next state and dO that of O times the scale, it
 I + A is inverted by substitution in blocks, never by powers of A, which grow if keys are similar.
 
 A pass first computes (I + A)^-1 and P of all chunks at once, then goes through each document, chunk by chunk, for each
-head and 32 columns of v at once. The backward pass does so three times: forward for the states and U, from the last
-chunk to the first for dS and dB, and for all chunks at once for dq, dk, dg and dbeta. That recomputes the states
-instead of keeping them: one more forward pass. All sums are in a fixed order.
+head and some columns of v at once. The backward pass does so twice, forward for the states and U, and from the last
+chunk to the first for dS and dB; then, for all chunks at once, it computes dg and dbeta with dP and dA, and from these
+dq and dk. That recomputes the states instead of keeping them: one more forward pass. All sums are in a fixed order.
 
-Saved: the inputs. All arithmetic is float32, the products included, and each result is rounded once at its store. On an
-H200 with Triton 3.6, products of numbers split into two of bfloat16 were wrong and read outside of memory; float32 is
-right, and does not use the tensor cores.
-Scratch of the forward pass: 8TMC bytes; of the backward pass also 8TMDE / C for the states and dS, and 8TME for U and
-dB. Bytes moved at least, with b bytes per element: (2ND + 2ME)Tb forward, (4ND + 3ME)Tb backward.
-Multiplications per token and head of v: 3DE + 2CD + 2CE forward, 9DE + 6CD + 6CE backward.
+Saved: the inputs. Of bfloat16 tensors, the factors of each product are rounded to bfloat16, as are states, U, dS and
+dB that one kernel keeps for another; tensor cores multiply them. Everything else, and all of it for other dtypes, is
+float32, in which the inverse always is. On an H200 with Triton 3.6, tiles of 64 tokens in one pipeline stage gave NaN,
+and products of numbers split into two of bfloat16 read outside of memory: neither is used. Tiles of 32 tokens are two
+warps high. With 4 warps Triton would give each row to two of them, unless a matrix is wider than high.
+Scratch of the forward pass: 8TMC bytes; of the backward pass, with b bytes per element of what is kept, also 2bTMDE / C
+for the states and dS, and 2bTME for U and dB. Bytes moved at least, with b bytes per element: (2ND + 2ME)Tb forward,
+(4ND + 3ME)Tb backward.
+Multiplications per token and head of v: 3DE + 2CD + 2CE forward, 11DE + 7CD + 5CE backward.
 """
 
 import torch
@@ -60,9 +63,12 @@ from unsloth_ref import checks, document_checks
 
 
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Tokens per chunk, columns of q and of v per program, from widths, not from lengths."""
+    """Tokens per chunk, columns of q and of v per program, and the rest of a launch, from widths, not from lengths."""
     width, columns = (max(16, next_power_of_2(tensor.shape[2])) for tensor in (q, v))
-    return {"ROWS": 32, "WIDTH": width, "COLUMNS": 16}
+    tile = {"ROWS": 32, "WIDTH": width, "NARROW": q.dtype == torch.bfloat16}
+    if q.dtype == torch.bfloat16:
+        return tile | {"COLUMNS": min(64, columns), "num_warps": 4, "num_stages": 2}
+    return tile | {"COLUMNS": min(32, columns), "num_warps": 8, "num_stages": 1}
 
 
 class _Chunks:
@@ -73,20 +79,20 @@ class _Chunks:
         self.g, self.beta, self.bounds = g, beta, cu_seqlens.contiguous()
         (tokens, kv_heads, width), (heads, columns) = q.shape, v.shape[1:]
         self.tile, documents = tile_of(q, v), len(cu_seqlens) - 1
-        narrow = q.dtype == torch.bfloat16
-        self.scratch = torch.bfloat16 if narrow else torch.float32
-        self.options = {"NARROW": narrow, "num_warps": 2 if narrow else 8, "num_stages": 1}
+        self.scratch = torch.bfloat16 if self.tile["NARROW"] else torch.float32
+        self.few_warps = self.tile | {"num_warps": 2 if self.tile["NARROW"] else 8}
         self.heads, self.kv_heads, self.documents = heads, kv_heads, documents
         self.chunks = tokens // self.tile["ROWS"] + documents
         slices = cdiv(columns, self.tile["COLUMNS"])
         self.sizes = tokens, heads, heads // kv_heads, width, columns
         self.slices, self.programs = slices, documents * heads * slices
         rows = self.tile["ROWS"]
+        options = {name: value for name, value in self.few_warps.items() if name != "COLUMNS"}
         self.solved = q.new_empty((self.chunks, heads, 2, rows, rows), dtype=torch.float32)
         launch(
             gated_delta_rule_solve_kernel, self.chunks * heads, q,
             self.q, self.k, g, beta, self.bounds, self.solved, tokens, documents, heads, heads // kv_heads, width,
-            *strides_of(self.q, self.k, g, beta), ROWS=rows, WIDTH=self.tile["WIDTH"], **self.options,
+            *strides_of(self.q, self.k, g, beta), **options,
         )  # fmt: skip
 
     def states(self) -> Tensor:
@@ -100,7 +106,7 @@ class _Chunks:
             gated_delta_rule_forward_kernel, self.programs, self.q,
             self.q, self.k, self.v, self.g, self.beta, self.bounds, self.solved, out, states, u,
             *self.sizes, self.slices, *strides_of(self.q, self.k, self.v, self.g, self.beta), scale,
-            STATES=keep, **self.tile, **self.options,
+            STATES=keep, **self.tile,
         )  # fmt: skip
 
 
@@ -129,20 +135,19 @@ def gated_delta_rule_backward(
     launch(
         gated_delta_rule_backward_kernel, c.programs, q,
         do, c.q, c.k, g, beta, c.bounds, c.solved, dstates, db, dv,
-        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile, **c.options,
+        *c.sizes, c.slices, *strides_of(do, c.q, c.k, g, beta), scale, **c.tile,
     )  # fmt: skip
-    strides = strides_of(do, c.q, c.k, c.v, g, beta)
     launch(
         gated_delta_rule_dg_kernel, c.chunks * c.heads, q,
         do, c.q, c.k, c.v, g, beta, c.bounds, states, dstates, u, db, c.solved, dg, dbeta,
-        len(q), c.documents, *c.sizes[1:], *strides, scale, **c.tile, **c.options,
+        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, c.v, g, beta), scale,
+        **c.few_warps | {"COLUMNS": 16},
     )  # fmt: skip
-    tile = c.tile | {"WIDTH": min(64, c.tile["WIDTH"])}
-    slices = cdiv(q.shape[2], tile["WIDTH"])
     launch(
-        gated_delta_rule_dqdk_kernel, c.chunks * c.kv_heads * slices, q,
+        gated_delta_rule_dqdk_kernel, c.chunks * c.kv_heads, q,
         do, c.q, c.k, g, beta, c.bounds, states, dstates, u, db, c.solved, dq, dk,
-        len(q), c.documents, *c.sizes[1:], slices, *strides_of(do, c.q, c.k, g, beta), scale, **tile, **c.options,
+        len(q), c.documents, *c.sizes[1:], *strides_of(do, c.q, c.k, g, beta), scale,
+        **c.tile | {"COLUMNS": min(32, c.tile["COLUMNS"])},
     )  # fmt: skip
     return gradients
 

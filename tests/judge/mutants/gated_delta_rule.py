@@ -14,8 +14,8 @@ TABLE = {
         "argument_kinds",
     ),
     "heads_share_by_remainder": one(
-        "q_ptr + begin * q_token + head // group * q_head, row",
-        "q_ptr + begin * q_token + head % (heads // group) * q_head, row",
+        "load_factor(q_ptr + begin * q_token + head // group * q_head, row",
+        "load_factor(q_ptr + begin * q_token + head % (heads // group) * q_head, row",
         "extents",
     ),
     "state_not_decayed": one("state = whole * state +", "state = state +", "extents"),
@@ -25,20 +25,22 @@ TABLE = {
     "inverse_of_blocks_alone": one("    if BLOCKS > 1:\n", "    if BLOCKS > 8:\n", "extents"),
     "substitution_ends_early": one("for step in range(1, 16)", "for step in range(1, 15)", "extents"),
     "scale_forgotten_in_dq": one(
-        "part = (scale * until)[:, None] * multiply(do,", "part = until[:, None] * multiply(do,", "extents"
+        "multiply((scale * until)[:, None] * do, tl.trans(state)",
+        "multiply(until[:, None] * do, tl.trans(state)",
+        "extents",
     ),
     "dstate_without_the_correction": one(
-        "dstate -= multiply(tl.trans(k), until[:, None] * dv)", "dstate -= 0.0", "extents"
+        "dstate -= multiply(tl.trans(k), until[:, None] * dv, NARROW)", "dstate -= 0.0", "extents"
     ),
     "inverse_not_transposed": one(
-        "db = multiply(tl.trans(tl.load(solved)), du)", "db = multiply(tl.load(solved), du)", "gradients"
+        "db = multiply(tl.trans(tl.load(solved)), du,", "db = multiply(tl.load(solved), du,", "gradients"
     ),
     "dk_of_the_first_head": one(
         "for index in range(0, group):\n        head = kv_head * group + index\n        chunk",
         "for index in range(0, 1):\n        head = kv_head * group + index\n        chunk",
         "extents",
     ),
-    "dk_of_one_side": one("multiply(da + tl.trans(da), k)", "multiply(da, k)", "gradients"),
+    "dk_of_one_side": one("da + tl.trans(da))", "da)", "gradients"),
     "dbeta_without_the_keys": one("dbeta += tl.sum(products, 1)", "dbeta += 0.0", "gradients"),
     "dg_of_earlier_rows": one(
         "tl.where(row[None, :] <= row[:, None], across, 0.0)",

@@ -73,6 +73,7 @@ TABLE = {
     "in_float64": in_float64,
     "in_other_chunks": (
         ('"ROWS": 32', '"ROWS": 16'),
+        ("min(64, columns)", "16"),
         ("min(32, columns)", "16"),
     ),
 }
