@@ -65,10 +65,9 @@ from unsloth_ref import checks, document_checks
 def tile_of(q: Tensor, v: Tensor) -> dict[str, int]:
     """Tokens per chunk, columns of q and of v per program, and the rest of a launch, from widths, not from lengths."""
     width, columns = (max(16, next_power_of_2(tensor.shape[2])) for tensor in (q, v))
-    tile = {"ROWS": 32, "WIDTH": width, "NARROW": q.dtype == torch.bfloat16}
-    if q.dtype == torch.bfloat16:
-        return tile | {"COLUMNS": min(64, columns), "num_warps": 4, "num_stages": 2}
-    return tile | {"COLUMNS": min(32, columns), "num_warps": 8, "num_stages": 1}
+    narrow = q.dtype == torch.bfloat16
+    tile = {"ROWS": 32, "WIDTH": width, "COLUMNS": min(64 if narrow else 32, columns), "NARROW": narrow}
+    return tile | ({"num_warps": 4, "num_stages": 2} if narrow else {"num_warps": 8, "num_stages": 1})
 
 
 class _Chunks:

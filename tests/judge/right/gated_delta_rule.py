@@ -73,7 +73,6 @@ TABLE = {
     "in_float64": in_float64,
     "in_other_chunks": (
         ('"ROWS": 32', '"ROWS": 16'),
-        ("min(64, columns)", "16"),
-        ("min(32, columns)", "16"),
+        ("min(64 if narrow else 32, columns)", "16"),
     ),
 }
