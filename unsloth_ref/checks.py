@@ -14,6 +14,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 row" and "2 rows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ValueError unless the value is one of the allowed values."""
     if value not in allowed:

@@ -90,7 +90,7 @@ def check(folder: Path, data: Any, vocabulary: int | None = 48, **options: Any) 
         ),
         (labelled([-100, -100], [5]), SKIP, "train_dataset: got no target in 2 documents; allowed: at least one label"),
         (stream(labelled([-100, -100], [5])), SKIP, "train_dataset: got no target in 2 documents; allowed"),
-        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 documents"),
+        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 document"),
         (ids([3, 4], [48]), SKIP, "train_dataset: got 48 in row 1 of column 'input_ids'"),
         (text("w1"), SKIP, "train_dataset: got no column 'input_ids', only 'text'; allowed: rows with 'input_ids'"),
         (ids([3]), SKIP | {"eval_dataset": {"a": text("w1")}}, "eval_dataset['a']: got no column 'input_ids', only"),

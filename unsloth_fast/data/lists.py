@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from unsloth_ref.checks import counted
+
 logger = logging.getLogger(__name__)
 
 
@@ -79,12 +81,14 @@ def without_rows(dataset: Dataset, dropped: np.ndarray, name: str, missing: str)
     Raises:
         ValueError: no row is left.
     """
-    count = np.count_nonzero(dropped)
+    count = int(dropped.sum())
     if count == 0:
         return dataset
     if count == len(dropped):
-        raise ValueError(f"{name}: got no {missing} in {count} rows; allowed: at least one row with a {missing}")
-    logger.warning("%s: %d of %d rows have no %s and are dropped", name, count, len(dropped), missing)
+        raise ValueError(
+            f"{name}: got no {missing} in {counted(count, 'row')}; allowed: at least one row with a {missing}"
+        )
+    logger.warning("%s: rows without a %s are dropped: %d of %d", name, missing, count, len(dropped))
     return dataset.select(np.flatnonzero(~dropped))
 
 
