@@ -18,7 +18,7 @@ import unsloth_ref.training
 from conformance.profiles import Profile
 from conformance.properties.error_parity import REFUSALS
 from conformance.properties.signature_parity import demand_signature
-from conformance.property import Check, Property
+from conformance.property import Check, Property, of_function
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Function
 
@@ -117,10 +117,10 @@ class Piece:
     @property
     def properties(self) -> Mapping[str, Property]:
         """The properties by name, including those that hold for every piece."""
-        found = [Property.of_function(check, share=SHARE) for check in self.checks]
-        found.append(Property.of_function(signature_parity, cases=_simplest))
+        found = [Property(*of_function(check), share=SHARE) for check in self.checks]
+        found.append(Property(*of_function(signature_parity), cases=_simplest))
         if self.mistakes:
-            found.append(Property.of_function(error_parity, cases=_simplest))
+            found.append(Property(*of_function(error_parity), cases=_simplest))
         return {each.name: each for each in found}
 
     def parse(self, line: str) -> PieceCase:

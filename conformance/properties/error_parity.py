@@ -7,7 +7,7 @@ error does not. A separate test requires that `unsloth_ref` and `unsloth_fast` r
 from conformance.calling import placed
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import ErrorCase, Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
@@ -39,4 +39,4 @@ def _demand_refusal(trial: Trial, case: Case, mistake: ErrorCase) -> None:
         raise Failure(f"{mistake.what}: raised {kind} ({caught.error}), should raise {mistake.raises.__name__}")
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)
