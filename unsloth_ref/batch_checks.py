@@ -75,7 +75,9 @@ def input_ids_of(index: int, example: Example) -> Column:
 def example_fits(index: int, tokens: int, labels: int, lengths: Sequence[int]) -> None:
     """Raise ValueError unless an example has one label per token, and its seq_lengths sum to its number of tokens."""
     if labels != tokens:
-        raise ValueError(f"labels: got {labels} labels in example {index}; allowed: {tokens}, one per token")
+        raise ValueError(
+            f"labels: got {checks.counted(labels, 'label')} in example {index}; allowed: {tokens}, one per token"
+        )
     if min(lengths, default=0) < 0 or sum(lengths) != tokens:
         raise ValueError(
             f"seq_lengths: got {list(lengths)} in example {index};"

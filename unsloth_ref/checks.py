@@ -211,7 +211,9 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
         dtype("positions", positions, INTEGERS)
         same_device("positions", positions, "q", q)
     if cos.shape[-1] % 2 or not 0 < cos.shape[-1] <= width:
-        raise ValueError(f"cos: got {cos.shape[-1]} columns; allowed: an even number from 2 to {width}, the D of q")
+        raise ValueError(
+            f"cos: got {counted(cos.shape[-1], 'column')}; allowed: an even number from 2 to {width}, the D of q"
+        )
     dtype("cos", cos, (q.dtype, torch.float32))
     same_device("cos", cos, "q", q)
     same("sin", sin, "cos", cos)

@@ -167,7 +167,7 @@ def test_the_same_data_packed_again_have_the_same_fingerprint() -> None:
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "got 1 value in labels of row 0; allowed: 2, as many as in input"),
         ({"input_ids": [[1, 2]], "text": ["w1 w2"]}, "got a column text of string; allowed: lists of numbers"),
         ({"input_ids": [[1, 2]], "images": [[[1], [2]]]}, "got a column images of list"),
-        ({"input_ids": [[1, 2], None]}, "got 1 rows without input_ids"),
+        ({"input_ids": [[1, 2], None]}, "got 1 row without input_ids"),
     ],
 )
 def test_columns_that_cannot_be_packed_are_named(columns: dict[str, Any], why: str) -> None:

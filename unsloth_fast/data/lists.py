@@ -39,7 +39,9 @@ def flat(dataset: Dataset, name: str) -> tuple[pa.Array, np.ndarray]:
     if not _is_list(kind) or not _is_number(kind.value_type):
         raise ValueError(f"dataset: got a column {name} of {kind}; allowed: lists of numbers, one value per token")
     if column.null_count:
-        raise ValueError(f"dataset: got {column.null_count} rows without {name}; allowed: a list in every row")
+        raise ValueError(
+            f"dataset: got {counted(column.null_count, 'row')} without {name}; allowed: a list in every row"
+        )
     lengths = [_lengths(chunk) for chunk in column.chunks]
     values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type).combine_chunks()
     if isinstance(values, pa.ChunkedArray):
