@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Self, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
 import unsloth_ref.training
 from conformance.profiles import Profile
-from conformance.properties.error_parity import REFUSALS
+from conformance.properties.error_parity import REFUSALS, demand_refusal
 from conformance.properties.signature_parity import demand_signature
-from conformance.property import Check, Property
-from conformance.tolerances.gates import Failure
-from conformance.trial import Caught, Function
+from conformance.property import Check, Property, of_function
+from conformance.trial import Function
 
 SHARE = 2.0  # of a profile's examples: the cases of a piece are small
 
@@ -117,10 +117,10 @@ class Piece:
     @property
     def properties(self) -> Mapping[str, Property]:
         """The properties by name, including those that hold for every piece."""
-        found = [Property.of_function(check, share=SHARE) for check in self.checks]
-        found.append(Property.of_function(signature_parity, cases=_simplest))
+        found = [Property(*of_function(check), share=SHARE) for check in self.checks]
+        found.append(Property(*of_function(signature_parity), cases=_simplest))
         if self.mistakes:
-            found.append(Property.of_function(error_parity, cases=_simplest))
+            found.append(Property(*of_function(error_parity), cases=_simplest))
         return {each.name: each for each in found}
 
     def parse(self, line: str) -> PieceCase:
@@ -164,10 +164,4 @@ def error_parity(trial: PieceTrial, case: PieceCase) -> None:
     """Calls that the contract rejects raise an error, because any returned result would be wrong."""
     for mistake in trial.spec.mistakes:
         positional, keywords = mistake.arguments()
-        with Caught() as raised:
-            trial.function(*positional, **keywords)
-        if raised.error is None:
-            raise Failure(f"{mistake.what}: no error, should raise {mistake.raises.__name__} naming {mistake.names}")
-        if not isinstance(raised.error, (*REFUSALS, KeyError)):
-            error = type(raised.error).__name__
-            raise Failure(f"{mistake.what}: raised {error} ({raised.error}), should raise {mistake.raises.__name__}")
+        demand_refusal(mistake, partial(trial.function, *positional, **keywords), (*REFUSALS, KeyError))

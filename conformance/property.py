@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from conformance.profiles import Profile
 Check = Callable[[Any, Any], float | None]
 Cases = Callable[[Any, Profile], Sequence[Any]]
 Exempt = Callable[[Any], str]
+Stated = TypeVar("Stated", bound=Callable[..., float | None])
 Need = Literal["cuda", "two devices", "fpsan", "gigabytes", "gradients", "rows", "a copy"]
 
 
@@ -50,28 +51,6 @@ class Property:
     each_option: bool = False
     costly: bool = False
 
-    @classmethod
-    def of_file(
-        cls,
-        check: Check,
-        *,
-        cases: Cases | None = None,
-        share: float = 1.0,
-        needs: Sequence[Need] = (),
-        exempt: Exempt = lambda declaration: "",
-        each_option: bool = False,
-        costly: bool = False,
-    ) -> Property:
-        """The property that a file states: named as the file, with the first line of its docstring."""
-        statement = _first_line(sys.modules[check.__module__].__doc__)
-        name = check.__module__.rsplit(".", 1)[-1]
-        return cls(name, statement, check, cases, share, needs, exempt, each_option, costly)
-
-    @classmethod
-    def of_function(cls, check: Check, *, cases: Cases | None = None, share: float = 1.0) -> Property:
-        """The property that a function states: named as the function, with the first line of its docstring."""
-        return cls(check.__name__, _first_line(check.__doc__), check, cases, share)
-
     def lacks(self, device: str) -> str | None:
         """Why the property cannot be checked on a device ("cpu" or "cuda"); None if it can."""
         if "cuda" in self.needs and device != "cuda":
@@ -93,6 +72,16 @@ class Property:
         if "a copy" in self.needs and trial.spec.in_place:
             return "the operation works in place"
         return self.exempt(trial.spec) or getattr(trial.spec, "lacks", {}).get(self.name)
+
+
+def of_file(check: Stated) -> tuple[str, str, Stated]:
+    """Name, statement and check of what a file states: named as the file, with the first line of its docstring."""
+    return check.__module__.rsplit(".", 1)[-1], _first_line(sys.modules[check.__module__].__doc__), check
+
+
+def of_function(check: Stated) -> tuple[str, str, Stated]:
+    """Name, statement and check of what a function states: named as it is, with the first line of its docstring."""
+    return check.__name__, _first_line(check.__doc__), check
 
 
 def _has_fpsan() -> bool:

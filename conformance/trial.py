@@ -20,6 +20,7 @@ from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 from conformance.tolerances import condition
 from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from unsloth_ref.accuracy import widen
+from unsloth_ref.checks import counted
 
 Function = Callable[..., Any]
 
@@ -145,7 +146,7 @@ class Trial:
         outputs = tuple(calling.results(found, list(written.values())))
         wrong = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
         if wrong or len(outputs) != len(self.spec.outputs):
-            seen = f"a {wrong[0]}" if wrong else f"{len(outputs)} tensors"
+            seen = f"a {wrong[0]}" if wrong else counted(len(outputs), "tensor")
             if written:
                 seen = f"{seen}, with {' and '.join(written)} written in place"
             raise Failure(f"returned {seen}, should be {len(self.spec.outputs)} of Tensor: {self.spec.outputs}")

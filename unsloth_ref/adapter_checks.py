@@ -64,7 +64,7 @@ def lora_layers_arguments(
         raise ValueError(f"weight: got {'an NF4Weight' if count else '0 layers'}; allowed: a list of at least 1 layer")
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)):
         if values is not None and len(values) != count:
-            raise ValueError(f"{name}: got {len(values)} layers; allowed: {count}, one per weight")
+            raise ValueError(f"{name}: got {checks.counted(len(values), 'layer')}; allowed: {count}, one per weight")
     for index, layer in enumerate(zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)):
         lora_arguments(x, *layer, which=f"[{index}]")
 
@@ -83,7 +83,7 @@ def lora_mlp_arguments(
     groups = ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)
     for name, values in groups:
         if values is not None and (len(values) != count or isinstance(values, NF4Weight)):
-            seen = "an NF4Weight" if isinstance(values, NF4Weight) else f"{len(values)} layers"
+            seen = "an NF4Weight" if isinstance(values, NF4Weight) else checks.counted(len(values), "layer")
             raise ValueError(f"{name}: got {seen}; allowed: {count}, one each for {', '.join(LAYERS)}")
     checks.one_of("activation", activation, ("silu", "gelu", "gelu_tanh"))
     gate, up, down = zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)
@@ -91,6 +91,6 @@ def lora_mlp_arguments(
     lora_arguments(x, *up, which="[1]")
     outputs, wanted = up[0].shape[0], gate[0].shape[0]
     if outputs != wanted:
-        raise ValueError(f"weight[1]: got {outputs} rows; allowed: {wanted}, those of weight[0]")
+        raise ValueError(f"weight[1]: got {checks.counted(outputs, 'row')}; allowed: {wanted}, those of weight[0]")
     hidden = x.new_empty(()).expand(*x.shape[:-1], wanted)  # of that shape, without memory
     lora_arguments(hidden, *down, which="[2]", rows="the product of gate and up")

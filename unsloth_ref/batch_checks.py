@@ -47,7 +47,8 @@ def plan_fits(plan: PackingPlan, offsets: Tensor) -> None:
     documents, needed = len(offsets) - 1, int(plan.documents.max()) + 1
     if documents < needed:
         raise ValueError(
-            f"offsets: got {len(offsets)} offsets; allowed: at least {needed + 1}, the number of documents plus 1"
+            f"offsets: got {checks.counted(len(offsets), 'offset')}; allowed: at least {needed + 1}, the number of "
+            "documents plus 1"
         )
     ends = plan.starts + plan.lengths
     missing = ends > (offsets[1:] - offsets[:-1])[plan.documents]
@@ -56,7 +57,8 @@ def plan_fits(plan: PackingPlan, offsets: Tensor) -> None:
         document = int(plan.documents[span])
         held = int(offsets[document + 1] - offsets[document])
         raise ValueError(
-            f"offsets: got {held} tokens for document {document}; allowed: at least {int(ends[span])}, as in the plan"
+            f"offsets: got {checks.counted(held, 'token')} for document {document}; allowed: at least "
+            f"{int(ends[span])}, as in the plan"
         )
 
 
@@ -73,7 +75,9 @@ def input_ids_of(index: int, example: Example) -> Column:
 def example_fits(index: int, tokens: int, labels: int, lengths: Sequence[int]) -> None:
     """Raise ValueError unless an example has one label per token, and its seq_lengths sum to its number of tokens."""
     if labels != tokens:
-        raise ValueError(f"labels: got {labels} labels in example {index}; allowed: {tokens}, one per token")
+        raise ValueError(
+            f"labels: got {checks.counted(labels, 'label')} in example {index}; allowed: {tokens}, one per token"
+        )
     if min(lengths, default=0) < 0 or sum(lengths) != tokens:
         raise ValueError(
             f"seq_lengths: got {list(lengths)} in example {index};"

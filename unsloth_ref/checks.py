@@ -14,6 +14,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 row" and "2 rows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ValueError unless the value is one of the allowed values."""
     if value not in allowed:
@@ -206,7 +211,9 @@ def rope_arguments(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Te
         dtype("positions", positions, INTEGERS)
         same_device("positions", positions, "q", q)
     if cos.shape[-1] % 2 or not 0 < cos.shape[-1] <= width:
-        raise ValueError(f"cos: got {cos.shape[-1]} columns; allowed: an even number from 2 to {width}, the D of q")
+        raise ValueError(
+            f"cos: got {counted(cos.shape[-1], 'column')}; allowed: an even number from 2 to {width}, the D of q"
+        )
     dtype("cos", cos, (q.dtype, torch.float32))
     same_device("cos", cos, "q", q)
     same("sin", sin, "cos", cos)

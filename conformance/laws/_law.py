@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,9 +26,3 @@ class ModelLaw:
     name: str
     statement: str
     check: Check
-
-    @classmethod
-    def of_file(cls, check: Check) -> ModelLaw:
-        """The law that a file states: named as the file, with the first line of its docstring."""
-        statement = (sys.modules[check.__module__].__doc__ or "").partition("\n")[0]
-        return cls(check.__module__.rsplit(".", 1)[-1], statement, check)

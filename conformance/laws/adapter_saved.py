@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.laws._law import ModelLaw
 from conformance.laws.saved import demand_none_lost, differing
+from conformance.property import of_file
 
 if TYPE_CHECKING:
     from conformance.models.trial import ModelTrial
@@ -26,4 +27,4 @@ def check(trial: ModelTrial) -> None:
     demand_none_lost(lost, trial.placed(adapted=True), lambda: trial.untouched(adapted=True))
 
 
-LAW = ModelLaw.of_file(check)
+LAW = ModelLaw(*of_file(check))

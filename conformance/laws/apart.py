@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conformance.laws._law import ModelLaw
+from conformance.property import of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught
 
@@ -86,4 +87,4 @@ def _moves_alone(trial: ModelTrial) -> bool:
     return False
 
 
-LAW = ModelLaw.of_file(check)
+LAW = ModelLaw(*of_file(check))

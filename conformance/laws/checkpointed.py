@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from conformance.laws._law import ModelLaw
+from conformance.property import of_file
 from conformance.tolerances.gates import Unchecked
 
 if TYPE_CHECKING:
@@ -23,4 +24,4 @@ def check(trial: ModelTrial) -> float:
     return trial.compare(padded if trial.obstacles else packed, own=padded, model=model)
 
 
-LAW = ModelLaw.of_file(check)
+LAW = ModelLaw(*of_file(check))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from conformance.laws._law import ModelLaw
+from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, describe
 
@@ -56,4 +57,4 @@ def _demand_equal(trial: ModelTrial, index: int, seen: Tensor, right: Tensor, st
         )
 
 
-LAW = ModelLaw.of_file(check)
+LAW = ModelLaw(*of_file(check))

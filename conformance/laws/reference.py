@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from conformance.laws._law import ModelLaw
+from conformance.property import of_file
 from conformance.tolerances.gates import Unchecked
 
 if TYPE_CHECKING:
@@ -18,4 +19,4 @@ def check(trial: ModelTrial) -> float:
     return trial.compare([trial.documents.padded()], model=trial.placed(backend="reference"))
 
 
-LAW = ModelLaw.of_file(check)
+LAW = ModelLaw(*of_file(check))

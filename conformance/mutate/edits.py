@@ -14,7 +14,7 @@ from conformance.mutate.kinds import (
     SWAPPED,
     TRITON_OPTIONS,
 )
-from conformance.mutate.mutant import Mutant, Region, Replacement, Source
+from conformance.mutate.mutant import Mutant, Region, Replacement, SourceFile
 from conformance.mutate.sources import defined
 
 
@@ -27,7 +27,7 @@ class _Place:
     assigned: set[str] = field(default_factory=set)  # names of the function that have a value already
 
 
-def mutants(source: Source) -> list[Mutant]:
+def mutants(source: SourceFile) -> list[Mutant]:
     """All mutants of the parts of a file that an operation uses, from top to bottom."""
     tree = ast.parse(source.text)
     finder = _Finder(source, tree)
@@ -51,7 +51,7 @@ def mutants(source: Source) -> list[Mutant]:
 class _Finder:
     """Walks a syntax tree and collects mutants."""
 
-    def __init__(self, source: Source, tree: ast.Module) -> None:
+    def __init__(self, source: SourceFile, tree: ast.Module) -> None:
         self.found: list[Mutant] = []
         self._source, self._bytes = source, source.text.encode()
         self._starts = [0]

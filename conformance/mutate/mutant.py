@@ -12,7 +12,7 @@ Region = tuple[int, int, int, int]  # first line, column, last line, column; lin
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A source file of an operation.
 
     Attributes:
@@ -45,7 +45,7 @@ class Mutant:
         choice: whether it changes a launch parameter, which a correct kernel may choose freely.
     """
 
-    source: Source
+    source: SourceFile
     kind: str
     line: int
     index: int

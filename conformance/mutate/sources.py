@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from conformance import calling
-from conformance.mutate.mutant import Source
+from conformance.mutate.mutant import SourceFile
 from conformance.trial import BackendError, Function
 
 # Every operation of unsloth_fast uses these: what they do has tests of its own. `--file` mutates them too.
@@ -111,7 +111,7 @@ def defined(statement: ast.stmt) -> list[str]:
     return [n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
-def sources_of(function: Function, files: Sequence[Path] = ()) -> list[Source]:
+def sources_of(function: Function, files: Sequence[Path] = ()) -> list[SourceFile]:
     """The files that an operation's function comes from, with the names that it uses, directly or not.
 
     Args:
@@ -139,7 +139,7 @@ def sources_of(function: Function, files: Sequence[Path] = ()) -> list[Source]:
             origin, original = module.imports[name]
             waiting += [(origin, original)] if original else [(origin, other) for other in _all_of(origin)]
     found = [
-        Source(module.name, module.path, _label(module.path), module.text, frozenset(used[module.name]))
+        SourceFile(module.name, module.path, _label(module.path), module.text, frozenset(used[module.name]))
         for module in modules.values()
         if module.name not in SHARED or files
     ]

@@ -11,7 +11,8 @@ from typing import Literal
 from conformance.bench.table import Row
 from conformance.case import DTYPES
 from conformance.properties import PROPERTIES
-from conformance.reporting.report import counted, repro
+from conformance.reporting.report import repro
+from unsloth_ref.checks import counted
 
 Kind = Literal["run", "coverage", "bench", "mutate", "gate"]
 

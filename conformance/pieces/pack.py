@@ -12,6 +12,7 @@ from conformance.piece import Mistake, Piece, PieceCase, PieceTrial
 from conformance.pieces._shared import Arguments, equal, inputs_untouched
 from conformance.tolerances.gates import Failure
 from unsloth_ref.batch_checks import STRATEGIES
+from unsloth_ref.checks import counted
 from unsloth_ref.types import PackingPlan
 
 DOCUMENTS = 30  # the reference searches every row for every document
@@ -137,7 +138,7 @@ def no_more_rows(trial: PieceTrial, case: PackCase) -> None:
     rows = len(_planned(trial, case).offsets) - 1
     allowed = -(-sum(case.lengths) // case.capacity) if case.strategy == "wrapped" else _best_fit_rows(case)
     if rows > allowed:
-        raise Failure(f"{rows} rows, should be at most {allowed}")
+        raise Failure(f"{counted(rows, 'row')}, should be at most {allowed}")
 
 
 def _best_fit_rows(case: PackCase) -> int:

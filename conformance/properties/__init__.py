@@ -1,7 +1,7 @@
 """The properties that every operation must satisfy, one per file.
 
 The docstring of a file states its property. Its function `check(trial, case)` tests one case, and its last line,
-`PROPERTY = Property.of_file(check, ...)`, declares the property; see `conformance.property.Property`.
+`PROPERTY = Property(*of_file(check), ...)`, declares the property; see `conformance.property.Property`.
 
 A property tests behaviour that a user can suffer from, not how an implementation is built: a correct implementation in
 plain PyTorch passes all of them.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conformance.case import LAYOUTS, Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs, Spec
 from conformance.tolerances.gates import Unchecked
 from conformance.trial import Lacking, Run, Trial
@@ -52,4 +52,4 @@ def _promotes(trial: Trial, inputs: Inputs, run: Run) -> bool:
     return wide != trial.dtype and all(output.dtype == wide for output in run.outputs)
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

@@ -4,7 +4,7 @@ import torch
 
 from conformance.case import Case
 from conformance.interpreter import Interpreted
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Run, Trial, as_leaves, detached
 
 
@@ -18,4 +18,4 @@ def check(trial: Trial, case: Case) -> float:
     return trial.judge(case, Run(detached(outputs), grads, bool(forward), bool(backward)))
 
 
-PROPERTY = Property.of_file(check, share=0.3)
+PROPERTY = Property(*of_file(check), share=0.3)

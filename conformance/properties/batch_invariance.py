@@ -12,7 +12,7 @@ import torch
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, is_plain
@@ -76,4 +76,4 @@ def _exempt(spec: Spec) -> str:
     return "no independent rows or parts are declared" if undeclared else spec.bits_vary
 
 
-PROPERTY = Property.of_file(check, cases=cases, exempt=_exempt)
+PROPERTY = Property(*of_file(check), cases=cases, exempt=_exempt)

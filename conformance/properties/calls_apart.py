@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
@@ -62,4 +62,4 @@ def _demand_in_turn(trial: Trial, elsewhere: Trial) -> None:
         raise Failure(f"after a call in {elsewhere.dtype}, in {trial.dtype}: {failure}") from failure
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property(*of_file(check), share=0.2)

@@ -13,7 +13,7 @@ from conformance.calling import same_memory
 from conformance.case import Case
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs, Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
@@ -68,4 +68,4 @@ def _run(trial: Trial, case: Case, leaves: Inputs, grad_outputs: list[torch.Tens
     return Run(detached(outputs), grads, bool(forward), bool(backward))
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from conformance.calling import results
 from conformance.case import Case
 from conformance.properties.layouts import naming
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial, demand_same_bits
 
 
@@ -30,4 +30,4 @@ def check(trial: Trial, case: Case) -> float:
     return used
 
 
-PROPERTY = Property.of_file(check, share=0.2, needs=("a copy",))
+PROPERTY = Property(*of_file(check), share=0.2, needs=("a copy",))

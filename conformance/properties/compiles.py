@@ -16,7 +16,7 @@ import torch
 
 from conformance.case import Case
 from conformance.properties import opcheck
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial, as_leaves, demand_same_bits, is_plain
 
@@ -48,4 +48,4 @@ def check(trial: Trial, case: Case) -> float:
     return used
 
 
-PROPERTY = Property.of_file(check, cases=opcheck.cases)
+PROPERTY = Property(*of_file(check), cases=opcheck.cases)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial, demand_same_bits
 
 
@@ -33,4 +33,4 @@ def check(trial: Trial, case: Case) -> None:
         demand_same_bits(trial.spec, eager, captured, "a replayed CUDA graph differs from an eager call")
 
 
-PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))
+PROPERTY = Property(*of_file(check), share=0.3, needs=("cuda",))

@@ -1,7 +1,7 @@
 """Repeated calls on the same inputs give the same bits."""
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial, demand_same_bits
 
 
@@ -12,4 +12,4 @@ def check(trial: Trial, case: Case) -> None:
         demand_same_bits(trial.spec, first, trial.run(case), "two runs on the same input differ")
 
 
-PROPERTY = Property.of_file(check, share=0.4)
+PROPERTY = Property(*of_file(check), share=0.4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Function, Trial, as_leaves, describe
@@ -66,4 +66,4 @@ def _second_derivatives(trial: Trial, case: Case, function: Function, constant: 
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("gradients",))
+PROPERTY = Property(*of_file(check), cases=cases, needs=("gradients",))

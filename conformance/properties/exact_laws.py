@@ -10,7 +10,7 @@ import torch
 from conformance.case import Case
 from conformance.profiles import Profile
 from conformance.promises import Law
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, bits
@@ -76,4 +76,4 @@ def _moderate(values: torch.Tensor) -> torch.Tensor:
     return signs * values.abs().clamp(LEAST, MOST)
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

@@ -14,7 +14,7 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.counts import LONG, Counts, edges
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial
@@ -86,4 +86,4 @@ def _judge_empty(trial: Trial, case: Case, grads: tuple[str, ...] | None) -> flo
     return trial.judge(case, found, peer=peer)
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

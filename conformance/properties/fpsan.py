@@ -12,7 +12,7 @@ import torch
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs, Spec
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, demand_same_bits, detached
@@ -93,4 +93,4 @@ def _demand_same(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
         )
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("cuda", "fpsan"))
+PROPERTY = Property(*of_file(check), cases=cases, needs=("cuda", "fpsan"))

@@ -13,7 +13,7 @@ import torch
 from conformance.calling import results
 from conformance.case import Case
 from conformance.properties.layouts import naming
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs
 from conformance.trial import Trial, as_leaves
 
@@ -59,4 +59,4 @@ def _alone(trial: Trial, case: Case, inputs: Inputs, names: Sequence[str], index
         return trial.judge(case, run, inputs, grad_outputs)
 
 
-PROPERTY = Property.of_file(check, needs=("gradients",))
+PROPERTY = Property(*of_file(check), needs=("gradients",))

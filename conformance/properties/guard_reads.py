@@ -9,7 +9,7 @@ import sys
 from conformance.case import Case
 from conformance.instruments.memory import POISONS, Fence, demand_unaffected, fenced
 from conformance.interpreter import reads
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 
@@ -33,4 +33,4 @@ def check(trial: Trial, case: Case) -> None:
     demand_unaffected(trial, case, between, POISONS, "the memory around the tensors changes the results")
 
 
-PROPERTY = Property.of_file(check, share=0.4)
+PROPERTY = Property(*of_file(check), share=0.4)

@@ -2,7 +2,7 @@
 
 from conformance.case import Case
 from conformance.instruments.memory import Fence, demand_unbroken, fenced
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial
 
 
@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> None:
         demand_unbroken(name, fence)
 
 
-PROPERTY = Property.of_file(check, share=0.4, costly=True)
+PROPERTY = Property(*of_file(check), share=0.4, costly=True)

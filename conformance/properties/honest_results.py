@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, bits, detached
@@ -80,4 +80,4 @@ def demand_plain(trial: Trial, run: Run) -> None:
             raise Failure(f"{name} has no memory for its elements: got {held} bytes; needed: {needed}")
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property(*of_file(check), share=0.2)

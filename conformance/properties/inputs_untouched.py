@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, as_leaves, bits
 
@@ -29,4 +29,4 @@ def _demand_untouched(tensors: dict[str, Tensor], before: dict[str, tuple[Tensor
             raise Failure(f"{when} wrote over {name}")
 
 
-PROPERTY = Property.of_file(check, share=0.5)
+PROPERTY = Property(*of_file(check), share=0.5)

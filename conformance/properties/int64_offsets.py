@@ -18,7 +18,7 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Inputs, Spec, accepted_options
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Run, Trial, as_leaves, bits, is_plain
@@ -151,4 +151,4 @@ def _exempt(spec: Spec) -> str:
     return "" if spec.far or spec.rowwise else "no input is declared to have independent rows"
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("gigabytes",), exempt=_exempt)
+PROPERTY = Property(*of_file(check), cases=cases, needs=("gigabytes",), exempt=_exempt)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from conformance.case import LAYOUTS, Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial
 
@@ -46,4 +46,4 @@ def naming(what: str) -> Iterator[None]:
         raise Failure(f"{what}: {failure}", failure.used) from failure
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property(*of_file(check), share=0.2)

@@ -12,7 +12,7 @@ import torch
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec, nbytes
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial, as_leaves, is_plain
@@ -73,4 +73,4 @@ def _requested(which: str) -> int:
     return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
 
 
-PROPERTY = Property.of_file(check, cases=cases, needs=("cuda", "gigabytes"))
+PROPERTY = Property(*of_file(check), cases=cases, needs=("cuda", "gigabytes"))

@@ -6,7 +6,7 @@ views of the incoming gradient, for a sum over sizes of 1 for example: gradients
 
 from conformance.calling import same_memory
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, is_plain
 
@@ -30,4 +30,4 @@ def check(trial: Trial, case: Case) -> None:
                 raise Failure(f"{name} shares the memory of {other_name}")
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property(*of_file(check), share=0.2)

@@ -4,7 +4,7 @@ import torch
 
 from conformance.case import Case
 from conformance.interpreter import Interpreted
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
@@ -26,4 +26,4 @@ def check(trial: Trial, case: Case) -> float:
     return used
 
 
-PROPERTY = Property.of_file(check, share=0.3)
+PROPERTY = Property(*of_file(check), share=0.3)

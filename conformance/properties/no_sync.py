@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, as_leaves
 
@@ -44,4 +44,4 @@ class _Synchronisations:
         self.count = sum("called a synchronizing" in str(warning.message) for warning in self._seen or ())
 
 
-PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))
+PROPERTY = Property(*of_file(check), share=0.3, needs=("cuda",))

@@ -2,7 +2,7 @@
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.trial import Trial
 
@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> float:
     return trial.judge(case, trial.run(case))
 
 
-PROPERTY = Property.of_file(check, cases=cases, each_option=True)
+PROPERTY = Property(*of_file(check), cases=cases, each_option=True)

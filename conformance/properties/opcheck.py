@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
@@ -57,4 +57,4 @@ def check(trial: Trial, case: Case) -> None:
             raise Failure(f"opcheck of {operator}: {str(caught.error).strip()[:400]}") from caught.error
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

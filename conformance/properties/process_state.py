@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, as_leaves, bits
 
@@ -197,4 +197,4 @@ def _changed(before: Any, after: Any) -> str:
     return words if len(words) < 200 else "its value"
 
 
-PROPERTY = Property.of_file(check, share=0.2)
+PROPERTY = Property(*of_file(check), share=0.2)

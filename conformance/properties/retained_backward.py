@@ -1,7 +1,7 @@
 """A second backward pass through a retained graph gives the same bits as the first."""
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Run, Trial, as_leaves, demand_same_bits, detached
 
 
@@ -19,4 +19,4 @@ def check(trial: Trial, case: Case) -> None:
     )
 
 
-PROPERTY = Property.of_file(check, share=0.4, needs=("gradients",))
+PROPERTY = Property(*of_file(check), share=0.4, needs=("gradients",))

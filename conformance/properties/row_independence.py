@@ -3,7 +3,7 @@
 from math import nan
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, bits
 
@@ -35,4 +35,4 @@ def _demand_same_row(trial: Trial, first: Run, second: Run, kept: int) -> None:
             raise Failure(f"row {kept} of {name} changed when the other rows changed")
 
 
-PROPERTY = Property.of_file(check, share=0.25, needs=("rows",))
+PROPERTY = Property(*of_file(check), share=0.25, needs=("rows",))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial, demand_same_bits
 
@@ -36,4 +36,4 @@ def _moved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(FIRST)
 
 
-PROPERTY = Property.of_file(check, share=0.3, needs=("two devices",))
+PROPERTY = Property(*of_file(check), share=0.3, needs=("two devices",))

@@ -3,7 +3,7 @@
 import torch
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial, demand_same_bits
 
 WAIT_CYCLES = 20_000_000  # about 10 ms
@@ -35,4 +35,4 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-PROPERTY = Property.of_file(check, share=0.3, needs=("cuda",))
+PROPERTY = Property(*of_file(check), share=0.3, needs=("cuda",))

@@ -7,7 +7,7 @@ import inspect
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Function, Trial
@@ -47,4 +47,4 @@ def _words(parameter: inspect.Parameter) -> str:
     return f"{parameter.kind.description} {default}"
 
 
-PROPERTY = Property.of_file(check, cases=cases)
+PROPERTY = Property(*of_file(check), cases=cases)

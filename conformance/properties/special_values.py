@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Run, Trial
 
 
@@ -54,4 +54,4 @@ def _of_rows(flags: Tensor) -> Tensor:
     return flags.reshape(len(flags), -1).all(1)
 
 
-PROPERTY = Property.of_file(check, share=0.2, needs=("rows",))
+PROPERTY = Property(*of_file(check), share=0.2, needs=("rows",))

@@ -2,7 +2,7 @@
 
 from conformance.case import Case
 from conformance.instruments.memory import POISONS, demand_unaffected, fenced
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Run, Trial
 
 
@@ -16,4 +16,4 @@ def check(trial: Trial, case: Case) -> None:
     demand_unaffected(trial, case, filled, POISONS, "uninitialised memory changes the results")
 
 
-PROPERTY = Property.of_file(check, share=0.4)
+PROPERTY = Property(*of_file(check), share=0.4)

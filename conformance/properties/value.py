@@ -1,7 +1,7 @@
 """Outputs are within the error budget around the float64 reference."""
 
 from conformance.case import Case
-from conformance.property import Property
+from conformance.property import Property, of_file
 from conformance.trial import Trial
 
 
@@ -10,4 +10,4 @@ def check(trial: Trial, case: Case) -> float:
     return trial.judge(case, trial.run(case, grads=()))
 
 
-PROPERTY = Property.of_file(check)
+PROPERTY = Property(*of_file(check))

@@ -28,6 +28,7 @@ from conformance.reporting.results_file import commit, versions
 from conformance.running.runner import Work
 from conformance.running.search import Result
 from conformance.spec import Spec
+from unsloth_ref.checks import counted
 
 CELL_WIDTH = 17
 # What each gate asks, for readers of a failure; conformance/tolerances/gates.py derives them.
@@ -243,11 +244,6 @@ def repro(line: str, backend: str, device: str, words: Sequence[str] = ()) -> st
     where = "".join(f" {shlex.quote(word)}" for word in words)
     where += f" --backend {shlex.quote(backend)}" * (backend != "fast") + f" --device {shlex.quote(device)}"
     return f"python -m conformance repro{where} {shlex.quote(line)}"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, such as "1 check" and "2 checks"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def closing(results: Sequence[Result]) -> str:

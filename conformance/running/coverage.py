@@ -268,7 +268,7 @@ def _larger(trial: Trial, elements: int, options: tuple[str, ...], count: int) -
         sizes = _sizes(spec, pool, elements, random)
         chosen = _options(spec, options, index % 2 == 0, random)
         case = Case(tuple(sizes.items()), (), spec.drawing.fills[0], random.choice(LAYOUTS), random.randint(0, 3))
-        yield _counted(trial, spec.having(case, chosen), elements, random)
+        yield _with_many_rows(trial, spec.having(case, chosen), elements, random)
 
 
 def _sizes(spec: Spec, pool: Sequence[Mapping[str, int]], elements: int, random: Random) -> dict[str, int]:
@@ -297,8 +297,8 @@ def _options(spec: Spec, names: Sequence[str], all_set: bool, random: Random) ->
     return {}
 
 
-def _counted(trial: Trial, case: Case, elements: int, random: Random) -> Case:
-    """The case unchanged or, in one case of four, with as many rows (or whatever else the spec counts) as fit."""
+def _with_many_rows(trial: Trial, case: Case, elements: int, random: Random) -> Case:
+    """The case as it is or, one time in four, with as many rows (or whatever else the spec counts) as fit."""
     if random.random() < 0.75:
         return case
     most = trial.spec.drawing.counts or {trial.spec.row_dimension: elements}

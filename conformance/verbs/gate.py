@@ -16,7 +16,6 @@ from conformance.gate.sides import Unavailable, checkouts
 from conformance.gate.statistics import Verdict
 from conformance.gate.verdict import BUDGET_RISE, Row, name
 from conformance.gate.worktrees import RevisionError
-from conformance.reporting.report import counted
 from conformance.running.catalogue import UsageError, device_of, known, names_of
 from conformance.verbs._shared import (
     Verbs,
@@ -27,6 +26,7 @@ from conformance.verbs._shared import (
     demand_writable,
     source_of,
 )
+from unsloth_ref.checks import counted
 
 
 def add(verbs: Verbs) -> None:

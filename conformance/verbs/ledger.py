@@ -49,7 +49,7 @@ def _update(arguments: argparse.Namespace) -> int:
         refused += sentences
     if refused:  # then no file is written
         print(*(f"FAIL {sentence}" for sentence in refused), sep="\n")
-        print(f"{len(refused)} results are worse: nothing is recorded; --because TEXT records them with the reason")
+        print(f"worse than recorded: {len(refused)}; nothing is recorded; --because TEXT records them with the reason")
         return 1
     for path, one in ledgers.items():
         if changed[path]:

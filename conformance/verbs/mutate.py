@@ -25,6 +25,7 @@ from conformance.verbs._shared import (
     demand_writable,
     source_of,
 )
+from unsloth_ref.checks import counted
 
 GPU_JOBS = 16
 
@@ -78,7 +79,8 @@ def _mutate(arguments: argparse.Namespace) -> int:
     )
     print(heading(judged, device, arguments.profile, source), flush=True)
     known_ones = f", {len(before)} of them known as killed" * bool(before)
-    print(f"{len(chosen)} mutants of {', '.join(dict.fromkeys(op for op, _ in chosen))}{known_ones}", flush=True)
+    ops = ", ".join(dict.fromkeys(op for op, _ in chosen))
+    print(f"{counted(len(chosen), 'mutant')} of {ops}{known_ones}", flush=True)
     facts = {"device": device, "backend": judged.name, "profile": arguments.profile, "source": source.words()}
     facts |= {"dtypes": dtypes, "sample": arguments.sample, "seed": arguments.seed}
     done = list(before.values())

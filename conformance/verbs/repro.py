@@ -42,7 +42,7 @@ def _repro(arguments: argparse.Namespace) -> int:
     if result.verdict == "skip":
         raise UsageError(f"{name}: {result.message}")
     used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
-    print(f"ok   {' / '.join((op, name, *((dtype,) if dtype else ())))}: {case!r}{used}")
+    print(f"ok   {' / '.join((op, name, *((dtype,) if dtype else ())))}: {case}{used}")
     return 0
 
 

@@ -91,8 +91,8 @@ def test_the_whole_data_set_is_packed_at_once(tmp_path: Path, caplog: pytest.Log
     assert rows.column_names == ["input_ids", "labels", "seq_lengths"]
     assert sorted(map(tuple, rows["seq_lengths"])) == [(9, 7)] * 1000 + [(16,)]
     assert rows[1]["input_ids"] == [*range(3, 12), *range(3, 10)]
-    assert "1 of 2002 documents have no target" in caplog.text
-    assert "4 tokens are cut off 1 documents of more than max_length=16 tokens; a larger" in caplog.text
+    assert "documents without a target do not change the loss: 1 of 2002" in caplog.text
+    assert "max_length=16 cuts 4 tokens off 1 document; a larger" in caplog.text
     assert "2001 documents of 16020 tokens packed into 1001 rows of 16, 100.0 % full" in caplog.text
 
 

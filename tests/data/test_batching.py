@@ -116,7 +116,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"custom_collator": True}, "a data collator was passed"),
     ({}, {"processor": True}, "a processor, not a tokenizer"),
     ({"multimodal": True}, {"processing_class": False}, "takes more than tokens"),
-    ({}, {"vision_columns": True}, "columns of images or video"),
+    ({}, {"media_columns": True}, "columns of images, video or audio"),
     ({"encoder_decoder": True}, {}, "an encoder-decoder"),
     ({"recurrent": True}, {}, "state would leak"),
     ({"recurrent": True, "recurrent_layers": ("JambaMambaMixer",)}, {}, "recurrent layers (JambaMambaMixer), whose"),

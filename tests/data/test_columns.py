@@ -14,8 +14,8 @@ from unsloth_fast.data.columns import (
     check_columns,
     completion_only,
     datasets_of,
+    has_media_columns,
     has_stream,
-    has_vision_columns,
     with_rows,
 )
 
@@ -90,7 +90,7 @@ def check(folder: Path, data: Any, vocabulary: int | None = 48, **options: Any) 
         ),
         (labelled([-100, -100], [5]), SKIP, "train_dataset: got no target in 2 documents; allowed: at least one label"),
         (stream(labelled([-100, -100], [5])), SKIP, "train_dataset: got no target in 2 documents; allowed"),
-        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 documents"),
+        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 document"),
         (ids([3, 4], [48]), SKIP, "train_dataset: got 48 in row 1 of column 'input_ids'"),
         (text("w1"), SKIP, "train_dataset: got no column 'input_ids', only 'text'; allowed: rows with 'input_ids'"),
         (ids([3]), SKIP | {"eval_dataset": {"a": text("w1")}}, "eval_dataset['a']: got no column 'input_ids', only"),
@@ -196,8 +196,8 @@ def test_one_stream_among_the_data_sets_counts() -> None:
 @pytest.mark.parametrize("name", ["image", "videos", "audio", "pixel_values", "mm_token_type_ids"])
 def test_columns_of_images_video_and_audio_are_recognised(name: str) -> None:
     """A stream may not know its columns, and then counts as text."""
-    assert has_vision_columns({"train_dataset": tokens(3), "eval_dataset": {"a": tokens(3, **{name: [0]})}})
-    assert not has_vision_columns({"train_dataset": tokens(3), "eval_dataset": stream(tokens(3, **{name: [0]}))})
+    assert has_media_columns({"train_dataset": tokens(3), "eval_dataset": {"a": tokens(3, **{name: [0]})}})
+    assert not has_media_columns({"train_dataset": tokens(3), "eval_dataset": stream(tokens(3, **{name: [0]}))})
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_plan_follows_the_arguments(
     ("options", "reason"),
     [
         ({"data_collator": first_alone}, "a data collator was passed"),
-        ({"train_dataset": tokens(3, image=["a"])}, "the data set has columns of images or video"),
+        ({"train_dataset": tokens(3, image=["a"])}, "the data set has columns of images, video or audio"),
         ({"padding_free": False}, "padding_free=False was requested"),
         ({"peft_config": PREFIX}, "prompt learning puts positions before each row"),
         ({"model": lambda: get_peft_model(tiny.model(), PREFIX)}, "prompt learning puts positions before each row"),

@@ -16,9 +16,10 @@ from unsloth_fast.data.labels import (
     with_labels,
 )
 from unsloth_fast.data.truncation import Truncation
+from unsloth_ref.checks import counted
 
 FIRST_TWO, LAST_TWO = Truncation(2), Truncation(2, keep_end=True)
-WITHIN_TWO = r"^train: got no target in 1 documents within max_length=2 tokens; allowed: at least one label"
+WITHIN_TWO = r"^train: got no target in 1 document within max_length=2 tokens; allowed: at least one label"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_documents_without_a_target_are_dropped_only_on_request(caplog: pytest.L
     data = labelled([5, 6], [7], [-100, -100])
     assert require_targets(data, "train") is data
     assert require_targets(data, "train", drop_empty=True)["labels"] == [[5, 6]]
-    line = "train: 2 of 3 documents have no target and do not change the loss"
+    line = "train: documents without a target do not change the loss: 2 of 3"
     assert [record.message for record in caplog.records] == [line] * 2
 
 
@@ -100,14 +101,16 @@ def test_a_data_set_full_of_targets_logs_nothing(caplog: pytest.LogCaptureFixtur
 def test_the_number_of_truncated_tokens_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     require_targets(tokens(8, 2, 5), "train", Truncation(4))
     assert [record.message for record in caplog.records] == [
-        "train: 5 tokens are cut off 2 documents of more than max_length=4 tokens; a larger max_length keeps them "
-        "whole, packing=True with packing_strategy='bfd_split' in pieces"
+        "train: max_length=4 cuts 5 tokens off 2 documents; a larger max_length keeps documents whole, packing=True "
+        "with packing_strategy='bfd_split' in pieces"
     ]
 
 
 @pytest.mark.parametrize("data", [labelled([-100, -100], [5]), labelled([], [5]), labelled([5, -100])])
 def test_a_data_set_without_a_target_is_refused(data: Dataset) -> None:
-    message = rf"^train: got no target in {len(data)} documents; allowed: at least one label that is not -100 after a "
+    message = (
+        rf"^train: got no target in {counted(len(data), 'document')}; allowed: at least one label that is not -100 "
+    )
     for require in (require_targets, require_targets_in_stream):
         with pytest.raises(ValueError, match=message):
             require(data, "train")
@@ -144,7 +147,7 @@ def test_a_stream_without_labels_is_searched_by_its_masks() -> None:
     """A completion_mask counts only where completions alone are trained on."""
     data = stream(ids([4, 5], completion_mask=[[1, 0]]))
     require_targets_in_stream(data, "train", completion_only=False)
-    with pytest.raises(ValueError, match=r"^train: got no target in 1 documents;"):
+    with pytest.raises(ValueError, match=r"^train: got no target in 1 document;"):
         require_targets_in_stream(data, "train", completion_only=True)
 
 

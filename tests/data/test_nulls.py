@@ -79,7 +79,7 @@ def test_the_text_is_that_of_the_users_own_objects(
     assert not any(
         null in text.replace("None]", "").replace("null]", "") for text in texts for null in ("None", "null")
     )
-    (message,) = [record.getMessage() for record in caplog.records if "nulls in the fields" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "nulls in '" in record.getMessage()]
     assert message.startswith("train: ") and "'city'" in message and message.count("Arrow adds") == 1
 
 

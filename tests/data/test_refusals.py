@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (
             labelled([-100, -100, 5]),
             {"packing": True, "max_length": 2},
-            "got no target in 1 documents within max_length=2 tokens",
+            "got no target in 1 document within max_length=2 tokens",
         ),
         (
             stream(labelled([-100, -100], [5, -100, -100])),
@@ -48,22 +48,22 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (
             stream(labelled([-100, -100, 5])),
             {"max_length": 2},
-            "got no target in 1 documents within max_length=2 tokens",
+            "got no target in 1 document within max_length=2 tokens",
         ),
         (
             stream(labelled([-100] * 3)),
             {"packing": True, "packing_strategy": "wrapped"},
-            "got no target in 1 documents;",
+            "got no target in 1 document;",
         ),
         pytest.param(
             labelled([3, 4, -100, -100]),
             {"max_length": 2, "truncation_mode": "keep_end"},
-            "got no target in 1 documents within max_length=2 tokens",
+            "got no target in 1 document within max_length=2 tokens",
             marks=pytest.mark.skipif(not hasattr(SFTConfig, "truncation_mode"), reason="of TRL since 1.0"),
         ),
         (labelled([-100, -100], [5]), SKIP, "train_dataset: got no target in 2 documents; allowed: at least one label"),
         (stream(labelled([-100, -100], [5])), SKIP, "train_dataset: got no target in 2 documents; allowed"),
-        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 documents"),
+        (tokens(3), SKIP | {"eval_dataset": {"a": labelled([5])}}, "eval_dataset['a']: got no target in 1 document"),
         (text("w1", None), {}, "train_dataset: got None in row 1 of column 'text'; allowed: a string in every row"),
         (stream(text(None)), {}, "got None in row 0 of column 'text'"),
         (tokens(3), {"eval_dataset": {"a": text(1.5)}}, "eval_dataset['a']: got 1.5 in row 0 of column 'text'"),
@@ -75,12 +75,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (
             labelled([-100, -100], seq_lengths=[[1, 1]]),
             {},
-            "train data set: got no target in 1 documents",
+            "train data set: got no target in 1 document",
         ),
         (
             tokens(3),
             {"eval_dataset": labelled([-100, -100])},
-            "eval data set: got no target in 1 documents",
+            "eval data set: got no target in 1 document",
         ),
         (tokens(3), {"eval_dataset": {"a": tokens(3), "b": tokens(1, 1)}}, "b data set: got no target in 2 documents"),
         (tokens(3), {"packing": True, "packing_strategy": "ffd"}, "packing_strategy: got 'ffd'; allowed: 'bfd'"),
@@ -188,7 +188,7 @@ def test_the_number_of_truncated_tokens_is_logged(
     trainer = trainer_on(tmp_path, tokens(3, longest, longest), max_length=8, **options)
     assert sum(len(row) for row in trainer.train_dataset["input_ids"]) == 19
     line = (
-        "train data set: 8 tokens are cut off 2 documents of more than max_length=8 tokens; a larger max_length keeps "
-        "them whole, packing=True with packing_strategy='bfd_split' in pieces"
+        "train data set: max_length=8 cuts 8 tokens off 2 documents; a larger max_length keeps documents whole, "
+        "packing=True with packing_strategy='bfd_split' in pieces"
     )
-    assert [record.message for record in caplog.records if "cut off" in record.message] == [line] * (longest > 8)
+    assert [record.message for record in caplog.records if " cuts " in record.message] == [line] * (longest > 8)

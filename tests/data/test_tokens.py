@@ -35,16 +35,16 @@ def check(data: Any) -> None:
         (beside(labels=[["a"] * 3, ["b"] * 2]), f"got ['a', 'a', 'a'] in row 0 of column 'labels'; {PER_TOKEN}"),
         (beside(labels=[[3.0, 4.0, 5.0], [6.0, 7.0]]), f"got [3.0, 4.0, 5.0] in row 0 of column 'labels'; {PER_TOKEN}"),
         (beside(labels=[[0, 1], [1, 0]]), "got 2 values in row 0 of column 'labels'; allowed: 3, one per token of"),
-        (beside(labels=[[3, 4, 5], [0]]), "got 1 values in row 1 of column 'labels'; allowed: 2, one per token of"),
+        (beside(labels=[[3, 4, 5], [0]]), "got 1 value in row 1 of column 'labels'; allowed: 2, one per token of"),
         (beside(labels=[[3, 4, 5], None]), f"got None in row 1 of column 'labels'; {PER_TOKEN}"),
         (beside(labels=[[3, 4, 5], [None, 7]]), f"got [None, 7] in row 1 of column 'labels'; {PER_TOKEN}"),
         (beside(labels=[[[3], [4], [5]], [[6], [7]]]), f"got [[3], [4], [5]] in row 0 of column 'labels'; {PER_TOKEN}"),
-        (beside(completion_mask=[[1], [1]]), "got 1 values in row 0 of column 'completion_mask'; allowed: 3, one per"),
+        (beside(completion_mask=[[1], [1]]), "got 1 value in row 0 of column 'completion_mask'; allowed: 3, one per"),
         (beside(assistant_masks=["x", "y"]), f"got 'x' in row 0 of column 'assistant_masks'; {PER_TOKEN}"),
         (beside(seq_lengths=[3, 2]), "got 3 in row 0 of column 'seq_lengths'; allowed: a list of integers"),
         (
             beside(seq_lengths=[[1, 2], [1]]),
-            "got lengths of 1 tokens in row 1 of column 'seq_lengths'; allowed: 2,",
+            "got lengths of 1 token in row 1 of column 'seq_lengths'; allowed: 2,",
         ),
         (ids([3.0], [4.0]), "got [3.0] in row 0 of column 'input_ids'; allowed: a list of integers"),
         (ids([[3, 4]], [[5]]), "got [[3, 4]] in row 0 of column 'input_ids'; allowed: a list of integers"),
@@ -95,9 +95,7 @@ def test_a_packed_row_of_a_stream_may_not_be_truncated() -> None:
 def test_rows_without_a_token_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     data = tokens(0, 3, 0, 2, note=["a", "b", "c", "d"])
     assert without_empty_rows(data, "train data set")["note"] == ["b", "d"]
-    assert [record.message for record in caplog.records] == [
-        "train data set: 2 of 4 rows have no token and are dropped"
-    ]
+    assert [record.message for record in caplog.records] == ["train data set: rows without a token are dropped: 2 of 4"]
     assert without_empty_rows(data.select([1]), "eval")["note"] == ["b"] and len(caplog.records) == 1
 
 

@@ -13,8 +13,7 @@ from conformance.gate.statistics import Decision, Verdict
 from conformance.gate.verdict import properties, times
 from conformance.mutate import report as mutate_report
 from conformance.mutate.campaign import Outcome
-from conformance.mutate.mutant import Mutant
-from conformance.mutate.mutant import Source as SourceFile
+from conformance.mutate.mutant import Mutant, SourceFile
 from conformance.operations import Source
 from conformance.reporting import report, results_file
 from conformance.running.search import Result

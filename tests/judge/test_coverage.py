@@ -16,7 +16,7 @@ from conformance.instruments.variants import launches
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.running.coverage import Explored, _counted, explore, shown
+from conformance.running.coverage import Explored, _with_many_rows, explore, shown
 from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure
@@ -68,7 +68,7 @@ def test_every_setting_that_varies_is_explored_in_pairs() -> None:
 def test_no_more_is_counted_than_the_reference_computes_in_seconds(op: str) -> None:
     trial = trial_of(op)
     case, most = trial.spec.case(5, 8), trial.spec.drawing.counts
-    counted = [_counted(trial, case, PROFILES["gpu"].elements, Random(seed)) for seed in range(40)]
+    counted = [_with_many_rows(trial, case, PROFILES["gpu"].elements, Random(seed)) for seed in range(40)]
     for name in most:
         largest = max(one.size(name) for one in counted)
         assert case.size(name) < largest <= most[name]

@@ -17,7 +17,7 @@ from conformance.mutate.campaign import Campaign, Original, Outcome, choose, use
 from conformance.mutate.edits import mutants
 from conformance.mutate.equivalent import Equivalent, confirmed, stale
 from conformance.mutate.examine import Examination
-from conformance.mutate.mutant import Mutant, Source
+from conformance.mutate.mutant import Mutant, SourceFile
 from conformance.mutate.reach import Reach
 from conformance.mutate.sources import SHARED, import_edited, sources_of
 from conformance.running.coverage import Reached
@@ -34,8 +34,8 @@ here = pytest.mark.skipif(
 )
 
 
-def source(text: str, names: frozenset[str] | None = None) -> Source:
-    return Source("m", Path("m.py"), "m.py", textwrap.dedent(text), names)
+def source(text: str, names: frozenset[str] | None = None) -> SourceFile:
+    return SourceFile("m", Path("m.py"), "m.py", textwrap.dedent(text), names)
 
 
 def changes(text: str) -> set[tuple[str, str]]:
@@ -92,7 +92,7 @@ def test_neither_docstrings_nor_annotations_nor_messages_are_mutated() -> None:
 def test_every_mutant_of_the_kernels_is_python_with_a_name_of_its_own() -> None:
     for file in ("_gated.py", "rope.py", "_cross_entropy_total.py"):
         text = (KERNELS / file).read_text()
-        found = mutants(Source("m", KERNELS / file, file, text))
+        found = mutants(SourceFile("m", KERNELS / file, file, text))
         assert len(found) > 100
         assert len({mutant.name for mutant in found}) == len(found)
         for mutant in found:
@@ -132,7 +132,7 @@ def test_an_expression_counts_as_reached_if_its_instructions_run() -> None:
     text = Path(__file__).read_text()
     chosen = [
         mutant
-        for mutant in mutants(Source("m", Path(__file__), "test_mutate.py", text, frozenset({"branches"})))
+        for mutant in mutants(SourceFile("m", Path(__file__), "test_mutate.py", text, frozenset({"branches"})))
         if mutant.kind == "arithmetic"
     ]
     reach = Reach([(__file__, mutant.region) for mutant in chosen if mutant.region])
@@ -148,7 +148,7 @@ def of_kernels(entries: list[Equivalent]) -> list[Mutant]:
     for file in {entry.file for entry in entries}:
         names = {entry.function.partition(".")[0] for entry in entries if entry.file == file}
         every = None if "" in names else frozenset(names)
-        found += mutants(Source("", ROOT / file, file, (ROOT / file).read_text(), every))
+        found += mutants(SourceFile("", ROOT / file, file, (ROOT / file).read_text(), every))
     return found
 
 

@@ -233,7 +233,7 @@ BAD = [
     ),
     ("lora_linears", {"weight": [nf4_weight(9, 8)] * 3}, ValueError, "lora_b[0]", "[5, 2]", "[9, 2], [O, R], the rows"),
     ("lora_linears", {"weight": []}, ValueError, "weight", "0 layers", "a list of at least 1 layer"),
-    ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layers", "3, one per weight"),
+    ("lora_linears", {"lora_a": [torch.ones(2, 8)]}, ValueError, "lora_a", "1 layer", "3, one per weight"),
     ("lora_linears", {"scaling": (1.0, 2.0)}, ValueError, "scaling", "2 layers", "3, one per weight"),
     ("lora_linears", {"bias": [None, torch.ones(4), None]}, ValueError, "bias[1]", "[4]", "[8], one entry per row of"),
     ("lora_linears", {"lora_b": [torch.ones(5, 1)] * 3}, ValueError, "lora_b[0]", "[5, 1]", "[5, 2], [O, R], the rows"),

@@ -245,7 +245,7 @@ def save_and_load(made: Any, path: Path) -> Any:
 def test_the_eos_token_stays_where_that_is_asked(caplog: pytest.LogCaptureFixture) -> None:
     made = get_chat_template(tokenizer(), "chatml", map_eos_token=False)
     assert (made.eos_token, made.eos_token_id) == ("</s>", 2)
-    assert "'<|im_end|>' is no token of this tokenizer and is read as 10 tokens" in caplog.text
+    assert "'<|im_end|>' is no token of this tokenizer, which reads it as 10 tokens" in caplog.text
 
 
 def test_a_tokenizer_without_an_end_token() -> None:

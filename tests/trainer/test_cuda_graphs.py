@@ -184,13 +184,13 @@ def test_what_forbids_graphs_is_logged_once(
     assert any(watched(tmp_path, wanted, padding_free=False, gradient_accumulation_steps=2, **own))
     assert lines(caplog) == [(level, "a call with attention_mask")]
     caplog.clear()
-    monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.WHOLE", ())
+    monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.UNSHARDED", ())
     assert not any(watched(tmp_path, wanted, **own))
     assert lines(caplog) == [(level, "the training is distributed by NO")]
     caplog.clear()
     monkeypatch.setattr("unsloth_fast.hooks.cuda_graphs.recording.DEVICE", "elsewhere")
     assert not any(watched(tmp_path, wanted, **own))
-    assert lines(caplog) == [(level, f"the device is a {'cuda' if ON_GPU else 'cpu'}")]
+    assert lines(caplog) == [(level, f"the device is {'cuda' if ON_GPU else 'cpu'!r}")]
     caplog.clear()
     assert not any(watched(tmp_path, False, **own)) and not lines(caplog)
 

@@ -157,7 +157,7 @@ def test_rows_without_a_response(streamed: bool, tmp_path: Path, caplog: pytest.
     train_on_responses_only(trainer)
     assert len(list(trainer.train_dataset)) == 3
     if not streamed:
-        message = "train_dataset: 2 of 5 rows have no response after response_part='w2 ', or max_length cut it off"
+        message = "train_dataset: rows without a response after response_part='w2 ' are dropped: 2 of 5; max_length"
         assert message in caplog.text
 
 

@@ -164,10 +164,10 @@ def test_the_same_data_packed_again_have_the_same_fingerprint() -> None:
     ("columns", "why"),
     [
         ({}, "dataset: got no column"),
-        ({"input_ids": [[1, 2]], "labels": [[1]]}, "got 1 values in labels of row 0; allowed: 2, as many as in input"),
+        ({"input_ids": [[1, 2]], "labels": [[1]]}, "got 1 value in labels of row 0; allowed: 2, as many as in input"),
         ({"input_ids": [[1, 2]], "text": ["w1 w2"]}, "got a column text of string; allowed: lists of numbers"),
         ({"input_ids": [[1, 2]], "images": [[[1], [2]]]}, "got a column images of list"),
-        ({"input_ids": [[1, 2], None]}, "got 1 rows without input_ids"),
+        ({"input_ids": [[1, 2], None]}, "got 1 row without input_ids"),
     ],
 )
 def test_columns_that_cannot_be_packed_are_named(columns: dict[str, Any], why: str) -> None:
@@ -202,5 +202,5 @@ def test_offsets_that_do_not_fit_the_plan_are_named(package: ModuleType) -> None
     plan = package.pack([3, 2], 4)
     with pytest.raises(ValueError, match=r"^offsets: got 2 offsets; allowed: at least 3"):
         package.packed_indices(plan, torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"^offsets: got 1 tokens for document 1; allowed: at least 2"):
+    with pytest.raises(ValueError, match=r"^offsets: got 1 token for document 1; allowed: at least 2"):
         package.packed_indices(plan, torch.tensor([0, 3, 4]))

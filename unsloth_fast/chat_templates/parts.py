@@ -43,7 +43,7 @@ def _parts(tokenizer: Any) -> tuple[str, str]:
     before_answer = _common(tokenizer, _between(whole, 0), _between(whole, 2))
     after_answer = _between(whole, 1)
     asked = written(tokenizer, 1)
-    prompt = _added(tokenizer, asked, written(tokenizer, 1, prompt=True))
+    prompt = _without(tokenizer, written(tokenizer, 1, prompt=True), asked)
     if prompt and prompt in before_answer:
         response = prompt
     elif prompt:
@@ -65,11 +65,8 @@ def _between(whole: str, index: int) -> str:
     return whole[first + len(TEXTS[index]) : second]
 
 
-def _added(tokenizer: Any, without: str, prompted: str) -> str:
-    return prompted[len(_common(tokenizer, without, prompted)) :]
-
-
 def _without(tokenizer: Any, text: str, beginning: str) -> str:
+    """The text after what it has in common with a beginning."""
     return text[len(_common(tokenizer, text, beginning)) :]
 
 

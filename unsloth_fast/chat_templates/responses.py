@@ -17,6 +17,7 @@ from unsloth_fast.data.packing import SPANS
 from unsloth_fast.data.responses import ResponseLabels, forms_of, longest_matches, mask_cut_documents
 from unsloth_fast.data.types import ProcessingClass, TokenRow
 from unsloth_ref import checks
+from unsloth_ref.checks import counted
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -192,13 +193,13 @@ def _report(name: str, kept: np.ndarray, parts: tuple[str, str], tokenizer: Any,
     if not kept.any():
         begin = tokenizer.decode(list(row["input_ids"][:60]))
         raise ValueError(
-            f"{name}: got no response after response_part={parts[1]!r} in {len(kept)} rows, the first of which begins "
-            f"{begin!r}; allowed: at least one (check both parts against this text, and max_length)"
+            f"{name}: got no response after response_part={parts[1]!r} in {counted(len(kept), 'row')}, the first of "
+            f"which begins {begin!r}; allowed: at least one (check both parts against this text, and max_length)"
         )
     if empty := np.count_nonzero(~kept):
         logger.warning(
-            "%s: %d of %d rows have no response after response_part=%r, or max_length cut it off; they are dropped",
-            *(name, empty, len(kept), parts[1]),
+            "%s: rows without a response after response_part=%r are dropped: %d of %d; max_length may have cut it off",
+            *(name, parts[1], empty, len(kept)),
         )
 
 

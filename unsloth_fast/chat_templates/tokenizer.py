@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from unsloth_fast.chat_templates.formats import FORMATS, FORMATS_BY_PLAIN_NAME, Format, plain_name
 from unsloth_fast.data.types import ProcessingClass
+from unsloth_ref.checks import counted
 
 Processing = TypeVar("Processing", bound=ProcessingClass)
 
@@ -147,7 +148,9 @@ def _end_turns(tokenizer: Any, end: str, map_eos_token: bool) -> None:
     if not map_eos_token:
         if not known:
             logger.warning(
-                "%r is no token of this tokenizer and is read as %d tokens", end, len(tokenizer.tokenize(end))
+                "%r is no token of this tokenizer, which reads it as %s",
+                end,
+                counted(len(tokenizer.tokenize(end)), "token"),
             )
         return
     before = tokenizer.eos_token

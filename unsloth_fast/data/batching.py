@@ -55,7 +55,7 @@ class ConfigFacts:
         custom_collator: whether the user passed a data collator.
         processor: whether the processing class is a processor, not a tokenizer.
         processing_class: whether the user passed a processing class.
-        vision_columns: whether the data set has columns of images or video.
+        media_columns: whether the data set has columns of images, video or audio.
         prompt_learning: whether the adapter is a learned prompt, such as prefix tuning.
     """
 
@@ -64,7 +64,7 @@ class ConfigFacts:
     custom_collator: bool = False
     processor: bool = False
     processing_class: bool = True
-    vision_columns: bool = False
+    media_columns: bool = False
     prompt_learning: bool = False
 
 
@@ -105,8 +105,8 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
             "the model takes more than tokens, and its own processor will be loaded",
         ),
         (
-            config.vision_columns and not config.custom_collator and not config.processor,
-            "the data set has columns of images or video",
+            config.media_columns and not config.custom_collator and not config.processor,
+            "the data set has columns of images, video or audio",
         ),
         (model.encoder_decoder, "the model is an encoder-decoder"),
         (model.recurrent, f"the model has {_recurrent(model)}, whose state would leak from one document into the next"),

@@ -21,7 +21,7 @@ from unsloth_fast.data.values import DICTIONARY, LIST, STRING, TOOLS, check_valu
 from unsloth_fast.data.vocabulary import check_vocabulary, check_while_reading
 
 _IMAGES = ("image", "images")  # by which TRL recognises data sets of images
-_VISION = frozenset(
+_MEDIA = frozenset(
     (
         *("image", "images", "image_sizes", "image_grid_thw", "pixel_values", "pixel_values_videos", "video", "videos"),
         *("pixel_attention_mask", "video_grid_thw", "mm_token_type_ids", "audio", "audios"),
@@ -44,9 +44,9 @@ def has_stream(given: Keywords) -> bool:
     return any(isinstance(dataset, IterableDataset) for _, dataset in datasets_of(given))
 
 
-def has_vision_columns(given: Keywords) -> bool:
+def has_media_columns(given: Keywords) -> bool:
     """Whether one of the trainer's data sets has a column of images, video or audio."""
-    return any(_VISION.intersection(_columns(dataset)) for _, dataset in datasets_of(given))
+    return any(_MEDIA.intersection(_columns(dataset)) for _, dataset in datasets_of(given))
 
 
 def completion_only(given: Keywords, args: SFTConfig, *, named: bool = False) -> bool:
@@ -84,7 +84,7 @@ def check_columns(
                 f"{name}: got the column {found[0]!r} for a model or a tokenizer of text alone; allowed: columns of "
                 "text (drop it with the data set's `remove_columns`)"
             )
-        media = images and bool(_VISION & first.keys())
+        media = images and bool(_MEDIA & first.keys())
         if _skips_preparation(args):
             collated = media or given.get("data_collator") is not None
             _check_prepared(dataset, name, first, vocabulary, collated=collated)
@@ -172,7 +172,7 @@ def with_messages(
         first = next(iter(dataset))
         columns = trained_columns(dataset, first, args, named=named)
         transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
-        if transformed or not is_conversational(first, columns) or (images and _VISION & first.keys()):
+        if transformed or not is_conversational(first, columns) or (images and _MEDIA & first.keys()):
             return dataset
         return under_known_name(read_columns(dataset, name, columns, args.dataset_text_field), columns)[0]
 
@@ -187,7 +187,7 @@ def without_empty_media(given: Mapping[str, Value]) -> dict[str, Value]:
 def _without_empty_media(dataset: DataSet, name: str) -> Any:
     if not is_plain(dataset) or not len(dataset):
         return dataset
-    empty = [column for column in dataset.column_names if column in _VISION and is_empty(dataset, dataset[0], column)]
+    empty = [column for column in dataset.column_names if column in _MEDIA and is_empty(dataset, dataset[0], column)]
     return dataset.remove_columns(empty) if empty else dataset
 
 

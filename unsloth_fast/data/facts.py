@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from unsloth_fast.config import UnslothTrainingArguments
 from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
-from unsloth_fast.data.columns import datasets_of, has_vision_columns
+from unsloth_fast.data.columns import datasets_of, has_media_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
 from unsloth_fast.failures import FAILURES
@@ -173,7 +173,7 @@ def _config_facts(model: Module | str, args: SFTConfig, given: Keywords, kind: t
         custom_collator=given.get("data_collator") is not None,
         processor=isinstance(processor, ProcessorMixin),
         processing_class=processor is not None,
-        vision_columns=has_vision_columns(given),
+        media_columns=has_media_columns(given),
         prompt_learning=getattr(adapter, "is_prompt_learning", False),
     )
 

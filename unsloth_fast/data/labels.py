@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from unsloth_fast.data.lists import flat, has_lists
 from unsloth_fast.data.truncation import Truncation
 from unsloth_fast.data.types import Rows, TokenRow
+from unsloth_ref.checks import counted
 from unsloth_ref.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -74,17 +75,18 @@ def require_targets(
     ends = lengths.cumsum() - (0 if truncation.keep_end else lengths - kept)
     has_target = before[ends] > before[np.minimum(ends - kept + 1, ends)]
     if not has_target.any():
-        raise ValueError(_no_target(name, f"{len(lengths)}", truncation))
+        raise ValueError(_no_target(name, counted(len(lengths), "document"), truncation))
     if (lost := lengths - kept).any():
+        documents = counted(int((lost > 0).sum()), "document")
         logger.warning(
-            "%s: %d tokens are cut off %d documents of more than max_length=%d tokens; a larger max_length keeps them "
-            "whole, packing=True with packing_strategy='bfd_split' in pieces",
-            *(name, lost.sum(), np.count_nonzero(lost), truncation.max_length),
+            "%s: max_length=%d cuts %s off %s; a larger max_length keeps documents whole, packing=True with "
+            "packing_strategy='bfd_split' in pieces",
+            *(name, truncation.max_length, counted(lost.sum(), "token"), documents),
         )
     if has_target.all():
         return dataset
     empty = np.count_nonzero(~has_target)
-    logger.warning("%s: %d of %d documents have no target and do not change the loss", name, empty, len(lengths))
+    logger.warning("%s: documents without a target do not change the loss: %d of %d", name, empty, len(lengths))
     return dataset.select(np.flatnonzero(has_target)) if drop_empty else dataset
 
 
@@ -114,8 +116,8 @@ def require_targets_in_stream(
         if any(label != IGNORE_INDEX for label in truncation.apply(labels)[1:]):
             return
     if count < STREAM_CHECK:
-        raise ValueError(_no_target(name, f"{count}", truncation))
-    logger.warning(_no_target(name, f"the first {count}", truncation))
+        raise ValueError(_no_target(name, counted(count, "document"), truncation))
+    logger.warning(_no_target(name, f"the first {count} documents", truncation))
 
 
 def require_kept_labels(given: Rows, prepared: Rows, name: str) -> None:
@@ -131,9 +133,9 @@ def require_kept_labels(given: Rows, prepared: Rows, name: str) -> None:
         )
 
 
-def _no_target(name: str, count: str, truncation: Truncation) -> str:
+def _no_target(name: str, documents: str, truncation: Truncation) -> str:
     cut = "" if truncation.max_length is None else f" within max_length={truncation.max_length} tokens"
     return (
-        f"{name}: got no target in {count} documents{cut}; allowed: at least one label that is not {IGNORE_INDEX} "
+        f"{name}: got no target in {documents}{cut}; allowed: at least one label that is not {IGNORE_INDEX} "
         "after a document's first token (check labels, completion_mask and assistant_masks)"
     )

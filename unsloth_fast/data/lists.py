@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from unsloth_ref.checks import counted
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +39,9 @@ def flat(dataset: Dataset, name: str) -> tuple[pa.Array, np.ndarray]:
     if not _is_list(kind) or not _is_number(kind.value_type):
         raise ValueError(f"dataset: got a column {name} of {kind}; allowed: lists of numbers, one value per token")
     if column.null_count:
-        raise ValueError(f"dataset: got {column.null_count} rows without {name}; allowed: a list in every row")
+        raise ValueError(
+            f"dataset: got {counted(column.null_count, 'row')} without {name}; allowed: a list in every row"
+        )
     lengths = [_lengths(chunk) for chunk in column.chunks]
     values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type).combine_chunks()
     if isinstance(values, pa.ChunkedArray):
@@ -79,12 +83,14 @@ def without_rows(dataset: Dataset, dropped: np.ndarray, name: str, missing: str)
     Raises:
         ValueError: no row is left.
     """
-    count = np.count_nonzero(dropped)
+    count = int(dropped.sum())
     if count == 0:
         return dataset
     if count == len(dropped):
-        raise ValueError(f"{name}: got no {missing} in {count} rows; allowed: at least one row with a {missing}")
-    logger.warning("%s: %d of %d rows have no %s and are dropped", name, count, len(dropped), missing)
+        raise ValueError(
+            f"{name}: got no {missing} in {counted(count, 'row')}; allowed: at least one row with a {missing}"
+        )
+    logger.warning("%s: rows without a %s are dropped: %d of %d", name, missing, count, len(dropped))
     return dataset.select(np.flatnonzero(~dropped))
 
 

@@ -62,9 +62,9 @@ def renderer(processing_class: ProcessingClass, dataset: DataSet, name: str, col
     )
     if fields:
         logger.warning(
-            "%s: %d nulls in the fields %s of tool calls, tools or template variables are left out%s; Arrow adds such "
-            "nulls to dictionaries of different keys",
-            *(name, fields.total(), ", ".join(map(repr, fields)), span),
+            "%s: nulls in %s of tool calls, tools or template variables are left out: %d%s; Arrow adds such nulls to "
+            "dictionaries of different keys",
+            *(name, ", ".join(map(repr, fields)), fields.total(), span),
         )
     found: Any = copy.copy(processing_class)
     found.apply_chat_template = partial(render, processing_class, kept)

@@ -12,6 +12,7 @@ from datasets.fingerprint import Hasher
 
 from unsloth_fast.data.lists import flat
 from unsloth_fast.data.tokens import check_packed_length
+from unsloth_ref.checks import counted
 from unsloth_ref.types import PackingPlan, Strategy
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def pack_dataset(dataset: Dataset, capacity: int, strategy: Strategy, training: 
         if not np.array_equal(own, lengths):
             document = int(np.flatnonzero(own != lengths)[0])
             raise ValueError(
-                f"dataset: got {own[document]} values in {name} of row {document};"
+                f"dataset: got {counted(int(own[document]), 'value')} in {name} of row {document};"
                 f" allowed: {lengths[document]}, as many as in {first}"
             )
     plan = training.pack(torch.from_numpy(lengths), capacity, strategy=strategy)
@@ -87,8 +88,9 @@ def log_packing(dataset: Dataset, packed: Dataset, name: str, max_length: int) -
     """Log the number of rows and the share of them that is filled."""
     lengths, rows = (flat(data, "input_ids")[1] for data in (dataset, packed))
     logger.info(
-        "%s: %d documents of %d tokens packed into %d rows of %d, %.1f %% full",
-        *(name, len(lengths), lengths.sum(), len(rows), max_length, 100 * rows.mean() / max_length),
+        "%s: %s of %s packed into %s of %d, %.1f %% full",
+        *(name, counted(len(lengths), "document"), counted(lengths.sum(), "token"), counted(len(rows), "row")),
+        *(max_length, 100 * rows.mean() / max_length),
     )
 
 

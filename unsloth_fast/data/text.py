@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from unsloth_fast.config import DEFAULT_TEXT
 from unsloth_fast.data.choice import TOKENS, is_conversational, trained_columns
-from unsloth_fast.data.columns import check_text, datasets_of, has_vision_columns
+from unsloth_fast.data.columns import check_text, datasets_of, has_media_columns
 from unsloth_fast.data.formatting import Formatter, Formatting, formatting_of
 from unsloth_fast.data.lists import is_plain
 from unsloth_fast.data.nulls import renderer
@@ -76,7 +76,7 @@ def read_texts(
         first = next(iter(dataset))
     unchanged = Readable(dataset, processing_class, formatting_func, columns)
     transformed = isinstance(dataset, Dataset) and not is_plain(dataset)
-    if first is None or transformed or columns == TOKENS or has_vision_columns({"train_dataset": dataset}):
+    if first is None or transformed or columns == TOKENS or has_media_columns({"train_dataset": dataset}):
         return unchanged
     formatting = None
     if formatting_func is not None:
@@ -103,7 +103,7 @@ def check_processing_classes(given: Keywords, args: SFTConfig, *, named: bool) -
     """
     processing_class: Any = given.get("processing_class")
     options: Any = args.dataset_kwargs or {}
-    if processing_class is None or has_vision_columns(given) or options.get("skip_prepare_dataset", False):
+    if processing_class is None or has_media_columns(given) or options.get("skip_prepare_dataset", False):
         return
     for _, dataset in datasets_of(given):
         first: Any = next(iter(dataset))

@@ -19,6 +19,7 @@ from unsloth_fast.data.lists import (
     without_rows,
 )
 from unsloth_fast.data.types import DataSet, Row, Rows
+from unsloth_ref.checks import counted
 
 _MASKS = ("completion_mask", "assistant_masks")
 _COLUMNS = ("input_ids", "labels", *_MASKS, "seq_lengths")
@@ -58,7 +59,7 @@ def check_row(row: Row, index: int, name: str) -> None:
         of_tokens: Any = row["input_ids"]
         count, tokens = int(sum(values)) if column == "seq_lengths" else len(values), len(of_tokens)
         if count != tokens:
-            found = f"lengths of {count} tokens" if column == "seq_lengths" else f"{count} values"
+            found = f"lengths of {counted(count, 'token')}" if column == "seq_lengths" else counted(count, "value")
             raise ValueError(
                 f"{name}: got {found} in row {index} of column {column!r}; allowed: {tokens}, one per token of "
                 f"'input_ids'{_remedy(column)}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from unsloth_fast.hooks.module_lists import WHOLE
+from unsloth_fast.hooks.module_lists import UNSHARDED
 from unsloth_fast.models import recording
 from unsloth_fast.models.graphs import Recordings, recorded
 from unsloth_fast.models.interface import stacks_of
@@ -49,10 +49,10 @@ def _obstacle(trainer: Any) -> str | None:
     """Why nothing of a training can be recorded; None if it can."""
     args, distributed = trainer.args, trainer.accelerator.distributed_type
     if args.device.type != recording.DEVICE:
-        return f"the device is a {args.device.type}"
+        return f"the device is {args.device.type!r}"
     if args.n_gpu > 1:
         return f"torch.nn.DataParallel copies the model to {args.n_gpu} GPUs in each step"
-    if distributed not in WHOLE:
+    if distributed not in UNSHARDED:
         return f"the training is distributed by {distributed.value}"
     if not any(map(documents_of, stacks_of(trainer.model))):
         return "the model's attention takes no packed batches"

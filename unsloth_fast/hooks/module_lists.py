@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 
 from unsloth_fast.models.methods import replaced_method
 
-WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # each process has all weights
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # each process has all weights
 
 
 class ModuleLists:
@@ -57,7 +57,7 @@ class ModuleLists:
         """
         if not self._entered or id(model) in self._models:
             return
-        lists = _Lists(model) if distributed in WHOLE and not _is_exchanged(model) else None
+        lists = _Lists(model) if distributed in UNSHARDED and not _is_exchanged(model) else None
         self._models[id(model)] = lists
         if lists is not None:
             for method in (lists.parameters, lists.train, lists.num_parameters):
