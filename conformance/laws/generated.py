@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from conformance.laws._law import ModelLaw
 from conformance.property import of_file
+from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, describe
 
@@ -49,12 +52,32 @@ def _demand_equal(trial: ModelTrial, index: int, seen: Tensor, right: Tensor, st
         return
     place = int(differs[0])
     tokens = right[start - trial.documents.lengths[index] : place]
-    margin, allowed = trial.margin(tokens, int(right[place]), int(seen[place]))
+    margin, allowed = _margin(trial, tokens, int(right[place]), int(seen[place]))
     if margin > allowed:
         raise Failure(
             f"new token {place - start} of document {index} is {int(seen[place])}, should be {int(right[place])}\n"
             f"its logit is {margin:.3g} below the largest, allowed {allowed:.3g} for a tie"
         )
+
+
+def _margin(trial: ModelTrial, tokens: Tensor, first: int, second: int) -> tuple[float, float]:
+    """By how much the first token's logit exceeds the second's after a prefix in float64, and what roundings explain.
+
+    The prefix is [S].
+    """
+    from conformance.tolerances import condition
+
+    models = {dtype: trial.untouched(wide=dtype == torch.float64) for dtype in (torch.float64, trial.dtype)}
+
+    def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            logits = trial.logits(models[inputs["in the dtype"].dtype], {"input_ids": tokens[None]})[0, -1]
+        return {"difference": (logits[first] - logits[second])[None]}
+
+    one, key = torch.ones(1, dtype=trial.dtype, device=trial.device), (trial, first, second, tuple(tokens.tolist()))
+    found = condition.measured(again, {"in the dtype": one}, (), trial.dtype, key, work=0)["difference"]
+    how = Arithmetic(torch.finfo(trial.dtype).eps / 2, 1, tokens.numel() * trial.documents.targets)
+    return float(found.truth), 2 * float(found.largest(how))
 
 
 LAW = ModelLaw(*of_file(check))

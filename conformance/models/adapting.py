@@ -1,6 +1,7 @@
-"""Which adapter is a model judged with? LoRA on every linear layer and expert; embedding and head trained in full."""
+"""Which adapters is a model judged with?"""
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,34 +11,55 @@ from conformance.tolerances.gates import Unchecked
 from conformance.trial import Caught
 from unsloth_fast import FastLanguageModel
 
+AdapterKind = Literal["usual", "ends", "dora"]
+
 RANK = 2
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # parameters of experts that get LoRA by these names
 
 
-def adapted(model: Any) -> Any:
-    """The model with the adapter, with random weights, B included; raises Unchecked."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linear = {n for n, layer in model.named_modules() if _is_linear(layer) and layer is not head}
+def adapted(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) -> Any:
+    """The model with the adapter, with random weights, B included; raises Unchecked.
+
+    Args:
+        model: an untouched one.
+        kind: "usual" for LoRA on every linear layer and expert, with embedding and head trained in full; "ends" for
+            LoRA on embedding and head too; "dora" for DoRA instead of LoRA.
+        dropout: of the input of LoRA.
+    """
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    of_ends = [name for name, module in model.named_modules() if module in both]
+    linear = {name for name, layer in model.named_modules() if is_linear(layer) and layer not in both}
     names = sorted({_last_word(name) for name in linear})
-    saved = [name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)]
     options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}
-    try:
-        return FastLanguageModel.get_peft_model(
-            model, RANK, [*names, *EXPERT_WEIGHTS], modules_to_save=saved, **options
-        )
-    except ValueError as refused:
-        raise Unchecked(f"get_peft_model refuses: {refused}") from refused
+    targets: Any = [*names, *EXPERT_WEIGHTS]
+    if kind != "usual" or dropout:  # a pattern: names stand for experts too, and for an embedding trained in full
+        targets = rf"(.*\.)?({'|'.join(map(re.escape, (*names, *(of_ends if kind == 'ends' else ()))))})"
+    if kind != "ends":
+        options["modules_to_save"] = [name.rpartition(".")[2] for name in of_ends]
+    options |= {"lora_dropout": dropout, "use_dora": kind == "dora"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            model = FastLanguageModel.get_peft_model(model, RANK, targets, **options)
+        except ValueError as refused:
+            raise Unchecked(f"get_peft_model refuses: {refused}") from refused
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:  # with the norm of the weights, DoRA computes what LoRA does
+                parameter.data.mul_(1 + torch.rand_like(parameter))
+    return model
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
     """Whether a layer returns its product alone: a router returns more, and one of groups takes other inputs."""
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
+    inputs, outputs = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape
+    dtype = layer.weight.dtype if layer.weight.is_floating_point() else None  # None for one in 4 bits
     with Caught(), torch.no_grad():
-        y = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
-        return isinstance(y, Tensor) and y.shape == (1, layer.weight.shape[0])
+        y = layer(torch.zeros(1, inputs, dtype=dtype, device=layer.weight.device))
+        return isinstance(y, Tensor) and y.shape == (1, outputs)
     return False
 
 

@@ -32,7 +32,8 @@ from unsloth_fast.models.loading import model_class
 # model that sees the first bound alone would pass.
 LENGTHS = (9, 6, 1)
 IGNORED = 0.3  # the share of tokens that are no targets
-NOISE = 0.1  # on every weight of a random model, so that no norm has ones and no attention is even
+NOISE = 0.1  # on every weight of a random model, so that no norm has ones, no attention is even and no bias is 0
+DROPOUT = 0.5
 _SPECIAL = 3  # tokens of a tiny vocabulary that are never drawn
 # What code of transformers raises for a configuration that it cannot use, or for a package that is missing.
 _FAILURES = (
@@ -54,11 +55,13 @@ class Subject:
         name: of an architecture, as transformers' model_type, or the path or name of a model.
         random: whether it is a tiny random model of the architecture.
         fields: of the configuration of a random model, beside those that make it tiny: pairs of name and value.
+        dropout: the one field with a dropout that has one, of DROPOUT; "" for none.
     """
 
     name: str
     random: bool = False
     fields: tuple[tuple[str, Any], ...] = ()
+    dropout: str = ""
 
     @classmethod
     def named(cls, architecture: str, **fields: Any) -> "Subject":
@@ -66,15 +69,15 @@ class Subject:
         return cls(architecture, True, tuple(fields.items()))
 
     def config(self) -> PreTrainedConfig:
-        """Its configuration, without dropout; raises NotBuilt."""
+        """Its configuration, without dropout but that of `dropout`; raises NotBuilt."""
         if not self.random:
-            return _without_noise(AutoConfig.from_pretrained(self.name))
+            return _without_noise(AutoConfig.from_pretrained(self.name), self.dropout)
         if self.name not in CONFIG_MAPPING:
             raise NotBuilt(f"transformers has no architecture {self.name}")
         try:
             config = tiny_config(self.name, **dict(self.fields))
             model_class(config)  # raises ValueError for one that the package does not train
-            return _without_noise(config)
+            return _without_noise(config, self.dropout)
         except _FAILURES as failure:
             raise NotBuilt(f"no configuration of a tiny model: {_in_one_line(failure)}") from failure
 
@@ -94,8 +97,8 @@ class Subject:
                 torch.manual_seed(0)
                 model = _from_config(config, torch.float32, experts)
                 with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter += NOISE * torch.randn_like(parameter)
+                    for tensor in [*model.parameters(), *_stored_buffers(model)]:
+                        tensor += NOISE * torch.randn_like(tensor)
                 if dtype != torch.float32:  # buffers such as RoPE's frequencies are then made as when loading
                     weights, model = model.state_dict(), _from_config(config, dtype, experts)
                     model.load_state_dict(weights)
@@ -149,7 +152,10 @@ class Documents:
         ]
 
     def padded(self, *, left: bool = False) -> dict[str, Any]:
-        """One batch with a row for each document, [B, S]; padding is the token 0, at the end or at the beginning."""
+        """One batch with a row for each document, [B, S]; padding is the token 0, at the end or at the beginning.
+
+        The first token of a document, which padding may precede, is no target.
+        """
 
         def rows(of: Sequence[Tensor], value: int) -> Tensor:
             widths = [max(self.lengths) - len(row) for row in of]
@@ -158,16 +164,20 @@ class Documents:
             )
 
         mask = rows([torch.ones_like(tokens) for tokens in self.tokens], 0)
-        return {"input_ids": rows(self.tokens, 0), "attention_mask": mask, "labels": rows(self.labels, -100)}
+        return {"input_ids": rows(self.tokens, 0), "attention_mask": mask, "labels": rows(self._following, -100)}
+
+    @property
+    def _following(self) -> list[Tensor]:
+        """The labels of tokens that another one of their document precedes."""
+        return [torch.cat((torch.full_like(labels[:1], -100), labels[1:])) for labels in self.labels]
 
     def packed(self) -> dict[str, Any]:
         """One batch of one row without padding, [1, T], as the padding-free collators of TRL and of unsloth_fast."""
         device = self.tokens[0].device
         bounds = torch.tensor([0, *self.lengths], device=device).cumsum(0).to(torch.int32)
-        labels = [torch.cat((torch.full_like(labels[:1], -100), labels[1:])) for labels in self.labels]
         return {
             "input_ids": torch.cat(self.tokens)[None],
-            "labels": torch.cat(labels)[None],
+            "labels": torch.cat(self._following)[None],
             "position_ids": torch.cat([torch.arange(length, device=device) for length in self.lengths])[None],
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,
@@ -206,13 +216,24 @@ def documents_of(
     return Documents(tuple(row.to(device) for row in tokens), tuple(row.to(device) for row in labels))
 
 
-def _without_noise(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration, and those inside it, without dropout and noise on routers: two runs must be the same."""
-    for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for name, value in vars(inner).items() if isinstance(inner, PreTrainedConfig) else ():
+def _without_noise(config: PreTrainedConfig, dropout: str) -> PreTrainedConfig:
+    """The configuration without dropout, but that of one field, and without noise on routers: two runs are the same."""
+    for inner in _parts(config):
+        for name, value in vars(inner).items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(inner, name, 0.0)
+                setattr(inner, name, DROPOUT if name == dropout else 0.0)
     return config
+
+
+def dropouts_of(config: PreTrainedConfig) -> list[str]:
+    """The fields of a configuration, and of those inside it, that are a dropout."""
+    fields = (name for inner in _parts(config) for name, value in vars(inner).items() if isinstance(value, float))
+    return sorted({name for name in fields if "drop" in name})
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    inner = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in inner if isinstance(part, PreTrainedConfig))]
 
 
 def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor]:
@@ -232,6 +253,13 @@ def _read(subject: Subject, data: Path, count: int, longest: int) -> list[Tensor
 def _from_config(config: PreTrainedConfig, dtype: torch.dtype, experts: str | None) -> Any:
     options = {} if experts is None else {"experts_implementation": experts}
     return model_class(config).from_config(copy.deepcopy(config), dtype=dtype, **options)
+
+
+def _stored_buffers(model: Any) -> list[Tensor]:
+    """The buffers that are saved and no integers, such as the biases of a router: weights that have no gradient."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = ((name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters)
+    return [tensor for _, tensor in stored if tensor.is_floating_point()]
 
 
 def _in_one_line(failure: Exception) -> str:

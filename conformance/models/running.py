@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from conformance.trial import bits
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.load_balancing import load_balancing_loss
 
@@ -79,7 +80,7 @@ def run(
                 routers += [[each[mask.flatten()] for each in outputs.router_logits]] if balanced else []
         if loss is not None:
             losses.append(loss)
-            if not balanced:
+            if not balanced and loss.requires_grad:
                 loss.backward()
     if routers:
         logits = tuple(map(torch.cat, zip(*routers, strict=True)))
@@ -103,6 +104,13 @@ def gradients_of(model: nn.Module) -> Results:
     """The gradients by the names of their parameters; the last layer's come first, as in a backward pass."""
     named = [*model.named_parameters()]
     return {f"{GRADIENT}{name}": p.grad for name, p in reversed(named) if p.grad is not None}
+
+
+def sums_of_bits(model: nn.Module) -> dict[str, int]:
+    """Of each parameter the sum of its elements as integers, which changes with any one of them."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+    sums = [bits(parameter).sum(dtype=torch.int64) for _, parameter in named]
+    return dict(zip((name for name, _ in named), torch.stack(sums).tolist(), strict=True))
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

@@ -1,6 +1,7 @@
 """How does an architecture's configuration become that of a tiny model, with every kind of its layers?"""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,17 +28,18 @@ _NAMES = (
     (HEADS, "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
     (HEADS, "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads index_n_heads"),
     (KEY_HEADS, "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads n_mamba_heads"),
-    (KEY_HEADS, "num_query_groups"),
+    (KEY_HEADS, "num_query_groups n_groups mamba_n_groups mamba_ngroups"),
     (HEAD, "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim swa_head_dim linear_key_head_dim dim_head d_head"),
     (HEAD, "linear_value_head_dim linear_head_dim index_head_dim rotary_dim attention_head_size global_head_dim"),
-    (HEAD, "query_pre_attn_scalar kv_channels"),
+    (HEAD, "kv_channels"),
     (2 * HEAD, "qk_head_dim mamba_d_head mamba_head_dim mamba_headdim"),
+    (2 * HEAD, "query_pre_attn_scalar"),  # with HEAD the scale of the attention would be the usual one
     (RANK, "q_lora_rank kv_lora_rank o_lora_rank time_step_rank mamba_dt_rank hc_lowrank laurel_rank d_rel"),
     (RANK, "gated_norm_rank loop_gate_rank adapter_rank router_hidden_size hidden_size_per_layer_input ple_embed_dim"),
     (STATE, "state_size ssm_state_size mamba_d_state chunk_size mamba_chunk_size"),
     (EXPERTS, "num_experts n_routed_experts num_local_experts moe_num_experts index_topk zero_expert_num rel_extent"),
     (CHOSEN, "num_experts_per_tok moe_topk num_experts_per_token moe_k"),
-    (1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups o_groups n_shared_experts"),
+    (1, "n_group topk_group num_expert_group o_groups n_shared_experts"),
     (1, "num_shared_experts moe_num_shared_experts encoder_layers num_encoder_layers first_k_dense_replace"),
     (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size"),
     (WINDOW, "attention_chunk_size keep_window_size local_attention_window_len"),
@@ -61,6 +63,10 @@ _DEPTHS = (
 _NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 _EACH = "per_layer_config"  # fields of single layers that differ, by their number
 _DENSE = "mlp_only_layers"  # the numbers of layers without experts
+# Factors that are 1 by default and caps that a tiny model does not reach: without these values they would not show.
+_FACTOR = re.compile(r".*(?<!dim)_(multipliers?|scaling|scaling_factor)|route_scale")
+_CAP = re.compile(r".*(soft_?cap(ping)?|clip_threshold)|swiglu_limit|clip_qkv")
+_FACTORS, _CAPPED, _STEPS = (0.75, 1.25, 0.875, 1.125, 0.625), 0.5, (0.05, 1.0)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -93,6 +99,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _SIZES[name]
         elif name in _SPECIAL:
             fields[name] = _SPECIAL[name]
+        elif (telling := _telling(name, value)) is not None:
+            fields[name] = telling
         elif depth and isinstance(value, list) and len(value) == values[depth]:
             fields[name] = [_SIZES.get(name, value[layer]) for layer in layers]
         elif name == _DENSE:
@@ -110,6 +118,15 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             if layer in layers
         }
     return fields
+
+
+def _telling(name: str, value: Any) -> Any:
+    """The value of a factor or cap with which a model that ignores it computes something else; None for the given."""
+    if _FACTOR.fullmatch(name) and value in (1.0, [1.0] * len(_FACTORS), [1.0] * 2) and not isinstance(value, int):
+        return [*_FACTORS[: len(value)]] if isinstance(value, list) else _FACTORS[0]
+    if name == "time_step_limit":
+        return _STEPS
+    return _CAPPED if _CAP.fullmatch(name) and isinstance(value, float) and value else None
 
 
 def _sections(rotated: float) -> list[int]:

@@ -15,9 +15,10 @@ from peft import get_peft_model
 from torch import Tensor
 
 from conformance.interpreter import Interpreted
+from conformance.models.adapting import AdapterKind
 from conformance.models.adapting import adapted as with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
-from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, without_cache
+from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, sums_of_bits, without_cache
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.condition import JUMP, Response
@@ -66,6 +67,7 @@ class ModelTrial:
         dtype: of the weights.
         device: "cpu" or "cuda".
         data: a file of documents; None for random ones.
+        adapters: the kind of the adapter, as in `adapting.adapted`.
     """
 
     subject: Subject
@@ -73,6 +75,7 @@ class ModelTrial:
     dtype: torch.dtype
     device: str
     data: Path | None = None
+    adapters: AdapterKind = "usual"
 
     @cached_property
     def documents(self) -> Documents:
@@ -82,12 +85,13 @@ class ModelTrial:
         except NotBuilt as why:
             raise Unchecked(str(why)) from why
 
-    def untouched(self, *, wide: bool = False, adapted: bool = False) -> Any:
+    def untouched(self, *, wide: bool = False, adapted: bool = False, merged: bool = False) -> Any:
         """The model as transformers and peft compute it.
 
         Args:
             wide: in float64, with the weights of the dtype under test.
             adapted: with the adapter of `adapter`.
+            merged: with that adapter merged into the weights.
         """
         try:
             model = self.subject.model(self.dtype, self.device, experts="eager" if wide else None)
@@ -97,13 +101,21 @@ class ModelTrial:
             config, weights = self.adapter
             model = get_peft_model(model, copy.deepcopy(config))
             model.load_state_dict(weights, strict=False)
+        if merged:
+            model.merge_adapter()
         return model.double() if wide else model
 
-    def placed(self, *, adapted: bool = False, backend: str | None = None) -> Any:
-        """The model with the backend's operations, and the loss without logits, as a trainer places them."""
-        model = self.untouched()
+    def placed(self, *, adapted: bool = False, backend: str | None = None, model: Any = None) -> Any:
+        """The model with the backend's operations, and the loss without logits, as a trainer places them.
+
+        Args:
+            adapted: with the adapter of `adapter`.
+            backend: another than the trial's.
+            model: an untouched one, changed in place; None for a new one.
+        """
+        model = self.untouched() if model is None else model
         if adapted:
-            model = with_adapter(model)
+            model = with_adapter(model, kind=self.adapters)
             model.load_state_dict(self.adapter[1], strict=False)
         else:
             patch_saving_functions(model)
@@ -114,11 +126,8 @@ class ModelTrial:
 
     @cached_property
     def adapter(self) -> tuple[Any, dict[str, Tensor]]:
-        """peft's configuration and the weights of LoRA on every linear layer and expert, B included.
-
-        Embedding and head are trained in full.
-        """
-        model = with_adapter(self.untouched())
+        """peft's configuration and the weights of LoRA, B included."""
+        model = with_adapter(self.untouched(), kind=self.adapters)
         weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         return model.peft_config["default"], weights
 
@@ -138,6 +147,11 @@ class ModelTrial:
         return self._truth(adapted=True, balanced=self.balances)
 
     @cached_property
+    def truth_of_merged(self) -> Truth:
+        """Of the model with the adapter merged into its weights."""
+        return self._truth(adapted=True, merged=True)
+
+    @cached_property
     def balances(self) -> bool:
         """Whether the untouched model returns a load-balancing loss, which a trainer adds to that of the tokens."""
         model = self.untouched()
@@ -148,10 +162,11 @@ class ModelTrial:
             return isinstance(model(self.documents.tokens[0][None], **options).aux_loss, Tensor)
         return False  # some releases of transformers have the option for a model without such a loss
 
-    def _truth(self, *, adapted: bool, balanced: bool) -> Truth:
+    def _truth(self, *, adapted: bool, balanced: bool = False, merged: bool = False) -> Truth:
         batches, targets = self.documents.alone(), self.documents.targets
         models = {
-            dtype: self.untouched(wide=dtype == torch.float64, adapted=adapted) for dtype in (torch.float64, self.dtype)
+            dtype: self.untouched(wide=dtype == torch.float64, adapted=adapted, merged=merged)
+            for dtype in (torch.float64, self.dtype)
         }
 
         def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
@@ -160,7 +175,7 @@ class ModelTrial:
         with Caught() as caught:
             peer = run(models[self.dtype], batches, targets=targets, balanced=balanced)
             one = torch.ones(1, dtype=self.dtype, device=self.device)
-            key = self, adapted, balanced
+            key = self, adapted, balanced, merged
             responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, key, work=0)
             twice = run(models[self.dtype], batches, targets=targets, balanced=balanced)
         if caught.error is not None:
@@ -180,10 +195,15 @@ class ModelTrial:
     ) -> Judged:
         """Run the model with placed operations; raises Failure if it raises. See `running.run`."""
         model = self.placed() if model is None else model
+        before = sums_of_bits(model)
         with Interpreted() as interpreted, Caught() as caught:
             found = run(model, batches, targets=targets, own_loss=own_loss, balanced=balanced)
-            return Judged(found, bool(interpreted))
-        raise Failure(f"raised {describe(caught.error)}") from caught.error
+        if caught.error is not None:
+            raise Failure(f"raised {describe(caught.error)}") from caught.error
+        after = sums_of_bits(model)
+        if changed := [name for name, bits in before.items() if after.get(name) != bits]:
+            raise Failure(f"{changed[0]} has other bits after a step without an optimizer\n{len(changed)} in all")
+        return Judged(found, bool(interpreted))
 
     def compare(
         self,
@@ -215,15 +235,16 @@ class ModelTrial:
         """
         if not labels:
             batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-            names = _no_gradient
+            wanted, names = names, lambda name: _no_gradient(name) and wanted(name)
         whole = labels and targets is None
         truth = self.truth_of_adapter if adapted else self.truth_of_batch if whole else self.truth
         balanced = whole and self.balances
+        model = self.placed() if model is None else model
         try:
             judged = self.run(batches, model=model, targets=targets, own_loss=labels, balanced=balanced)
             return self.judge(judged, truth, names=names)
         except Failure as failure:
-            untouched = self.untouched(adapted=adapted)
+            untouched = self.untouched(adapted=adapted).train(model.training)
             try:
                 same = self.run(own or batches, model=untouched, targets=targets, own_loss=False, balanced=balanced)
                 self.judge(same, truth, names=names)
@@ -260,29 +281,6 @@ class ModelTrial:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs, **without_cache(model)).logits
 
-    def margin(self, tokens: Tensor, first: int, second: int) -> tuple[float, float]:
-        """By how much one token's logit exceeds another's after a prefix in float64, and what roundings explain.
-
-        Args:
-            tokens: the prefix, [S].
-            first: a token.
-            second: another one.
-        """
-        models = {dtype: self.untouched(wide=dtype == torch.float64) for dtype in (torch.float64, self.dtype)}
-
-        def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
-            with torch.no_grad():
-                logits = self.logits(models[inputs["in the dtype"].dtype], {"input_ids": tokens[None]})[0, -1]
-            return {"difference": (logits[first] - logits[second])[None]}
-
-        one = torch.ones(1, dtype=self.dtype, device=self.device)
-        response = condition.measured(
-            again, {"in the dtype": one}, (), self.dtype, (self, tuple(tokens.tolist())), work=0
-        )
-        found = response["difference"]
-        how = Arithmetic(torch.finfo(self.dtype).eps / 2, 1, tokens.numel() * self.documents.targets)
-        return float(found.truth), 2 * float(found.largest(how))
-
     def judge(self, judged: Judged, truth: Truth, *, names: Callable[[str], bool] = lambda name: True) -> float:
         """Compare results with the truth, in the order in which they are computed; returns the budget use.
 
@@ -292,7 +290,7 @@ class ModelTrial:
             names: which results are judged.
 
         Raises:
-            Failure: a gate is broken, or a gradient is missing.
+            Failure: a gate is broken, a gradient is missing, or one is there that should not be.
         """
         elements = max(response.truth.numel() for response in truth.responses.values())
         used = 0.0
@@ -314,6 +312,9 @@ class ModelTrial:
                     jumps=response.jumps,
                 )
                 used = max(used, judge(name, found, response.truth, truth.peer[name], model))
+        frozen = [name for name in judged.results if name.startswith(GRADIENT) and name not in truth.responses]
+        if name := next((name for name in frozen if names(name) and judged.results[name].any()), None):
+            raise Failure(f"{name} is not 0, and the parameter is not trained")
         return used
 
 

@@ -1,0 +1,130 @@
+"""Adapters in other states and of other kinds are judged: each planted fault breaks the law that is about it."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.laws import LAWS
+from conformance.models import trial as trials
+from conformance.models.building import Subject
+from conformance.models.task import quiet
+from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Failure
+from unsloth_fast.backends import Backend
+from unsloth_fast.models import interface, lora, nf4, packed
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _silent() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@cache
+def trial_of(name: str = "llama") -> ModelTrial:
+    """A model of one layer under the reference's operations, with its truths, which tests share."""
+    return ModelTrial(Subject.named(name, num_hidden_layers=1), "reference", torch.float32, "cpu")
+
+
+def broken(law: str, trial: ModelTrial) -> str:
+    """How a law is broken."""
+    with pytest.raises(Failure) as failed:
+        LAWS[law].check(trial)
+    return str(failed.value)
+
+
+def only_adapter(monkeypatch: pytest.MonkeyPatch, **ignored: Any) -> None:
+    """Let a placed layer find its adapter as if these attributes were others."""
+    own = lora._only_adapter
+
+    def found(layer: Any, dtype: torch.dtype) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ignored.items():
+                if isinstance(getattr(type(layer), name, None), property):
+                    patch.setattr(type(layer), name, value)
+                else:
+                    patch.setitem(vars(layer), name, value)
+            return own(layer, dtype)
+
+    monkeypatch.setattr(lora, "_only_adapter", found)
+
+
+@pytest.mark.parametrize(
+    ("law", "ignored"),
+    [
+        ("switched", {"disable_adapters": False}),
+        ("switched", {"merged": False}),
+        ("dora", {"lora_variant": {}}),
+        ("dropout", {"training": False}),
+    ],
+    ids=["switched off", "merged", "DoRA", "dropout"],
+)
+def test_what_an_adapter_is_beside_lora_is_ignored(
+    law: str, ignored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LAWS[law].check(trial_of())
+    only_adapter(monkeypatch, **ignored)
+    allowed = (
+        "in logits",
+        "in the hidden states of base_model.model.model.layers.0",
+        "lora_dropout does not act in a ",
+    )
+    assert any(place in broken(law, trial_of()) for place in allowed)
+
+
+def test_a_dropout_of_the_attention_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents take another way than padded ones."""
+    monkeypatch.setattr(interface, "_masked_attention", lambda attention, function: None)
+    monkeypatch.setattr(packed, "_obstacle", lambda *args: None)
+    assert "attention_dropout does not act in a packed batch\nmeasured 0" in broken("dropout", trial_of())
+
+
+def test_an_adapter_of_the_embedding_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def freeze(model: Any, backend: Backend) -> None:
+        place(model, backend)
+        for name, parameter in model.named_parameters():
+            if "lora_embedding_A" in name:
+                parameter.requires_grad_(False)
+
+    place = trials.place
+    assert LAWS["ends"].check(trial_of())
+    monkeypatch.setattr(trials, "place", freeze)
+    assert "embed_tokens.lora_embedding_A.default is missing (None)" in broken("ends", trial_of())
+
+
+def test_a_weight_in_4_bits_whose_second_scale_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LAWS["quantized"].check(trial_of())
+    own: Any = nf4._weight
+    monkeypatch.setattr(
+        nf4, "_weight", lambda weight, state: (w := own(weight, state))._replace(nested_absmax=0 * w.nested_absmax)
+    )
+    monkeypatch.setattr(nf4, "_same_bits", lambda *args: True)
+    assert "in the hidden states of base_model.model.model.layers.0" in broken("quantized", trial_of())
+
+
+def test_a_frozen_weight_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = lora._linear_operands
+
+    def thawed(layer: Any, dtype: torch.dtype) -> Any:
+        layer.base_layer.weight.requires_grad_(True)
+        return own(layer, dtype)
+
+    monkeypatch.setattr(lora, "_linear_operands", thawed)
+    assert ".base_layer.weight is not 0, and the parameter is not trained" in broken("adapters", trial_of())
+
+
+def test_a_frozen_weight_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one unit in the last place, in one element, after the forward has used it."""
+    own: Any = lora._linear_operands
+
+    def updated(layer: Any, dtype: torch.dtype) -> Any:
+        weight, *others = own(layer, dtype)
+        used = weight.clone()
+        layer.base_layer.weight.data[0, 0] *= 1 + 2.0**-22
+        return used, *others
+
+    monkeypatch.setattr(lora, "_linear_operands", updated)
+    assert ".base_layer.weight has other bits after a step" in broken("adapters", trial_of())
