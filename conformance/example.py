@@ -19,6 +19,7 @@ the range of integers, and the one negative number among others). Sizes of 0 and
 from __future__ import annotations
 
 import ast
+import math
 import re
 import runpy
 from collections.abc import Mapping
@@ -110,6 +111,22 @@ def word_of(size: Size) -> str:
 def value_of(size: Size, sizes: Mapping[str, int]) -> int:
     """The number of a size."""
     return size if isinstance(size, int) else size[0] * sizes[size[1]]
+
+
+def beside(value: Any) -> Any:
+    """A number near a float that 16 bits hold badly, so that rounding it to them shows; None for any other value.
+
+    In bfloat16 and in float16 it lies just below the middle of two numbers. In a tuple each float has its own.
+    """
+    if isinstance(value, tuple):
+        others = [beside(one) for one in value]
+        found = tuple(one if other is None else other for one, other in zip(value, others, strict=True))
+        return None if found == value else found
+    if not isinstance(value, float) or not value or not math.isfinite(value):
+        return None
+    step = 2.0 ** math.floor(math.log2(abs(value)))
+    below = step / 128 * (math.floor(abs(value) / step * 128) + 1)  # by no power of two, whose products are exact
+    return math.copysign(float(f"{below + step * (2**-8 - 2**-11 - 2**-15):.5g}"), value)
 
 
 def read(text: str) -> Example:

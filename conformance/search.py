@@ -17,7 +17,7 @@ from conformance.gates import Failure, Unchecked
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
-from conformance.trial import Caught, Lacking, Trial, describe
+from conformance.trial import Caught, Lacking, Refused, Trial, describe
 from conformance.variants import launches
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
@@ -154,7 +154,11 @@ class _Attempts:
             self._count -= 1
             self._unchecked = str(why)
             return
-        if failure is not None and _lacks(failure):
+        if _follows(failure, Refused):
+            self._count -= 1
+            self._unchecked = str(failure)
+            return
+        if failure is not None and _follows(failure, Lacking):
             self._lacking[case] = failure
             if not self._property.each_option:
                 self._count -= 1
@@ -187,9 +191,9 @@ class _Attempts:
         return Failure(describe(caught.error))
 
 
-def _lacks(failure: BaseException | None) -> bool:
-    """Whether a failure, or what caused it, is that the backend lacks an option."""
-    return failure is not None and (isinstance(failure, Lacking) or _lacks(failure.__cause__))
+def _follows(failure: BaseException | None, kind: type[Failure]) -> bool:
+    """Whether a failure, or what caused it, is of a kind."""
+    return failure is not None and (isinstance(failure, kind) or _follows(failure.__cause__, kind))
 
 
 def search(

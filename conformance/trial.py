@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conformance import calling, condition
 from conformance.case import Case, Draw
+from conformance.example import beside
 from conformance.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
@@ -57,6 +58,10 @@ class BackendError(Exception):
 
 class Lacking(Failure):
     """A call raised NotImplementedError, for an option or for an argument of several tensors: the backend lacks it."""
+
+
+class Refused(Failure):
+    """A call raised with a number that the judge added to those of an example, which a backend may refuse."""
 
 
 class Caught:
@@ -128,6 +133,9 @@ class Trial:
         with Caught() as caught:
             return self._outputs(inputs, options, function)
         raised = f"raised {describe(caught.error)}"
+        for name, value in options.items():
+            if self.spec.drawing.partial and value in map(beside, self.spec.drawing.options.get(name, ())):
+                raise Refused(f"{name}={value}, which the example does not have, is refused: {raised}")
         if isinstance(caught.error, NotImplementedError):
             with Caught() as plain:
                 self._outputs(inputs, self.spec.without_options(options), function)

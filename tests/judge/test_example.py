@@ -1,12 +1,14 @@
 """The text and the values of an example call."""
 
+import math
+
 import pytest
 import torch
 
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
-from conformance.example import Follows, TensorArgument, of_call, read, value_of
+from conformance.example import Follows, TensorArgument, beside, of_call, read, value_of
 
 
 def test_equal_numbers_are_one_size_unless_they_are_named() -> None:
@@ -55,6 +57,20 @@ def test_integers_of_two_fills_are_all_equal() -> None:
     drawn = Draw(Case(()), torch.float16, "cpu").tensor("randint", 400, high=9, other=-100)
     assert set(drawn.tolist()) == {*range(9), -100}
     assert 40 < int((drawn == -100).sum()) < 120
+
+
+@pytest.mark.parametrize("value", [0.5, 1.0, -2.0, 0.1, 0.9, 1e-6, 3.5e4])
+def test_a_number_beside_a_float_changes_by_nearly_a_unit_roundoff_in_16_bits(value: float) -> None:
+    near = beside(value)
+    assert 0 < abs(near / value - 1) < 1 / 64
+    for dtype in (torch.bfloat16, torch.float16) if 2**-14 < abs(value) < 6e4 else (torch.bfloat16,):
+        exponent, rounded = math.frexp(abs(near))[1], abs(float(torch.tensor(near, dtype=dtype)))
+        assert 0.8 < (abs(near) - rounded) / 2.0 ** (exponent - 1) / (torch.finfo(dtype).eps / 2) < 1
+
+
+def test_other_values_have_no_number_beside_them() -> None:
+    assert [beside(value) for value in (2, True, "mean", 0.0, math.inf, (1, 2))] == [None] * 6
+    assert beside((0.5, 3, 1.0)) == (beside(0.5), 3, beside(1.0))
 
 
 def test_a_product_has_its_number() -> None:

@@ -47,6 +47,11 @@ def softmax_overflows(x: Tensor, temperature: float = 1.0) -> Tensor:
     return (e / e.sum(-1, keepdim=True)).to(x.dtype)
 
 
+@wrong("tempered_softmax", "one_at_a_time")
+def softmax_of_a_rounded_temperature(x: Tensor, temperature: float = 1.0) -> Tensor:
+    return torch.softmax(x.float() / torch.tensor(temperature, dtype=torch.bfloat16), -1).to(x.dtype)
+
+
 @wrong("tempered_softmax", "value")
 def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float() / temperature, 0).to(x.dtype)

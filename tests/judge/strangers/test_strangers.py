@@ -268,6 +268,13 @@ def test_a_kernel_may_take_one_dtype_alone(name: str) -> None:
     assert judged(SOURCES["running_sum"], "sums_in_float32_alone", name, "float32").verdict in ("pass", "skip")
 
 
+@here
+def test_a_kernel_may_refuse_a_number_that_the_example_does_not_have() -> None:
+    source = SOURCES["scaled_add_"]
+    assert specs(source)["scaled_add_"].drawing.options["alpha"] == [1.0, 0.5, 0.5056]
+    assert judged(source, "add_by_halves_alone", "one_at_a_time", "float32").verdict == "pass"
+
+
 def test_what_the_example_leaves_at_its_default_is_said() -> None:
     spec = spec_of("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)")
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
