@@ -128,6 +128,12 @@ def _confident(generator: Generator, shape: tuple[int, ...]) -> Tensor:
     return values
 
 
+def _short(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    """Few digits: sums and products are exact in float32 in any order, and often half-way between two of 16 bits."""
+    places = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return _randn(generator, shape).sign() * torch.exp2(12 * places).floor() / 1024
+
+
 FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "randn": _randn,
     "ones": lambda generator, shape: torch.ones(shape, dtype=torch.float64),
@@ -140,6 +146,7 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
     "graded": lambda generator, shape: _randn(generator, shape) * 2.0 ** -(torch.arange(shape[-1]) % 17).double(),
     "level": lambda generator, shape: 512 + _randn(generator, shape),
+    "short": _short,
     "lowest": _randn,  # and integers and booleans that are all the lowest
     "highest": _randn,
 }
