@@ -22,6 +22,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
 MOST_EQUAL_ROWS = 512
 OTHER = 0.2  # of integers, that are the one number outside of their range
+EXTREMES = ("lowest", "highest", "one_lowest", "one_highest")  # fills whose integers are at an end, with or without one
 OF_CASES = ("fill", "layout", "seed")  # what a case names besides sizes and options
 
 
@@ -147,8 +148,7 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "graded": lambda generator, shape: _randn(generator, shape) * 2.0 ** -(torch.arange(shape[-1]) % 17).double(),
     "level": lambda generator, shape: 512 + _randn(generator, shape),
     "short": _short,
-    "lowest": _randn,  # and integers and booleans that are all the lowest
-    "highest": _randn,
+    **dict.fromkeys(EXTREMES, _randn),
 }
 
 
@@ -255,7 +255,7 @@ class Draw:
         Args:
             kind: "randn" takes the case's fill as it is; "ones" lies around 1, as a weight; "rand" is in [0, 1),
                 "positive" above 0; "probabilities" and "log_probabilities" are so along the last dimension; "randint"
-                and "mask" are integers and booleans, all equal under the fills "lowest" and "highest".
+                and "mask" are integers and booleans, under the fills of EXTREMES all equal, or all but one.
             shape: may be empty.
             dtype: instead of that of the case.
             low, high: the range of "randint", without `high`; both ends occur, and one number twice.
@@ -271,8 +271,12 @@ class Draw:
                 chosen = torch.rand(flat.shape, generator=generator, device=generator.device) < OTHER
                 flat[chosen] = other
                 flat[3:4] = other
-            if self.case.fill in ("lowest", "highest"):
-                flat.fill_(last if self.case.fill == "highest" else low if other is None else other)
+            lowest = low if other is None else other
+            if self.case.fill in EXTREMES:
+                flat.fill_(last if self.case.fill in ("highest", "one_lowest") else lowest)
+            if self.case.fill in ("one_lowest", "one_highest") and len(flat):
+                place = torch.randint(len(flat), (1,), generator=generator, device=generator.device)
+                flat[place] = last if self.case.fill == "one_highest" else lowest
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
             return LAYOUTS[self.case.layout](values.to(own).to(self.device))
         fill = "randn" if kind == "ones" else self.case.fill

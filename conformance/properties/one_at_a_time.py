@@ -13,6 +13,8 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
     fills = [Case(case.sizes, fill=fill) for fill in spec.drawing.fills]
     if spec.drawing.partial:
         fills.append(Case(spec.case(257, 17).sizes, fill="short"))  # so many sums of rows that some are ties
+        if "lowest" in spec.drawing.fills:
+            fills += [Case(case.sizes, fill=fill) for fill in ("one_lowest", "one_highest")]
     return fills + [case.with_options({name: v}) for name, values in spec.drawing.options.items() for v in values[1:]]
 
 

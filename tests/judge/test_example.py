@@ -47,13 +47,19 @@ def test_integers_may_have_one_number_more() -> None:
     ]  # fmt: skip
 
 
-def test_integers_of_two_fills_are_all_equal() -> None:
+def test_integers_of_some_fills_are_all_equal_or_all_but_one() -> None:
     for fill, values in (("lowest", [{0}, {False}, {-100}]), ("highest", [{8}, {True}, {8}])):
         draw = Draw(Case((), fill=fill), torch.float16, "cpu")
         labels = [draw.tensor("randint", 40, high=9, other=other) for other in (None, -100)]
         tensors = (labels[0], draw.tensor("mask", 5, 8), labels[1])
         assert [set(t.flatten().tolist()) for t in tensors] == values
         assert draw.tensor("randn", 40).unique().numel() > 30
+    for fill, usual, one in (("one_lowest", 8, 0), ("one_highest", 0, 8)):
+        draw = Draw(Case((), fill=fill), torch.float16, "cpu")
+        labels = draw.tensor("randint", 40, high=9).tolist()
+        assert (labels.count(usual), labels.count(one)) == (39, 1)
+        assert draw.tensor("mask", 5, 8).sum() == (39 if fill == "one_lowest" else 1)
+        assert not draw.tensor("mask", 0).numel()
     drawn = Draw(Case(()), torch.float16, "cpu").tensor("randint", 400, high=9, other=-100)
     assert set(drawn.tolist()) == {*range(9), -100}
     assert 40 < int((drawn == -100).sum()) < 120
