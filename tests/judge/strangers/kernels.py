@@ -118,6 +118,17 @@ def group_norm_detaches_the_mean(
     return (y if bias is None else y + bias.float().view(per_channel)).to(x.dtype)
 
 
+@wrong("group_norm", "special_values")
+def group_norm_without_nan_in_a_gradient(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """As a training loop that skips bad gradients would like it."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient.nan_to_num(0.0))
+    return y
+
+
 @right("top_k_gate")
 def gate_by_sorting(logits: Tensor, k: int) -> list[Tensor]:
     order = logits.float().sort(dim=-1, descending=True, stable=True)
