@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -85,14 +85,24 @@ class _Attempts:
         return self._result(case, failure)
 
     def over(self, cases: Iterable[AnyCase]) -> Result:
-        """Check these cases in turn."""
+        """Check these cases in turn; where the backend lacks a default, each with an option that it has."""
         for case in cases:
-            try:
-                self._attempt(case)
-            except Failure as failure:
-                if case not in self._lacking:
-                    return self._result(case, failure)
+            for one in (case, *self._otherwise(case)):
+                try:
+                    self._attempt(one)
+                except Failure as failure:
+                    if one not in self._lacking:
+                        return self._result(one, failure)
+                if one not in self._lacking:
+                    break
         return self._result()
+
+    def _otherwise(self, case: AnyCase) -> Iterator[AnyCase]:
+        """The case with each other value of each option; none of a property that checks these itself."""
+        trial = self._trial
+        if isinstance(case, Case) and isinstance(trial, Trial) and not (case.options or self._property.each_option):
+            drawn = trial.spec.drawing.options.items()
+            yield from (case.with_options({name: value}) for name, values in drawn for value in values[1:])
 
     def drawn(self, cases: SearchStrategy[Any], how: settings) -> Result:
         """Check cases that Hypothesis draws; the last one that fails is the smallest."""

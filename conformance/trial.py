@@ -137,10 +137,12 @@ class Trial:
             if self.spec.drawing.partial and value in map(beside, self.spec.drawing.options.get(name, ())):
                 raise Refused(f"{name}={value}, which the example does not have, is refused: {raised}")
         if isinstance(caught.error, NotImplementedError):
-            with Caught() as plain:
-                self._outputs(inputs, self.spec.without_options(options), function)
-            if not isinstance(plain.error, NotImplementedError) or self.spec.arguments(inputs) is not inputs:
-                raise Lacking(raised) from caught.error
+            plain, drawn = self.spec.without_options(options), self.spec.drawing.options.items()
+            for one in ({}, *({name: value} for name, values in drawn for value in values[1:])):
+                with Caught() as other:
+                    self._outputs(inputs, plain | one, function)
+                if not isinstance(other.error, NotImplementedError) or self.spec.arguments(inputs) is not inputs:
+                    raise Lacking(raised) from caught.error
         raise Failure(raised) from caught.error
 
     def _outputs(self, inputs: Inputs, options: Options, function: Function | None) -> tuple[Tensor, ...]:
