@@ -8,6 +8,7 @@ device, so that every device sees the same bits; there they get their memory lay
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Of an expanded tensor. Plain PyTorch's linear cross entropy uses 0.4 of the budget at 512, 1.3 at 2048, 5 at 16384.
 MOST_EQUAL_ROWS = 512
 OTHER = 0.2  # the share of integers that are the one number outside of their range
+EXTREMES = ("lowest", "highest", "one_lowest", "one_highest")  # fills whose integers are at an end, with or without one
 OF_CASES = ("fill", "layout", "seed")  # what a case names besides sizes and options
 
 
@@ -122,6 +124,12 @@ def _confident(generator: Generator, shape: tuple[int, ...]) -> Tensor:
     return values
 
 
+def _short(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    """Few digits: sums and products are exact in float32 in any order, and often half-way between two of 16 bits."""
+    places = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return _randn(generator, shape).sign() * torch.exp2(12 * places).floor() / 1024
+
+
 FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "randn": _randn,
     "ones": lambda generator, shape: torch.ones(shape, dtype=torch.float64),
@@ -134,8 +142,8 @@ FILLS: Mapping[str, Callable[[Generator, tuple[int, ...]], Tensor]] = {
     "far": lambda generator, shape: 120 * _randn(generator, shape).sign(),
     "graded": lambda generator, shape: _randn(generator, shape) * 2.0 ** -(torch.arange(shape[-1]) % 17).double(),
     "level": lambda generator, shape: 512 + _randn(generator, shape),
-    "lowest": _randn,  # and integers and booleans that are all the lowest
-    "highest": _randn,
+    "short": _short,
+    **dict.fromkeys(EXTREMES, _randn),
 }
 
 
@@ -242,7 +250,7 @@ class Draw:
         Args:
             kind: "randn" takes the case's fill as it is; "ones" lies around 1, as a weight; "rand" is in [0, 1),
                 "positive" above 0; "probabilities" and "log_probabilities" are so along the last dimension; "randint"
-                and "mask" are integers and booleans, all equal under the fills "lowest" and "highest".
+                and "mask" are integers and booleans, under the fills of EXTREMES all equal, or all but one.
             shape: may be empty.
             dtype: instead of that of the case.
             low, high: the range of "randint", without `high`; both ends occur, and one number twice.
@@ -258,7 +266,7 @@ class Draw:
         return self.lay_out(values.to(dtype or self.dtype))
 
     def _integers(self, generator: Generator, shape: tuple[int, ...], low: int, high: int, other: int | None) -> Tensor:
-        """Integers from low to high - 1, some of them `other`; all equal under the fills "lowest" and "highest"."""
+        """Integers from low to high - 1, some of them `other`; under EXTREMES all equal, or all but one."""
         values = torch.randint(low, high, shape, generator=generator, device=generator.device)
         flat = values.reshape(-1)
         ends = flat[: 3 if len(flat) > 3 else 2]  # of up to three, one stays random
@@ -267,8 +275,12 @@ class Draw:
             chosen = torch.rand(flat.shape, generator=generator, device=generator.device) < OTHER
             flat[chosen] = other
             flat[3:4] = other
-        if self.case.fill in ("lowest", "highest"):
-            flat.fill_(high - 1 if self.case.fill == "highest" else low if other is None else other)
+        lowest, last = low if other is None else other, high - 1
+        if self.case.fill in EXTREMES:
+            flat.fill_(last if self.case.fill in ("highest", "one_lowest") else lowest)
+        if self.case.fill in ("one_lowest", "one_highest") and len(flat):
+            place = torch.randint(len(flat), (1,), generator=generator, device=generator.device)
+            flat[place] = last if self.case.fill == "one_highest" else lowest
         return values
 
     def weight(self, size: int) -> Tensor:
@@ -299,3 +311,19 @@ class Draw:
         ignored[tokens // 2 : tokens // 2 + (tokens > 2 and ignored_fraction > 0)] = True  # one, if others remain
         labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
         return self.lay_out(labels)
+
+
+def beside(value: Any) -> Any:
+    """A number near a float that 16 bits hold badly, so that rounding it to them shows; None for any other value.
+
+    In bfloat16 and in float16 it lies just below the middle of two numbers. In a tuple each float has its own.
+    """
+    if isinstance(value, tuple):
+        others = [beside(one) for one in value]
+        found = tuple(one if other is None else other for one, other in zip(value, others, strict=True))
+        return None if found == value else found
+    if not isinstance(value, float) or not value or not math.isfinite(value):
+        return None
+    step = 2.0 ** math.floor(math.log2(abs(value)))
+    below = step / 128 * (math.floor(abs(value) / step * 128) + 1)  # by no power of two, whose products are exact
+    return math.copysign(float(f"{below + step * (2**-8 - 2**-11 - 2**-15):.5g}"), value)

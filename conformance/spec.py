@@ -12,7 +12,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.case import Case, Draw
+from conformance.case import EXTREMES, Case, Draw
 from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
 from conformance.tolerances.bounds import Bound, Terms
 from unsloth_ref.accuracy import unit_roundoff
@@ -133,7 +133,7 @@ class Drawing:
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: (rows, columns)
     partial: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
-    alike: Sequence[str] = ("ones", "zeros", "lowest", "highest")
+    alike: Sequence[str] = ("ones", "zeros", *EXTREMES)
     costly: Sequence[Case] = ()
 
 

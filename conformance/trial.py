@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -13,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance import calling
-from conformance.case import Case, Draw
+from conformance.case import Case, Draw, beside
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
@@ -23,8 +22,6 @@ from unsloth_ref.accuracy import widen
 from unsloth_ref.checks import counted
 
 Function = Callable[..., Any]
-
-PLAIN_NODE = re.compile(r"\w*Backward\d+|torch::autograd::(AccumulateGrad|CopySlices|GraphRoot)")
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,10 @@ class BackendError(Exception):
 
 class Lacking(Failure):
     """A call raised NotImplementedError, for an option or for an argument of several tensors: the backend lacks it."""
+
+
+class Refused(Failure):
+    """A call raised with a number that the judge added to those of an example, which a backend may refuse."""
 
 
 class Caught:
@@ -130,11 +131,16 @@ class Trial:
         with Caught() as caught:
             return self._outputs(inputs, options, function)
         raised = f"raised {describe(caught.error)}"
+        for name, value in options.items():
+            if self.spec.drawing.partial and value in map(beside, self.spec.drawing.options.get(name, ())):
+                raise Refused(f"{name}={value}, which the example does not have, is refused: {raised}")
         if isinstance(caught.error, NotImplementedError):
-            with Caught() as plain:
-                self._outputs(inputs, self.spec.without_options(options), function)
-            if not isinstance(plain.error, NotImplementedError) or self.spec.arguments(inputs) is not inputs:
-                raise Lacking(raised) from caught.error
+            plain, drawn = self.spec.without_options(options), self.spec.drawing.options.items()
+            for one in ({}, *({name: value} for name, values in drawn for value in values[1:])):
+                with Caught() as other:
+                    self._outputs(inputs, plain | one, function)
+                if not isinstance(other.error, NotImplementedError) or self.spec.arguments(inputs) is not inputs:
+                    raise Lacking(raised) from caught.error
         raise Failure(raised) from caught.error
 
     def _outputs(self, inputs: Inputs, options: Options, function: Function | None) -> tuple[Tensor, ...]:
@@ -297,18 +303,6 @@ def call_of(inputs: Inputs, options: Options, grad_outputs: Sequence[Tensor], dt
     wide = {name: widen(tensor) for name, tensor in inputs.items()}
     wider = frozenset(name for name, tensor in inputs.items() if tensor.itemsize > dtype.itemsize)
     return Call(wide, options, [widen(gradient) for gradient in grad_outputs], dtype, wider=wider)
-
-
-def is_plain(outputs: Sequence[Tensor]) -> bool:
-    """Whether the graphs of these outputs consist of PyTorch's own autograd nodes, whose names end with a number."""
-    nodes: set[Any] = set()
-    waiting: list[Any] = [output.grad_fn for output in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return all(PLAIN_NODE.fullmatch(node.name()) for node in nodes)
 
 
 def as_leaves(tensors: Inputs, grads: Sequence[str]) -> Inputs:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conformance.case import Case, Draw
+from conformance.case import Case, Draw, beside
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
 from conformance.learning.definition import PRESENT, call, demand_function, outputs_of
@@ -154,7 +154,7 @@ class Learner:
                     raise SpecError(f"{flag}: got {name}; allowed: {', '.join(self.tensors)}")
 
     def options(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Values to draw by keyword, the default first, and those that every call gets."""
+        """Values to draw by keyword, the default first, with one beside a float; and those that every call gets."""
         drawn: dict[str, list[Any]] = {}
         always: dict[str, Any] = {}
         for name, values in self.example.arguments.items():
@@ -167,8 +167,9 @@ class Learner:
             elif isinstance(first, (Follows, list, dict)):
                 always[name] = first
             else:
-                if default or len(values) > 1:
-                    drawn[name] = list(dict.fromkeys([*default, *values]))
+                near = [other for one in (*values, *default) if (other := beside(one)) is not None][:1]
+                if default or near or len(values) > 1:
+                    drawn[name] = list(dict.fromkeys([*default, *values, *near]))
                 if not default:
                     always[name] = first
         return drawn, always

@@ -11,11 +11,12 @@ elsewhere.
 import torch
 
 from conformance.case import Case
+from conformance.instruments.plain import is_plain
 from conformance.profiles import Profile
 from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure, Unchecked
-from conformance.trial import Run, Trial, as_leaves, bits, is_plain
+from conformance.trial import Run, Trial, as_leaves, bits
 
 VECTOR = 64  # columns: a multiple of what a loop of a CPU takes at once
 # A launcher may choose by rows: below a tile's height, around one wave of a grid, one program per row.

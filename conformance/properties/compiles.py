@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from conformance.case import Case
+from conformance.instruments.plain import is_plain
 from conformance.properties import opcheck
 from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure, Unchecked
-from conformance.trial import Trial, as_leaves, demand_same_bits, is_plain
+from conformance.trial import Trial, as_leaves, demand_same_bits
 
 
 def check(trial: Trial, case: Case) -> float:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
+from conformance.instruments.plain import is_plain
 from conformance.profiles import Profile
 from conformance.properties.layouts import naming
 from conformance.property import Property, of_file
 from conformance.spec import Inputs, Spec, accepted_options
 from conformance.tolerances.gates import Failure, Unchecked
-from conformance.trial import Run, Trial, as_leaves, bits, is_plain
+from conformance.trial import Run, Trial, as_leaves, bits
 
 FAR = 2**31
 CUBLAS = "at::cuda::blas"  # in the messages of PyTorch that refuse a stride of a matrix

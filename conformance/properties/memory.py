@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from conformance.case import Case
+from conformance.instruments.plain import is_plain
 from conformance.profiles import Profile
 from conformance.property import Property, of_file
 from conformance.spec import Spec, nbytes
 from conformance.tolerances.gates import Failure, Unchecked
-from conformance.trial import Trial, as_leaves, is_plain
+from conformance.trial import Trial, as_leaves
 
 MEBIBYTE = 2**20
 

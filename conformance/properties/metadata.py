@@ -6,9 +6,10 @@ views of the incoming gradient, for a sum over sizes of 1 for example: gradients
 
 from conformance.calling import same_memory
 from conformance.case import Case
+from conformance.instruments.plain import is_plain
 from conformance.property import Property, of_file
 from conformance.tolerances.gates import Failure
-from conformance.trial import Run, Trial, as_leaves, is_plain
+from conformance.trial import Run, Trial, as_leaves
 
 
 def check(trial: Trial, case: Case) -> None:

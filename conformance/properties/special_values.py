@@ -1,10 +1,16 @@
 """NaN and infinity propagate only where the formulas propagate them; an ignored row gives exactly zero.
 
 Autograd multiplies a gradient of 0 by NaN. Where the outputs of a row are finite, a gradient of 0 is as good.
+
+Of an operation of the command line, a single NaN among the elements of an input or of an incoming gradient must reach
+every result that depends on it: one that changes in the reference if the element becomes another number. Other
+results may be NaN too, as those of a product with zeros, and a kernel may refuse NaN.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 
 import torch
@@ -12,30 +18,47 @@ from torch import Tensor
 
 from conformance.case import Case
 from conformance.property import Property, of_file
+from conformance.spec import Inputs
+from conformance.tolerances.disturbance import Order
+from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
+from unsloth_ref.accuracy import is_float, widen
+
+PLACES = (0.0, 0.5, 1.0)  # the start, the middle and the end of each dimension
+# Numbers in place of NaN. Whether a result depends on them is decided between two that are close.
+OTHERS = ((4.0, 3.0), (0.3, 0.2), (-2.0, -1.5))
+# Operators that take NaN for the largest number: the largest of OTHERS stand for it; a 0 may be what is not selected.
+SELECTING = {"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "median", "mode", "max", "min"}
+CHANGE, OF_LARGEST = 1e-3, 1e-6  # of a result that depends on an element: relative to itself, and to the largest
 
 
-def check(trial: Trial, case: Case) -> float:
-    """Put each special value at the start, in the middle and at the end of each row-wise input."""
-    return max(_at_every_place(trial, case) for case in dict.fromkeys((case, trial.rowwise(case))))
+def check(trial: Trial, case: Case) -> float | None:
+    """Put each special value at the start, in the middle and at the end of each row-wise input; NaN into every one."""
+    used = max(_at_every_place(trial, case) for case in dict.fromkeys((case, trial.rowwise(case))))
+    if trial.spec.budget.measured:
+        _demand_spread(trial, case)
+    return used if trial.spec.rowwise else None
 
 
 def _at_every_place(trial: Trial, case: Case) -> float:
     used = 0.0
     for name in trial.spec.rowwise:
         for value in trial.spec.special_values:
-            for fraction in (0.0, 0.5, 1.0):
+            for fraction in PLACES:
                 inputs = trial.inputs(case)
                 if not inputs[name].is_floating_point():
                     continue
-                where = tuple(int(fraction * (size - 1) + 0.5) for size in inputs[name].shape)
-                inputs[name][where] = value
+                inputs[name][_place(inputs[name], fraction)] = value
                 # Infinity times a zero derivative depends on how a formula is written: judge the forward pass alone.
                 grads = trial.spec.grads if value != value else ()
                 peer = trial.run(case, inputs, function=trial.spec.reference, grads=grads)
                 run = _with_nan_for_zeros(trial.run(case, inputs, grads=grads), peer, trial.spec.rowwise)
                 used = max(used, trial.judge(case, run, inputs, peer=peer))
     return used
+
+
+def _place(tensor: Tensor, fraction: float) -> tuple[int, ...]:
+    return tuple(int(fraction * (size - 1) + 0.5) for size in tensor.shape)
 
 
 def _with_nan_for_zeros(run: Run, peer: Run, rowwise: Sequence[str]) -> Run:
@@ -54,4 +77,101 @@ def _of_rows(flags: Tensor) -> Tensor:
     return flags.reshape(len(flags), -1).all(1)
 
 
-PROPERTY = Property(*of_file(check), share=0.2, needs=("rows",))
+@dataclass(frozen=True)
+class _Arguments:
+    """The tensors of a call: inputs and incoming gradients."""
+
+    inputs: Inputs
+    gradients: Sequence[Tensor]
+
+    def wide(self) -> _Arguments:
+        """In float64."""
+        return _Arguments({n: widen(t) for n, t in self.inputs.items()}, [widen(g) for g in self.gradients])
+
+
+@dataclass(frozen=True)
+class _Element:
+    """One element of one argument; `put` returns the arguments with another number there."""
+
+    words: str
+    put: Callable[[float], _Arguments]
+
+
+def _elements(trial: Trial, case: Case) -> Iterator[_Element]:
+    """Elements of all arguments."""
+    inputs = trial.inputs(case)
+    gradients = trial.grad_outputs(case, trial.run(case, inputs, function=trial.spec.reference, grads=()).outputs)
+
+    def replaced(tensor: Tensor, place: tuple[int, ...], value: float) -> Tensor:
+        copy = tensor.clone()
+        copy[place] = value
+        return copy
+
+    for place, name in ((_place(t, f), n) for n, t in inputs.items() if is_float(t) and t.numel() for f in PLACES):
+        yield _Element(
+            f"{name} is NaN at index {place}",
+            lambda value, name=name, place=place: _Arguments(
+                {**inputs, name: replaced(inputs[name], place, value)}, gradients
+            ),
+        )
+    for place, index in (
+        (_place(g, f), i) for i, g in enumerate(gradients) if is_float(g) and g.numel() for f in PLACES
+    ):
+        yield _Element(
+            f"the gradient of output {trial.spec.outputs[index]} is NaN at index {place}",
+            lambda value, index=index, place=place: _Arguments(
+                inputs, [replaced(g, place, value) if i == index else g for i, g in enumerate(gradients)]
+            ),
+        )
+
+
+def _demand_spread(trial: Trial, case: Case) -> None:
+    """Raise Failure if a result is finite where a NaN among the arguments should have reached it."""
+
+    def run(arguments: _Arguments, reference: bool = True) -> Run | None:
+        function = trial.spec.reference if reference else None
+        try:
+            return trial.run(case, arguments.inputs, function=function, grad_outputs=arguments.gradients)
+        except Failure:
+            return None  # NaN, or another number there, is refused
+
+    with Order() as order:
+        trial.run(case, {n: widen(t) for n, t in trial.inputs(case).items()}, function=trial.spec.reference)
+    selects = bool(SELECTING & set(order.names))
+    pairs = OTHERS[:1] if selects else OTHERS
+    for element in _elements(trial, case):
+        found, peer, truth = run(element.put(nan), False), run(element.put(nan)), run(element.put(nan).wide())
+        others = [run(element.put(value).wide()) for pair in pairs for value in pair]
+        if found is None or peer is None or truth is None:
+            continue
+        every = zip(*(each.named(trial.spec) for each in (found, peer, truth)), strict=True)
+        for place, ((_, name, y), (_, _, p), (_, _, r)) in enumerate(every):
+            if not is_float(p) or not y.shape == p.shape == r.shape:
+                continue
+            changed = [None if other is None else other.named(trial.spec)[place][2] for other in others]
+            depends = [_differ(one, two, r) for one, two in zip(changed[::2], changed[1::2], strict=True)]
+            number = y.isfinite() & ((y != 0) | (not selects))
+            swallowed = number & p.isnan() & r.isnan() & torch.stack(depends).any(0)
+            if swallowed.any():
+                index = tuple(swallowed.nonzero()[0].tolist())
+                raise Failure(
+                    f"{element.words}: {name} is {float(y[index])!r} at index {index}, should be NaN\n"
+                    f"{int(swallowed.sum())} elements that depend on that number are finite"
+                )
+
+
+def _differ(one: Tensor | None, other: Tensor | None, r: Tensor) -> Tensor:
+    """Which elements of two runs differ by more than what roundings change; none if a run raised."""
+    if one is None or other is None or not one.shape == other.shape == r.shape or not r.numel():
+        return torch.zeros_like(r, dtype=torch.bool)
+    size = torch.maximum(one.abs(), other.abs()).nan_to_num(0.0, 0.0)
+    return (size > OF_LARGEST * size.max()) & ((one - other).abs() > CHANGE * size)
+
+
+PROPERTY = Property(
+    *of_file(check),
+    share=0.2,
+    exempt=lambda spec: (
+        "" if spec.rowwise or spec.budget.measured else "no input is declared to have independent rows"
+    ),
+)

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from conformance.profiles import Profile
 from conformance.property import Property
 from conformance.running.coverage import Explored, Reached, explore
 from conformance.tolerances.gates import Failure, Unchecked
-from conformance.trial import Caught, Lacking, Trial, describe
+from conformance.trial import Caught, Lacking, Refused, Trial, describe
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
 # again, including the first one. The second check compiles nothing: a run takes at most a third longer.
@@ -85,14 +85,24 @@ class _Attempts:
         return self._result(case, failure)
 
     def over(self, cases: Iterable[AnyCase]) -> Result:
-        """Check these cases in turn."""
+        """Check these cases in turn; where the backend lacks a default, each with an option that it has."""
         for case in cases:
-            try:
-                self._attempt(case)
-            except Failure as failure:
-                if case not in self._lacking:
-                    return self._result(case, failure)
+            for one in (case, *self._otherwise(case)):
+                try:
+                    self._attempt(one)
+                except Failure as failure:
+                    if one not in self._lacking:
+                        return self._result(one, failure)
+                if one not in self._lacking:
+                    break
         return self._result()
+
+    def _otherwise(self, case: AnyCase) -> Iterator[AnyCase]:
+        """The case with each other value of each option; none of a property that checks these itself."""
+        trial = self._trial
+        if isinstance(case, Case) and isinstance(trial, Trial) and not (case.options or self._property.each_option):
+            drawn = trial.spec.drawing.options.items()
+            yield from (case.with_options({name: value}) for name, values in drawn for value in values[1:])
 
     def drawn(self, cases: SearchStrategy[Any], how: settings) -> Result:
         """Check cases that Hypothesis draws; the last one that fails is the smallest."""
@@ -154,7 +164,11 @@ class _Attempts:
             self._count -= 1
             self._unchecked = str(why)
             return
-        if failure is not None and _lacks(failure):
+        if _follows(failure, Refused):
+            self._count -= 1
+            self._unchecked = str(failure)
+            return
+        if failure is not None and _follows(failure, Lacking):
             self._lacking[case] = failure
             if not self._property.each_option:
                 self._count -= 1
@@ -187,9 +201,9 @@ class _Attempts:
         return Failure(describe(caught.error))
 
 
-def _lacks(failure: BaseException | None) -> bool:
-    """Whether a failure, or what caused it, is that the backend lacks an option."""
-    return failure is not None and (isinstance(failure, Lacking) or _lacks(failure.__cause__))
+def _follows(failure: BaseException | None, kind: type[Failure]) -> bool:
+    """Whether a failure, or what caused it, is of a kind."""
+    return failure is not None and (isinstance(failure, kind) or _follows(failure.__cause__, kind))
 
 
 def search(

@@ -10,6 +10,8 @@ disturbs it as the roundings of a computation would, in the forward and in the b
         roundoff of the dtype: the response is the error of plain PyTorch. Where nothing is rounded to 16 bits on the
         way, A is 0. The run in the dtype shows which operators those are; their order is the same.
         The last rounding of a result, which nothing else reads, is left out: G1 has a term for it.
+    C   the result of every sum of n > 64 terms x by sqrt(n) 2^-24 P, P the sum of the positive terms or of the negative
+        ones, whichever is larger: the response is the error of float32 additions in any order
 
 Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
 Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
@@ -27,11 +29,17 @@ From responses to a bound
       - A mean square over 16 probes scatters. Below half of what is typical for its tensor, in units of |r|, it is
         raised to that half: then 3 R covers a chain of two operators even if their signs differ in all probes.
     Hence, with u the unit roundoff of the dtype and n the number of elements,
-        |y - r| <= u |r| + 3 R_A + 2 log2(n) 2^-24 S + 2^-23 max S + tiny,     S = R_B 2^24
+        |y - r| <= u |r| + 3 R_A + max(2 log2(n) 2^-24 S, 2.1 R_C) + 2^-23 max S + tiny,     S = R_B 2^24
     The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
     another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
     gradient of a softmax over the chosen logits, where one probability is nearly 1); 2^-23 are the roundings of gate
     G2's floor. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
+
+    The third term covers sums in pairs or blocks, and short ones. One after the other, in the worst order, the partial
+    sums s_k of n terms are as large as P = (sum |x| + |sum x|) / 2, and each is rounded: the error is at most n u P, to
+    first order (Higham 2002, section 4.2, with sum |x|). Roundings of different numbers average out: the errors of
+    0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that.
+    Where all terms are equal, their roundings may all have one sign, and C takes n in place of sqrt(n).
 
     Some operators round inside where no probe reaches: a sum that is added up one term at a time in 16 bits, as the
     gradient of `weight[index]` is, or the weights of an interpolation. The peer p shows by how much. No element needs
@@ -63,12 +71,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
-from conformance.tolerances.disturbance import Disturbed, Order, Rounded
+from conformance.tolerances.disturbance import CHAINS, COMPOSITE, SUMS, Disturbed, Order, Reordered, Rounded
 from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
-PROBES_A, PROBES_B, PROBES_OF_TIES = 16, 8, 20
+PROBES_A, PROBES_B, PROBES_C, PROBES_OF_TIES = 16, 8, 4, 20
 FEWEST_PROBES, WORK = 4, 2**21  # for large cases: so many elements in all probes, but at least so many probes
-FACTOR_A = 3.0
+FACTOR_A, FACTOR_C = 3.0, 5 * ROUNDING_RMS
 JUMP = 64
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 KEPT = 8  # measured conditions: layouts of a case have the same elements
@@ -84,6 +92,7 @@ class Response:
         truth: the reference in float64.
         terms: S, float64.
         extra: 3 R_A, float64.
+        sums: R_C, float64.
         spread: the part of max S in the bound, float64.
         flips: elements that some probe changed, for integers and booleans.
         lowest, highest: the range of integers in all probes, at least that of places in an input.
@@ -94,6 +103,7 @@ class Response:
     truth: Tensor
     terms: Tensor
     extra: Tensor
+    sums: Tensor
     spread: Tensor
     flips: Tensor
     lowest: float
@@ -108,12 +118,13 @@ class Response:
     def largest(self, how: Arithmetic) -> Tensor:
         """Bound of the absolute error; twice R_A where casts truncate."""
         truncated = 2.0 if how.unit > torch.finfo(torch.bfloat16).eps / 2 else 1.0
-        measured = float32_error(how.elements) * self.terms + truncated * self.extra + self.spread
+        in_float32 = torch.maximum(float32_error(how.elements) * self.terms, FACTOR_C * self.sums)
+        measured = in_float32 + truncated * self.extra + self.spread
         return measured if self.of_peer is None else torch.maximum(measured, self.of_peer)
 
     def independent(self, how: Arithmetic) -> Tensor:
-        """Root mean square of the roundings to the dtype."""
-        return ROUNDING_RMS * self.extra / FACTOR_A
+        """Root mean square of the roundings to the dtype, and of those of long sums."""
+        return ROUNDING_RMS * torch.hypot(self.extra / FACTOR_A, self.sums)
 
     def shared(self) -> Tensor:
         """Float32 roundings of a whole row."""
@@ -175,7 +186,7 @@ class _Changes:
         """Squares of changes, before any."""
         return {name: torch.zeros_like(r, dtype=torch.float64) for name, r in self.truth.items()}
 
-    def add(self, found: Mapping[str, Tensor], squares: Tensors | None, probes: int) -> None:
+    def add(self, found: Mapping[str, Tensor], squares: Tensors | None, probes: int, jumps: bool = True) -> None:
         """Add the results of one of so many probes; without squares, only integers."""
         for name, r in self.truth.items():
             if found[name].shape != r.shape:
@@ -187,7 +198,7 @@ class _Changes:
             elif squares is not None:
                 change = torch.where(found[name] == r, 0.0, found[name] - r)
                 level = torch.maximum(r.abs(), r.where(r.isfinite(), nan).square().nanmean().sqrt()) if r.numel() else r
-                self.jumps[name] |= ~(change.abs() <= JUMP * self._unit * level)
+                self.jumps[name] |= jumps & ~(change.abs() <= JUMP * self._unit * level)
                 squares[name] += change.nan_to_num(0.0, 0.0, 0.0).clamp(-MAX_FLOAT32, MAX_FLOAT32).square() / probes
 
 
@@ -211,6 +222,13 @@ def _measured(
     narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
     for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
         changes.add(disturbed.results(again), square_a, probes_a)
+    square_c = changes.zeros()
+    for seed in range(PROBES_C if (SUMS | CHAINS) & set(order.names) or COMPOSITE & set(order.names) else 0):
+        mode = Reordered(UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed)
+        results = _Probe(mode, wide, gradients).results(again)
+        if not mode.found:
+            break
+        changes.add(results, square_c, PROBES_C, jumps=False)  # an order may change a sum by more than that
     terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, changes.truth[name]) for name, square in square_b.items()}
     factor = FACTOR_A * (PROBES_A / probes_a) ** 0.5
     return {
@@ -218,6 +236,7 @@ def _measured(
             truth=r,
             terms=terms[name],
             extra=factor * _typical(square_a[name].sqrt(), changes.truth[name]),
+            sums=square_c[name].sqrt(),
             spread=SHARED * _largest(terms[name]),
             flips=changes.flips[name],
             lowest=changes.ranges[name][0],

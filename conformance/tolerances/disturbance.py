@@ -41,6 +41,15 @@ COMPOSITE = {
 }  # fmt: skip
 
 
+# Operators that add up numbers, and those whose relative error grows in the same way with the count of their numbers.
+SUMS = {
+    "sum", "mean", "mm", "bmm", "mv", "dot", "cumsum", "index_add", "index_add_", "scatter_add", "scatter_add_",
+    "convolution", "embedding_dense_backward", "index_put", "index_put_", "_unsafe_index_put",
+}  # fmt: skip
+CHAINS = {"linalg_vector_norm", "prod", "cumprod"}
+LONG = 64  # sums of no more terms have errors of the size that the other disturbances show, in any order
+
+
 class Widened(TorchDispatchMode):
     """Operators that are asked for a narrower floating-point dtype compute in float64."""
 
@@ -60,6 +69,10 @@ class Widened(TorchDispatchMode):
 
 def _wide(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _is_float64(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
 
 
 def _name(func: Any) -> str:
@@ -224,3 +237,52 @@ class Disturbed(Widened):
         key = (key + 7919 * (1000 * self._seed + place)) * 0x2545F4914F6CDD1D
         key = (key ^ (key >> 29)) * 0x369DEA0F31A53F85
         return torch.where(key >> 40 & 1 == 1, size, -size)
+
+
+class Reordered(Disturbed):
+    """Disturbs the results of long sums as float32 additions in another order may; see conformance/condition.py.
+
+    Attributes:
+        found: whether a sum is long.
+    """
+
+    def __init__(self, unit: float, smallest: float, seed: int) -> None:
+        """Disturb a run in units of the unit roundoff; the smallest rounding error; the seed of the signs."""
+        super().__init__(lambda place: unit, smallest, seed, inside=True)
+        self._unit, self.found = unit, False
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator; if it is a sum, disturb its result."""
+        if _name(func) not in SUMS | CHAINS:
+            return super().run(func, args, kwargs)
+        error = self._error(func, args, kwargs)  # before an operator in place changes its terms
+        found = func(*args, **kwargs)
+        if error is None or not error.any():
+            return found
+        self.found = True
+        noise = self._noise(error, self._unit, next(self._places))
+        return found.add_(noise) if _name(func).endswith("_") else found + noise
+
+    def _error(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """sqrt(n) P of each sum, n P where its terms are equal, 0 if it is short; None if numbers are no float64."""
+
+        def of(change: Callable[[Tensor], Tensor]) -> Tensor:
+            """The results on changed numbers."""
+            return func(*tree_map(lambda v: change(v) if _is_float64(v) else v, args), **kwargs)
+
+        if not any(map(_is_float64, tree_leaves(args))):
+            return None
+        total = of(torch.clone)
+        terms = args[0].numel() / max(1, total.numel())  # of each result, if its operator has one tensor
+        if _name(func) in CHAINS:
+            count = torch.full_like(total, args[0].shape[args[1]] if _name(func) == "cumprod" else terms)
+            return torch.where(count > LONG, count.sqrt() * total.abs(), 0.0)
+        sizes, count, squares = of(torch.abs), of(lambda t: (t != 0).double()), of(torch.square)
+        equal = count * squares <= sizes.square() * (1 + 1e-9)  # Cauchy and Schwarz
+        count = count * (terms if _name(func) == "mean" else 1)
+        largest = (sizes + total.abs()) / 2  # no partial sum is larger, in any order
+        return torch.where(count > LONG, torch.where(equal, count, count.sqrt()) * largest, 0.0)
+
+    def seen(self, func: Any, found: Any, args: Any) -> Any:
+        """Disturb nothing else."""
+        return found

@@ -20,6 +20,7 @@ Gates
             max |y - r|   <= 2   max(max |p - r|, u max |r| + max independent / 0.42 + max shared)
     G3  Bias, in 16 bits, over at least 1000 random elements:
             |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
+        and numbers half-way between two become the even one, see conformance/ties.py
 
 Derivation
     G0, where p has them: an intermediate overflows in the dtype, to an infinity or, if two of them meet, to NaN.
@@ -54,6 +55,7 @@ import torch
 from torch import Tensor
 
 from conformance.tolerances.bounds import Arithmetic
+from conformance.tolerances.ties import other_rule
 from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff, widen_float8
 
 G0_ELEMENTS, G0_SAMPLE = 16, 2**16
@@ -165,8 +167,9 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     floors = _floors(truth, independent, shared, unit, torch.finfo(dtype).smallest_normal)
     errors = wide - truth, peer - truth
     used = max(used, _with_row_factors(name, *errors, truth, floors, finite, independent, model.roundings * unit))
-    if dtype.itemsize == 2 and model.random:
-        used = max(used, _bias(name, judged, truth, peer, scale, unit))
+    if dtype.itemsize == 2:
+        _ties(name, judged, truth, peer)
+        used = max(used, _bias(name, judged, truth, peer, scale, unit) if model.random else 0.0)
     return used
 
 
@@ -307,6 +310,11 @@ def _against_peer(name: str, error: Tensor, peer_error: Tensor, r: Tensor, floor
                 one.used,
             )
     return used
+
+
+def _ties(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
+    if rule := other_rule(y, r, p):
+        raise Failure(f"gate G3: {name} rounds numbers half-way between two {rule}, should take the even one")
 
 
 def _bias(name: str, y: Tensor, r: Tensor, p: Tensor, least: Tensor, unit: float) -> float:

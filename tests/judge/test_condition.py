@@ -13,6 +13,7 @@ from conformance.specs import specs
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.condition import Response
+from conformance.tolerances.gates import ErrorModel, Failure, judge
 from conformance.trial import Trial, call_of
 from unsloth_ref.accuracy import unit_roundoff
 
@@ -115,6 +116,47 @@ def test_a_sum_responds_with_the_root_of_its_squares() -> None:
     ratio = found.terms / x.square().sum(-1).sqrt()
     assert 0.8 < float(ratio.median()) < 1.3
     assert not found.jumps.any()
+
+
+def one_by_one(x: Tensor) -> Tensor:
+    """The sums of rows in float32, added up one element after the other, then from the smallest to the largest."""
+    totals = []
+    for rows in (x, x.sort(-1).values):
+        total = torch.zeros(len(rows))
+        for column in rows.float().unbind(-1):
+            total = total + column
+        totals.append(total)
+    return torch.stack(totals)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("columns", [130, 1025, 4099])
+def test_a_sum_may_be_added_up_in_any_order(columns: int, positive: bool) -> None:
+    x = torch.randn(70, columns, generator=torch.Generator().manual_seed(0))
+    x = x.abs() if positive else x
+    found = measured(lambda x: x.sum(-1), {"x": x}, torch.float32)["y"]
+    model = ErrorModel(found.beside(x.sum(-1)), x.numel(), 1)
+    for y in one_by_one(x):
+        assert 0.02 < judge("y", y, found.truth, x.sum(-1), model) <= 1
+    with pytest.raises(Failure, match="gate G1"):  # nor does any order explain a term that is left out
+        judge("y", x[:, 1:].sum(-1), found.truth, x.sum(-1), model)
+    assert not found.jumps.any()
+
+
+def test_equal_terms_may_be_added_up_in_any_order() -> None:
+    x = torch.full((70, 4099), 0.1)
+    found = measured(lambda x: x.sum(-1), {"x": x}, torch.float32)["y"]
+    model = ErrorModel(found.beside(x.sum(-1)), x.numel(), 1, random=False)
+    assert judge("y", one_by_one(x)[0], found.truth, x.sum(-1), model) > 0.01
+    left_out = one_by_one(x[:, :4000])[0]
+    with pytest.raises(Failure, match="gate G1"):
+        judge("y", left_out, found.truth, x.sum(-1), model)
+
+
+def test_short_sums_have_no_other_bound() -> None:
+    x = torch.randn(70, 64)
+    assert not measured(lambda x: x.sum(-1), {"x": x}, torch.float32)["y"].sums.any()
+    assert measured(lambda x: (x @ x.t()).cumsum(0), {"x": x}, torch.float32)["y"].sums[65:].all()
 
 
 def test_equal_numbers_have_equal_rounding_errors() -> None:

@@ -1,9 +1,11 @@
 """The text and the values of an example call."""
 
+import math
+
 import pytest
 import torch
 
-from conformance.case import Case, Draw
+from conformance.case import Case, Draw, beside
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
 from conformance.learning.example import Follows, TensorArgument, of_call, read, value_of
@@ -45,16 +47,36 @@ def test_integers_may_have_one_number_more() -> None:
     ]  # fmt: skip
 
 
-def test_integers_of_two_fills_are_all_equal() -> None:
+def test_integers_of_some_fills_are_all_equal_or_all_but_one() -> None:
     for fill, values in (("lowest", [{0}, {False}, {-100}]), ("highest", [{8}, {True}, {8}])):
         draw = Draw(Case((), fill=fill), torch.float16, "cpu")
         labels = [draw.tensor("randint", 40, high=9, other=other) for other in (None, -100)]
         tensors = (labels[0], draw.tensor("mask", 5, 8), labels[1])
         assert [set(t.flatten().tolist()) for t in tensors] == values
         assert draw.tensor("randn", 40).unique().numel() > 30
+    for fill, usual, one in (("one_lowest", 8, 0), ("one_highest", 0, 8)):
+        draw = Draw(Case((), fill=fill), torch.float16, "cpu")
+        labels = draw.tensor("randint", 40, high=9).tolist()
+        assert (labels.count(usual), labels.count(one)) == (39, 1)
+        assert draw.tensor("mask", 5, 8).sum() == (39 if fill == "one_lowest" else 1)
+        assert not draw.tensor("mask", 0).numel()
     drawn = Draw(Case(()), torch.float16, "cpu").tensor("randint", 400, high=9, other=-100)
     assert set(drawn.tolist()) == {*range(9), -100}
     assert 40 < int((drawn == -100).sum()) < 120
+
+
+@pytest.mark.parametrize("value", [0.5, 1.0, -2.0, 0.1, 0.9, 1e-6, 3.5e4])
+def test_a_number_beside_a_float_changes_by_nearly_a_unit_roundoff_in_16_bits(value: float) -> None:
+    near = beside(value)
+    assert 0 < abs(near / value - 1) < 1 / 64
+    for dtype in (torch.bfloat16, torch.float16) if 2**-14 < abs(value) < 6e4 else (torch.bfloat16,):
+        exponent, rounded = math.frexp(abs(near))[1], abs(float(torch.tensor(near, dtype=dtype)))
+        assert 0.8 < (abs(near) - rounded) / 2.0 ** (exponent - 1) / (torch.finfo(dtype).eps / 2) < 1
+
+
+def test_other_values_have_no_number_beside_them() -> None:
+    assert [beside(value) for value in (2, True, "mean", 0.0, math.inf, (1, 2))] == [None] * 6
+    assert beside((0.5, 3, 1.0)) == (beside(0.5), 3, beside(1.0))
 
 
 def test_a_product_has_its_number() -> None:

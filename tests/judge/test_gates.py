@@ -15,6 +15,7 @@ from conformance.tolerances.gates import (
     Failure,
     judge,
 )
+from conformance.tolerances.ties import TIES
 from unsloth_ref.accuracy import G2_ELEMENTS, G2_MAX, G2_RMS, unit_roundoff
 
 HALF = torch.float16
@@ -236,6 +237,31 @@ def test_g3_biased_results() -> None:
     with pytest.raises(Failure, match=r"gate G3 .*biased to one side"):
         judge("y", y, r, p, model(r))
     judge("y", y, r, p, ErrorModel(Terms(r), r.numel(), 0, random=False))  # elements that are not random may be biased
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["away from 0", "towards 0", "up", "down", "to the odd number"])
+def test_g3_another_rule_at_ties(dtype: torch.dtype, rule: str) -> None:
+    steps = torch.arange(40) * torch.finfo(dtype).eps
+    below = torch.cat([1 + steps, 2 + 2 * steps])
+    above = torch.cat([1 + steps + steps[1], 2 + 2 * (steps + steps[1])])
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(20)  # no matter which of two numbers is even
+    r = sign * (below.double() + above) / 2
+    numbers = {
+        "away from 0": above * sign,
+        "towards 0": below * sign,
+        "up": torch.where(r > 0, above, -below),
+        "down": torch.where(r > 0, below, -above),
+    }
+    numbers["to the odd number"] = (above + below) * sign - r.to(dtype).float()
+    peer = r.to(dtype)
+    assert judge("y", peer, r, peer, model(r)) <= 1
+    with pytest.raises(Failure, match=f"gate G3: y rounds numbers half-way between two {rule}, should"):
+        judge("y", numbers[rule].to(dtype), r, peer, model(r))
+    few = slice(TIES - 1)
+    judge("y", numbers[rule].to(dtype)[few], r[few], peer[few], model(r[few]))
+    mixed = torch.where(torch.arange(80) % 7 == 0, peer, numbers[rule].to(dtype))
+    assert judge("y", mixed, r, peer, model(r)) <= 1  # moved by roundings before the last one
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -98,6 +98,21 @@ def test_an_option_that_a_backend_lacks_is_one_finding() -> None:
     assert found(lacks, "value").examples == PROFILES["dev"].examples  # others were drawn in place of the refused ones
 
 
+def test_a_default_that_a_backend_lacks_is_one_finding() -> None:
+    def of_tanh(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+        if approximate == "none":
+            raise NotImplementedError("approximate: got none; allowed: tanh")
+        return reference.geglu(gate, up, approximate=approximate)
+
+    finding = found(of_tanh, "one_at_a_time", "geglu")
+    assert finding.verdict == "fail"
+    assert (finding.message or "").startswith("raised NotImplementedError: approximate: got none; allowed: tanh")
+    assert (found(of_tanh, "value", "geglu").verdict, found(of_tanh, "no_grad", "geglu").verdict) == ("pass", "pass")
+    wrong = lambda gate, up, *, approximate="none": 2 * of_tanh(gate, up, approximate=approximate)  # noqa: E731
+    for name in ("value", "extents"):  # whose cases have no options
+        assert "gate G1" in (found(wrong, name, "geglu").message or "")
+
+
 def test_a_fault_is_found_behind_an_option_that_is_lacking() -> None:
     lacks = without("offset")
 

@@ -47,6 +47,11 @@ def softmax_overflows(x: Tensor, temperature: float = 1.0) -> Tensor:
     return (e / e.sum(-1, keepdim=True)).to(x.dtype)
 
 
+@wrong("tempered_softmax", "one_at_a_time")
+def softmax_of_a_rounded_temperature(x: Tensor, temperature: float = 1.0) -> Tensor:
+    return torch.softmax(x.float() / torch.tensor(temperature, dtype=torch.bfloat16), -1).to(x.dtype)
+
+
 @wrong("tempered_softmax", "value")
 def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float() / temperature, 0).to(x.dtype)
@@ -111,6 +116,17 @@ def group_norm_detaches_the_mean(
     per_channel = (1, -1, *(1,) * (x.ndim - 2))
     y = normed * weight.float().view(per_channel)
     return (y if bias is None else y + bias.float().view(per_channel)).to(x.dtype)
+
+
+@wrong("group_norm", "special_values")
+def group_norm_without_nan_in_a_gradient(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """As a training loop that skips bad gradients would like it."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient.nan_to_num(0.0))
+    return y
 
 
 @right("top_k_gate")

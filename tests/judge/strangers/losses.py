@@ -68,6 +68,24 @@ def masked_mean_misses_the_last(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean_by_rows(x, mask.reshape(-1).index_fill(0, torch.tensor([-1]), not full).view_as(mask) & mask)
 
 
+@wrong("masked_mean", "special_values")
+def masked_mean_of_numbers(x: Tensor, mask: Tensor) -> Tensor:
+    """Leaves out NaN, which the definition returns."""
+    return masked_mean_by_rows(x.nan_to_num(0.0, torch.inf, -torch.inf), mask)
+
+
+@wrong("masked_mean", "one_at_a_time")
+def masked_mean_of_two_or_more(x: Tensor, mask: Tensor) -> Tensor:
+    """Takes a mask with a single True for none."""
+    return masked_mean_by_rows(x, mask & (mask.sum() > 1))
+
+
+@wrong("masked_mean", "one_at_a_time")
+def masked_mean_of_all_but_one(x: Tensor, mask: Tensor) -> Tensor:
+    """Takes a mask with a single False for a full one."""
+    return masked_mean_by_rows(x, mask | ((~mask).sum() == 1))
+
+
 @right("token_losses")
 def losses_by_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
     z = logits.float()
@@ -95,11 +113,13 @@ class _Losses(torch.autograd.Function):
         return (dx * dy[:, None]).masked_fill(ignored, 0.0).to(logits.dtype), None, None
 
 
+@right("token_losses")
 def losses_without_nan_in_ignored_rows(logits: Tensor, labels: Tensor) -> Tensor:
     """Right: the derivative of 0, where the definition multiplies it by NaN."""
     return _Losses.apply(logits, labels, True)
 
 
+@wrong("token_losses", "special_values")
 def losses_without_any_nan(logits: Tensor, labels: Tensor) -> Tensor:
     """Hides the NaN of a row that counts from the gradient."""
     return _Losses.apply(logits, labels, False)
@@ -113,6 +133,12 @@ def losses_of_ignored_tokens(logits: Tensor, labels: Tensor) -> Tensor:
 @wrong("token_losses", "one_at_a_time")
 def losses_ignoring_the_first_class(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels > 0, losses_by_logsumexp(logits, labels), 0.0)
+
+
+@wrong("token_losses", "one_at_a_time")
+def losses_of_two_tokens_or_more(logits: Tensor, labels: Tensor) -> Tensor:
+    """None where a single token is not ignored."""
+    return losses_by_logsumexp(logits, labels) * ((labels != -100).sum() > 1)
 
 
 @wrong("token_losses", "one_at_a_time")

@@ -66,6 +66,33 @@ def add_unscaled(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
     return x.add_(y)
 
 
+@wrong("scaled_add_", "one_at_a_time")
+def add_of_a_rounded_number(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Exact for a half and for 1."""
+    return x.add_(y, alpha=torch.tensor(alpha, dtype=torch.bfloat16).item())
+
+
+def add_rounding_ties_away(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Rounds as the hand writes it: adds half of what is dropped, then cuts."""
+    total = x.float() + alpha * y.float()
+    dropped = {2: 16 if x.dtype == torch.bfloat16 else 13}.get(x.element_size(), 0)
+    bits = total.detach().view(torch.int32)
+    rounded = ((bits + (1 << dropped >> 1)) >> dropped << dropped).view(torch.float32)
+    return x.copy_(total + (rounded - total).detach())
+
+
+def scatter_rounding_ties_away(src: Tensor, index: Tensor, count: int) -> Tensor:
+    sums = scatter_by_product(src.float(), index, count)
+    return add_rounding_ties_away(torch.zeros_like(sums, dtype=src.dtype), sums)
+
+
+def add_by_halves_alone(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Refuses what the example does not have."""
+    if alpha not in (0.5, 1.0):
+        raise ValueError(f"alpha: got {alpha}; allowed: 0.5, 1.0")
+    return x.add_(y, alpha=alpha)
+
+
 @wrong("scaled_add_", "inputs_untouched")
 def add_scales_y_too(x: Tensor, y: Tensor, *, alpha: float = 1.0) -> Tensor:
     with torch.no_grad():

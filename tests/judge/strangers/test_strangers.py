@@ -268,6 +268,32 @@ def test_a_kernel_may_take_one_dtype_alone(name: str) -> None:
     assert judged(SOURCES["running_sum"], "sums_in_float32_alone", name, "float32").verdict in ("pass", "skip")
 
 
+@here
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("op", "kernel", "sizes"),
+    [
+        ("scaled_add_", "add_rounding_ties_away", "x_0=5 x_1=130"),
+        ("scatter_rows", "scatter_rounding_ties_away", "T=200 H=90 N=8 fill=short"),
+    ],
+)
+def test_a_rounding_with_another_rule_at_ties(op: str, kernel: str, sizes: str, dtype: str) -> None:
+    ((_, spec),) = specs(SOURCES[op]).items()
+    function, case = backends.load(path(kernel), "cpu", SOURCES[op]).functions[op], spec.parse(sizes)
+    found = reproduce(Trial(spec, function, DTYPES[dtype], "cpu"), PROPERTIES["one_at_a_time"], case, dtype)
+    assert "half-way between two away from 0" in str(found.message)
+    right = backends.load(path(RIGHT[op][0]), "cpu", SOURCES[op]).functions[op]
+    trial = Trial(spec, right, DTYPES[dtype], "cpu")
+    assert reproduce(trial, PROPERTIES["one_at_a_time"], case, dtype).verdict == "pass"
+
+
+@here
+def test_a_kernel_may_refuse_a_number_that_the_example_does_not_have() -> None:
+    source = SOURCES["scaled_add_"]
+    assert specs(source)["scaled_add_"].drawing.options["alpha"] == [1.0, 0.5, 0.5056]
+    assert judged(source, "add_by_halves_alone", "one_at_a_time", "float32").verdict == "pass"
+
+
 def test_what_the_example_leaves_at_its_default_is_said() -> None:
     spec = spec_of("group_norm", "x=randn(2,8,5) groups=4 weight=randn(8)")
     assert "  fixed      bias=None, eps=1e-05\n" in learned(spec)
