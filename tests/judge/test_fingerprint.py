@@ -35,8 +35,9 @@ SPILLS = {
     },
     ("gated_rms_norm_backward_kernel", "mamba-2"): 136,
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
-    ("packed_attention_dkdv_kernel", "text-mix-16k-d128"): 256,
-    ("packed_attention_dkdv_kernel", "long-16k-d128"): 256,
+    **{("packed_attention_dkdv_kernel", f"{documents}-16k-d64"): 72 for documents in ("text-mix", "long")},
+    **{("packed_attention_dkdv_kernel", f"{documents}-16k-d128"): 272 for documents in ("text-mix", "long")},
+    ("packed_attention_dkdv_kernel", "gpt-oss-16k-d64"): 16,
     ("packed_attention_dq_kernel", "gemma-4-16k-d512"): 24,
     ("rms_norm_backward_kernel", "llama-3.1-405b"): 32,
 }

@@ -1,7 +1,7 @@
 """Float8 numbers (e4m3) in kernels: conversions, and the quantisation of blocks.
 
-Kernels read and write float8 as bytes. Triton's interpreter and GPUs before sm_89 cannot convert them, so `decoded` has
-a form that moves bits. Both forms are exact: every e4m3 number is one in float16, bfloat16 and float32.
+Kernels read and write float8 as bytes. Triton's interpreter and GPUs before sm_89 cannot convert them, so `decoded` and
+`encoded` have forms that move bits. Both forms are exact: every e4m3 number is one in float16, bfloat16 and float32.
 """
 
 # A constexpr is written as a plain value:
@@ -41,13 +41,43 @@ def nearest_e4m3(x):
 
 @triton.jit
 def encoded(x):
-    """The byte of a float32 number that `nearest_e4m3` has rounded; NaN becomes 0x7F."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    """The byte of the e4m3 number that is nearest to a float32 number of at most 448 in size, NaN for NaN."""
+    if not EMULATED and cuda_capability_geq(8, 9):
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    negative = ((x.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
+    x = nearest_e4m3(x)
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     normal = (magnitude >> 20) - 960  # three bits of the fraction, and the exponent with a bias of 7 instead of 127
     subnormal = (tl.abs(x) * 512.0).to(tl.int32)
     byte = tl.where(magnitude >= 0x3C800000, normal, subnormal)  # from 2^-6 on
-    return tl.where(magnitude > 0x7F800000, 0x7F, byte).to(tl.uint8)
+    return tl.where(magnitude > 0x7F800000, 0x7F, byte).to(tl.uint8) | negative
+
+
+@triton.jit
+def fused(a, b, c):
+    """a * b + c, rounded once: tl.fma is so on a GPU; the interpreter rounds its product too."""
+    if EMULATED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def quotients(x, scale):
+    """x / scale, correctly rounded as by tl.div_rn, with four multiplications: a third of the time of the kernel.
+
+    The scales [ROWS, 1] are those of the rows, from 2^-126 on. With the reciprocal of the divisor, correctly rounded,
+    the quotient is a step of Newton's away (Markstein 1990). Its excess is exact, unless it is subnormal: therefore
+    both numbers are multiplied by 2^64 where the scale is small. What is left rounds to 0 in e4m3.
+    """
+    lift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # 2^-60
+    x *= lift
+    divisor = scale * lift
+    reciprocal = tl.broadcast_to(tl.div_rn(1.0, divisor), x.shape)
+    # x / inf is 0 and inf / inf NaN: the product with 0, to which the excess adds nothing then.
+    divisor = tl.broadcast_to(tl.where(divisor == float("inf"), 0.0, divisor), x.shape)
+    quotient = x * reciprocal
+    excess = fused(quotient, divisor, -x)
+    return fused(-excess, reciprocal, quotient)  # -0 stays -0
 
 
 @triton.jit
@@ -77,15 +107,13 @@ def fp8_quantize_kernel(
     if WHOLE:
         magnitude = tl.zeros_like(magnitude) + tl.max(magnitude, 0)
     scale = scale_of(magnitude)
-    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    number = nearest_e4m3(quotient)
+    quotient = quotients(x, scale[:, None])
     offset = row[:, None] * columns + column[None, :]
     if not ENCODED:
-        x = number * scale[:, None]
+        x = nearest_e4m3(quotient) * scale[:, None]
         tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), inside)
         return
-    negative = ((quotient.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
-    tl.store(values_ptr + offset, encoded(number) | negative, inside)
+    tl.store(values_ptr + offset, encoded(quotient), inside)
     if WHOLE:
         tl.store(scale_ptr + tile.to(tl.int64) * column_blocks + block + tl.zeros_like(row), scale, row == tile * ROWS)
     else:

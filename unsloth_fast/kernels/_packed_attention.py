@@ -66,16 +66,33 @@ def exponents(dots, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def visible(query, key, length, window, WINDOW: tl.constexpr):
+    """Which keys the queries of a document see, [queries, keys]."""
+    seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
+    if WINDOW:
+        seen &= key[None, :] > query[:, None] - window
+    return seen
+
+
+@triton.jit
 def weights_and_slopes(
-    q, k, v, do, lse, delta, seen, scale, softcap, SOFTCAP: tl.constexpr
+    q, k, v, do, lse, delta, query, key, length, window, partly, scale, softcap,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Compute p and ds, [queries, keys], from recomputed scores of q and k."""
+    """Compute p and ds, [queries, keys], from recomputed scores of q and k.
+
+    The branch pays: on an H200, masking tiles of which all queries see all keys would take a third of the instructions.
+    """
     dots = tl.dot(q, tl.trans(k), input_precision="ieee")
-    # Both are 0 for keys that are not seen, whatever their values.
-    p = tl.where(seen, tl.exp2(exponents(dots, scale, softcap, SOFTCAP) - lse), 0.0)
-    ds = tl.where(seen, p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta), 0.0)
+    p = tl.exp2(exponents(dots, scale, softcap, SOFTCAP) - lse)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta)
     if SOFTCAP:
-        ds = tl.where(seen, ds * tanh_derivative(dots * (scale / softcap)), 0.0)
+        ds *= tanh_derivative(dots * (scale / softcap))
+    if partly:
+        seen = visible(query, key, length, window, WINDOW)
+        # Both are 0 for keys that are not seen, whatever their values.
+        p = tl.where(seen, p, 0.0)
+        ds = tl.where(seen, ds, 0.0)
     return p, ds
 
 
@@ -109,10 +126,8 @@ def packed_attention_forward_kernel(
         key = key_start + tl.arange(0, COLUMNS)
         k = load_rows(k_ptr, key, length, column, width, k_token)
         z = exponents(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
-        seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
-        if WINDOW:
-            seen &= key[None, :] > query[:, None] - window
-        z = tl.where(seen, z, float("-inf"))
+        if (key_start + COLUMNS > start) | WINDOW:
+            z = tl.where(visible(query, key, length, window, WINDOW), z, float("-inf"))
         higher = tl.maximum(highest, tl.max(z, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # for a row that has seen no key yet
         p = tl.exp2(z - base[:, None])
@@ -163,10 +178,11 @@ def packed_attention_dq_kernel(
         key = key_start + tl.arange(0, COLUMNS)
         k = load_rows(k_ptr, key, length, column, width, k_token)
         v = load_rows(v_ptr, key, length, column, width, v_token)
-        seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
-        if WINDOW:
-            seen &= key[None, :] > query[:, None] - window
-        _, ds = weights_and_slopes(q, k, v, do, lse[:, None], delta[:, None], seen, scale, softcap, SOFTCAP)
+        partly = (key_start + COLUMNS > start) | WINDOW | (WIDTH > 256)  # there the branch would spill 344 bytes
+        _, ds = weights_and_slopes(
+            q, k, v, do, lse[:, None], delta[:, None], query, key, length, window, partly, scale, softcap,
+            SOFTCAP, WINDOW,
+        )  # fmt: skip
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     store_rows(dq_ptr + mine, dq * scale, query, length, column, width, row_stride)
 
@@ -206,10 +222,11 @@ def packed_attention_dkdv_kernel(
             do = load_rows(do_rows, query, length, column, width, do_token)
             lse = tl.load(lse_ptr + statistics + query, query < length, other=0.0)
             delta = tl.load(delta_ptr + statistics + query, query < length, other=0.0)
-            seen = (key[None, :] <= query[:, None]) & (query < length)[:, None]
-            if WINDOW:
-                seen &= key[None, :] > query[:, None] - window
-            p, ds = weights_and_slopes(q, k, v, do, lse[:, None], delta[:, None], seen, scale, softcap, SOFTCAP)
+            partly = (start + COLUMNS - 1 > query_start) | (query_start + ROWS > length) | WINDOW
+            p, ds = weights_and_slopes(
+                q, k, v, do, lse[:, None], delta[:, None], query, key, length, window, partly, scale, softcap,
+                SOFTCAP, WINDOW,
+            )  # fmt: skip
             dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
     mine, row_stride = (begin * kv_heads + kv_head) * width, kv_heads * width

@@ -3,8 +3,8 @@
     scale = max(amax / 448, 2^-126), or 1 in a block of zeros        values = round to e4m3 (x / scale)
 
 Both divisions round to nearest in float32, so that results have the bits of the reference; values are rounded once
-more. One program has a block of 128 x 128, or 32 blocks of 1 x 128; the kernel is in `_fp8.py`. Bytes moved, for n
-elements of b bytes: n (b + 1), and 4 for each scale.
+more, from sm_89 on by the card's own conversion. One program has a block of 128 x 128, or 32 blocks of 1 x 128; the
+kernel is in `_fp8.py`. Bytes moved, for n elements of b bytes: n (b + 1), and 4 for each scale.
 """
 
 import torch

@@ -4,8 +4,8 @@ from tests.judge.mutants.mutant import one
 
 STORE = "tl.store(values_ptr + offset, x.to(values_ptr.dtype.element_ty), "
 TABLE = {
-    "scale_of_x_left_out": one("x = number * scale[:, None]", "x = number", "value"),
-    "x_not_quantised": one("number = nearest_e4m3(quotient)", "number = quotient", "value"),
+    "scale_of_x_left_out": one("nearest_e4m3(quotient) * scale[:, None]", "nearest_e4m3(quotient)", "value"),
+    "x_not_quantised": one("x = nearest_e4m3(quotient) *", "x = quotient *", "value"),
     "x_quantised_with_two_bits": one("* 1572864.0", "* 3145728.0", "value"),
     "x_scaled_in_other_blocks": one("quantise(rows, 1, quantised)", "quantise(rows, 128, quantised)", "value"),
     "x_in_16_bits": one(

@@ -9,15 +9,24 @@ TABLE = {
         "extents",
     ),
     "window_of_one_more": one(
-        "seen &= key[None, :] > query[:, None] - window\n        z =",
-        "seen &= key[None, :] >= query[:, None] - window\n        z =",
+        "tl.where(visible(query, key, length, window, WINDOW), z",
+        "tl.where(visible(query, key, length, window + 1, WINDOW), z",
         "one_at_a_time",
     ),
     "window_forgotten_in_dk": one(
-        "                seen &= key[None, :] > query[:, None] - window",
-        "                seen &= query[:, None] >= 0",
+        "> length) | WINDOW\n            p, ds = weights_and_slopes(\n"
+        "                q, k, v, do, lse[:, None], delta[:, None], query, key, length, window,",
+        "> length) | WINDOW\n            p, ds = weights_and_slopes(\n"
+        "                q, k, v, do, lse[:, None], delta[:, None], query, key, length, length,",
         "one_at_a_time",
     ),
+    "window_in_the_last_tile_alone": one(
+        "if (key_start + COLUMNS > start) | WINDOW:", "if key_start + COLUMNS > start:", "one_at_a_time"
+    ),
+    "last_keys_of_a_tile_seen_by_all": one(
+        "if (key_start + COLUMNS > start)", "if (key_start >= start + COLUMNS)", "value"
+    ),
+    "keys_seen_by_earlier_queries": one("(start + COLUMNS - 1 > query_start)", "(start > query_start)", "gradients"),
     "window_that_skips_a_tile": one(
         "out = tl.full([ROWS, WIDTH], 0.0, tl.float32)\n    first = tl.maximum(start - window + 1, 0)",
         "out = tl.full([ROWS, WIDTH], 0.0, tl.float32)\n    first = tl.maximum(start - window + COLUMNS, 0)",
@@ -26,9 +35,7 @@ TABLE = {
     "queries_beyond_the_window_dropped": one(
         "start + COLUMNS + window - 1)", "start + COLUMNS + window - 33)", "one_at_a_time"
     ),
-    "softcap_without_gradient": one(
-        "ds = tl.where(seen, ds * tanh_derivative(dots * (scale / softcap)), 0.0)", "ds *= 1.0", "one_at_a_time"
-    ),
+    "softcap_without_gradient": one("ds *= tanh_derivative(dots * (scale / softcap))", "ds *= 1.0", "one_at_a_time"),
     "scale_after_the_cap": one(
         "tanh(dots * (scale / softcap)) * (softcap * LOG2E)",
         "tanh(dots / softcap) * (softcap * scale * LOG2E)",
@@ -36,7 +43,7 @@ TABLE = {
     ),
     "power_of_two_of_natural_scores": one("dots * (scale * LOG2E)", "dots * scale", "value"),
     "dq_without_the_scale": one("dq_ptr + mine, dq * scale", "dq_ptr + mine, dq", "gradients"),
-    "delta_forgotten": one('input_precision="ieee") - delta), 0.0)', 'input_precision="ieee")), 0.0)', "gradients"),
+    "delta_forgotten": one('input_precision="ieee") - delta)', 'input_precision="ieee"))', "gradients"),
     "documents_run_on": one(
         "end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1), 0), tokens)",
         "end = tokens + 0 * begin",
