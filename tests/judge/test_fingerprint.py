@@ -22,11 +22,10 @@ NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "g
 LOADS = {"nf4_dequantize_kernel": 4}  # the 8 elements that a thread stores at once
 # These write one number per row or column.
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel"}
-NARROW = SUMS | {"gated_delta_rule_forward_kernel"}  # its threads hold pairs of neighbours of a state
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless. Others of gated_delta_rule,
-# whose products of float32 keep operands in registers, have not been measured.
-DELTA = {"solve": 288, "forward": 728, "backward": 416, "gradients": 2272}
+# two floats for each of 16 columns of 16384. Of gated_delta_rule a state of 128 x 64 floats stays in the registers of four
+# warps. These tiles were the fastest nevertheless.
+DELTA = {"forward": 88, "backward": 296, "dg": 256, "dqdk": 24}
 SPILLS = {
     **{
         (f"gated_delta_rule_{part}_kernel", shape): stack
@@ -99,7 +98,7 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(fingerprint: Finge
     for one in found:
         assert one["problem"] is None, one
         assert one["load"] == LOADS.get(one["kernel"], 16) or one["kernel"] in NUMBERS, one
-        assert one["store"] == 16 or one["kernel"] in NARROW, one
+        assert one["store"] == 16 or one["kernel"] in SUMS, one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255
 
