@@ -19,10 +19,17 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_")]
 # These read one number per row, or few numbers in all.
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
-LOADS = {"nf4_dequantize_kernel": 4}  # the 8 elements that a thread stores at once
+LOADS = {
+    "nf4_dequantize_kernel": 4,  # the 8 elements that a thread stores at once
+    "causal_conv_forward_kernel": 8,  # with 8 channels of several tokens a thread has too many registers
+    "causal_conv_backward_kernel": 8,
+}
 # These write one number per row or column.
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel", "qk_norm_rope_sums_kernel"}
-NARROW = SUMS | {"gated_delta_rule_forward_kernel"}  # its threads hold pairs of neighbours of a state
+NARROW = SUMS | {
+    "gated_delta_rule_forward_kernel",  # its threads hold pairs of neighbours of a state
+    "causal_conv_forward_kernel",
+}
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
 # two floats for each of 16 columns of 16384. These tiles were the fastest nevertheless. Others of gated_delta_rule,
 # whose products of float32 keep operands in registers, have not been measured.
