@@ -19,12 +19,16 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = [op for op in kernels.__all__ if not op.startswith("lora_")]
 # These read one number per row, or few numbers in all.
 NUMBERS = {"prepare_kernel", "divided_sum_kernel", "causal_conv_sums_kernel", "group_plan_kernel", "route_kernel"}
-LOADS = {"nf4_dequantize_kernel": 4}  # the 8 elements that a thread stores at once
+LOADS = {
+    "nf4_dequantize_kernel": 4,  # the 8 elements that a thread stores at once
+    "causal_conv_forward_kernel": 8,  # with 8 channels of several tokens a thread has too many registers
+    "causal_conv_backward_kernel": 8,
+}
 # These write one number per row or column.
-SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel"}
+SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel", "qk_norm_rope_sums_kernel"}
+NARROW = SUMS | {"causal_conv_forward_kernel"}
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. Of gated_delta_rule a state of 128 x 64 floats stays in the registers of four
-# warps. These tiles were the fastest nevertheless.
+# two floats for each of 16 columns of 16384. Of gated_delta_rule four warps keep a state of 128 x 64 floats. These tiles were the fastest nevertheless.
 DELTA = {"forward": 88, "backward": 296, "dg": 256, "dqdk": 24}
 SPILLS = {
     **{
@@ -98,7 +102,7 @@ def test_kernels_fit_an_h200_and_move_sixteen_bytes_at_a_time(fingerprint: Finge
     for one in found:
         assert one["problem"] is None, one
         assert one["load"] == LOADS.get(one["kernel"], 16) or one["kernel"] in NUMBERS, one
-        assert one["store"] == 16 or one["kernel"] in SUMS, one
+        assert one["store"] == 16 or one["kernel"] in NARROW, one
         assert one["stack"] <= SPILLS.get((one["kernel"], one["shape"]), 0), one
         assert 0 < one["registers"] <= 255
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from unsloth_fast.kernels._launch import kernel
-from unsloth_fast.kernels._norms import load_scale, quotient, rounded
+from unsloth_fast.kernels._norms import column_sum, load_scale, quotient, rounded
 
 
 @triton.jit
@@ -78,9 +78,8 @@ def forward_heads(
 
 @triton.jit
 def backward_heads(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, rstd_ptr, sums, first, heads, column, other, half, width, spacing, cos, sin,
-    dy_head, dy_column, x_head, x_column, weight_stride,
-    OFFSET: tl.constexpr, LLAMA: tl.constexpr, HEADS: tl.constexpr, NEED_DX: tl.constexpr,
+    dy_ptr, x_ptr, dx_ptr, rstd_ptr, scale, sums, first, heads, column, other, half, width, spacing, cos, sin,
+    dy_head, dy_column, x_head, x_column, LLAMA: tl.constexpr, HEADS: tl.constexpr, NEED_DX: tl.constexpr,
 ):  # fmt: skip
     """The gradient of HEADS heads of a token, stored, and that of the weight [HEADS, COLUMNS], added to sums."""
     dtype = x_ptr.dtype.element_ty
@@ -93,7 +92,7 @@ def backward_heads(
     turned = load_heads(dy_ptr, head, other, rotated, dy_head, dy_column)
     d = tl.where(rotated, dy * cos + turned * sin, dy)
     if NEED_DX:
-        g = d * load_scale(weight_ptr, column, width, weight_stride, OFFSET)
+        g = d * scale
         mean = quotient(tl.sum(g * n, 1, keep_dims=True), width)
         dx = rstd * (g - n * mean)
         tl.store(dx_ptr + head * width * spacing + column, dx.to(dtype), inside)
@@ -137,25 +136,31 @@ def qk_norm_rope_forward_kernel(
         )  # fmt: skip
 
 
-@kernel(varying=("tokens", "length", "q_heads", "k_heads", "table"), loops=("each", "steps"), fixed=("width", "half"))
+@kernel(
+    varying=("tokens", "length", "q_heads", "k_heads", "table"),
+    loops=("each", "q_steps", "k_steps"),
+    fixed=("width", "half"),
+)
 def qk_norm_rope_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr,
-    q_rstd_ptr, k_rstd_ptr, dq_ptr, dk_ptr, q_partial_ptr, k_partial_ptr,
-    tokens, length, each, q_heads, k_heads, steps, width, half, table,
+    q_rstd_ptr, k_rstd_ptr, dq_ptr, dk_ptr, partial_ptr,
+    tokens, length, each, q_heads, k_heads, q_steps, k_steps, width, half, table,
     dq_batch, dq_head, dq_token, dq_column, dk_batch, dk_head, dk_token, dk_column,
     q_batch, q_head, q_token, q_column, k_batch, k_head, k_token, k_column, q_weight_stride, k_weight_stride,
     cos_batch, cos_row, cos_column, sin_batch, sin_row, sin_column, positions_batch, positions_token,
     OFFSET: tl.constexpr, LLAMA: tl.constexpr, POSITIONS: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_DWEIGHT: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes `each` tokens with all of their heads; it writes one row of both partial sums."""
+    """Each program takes `each` tokens with all of their heads, HEADS per step; it writes a row of partial sums."""
     first = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+    # As a tile, to get the register layout of the heads: a single row may get another one, which all others follow.
+    column = tl.broadcast_to(tl.arange(0, COLUMNS).to(tl.int64)[None, :], HEADS, COLUMNS)
     other, sign = partner_of(column, half)
     spacing = 1 if TOKEN_MAJOR else length
-    q_sums = tl.zeros([Q_HEADS, COLUMNS], tl.float32)
-    k_sums = tl.zeros([K_HEADS, COLUMNS], tl.float32)
+    q_scale = load_scale(q_weight_ptr, column, width, q_weight_stride, OFFSET)
+    k_scale = load_scale(k_weight_ptr, column, width, k_weight_stride, OFFSET)
+    q_sums = tl.zeros([HEADS, COLUMNS], tl.float32)
+    k_sums = tl.zeros([HEADS, COLUMNS], tl.float32)
     for index in range(0, each):
         program = index * tl.num_programs(0).to(tl.int64) + first
         batch, token = program // length, program % length
@@ -170,20 +175,34 @@ def qk_norm_rope_backward_kernel(
         sin *= -sign
         q_at = (program * q_heads if TOKEN_MAJOR else batch * q_heads * length + token) * width
         k_at = (program * k_heads if TOKEN_MAJOR else batch * k_heads * length + token) * width
-        for step in range(0, steps):
+        for step in range(0, q_steps):
             q_sums = backward_heads(
                 dq_out_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
-                q_weight_ptr, dq_ptr + q_at, q_rstd_ptr + program * q_heads, q_sums, step * Q_HEADS, q_count,
-                column, other, half, width, spacing, cos, sin, dq_head, dq_column, q_head, q_column, q_weight_stride,
-                OFFSET, LLAMA, Q_HEADS, NEED_DX,
+                dq_ptr + q_at, q_rstd_ptr + program * q_heads, q_scale, q_sums, step * HEADS, q_count,
+                column, other, half, width, spacing, cos, sin, dq_head, dq_column, q_head, q_column,
+                LLAMA, HEADS, NEED_DX,
             )  # fmt: skip
+        for step in range(0, k_steps):
             k_sums = backward_heads(
                 dk_out_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
-                k_weight_ptr, dk_ptr + k_at, k_rstd_ptr + program * k_heads, k_sums, step * K_HEADS, k_count,
-                column, other, half, width, spacing, cos, sin, dk_head, dk_column, k_head, k_column, k_weight_stride,
-                OFFSET, LLAMA, K_HEADS, NEED_DX,
+                dk_ptr + k_at, k_rstd_ptr + program * k_heads, k_scale, k_sums, step * HEADS, k_count,
+                column, other, half, width, spacing, cos, sin, dk_head, dk_column, k_head, k_column,
+                LLAMA, HEADS, NEED_DX,
             )  # fmt: skip
     if NEED_DWEIGHT:
-        inside = column < width
-        tl.store(q_partial_ptr + first * width + column, tl.sum(q_sums, 0, keep_dims=True), inside)
-        tl.store(k_partial_ptr + first * width + column, tl.sum(k_sums, 0, keep_dims=True), inside)
+        column = tl.arange(0, COLUMNS)
+        partial_ptr += first * 2 * width
+        tl.store(partial_ptr + column, tl.sum(q_sums, 0), column < width)
+        tl.store(partial_ptr + width + column, tl.sum(k_sums, 0), column < width)
+
+
+@kernel(varying=("rows",), fixed=("columns",))
+def qk_norm_rope_sums_kernel(
+    partial_ptr, dq_weight_ptr, dk_weight_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Sum up the programs' partial sums: the even programs a block of columns for q, the odd ones for k."""
+    block = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
+        column_sum(partial_ptr, dq_weight_ptr, block, rows, columns, 2 * columns, ROWS, COLUMNS)
+    else:
+        column_sum(partial_ptr + columns, dk_weight_ptr, block, rows, columns, 2 * columns, ROWS, COLUMNS)

@@ -20,22 +20,33 @@ from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, once_differentiable
 from unsloth_fast.kernels._launch import cdiv, check_runnable, launch, next_power_of_2, register, strides_of_angles
-from unsloth_fast.kernels._norms import column_sum_grid, column_sum_kernel
-from unsloth_fast.kernels._qk_norm_rope import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
+from unsloth_fast.kernels._norms import column_sum_grid
+from unsloth_fast.kernels._qk_norm_rope import (
+    qk_norm_rope_backward_kernel,
+    qk_norm_rope_forward_kernel,
+    qk_norm_rope_sums_kernel,
+)
 from unsloth_fast.kernels._replay import call, call_recorded
 from unsloth_ref import checks
 from unsloth_ref.types import Casting
 
-WARPS, PROGRAMS = 3072, 768  # the most of a backward pass that sums gradients of weights: 24 warps per processor
+PROGRAMS = 1024  # the most of a backward pass that sums gradients of weights: an H200 holds them all at once
 
 
 def tiling(q: Tensor, k: Tensor) -> tuple[dict[str, int], int]:
-    """Options of both kernels, and the steps over heads: up to 4096 elements of q and of k at a time, 16 per thread."""
+    """Options of the forward pass, and its steps over heads: up to 4096 elements of q and of k, 16 per thread."""
     columns = next_power_of_2(q.shape[3])
     q_heads, k_heads = (min(next_power_of_2(max(1, x.shape[1])), max(1, 4096 // columns)) for x in (q, k))
     steps = max(cdiv(q.shape[1], q_heads), cdiv(k.shape[1], k_heads))
     warps = max(1, min(8, max(q_heads, k_heads) * columns // 512))
     return {"COLUMNS": columns, "Q_HEADS": q_heads, "K_HEADS": k_heads, "num_warps": warps}, steps
+
+
+def backward_tiling(q: Tensor, k: Tensor) -> dict[str, int]:
+    """Options of the backward pass: heads of 512 elements at a time, 8 per thread, which are one access in 16 bits."""
+    columns = next_power_of_2(q.shape[3])
+    heads = min(next_power_of_2(max(q.shape[1], k.shape[1])), max(1, 512 // columns))
+    return {"COLUMNS": columns, "HEADS": heads, "num_warps": max(1, min(8, heads * columns // 256))}
 
 
 def qk_norm_rope_forward(
@@ -74,15 +85,15 @@ def qk_norm_rope_backward(
         return dq, dk, dweights[0].zero_(), dweights[1].zero_()
     batches, q_heads, length, width = q.shape
     tokens = batches * length
-    tile, steps = tiling(q, k)
-    each = cdiv(tokens, min(PROGRAMS, WARPS // tile["num_warps"])) if need_dweight else 1
+    tile = backward_tiling(q, k)
+    each = cdiv(tokens, PROGRAMS) if need_dweight else 1
     programs = cdiv(tokens, each)
-    partial = [q.new_empty((programs, width) if need_dweight else 0, dtype=torch.float32) for _ in range(2)]
+    partial = q.new_empty((programs, 2 * width) if need_dweight else 0, dtype=torch.float32)
     launch(
         qk_norm_rope_backward_kernel, programs, q,
-        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions,
-        q_rstd, k_rstd, dq, dk, *partial,
-        tokens, length, each, q_heads, k.shape[1], steps, width, cos.shape[-1] // 2, len(cos),
+        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, cos if positions is None else positions, q_rstd, k_rstd,
+        dq, dk, partial, tokens, length, each, q_heads, k.shape[1],
+        cdiv(q_heads, tile["HEADS"]), cdiv(k.shape[1], tile["HEADS"]), width, cos.shape[-1] // 2, len(cos),
         *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *q_weight.stride(), *k_weight.stride(),
         *strides_of_angles(cos, sin, positions),
         OFFSET=offset, LLAMA=llama, POSITIONS=positions is not None, TOKEN_MAJOR=token_major,
@@ -90,9 +101,8 @@ def qk_norm_rope_backward(
     )  # fmt: skip
     if need_dweight:
         blocks, options = column_sum_grid(programs, width)
-        for sums, dweight in zip(partial, dweights, strict=True):
-            launch(column_sum_kernel, blocks, q, sums, dweight, programs, width, **options)
-    return gradients
+        launch(qk_norm_rope_sums_kernel, 2 * blocks, q, partial, *dweights, programs, width, **options)
+    return dq, dk, *dweights
 
 
 def _laid_out(x: Tensor, token_major: bool) -> Tensor:

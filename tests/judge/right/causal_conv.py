@@ -87,7 +87,8 @@ TABLE = {
     "by_a_matrix": by_a_matrix,
     "in_float64": in_float64,
     "in_other_tiles": (
-        ("Tile(1024 // width, width, 4)", "Tile(4096 // width, width, 4)"),
-        ("PROGRAMS = 4096", "PROGRAMS = 8"),
+        ("Tile(8, width,", "Tile(4, width,"),
+        ("return Tile(2, *", "return Tile(8, *"),
+        ("RUNS = 2**18", "RUNS = 8"),
     ),
 }

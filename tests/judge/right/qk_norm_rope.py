@@ -38,5 +38,9 @@ TABLE = {
     "of_transformers": world.qwen3.qk_norm_rope,
     "in_float32": in_float32,
     "in_float64": in_float64,
-    "in_other_tiles": (("4096 // columns", "128 // columns"), ("PROGRAMS = 3072, 768", "PROGRAMS = 3072, 3")),
+    "in_other_tiles": (
+        ("4096 // columns", "128 // columns"),
+        ("512 // columns", "128 // columns"),
+        ("PROGRAMS = 1024", "PROGRAMS = 3"),
+    ),
 }
