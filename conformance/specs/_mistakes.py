@@ -23,5 +23,10 @@ def one_column_short(name: str, *, undefined: bool = True) -> ErrorCase:
 
 
 def one_row_short(name: str) -> ErrorCase:
-    """An input without its last row."""
+    """A matrix without its last row."""
     return mistake(f"{name} is one row short", ValueError, name, lambda i: {name: i[name][:-1]}, undefined=True)
+
+
+def one_short(name: str) -> ErrorCase:
+    """A vector without its last entry."""
+    return mistake(f"{name} is one short", ValueError, name, lambda i: {name: i[name][:-1]}, undefined=True)

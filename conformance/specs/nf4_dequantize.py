@@ -25,9 +25,12 @@ from conformance.spec import (
     nbytes,
     row_counts,
 )
+from conformance.specs._mistakes import one_short
 from conformance.tolerances.bounds import Terms
 from unsloth_ref.kernels import nf4_dequantize
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
+
+NESTED = ("nested_code", "nested_absmax", "nested_offset")
 
 
 def _build(draw: Draw, rows: int, columns: int, nested: int) -> Inputs:
@@ -71,7 +74,7 @@ def _without(name: str) -> Callable[[Inputs, Options], tuple[Inputs, Options]]:
     """A call without one of the nested arguments, the others by name."""
 
     def change(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-        nested = {n: inputs[n] for n in ("nested_code", "nested_absmax", "nested_offset") if n != name}
+        nested = {n: inputs[n] for n in NESTED if n != name}
         return {n: inputs[n] for n in ("packed", "absmax")}, options | nested
 
     return change
@@ -132,15 +135,9 @@ spec = Spec(
             "packed is one byte short", ValueError, "packed", lambda i: {"packed": i["packed"][1:]}, undefined=True
         ),
         mistake("packed is signed", TypeError, "packed", lambda i: {"packed": i["packed"].to(torch.int8)}),
-        mistake("absmax is one short", ValueError, "absmax", lambda i: {"absmax": i["absmax"][1:]}, undefined=True),
+        one_short("absmax"),
         mistake("absmax is float with nested scales", TypeError, "absmax", lambda i: {"absmax": i["absmax"].float()}),
-        mistake(
-            "nested_code is one short",
-            ValueError,
-            "nested_code",
-            lambda i: {"nested_code": i["nested_code"][1:]},
-            undefined=True,
-        ),
+        one_short("nested_code"),
         mistake("nested_code is half", TypeError, "nested_code", lambda i: {"nested_code": i["nested_code"].half()}),
         mistake(
             "nested_absmax is empty",
@@ -155,14 +152,7 @@ spec = Spec(
             "nested_offset",
             lambda i: {"nested_offset": i["nested_offset"].expand(3)},
         ),
-        *(
-            ErrorCase(f"{name} is missing", _without(name), error, names)
-            for name, error, names in [
-                ("nested_code", ValueError, "nested_code"),
-                ("nested_absmax", ValueError, "nested_absmax"),
-                ("nested_offset", ValueError, "nested_offset"),
-            ]
-        ),
+        *(ErrorCase(f"{name} is missing", _without(name), ValueError, name) for name in NESTED),
         ErrorCase(
             "a negative size", _reshaped(lambda rows, columns: (-rows, columns)), ValueError, "shape", undefined=True
         ),

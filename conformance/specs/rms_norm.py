@@ -23,13 +23,14 @@ from conformance.spec import (
     row_counts,
     wrong_option,
 )
+from conformance.specs._mistakes import one_short
 from conformance.tolerances.bounds import Terms, root_of_mean
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import rms_norm
 
 # Also mistakes in a call of the other two norms.
 NORM_ERRORS = (
-    mistake("weight is one short", ValueError, "weight", lambda i: {"weight": i["weight"][:-1]}, undefined=True),
+    one_short("weight"),
     mistake("weight is a matrix", ValueError, "weight", lambda i: {"weight": i["weight"][None]}),
     mistake("x has no dimension", ValueError, "x", lambda i: {"x": i["x"][0, 0]}),
     mistake("x is integer", TypeError, "x", lambda i: {"x": i["x"].long()}),
