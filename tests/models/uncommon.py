@@ -239,6 +239,22 @@ class UncommonForCausalLM(UncommonPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
+class WithoutKeywords(UncommonForCausalLM):
+    """Its forward takes three arguments alone, and no cache."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutputWithPast:
+        return super().forward(input_ids, attention_mask, None, labels)
+
+
+class WithTuples(UncommonForCausalLM):
+    """Its forward returns logits in a tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (super().forward(*args, **kwargs).logits,)
+
+
 def _shared(config: UncommonConfig) -> list[nn.Module]:
     """The same layer twice, and a third one with the attention of the first."""
     layer = Sequential(InterfaceAttention(config), TwoGates(), RootNorm)
@@ -255,10 +271,12 @@ LAYERS: dict[str, Any] = {
 }
 
 
-def model(kind: str, dtype: torch.dtype = torch.float64) -> UncommonForCausalLM:
+def model(
+    kind: str, dtype: torch.dtype = torch.float64, of: type[UncommonForCausalLM] = UncommonForCausalLM
+) -> UncommonForCausalLM:
     """A model of one of `LAYERS`."""
     torch.manual_seed(0)
-    made = UncommonForCausalLM(UncommonConfig(kind=kind))
+    made: Any = of(UncommonConfig(kind=kind))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -54,18 +54,9 @@ def alone(model: Any, batches: list[dict[str, Any]]) -> list[Tensor]:
     return [*losses, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("backend", ["reference", "fast"])
-@pytest.mark.parametrize("kind", uncommon.LAYERS)
-def test_a_model_that_nobody_has_heard_of(
-    kind: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The losses and every gradient are those of the untouched model in float64, with one document at a time.
-
-    The fast kernels compute in float32, and are then as close to these as the untouched model in float32.
-    """
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    model = uncommon.model(kind, dtype)
-    peer, batches, losses, gradients = copy.deepcopy(model), list[dict[str, Any]](), list[Tensor](), list[Tensor]()
+def trained(model: Any, folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """The batches of two steps that change nothing; the loss of each, and all gradients of the last one."""
+    batches, losses, gradients = list[dict[str, Any]](), list[Tensor](), list[Tensor]()
 
     class Recording(UnslothTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
@@ -79,20 +70,50 @@ def test_a_model_that_nobody_has_heard_of(
             gradients[:] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     still = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    Recording(
+        model=model,
+        args=arguments(folder, packing=True, max_length=32, max_steps=2, **still, **options),
+        train_dataset=Dataset.from_dict({"text": tiny.texts(18)}),
+        processing_class=tiny.tokenizer(),
+        callbacks=[Gradients()],
+    ).train()
+    return batches, [*losses, *gradients]
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize("kind", uncommon.LAYERS)
+def test_a_model_that_nobody_has_heard_of(
+    kind: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The losses and every gradient are those of the untouched model in float64, with one document at a time.
+
+    The fast kernels compute in float32, and are then as close to these as the untouched model in float32.
+    """
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    model = uncommon.model(kind, dtype)
+    peer = copy.deepcopy(model)
     with caplog.at_level("INFO"):
-        trainer = Recording(
-            model=model,
-            args=arguments(tmp_path, backend=backend, packing=True, max_length=32, max_steps=2, **still),
-            train_dataset=Dataset.from_dict({"text": tiny.texts(18)}),
-            processing_class=tiny.tokenizer(),
-            callbacks=[Gradients()],
-        )
-        trainer.train()
+        batches, results = trained(model, tmp_path, backend=backend)
     said = " ".join(caplog.messages)
     assert (REASON in said) == (kind in uncommon.OWN_ATTENTION) == ("cu_seq_lens_q" not in batches[0])
     assert f"operations placed: {PLACED[kind]}" in said
     of_peer = alone(peer, batches)
     right = alone(peer.double(), batches)
-    for found, usual, truth in zip([*losses, *gradients], of_peer, right, strict=True):
+    for found, usual, truth in zip(results, of_peer, right, strict=True):
         allowed = 1e-9 if dtype == torch.float64 else 4 * ((usual - truth).norm() / truth.norm() + 2.0**-24)
         assert (found - truth).norm() <= allowed * truth.norm()
+
+
+def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
+    """It takes neither positions nor a cache."""
+    model = uncommon.model("alibi", of=uncommon.WithoutKeywords)
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+def test_a_forward_that_returns_a_tuple_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    model = uncommon.model("alibi", of=uncommon.WithTuples)
+    with pytest.raises(TypeError, match=r"^WithTuples\.forward: got a tuple; allowed: an output with the attribute"):
+        trained(model, tmp_path)
