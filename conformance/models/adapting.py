@@ -1,6 +1,7 @@
 """Which adapters is a model judged with?"""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,8 @@ def adapted(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) ->
     both = model.get_input_embeddings(), model.get_output_embeddings()
     of_ends = [name for name, module in model.named_modules() if module in both]
     linear = {name for name, layer in model.named_modules() if is_linear(layer) and layer not in both}
-    names = sorted({_last_word(name) for name in linear})
+    others = {name for name, _ in model.named_modules() if name not in linear}
+    names = sorted({name if _ends_any(others, _last_word(name)) else _last_word(name) for name in linear})
     options: dict[str, Any] = {"use_gradient_checkpointing": False, "init_lora_weights": False, "lora_alpha": 2 * RANK}
     targets: Any = [*names, *EXPERT_WEIGHTS]
     if kind != "usual" or dropout:  # a pattern: names stand for experts too, and for an embedding trained in full
@@ -61,6 +63,11 @@ def is_linear(layer: nn.Module) -> bool:
         y = layer(torch.zeros(1, inputs, dtype=dtype, device=layer.weight.device))
         return isinstance(y, Tensor) and y.shape == (1, outputs)
     return False
+
+
+def _ends_any(names: Iterable[str], last: str) -> bool:
+    """Whether peft would take the end of a name for one of these modules too."""
+    return any(f".{name}".endswith(f".{last}") for name in names)
 
 
 def _last_word(name: str) -> str:

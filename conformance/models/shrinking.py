@@ -20,6 +20,7 @@ _NAMES = (
     (HIDDEN, "hidden_size d_model n_embd embedding_dim attention_hidden_size lru_width word_embed_proj_dim"),
     (HIDDEN, "pronunciation_embed_dim shape_embed_dim adapter_in_dim adapter_out_dim adapter_input_size"),
     (HIDDEN, "embedding_size input_embedding_size output_embedding_size emb_dim mamba_d_ssm hidden_size_global"),
+    (HIDDEN, "embed_dim out_hidden_size text_hidden_size codebook_dim projection_dim projector_hidden_size"),
     (FEED_FORWARD, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff n_inner"),
     (FEED_FORWARD, "intermediate_size_mlp dense_intermediate_size d_inner feed_forward_size"),
     (FEED_FORWARD // 2, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
@@ -58,6 +59,7 @@ _DEPTHS = (
     "decoder_layers",
     "num_decoder_layers",
     "num_blocks",
+    "depth",
 )
 # Sizes that no architecture can do without, although the default of some is None.
 _NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
@@ -97,6 +99,10 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = len(layers)
         elif name in _SIZES and ((isinstance(value, int) and value) or (value is None and name in _NEEDED)):
             fields[name] = _SIZES[name]
+        elif name in _SIZES and isinstance(value, list) and all(isinstance(each, int) for each in value):
+            fields[name] = [_SIZES[name]] * len(value)  # of experts of several kinds
+        elif name.endswith("feature_layer") and isinstance(value, list):
+            fields[name] = [-1, -2][: len(value)]  # the layers of another configuration are fewer now
         elif name in _SPECIAL:
             fields[name] = _SPECIAL[name]
         elif (telling := _telling(name, value)) is not None:
@@ -174,13 +180,16 @@ _ADAPTED: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
         "num_hidden_layers": 3,
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots3_note_text": {"head_dim": 12 + HEAD},  # of the sliding layers, with rope and without
+    "ernie4_5_vl_moe_text": {"rope_parameters": _PLAIN | {"mrope_section": [1, 1, 2]}},  # height, width, time
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * MOST_LAYERS},
     "glm4v_text": {"rope_parameters": _SECTIONS},
     "glm4v_moe_text": {"rope_parameters": _PLAIN | {"partial_rotary_factor": 0.5, "mrope_section": _sections(0.5)}},
     "glm_ocr_text": {"rope_parameters": _SECTIONS},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "hunyuan_vl_text": {"rope_parameters": _SECTIONS},
     "inkling2_loop_text": {  # the two layers in the middle are passed twice
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
         "num_hidden_layers": 4,
@@ -196,6 +205,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
     "muse_glimmer": {"projector_hidden_size": HIDDEN, "out_hidden_size": 4 * HIDDEN},
     "mistral4": {"head_dim": 2 * HEAD},  # with rope and without
+    "paddleocr_vl_text": {"rope_parameters": _SECTIONS},
     "qwen2_vl_text": {"rope_parameters": _SECTIONS},
     "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},
     "qwen4_exp_text": {
@@ -207,6 +217,7 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},  # the third has an attention
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "step3p5": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": WINDOW},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,

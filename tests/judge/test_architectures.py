@@ -57,6 +57,22 @@ def test_the_text_part_of_an_image_text_model_is_judged(name: str) -> None:
     assert LAWS["gradients"].check(trial_of(name))
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "step3p7", "ernie4_5_vl_moe", "granite_docling", "paddleocr_vl"])
+def test_a_tower_is_tiny_too(name: str) -> None:
+    """And sizes that two parts share are the same, kinds of layers in lists stay, and the text part runs alone."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    model = Subject.named(name).model(torch.float32, "cpu")
+    assert model.num_parameters() < 10**6
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def test_linear_layers_whose_names_others_end_with_get_adapters_too() -> None:
+    """Reformer's are called as modules that hold them."""
+    assert LAWS["adapter_saved"].check(trial_of("reformer")) is None
+
+
 @pytest.mark.parametrize("name", ["doge", "ctrl", "lara_mini"])
 def test_documents_apart_in_a_model_of_its_own_kind(name: str) -> None:
     """Another kernel without gradients; embeddings changed in place; a mixer that untouched takes no packed rows."""

@@ -5,6 +5,7 @@ DistributedDataParallel, FSDP and autocast see an ordinary forward, and FSDP has
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
     """
     remove_loss(model)
     previous = model.forward
+    parameters = inspect.signature(type(model).forward).parameters
+    caches = "use_cache" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     checked: dict[bool, dict[str, float] | None] = {}  # by mode: a layer before the head may work in training alone
 
     @functools.wraps(type(model).forward)  # `generate` reads the parameters
@@ -77,6 +80,8 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
         own = previous if self is model else functools.partial(type(self).forward, self)
         if not backend_loss:
             return own(*positional, **inputs)
+        if not caches:
+            inputs.pop("use_cache", None)
         labels: Tensor = inputs.pop("labels")
         inputs |= {"output_router_logits": True} if with_load_balancing else {}
         options = {"num_items": num_items, "label_smoothing": label_smoothing}
@@ -90,6 +95,9 @@ def add_loss(model: CausalLM, backend: Backend, *, label_smoothing: float = 0.0)
             loss, scores = _loss_of_hidden(self, head, hidden, labels, backend, options | found, with_scores)
         else:
             outputs = own(*positional, **inputs)
+            if not hasattr(outputs, "logits"):
+                found_type, owner = type(outputs).__name__, type(self).__name__
+                raise TypeError(f"{owner}.forward: got a {found_type}; allowed: an output with the attribute logits")
             loss, scores = _loss_of_logits(outputs.logits, labels, backend, options, with_scores)
         load_balancing = None
         if with_load_balancing:

@@ -122,8 +122,10 @@ def _is_weighted(module: nn.Module) -> bool:
 
 
 def _eps(module: nn.Module) -> str | None:
-    """The name of the attribute with eps."""
-    return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+    """The name of the attribute with eps: one of the usual ones, or, beside a weight, that of the only number."""
+    numbers = [name for name, value in vars(module).items() if isinstance(value, float) and value > 0]
+    usual = (name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float))
+    return next(usual, numbers[0] if len(numbers) == 1 and _is_weighted(module) else None)
 
 
 def _agreeing_norm(

@@ -1,0 +1,119 @@
+"""Models of people's own are trained as they compute: packed where documents stay apart, else padded, with a reason."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
+
+from tests import tiny
+from tests.models import uncommon
+from tests.trainer.runs import arguments
+from unsloth_fast import UnslothTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# How often each operation is placed under a model; one that attends by its own means is padded.
+PLACED: dict[str, dict[str, int]] = {
+    "alibi": {"rms_norm": 4},
+    "own attention": {},
+    "interface": {"packed_attention": 2},
+    "parallel": {"packed_attention": 2, "rms_norm": 4},
+    "shared": {"packed_attention": 1, "rms_norm": 2},
+}
+REASON = "because the model makes its masks without a look at documents of a row, which may join them"
+
+
+def documents_of(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """The tokens and labels of each document of a batch, [S] each."""
+    tokens, labels = batch["input_ids"], batch["labels"]
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff().tolist()
+        return list(zip(tokens[0].split(lengths), labels[0].split(lengths), strict=True))
+    masks = batch["attention_mask"].bool()
+    return [(t[m], y[m]) for t, y, m in zip(tokens, labels, masks, strict=True)]
+
+
+def alone(model: Any, batches: list[dict[str, Any]]) -> list[Tensor]:
+    """The loss of each batch, and all gradients of the last one, of one document at a time."""
+    losses = []
+    for batch in batches:
+        model.zero_grad()
+        documents = documents_of(batch)
+        count = sum(int((labels[1:] != -100).sum()) for _, labels in documents)
+        logits = (model(input_ids=tokens[None]).logits[0, :-1] for tokens, _ in documents)
+        sums = (cross_entropy(x, y[1:], reduction="sum") for x, (_, y) in zip(logits, documents, strict=True))
+        loss = torch.stack(list(sums)).sum() / count
+        loss.backward()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad for p in model.parameters())]
+
+
+def trained(model: Any, folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """The batches of two steps that change nothing; the loss of each, and all gradients of the last one."""
+    batches, losses, gradients = list[dict[str, Any]](), list[Tensor](), list[Tensor]()
+
+    class Recording(UnslothTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            batches.append({name: copy.copy(value) for name, value in inputs.items()})
+            loss: Any = super().compute_loss(model, inputs, *args, **options)
+            losses.append(loss.detach())
+            return loss
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
+            gradients[:] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    still = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    Recording(
+        model=model,
+        args=arguments(folder, packing=True, max_length=32, max_steps=2, **still, **options),
+        train_dataset=Dataset.from_dict({"text": tiny.texts(18)}),
+        processing_class=tiny.tokenizer(),
+        callbacks=[Gradients()],
+    ).train()
+    return batches, [*losses, *gradients]
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize("kind", uncommon.LAYERS)
+def test_a_model_that_nobody_has_heard_of(
+    kind: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The losses and every gradient are those of the untouched model in float64, with one document at a time.
+
+    The fast kernels compute in float32, and are then as close to these as the untouched model in float32.
+    """
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    model = uncommon.model(kind, dtype)
+    peer = copy.deepcopy(model)
+    with caplog.at_level("INFO"):
+        batches, results = trained(model, tmp_path, backend=backend)
+    said = " ".join(caplog.messages)
+    assert (REASON in said) == (kind in uncommon.OWN_ATTENTION) == ("cu_seq_lens_q" not in batches[0])
+    assert f"operations placed: {PLACED[kind]}" in said
+    of_peer = alone(peer, batches)
+    right = alone(peer.double(), batches)
+    for found, usual, truth in zip(results, of_peer, right, strict=True):
+        allowed = 1e-9 if dtype == torch.float64 else 4 * ((usual - truth).norm() / truth.norm() + 2.0**-24)
+        assert (found - truth).norm() <= allowed * truth.norm()
+
+
+def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
+    """It takes neither positions nor a cache."""
+    model = uncommon.model("alibi", of=uncommon.WithoutKeywords)
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+def test_a_forward_that_returns_a_tuple_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    model = uncommon.model("alibi", of=uncommon.WithTuples)
+    with pytest.raises(TypeError, match=r"^WithTuples\.forward: got a tuple; allowed: an output with the attribute"):
+        trained(model, tmp_path)
