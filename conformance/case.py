@@ -26,7 +26,7 @@ EXTREMES = ("lowest", "highest", "one_lowest", "one_highest")  # fills whose int
 OF_CASES = ("fill", "layout", "seed")  # what a case names besides sizes and options
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Case:
     """One drawn input.
 
@@ -46,14 +46,8 @@ class Case:
 
     def __str__(self) -> str:
         """The case in the form that `conformance repro` reads: "rows=4 hidden=129 fill=tiny seed=0"."""
-        return " ".join(f"{name}={_word(value)}" for name, value in self._words())
-
-    def __repr__(self) -> str:
-        """The case in the form of a constructor call, for messages."""
-        return f"Case({', '.join(f'{name}={value!r}' for name, value in self._words())})"
-
-    def _words(self) -> list[tuple[str, Any]]:
-        return [*self.sizes, *self.options, ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)]
+        own = ("fill", self.fill), ("layout", self.layout), ("seed", self.seed)
+        return " ".join(f"{name}={_word(value)}" for name, value in (*self.sizes, *self.options, *own))
 
     def size(self, name: str) -> int:
         """The size of one dimension."""

@@ -113,7 +113,7 @@ def test_the_command_line_fails_a_wrong_piece_and_prints_a_line_that_reproduces_
     assert main([*command.split(), case]) == 1
     assert "FAIL pack / structure: offsets is torch.int32" in capsys.readouterr().out
     assert main(["repro", case, "--backend", f"{HERE}.pack.by_bisection"]) == 0
-    assert capsys.readouterr().out.startswith("ok   pack / structure: PackCase(lengths=(), capacity=1")
+    assert capsys.readouterr().out.startswith("ok   pack / structure: lengths=[] capacity=1")
 
 
 def test_an_unknown_property_is_rejected_with_the_names_of_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
