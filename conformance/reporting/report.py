@@ -31,6 +31,7 @@ from conformance.spec import Spec
 from unsloth_ref.checks import counted
 
 CELL_WIDTH = 17
+SO_FAR = " (so far: the time for finding a smaller one ran out)"
 # What each gate asks, for readers of a failure; conformance/tolerances/gates.py derives them.
 GATES = {
     "gate G0": "shape, dtype and digits, and NaN, infinity and integers must be those of the reference",
@@ -218,7 +219,7 @@ def failures(
         dtype = (result.dtype,) if result.dtype else ()
         line = " ".join((result.op, *dtype, result.property, str(result.case)))
         again = [
-            f"  smallest case: {result.case}",
+            f"  smallest case: {result.case}{SO_FAR * result.cut_short}",
             f"  reproduce:     {repro(line, backend, device, source.words())}",
         ]
         asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]

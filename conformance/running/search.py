@@ -39,6 +39,7 @@ class Result:
         examples: number of cases run.
         case: the smallest failing case, in the form that `conformance repro` reads.
         message: the broken gate with the measured and the allowed value; or why the property was skipped.
+        cut_short: whether the time for finding a smaller case ran out before the search for one ended.
         reached: the pairs of settings that its cases reached; None if there are none, or if they were not explored.
     """
 
@@ -50,6 +51,7 @@ class Result:
     examples: int = 0
     case: str | None = None
     message: str | None = None
+    cut_short: bool = False
     reached: Reached | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class _Attempts:
         self._lacking: dict[AnyCase, Failure] = {}  # cases with an option that the backend lacks
         self._deadline = float("inf")
         self._count = 0
+        self._cut_short = False
         self._used: float | None = None
         self._unchecked = ""  # the reason why the last unchecked case was not checked
 
@@ -148,10 +151,11 @@ class _Attempts:
             return Result(*who, "skip", message=self._unchecked)
         if failure is None:
             return Result(*who, "pass", self._used, self._count)
-        return Result(*who, "fail", failure.used, self._count, str(case), str(failure))
+        return Result(*who, "fail", failure.used, self._count, str(case), str(failure), self._cut_short)
 
     def _attempt(self, case: AnyCase) -> None:
         if case not in self._failed and time.monotonic() > self._deadline:
+            self._cut_short = True
             return  # time for shrinking is over: only cases known to fail still fail
         if (why := self._trial.refused(case)) is not None:
             self._unchecked = f"the reference refuses every case: {why}"

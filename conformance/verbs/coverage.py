@@ -1,7 +1,6 @@
 """`conformance coverage`: which pairs of settings of an operation's kernels the properties have not run."""
 
 import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -64,7 +63,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
     results = [result for _, result in run(tasks, lambda *_: None, jobs=arguments.jobs)]
     missed = {result.property: _missed(explored, result) for result in results if result.reached}
     print(_table(explored, results), end="\n\n")
-    print(_listing(op, explored, missed, arguments, source))
+    print(_listing(op, explored, missed, arguments, device, source))
     if arguments.json:
         meta = {"device": device, "backend": judged.name, "profile": arguments.profile}
         _write(arguments.json, meta, results, missed)
@@ -95,6 +94,7 @@ def _listing(
     explored: Explored,
     missed: Mapping[str, Mapping[Pair, Case]],
     arguments: argparse.Namespace,
+    device: str,
     source: Source,
 ) -> str:
     """The pairs that were not run, together with those that the same case reaches; those of most properties first."""
@@ -103,16 +103,13 @@ def _listing(
         if names := tuple(name for name, pairs in missed.items() if pair in pairs):
             together.setdefault((case, names), []).append(pair)
     ordered = sorted(together.items(), key=lambda item: (-len(item[0][1]), -len(item[1])))
-    where = "".join(f" {shlex.quote(word)}" for word in source.words())
-    where += f" --backend {arguments.backend}" * (arguments.backend != "fast")
-    where += f" --device {arguments.device}" * bool(arguments.device)
     lines: list[str] = []
     for (case, names), pairs in ordered[: arguments.lines]:
         which = names[0] if len(names) == 1 else f"{len(names)} of {len(missed)} properties"
         others = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
         lines.append(f"not run by {which}: {shown(pairs[0])}{others}")
-        repro = f"{op} {arguments.dtype} {names[0]} {case}"
-        lines.append(f"  run it: python -m conformance repro{where} '{repro}'")
+        line = f"{op} {arguments.dtype} {names[0]} {case}"
+        lines.append(f"  run it: {report.repro(line, arguments.backend, device, source.words())}")
     left = len(ordered) - arguments.lines
     return "\n".join([*lines, *([f"and {left} more cases; --json FILE lists every pair"] if left > 0 else [])])
 

@@ -42,7 +42,9 @@ def _repro(arguments: argparse.Namespace) -> int:
     if result.verdict == "skip":
         raise UsageError(f"{name}: {result.message}")
     used = f", {100 * result.budget_use:.3g} % of the budget" if result.budget_use is not None else ""
+    again = " ".join((op, *((dtype,) if dtype else ()), name, str(case)))
     print(f"ok   {' / '.join((op, name, *((dtype,) if dtype else ())))}: {case}{used}")
+    print(f"  reproduce:     {report.repro(again, arguments.backend, device, source.words())}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -188,7 +189,12 @@ def test_pieces_have_no_dtype_column(capsys: pytest.CaptureFixture[str]) -> None
 def test_repro_runs_one_case(name: str, status: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"swiglu float16 {name} rows=2 hidden=3 fill=tiny seed=1"
     assert main(["repro", line, "--backend", "tests.judge.wrong.swiglu_forgets_up", "--device", "cpu"]) == status
-    assert capsys.readouterr().out.startswith(verdict)
+    printed = capsys.readouterr().out
+    assert printed.startswith(verdict)
+    assert "Case(" not in printed
+    (again,) = (line.partition("python -m conformance ")[2] for line in printed.splitlines() if "reproduce:" in line)
+    assert main(shlex.split(again)) == status  # what is printed can be pasted
+    assert capsys.readouterr().out == printed
 
 
 def test_a_stopped_run_leaves_no_process() -> None:

@@ -39,7 +39,8 @@ def test_the_document_is_that_of_the_results() -> None:
     ]
     mutants = json.loads((root / "docs/results/power/mutants_cpu.json").read_text())
     reasons = automatic.reasons(root / document.SURVIVORS)
-    text = document.text(files, {}, [mutants], reasons)
+    peers = {"liger_cpu": json.loads((root / "docs/results/power/liger_cpu.json").read_text())}
+    text = document.text(files, peers, [mutants], reasons)
     assert text == (root / "docs/judge-power.md").read_text(), "run `make figures`"
     survivors = {one["mutant"] for one in mutants["results"] if one["verdict"] in ("survived", "unreached")}
     assert set(reasons) == survivors

@@ -1,5 +1,6 @@
 """The search: repeated calls on a GPU, which a backend may have recorded, cases not checked, options that lack."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from conformance.case import Case
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
+from conformance.reporting.report import failures
 from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure, Unchecked
@@ -57,6 +59,23 @@ def test_a_fault_of_repeated_calls_is_reduced_to_its_smallest_case() -> None:
     result = search(trial, Property("repeated", "", check), PROFILES["ci"], "float32")
     assert result.message == "in a repeated call: wrong"
     assert (result.case or "").startswith("rows=1 hidden=2 ")
+
+
+@pytest.mark.parametrize(("seconds", "cut_short"), [(0.05, True), (60.0, False)])
+def test_a_search_for_a_smaller_case_that_time_ends_says_so(seconds: float, cut_short: bool) -> None:
+    def check(trial: Trial, case: Case) -> None:
+        if dict(case.sizes)["hidden"] >= 2:
+            time.sleep(0.04 if cut_short else 0.0)
+            raise Failure("wrong")
+
+    trial = Trial(specs()["swiglu"], swiglu, torch.float32, "cpu")
+    profile = replace(PROFILES["ci"], shrink_seconds=seconds)
+    result = search(trial, Property("large", "", check), profile, "float32", covering=[])
+    assert (result.verdict, result.cut_short, result.as_dict()["cut_short"]) == ("fail", cut_short, cut_short)
+    line = f"  smallest case: {result.case}" + " (so far: the time for finding a smaller one ran out)" * cut_short
+    printed = failures([result], "mine", "cpu").splitlines()
+    assert line in printed
+    assert printed[-1].endswith(f"{result.case}'")  # the command has the case alone
 
 
 @pytest.mark.parametrize(("said", "verdict", "examples"), [(7, "skip", 0), (3, "pass", 4)])
