@@ -25,9 +25,8 @@ def test_a_document_has_the_bits_that_it_has_alone(activation: str | None) -> No
     weight = torch.randn(16, 4, generator=generator).to(DEVICE)
     alone = convolved(x, dy, weight, [0, 20], activation)
     for before in range(1, 9):
-        others = (torch.full((before, 16), torch.nan, device=DEVICE) for _ in range(2))
-        behind = torch.full((5, 16), torch.nan, device=DEVICE)
-        packed = (torch.cat([other, one, behind]) for other, one in zip(others, (x.detach(), dy), strict=True))
-        found = convolved(*packed, weight, [0, before, before + 20, before + 25], activation)
+        around = torch.full((before, 16), torch.nan, device=DEVICE), torch.full((5, 16), torch.nan, device=DEVICE)
+        packed = [torch.cat([around[0], one, around[1]]) for one in (x.detach(), dy)]
+        found = convolved(packed[0], packed[1], weight, [0, before, before + 20, before + 25], activation)
         for one, other in zip(found, alone, strict=True):
             assert torch.equal(one[before : before + 20], other)
