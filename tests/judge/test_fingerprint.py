@@ -37,6 +37,7 @@ SPILLS = {
         for part, stack in DELTA.items()
         for shape in ("qwen-3.5 text-mix-2k", "qwen-3.5 long-2k")
     },
+    ("causal_conv_backward_kernel", "lfm-2-1.2b"): 8,
     ("gated_rms_norm_backward_kernel", "mamba-2"): 136,
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
     **{("packed_attention_dkdv_kernel", f"{documents}-16k-d64"): 72 for documents in ("text-mix", "long")},

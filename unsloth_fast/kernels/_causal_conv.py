@@ -169,7 +169,7 @@ def backward_tokens(
     return xs, dxs, dtaps, dbias
 
 
-@kernel(varying=("tokens", "documents", "steps", "blocks", "weight_row"), loops=("each",), fixed=("channels",))
+@kernel(varying=("tokens", "documents", "steps", "blocks", "each", "weight_row"), fixed=("channels",))
 def causal_conv_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr, dx_ptr, partial_ptr,
     tokens, channels, documents, steps, blocks, each,

@@ -102,7 +102,7 @@ def qk_norm_rope_backward(
     if need_dweight:
         blocks, options = column_sum_grid(programs, width)
         launch(qk_norm_rope_sums_kernel, 2 * blocks, q, partial, *dweights, programs, width, **options)
-    return dq, dk, *dweights
+    return gradients
 
 
 def _laid_out(x: Tensor, token_major: bool) -> Tensor:

@@ -8,14 +8,10 @@ TABLE = {
     "documents_run_on": one(
         "seen += (tl.where(token - (WIDTH - 1 - place) >= begin,", "seen += (tl.where(token >= begin,", "value"
     ),
-    "first_tokens_of_a_document_taken_for_others": one(
-        "if (first - (WIDTH - 1) >= begin) & (first", "if (first >= begin) & (first", "value", "argument_kinds"
-    ),
     "last_tokens_of_a_document_taken_for_others": one("& (start + ROWS <= end) &", "& (start < end) &", "gradients"),
     "gradient_of_the_next_document": one(
         "tl.where((token - (WIDTH - 1 - place) >= begin) & (token < end),", "tl.where(token < end,", "gradients"
     ),
-    "document_of_the_run_for_all": one("        if start >= end:\n", "        if start < 0:\n", "gradients"),
     "tap_of_the_token_is_the_first": one(
         "column * weight_row + (WIDTH - 1 - back) * weight_column",
         "column * weight_row + back * weight_column",
