@@ -28,8 +28,8 @@ LOADS = {
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel", "qk_norm_rope_sums_kernel"}
 NARROW = SUMS | {"causal_conv_forward_kernel"}
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. Of gated_delta_rule four warps keep a state of 128 x 64 floats. These tiles
-# were the fastest nevertheless.
+# two floats for each of 16 columns of 16384. Of gated_delta_rule four warps keep a state of 128 x 64 floats. These were
+# the fastest tiles nevertheless.
 DELTA = {"forward": 88, "backward": 296, "dg": 256, "dqdk": 24}
 SPILLS = {
     **{
