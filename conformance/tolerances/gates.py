@@ -20,7 +20,7 @@ Gates
             max |y - r|   <= 2   max(max |p - r|, u max |r| + max independent / 0.42 + max shared)
     G3  Bias, in 16 bits, over at least 1000 random elements:
             |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
-        and numbers half-way between two become the even one, see conformance/ties.py
+        and numbers half-way between two become the even one, see conformance/tolerances/ties.py
 
 Derivation
     G0, where p has them: an intermediate overflows in the dtype, to an infinity or, if two of them meet, to NaN.

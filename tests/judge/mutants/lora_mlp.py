@@ -32,7 +32,6 @@ TABLE = {
         "dgate, dup = (torch.empty_like(one) for one in own[1:])",
         "dgate, dup = own[1], torch.empty_like(own[2])",
         "gradients",
-        "retained_backward",
     ),
     "up_overwritten": one(
         "dgate, dup = (torch.empty_like(one) for one in own[1:])",
