@@ -100,7 +100,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif name in _SIZES and ((isinstance(value, int) and value) or (value is None and name in _NEEDED)):
             fields[name] = _SIZES[name]
         elif name in _SIZES and isinstance(value, list) and all(isinstance(each, int) for each in value):
-            fields[name] = [_SIZES[name]] * len(value)  # of experts of several kinds
+            of_layers = depth and len(value) == values[depth]  # otherwise of experts of several kinds
+            fields[name] = [_SIZES[name]] * (len(layers) if of_layers else len(value))
         elif name.endswith("feature_layer") and isinstance(value, list):
             fields[name] = [-1, -2][: len(value)]  # the layers of another configuration are fewer now
         elif name in _SPECIAL:

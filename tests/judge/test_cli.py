@@ -137,7 +137,7 @@ def test_the_json_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     contract = {*unsloth_ref.kernels.__all__, *unsloth_ref.training.__all__}
     assert set(written["meta"]["not_defined"]) == contract - {"swiglu"}
     results = {result["property"]: result for result in written["results"]}
-    keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message", "coverage"}
+    keys = {"op", "property", "dtype", "verdict", "budget_use", "examples", "case", "message", "coverage", "cut_short"}
     assert all(set(result) == keys for result in results.values())
     assert [results[name]["verdict"] for name in properties] == ["pass", "fail", "skip"]
     assert 0 <= results["value"]["budget_use"] <= 1

@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.case import Case
 from conformance.declarations import SpecError
+from conformance.instruments.plain import is_plain
 from conformance.profiles import PROFILES
 from conformance.properties import exact_laws, special_values
 from conformance.specs import geglu, specs, swiglu
 from conformance.specs import linear_cross_entropy as linear
 from conformance.tolerances.gates import Failure
-from conformance.trial import Run, Trial, as_leaves, is_plain
+from conformance.trial import Run, Trial, as_leaves
 from unsloth_fast import kernels as fast
 from unsloth_ref import kernels as reference
 from unsloth_ref.accuracy import widen
