@@ -252,6 +252,7 @@ class Trial:
                 roundings=budget.roundings,
                 random=case.fill not in self.spec.drawing.alike,
                 truncates=truncates,
+                ties=False,
             )
             used = max(used, judge(name, y, r, p, model))
         return used

@@ -20,7 +20,7 @@ Gates
             max |y - r|   <= 2   max(max |p - r|, u max |r| + max independent / 0.42 + max shared)
     G3  Bias, in 16 bits, over at least 1000 random elements:
             |b(y)| <= 0.25 + |b(p)|,    b(y) = mean of (y - r) sign(r) / max(u |r|, scale)
-        and numbers half-way between two become the even one, see conformance/tolerances/ties.py
+        and numbers half-way between two become the even one, see conformance/tolerances/ties.py, if model.ties
 
 Derivation
     G0, where p has them: an intermediate overflows in the dtype, to an infinity or, if two of them meet, to NaN.
@@ -107,6 +107,8 @@ class ErrorModel:
         random: whether the elements differ, so that their rounding errors can be expected to cancel.
         truncates: whether casts to bfloat16 truncate (Triton's interpreter).
         jumps: elements at a discontinuity, which are no part of the statistics of G2 and G3.
+        ties: whether to ask how ties are rounded; not where an inexact factor that is shared, such as sigmoid(0), may
+            move all of them to one side.
     """
 
     error: Allowance
@@ -115,6 +117,7 @@ class ErrorModel:
     random: bool = True
     truncates: bool = False
     jumps: Tensor | None = None
+    ties: bool = True
 
 
 def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> float:
@@ -168,7 +171,8 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     errors = wide - truth, peer - truth
     used = max(used, _with_row_factors(name, *errors, truth, floors, finite, independent, model.roundings * unit))
     if dtype.itemsize == 2:
-        _ties(name, judged, truth, peer)
+        if model.ties:
+            _ties(name, judged, truth, peer)
         used = max(used, _bias(name, judged, truth, peer, scale, unit) if model.random else 0.0)
     return used
 
