@@ -197,7 +197,7 @@ class UncommonModel(UncommonPreTrainedModel):
 
 
 class MaskedModel(UncommonModel):
-    """The layers of a kind, which get transformers' mask."""
+    """The layers of a kind, which get transformers' mask; written out, as placement reads the source of a forward."""
 
     def forward(
         self,

@@ -80,6 +80,11 @@ def trained(model: Any, folder: Path, **options: Any) -> tuple[list[dict[str, An
     return batches, [*losses, *gradients]
 
 
+def error(found: list[Tensor], right: list[Tensor]) -> float:
+    """The length of what the results are off by."""
+    return sum(float((one - truth).norm()) ** 2 for one, truth in zip(found, right, strict=True)) ** 0.5
+
+
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 @pytest.mark.parametrize("kind", uncommon.LAYERS)
 def test_a_model_that_nobody_has_heard_of(
@@ -87,7 +92,7 @@ def test_a_model_that_nobody_has_heard_of(
 ) -> None:
     """The losses and every gradient are those of the untouched model in float64, with one document at a time.
 
-    The fast kernels compute in float32, and are then as close to these as the untouched model in float32.
+    The fast kernels compute in float32: the error of all together is at most twice that of the untouched model then.
     """
     dtype = torch.float64 if backend == "reference" else torch.float32
     model = uncommon.model(kind, dtype)
@@ -99,9 +104,11 @@ def test_a_model_that_nobody_has_heard_of(
     assert f"operations placed: {PLACED[kind]}" in said
     of_peer = alone(peer, batches)
     right = alone(peer.double(), batches)
-    for found, usual, truth in zip(results, of_peer, right, strict=True):
-        allowed = 1e-9 if dtype == torch.float64 else 4 * ((usual - truth).norm() / truth.norm() + 2.0**-24)
-        assert (found - truth).norm() <= allowed * truth.norm()
+    if dtype == torch.float32:
+        assert error(results, right) <= 2 * error(of_peer, right)
+        return
+    for found, truth in zip(results, right, strict=True):
+        assert (found - truth).norm() <= 1e-9 * truth.norm()
 
 
 def test_a_forward_without_further_keywords(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def fused(a, b, c):
 
 @triton.jit
 def quotients(x, scale):
-    """x / scale, correctly rounded as by tl.div_rn, with four multiplications: a third of the time of the kernel.
+    """x / scale, correctly rounded as by tl.div_rn, with four multiplications in place of a division.
 
     The scales [ROWS, 1] are those of the rows, from 2^-126 on. With the reciprocal of the divisor, correctly rounded,
     the quotient is a step of Newton's away (Markstein 1990). Its excess is exact, unless it is subnormal: therefore
