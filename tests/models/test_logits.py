@@ -152,6 +152,17 @@ def test_the_check_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_check_evaluates_no_linear_layer() -> None:
+    """Where a CPU multiplies bfloat16, bitsandbytes repacks 4-bit weights in evaluation, for good."""
+    model, modes = tiny.model().train(), list[bool]()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.forward = lambda x, layer=layer.self_attn.q_proj: (
+            modes.append(layer.training) or nn.functional.linear(x, layer.weight)
+        )
+    assert check(model) == {"logit_scale": 1.0, "softcap": 0.0}
+    assert modes and all(modes)
+
+
 def test_the_first_step_under_autocast_has_every_gradient() -> None:
     """Autocast keeps its casts of weights, and those that the check made have no gradient."""
     gradients = []

@@ -109,7 +109,8 @@ def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def undisturbed(model: nn.Module, base: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients, the base model in evaluation mode; restores its modes and the state of random numbers.
 
-    Hooks of users, which count and record steps, do not run.
+    Linear layers keep their mode, which changes nothing that they return: on some CPUs bitsandbytes repacks 4-bit
+    weights in evaluation, for good and with rounded scales. Hooks of users, which count and record steps, do not run.
     """
     training = [module for module in base.modules() if module.training]
     devices = [device] if device.type == "cuda" else []
@@ -120,7 +121,8 @@ def undisturbed(model: nn.Module, base: nn.Module, device: torch.device) -> Iter
             warnings.catch_warnings(action="ignore"),
             _without_hooks_of_users(model),
         ):
-            base.eval()
+            for module in training:
+                module.training = isinstance(module, nn.Linear)
             yield
     finally:
         for module in training:
