@@ -5,6 +5,7 @@ A file of them is TOML:
     [[deviation]]
     operation = "rms_norm"
     property = "inputs_untouched"      # "*": any; for a failure that random cases show under different properties
+    # Both may be a list of names. Each of its properties must then fail in each of its operations.
     reason = "the backward pass writes over grad_output"
     dtype = "bfloat16"                 # optional: all dtypes by default
     device = "cuda"                    # optional: all devices by default
@@ -21,6 +22,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from conformance import peers
 from conformance.case import DTYPES
@@ -80,13 +82,22 @@ def read(path: Path, device: str) -> list[Deviation]:
     found = []
     for entry in entries:
         wrong = [key for key in entry if key not in KEYS] + [key for key in NEEDED if key not in entry]
-        if wrong or not all(isinstance(value, str) for value in entry.values()):
-            raise SpecError(f"{path}: got an entry with {', '.join(entry)}; allowed: {', '.join(KEYS)}, each a text")
+        ops, properties = (_names(entry.get(key)) for key in ("operation", "property"))
+        texts = [*ops, *properties, *(value for key, value in entry.items() if key not in ("operation", "property"))]
+        if wrong or not ops or not properties or not all(isinstance(text, str) for text in texts):
+            raise SpecError(
+                f"{path}: got an entry with {', '.join(entry)}; allowed: {', '.join(KEYS)}, each a text, and for "
+                "operation and property also a list of texts"
+            )
         for key, allowed in (("dtype", DTYPES), ("device", DEVICES)):
             if entry.get(key) not in (None, *allowed):
                 raise SpecError(f"{path}: {key}: got {entry[key]!r}; allowed: {', '.join(allowed)}")
-        found.append(Deviation(**entry))
+        found += [Deviation(**entry | {"operation": op, "property": name}) for op in ops for name in properties]
     return [one for one in found if one.device in (None, device)]
+
+
+def _names(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def expected(result: Result, known: Sequence[Deviation]) -> Result:

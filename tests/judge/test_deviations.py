@@ -50,6 +50,10 @@ def test_a_file_of_deviations(tmp_path: Path) -> None:
     file = tmp_path / "known.toml"
     file.write_text('[[deviation]]\noperation = "rms_norm"\nproperty = "value"\nreason = "rounds twice"\n')
     assert read(file, "cpu") == [KNOWN]
+    file.write_text(
+        '[[deviation]]\noperation = ["rms_norm"]\nproperty = ["value", "layouts"]\nreason = "rounds twice"\n'
+    )
+    assert read(file, "cpu") == [KNOWN, replace(KNOWN, property="layouts")]
     file.write_text('[[deviation]]\noperation = "rms_norm"\nwhy = "?"\n')
     with pytest.raises(SpecError, match="got an entry with operation, why; allowed: operation, property"):
         read(file, "cpu")
@@ -72,6 +76,8 @@ def test_what_the_peers_declare_exists() -> None:
         ("[[deviations]]\noperation = 'rope'", r"got deviations; allowed: entries that begin with \[\[deviation\]\]"),
         ("[deviation]\noperation = 'rope'", r"got deviation; allowed: entries that begin with"),
         ("deviation = [1]", "got deviation; allowed: entries that begin with"),
+        ("[[deviation]]\noperation = []\nproperty = 'b'\nreason = 'c'", "also a list of texts"),
+        ("[[deviation]]\noperation = 'a'\nproperty = [1]\nreason = 'c'", "also a list of texts"),
         (f"{ENTRY}\ndtype = 'bf16'", "dtype: got 'bf16'; allowed: f"),
         (f"{ENTRY}\ndevice = 'gpu'", "device: got 'gpu'; allowed: c"),
         ("reason = '\xff'", "which cannot be read: 'utf-8' codec"),
