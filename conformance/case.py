@@ -8,7 +8,6 @@ device, so that every device sees the same bits; there they get their memory lay
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -250,15 +249,18 @@ class Draw:
         Args:
             kind: "randn" takes the case's fill as it is; "ones" lies around 1, as a weight; "rand" is in [0, 1),
                 "positive" above 0; "probabilities" and "log_probabilities" are so along the last dimension; "randint"
-                and "mask" are integers and booleans, under the fills of EXTREMES all equal, or all but one.
+                and "mask" are integers and booleans, under the fills of EXTREMES all equal, or all but one;
+                "offsets" are sorted integers from 0 to `high`, those between as of "randint".
             shape: may be empty.
             dtype: instead of that of the case.
             low, high: the range of "randint", without `high`; both ends occur, and one number twice.
             other: one more number, that of one element in five, and the lowest.
         """
         generator = self._generator()
-        if kind in ("randint", "mask"):
+        if kind in ("randint", "mask", "offsets"):
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
+            if kind == "offsets":
+                return self.lay_out(self._offsets(generator, shape, high).to(own))
             return self.lay_out(self._integers(generator, shape, low, max(high, low + 1), other).to(own))
         fill = "randn" if kind == "ones" else self.case.fill
         values = FILLS[fill](generator, (1,) * (2 - len(shape)) + shape).reshape(shape)
@@ -281,6 +283,20 @@ class Draw:
         if self.case.fill in ("one_lowest", "one_highest") and len(flat):
             place = torch.randint(len(flat), (1,), generator=generator, device=generator.device)
             flat[place] = last if self.case.fill == "one_highest" else lowest
+        return values
+
+    def _offsets(self, generator: Generator, shape: tuple[int, ...], last: int) -> Tensor:
+        """Where parts begin along the last dimension, and the end of the last part; some parts may be empty."""
+        if shape[-1] < 2:
+            raise ValueError(f"offsets: got {shape[-1]} of them; allowed: at least 2, the ends of one part")
+        inner = (*shape[:-1], shape[-1] - 2)
+        inside = torch.randint(last + 1, inner, generator=generator, device=generator.device)
+        inside[..., 1:2] = inside[..., :1]  # a part without elements
+        if self.case.fill in EXTREMES:
+            inside = self._integers(generator, inner, 0, last + 1, None)
+        values = inside.new_full(shape, last)
+        values[..., :1] = 0
+        values[..., 1:-1] = inside.sort(-1).values
         return values
 
     def weight(self, size: int) -> Tensor:
@@ -311,19 +327,3 @@ class Draw:
         ignored[tokens // 2 : tokens // 2 + (tokens > 2 and ignored_fraction > 0)] = True  # one, if others remain
         labels[ignored] = dict(self.case.options).get("ignore_index", IGNORE_INDEX)
         return self.lay_out(labels)
-
-
-def beside(value: Any) -> Any:
-    """A number near a float that 16 bits hold badly, so that rounding it to them shows; None for any other value.
-
-    In bfloat16 and in float16 it lies just below the middle of two numbers. In a tuple each float has its own.
-    """
-    if isinstance(value, tuple):
-        others = [beside(one) for one in value]
-        found = tuple(one if other is None else other for one, other in zip(value, others, strict=True))
-        return None if found == value else found
-    if not isinstance(value, float) or not value or not math.isfinite(value):
-        return None
-    step = 2.0 ** math.floor(math.log2(abs(value)))
-    below = step / 128 * (math.floor(abs(value) / step * 128) + 1)  # by no power of two, whose products are exact
-    return math.copysign(float(f"{below + step * (2**-8 - 2**-11 - 2**-15):.5g}"), value)

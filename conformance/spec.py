@@ -112,6 +112,7 @@ class Drawing:
         sizes: for each dimension, a function from an element budget to a strategy. The last dimension is drawn first.
         build: the input tensors of a case.
         options: for each keyword, the values to draw, the default first.
+        added: those that the judge chose for an operation of the command line. A backend may refuse them.
         consistent: whether these options may be combined.
         required: arguments that have no default and are not inputs, as keywords, from a case.
         typed: the name of such an argument that takes the dtype under test; empty where an input has that dtype.
@@ -126,6 +127,7 @@ class Drawing:
     sizes: Mapping[str, Callable[[int], st.SearchStrategy[int]]]
     build: Callable[..., Inputs]
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    added: Mapping[str, Any] = field(default_factory=dict)
     consistent: Callable[[Options], bool] = lambda options: True
     required: Callable[[Case], Options] = lambda case: {}
     typed: str = ""

@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance import calling
-from conformance.case import Case, Draw, beside
+from conformance.case import Case, Draw
 from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
@@ -132,7 +132,7 @@ class Trial:
             return self._outputs(inputs, options, function)
         raised = f"raised {describe(caught.error)}"
         for name, value in options.items():
-            if self.spec.drawing.partial and value in map(beside, self.spec.drawing.options.get(name, ())):
+            if name in self.spec.drawing.added and value == self.spec.drawing.added[name]:
                 raise Refused(f"{name}={value}, which the example does not have, is refused: {raised}")
         if isinstance(caught.error, NotImplementedError):
             plain, drawn = self.spec.without_options(options), self.spec.drawing.options.items()
@@ -283,6 +283,7 @@ class Trial:
                 random=case.fill not in self.spec.drawing.alike,
                 truncates=truncates,
                 jumps=response.jumps,
+                other=response.other,
             )
             used = max(used, judge(name, y, response.truth, p, model))
         return used

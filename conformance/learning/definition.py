@@ -1,15 +1,18 @@
 """Calls of a reference that the project has never heard of: is it a function, whose results its inputs determine?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conformance import calling
 from conformance.case import Case
 from conformance.declarations import SpecError
 from conformance.spec import Inputs, Spec
-from conformance.trial import Caught, bits, describe
+from conformance.trial import Caught, as_leaves, bits, describe
 
 PRESENT = "given"  # the value of an optional tensor that is there
 
@@ -31,7 +34,8 @@ def outputs_of(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     with Caught() as caught:
         outputs = call(spec, case, inputs)
     if caught.error is not None:
-        raise SpecError(f"reference: {spec.op} raised {describe(caught.error)}, on the example") from caught.error
+        raised = f"raised {describe(caught.error)}, on the example's sizes and options with drawn elements"
+        raise SpecError(f"reference: {spec.op} {raised}") from caught.error
     if not outputs or not all(isinstance(output, Tensor) for output in outputs):
         kinds = ", ".join(type(output).__name__ for output in outputs) or "nothing"
         raise SpecError(f"reference: {spec.op} returned {kinds}; allowed: tensors, in tuples, lists or dicts")
@@ -52,3 +56,39 @@ def demand_function(spec: Spec, case: Case, inputs: Inputs) -> None:
     for one, other in zip(first, second, strict=False):
         if one.shape != other.shape or not bits(one).equal(bits(other)):
             raise SpecError(f"reference: {spec.op} gives other results in a second call; allowed: always the same")
+
+
+def reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
+    """The inputs that require a gradient and get one from these outputs."""
+    roots = [output for output in outputs if output.requires_grad]
+    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    if not roots:
+        return []
+    found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
+    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+
+
+def fits(spec: Spec, case: Case) -> bool:
+    """Whether the reference is a function for this case too, with the outputs and gradients of the example."""
+    with Caught():
+        inputs = spec.inputs(case, torch.float32, "cpu")
+        demand_function(spec, case, inputs)
+        leaves = as_leaves(inputs, spec.grads)
+        outputs = outputs_of(spec, case, leaves)
+        return len(outputs) == len(spec.outputs) and set(reached(outputs, leaves)) == set(spec.grads)
+    return False
+
+
+class Work(TorchDispatchMode):
+    """Counts operators, and the elements that they produce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, add up its results."""
+        found = func(*args, **(kwargs or {}))
+        self.operators += 1
+        self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
+        return found

@@ -6,14 +6,15 @@ Two forms:
     a file   that defines `example`: a dict of arguments by name, a function that returns one, or such a text
 
 In the text an argument is a tensor, a literal, or several of them with | between: each is judged. A tensor is
-`KIND(SIZE, ...)` with a kind of KINDS; `randint([LOW,] HIGH, SIZE, ...)` takes its range first. A size is a number, a
-name with a number (`T=64`), a name that has its number elsewhere, or a product such as `2*H`, also with its number
-(`2*H=64`). Equal numbers are one size, unless one of them has a name. After the sizes, `dtype=float32` keeps a tensor
-in that dtype, and `or=-100` is one more number for integers. An option may be the name of a size, which it then
-follows.
+`KIND(SIZE, ...)` with a kind of KINDS; `randint([LOW,] HIGH, SIZE, ...)` takes its range first, and `offsets(LAST,
+SIZE, ...)`, sorted integers from 0, the last of them. A size is a number, a name with a number (`T=64`), a name that
+has its number elsewhere, or a product such as `2*H`, also with its number (`2*H=64`). Equal numbers are one size,
+unless one of them has a name. After the sizes, `dtype=float32` keeps a tensor in that dtype, and `or=-100` is one more
+number for integers. An option may be the name of a size, which it then follows.
 
 In a file the tensors are real ones: equal sizes are one size, and values tell the kind (all positive, probabilities,
-the range of integers, and the one negative number among others). Sizes of 0 and 1 never vary.
+the range of integers, the one negative number among others, offsets that end with a size). Sizes of 0 and 1 never
+vary.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from conformance.case import OF_CASES
 from conformance.declarations import SpecError
 
 Size = int | tuple[int, str]  # a constant, or a factor and the name of a size
-KINDS = ("randn", "rand", "positive", "probabilities", "log_probabilities", "ones", "zeros", "randint", "mask")
+INTEGERS = {"randint": torch.int64, "offsets": torch.int64, "mask": torch.bool}  # kinds, with their usual dtypes
+KINDS = ("randn", "rand", "positive", "probabilities", "log_probabilities", "ones", "zeros", *INTEGERS)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
     torch.int64, torch.bool,
@@ -49,7 +51,7 @@ class TensorArgument:
         kind: its distribution, a name in KINDS.
         shape: one Size per dimension.
         dtype: its own; None for the dtype under test.
-        low, high: of randint: the range, without `high`.
+        low, high: of randint: the range, without `high`; of offsets, `high` is the last.
         other: of randint: one more number; None for none.
     """
 
@@ -63,13 +65,15 @@ class TensorArgument:
     @property
     def is_integer(self) -> bool:
         """Whether its elements are integers or booleans, which no fill scales."""
-        return self.kind in ("randint", "mask")
+        return self.kind in INTEGERS
 
     def __str__(self) -> str:
         """The tensor as in the text of an example, without the numbers of its sizes."""
         words = [word_of(size) for size in self.shape]
         if self.kind == "randint":
             words = [word_of(self.low), word_of(self.high), *words]
+        elif self.kind == "offsets":
+            words = [word_of(self.high), *words]
         if self.dtype not in (None, torch.bool, torch.int64):
             words.append(f"dtype={str(self.dtype).removeprefix('torch.')}")
         if self.other is not None:
@@ -200,7 +204,7 @@ class _Text:
     def _tensor(self, argument: str, kind: str, parts: list[str]) -> TensorArgument:
         if kind not in KINDS:
             raise SpecError(f"--example: got {argument}={kind}(...); allowed: {', '.join(KINDS)}")
-        dtype = {"randint": torch.int64, "mask": torch.bool}.get(kind)
+        dtype = INTEGERS.get(kind)
         other: int | None = None
         while parts and re.match(r"(dtype|or)\s*=", parts[-1]):
             word, _, given = (part.strip() for part in parts.pop().partition("="))
@@ -211,11 +215,13 @@ class _Text:
             dtype, other = (DTYPES[given], other) if word == "dtype" else (dtype, int(given))
         low: Size = 0
         high: Size = 2
-        if kind == "randint":
-            if not parts:
-                raise SpecError(f"--example: got {argument}=randint(); allowed: randint(HIGH, SIZE, ...)")
+        if kind in ("randint", "offsets"):
+            if len(parts) < (2 if kind == "offsets" else 1):
+                raise SpecError(
+                    f"--example: got {argument}={kind}({', '.join(parts)}); allowed: {kind}(NUMBER, SIZE, ...)"
+                )
             high = self._size(argument, 0, parts.pop(0), bound=True)
-            if parts and isinstance(high, int) and high < 2:  # randint(LOW, HIGH, ...)
+            if kind == "randint" and parts and isinstance(high, int) and high < 2:  # randint(LOW, HIGH, ...)
                 low, high = high, self._size(argument, 0, parts.pop(0), bound=True)
         shape = tuple(self._size(argument, i, p) for i, p in enumerate(parts))
         return TensorArgument(kind, shape, dtype, low, high, other)
@@ -245,7 +251,8 @@ def of_call(arguments: Mapping[str, Any]) -> Example:
     """The example of a real call: arguments by name, with tensors."""
     sizes: dict[str, int] = {}
     names: dict[int, str] = {}
-    floats = [t.dtype for value in arguments.values() for t in _tensors(value) if t.is_floating_point()]
+    every = [t for value in arguments.values() for t in _tensors(value)]
+    floats = [t.dtype for t in every if t.is_floating_point()]
 
     def size(name: str, place: int, number: int) -> Size:
         if number < 2:
@@ -264,6 +271,8 @@ def of_call(arguments: Mapping[str, Any]) -> Example:
             return TensorArgument(_kind(value.double()), shape, own)
         if value.dtype == torch.bool:
             return TensorArgument("mask", shape, own)
+        if _are_offsets(value) and any(int(value[-1]) in t.shape for t in every):
+            return TensorArgument("offsets", shape, own, high=size(name, value.ndim, int(value[-1])))
         low, high = (int(value.min()), int(value.max()) + 1) if value.numel() else (0, 1)
         within = value[value >= 0]
         if low < 0 < within.numel() and not ((value < 0) & (value != low)).any():  # as the label of an ignored token
@@ -284,6 +293,10 @@ def of_call(arguments: Mapping[str, Any]) -> Example:
 def _tensors(value: Any) -> list[Tensor]:
     values = value if isinstance(value, (list, tuple)) else (value,)
     return [one for one in values if isinstance(one, Tensor)]
+
+
+def _are_offsets(values: Tensor) -> bool:
+    return values.ndim == 1 < len(values) and int(values[0]) == 0 and bool((values.diff() >= 0).all())
 
 
 def _kind(values: Tensor) -> str:

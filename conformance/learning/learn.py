@@ -15,15 +15,13 @@ from math import inf, nan
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from conformance.case import Case, Draw, beside
+from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.learning.definition import PRESENT, call, demand_function, outputs_of
+from conformance.learning.definition import PRESENT, Work, call, demand_function, fits, outputs_of, reached
 from conformance.learning.example import Example, Follows, TensorArgument, value_of
+from conformance.learning.options import others
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
 from conformance.trial import Caught, as_leaves, describe
 
@@ -43,21 +41,6 @@ def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[st
         if replaced.get(name.partition("[")[0], PRESENT) is not None:
             inputs[name] = tensor
     return inputs
-
-
-class _Work(TorchDispatchMode):
-    """Counts operators, and the elements that they produce."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = self.operators = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, add up its results."""
-        found = func(*args, **(kwargs or {}))
-        self.operators += 1
-        self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
-        return found
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class Learner:
         def fitted(rows: int, columns: int) -> tuple[int, ...]:
             return shape(counts, rows, columns) if counts else ()
 
-        spec = replace(spec, drawing=replace(spec.drawing, sizes=counts, shape=fitted))
+        spec = self._with_others(replace(spec, drawing=replace(spec.drawing, sizes=counts, shape=fitted)))
         self._demand_mostly_accepted(spec)
         return replace(spec, lacks=self._lacks(spec), special_values=self._special_values(spec))
 
@@ -154,7 +137,7 @@ class Learner:
                     raise SpecError(f"{flag}: got {name}; allowed: {', '.join(self.tensors)}")
 
     def options(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Values to draw by keyword, the default first, with one beside a float; and those that every call gets."""
+        """Known values by keyword, the default first; and those that every call gets."""
         drawn: dict[str, list[Any]] = {}
         always: dict[str, Any] = {}
         for name, values in self.example.arguments.items():
@@ -167,12 +150,24 @@ class Learner:
             elif isinstance(first, (Follows, list, dict)):
                 always[name] = first
             else:
-                near = [other for one in (*values, *default) if (other := beside(one)) is not None][:1]
-                if default or near or len(values) > 1:
-                    drawn[name] = list(dict.fromkeys([*default, *values, *near]))
+                drawn[name] = list(dict.fromkeys([*default, *values]))
                 if not default:
                     always[name] = first
         return drawn, always
+
+    def _with_others(self, spec: Spec) -> Spec:
+        """The Spec whose options have one more value, if there is one that the reference takes like the known ones."""
+        cases = Case(tuple(self.sizes.items())), spec.case(5, 130)  # the latter judges every option
+        known, added = spec.drawing.options, dict[str, Any]()
+        for name, values in known.items():
+            for value in (one for one in others(values) if one not in values):
+                if all(fits(spec, case.with_options({name: value})) for case in cases):
+                    added[name] = value
+                    break
+        options = {name: [*values, added[name]] if name in added else values for name, values in known.items()}
+        required = spec.drawing.required(cases[0])
+        options = {name: values for name, values in options.items() if len(values) > 1 or name not in required}
+        return replace(spec, drawing=replace(spec.drawing, options=options, added=added))
 
     def _of_example(self) -> Spec:
         """The Spec whose only sizes are those of the example; calls the reference."""
@@ -223,7 +218,7 @@ class Learner:
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]
-        grads = _reached(outputs, inputs)
+        grads = reached(outputs, inputs)
         wanted = self.grads if self.grads is not None else self.example.grads
         for name in wanted or ():
             if name not in grads:
@@ -257,10 +252,10 @@ class Learner:
         self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int], counts: Counts
     ) -> Counts:
         """The power of a size that the reference's work grows with, from 1 to 3; no long loops of operators."""
-        counts, works = replace(counts, empty=0 in accepted), list[_Work]()
+        counts, works = replace(counts, empty=0 in accepted), list[Work]()
         pair = [n for n in accepted if n and 2 * n in accepted][-1:]
         for size in (*pair, *(2 * n for n in pair)):
-            with _Work() as work:
+            with Work() as work:
                 self._accepted(spec, {**base, name: size})
             works.append(work)
         if not works:
@@ -327,16 +322,6 @@ def _is_tensors(value: Any) -> bool:
     """Whether a value of an argument is a tensor, or a list with one."""
     values = value if isinstance(value, list) else [value]
     return any(isinstance(one, TensorArgument) for one in values)
-
-
-def _reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
-    """The inputs that require a gradient and get one from these outputs."""
-    roots = [output for output in outputs if output.requires_grad]
-    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-    if not roots:
-        return []
-    found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
-    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
 
 
 def found_shapes(spec: Spec, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ import torch
 
 from conformance.counts import Counts
 from conformance.learning.definition import PRESENT
-from conformance.learning.example import Follows, Size, TensorArgument, word_of
+from conformance.learning.example import INTEGERS, Follows, Size, TensorArgument, word_of
 from conformance.learning.learn import Learner
 from conformance.spec import Spec
 
@@ -46,7 +46,7 @@ def text(learner: Learner, where: str) -> str:
         "    drawing=Drawing(",
         "        sizes=SIZES,",
         "        build=_build,",
-        *_options(learner),
+        *_options(learner, spec),
         f"        fills={_list(spec.drawing.fills)},",
         "        shape=lambda rows, columns: shape(SIZES, rows, columns),",
         "        partial=True,  # cases that the reference refuses are skipped",
@@ -98,8 +98,10 @@ def _build(learner: Learner, spec: Spec) -> list[str]:
 
 def _tensor(one: TensorArgument) -> str:
     words = [f'"{one.kind}"', *(_size(size) for size in one.shape)]
-    if one.dtype not in (None, {"mask": torch.bool, "randint": torch.int64}.get(one.kind)):
+    if one.dtype not in (None, INTEGERS.get(one.kind)):
         words.append(f"dtype={one.dtype}")
+    if one.kind == "offsets":
+        words.append(f"high={_size(one.high)}")
     if one.kind == "randint":
         words += [f"low={_size(one.low)}", f"high={_size(one.high)}"]
         words += [] if one.other is None else [f"other={one.other}"]
@@ -121,16 +123,15 @@ def _sizes(counts: dict[str, Counts]) -> list[str]:
     return [*lines, "}"]
 
 
-def _options(learner: Learner) -> list[str]:
-    drawn, always = learner.options()
-    lines = []
-    if drawn:
-        inside = ", ".join(f"{json.dumps(name)}: [{', '.join(map(_value, values))}]" for name, values in drawn.items())
-        lines.append(f"        options={{{inside}}},")
-    if always:
-        inside = ", ".join(f"{json.dumps(name)}: {_value(value)}" for name, value in always.items())
-        lines.append(f"        required=lambda case: {{{inside}}},")
-    return lines
+def _options(learner: Learner, spec: Spec) -> list[str]:
+    drawn = {name: f"[{', '.join(map(_value, values))}]" for name, values in spec.drawing.options.items()}
+    added = {name: _value(value) for name, value in spec.drawing.added.items()}
+    always = {name: _value(value) for name, value in learner.options()[1].items()}
+    return [
+        f"        {field}{{{', '.join(f'{json.dumps(name)}: {text}' for name, text in found.items())}}},"
+        for field, found in (("options=", drawn), ("added=", added), ("required=lambda case: ", always))
+        if found
+    ]
 
 
 def _value(value: Any) -> str:

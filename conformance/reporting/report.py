@@ -68,7 +68,10 @@ def learned(spec: Spec) -> str:
         ),
         "options": ", ".join(
             [
-                *(f"{name} {', '.join(map(str, values))}" for name, values in spec.drawing.options.items()),
+                *(
+                    f"{name} {', '.join(map(str, values))}{' (added)' if name in spec.drawing.added else ''}"
+                    for name, values in spec.drawing.options.items()
+                ),
                 *(
                     f"{name} {_followed(spec, case, name) or value}"
                     for name, value in always.items()

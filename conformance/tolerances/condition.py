@@ -32,7 +32,7 @@ From responses to a bound
         |y - r| <= u |r| + 3 R_A + max(2 log2(n) 2^-24 S, 2.1 R_C) + 2^-23 max S + tiny,     S = R_B 2^24
     The third term is that of gate G1, wide enough for 8 probes. max S is the largest S of the tensor, 0 where S = 0:
     another formula than the reference's may subtract, in float32, numbers as large as those of other elements (the
-    gradient of a softmax over the chosen logits, where one probability is nearly 1); 2^-23 are the roundings of gate
+    gradient of a softmax, where one probability is nearly 1 and others are not); 2^-23 are the roundings of gate
     G2's floor. Large cases have fewer probes, down to 4, whose mean scatters more: 3 becomes 3 sqrt(16 / probes).
 
     The third term covers sums in pairs or blocks, and short ones. One after the other, in the worst order, the partial
@@ -53,7 +53,9 @@ Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
     in any probe is not compared beyond its range (`flips`); 20 more probes see to ties. A float that changes by more
     than 64 units roundoff of the larger of itself and its tensor's root mean square (`jumps`) has a wide bound by
-    itself, and does not enter the statistics of gates G2 and G3.
+    itself, and does not enter the statistics of gates G2 and G3. One that is finite in the truth and infinite or NaN in
+    a probe may be either (`other`: the probability at which a filter begins); one that is infinite or NaN in the truth
+    and otherwise in a probe is not compared: of 1 / (1 - sigmoid(40)) float64 knows no digit.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ class Response:
         flips: elements that some probe changed, for integers and booleans.
         lowest, highest: the range of integers in all probes, at least that of places in an input.
         jumps: elements that some probe changed by far more than roundings do.
+        other: the truth, or what a probe makes of it where one of both is infinite or NaN and the other is not so.
         of_peer: 2 |p - r|, float64; None without a peer.
     """
 
@@ -109,6 +112,7 @@ class Response:
     lowest: float
     highest: float
     jumps: Tensor
+    other: Tensor
     of_peer: Tensor | None = None
 
     def beside(self, peer: Tensor) -> Response:
@@ -178,6 +182,7 @@ class _Changes:
         self.truth, self._unit = {name: _within_float32(r) for name, r in truth.items()}, unit
         self.flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
         self.jumps = {name: flip.clone() for name, flip in self.flips.items()}
+        self.others = dict(self.truth)
         self.ranges = {
             name: (min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)) for name, r in truth.items()
         }
@@ -196,6 +201,9 @@ class _Changes:
                 low, high = self.ranges[name]
                 self.ranges[name] = min(low, _extreme(found[name], min)), max(high, _extreme(found[name], max))
             elif squares is not None:
+                within = _within_float32(found[name])
+                alike = (within == r) | (within.isfinite() & r.isfinite()) | (within.isnan() & r.isnan())
+                self.others[name] = torch.where(alike, self.others[name], within)
                 change = torch.where(found[name] == r, 0.0, found[name] - r)
                 level = torch.maximum(r.abs(), r.where(r.isfinite(), nan).square().nanmean().sqrt()) if r.numel() else r
                 self.jumps[name] |= jumps & ~(change.abs() <= JUMP * self._unit * level)
@@ -242,6 +250,7 @@ def _measured(
             lowest=changes.ranges[name][0],
             highest=changes.ranges[name][1],
             jumps=changes.jumps[name],
+            other=changes.others[name],
         )
         for name, r in truth.items()
     }

@@ -25,7 +25,7 @@ EXACT = {
     "select_scatter", "set_", "broadcast_in_dim", "floor", "ceil", "round", "trunc", "nan_to_num", "unbind", "split",
 }  # fmt: skip
 CASTS = ("_to_copy", "convert_element_type")
-UNDERFLOWS = ("exp", "exp2", "_softmax")
+UNDERFLOWS = ("exp", "exp2", "sigmoid", "_softmax")
 # Chains of simpler operators, in which numbers may cancel.
 COMPOSITE = {
     "gelu", "gelu_backward", "silu", "silu_backward", "_softmax", "_log_softmax", "_softmax_backward_data",

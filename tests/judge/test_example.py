@@ -1,14 +1,16 @@
 """The text and the values of an example call."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from conformance.case import Case, Draw, beside
+from conformance.case import Case, Draw
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
 from conformance.learning.example import Follows, TensorArgument, of_call, read, value_of
+from conformance.learning.options import beside, others
 
 
 def test_equal_numbers_are_one_size_unless_they_are_named() -> None:
@@ -65,6 +67,23 @@ def test_integers_of_some_fills_are_all_equal_or_all_but_one() -> None:
     assert 40 < int((drawn == -100).sum()) < 120
 
 
+def test_offsets_divide_a_size_into_parts() -> None:
+    (starts,) = read("starts=offsets(T,S=9,dtype=int32) x=randn(T=40,H=3)").arguments["starts"]
+    assert starts == TensorArgument("offsets", ((1, "S"),), torch.int32, 0, (1, "T"))
+    assert str(starts) == "offsets(T, S, dtype=int32)"
+    found = of_call({"starts": torch.tensor([0, 3, 3, 7]), "x": torch.randn(7, 5), "at": torch.tensor([0, 2, 6])})
+    assert [one.kind for (one,) in found.arguments.values()] == ["offsets", "randn", "randint"]
+    assert value_of(found.arguments["starts"][0].high, found.sizes) == 7
+    drawn = [Draw(Case((), seed=seed), torch.float16, "cpu").tensor("offsets", 9, high=40).diff() for seed in range(9)]
+    assert all(int(one.sum()) == 40 and (one == 0).any() and (one >= 0).all() for one in drawn)
+    for place in (0, -1):
+        assert any(one[place] > 0 for one in drawn)
+    for fill, values in (("lowest", [0, 0, 0, 4]), ("highest", [0, 4, 4, 4])):
+        assert Draw(Case((), fill=fill), torch.float16, "cpu").tensor("offsets", 4, high=4).tolist() == values
+    with pytest.raises(ValueError, match="got 1 of them; allowed: at least 2"):
+        Draw(Case(()), torch.float16, "cpu").tensor("offsets", 1, high=4)
+
+
 @pytest.mark.parametrize("value", [0.5, 1.0, -2.0, 0.1, 0.9, 1e-6, 3.5e4])
 def test_a_number_beside_a_float_changes_by_nearly_a_unit_roundoff_in_16_bits(value: float) -> None:
     near = beside(value)
@@ -77,6 +96,25 @@ def test_a_number_beside_a_float_changes_by_nearly_a_unit_roundoff_in_16_bits(va
 def test_other_values_have_no_number_beside_them() -> None:
     assert [beside(value) for value in (2, True, "mean", 0.0, math.inf, (1, 2))] == [None] * 6
     assert beside((0.5, 3, 1.0)) == (beside(0.5), 3, beside(1.0))
+
+
+@pytest.mark.parametrize(
+    ("known", "values"),
+    [
+        ([0], [1, 0]),
+        ([4], [5, 8, 2]),
+        ([-1], []),
+        ([2, 3], []),
+        ([True], [False]),
+        ([(1, 3)], [(2, 4), (2, 6)]),
+        ([(1, "same")], []),
+        (["mean"], []),
+        ([0.0], [beside(0.1)]),
+        ([0.0, 0.5], [beside(0.5), beside(0.1)]),
+    ],
+)
+def test_values_to_add_to_the_known_ones_of_an_option(known: list[Any], values: list[Any]) -> None:
+    assert [*others(known)] == values
 
 
 def test_a_product_has_its_number() -> None:
@@ -99,6 +137,7 @@ def test_lists_of_tensors() -> None:
         ("T=3 x=randn(T=4)", "T is an argument and a size"),
         ("x=randn(T=4) y=randn(T=5)", "got T=4 and T=5; allowed: one number"),
         ("x=randn(4*Q=18)", r"got 4\*Q=18; allowed: a multiple of 4"),
+        ("x=offsets(3)", r"got x=offsets\(3\); allowed: offsets\(NUMBER, SIZE, ...\)"),
         ("x=randn(3,or=-1)", r"got x with or=-1; allowed: a number, in randint"),
         ("x=randint(3,4,or=x)", r"got x with or=x; allowed: a number, in randint"),
         ("x=randn(-4,5)", "got -4 as a size of x; allowed: 0 or more"),

@@ -106,6 +106,11 @@ def group_norm_unbiased(
     return F.group_norm(x * (n / max(1, n - 1)) ** 0.5, groups, weight, bias, eps * 4)
 
 
+def group_norm_of_four(x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Ignores the number of groups, which is 4 in the example."""
+    return F.group_norm(x, 4, weight, bias, eps)
+
+
 @wrong("group_norm", "one_at_a_time")
 def group_norm_detaches_the_mean(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
@@ -136,8 +141,33 @@ def gate_by_sorting(logits: Tensor, k: int) -> list[Tensor]:
     return [(gates / gates.sum(-1, keepdim=True)).to(logits.dtype), order.indices[..., :k].contiguous()]
 
 
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        chosen, places = logits.float().topk(k, -1)
+        gates = torch.softmax(chosen, -1)
+        ctx.save_for_backward(gates, places)
+        ctx.like = logits
+        ctx.mark_non_differentiable(places)
+        return gates.to(logits.dtype), places
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        gates, places = ctx.saved_tensors
+        differences = dy.float()[..., None] - dy.float()[..., None, :]
+        dx = gates * (differences * gates[..., None, :]).sum(-1)
+        return torch.zeros_like(ctx.like, dtype=torch.float32).scatter(-1, places, dx).to(ctx.like.dtype), None
+
+
 @right("top_k_gate")
+def gate_by_differences(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """With a softmax over the chosen logits, whose gradient is made of differences of incoming gradients."""
+    return _Gate.apply(logits, k)
+
+
 def gate_by_a_small_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Less accurate than the definition: where one gate is nearly 1, its gradient is a difference of equal numbers."""
     chosen, places = logits.float().topk(k, -1)
     return torch.softmax(chosen, -1).to(logits.dtype), places
 
@@ -157,6 +187,36 @@ def gate_not_normalised(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gate_in_another_order(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chosen, places = logits.float().topk(k, -1)
     return torch.softmax(chosen, -1).to(logits.dtype), places.flip(-1)
+
+
+def gate_of_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ignores k, which is 2 in the example."""
+    return gate_by_differences(logits, 2)
+
+
+def nucleus_in_float64(logits: Tensor, p: float) -> Tensor:
+    """Right: of equal probabilities another one may be the first that is left out."""
+    ordered, places = logits.double().sort(dim=-1, descending=True, stable=True)
+    powers = torch.exp(ordered - ordered[..., :1])
+    out = (powers.cumsum(-1) - powers) / powers.sum(-1, keepdim=True) >= p
+    return logits.masked_fill(torch.zeros_like(out).scatter(-1, places, out), float("-inf"))
+
+
+def nucleus_without_the_last(logits: Tensor, p: float) -> Tensor:
+    """Wrong: leaves out the token that reaches p."""
+    ordered, places = logits.float().sort(dim=-1, descending=True, stable=True)
+    out = ordered.softmax(-1).cumsum(-1) > p
+    return logits.masked_fill(torch.zeros_like(out).scatter(-1, places, out), float("-inf"))
+
+
+def weight_of_time_by_exp(u: Tensor) -> Tensor:
+    """Right: finite where the definition divides by 0."""
+    return 2 + torch.exp(u.float()) + torch.exp(-u.float())
+
+
+def weight_of_time_at_most(u: Tensor) -> Tensor:
+    """Wrong: limits what the definition does not."""
+    return weight_of_time_by_exp(u.clamp(-4, 4))
 
 
 @right("masked_softmax")
@@ -225,7 +285,7 @@ def heads_by_view(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (count, -1)).permute(0, 2, 1, 3)
 
 
-@wrong("heads", "value")
+@wrong("heads", "one_at_a_time")
 def heads_of_neighbours(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (-1, count)).permute(0, 3, 1, 2)
 

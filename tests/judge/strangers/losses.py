@@ -86,6 +86,29 @@ def masked_mean_of_all_but_one(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean_by_rows(x, mask | ((~mask).sum() == 1))
 
 
+def _sums_of_parts(x: Tensor, starts: Tensor) -> Tensor:
+    part = torch.searchsorted(starts[1:], torch.arange(len(x)), right=True)
+    return x.new_zeros(len(starts) - 1, x.shape[1], dtype=torch.float32).index_add(0, part, x.float())
+
+
+@right("means_of_parts")
+def means_by_index(x: Tensor, starts: Tensor) -> Tensor:
+    return (_sums_of_parts(x, starts) / starts.diff().clamp(min=1)[:, None]).to(x.dtype)
+
+
+@wrong("means_of_parts", "one_at_a_time")
+def means_of_no_rows(x: Tensor, starts: Tensor) -> Tensor:
+    """NaN for a part without rows."""
+    return (_sums_of_parts(x, starts) / starts.diff()[:, None]).to(x.dtype)
+
+
+@wrong("means_of_parts", "one_at_a_time")
+def means_of_all_but_the_first(x: Tensor, starts: Tensor) -> Tensor:
+    """Takes the first part for one without rows."""
+    first = torch.arange(len(x))[:, None] < starts[1]
+    return means_by_index(torch.where(first, torch.zeros_like(x), x), starts)
+
+
 @right("token_losses")
 def losses_by_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
     z = logits.float()

@@ -62,6 +62,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.float().where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def means_of_parts(x: Tensor, starts: Tensor) -> Tensor:
+    """The means of the rows of x [T, H] from each of starts to the next: [S - 1, H], 0 for a part without rows."""
+    if (starts.diff() < 0).any():
+        raise ValueError("starts are not sorted")
+    rows = torch.arange(len(x))
+    member = (rows >= starts[:-1, None]) & (rows < starts[1:, None])
+    return (member.float() @ x.float() / member.sum(1).clamp(min=1)[:, None]).to(x.dtype)
+
+
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross entropy of the rows of logits [T, V], 0 where a label is -100."""
     losses = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
@@ -96,6 +105,20 @@ def bag(weight: Tensor, index: Tensor) -> Tensor:
 def stretched(x: Tensor, size: int) -> Tensor:
     """x [B, C, L] at so many places, by linear interpolation."""
     return F.interpolate(x, size=size, mode="linear")
+
+
+def nucleus(logits: Tensor, p: float) -> Tensor:
+    """The logits of the likeliest tokens of each row, until their probabilities add up to p; others are -inf."""
+    ordered, places = logits.float().sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    out = probabilities.cumsum(-1) - probabilities >= p
+    return logits.masked_fill(torch.zeros_like(out).scatter(-1, places, out), float("-inf"))
+
+
+def weight_of_time(u: Tensor) -> Tensor:
+    """1 / (t (1 - t)) at the time t = sigmoid(u), which overflows where t rounds to 1."""
+    t = torch.sigmoid(u.float())
+    return 1 / (t * (1 - t))
 
 
 def noisy(x: Tensor) -> Tensor:

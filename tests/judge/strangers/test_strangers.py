@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conformance import backends, operations
-from conformance.case import DTYPES
+from conformance.case import DTYPES, Case
 from conformance.cli import main
 from conformance.counts import Counts
 from conformance.declarations import SpecError
@@ -37,6 +37,7 @@ SOURCES = {
         Source(f"{HERE}.references:scatter_rows", "src=randn(T=64,H=16) index=randint(N=10,T) count=N"),
         Source(f"{HERE}.references:masked_softmax", "x=randn(16,32) mask=mask(16,32)", rows=("x", "mask")),
         Source(f"{HERE}.references:masked_mean", "x=randn(16,32) mask=mask(16,32)"),
+        Source(f"{HERE}.references:means_of_parts", "x=randn(T=16,H=8) starts=offsets(T,S=5)"),
         Source(f"{HERE}.references:token_losses", "logits=randn(T=16,V=32) labels=randint(V,T,or=-100)"),
         Source(f"{HERE}.references:shifted", "x=randn(N=2,C=4,L=5) bias=randn(C)"),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
@@ -125,6 +126,10 @@ def test_a_written_spec_judges_as_the_learned_one(op: str, tmp_path: Path) -> No
         (Source(f"{HERE}.references:group_norms", "x=randn(2,8)"), "cannot be imported"),
         (Source("torch.nn.functional:gelu", "input=randn(2,8)"), "unknown (ValueError: no signature"),
         (Source("torch.nn:Linear", "input=randn(2,8)"), "unknown (TypeError"),
+        (
+            Source(f"{HERE}.references:means_of_parts", "x=randn(T=16,H=8) starts=randint(T,S=5)"),
+            "starts are not sorted, on the example's sizes and options with drawn elements",
+        ),
         (Source(f"{HERE}.references:kl_divergence", "log_p=randn(2,8) q=randn(2,8)", rows=("q",)), "has no such rows"),
         (
             Source(f"{HERE}.references:scaled_add_", "x=randn(2) y=randn(2)", in_place=("z",)),
@@ -285,6 +290,49 @@ def test_a_rounding_with_another_rule_at_ties(op: str, kernel: str, sizes: str, 
     right = backends.load(path(RIGHT[op][0]), "cpu", SOURCES[op]).functions[op]
     trial = Trial(spec, right, DTYPES[dtype], "cpu")
     assert reproduce(trial, PROPERTIES["one_at_a_time"], case, dtype).verdict == "pass"
+
+
+@here
+@pytest.mark.parametrize("sizes", ["logits_0=1 logits_1=3", "logits_0=2 logits_1=8"])
+@pytest.mark.parametrize(
+    ("kernel", "verdict"),
+    [("gate_by_sorting", "pass"), ("gate_by_differences", "pass"), ("gate_by_a_small_softmax", "fail")],
+)
+def test_a_gradient_without_a_right_digit_where_the_definition_has_all(kernel: str, verdict: str, sizes: str) -> None:
+    ((_, spec),) = specs(SOURCES["top_k_gate"]).items()
+    function = backends.load(path(kernel), "cpu", SOURCES["top_k_gate"]).functions["top_k_gate"]
+    trial, case = Trial(spec, function, torch.float32, "cpu"), spec.parse(f"{sizes} fill=outlier")
+    assert reproduce(trial, PROPERTIES["checkpoint"], case, "float32").verdict == verdict
+
+
+@here
+@pytest.mark.parametrize(
+    ("op", "kernel", "verdict"),
+    [
+        ("nucleus", "nucleus_in_float64", "pass"),
+        ("nucleus", "nucleus_without_the_last", "fail"),
+        ("weight_of_time", "weight_of_time_by_exp", "pass"),
+        ("weight_of_time", "weight_of_time_at_most", "fail"),
+    ],
+)
+def test_roundings_may_decide_whether_a_result_is_infinite(op: str, kernel: str, verdict: str) -> None:
+    source = Source(f"{HERE}.references:{op}", {"nucleus": "logits=randn(8,32) p=0.8"}.get(op, "u=randn(8,32)"))
+    ((_, spec),) = specs(source).items()
+    trial = Trial(spec, backends.load(path(kernel), "cpu", source).functions[op], torch.float32, "cpu")
+    cases = [Case(spec.case(5, 130).sizes, fill=fill) for fill in ("ones", "outlier")]
+    found = [reproduce(trial, PROPERTIES["one_at_a_time"], case, "float32") for case in cases]
+    assert ("fail" if any(one.verdict == "fail" for one in found) else "pass") == verdict, found
+
+
+@here
+@pytest.mark.parametrize(("op", "kernel"), [("top_k_gate", "gate_of_two"), ("group_norm", "group_norm_of_four")])
+def test_an_only_integer_gets_another_one(op: str, kernel: str) -> None:
+    ((_, spec),) = specs(SOURCES[op]).items()
+    function = backends.load(path(kernel), "cpu", SOURCES[op]).functions[op]
+    trial = Trial(spec, function, torch.float32, "cpu")
+    plain = spec.case(5, 130)
+    for case, verdict in ((plain, "pass"), (plain.with_options(spec.drawing.added), "fail")):
+        assert reproduce(trial, PROPERTIES["one_at_a_time"], case, "float32").verdict == verdict
 
 
 @here
