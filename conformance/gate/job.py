@@ -157,9 +157,9 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         if not old:
             raise
         report.sentences.append(str(why))
-        new = []
+        return report
     report.rows += verdict.properties(old, new, request.rise)
-    for dtype in request.timed if old and new else ():
+    for dtype in request.timed if old else ():
         if ops := _compiling(request, new):
             words = {side.name: side.words(request.of(side.name).fingerprint(ops, dtype)) for side in (base, head)}
             _, one = report.attempt(lambda words=words: verb(base, words["base"]))

@@ -88,8 +88,8 @@ def _cut(section: Section, room: int) -> str:
 def _change(change: Change) -> str:
     """What changed, and the command that reproduces it."""
     lines = [f"- {code(change.name)}: {code(change.text)}"]
-    lines += [f"  {line}" for line in _fenced(change.again, "sh")] if change.again else []
-    return "\n".join(lines)
+    block = "\n".join(_fenced(change.again, "sh")) if change.again else ""
+    return "\n".join(lines + [f"  {line}" for line in block.splitlines()])
 
 
 def _failure(checks: Sequence[Check], file: Results) -> str:

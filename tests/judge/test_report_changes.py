@@ -133,6 +133,15 @@ def test_a_check_that_a_gate_rejects_has_its_command(tmp_path: Path) -> None:
     assert f"\n  ```sh\n  {command}\n  ```\n" in shown(tmp_path / "out.md", gate)
     rows = Parsed(shown(tmp_path / "out.html", gate)).tables["Changes against the base"]
     assert [row[1] for row in rows if row[2].endswith(command)] == ["rope / value / bfloat16"]
+
+
+def test_a_command_of_several_lines_stays_in_its_item(tmp_path: Path) -> None:
+    """A line that is not indented would end the item, and what follows would be markup."""
+    gate = gate_file(tmp_path / "gate.json")
+    gate.write_text(gate.read_text().replace('"mine.kernels"', '"mine\\n# @someone"'))
+    (command,) = (change.again for change in compare.changes([read(gate)], None) if change.again)
+    block = "\n".join(f"  {line}" for line in ("```sh", *command.split("\n"), "```"))
+    assert "\n  # @someone" in block and f"\n{block}\n" in shown(tmp_path / "out.md", gate)
     root = ElementTree.fromstring(shown(tmp_path / "out.xml", gate))
     assert [failure.text.endswith(f"reproduce: {command}") for failure in root.iter("failure") if failure.text] == [
         False,
