@@ -232,6 +232,9 @@ def test_without_a_base_the_ledger_is_compared(verbs: dict[tuple[str, str], Any]
         "stack: got 16 bytes; allowed: 0 (before: 0)",
         "full: got 3.0000 ms; allowed: 2.1218 (the ledger 2.0000)",
     ]
+    verbs["head", "run"] = [RIGHT, {**RIGHT, "property": "gradients", "verdict": "fail", "message": "gate G1"}]
+    report = job.against_ledger(HEAD, request, recorded)
+    assert "note: rope / gradients / bfloat16: fails; the ledger does not record it\n" in text(report)
     verbs["head", "run"] = [{**RIGHT, "op": "geglu"}]
     verbs |= {("head", "fingerprint"): [], ("head", "bench"): []}
     assert job.against_ledger(HEAD, request, recorded).regressions == ["rope: is lost: the ledger has it"]

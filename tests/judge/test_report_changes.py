@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from conformance.gate.job import Report
+from conformance.gate.verdict import properties
 from conformance.page import compare
 from conformance.page.reading import read
 from conformance.running.search import Result
@@ -122,6 +124,20 @@ def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
     text = shown(tmp_path / "out.md", tmp_path / "gate.json")
     assert "| `Gate of mine.kernels on cpu` | 4 regressions, 1 FASTER, 1 SAME, 1 SLOWER | `gate.json` |" in text
     assert "Against the base: 4 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
+
+
+def test_what_fails_and_is_no_regression_is_no_success(tmp_path: Path) -> None:
+    """In no format does a gate read as if everything were right where both sides are wrong."""
+    both = [one.as_dict() for one in RESULTS[:2]]
+    file = tmp_path / "gate.json"
+    Report(properties(both, both), meta={"versions": {}, "backend": "mine", "device": "cpu"}).write(file)
+    text = shown(tmp_path / "out.md", file)
+    assert "## Conformance: ⚠️ nothing got worse, 1 other failure\n" in text
+    assert "| `Gate of mine on cpu` | 0 regressions, 1 other failure | `gate.json` |" in text
+    assert "<summary>Other failures (1)</summary>\n\n- `rope / value / bfloat16`\n" in text
+    assert "- nothing got worse, 1 other failure" in Parsed(shown(tmp_path / "out.html", file)).words
+    (suite,) = ElementTree.fromstring(shown(tmp_path / "out.xml", file))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("2", "0", "1")
 
 
 def test_a_check_that_a_gate_rejects_has_its_command(tmp_path: Path) -> None:
