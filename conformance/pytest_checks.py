@@ -107,7 +107,8 @@ class Backend(pytest.Collector):
         if unknown := [one for one in asked if one not in names]:
             raise self.CollectError(f"{NODE}: got {unknown[0]}; allowed: a check that --collect-only prints")
         return [
-            Check.from_parent(self, name=name, task=names[name], check=check, known=known)
+            # A text, which pytest parses as it parses the ids of its cache, for --lf.
+            Check.from_parent(self, name=name, nodeid=f"{NODE}::{name}", task=names[name], check=check, known=known)
             for name in dict.fromkeys(asked)
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -157,9 +157,9 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         if not old:
             raise
         report.sentences.append(str(why))
-        new = []
+        return report
     report.rows += verdict.properties(old, new, request.rise)
-    for dtype in request.timed if old and new else ():
+    for dtype in request.timed if old else ():
         if ops := _compiling(request, new):
             words = {side.name: side.words(request.of(side.name).fingerprint(ops, dtype)) for side in (base, head)}
             _, one = report.attempt(lambda words=words: verb(base, words["base"]))
@@ -220,8 +220,9 @@ def against_ledger(head: Checkout, request: Request, ledger: Ledger) -> Report:
             words = ["bench", *ops, "--backend", request.backend, "--dtype", dtype]
             found.append(report.attempt(lambda words=words: verb(head, head.words(words))))
             report.meta |= found[-1][0]
+    known = {which[3:] for which in ledger.entries if which[2] == request.backend}
     for _, results in found:
-        report.rows += [_alone(result) for result in results]
+        report.rows += [_alone(result, known) for result in results]
     report.sentences += ledger.regressions(results_of(report.meta, [row["head"] for row in report.rows]))
     recorded = ledger.operations(request.backend)
     lost = sorted((recorded & set(request.ops or recorded)) - {result["op"] for result in judged})
@@ -229,10 +230,13 @@ def against_ledger(head: Checkout, request: Request, ledger: Ledger) -> Report:
     return report
 
 
-def _alone(result: dict[str, Any]) -> Row:
+def _alone(result: dict[str, Any], known: Container[tuple[Any, ...]]) -> Row:
+    """A row without a base; its verdict says whether it fails, if it is not known that it was right."""
     kind = "time" if "roofline" in result else "fingerprint" if "kernel" in result else "property"
     about = {name: result.get(name, 0) for name in verdict.KEYS[kind]}
-    return {"kind": kind, **about, "verdict": None, "regressions": [], "base": None, "head": result}
+    fails = result.get("verdict") == "fail" or result.get("problem") or result.get("wrong")
+    wrong = "wrong" if fails and verdict.key(kind, about) not in known else None
+    return {"kind": kind, **about, "verdict": wrong, "regressions": [], "base": None, "head": result}
 
 
 def _judged(checkout: Checkout, request: Request) -> Found:

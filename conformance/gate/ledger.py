@@ -8,8 +8,8 @@ Fingerprints are compared for one version of Triton.
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,13 +148,16 @@ def parsed(text: str, path: Path) -> Ledger:
     for entry in content["results"]:
         if entry["environment"] not in ledger.environments:
             raise LedgerError(f"{path}: environment: got {entry['environment']!r}; allowed: one of meta.environments")
-        ledger.entries[entry["environment"], *_key(entry)] = entry
+        which = entry["environment"], *_key(entry)
+        if which in ledger.entries:
+            raise LedgerError(f"{path}: {_about(which[1], which[3:])}: is recorded twice for {which[0]}; allowed: once")
+        ledger.entries[which] = entry
     return ledger
 
 
 def file_name(card: str) -> str:
     """The name of a card's file: "NVIDIA H200" has nvidia-h200.json."""
-    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json"
+    return re.sub(r"[\W_]+", "-", card.lower()).strip("-") + ".json"
 
 
 def results_in(path: Path) -> Results:
@@ -176,6 +179,9 @@ def results_in(path: Path) -> Results:
     content = {"meta": {"schema": SCHEMA, "card": read.card, "environments": {"e1": read.environment}}}
     if wrong := schema.problem({**content, "results": would_be}, schema.LEDGER, schema.LEDGER):
         raise LedgerError(f"{path}: as a ledger, {wrong}")
+    for which, count in Counter([*map(_key, read.entries), *read.wrong]).items():
+        if count > 1:  # the better one would be lost
+            raise LedgerError(f"{path}: {_about(which[0], which[2:])}: got {count} results; allowed: one")
     return read
 
 
@@ -318,10 +324,6 @@ def _text(path: Path) -> str:
 
 def _json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return results_file.parsed(text)
     except ValueError as error:
         raise LedgerError(f"{path}: no JSON: {error}") from error
-
-
-def _no_number(word: str) -> Any:
-    raise ValueError(f"got {word}; allowed: finite numbers")

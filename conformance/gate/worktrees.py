@@ -82,12 +82,20 @@ def commit_of(home: Path, name: str, revision: str | None) -> str | None:
     """The commit of a revision, if there is one. Raises RevisionError."""
     if revision is None:
         return None
-    found = git(home, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if found.returncode != 0:
+    found = _object_of(home, revision)
+    found = found and _object_of(
+        home, f"{found}^{{commit}}"
+    )  # a text to look for, as in ":/text", would include ^{commit}
+    if not found:
         shallow = git(home, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
         hint = ", which is a shallow clone: git fetch --unshallow gets the others" if shallow else ""
         raise RevisionError(f"--{name}: got {revision!r}; allowed: a revision of {home}{hint}")
-    return found.stdout.strip()
+    return found
+
+
+def _object_of(home: Path, name: str) -> str:
+    """The hash of a commit or tag; empty if there is none."""
+    return git(home, "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
 
 
 def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

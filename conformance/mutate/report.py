@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -168,7 +167,7 @@ def killed_before(paths: Sequence[Path], chosen: Sequence[Key]) -> dict[Key, Out
     found: dict[tuple[str, str], Any] = {}
     for path in paths:
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))["results"]
+            results = results_file.parsed(path.read_text(encoding="utf-8"))["results"]
             found |= {(one["mutant"], one["diff"]): one for one in results if one["verdict"] in ("killed", "raised")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error

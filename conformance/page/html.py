@@ -23,7 +23,7 @@ def page(
 ) -> str:
     """The page: a summary, what changed against the base, a part per file, then the history of a ledger."""
     style = Markup(Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
-    title = f"Conformance: {verdict(files)}" if files else "Conformance: history"
+    title = f"Conformance: {verdict(files)[0]}" if files else "Conformance: history"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -47,8 +47,8 @@ def page(
 
 
 def _verdict(files: Sequence[Results]) -> Markup:
-    words = verdict(files)
-    sign, style = {"nothing failed": ("✓", "ok"), "nothing was judged": ("-", "known")}.get(words, ("✗", "bad"))
+    words, good = verdict(files)
+    sign, style = {True: ("✓", "ok"), None: ("-", "known"), False: ("✗", "bad")}[good]
     return tag("span", f"{sign} {words}", class_=style)
 
 

@@ -59,6 +59,8 @@ def _cases(file: Results) -> Iterable[tuple[str, Element]]:
         if one.regressions:
             text = _with_command("\n".join(one.regressions), one.again(file.meta))
             _add(case, "failure", one.regressions[0], text)
+        elif one.verdict == "wrong":
+            _add(case, "skipped", "fails, and is no regression", "")
         elif one.no_speed:
             _add(case, "skipped", one.no_speed, "")
         yield one.op, case

@@ -30,8 +30,8 @@ class Section:
 
 def comment(files: Sequence[Results], base: Sequence[Results] | None = None, factor: float = FACTOR) -> str:
     """The comment, below GitHub's limit; it states how many items are left out."""
-    words = verdict(files)
-    sign = {"nothing failed": "✅", "nothing was judged": "⚠️"}.get(words, "❌")
+    words, good = verdict(files)
+    sign = {True: "✅", None: "⚠️", False: "❌"}[good]
     text = f"## Conformance: {sign} {words}"
     found = changes(files, base, factor)
     if base is not None or any(file.kind == "gate" for file in files):
@@ -52,6 +52,7 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
     ]
     missed = [_survivor(one, file) for file in files for one in file.mutants if one.survives]
     head = table(("operation, shape, backend", "call ms", "device ms", "roofline", "budget use"), ())
+    others = [f"- {code(one.name())}" for file in files for one in file.compared if one.verdict == "wrong"]
     notes = [f"- {code(note)}" for file in files for note in file.meta.notes]
     stacks = [f"- {code(file.name)}: {code(file.stack)}" for file in files]
     results = [f"| {_cell(file.title)} | {file.summary} | {_cell(file.name)} |" for file in files]
@@ -62,6 +63,7 @@ def _sections(files: Sequence[Results], found: Sequence[Change]) -> list[Section
         Section("Times without meaning", bad),
         Section("Mutants that survived", missed),
         *(Section(word.capitalize(), by_word[word], folded=word != "improved") for word in WORDS[1:]),
+        Section("Other failures", others, folded=True),
         Section("Notes", notes, folded=True),
         Section("Speed", _speed(files), head, folded=True),
         Section("Measured with", stacks, folded=True),
@@ -88,8 +90,8 @@ def _cut(section: Section, room: int) -> str:
 def _change(change: Change) -> str:
     """What changed, and the command that reproduces it."""
     lines = [f"- {code(change.name)}: {code(change.text)}"]
-    lines += [f"  {line}" for line in _fenced(change.again, "sh")] if change.again else []
-    return "\n".join(lines)
+    block = "\n".join(_fenced(change.again, "sh")) if change.again else ""
+    return "\n".join(lines + [f"  {line}" for line in block.splitlines()])
 
 
 def _failure(checks: Sequence[Check], file: Results) -> str:

@@ -229,6 +229,11 @@ class Results:
         )
 
     @property
+    def others(self) -> int:
+        """How many failures of a gate are no regressions: the base fails too, or a ledger does not record them."""
+        return sum(one.verdict == "wrong" for one in self.compared)
+
+    @property
     def stack(self) -> str:
         """The versions, the driver and clock, the profile and the commit, in one line."""
         meta = self.meta
@@ -260,8 +265,10 @@ class Results:
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
         if self.kind == "gate":
             words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())
-            found = counted(self.regressed, "regression")
-            return ", ".join([found, *(f"{n} {word}" for word, n in sorted(words.items()))])
+            found = [counted(self.regressed, "regression")] + [counted(self.others, "other failure")] * bool(
+                self.others
+            )
+            return ", ".join([*found, *(f"{n} {word}" for word, n in sorted(words.items()))])
         if self.kind == "mutate":
             judged = [one for one in self.mutants if one.verdict not in ("same bits", "equivalent")]
             return f"{len(judged) - self.failed} of {len(judged)} mutants killed ({percent(self.meta.kill_rate)})"
@@ -271,10 +278,14 @@ class Results:
         return ", ".join([f"{self.failed} of {ran} checks failed", *ends])
 
 
-def verdict(files: Sequence[Results]) -> str:
-    """The verdict on all files in two or three words."""
-    failed, judged = sum(file.failed for file in files), sum(file.judged for file in files)
-    return f"{failed} failed" if failed else "nothing failed" if judged else "nothing was judged"
+def verdict(files: Sequence[Results]) -> tuple[str, bool | None]:
+    """The verdict on all files in a few words, and whether it is a good one; None for neither good nor bad."""
+    failed, others = sum(file.failed for file in files), sum(file.others for file in files)
+    if failed:
+        return f"{failed} failed", False
+    if others:
+        return f"nothing got worse, {counted(others, 'other failure')}", None
+    return ("nothing failed", True) if any(file.judged for file in files) else ("nothing was judged", None)
 
 
 def percent(fraction: float | None) -> str:

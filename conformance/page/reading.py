@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from conformance.bench.table import Row
 from conformance.page import benchmarks
 from conformance.page.model import Check, Compared, Kind, Meta, Mutant, Results
+from conformance.reporting import results_file
 
 T = TypeVar("T")
 FORBIDDEN = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")  # in XML 1.0, and useless in HTML
@@ -41,10 +42,10 @@ def read(path: Path) -> Results:
         FileError: it cannot be read, or is no file of results.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        found = results_file.parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path}: it cannot be read: {error.strerror}; {ALLOWED}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FileError(f"{path}: got no JSON ({_one_line(error)}); {ALLOWED}") from error
     if benchmarks.is_one(found):
         try:
@@ -72,10 +73,6 @@ def _kind(meta: dict[str, Any], results: list[Any]) -> Kind | None:
         if (of_result if results else of_meta) in names:
             return kind
     return None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _one_line(error: BaseException) -> str:

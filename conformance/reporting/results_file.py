@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,6 +38,30 @@ def write_text(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def parsed(text: str) -> Any:
+    """What a text of JSON holds.
+
+    Raises:
+        ValueError: it is none: it has NaN or an infinite number, an object with a key twice, or too many levels.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("got too many levels of arrays and objects") from error
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"got {word}; allowed: finite numbers")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for key, count in Counter(key for key, _ in pairs).items() if len(found) < len(pairs) else ():
+        if count > 1:
+            raise ValueError(f"got {key!r} {count} times in an object; allowed: once")
+    return found
 
 
 def versions() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What several verbs share: parsers and options, and what they demand of them."""
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def demand_writable(path: Path | None, flag: str = "--json") -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
+            if path.is_file():  # it is replaced as a whole, by a new file of its folder
+                tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
         raise UsageError(f"{flag}: got {path}; it cannot be written: {error.strerror}") from error
 

@@ -46,7 +46,9 @@ def add(verbs: Verbs) -> None:
 def _coverage(arguments: argparse.Namespace) -> int:
     source = source_of(arguments)
     specs = operations.specs(source)
-    (op,) = known("operation", [arguments.op] if arguments.op or not source else None, list(specs))
+    if not arguments.op and not source:
+        raise UsageError("coverage: got no OP; allowed: an operation, or --reference and --example, or --spec")
+    (op,) = known("operation", [arguments.op] if arguments.op else None, list(specs))
     (dtype,) = known("dtype", [arguments.dtype], list(DTYPES))
     names = known("property", arguments.property, list(PROPERTIES))
     demand_at_least(arguments, jobs=1, lines=0)

@@ -136,7 +136,9 @@ def text(report: Report, json: Path | None = None) -> str:
     if better := [*_of(times, Verdict.FASTER), *_of(report.rows, "improved")]:
         update = f"python -m conformance ledger update {json or 'FILE, with --json FILE'}"
         lines.append(f"better than the base: {len(better)}; record it: {update}")
-    lines += [f"note: {name(row['kind'], row)}: fails as before" for row in _of(report.rows, "wrong")]
+    for row in _of(report.rows, "wrong"):
+        how = "fails as before" if row["base"] else "fails; the ledger does not record it"
+        lines.append(f"note: {name(row['kind'], row)}: {how}")
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"FAIL {sentence}" for sentence in report.regressions]
     return "\n".join([*lines, _closing(report)])
@@ -161,4 +163,6 @@ def _closing(report: Report) -> str:
     counts = Counter(row["kind"] for row in report.rows)
     words = {"property": "check", "fingerprint": "kernel", "time": "shape", "mutant": "mutant"}
     compared = ", ".join(counted(counts[kind], word) for kind, word in words.items() if counts[kind])
-    return f"{counted(len(report.regressions), 'regression')} in {compared or 'nothing'}"
+    return (
+        f"{counted(len(report.regressions), 'regression')}{f' in {compared}' if compared else '; nothing was compared'}"
+    )

@@ -44,6 +44,8 @@ def _update(arguments: argparse.Namespace) -> int:
         path = arguments.folder / ledger.file_name(results.card)
         if path not in ledgers:
             ledgers[path] = ledger.read(path) if path.exists() else Ledger(results.card)
+        if ledgers[path].card != results.card:
+            raise UsageError(f"{file}: got results of {results.card}; allowed: of {ledgers[path].card}, as {path}")
         count, sentences = ledgers[path].update(results, arguments.because)
         changed[path] = changed.get(path, 0) + count
         refused += sentences
@@ -52,8 +54,11 @@ def _update(arguments: argparse.Namespace) -> int:
         print(f"worse than recorded: {len(refused)}; nothing is recorded; --because TEXT records them with the reason")
         return 1
     for path, one in ledgers.items():
-        if changed[path]:
-            one.write(path)
+        try:
+            if changed[path]:
+                one.write(path)
+        except OSError as error:
+            raise UsageError(f"--folder: {path} cannot be written: {error.strerror}") from error
         print(f"{path}: {changed[path]} of {len(one.entries)} entries changed")
     return 0
 

@@ -32,6 +32,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--history",
         nargs="+",
+        action="extend",
         type=Path,
         default=[],
         metavar="LEDGER",

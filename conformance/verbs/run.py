@@ -49,9 +49,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if defined:
             raise UsageError(f"{', '.join(defined)}: no property of {', '.join(properties)}: nothing to run")
         raise UsageError(f"backend {arguments.backend} defines none of {', '.join(ops)}: nothing to run")
-    print(report.heading(judged, device, arguments.profile, source), flush=True)
     path = arguments.deviations or deviations.shipped(arguments.backend)
     known_deviations = deviations.read(path, device) if path else []
+    print(report.heading(judged, device, arguments.profile, source), flush=True)
     results: list[Result] = []
 
     def on_result(task: Task, result: Result) -> None:

@@ -51,7 +51,9 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("run", "--jobs", "0"), "--jobs: got 0", "1 or more"),
         (("coverage", "swiglu", "--jobs", "-1"), "--jobs: got -1", "1 or more"),
         (("coverage", "swiglu", "--lines", "-1"), "--lines: got -1", "0 or more"),
+        (("coverage",), "coverage: got no OP", "--spec"),
         (("run", "--no-such-flag"), "--no-such-flag", "unrecognized"),
+        (("run", "swiglu", "--json", "/proc/self/comm"), "--json: got /proc/self/comm", "it cannot be written"),
         (("bench", "soup"), "operation: got 'soup'", "rms_norm"),
         (("bench", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),
         (("judge",), "'judge'", "run"),
@@ -76,6 +78,11 @@ def test_a_usage_error_is_one_line_and_status_2(
     line = usage_error(capsys, *arguments)
     assert seen in line
     assert allowed in line
+
+
+@here
+def test_a_file_of_deviations_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--deviations: got no.toml" in usage_error(capsys, *RUN_SWIGLU, "--deviations", "no.toml")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -12,7 +12,7 @@ import torch
 
 from conformance.cli import main
 from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
-from conformance.gate.worktrees import RevisionError
+from conformance.gate.worktrees import RevisionError, commit_of
 from tests.judge.processes import alive, heeded, wait_for
 from tests.judge.test_action import ACTION
 
@@ -106,6 +106,15 @@ def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: i
     wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
     demand_untouched(toy)
     assert (toy.parent / "x.json").read_text() == ""
+
+
+@pytest.mark.parametrize("revision", ["first", "-x", "HEAD^{/kernels, the first}", ":/kernels, the first", "@{0}"])
+def test_a_revision_of_any_name(toy: Path, revision: str) -> None:
+    """A tag with a message, a branch that looks like an option, and a text of the commit's message, with spaces."""
+    git(toy, "commit", "-q", "--allow-empty", "-m", "kernels, the first")
+    git(toy, "tag", "-am", "a message", "first")
+    git(toy, "update-ref", "refs/heads/-x", "HEAD")
+    assert commit_of(toy, "base", revision) == git(toy, "rev-parse", "HEAD")
 
 
 @pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])

@@ -10,6 +10,7 @@ from conformance.gate import job, verdict
 from conformance.gate.job import Request
 from conformance.gate.ledger import Ledger, results_of
 from conformance.gate.sides import Checkout, Unavailable
+from conformance.verbs.gate import text
 
 
 def check(op: str = "rope", name: str = "value", **values: Any) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def test_a_head_that_cannot_be_judged_compiled_or_timed_fails(
     assert (report.regressions, report.notes) == ([], ["base: has no such verb", "head: does not compile"])
     verbs["head", "run"] = Unavailable("head", "cannot be imported")
     report = job.against_base(BASE, HEAD, Request(["rope"], "mine", "cpu"))
-    assert report.regressions == ["head: cannot be imported", "rope: is lost: it was defined before"]
+    assert (report.regressions, report.rows) == (["head: cannot be imported"], [])
+    assert text(report) == "FAIL head: cannot be imported\n1 regression; nothing was compared"
     verbs["base", "run"] = Unavailable("base", "cannot be imported")
     with pytest.raises(Unavailable, match="head: cannot be imported"):
         job.against_base(BASE, HEAD, Request(["rope"], "mine", "cpu"))
@@ -230,6 +232,9 @@ def test_without_a_base_the_ledger_is_compared(verbs: dict[tuple[str, str], Any]
         "stack: got 16 bytes; allowed: 0 (before: 0)",
         "full: got 3.0000 ms; allowed: 2.1218 (the ledger 2.0000)",
     ]
+    verbs["head", "run"] = [RIGHT, {**RIGHT, "property": "gradients", "verdict": "fail", "message": "gate G1"}]
+    report = job.against_ledger(HEAD, request, recorded)
+    assert "note: rope / gradients / bfloat16: fails; the ledger does not record it\n" in text(report)
     verbs["head", "run"] = [{**RIGHT, "op": "geglu"}]
     verbs |= {("head", "fingerprint"): [], ("head", "bench"): []}
     assert job.against_ledger(HEAD, request, recorded).regressions == ["rope: is lost: the ledger has it"]

@@ -183,6 +183,33 @@ def test_a_file_of_another_form_is_one_line(
     assert not (desk / "ledger").exists()
 
 
+def test_two_results_of_one_check_are_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second would replace the first, even if it is worse."""
+    for second in (changed(PROPERTY, budget_use=0.9), changed(PROPERTY, verdict="fail")):
+        path = file(desk / "twice.json", PROPERTY, second)
+        assert main(["ledger", "update", path]) == 2
+        said = f"conformance: {path}: swiglu / value / bfloat16: got 2 results; allowed: one\n"
+        assert capsys.readouterr().err == said
+    assert not (desk / "ledger").exists()
+
+
+def test_a_ledger_that_cannot_be_written_is_one_line(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file(desk / "run.json", PROPERTY)
+    assert main(["ledger", "update", path, "--folder", path]) == 2
+    said = f"conformance: --folder: {path}/nvidia-h200.json cannot be written: File exists\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_ledger_holds_one_card(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if its file was renamed, or if the names of two cards differ by signs alone."""
+    assert main(["ledger", "update", file(desk / "one.json", PROPERTY)]) == 0
+    other = file(desk / "other.json", PROPERTY, gpu="NVIDIA-H200")
+    assert main(["ledger", "update", other]) == 2
+    said = f"{other}: got results of NVIDIA-H200; allowed: of NVIDIA H200, as ledger/nvidia-h200.json\n"
+    assert capsys.readouterr().err == f"conformance: {said}"
+    assert ledger.file_name("摩尔线程 S4000") == "摩尔线程-s4000.json"
+
+
 def test_a_number_that_is_too_large_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = desk / "run.json"
     path.write_text(Path(file(path, PROPERTY)).read_text().replace("0.3", "1e999"))
@@ -217,6 +244,7 @@ def test_results_of_a_gate_are_those_of_its_head() -> None:
         (lambda c: c["results"][-1]["milliseconds"].update(full=-1), "full: got -1; allowed: 0 or more"),
         (lambda c: c["results"][0].update(colour="red"), "got 'colour'; allowed: kind"),
         (lambda c: c["results"][0].update(environment="e9"), "environment: got 'e9'"),
+        (lambda c: c["results"].append(c["results"][0]), "swiglu / llama / bfloat16 / forward_kernel / sm_90 / 0: is"),
     ],
 )
 def test_a_file_that_breaks_the_schema_is_refused(break_it: Any, words: str, recorded: Ledger, tmp_path: Path) -> None:

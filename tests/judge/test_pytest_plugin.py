@@ -97,6 +97,9 @@ def test_checks_in_two_processes_with_a_report(repository: pytest.Pytester) -> N
     assert "  smallest case: rows=1 hidden=1 " in shown
     line = "repro --backend their_kernels --device cpu 'geglu float32 value rows=1 hidden=1 "
     assert f"  reproduce:     python -m conformance {line}" in shown
+    failed = ["-n", "2", *arguments[:2], "--lf", "--collect-only", "-q"]
+    found = repository.runpytest_inprocess(*PLUGIN, *OPTIONS, *failed).stdout.str().splitlines()
+    assert found[: found.index("")] == ["conformance::geglu[float32-value]", "conformance::swiglu[float32-exact_laws]"]
     assert "FAIL swiglu / exact_laws: passes, but is declared as a deviation: it rounded twice once" in shown
     cases = ElementTree.parse(repository.path / "out.xml").findall(".//testcase[@classname='conformance']")
     of = {case.get("name"): case for case in cases}

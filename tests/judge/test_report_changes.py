@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from conformance.gate.job import Report
+from conformance.gate.verdict import properties
 from conformance.page import compare
 from conformance.page.reading import read
 from conformance.running.search import Result
@@ -124,6 +126,20 @@ def test_a_gate_says_what_changed_between_its_own_sides(tmp_path: Path) -> None:
     assert "Against the base: 4 regressed, 1 skipped, 0 unsure, 1 new, 1 improved." in text
 
 
+def test_what_fails_and_is_no_regression_is_no_success(tmp_path: Path) -> None:
+    """In no format does a gate read as if everything were right where both sides are wrong."""
+    both = [one.as_dict() for one in RESULTS[:2]]
+    file = tmp_path / "gate.json"
+    Report(properties(both, both), meta={"versions": {}, "backend": "mine", "device": "cpu"}).write(file)
+    text = shown(tmp_path / "out.md", file)
+    assert "## Conformance: ⚠️ nothing got worse, 1 other failure\n" in text
+    assert "| `Gate of mine on cpu` | 0 regressions, 1 other failure | `gate.json` |" in text
+    assert "<summary>Other failures (1)</summary>\n\n- `rope / value / bfloat16`\n" in text
+    assert "- nothing got worse, 1 other failure" in Parsed(shown(tmp_path / "out.html", file)).words
+    (suite,) = ElementTree.fromstring(shown(tmp_path / "out.xml", file))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("2", "0", "1")
+
+
 def test_a_check_that_a_gate_rejects_has_its_command(tmp_path: Path) -> None:
     """In every format; other regressions have none."""
     gate = gate_file(tmp_path / "gate.json")
@@ -133,6 +149,15 @@ def test_a_check_that_a_gate_rejects_has_its_command(tmp_path: Path) -> None:
     assert f"\n  ```sh\n  {command}\n  ```\n" in shown(tmp_path / "out.md", gate)
     rows = Parsed(shown(tmp_path / "out.html", gate)).tables["Changes against the base"]
     assert [row[1] for row in rows if row[2].endswith(command)] == ["rope / value / bfloat16"]
+
+
+def test_a_command_of_several_lines_stays_in_its_item(tmp_path: Path) -> None:
+    """A line that is not indented would end the item, and what follows would be markup."""
+    gate = gate_file(tmp_path / "gate.json")
+    gate.write_text(gate.read_text().replace('"mine.kernels"', '"mine\\n# @someone"'))
+    (command,) = (change.again for change in compare.changes([read(gate)], None) if change.again)
+    block = "\n".join(f"  {line}" for line in ("```sh", *command.split("\n"), "```"))
+    assert "\n  # @someone" in block and f"\n{block}\n" in shown(tmp_path / "out.md", gate)
     root = ElementTree.fromstring(shown(tmp_path / "out.xml", gate))
     assert [failure.text.endswith(f"reproduce: {command}") for failure in root.iter("failure") if failure.text] == [
         False,

@@ -41,7 +41,7 @@ def ledgers(tmp_path: Path) -> list[Path]:
 
 
 def test_several_ledgers_in_the_order_given(ledgers: list[Path], tmp_path: Path) -> None:
-    page = Parsed(shown(tmp_path / "page.html", "--history", *ledgers))
+    page = Parsed(shown(tmp_path / "page.html", "--history", ledgers[0], "--history", *ledgers[1:]))
     assert "3 revisions, from 1.json to 3.json." in page.words
     assert page.tables["Budget use, the largest of all properties"] == [
         ["what", "first", "last", "change", "over time"],

@@ -147,7 +147,7 @@ def test_junit(tmp_path: Path, files: list[Path]) -> None:
         ("", "got no JSON"),
         ("not json", "got no JSON"),
         ("[" * 100_000, "got no JSON"),
-        ('{"meta": {}, "results": [{"budget_use": NaN}]}', "NaN is no number of JSON"),
+        ('{"meta": {}, "results": [{"budget_use": NaN}]}', "got NaN; allowed: finite numbers"),
         ("[]", 'got JSON without "meta" and "results"'),
         ('{"meta": {}, "results": []}', "got no results"),
         ('{"meta": {}, "results": [7]}', "got results of no known kind"),

@@ -37,6 +37,21 @@ def test_a_device_is_written_to() -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("NaN", "got NaN; allowed: finite numbers"),
+        ("[-Infinity]", "got -Infinity; allowed: finite numbers"),
+        ('[{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}]', "got 'c' 2 times in an object; allowed: once"),
+        ("[" * 100_000, "got too many levels of arrays and objects"),
+        ("", "Expecting value"),
+    ],
+)
+def test_a_text_that_is_not_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        results_file.parsed(text)
+
+
 def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         results_file.write(tmp_path / "results.json", {}, [{"budget_use": float("nan")}])
