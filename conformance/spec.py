@@ -83,8 +83,8 @@ class Call:
     truncates: bool = False
     wider: frozenset[str] = frozenset()
 
-    def wide(self, *names: str) -> bool:
-        """Whether one of these inputs has more bits than the dtype under test, which has 16."""
+    def inexact(self, *names: str) -> bool:
+        """Whether one of these inputs has an element that the dtype under test, one of 16 bits, would round."""
         given = (self.inputs[name] for name in names if self.dtype != torch.float32)
         return any(not torch.equal(tensor.to(self.dtype).double(), tensor) for tensor in given)
 

@@ -131,7 +131,7 @@ def _y_terms(call: Call) -> Terms:
     n, weight = parts.n.abs(), parts.weight.abs()
     size = n * weight * a + call.smallest * (2 * (1 + weight) * a + 2 * n * weight)
     in_float32 = size * (parts.exponential if _before(call) else parts.of_n)
-    if call.options.get("casting", "llama") == "gemma" and call.wide("weight"):
+    if call.options.get("casting", "llama") == "gemma" and call.inexact("weight"):
         return Terms(torch.zeros_like(size).flatten(-2), in_float32=in_float32.flatten(-2))
     return Terms(size.flatten(-2), root=(n * weight * a).flatten(-2), in_float32=in_float32.flatten(-2))
 

@@ -48,7 +48,7 @@ def _y_terms(call: Call) -> Terms:
     n, in_float32, _ = _parts(call)
     weight, bias = call.inputs["weight"].abs(), call.inputs["bias"].abs()
     wide = in_float32 * weight + bias
-    if call.wide("weight", "bias"):
+    if call.inexact("weight", "bias"):
         return Terms(torch.zeros_like(wide), in_float32=wide)
     return Terms(n.abs() * weight + bias, torch.hypot(n * weight, bias), wide)
 

@@ -172,7 +172,7 @@ class Steps:
 
 def _wide(call: Call) -> bool:
     """Whether adapters have more bits than x."""
-    return call.wide("lora_a", "lora_b")
+    return call.inexact("lora_a", "lora_b")
 
 
 def _y_bound(call: Call) -> Bound:

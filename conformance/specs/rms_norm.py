@@ -59,7 +59,7 @@ def y_terms(call: Call) -> Tensor:
 def _y_terms(call: Call) -> Terms | Tensor:
     """With a weight that is wider than x and "gemma" casting, all products are float32: nothing else is rounded."""
     terms = y_terms(call)
-    if call.options.get("casting", "llama") == "llama" or not call.wide("weight"):
+    if call.options.get("casting", "llama") == "llama" or not call.inexact("weight"):
         return terms
     return Terms(torch.zeros_like(terms), in_float32=terms)
 

@@ -97,7 +97,7 @@ def _forward_terms(call: Call, x: Tensor) -> Terms:
     order = _halves_first(call, x)
     x = x.abs()[..., order]
     terms = _sum_of_two(x * cos, _other_half(x, call.inputs["cos"].shape[-1]) * sin, order)
-    if call.wide("cos", "sin"):
+    if call.inexact("cos", "sin"):
         return Terms(torch.zeros_like(terms.size), in_float32=terms.size)
     return terms
 
