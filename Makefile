@@ -68,7 +68,7 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) docs/figures.py
-	$(PY) -m tests.judge.power write $(addprefix $(POWER)/,wrong_cpu.json wrong_cpu_2.json right_h200.json liger_cpu.json mutants_cpu.json survivors.toml)
+	$(PY) -m tests.judge.power write $(addprefix $(POWER)/,wrong_cpu.json wrong_cpu_2.json right_h200.json liger_cpu.json liger_cpu_2.json mutants_cpu.json survivors.toml)
 	$(PY) -m tests.judge.power write-gate $(sort $(wildcard $(POWER)/gates_*.json))
 
 $(VENV)/.ready: pyproject.toml
