@@ -260,7 +260,9 @@ class Draw:
         if kind in ("randint", "mask", "offsets"):
             own = dtype or (torch.bool if kind == "mask" else torch.int64)
             if kind == "offsets":
-                return self.lay_out(self._offsets(generator, shape, high).to(own))
+                values = self._offsets(generator, shape, high).to(own)
+                expanded = self.case.layout == "expanded" and len(shape) == 1  # to zeros, which divide nothing
+                return values.to(self.device) if expanded else self.lay_out(values)
             return self.lay_out(self._integers(generator, shape, low, max(high, low + 1), other).to(own))
         fill = "randn" if kind == "ones" else self.case.fill
         values = FILLS[fill](generator, (1,) * (2 - len(shape)) + shape).reshape(shape)

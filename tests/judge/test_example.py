@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.case import Case, Draw
+from conformance.case import LAYOUTS, Case, Draw
 from conformance.counts import Counts, rule
 from conformance.declarations import SpecError
 from conformance.learning.example import Follows, TensorArgument, of_call, read, value_of
@@ -80,6 +80,9 @@ def test_offsets_divide_a_size_into_parts() -> None:
         assert any(one[place] > 0 for one in drawn)
     for fill, values in (("lowest", [0, 0, 0, 4]), ("highest", [0, 4, 4, 4])):
         assert Draw(Case((), fill=fill), torch.float16, "cpu").tensor("offsets", 4, high=4).tolist() == values
+    for layout in LAYOUTS:
+        starts = Draw(Case((), layout=layout), torch.float16, "cpu").tensor("offsets", 4, high=4)
+        assert (int(starts[0]), int(starts[-1])) == (0, 4)
     with pytest.raises(ValueError, match="got 1 of them; allowed: at least 2"):
         Draw(Case(()), torch.float16, "cpu").tensor("offsets", 1, high=4)
 
