@@ -141,7 +141,8 @@ def experts_of(call: Call) -> Iterator[Expert]:
     weight multiplies out or h, and dy or dy @ down: of numbers that are subnormal only then, either may be rounded.
     """
     i, n, options = call.inputs, call.elements, call.options
-    wide, interleaved, limit = call.inexact("expert_weights"), options.get("interleaved", False), options.get("limit", inf)
+    wide, interleaved = call.inexact("expert_weights"), options.get("interleaved", False)
+    limit = options.get("limit", inf)
 
     def rounded(number: Bound) -> Bound:
         return number.rounded(call.unit, call.smallest)

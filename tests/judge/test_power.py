@@ -40,7 +40,8 @@ def test_the_document_is_that_of_the_results() -> None:
     mutants = json.loads((root / "docs/results/power/mutants_cpu.json").read_text())
     reasons = automatic.reasons(root / document.SURVIVORS)
     peers = {
-        name: json.loads((root / f"docs/results/power/{name}.json").read_text()) for name in ("liger_cpu", "liger_cpu_2")
+        name: json.loads((root / f"docs/results/power/{name}.json").read_text())
+        for name in ("liger_cpu", "liger_cpu_2")
     }
     text = document.text(files, peers, [mutants], reasons)
     assert text == (root / "docs/judge-power.md").read_text(), "run `make figures`"
