@@ -150,7 +150,7 @@ def against_base(base: Checkout, head: Checkout, request: Request) -> Report:
         RevisionError: the backend is not of this repository.
     """
     report = Report()
-    _, old = report.attempt(lambda: _judged(base, request))
+    report.meta, old = report.attempt(lambda: _judged(base, request))  # if the head cannot be judged
     try:
         report.meta, new = _judged(head, request)
     except Unavailable as why:

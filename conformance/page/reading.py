@@ -55,6 +55,8 @@ def read(path: Path) -> Results:
     meta, results = (found.get("meta"), found.get("results")) if isinstance(found, dict) else (None, None)
     if not isinstance(meta, dict) or not isinstance(results, list):
         raise FileError(f'{path}: got JSON without "meta" and "results"; {ALLOWED}')
+    if "environments" in meta:
+        raise FileError(f"{path}: got a ledger; allowed: after --history")
     kind = _kind(meta, results)
     if kind is None:
         raise FileError(f"{path}: got {'results of no known kind' if results else 'no results'}; {ALLOWED}")

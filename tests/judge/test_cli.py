@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ import unsloth_ref.training
 from conformance import declarations
 from conformance.cli import main
 from conformance.properties import PROPERTIES
+from conformance.running.catalogue import UsageError
 from conformance.specs import specs
+from conformance.verbs._shared import demand_writable
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "tests.judge.right.swiglu_by_sigmoid"
@@ -53,7 +56,6 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("coverage", "swiglu", "--lines", "-1"), "--lines: got -1", "0 or more"),
         (("coverage",), "coverage: got no OP", "--spec"),
         (("run", "--no-such-flag"), "--no-such-flag", "unrecognized"),
-        (("run", "swiglu", "--json", "/proc/self/comm"), "--json: got /proc/self/comm", "it cannot be written"),
         (("bench", "soup"), "operation: got 'soup'", "rms_norm"),
         (("bench", "--dtype", "float8"), "dtype: got 'float8'", "bfloat16"),
         (("judge",), "'judge'", "run"),
@@ -78,6 +80,23 @@ def test_a_usage_error_is_one_line_and_status_2(
     line = usage_error(capsys, *arguments)
     assert seen in line
     assert allowed in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such folders")
+def test_a_file_in_a_folder_that_cannot_be_written() -> None:
+    """The file is replaced as a whole, which needs the folder: found before the work, not after it."""
+    with tempfile.TemporaryDirectory() as name:  # a folder of pytest is closed to other users
+        file, user = Path(name) / "run.json", os.geteuid()
+        file.touch(0o666)
+        file.chmod(0o666)
+        file.parent.chmod(0o555)
+        os.seteuid(user or 65534)  # nothing is closed to root
+        try:
+            with pytest.raises(UsageError, match=r"--json: got .*run.json; it cannot be written: Permission denied"):
+                demand_writable(file)
+        finally:
+            os.seteuid(user)
+            file.parent.chmod(0o755)
 
 
 @here

@@ -167,7 +167,7 @@ def test_a_head_that_cannot_be_judged_compiled_or_timed_fails(
     assert (report.regressions, report.notes) == ([], ["base: has no such verb", "head: does not compile"])
     verbs["head", "run"] = Unavailable("head", "cannot be imported")
     report = job.against_base(BASE, HEAD, Request(["rope"], "mine", "cpu"))
-    assert (report.regressions, report.rows) == (["head: cannot be imported"], [])
+    assert (report.regressions, report.rows, report.meta) == (["head: cannot be imported"], [], META)
     assert text(report) == "FAIL head: cannot be imported\n1 regression; nothing was compared"
     verbs["base", "run"] = Unavailable("base", "cannot be imported")
     with pytest.raises(Unavailable, match="head: cannot be imported"):

@@ -188,6 +188,7 @@ def test_files_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("run.json", "--base", "run.json", "--format", "junit"), "allowed: html, markdown"),
         (("run.json", "-o", "/dev/null/x.html"), "--output: got /dev/null/x.html; it cannot be written"),
         (("run.json", "-o", "run.json"), "--output: got run.json, a file of results"),
+        ((str(Path(__file__).parents[2] / "ledger" / "cpu.json"),), "cpu.json: got a ledger; allowed: after --history"),
     ],
 )
 def test_usage_errors(
