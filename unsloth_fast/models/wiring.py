@@ -131,7 +131,7 @@ def _mask(
         return ALL_MASK_ATTENTION_FUNCTIONS[before](*args, **given)
     if attention_mask is not watch.bounds or not allow_is_causal_skip or not _is_sliding(mask_function, local_size):
         watch.fault = "a mask of another kind"
-    watch.markers.append(torch.zeros(1, 1, _TOKENS, _TOKENS + 1, dtype=torch.int32, device=options["device"]))
+    watch.markers.append(torch.zeros(1, 1, _TOKENS, _TOKENS + 1, dtype=torch.int32, device=watch.bounds.device))
     return watch.markers[-1]
 
 
