@@ -1,29 +1,24 @@
 """Adding an adapter to a model: its arguments, an adapter that is there already, and the dtype of what is trained."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from unsloth_fast.models import kinds
+from unsloth_fast.models.beside_experts import ends, is_lora, layers_beside_experts, warn_of_layers_left
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import CausalLM
-from unsloth_fast.models.quantization import text_names
 from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
 
-_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what layers of experts were called
-_STACKED = (".gate_up_proj", ".down_proj")  # what their weights are called, in one parameter for all experts
 _COMPARED = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "layers_to_transform")
 _NOT_COMPARED = ("init_lora_weights", "loftq_config", "ensure_weight_tying", "target_parameters", "exclude_modules")
 
@@ -137,56 +132,6 @@ def adapt(
     return adapted
 
 
-def layers_beside_experts(base: PreTrainedModel) -> set[str]:
-    """The linear layers of the text model without LoRA that have names of experts', where the experts have LoRA.
-
-    In most mixtures of experts, such as Qwen's and DeepSeek's, peft takes these names for the weights of experts alone.
-    """
-    modules = dict(base.named_modules())
-    if not any(isinstance(module, ParamWrapper) for module in modules.values()):
-        return set()
-    adapted = _ends(name for name, module in modules.items() if _is_lora(module))
-    named = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    of_experts = {name for name in named if name.rpartition(".")[2] in set(_OF_EXPERTS).difference(adapted)}
-    return text_names(base, of_experts)
-
-
-def _experts_without_lora(base: PreTrainedModel) -> set[str]:
-    """The experts of the text model, whose weights are [E, O, I], if dense layers of their names have LoRA alone."""
-    modules = dict(base.named_modules())
-    adapted = _ends(name for name, module in modules.items() if _is_lora(module))
-    if set(_OF_EXPERTS).isdisjoint(adapted) or any(isinstance(module, ParamWrapper) for module in modules.values()):
-        return set()
-    weights = (name for name, weight in base.named_parameters() if weight.ndim == 3)
-    return text_names(base, {name.rpartition(".")[0] for name in weights if name.endswith(_STACKED)})
-
-
-def warn_of_layers_left(model: nn.Module) -> None:
-    """Warn of dense layers beside experts without LoRA, or of the experts, once for each model.
-
-    Names such as gate_proj stand for both, and peft takes them for one of the two, depending on the architecture.
-    """
-    base: Any = without_adapter(model)
-    if getattr(base, "unsloth_left_layers", False):
-        return
-    dense, experts = layers_beside_experts(base), _experts_without_lora(base)
-    base.unsloth_left_layers = bool(dense or experts)
-    if dense:
-        logger.warning(
-            "target_modules: no LoRA on %s: peft takes these names for the experts' weights alone", _listed(dense)
-        )
-    elif experts:
-        logger.warning(
-            "target_modules: no LoRA on the weights of %s, only on dense layers beside them; gate_proj, up_proj and "
-            "down_proj in get_peft_model, or target_parameters, mean these weights too",
-            _listed(experts),
-        )
-
-
-def _listed(paths: Iterable[str]) -> str:
-    return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", path) for path in paths}))
-
-
 def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given: Iterable[str]) -> None:
     """Let the adapter that a model has be trained further, if a call of `get_peft_model` asks for the same one.
 
@@ -210,9 +155,9 @@ def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given
     values = {field: (getattr(own, field), getattr(config, field)) for field in compared}
     base = without_adapter(model)
     values["modules_to_save"] = (_saved(own, is_tied(base)), _saved(config, is_tied(base)))
-    adapted = {path for path, module in base.named_modules() if _is_lora(module)}
+    adapted = {path for path, module in base.named_modules() if is_lora(module)}
     asked = targets.paths - layers_beside_experts(base)
-    values["target_modules"] = (_ends(adapted), _ends(asked)) if adapted != asked else (None, None)
+    values["target_modules"] = (ends(adapted), ends(asked)) if adapted != asked else (None, None)
     differ = {field: pair for field, pair in values.items() if pair[0] != pair[1]}
     if differ:
         has, asked = (", ".join(f"{field}={pair[side]!r}" for field, pair in differ.items()) for side in (0, 1))
@@ -255,11 +200,3 @@ def _saved(config: LoraConfig, tied: bool) -> list[str]:
     if tied and not names.isdisjoint(EMBEDDING_NAMES):
         names |= {*EMBEDDING_NAMES}
     return sorted(names)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) and not hasattr(module, "parameter_name")
-
-
-def _ends(paths: Iterable[str]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path in paths})

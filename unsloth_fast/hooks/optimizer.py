@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from unsloth_fast.adapters import warn_of_layers_left
+from unsloth_fast.models.beside_experts import warn_of_layers_left
 
 logger = logging.getLogger(__name__)
 
