@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from unsloth_fast.models import kinds
+from unsloth_fast.models.beside_experts import ends, is_lora, layers_beside_experts, warn_of_layers_left
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import CausalLM
@@ -127,7 +127,9 @@ def adapt(
         return model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    warn_of_layers_left(adapted)
+    return adapted
 
 
 def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given: Iterable[str]) -> None:
@@ -153,8 +155,9 @@ def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given
     values = {field: (getattr(own, field), getattr(config, field)) for field in compared}
     base = without_adapter(model)
     values["modules_to_save"] = (_saved(own, is_tied(base)), _saved(config, is_tied(base)))
-    adapted = {path for path, module in base.named_modules() if _is_lora(module)}
-    values["target_modules"] = (_ends(adapted), _ends(targets.paths)) if adapted != targets.paths else (None, None)
+    adapted = {path for path, module in base.named_modules() if is_lora(module)}
+    asked = targets.paths - layers_beside_experts(base)
+    values["target_modules"] = (ends(adapted), ends(asked)) if adapted != asked else (None, None)
     differ = {field: pair for field, pair in values.items() if pair[0] != pair[1]}
     if differ:
         has, asked = (", ".join(f"{field}={pair[side]!r}" for field, pair in differ.items()) for side in (0, 1))
@@ -197,11 +200,3 @@ def _saved(config: LoraConfig, tied: bool) -> list[str]:
     if tied and not names.isdisjoint(EMBEDDING_NAMES):
         names |= {*EMBEDDING_NAMES}
     return sorted(names)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) and not hasattr(module, "parameter_name")
-
-
-def _ends(paths: Iterable[str]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path in paths})

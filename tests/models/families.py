@@ -131,7 +131,6 @@ FAMILIES: dict[str, Family] = {
         5,
         2,
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-        foreign="it changes its masks",
         others={"rope": 1},
         **FUSED,
     ),

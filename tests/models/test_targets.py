@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.models import zoo
+from tests.models import families, zoo
 from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged, trained_names
-from unsloth_fast import FastLanguageModel, FastModel
+from tests.trainer.runs import arguments, build
+from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -118,6 +119,46 @@ def test_names_of_an_mlp_mean_the_weights_of_experts(options: dict[str, Any], la
         experts = {"mlp.experts", "mlp.experts.base_layer"}  # one wrapper per parameter
         expected |= {f"model.layers.{layer}.{name}" for name in attention | shared | experts}
     assert found == expected
+
+
+BESIDE_EXPERTS = [f"model.layers.*.mlp.{part}{name}" for part in ("", "shared_experts.") for name in MLP]
+LEFT = {
+    "deepseek_v3": f"no LoRA on {', '.join(sorted(BESIDE_EXPERTS))}: peft takes these names for the experts' weights",
+    "qwen2_moe": "no LoRA on the weights of model.layers.*.mlp.experts, only on dense layers beside them",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("deepseek_v3", None), ("deepseek_v3", "all-linear"), ("qwen2_moe", "all-linear")]
+)
+def test_dense_layers_or_experts_that_peft_leaves_out_are_warned_of_once(
+    family: str, targets: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a call, which may be repeated, or by a trainer."""
+
+    def made() -> Any:
+        return zoo.model(family) if family in zoo.ZOO else families.build(family).float()
+
+    def said() -> int:
+        return sum(message.startswith(f"target_modules: {LEFT[family]}") for message in caplog.messages)
+
+    model = adapt(made(), target_modules=targets)
+    assert said() == 1
+    assert adapt(model, target_modules=targets) is model
+    adapt(made(), target_modules=["o_proj"])
+    assert said() == 1
+    args = arguments(tmp_path, max_steps=1)
+    names = targets or sorted(ATTENTION | MLP)
+    build(UnslothTrainer, args, model=made(), peft_config=LoraConfig(r=2, target_modules=names))
+    assert said() == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": [0]}, {"target_modules": ["o_proj"]}])
+def test_nothing_is_said_where_dense_layers_and_experts_have_adapters_or_neither(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    adapt(zoo.model("qwen2_moe"), **options)
+    assert not any("no LoRA on" in message for message in caplog.messages)
 
 
 def test_attention_alone_leaves_the_experts_out() -> None:

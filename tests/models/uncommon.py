@@ -197,7 +197,7 @@ class UncommonModel(UncommonPreTrainedModel):
 
 
 class MaskedModel(UncommonModel):
-    """The layers of a kind, which get transformers' mask; written out, as placement reads the source of a forward."""
+    """The layers of a kind, which get transformers' mask."""
 
     def forward(
         self,
@@ -215,12 +215,48 @@ class MaskedModel(UncommonModel):
         return BaseModelOutputWithPast(last_hidden_state=states)
 
 
+def seen_by(config: Any, states: Tensor, padding: Tensor | None, places: Tensor) -> Any:
+    """A function of this file that makes the mask."""
+    return create_causal_mask(config, states, padding, None, places)
+
+
+class HelpedModel(UncommonModel):
+    """Methods make the masks, by transformers' function, which the forward does not mention."""
+
+    def masks_for(self, states: Tensor, padding: Tensor | None, places: Tensor) -> tuple[Any, Any]:
+        given = (self.config, states, padding)
+        return create_causal_mask(*given, None, places), seen_by(*given, places)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        states = self.tokens(input_ids)
+        for mask, layer in zip(self.masks_for(states, attention_mask, position_ids), self.layers, strict=True):
+            states = layer(states, attention_mask=mask, position_ids=position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+
+class HandMadeModel(HelpedModel):
+    """The same, but a method makes a dense mask by hand, without a look at documents."""
+
+    def masks_for(self, states: Tensor, padding: Tensor | None, places: Tensor) -> tuple[Any, Any]:
+        seen = torch.ones(2 * [states.shape[1]], dtype=torch.bool).tril()[None, None]
+        seen = seen if padding is None else seen & (padding[:, None, None, :] != 0)
+        return seen, seen
+
+
 class UncommonForCausalLM(UncommonPreTrainedModel, GenerationMixin):
     """A head with a bias, a factor and a squashing, whose names in the configuration nobody knows."""
 
     def __init__(self, config: UncommonConfig) -> None:
         super().__init__(config)
-        self.model = (UncommonModel if config.kind in OWN_ATTENTION else MaskedModel)(config)
+        self.model = STACKS.get(config.kind, MaskedModel)(config)
         self.lm_head = nn.Linear(HIDDEN, config.vocab_size)
         self.post_init()
 
@@ -261,13 +297,29 @@ def _shared(config: UncommonConfig) -> list[nn.Module]:
     return [layer, layer, Sequential(layer.attention, ThreeGates(), ScaledNorm)]
 
 
-OWN_ATTENTION = ("alibi", "own attention")
+class HelpedAttention(InterfaceAttention):
+    """A method looks up the attention function."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor, **kwargs: Any) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.out(self.attend(*rotate_pairs(q, k, angles_of(position_ids, x.dtype)), v, attention_mask))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        found = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](self, q, k, v, seen, scaling=0.3)
+        return found[0].flatten(2)
+
+
+STACKS: dict[str, type[UncommonModel]] = {"alibi": UncommonModel, "own attention": UncommonModel}
+STACKS |= {"helped": HelpedModel, "hand-made": HandMadeModel}
+PADDED = ("alibi", "own attention", "hand-made")
 LAYERS: dict[str, Any] = {
     "alibi": lambda config: [Parallel(FusedAttention(True), TwoGates(), RootNorm) for _ in range(2)],
     "own attention": lambda config: [Sequential(FusedAttention(False), ThreeGates(), ScaledNorm) for _ in range(2)],
     "interface": lambda config: [Sequential(InterfaceAttention(config), TwoGates(), ScaledNorm) for _ in range(2)],
     "parallel": lambda config: [Parallel(InterfaceAttention(config), ThreeGates(), RootNorm) for _ in range(2)],
     "shared": _shared,
+    "helped": lambda config: [Sequential(HelpedAttention(config), TwoGates(), RootNorm) for _ in range(2)],
+    "hand-made": lambda config: [Sequential(InterfaceAttention(config), TwoGates(), RootNorm) for _ in range(2)],
 }
 
 

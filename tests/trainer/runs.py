@@ -72,8 +72,7 @@ def build(kind: type, args: Any, dtype: torch.dtype = torch.float64, lora: bool 
         args=args,
         train_dataset=Dataset.from_dict({"text": tiny.texts(options.pop("texts", 18))}),
         processing_class=tiny.tokenizer(),
-        peft_config=LoraConfig(r=4, **LORA) if lora else None,
-        **options,
+        **{"peft_config": LoraConfig(r=4, **LORA) if lora else None} | options,
     )
 
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.models import uncommon
 from tests.trainer.runs import arguments
-from unsloth_fast import UnslothTrainer
+from unsloth_fast import UnslothTrainer, backends
+from unsloth_fast.models import place
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,6 +26,8 @@ PLACED: dict[str, dict[str, int]] = {
     "interface": {"packed_attention": 2},
     "parallel": {"packed_attention": 2, "rms_norm": 4},
     "shared": {"packed_attention": 1, "rms_norm": 2},
+    "helped": {"packed_attention": 2, "rms_norm": 4},
+    "hand-made": {"rms_norm": 4},
 }
 REASON = "because the model makes its masks without a look at documents of a row, which may join them"
 
@@ -100,7 +103,7 @@ def test_a_model_that_nobody_has_heard_of(
     with caplog.at_level("INFO"):
         batches, results = trained(model, tmp_path, backend=backend)
     said = " ".join(caplog.messages)
-    assert (REASON in said) == (kind in uncommon.OWN_ATTENTION) == ("cu_seq_lens_q" not in batches[0])
+    assert (REASON in said) == (kind in uncommon.PADDED) == ("cu_seq_lens_q" not in batches[0])
     assert f"operations placed: {PLACED[kind]}" in said
     of_peer = alone(peer, batches)
     right = alone(peer.double(), batches)
@@ -109,6 +112,25 @@ def test_a_model_that_nobody_has_heard_of(
         return
     for found, truth in zip(results, right, strict=True):
         assert (found - truth).norm() <= 1e-9 * truth.norm()
+
+
+def test_a_mask_made_by_hand_for_long_rows_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No short run shows it; the attention does."""
+    own, by_hand = uncommon.HelpedModel.masks_for, uncommon.HandMadeModel.masks_for
+
+    def masks_for(self: Any, states: Tensor, padding: Tensor | None, places: Tensor) -> tuple[Any, Any]:
+        long = states.shape[1] > 20
+        return by_hand(self, states, None, places) if long else own(self, states, padding, places)
+
+    model = uncommon.model("helped")
+    monkeypatch.setattr(uncommon.HelpedModel, "masks_for", masks_for)
+    assert place(model, backends.resolve("reference"))["packed_attention"] == 2
+    assert model(**tiny.packed([7, 5])).logits.shape[1] == 12
+    with pytest.raises(
+        ValueError, match=r"^attention_mask: HelpedModel gave HelpedAttention a mask of its own for a pac"
+    ):
+        model(**tiny.packed([17, 5]))
+    assert model(tiny.packed([17, 5])["input_ids"]).logits.shape[1] == 22
 
 
 def test_a_forward_without_further_keywords(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from unsloth_fast.models.beside_experts import warn_of_layers_left
+
 logger = logging.getLogger(__name__)
 
 
 def check_trainable(model: nn.Module, args: TrainingArguments, optimizer: Any = None) -> None:
-    """Refuse a run that trains nothing, or in a precision that its device does not have.
+    """Refuse a run that trains nothing, or in a precision that its device does not have; warn of layers without LoRA.
 
     Args:
         model: the trainer's, with the adapter that it has made, if any.
@@ -31,6 +33,7 @@ def check_trainable(model: nn.Module, args: TrainingArguments, optimizer: Any = 
             "model: got no trainable parameter; allowed: at least one (unfreeze some, add an adapter, or load the "
             "adapter with is_trainable=True)"
         )
+    warn_of_layers_left(model)
     groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
     if groups and trained.isdisjoint(parameter for group in groups for parameter in group["params"]):
         raise ValueError(

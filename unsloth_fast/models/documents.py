@@ -8,8 +8,8 @@ from functools import cache
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from unsloth_fast.models.interface import code_of, looks_up, makes_masks, name_of, tree_of
 from unsloth_fast.models.mixers import CACHES, mixers_of
+from unsloth_fast.models.reading import code_of, looks_up, makes_masks, name_of, tree_of
 
 _POSITIONS = 4  # the index of position_ids among the parameters of transformers' functions that make masks
 

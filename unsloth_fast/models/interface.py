@@ -2,13 +2,13 @@
 
 Read once per class, from the source of its forwards: a stack of layers makes its masks by transformers' own functions,
 its layers pass them on unchanged, and its attention looks its function up by the name in the config. Then a function
-of ours may be looked up instead, and nothing else of the model changes.
+of ours may be looked up instead, and nothing else of the model changes. Where the source of forwards does not show
+this, as with masks that a helper makes, a run of three tokens does (see `unsloth_fast.models.wiring`).
 """
 
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,21 +20,36 @@ from torch.nn import Module
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from unsloth_fast.models.logits import of_a_library
 from unsloth_fast.models.methods import has_own_method
 from unsloth_fast.models.mixers import Mixer, mixers_of
+from unsloth_fast.models.reading import (
+    INTERFACE,
+    MASK,
+    MASKS,
+    Uses,
+    functions_of,
+    looks_up,
+    makes_masks,
+    name_of,
+    takes_mask,
+    tree_of,
+    uses_of,
+)
+from unsloth_fast.models.wiring import wired_attentions
 from unsloth_ref import kernels as reference
 
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-MASKS = frozenset(("create_causal_mask", "create_sliding_window_causal_mask"))
 DELEGATES = ("sdpa", "eager")
 WIDEST = 512  # columns of a head that the judge holds packed_attention to
-_MASK = "attention_mask"
 _STATES = "create_recurrent_attention_mask"  # makes the masks of layers that carry a state
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 _MLP_LAYERS = frozenset(("mlp", "moe"))  # Nemotron-H's layers are an attention, a mixer or an MLP
 # What `packed_attention` is given of an attention function's keywords, and what it has no use for.
-_KEYWORDS = frozenset((_MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
+_KEYWORDS = frozenset((MASK, "dropout", "scaling", "softcap", "sliding_window", "is_causal"))
 _OF_MODULE = frozenset(("num_key_value_groups", "training", "head_dim"))  # what an eager attention may read
+_NO_INTERFACE = "its attention does not use transformers' interface"
+# Parts of the reasons that a run may refute: the source does not show where masks come from or where they go.
+_UNSEEN = ("its masks", "changes its mask", _NO_INTERFACE)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Stack:
         function: the attention function that it had before; None if it is foreign.
         sinks: whether that function reads sinks of its module.
         mixers: the modules below it that carry a state from token to token and are recognised, by their id.
+        wired: whether a run of a few tokens showed that it is not foreign, not the source.
     """
 
     attentions: tuple[Module, ...] = ()
@@ -57,12 +73,13 @@ class Stack:
     function: Callable[..., Any] | None = None
     sinks: bool = False
     mixers: Mapping[int, Mixer] = field(default_factory=dict)
+    wired: bool = False
 
 
 def stacks_of(model: Module) -> Iterator[PreTrainedModel]:
     """The innermost models of transformers whose forward takes an attention_mask."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _takes_mask(module):
+        if isinstance(module, PreTrainedModel) and takes_mask(module):
             below = (other for other in module.modules() if other is not module)
             if not any(isinstance(other, PreTrainedModel) for other in below):
                 yield module
@@ -80,23 +97,38 @@ def examine(stack: PreTrainedModel, implementation: str | None) -> Stack:
     foreign = foreign or _foreign_stack(stack, len(mixers))
     attentions: list[Module] = []
     for module in stack.modules():
-        if module is stack or id(module) in mixers or not (_takes_mask(module) or looks_up(module)):
+        if module is stack or id(module) in mixers or not (takes_mask(module) or looks_up(module)):
             continue
-        uses = _uses(inspect.unwrap(type(module).forward))
+        uses = uses_of(inspect.unwrap(type(module).forward))
         if looks_up(module):
             attentions.append(module)
         foreign = foreign or _foreign_layer(module, uses, stack)
-    if not attentions:
-        return Stack(foreign=foreign or "its attention does not use transformers' interface")
-    if foreign is not None:
+    foreign = foreign or (None if attentions else _NO_INTERFACE)
+    wired: list[Module] = []
+    if foreign is not None and not mixers and _may_be_wired(stack, foreign):
+        wired = wired_attentions(stack, str(implementation), lambda module: _function_of(module, implementation))
+    if foreign is not None and not wired:
         return Stack(tuple(attentions), foreign)
+    attentions = wired or attentions
     functions = {_function_of(attention, implementation) for attention in attentions}
     function = functions.pop()
     if functions or function is None:
         return Stack(tuple(attentions), "its eager attention function was not found")
-    reasons = (_masked_attention(attention, function) for attention in attentions)
+    masked = next(filter(None, (_masked_attention(attention, function) for attention in attentions)), None)
+    if wired and masked:  # packed.py checks each mask of a packed batch, which it cannot under masks of transformers
+        return Stack(tuple(attentions), masked)
     sinks = "sinks" in _read_of(function)
-    return Stack(tuple(attentions), None, next(filter(None, reasons), None), function, sinks, mixers)
+    return Stack(tuple(attentions), None, masked, function, sinks, mixers, bool(wired))
+
+
+def _may_be_wired(stack: PreTrainedModel, reason: str) -> bool:
+    """Whether a run can show where masks go: no state, and no other way for another name of the attn_implementation."""
+    if not any(part in reason for part in _UNSEEN) or getattr(stack, "_is_stateful", False):
+        return False
+    kinds = {type(each) for each in stack.modules() if takes_mask(each) or looks_up(each)}
+    kinds |= {type(each) for each in stack.modules() if not of_a_library(type(each))}
+    uses = [uses_of(function) for kind in kinds for function in functions_of(kind)]
+    return all(each is not None and not each.compares for each in uses)
 
 
 def extras_of(function: Callable[..., object]) -> frozenset[str]:
@@ -106,135 +138,10 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(entry.name for entry in named) - _KEYWORDS
 
 
-def makes_masks(name: str) -> bool:
-    """Whether a name is that of a function of transformers that makes masks."""
-    return name.startswith("create_") and "mask" in name
-
-
-@dataclass(frozen=True)
-class _Uses:
-    """What the source of a forward shows.
-
-    Attributes:
-        names: the names that it mentions.
-        receivers: what it passes its attention_mask to: "self.NAME" or the name of a function. "" for any other use.
-        functions: the names of variables that hold the attention function, and functions that make masks.
-        eager: the name of the function for "eager"; None for none.
-        alters: whether it computes with a mask that it made, by operators, methods, slices or another module.
-        compares: whether it compares the implementation's name, other than with != "eager".
-    """
-
-    names: frozenset[str]
-    receivers: frozenset[str]
-    functions: frozenset[str]
-    eager: str | None
-    alters: bool
-    compares: bool
-
-
-@cache
-def _uses(forward: Callable[..., Any]) -> _Uses | None:
-    """What the source of a forward shows; None without a source."""
-    tree = tree_of(forward)
-    if tree is None:
-        return None
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    functions, eager = set(MASKS), None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            mentioned = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-            defaults = {name for name in mentioned if name.startswith("eager")}
-            if mentioned & {INTERFACE, *MASKS} or defaults:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                functions |= {target.id for target in targets if isinstance(target, ast.Name)}
-            eager = next(iter(defaults), eager)
-    masks = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == _MASK]
-    compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
-    return _Uses(
-        names=frozenset(names),
-        receivers=frozenset(_receiver(node, parents) for node in masks),
-        functions=frozenset(functions),
-        eager=eager,
-        alters=any(
-            isinstance(node, ast.Name) and node.id in functions - MASKS and _is_altered(node, parents)
-            for node in ast.walk(tree)
-        ),
-        compares=any("_attn_implementation" in ast.unparse(node) and not _is_eager_test(node) for node in compared),
-    )
-
-
-def tree_of(function: Callable[..., Any] | type) -> ast.AST | None:
-    """The syntax tree of a function or class; None without a source."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-
-
-def name_of(node: ast.AST) -> str:
-    """The name that a node is; "" for any other node."""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _receiver(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:
-    """What a mask is passed to, as in `_Uses.receivers`; "container" for an entry of a dict or a tuple."""
-    parent = parents[node]
-    call = parents[parent] if isinstance(parent, ast.keyword) else parent
-    if not isinstance(node.ctx, ast.Load):
-        return ""
-    if isinstance(call, ast.Call) and call.func is not node:
-        func = call.func
-        return (
-            f"self.{func.attr}" if isinstance(func, ast.Attribute) and name_of(func.value) == "self" else name_of(func)
-        )
-    if isinstance(parent, ast.Dict | ast.Tuple | ast.List):
-        return "container"
-    return "isinstance" if isinstance(parent, ast.NamedExpr) and _is_type_test(parents[parent]) else ""
-
-
-def _is_altered(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a mask goes elsewhere than into a layer."""
-    parent = parents[node]
-    call = parents[parent] if isinstance(parent, ast.keyword) else parent
-    if isinstance(call, ast.Call) and call.func is not node and isinstance(call.func, ast.Attribute):
-        return name_of(call.func.value) != "self"
-    sliced = isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Slice | ast.Tuple)
-    if isinstance(parent, ast.Attribute) and parent.attr == "get":  # an entry of a dict of masks
-        return False
-    return sliced or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.AugAssign | ast.Attribute)
-
-
-def _is_type_test(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and name_of(node.func) == "isinstance"
-
-
-def _is_eager_test(node: ast.Compare) -> bool:
-    """Whether it is `... != "eager"`, which holds for any other name alike."""
-    value = node.comparators[0]
-    return isinstance(node.ops[0], ast.NotEq) and isinstance(value, ast.Constant) and value.value == "eager"
-
-
-def code_of(module: Module) -> Any:
-    """The code of the forward of a module's class; None for a scripted module."""
-    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
-
-
-def _takes_mask(module: Module) -> bool:
-    code = code_of(module)
-    return code is not None and _MASK in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-
-
-def looks_up(module: Module) -> bool:
-    """Whether the forward of a module's class takes its attention function from transformers' interface."""
-    code = code_of(module)
-    return code is not None and INTERFACE in code.co_names
-
-
 def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
     """Why a stack's masks are left to transformers; it has so many mixers."""
     forward = inspect.unwrap(type(stack).forward)
-    uses = _uses(forward)
+    uses = uses_of(forward)
     made = set() if uses is None else set(filter(makes_masks, uses.names))
     if uses is None or not made & MASKS:
         return "its masks are its own"
@@ -250,12 +157,12 @@ def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:
     return "it compares the name of its attn_implementation" if uses.compares else None
 
 
-def _foreign_layer(module: Module, uses: _Uses | None, stack: PreTrainedModel) -> str | None:
+def _foreign_layer(module: Module, uses: Uses | None, stack: PreTrainedModel) -> str | None:
     """Why a layer or an attention below a stack cannot take another mask than transformers'."""
     name = type(module).__name__
     if uses is None or has_own_method(module, "forward"):
         return f"the forward of {name} is not its class's" if uses else f"{name} has no source"
-    if not _takes_mask(module):
+    if not takes_mask(module):
         return f"{name} takes its mask by another name"
     alike = (other for other in stack.modules() if type(other) is type(module))  # whose layer may be of another kind
     children = {f"self.{child}" for other in alike for child in other._modules}
@@ -275,7 +182,7 @@ def _function_of(attention: Module, implementation: str | None) -> Callable[...,
     if implementation == "sdpa":
         return ALL_ATTENTION_FUNCTIONS["sdpa"]
     forward = inspect.unwrap(type(attention).forward)
-    uses = _uses(forward)
+    uses = uses_of(forward)
     return None if uses is None or uses.eager is None else forward.__globals__.get(uses.eager)
 
 

@@ -54,6 +54,8 @@ class Documents:
         extras: its keywords that the kernel has no counterpart for.
         sinks: whether it reads sinks of its module.
         mixed: whether layers carry a state, which needs the bounds too.
+        wired: whether a run showed that the bounds reach the attentions, not the source.
+        running: whether a packed batch is in the stack; known of one that is wired.
         warned: whether a mask was warned of.
         graphs: called with the stack's forward, the stack and the arguments, where the layers are recorded.
     """
@@ -65,6 +67,8 @@ class Documents:
     extras: frozenset[str]
     sinks: bool
     mixed: bool = False
+    wired: bool = False
+    running: bool = False
     warned: bool = False
     graphs: Callable[..., Any] | None = None
 
@@ -102,7 +106,7 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
     extras = frozenset[str]() if found.function is None else extras_of(found.function)
     reason = found.foreign or found.masked
     mixed = bool(found.mixers)
-    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks, mixed)
+    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks, mixed, found.wired)
     for module in (stack, *(found.attentions if found.function else ())):
         setattr(module, _STATE, documents)
     if found.function is not None:
@@ -150,7 +154,13 @@ def _forward_of(own: Callable[..., Any]) -> Forward:
                 kwargs |= {"use_cache": False} if caches else {}
             kwargs["attention_mask"] = bounds.to(torch.int32).view(1, 1, -1)
             _remember(kwargs["attention_mask"], _STATE, documents)
-        return type(self).forward(self, *args, **kwargs)
+        if documents is None or not documents.wired or not isinstance(bounds, Tensor):
+            return type(self).forward(self, *args, **kwargs)
+        documents.running = True
+        try:
+            return type(self).forward(self, *args, **kwargs)
+        finally:
+            documents.running = False
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +260,11 @@ def _attention(
     documents: Documents | None = getattr(module, _STATE, None)
     function = (documents.function if documents else None) or _function_before(module, before)
     if attention_mask is None or attention_mask.dtype != torch.int32:
+        if documents is not None and documents.running:
+            raise ValueError(
+                f"attention_mask: {documents.name} gave {type(module).__name__} a mask of its own for a packed batch, "
+                "which may join documents; allowed: packing=False and padding_free=False"
+            )
         return function(module, query, key, value, attention_mask, **options)
     tokens, window, bounds = query.shape[2], attention_mask.shape[2], attention_mask[0, 0, 0]
     if key.shape[2] != tokens:

@@ -22,8 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from unsloth_fast.backends import Backend
-from unsloth_fast.models.interface import name_of, tree_of
 from unsloth_fast.models.lora import AdaptedLayer
+from unsloth_fast.models.reading import name_of, tree_of
 
 PROJECT, _PROJECTED = "unsloth_project", "unsloth_projected"  # variables in a forward
 
