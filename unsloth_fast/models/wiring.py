@@ -66,7 +66,6 @@ def wired_attentions(stack: PreTrainedModel, before: str, function_of: FunctionO
     """
     if any(each.is_meta for each in stack.parameters()):
         return []
-    row = torch.arange(_TOKENS, device=stack.device)[None] % stack.config.get_text_config().vocab_size
     bounds = torch.arange(_TOKENS + 1, dtype=torch.int32, device=stack.device).view(1, 1, -1)
     keywords = {"cu_seq_lens_q": bounds[0, 0], "cu_seq_lens_k": bounds[0, 0], "max_length_q": 1, "max_length_k": 1}
     packed, ordinary = _Watch(function_of, bounds), _Watch(function_of)

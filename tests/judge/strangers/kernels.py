@@ -22,18 +22,16 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, heat: float) -> Tensor:
-        y = torch.softmax(scores.float() / heat, -1)
-        ctx.save_for_backward(y)
-        ctx.heat, ctx.dtype = heat, scores.dtype
-        return y.to(scores.dtype)
+        ctx.save_for_backward(scores)
+        ctx.heat = heat
+        return torch.softmax(scores.float() / heat, -1).to(scores.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        dy = dy.float()
+        (scores,) = ctx.saved_tensors
+        y, dy = torch.softmax(scores.float() / ctx.heat, -1), dy.float()
         dx = y * (dy - (dy * y).sum(-1, keepdim=True)) / ctx.heat
-        return dx.to(ctx.dtype), None
+        return dx.to(scores.dtype), None
 
 
 @wrong("tempered_softmax", "one_at_a_time")
@@ -145,19 +143,17 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         chosen, places = logits.float().topk(k, -1)
-        gates = torch.softmax(chosen, -1)
-        ctx.save_for_backward(gates, places)
-        ctx.like = logits
+        ctx.save_for_backward(logits, places)
         ctx.mark_non_differentiable(places)
-        return gates.to(logits.dtype), places
+        return torch.softmax(chosen, -1).to(logits.dtype), places
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        gates, places = ctx.saved_tensors
+        logits, places = ctx.saved_tensors
+        gates = torch.softmax(logits.float().gather(-1, places), -1)
         differences = dy.float()[..., None] - dy.float()[..., None, :]
         dx = gates * (differences * gates[..., None, :]).sum(-1)
-        return torch.zeros_like(ctx.like, dtype=torch.float32).scatter(-1, places, dx).to(ctx.like.dtype), None
+        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, places, dx).to(logits.dtype), None
 
 
 @right("top_k_gate")
