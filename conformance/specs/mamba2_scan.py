@@ -84,7 +84,8 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
 def _scratch(inputs: Inputs) -> int:
     """Two states per chunk: of 64 tokens in bfloat16, else of 32 tokens in float32; and two sums, twice.
 
-    Of 8 heads of a group each, if it has more, also the sums of the gradients of b and c in float32.
+    Programs that add up 8 heads of a group also write the gradients of b and c in float32, if it has more: one program
+    for all of them would leave most of a GPU idle.
     """
     (tokens, heads, columns), (_, kv_heads, width) = inputs["x"].shape, inputs["b"].shape
     rows, size = (64, 2) if inputs["x"].dtype == torch.bfloat16 else (32, 4)

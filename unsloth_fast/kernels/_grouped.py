@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2
+from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2, shared_memory
 
 EMULATED = tl.constexpr(INTERPRETED)
 SIZES = 1024  # sizes of groups that are added up at once
@@ -184,17 +184,27 @@ def block_of(size: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(max(1, size))))
 
 
-def product_tile(dtype: torch.dtype, columns: int, inner: int) -> dict[str, int]:
+def most_columns(x: Tensor) -> int:
+    """Columns of the result per program, at most: 256 in 16 bits where three stages of 48 KiB fit the shared memory.
+
+    On an H200 products with 256 columns take 0.75 to 0.95 of the time of those with 128, and dweight 0.9 to 1.
+    """
+    if x.dtype == torch.float32:
+        return 64
+    return 256 if shared_memory(x.device) >= 160 * 1024 else 128
+
+
+def product_tile(x: Tensor, columns: int, inner: int) -> dict[str, int]:
     """The columns of y per program, the columns of x per step, and the rest of a product's launch."""
-    wide = dtype == torch.float32
-    width, depth = block_of(columns, 64 if wide else 128), block_of(inner, 32 if wide else 64)
+    width = block_of(columns, most_columns(x))
+    depth = block_of(inner, 32 if x.dtype == torch.float32 else 64)
     return {"COLUMNS": width, "INNER": depth, "num_warps": 8 if width >= 64 else 4, "num_stages": 3}
 
 
-def weight_tile(dtype: torch.dtype, columns: int, inner: int) -> dict[str, int]:
+def weight_tile(x: Tensor, columns: int, inner: int) -> dict[str, int]:
     """The part of dweight per program, the rows per step, and the rest of the launch."""
-    wide = dtype == torch.float32
-    height, width = (block_of(size, 64 if wide else 128) for size in (columns, inner))
+    wide = x.dtype == torch.float32
+    height, width = block_of(columns, 64 if wide else 128), block_of(inner, most_columns(x))
     warps = 8 if height * width >= 4096 else 4
     return {"ROWS": 32 if wide else 64, "COLUMNS": height, "INNER": width, "num_warps": warps, "num_stages": 3}
 
@@ -235,7 +245,7 @@ def grouped_product(
     y = x.new_empty(rows, columns)
     if y.numel() == 0:
         return y
-    tile = product_tile(x.dtype, columns, inner)
+    tile = product_tile(x, columns, inner)
     blocks = cdiv(columns, tile["COLUMNS"])
     order, share = slots or (plan, 1)
     added = y if bias is None else bias
@@ -257,7 +267,7 @@ def grouped_weight(
     dweight = x.new_empty(groups, columns, inner)
     if dweight.numel() == 0:
         return dweight
-    tile = weight_tile(x.dtype, columns, inner)
+    tile = weight_tile(x, columns, inner)
     blocks = cdiv(columns, tile["COLUMNS"]), cdiv(inner, tile["INNER"])
     order, share = slots or (plan, 1)
     launch(

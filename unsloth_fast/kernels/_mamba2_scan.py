@@ -120,12 +120,9 @@ def mamba2_scan_dx_kernel(
     dx_ptr, ddt_ptr, da_ptr, dd_ptr,
     tokens, documents, heads, group, width, columns,
     dy_token, dy_head, x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head,
-    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dx and ddt of one chunk and head per program, and what its tokens contribute to da and dd.
-
-    WHOLE: a tile has all columns of x and b; without loops, each is loaded once.
-    """
+    """dx and ddt of one chunk and head per program, and what its tokens contribute to da and dd."""
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
@@ -141,7 +138,7 @@ def mamba2_scan_dx_kernel(
     states_ptr += chunk * columns * width
     dstates_ptr += chunk * columns * width
     scores = tl.zeros([ROWS, ROWS], tl.float32)
-    for left in range(0, WIDTH if WHOLE else width, WIDTH):
+    for left in range(0, width, WIDTH):
         depth = left + tl.arange(0, WIDTH)
         b = load_rows(b_ptr, row, length, depth, width, b_token)
         c = load_rows(c_ptr, row, length, depth, width, c_token)
@@ -152,7 +149,7 @@ def mamba2_scan_dx_kernel(
     scores *= decays_between(total, ROWS)
     pairs = tl.zeros([ROWS, ROWS], tl.float32)
     skipped = tl.zeros([ROWS], tl.float32)
-    for side in range(0, COLUMNS if WHOLE else columns, COLUMNS):
+    for side in range(0, columns, COLUMNS):
         column = side + tl.arange(0, COLUMNS)
         x = load_rows(x_ptr, row, length, column, columns, x_token)
         dy = load_rows(dy_ptr, row, length, column, columns, dy_token)
@@ -169,11 +166,11 @@ def mamba2_scan_dx_kernel(
     by_old = tl.zeros([ROWS], tl.float32)  # what the decays from the old state to a row contribute to dg
     by_new = tl.zeros([ROWS], tl.float32)  # those from a row to the new state, without dt
     through = 0.0  # that over the whole chunk
-    for side in range(0, COLUMNS if WHOLE else columns, COLUMNS):
+    for side in range(0, columns, COLUMNS):
         column = side + tl.arange(0, COLUMNS)
         dy = load_rows(dy_ptr, row, length, column, columns, dy_token)
         new = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for left in range(0, WIDTH if WHOLE else width, WIDTH):
+        for left in range(0, width, WIDTH):
             depth = left + tl.arange(0, WIDTH)
             state = load_rows(states_ptr, column, columns, depth, width, width)
             dstate = load_rows(dstates_ptr, column, columns, depth, width, width)
