@@ -150,6 +150,13 @@ def test_a_kernel_that_a_target_cannot_hold_fails_there_alone(fingerprint: Finge
     assert {one["target"] for one in found if one["problem"]} == {"sm_80"}
 
 
+def test_tiles_are_those_for_the_shared_memory_of_the_target(fingerprint: Fingerprint) -> None:
+    ran, found = fingerprint.results("grouped_gemm", "--target", "sm_90", "gfx942")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    most = {target: max(one["shared"] for one in found if one["target"] == target) for target in ("sm_90", "gfx942")}
+    assert most["gfx942"] <= 64 * 1024 < 128 * 1024 < most["sm_90"]
+
+
 def test_a_kernel_that_does_not_compile_says_why(fingerprint: Fingerprint) -> None:
     ran = fingerprint("--backend", "tests.judge.launching.odd", "--target", "sm_80")
     assert ran.returncode == 1
