@@ -41,7 +41,7 @@ SPILLS = {
     ("gated_rms_norm_backward_kernel", "mamba-2"): 136,
     **{
         (f"mamba2_scan_{part}_kernel", shape): stack
-        for part, stack in {"dx": 104, "dbdc": 64}.items()
+        for part, stack in {"dx": 104, "dbdc": 120}.items()
         for shape in ("granite-4 text-mix-2k", "nemotron-h long-2k", "falcon-h1 text-mix-2k")
     },
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
