@@ -115,14 +115,11 @@ def fingerprints(
             blanks = [Fingerprint(spec.op, shape, dtype, "", target) for target in targets]
             grads = spec.speed.shapes.get(shape, {}).get("grads", spec.grads)
             trial = Trial(spec, judged.functions[spec.op], DTYPES[dtype], "meta")
-            launches: dict[tuple[Fingerprint, ...], None] = {}  # each once, in order
             try:
-                with _compiled_not_launched(blanks, launches.setdefault):
-                    _run(trial, case, _WithoutElements(case, trial.dtype, "meta"), grads)
+                launches = _launches(trial, case, _WithoutElements(case, trial.dtype, "meta"), grads, blanks)
             except Failure:  # it reads elements
-                launches.clear()
-                with _compiled_not_launched(blanks, launches.setdefault):
-                    _run(replace(trial, device="cpu"), case, Draw(case, trial.dtype, "cpu"), grads)
+                on_cpu = replace(trial, device="cpu")
+                launches = _launches(on_cpu, case, Draw(case, trial.dtype, "cpu"), grads, blanks)
             if launches:
                 yield [one for found in launches for one in found]
 
@@ -158,41 +155,49 @@ class _WithoutElements(Draw):
         return torch.empty(like.shape, dtype=like.dtype, device="meta")
 
 
-def _run(trial: Trial, case: Case, draw: Draw, grads: Sequence[str]) -> None:
+def _launches(
+    trial: Trial, case: Case, draw: Draw, grads: Sequence[str], blanks: Sequence[Fingerprint]
+) -> list[tuple[Fingerprint, ...]]:
+    """The fingerprints of each launch on all targets, each once, in order."""
     spec = trial.spec
     inputs = spec.drawing.build(draw, **dict(case.sizes))
     inputs |= {name: LAYOUTS[spec.speed.layout](inputs[name]) for name in spec.grads if name in inputs}
     leaves = as_leaves(inputs, grads)
-    # Of rows that count: all.
-    with shapes.patch(meta_nonzero_assume_all_nonzero=True):  # pyright: ignore[reportAttributeAccessIssue]
-        outputs = trial.call(leaves, trial.options(case))
-        trial.backward(outputs, leaves, grads, [draw.grad_output(output) for output in outputs])
+    by_target: list[list[Fingerprint]] = [[] for _ in blanks]
+    for index, blank in enumerate(blanks):  # tiles may depend on a target's shared memory
+        with (
+            _compiled_not_launched(blank, index, by_target[index].append),
+            # Of rows that count: all.
+            shapes.patch(meta_nonzero_assume_all_nonzero=True),  # pyright: ignore[reportAttributeAccessIssue]
+        ):
+            outputs = trial.call(leaves, trial.options(case))
+            trial.backward(outputs, leaves, grads, [draw.grad_output(output) for output in outputs])
+    return list(dict.fromkeys(zip(*by_target, strict=True)))
 
 
 @contextmanager
-def _compiled_not_launched(
-    blanks: Sequence[Fingerprint], on_launch: Callable[[tuple[Fingerprint, ...]], Any]
-) -> Iterator[None]:
-    """Within this context kernels are compiled for the targets of the blanks, and not launched."""
-    original, absent = JITFunction.run, cast(Any, AbsentDriver)  # has the methods of a driver that are called
+def _compiled_not_launched(blank: Fingerprint, index: int, on_launch: Callable[[Fingerprint], Any]) -> Iterator[None]:
+    """Within this context kernels are compiled for the target of the blank, as the device `index`, and not launched."""
+    target = TARGETS[blank.target]
+    original, tuned = JITFunction.run, Autotuner.run
+    absent = cast(Any, AbsentDriver)(target.triton, index)  # has the methods of a driver that are called
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        found = []
-        for index, blank in enumerate(blanks):
-            driver.set_active(absent(TARGETS[blank.target].triton, index))
-            one = replace(blank, kernel=kernel.__name__)
-            with Caught() as raised:
-                one = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), one)
-            problem = one.problem if raised.error is None else describe(raised.error)
-            found.append(replace(one, problem=problem))
-        on_launch(tuple(found))
+        one = replace(blank, kernel=kernel.__name__)
+        with Caught() as raised:
+            one = _read(original(kernel, *arguments, grid=grid, warmup=True, **options), one)
+        on_launch(one if raised.error is None else replace(one, problem=describe(raised.error)))
 
-    first = absent(TARGETS[blanks[0].target].triton)
+    def tuned_again(kernel: Any, *arguments: Any, **options: Any) -> None:
+        kernel.cache.clear()  # of another target
+        tuned(kernel, *arguments, **options)
+
     with (
-        patch.object(driver, "_active", first),
+        patch.object(driver, "_active", absent),
         patch.object(Autotuner, "do_bench", property(lambda self: run_once)),  # every configuration is compiled
+        patch.object(Autotuner, "run", tuned_again),
         patch.object(JITFunction, "run", run),
-        launched_by_triton(),
+        launched_by_triton(target.shared),
     ):
         yield
 

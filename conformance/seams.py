@@ -78,6 +78,8 @@ SEAMS = (
     Seam("triton.language.extra.cuda.libdevice.tanh", "replaced, as all functions: bound to the interpreter"),
     Seam("triton.runtime.autotuner.Autotuner.prune_configs", "replaced: draws two configurations"),
     Seam("triton.runtime.autotuner.Autotuner.do_bench", "replaced: runs a kernel once, in no time"),
+    Seam("triton.runtime.autotuner.Autotuner.run", "replaced: every target is tuned anew"),
+    Seam("triton.runtime.autotuner.Autotuner.cache", "cleared: the same"),
     Seam("triton.runtime.interpreter.InterpretedFunction.run", "replaced: sees every launch in the interpreter"),
     Seam("triton.JITFunction.run", "replaced: sees every launch; or compiles for other targets instead"),
     Seam("triton.JITFunction.params", "read: which arguments Triton may assume to be aligned"),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2
+from unsloth_fast.kernels._launch import INTERPRETED, cdiv, kernel, launch, next_power_of_2, shared_memory
 
 EMULATED = tl.constexpr(INTERPRETED)
 SIZES = 1024  # sizes of groups that are added up at once
@@ -79,9 +79,13 @@ def grouped_product_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, plan_ptr, order_ptr,
     groups, columns, inner, column_blocks, share, x_row, x_column, group_stride, weight_column, inner_stride,
     bias_row, bias_column,
-    BIAS: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    BIAS: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. Programs that run together share their rows of x, and the matrix of a group."""
+    """One tile of y. Programs that run together share their rows of x, and the matrix of a group.
+
+    EVEN: INNER divides inner. In place of rows past the end of the group, the first one of x is read, and not stored.
+    """
     tile = tl.program_id(0) // column_blocks
     group = tl.load(plan_ptr + groups + 2 + tile)
     if group < 0:
@@ -91,17 +95,23 @@ def grouped_product_kernel(
     row = begin + (tile - begin // ROWS - group) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside_rows, inside_columns = (row < end)[:, None], (column < columns)[None, :]
-    source = source_rows(order_ptr, row, row < end, share, GATHER)
-    x_rows = x_ptr + source.to(tl.int64)[:, None] * x_row
+    source = tl.where(row < end, source_rows(order_ptr, row, row < end, share, GATHER), 0)
+    k = tl.arange(0, INNER).to(tl.int64)
+    x_block = x_ptr + source.to(tl.int64)[:, None] * x_row + k[None, :] * x_column
     weight_columns = weight_ptr + group.to(tl.int64) * group_stride + column.to(tl.int64)[None, :] * weight_column
+    weight_block = weight_columns + k[:, None] * inner_stride
+    step = tl.full([], INNER, tl.int64)
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     for first in range(0, tl.where(group < groups, inner, 0), INNER):
-        k = first + tl.arange(0, INNER)
-        x = load_block(x_rows + k.to(tl.int64)[None, :] * x_column, inside_rows & (k < inner)[None, :])
-        weight = load_block(
-            weight_columns + k.to(tl.int64)[:, None] * inner_stride, (k < inner)[:, None] & inside_columns
-        )
+        if EVEN:
+            x, weight = load_block(x_block, True), load_block(weight_block, inside_columns)
+        else:
+            left = k < inner - first
+            x = load_block(x_block, left[None, :])
+            weight = load_block(weight_block, left[:, None] & inside_columns)
         total = tl.dot(x, weight, total, input_precision="ieee")
+        x_block += step * x_column
+        weight_block += step * inner_stride
     if BIAS:
         bias_columns = bias_ptr + group.to(tl.int64) * bias_row + column.to(tl.int64) * bias_column
         bias = tl.load(bias_columns, column < tl.where(group < groups, columns, 0), other=0.0)
@@ -174,6 +184,31 @@ def block_of(size: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(max(1, size))))
 
 
+def most_columns(x: Tensor) -> int:
+    """Columns of the result per program, at most: 256 in 16 bits where three stages of 48 KiB fit the shared memory.
+
+    On an H200 products with 256 columns take 0.75 to 0.95 of the time of those with 128, and dweight 0.9 to 1.
+    """
+    if x.dtype == torch.float32:
+        return 64
+    return 256 if shared_memory(x.device) >= 160 * 1024 else 128
+
+
+def product_tile(x: Tensor, columns: int, inner: int) -> dict[str, int]:
+    """The columns of y per program, the columns of x per step, and the rest of a product's launch."""
+    width = block_of(columns, most_columns(x))
+    depth = block_of(inner, 32 if x.dtype == torch.float32 else 64)
+    return {"COLUMNS": width, "INNER": depth, "num_warps": 8 if width >= 64 else 4, "num_stages": 3}
+
+
+def weight_tile(x: Tensor, columns: int, inner: int) -> dict[str, int]:
+    """The part of dweight per program, the rows per step, and the rest of the launch."""
+    wide = x.dtype == torch.float32
+    height, width = block_of(columns, 64 if wide else 128), block_of(inner, most_columns(x))
+    warps = 8 if height * width >= 4096 else 4
+    return {"ROWS": 32 if wide else 64, "COLUMNS": height, "INNER": width, "num_warps": warps, "num_stages": 3}
+
+
 def new_plan(like: Tensor, groups: int, rows: int, dtype: torch.dtype) -> Tensor:
     """The memory of a plan, on the device of a tensor."""
     return like.new_empty(groups + 2 + rows // tile_rows(dtype) + groups + 1, dtype=torch.int32)
@@ -210,17 +245,16 @@ def grouped_product(
     y = x.new_empty(rows, columns)
     if y.numel() == 0:
         return y
-    wide = x.dtype == torch.float32
-    width, depth = block_of(columns, 64 if wide else 128), block_of(inner, 32 if wide else 64)
-    blocks = cdiv(columns, width)
+    tile = product_tile(x, columns, inner)
+    blocks = cdiv(columns, tile["COLUMNS"])
     order, share = slots or (plan, 1)
     added = y if bias is None else bias
     launch(
         grouped_product_kernel, (rows // tile_rows(x.dtype) + groups + 1) * blocks, x,
         x, weight, added, y, plan, order,
         groups, columns, inner, blocks, share, *x.stride(), *weight.stride(), *added.stride(),
-        BIAS=bias is not None, GATHER=slots is not None, ROWS=tile_rows(x.dtype), COLUMNS=width, INNER=depth,
-        num_warps=8 if width >= 64 else 4, num_stages=3,
+        BIAS=bias is not None, GATHER=slots is not None, EVEN=inner % tile["INNER"] == 0,
+        ROWS=tile_rows(x.dtype), **tile,
     )  # fmt: skip
     return y
 
@@ -233,16 +267,13 @@ def grouped_weight(
     dweight = x.new_empty(groups, columns, inner)
     if dweight.numel() == 0:
         return dweight
-    wide = x.dtype == torch.float32
-    height, width = (block_of(size, 64 if wide else 128) for size in (columns, inner))
-    blocks = cdiv(columns, height), cdiv(inner, width)
+    tile = weight_tile(x, columns, inner)
+    blocks = cdiv(columns, tile["COLUMNS"]), cdiv(inner, tile["INNER"])
     order, share = slots or (plan, 1)
     launch(
         grouped_weight_kernel, groups * blocks[0] * blocks[1], x,
         dy, x, dweight, plan, order, columns, inner, *blocks, share, *dy.stride(), *x.stride(),
-        GATHER_DY=slots is not None and of_dy, GATHER_X=slots is not None and not of_dy,
-        ROWS=32 if wide else 64, COLUMNS=height, INNER=width, num_warps=8 if height * width >= 4096 else 4,
-        num_stages=3,
+        GATHER_DY=slots is not None and of_dy, GATHER_X=slots is not None and not of_dy, **tile,
     )  # fmt: skip
     return dweight
 

@@ -134,12 +134,14 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use; those of an H200 if the device is not a GPU."""
-    if device.type != "cuda":
-        return 227 * 1024
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)
+    """Bytes of shared memory that a program may use; of the absent GPU if the device is none, by default an H200."""
+    return _shared_memory_of(device) if device.type == "cuda" else _absent_shared_memory
+
+
+@lru_cache
+def _shared_memory_of(gpu: torch.device) -> int:
+    return getattr(torch.cuda.get_device_properties(gpu), "shared_memory_per_block_optin", 64 * 1024)
 
 
 @lru_cache
@@ -182,20 +184,23 @@ def _aligned(kernel: Kernel, arguments: Sequence[Tensor | float]) -> bool:
 
 
 _intercepted = False
+_absent_shared_memory = 227 * 1024
 
 
 @contextmanager
-def launched_by_triton() -> Iterator[None]:
+def launched_by_triton(shared: int = 227 * 1024) -> Iterator[None]:
     """Within this context every launch calls the `run` method of the kernel it is for, for tensors on any device.
 
-    For tools that replace `run`, to inspect launches instead of executing them. Affects all threads.
+    For tools that replace `run`, to inspect launches instead of executing them. Affects all threads. Launches for
+    tensors that are on no GPU are those for one with so many bytes of shared memory per program.
     """
-    global _intercepted
-    before, _intercepted = _intercepted, True
+    global _intercepted, _absent_shared_memory
+    before = _intercepted, _absent_shared_memory
+    _intercepted, _absent_shared_memory = True, shared
     try:
         yield
     finally:
-        _intercepted = before
+        _intercepted, _absent_shared_memory = before
 
 
 def launch(kernel: Kernel, programs: int, tensor: Tensor, *arguments: Tensor | float, **options: object) -> None:

@@ -48,9 +48,7 @@ TABLE = {
     "in_float64": in_float64,
     "in_other_tiles": (
         ("return 64 if dtype == torch.float32 else 128", "return 16 if dtype == torch.float32 else 32"),
-        (
-            "width, depth = block_of(columns, 64 if wide else 128), block_of(inner, 32 if wide else 64)",
-            "width, depth = block_of(columns, 32), block_of(inner, 128)",
-        ),
+        ("block_of(columns, most_columns(x))", "block_of(columns, 32)"),
+        ("block_of(inner, 32 if x.dtype == torch.float32 else 64)", "block_of(inner, 128)"),
     ),
 }
