@@ -36,7 +36,7 @@ from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial, as_leaves, describe
 from unsloth_fast.kernels._launch import launched_by_triton
 
-NAME_WIDTH, CELL_WIDTH = 36, 24
+NAME_WIDTH, CELL_WIDTH = 36, 32
 ROWS = 64  # few are enough: launch parameters do not depend on the number of rows, or a row's bits would
 COLUMNS = 1024  # of a spec that has neither shapes nor an example
 
@@ -79,6 +79,7 @@ class Fingerprint:
         shared: bytes of shared memory per program.
         load: bytes of the widest load from global memory.
         store: bytes of the widest store to global memory.
+        instructions: number of machine instructions of the kernel, without those that fill up its last block.
         problem: why the kernel does not compile, or cannot be launched on the target; None if it can.
     """
 
@@ -92,6 +93,7 @@ class Fingerprint:
     shared: int = 0
     load: int = 0
     store: int = 0
+    instructions: int = 0
     problem: str | None = None
 
 
@@ -205,36 +207,55 @@ def _compiled_not_launched(blank: Fingerprint, index: int, on_launch: Callable[[
 def _read(compiled: Any, blank: Fingerprint) -> Fingerprint:
     """The fingerprint of a compiled kernel."""
     target, shared = TARGETS[blank.target], compiled.metadata.shared
-    registers, stack, load, store = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
+    found = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
     problem = None
     if shared > target.shared:
         problem = f"takes {shared} bytes of shared memory; {blank.target} has {target.shared}"
-    return replace(blank, registers=registers, stack=stack, shared=shared, load=load, store=store, problem=problem)
+    return replace(blank, **found, shared=shared, problem=problem)
 
 
-def _of_nvidia(code: Any) -> tuple[int, int, int, int]:
-    """Per thread: registers, bytes of stack, and bytes of the widest load and store."""
+def _of_nvidia(code: Any) -> dict[str, int]:
+    """What a cubin and its PTX show: registers, stack, load, store and instructions of a `Fingerprint`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, machine = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in (
+                [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+                [knobs.nvidia.nvdisasm.path, "--print-code", file.name],
+            )
+        )
     registers, stack = (int(number) for number in re.findall(r"(?:REG|STACK):(\d+)", usage))
+    operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", machine, re.MULTILINE)
     widest = {"ld": 0, "st": 0}
     for kind, count, bits in re.findall(r"(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", code["ptx"]):
         widest[kind] = max(widest[kind], int(count or 1) * int(bits) // 8)
     copies = re.findall(r"cp\.async\.\w+\.shared\.global .*?\], \[.*?\], 0x(\w+)", code["ptx"])
-    return registers, stack, max(widest["ld"], *(int(copied, 16) for copied in copies), 0), widest["st"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "load": max(widest["ld"], *(int(copied, 16) for copied in copies), 0),
+        "store": widest["st"],
+        "instructions": len(operations) - operations.count("NOP"),
+    }
 
 
-def _of_amd(code: Any) -> tuple[int, int, int, int]:
-    """Per thread: vector registers, bytes of stack, and bytes of the widest load and store."""
+def _of_amd(code: Any) -> dict[str, int]:
+    """What AMD's assembly shows: vector registers, stack, load, store and instructions of a `Fingerprint`."""
     (registers,) = re.findall(r"\.vgpr_count: +(\d+)", code["amdgcn"])
     (stack,) = re.findall(r"\.private_segment_fixed_size: +(\d+)", code["amdgcn"])
     widest = {"load": 0, "store": 0}
     for kind, count in re.findall(r"(?:global|buffer)_(load|store)_dword(?:x(\d))?", code["amdgcn"]):
         widest[kind] = max(widest[kind], 4 * int(count or 1))
-    return int(registers), int(stack), widest["load"], widest["store"]
+    operations = re.findall(r"^\t([a-z]\w+)", code["amdgcn"], re.MULTILINE)
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "load": widest["load"],
+        "store": widest["store"],
+        "instructions": len(operations) - operations.count("s_nop") - operations.count("s_code_end"),
+    }
 
 
 def heading(judged: Judged, targets: Sequence[str], dtype: str) -> str:
@@ -242,7 +263,7 @@ def heading(judged: Judged, targets: Sequence[str], dtype: str) -> str:
     return "\n".join(
         (
             f"backend {judged.name}, {dtype}, Triton {versions()['triton']}",
-            "registers + bytes of stack per thread, KiB of shared memory, bytes of the widest load / store",
+            "registers + bytes of stack per thread, KiB of shared memory, widest load / store in bytes, instructions",
             " " * NAME_WIDTH + "".join(f"{target:<{CELL_WIDTH}}" for target in targets).rstrip(),
         )
     )
@@ -262,7 +283,8 @@ def text(found: Sequence[Fingerprint]) -> str:
 def _cell(one: Fingerprint) -> str:
     if one.problem:
         return "FAIL"
-    return f"{one.registers:>3} + {one.stack:<4}{one.shared / 1024:>4.0f} K {one.load:>3} /{one.store:>3}"
+    memory = f"{one.shared / 1024:>4.0f} K {one.load:>3} /{one.store:>3}"
+    return f"{one.registers:>3} + {one.stack:<4}{memory}{one.instructions:>6}"
 
 
 def write_json(path: Path, found: Sequence[Fingerprint], judged: Judged) -> None:

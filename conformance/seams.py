@@ -96,6 +96,7 @@ SEAMS = (
     Seam("triton.runtime.driver.DriverConfig.set_active", "called: the same, also to answer what kernels ask"),
     Seam("triton.backends.compiler.GPUTarget", "called: the architectures to compile for"),
     Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
+    Seam("triton.knobs.nvidia_knobs.nvdisasm", "called: the machine instructions of a kernel"),
     Seam("triton.knobs.compilation", "set: exact arithmetic"),
     Seam("torch.profiler.profile.profiler", "read: the dtypes of the operators of a call"),
     # pytest-benchmark

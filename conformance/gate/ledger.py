@@ -28,7 +28,7 @@ TIME_RISE = NOISE**2
 SHARE_FALL = NOISE**-4
 CLOCK = 0.02  # relative difference of the SM clock within which its state is the same
 ENVIRONMENT = ("python", "torch", "triton", "cuda", "driver", "sm_clock_mhz")
-FINGERPRINT = ("registers", "stack", "shared", "load", "store")
+FINGERPRINT = ("registers", "stack", "shared", "load", "store", "instructions")
 
 Entry = dict[str, Any]
 Environment = Mapping[str, Any]
@@ -234,7 +234,7 @@ def _values(kind: str, result: Result) -> Entry:
     if kind == "property":
         return {"budget_use": result["budget_use"]}
     if kind == "fingerprint":
-        return {name: result[name] for name in FINGERPRINT}
+        return {name: result[name] for name in FINGERPRINT if name in result}  # older files count no instructions
     medians = {name: result[name][1] for name in KINDS if result[name] is not None}
     shares = {name: share for name, share in result["roofline"].items() if name in medians and share > 0}
     return {"milliseconds": medians, "roofline": shares} | {
@@ -288,7 +288,7 @@ def _best(old: Entry, new: Entry) -> Entry:
     if kind == "property":
         return {**new, "because": old["because"]} if _less(new["budget_use"], old["budget_use"]) else old
     if kind == "fingerprint":
-        better = all(new[name] <= old[name] for name in ("registers", "stack", "shared"))
+        better = all(new[name] <= old.get(name, new[name]) for name in ("registers", "stack", "shared", "instructions"))
         better &= all(new[name] >= old[name] for name in ("load", "store"))
         return {**new, "because": old["because"]} if better else old
     found = {**old, "milliseconds": dict(old["milliseconds"]), "roofline": dict(old["roofline"])}

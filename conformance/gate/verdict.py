@@ -154,7 +154,9 @@ def fingerprint_change(base: Result | None, head: Result | None) -> tuple[list[s
     if base is None or base["problem"]:
         return [], "new" if base is None else "improved"
     sentences = []
-    for what, unit in (("registers", ""), ("stack", " bytes"), ("shared", " bytes")):
+    for what, unit in (("registers", ""), ("stack", " bytes"), ("shared", " bytes"), ("instructions", "")):
+        if what not in base or what not in head:  # older revisions count no instructions
+            continue
         allowed = base[what] if what == "stack" else int(base[what] * (1 + RESOURCE_RISE))
         if head[what] > allowed:
             sentences.append(f"{about}: {what}: got {head[what]}{unit}; allowed: {allowed} (before: {base[what]})")

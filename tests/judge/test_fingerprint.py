@@ -132,6 +132,15 @@ def test_an_operation_of_ones_own_is_compiled_for_its_example(fingerprint: Finge
     assert "swiglu example\n  gated_forward_kernel" in ran.stdout
 
 
+def test_the_widest_tiles_fit_in_float32(fingerprint: Fingerprint) -> None:
+    """The weight, too, is loaded ahead in the loop of gated_rms_norm over rows of 8192 columns."""
+    own = ("--reference", "unsloth_ref.kernels:gated_rms_norm", "--backend", "unsloth_fast.kernels:gated_rms_norm")
+    example = ("--example", "x=randn(129,8192) gate=randn(129,8192) weight=randn(8192)", "--dtype", "float32")
+    ran = fingerprint(*own, *example, "--target", "sm_90")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "gated_rms_norm_backward_kernel" in ran.stdout
+
+
 def test_a_kernel_that_is_tuned_is_compiled_without_a_gpu(fingerprint: Fingerprint) -> None:
     own = ("--reference", "tests.judge.strangers.tuned:scaled_tanh", "--backend", "tests.judge.strangers.tuned:right")
     example = ("--example", "x=randn(4,70) factor=0.7", "--grads", "none")

@@ -63,7 +63,7 @@ def test_coverage_that_falls_is_one_sentence() -> None:
 
 PRINT = {
     "op": "rope", "shape": "llama", "dtype": "float16", "kernel": "k", "target": "sm_90", "registers": 40, "stack": 0,
-    "shared": 1024, "load": 16, "store": 16, "problem": None,
+    "shared": 1024, "load": 16, "store": 16, "instructions": 400, "problem": None,
 }  # fmt: skip
 
 
@@ -74,6 +74,7 @@ PRINT = {
         ({"registers": 51}, "registers: got 51; allowed: 50 (before: 40)"),
         ({"stack": 8}, "stack: got 8 bytes; allowed: 0 (before: 0)"),
         ({"shared": 2048}, "shared: got 2048 bytes; allowed: 1280 (before: 1024)"),
+        ({"instructions": 501}, "instructions: got 501; allowed: 500 (before: 400)"),
         ({"load": 4}, "widest load: got 4 bytes; allowed: 16, as before"),
         ({"problem": "does not compile"}, "does not compile"),
         ({"kernel": "another"}, None),
@@ -84,6 +85,12 @@ def test_a_kernel_that_got_worse_is_one_sentence(change: dict[str, Any], sentenc
     rows = verdict.fingerprints([PRINT, PRINT], [{**PRINT, **change}, PRINT])
     found = [sentence for row in rows for sentence in row["regressions"]]
     assert found == ([f"rope / llama / float16 / k / sm_90 / 0: {sentence}"] if sentence else [])
+
+
+def test_a_revision_that_counts_no_instructions_is_compared_by_the_rest() -> None:
+    older = {key: value for key, value in PRINT.items() if key != "instructions"}
+    for base, head in ((older, PRINT), (PRINT, older)):
+        assert [row["regressions"] for row in verdict.fingerprints([base], [head])] == [[]]
 
 
 def mutant(verdict: str, line: int = 3, new: str = "<=") -> dict[str, Any]:

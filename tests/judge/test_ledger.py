@@ -24,7 +24,7 @@ TIME = {
 }  # fmt: skip
 PRINT = {
     "op": "swiglu", "shape": "llama", "dtype": "bfloat16", "kernel": "forward_kernel", "target": "sm_90",
-    "registers": 40, "stack": 0, "shared": 1024, "load": 16, "store": 16, "problem": None,
+    "registers": 40, "stack": 0, "shared": 1024, "load": 16, "store": 16, "instructions": 400, "problem": None,
 }  # fmt: skip
 ALL = [PROPERTY, TIME, PRINT, PRINT]
 
@@ -116,6 +116,7 @@ def test_noise_neither_fails_nor_loosens(recorded: Ledger) -> None:
         (changed(TIME, peak_mebibytes=530.0), "peak memory: got 530.0 MiB; allowed: 517.1"),
         (changed(PRINT, stack=8), "swiglu / llama / bfloat16 / forward_kernel / sm_90 / 0: stack: got 8 bytes"),
         (changed(PRINT, registers=51), "registers: got 51; allowed: 50 (before: 40)"),
+        (changed(PRINT, instructions=501), "instructions: got 501; allowed: 500 (before: 400)"),
         (changed(PRINT, store=8), "widest store: got 8 bytes; allowed: 16, as before"),
     ],
 )

@@ -81,13 +81,14 @@ def gated_rms_norm_backward(
     each = cdiv(tiles, max(1, shape.programs // groups)) if need_dweight else 1
     programs = cdiv(tiles, each)  # of each group
     partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
+    streams = 4 if shape.columns > 4096 else 3  # dy, x, gate and, in the widest tiles, the weight
     launch(
         gated_rms_norm_backward_kernel, programs * groups, x,
         dy, x, gate, weight, rstd, dx, dgate, partial, rows, groups, size, each,
         *dy.stride(), *x.stride(), *gate.stride(), *weight.stride(),
         BEFORE=before, LLAMA=llama, NEED_DX=need_dx, NEED_DGATE=need_dgate, NEED_DWEIGHT=need_dweight,
         ROWS=shape.rows, COLUMNS=shape.columns, WHOLE=shape.parts == 1,
-        STAGES=backward_stages(shape, 3, x) if need_dweight and shape.parts else 1, num_warps=shape.warps,
+        STAGES=backward_stages(shape, streams, x) if need_dweight and shape.parts else 1, num_warps=shape.warps,
     )  # fmt: skip
     if need_dweight:
         blocks, sums = column_sum_grid(programs, columns)
