@@ -83,9 +83,8 @@ def commit_of(home: Path, name: str, revision: str | None) -> str | None:
     if revision is None:
         return None
     found = _object_of(home, revision)
-    found = found and _object_of(
-        home, f"{found}^{{commit}}"
-    )  # a text to look for, as in ":/text", would include ^{commit}
+    # A second call, as a text to look for (":/text") would include ^{commit}.
+    found = found and _object_of(home, f"{found}^{{commit}}")
     if not found:
         shallow = git(home, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
         hint = ", which is a shallow clone: git fetch --unshallow gets the others" if shallow else ""

@@ -265,9 +265,8 @@ class Results:
             return f"{len(timed)} of {len(self.rows)} timed, {wrong} of them with wrong results"
         if self.kind == "gate":
             words = Counter(one.verdict for one in self.compared if one.verdict and one.verdict.isupper())
-            found = [counted(self.regressed, "regression")] + [counted(self.others, "other failure")] * bool(
-                self.others
-            )
+            found = [counted(self.regressed, "regression")]
+            found += [counted(self.others, "other failure")] if self.others else []
             return ", ".join([*found, *(f"{n} {word}" for word, n in sorted(words.items()))])
         if self.kind == "mutate":
             judged = [one for one in self.mutants if one.verdict not in ("same bits", "equivalent")]

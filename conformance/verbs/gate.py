@@ -163,6 +163,5 @@ def _closing(report: Report) -> str:
     counts = Counter(row["kind"] for row in report.rows)
     words = {"property": "check", "fingerprint": "kernel", "time": "shape", "mutant": "mutant"}
     compared = ", ".join(counted(counts[kind], word) for kind, word in words.items() if counts[kind])
-    return (
-        f"{counted(len(report.regressions), 'regression')}{f' in {compared}' if compared else '; nothing was compared'}"
-    )
+    where = f" in {compared}" if compared else "; nothing was compared"
+    return counted(len(report.regressions), "regression") + where
