@@ -234,9 +234,12 @@ def mamba2_scan_dbdc_kernel(
     store_rows(dc_ptr + part, dc, row, length, depth, width, kv_heads * width)
 
 
-@kernel(varying=("splits",))
-def mamba2_scan_sum_kernel(db_parts_ptr, dc_parts_ptr, db_ptr, dc_ptr, size, splits, SIZE: tl.constexpr):
-    """db and dc, the sums of their parts [splits, size] in order; SIZE elements of both per program."""
+@kernel(varying=("tokens", "splits"), fixed=("across",))
+def mamba2_scan_sum_kernel(
+    db_parts_ptr, dc_parts_ptr, db_ptr, dc_ptr, tokens, across, splits, SIZE: tl.constexpr
+):  # fmt: skip
+    """db and dc, the sums of their parts [splits, tokens * across] in order; SIZE elements of both per program."""
+    size = tl.cast(tokens, tl.int64) * across
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     db = tl.zeros([SIZE], tl.float32)
     dc = tl.zeros([SIZE], tl.float32)

@@ -154,7 +154,7 @@ def mamba2_scan_backward(
     if splits > 1:
         launch(
             mamba2_scan_sum_kernel, cdiv(b.numel(), 512), x,
-            sums[0], sums[1], db, dc, b.numel(), splits, SIZE=512, num_warps=2,
+            sums[0], sums[1], db, dc, len(b), b.shape[1] * b.shape[2], splits, SIZE=512, num_warps=2,
         )  # fmt: skip
     # In float64: in float32 the bits would depend on the number of chunks, which more documents without tokens raise.
     for total, part in zip((da, dd), parts.sum(1, dtype=torch.float64), strict=True):

@@ -56,8 +56,8 @@ def wired_attentions(stack: PreTrainedModel, before: str, function_of: FunctionO
     """The attentions of a stack that bounds of documents reach untouched; none if anything else is seen, or raised.
 
     Every attention must get a causal or a sliding mask of transformers' function, made of the bounds that the stack was
-    given as its attention_mask, and an ordinary row must keep its bits. The stack runs on three tokens, in evaluation
-    mode and without gradients; it is afterwards as it was.
+    given as its attention_mask, an ordinary row must keep its bits, and a document must give what it gives alone. The
+    stack runs on three tokens, in evaluation mode and without gradients; it is afterwards as it was.
 
     Args:
         stack: a stack of layers, in which no forward is replaced.
@@ -73,12 +73,15 @@ def wired_attentions(stack: PreTrainedModel, before: str, function_of: FunctionO
         row = torch.arange(_TOKENS, device=stack.device)[None] % stack.config.get_text_config().vocab_size
         with undisturbed(stack, stack, stack.device):
             with _watching(stack, before, packed), _Untouched(packed):
-                _states(stack, row, attention_mask=bounds, position_ids=torch.zeros_like(row), **keywords)
+                joined = _states(stack, row, attention_mask=bounds, position_ids=torch.zeros_like(row), **keywords)
             if packed.fault or not packed.attentions:
                 return []
             with _watching(stack, before, ordinary):
                 seen = _states(stack, row)
             same = torch.equal(_states(stack, row), seen)
+            # A document of one token attends to its value alone. RoBERTa's own positions do not begin at 0.
+            alone = torch.cat([_states(stack, token) for token in row.split(1, 1)], 1)
+            same &= bool((joined - alone).norm() <= torch.finfo(alone.dtype).eps ** 0.5 * alone.norm())
     except FAILURES:
         return []
     return list(packed.attentions.values()) if same and packed.attentions.keys() == ordinary.attentions.keys() else []
