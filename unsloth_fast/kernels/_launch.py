@@ -183,12 +183,13 @@ def _aligned(kernel: Kernel, arguments: Sequence[Tensor | float]) -> bool:
     return True
 
 
+_H200 = 227 * 1024  # bytes of shared memory per program
 _intercepted = False
-_absent_shared_memory = 227 * 1024
+_absent_shared_memory = _H200
 
 
 @contextmanager
-def launched_by_triton(shared: int = 227 * 1024) -> Iterator[None]:
+def launched_by_triton(shared: int = _H200) -> Iterator[None]:
     """Within this context every launch calls the `run` method of the kernel it is for, for tensors on any device.
 
     For tools that replace `run`, to inspect launches instead of executing them. Affects all threads. Launches for

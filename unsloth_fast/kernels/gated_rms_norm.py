@@ -81,7 +81,7 @@ def gated_rms_norm_backward(
     each = cdiv(tiles, max(1, shape.programs // groups)) if need_dweight else 1
     programs = cdiv(tiles, each)  # of each group
     partial = x.new_empty((programs, columns) if need_dweight else 0, dtype=torch.float32)
-    streams = 4 if shape.columns > 4096 else 3  # dy, x, gate and, in the widest tiles, the weight
+    streams = 4 if shape.columns > 4096 else 3  # that the loop loads: dy, x, gate and, as the kernel says, the weight
     launch(
         gated_rms_norm_backward_kernel, programs * groups, x,
         dy, x, gate, weight, rstd, dx, dgate, partial, rows, groups, size, each,

@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.logits import undisturbed
 
-_TOKENS = 3  # each one a document: there are more bounds than tokens, which shows a slice of a mask
+_TOKENS = 3  # Each token is a document. The mask then has one column more than the row has tokens: a slice is noticed.
 _FAR = 2**40  # a distance that no window of a causal mask ends
 _READS = ("__get__", "size", "dim", "is_floating_point")  # of a tensor's shape, dtype and device, not of its elements
 
