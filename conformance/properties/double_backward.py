@@ -17,7 +17,7 @@ from conformance.trial import Caught, Function, Trial, as_leaves, describe
 from unsloth_ref.accuracy import widen
 
 TOLERANCE = 0.05  # of the largest entry that the squares add: separates a missing term from rounding
-ROUNDING = 1e-3  # of the largest entry of the sum of both
+ROUNDING = 1e-3  # of the largest entry of the sum of both: thousands of roundings of float32
 
 
 def cases(spec: Spec, profile: Profile) -> list[Case]:

@@ -34,6 +34,19 @@ class Softmax(torch.autograd.Function):
         return dx.to(scores.dtype), None
 
 
+class _Once(Softmax):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return Softmax.backward(ctx, dy)
+
+
+@wrong("tempered_softmax", "double_backward")
+def softmax_without_a_second_derivative(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """A silent 0, and 0 is right where all incoming gradients are equal."""
+    return _Once.apply(x, temperature)
+
+
 @wrong("tempered_softmax", "one_at_a_time")
 def softmax_forgets_the_temperature(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float(), -1).to(x.dtype)
