@@ -223,12 +223,13 @@ def mamba2_scan_dbdc_kernel(
         x = load_rows(x_ptr + begin * x_token + head * x_head, row, length, column, columns, x_token)
         dy = load_rows(dy_ptr + begin * dy_token + head * dy_head, row, length, column, columns, dy_token)
         by_x = multiply(dy, tl.trans(x)) * decays_between(total, ROWS) * dt[None, :]
-        until, after = tl.exp(total)[:, None], (tl.exp(last - total) * dt)[:, None]
-        dc += until * multiply(dy, load_rows(states_ptr + states, column, columns, depth, width, width))
-        db += after * multiply(x, load_rows(dstates_ptr + states, column, columns, depth, width, width))
         weights = as_factor(by_x, b_ptr.dtype.element_ty)
         dc += multiply(weights, b)
         db += multiply(tl.trans(weights), c)
+        until, after = tl.exp(total)[:, None], (tl.exp(last - total) * dt)[:, None]
+        # Last, so that no product whose left factor is in registers runs on into the next step, which overwrites them.
+        dc += until * multiply(dy, load_rows(states_ptr + states, column, columns, depth, width, width))
+        db += after * multiply(x, load_rows(dstates_ptr + states, column, columns, depth, width, width))
     part = ((split * tokens + begin) * kv_heads + kv_head) * width
     store_rows(db_ptr + part, db, row, length, depth, width, kv_heads * width)
     store_rows(dc_ptr + part, dc, row, length, depth, width, kv_heads * width)
