@@ -299,7 +299,7 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         result = task(pipe.send)
-        if torch.cuda.is_initialized():
+        if result.verdict != "fail" and torch.cuda.is_initialized():  # after a failure it may raise, see _broken
             torch.cuda.empty_cache()  # the other processes share the card
         pipe.send(result)
 

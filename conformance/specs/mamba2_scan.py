@@ -82,16 +82,10 @@ def _flops(inputs: Inputs, options: Options, grads: Collection[str]) -> tuple[in
 
 
 def _scratch(inputs: Inputs) -> int:
-    """Two states per chunk: of 64 tokens in bfloat16, else of 32 tokens in float32; and two sums, twice.
-
-    Programs that add up 8 heads of a group also write the gradients of b and c in float32, if it has more: one program
-    for all of them would leave most of a GPU idle.
-    """
-    (tokens, heads, columns), (_, kv_heads, width) = inputs["x"].shape, inputs["b"].shape
+    """Two states per chunk: of 64 tokens in bfloat16, else of 32 tokens in float32; two sums per token, in float32."""
+    (tokens, heads, columns), width, documents = inputs["x"].shape, inputs["b"].shape[2], len(inputs["cu_seqlens"]) - 1
     rows, size = (64, 2) if inputs["x"].dtype == torch.bfloat16 else (32, 4)
-    states = (tokens // rows + len(inputs["cu_seqlens"]) - 1) * heads * (2 * size * width * columns + 16)
-    splits = -(-heads // (8 * kv_heads))
-    return states + (8 * splits * inputs["b"].numel() if splits > 1 else 0)
+    return (tokens // rows + documents) * heads * 2 * size * width * columns + 8 * tokens * heads + 16 * heads
 
 
 def _bench(tokens: int, documents: int, kv_heads: int, group: int, width: int, columns: int) -> dict[str, int]:
@@ -133,7 +127,7 @@ spec = Spec(
     },
     memory=Memory(
         Case(
-            (("tokens", 2048), ("documents", 2), ("kv_heads", 1), ("group", 16), ("width", 128), ("columns", 64)),
+            (("tokens", 4096), ("documents", 2), ("kv_heads", 1), ("group", 8), ("width", 128), ("columns", 64)),
         ),
         grads=GRADS,
         working=_scratch,

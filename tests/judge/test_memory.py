@@ -23,6 +23,7 @@ from conformance.specs import specs
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 from tests.judge import scratch
+from tests.judge.dying import ILLEGAL
 from unsloth_fast.kernels._launch import INTERPRETED
 
 Fenced = Callable[..., Allocations]
@@ -228,6 +229,13 @@ def test_a_process_that_dies_is_a_failure_and_the_next_task_runs() -> None:
     assert "the process died (SIGABRT)" in (died.message or "")
     assert died.case == "rows=1 hidden=1 fill=randn layout=contiguous seed=0"
     assert next_one.verdict == "pass"
+
+
+def test_a_failure_that_loses_the_cuda_context_keeps_its_message() -> None:
+    losing = Task("tests.judge.dying.losing_the_context", "swiglu", "value", "float32", "cpu", "ci")
+    ((_, lost),) = run([losing], lambda *_: None, jobs=1)
+    assert lost.verdict == "fail"
+    assert ILLEGAL in (lost.message or "")
 
 
 def test_tasks_that_take_gigabytes_run_one_at_a_time() -> None:

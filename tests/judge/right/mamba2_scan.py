@@ -97,5 +97,5 @@ TABLE = {
     "in_rounded_chunks": in_rounded_chunks,
     "by_a_transposed_state": by_a_transposed_state,
     "in_float64": in_float64,
-    "in_narrow_tiles": (("min(widest, max(16,", "min(16, max(16,"),),
+    "in_narrow_tiles": (("(min(widest, max(16,", "(min(16, max(16,"),),
 }
