@@ -27,7 +27,8 @@ Saved: the inputs. Sums are float32. In bfloat16 the products run on tensor core
 or a state and what is added to it, is rounded to bfloat16 before. In float16, whose range is too small for states,
 and in float32 such products are those of float32. Each result is rounded once at its store.
 Scratch of the forward pass: a state per chunk and head, in bfloat16 for bfloat16 and else in float32; of the backward
-pass two of them, and two numbers per token and head. Bytes moved at least, with b bytes per element: (2ME + 2ND)Tb forward, (3ME + 4ND)Tb backward.
+pass two of them, and two numbers per token and head, the parts of da and dd.
+Bytes moved at least, with b bytes per element: (2ME + 2ND)Tb forward, (3ME + 4ND)Tb backward.
 Multiplications per token and head of x: 2DE + LD + LE forward; 6DE + 3LD + 2LE + LL backward, and LE for each 32
 columns of b, whose programs compute W again.
 """
