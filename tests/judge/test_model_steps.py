@@ -111,6 +111,35 @@ def test_half_the_rate_of_dropout_in_packed_rows(monkeypatch: pytest.MonkeyPatch
     assert broken("dropout").startswith("attention_dropout does not act in a packed batch")
 
 
+def test_an_adapter_that_is_not_the_active_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: Any = lora._only_adapter
+
+    def first(layer: Any, dtype: torch.dtype) -> Any:
+        found = own(layer, dtype)
+        return found and (layer.lora_A["default"].weight, layer.lora_B["default"].weight, found[2])
+
+    monkeypatch.setattr(lora, "_only_adapter", first)
+    assert "in logits" in broken("switched")
+
+
+def test_a_generation_that_differs_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = trials.place
+
+    def planted(model: Any, backend: Backend) -> None:
+        place(model, backend)
+        norm, modes = model.model.norm, set[bool]()
+        forward = norm.forward
+
+        def later(states: Tensor) -> Tensor:
+            modes.add(norm.training)
+            return forward(states) * (1 if len(modes) == 1 else -1)
+
+        norm.forward = later
+
+    monkeypatch.setattr(trials, "place", planted)
+    assert "should be" in broken("generated")
+
+
 def test_a_scale_of_an_adapter_without_the_root_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     own: Any = lora._only_adapter
 
