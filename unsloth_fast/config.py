@@ -52,8 +52,8 @@ class UnslothTrainingArguments(SFTConfig):
 
     Args:
         gradient_checkpointing: whether the backward pass recomputes activations instead of keeping them. None for the
-            `use_gradient_checkpointing` that the model was loaded with, or else True, TRL's default.
-            transformers' other name for it, activation_checkpointing, works as well.
+            `use_gradient_checkpointing` that the model was loaded with, or else True, TRL's default, if the model
+            supports it. transformers' other name for it, activation_checkpointing, works as well.
         padding_free: whether the documents of a batch are concatenated in one row instead of padded to the longest.
             None for True where the model and the data allow it.
         dataset_text_field: the column of the texts; None for "text", TRL's default. A field that is given is trained

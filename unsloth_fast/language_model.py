@@ -186,8 +186,9 @@ class FastLanguageModel:
             layers_to_transform: the indices of the layers that get the adapter; None for all.
             layers_pattern: the name of the list of layers, if peft does not know it.
             use_gradient_checkpointing: False, True, or "unsloth", which keeps the layers' inputs in pinned host memory
-                until the backward pass. None for the value given to `from_pretrained`, or else True. A trainer's
-                `gradient_checkpointing` overrides this only if it is not the default of its arguments' class.
+                until the backward pass. None for the value given to `from_pretrained`, or else True if the model
+                supports it. A trainer's `gradient_checkpointing` overrides this only if it is not the default of its
+                arguments' class.
             random_state: the seed of the adapter's initial weights; the global generators do not change.
             max_seq_length: replaces the model's `max_seq_length`.
             use_rslora: see lora_alpha.
@@ -229,7 +230,8 @@ class FastLanguageModel:
         adapters.check_arguments(base, fields | kwargs | further, finetune_vision_layers, kwargs)
         positions.set_length(base, max_seq_length)
         if use_gradient_checkpointing is None:
-            use_gradient_checkpointing = getattr(base, "unsloth_gradient_checkpointing", True)
+            asked = getattr(base, "unsloth_gradient_checkpointing", None)
+            use_gradient_checkpointing = checkpointing.is_usual(base) if asked is None else asked
         if adapters.is_fully_trained(model):
             return FastLanguageModel.for_training(model, use_gradient_checkpointing)
         parts = targets.Parts(finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)

@@ -1,12 +1,15 @@
-"""Gradient checkpointing changes neither the loss nor a gradient."""
+"""Gradient checkpointing changes neither the loss nor a gradient, under dropout neither."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from conformance.laws._law import ModelLaw
 from conformance.property import of_file
-from conformance.tolerances.gates import Unchecked
+from conformance.tolerances.gates import Failure, Unchecked
 
 if TYPE_CHECKING:
     from conformance.models.trial import ModelTrial
@@ -21,7 +24,28 @@ def check(trial: ModelTrial) -> float:
         raise Unchecked("transformers has no gradient checkpointing for this model")
     FastLanguageModel.for_training(model, "unsloth")
     padded, packed = [trial.documents.padded()], [trial.documents.packed()]
-    return trial.compare(padded if trial.obstacles else packed, own=padded, model=model)
+    batches = padded if trial.obstacles else packed
+    used = trial.compare(batches, own=padded, model=model)
+    with suppress(Unchecked):  # experts, whose weights take no dropout
+        _demand_same_dropout(trial, batches)
+    return used
+
+
+def _demand_same_dropout(trial: ModelTrial, batches: list[dict[str, Any]]) -> None:
+    """Raise Failure if a layer that is computed again drops other elements of an adapter's input."""
+    from conformance.models.adapting import adapted
+    from conformance.models.building import DROPOUT
+    from unsloth_fast import FastLanguageModel
+
+    model, found = trial.placed(model=adapted(trial.untouched(), dropout=DROPOUT)), []
+    for how in (False, "unsloth"):
+        FastLanguageModel.for_training(model, how)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found.append(trial.run(batches, model=model).results)
+    for name, kept in found[0].items():
+        if (found[1][name] - kept).norm() > torch.finfo(trial.dtype).eps ** 0.5 * kept.norm():
+            raise Failure(f"{name} is another one with checkpointing, from the same random numbers of lora_dropout")
 
 
 LAW = ModelLaw(*of_file(check))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(trial: ModelTrial) -> float:
-    """The documents alone, with logits; a padded batch, with the loss of the model's forward."""
+    """The documents alone, and packed where a trainer packs; a padded batch, with the loss of the model's forward."""
     import torch
 
     from conformance.models.running import GRADIENT
@@ -20,6 +20,9 @@ def check(trial: ModelTrial) -> float:
     model, documents = trial.placed().eval(), trial.documents
     with torch.no_grad():
         used = trial.compare(documents.alone(), model=model, labels=False)
+        if not trial.obstacles:
+            packed, padded = [documents.packed()], [documents.padded()]
+            used = max(used, trial.compare(packed, own=padded, model=model, labels=False))
         whole = {"targets": documents.targets, "names": lambda name: not name.startswith(GRADIENT)}
         return max(used, trial.compare([documents.padded()], model=model, **whole))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from conformance.laws._law import ModelLaw
@@ -12,9 +13,18 @@ if TYPE_CHECKING:
 
 
 def check(trial: ModelTrial) -> float:
-    """Only where a trainer packs this model; the untouched model may let documents see each other."""
+    """Only where a trainer packs this model; the untouched model may let documents see each other.
+
+    The model first gets them in the opposite order: it may keep nothing of a row for the next one.
+    """
+    from conformance.models.running import turned_back
+
     trial.demand_packing()
-    return trial.compare([trial.documents.packed()], own=[trial.documents.padded()])
+    model, documents = trial.placed(), trial.documents
+    first = trial.run([documents.turned().packed()], model=model, balanced=trial.balances)
+    used = trial.compare([documents.packed()], own=[documents.padded()], model=model)
+    turned = replace(first, results=turned_back(first.results, documents.lengths))
+    return max(used, trial.judge(turned, trial.truth_of_batch))
 
 
 LAW = ModelLaw(*of_file(check))

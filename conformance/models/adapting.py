@@ -24,7 +24,7 @@ def adapted(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) ->
     Args:
         model: an untouched one.
         kind: "usual" for LoRA on every linear layer and expert, with embedding and head trained in full; "ends" for
-            LoRA on embedding and head too; "dora" for DoRA instead of LoRA.
+            LoRA on embedding and head too, scaled by the root of the rank; "dora" for DoRA instead of LoRA.
         dropout: of the input of LoRA.
     """
     both = model.get_input_embeddings(), model.get_output_embeddings()
@@ -38,7 +38,7 @@ def adapted(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) ->
         targets = rf"(.*\.)?({'|'.join(map(re.escape, (*names, *(of_ends if kind == 'ends' else ()))))})"
     if kind != "ends":
         options["modules_to_save"] = [name.rpartition(".")[2] for name in of_ends]
-    options |= {"lora_dropout": dropout, "use_dora": kind == "dora"}
+    options |= {"lora_dropout": dropout, "use_dora": kind == "dora", "use_rslora": kind == "ends"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:

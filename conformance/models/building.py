@@ -185,6 +185,10 @@ class Documents:
             "max_length_k": max(self.lengths),
         }
 
+    def turned(self) -> "Documents":
+        """In the opposite order."""
+        return Documents(self.tokens[::-1], self.labels[::-1])
+
     def with_others(self, kept: int, seed: int = 0) -> "Documents":
         """Of the same lengths, with other tokens in all documents but one: those of all documents, drawn anew."""
         known, generator = torch.cat(self.tokens), torch.Generator().manual_seed(seed)

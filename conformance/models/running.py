@@ -106,9 +106,21 @@ def gradients_of(model: nn.Module) -> Results:
     return {f"{GRADIENT}{name}": p.grad for name, p in reversed(named) if p.grad is not None}
 
 
-def sums_of_bits(model: nn.Module) -> dict[str, int]:
-    """Of each parameter the sum of its elements as integers, which changes with any one of them."""
+def turned_back(results: Results, lengths: Sequence[int]) -> Results:
+    """The results of documents of these lengths, run in the opposite order, in this order."""
+    of_tokens = [name for name in results if name.startswith((HIDDEN, LOGITS))]
+    return results | {name: torch.cat(results[name].split([*reversed(lengths)])[::-1]) for name in of_tokens}
+
+
+def copied(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The batches with tensors of their own."""
+    return [{name: each.clone() if isinstance(each, Tensor) else each for name, each in one.items()} for one in batches]
+
+
+def sums_of_bits(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Of each parameter and input the sum of its elements as integers, which changes with any one of them."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+    named += [(name, each) for batch in batches for name, each in batch.items() if isinstance(each, Tensor)]
     sums = [bits(parameter).sum(dtype=torch.int64) for _, parameter in named]
     return dict(zip((name for name, _ in named), torch.stack(sums).tolist(), strict=True))
 

@@ -209,6 +209,8 @@ _ADAPTED: dict[str, dict[str, Any]] = {
     "paddleocr_vl_text": {"rope_parameters": _SECTIONS},
     "qwen2_vl_text": {"rope_parameters": _SECTIONS},
     "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen3_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen3_vl_moe_text": {"rope_parameters": _SECTIONS},
     "qwen4_exp_text": {
         "indexer_n_heads": KEY_HEADS,
         "indexer_kv_heads": 1,

@@ -18,7 +18,7 @@ from conformance.interpreter import Interpreted
 from conformance.models.adapting import AdapterKind
 from conformance.models.adapting import adapted as with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
-from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, run, sums_of_bits, without_cache
+from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, copied, run, sums_of_bits, without_cache
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.condition import JUMP, Response
@@ -195,12 +195,13 @@ class ModelTrial:
     ) -> Judged:
         """Run the model with placed operations; raises Failure if it raises. See `running.run`."""
         model = self.placed() if model is None else model
-        before = sums_of_bits(model)
+        batches = copied(batches)
+        before = sums_of_bits(model, batches)
         with Interpreted() as interpreted, Caught() as caught:
             found = run(model, batches, targets=targets, own_loss=own_loss, balanced=balanced)
         if caught.error is not None:
             raise Failure(f"raised {describe(caught.error)}") from caught.error
-        after = sums_of_bits(model)
+        after = sums_of_bits(model, batches)
         if changed := [name for name, bits in before.items() if after.get(name) != bits]:
             raise Failure(f"{changed[0]} has other bits after a step without an optimizer\n{len(changed)} in all")
         return Judged(found, bool(interpreted))

@@ -79,7 +79,7 @@ def test_a_dropout_of_the_attention_that_is_lost(monkeypatch: pytest.MonkeyPatch
     """Packed documents take another way than padded ones."""
     monkeypatch.setattr(interface, "_masked_attention", lambda attention, function: None)
     monkeypatch.setattr(packed, "_obstacle", lambda *args: None)
-    assert "attention_dropout does not act in a packed batch\nmeasured 0" in broken("dropout", trial_of())
+    assert "attention_dropout does not act in a packed batch as it should\nmeasured 0" in broken("dropout", trial_of())
 
 
 def test_an_adapter_of_the_embedding_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

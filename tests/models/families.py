@@ -103,8 +103,8 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family("SeedOssForCausalLM", {"residual_dropout": 0.0, "attention_dropout": 0.0}, 5, 2, linear=14),
     "smollm3": Family("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}, 5, 2, linear=14),
     "glm4": Family("Glm4ForCausalLM", {}, 9, 2, linear=12, gate="fused_swiglu"),
-    "glm4_moe": Family("Glm4MoeForCausalLM", ROUTED, 5, 2, experts=1),
-    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", ROUTED | LATENT, 9, 2, experts=1),
+    "glm4_moe": Family("Glm4MoeForCausalLM", ROUTED, 5, 2, experts=1, linear=8),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", ROUTED | LATENT, 9, 2, experts=1, linear=10),
     "glm5": Family(
         "GlmMoeDsaForCausalLM",
         ROUTED | LATENT | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
@@ -118,7 +118,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 4, foreign=STATE, experts=2),
     "ministral": Family("MinistralForCausalLM", {"sliding_window": 4}, 5, 2, linear=14),
     "ministral3": Family("Ministral3ForCausalLM", {}, 5, 2, linear=14),
-    "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1),
+    "mistral4": Family("Mistral4ForCausalLM", ROUTED | LATENT | {"rope_parameters": YARN}, 9, 2, experts=1, linear=16),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", {}, 9, 2, linear=14),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", FOUR, 5, 0, linear=8, experts=2, **FUSED),
     "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
@@ -133,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         vision=VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         others={"rope": 1},
         **FUSED,
+        linear=22,
     ),
     "gemma4": Family("Gemma4ForCausalLM", GEMMA4 | {"attention_k_eq_v": True}, 14, 2, linear=18, **GEGLU),
     "gemma4, shared keys": Family(
@@ -158,7 +159,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("GptOssForCausalLM", LOCAL | WINDOWS, 5, 0, linear=8, experts=2),
     "lfm2": Family("Lfm2ForCausalLM", CONV, 5, 2, 1, **FUSED, **MIXED),
     "lfm2_moe": Family(
-        "Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 5, 1, 1, experts=1, **FUSED, **MIXED
+        "Lfm2MoeForCausalLM", FOUR | CONV | {"num_dense_layers": 1}, 5, 1, 1, experts=1, **FUSED, **MIXED, linear=9
     ),
     "nemotron_h": Family(
         "NemotronHForCausalLM",
@@ -179,10 +180,12 @@ FAMILIES: dict[str, Family] = {
         foreign="its masks: create_chunked_causal_mask",
         experts=2,
     ),
-    "mixtral": Family("MixtralForCausalLM", LOCAL, 5, 0, experts=2),
-    "ernie4_5": Family("Ernie4_5ForCausalLM", {}, 5, 2),
-    "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}, 5, 2, experts=1),
-    "minimax_m2": Family("MiniMaxM2ForCausalLM", LOCAL | {"rotary_dim": 4}, 9, 0, experts=2),
+    "mixtral": Family("MixtralForCausalLM", LOCAL, 5, 0, experts=2, linear=8),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", {}, 5, 2, linear=14),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}, 5, 2, experts=1, linear=8
+    ),
+    "minimax_m2": Family("MiniMaxM2ForCausalLM", LOCAL | {"rotary_dim": 4}, 9, 0, experts=2, linear=8),
     "custom": Family("", {}, 5, 2, 0, linear=6, foreign="?"),
 }
 

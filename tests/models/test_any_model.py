@@ -2,13 +2,16 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
 
 from tests import tiny
 from tests.models import zoo
@@ -30,12 +33,13 @@ LORA: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": ["rou
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_computes_what_it_did(name: str) -> None:
-    """Loss and every gradient are the untouched model's in float64; no logits are made, and each part is placed."""
+    """Loss and every gradient are the untouched model's in float64, whole and accumulated; each part is placed."""
     check(build(name), FAMILIES[name].placed)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.linear is not None])
-def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
+def test_adapters_of_a_family_compute_what_they_did(name: str, tmp_path: Path) -> None:
+    """And peft loads what was saved, bit for bit."""
     family = FAMILIES[name]
     model = get_peft_model(build(name), LoraConfig(r=4, **LORA))
     wrappers = [part for part in model.modules() if isinstance(part, ParamWrapper)]
@@ -45,6 +49,9 @@ def test_adapters_of_a_family_compute_what_they_did(name: str) -> None:
     together = [count for part in model.modules() if (count := projections_with_adapters(part)) > 1]
     expected.subtract({"lora_linear": 3 * whole + sum(together), family.gate: whole})
     check(model, dict(+(expected + Counter({"lora_mlp": whole, "lora_linears": len(together)}))))
+    model.save_pretrained(str(tmp_path))
+    loaded = dict(PeftModel.from_pretrained(build(name), tmp_path, is_trainable=True).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def projections_with_adapters(module: Any) -> int:
@@ -65,11 +72,24 @@ def check(model: Any, expected_operations: dict[str, Any]) -> None:
         expected_loss, expected_gradients = step(model, tokens, labels)
         assert place(model, REFERENCE) == expected_operations
         add_loss(without_adapter(model), WITHOUT_LOGITS)
-        loss, gradients = step(model, tokens, labels, backend_loss=True)
-    assert loss == pytest.approx(expected_loss, rel=1e-9)
-    assert gradients.keys() == expected_gradients.keys() and gradients
-    for name, gradient in expected_gradients.items():  # some are 0 but for rounding
-        assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-17, name
+        whole = step(model, tokens, labels, backend_loss=True)
+        accumulated = accumulate(model, tokens, labels)
+    for loss, gradients in (whole, accumulated):
+        assert loss == pytest.approx(expected_loss, rel=1e-9)
+        assert gradients.keys() == expected_gradients.keys() and gradients
+        for name, gradient in expected_gradients.items():  # some are 0 but for rounding
+            assert (gradients[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-17, name
+
+
+def accumulate(model: Any, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The sum of a step of each row, whose loss is divided by the targets of all rows."""
+    options = {"backend_loss": True, "num_items": int((labels[:, 1:] != -100).sum())}
+    losses, gradients = 0.0, dict[str, Tensor]()
+    for row, of_row in zip(tokens, labels, strict=True):
+        loss, found = step(model, row[None], of_row[None], **options)
+        losses += loss
+        gradients |= {name: gradient + gradients.get(name, 0) for name, gradient in found.items()}
+    return losses, gradients
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.model])

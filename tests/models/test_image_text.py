@@ -10,12 +10,16 @@ import transformers
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from conformance.models.building import Subject
+from conformance.models.trial import ModelTrial
 from tests import tiny
 from tests.models import zoo
 from tests.models.adapted import TOKENS, assert_near, load, logits_of, trained
 from tests.trainer.runs import SGD, arguments
 from unsloth_fast import FastModel, UnslothTrainer, backends
+from unsloth_fast.data.facts import decide_batching
 from unsloth_fast.models import loading, place
+from unsloth_fast.models.interface import stacks_of
 
 NAMES = ["gemma3", "mistral3", "qwen2_5_vl"]
 
@@ -51,9 +55,9 @@ def test_a_merged_model_computes_the_same(tmp_path: Path, name: str) -> None:
     assert_near(logits_of(plain), logits_of(model), 5e-3)  # saved in 16 bits
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+@pytest.mark.parametrize("name", NAMES)
 def test_documents_of_a_packed_row_are_apart(name: str) -> None:
-    """The outer model of Gemma 3 makes masks of its own."""
+    """The outer model of Gemma 3 makes masks of its own; positions of Qwen2.5-VL have three axes."""
     model, batch = zoo.model(name).eval(), tiny.packed([5, 7])
     with torch.no_grad():
         expected = torch.cat([model(document).logits for document in batch["input_ids"].split([5, 7], 1)], 1)
@@ -68,7 +72,7 @@ def losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_that_of_plain_trl(tmp_path: Path, name: str) -> None:
-    """Two steps have TRL's losses; batches have no padding, except where positions have several axes."""
+    """Two steps have TRL's losses; batches have no padding."""
     texts = Dataset.from_dict({"text": tiny.texts(4)})
     options = SGD | {"learning_rate": 0.1, "max_steps": 2}
     plain = SFTTrainer(
@@ -80,8 +84,21 @@ def test_a_step_is_that_of_plain_trl(tmp_path: Path, name: str) -> None:
     own = UnslothTrainer(
         zoo.model(name), arguments(tmp_path, **options), train_dataset=texts, processing_class=tiny.tokenizer()
     )
-    assert own.padding_free == (name != "qwen2_5_vl")
+    assert own.padding_free
     assert losses(own) == pytest.approx(losses(plain), rel=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_several_axes_need_the_bounds_of_documents(name: str, implementation: str, tmp_path: Path) -> None:
+    """Under flex attention transformers looks for documents in the positions."""
+    model = ModelTrial(Subject.named(name), "reference", torch.float32, "cpu").untouched()
+    assert len(model.config.get_text_config().rope_parameters["mrope_section"]) == 3
+    for stack in stacks_of(model):
+        stack.config._attn_implementation = implementation
+    plan = decide_batching(model, arguments(tmp_path, packing=True), {"processing_class": tiny.tokenizer()})
+    assert plan.packing == (implementation != "flex_attention")
+    assert plan.packing or "positions have several axes" in plan.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,31 @@ def test_other_logits_are_computed(change: Callable[..., Tensor], caplog: pytest
     assert caplog.messages == [f"loss: all logits of a Other are computed: {reason}"]
 
 
+def biased(self: Any, logits: Tensor) -> Tensor:
+    return logits + self.more
+
+
+def gated(self: Any, hidden: Tensor) -> Tensor:
+    return hidden * (1 + self.more[: hidden.shape[-1]])
+
+
+@pytest.mark.parametrize(("method", "change"), [("changed", biased), ("before", gated)], ids=["bias", "gate"])
+def test_a_weight_beside_the_head_that_changes_nothing_yet(
+    method: str, change: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets its gradient while it is trained. Frozen, it is no obstacle."""
+    model: Any = type("Other", (Other,), {method: change})(CustomConfig())
+    model.more = nn.Parameter(torch.zeros(len(tiny.WORDS)), requires_grad=False)
+    assert check(model) == {"logit_scale": 0.25, "softcap": 0.0}
+    model.more.requires_grad_(True)
+    assert check(model) is None
+    why = "they depend on weights beside those of its head: more"
+    assert caplog.messages == [f"loss: all logits of a Other are computed: {why}"]
+    add_loss(model, REFERENCE)
+    model(input_ids=TOKENS, labels=TOKENS, backend_loss=True).loss.backward()
+    assert model.more.grad is not None and model.more.grad.any()
+
+
 class DropsOut(Other):
     """Dropout before the head."""
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.models import uncommon
 from tests.trainer.runs import arguments
-from unsloth_fast import UnslothTrainer, backends
+from unsloth_fast import FastLanguageModel, UnslothTrainer, backends
 from unsloth_fast.models import place
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +140,36 @@ def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
     batches, results = trained(model, tmp_path)
     for found, right in zip(results, alone(untouched, batches), strict=True):
         assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+def test_a_configuration_without_the_size_of_the_vocabulary(tmp_path: Path) -> None:
+    """The embedding has it; no row of the data is checked against it."""
+    model: Any = uncommon.model("interface")
+    model.get_input_embeddings = lambda: model.model.tokens
+    del model.config.vocab_size
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    assert "cu_seq_lens_q" in batches[0]
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_model_that_cannot_be_checkpointed(
+    asked: bool | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is trained without, unless it is asked for."""
+    model: Any = uncommon.model("interface", torch.float32)
+    settings = {"gradient_checkpointing": asked}
+    if asked:
+        with pytest.raises(ValueError, match=r"^UncommonForCausalLM (does not support|is not compatible with) "):
+            trained(model, tmp_path, **settings)
+        return
+    trained(model, tmp_path, **settings)
+    assert "gradient_checkpointing: off, because a UncommonForCausalLM has no support for it" in caplog.messages
+    model.get_input_embeddings = lambda: model.model.tokens
+    adapted = FastLanguageModel.get_peft_model(model, target_modules=["qkv"])
+    assert adapted.get_base_model().unsloth_gradient_checkpointing is False
 
 
 def test_a_forward_that_returns_a_tuple_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from unsloth_fast.data.facts import config_and_class, decide_batching, takes_ima
 from unsloth_fast.data.preparation import Preparation, TrlPreparation
 from unsloth_fast.data.text import check_processing_classes
 from unsloth_fast.keywords import split_keywords
+from unsloth_fast.models.checkpointing import is_usual
 from unsloth_ref import checks
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ def _checkpointing(
     if said is not None:
         return said
     asked = getattr(model, "unsloth_gradient_checkpointing", None)
-    return default is not False if asked is None else bool(asked)
+    return default is not False and is_usual(model) if asked is None else bool(asked)
 
 
 def _max_length(args: SFTConfig, model: Any, asked: bool) -> int | None:

@@ -27,8 +27,8 @@ class ModelFacts:
             transformers' without position_ids, which may let documents see each other.
         own_positions: whether an attention counts the tokens of a row itself, on through its documents, as Llama 4 does
             for a factor of its queries.
-        positions_by_axis: whether positions have several axes (multimodal RoPE), by which transformers finds no
-            documents.
+        positions_by_axis: whether documents are found by positions that have several axes (multimodal RoPE), which
+            transformers does not look at.
         joined: what a run of a few tokens showed to join documents, in words; None if nothing was seen.
     """
 
@@ -133,6 +133,10 @@ def _recurrent(model: ModelFacts) -> str:
 
 def leaks(model: ModelFacts) -> bool:
     """Whether the documents of a row see each other, whatever is placed under the model."""
-    implementation = model.attn_implementation or "sdpa"
-    own_mask = implementation in ("sdpa", "eager") or "flash" in implementation
-    return model.model_type in LEAKING_MODELS or (model.model_type in LEAKING_MASKS and not own_mask)
+    by_mask = model.model_type in LEAKING_MASKS and not own_masks(model.attn_implementation)
+    return model.model_type in LEAKING_MODELS or by_mask
+
+
+def own_masks(implementation: str | None) -> bool:
+    """Whether an attn_implementation keeps documents apart by their bounds, by our masks or as flash attention."""
+    return implementation in (None, "sdpa", "eager") or "flash" in implementation

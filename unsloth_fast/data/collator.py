@@ -70,7 +70,7 @@ def collators(trainer: Any, completion_only: bool, *, own: bool) -> tuple[Any, A
         padding_free=True,
         pad_to_multiple_of=trainer.args.pad_to_multiple_of,
         collate=trainer.backend.training.collate,
-        vocab_size=trainer.model.config.get_text_config().vocab_size,
+        vocab_size=getattr(trainer.model.config.get_text_config(), "vocab_size", None),
         completion_only=completion_only,
         with_ends=bool(trainer.args.pad_to_multiple_of),
     )

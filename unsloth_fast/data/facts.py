@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 from trl import SFTConfig
 
 from unsloth_fast.config import UnslothTrainingArguments
-from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan
+from unsloth_fast.data.batching import BatchingPlan, ConfigFacts, ModelFacts, batching_plan, own_masks
 from unsloth_fast.data.columns import datasets_of, has_media_columns
 from unsloth_fast.data.tokens import has_packed_rows, refuse_packed_rows
 from unsloth_fast.data.types import Keywords
@@ -52,7 +52,9 @@ def decide_batching(model: Module | str, args: SFTConfig, given: Keywords, *, ki
         facts = _with_mixers(facts, built)
     if built is not None:
         unknown = facts.unknown_masks or _makes_unknown_masks(built)
-        facts = replace(facts, unknown_masks=unknown, own_positions=counts_tokens(built))
+        by_axis = facts.positions_by_axis and not _bounds_reach(built, attentions=True)
+        counted = counts_tokens(built)
+        facts = replace(facts, unknown_masks=unknown, own_positions=counted, positions_by_axis=by_axis)
     run = _config_facts(model, args, given, kind)
     plan = batching_plan(facts, run)
     if plan.padding_free and not isinstance(model, str):
@@ -140,11 +142,19 @@ def _empty(config: PreTrainedConfig, model_class: Any, implementation: str | Non
 
 def _with_mixers(facts: ModelFacts, model: Module | None) -> ModelFacts:
     """The facts of a model with recurrent layers: what is placed may keep their state within documents."""
-    stacks = [] if model is None else list(stacks_of(model))
-    if stacks and not any(is_foreign(stack) for stack in stacks):
-        # The bounds of documents reach each layer, so that nothing looks for them in the positions.
+    if model is not None and _bounds_reach(model):
         return replace(facts, recurrent=False, positions_by_axis=False)
     return replace(facts, recurrent_layers=() if model is None else tuple(carriers_of(model)))
+
+
+def _bounds_reach(model: Module, *, attentions: bool = False) -> bool:
+    """Whether the bounds of documents reach each layer, so that nothing looks for them in the positions.
+
+    Under flex attention they reach layers that carry a state, but not the attentions.
+    """
+    stacks = list(stacks_of(model))
+    by_bounds = (not is_foreign(stack) and own_masks(implementation_of(stack.config)) for stack in stacks)
+    return bool(stacks) and (all(by_bounds) if attentions else not any(map(is_foreign, stacks)))
 
 
 def _makes_unknown_masks(model: Module) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from unsloth_fast.backends import resolve
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.logits import of_a_library, undisturbed
+from unsloth_fast.models.logits import of_a_library, undisturbed, vocabulary_of
 from unsloth_fast.models.methods import has_foreign_forward, has_replaced_method
 from unsloth_fast.models.placement import placed
 from unsloth_fast.models.positions import position_limit
@@ -64,7 +64,7 @@ def _is_strange(module: nn.Module) -> bool:
 
 
 def _are_joined(model: Any) -> bool:
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_of(model)
     length = min(_TOKENS, position_limit(model.config) or _TOKENS)
     places, device = torch.arange(length, device=model.device), model.device
     neighbour, other, document = (((places + shift) % vocabulary)[None] for shift in range(3))

@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 BY_MODE = "differs between training and evaluation"
+BY_GRADIENT = "has other gradients"
+_NEAR = 2.0**-12  # of gradients, which transformers computes in float32 for any dtype: half of its digits
 _OF_EVERY_MODULE = vars(nn.Module())
 
 
@@ -84,6 +86,38 @@ def in_both_modes(module: Any, *inputs: Tensor, **options: Tensor) -> Tensor | N
         with torch.random.fork_rng([]):
             results.append(type(module).forward(module, *inputs, **options))
     return results[0] if torch.equal(*results) else None
+
+
+def has_gradients_of(found: Callable[..., object], module: Any, *inputs: Tensor, **options: Tensor) -> bool:
+    """Whether a function of a module has the gradients of its class's forward: a detached part changes no result.
+
+    Args:
+        found: takes the module and its inputs.
+        module: a copy, whose parameters are compared too.
+        *inputs: of the forward.
+        **options: further ones.
+    """
+    own, other = (_gradients(each, module, inputs, options) for each in (type(module).forward, found))
+    return all((one - two).norm() <= _NEAR * one.norm() for one, two in zip(own, other, strict=True))
+
+
+def _gradients(function: Callable[..., Any], module: Any, inputs: Iterable[Tensor], options: Any) -> list[Tensor]:
+    """The gradients of the inputs and of the parameters for an uneven gradient of the result."""
+    leaves = [each.detach().requires_grad_(each.is_floating_point()) for each in inputs]
+    weights = {each: each.requires_grad for each in module.parameters()}
+    wanted = [*(each for each in leaves if each.requires_grad), *weights]
+    try:
+        with torch.enable_grad():
+            for each in weights:
+                each.requires_grad_(True)
+            result = function(module, *leaves, **options)
+            uneven = torch.arange(result.numel(), dtype=torch.float64).cos().view_as(result).to(result.dtype)
+            if not result.requires_grad:
+                return [torch.zeros_like(each) for each in wanted]
+            return list(torch.autograd.grad(result, wanted, uneven, allow_unused=True, materialize_grads=True))
+    finally:
+        for each, trained in weights.items():
+            each.requires_grad_(trained)
 
 
 class Sparse(nn.Module):

@@ -5,6 +5,7 @@ torch applies to the inputs that it saves to recompute the layer. The copy to th
 beside the layer; the copy back runs before the layer is recomputed.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -18,6 +19,8 @@ from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.methods import replace_method, restore_method
 from unsloth_fast.models.protocols import CausalLM
 
+logger = logging.getLogger(__name__)
+
 Packed = tuple[Tensor, Any, torch.device] | Tensor  # host copy, event after the copy, device of the original
 
 _SETTER = "_set_gradient_checkpointing"
@@ -30,6 +33,18 @@ def enable_checkpointing(model: CausalLM, enable: bool) -> None:
         getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
     elif getattr(model, f"is_{word}_checkpointing"):
         getattr(model, f"{word}_checkpointing_disable")()
+
+
+def is_usual(model: object) -> bool:
+    """Whether to checkpoint where nobody chose: as TRL does, unless transformers cannot, which is logged."""
+    inner: Any = without_adapter(model)
+    if isinstance(inner, str):
+        return True
+    marked = any(hasattr(module, "gradient_checkpointing") for module in inner.modules())
+    if not (inner.supports_gradient_checkpointing and marked):
+        logger.warning("gradient_checkpointing: off, because a %s has no support for it", type(inner).__name__)
+        return False
+    return True
 
 
 def follow_arguments(model: object, args: TrainingArguments) -> None:

@@ -8,7 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unsloth_fast.models.checking import BY_MODE, copy_with, in_both_modes, refusal, rows_of_scales
+from unsloth_fast.models.checking import (
+    BY_GRADIENT,
+    BY_MODE,
+    copy_with,
+    has_gradients_of,
+    in_both_modes,
+    refusal,
+    rows_of_scales,
+)
 from unsloth_fast.models.experts import WEIGHTS, Experts, experts_forward
 from unsloth_ref import kernels as reference
 
@@ -30,7 +38,10 @@ def find_experts(module: Any) -> Experts | str:
     own = in_both_modes(copied, *inputs)
     if own is None:
         return BY_MODE
-    return agreeing_experts(module, *stored, own, lambda found: experts_forward(found, reference)(copied, *inputs))
+    found = agreeing_experts(module, *stored, own, lambda each: experts_forward(each, reference)(copied, *inputs))
+    if isinstance(found, str) or has_gradients_of(experts_forward(found, reference), copied, *inputs):
+        return found
+    return BY_GRADIENT
 
 
 def small_experts(module: Any, transposed: bool, biased: bool, generator: torch.Generator) -> Any:

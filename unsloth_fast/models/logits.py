@@ -68,13 +68,18 @@ def _agreeing(model: Any, own: Callable[..., Any], inputs: Mapping[str, Any]) ->
         products.append(head(outputs.last_hidden_state))
         return outputs
 
-    few = _few_tokens(model, inputs)
+    few, beside = _few_tokens(model, inputs), _trained_beside(model, base, head)
     with undisturbed(model, base, few["input_ids"].device):
         hook = base.register_forward_hook(replace_last)
         try:
-            logits = own(**few).logits
+            with torch.set_grad_enabled(bool(beside)):
+                logits = own(**few).logits
         finally:
             hook.remove()
+    if beside and logits.requires_grad:  # a factor of 1 or a bias of 0 that is trained changes no number yet
+        found = torch.autograd.grad(logits.sum(), [*beside.values()], allow_unused=True)
+        if read := [name for name, each in zip(beside, found, strict=True) if each is not None]:
+            return f"they depend on weights beside those of its head: {', '.join(read)}"
     with undisturbed(model, base, few["input_ids"].device):
         alone = base(**few).last_hidden_state
     if len(last) != 1:
@@ -99,10 +104,21 @@ def without_head(model: CausalLM) -> nn.Module:
 def _few_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """One row of tokens, the step's switches, and zeros for its other whole numbers per token, such as their types."""
     given = {name: value for name, value in inputs.items() if isinstance(value, bool)}
-    vocabulary = model.config.get_text_config().vocab_size
-    row = (torch.arange(_TOKENS) % vocabulary)[None].to(inputs["labels"].device)
+    row = (torch.arange(_TOKENS) % vocabulary_of(model))[None].to(inputs["labels"].device)
     types = [name for name in inputs if name.endswith("token_type_ids")]
     return given | {"input_ids": row} | {name: torch.zeros_like(row) for name in types}
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a model has: by its configuration, or by the rows of its embedding where that has no size."""
+    size: int | None = getattr(model.config.get_text_config(), "vocab_size", None)
+    return len(model.get_input_embeddings().weight) if size is None else size
+
+
+def _trained_beside(model: nn.Module, base: nn.Module, head: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained and neither the base model's nor the head's."""
+    known = {id(each) for part in (base, head) for each in part.parameters()}
+    return {name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in known}
 
 
 @contextmanager

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.checking import Sparse, copy_with, in_both_modes, plain, quietly_on_the_cpu, sizes_of
+from unsloth_fast.models.checking import (
+    BY_GRADIENT,
+    BY_MODE,
+    Sparse,
+    copy_with,
+    has_gradients_of,
+    in_both_modes,
+    plain,
+    quietly_on_the_cpu,
+    sizes_of,
+)
 from unsloth_fast.models.methods import has_own_method, is_more_than_its_class
 from unsloth_fast.models.protocols import Forward
 from unsloth_ref import kernels as reference
@@ -219,11 +229,13 @@ def _checked(module: nn.Module, mixer: Mixer) -> Mixer | str:
     for given in ({}, {"attention_mask": mask}):
         result = in_both_modes(copied, rows, **given)
         if result is None:
-            return "differs between training and evaluation"
+            return BY_MODE
         found: Any = forward(copied, rows, **given)
         difference = float(((found - result).abs() / result.abs().amax((0, 1), keepdim=True).clamp(min=1e-30)).max())
         if found.dtype != result.dtype or not difference <= _TOLERANCE:
             return f"differs from {' and '.join(mixer.operations)} by {difference:.2g}"
+        if not has_gradients_of(forward, copied, rows, **given):
+            return BY_GRADIENT
     return mixer
 
 

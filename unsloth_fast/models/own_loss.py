@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.logits import of_a_library, undisturbed
+from unsloth_fast.models.logits import of_a_library, undisturbed, vocabulary_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ def warn_of_own_loss(model: PreTrainedModel) -> None:
     """
     if of_a_library(inspect.unwrap(type(model).forward)):
         return
-    tokens = (torch.arange(_TOKENS, device=model.device) % model.config.get_text_config().vocab_size)[None]
     mode = model.training
     try:
+        tokens = (torch.arange(_TOKENS, device=model.device) % vocabulary_of(model))[None]
         with undisturbed(model, model, model.device):
             model.training = True  # penalties are often left out of evaluations
             outputs: Any = model(input_ids=tokens, labels=tokens, use_cache=False)

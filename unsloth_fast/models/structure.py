@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from unsloth_fast.failures import FAILURES
 from unsloth_fast.models.checking import (
+    BY_GRADIENT,
     BY_MODE,
     Sparse,
     copy_with,
+    has_gradients_of,
     in_both_modes,
     inputs_of,
     plain,
@@ -154,6 +156,10 @@ def _agreeing_norm(
         found = [norm for norm, result in results.items() if agree(result, own)]
         if not found:
             return refusal(operation, 0, min(float((result - own).abs().max()) for result in results.values()))
+        if weights == dtype == torch.float32:
+            found = [norm for norm in found if has_gradients_of(calls[norm], copied, *given)]
+            if not found:
+                return BY_GRADIENT
     return found[0] if len(found) == 1 else refusal(operation, len(found))
 
 
@@ -193,7 +199,7 @@ def _gated(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> Gated | str 
         if result.dtype == own.dtype and differences[-1] <= 64 * torch.finfo(torch.float64).eps:
             agreeing.append(gated)
     if len(agreeing) == 1:
-        return agreeing[0]
+        return agreeing[0] if has_gradients_of(mlp_forward(agreeing[0], reference), copied, rows) else BY_GRADIENT
     if all(gated.operation == "relu_squared" for gated in candidates):  # two layers and another activation
         return None
     return refusal("swiglu and geglu", len(agreeing), min(differences))

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from unsloth_fast.failures import FAILURES
-from unsloth_fast.models.logits import undisturbed
+from unsloth_fast.models.logits import undisturbed, vocabulary_of
 
 _TOKENS = 3  # Each token is a document. The mask then has one column more than the row has tokens: a slice is noticed.
 _FAR = 2**40  # a distance that no window of a causal mask ends
@@ -70,7 +70,7 @@ def wired_attentions(stack: PreTrainedModel, before: str, function_of: FunctionO
     keywords = {"cu_seq_lens_q": bounds[0, 0], "cu_seq_lens_k": bounds[0, 0], "max_length_q": 1, "max_length_k": 1}
     packed, ordinary = _Watch(function_of, bounds), _Watch(function_of)
     try:
-        row = torch.arange(_TOKENS, device=stack.device)[None] % stack.config.get_text_config().vocab_size
+        row = torch.arange(_TOKENS, device=stack.device)[None] % vocabulary_of(stack)
         with undisturbed(stack, stack, stack.device):
             with _watching(stack, before, packed), _Untouched(packed):
                 joined = _states(stack, row, attention_mask=bounds, position_ids=torch.zeros_like(row), **keywords)
