@@ -28,6 +28,8 @@ from functools import cache, wraps
 from inspect import ismodule
 from typing import Any
 
+from conformance.interpreter import operators
+
 
 @cache
 def patch_for_speed() -> None:
@@ -36,6 +38,8 @@ def patch_for_speed() -> None:
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _OncePerLaunch(interpreter._patch_lang, interpreter._LangPatchScope)
         interpreter._patch_lang_tensor = _with_indices(interpreter._patch_lang_tensor)
+    if hasattr(interpreter, "_patch_attr"):
+        interpreter._patch_attr = _called_directly(interpreter)
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _Memoised(interpreter._get_np_dtype)
     core: Any = importlib.import_module("triton.language.core")
@@ -108,6 +112,24 @@ class _OncePerLaunch:
         for owner, name, before in scope._changes:  # the first change of a name has the value before the patch
             known.setdefault((owner, name), (before, getattr(owner, name)))
         return scope
+
+
+def _called_directly(interpreter: Any) -> Callable[..., None]:
+    """Replaces `_patch_attr`: the interpreted function calls what `triton.language` wraps; operators are known."""
+    core: Any = importlib.import_module("triton.language.core")
+    semantic, wrapper = interpreter.interpreter_semantic, core.builtin(lambda: None).__code__
+
+    @wraps(interpreter._patch_attr)
+    def patch(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        inner = member.__wrapped__ if getattr(member, "__code__", None) is wrapper else member
+
+        def interpreted(*arguments: Any, **options: Any) -> Any:
+            options["_semantic"] = semantic
+            return inner(*arguments, **options)
+
+        scope.set_attr(owner, name, operators.replaced(owner, name, interpreted, interpreter, core))
+
+    return patch
 
 
 def _with_indices(patch_tensor: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
