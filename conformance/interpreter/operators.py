@@ -13,6 +13,7 @@ set, under which Triton looks for overflows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def _operator(name: str, original: Function, interpreter: Any, core: Any) -> Fun
         kind = type(other)
         if kind is tensor:
             key = id(vars(other.type))
-        elif kind is float or (kind is int and -(2**31) <= other < 2**31):
+        elif _usual(other):
             key = kind
         else:
             return original(self, other)
@@ -117,10 +118,17 @@ def _operator(name: str, original: Function, interpreter: Any, core: Any) -> Fun
     return method
 
 
+def _usual(number: Any) -> bool:
+    """Whether something is a number for which Triton's dtype is int32 or float32, and so follows from its type."""
+    if type(number) is int:
+        return -(2**31) <= number < 2**31
+    return type(number) is float and (number in (0, inf, -inf) or 2**-126 <= abs(number) < 2**128 - 2**104)
+
+
 def _learnt(name: str, x: Any, y: Any, result: Any, semantic: Any) -> _Known | None:
     """How to compute what Triton has just computed; None if this module does not know."""
     number = isinstance(y, (int, float))
-    kind = semantic.to_tensor_type(y) if number else y.dtype
+    kind = semantic.to_tensor(y).dtype if number else y.dtype
     function, common, element = _FUNCTIONS[name], None, None
     if name in _OF_BITS and x.dtype.name == kind.name and kind.name in _BITS:
         dtypes = _BITS[kind.name], _BITS[kind.name]
@@ -147,7 +155,7 @@ def _addition(original: Function, interpreter: Any, core: Any) -> Function:
         if type(self.dtype) is not core.pointer_type:
             return numbers(self, other)
         places = other.value if type(other) is constexpr else other
-        if type(places) is int and -(2**31) <= places < 2**31:
+        if type(places) is int and _usual(places):
             data, block = np.array([places], np.int32), False
         elif type(places) is tensor and places.dtype.name in _INTEGERS:
             data, block = places.handle.data, places.type.is_block()
@@ -198,7 +206,7 @@ def _selection(original: Function, interpreter: Any, core: Any) -> Function:
 
     def where(condition: Any, x: Any, y: Any, **options: Any) -> Any:
         x, y = (one.value if type(one) is constexpr else one for one in (x, y))
-        if type(condition) is not tensor or not all(type(one) in (tensor, float, int) for one in (x, y)):
+        if type(condition) is not tensor or not all(type(one) is tensor or _usual(one) for one in (x, y)):
             return original(condition, x, y)
         uses = vars(condition.type).setdefault("where", {})
         key = tuple(id(vars(one.type)) if type(one) is tensor else type(one) for one in (x, y))
@@ -223,7 +231,9 @@ def _selection(original: Function, interpreter: Any, core: Any) -> Function:
 def _learnt_selection(condition: Any, x: Any, y: Any, result: Any, semantic: Any) -> _Known | None:
     """As `_learnt`, for `tl.where`."""
     numbers = [isinstance(one, (int, float)) for one in (x, y)]
-    kinds = [semantic.to_tensor_type(one) if number else one.dtype for one, number in zip((x, y), numbers, strict=True)]
+    kinds = [
+        semantic.to_tensor(one).dtype if number else one.dtype for one, number in zip((x, y), numbers, strict=True)
+    ]
     if condition.dtype.name != "int1" or not {kind.name for kind in kinds} <= set(_NUMBERS):
         return None
     wide = semantic.computation_type_impl(kinds[0], numbers[0], kinds[1], numbers[1], False)
