@@ -155,10 +155,10 @@ def _addition(original: Function, interpreter: Any, core: Any) -> Function:
         if type(self.dtype) is not core.pointer_type:
             return numbers(self, other)
         places = other.value if type(other) is constexpr else other
-        if type(places) is int and _usual(places):
-            data, block = np.array([places], np.int32), False
-        elif type(places) is tensor and places.dtype.name in _INTEGERS:
+        if type(places) is tensor and places.dtype.name in _INTEGERS:
             data, block = places.handle.data, places.type.is_block()
+        elif type(places) is int and _usual(places):
+            data, block = np.array([places], np.int32), False
         else:
             return original(self, other)
         try:

@@ -1,11 +1,14 @@
-"""Triton's interpreter in a third of its time.
+"""Triton's interpreter in a fifth of its time.
 
-`patch_for_speed` replaces two private functions of `triton.runtime.interpreter`, and five methods of `triton.language`,
-without changing what the interpreter computes:
+`patch_for_speed` replaces three private functions of `triton.runtime.interpreter`, and five methods of
+`triton.language`, without changing what the interpreter computes:
 
     _patch_lang      Triton replaces the functions of `triton.language` by interpreted ones at every call of a device
                      function, although the launch has already done so. `_OncePerLaunch` skips the repetitions, and
                      searches the modules for these functions at the first launch alone.
+    _patch_attr      Triton calls each function of `triton.language` through two others, and analyses the types of an
+                     operator's operands at each use. The function is called directly, and the types are analysed once:
+                     see conformance/interpreter/operators.py.
     _get_np_dtype    Triton builds a table of all dtypes at every lookup. `_Memoised` keeps the results.
     block_type       Triton checks and describes the same few types again for every result of an operation. Equal types
                      of the same elements share their attributes.
@@ -15,7 +18,7 @@ without changing what the interpreter computes:
     binary_op_sanitize_overflow_impl  Triton computes whether an operation of integers overflows, by eight others, and
                      drops what it found unless the option `debug` is set, which it never is.
 
-This takes two thirds of the time of the project's kernels in the interpreter. A version of Triton that lacks one of
+This takes four fifths of the time of the project's kernels in the interpreter. A version of Triton that lacks one of
 these functions stays as it is there. One more function, `_patch_lang_tensor`, is replaced so that Triton 3.6 runs with
 NumPy 2.4: a bound of a loop is an array of one number, which NumPy converts no more.
 """

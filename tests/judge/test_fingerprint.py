@@ -130,10 +130,10 @@ def test_every_target_and_dtype_compiles(fingerprint: Fingerprint) -> None:
 
 def test_the_instructions_are_those_that_are_disassembled(fingerprint: Fingerprint) -> None:
     assert fingerprint("layer_norm", "--dtype", "float16").returncode == 0  # on all targets, as the test above
-    cubins = sorted(Path(knobs.cache.dir).glob("*/layer_norm_*.cubin"), key=lambda path: path.stat().st_mtime)
+    cubins = sorted(Path(knobs.cache.dir).glob("*/layer_norm_*.cubin"), key=lambda path: path.stat().st_size)
     assert len(cubins) >= 5
-    for cubin in cubins[-10:]:
-        command = [knobs.nvidia.nvdisasm.path, "--print-code", cubin]
+    for cubin in cubins[:12]:
+        command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", code, re.MULTILINE)
         assert instructions(cubin.read_bytes()) == len(operations) - operations.count("NOP") > 0
