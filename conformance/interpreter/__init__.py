@@ -2,7 +2,8 @@
 
     launches.py   did it run a kernel in a block of code? It truncates to bfloat16, and the gates must know
     reads.py      does a kernel load from memory that is not its own?
-    speed.py      the same results in a third of the time
+    speed.py      the same results in a fifth of the time
+    operators.py  one part of it: operators whose operands' types are known
     gpu.py        the results that a kernel has on a GPU, where the interpreter's differ or there are none
     tuning.py     `triton.autotune`, and questions about the GPU, without one
 

@@ -27,6 +27,7 @@ from conformance.pieces import pieces
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
+from conformance.running import processes
 from conformance.running.search import AnyCase, AnyTrial, Result, reproduce, search
 from conformance.trial import Trial
 
@@ -135,7 +136,7 @@ def run(
         timeout: seconds that a case may take.
         limit: seconds that all tasks of one operation and backend may take together. One that is running then is
             stopped and has failed, and those that have not started are skipped.
-        preload: modules that one server process imports. Then every task has a process of its own, forked from it.
+        preload: modules that one process imports. Then every task has a process of its own, forked from it.
 
     Returns:
         The results, in the order of the tasks.
@@ -253,12 +254,8 @@ def _start(timeout: float, preload: Sequence[str] | None) -> _Worker:
     # Triton's interpreter multiplies matrices with NumPy, whose threads in several processes wait for each other: the
     # cases of packed_attention took 1.35 times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    context: Any = multiprocessing.get_context("spawn" if preload is None else "forkserver")
-    if preload is not None:
-        context.set_forkserver_preload(list(preload))
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
+    ours, theirs = multiprocessing.Pipe()
+    process = processes.start(_serve, theirs, preload)
     theirs.close()
     return _Worker(process, ours, last_message=time.monotonic(), timeout=timeout, preload=preload)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton import knobs
 
 from conformance.cli import main
+from conformance.fingerprint import instructions
 from unsloth_ref import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +121,18 @@ def test_every_target_and_dtype_compiles(fingerprint: Fingerprint) -> None:
         assert all(one["registers"] for one in found)
         for one in found:  # a warp of gfx942 has 64 threads: each holds half as much of a tile
             assert one["load"] == 16 or (one["target"] == "gfx942" and dtype == "float16" and one["load"] == 8)
+
+
+def test_the_instructions_are_those_that_are_disassembled(fingerprint: Fingerprint) -> None:
+    assert fingerprint("layer_norm", "--dtype", "float16").returncode == 0  # on all targets, as the test above
+    cubins = sorted(Path(knobs.cache.dir).glob("*/layer_norm_*.cubin"), key=lambda path: path.stat().st_size)
+    assert len(cubins) >= 5
+    for cubin in cubins[:12]:
+        command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", code, re.MULTILINE)
+        assert instructions(cubin.read_bytes()) == len(operations) - operations.count("NOP") > 0
+        assert "NOP" in operations
 
 
 def test_an_operation_of_ones_own_is_compiled_for_its_example(fingerprint: Fingerprint) -> None:

@@ -49,6 +49,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert isinstance(module._patch_lang, _OncePerLaunch)
     assert isinstance(module._get_np_dtype, _Memoised)
     monkeypatch.setattr(module, "_patch_lang", module._patch_lang._patch)
+    monkeypatch.setattr(module, "_patch_attr", module._patch_attr.__wrapped__)
     monkeypatch.setattr(module, "_get_np_dtype", module._get_np_dtype._numpy_dtype)
     for kind in (tl.core.block_type, tl.core.tensor):
         monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
