@@ -16,14 +16,14 @@ CHOOSING = {
 
 
 def broken(inputs: Mapping[str, Tensor], unit: float) -> Iterator[dict[str, Tensor]]:
-    """The inputs in float64 without ties: of equal numbers the last is the largest, then the first."""
+    """The inputs in float64 without ties, zeros too: of equal numbers the last is the largest, then the first."""
     for sign in (unit, -unit):
         yield {name: _graded(t, sign) if t.dtype == torch.float64 else t for name, t in inputs.items()}
 
 
 def _graded(tensor: Tensor, unit: float) -> Tensor:
     places = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape) / max(1, tensor.numel())
-    return tensor + unit * places * tensor.abs()
+    return tensor + unit * places * tensor.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def of_equals(tensor: Tensor, jumps: Tensor, squares: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

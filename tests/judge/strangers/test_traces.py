@@ -36,7 +36,8 @@ def test_an_operator_of_torch_that_a_library_replaces_is_found() -> None:
 
 @here
 @pytest.mark.parametrize(
-    ("dtype", "case"), [("float32", "x_0=3 x_1=114 fill=ones"), ("bfloat16", "x_0=257 x_1=257 fill=randn")]
+    ("dtype", "case"),
+    [("float32", "x_0=3 x_1=114 fill=ones"), ("float16", "x_0=3 x_1=114 fill=zeros"), ("bfloat16", "x_0=257 x_1=257")],
 )
 def test_any_of_equal_numbers_may_be_chosen(dtype: str, case: str) -> None:
     """Its gradient is then where the definition has 0."""
