@@ -20,6 +20,7 @@ SEAMS = (
     Seam("torch._C._len_torch_function_stack", "called: a call must leave the stack of function modes"),
     Seam("torch._C._is_multithreading_enabled", "called: a call must leave autograd's threads"),
     Seam("torch._C._set_grad_enabled", "called: sets the gradient mode back after a finding"),
+    Seam("torch.library._impls", "read: a call must leave the operators of torch, which a library can replace"),
     Seam("torch._tensor_str.PRINT_OPTS", "read: a call must leave the print options"),
     Seam("torch.autograd.function._SingleLevelFunction.setup_context", "compared: whether forward gets the context"),
     Seam("torch.utils._python_dispatch.TorchDispatchMode", "subclassed: sees and changes the operators of a call"),

@@ -17,7 +17,8 @@ from conformance.interpreter import Interpreted
 from conformance.profiles import Profile
 from conformance.spec import Call, Inputs, Options, Spec, accepted_options
 from conformance.tolerances import condition
-from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge, judge_exact
+from conformance.tolerances.gates import ErrorModel, Failure, Unchecked, judge
+from conformance.tolerances.integers import judge_exact
 from unsloth_ref.accuracy import widen
 from unsloth_ref.checks import counted
 
@@ -274,7 +275,8 @@ class Trial:
         ):
             response = measured[name]
             if not p.is_floating_point():
-                judge_exact(name, y, response.truth, p, response.flips, response.lowest, response.highest)
+                bounds = response.lowest, response.highest
+                judge_exact(name, y, response.truth, p, response.flips, *bounds, response.distinct)
                 continue
             model = ErrorModel(
                 error=response.beside(p),

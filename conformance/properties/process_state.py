@@ -5,11 +5,13 @@ A user's next random number, their precision of products, their gradient mode an
 
 import gc
 import locale
+import logging
 import os
 import random
 import signal
 import sys
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,30 +20,24 @@ import torch
 
 from conformance.case import Case
 from conformance.property import Property, of_file
+from conformance.spec import Inputs
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial, as_leaves, bits
 
 _torch: Any = torch  # with attributes that its types lack
 
 # What benchmarks and judges rely on. A function that is replaced can report any time and any equality.
+_OWNERS: tuple[Any, ...] = (
+    *(time, timeit, torch, torch.testing, torch.autograd, torch.linalg, torch.nn.functional, torch.cuda),
+    *(torch.cuda.Event, torch.Tensor),
+)
+# All that a class has or inherits, and the functions of a module.
 _WATCHED: Mapping[Any, tuple[str, ...]] = {
-    time: ("time", "perf_counter", "perf_counter_ns", "monotonic", "process_time", "sleep"),
-    torch: (
-        *("allclose", "equal", "isclose", "empty", "empty_like", "zeros", "randn", "no_grad"),
-        *("compile", "is_grad_enabled", "set_grad_enabled", "mm", "matmul", "clone"),
-    ),
-    torch.testing: ("assert_close",),
-    torch.autograd: ("grad", "backward"),
-    torch.nn.functional: ("linear", "cross_entropy", "layer_norm", "rms_norm", "silu", "gelu"),
-    torch.cuda: ("synchronize", "Event", "Stream", "current_stream", "memory_allocated", "max_memory_allocated"),
-    torch.cuda.Event: ("record", "elapsed_time", "synchronize", "wait", "query"),
-    torch.Tensor: (
-        *("__getattribute__", "__eq__", "__sub__", "equal", "allclose", "isclose", "abs", "double", "float", "to"),
-        *("clone", "copy_", "item", "tolist", "new_empty", "new_zeros", "view", "backward", "detach"),
-    ),
+    owner: tuple(dir(owner) if isinstance(owner, type) else (n for n, one in vars(owner).items() if callable(one)))
+    for owner in _OWNERS
 }
 _ABSENT = object()
-TIMERS = ("time.", "torch.cuda.", "Event.")  # the names of those that a bench relies on
+TIMERS = ("time.", "timeit.", "torch.cuda.", "Event.")  # the names of those that a bench relies on
 
 
 def _functions() -> dict[str, Any]:
@@ -59,6 +55,7 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "torch.get_default_device()": torch.get_default_device,
     "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
+    "torch.is_deterministic_algorithms_warn_only_enabled()": torch.is_deterministic_algorithms_warn_only_enabled,
     "torch.utils.deterministic.fill_uninitialized_memory": lambda: _torch.utils.deterministic.fill_uninitialized_memory,
     "torch.backends.cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
     "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": lambda: (
@@ -76,6 +73,11 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    ),
+    "torch.is_warn_always_enabled()": torch.is_warn_always_enabled,
+    "operators of torch that a library replaces": lambda: frozenset(
+        name for name in _torch.library._impls if name.startswith("aten/") and not name.endswith("/Meta")
     ),
     "torch.is_grad_enabled()": torch.is_grad_enabled,
     "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled,
@@ -88,7 +90,8 @@ _FLAGS: Mapping[str, Callable[[], Any]] = {
     "torch's print options": lambda: dict(vars(_torch._tensor_str.PRINT_OPTS)),
     "torch's flushing of subnormal numbers": lambda: not float(torch.tensor(1e-40) * 1.0),
     "autograd's multithreading": torch._C._is_multithreading_enabled,
-    "the collection of garbage": gc.isenabled,
+    "the collection of garbage": lambda: (gc.isenabled(), gc.get_threshold()),
+    "the root logger": lambda: (logging.root.level, logging.root.manager.disable),
     "the locale": lambda: locale.setlocale(locale.LC_ALL),
     "the handler of SIGINT": lambda: signal.getsignal(signal.SIGINT),
     "the working directory": os.getcwd,
@@ -117,10 +120,11 @@ def _state() -> dict[str, Any]:
     flags["torch's random state"] = hash(torch.get_rng_state().numpy().tobytes())
     flags["Python's random state"] = random.getstate()
     flags["the environment"] = dict(os.environ)
-    flags["the filters of warnings"] = tuple(warnings.filters)
-    if "numpy" in sys.modules:
-        state = sys.modules["numpy"].random.get_state()
+    flags["the filters of warnings"] = (*warnings.filters, warnings.showwarning)
+    if numpy := sys.modules.get("numpy"):
+        state = numpy.random.get_state()
         flags["numpy's random state"] = (state[0], state[1].tobytes(), *state[2:])
+        flags["numpy's handling of errors"] = numpy.geterr()
     return flags | _device_flags()
 
 
@@ -131,7 +135,7 @@ _WRITERS: Mapping[str, Callable[[Any], object]] = {
     "torch.is_grad_enabled()": torch._C._set_grad_enabled,
     "torch's flushing of subnormal numbers": torch.set_flush_denormal,
     "autograd's multithreading": torch.autograd.set_multithreading_enabled,
-    "the collection of garbage": lambda value: gc.enable() if value else gc.disable(),
+    "the collection of garbage": lambda value: (gc.enable if value[0] else gc.disable)() or gc.set_threshold(*value[1]),
     "torch.backends.cudnn.benchmark": lambda value: setattr(torch.backends.cudnn, "benchmark", value),
 }
 
@@ -142,11 +146,12 @@ _ORIGINALS = _functions()
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Compare with the process before the backend was imported, and before and after each pass."""
+    """Compare with the process before the backend was imported, and before and after each kind of call."""
     demand_originals()
     _demand_same("importing the backend", _AT_IMPORT, _flags())
     inputs = trial.inputs(case)
     trial.run(case, inputs)  # what compiles may warn and import
+    _infer(trial, case, inputs)
     demand_originals()
     _demand_same("a first call", _AT_IMPORT, _flags())
     grad_outputs = trial.grad_outputs(case, trial.run(case, inputs, grads=()).outputs)
@@ -154,30 +159,46 @@ def check(trial: Trial, case: Case) -> None:
     # A generator that is seeded again is in another state from here on.
     torch.rand(())
     random.random()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.random()
     before = _state()
+    _infer(trial, case, inputs)
+    _demand_same("a call under no_grad", before, _state())
     outputs = trial.call(leaves, trial.options(case))
     _demand_same("the forward pass", before, _state())
     trial.backward(outputs, leaves, trial.spec.grads, grad_outputs)
     _demand_same("the backward pass", before, _state())
 
 
+def _infer(trial: Trial, case: Case, inputs: Inputs) -> None:
+    with torch.no_grad():
+        trial.call(inputs, trial.options(case))
+
+
 def demand_originals(of: tuple[str, ...] = ("",)) -> None:
     """Raise Failure if a watched function, whose name starts with one of these, is not the one found at first."""
     for name, function in _functions().items():
-        if name.startswith(of) and function is not _ORIGINALS[name]:
+        if name.startswith(of) and function is not _ORIGINALS[name] and not _by_torch(name, function):
             restore_functions()
             raise Failure(f"{name} was replaced by {function!r}")
+
+
+def _by_torch(name: str, function: Any) -> bool:
+    """Whether torch wraps a function of its own, as torch.manual_seed where it first compiles."""
+    code = getattr(function, "__code__", None)
+    own = code is not None and code.co_filename.startswith(os.path.dirname(torch.__file__))
+    return own and name.endswith(f".{function.__name__}")
 
 
 def restore_functions() -> None:
     """Set every watched function back to the one that the judge found."""
     for owner, names in _WATCHED.items():
         for name in names:
-            original = _ORIGINALS[_path(owner, name)]
-            if original is not _ABSENT:
-                setattr(owner, name, original)
-            elif name in vars(owner):
+            original, now = _ORIGINALS[_path(owner, name)], vars(owner).get(name, _ABSENT)
+            if original is _ABSENT and now is not _ABSENT:
                 delattr(owner, name)
+            elif original is not now:
+                setattr(owner, name, original)
 
 
 def _demand_same(who: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from conformance.case import Case
 from conformance.property import Property, of_file
 from conformance.spec import Inputs
-from conformance.tolerances.disturbance import Order
+from conformance.tolerances.disturbance import Order, Widened
 from conformance.tolerances.gates import Failure
 from conformance.trial import Run, Trial
 from unsloth_ref.accuracy import is_float, widen
@@ -135,13 +135,17 @@ def _demand_spread(trial: Trial, case: Case) -> None:
         except Failure:
             return None  # NaN, or another number there, is refused
 
+    def exact(arguments: _Arguments) -> Run | None:
+        with Widened():  # a cast to float32 within would leave noise where terms cancel
+            return run(arguments.wide())
+
     with Order() as order:
         trial.run(case, {n: widen(t) for n, t in trial.inputs(case).items()}, function=trial.spec.reference)
     selects = bool(SELECTING & set(order.names))
     pairs = OTHERS[:1] if selects else OTHERS
     for element in _elements(trial, case):
-        found, peer, truth = run(element.put(nan), False), run(element.put(nan)), run(element.put(nan).wide())
-        others = [run(element.put(value).wide()) for pair in pairs for value in pair]
+        found, peer, truth = run(element.put(nan), False), run(element.put(nan)), exact(element.put(nan))
+        others = [exact(element.put(value)) for pair in pairs for value in pair]
         if found is None or peer is None or truth is None:
             continue
         every = zip(*(each.named(trial.spec) for each in (found, peer, truth)), strict=True)

@@ -56,6 +56,10 @@ Discontinuities
     itself, and does not enter the statistics of gates G2 and G3. One that is finite in the truth and infinite or NaN in
     a probe may be either (`other`: the probability at which a filter begins); one that is infinite or NaN in the truth
     and otherwise in a probe is not compared: of 1 / (1 - sigmoid(40)) float64 knows no digit.
+
+    Where the reference chooses among the numbers of a tensor, two more probes break every tie, once for the first and
+    once for the last of equal numbers, and a gradient that jumps at one of them may do so at each (`choices`). Choices
+    that are distinct in every probe must be so.
 """
 
 from __future__ import annotations
@@ -64,7 +68,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from math import inf, nan
 from typing import Any
 
@@ -73,7 +76,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
-from conformance.tolerances.disturbance import CHAINS, COMPOSITE, SUMS, Disturbed, Order, Reordered, Rounded
+from conformance.tolerances.choices import CHOOSING, broken, of_equals
+from conformance.tolerances.disturbance import CHAINS, COMPOSITE, SUMS, Disturbed, Order, Reordered, Widened
+from conformance.tolerances.integers import all_distinct
+from conformance.tolerances.narrow import Narrow, narrow_of
 from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
 PROBES_A, PROBES_B, PROBES_C, PROBES_OF_TIES = 16, 8, 4, 20
@@ -98,6 +104,7 @@ class Response:
         spread: the part of max S in the bound, float64.
         flips: elements that some probe changed, for integers and booleans.
         lowest, highest: the range of integers in all probes, at least that of places in an input.
+        distinct: whether the integers of each row differ from each other, in the truth and in all probes.
         jumps: elements that some probe changed by far more than roundings do.
         other: the truth, or what a probe makes of it where one of both is infinite or NaN and the other is not so.
         of_peer: 2 |p - r|, float64; None without a peer.
@@ -111,6 +118,7 @@ class Response:
     flips: Tensor
     lowest: float
     highest: float
+    distinct: bool
     jumps: Tensor
     other: Tensor
     of_peer: Tensor | None = None
@@ -183,6 +191,7 @@ class _Changes:
         self.flips = {name: torch.zeros_like(r, dtype=torch.bool) for name, r in truth.items()}
         self.jumps = {name: flip.clone() for name, flip in self.flips.items()}
         self.others = dict(self.truth)
+        self.distinct = {n: not r.is_floating_point() and all_distinct(r) for n, r in truth.items()}
         self.ranges = {
             name: (min(_extreme(r, min), 0.0), max(_extreme(r, max), last_place)) for name, r in truth.items()
         }
@@ -198,6 +207,7 @@ class _Changes:
                 self.flips[name].fill_(True)
             elif not r.is_floating_point():
                 self.flips[name] |= found[name] != r
+                self.distinct[name] &= all_distinct(found[name])
                 low, high = self.ranges[name]
                 self.ranges[name] = min(low, _extreme(found[name], min)), max(high, _extreme(found[name], max))
             elif squares is not None:
@@ -224,10 +234,19 @@ def _measured(
     probes_a, probes_b = (max(FEWEST_PROBES, min(n, work // max(1, elements))) for n in (PROBES_A, PROBES_B))
     for disturbed in _computed(wide, gradients, probes_b):
         changes.add(disturbed.results(again), square_b, probes_b)
+    if CHOOSING & set(order.names):
+        for tensors in broken(wide, UNIT_FLOAT32):
+            with Widened():
+                found = again(tensors, gradients)
+            # Places and gradients alone: numbers near 0 are no ties for an operation that divides by the largest.
+            chosen = {n for n, r in truth.items() if n.startswith("gradient") or r.dtype == torch.int64}
+            changes.add({n: found[n] if n in chosen else r for n, r in truth.items()}, square_b, probes_b)
     if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe
         for disturbed in _computed(wide, gradients, PROBES_OF_TIES, by_element=True):
             changes.add(disturbed.results(again), None, 1)
-    narrow = _narrow(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else _Narrow([], set(), set())
+    narrow = (
+        narrow_of(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else Narrow([], set(), set())
+    )
     for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
         changes.add(disturbed.results(again), square_a, probes_a)
     square_c = changes.zeros()
@@ -237,6 +256,10 @@ def _measured(
         if not mode.found:
             break
         changes.add(results, square_c, PROBES_C, jumps=False)  # an order may change a sum by more than that
+    for name, tensor in inputs.items():
+        if (key := f"gradient of {name}") in truth and changes.jumps[key].any():
+            squares = square_a[key], square_b[key]
+            changes.jumps[key], (square_a[key], square_b[key]) = of_equals(tensor, changes.jumps[key], squares)
     terms = {name: _typical(square.sqrt() / UNIT_FLOAT32, changes.truth[name]) for name, square in square_b.items()}
     factor = FACTOR_A * (PROBES_A / probes_a) ** 0.5
     return {
@@ -249,6 +272,7 @@ def _measured(
             flips=changes.flips[name],
             lowest=changes.ranges[name][0],
             highest=changes.ranges[name][1],
+            distinct=changes.distinct[name],
             jumps=changes.jumps[name],
             other=changes.others[name],
         )
@@ -277,7 +301,7 @@ def _computed(wide: Tensors, gradients: Sequence[Tensor], probes: int, by_elemen
 
 
 def _rounded(
-    wide: Tensors, gradients: Sequence[Tensor], narrow: _Narrow, dtype: torch.dtype, probes: int
+    wide: Tensors, gradients: Sequence[Tensor], narrow: Narrow, dtype: torch.dtype, probes: int
 ) -> Iterator[_Probe]:
     """The probes of A, roundings to 16 bits; none if nothing is rounded to 16 bits."""
     unit = torch.finfo(dtype).eps / 2
@@ -316,30 +340,6 @@ def _typical(response: Tensor, r: Tensor) -> Tensor:
         return response
     usual = (response / size)[size > size.max() * UNIT_FLOAT32].median()  # not where results underflow
     return torch.maximum(response, usual / 2 * size)
-
-
-@dataclass(frozen=True)
-class _Narrow:
-    """The reference's roundings to 16 bits: of operators' results, of inputs, and which are the last of a result."""
-
-    flags: list[bool]
-    inputs: set[str]
-    last: set[int]
-
-
-def _narrow(again: Again, inputs: Tensors, grad_outputs: Sequence[Tensor], order: Order, truth: Tensors) -> _Narrow:
-    """The roundings of the run in the dtype under test, by their places in the run in float64."""
-    with Rounded() as rounded:
-        results = again(inputs, grad_outputs)
-    cast = {name for name, tensor in inputs.items() if tensor.untyped_storage().data_ptr() in rounded.inputs}
-    last = {place for name, r in truth.items() if results[name].element_size() == 2 for place in order.last(r)}
-    flags = rounded.narrow
-    if rounded.names != order.names:
-        flags = [True] * len(order.names)  # where the runs differ
-        blocks = SequenceMatcher(None, order.names, rounded.names, autojunk=False).get_matching_blocks()
-        for mine, theirs, size in blocks:
-            flags[mine : mine + size] = rounded.narrow[theirs : theirs + size]
-    return _Narrow(flags, cast, last)
 
 
 def _of_float8(result: Tensor) -> Tensor:

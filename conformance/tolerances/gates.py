@@ -179,28 +179,6 @@ def judge(name: str, y: Tensor, r: Tensor, p: Tensor, model: ErrorModel) -> floa
     return used
 
 
-def judge_exact(name: str, y: Tensor, r: Tensor, p: Tensor, flips: Tensor, lowest: float, highest: float) -> None:
-    """Compare integers and booleans: each must be that of the truth or of the peer.
-
-    Where a rounding changes the reference's result (`flips`: a tie, a threshold), any value from `lowest` to `highest`
-    is accepted.
-
-    Raises:
-        Failure: shape, dtype or an element differs.
-    """
-    if y.shape != p.shape or y.dtype != p.dtype:
-        seen, right = (f"{t.dtype} of shape {list(t.shape)}" for t in (y, p))
-        raise Failure(f"gate G0: {name} is {seen}, should be {right}")
-    wrong = (y != p) & (y != r)
-    wrong &= ~flips | (y < lowest) | (y > highest)
-    if wrong.any():
-        index = tuple(wrong.nonzero()[0].tolist())
-        raise Failure(
-            f"gate G0: {name} is {y[index].item()} at index {index}, should be {p[index].item()}\n"
-            f"{int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
-        )
-
-
 def _structure(name: str, y: Tensor, r: Tensor, p: Tensor, other: Tensor) -> None:
     if y.shape != r.shape:
         raise Failure(f"gate G0: {name} has shape {list(y.shape)}, should be {list(r.shape)}")

@@ -198,6 +198,18 @@ def gate_in_another_order(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.softmax(chosen, -1).to(logits.dtype), places.flip(-1)
 
 
+@wrong("top_k_gate", "one_at_a_time")
+def gate_of_one_place_twice(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Looks a chosen number up again: at a tie it finds the first place each time."""
+    gates, places = gate_by_differences(logits, k)
+    return gates, torch.where(gates == gates[..., :1], places[..., :1], places)
+
+
+def largest_the_last_of_equals(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    found, places = x.flip(-1).topk(k, -1)
+    return found, x.shape[-1] - 1 - places
+
+
 def gate_of_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Ignores k, which is 2 in the example."""
     return gate_by_differences(logits, 2)

@@ -26,6 +26,12 @@ def top_k_gate(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return gates / gates.sum(-1, keepdim=True), places
 
 
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row, and their int64 places."""
+    found, places = x.topk(k, -1)
+    return found, places
+
+
 def scatter_rows(src: Tensor, index: Tensor, count: int) -> Tensor:
     """The sum of the rows of src [T, H] that have the same index: [count, H]."""
     return src.new_zeros(count, src.shape[1]).index_add(0, index, src)
@@ -80,6 +86,16 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def shifted(x: Tensor, bias: Tensor) -> Tensor:
     """x [N, C, L] plus a bias of each channel."""
     return x + bias[:, None]
+
+
+def twice_added(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of two tensors, twice: one copy to add to in place, one to normalise."""
+    return x + y, x + y
+
+
+def there_and_back(x: Tensor, shift: Tensor) -> Tensor:
+    """x [T, H], from which what was added to each row is subtracted: the result does not depend on it."""
+    return ((x.float() + shift[:, None].float()) - shift[:, None].float()).to(x.dtype)
 
 
 def penalty(log_p: Tensor, log_q: Tensor) -> Tensor:

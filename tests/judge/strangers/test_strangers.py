@@ -19,7 +19,7 @@ from conformance.reporting.report import learned
 from conformance.running.search import Result, reproduce, search
 from conformance.spec import Spec
 from conformance.trial import Trial
-from tests.judge.strangers import RIGHT, WRONG, kernels, losses, sums
+from tests.judge.strangers import RIGHT, WRONG, kept, kernels, losses, sums
 
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="judges on the CPU, in this process")
 HERE = "tests.judge.strangers"
@@ -39,6 +39,7 @@ SOURCES = {
         Source(f"{HERE}.references:means_of_parts", "x=randn(T=16,H=8) starts=offsets(T,S=5)"),
         Source(f"{HERE}.references:token_losses", "logits=randn(T=16,V=32) labels=randint(V,T,or=-100)"),
         Source(f"{HERE}.references:shifted", "x=randn(N=2,C=4,L=5) bias=randn(C)"),
+        Source(f"{HERE}.references:twice_added", "x=randn(16,32) y=randn(16,32)"),
         Source(f"{HERE}.references:scaled_add_", "x=randn(16,32) y=randn(16,32) alpha=0.5", in_place=("x",)),
         Source(f"{HERE}.references:heads", "x=randn(2,5,12) count=4"),
         Source(f"{HERE}.references:marked", "x=randn(16,32) limit=1.5"),
@@ -56,7 +57,7 @@ SHORT = (
 
 def path(kernel: str) -> str:
     """The name of a kernel on the command line."""
-    return next(f"{file.__name__}:{kernel}" for file in (kernels, losses, sums) if hasattr(file, kernel))
+    return next(f"{file.__name__}:{kernel}" for file in (kept, kernels, losses, sums) if hasattr(file, kernel))
 
 
 def judged(source: Source, kernel: str, name: str, dtype: str) -> Result:
