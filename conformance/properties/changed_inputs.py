@@ -37,7 +37,8 @@ def check(trial: Trial, case: Case) -> float:
 
 def _check(trial: Trial, case: Case, grads: Sequence[str]) -> float:
     inputs, through_data = trial.inputs(case), case.seed % 2 == 1
-    other = {n: _exchanged(t) for n, t in inputs.items()} if through_data else trial.inputs(replace(case, seed=2))
+    drawn = trial.inputs(replace(case, seed=case.seed + 2))
+    other = {n: _exchanged(t) for n, t in inputs.items()} if through_data else drawn
     leaves = as_leaves({name: tensor.clone() for name, tensor in inputs.items()}, grads)
     grad_outputs = trial.grad_outputs(case, trial.run(case, leaves, grads=()).outputs)
     first = _run(trial, case, leaves, grad_outputs)
@@ -72,8 +73,9 @@ def _accepted(trial: Trial, case: Case, inputs: Inputs) -> bool:
 
 def _exchanged(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.flatten()
-    first, between, last = flat.tensor_split([len(flat) // 2, len(flat) - 1])
-    return torch.cat([first, between.flip(0), last]).view(tensor.shape)
+    places = torch.arange(len(flat))
+    places[len(flat) // 2 : -1] = places[len(flat) // 2 : -1].flip(0)  # no dtype of 8 bits can be flipped itself
+    return flat[places].view(tensor.shape)
 
 
 def _run(trial: Trial, case: Case, leaves: Inputs, grad_outputs: list[torch.Tensor]) -> Run:

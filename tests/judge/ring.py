@@ -7,13 +7,14 @@ drop or repeat the upper bits. For float32 and float16.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle, interpreter_builder
 
 from conformance.instruments.exact import Exact
 
@@ -145,5 +146,8 @@ def exact_arithmetic(other_warps: bool = False) -> Iterator[Exact]:
         for name, function in functions.items():
             replaced.enter_context(patch.object(InterpreterBuilder, f"create_{name}", function))
         replaced.enter_context(patch.object(ReduceOps, "apply_impl", _reduce))
+        # Then operators go through the builder, see conformance/interpreter/operators.py.
+        debugging = replace(interpreter_builder.options, debug=True)
+        replaced.enter_context(patch.object(interpreter_builder, "options", debugging))
         replaced.enter_context(patch.object(interpreter.InterpretedFunction, "run", seen))
         yield exact

@@ -119,7 +119,7 @@ def mamba2_scan_backward(
     (dy,) = rows_in_one_piece(dy)
     s = _Chunks(x, dt, a, b, c, d, cu_seqlens)
     states, dstates = s.states(s.x, s.b, backward=False), s.states(dy, s.c, backward=True)
-    parts = x.new_zeros((2, len(x), s.heads), dtype=torch.float32)  # of da and dd
+    parts = x.new_empty((2, len(x), s.heads), dtype=torch.float32)  # of da and dd
     strides = strides_of(dy, s.x, dt, s.b, s.c)
     launch(
         mamba2_scan_dx_kernel, s.chunks * s.heads, x,

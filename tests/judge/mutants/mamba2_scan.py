@@ -52,9 +52,6 @@ TABLE = {
     "grad_output_read_as_x_lies": one(
         "strides = strides_of(dy, s.x, dt, s.b, s.c)", "strides = strides_of(s.x, s.x, dt, s.b, s.c)", "layouts"
     ),
-    "sums_that_are_not_zeroed": one(
-        "parts = x.new_zeros((2,", "parts = x.new_empty((2,", "uninitialised", "argument_kinds"
-    ),
     "documents_of_any_kind": one('document_checks.documents_cover(cu_seqlens, len(x), "x")', "pass", "error_parity"),
     "rates_of_at_most_4": one(
         "a = tl.load(a_ptr + head).to(tl.float32)\n    state",
