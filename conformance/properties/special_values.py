@@ -4,14 +4,15 @@ Autograd multiplies a gradient of 0 by NaN. Where the outputs of a row are finit
 
 Of an operation of the command line, a single NaN among the elements of an input or of an incoming gradient must reach
 every result that depends on it: one that changes in the reference if the element becomes another number. Other
-results may be NaN too, as those of a product with zeros, and a kernel may refuse NaN.
+results may be NaN too, as those of a product with zeros, and a kernel may refuse NaN. Where all elements of an input
+but the last of each row are -infinity, as under a mask, an output must be a number where the reference's is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import nan
+from math import inf, nan
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ def check(trial: Trial, case: Case) -> float | None:
     used = max(_at_every_place(trial, case) for case in dict.fromkeys((case, trial.rowwise(case))))
     if trial.spec.budget.measured:
         _demand_spread(trial, case)
+        _demand_numbers(trial, case)
     return used if trial.spec.rowwise else None
 
 
@@ -162,6 +164,34 @@ def _demand_spread(trial: Trial, case: Case) -> None:
                     f"{element.words}: {name} is {float(y[index])!r} at index {index}, should be NaN\n"
                     f"{int(swallowed.sum())} elements that depend on that number are finite"
                 )
+
+
+def _demand_numbers(trial: Trial, case: Case) -> None:
+    """Raise Failure if an output is NaN where it should be a number: a kernel's first tiles hold -infinity alone.
+
+    Only where the output depends on the elements that are -infinity: a product of one and 0 may be NaN.
+    """
+    inputs, reference = trial.inputs(case), trial.spec.reference
+
+    def run(name: str, value: float, function: Callable[..., object] | None = None) -> tuple[Tensor, ...]:
+        masked = inputs[name].clone()
+        masked[..., :-1] = value
+        return trial.run(case, {**inputs, name: masked}, function=function, grads=()).outputs
+
+    for name in (name for name, tensor in inputs.items() if is_float(tensor) and tensor.ndim and tensor.shape[-1] > 1):
+        try:
+            found, *runs = run(name, -inf), *(run(name, value, reference) for value in (-inf, *OTHERS[0]))
+        except Failure:
+            continue  # infinity is refused
+        for output, y, p, one, two in zip(trial.spec.outputs, found, *runs, strict=True):
+            if is_float(p) and y.shape == p.shape:
+                lost = y.isnan() & p.isfinite() & _differ(one, two, p)
+                if lost.any():
+                    index = tuple(lost.nonzero()[0].tolist())
+                    raise Failure(
+                        f"{name} is -infinity but for the last element of each row: {output} is NaN at index {index},"
+                        f" should be {float(p[index])!r}"
+                    )
 
 
 def _differ(one: Tensor | None, other: Tensor | None, r: Tensor) -> Tensor:

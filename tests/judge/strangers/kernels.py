@@ -68,6 +68,16 @@ def softmax_over_the_columns(x: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(x.float() / temperature, 0).to(x.dtype)
 
 
+@wrong("tempered_softmax", "special_values")
+def softmax_from_the_first_half(x: Tensor, temperature: float = 1.0) -> Tensor:
+    """Scales the sum of the first half again; where that holds -infinity alone, it subtracts it from itself."""
+    z = x.float() / temperature
+    first, second = z.tensor_split([(z.shape[-1] + 1) // 2], -1)
+    low, high = first.amax(-1, keepdim=True), z.amax(-1, keepdim=True)
+    total = (first - low).exp().sum(-1, keepdim=True) * (low - high).exp()
+    return ((z - high).exp() / (total + (second - high).exp().sum(-1, keepdim=True))).to(x.dtype)
+
+
 _memory: dict[Any, Tensor] = {}
 
 
