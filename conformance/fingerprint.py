@@ -40,9 +40,9 @@ from unsloth_fast.kernels._launch import launched_by_triton
 
 NAME_WIDTH, CELL_WIDTH = 36, 32
 ROWS = 64  # few are enough: launch parameters do not depend on the number of rows, or a row's bits would
-PROGRAM, EXECUTABLE = 1, 4  # the type and the flag of an ELF section with machine code
-NOP = 0x918
 COLUMNS = 1024  # of a spec that has neither shapes nor an example
+PROGRAM, EXECUTABLE = 1, 4  # the type and the flag of an ELF section with machine code
+NOP = 0x918  # the operation that does nothing
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ def _of_nvidia(code: Any) -> dict[str, int]:
 
 
 def instructions(cubin: bytes) -> int:
-    """How many machine instructions a cubin has, without those that do nothing, as `nvdisasm` in 0.5 s per kernel.
+    """How many machine instructions a cubin has, without those that do nothing.
 
-    A cubin is an ELF file of 64 bits (gabi.xinuos.com/elf). From compute capability 7.0 on an instruction has 16 bytes,
-    and its lowest 12 bits are the operation.
+    nvdisasm lists the same ones, in half a second per kernel. A cubin is an ELF file of 64 bits (gabi.xinuos.com/elf).
+    From compute capability 7.0 on an instruction has 16 bytes, and its lowest 12 bits are the operation.
     """
     (first,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
     found = 0

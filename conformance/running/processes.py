@@ -34,14 +34,16 @@ def start(serve: Callable[[Connection], None], pipe: Connection, preload: Sequen
     Args:
         serve: a function of a module.
         pipe: its argument.
-        preload: modules that the process from which it is forked imports. None if it need not be forked.
+        preload: modules that the process from which it is forked imports, with a GPU; without one those of the judge.
+            None if it need not be forked with a GPU.
     """
-    alone = sys.platform == "linux" and not torch.cuda.is_available()
-    context: Any = multiprocessing.get_context("forkserver" if alone or preload is not None else "spawn")
-    if alone or preload is not None:
-        context.set_forkserver_preload([*(JUDGE if alone else preload or ())])
+    without_gpu = sys.platform == "linux" and not torch.cuda.is_available()
+    modules = JUDGE if without_gpu else preload
+    context: Any = multiprocessing.get_context("spawn" if modules is None else "forkserver")
+    if modules is not None:
+        context.set_forkserver_preload([*modules])
     process = context.Process(target=_in_environment, args=(dict(os.environ), serve, pipe), daemon=True)
-    with _of_the_server(alone):
+    with _of_the_server(without_gpu):
         process.start()
     return process
 
