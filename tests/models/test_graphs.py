@@ -185,19 +185,25 @@ def test_a_larger_size_begins_anew() -> None:
 
 
 def test_a_padded_batch_takes_a_recorded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size is at most an eighth above its tokens; a batch without padding keeps its own size, and its bits."""
+    """It is at most twice its tokens, or an eighth above them once its own size is frequent, which is then recorded.
+
+    A batch without padding keeps its own size, and its bits.
+    """
     monkeypatch.setattr(graphs, "padded_size", lambda tokens: -(-tokens // 16) * 16)
+    monkeypatch.setattr(graphs, "RARE", 2)
     model = model_of()
-    padded, small, whole = batch(60, 60, 60, 55), batch(60, 60, 60, 46), batch(60, 60, 60, 60)
+    padded, small, whole, tiny = batch(60, 60, 60, 55), batch(60, 60, 60, 46), batch(60, 60, 60, 60), batch(60, 55)
+    rare, frequent, more = [256], [256, 240], [256, 240, 128]
+    turns = [(padded, rare), (small, rare), (small, rare), (small, frequent), (whole, frequent), (padded, frequent)]
     with graphs.recorded(model):
         graphs_after(model, FULL, OTHER)
-        for each, sizes in ((padded, [256]), (whole, [256]), (padded, [256]), (small, [256, 240]), (whole, [256, 240])):
+        for each, sizes in (*turns, (tiny, frequent), (tiny, more)):
             found, expected = passes(model, each), passes(model_of(), each)
             pairs = list(zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True))
             assert all((one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-9 for one, other in pairs)
             assert each is not whole or same(found, expected)
             assert list(stack_graphs(model)._recordings) == sizes
-        assert [one._forward.replays for one in stack_graphs(model)._recordings.values()] == [3, 2]
+        assert [one._forward.replays for one in stack_graphs(model)._recordings.values()] == [4, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ while CUDA records what it launches. From then on the inputs of a batch are copi
 them, and the recording is replayed. The output head, the loss and the optimizer run as usual.
 
 A batch is padded within the stack to the next size: a multiple of 256 tokens, above 4096 one of 512, and so on; or, if
-that is not recorded, to a recorded one that is at most an eighth above its tokens. The padding is one more document,
-whose outputs are cut off, so that its gradients are 0. Batches of a size without padding have the bits that they have
+that is not recorded, to a recorded one that is at most an eighth above its tokens, or at most twice them while its own
+size is rare, such as that of an epoch's last batch. The padding is one more document, whose outputs are cut off, so
+that its gradients are 0. Batches of a size without padding have the bits that they have
 without graphs; others may differ by the rounding of matrix products with another number of rows.
 
 The recordings share their memory (`recording.Memory`), which holds the activations of the largest size for as long as
@@ -46,6 +47,7 @@ Result = TypeVar("Result")
 LARGEST = 16384  # tokens; above, the device needs longer than the host
 LARGEST_OFFLOADED = 4096  # the layers' inputs, which would wait on the host, stay on the device
 RECORDED_AT = 2  # batches of a size
+RARE = 4  # times as many: until then a size is rare
 LATER = 16  # times as many, after the recordings left too little memory
 MOST = 16  # sizes
 CHANGES = 4  # passes in a row that each change the stack
@@ -165,14 +167,15 @@ class StackGraphs:
         routers = bool(kwargs.get(_ROUTERS, usual))
         if self._memory.is_awaited() or not self._is_recordable(stack, routers):
             return None
-        size = self._size_for(kwargs["input_ids"].shape[1])
+        tokens = kwargs["input_ids"].shape[1]
+        self._seen[padded_size(tokens)] += 1
+        size = self._size_for(tokens)
         if size > self._largest:
             self._say(f"batches of more than {self._largest} tokens{self._for_want}")
             return None
         if len(kwargs["cu_seq_lens_q"]) >= most_bounds(size):
             self._say("batches with more than 15 documents, and more than one for each 32 tokens")
             return None
-        self._seen[size] += 1
         if size not in self._recordings and self._seen[size] >= self._recorded_at and len(self._recordings) < MOST:
             self._record(run if routers == usual else partial(run, **{_ROUTERS: routers}), size, kwargs)
         return self._recordings.get(size)
@@ -180,13 +183,13 @@ class StackGraphs:
     def _size_for(self, tokens: int) -> int:
         """The size that a batch is padded to: for one that needs padding, possibly a larger one that is recorded.
 
-        A size of its own would take more memory, beside that of the recordings when it is new. The padding is at most
-        the share that `padded_size` may add.
+        Until a size of its own is recorded, the batch would take memory beside that of the recordings.
         """
         size = padded_size(tokens)
         if size in self._recordings or size == tokens:
             return size
-        return min((one for one in self._recordings if size < one <= tokens * 9 // 8), default=size)
+        most = tokens * 2 if self._seen[size] < RARE * self._recorded_at else tokens * 9 // 8
+        return min((one for one in self._recordings if size < one <= most), default=size)
 
     def _is_recordable(self, stack: PreTrainedModel, routers: bool) -> bool:
         """Whether the stack as it is can be recorded; drops what was recorded if it has changed since then.
