@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
+from conformance import machine_code
 from conformance.backends import Judged
 from conformance.bench.measure import bench_case
 from conformance.case import DTYPES, LAYOUTS, Case, Draw
@@ -33,6 +34,7 @@ from conformance.counts import Counts
 from conformance.interpreter.tuning import AbsentDriver, run_once
 from conformance.reporting import results_file
 from conformance.reporting.results_file import commit, versions
+from conformance.running.coverage import drawn_cases
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial, as_leaves, describe
@@ -40,6 +42,7 @@ from unsloth_fast.kernels._launch import launched_by_triton
 
 NAME_WIDTH, CELL_WIDTH = 36, 32
 ROWS = 64  # few are enough: launch parameters do not depend on the number of rows, or a row's bits would
+DRAWN = 2**18  # elements of a drawn case, at most
 COLUMNS = 1024  # of a spec that has neither shapes nor an example
 PROGRAM, EXECUTABLE = 1, 4  # the type and the flag of an ELF section with machine code
 NOP = 0x918  # the operation that does nothing
@@ -84,7 +87,8 @@ class Fingerprint:
         load: bytes of the widest load from global memory.
         store: bytes of the widest store to global memory.
         instructions: number of machine instructions of the kernel, without those that fill up its last block.
-        problem: why the kernel does not compile, or cannot be launched on the target; None if it can.
+        problem: why the kernel does not compile, or cannot be launched on the target, or that its machine code is wrong
+            (machine_code.py); None if nothing was found.
     """
 
     op: str
@@ -102,9 +106,11 @@ class Fingerprint:
 
 
 def fingerprints(
-    judged: Judged, ops: Sequence[Spec], targets: Sequence[str], dtype: str
+    judged: Judged, ops: Sequence[Spec], targets: Sequence[str], dtype: str, cases: int = 0
 ) -> Iterator[list[Fingerprint]]:
     """The fingerprints of each operation on each of its shapes: per kernel, in the order of launches, per target.
+
+    Of each drawn case, those of the kernels that have a problem on some target.
 
     Args:
         judged: the backend; its functions must accept tensors on another device than a GPU, as those of unsloth_fast
@@ -112,22 +118,34 @@ def fingerprints(
         ops: the operations; those that the backend does not define or that launch no kernel are left out.
         targets: names in TARGETS.
         dtype: the dtype of the inputs, a name in DTYPES.
+        cases: how many to draw, as the judge does on a GPU.
 
     Raises:
         Failure: a function raised.
     """
     for spec in ops:
-        for shape, case in _cases(spec).items() if spec.op in judged.functions else ():
-            blanks = [Fingerprint(spec.op, shape, dtype, "", target) for target in targets]
-            grads = spec.speed.shapes.get(shape, {}).get("grads", spec.grads)
-            trial = Trial(spec, judged.functions[spec.op], DTYPES[dtype], "meta")
-            try:
-                launches = _launches(trial, case, _WithoutElements(case, trial.dtype, "meta"), grads, blanks)
-            except Failure:  # it reads elements
-                on_cpu = replace(trial, device="cpu")
-                launches = _launches(on_cpu, case, Draw(case, trial.dtype, "cpu"), grads, blanks)
-            if launches:
+        if spec.op not in judged.functions:
+            continue
+        for shape, case in _cases(spec).items():
+            if launches := _of_case(judged, spec, shape, case, targets, dtype):
                 yield [one for found in launches for one in found]
+        for case in drawn_cases(spec, DRAWN, tuple(spec.drawing.options), cases) if cases else ():
+            launches = _of_case(judged, spec, str(case), case, targets, dtype)
+            if wrong := [one for found in launches if any(each.problem for each in found) for one in found]:
+                yield wrong
+
+
+def _of_case(
+    judged: Judged, spec: Spec, shape: str, case: Case, targets: Sequence[str], dtype: str
+) -> list[tuple[Fingerprint, ...]]:
+    blanks = [Fingerprint(spec.op, shape, dtype, "", target) for target in targets]
+    grads = spec.speed.shapes.get(shape, {}).get("grads", spec.grads)
+    trial = Trial(spec, judged.functions[spec.op], DTYPES[dtype], "meta")
+    try:
+        return _launches(trial, case, _WithoutElements(case, trial.dtype, "meta"), grads, blanks)
+    except Failure:  # it reads elements
+        on_cpu = replace(trial, device="cpu")
+        return _launches(on_cpu, case, Draw(case, trial.dtype, "cpu"), grads, blanks)
 
 
 def _cases(spec: Spec) -> dict[str, Case]:
@@ -212,7 +230,7 @@ def _read(compiled: Any, blank: Fingerprint) -> Fingerprint:
     """The fingerprint of a compiled kernel."""
     target, shared = TARGETS[blank.target], compiled.metadata.shared
     found = (_of_nvidia if target.triton.backend == "cuda" else _of_amd)(compiled.asm)
-    problem = None
+    problem = machine_code.unwritten(compiled.asm) if target.triton.backend == "cuda" else None
     if shared > target.shared:
         problem = f"takes {shared} bytes of shared memory; {blank.target} has {target.shared}"
     return replace(blank, **found, shared=shared, problem=problem)

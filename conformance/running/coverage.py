@@ -212,7 +212,7 @@ def _exploration(trial: Trial, elements: int, count: int, notify: Callable[[str]
     options = tuple(accepted_options(trial.function, trial.spec))
     drawn: list[_Launched] = []
     with launches(run=False) as seen:
-        for case in _drawn(trial.spec, elements, options, count // 4):
+        for case in drawn_cases(trial.spec, elements, options, count // 4):
             notify(str(case))
             drawn.append(_dry(trial, case, seen))
             if len(drawn) == 4 and not any(one.variants for one in drawn):
@@ -229,7 +229,7 @@ def _exploration(trial: Trial, elements: int, count: int, notify: Callable[[str]
 
 
 @cache
-def _drawn(spec: Spec, elements: int, options: tuple[str, ...], count: int) -> list[Case]:
+def drawn_cases(spec: Spec, elements: int, options: tuple[str, ...], count: int) -> list[Case]:
     """Cases as a property draws them."""
     return _examples(spec.op, spec.cases(elements, options), count)
 

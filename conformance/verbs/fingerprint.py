@@ -8,7 +8,7 @@ from conformance import backends, operations
 from conformance.case import DTYPES
 from conformance.running.catalogue import UsageError, known
 from conformance.tolerances.gates import Failure
-from conformance.verbs._shared import Verbs, add_source, add_verb, demand_writable, source_of
+from conformance.verbs._shared import Verbs, add_source, add_verb, demand_at_least, demand_writable, source_of
 
 
 def add(verbs: Verbs) -> None:
@@ -19,12 +19,14 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--target", nargs="+", action="extend", metavar="T", help=f"{targets} (all)")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the inputs (bfloat16)")
     parser.add_argument("--backend", default="fast", help="fast, or a dotted path (fast)")
+    parser.add_argument("--cases", type=int, default=0, metavar="N", help="also draw N cases; show what fails in them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add_source(parser)
     parser.set_defaults(verb=_fingerprint)
 
 
 def _fingerprint(arguments: argparse.Namespace) -> int:
+    demand_at_least(arguments, cases=0)
     source = source_of(arguments)
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
     specs = operations.specs(source)
@@ -40,7 +42,8 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
     print(fingerprint.heading(judged, targets, arguments.dtype), flush=True)
     found = []
     try:
-        for prints in fingerprint.fingerprints(judged, [specs[op] for op in ops], targets, arguments.dtype):
+        chosen = [specs[op] for op in ops]
+        for prints in fingerprint.fingerprints(judged, chosen, targets, arguments.dtype, arguments.cases):
             print(fingerprint.text(prints), flush=True)
             found += prints
     except Failure as failure:

@@ -15,6 +15,7 @@ from triton import knobs
 
 from conformance.cli import main
 from conformance.fingerprint import instructions
+from conformance.machine_code import unwritten_reads
 from unsloth_ref import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,27 @@ def test_the_instructions_are_those_that_are_disassembled(fingerprint: Fingerpri
         assert "NOP" in operations
 
 
+def test_a_lost_instruction_of_a_real_kernel_is_found(fingerprint: Fingerprint) -> None:
+    """Of the uniform registers that one instruction alone writes and that others read."""
+    assert fingerprint("mamba2_scan", "--target", "sm_90").returncode == 0  # as the first test
+    cubin = max(Path(knobs.cache.dir).glob("*/mamba2_scan_forward_kernel.cubin"), key=lambda path: path.stat().st_size)
+    command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", cubin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "gdesc[UR" in listing and unwritten_reads(listing) == []
+    writers: dict[int, list[str]] = {}
+    for line in listing.splitlines():
+        if writing := re.search(r"\*/ +(?:@!?UP\d )?(\w\S*) UR(\d+),", line):
+            for register in range(2 if re.search(r"\.(64|WIDE)\b", writing[1]) else 1):
+                writers.setdefault(int(writing[2]) + register, []).append(line)
+    alone = {register: lines[0] for register, lines in writers.items() if len(lines) == 1}
+    without = {register: listing.replace(line, "") for register, line in alone.items()}
+    read = {register for register in alone if re.search(rf"\bUR{register}\b", without[register])}
+    assert len(read) >= 3
+    for register in read:
+        found = unwritten_reads(without[register])
+        assert any(one.startswith(f"UR{register}, which nothing has written") for one in found), alone[register]
+
+
 def test_an_operation_of_ones_own_is_compiled_for_its_example(fingerprint: Fingerprint) -> None:
     own = ("--reference", "unsloth_ref.kernels:swiglu", "--backend", "unsloth_fast.kernels:swiglu")
     ran = fingerprint(*own, "--example", "gate=randn(3,4096) up=randn(3,4096)", "--target", "sm_90")
@@ -172,6 +194,15 @@ def test_a_kernel_that_a_target_cannot_hold_fails_there_alone(fingerprint: Finge
     assert ran.returncode == 1
     assert "FAIL product_kernel / sm_80: takes 196608 bytes of shared memory; sm_80 has 166912" in ran.stdout
     assert {one["target"] for one in found if one["problem"]} == {"sm_80"}
+
+
+def test_drawn_cases_are_shown_that_a_target_cannot_hold(fingerprint: Fingerprint) -> None:
+    arguments = ("--backend", "tests.judge.launching.crowded", "--dtype", "float16", "--cases", "2")
+    ran, found = fingerprint.results(*arguments, "--target", "sm_80")
+    drawn = [one for one in found if "fill=" in one["shape"]]
+    assert ran.returncode == 1 and drawn and all(one["problem"] for one in drawn)
+    ran, found = fingerprint.results(*arguments, "--target", "sm_90")
+    assert ran.returncode == 0 and found and not any("fill=" in one["shape"] for one in found)
 
 
 def test_tiles_are_those_for_the_shared_memory_of_the_target(fingerprint: Fingerprint) -> None:
