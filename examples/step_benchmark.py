@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace, rate: floa
     command += ["--profile"] * chosen.profile
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"{contender:<14}failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:150]}", flush=True)
+        print(f"{contender:<14}failed: {reason(done)}", flush=True)
         print(done.stderr, file=sys.stderr)
         return None
     result = json.loads(path.read_text())
@@ -212,6 +213,12 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace, rate: floa
     for name, milliseconds in list((result["kernels"] or {}).items()):
         print(f"    {milliseconds:8.2f} ms  {name}")
     return result
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: its last error, or, if a signal ended it, how it ended."""
+    errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return errors[-1][:150] if errors else f"exit status {done.returncode}, without a message"
 
 
 if __name__ == "__main__":

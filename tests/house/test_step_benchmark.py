@@ -31,7 +31,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         asked.append(command)
         who, path = (command[command.index(option) + 1] for option in ("--who", "--json"))
         if who == "liger-varlen":
-            return CompletedProcess(command, 1, "", "the trace\nRuntimeError: no memory\n")
+            return CompletedProcess(command, 1, "", "the trace\nRuntimeError: no memory\nLoading: 100%\n")
         Path(path).write_text(json.dumps(RESULT | {"who": who}))
         return CompletedProcess(command, 0, "", "")
 
@@ -72,6 +72,10 @@ def test_the_file_has_what_ran(
         words = " ".join(command)
         assert f"--who {who} " in words and "--rows 2 --length 2048 --mode gc --steps 12 --gpus 1" in words
         assert str(path) not in words
+
+
+def test_a_process_that_a_signal_ends_has_no_message() -> None:
+    assert step_benchmark.reason(CompletedProcess([], -9, "", "Loading: 100%\n")) == "exit status -9, without a message"
 
 
 def test_without_a_file_nothing_is_written(
