@@ -3,7 +3,8 @@
 The threads of a warp share uniform registers, UR0 to UR62, which hold what is the same for all of them. From these,
 tensor cores take the descriptors that say where in shared memory their factors are. ptxas 12.8, Triton 3.6's, may lose
 the instructions that compute such a descriptor. The kernel then multiplies whatever is found where the register points,
-which an earlier kernel decides: its results are wrong now and then, or it ends with an illegal address.
+which an earlier kernel decides: its results are wrong now and then, or it ends with an illegal address. ptxas 12.9
+assembles the same PTX right. A register that holds a value for something else is not seen.
 """
 
 import re
