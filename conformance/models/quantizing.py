@@ -11,7 +11,7 @@ from torch import nn
 
 from conformance.models.building import Subject
 from conformance.tolerances.gates import Unchecked
-from unsloth_fast.models.quantization import read_layers
+from unsloth_fast.models.layers import read_layers
 
 _FIRST, _LAST = "base_model.model.", ".lora_A.default.weight"  # of the name of an adapter's weight
 
