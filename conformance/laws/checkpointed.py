@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 
@@ -48,4 +48,4 @@ def _demand_same_dropout(trial: ModelTrial, batches: list[dict[str, Any]]) -> No
             raise Failure(f"{name} is another one with checkpointing, from the same random numbers of lora_dropout")
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

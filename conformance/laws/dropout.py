@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught
@@ -75,4 +75,4 @@ def _variation(trial: ModelTrial, model: Any, batch: dict[str, Any], runs: int =
     return float(torch.stack([logits(seed).float() for seed in range(runs)]).var(0).mean().sqrt())
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))
