@@ -178,14 +178,13 @@ def run(
 class OneByOne:
     """Runs tasks that come one by one in a worker process, which starts with the first and is replaced if it dies."""
 
-    def __init__(self, timeout: float = CASE_TIMEOUT_SECONDS) -> None:
-        """Start nothing yet; `timeout` is the number of seconds that a case may take."""
-        self._timeout = timeout
+    def __init__(self) -> None:
+        """Start nothing yet."""
         self._workers: list[_Worker] = []
 
     def __call__(self, task: Task) -> Result:
         """Run a task and wait for its result."""
-        self._workers = self._workers or [_start(self._timeout, None)]
+        self._workers = self._workers or [_start(CASE_TIMEOUT_SECONDS, None)]
         worker = _give(self._workers, self._workers[0], task)
         while True:
             result = _receive(worker) if _ready(self._workers) else None

@@ -215,7 +215,7 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     return stored
 
 
-def empty_model(auto_class: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+def empty_model(auto_class: Any, config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)

@@ -131,7 +131,7 @@ def _is_stored_in_8bit(stored: Any) -> bool:
     return bool(stored.get("load_in_8bit") if isinstance(stored, dict) else getattr(stored, "load_in_8bit", False))
 
 
-def bits_config(bits: int, dtype: torch.dtype, plain: PreTrainedModel | None = None) -> BitsAndBytesConfig:
+def bits_config(bits: int, dtype: torch.dtype, plain: PreTrainedModel) -> BitsAndBytesConfig:
     """bitsandbytes' NF4 with nested scales and products in this dtype, or its 8 bits.
 
     Args:
@@ -139,7 +139,7 @@ def bits_config(bits: int, dtype: torch.dtype, plain: PreTrainedModel | None = N
         dtype: of the products of 4-bit weights.
         plain: the model before it is quantised, on any device; its `kept_modules` are left out.
     """
-    kept = kept_modules(plain) if plain is not None else []
+    kept = kept_modules(plain)
     options: dict[str, Any] = {"llm_int8_skip_modules": kept} if kept else {}
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, **options)
