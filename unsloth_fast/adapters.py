@@ -13,8 +13,8 @@ from unsloth_fast.models import kinds
 from unsloth_fast.models.beside_experts import layers_beside_experts, warn_of_layers_left
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.layers import is_lora, last_parts
-from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import CausalLM
+from unsloth_fast.models.source import Source
 from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
