@@ -33,11 +33,11 @@ def check(trial: ModelTrial) -> float:
 
 def _demand_same_dropout(trial: ModelTrial, batches: list[dict[str, Any]]) -> None:
     """Raise Failure if a layer that is computed again drops other elements of an adapter's input."""
-    from conformance.models.adapting import adapted
+    from conformance.models.adapting import with_adapter
     from conformance.models.building import DROPOUT
     from unsloth_fast import FastLanguageModel
 
-    model, found = trial.placed(model=adapted(trial.untouched(), dropout=DROPOUT)), []
+    model, found = trial.placed(model=with_adapter(trial.untouched(), dropout=DROPOUT)), []
     for how in (False, "unsloth"):
         FastLanguageModel.for_training(model, how)
         with torch.random.fork_rng():

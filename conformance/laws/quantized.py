@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 def check(trial: ModelTrial) -> float:
     """NF4 with nested scales; the truth has these weights in full."""
-    from conformance.models.quantizing import Rounded, in_4_bits, layers_of
+    from conformance.models.quantizing import RoundedSubject, in_4_bits, layers_of
 
     plain = trial.untouched()
     layers = layers_of(plain, trial.adapter[1])
     subject = trial.subject
-    full = replace(trial, subject=Rounded(subject.name, subject.random, subject.fields, subject.dropout, layers))
+    full = replace(trial, subject=RoundedSubject(subject.name, subject.random, subject.fields, subject.dropout, layers))
     model = full.placed(adapted=True, model=in_4_bits(plain, layers))
     return full.compare([trial.documents.padded()], model=model, adapted=True)
 

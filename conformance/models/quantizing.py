@@ -17,7 +17,7 @@ _FIRST, _LAST = "base_model.model.", ".lora_A.default.weight"  # of the name of 
 
 
 @dataclass(frozen=True)
-class Rounded(Subject):
+class RoundedSubject(Subject):
     """A model with the weights that some of its linear layers have after a quantisation in 4 bits.
 
     Attributes:

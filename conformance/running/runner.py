@@ -266,8 +266,8 @@ def _replaced(workers: list[_Worker], worker: _Worker) -> _Worker:
     return new
 
 
-def quiet() -> None:
-    """Silence the warnings that judging causes on purpose."""
+def ignore_expected_warnings() -> None:
+    """Ignore the warnings that judging causes on purpose."""
     # Triton's interpreter computes with NumPy, which warns about every NaN and infinity that a case contains.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
@@ -288,7 +288,7 @@ def _serve(pipe: Connection) -> None:
     """Receive tasks and send results until the pipe closes; send each case before it runs."""
     Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
-    quiet()
+    ignore_expected_warnings()
     while True:
         try:
             task = pipe.recv()
