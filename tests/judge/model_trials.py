@@ -1,14 +1,19 @@
-"""Tiny models under the reference's operations, which tests of the model judge share, and how a law is broken."""
+"""Tiny models under the reference's operations, faults that are planted when they are placed, and broken laws."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from conformance.laws import LAWS
+from conformance.models import trial as trials
 from conformance.models.building import Subject
 from conformance.models.trial import ModelTrial
 from conformance.tolerances.gates import Failure
+from unsloth_fast.backends import Backend
 
 _TRIALS: dict[str, ModelTrial] = {}
 
@@ -31,3 +36,26 @@ def broken(law: str, trial: ModelTrial) -> str:
     with pytest.raises(Failure) as failed:
         LAWS[law].check(trial)
     return str(failed.value)
+
+
+def after_placing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Let every placement change the model too."""
+    place = trials.place
+
+    def planted(model: Any, backend: Backend) -> None:
+        place(model, backend)
+        change(model)
+
+    monkeypatch.setattr(trials, "place", planted)
+
+
+def with_operation(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., Any]) -> None:
+    """Let every placement use another operation of this name, which gets the right one first."""
+    place = trials.place
+
+    def planted(model: Any, backend: Backend) -> None:
+        kernels = vars(backend.kernels)
+        changed = kernels | {name: lambda *args, **options: wrong(kernels[name], *args, **options)}
+        place(model, replace(backend, kernels=SimpleNamespace(**changed)))
+
+    monkeypatch.setattr(trials, "place", planted)

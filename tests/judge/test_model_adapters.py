@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from conformance.laws import LAWS
-from conformance.models import trial as trials
-from tests.judge.model_trials import broken, llama
-from unsloth_fast.backends import Backend
+from tests.judge.model_trials import after_placing, broken, llama
 from unsloth_fast.models import interface, lora, nf4, packed
 
 pytestmark = pytest.mark.usefixtures("quiet_models")
@@ -61,15 +59,13 @@ def test_a_dropout_of_the_attention_that_is_lost(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_adapter_of_the_embedding_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def freeze(model: Any, backend: Backend) -> None:
-        place(model, backend)
+    def freeze(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_embedding_A" in name:
                 parameter.requires_grad_(False)
 
-    place = trials.place
     assert LAWS["ends"].check(llama())
-    monkeypatch.setattr(trials, "place", freeze)
+    after_placing(monkeypatch, freeze)
     assert "embed_tokens.lora_embedding_A.default is missing (None)" in broken("ends", llama())
 
 

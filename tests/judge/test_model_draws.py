@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from conformance.laws import LAWS
-from conformance.models import trial as trials
 from conformance.models.shrinking import tiny_config
 from conformance.models.trial import ModelTrial
-from tests.judge.model_trials import broken, llama, trial_of
+from tests.judge.model_trials import after_placing, broken, llama, trial_of
 from unsloth_fast.models import head, mixers, mlp, packed, placement
 
 pytestmark = pytest.mark.usefixtures("quiet_models")
@@ -65,14 +64,11 @@ def test_sizes_are_no_factors() -> None:
 
 
 def test_a_factor_of_the_residual_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = trials.place
-
-    def planted(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def drop(model: Any) -> None:
         for layer in model.model.layers:
             layer.residual_multiplier = 1.0
 
-    monkeypatch.setattr(trials, "place", planted)
+    after_placing(monkeypatch, drop)
     assert "the hidden states of model.layers.0" in broken("layers", small("granite"))
 
 
@@ -102,15 +98,13 @@ def test_a_limit_of_experts_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_bias_of_a_router_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a buffer, which has no gradient."""
-    place = trials.place
 
-    def planted(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def leave_out(model: Any) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
 
-    monkeypatch.setattr(trials, "place", planted)
+    after_placing(monkeypatch, leave_out)
     assert "the hidden states of model.layers.0" in broken("layers", small("deepseek_v3"))
 
 

@@ -7,9 +7,8 @@ import pytest
 from torch import Tensor
 
 from conformance.laws import LAWS
-from conformance.models import trial as trials
 from conformance.models.trial import ModelTrial
-from tests.judge.model_trials import broken, trial_of
+from tests.judge.model_trials import after_placing, broken, trial_of
 from unsloth_fast.models import head
 
 pytestmark = pytest.mark.usefixtures("quiet_models")
@@ -47,8 +46,7 @@ def test_a_router_whose_logits_are_not_those_of_its_choice(monkeypatch: pytest.M
             if name.endswith("mlp.gate"):
                 module.register_forward_hook(lambda module, args, outputs: (2.0 * outputs[0], *outputs[1:]))
 
-    place = trials.place
-    monkeypatch.setattr(trials, "place", lambda model, backend: (place(model, backend), wrong(model)))
+    after_placing(monkeypatch, wrong)
     trial = mixtral()
     assert LAWS["layers"].check(trial) and LAWS["accumulated"].check(trial)
     for law in ("gradients", "padding_free", "checkpointed", "adapters"):

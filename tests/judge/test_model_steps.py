@@ -1,8 +1,6 @@
 """Faults that one forward in training does not show: of evaluation, of a second row, of inputs, of random numbers."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.laws import LAWS
 from conformance.models import trial as trials
-from tests.judge.model_trials import broken, llama
+from tests.judge.model_trials import after_placing, broken, llama, with_operation
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import checkpointing, lora, packed
 
@@ -21,17 +19,11 @@ pytestmark = pytest.mark.usefixtures("quiet_models")
 
 def with_attention(monkeypatch: pytest.MonkeyPatch, bounds_of: Callable[[Tensor], Tensor]) -> None:
     """Let `packed_attention` get other bounds of documents."""
-    place = trials.place
 
-    def planted(model: Any, backend: Backend) -> None:
-        right = backend.kernels.packed_attention
+    def wrong(right: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return right(q, k, v, bounds_of(bounds), *rest, **options)
 
-        def wrong(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **options: Any) -> Tensor:
-            return right(q, k, v, bounds_of(bounds), *rest, **options)
-
-        place(model, replace(backend, kernels=SimpleNamespace(**vars(backend.kernels) | {"packed_attention": wrong})))
-
-    monkeypatch.setattr(trials, "place", planted)
+    with_operation(monkeypatch, "packed_attention", wrong)
 
 
 def test_documents_that_see_each_other_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +94,7 @@ def test_an_adapter_that_is_not_the_active_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_generation_that_differs_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        place(model, backend)
+    def change(model: Any) -> None:
         norm, modes = model.model.norm, set[bool]()
         forward = norm.forward
 
@@ -115,7 +104,7 @@ def test_a_generation_that_differs_after_training(monkeypatch: pytest.MonkeyPatc
 
         norm.forward = later
 
-    monkeypatch.setattr(trials, "place", planted)
+    after_placing(monkeypatch, change)
     assert "should be" in broken("generated", llama())
 
 

@@ -23,7 +23,7 @@ from conformance.running.search import Result
 from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model as verb
 from tests import tiny
-from tests.judge.model_trials import broken, llama, trial_of
+from tests.judge.model_trials import after_placing, broken, llama, trial_of, with_operation
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import head, placement
 
@@ -63,29 +63,6 @@ def test_a_right_model_satisfies_every_law(name: str) -> None:
     skipped = {"reference"} | ELSEWHERE | (set() if name in WITH_ADAPTERS else OF_ADAPTERS)
     used = [law.check(small(name)) for law in LAWS.values() if law.name not in skipped]
     assert 0 < max(u for u in used if u is not None) < 1
-
-
-def after_placing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
-    """Let every placement change the model too."""
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        place(model, backend)
-        change(model)
-
-    monkeypatch.setattr(trials, "place", planted)
-
-
-def with_operation(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., Any]) -> None:
-    """Let every placement use another operation of this name, which gets the right one first."""
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        kernels = vars(backend.kernels)
-        changed = kernels | {name: lambda *args, **options: wrong(kernels[name], *args, **options)}
-        place(model, replace(backend, kernels=SimpleNamespace(**changed)))
-
-    monkeypatch.setattr(trials, "place", planted)
 
 
 def test_a_norm_with_the_wrong_offset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,11 +138,7 @@ class CopiedConfigModel(WindowedModel):
     """One of its masks is made from a configuration of its own, for another implementation than the model's."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         states = self.embed_tokens(input_ids)
         local = WindowedConfig(attn_implementation="sdpa")
@@ -212,11 +208,7 @@ class ByLayer(LlamaModel):
     """A window and a base of the rotations in the second layer alone."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         x = self.embed_tokens(input_ids)
         position_ids = torch.arange(x.shape[1])[None] if position_ids is None else position_ids

@@ -182,11 +182,7 @@ class OwnModel(OwnPreTrainedModel):
         self.tokens, self.layers = nn.Embedding(config.vocab_size, HIDDEN), nn.ModuleList(LAYERS[config.kind](config))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -200,11 +196,7 @@ class MaskedModel(OwnModel):
     """The layers of a kind, which get transformers' mask."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -228,11 +220,7 @@ class HelpedModel(OwnModel):
         return create_causal_mask(*given, None, places), seen_by(*given, places)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]

@@ -107,11 +107,7 @@ class WindowedModel(WindowedPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -152,11 +148,7 @@ class WindowedForCausalLM(WindowedPreTrainedModel, GenerationMixin):
 
 class OwnMaskModel(WindowedModel):
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Make a causal mask that takes no notice of documents."""
         states = self.embed_tokens(input_ids)
@@ -195,11 +187,7 @@ class RenamingAttention(WindowedAttention):
 
 class ScalingModel(WindowedModel):
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Computes with the mask that transformers made."""
         states = self.embed_tokens(input_ids)
