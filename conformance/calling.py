@@ -93,10 +93,10 @@ def as_function(found: Any, name: str) -> Callable[..., Any]:
     return _named(found, name, inspect.signature(found))
 
 
-def adapted(function: Any) -> Any:
+def unadapted(function: Any) -> Any:
     """The object that `as_function` and `with_parameters_of` made this function from."""
-    while "adapted" in getattr(function, "__dict__", {}):
-        function = function.adapted
+    while "unadapted" in getattr(function, "__dict__", {}):
+        function = function.unadapted
     return function
 
 
@@ -109,12 +109,12 @@ def _without_first(function: type[torch.autograd.Function]) -> inspect.Signature
 
 
 def _named(
-    function: Callable[..., Any], name: str, signature: inspect.Signature, adapted: Any = None
+    function: Callable[..., Any], name: str, signature: inspect.Signature, unadapted: Any = None
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    call.adapted = adapted or function  # type: ignore[attr-defined]
+    call.unadapted = unadapted or function  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
@@ -158,7 +158,7 @@ def with_parameters_of(reference: Callable[..., Any], function: Callable[..., An
             given[names.get(name, name)] = value
         return function(*[given.pop(name) for name in positional], **given)
 
-    call.adapted = function  # type: ignore[attr-defined]
+    call.unadapted = function  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = function.__name__
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [

@@ -42,7 +42,7 @@ def rows_as_parts(rowwise: Sequence[str]) -> Parts:
 
 
 @dataclass(frozen=True)
-class Law:
+class ExactLaw:
     """A change of a call whose effect on the results is exact in floating point.
 
     Attributes:
@@ -50,8 +50,8 @@ class Law:
         factors: by name, the power of two or -1 by which an output or gradient is then multiplied; others stay.
         grad_outputs: the factor of the gradients of the outputs.
         options: from a case's options, those that change.
-        holds: whether the law holds under a case's options.
-        without: inputs that a case of the law must not have.
+        holds: whether it holds under a case's options.
+        without: inputs that a case must not have.
     """
 
     inputs: Mapping[str, float]
@@ -61,8 +61,8 @@ class Law:
     holds: Callable[[Options], bool] = lambda options: True
     without: Sequence[str] = ()
 
-    def to_the(self, power: int) -> "Law":
-        """The law applied so many times."""
+    def to_the(self, power: int) -> "ExactLaw":
+        """The change, made so many times."""
         inputs, factors = ({name: f**power for name, f in each.items()} for each in (self.inputs, self.factors))
         return replace(self, inputs=inputs, factors=factors, grad_outputs=self.grad_outputs**power)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import EXTREMES, Case, Draw
-from conformance.promises import Inputs, Law, Memory, Options, Parts, rows_as_parts
+from conformance.promises import ExactLaw, Inputs, Memory, Options, Parts, rows_as_parts
 from conformance.tolerances.bounds import Bound, Terms
 from unsloth_ref.accuracy import unit_roundoff
 
@@ -201,7 +201,7 @@ class Spec:
         independent: the independent parts of a call; rows by default.
         bits_vary: why the bits of a part may depend on the number of parts; empty if they may not.
         far: inputs that may have more than 2^31 elements in a real run; the row-wise ones by default.
-        laws: exact ones, by a sentence.
+        exact_laws: by a sentence.
         memory: what a call may allocate; None for any amount.
         argument_kinds: other valid kinds of arguments, by name.
         special_values: special values that an input may contain.
@@ -225,7 +225,7 @@ class Spec:
     independent: Parts | None = None
     bits_vary: str = ""
     far: Sequence[str] = ()
-    laws: Mapping[str, Law] = field(default_factory=dict)
+    exact_laws: Mapping[str, ExactLaw] = field(default_factory=dict)
     memory: Memory | None = None
     argument_kinds: Mapping[str, Change] = field(default_factory=dict)
     special_values: Sequence[float] = (nan, inf, -inf)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unsloth_fast.models import kinds
-from unsloth_fast.models.beside_experts import ends, is_lora, layers_beside_experts, warn_of_layers_left
+from unsloth_fast.models.beside_experts import layers_beside_experts, warn_of_layers_left
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.loading import Source
+from unsloth_fast.models.layers import is_lora, last_parts
 from unsloth_fast.models.protocols import CausalLM
+from unsloth_fast.models.source import Source
 from unsloth_fast.models.targets import EMBEDDING_NAMES, Targets
 from unsloth_ref import checks
 
@@ -157,7 +158,7 @@ def _reuse_adapter(model: PeftModel, config: LoraConfig, targets: Targets, given
     values["modules_to_save"] = (_saved(own, is_tied(base)), _saved(config, is_tied(base)))
     adapted = {path for path, module in base.named_modules() if is_lora(module)}
     asked = targets.paths - layers_beside_experts(base)
-    values["target_modules"] = (ends(adapted), ends(asked)) if adapted != asked else (None, None)
+    values["target_modules"] = (last_parts(adapted), last_parts(asked)) if adapted != asked else (None, None)
     differ = {field: pair for field, pair in values.items() if pair[0] != pair[1]}
     if differ:
         has, asked = (", ".join(f"{field}={pair[side]!r}" for field, pair in differ.items()) for side in (0, 1))

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from unsloth_fast.arguments import rename_arguments
+from unsloth_fast.arguments.sft_config import rename_arguments
 from unsloth_fast.keywords import accept_older_names
 from unsloth_fast.models.checkpointing import follow_arguments
 from unsloth_fast.trainer import UnslothTrainer

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from unsloth_fast import adapters, backends
-from unsloth_fast.models import checkpointing, float8, loading, place, positions, quantization, targets
+from unsloth_fast.models import checkpointing, float8, loading, place, positions, quantization, targets, tokenizers
 from unsloth_fast.models.auto import accept_bits
 from unsloth_fast.models.generation import pad_left, restore_padding
 from unsloth_fast.models.head import without_adapter
+from unsloth_fast.models.source import HUB_KEYWORDS, find_source
 from unsloth_fast.save import add_methods
 from unsloth_ref import checks
 
@@ -99,8 +100,8 @@ class FastLanguageModel:
 
         checks.one_of("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
         chosen = backends.resolve(backend)
-        hub = {name: kwargs.pop(name) for name in loading.HUB_KEYWORDS if name in kwargs}
-        source = loading.find_source(model_name, hub | {"token": token, "trust_remote_code": trust_remote_code})
+        hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
+        source = find_source(model_name, hub | {"token": token, "trust_remote_code": trust_remote_code})
         adapters.check_full_finetuning(full_finetuning, source)
         config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         options = loading.known_keywords(kwargs, config)
@@ -119,11 +120,11 @@ class FastLanguageModel:
 
         model = float8.load(auto_class, source, options | {"config": config}, empty() if in_float8 else None, chosen)
         tokenizer = AutoTokenizer.from_pretrained(source.find_tokenizer(), **source.hub)
-        loading.find_template(tokenizer, source)
+        tokenizers.find_template(tokenizer, source)
         if source.is_adapter and max_seq_length is None:
             positions.warn_of_longer_texts(tokenizer, positions.position_limit(config))
-        loading.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
-        loading.prepare_tokenizer(tokenizer, model, max_seq_length)
+        tokenizers.resize_vocabulary(model, tokenizer, source, resize_model_vocab)
+        tokenizers.prepare_tokenizer(tokenizer, model, max_seq_length)
         model.max_seq_length = max_seq_length or positions.position_limit(config)
         model.unsloth_length_asked = max_seq_length is not None
         model.unsloth_backend, model.unsloth_full_finetuning = chosen.name, bool(full_finetuning)

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from unsloth_fast.models import loading
+from unsloth_fast.models.tokenizers import grow_embeddings
 from unsloth_ref import checks
 
 __all__ = ["add_new_tokens", "check_tokenizer", "load_correct_tokenizer"]
@@ -37,7 +37,7 @@ def add_new_tokens(
         raise ValueError("model: got one with an adapter; allowed: one without, so call get_peft_model afterwards")
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in new_tokens if token not in known])
-    loading.grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, len(tokenizer))
 
 
 def load_correct_tokenizer(

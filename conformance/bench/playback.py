@@ -1,6 +1,5 @@
 """Reports recorded GPU times through pytest-benchmark, whose own timer would measure the CPU."""
 
-from collections.abc import Callable
 from typing import Any
 
 from conformance.bench.sampler import Times
@@ -22,7 +21,7 @@ class PlaybackTimer:
         self._inside = not self._inside
         return self._now
 
-    def play(self, benchmark: Any, times: Times, call: Callable[[], Any] = lambda: None) -> Any:
-        """Run one round per sample in a benchmark fixture that uses this timer; returns the result of the call."""
+    def play(self, benchmark: Any, times: Times) -> None:
+        """Run one round per sample in a benchmark fixture that uses this timer."""
         self._samples, self._inside = iter([1e-3 * sample for sample in times.samples]), False
-        return benchmark.pedantic(call, rounds=len(times.samples), iterations=1)
+        benchmark.pedantic(lambda: None, rounds=len(times.samples), iterations=1)

@@ -1,7 +1,7 @@
 """The laws that every model with operations placed under it must satisfy, one per file.
 
 The docstring of a file states its law. Its function `check(trial)` tests one model, and its last line,
-`LAW = ModelLaw(*of_file(check))`, declares the law; see `conformance.laws._law.ModelLaw`.
+`LAW = Law(*of_file(check))`, declares the law; see `conformance.laws._law.Law`.
 
 A law tests what a user can suffer from. Most compare with one truth, the untouched model in float64 on each document
 alone, so that padding, packing, accumulation and checkpointing are all compared with the same numbers.
@@ -28,7 +28,7 @@ from conformance.laws import (
     saved,
     switched,
 )
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 
 # In the order in which they run: the most informative first.
 _FILES = (
@@ -53,4 +53,4 @@ _FILES = (
     generated,
 )
 
-LAWS: dict[str, ModelLaw] = {file.LAW.name: file.LAW for file in _FILES}
+LAWS: dict[str, Law] = {file.LAW.name: file.LAW for file in _FILES}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelLaw:
+class Law:
     """One law.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.laws.saved import demand_none_lost, differing
 from conformance.property import of_file
 
@@ -27,4 +27,4 @@ def check(trial: ModelTrial) -> None:
     demand_none_lost(lost, trial.placed(adapted=True), lambda: trial.untouched(adapted=True))
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught
@@ -87,4 +87,4 @@ def _moves_alone(trial: ModelTrial) -> bool:
     return False
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 
@@ -33,11 +33,11 @@ def check(trial: ModelTrial) -> float:
 
 def _demand_same_dropout(trial: ModelTrial, batches: list[dict[str, Any]]) -> None:
     """Raise Failure if a layer that is computed again drops other elements of an adapter's input."""
-    from conformance.models.adapting import adapted
+    from conformance.models.adapting import with_adapter
     from conformance.models.building import DROPOUT
     from unsloth_fast import FastLanguageModel
 
-    model, found = trial.placed(model=adapted(trial.untouched(), dropout=DROPOUT)), []
+    model, found = trial.placed(model=with_adapter(trial.untouched(), dropout=DROPOUT)), []
     for how in (False, "unsloth"):
         FastLanguageModel.for_training(model, how)
         with torch.random.fork_rng():
@@ -48,4 +48,4 @@ def _demand_same_dropout(trial: ModelTrial, batches: list[dict[str, Any]]) -> No
             raise Failure(f"{name} is another one with checkpointing, from the same random numbers of lora_dropout")
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

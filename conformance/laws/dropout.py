@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught
@@ -24,7 +24,7 @@ WITHIN = 1.25  # of each other: half the dropouts, half the rate or no scale mak
 
 def check(trial: ModelTrial) -> None:
     """One dropout after the other, by the variation of the logits from run to run; packed too where a trainer packs."""
-    from conformance.models.adapting import adapted
+    from conformance.models.adapting import with_adapter
     from conformance.models.building import DROPOUT, dropouts_of
 
     packs, acting = not trial.obstacles, 0
@@ -32,11 +32,11 @@ def check(trial: ModelTrial) -> None:
         dropping = replace(trial, subject=replace(trial.subject, dropout=name))
         acting += _compare(dropping, name, dropping.untouched, dropping.placed, packs)
 
-    def with_adapter() -> Any:
-        return adapted(trial.untouched(), dropout=DROPOUT)
+    def adapted() -> Any:
+        return with_adapter(trial.untouched(), dropout=DROPOUT)
 
     with suppress(Unchecked):  # experts, whose weights take none
-        acting += _compare(trial, "lora_dropout", with_adapter, lambda: trial.placed(model=with_adapter()), packs)
+        acting += _compare(trial, "lora_dropout", adapted, lambda: trial.placed(model=adapted()), packs)
     if not acting:
         raise Unchecked("no dropout changes what the untouched model computes")
 
@@ -75,4 +75,4 @@ def _variation(trial: ModelTrial, model: Any, batch: dict[str, Any], runs: int =
     return float(torch.stack([logits(seed).float() for seed in range(runs)]).var(0).mean().sqrt())
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

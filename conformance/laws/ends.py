@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 
 if TYPE_CHECKING:
@@ -17,4 +17,4 @@ def check(trial: ModelTrial) -> float:
     return replace(trial, adapters="ends").compare_adapted(lambda name: True)
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 
 if TYPE_CHECKING:
@@ -27,4 +27,4 @@ def check(trial: ModelTrial) -> float:
         return max(used, trial.compare([documents.padded()], model=model, **whole))
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

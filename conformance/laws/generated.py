@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.gates import Failure, Unchecked
@@ -84,4 +84,4 @@ def _margin(trial: ModelTrial, tokens: Tensor, first: int, second: int) -> tuple
     return float(found.truth), 2 * float(found.largest(how))
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

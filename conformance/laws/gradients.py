@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 
 if TYPE_CHECKING:
@@ -19,4 +19,4 @@ def check(trial: ModelTrial) -> float:
     return trial.compare([trial.documents.padded()])
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

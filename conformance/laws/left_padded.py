@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 
 if TYPE_CHECKING:
@@ -24,4 +24,4 @@ def check(trial: ModelTrial) -> float:
     return trial.compare([batch], model=model)
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, bits, describe
@@ -74,4 +74,4 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     return [name for name, tensor in first.items() if name not in second or not same(tensor, second[name])]
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

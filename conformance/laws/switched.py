@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from conformance.laws._law import ModelLaw
+from conformance.laws._law import Law
 from conformance.property import of_file
 from conformance.tolerances.gates import Unchecked
 from conformance.trial import Caught, describe
@@ -48,4 +48,4 @@ def _exchanged(model: Any) -> Any:
     return model
 
 
-LAW = ModelLaw(*of_file(check))
+LAW = Law(*of_file(check))

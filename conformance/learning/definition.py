@@ -79,7 +79,7 @@ def fits(spec: Spec, case: Case) -> bool:
     return False
 
 
-class Work(TorchDispatchMode):
+class OperatorCount(TorchDispatchMode):
     """Counts operators, and the elements that they produce."""
 
     def __init__(self) -> None:

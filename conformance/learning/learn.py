@@ -19,7 +19,7 @@ import torch
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.learning.definition import PRESENT, Work, call, demand_function, fits, outputs_of, reached
+from conformance.learning.definition import PRESENT, OperatorCount, call, demand_function, fits, outputs_of, reached
 from conformance.learning.example import Example, Follows, TensorArgument, value_of
 from conformance.learning.options import others
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
@@ -252,10 +252,10 @@ class Learner:
         self, spec: Spec, base: Mapping[str, int], name: str, accepted: Sequence[int], counts: Counts
     ) -> Counts:
         """The power of a size that the reference's work grows with, from 1 to 3; no long loops of operators."""
-        counts, works = replace(counts, empty=0 in accepted), list[Work]()
+        counts, works = replace(counts, empty=0 in accepted), list[OperatorCount]()
         pair = [n for n in accepted if n and 2 * n in accepted][-1:]
         for size in (*pair, *(2 * n for n in pair)):
-            with Work() as work:
+            with OperatorCount() as work:
                 self._accepted(spec, {**base, name: size})
             works.append(work)
         if not works:

@@ -18,7 +18,7 @@ RANK = 2
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # parameters of experts that get LoRA by these names
 
 
-def adapted(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) -> Any:
+def with_adapter(model: Any, *, kind: AdapterKind = "usual", dropout: float = 0.0) -> Any:
     """The model with the adapter, with random weights, B included; raises Unchecked.
 
     Args:

@@ -38,7 +38,7 @@ SHOWN = 3  # of the members of a set, while it is tried
 
 
 @dataclass(frozen=True)
-class Found:
+class SmallestSet:
     """A smallest set.
 
     Attributes:
@@ -166,7 +166,7 @@ class Bisection:
                 worst.setdefault((one.operation, one.module, one.inputs), one)
         return list(worst.values())
 
-    def search(self) -> list[Found]:
+    def search(self) -> list[SmallestSet]:
         """The smallest sets that break a gate; empty if the model breaks none.
 
         Raises:
@@ -188,8 +188,8 @@ class Bisection:
             self._found("calls", smallest(calls, lambda some: self._breaks("calls", some))),
         ]
 
-    def only(self, members: Sequence[str]) -> Found | None:
-        """The set of these members, which `Found` names; None if the model holds with it.
+    def only(self, members: Sequence[str]) -> SmallestSet | None:
+        """The set of these members, which `SmallestSet` names; None if the model holds with it.
 
         Raises:
             KeyError: a member that the model has not.
@@ -208,9 +208,9 @@ class Bisection:
     def _breaks(self, kind: str, members: Sequence[str]) -> bool:
         return self._failure(kind, members) is not None
 
-    def _found(self, kind: str, members: Sequence[str]) -> Found:
+    def _found(self, kind: str, members: Sequence[str]) -> SmallestSet:
         failure = self._failure(kind, members)
-        return Found(kind, tuple(members), str(failure), failure.used if failure else None)
+        return SmallestSet(kind, tuple(members), str(failure), failure.used if failure else None)
 
     def _failure(self, kind: str, members: Sequence[str]) -> Failure | None:
         others = f" and {len(members) - SHOWN} more" if len(members) > SHOWN else ""

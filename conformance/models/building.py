@@ -198,23 +198,21 @@ class Documents:
         return replace(self, tokens=tokens)
 
 
-def documents_of(
-    subject: Subject, device: str, data: Path | None = None, *, lengths: Sequence[int] = LENGTHS
-) -> Documents:
+def documents_of(subject: Subject, device: str, data: Path | None = None) -> Documents:
     """The documents that a model is judged on.
 
     Args:
         subject: the model.
         device: of the tensors.
-        data: a text file, one document per line, or a .jsonl file with a field "text"; None for random tokens.
-        lengths: of the documents with random tokens; those of a file are cut to the longest of them.
+        data: a text file, one document per line, or a .jsonl file with a field "text", cut to the longest of LENGTHS;
+            None for random tokens.
     """
     if data is not None:
-        tokens = _read(subject, data, len(lengths), max(lengths))
+        tokens = _read(subject, data, len(LENGTHS), max(LENGTHS))
     else:
         vocabulary: Any = subject.config().get_text_config()
         generator = torch.Generator().manual_seed(0)
-        tokens = [torch.randint(_SPECIAL, vocabulary.vocab_size, (n,), generator=generator) for n in lengths]
+        tokens = [torch.randint(_SPECIAL, vocabulary.vocab_size, (n,), generator=generator) for n in LENGTHS]
     generator = torch.Generator().manual_seed(1)
     labels = [row.masked_fill(torch.rand(len(row), generator=generator) < IGNORED, -100) for row in tokens]
     return Documents(tuple(row.to(device) for row in tokens), tuple(row.to(device) for row in labels))

@@ -11,13 +11,13 @@ from torch import nn
 
 from conformance.models.building import Subject
 from conformance.tolerances.gates import Unchecked
-from unsloth_fast.models.quantization import read_layers
+from unsloth_fast.models.layers import read_layers
 
 _FIRST, _LAST = "base_model.model.", ".lora_A.default.weight"  # of the name of an adapter's weight
 
 
 @dataclass(frozen=True)
-class Rounded(Subject):
+class RoundedSubject(Subject):
     """A model with the weights that some of its linear layers have after a quantisation in 4 bits.
 
     Attributes:

@@ -15,8 +15,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from conformance.interpreter import Interpreted
-from conformance.models.adapting import AdapterKind
-from conformance.models.adapting import adapted as with_adapter
+from conformance.models.adapting import AdapterKind, with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of
 from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, copied, run, sums_of_bits, without_cache
 from conformance.tolerances import condition
@@ -32,7 +31,7 @@ from unsloth_fast.save import patch_saving_functions
 
 
 @dataclass(frozen=True)
-class Judged:
+class Computed:
     """What a model with placed operations computed.
 
     Attributes:
@@ -67,7 +66,7 @@ class ModelTrial:
         dtype: of the weights.
         device: "cpu" or "cuda".
         data: a file of documents; None for random ones.
-        adapters: the kind of the adapter, as in `adapting.adapted`.
+        adapters: the kind of the adapter, as in `with_adapter`.
     """
 
     subject: Subject
@@ -192,7 +191,7 @@ class ModelTrial:
         targets: int | None = None,
         own_loss: bool = True,
         balanced: bool = False,
-    ) -> Judged:
+    ) -> Computed:
         """Run the model with placed operations; raises Failure if it raises. See `running.run`."""
         model = self.placed() if model is None else model
         batches = copied(batches)
@@ -204,7 +203,7 @@ class ModelTrial:
         after = sums_of_bits(model, batches)
         if changed := [name for name, bits in before.items() if after.get(name) != bits]:
             raise Failure(f"{changed[0]} has other bits after a step without an optimizer\n{len(changed)} in all")
-        return Judged(found, bool(interpreted))
+        return Computed(found, bool(interpreted))
 
     def compare(
         self,
@@ -242,8 +241,8 @@ class ModelTrial:
         balanced = whole and self.balances
         model = self.placed() if model is None else model
         try:
-            judged = self.run(batches, model=model, targets=targets, own_loss=labels, balanced=balanced)
-            return self.judge(judged, truth, names=names)
+            computed = self.run(batches, model=model, targets=targets, own_loss=labels, balanced=balanced)
+            return self.judge(computed, truth, names=names)
         except Failure as failure:
             untouched = self.untouched(adapted=adapted).train(model.training)
             try:
@@ -282,11 +281,11 @@ class ModelTrial:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs, **without_cache(model)).logits
 
-    def judge(self, judged: Judged, truth: Truth, *, names: Callable[[str], bool] = lambda name: True) -> float:
+    def judge(self, computed: Computed, truth: Truth, *, names: Callable[[str], bool] = lambda name: True) -> float:
         """Compare results with the truth, in the order in which they are computed; returns the budget use.
 
         Args:
-            judged: what was computed.
+            computed: what was computed.
             truth: one of this trial's.
             names: which results are judged.
 
@@ -298,7 +297,7 @@ class ModelTrial:
         for name, response in truth.responses.items():
             if not names(name):
                 continue
-            found = judged.results.get(name)
+            found = computed.results.get(name)
             if found is None and name.startswith(GRADIENT):
                 if response.truth.any():
                     raise Failure(f"{name} is missing (None)")
@@ -309,12 +308,12 @@ class ModelTrial:
                     error=response,
                     elements=elements,
                     roundings=1,
-                    truncates=judged.interpreted,
+                    truncates=computed.interpreted,
                     jumps=response.jumps,
                 )
                 used = max(used, judge(name, found, response.truth, truth.peer[name], model))
-        frozen = [name for name in judged.results if name.startswith(GRADIENT) and name not in truth.responses]
-        if name := next((name for name in frozen if names(name) and judged.results[name].any()), None):
+        frozen = [name for name in computed.results if name.startswith(GRADIENT) and name not in truth.responses]
+        if name := next((name for name in frozen if names(name) and computed.results[name].any()), None):
             raise Failure(f"{name} is not 0, and the parameter is not trained")
         return used
 

@@ -39,9 +39,9 @@ class Equivalent:
         return where and old == self.old and new in self.new
 
 
-def confirmed(device: str | None = None, path: Path = FILE) -> list[Equivalent]:
+def confirmed(device: str | None = None) -> list[Equivalent]:
     """The entries of the file; those that hold on a device, if one is given."""
-    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("equivalent", [])
+    entries = tomllib.loads(FILE.read_text(encoding="utf-8")).get("equivalent", [])
     found = [
         Equivalent(
             file=entry["file"],

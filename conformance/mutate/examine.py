@@ -106,7 +106,7 @@ class Examination(Task):
         reach, covers, profile = Reach(self.regions), dict(self.covers), profile_of(self.profile)
         for check in (*self.checks, *self.later):
             name, dtype = check
-            trial, prop = Recording(spec, function, DTYPES[dtype], self.device), PROPERTIES[name]
+            trial, prop = BitsTrial(spec, function, DTYPES[dtype], self.device), PROPERTIES[name]
             reach.forget()
             announce = lambda case, check=f"{name} {dtype}": notify(f"{check}: {case}")  # noqa: E731
             if check not in covers and not prop.skipped(trial):
@@ -143,7 +143,7 @@ class Examination(Task):
 
 
 @dataclass(frozen=True)
-class Recording(Trial):
+class BitsTrial(Trial):
     """A trial that also adds up the bits of all results of the judged function.
 
     Attributes:

@@ -154,7 +154,7 @@ def sources_of(function: Function, files: Sequence[Path] = ()) -> list[SourceFil
 
 def _home(function: Any) -> tuple[ModuleType, str]:
     """The module and the top-level name of the code of a function or class, or of the class of a callable object."""
-    function = calling.adapted(function)
+    function = calling.unadapted(function)
     code = getattr(function, "__code__", None)
     if code is None:
         kind = function if isinstance(function, type) else type(function)

@@ -188,7 +188,7 @@ def _both(row: Row, base: Row) -> tuple[str, Spread, Spread] | None:
     return None
 
 
-def timing(now: Spread, before: Spread, clocks: float = 1.0, factor: float = FACTOR) -> Word | None:
+def timing(now: Spread, before: Spread, clocks: float, factor: float) -> Word | None:
     """The word for the change of a time; None if it is excluded that the time changed by the factor."""
     low, high = now[0] / before[2] / clocks, now[2] / before[0] * clocks
     if low >= 1 / factor and high <= factor:

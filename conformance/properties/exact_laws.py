@@ -1,15 +1,15 @@
-"""Laws of the formulas that floating-point numbers obey exactly hold bit by bit: scaling by a power of two, negation.
+"""Exact laws of the formulas hold bit by bit in floating point: scaling by a power of two, negation.
 
 A power of two changes exponents alone, and a sign changes nothing else, as long as no number leaves the normal range.
-Each law of a spec changes a call, and names the factor by which each output and gradient changes. No tolerance hides a
-constant that is rounded, an eps in the wrong place, or a branch on the size of a number.
+Each exact law of a spec changes a call, and names the factor by which each output and gradient changes. No tolerance
+hides a constant that is rounded, an eps in the wrong place, or a branch on the size of a number.
 """
 
 import torch
 
 from conformance.case import Case
 from conformance.profiles import Profile
-from conformance.promises import Law
+from conformance.promises import ExactLaw
 from conformance.property import Property, of_file
 from conformance.spec import Spec
 from conformance.tolerances.gates import Failure
@@ -18,7 +18,7 @@ from unsloth_ref.accuracy import is_float, widen_float8
 
 # Products of few numbers of this size stay in the normal range of 16 bits too.
 LEAST, MOST = 0.25, 4.0
-# How many times a law of incoming gradients alone is applied, to find thresholds; float16 has no range for it.
+# How many times an exact law of incoming gradients alone is applied, to find thresholds; float16 has no range for it.
 FAR = 15
 
 
@@ -27,16 +27,16 @@ def cases(spec: Spec, profile: Profile) -> list[Case]:
     case = spec.case(3, 70)
     options = {name: values[-1] for name, values in spec.drawing.options.items()}
     mixed = [case.with_options(options)] if options and spec.drawing.consistent(options) else []
-    return [case, spec.case(2, 1030), *mixed] if spec.laws else []
+    return [case, spec.case(2, 1030), *mixed] if spec.exact_laws else []
 
 
 def check(trial: Trial, case: Case) -> None:
-    """Compare a call with one that each law changes."""
-    for name, law in trial.spec.laws.items():
-        demand_law(trial, case, name, law)
+    """Compare a call with one that each exact law changes."""
+    for name, law in trial.spec.exact_laws.items():
+        demand_exact_law(trial, case, name, law)
 
 
-def demand_law(trial: Trial, case: Case, name: str, law: Law) -> None:
+def demand_exact_law(trial: Trial, case: Case, name: str, law: ExactLaw) -> None:
     """Raise Failure unless the law holds bit by bit."""
     inputs = {n: _moderate(t) if is_float(t) else t for n, t in trial.inputs(case).items()}
     if any(needed not in inputs for needed in law.inputs) or any(absent in inputs for absent in law.without):

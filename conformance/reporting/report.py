@@ -243,7 +243,7 @@ def failures(
     return "\n\n".join(paragraphs)
 
 
-def repro(line: str, backend: str, device: str, words: Sequence[str] = ()) -> str:
+def repro(line: str, backend: str, device: str, words: Sequence[str]) -> str:
     """The command that runs a case again; the words are the options that name an operation of your own."""
     where = "".join(f" {shlex.quote(word)}" for word in words)
     where += f" --backend {shlex.quote(backend)}" * (backend != "fast") + f" --device {shlex.quote(device)}"

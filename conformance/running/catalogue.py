@@ -57,7 +57,7 @@ def device_of(asked: str | None) -> str:
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def judged_by(backend: str, device: str | None, source: Source = PROJECT) -> tuple[str, Judged]:
+def judged_by(backend: str, device: str | None, source: Source) -> tuple[str, Judged]:
     """The requested device and backend."""
     device = device_of(device)
     return device, backends.load(backend, device, source)

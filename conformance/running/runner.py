@@ -178,14 +178,13 @@ def run(
 class OneByOne:
     """Runs tasks that come one by one in a worker process, which starts with the first and is replaced if it dies."""
 
-    def __init__(self, timeout: float = CASE_TIMEOUT_SECONDS) -> None:
-        """Start nothing yet; `timeout` is the number of seconds that a case may take."""
-        self._timeout = timeout
+    def __init__(self) -> None:
+        """Start nothing yet."""
         self._workers: list[_Worker] = []
 
     def __call__(self, task: Task) -> Result:
         """Run a task and wait for its result."""
-        self._workers = self._workers or [_start(self._timeout, None)]
+        self._workers = self._workers or [_start(CASE_TIMEOUT_SECONDS, None)]
         worker = _give(self._workers, self._workers[0], task)
         while True:
             result = _receive(worker) if _ready(self._workers) else None
@@ -267,8 +266,8 @@ def _replaced(workers: list[_Worker], worker: _Worker) -> _Worker:
     return new
 
 
-def quiet() -> None:
-    """Silence the warnings that judging causes on purpose."""
+def ignore_expected_warnings() -> None:
+    """Ignore the warnings that judging causes on purpose."""
     # Triton's interpreter computes with NumPy, which warns about every NaN and infinity that a case contains.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
@@ -289,7 +288,7 @@ def _serve(pipe: Connection) -> None:
     """Receive tasks and send results until the pipe closes; send each case before it runs."""
     Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
-    quiet()
+    ignore_expected_warnings()
     while True:
         try:
             task = pipe.recv()

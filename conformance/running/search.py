@@ -256,7 +256,7 @@ def cover(
     return [*found, *(trial.spec.drawing.costly if prop.costly and profile.affords_costly else ())]
 
 
-def _whole(trial: Trial, profile: Profile, notify: Callable[[str], None] = lambda case: None) -> Explored:
+def _whole(trial: Trial, profile: Profile, notify: Callable[[str], None]) -> Explored:
     """The exploration in float32, or that in the trial's dtype if the former reached nothing."""
     whole = explore(replace(trial, dtype=torch.float32), profile, notify)
     return whole if whole.pairs else explore(trial, profile, notify)

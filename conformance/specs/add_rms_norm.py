@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from conformance.case import Draw
-from conformance.promises import Law
+from conformance.promises import ExactLaw
 from conformance.spec import (
     Budget,
     Call,
@@ -68,9 +68,13 @@ spec = Spec(
         },
     ),
     rowwise=["x", "residual"],
-    laws={
-        "x and residual negated": Law({"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}),
-        "dnormed and dsum four times as large": Law({}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x and residual negated": ExactLaw(
+            {"x": -1.0, "residual": -1.0}, {"normed": -1.0, "sum": -1.0, "weight": -1.0}
+        ),
+        "dnormed and dsum four times as large": ExactLaw(
+            {}, {"x": 4.0, "residual": 4.0, "weight": 4.0}, grad_outputs=4.0
+        ),
     },
     memory=replace(rms_norm.MEMORY, grads=["x", "residual", "weight"]),
     argument_kinds=leading_dimensions("x", "residual") | rms_norm.WIDE_WEIGHTS,

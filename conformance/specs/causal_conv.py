@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -140,12 +140,12 @@ spec = Spec(
     ),
     independent=documents_as_parts(["x"], ["x"]),
     far=["x"],
-    laws={
-        "x twice as large, without an activation": Law(
+    exact_laws={
+        "x twice as large, without an activation": ExactLaw(
             {"x": 2.0}, {"y": 2.0, "weight": 2.0}, holds=lambda o: not o.get("activation"), without=["bias"]
         ),
-        "x and weight negated": Law({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
-        "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
+        "x and weight negated": ExactLaw({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
+        "dy four times as large": ExactLaw({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("tokens", 16384), ("documents", 41), ("channels", 4096), ("width", 4))),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -147,12 +147,12 @@ spec = Spec(
     rowwise=["logits", "labels"],
     row_options={"reduction": "none", "num_items": None},
     total_options={"num_items": 7},
-    laws={
-        "logits twice as large, with half the logit_scale": Law(
+    exact_laws={
+        "logits twice as large, with half the logit_scale": ExactLaw(
             {"logits": 2.0}, {"logits": 0.5}, options=half_the_scale
         ),
-        "twice the num_items": Law({}, {"loss": 0.5, "logits": 0.5}, options=_twice_the_items, holds=has_items),
-        "dloss four times as large": Law({}, {"logits": 4.0}, grad_outputs=4.0),
+        "twice the num_items": ExactLaw({}, {"loss": 0.5, "logits": 0.5}, options=_twice_the_items, holds=has_items),
+        "dloss four times as large": ExactLaw({}, {"logits": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("tokens", 4096), ("vocab", 32768))),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Drawing,
@@ -65,7 +65,7 @@ spec = Spec(
     grads=[],
     budget=Budget(truth=_truth),
     far=["values"],
-    laws={"scale much smaller": Law({"scale": 2.0**-60}, {"x": 2.0**-60})},
+    exact_laws={"scale much smaller": ExactLaw({"scale": 2.0**-60}, {"x": 2.0**-60})},
     memory=Memory(Case((("rows", 8192), ("columns", 8192))), grads=[]),
     argument_kinds={
         "every number": change_inputs(_every_number),

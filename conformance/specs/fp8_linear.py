@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -168,11 +168,11 @@ spec = Spec(
     rowwise=["x"],
     bits_vary=BLAS,
     far=["x", "weight"],
-    laws={
-        "x twice as large": Law({"x": 2.0}, {"y": 2.0}, without=["bias"]),
-        "x negated": Law({"x": -1.0}, {"y": -1.0}, without=["bias"]),
-        "scale twice as large": Law({"scale": 2.0}, {"y": 2.0, "x": 2.0}, without=["bias"]),
-        "dy four times as large": Law({}, {"x": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x twice as large": ExactLaw({"x": 2.0}, {"y": 2.0}, without=["bias"]),
+        "x negated": ExactLaw({"x": -1.0}, {"y": -1.0}, without=["bias"]),
+        "scale twice as large": ExactLaw({"scale": 2.0}, {"y": 2.0, "x": 2.0}, without=["bias"]),
+        "dy four times as large": ExactLaw({}, {"x": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(Case((("rows", 16384), ("out", 4096), ("columns", 2048))), grads=["x"], working=_working),
     argument_kinds=leading_dimensions("x")

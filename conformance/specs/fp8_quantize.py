@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import Budget, Drawing, Inputs, Spec, Speed, change_inputs, mistake, nbytes, wrong_option
 from conformance.specs.grouped_gemm import moderate, moderate_column_counts
 from unsloth_ref.kernels import fp8_quantize
@@ -47,9 +47,9 @@ spec = Spec(
     budget=Budget(truth=_truth),
     rowwise=["x"],
     row_options={"block_rows": 1},
-    laws={
-        "x twice as large": Law({"x": 2.0}, {"scale": 2.0}),
-        "x negated": Law({"x": -1.0}, {"values": -1.0}),
+    exact_laws={
+        "x twice as large": ExactLaw({"x": 2.0}, {"scale": 2.0}),
+        "x negated": ExactLaw({"x": -1.0}, {"values": -1.0}),
     },
     memory=Memory(Case((("rows", 8192), ("columns", 8192))), grads=[]),
     argument_kinds={

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -117,7 +117,7 @@ spec = Spec(
     grads=["gate_up"],
     budget=Budget(roundings=1, terms={"y": _y_terms, "gate_up": _gradient_terms}),
     rowwise=["gate_up"],
-    laws={"dy four times as large": Law({}, {"gate_up": 4.0}, grad_outputs=4.0)},
+    exact_laws={"dy four times as large": ExactLaw({}, {"gate_up": 4.0}, grad_outputs=4.0)},
     memory=Memory(Case((("rows", 8192), ("hidden", 8192))), grads=["gate_up"]),
     argument_kinds=leading_dimensions("gate_up"),
     errors=[

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import FILLS, Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -123,13 +123,13 @@ spec = Spec(
     ),
     independent=documents_as_parts(TENSORS, TENSORS),
     far=["q", "k", "v"],
-    laws={
-        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "g": 2.0, "beta": 2.0}),
-        "v negated": Law({"v": -1.0}, dict.fromkeys(["out", "q", "k", "g", "beta"], -1.0)),
-        "q twice as large, with half the scale": Law(
+    exact_laws={
+        "v twice as large": ExactLaw({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "g": 2.0, "beta": 2.0}),
+        "v negated": ExactLaw({"v": -1.0}, dict.fromkeys(["out", "q", "k", "g", "beta"], -1.0)),
+        "q twice as large, with half the scale": ExactLaw(
             {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
         ),
-        "dout four times as large": Law({}, dict.fromkeys(TENSORS, 4.0), grad_outputs=4.0),
+        "dout four times as large": ExactLaw({}, dict.fromkeys(TENSORS, 4.0), grad_outputs=4.0),
     },
     memory=Memory(
         Case(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -195,11 +195,11 @@ spec = Spec(
         terms={"y": _y_terms, "x": _x_terms, "gate": _gate_terms, "weight": _weight_terms},
     ),
     rowwise=["x", "gate"],
-    laws={
-        "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=rms_norm.times_four),
-        "x negated": Law({"x": -1.0}, {"y": -1.0, "gate": -1.0, "weight": -1.0}),
-        "weight negated": Law({"weight": -1.0}, {"y": -1.0, "x": -1.0, "gate": -1.0}),
-        "dy four times as large": Law({}, {"x": 4.0, "gate": 4.0, "weight": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x twice as large, with four times the eps": ExactLaw({"x": 2.0}, {"x": 0.5}, options=rms_norm.times_four),
+        "x negated": ExactLaw({"x": -1.0}, {"y": -1.0, "gate": -1.0, "weight": -1.0}),
+        "weight negated": ExactLaw({"weight": -1.0}, {"y": -1.0, "x": -1.0, "gate": -1.0}),
+        "dy four times as large": ExactLaw({}, {"x": 4.0, "gate": 4.0, "weight": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("rows", 16384), ("groups", 1), ("hidden", 4096))),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory, Parts
+from conformance.promises import ExactLaw, Memory, Parts
 from conformance.spec import (
     Budget,
     Call,
@@ -165,10 +165,10 @@ spec = Spec(
     rowwise=["x"],
     independent=Parts(lambda inputs: len(inputs["weight"]), _pick, ["x"]),
     far=["x", "weight"],
-    laws={
-        "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0}),
-        "weight negated": Law({"weight": -1.0}, {"y": -1.0, "x": -1.0}),
-        "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x twice as large": ExactLaw({"x": 2.0}, {"y": 2.0, "weight": 2.0}),
+        "weight negated": ExactLaw({"weight": -1.0}, {"y": -1.0, "x": -1.0}),
+        "dy four times as large": ExactLaw({}, {"x": 4.0, "weight": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("tokens", 16384), ("experts", 2), ("out", 64), ("hidden", 2048))),

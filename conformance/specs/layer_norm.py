@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -97,11 +97,11 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
-    laws={
-        "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=_times_four),
-        "weight and bias negated": Law({"weight": -1.0, "bias": -1.0}, {"y": -1.0, "x": -1.0}),
-        "x and weight negated": Law({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
-        "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x twice as large, with four times the eps": ExactLaw({"x": 2.0}, {"x": 0.5}, options=_times_four),
+        "weight and bias negated": ExactLaw({"weight": -1.0, "bias": -1.0}, {"y": -1.0, "x": -1.0}),
+        "x and weight negated": ExactLaw({"x": -1.0, "weight": -1.0}, {"x": -1.0, "weight": -1.0}),
+        "dy four times as large": ExactLaw({}, {"x": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("rows", 16384), ("hidden", 4096))),

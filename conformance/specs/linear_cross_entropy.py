@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -246,9 +246,11 @@ spec = Spec(
     row_options={"reduction": "none", "num_items": None},
     total_options={"num_items": 7},
     bits_vary=BLAS,
-    laws={
-        "hidden twice and weight half as large": Law({"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}),
-        "dloss four times as large": Law({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "hidden twice and weight half as large": ExactLaw(
+            {"hidden": 2.0, "weight": 0.5}, {"hidden": 0.5, "weight": 2.0}
+        ),
+        "dloss four times as large": ExactLaw({}, {"hidden": 4.0, "weight": 4.0, "bias": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("tokens", 8192), ("ignored", 2), ("vocab", 65536), ("hidden", 512))),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -263,12 +263,14 @@ spec = Spec(
     arguments=_arguments,
     rowwise=["x"],
     bits_vary=BLAS,
-    laws={
-        "x twice as large": Law({"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]),
-        "lora_b half as large, with twice the scaling": Law(
+    exact_laws={
+        "x twice as large": ExactLaw(
+            {"x": 2.0}, {"y": 2.0, "weight": 2.0, "lora_a": 2.0, "lora_b": 2.0}, without=["bias"]
+        ),
+        "lora_b half as large, with twice the scaling": ExactLaw(
             {"lora_b": 0.5}, {"lora_b": 2.0}, options=lambda options: {"scaling": 2 * options.get("scaling", 1.0)}
         ),
-        "dy four times as large": Law(
+        "dy four times as large": ExactLaw(
             {}, dict.fromkeys(["x", "weight", "lora_a", "lora_b", "bias"], 4.0), grad_outputs=4.0
         ),
     },

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -194,16 +194,16 @@ spec = Spec(
     arguments=_arguments,
     rowwise=["x"],
     bits_vary=BLAS,
-    laws={
-        "x twice as large": Law(
+    exact_laws={
+        "x twice as large": ExactLaw(
             {"x": 2.0}, dict.fromkeys(["q", "k", "v", *each("weight"), *ADAPTERS], 2.0), without=each("bias")
         ),
-        "lora_b half as large, with twice the scaling": Law(
+        "lora_b half as large, with twice the scaling": ExactLaw(
             dict.fromkeys(each("lora_b"), 0.5),
             dict.fromkeys(each("lora_b"), 2.0),
             options=lambda options: {"scaling": tuple(2 * s for s in options.get("scaling") or [1.0] * LAYERS)},
         ),
-        "each dy four times as large": Law(
+        "each dy four times as large": ExactLaw(
             {}, dict.fromkeys(["x", *each("weight"), *ADAPTERS, *each("bias")], 4.0), grad_outputs=4.0
         ),
     },

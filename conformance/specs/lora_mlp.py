@@ -7,7 +7,7 @@ from math import nan
 from hypothesis import strategies as st
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -182,16 +182,16 @@ spec = Spec(
     ),
     rowwise=["x"],
     bits_vary=BLAS,
-    laws={
-        "the last layer negated": Law(
+    exact_laws={
+        "the last layer negated": ExactLaw(
             {"weight[2]": -1.0, "lora_b[2]": -1.0},
             dict.fromkeys(["y", "x", *BEFORE, "lora_a[2]"], -1.0),
             without=each("bias"),
         ),
-        "lora_b half as large, with twice the scaling": lora_linears.spec.laws[
+        "lora_b half as large, with twice the scaling": lora_linears.spec.exact_laws[
             "lora_b half as large, with twice the scaling"
         ],
-        "dy four times as large": Law(
+        "dy four times as large": ExactLaw(
             {}, dict.fromkeys(["x", *each("weight"), *ADAPTERS, *each("bias")], 4.0), grad_outputs=4.0
         ),
     },

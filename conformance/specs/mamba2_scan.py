@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -117,13 +117,13 @@ spec = Spec(
     ),
     independent=documents_as_parts(TENSORS, TENSORS),
     far=["x", "b", "c"],
-    laws={
-        "x twice as large": Law({"x": 2.0}, dict.fromkeys(["y", "dt", "a", "b", "c", "d"], 2.0)),
-        "b and d negated": Law({"b": -1.0, "d": -1.0}, dict.fromkeys(["y", "x", "dt", "a", "c"], -1.0)),
-        "steps and d twice as large, with half the rates": Law(
+    exact_laws={
+        "x twice as large": ExactLaw({"x": 2.0}, dict.fromkeys(["y", "dt", "a", "b", "c", "d"], 2.0)),
+        "b and d negated": ExactLaw({"b": -1.0, "d": -1.0}, dict.fromkeys(["y", "x", "dt", "a", "c"], -1.0)),
+        "steps and d twice as large, with half the rates": ExactLaw(
             {"dt": 2.0, "a": 0.5, "d": 2.0}, {"y": 2.0, "x": 2.0, "a": 4.0, "b": 2.0, "c": 2.0}
         ),
-        "dy four times as large": Law({}, dict.fromkeys(GRADS, 4.0), grad_outputs=4.0),
+        "dy four times as large": ExactLaw({}, dict.fromkeys(GRADS, 4.0), grad_outputs=4.0),
     },
     memory=Memory(
         Case(

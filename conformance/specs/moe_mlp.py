@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from conformance.case import Case, Draw
-from conformance.promises import BLAS, Law, Memory
+from conformance.promises import BLAS, ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -190,14 +190,14 @@ spec = Spec(
     rowwise=["x", "expert_indices", "expert_weights"],
     bits_vary=BLAS,
     far=["x", "gate_up", "down"],
-    laws={
-        "expert_weights twice as large": Law(
+    exact_laws={
+        "expert_weights twice as large": ExactLaw(
             {"expert_weights": 2.0}, dict.fromkeys(["y", "x", "gate_up", "down", *_BIASES], 2.0)
         ),
-        "down and its bias negated": Law(
+        "down and its bias negated": ExactLaw(
             {"down": -1.0, "down_bias": -1.0}, dict.fromkeys(["y", "x", "gate_up", "expert_weights", _BIASES[0]], -1.0)
         ),
-        "dy four times as large": Law(
+        "dy four times as large": ExactLaw(
             {}, dict.fromkeys(["x", "gate_up", "down", "expert_weights", *_BIASES], 4.0), grad_outputs=4.0
         ),
     },

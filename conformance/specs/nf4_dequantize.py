@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Draw
-from conformance.promises import Law
+from conformance.promises import ExactLaw
 from conformance.spec import (
     Budget,
     Call,
@@ -110,13 +110,13 @@ spec = Spec(
     outputs=["w"],
     grads=[],
     budget=Budget(terms={"w": _nothing}, truth=truth),
-    laws={
-        "absmax much smaller": Law({"absmax": 2.0**-60}, {"w": 2.0**-60}, without=["nested_code"]),
-        "absmax negated": Law({"absmax": -1.0}, {"w": -1.0}, without=["nested_code"]),
-        "the scale of groups and the offset much smaller": Law(
+    exact_laws={
+        "absmax much smaller": ExactLaw({"absmax": 2.0**-60}, {"w": 2.0**-60}, without=["nested_code"]),
+        "absmax negated": ExactLaw({"absmax": -1.0}, {"w": -1.0}, without=["nested_code"]),
+        "the scale of groups and the offset much smaller": ExactLaw(
             {"nested_absmax": 2.0**-60, "nested_offset": 2.0**-60}, {"w": 2.0**-60}
         ),
-        "the code and the offset negated": Law({"nested_code": -1.0, "nested_offset": -1.0}, {"w": -1.0}),
+        "the code and the offset negated": ExactLaw({"nested_code": -1.0, "nested_offset": -1.0}, {"w": -1.0}),
     },
     argument_kinds={
         "packed as a column": change_inputs(lambda i: {"packed": i["packed"][:, None]}),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -278,13 +278,13 @@ spec = Spec(
     ),
     independent=DOCUMENTS._replace(pick=_pick),
     far=["q", "k", "v"],
-    laws={
-        "v twice as large": Law({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "sinks": 2.0}),
-        "v negated": Law({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0, "sinks": -1.0}),
-        "q twice as large, with half the scale": Law(
+    exact_laws={
+        "v twice as large": ExactLaw({"v": 2.0}, {"out": 2.0, "q": 2.0, "k": 2.0, "sinks": 2.0}),
+        "v negated": ExactLaw({"v": -1.0}, {"out": -1.0, "q": -1.0, "k": -1.0, "sinks": -1.0}),
+        "q twice as large, with half the scale": ExactLaw(
             {"q": 2.0}, {"q": 0.5}, options=lambda o: {"scale": o["scale"] / 2}, holds=lambda o: bool(o.get("scale"))
         ),
-        "dout four times as large": Law({}, {"q": 4.0, "k": 4.0, "v": 4.0, "sinks": 4.0}, grad_outputs=4.0),
+        "dout four times as large": ExactLaw({}, {"q": 4.0, "k": 4.0, "v": 4.0, "sinks": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case((("tokens", 16384), ("documents", 2), ("kv_heads", 4), ("group", 2), ("width", 64), ("sinks", 0))),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory, Parts
+from conformance.promises import ExactLaw, Memory, Parts
 from conformance.spec import (
     Budget,
     Call,
@@ -145,14 +145,14 @@ spec = Spec(
     ),
     rowwise=["q", "k"],
     independent=Parts(lambda inputs: len(inputs["q"]), _sequences, ["q", "k"]),
-    laws={
-        "q and k twice as large, with four times the eps": Law(
+    exact_laws={
+        "q and k twice as large, with four times the eps": ExactLaw(
             {"q": 2.0, "k": 2.0}, {"q": 0.5, "k": 0.5}, options=rms_norm.times_four
         ),
-        "q and k negated": Law(
+        "q and k negated": ExactLaw(
             {"q": -1.0, "k": -1.0}, {"rotated_q": -1.0, "rotated_k": -1.0, "q_weight": -1.0, "k_weight": -1.0}
         ),
-        "gradients four times as large": Law(
+        "gradients four times as large": ExactLaw(
             {}, dict.fromkeys(("q", "k", "q_weight", "k_weight"), 4.0), grad_outputs=4.0
         ),
     },

@@ -1,7 +1,7 @@
 """The square of ReLU."""
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Drawing,
@@ -32,9 +32,9 @@ spec = Spec(
     grads=["x"],
     budget=Budget(roundings=1),  # of dy times x, for kernels that double it afterwards or add it twice
     rowwise=["x"],
-    laws={
-        "x twice as large": Law({"x": 2.0}, {"y": 4.0, "x": 2.0}),
-        "dy four times as large": Law({}, {"x": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "x twice as large": ExactLaw({"x": 2.0}, {"y": 4.0, "x": 2.0}),
+        "dy four times as large": ExactLaw({}, {"x": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(Case((("rows", 8192), ("hidden", 8192))), grads=["x"]),
     argument_kinds=leading_dimensions("x"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -89,11 +89,11 @@ def times_four(options: Options) -> Options:
     return {"eps": 4 * options.get("eps", 1e-6)}
 
 
-LAWS = {
-    "x twice as large, with four times the eps": Law({"x": 2.0}, {"x": 0.5}, options=times_four),
-    "x negated": Law({"x": -1.0}, {"y": -1.0, "weight": -1.0}),
-    "weight negated": Law({"weight": -1.0}, {"y": -1.0, "x": -1.0}, holds=lambda o: o.get("offset", 0.0) == 0.0),
-    "dy four times as large": Law({}, {"x": 4.0, "weight": 4.0}, grad_outputs=4.0),
+EXACT_LAWS = {
+    "x twice as large, with four times the eps": ExactLaw({"x": 2.0}, {"x": 0.5}, options=times_four),
+    "x negated": ExactLaw({"x": -1.0}, {"y": -1.0, "weight": -1.0}),
+    "weight negated": ExactLaw({"weight": -1.0}, {"y": -1.0, "x": -1.0}, holds=lambda o: o.get("offset", 0.0) == 0.0),
+    "dy four times as large": ExactLaw({}, {"x": 4.0, "weight": 4.0}, grad_outputs=4.0),
 }
 WIDE_WEIGHT = {"weight in float32": change_inputs(lambda i: {"weight": i["weight"].float() * (1 + 2**-13)})}
 # The other casting does not hide the weight's rounding among its own.
@@ -132,7 +132,7 @@ spec = Spec(
         },
     ),
     rowwise=["x"],
-    laws=LAWS,
+    exact_laws=EXACT_LAWS,
     memory=MEMORY,
     argument_kinds=leading_dimensions("x") | WIDE_WEIGHTS,
     special_values=SPECIAL_VALUES,

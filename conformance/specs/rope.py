@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory, Parts
+from conformance.promises import ExactLaw, Memory, Parts
 from conformance.spec import (
     Budget,
     Call,
@@ -178,10 +178,10 @@ spec = Spec(
     ),
     rowwise=["q", "k"],
     independent=Parts(lambda inputs: len(inputs["q"]), _sequences, ["q", "k"]),
-    laws={
-        "q and k twice as large": Law({"q": 2.0, "k": 2.0}, {"rotated_q": 2.0, "rotated_k": 2.0}),
-        "q and k negated": Law({"q": -1.0, "k": -1.0}, {"rotated_q": -1.0, "rotated_k": -1.0}),
-        "gradients four times as large": Law({}, {"q": 4.0, "k": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "q and k twice as large": ExactLaw({"q": 2.0, "k": 2.0}, {"rotated_q": 2.0, "rotated_k": 2.0}),
+        "q and k negated": ExactLaw({"q": -1.0, "k": -1.0}, {"rotated_q": -1.0, "rotated_k": -1.0}),
+        "gradients four times as large": ExactLaw({}, {"q": 4.0, "k": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(
         Case(tuple(_bench(4, 4096, 128).items())),

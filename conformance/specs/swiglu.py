@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case, Draw
-from conformance.promises import Law, Memory
+from conformance.promises import ExactLaw, Memory
 from conformance.spec import (
     Budget,
     Call,
@@ -75,10 +75,10 @@ spec = Spec(
         },
     ),
     rowwise=["gate", "up"],
-    laws={
-        "up twice as large": Law({"up": 2.0}, {"y": 2.0, "gate": 2.0}),
-        "up negated": Law({"up": -1.0}, {"y": -1.0, "gate": -1.0}),
-        "dy four times as large": Law({}, {"gate": 4.0, "up": 4.0}, grad_outputs=4.0),
+    exact_laws={
+        "up twice as large": ExactLaw({"up": 2.0}, {"y": 2.0, "gate": 2.0}),
+        "up negated": ExactLaw({"up": -1.0}, {"y": -1.0, "gate": -1.0}),
+        "dy four times as large": ExactLaw({}, {"gate": 4.0, "up": 4.0}, grad_outputs=4.0),
     },
     memory=Memory(Case((("rows", 8192), ("hidden", 8192))), grads=["gate", "up"]),
     argument_kinds=leading_dimensions("gate", "up"),

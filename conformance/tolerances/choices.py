@@ -15,7 +15,7 @@ CHOOSING = {
 }  # fmt: skip
 
 
-def broken(inputs: Mapping[str, Tensor], unit: float) -> Iterator[dict[str, Tensor]]:
+def without_ties(inputs: Mapping[str, Tensor], unit: float) -> Iterator[dict[str, Tensor]]:
     """The inputs in float64 without ties, zeros too: of equal numbers the last is the largest, then the first."""
     for sign in (unit, -unit):
         yield {name: _graded(t, sign) if t.dtype == torch.float64 else t for name, t in inputs.items()}

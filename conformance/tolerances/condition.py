@@ -76,7 +76,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
-from conformance.tolerances.choices import CHOOSING, broken, of_equals
+from conformance.tolerances.choices import CHOOSING, of_equals, without_ties
 from conformance.tolerances.disturbance import CHAINS, COMPOSITE, SUMS, Disturbed, Order, Reordered, Widened
 from conformance.tolerances.integers import all_distinct
 from conformance.tolerances.narrow import Narrow, narrow_of
@@ -235,7 +235,7 @@ def _measured(
     for disturbed in _computed(wide, gradients, probes_b):
         changes.add(disturbed.results(again), square_b, probes_b)
     if CHOOSING & set(order.names):
-        for tensors in broken(wide, UNIT_FLOAT32):
+        for tensors in without_ties(wide, UNIT_FLOAT32):
             with Widened():
                 found = again(tensors, gradients)
             # Places and gradients alone: numbers near 0 are no ties for an operation that divides by the largest.

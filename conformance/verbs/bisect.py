@@ -17,7 +17,7 @@ from conformance.verbs import model
 from conformance.verbs._shared import Verbs, add_verb
 
 if TYPE_CHECKING:
-    from conformance.models.bisecting import Found
+    from conformance.models.bisecting import SmallestSet
     from unsloth_fast.shadow import Finding
 
 
@@ -49,7 +49,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
-def _searched(task: ModelTask, only: Sequence[str] | None) -> "tuple[list[Finding], list[Found]]":
+def _searched(task: ModelTask, only: Sequence[str] | None) -> "tuple[list[Finding], list[SmallestSet]]":
     """The calls that break their own gates, and the smallest sets that break those of the model."""
     from conformance.models.bisecting import Bisection
     from conformance.models.building import NotBuilt
@@ -61,7 +61,7 @@ def _searched(task: ModelTask, only: Sequence[str] | None) -> "tuple[list[Findin
         raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
 
 
-def _only(bisection: Any, members: Sequence[str]) -> "list[Found]":
+def _only(bisection: Any, members: Sequence[str]) -> "list[SmallestSet]":
     try:
         found = bisection.only(members)
     except KeyError as error:
@@ -79,11 +79,11 @@ def _of_call(one: "Finding", task: ModelTask) -> str:
     return f"call: {one}\nreproduce: {_again([f'{one.operation}@{one.module}'], task)}\n"
 
 
-def _of_set(one: "Found", task: ModelTask) -> str:
+def _of_set(one: "SmallestSet", task: ModelTask) -> str:
     return f"{one.kind}: {', '.join(one.members)}\n{one.message}\nreproduce: {_again(one.members, task)}\n"
 
 
-def _write(path: Path, calls: "Sequence[Finding]", found: "Sequence[Found]", task: ModelTask) -> None:
+def _write(path: Path, calls: "Sequence[Finding]", found: "Sequence[SmallestSet]", task: ModelTask) -> None:
     results = [
         {"kind": "call", **_finite(asdict(one)), "reproduce": _again([f"{one.operation}@{one.module}"], task)}
         for one in calls

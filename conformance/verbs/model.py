@@ -174,7 +174,8 @@ def _check_model(name: str) -> None:
     """Raise UsageError for a model that cannot be loaded, or that does not generate text from text."""
     from transformers import AutoConfig
 
-    from unsloth_fast.models.loading import find_source, model_class
+    from unsloth_fast.models.loading import model_class
+    from unsloth_fast.models.source import find_source
 
     try:
         source = find_source(name, {})

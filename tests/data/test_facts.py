@@ -20,7 +20,7 @@ from trl import SFTConfig
 from conformance.models.shrinking import tiny_config
 from tests import tiny
 from tests.data.samples import bloom, first_alone, tokens
-from tests.models.unheard import UnheardConfig, UnheardForCausalLM, UnheardWithOwnMask
+from tests.models.windowed import WindowedConfig, WindowedForCausalLM, WithOwnMask
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments, backends
 from unsloth_fast.data.facts import config_and_class, decide_batching, vocabulary_size
@@ -95,8 +95,8 @@ def test_a_mask_that_leaks_is_an_obstacle_where_ours_does_not_replace_it(
 
 def test_masks_of_an_unknown_architecture_are_an_obstacle_unless_transformers_makes_them(tmp_path: Path) -> None:
     """This also holds once the operations are placed."""
-    for model_class, allowed in ((UnheardForCausalLM, True), (UnheardWithOwnMask, False)):
-        model = model_class(UnheardConfig())
+    for model_class, allowed in ((WindowedForCausalLM, True), (WithOwnMask, False)):
+        model = model_class(WindowedConfig())
         for _ in range(2):
             plan = decide(tmp_path, model=model)
             assert plan.padding_free == allowed

@@ -1,10 +1,13 @@
 """Processes of tests: the signals they heed, and waiting for what they do."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PATIENCE = 300  # seconds, after which a test fails even on a busy machine
 
 
 @contextmanager
@@ -18,12 +21,21 @@ def heeded(number: signal.Signals) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def wait_for(happened: Callable[[], bool], seconds: float) -> None:
-    """Wait until it has happened; at most so many seconds."""
-    deadline = time.monotonic() + seconds
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Wait until it has happened; fail if that takes longer than `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def group_exists(group: int) -> bool:
+    """Whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def alive(process: int) -> bool:

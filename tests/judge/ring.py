@@ -1,8 +1,8 @@
 """Exact arithmetic in Triton's interpreter: a stand-in for the floating-point sanitizer of a GPU.
 
 Like FpSan it maps the bits of a number to an integer modulo 2^w (0, 1 and -1 to themselves) and computes with integers.
-Its map and its functions are others, its laws are the same: those of a ring, exp2(x + y) = exp2(x) exp2(y), casts that
-drop or repeat the upper bits. For float32 and float16.
+Its map and its functions are others, its identities are the same: those of a ring, exp2(x + y) = exp2(x) exp2(y), casts
+that drop or repeat the upper bits. For float32 and float16.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,20 +13,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from conformance.laws import LAWS
 from conformance.models.building import NotBuilt, Subject, architectures, image_text_architectures
 from conformance.models.task import ModelTask
-from conformance.models.trial import ModelTrial
 from conformance.running.runner import run
 from conformance.running.search import Result
 from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model as verb
+from tests.judge.model_trials import trial_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 OF_EACH_LAYER = ("gemma4_text", "dots3_note_text")  # fields of single layers differ
-
-
-def trial_of(name: str) -> ModelTrial:
-    """A tiny model under the reference's operations."""
-    return ModelTrial(Subject.named(name), "reference", torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

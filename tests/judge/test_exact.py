@@ -1,6 +1,6 @@
 """In exact arithmetic kernels and their twins agree bit for bit, and a term that is lost shows; on a GPU with FpSan.
 
-Without a GPU a stand-in in Triton's interpreter has the same laws.
+Without a GPU a stand-in in Triton's interpreter has the same identities.
 """
 
 from contextlib import nullcontext, suppress

@@ -13,7 +13,7 @@ import torch
 from conformance.cli import main
 from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
 from conformance.gate.worktrees import RevisionError, commit_of
-from tests.judge.processes import alive, heeded, wait_for
+from tests.judge.processes import PATIENCE, alive, heeded, wait_for
 from tests.judge.test_action import ACTION
 
 ROOT = Path(__file__).parents[2]
@@ -86,24 +86,24 @@ def test_the_action_finds_its_base_in_a_shallow_clone(toy: Path, base: str) -> N
 def test_a_gate_that_is_stopped_leaves_nothing(toy: Path, number: str, status: int) -> None:
     """While a side runs: neither a checkout nor a process, nor a file of results, even if the gate is killed."""
     started = toy.parent / "started"
-    code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
-    (toy / "slow_kernels.py").write_text(code)
+    code = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\n"
+    (toy / "slow_kernels.py").write_text(f"{code}time.sleep({2 * PATIENCE})\n")
     git(toy, "add", "-A")
     git(toy, "commit", "-qm", "slow")
     words = ["gate", "--base", "HEAD", "layer_norm", "--backend", "slow_kernels", "--json", str(toy.parent / "x.json")]
     with heeded(signal.Signals[number]):
         gate = subprocess.Popen([sys.executable, "-m", "conformance", *words], stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: started.exists() and started.read_text() != "", 240)
+        wait_for(lambda: started.exists() and started.read_text() != "")
         gate.send_signal(signal.Signals[number])
-        assert gate.wait(60) == status
+        assert gate.wait(PATIENCE) == status
     finally:
         gate.kill()
         gate.wait()
     if status > 0:  # otherwise another process is still busy with it
         demand_untouched(toy)
-    wait_for(lambda: not alive(int(started.read_text())), 20)
-    wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [], 20)
+    wait_for(lambda: not alive(int(started.read_text())))
+    wait_for(lambda: list((toy.parent / "tmp").iterdir()) == [])
     demand_untouched(toy)
     assert (toy.parent / "x.json").read_text() == ""
 

@@ -1,39 +1,15 @@
 """Adapters in other states and of other kinds are judged: each planted fault breaks the law that is about it."""
 
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from conformance.laws import LAWS
-from conformance.models import trial as trials
-from conformance.models.building import Subject
-from conformance.models.task import quiet
-from conformance.models.trial import ModelTrial
-from conformance.tolerances.gates import Failure
-from unsloth_fast.backends import Backend
+from tests.judge.model_trials import after_placing, broken, llama
 from unsloth_fast.models import interface, lora, nf4, packed
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Iterator[None]:
-    with quiet():
-        yield
-
-
-@cache
-def trial_of(name: str = "llama") -> ModelTrial:
-    """A model of one layer under the reference's operations, with its truths, which tests share."""
-    return ModelTrial(Subject.named(name, num_hidden_layers=1), "reference", torch.float32, "cpu")
-
-
-def broken(law: str, trial: ModelTrial) -> str:
-    """How a law is broken."""
-    with pytest.raises(Failure) as failed:
-        LAWS[law].check(trial)
-    return str(failed.value)
+pytestmark = pytest.mark.usefixtures("quiet_models")
 
 
 def only_adapter(monkeypatch: pytest.MonkeyPatch, **ignored: Any) -> None:
@@ -65,44 +41,42 @@ def only_adapter(monkeypatch: pytest.MonkeyPatch, **ignored: Any) -> None:
 def test_what_an_adapter_is_beside_lora_is_ignored(
     law: str, ignored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    LAWS[law].check(trial_of())
+    LAWS[law].check(llama())
     only_adapter(monkeypatch, **ignored)
     allowed = (
         "in logits",
         "in the hidden states of base_model.model.model.layers.0",
         "lora_dropout does not act in a ",
     )
-    assert any(place in broken(law, trial_of()) for place in allowed)
+    assert any(place in broken(law, llama()) for place in allowed)
 
 
 def test_a_dropout_of_the_attention_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents take another way than padded ones."""
     monkeypatch.setattr(interface, "_masked_attention", lambda attention, function: None)
     monkeypatch.setattr(packed, "_obstacle", lambda *args: None)
-    assert "attention_dropout does not act in a packed batch as it should\nmeasured 0" in broken("dropout", trial_of())
+    assert "attention_dropout does not act in a packed batch as it should\nmeasured 0" in broken("dropout", llama())
 
 
 def test_an_adapter_of_the_embedding_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def freeze(model: Any, backend: Backend) -> None:
-        place(model, backend)
+    def freeze(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_embedding_A" in name:
                 parameter.requires_grad_(False)
 
-    place = trials.place
-    assert LAWS["ends"].check(trial_of())
-    monkeypatch.setattr(trials, "place", freeze)
-    assert "embed_tokens.lora_embedding_A.default is missing (None)" in broken("ends", trial_of())
+    assert LAWS["ends"].check(llama())
+    after_placing(monkeypatch, freeze)
+    assert "embed_tokens.lora_embedding_A.default is missing (None)" in broken("ends", llama())
 
 
 def test_a_weight_in_4_bits_whose_second_scale_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LAWS["quantized"].check(trial_of())
+    assert LAWS["quantized"].check(llama())
     own: Any = nf4._weight
     monkeypatch.setattr(
         nf4, "_weight", lambda weight, state: (w := own(weight, state))._replace(nested_absmax=0 * w.nested_absmax)
     )
     monkeypatch.setattr(nf4, "_same_bits", lambda *args: True)
-    assert "in the hidden states of base_model.model.model.layers.0" in broken("quantized", trial_of())
+    assert "in the hidden states of base_model.model.model.layers.0" in broken("quantized", llama())
 
 
 def test_a_frozen_weight_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +87,7 @@ def test_a_frozen_weight_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
         return own(layer, dtype)
 
     monkeypatch.setattr(lora, "_linear_operands", thawed)
-    assert ".base_layer.weight is not 0, and the parameter is not trained" in broken("adapters", trial_of())
+    assert ".base_layer.weight is not 0, and the parameter is not trained" in broken("adapters", llama())
 
 
 def test_a_frozen_weight_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +101,4 @@ def test_a_frozen_weight_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         return used, *others
 
     monkeypatch.setattr(lora, "_linear_operands", updated)
-    assert ".base_layer.weight has other bits after a step" in broken("adapters", trial_of())
+    assert ".base_layer.weight has other bits after a step" in broken("adapters", llama())

@@ -1,8 +1,7 @@
 """What is drawn of a tiny model shows every part of it: factors, caps, groups, stored buffers, padding, evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from conformance.laws import LAWS
-from conformance.models import trial as trials
-from conformance.models.building import Subject
 from conformance.models.shrinking import tiny_config
-from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
-from conformance.tolerances.gates import Failure
+from tests.judge.model_trials import after_placing, broken, llama, trial_of
 from unsloth_fast.models import head, mixers, mlp, packed, placement
+
+pytestmark = pytest.mark.usefixtures("quiet_models")
 
 CONV = {"layer_types": ["conv"], "num_hidden_layers": 1}
 FIELDS: dict[str, dict[str, Any]] = {
@@ -25,27 +23,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["full_attention"], "num_hidden_layers": 1},
     "deepseek_v3": {"num_hidden_layers": 1, "first_k_dense_replace": 0},
     "lfm2": CONV,
-    "llama": {"num_hidden_layers": 1},
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Iterator[None]:
-    with quiet():
-        yield
-
-
-@cache
-def trial_of(name: str) -> ModelTrial:
-    """A model under the reference's operations, with its truth, which tests share."""
-    return ModelTrial(Subject.named(name, **FIELDS[name]), "reference", torch.float32, "cpu")
-
-
-def broken(law: str, name: str) -> str:
-    """How a law is broken."""
-    with pytest.raises(Failure) as failed:
-        LAWS[law].check(trial_of(name))
-    return str(failed.value)
+def small(name: str) -> ModelTrial:
+    """A tiny model, still smaller."""
+    return trial_of(name, **FIELDS[name])
 
 
 @pytest.mark.parametrize(
@@ -81,21 +64,18 @@ def test_sizes_are_no_factors() -> None:
 
 
 def test_a_factor_of_the_residual_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = trials.place
-
-    def planted(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def drop(model: Any) -> None:
         for layer in model.model.layers:
             layer.residual_multiplier = 1.0
 
-    monkeypatch.setattr(trials, "place", planted)
-    assert "the hidden states of model.layers.0" in broken("layers", "granite")
+    after_placing(monkeypatch, drop)
+    assert "the hidden states of model.layers.0" in broken("layers", small("granite"))
 
 
 def test_a_factor_of_the_logits_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     own = head.logit_options
     monkeypatch.setattr(head, "logit_options", lambda *args: (own(*args) or {}) | {"logit_scale": 1.0})
-    assert "in the loss" in broken("gradients", "granite")
+    assert "in the loss" in broken("gradients", small("granite"))
 
 
 @pytest.mark.parametrize("lost", ["scaling", "softcap"])
@@ -107,27 +87,25 @@ def test_a_scale_or_a_cap_of_the_attention_that_is_dropped(lost: str, monkeypatc
             return own(*args, before=before, **options | ({lost: None} if args[4].dtype == torch.int32 else {}))
 
         monkeypatch.setitem(packed.ALL_ATTENTION_FUNCTIONS._global_mapping, name, planted)
-    assert "the hidden states of model.layers.0" in broken("padding_free", "gemma2")
+    assert "the hidden states of model.layers.0" in broken("padding_free", small("gemma2"))
 
 
 def test_a_limit_of_experts_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     own = placement.experts_forward
     monkeypatch.setattr(placement, "experts_forward", lambda found, kernels: own(replace(found, limit=None), kernels))
-    assert "the hidden states of model.layers.0" in broken("layers", "gpt_oss")
+    assert "the hidden states of model.layers.0" in broken("layers", small("gpt_oss"))
 
 
 def test_a_bias_of_a_router_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a buffer, which has no gradient."""
-    place = trials.place
 
-    def planted(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def leave_out(model: Any) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
 
-    monkeypatch.setattr(trials, "place", planted)
-    assert "the hidden states of model.layers.0" in broken("layers", "deepseek_v3")
+    after_placing(monkeypatch, leave_out)
+    assert "the hidden states of model.layers.0" in broken("layers", small("deepseek_v3"))
 
 
 def test_a_mixer_that_reads_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +120,10 @@ def test_a_mixer_that_reads_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return planted
 
-    assert LAWS["left_padded"].check(trial_of("lfm2"))
+    assert LAWS["left_padded"].check(small("lfm2"))
     monkeypatch.setattr(placement, "mixer_forward", deaf)
-    assert LAWS["gradients"].check(trial_of("lfm2"))
-    assert "the hidden states of model.layers.0" in broken("left_padded", "lfm2")
+    assert LAWS["gradients"].check(small("lfm2"))
+    assert "the hidden states of model.layers.0" in broken("left_padded", small("lfm2"))
 
 
 def test_a_fault_in_evaluation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,5 +134,5 @@ def test_a_fault_in_evaluation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return gate, up if module.training or up.dtype == torch.float64 else 1.01 * up
 
     monkeypatch.setattr(mlp, "_factors", planted)
-    assert LAWS["gradients"].check(trial_of("llama"))
-    assert "the hidden states of model.layers.0" in broken("evaluated", "llama")
+    assert LAWS["gradients"].check(llama())
+    assert "the hidden states of model.layers.0" in broken("evaluated", llama())

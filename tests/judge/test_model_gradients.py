@@ -1,76 +1,54 @@
 """Gradients of whole models are judged down to the embedding: below every attention, and where weights are tied."""
 
-from collections.abc import Iterator
-from functools import cache
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from conformance.laws import LAWS
-from conformance.models import trial as trials
-from conformance.models.building import Subject
 from conformance.models.running import GRADIENT
-from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
 from conformance.tolerances.bounds import Arithmetic
-from conformance.tolerances.gates import Failure
+from tests.judge.model_trials import after_placing, broken, trial_of
+
+pytestmark = pytest.mark.usefixtures("quiet_models")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Iterator[None]:
-    with quiet():
-        yield
-
-
-@cache
-def trial_of(tied: bool = False) -> ModelTrial:
+def two_layers(tied: bool = False) -> ModelTrial:
     """A Llama of two layers, with torch's attention in the truth."""
-    return ModelTrial(Subject.named("llama", tie_word_embeddings=tied), "reference", torch.float32, "cpu")
+    return trial_of("llama", tie_word_embeddings=tied)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_gradient_has_a_budget_as_wide_as_itself(tied: bool) -> None:
     """Roundings change the digits of float32 alone."""
     how = Arithmetic(torch.finfo(torch.float32).eps / 2, 1, 2**10)
-    gradients = {name: r for name, r in trial_of(tied).truth.responses.items() if name.startswith(GRADIENT)}
+    gradients = {name: r for name, r in two_layers(tied).truth.responses.items() if name.startswith(GRADIENT)}
     wide = {name: float(r.largest(how).norm() / r.truth.norm()) for name, r in gradients.items()}
     assert len(wide) == 20 + (not tied) and 0 < max(wide.values()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"])
 def test_a_gradient_of_the_lowest_layer_that_is_a_little_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = trials.place
-
-    def wrong(model: Any, backend: Any) -> None:
-        place(model, backend)
-        model.get_parameter(name).register_hook(lambda gradient: 1.001 * gradient)
-
-    monkeypatch.setattr(trials, "place", wrong)
-    with pytest.raises(Failure, match=f"in the gradient of {name}"):
-        LAWS["gradients"].check(trial_of())
+    after_placing(monkeypatch, lambda model: model.get_parameter(name).register_hook(lambda gradient: 1.001 * gradient))
+    assert f"in the gradient of {name}" in broken("gradients", two_layers())
 
 
 def test_a_head_that_is_no_longer_tied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding has a part of its gradient alone."""
-    place = trials.place
 
-    def untied(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def untie(model: Any) -> None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
-    monkeypatch.setattr(trials, "place", untied)
-    with pytest.raises(Failure, match=r"in the gradient of model\.embed_tokens\.weight"):
-        LAWS["gradients"].check(trial_of(tied=True))
+    after_placing(monkeypatch, untie)
+    assert "in the gradient of model.embed_tokens.weight" in broken("gradients", two_layers(tied=True))
 
 
 def test_a_save_that_unties(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor comes back with the same bits, as two parameters instead of one."""
-    place = trials.place
 
-    def untying(model: Any, backend: Any) -> None:
-        place(model, backend)
+    def untie_saved(model: Any) -> None:
         save = model.save_pretrained
 
         def saving(folder: str) -> None:
@@ -79,6 +57,6 @@ def test_a_save_that_unties(monkeypatch: pytest.MonkeyPatch) -> None:
 
         model.save_pretrained = saving
 
-    monkeypatch.setattr(trials, "place", untying)
-    with pytest.raises(Failure, match=r"^lm_head\.weight is missing .* or is no longer tied as before"):
-        LAWS["saved"].check(trial_of(tied=True))
+    after_placing(monkeypatch, untie_saved)
+    message = broken("saved", two_layers(tied=True))
+    assert re.match(r"lm_head\.weight is missing .* or is no longer tied as before", message)

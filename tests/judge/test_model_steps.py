@@ -1,9 +1,6 @@
 """Faults that one forward in training does not show: of evaluation, of a second row, of inputs, of random numbers."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,60 +10,34 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.laws import LAWS
 from conformance.models import trial as trials
-from conformance.models.building import Subject
-from conformance.models.task import quiet
-from conformance.models.trial import ModelTrial
-from conformance.tolerances.gates import Failure
+from tests.judge.model_trials import after_placing, broken, llama, with_operation
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import checkpointing, lora, packed
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Iterator[None]:
-    with quiet():
-        yield
-
-
-@cache
-def trial_of() -> ModelTrial:
-    """A Llama of one layer."""
-    return ModelTrial(Subject.named("llama", num_hidden_layers=1), "reference", torch.float32, "cpu")
-
-
-def broken(law: str) -> str:
-    """How a law is broken."""
-    with pytest.raises(Failure) as failed:
-        LAWS[law].check(trial_of())
-    return str(failed.value)
+pytestmark = pytest.mark.usefixtures("quiet_models")
 
 
 def with_attention(monkeypatch: pytest.MonkeyPatch, bounds_of: Callable[[Tensor], Tensor]) -> None:
     """Let `packed_attention` get other bounds of documents."""
-    place = trials.place
 
-    def planted(model: Any, backend: Backend) -> None:
-        right = backend.kernels.packed_attention
+    def wrong(right: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return right(q, k, v, bounds_of(bounds), *rest, **options)
 
-        def wrong(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **options: Any) -> Tensor:
-            return right(q, k, v, bounds_of(bounds), *rest, **options)
-
-        place(model, replace(backend, kernels=SimpleNamespace(**vars(backend.kernels) | {"packed_attention": wrong})))
-
-    monkeypatch.setattr(trials, "place", planted)
+    with_operation(monkeypatch, "packed_attention", wrong)
 
 
 def test_documents_that_see_each_other_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     with_attention(monkeypatch, lambda bounds: bounds if torch.is_grad_enabled() else bounds[[0, -1]])
-    assert LAWS["padding_free"].check(trial_of())
-    assert "the hidden states of model.layers.0" in broken("evaluated")
+    assert LAWS["padding_free"].check(llama())
+    assert "the hidden states of model.layers.0" in broken("evaluated", llama())
 
 
 def test_bounds_of_an_earlier_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows with as many tokens, whichever model they were of."""
     known: dict[int, Tensor] = {}
     with_attention(monkeypatch, lambda bounds: known.setdefault(int(bounds[-1]), bounds))
-    assert LAWS["evaluated"].check(trial_of())
-    assert "the hidden states of model.layers.0" in broken("padding_free")
+    assert LAWS["evaluated"].check(llama())
+    assert "the hidden states of model.layers.0" in broken("padding_free", llama())
 
 
 @pytest.mark.parametrize("name", ["labels", "attention_mask"])
@@ -87,9 +58,9 @@ def test_an_input_that_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         model.forward = changing
 
     monkeypatch.setattr(trials, "add_loss", planted)
-    assert broken("gradients").startswith(f"{name} has other bits after a step")
+    assert broken("gradients", llama()).startswith(f"{name} has other bits after a step")
     monkeypatch.undo()
-    assert LAWS["accumulated"].check(trial_of())
+    assert LAWS["accumulated"].check(llama())
 
 
 def test_a_checkpoint_that_forgets_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +68,7 @@ def test_a_checkpoint_that_forgets_random_numbers(monkeypatch: pytest.MonkeyPatc
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     monkeypatch.setattr(checkpointing, "_with_inputs_on_host", forgetful)
-    assert "is another one with checkpointing, from the same random numbers" in broken("checkpointed")
+    assert "is another one with checkpointing, from the same random numbers" in broken("checkpointed", llama())
 
 
 def test_half_the_rate_of_dropout_in_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +79,7 @@ def test_half_the_rate_of_dropout_in_packed_rows(monkeypatch: pytest.MonkeyPatch
         return own(*args, before="sdpa", dropout=rate, **options)
 
     monkeypatch.setitem(packed.ALL_ATTENTION_FUNCTIONS._global_mapping, name, halved)
-    assert broken("dropout").startswith("attention_dropout does not act in a packed batch")
+    assert broken("dropout", llama()).startswith("attention_dropout does not act in a packed batch")
 
 
 def test_an_adapter_that_is_not_the_active_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +90,11 @@ def test_an_adapter_that_is_not_the_active_one(monkeypatch: pytest.MonkeyPatch) 
         return found and (layer.lora_A["default"].weight, layer.lora_B["default"].weight, found[2])
 
     monkeypatch.setattr(lora, "_only_adapter", first)
-    assert "in logits" in broken("switched")
+    assert "in logits" in broken("switched", llama())
 
 
 def test_a_generation_that_differs_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        place(model, backend)
+    def change(model: Any) -> None:
         norm, modes = model.model.norm, set[bool]()
         forward = norm.forward
 
@@ -136,8 +104,8 @@ def test_a_generation_that_differs_after_training(monkeypatch: pytest.MonkeyPatc
 
         norm.forward = later
 
-    monkeypatch.setattr(trials, "place", planted)
-    assert "should be" in broken("generated")
+    after_placing(monkeypatch, change)
+    assert "should be" in broken("generated", llama())
 
 
 def test_a_scale_of_an_adapter_without_the_root_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,5 +116,5 @@ def test_a_scale_of_an_adapter_without_the_root_of_its_rank(monkeypatch: pytest.
         return found and (*found[:2], layer.lora_alpha["default"] / layer.r["default"])
 
     monkeypatch.setattr(lora, "_only_adapter", divided)
-    assert LAWS["adapters"].check(trial_of())
-    assert "the hidden states of base_model.model.model.layers.0" in broken("ends")
+    assert LAWS["adapters"].check(llama())
+    assert "the hidden states of base_model.model.model.layers.0" in broken("ends", llama())

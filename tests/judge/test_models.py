@@ -2,9 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +17,17 @@ from conformance.laws import LAWS
 from conformance.models import task
 from conformance.models import trial as trials
 from conformance.models.building import LENGTHS, Subject
-from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
 from conformance.page.reading import read
 from conformance.running.search import Result
-from conformance.tolerances.gates import Failure, Unchecked
+from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model as verb
 from tests import tiny
+from tests.judge.model_trials import after_placing, broken, llama, trial_of, with_operation
 from unsloth_fast.backends import Backend
 from unsloth_fast.models import head, placement
+
+pytestmark = pytest.mark.usefixtures("quiet_models")
 
 OF_ADAPTERS = {"adapters", "embeddings", "adapter_saved"}  # another truth, as expensive as the first
 ELSEWHERE = {"ends", "dora", "switched", "quantized", "dropout"}  # tests/judge/test_model_adapters.py
@@ -51,60 +52,23 @@ OTHERS: dict[str, dict[str, Any]] = {"jamba": {}, "gpt2": {"n_layer": 1}}
 WITH_ADAPTERS = ("llama", "mixtral")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _silent() -> Iterator[None]:
-    with quiet():
-        yield
-
-
-@cache
-def trial_of(name: str) -> ModelTrial:
-    """A model under the reference's operations, with its truth, which tests share."""
-    return ModelTrial(Subject.named(name, **(RIGHT | OTHERS)[name]), "reference", torch.float32, "cpu")
+def small(name: str) -> ModelTrial:
+    """A tiny model, still smaller."""
+    return trial_of(name, **(RIGHT | OTHERS)[name])
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_model_satisfies_every_law(name: str) -> None:
     """No law is skipped, and none uses its whole budget."""
     skipped = {"reference"} | ELSEWHERE | (set() if name in WITH_ADAPTERS else OF_ADAPTERS)
-    used = [law.check(trial_of(name)) for law in LAWS.values() if law.name not in skipped]
+    used = [law.check(small(name)) for law in LAWS.values() if law.name not in skipped]
     assert 0 < max(u for u in used if u is not None) < 1
-
-
-def broken(law: str, trial: ModelTrial) -> str:
-    """How a law is broken."""
-    with pytest.raises(Failure) as failed:
-        LAWS[law].check(trial)
-    return str(failed.value)
-
-
-def after_placing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
-    """Let every placement change the model too."""
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        place(model, backend)
-        change(model)
-
-    monkeypatch.setattr(trials, "place", planted)
-
-
-def with_operation(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., Any]) -> None:
-    """Let every placement use another operation of this name, which gets the right one first."""
-    place = trials.place
-
-    def planted(model: Any, backend: Backend) -> None:
-        kernels = vars(backend.kernels)
-        changed = kernels | {name: lambda *args, **options: wrong(kernels[name], *args, **options)}
-        place(model, replace(backend, kernels=SimpleNamespace(**changed)))
-
-    monkeypatch.setattr(trials, "place", planted)
 
 
 def test_a_norm_with_the_wrong_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     own = placement.norm_forward
     monkeypatch.setattr(placement, "norm_forward", lambda norm, op: own(replace(norm, offset=1.0 - norm.offset), op))
-    message = broken("layers", trial_of("llama"))
+    message = broken("layers", llama())
     assert message.startswith("gate G1") and "the hidden states of model.layers.0 at index" in message
     assert "measured" in message and "allowed" in message
 
@@ -112,7 +76,7 @@ def test_a_norm_with_the_wrong_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_whose_cap_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     own = head.logit_options
     monkeypatch.setattr(head, "logit_options", lambda *args: (own(*args) or {}) | {"softcap": 0.0})
-    assert "in the loss" in broken("gradients", trial_of("gemma2"))
+    assert "in the loss" in broken("gradients", small("gemma2"))
 
 
 def test_an_adapter_of_an_expert_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +86,7 @@ def test_an_adapter_of_an_expert_without_a_gradient(monkeypatch: pytest.MonkeyPa
                 parameter.register_hook(lambda g: torch.cat((torch.zeros_like(g[:2]), g[2:])))
 
     after_placing(monkeypatch, lose)
-    message = broken("adapters", trial_of("mixtral"))
+    message = broken("adapters", small("mixtral"))
     assert "the gradient of" in message and "experts.lora_A.default.weight at index (" in message
 
 
@@ -134,7 +98,7 @@ def test_projections_of_one_input_that_are_exchanged(monkeypatch: pytest.MonkeyP
         return q, v, k
 
     with_operation(monkeypatch, "lora_linears", exchanged)
-    assert "the hidden states of base_model.model.model.layers.0" in broken("adapters", trial_of("llama"))
+    assert "the hidden states of base_model.model.model.layers.0" in broken("adapters", llama())
 
 
 def test_the_gradient_of_one_projection_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +107,7 @@ def test_the_gradient_of_one_projection_is_lost(monkeypatch: pytest.MonkeyPatch)
         return q.detach(), *others
 
     with_operation(monkeypatch, "lora_linears", detached)
-    assert "q_proj.lora_B.default.weight is missing (None)" in broken("adapters", trial_of("llama"))
+    assert "q_proj.lora_B.default.weight is missing (None)" in broken("adapters", llama())
 
 
 def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +117,11 @@ def test_an_adapter_that_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None
                 parameter.requires_grad_(False)
 
     after_placing(monkeypatch, freeze)
-    assert "v_proj.lora_B.default.weight is missing (None)" in broken("adapters", trial_of("llama"))
+    assert "v_proj.lora_B.default.weight is missing (None)" in broken("adapters", llama())
 
 
 def test_a_mixer_that_carries_its_state_into_the_next_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = trial_of("jamba")
+    trial = small("jamba")
     with pytest.raises(Unchecked, match="packing is refused: the model has recurrent layers"):
         LAWS["padding_free"].check(trial)
     monkeypatch.setitem(vars(trial), "obstacles", ())
@@ -170,7 +134,7 @@ def test_a_window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(*args, window=None if window is None else window + 1, **options)
 
     with_operation(monkeypatch, "packed_attention", wider)
-    assert "the hidden states of model.layers.0" in broken("padding_free", trial_of("mistral"))
+    assert "the hidden states of model.layers.0" in broken("padding_free", small("mistral"))
 
 
 def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +142,7 @@ def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
         table = model.transformer.wpe
         table.register_forward_pre_hook(lambda module, args: (torch.arange(args[0].shape[1])[None],))
 
-    trial = trial_of("gpt2")
+    trial = small("gpt2")
     assert LAWS["padding_free"].check(trial)
     after_placing(monkeypatch, run_on)
     assert "the hidden states of transformer.h.0" in broken("padding_free", trial)
@@ -192,7 +156,7 @@ def test_documents_that_see_each_other(seen: list[int], monkeypatch: pytest.Monk
         return right(q, k, v, bounds[seen], *rest, **o)
 
     with_operation(monkeypatch, "packed_attention", joined)
-    assert "in another document\nmeasured" in broken("apart", trial_of("llama"))
+    assert "in another document\nmeasured" in broken("apart", llama())
 
 
 def test_a_step_that_divides_by_its_own_targets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +171,8 @@ def test_a_step_that_divides_by_its_own_targets(monkeypatch: pytest.MonkeyPatch)
         add(model, replace(backend, kernels=SimpleNamespace(**kernels | wrong)))
 
     monkeypatch.setattr(trials, "add_loss", planted)
-    assert LAWS["gradients"].check(trial_of("llama"))
-    assert "in the loss" in broken("accumulated", trial_of("llama"))
+    assert LAWS["gradients"].check(llama())
+    assert "in the loss" in broken("accumulated", llama())
 
 
 def test_a_generation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +182,8 @@ def test_a_generation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(q, k, sin, cos, *rest, **o) if q.shape[2] == 1 else right(q, k, cos, sin, *rest, **o)
 
     with_operation(monkeypatch, "rope", later)
-    assert LAWS["layers"].check(trial_of("llama"))
-    message = broken("generated", trial_of("llama"))
+    assert LAWS["layers"].check(llama())
+    message = broken("generated", llama())
     assert message.startswith("new token ") and "of document" in message and "allowed" in message
 
 
@@ -235,7 +199,7 @@ def test_a_save_that_loses_a_tensor(monkeypatch: pytest.MonkeyPatch, law: str) -
         model.save_pretrained = saving
 
     after_placing(monkeypatch, lose)
-    assert "o_proj" in broken(law, trial_of("llama"))
+    assert "o_proj" in broken(law, llama())
 
 
 def test_a_checkpoint_that_recomputes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +214,11 @@ def test_a_checkpoint_that_recomputes_something_else(monkeypatch: pytest.MonkeyP
         norm.forward = forward
 
     after_placing(monkeypatch, forgetful)
-    assert "the gradient of" in broken("checkpointed", trial_of("llama"))
+    assert "the gradient of" in broken("checkpointed", llama())
 
 
 def test_what_the_untouched_model_does_not_do_either_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = trial_of("llama")
+    trial = llama()
     padded = trial.documents.padded()
     padded["labels"] = padded["labels"].roll(1, 0)
     with pytest.raises(Unchecked, match="the untouched model breaks a gate too: gate G1"):
@@ -272,7 +236,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         return done
 
     monkeypatch.setattr(verb, "run", run)
-    monkeypatch.setattr(task, "_trial", lambda name, *_: trial_of(name))
+    monkeypatch.setattr(task, "_trial", lambda name, *_: small(name))
 
 
 OPTIONS = ["--backend", "reference", "--device", "cpu"]

@@ -84,7 +84,7 @@ def test_files_are_compared_with_their_like(tmp_path: Path) -> None:
 def test_a_longer_time_is_a_regression_unless_noise_or_the_clock_explains_it(
     now: tuple[float, float, float], clocks: float, word: str | None
 ) -> None:
-    assert compare.timing(now, (0.99, 1.0, 1.01), clocks) == word
+    assert compare.timing(now, (0.99, 1.0, 1.01), clocks, compare.FACTOR) == word
 
 
 def test_a_slower_row_is_a_regression_on_the_same_card_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tests import tiny
-from tests.models.strangers import APART, JOINING, with_module
+from tests.models.joining import APART, JOINING, with_module
 from tests.models.test_attention import LENGTHS, assert_near, documents, gradients_of, loss_of, separately
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainer, backends

@@ -14,15 +14,15 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.models.test_attention import LENGTHS, assert_near, gradients_of, separately, together
-from tests.models.unheard import (
+from tests.models.windowed import (
     ComparingLayer,
     LoudAttention,
     OwnMaskModel,
     RenamingAttention,
     ScalingModel,
     SlicingAttention,
-    UnheardConfig,
-    UnheardForCausalLM,
+    WindowedConfig,
+    WindowedForCausalLM,
 )
 from tests.trainer.runs import arguments, build, textbook
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments, backends
@@ -122,7 +122,7 @@ def test_packed_documents_equal_the_same_documents_alone(name: str) -> None:
 
 def test_sinks_of_another_kind_get_a_mask_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """One warning per model states the reason and the cost."""
-    model = unheard(attn_implementation="eager")
+    model = windowed(attn_implementation="eager")
     for layer in model.model.layers:
         layer.attention = LoudAttention(model.config).double()
     sizes = assert_alone(model, 0)
@@ -165,14 +165,14 @@ def test_under_adapters_and_checkpointing(name: str, checkpointed: bool) -> None
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 
-def unheard(**config: Any) -> UnheardForCausalLM:
+def windowed(**config: Any) -> WindowedForCausalLM:
     torch.manual_seed(0)
-    return UnheardForCausalLM(UnheardConfig(**config)).double()
+    return WindowedForCausalLM(WindowedConfig(**config)).double()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_architecture_that_nobody_has_heard_of(implementation: str) -> None:
-    sizes = assert_alone(unheard(attn_implementation=implementation), 2)
+def test_a_model_with_a_causal_and_a_window_layer(implementation: str) -> None:
+    sizes = assert_alone(windowed(attn_implementation=implementation), 2)
     assert set(sizes) == {4 * (len(LENGTHS) + 1)}
 
 
@@ -184,7 +184,7 @@ def test_it_trains_as_with_plain_trl(tmp_path: Path, packing: bool) -> None:
         own_loss = {"compute_loss_func": textbook} if trainer_kind is SFTTrainer else {}
         with tiny.KeepFloat64():
             args = arguments(tmp_path, args_kind, max_steps=3, packing=packing, max_length=24)
-            trainer = build(trainer_kind, args, model=unheard(), **own_loss)
+            trainer = build(trainer_kind, args, model=windowed(), **own_loss)
             sizes = masks_of(trainer.model)
             trainer.train()
         assert trainer_kind is SFTTrainer or max(sizes) < 24 * 4
@@ -196,13 +196,13 @@ def test_it_trains_as_with_plain_trl(tmp_path: Path, packing: bool) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [({"prefix": 2}, "neither causal nor sliding"), ({"bias": True}, "UnheardAttention: the keyword position_bias")],
+    [({"prefix": 2}, "neither causal nor sliding"), ({"bias": True}, "WindowedAttention: the keyword position_bias")],
 )
 def test_what_is_seen_only_in_the_forward(
     implementation: str, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The forward shows a mask of another pattern, and a bias on the scores."""
-    sizes = assert_alone(unheard(attn_implementation=implementation, **config), 2)
+    sizes = assert_alone(windowed(attn_implementation=implementation, **config), 2)
     assert "prefix" not in config or max(sizes) >= TOKENS**2
     (warning,) = warnings_of(caplog)
     assert reason in warning
@@ -276,7 +276,7 @@ def test_any_packed_batch_compiles_without_a_graph_break(dropout: float) -> None
 )
 def test_code_that_needs_the_mask_of_transformers_gets_it(part: str, kind: Any, reason: str) -> None:
     """It computes what it did before."""
-    model, batch = unheard(), tiny.packed(LENGTHS)
+    model, batch = windowed(), tiny.packed(LENGTHS)
     model.set_submodule(part, kind(model.config).double())
     expected = model(**batch).logits
     assert examine(model.model, "sdpa").foreign == reason

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import unsloth_fast.save
 import unsloth_fast.save.hub
+import unsloth_fast.save.merged
 from tests import tiny
 from tests.models.adapted import adapted, load
 
@@ -53,7 +54,7 @@ def test_other_processes_write_and_upload_nothing(
     tmp_path: Path, hub: Hub, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = adapted(tiny.folder(tmp_path / "base"))
-    monkeypatch.setattr(unsloth_fast.save, "save_pretrained_merged", None)
+    monkeypatch.setattr(unsloth_fast.save.merged, "merged_model", None)
     for push in (model.push_to_hub_merged, model.push_to_hub_gguf):
         assert push("me/name", tokenizer, is_main_process=False) is None
     assert model.save_pretrained_gguf(tmp_path / "out", tokenizer, is_main_process=False) == []
@@ -70,7 +71,7 @@ def test_nothing_is_merged_for_a_hub_out_of_reach(
         raise HfHubHTTPError.__bases__[0]("no route")
 
     monkeypatch.setattr(hub, "create_repo", fail)
-    monkeypatch.setattr(unsloth_fast.save, "save_pretrained_merged", None)
+    monkeypatch.setattr(unsloth_fast.save.merged, "merged_model", None)
     message = r"repo_id: got 'me/name', and the hub cannot be reached \(no route\); .*hf upload me/name folder$"
     with pytest.raises(ConnectionError, match=message):
         model.push_to_hub_merged("me/name", tokenizer)

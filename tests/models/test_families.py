@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 RELEASE = "5.24."  # of transformers, whose classes the table names
-# Those that people fine-tune, in the order of how many do, with their architectures.
-FAMILIES: dict[str, str] = {
+# The families that people fine-tune, in the order of how many do, with their architectures.
+ROWS: dict[str, str] = {
     "Qwen2.5, R1 distills": "qwen2",
     "Llama 3": "llama",
     "Qwen3": "qwen3",
@@ -89,7 +89,7 @@ HEAD = "| family | `--config` | " + " | ".join(COLUMNS) + " | head | left as it 
 @cache
 def row(family: str) -> str:
     """The row of a family."""
-    name = FAMILIES[family]
+    name = ROWS[family]
     trial = ModelTrial(Subject.named(name), "reference", torch.float32, "cpu")
     with quiet():
         model = trial.untouched()
@@ -117,7 +117,7 @@ def logits_are_needed(model: Any, trial: ModelTrial) -> bool:
     return plain_head(model) is None or logit_options(model, model.forward, batch) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROWS)
 def test_a_row_says_what_the_code_does(family: str) -> None:
     if not version("transformers").startswith(RELEASE):
         pytest.skip(f"the table is of transformers {RELEASE}*")
@@ -129,10 +129,10 @@ def test_the_table_has_no_other_row() -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     start = lines.index(HEAD) + 2
     rows = lines[start : lines.index("", start)]
-    assert [line.split(" | ")[:2] for line in rows] == [[f"| {one}", f"`{name}`"] for one, name in FAMILIES.items()]
-    named = {name for name in FAMILIES.values() if name in CONFIG_MAPPING}
+    assert [line.split(" | ")[:2] for line in rows] == [[f"| {one}", f"`{name}`"] for one, name in ROWS.items()]
+    named = {name for name in ROWS.values() if name in CONFIG_MAPPING}
     assert named <= {*architectures(), *image_text_architectures()}
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{line}\n" for line in (HEAD, "|---" * (len(COLUMNS) + 4) + "|", *map(row, FAMILIES)))
+    sys.stdout.writelines(f"{line}\n" for line in (HEAD, "|---" * (len(COLUMNS) + 4) + "|", *map(row, ROWS)))

@@ -17,6 +17,7 @@ from tests.models.adapted import PLAIN, TOKENS, layers_of, load, loss_and_gradie
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, compat
 from unsloth_fast.models import loading, quantization
+from unsloth_fast.models.tokenizers import prepare_tokenizer
 
 
 def test_a_model_is_loaded_with_the_backend_and_ready_for_training(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_a_missing_pad_token_is_chosen_and_logged(
     )
     model = tiny.model()
     model.set_input_embeddings(nn.Embedding(rows, 32))
-    loading.prepare_tokenizer(words_only, model, None)
+    prepare_tokenizer(words_only, model, None)
     assert words_only.pad_token == expected
     assert words_only.pad_token_id < rows
     assert f"it has no pad token; using {expected!r}" in caplog.text

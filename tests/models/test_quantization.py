@@ -16,6 +16,7 @@ from tests.models.adapted import adapted, load, logits_of, merged
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer, backends
 from unsloth_fast.models import place, quantization
+from unsloth_fast.models.layers import read_layers
 
 REFERENCE = backends.resolve("reference")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -91,7 +92,7 @@ def test_a_layer_is_read_if_the_source_of_the_class_reads_its_weight() -> None:
     """Code that initialises the weight or asks for its device does not read it; the source of a subclass counts too."""
     derived = type("Derived", (Reader,), {"__module__": __name__})
     for kind in (Reader, derived):
-        assert quantization.read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}
+        assert read_layers(nn.Sequential(kind())) == {"0.read", "0.block.deep"}
 
 
 @pytest.mark.parametrize(("name", "bits"), [("granitemoehybrid", 4), ("gemma3", 4), ("phi3", 8)])

@@ -1,10 +1,12 @@
-"""Training runs of one process or of one of several: `python -m tests.trainer.rank FOLDER RUNS`, the runs as JSON.
+"""Training runs of one process or of one of several, or evaluations.
 
+`python -m tests.trainer.rank FOLDER RUNS` with the runs as JSON, `null` among them for evaluations without a training.
 Each process saves its results to FOLDER.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 
 from conformance.interpreter import patch_for_speed
 from tests import tiny
+from tests.trainer import test_evaluation
 from tests.trainer.runs import BATCHINGS, TRAINED, arguments, build
 from unsloth_fast import UnslothTrainer
 
@@ -99,16 +102,31 @@ def train(folder: Path, run: Run, rows: int) -> dict[str, Any]:
     return trace | {"groups": groups, "shards": shards}
 
 
+def evaluations(folder: Path) -> dict[tuple[str, int, bool], tuple[dict[str, Any], dict[str, Any]]]:
+    """The results and the log of evaluations by batching, rows per microbatch, and whether without metrics."""
+    found = {}
+    with tiny.KeepFloat64():
+        for batching, options in test_evaluation.BATCHINGS.items():
+            for size in (1, 2, 3):
+                for metrics in (None, lambda prediction: {"rows": len(prediction.label_ids)}):
+                    args = arguments(folder, per_device_eval_batch_size=size, **options)
+                    data = {"eval_dataset": test_evaluation.texts(), "compute_metrics": metrics}
+                    trainer: Any = build(UnslothTrainer, args, **data)
+                    found[batching, size, metrics is None] = trainer.evaluate(), trainer.state.log_history[-1]
+    return found
+
+
 def main(folder: str, runs: str) -> None:
     """Run each training in turn and save the results of this process."""
-    found = [train(Path(folder) / str(index), Run(**run), rows=1) for index, run in enumerate(json.loads(runs))]
+    folders = ((Path(folder) / str(index), run) for index, run in enumerate(json.loads(runs)))
+    found = [train(own, Run(**run), rows=1) if run else evaluations(own) for own, run in folders]
     torch.save(found, Path(folder) / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
-def as_json(runs: list[Run]) -> str:
+def as_json(runs: Sequence[Run | None]) -> str:
     """The runs as an argument of the command line."""
-    return json.dumps([asdict(run) for run in runs])
+    return json.dumps([run and asdict(run) for run in runs])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from trl import SFTConfig
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainer, UnslothTrainingArguments
-from unsloth_fast.arguments import ResolvedArguments, as_sft_config, check_device, rename_arguments, resolve_arguments
+from unsloth_fast.arguments import ResolvedArguments, check_device, resolve_arguments
+from unsloth_fast.arguments.sft_config import as_sft_config, rename_arguments
 from unsloth_fast.data.preparation import Preparation
 
 PARAMETERS = ("data_collator", "train_dataset", "eval_dataset", "processing_class", "callbacks")

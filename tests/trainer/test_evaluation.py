@@ -1,9 +1,6 @@
-"""Evaluation: the mean over all targets of a data set, for any batches and any number of processes."""
+"""Evaluation: the mean over all targets of a data set, for any batches; `test_processes.py` has several processes."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,52 +87,6 @@ def test_a_prediction_step_works_alone(tmp_path: Path) -> None:
     loss, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
     assert loss.item() == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     assert logits is None and labels is None
-
-
-RANK = """
-import sys, torch
-from tests import tiny
-from tests.trainer.runs import arguments, build
-from tests.trainer.test_evaluation import BATCHINGS, texts
-from unsloth_fast import UnslothTrainer
-found = {}
-with tiny.KeepFloat64():
-    for batching, options in BATCHINGS.items():
-        for size in (1, 2, 3):
-            for metrics in (None, lambda prediction: {"rows": len(prediction.label_ids)}):
-                args = arguments(sys.argv[1], per_device_eval_batch_size=size, **options)
-                trainer = build(UnslothTrainer, args, eval_dataset=texts(), compute_metrics=metrics)
-                found[batching, size, metrics is None] = trainer.evaluate(), trainer.state.log_history[-1]
-torch.save(found, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
-    """The accuracy is equal too: the up to two documents that accelerate repeats to fill the last batch count once."""
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "rank.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    with tiny.KeepFloat64():
-        expected = pytest.approx(by_hand(texts()), rel=1e-12)
-    alone = build(UnslothTrainer, arguments(tmp_path), eval_dataset=texts(), compute_metrics=lambda prediction: {})
-    alone.evaluate()
-    accuracy = alone.state.log_history[-1]["eval_mean_token_accuracy"]
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert len(found) == 24
-        for (batching, _, without_metrics), (logged, history) in found.items():
-            assert logged["eval_loss"] == expected, batching
-            if not without_metrics:
-                assert history["eval_mean_token_accuracy"] == accuracy, batching
-                assert logged["eval_rows"] == 7 or BATCHINGS[batching].get("eval_packing", True), batching
 
 
 # The losses of the batches, their targets, whether batches that are not finite are left out, and the mean.

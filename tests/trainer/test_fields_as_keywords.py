@@ -11,7 +11,7 @@ from trl import SFTConfig
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import UnslothTrainingArguments
-from unsloth_fast.arguments import rename_arguments
+from unsloth_fast.arguments.sft_config import rename_arguments
 
 PARAMETERS = ("train_dataset", "processing_class")
 

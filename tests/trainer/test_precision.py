@@ -14,7 +14,7 @@ from trl import SFTConfig
 from tests import tiny
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments
-from unsloth_fast.arguments import as_sft_config
+from unsloth_fast.arguments.sft_config import as_sft_config
 from unsloth_fast.compat import patch_trl
 from unsloth_fast.hooks.optimizer import check_trainable
 

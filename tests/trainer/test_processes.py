@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tiny
 from tests.trainer import rank
 from tests.trainer.rank import Run
-from tests.trainer.runs import plain_trl
+from tests.trainer.runs import arguments, build, plain_trl
+from tests.trainer.test_evaluation import BATCHINGS, by_hand, texts
+from unsloth_fast import UnslothTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -50,8 +53,8 @@ Found = list[tuple[dict[str, Any], dict[str, Any]]]  # per run, the results of b
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """The results by name; torchrun starts once for all that it runs, as starting takes longer than a run."""
-    of_torchrun = {name: runs for name, runs in RUNS.items() if name != "accelerate"}
-    of_torchrun |= {"float64": [EXACT, PLAIN, FAST], "bfloat16": [BFLOAT16]}
+    of_torchrun: dict[str, Sequence[Run | None]] = {name: runs for name, runs in RUNS.items() if name != "accelerate"}
+    of_torchrun |= {"float64": [EXACT, PLAIN, FAST], "bfloat16": [BFLOAT16], "evaluations": [None]}
     every = launch(
         tmp_path_factory.mktemp("torchrun"), TORCHRUN, [run for runs in of_torchrun.values() for run in runs]
     )
@@ -60,7 +63,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     return found | {"accelerate": launch(tmp_path_factory.mktemp("accelerate"), ACCELERATE, RUNS["accelerate"])}
 
 
-def launch(folder: Path, launcher: list[str], runs: list[Run]) -> Found:
+def launch(folder: Path, launcher: list[str], runs: Sequence[Run | None]) -> Found:
     """The results of both processes for each run."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "tests.trainer.rank", str(folder), rank.as_json(runs)],
@@ -68,7 +71,7 @@ def launch(folder: Path, launcher: list[str], runs: list[Run]) -> Found:
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return list(zip(*(torch.load(folder / f"{index}.pt", weights_only=False) for index in (0, 1)), strict=True))
@@ -136,3 +139,20 @@ def test_the_loss_of_a_sharded_bfloat16_run_is_float32(found: dict[str, Found]) 
         assert one["shards"] and len(losses) == 8
         assert not torch.equal(losses, losses.bfloat16().float())
         assert (losses[:-1] != losses[:-1].bfloat16().float()).all()
+
+
+def test_two_processes_evaluate_like_one(tmp_path: Path, found: dict[str, Found]) -> None:
+    """The accuracy is equal too: the up to two documents that accelerate repeats to fill the last batch count once."""
+    with tiny.KeepFloat64():
+        expected = pytest.approx(by_hand(texts()), rel=1e-12)
+    alone: Any = build(UnslothTrainer, arguments(tmp_path), eval_dataset=texts(), compute_metrics=lambda prediction: {})
+    alone.evaluate()
+    accuracy = alone.state.log_history[-1]["eval_mean_token_accuracy"]
+    (two,) = found["evaluations"]
+    for one in two:
+        assert len(one) == 24
+        for (batching, _, without_metrics), (logged, history) in one.items():
+            assert logged["eval_loss"] == expected, batching
+            if not without_metrics:
+                assert history["eval_mean_token_accuracy"] == accuracy, batching
+                assert logged["eval_rows"] == 7 or BATCHINGS[batching].get("eval_packing", True), batching

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +26,23 @@ OPTIONS = {
     "embedding_learning_rate": 1e-4,
 }
 
+STOPS = [("between steps", 4), ("while saving", 5), ("while saving", 1)]
+
+# One process imports what trains, and forks one that is killed per stop.
 KILLED = """
 import os, signal, sys
+from pathlib import Path
 from transformers import TrainerCallback
 from unsloth_fast import UnslothTrainer
 from tests.trainer.runs import arguments, build
-from tests.trainer.test_resume import OPTIONS
+from tests.trainer.test_resume import OPTIONS, STOPS
 
-folder, moment, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for index, (moment, step) in enumerate(STOPS):
+    if (child := os.fork()) == 0:
+        break
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+else:
+    sys.exit()
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -50,29 +58,35 @@ class Killed(UnslothTrainer):
             kill()
         super()._save_optimizer_and_scheduler(*positional)
 
-build(Killed, arguments(folder, **OPTIONS), lora=True, callbacks=[Kill()]).train()
+build(Killed, arguments(Path(sys.argv[1]) / str(index), **OPTIONS), lora=True, callbacks=[Kill()]).train()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "step", "left"), [("between steps", 4, 4), ("while saving", 5, 4), ("while saving", 1, None)]
-)
-def test_a_killed_run_resumes_with_the_same_bits(
-    tmp_path: Path, moment: str, step: int, left: int | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It resumes from its last complete checkpoint. An incomplete one is logged and ignored."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of the killed runs."""
+    folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), moment, str(step)],
+        [sys.executable, "-c", KILLED, str(folder)],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=300,
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert (tmp_path / f"checkpoint-{step}").exists()
-    resumed = build(UnslothTrainer, arguments(tmp_path, **OPTIONS), lora=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [folder / str(index) for index, _ in enumerate(STOPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "left"), enumerate((4, 4, None)))
+def test_a_killed_run_resumes_with_the_same_bits(
+    tmp_path: Path, killed: list[Path], index: int, left: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It resumes from its last complete checkpoint. An incomplete one is logged and ignored."""
+    (moment, step), folder = STOPS[index], killed[index]
+    assert (folder / f"checkpoint-{step}").exists()
+    resumed = build(UnslothTrainer, arguments(folder, **OPTIONS), lora=True)
     if left is None:
         with pytest.raises(ValueError, match="resume_from_checkpoint: got True; allowed: False, as"):
             resumed.train(resume_from_checkpoint=True)

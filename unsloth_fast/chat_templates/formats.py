@@ -36,10 +36,9 @@ def quoted(text: str) -> str:
 def turns(
     user: tuple[str, str],
     assistant: tuple[str, str, str],
-    system: tuple[str, str] | None = None,
+    system: tuple[str, str] | None,
     *,
     bos: bool = True,
-    content: str = "message['content']",
 ) -> str:
     """A template in which every role has fixed text before and after its content.
 
@@ -48,16 +47,15 @@ def turns(
         assistant: the generation prompt, what separates it from an answer, and the text after an answer.
         system: as `user`; None where the format has no system role.
         bos: whether the text begins with the tokenizer's begin token.
-        content: the Jinja expression of a message's content.
     """
     prompt, lead, end = assistant
-    roles = [("user", f"{{{{- {_joined(user[0], content, user[1])} }}}}")]
-    answer = f"{{{{- {_joined(lead, content, end)} }}}}"
+    roles = [("user", f"{{{{- {_content(*user)} }}}}")]
+    answer = f"{{{{- {_content(lead, end)} }}}}"
     roles.append(
         ("assistant", f"{{{{- {quoted(prompt)} }}}}{{%- generation %}}{answer}{{%- endgeneration %}}"),
     )
     if system is not None:
-        roles.append(("system", f"{{{{- {_joined(system[0], content, system[1])} }}}}"))
+        roles.append(("system", f"{{{{- {_content(*system)} }}}}"))
     branches = "{%- el".join(f"if message['role'] == '{role}' %}}\n        {text}\n    " for role, text in roles)
     begin = "{{- bos_token }}\n" if bos else ""
     return f"""{begin}{{%- for message in messages %}}
@@ -75,8 +73,9 @@ def refusal(*roles: str) -> str:
     return f"{{{{- raise_exception(\"role: got '\" ~ message['role'] ~ \"'; allowed: {', '.join(roles)}\") }}}}"
 
 
-def _joined(before: str, content: str, after: str) -> str:
-    return " + ".join((*([quoted(before)] if before else []), content, *([quoted(after)] if after else [])))
+def _content(before: str, after: str) -> str:
+    """The Jinja expression of a message's content between fixed text."""
+    return " + ".join(filter(None, (before and quoted(before), "message['content']", after and quoted(after))))
 
 
 TRIMMED = "message['content'] | trim"

@@ -86,9 +86,7 @@ _ROTATIONS = (
 _ROTATIONS_OF_LAST = (Rotation(True, _twice, _same, last=True),)  # as in DeepSeek V4
 
 
-def attention_placement(
-    module: nn.Module, backend: Backend, known: dict[Hashable, Found] | None = None
-) -> Placement | None:
+def attention_placement(module: nn.Module, backend: Backend, known: dict[Hashable, Found]) -> Placement | None:
     """The backend's rope and the forward with it; None for a module whose forward does not rotate as `rope` does.
 
     Where the norms of the heads stand directly before the rotation, qk_norm_rope computes both, and lora_linears the
@@ -107,7 +105,7 @@ def attention_placement(
     shared = shared_layers(module, backend)
     layers = tuple(layer.name for layer in shared)
     project = (together(shared, backend.kernels.lora_linears),) if shared else ()
-    rotation = _with_norms(module, backend, found, functions, {} if known is None else known)
+    rotation = _with_norms(module, backend, found, functions, known)
     make = recompiled(own, tuple(found), norms=True, shared=layers) if rotation else None
     operation = "rope" if make is None else "qk_norm_rope"
     if make is None:

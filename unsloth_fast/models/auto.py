@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from unsloth_fast.models import loading
 from unsloth_fast.models.quantization import bits_config
+from unsloth_fast.models.source import HUB_KEYWORDS, find_source
 
 _NAME = "from_pretrained"
 
@@ -33,8 +34,8 @@ def _from_pretrained(
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_8bit: got True and load_in_4bit=True; allowed: one of the two")
     if load_in_4bit or load_in_8bit:
-        hub = {key: keywords[key] for key in (*loading.HUB_KEYWORDS, "token", "trust_remote_code") if key in keywords}
-        source = loading.find_source(name, hub)
+        hub = {key: keywords[key] for key in (*HUB_KEYWORDS, "token", "trust_remote_code") if key in keywords}
+        source = find_source(name, hub)
         model_config = AutoConfig.from_pretrained(source.base, **source.base_hub)
         trusted = bool(hub.get("trust_remote_code"))
         plain = loading.empty_model(loading.model_class(model_config), model_config, trusted)

@@ -5,13 +5,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.quantization import text_names
+from unsloth_fast.models.layers import is_lora, last_parts, text_names
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def layers_beside_experts(base: PreTrainedModel) -> set[str]:
     modules = dict(base.named_modules())
     if not any(isinstance(module, ParamWrapper) for module in modules.values()):
         return set()
-    adapted = ends(name for name, module in modules.items() if is_lora(module))
+    adapted = last_parts(name for name, module in modules.items() if is_lora(module))
     named = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     of_experts = {name for name in named if name.rpartition(".")[2] in set(_OF_EXPERTS).difference(adapted)}
     return text_names(base, of_experts)
@@ -36,7 +35,7 @@ def layers_beside_experts(base: PreTrainedModel) -> set[str]:
 def _experts_without_lora(base: PreTrainedModel) -> set[str]:
     """The experts of the text model, whose weights are [E, O, I], if dense layers of their names have LoRA alone."""
     modules = dict(base.named_modules())
-    adapted = ends(name for name, module in modules.items() if is_lora(module))
+    adapted = last_parts(name for name, module in modules.items() if is_lora(module))
     if set(_OF_EXPERTS).isdisjoint(adapted) or any(isinstance(module, ParamWrapper) for module in modules.values()):
         return set()
     weights = (name for name, weight in base.named_parameters() if weight.ndim == 3)
@@ -67,13 +66,3 @@ def warn_of_layers_left(model: nn.Module) -> None:
 
 def _listed(paths: Iterable[str]) -> str:
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", path) for path in paths}))
-
-
-def is_lora(module: nn.Module) -> bool:
-    """Whether a module is a layer with LoRA, not a wrapper of a parameter."""
-    return isinstance(module, LoraLayer) and not hasattr(module, "parameter_name")
-
-
-def ends(paths: Iterable[str]) -> list[str]:
-    """The last parts of names, sorted."""
-    return sorted({path.rpartition(".")[2] for path in paths})

@@ -8,11 +8,23 @@ from transformers import PreTrainedConfig
 
 # TRL turns on the load-balancing loss of experts, and sets its coefficient.
 _CHANGED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+_LOADED = "unsloth_loaded"  # the attribute of a model with the values that were loaded
 
 
 def changed_by_trainers(config: PreTrainedConfig) -> list[dict[str, object]]:
     """The values of these fields, in a configuration and in its text part; without those that it does not have."""
     return [{name: value for name, value in vars(part).items() if name in _CHANGED} for part in _parts(config)]
+
+
+def remember_fields(model: Any) -> None:
+    """Let a model remember the values that these fields have when this function is first called on it."""
+    if _LOADED not in vars(model):
+        setattr(model, _LOADED, changed_by_trainers(model.config))
+
+
+def loaded_fields(model: Any) -> list[dict[str, object]]:
+    """The values that a model remembers, or those that it has."""
+    return getattr(model, _LOADED, changed_by_trainers(model.config))
 
 
 def restore(config: PreTrainedConfig, values: list[dict[str, object]]) -> None:

@@ -20,9 +20,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from unsloth_fast.backends import Backend
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.loading import Source
 from unsloth_fast.models.protocols import Placement
 from unsloth_fast.models.quantization import kept_modules, stored_form
+from unsloth_fast.models.source import Source
 from unsloth_fast.seams import overrides
 from unsloth_ref.float8_checks import BLOCK, FLOAT8, blocks
 from unsloth_ref.kernels import fp8_dequantize

@@ -21,7 +21,7 @@ Make = Callable[..., Callable[..., Any]]
 
 @cache
 def recompiled(
-    forward: FunctionType, names: tuple[str, ...], *, norms: bool = False, shared: tuple[str, ...] = ()
+    forward: FunctionType, names: tuple[str, ...], *, shared: tuple[str, ...], norms: bool = False
 ) -> Make | None:
     """The forward, compiled again: takes functions for these names, and returns the forward that calls them.
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from unsloth_fast.models.head import without_adapter
-from unsloth_fast.models.quantization import read_layers, role, routers, text_names
+from unsloth_fast.models.layers import last_parts, read_layers, role, routers, text_names
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def choose_targets(
     layers = {name for name, layer in modules.items() if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
     linear = layers & text
     never = read_layers(base)
-    own_names = sorted({name.rpartition(".")[2] for name in linear - never})
+    own_names = last_parts(linear - never)
     _check_saved(saved, modules, own_names)
     of_experts = ["gate_up_proj", "down_proj"] if asked is None and parts.asked else []
     usable = linear - routers(base, {name: modules[name] for name in linear})
@@ -118,8 +118,9 @@ def choose_targets(
     read = never & matched
     chosen = {name for name in matched if name in text and name not in read and parts.include(name)}
     if read:
-        named = sorted({name.rpartition(".")[2] for name in read})
-        logger.warning("target_modules: %s: no LoRA, as their weights are read without a call", ", ".join(named))
+        logger.warning(
+            "target_modules: %s: no LoRA, as their weights are read without a call", ", ".join(last_parts(read))
+        )
     if not chosen and not parameters:
         left = "none is left in the parts asked for" if matched or parts.asked else "the model has none"
         raise ValueError(
@@ -154,11 +155,11 @@ def _names(asked: list[str] | str | None, linear: Iterable[str], parts: Parts) -
     """What was asked for, or the usual layers where nothing was, as one list of names or a pattern."""
     if asked is not None:
         return asked if isinstance(asked, str) else list(dict.fromkeys(asked))
-    own = {name.rpartition(".")[2] for name in linear}
     if parts.asked:
-        return sorted({name.rpartition(".")[2] for name in linear if role(name) and parts.include(name)})
-    if not own.intersection(_USUAL):
-        allowed = ", ".join(sorted(own))
+        return last_parts(name for name in linear if role(name) and parts.include(name))
+    own = last_parts(linear)
+    if set(_USUAL).isdisjoint(own):
+        allowed = ", ".join(own)
         raise ValueError(f"target_modules: got None, and the model has none of {_USUAL}; allowed: {allowed}")
     return list(_USUAL)
 

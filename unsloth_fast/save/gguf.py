@@ -1,130 +1,115 @@
-"""GGUF files, which llama.cpp and Ollama read, written by llama.cpp's own programs."""
+"""A merged model as GGUF files, which llama.cpp and Ollama read, on disk or on the hub."""
 
-import logging
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
+import json
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-logger = logging.getLogger(__name__)
+from transformers import PreTrainedTokenizerBase
 
-_CONVERTER = "convert_hf_to_gguf.py"
-_QUANTIZER = "llama-quantize"
-_FOLDER = "LLAMA_CPP_DIR"
-
-_ALIASES = {
-    "not_quantized": "f16",
-    "fast_quantized": "q8_0",
-    "quantized": "q4_k_m",
-    "q4_k": "q4_k_m",
-    "q5_k": "q5_k_m",
-    "q3_k": "q3_k_m",
-}
-_BY_CONVERTER = ("f32", "f16", "bf16", "q8_0")
-_BY_QUANTIZER = (
-    *("q2_k", "q2_k_l", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m"),
-    *("q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m"),
-    *("iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
-)
-ALLOWED_QUANTS = (*_BY_CONVERTER, *_BY_QUANTIZER, *_ALIASES)
+from unsloth_fast.models.generation import TOKENIZER
+from unsloth_fast.models.head import without_adapter
+from unsloth_fast.save import hub, llama_cpp
+from unsloth_fast.save.arguments import SAVE_METHODS, check_saving
+from unsloth_fast.save.merged import Model, save_pretrained_merged
+from unsloth_ref import checks
 
 
-def resolve_methods(asked: str | Iterable[str] | None) -> list[str]:
-    """llama.cpp's names of the quantisation methods asked for, each once.
+def save_pretrained_gguf(
+    model: Model,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | Iterable[str] | None = "fast_quantized",
+    **kwargs: Any,
+) -> list[str]:
+    """Merge a model, save it, and convert it to GGUF files by llama.cpp's own programs.
 
-    Raises:
-        ValueError: an unknown method.
-    """
-    given = [asked or "fast_quantized"] if asked is None or isinstance(asked, str) else list(asked)
-    methods = [str(method).lower() for method in given]
-    for method in methods:
-        if method not in ALLOWED_QUANTS:
-            raise ValueError(f"quantization_method: got {method!r}; allowed: {', '.join(ALLOWED_QUANTS)}")
-    return list(dict.fromkeys(_ALIASES.get(method, method) for method in methods))
-
-
-def find_programs(methods: Iterable[str]) -> dict[str, list[str]]:
-    """The commands of llama.cpp that these methods need, by the names of its programs.
-
-    Searched are the folder in LLAMA_CPP_DIR, with its build/bin, and PATH.
-
-    Raises:
-        RuntimeError: one is missing.
-    """
-    methods = list(methods)
-    needed = [_CONVERTER] if set(methods) <= set(_BY_CONVERTER) else [_CONVERTER, _QUANTIZER]
-    found = {}
-    for name in needed:
-        path = _find(name)
-        if path is None:
-            raise RuntimeError(
-                f"quantization_method: got {', '.join(methods)}, and llama.cpp's {name} is neither in {_FOLDER} nor on "
-                f"PATH; allowed: any method, once {_FOLDER} names the folder of llama.cpp "
-                f"(https://github.com/ggml-org/llama.cpp). Or save the model with save_pretrained_merged('model', "
-                f"tokenizer) and run: {_by_hand(methods)}"
-            )
-        found[name] = [sys.executable, path] if path.endswith(".py") else [path]
-    return found
-
-
-def _find(name: str) -> str | None:
-    folder = os.environ.get(_FOLDER)
-    if folder:
-        for path in (Path(folder) / name, Path(folder) / "build" / "bin" / name):
-            if path.is_file():
-                return str(path)
-    on_path = [Path(entry) / name for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
-    return shutil.which(name) or next((str(path) for path in on_path if path.is_file()), None)
-
-
-def _by_hand(methods: list[str]) -> str:
-    """The commands to type that write these files."""
-    direct = [method for method in methods if method in _BY_CONVERTER]
-    others = [method for method in methods if method not in _BY_CONVERTER]
-    commands = [f"python {_CONVERTER} model --outfile model.{m}.gguf --outtype {m}" for m in direct]
-    if others and "bf16" not in direct:
-        commands.append(f"python {_CONVERTER} model --outfile model.bf16.gguf --outtype bf16")
-    commands += [f"{_QUANTIZER} model.bf16.gguf model.{m}.gguf {m.upper()}" for m in others]
-    return " && ".join(commands)
-
-
-def convert(folder: Path, target: Path, name: str, methods: list[str], wide: str) -> list[str]:
-    """Write GGUF files of a saved model.
+    `convert_hf_to_gguf.py`, and for other methods than f32, f16, bf16 and q8_0 also `llama-quantize`, must be in the
+    folder that LLAMA_CPP_DIR names, or on PATH.
 
     Args:
-        folder: the folder of the model, with its tokenizer.
-        target: the folder for the files.
-        name: what the files' names begin with; name.Q8_0.gguf is that of method q8_0.
-        methods: the result of `resolve_methods`.
-        wide: the method without loss, "bf16" or "f16", from which llama-quantize starts.
+        model: the model.
+        save_directory: the folder for the merged model and the GGUF files.
+        tokenizer: becomes part of the files. None for the one that was loaded with the model.
+        quantization_method: one of llama.cpp's methods, such as "q8_0" or "q4_k_m", or several. "not_quantized",
+            "fast_quantized" and "quantized" stand for f16, q8_0 and q4_k_m.
+        **kwargs: further keywords of `save_pretrained_merged`; of save_method only "merged_16bit".
 
     Returns:
-        The paths of the files, one per method.
+        The paths of the GGUF files, one per method; none with is_main_process=False, where nothing is written.
 
     Raises:
-        RuntimeError: a program is missing or failed; the message holds the end of its output.
+        ValueError: an unknown method or another save_method, or no tokenizer.
+        TypeError: an unknown keyword.
+        RuntimeError: a program of llama.cpp is missing or failed.
     """
-    programs = find_programs(methods)
-    paths = {method: target / f"{name}.{method.upper()}.gguf" for method in methods}
-    by_quantizer = [method for method in methods if method not in _BY_CONVERTER]
-    start = paths.get(wide, target / f"{name}.{wide.upper()}.gguf")
-    direct = {method: path for method, path in paths.items() if method in _BY_CONVERTER}
-    if by_quantizer:
-        direct[wide] = start
-    for method, path in direct.items():
-        _run([*programs[_CONVERTER], str(folder), "--outfile", str(path), "--outtype", method])
-    for method in by_quantizer:
-        _run([*programs[_QUANTIZER], str(start), str(paths[method]), method.upper()])
-    if wide not in methods:
-        start.unlink(missing_ok=True)
-    return [str(path) for path in paths.values()]
+    methods, tokenizer = _check_converting(save_pretrained_gguf, model, tokenizer, quantization_method, kwargs)
+    if not kwargs.get("is_main_process", True):
+        return []
+    folder = Path(save_directory)
+    save_pretrained_merged(model, folder, tokenizer, **kwargs)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    wide = "f16" if stored == "float16" else "bf16"
+    return llama_cpp.convert(folder, folder, folder.resolve().name, methods, wide)
 
 
-def _run(command: list[str]) -> None:
-    logger.info("running: %s", " ".join(command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        output = "\n".join(f"{done.stdout}\n{done.stderr}".strip().splitlines()[-20:])
-        raise RuntimeError(f"llama.cpp: {' '.join(command)} ended with status {done.returncode}:\n{output}")
+def push_to_hub_gguf(
+    model: Model,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | Iterable[str] | None = "fast_quantized",
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload GGUF files",
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> str | None:
+    """Convert a model as `save_pretrained_gguf` does, and upload the GGUF files to a repository of the hub.
+
+    Args:
+        model: the model.
+        repo_id: the repository, which is created if it does not exist; its name begins the files' names.
+        tokenizer: as in `save_pretrained_gguf`.
+        quantization_method: as in `save_pretrained_gguf`.
+        token: for the hub.
+        private: whether a new repository is private.
+        commit_message: of the upload.
+        commit_description: of the upload.
+        create_pr: whether to open a pull request instead of a commit.
+        revision: the branch to commit to.
+        **kwargs: as in `save_pretrained_gguf`.
+
+    Returns:
+        The address of the commit; None with is_main_process=False, where nothing is uploaded.
+    """
+    _check_converting(push_to_hub_gguf, model, tokenizer, quantization_method, kwargs)
+    if not kwargs.get("is_main_process", True):
+        return None
+    repository = hub.create_repository(repo_id, token, private, "save_pretrained_gguf")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / repo_id.rpartition("/")[2]
+        save_pretrained_gguf(model, folder, tokenizer, quantization_method, **kwargs)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return hub.upload_folder(repository, str(folder), revision=revision, allow_patterns="*.gguf", **commit)
+
+
+def _check_converting(
+    method: Callable[..., Any],
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
+    asked: str | Iterable[str] | None,
+    options: dict[str, Any],
+) -> tuple[list[str], Any]:
+    """Check the arguments of a method that writes GGUF files; return llama.cpp's methods and the tokenizer."""
+    methods = llama_cpp.resolve_methods(asked)
+    checks.one_of("save_method", options.get("save_method", SAVE_METHODS[0]), SAVE_METHODS[:1])
+    check_saving(method, model, SAVE_METHODS[0], {name: options[name] for name in options if name != "save_method"})
+    tokenizer = tokenizer or getattr(without_adapter(model), TOKENIZER, None)
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None; allowed: a tokenizer, which a GGUF file holds")
+    llama_cpp.find_programs(methods)
+    return methods, tokenizer

@@ -5,8 +5,6 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-__all__ = ["create_repository", "upload_folder"]
-
 # Releases of huggingface_hub use different HTTP libraries; this error derives from the library's own.
 _ERRORS: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.models import uncommon
+from tests.models import own_layers
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, backends
 from unsloth_fast.models import place
@@ -89,8 +89,8 @@ def error(found: list[Tensor], right: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
-@pytest.mark.parametrize("kind", uncommon.LAYERS)
-def test_a_model_that_nobody_has_heard_of(
+@pytest.mark.parametrize("kind", own_layers.LAYERS)
+def test_a_model_with_layers_of_its_own(
     kind: str, backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The losses and every gradient are those of the untouched model in float64, with one document at a time.
@@ -98,12 +98,12 @@ def test_a_model_that_nobody_has_heard_of(
     The fast kernels compute in float32: the error of all together is at most twice that of the untouched model then.
     """
     dtype = torch.float64 if backend == "reference" else torch.float32
-    model = uncommon.model(kind, dtype)
+    model = own_layers.model(kind, dtype)
     peer = copy.deepcopy(model)
     with caplog.at_level("INFO"):
         batches, results = trained(model, tmp_path, backend=backend)
     said = " ".join(caplog.messages)
-    assert (REASON in said) == (kind in uncommon.PADDED) == ("cu_seq_lens_q" not in batches[0])
+    assert (REASON in said) == (kind in own_layers.PADDED) == ("cu_seq_lens_q" not in batches[0])
     assert f"operations placed: {PLACED[kind]}" in said
     of_peer = alone(peer, batches)
     right = alone(peer.double(), batches)
@@ -116,14 +116,14 @@ def test_a_model_that_nobody_has_heard_of(
 
 def test_a_mask_made_by_hand_for_long_rows_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No short run shows it; the attention does."""
-    own, by_hand = uncommon.HelpedModel.masks_for, uncommon.HandMadeModel.masks_for
+    own, by_hand = own_layers.HelpedModel.masks_for, own_layers.HandMadeModel.masks_for
 
     def masks_for(self: Any, states: Tensor, padding: Tensor | None, places: Tensor) -> tuple[Any, Any]:
         long = states.shape[1] > 20
         return by_hand(self, states, None, places) if long else own(self, states, padding, places)
 
-    model = uncommon.model("helped")
-    monkeypatch.setattr(uncommon.HelpedModel, "masks_for", masks_for)
+    model = own_layers.model("helped")
+    monkeypatch.setattr(own_layers.HelpedModel, "masks_for", masks_for)
     assert place(model, backends.resolve("reference"))["packed_attention"] == 2
     assert model(**tiny.packed([7, 5])).logits.shape[1] == 12
     with pytest.raises(
@@ -135,7 +135,7 @@ def test_a_mask_made_by_hand_for_long_rows_alone_is_refused(monkeypatch: pytest.
 
 def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
     """It takes neither positions nor a cache."""
-    model = uncommon.model("alibi", of=uncommon.WithoutKeywords)
+    model = own_layers.model("alibi", of=own_layers.WithoutKeywords)
     untouched = copy.deepcopy(model)
     batches, results = trained(model, tmp_path)
     for found, right in zip(results, alone(untouched, batches), strict=True):
@@ -144,7 +144,7 @@ def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
 
 def test_a_configuration_without_the_size_of_the_vocabulary(tmp_path: Path) -> None:
     """The embedding has it; no row of the data is checked against it."""
-    model: Any = uncommon.model("interface")
+    model: Any = own_layers.model("interface")
     model.get_input_embeddings = lambda: model.model.tokens
     del model.config.vocab_size
     untouched = copy.deepcopy(model)
@@ -159,20 +159,20 @@ def test_a_model_that_cannot_be_checkpointed(
     asked: bool | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is trained without, unless it is asked for."""
-    model: Any = uncommon.model("interface", torch.float32)
+    model: Any = own_layers.model("interface", torch.float32)
     settings = {"gradient_checkpointing": asked}
     if asked:
-        with pytest.raises(ValueError, match=r"^UncommonForCausalLM (does not support|is not compatible with) "):
+        with pytest.raises(ValueError, match=r"^OwnForCausalLM (does not support|is not compatible with) "):
             trained(model, tmp_path, **settings)
         return
     trained(model, tmp_path, **settings)
-    assert "gradient_checkpointing: off, because a UncommonForCausalLM has no support for it" in caplog.messages
+    assert "gradient_checkpointing: off, because a OwnForCausalLM has no support for it" in caplog.messages
     model.get_input_embeddings = lambda: model.model.tokens
     adapted = FastLanguageModel.get_peft_model(model, target_modules=["qkv"])
     assert adapted.get_base_model().unsloth_gradient_checkpointing is False
 
 
 def test_a_forward_that_returns_a_tuple_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    model = uncommon.model("alibi", of=uncommon.WithTuples)
+    model = own_layers.model("alibi", of=own_layers.WithTuples)
     with pytest.raises(TypeError, match=r"^WithTuples\.forward: got a tuple; allowed: an output with the attribute"):
         trained(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Modules that no library has, in a tiny Llama: some join the tokens of a row, others do not."""
+"""Modules and models of no library: some join the documents of a row, others keep them apart."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from tests import tiny
-from tests.models.unheard import UnheardConfig, UnheardForCausalLM, UnheardModel
+from tests.models.windowed import WindowedConfig, WindowedForCausalLM, WindowedModel
 
 HIDDEN = 32
 
@@ -134,18 +134,14 @@ def with_own_forward() -> PreTrainedModel:
     return model
 
 
-class CopiedConfigModel(UnheardModel):
+class CopiedConfigModel(WindowedModel):
     """One of its masks is made from a configuration of its own, for another implementation than the model's."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         states = self.embed_tokens(input_ids)
-        local = UnheardConfig(attn_implementation="sdpa")
+        local = WindowedConfig(attn_implementation="sdpa")
         masks = (
             create_causal_mask(self.config, states, attention_mask, None, position_ids),
             create_sliding_window_causal_mask(local, states, attention_mask, None, position_ids),
@@ -156,8 +152,8 @@ class CopiedConfigModel(UnheardModel):
 
 
 def with_copied_config() -> PreTrainedModel:
-    config = UnheardConfig()
-    model = UnheardForCausalLM(config)
+    config = WindowedConfig()
+    model = WindowedForCausalLM(config)
     model.model = CopiedConfigModel(config)
     return model.double()
 
@@ -212,11 +208,7 @@ class ByLayer(LlamaModel):
     """A window and a base of the rotations in the second layer alone."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         x = self.embed_tokens(input_ids)
         position_ids = torch.arange(x.shape[1])[None] if position_ids is None else position_ids

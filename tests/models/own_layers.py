@@ -1,4 +1,4 @@
-"""Causal language models of people's own, written as they write them, with parts that no model of transformers has."""
+"""Language models whose attentions, masks, norms and MLPs are of their own: one kind per entry of `LAYERS`."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ from tests import tiny
 HIDDEN, HEADS, WIDTH, INNER = 32, 4, 8, 48
 
 
-class UncommonConfig(PreTrainedConfig):
-    model_type = "uncommon"
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_layers"
 
     def __init__(self, **given: Any) -> None:
         self.vocab_size, self.hidden_size, self.num_hidden_layers = len(tiny.WORDS), HIDDEN, 2
@@ -131,7 +131,7 @@ def eager_scaled_attention(
 class InterfaceAttention(nn.Module):
     """Fused projections, and transformers' interface."""
 
-    def __init__(self, config: UncommonConfig) -> None:
+    def __init__(self, config: OwnConfig) -> None:
         super().__init__()
         self.config, self.is_causal = config, True
         self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
@@ -167,26 +167,22 @@ class Parallel(Sequential):
         return self.second(x) + 0.5 * (mixed + self.mlp(normed))
 
 
-class UncommonPreTrainedModel(PreTrainedModel):
-    config_class = UncommonConfig
+class OwnPreTrainedModel(PreTrainedModel):
+    config_class = OwnConfig
     base_model_prefix = "model"
     _supports_sdpa = True
     _supports_attention_backend = True
 
 
-class UncommonModel(UncommonPreTrainedModel):
+class OwnModel(OwnPreTrainedModel):
     """The layers of a kind, which get a mask of padding."""
 
-    def __init__(self, config: UncommonConfig) -> None:
+    def __init__(self, config: OwnConfig) -> None:
         super().__init__(config)
         self.tokens, self.layers = nn.Embedding(config.vocab_size, HIDDEN), nn.ModuleList(LAYERS[config.kind](config))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -196,15 +192,11 @@ class UncommonModel(UncommonPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states)
 
 
-class MaskedModel(UncommonModel):
+class MaskedModel(OwnModel):
     """The layers of a kind, which get transformers' mask."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -220,7 +212,7 @@ def seen_by(config: Any, states: Tensor, padding: Tensor | None, places: Tensor)
     return create_causal_mask(config, states, padding, None, places)
 
 
-class HelpedModel(UncommonModel):
+class HelpedModel(OwnModel):
     """Methods make the masks, by transformers' function, which the forward does not mention."""
 
     def masks_for(self, states: Tensor, padding: Tensor | None, places: Tensor) -> tuple[Any, Any]:
@@ -228,11 +220,7 @@ class HelpedModel(UncommonModel):
         return create_causal_mask(*given, None, places), seen_by(*given, places)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -251,10 +239,10 @@ class HandMadeModel(HelpedModel):
         return seen, seen
 
 
-class UncommonForCausalLM(UncommonPreTrainedModel, GenerationMixin):
-    """A head with a bias, a factor and a squashing, whose names in the configuration nobody knows."""
+class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
+    """A head with a bias, a factor and a squashing, whose names in the configuration are its own."""
 
-    def __init__(self, config: UncommonConfig) -> None:
+    def __init__(self, config: OwnConfig) -> None:
         super().__init__(config)
         self.model = STACKS.get(config.kind, MaskedModel)(config)
         self.lm_head = nn.Linear(HIDDEN, config.vocab_size)
@@ -275,7 +263,7 @@ class UncommonForCausalLM(UncommonPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-class WithoutKeywords(UncommonForCausalLM):
+class WithoutKeywords(OwnForCausalLM):
     """Its forward takes three arguments alone, and no cache."""
 
     def forward(
@@ -284,14 +272,14 @@ class WithoutKeywords(UncommonForCausalLM):
         return super().forward(input_ids, attention_mask, None, labels)
 
 
-class WithTuples(UncommonForCausalLM):
+class WithTuples(OwnForCausalLM):
     """Its forward returns logits in a tuple."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (super().forward(*args, **kwargs).logits,)
 
 
-def _shared(config: UncommonConfig) -> list[nn.Module]:
+def _shared(config: OwnConfig) -> list[nn.Module]:
     """The same layer twice, and a third one with the attention of the first."""
     layer = Sequential(InterfaceAttention(config), TwoGates(), RootNorm)
     return [layer, layer, Sequential(layer.attention, ThreeGates(), ScaledNorm)]
@@ -309,7 +297,7 @@ class HelpedAttention(InterfaceAttention):
         return found[0].flatten(2)
 
 
-STACKS: dict[str, type[UncommonModel]] = {"alibi": UncommonModel, "own attention": UncommonModel}
+STACKS: dict[str, type[OwnModel]] = {"alibi": OwnModel, "own attention": OwnModel}
 STACKS |= {"helped": HelpedModel, "hand-made": HandMadeModel}
 PADDED = ("alibi", "own attention", "hand-made")
 LAYERS: dict[str, Any] = {
@@ -323,12 +311,10 @@ LAYERS: dict[str, Any] = {
 }
 
 
-def model(
-    kind: str, dtype: torch.dtype = torch.float64, of: type[UncommonForCausalLM] = UncommonForCausalLM
-) -> UncommonForCausalLM:
+def model(kind: str, dtype: torch.dtype = torch.float64, of: type[OwnForCausalLM] = OwnForCausalLM) -> OwnForCausalLM:
     """A model of one of `LAYERS`."""
     torch.manual_seed(0)
-    made: Any = of(UncommonConfig(kind=kind))
+    made: Any = of(OwnConfig(kind=kind))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""An architecture that nobody has heard of, written with transformers' attention interface; and its variants."""
+"""A model with a causal and a sliding-window layer, by transformers' attention interface, and variants of its masks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests import tiny
 
 
-class UnheardConfig(PreTrainedConfig):
-    model_type = "unheard"
+class WindowedConfig(PreTrainedConfig):
+    model_type = "windowed"
 
     def __init__(self, prefix: int = 0, bias: bool = False, **given: Any) -> None:
         """A prefix of positions that all tokens see; whether the scores have a bias."""
@@ -41,8 +41,8 @@ def eager_attention_forward(
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), weights
 
 
-class UnheardAttention(nn.Module):
-    def __init__(self, config: UnheardConfig) -> None:
+class WindowedAttention(nn.Module):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__()
         self.config, self.is_causal, self.num_key_value_groups = config, True, 2
         self.mixed = nn.Linear(32, 64)
@@ -68,8 +68,8 @@ def eager_attention_with_loud_sinks(module: Any, *args: Any, **given: Any) -> tu
     return heads * module.sinks[:, None], weights
 
 
-class LoudAttention(UnheardAttention):
-    def __init__(self, config: UnheardConfig) -> None:
+class LoudAttention(WindowedAttention):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__(config)
         self.sinks = nn.Parameter(torch.linspace(0.5, 2.0, 4))
 
@@ -82,36 +82,32 @@ class LoudAttention(UnheardAttention):
         return self.out(heads.flatten(2))
 
 
-class UnheardLayer(nn.Module):
-    def __init__(self, config: UnheardConfig) -> None:
+class WindowedLayer(nn.Module):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__()
-        self.attention, self.norm = UnheardAttention(config), nn.LayerNorm(32)
+        self.attention, self.norm = WindowedAttention(config), nn.LayerNorm(32)
 
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         return states + self.attention(self.norm(states), attention_mask=attention_mask, **kwargs).tanh()
 
 
-class UnheardPreTrainedModel(PreTrainedModel):
-    config_class = UnheardConfig
+class WindowedPreTrainedModel(PreTrainedModel):
+    config_class = WindowedConfig
     base_model_prefix = "model"
     _supports_sdpa = True
     _supports_attention_backend = True
 
 
-class UnheardModel(UnheardPreTrainedModel):
-    def __init__(self, config: UnheardConfig) -> None:
+class WindowedModel(WindowedPreTrainedModel):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, 32)
         self.places = nn.Embedding(config.max_position_embeddings, 32)
-        self.layers = nn.ModuleList(UnheardLayer(config) for _ in range(2))
+        self.layers = nn.ModuleList(WindowedLayer(config) for _ in range(2))
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
@@ -129,10 +125,10 @@ class UnheardModel(UnheardPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states)
 
 
-class UnheardForCausalLM(UnheardPreTrainedModel, GenerationMixin):
-    def __init__(self, config: UnheardConfig) -> None:
+class WindowedForCausalLM(WindowedPreTrainedModel, GenerationMixin):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__(config)
-        self.model = UnheardModel(config)
+        self.model = WindowedModel(config)
         self.lm_head = nn.Linear(32, config.vocab_size, bias=False)
         self.post_init()
 
@@ -150,13 +146,9 @@ class UnheardForCausalLM(UnheardPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-class OwnMaskModel(UnheardModel):
+class OwnMaskModel(WindowedModel):
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Make a causal mask that takes no notice of documents."""
         states = self.embed_tokens(input_ids)
@@ -166,40 +158,36 @@ class OwnMaskModel(UnheardModel):
         return BaseModelOutputWithPast(last_hidden_state=states)
 
 
-class UnheardWithOwnMask(UnheardForCausalLM):
-    def __init__(self, config: UnheardConfig) -> None:
+class WithOwnMask(WindowedForCausalLM):
+    def __init__(self, config: WindowedConfig) -> None:
         super().__init__(config)
         self.model = OwnMaskModel(config)
 
 
-class SlicingAttention(UnheardAttention):
+class SlicingAttention(WindowedAttention):
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Changes its mask first, as with static caches."""
         attention_mask = None if attention_mask is None else attention_mask[..., : states.shape[1]]
         return super().forward(states, attention_mask=attention_mask, **kwargs)
 
 
-class ComparingLayer(UnheardLayer):
+class ComparingLayer(WindowedLayer):
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Does something else for one implementation."""
         scale = 1.0 if self.attention.config._attn_implementation == "sdpa" else 2.0
         return states + scale * self.attention(states, attention_mask=attention_mask, **kwargs)
 
 
-class RenamingAttention(UnheardAttention):
+class RenamingAttention(WindowedAttention):
     def forward(self, states: Tensor, mask: Any = None, **kwargs: Any) -> Tensor:
         """Has its mask under another name."""
         assert ALL_ATTENTION_FUNCTIONS
         return super().forward(states, **kwargs)
 
 
-class ScalingModel(UnheardModel):
+class ScalingModel(WindowedModel):
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Computes with the mask that transformers made."""
         states = self.embed_tokens(input_ids)
