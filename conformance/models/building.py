@@ -108,7 +108,10 @@ class Subject:
 
     def _loaded(self, dtype: torch.dtype, device: str, experts: str | None) -> Any:
         config, options = self.config(), {} if experts is None else {"experts_implementation": experts}
-        model = model_class(config).from_pretrained(self.name, config=config, dtype=dtype, **options)
+        try:
+            model = model_class(config).from_pretrained(self.name, config=config, dtype=dtype, **options)
+        except _FAILURES as failure:
+            raise NotBuilt(f"{self.name} is not loaded: {_in_one_line(failure)}") from failure
         return model.to(device).train()
 
 
@@ -196,6 +199,11 @@ class Documents:
         others = (known[indices.to(known.device)] for indices in drawn)
         tokens = tuple(own if i == kept else o for i, (own, o) in enumerate(zip(self.tokens, others, strict=True)))
         return replace(self, tokens=tokens)
+
+
+def lengths_of(count: int | None) -> Sequence[int]:
+    """The lengths of so many documents: LENGTHS again and again; None for these alone."""
+    return LENGTHS if count is None else [LENGTHS[place % len(LENGTHS)] for place in range(count)]
 
 
 def documents_of(
