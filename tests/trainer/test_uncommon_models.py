@@ -142,6 +142,19 @@ def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
         assert (found - right).norm() <= 1e-9 * right.norm()
 
 
+def test_a_stack_that_gets_its_mask_by_position(tmp_path: Path) -> None:
+    """It is packed, and a mask beside the bounds of documents is refused by name."""
+    model = uncommon.model("parallel", of=uncommon.ByPosition)
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    assert "cu_seq_lens_q" in batches[0]
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+    packed = tiny.packed([4, 3])
+    with pytest.raises(ValueError, match=r"^attention_mask: got one together with cu_seq_lens_q"):
+        model(**packed, attention_mask=torch.ones_like(packed["input_ids"]))
+
+
 def test_a_configuration_without_the_size_of_the_vocabulary(tmp_path: Path) -> None:
     """The embedding has it; no row of the data is checked against it."""
     model: Any = uncommon.model("interface")
