@@ -228,9 +228,7 @@ class Bisection:
         """
         if not self.breaks():
             return []
-        untouched = self._fails("the untouched model", NOTHING, NOTHING)
-        if untouched is not None:
-            raise Unchecked(f"the untouched model breaks a gate too: {untouched}")
+        self._demand_untouched()
         if self._fails("the model with everything placed, on the reference's operations", NOTHING) is not None:
             return [self._found("modules", members) for members in self._sets("modules", self._names)]
         found: list[Found] = []
@@ -241,6 +239,11 @@ class Bisection:
             one = smallest(calls, lambda some: self._breaks("calls", some))
             found += [self._found("operations", operations), self._found("calls", one)]
         return found
+
+    def _demand_untouched(self) -> None:
+        untouched = self._fails("the untouched model", NOTHING, NOTHING)
+        if untouched is not None:
+            raise Unchecked(f"the untouched model breaks a gate too: {untouched}")
 
     def breaks(self) -> bool:
         """Whether the model with everything placed breaks a gate."""
@@ -262,6 +265,7 @@ class Bisection:
 
         Raises:
             KeyError: a member that the model has not.
+            Unchecked: the untouched model breaks a gate itself.
         """
         self.breaks()  # shows the calls
         kinds = {
@@ -272,7 +276,10 @@ class Bisection:
         kind = next((kind for kind, known in kinds.items() if set(members) <= set(known)), None)
         if kind is None:
             raise KeyError("; ".join(f"{kind} such as {' '.join(known[:1])}" for kind, known in kinds.items() if known))
-        return self._found(kind, members) if self._breaks(kind, members) else None
+        if not self._breaks(kind, members):
+            return None
+        self._demand_untouched()
+        return self._found(kind, members)
 
     def _breaks(self, kind: str, members: Sequence[str]) -> bool:
         return self._failure(kind, members) is not None

@@ -65,12 +65,12 @@ class ModelTask:
 
     def again(self) -> str:
         """The line that reproduces the result."""
-        return f"reproduce: python -m conformance model {shlex.join([*self.words(), '--law', self.property])}"
+        return f"reproduce: python -m conformance model {shlex.join(self.words())}"
 
     def words(self) -> list[str]:
-        """The arguments of a command line for this model, dtype, backend, device and documents."""
+        """The arguments of a command line for this model, law, dtype, backend, device and documents."""
         words = ["--config", self.op] if self.random else [self.op]
-        words += ["--dtype", self.dtype, "--backend", self.backend, "--device", self.device]
+        words += ["--law", self.property, "--dtype", self.dtype, "--backend", self.backend, "--device", self.device]
         words += ["--data", str(self.data)] if self.data else []
         return words + (["--documents", str(self.documents)] if self.documents else [])
 

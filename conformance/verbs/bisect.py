@@ -138,8 +138,7 @@ def _say(law: str, line: str) -> None:
 
 
 def _again(one: "Finding | Found", task: ModelTask) -> str:
-    words = [*task.words(), "--law", task.property, "--only", *_members(one)]
-    return f"python -m conformance bisect {shlex.join(words)}"
+    return f"python -m conformance bisect {shlex.join([*task.words(), '--only', *_members(one)])}"
 
 
 def _of(one: "Finding | Found", task: ModelTask) -> str:

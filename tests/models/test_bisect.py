@@ -16,6 +16,7 @@ from conformance.models.bisecting import Bisection, smallest
 from conformance.models.building import Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Unchecked
 from tests.planted import plant
 from unsloth_fast.models import head
 from unsloth_fast.models.methods import replace_method
@@ -162,7 +163,7 @@ def test_an_error_in_one_situation_alone(
     printed = capsys.readouterr().out
     assert f"\noperations: {operation}\n" in printed
     lines = [line.removeprefix("reproduce: ") for line in printed.splitlines() if line.startswith("reproduce: ")]
-    assert all(f" --law {law} --only {operation}" in line for line in lines)
+    assert all(f" --law {law} " in line and f" --only {operation}" in line for line in lines)
     assert cli.main(shlex.split(lines[-1])[3:]) == 1
 
 
@@ -176,7 +177,7 @@ def test_errors_in_two_situations(
     assert cli.main(["bisect", "--config", ARCHITECTURE, "--device", "cpu", "--json", str(file)]) == 1
     sets = [one for one in json.loads(file.read_text())["results"] if one["kind"] == "operations"]
     assert [one["members"] for one in sets] == [["rms_norm"], ["lora_mlp"]]
-    assert "--backend fast,rms_norm=reference --device cpu --law adapters --only lora_mlp" in sets[1]["reproduce"]
+    assert "--law adapters --dtype float32 --backend fast,rms_norm=reference " in sets[1]["reproduce"]
 
 
 def test_more_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +196,22 @@ def test_more_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert few.search() == []
         assert many.search()[0].members == ("packed_attention",)
+
+
+def test_a_set_that_breaks_no_more_than_the_untouched_model(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no finding, whether it is sought or tried alone."""
+    plant(monkeypatch, swiglu=scaled("swiglu", 0.01))
+    run = ModelTrial.run
+
+    def wrong(self: ModelTrial, *args: Any, **options: Any) -> Any:
+        judged = run(self, *args, **options)
+        judged.results["the loss"] = judged.results["the loss"] * 1.01
+        return judged
+
+    monkeypatch.setattr(ModelTrial, "run", wrong)
+    for search in (bisection(trial).search, lambda: bisection(trial).only(["swiglu"])):
+        with pytest.raises(Unchecked, match="the untouched model breaks a gate too: gate G"):
+            search()
 
 
 @pytest.fixture
