@@ -11,8 +11,9 @@ The inputs of a call wait for its backward pass as autograd saves tensors: a che
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -24,12 +25,18 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import Module
 
 from unsloth_fast.backends import Backend
+from unsloth_fast.call_tensors import (
+    Tensors,
+    output_names,
+    results_of,
+    shapes_of,
+    sum_of_bits,
+    take_tensors,
+    with_tensors,
+)
 from unsloth_fast.comparison import comparisons
 from unsloth_fast.failures import FAILURES
 from unsloth_ref import kernels as reference_kernels
-from unsloth_ref.types import NF4Weight
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ class Watch:
         return taken
 
     def name_of(self, module: Module | None) -> str:
-        """The name of a module in the model; its class for one outside of it."""
-        return self._names.get(id(module)) or type(module).__name__
+        """See `caller`."""
+        return caller(self._names, module)
 
 
 def shadowed(backend: Backend, watch: Watch) -> Backend:
@@ -124,20 +131,35 @@ def calling_module() -> Module | None:
     return None
 
 
+def caller(names: Mapping[int, str], module: Module | None) -> str:
+    """What a call is named after: its module, or the class of one outside of the model, or what runs without a module.
+
+    Args:
+        names: of the model's modules, by id.
+        module: as `calling_module` returns it.
+    """
+    if module is None:
+        return "outside" if torch._C._current_graph_task_id() == -1 else "backward"
+    return names.get(id(module)) or type(module).__name__
+
+
 def _shadow(name: str, function: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
     signature = inspect.signature(getattr(reference_kernels, name))
 
     @functools.wraps(function)
     def shadow(*args: Any, **kwargs: Any) -> Any:
-        found = function(*args, **kwargs)
         if not watch.on or torch.compiler.is_compiling():
-            return found
+            return function(*args, **kwargs)
         constants = signature.bind(*args, **kwargs).arguments
-        tensors = _take_tensors(constants)
+        tensors = take_tensors(constants)
         trained = tuple(key for key, value in tensors.items() if value.requires_grad)
         inputs = {key: value.detach() for key, value in tensors.items()}
         call = _Call(watch, name, watch.name_of(calling_module()), function, constants, trained)
-        outputs = _results(found)
+        bits = {key: sum_of_bits(value) for key, value in inputs.items()}
+        found = function(*args, **kwargs)
+        outputs = results_of(found)
+        if not call.has_form(inputs, bits, outputs):
+            return found
         differentiable = [output for output in outputs if output.requires_grad]
         if differentiable and trained:
             node: Any = _Saved.apply(torch.empty(0, requires_grad=True), *inputs.values()).grad_fn
@@ -183,11 +205,37 @@ class _Call:
     constants: dict[str, Any]
     trained: tuple[str, ...]
 
+    def has_form(self, tensors: Tensors, bits: Tensors, outputs: Sequence[Any]) -> bool:
+        """Whether the outputs are tensors; a finding for each that is none or lost its gradient, and changed inputs.
+
+        Args:
+            tensors: the inputs, after the call.
+            bits: the sums of their bits before it.
+            outputs: what the call returned.
+        """
+        shapes, names = shapes_of(tensors), output_names(outputs)
+        others = [type(output).__name__ for output in outputs if not isinstance(output, Tensor)]
+        if others:
+            self._find(shapes, "output", f"{others[0]} instead of a tensor")
+            return False
+        for key in (key for key, value in tensors.items() if not torch.equal(sum_of_bits(value), bits[key])):
+            self._find(shapes, key, "an input that the call wrote to,")
+        if self.trained and torch.is_grad_enabled() and not all(output.requires_grad for output in outputs):
+            for name, output, right in zip(names, outputs, self._outputs(self._leaves(tensors)), strict=False):
+                if right.requires_grad and not output.requires_grad:
+                    self._find(shapes, name, "a result without a gradient,")
+        return True
+
+    def _find(self, shapes: str, result: str, which: str) -> None:
+        """Add what is wrong beside the numbers, once for each call."""
+        finding = Finding(self.operation, self.module, shapes, result, which, math.inf, 0.0, sys.float_info.max)
+        if finding not in self.watch.findings:  # a checkpoint calls again
+            self.watch.findings.append(finding)
+
     def compare_outputs(self, tensors: Tensors, outputs: Sequence[Tensor]) -> None:
         """Compare the outputs of the forward pass."""
-        names = ["output"] if len(outputs) == 1 else [f"output {place}" for place in range(len(outputs))]
         found = [output.detach() for output in outputs]
-        self._compare(names, tensors, {}, lambda: found, self._outputs)
+        self._compare(output_names(outputs), tensors, {}, lambda: found, self._outputs)
 
     def compare_gradients(
         self, names: Sequence[str], node: list[Any], differentiable: Sequence[bool], gradients: Sequence[Tensor | None]
@@ -214,7 +262,7 @@ class _Call:
         self._compare([f"gradient of {key}" for key in self.trained], tensors, incoming, own, run)
 
     def _outputs(self, tensors: Tensors) -> list[Tensor]:
-        return _results(getattr(reference_kernels, self.operation)(**_with_tensors(self.constants, tensors)))
+        return results_of(getattr(reference_kernels, self.operation)(**with_tensors(self.constants, tensors)))
 
     def _gradients_of_reference(self, tensors: Tensors, incoming: Sequence[str]) -> list[Tensor]:
         found = self._gradients(getattr(reference_kernels, self.operation), tensors, incoming)
@@ -226,13 +274,16 @@ class _Call:
     ) -> list[Tensor | None]:
         """The gradients of the trained inputs; None for one that the function does not return."""
         inputs = {key: tensor for key, tensor in tensors.items() if key not in incoming}
-        leaves = {key: tensor.detach().requires_grad_(key in self.trained) for key, tensor in inputs.items()}
+        leaves = self._leaves(inputs)
         with torch.enable_grad():
-            outputs = _results(function(**_with_tensors(self.constants, leaves)))
+            outputs = results_of(function(**with_tensors(self.constants, leaves)))
         used = [place for place in incoming if outputs[int(place)].requires_grad]
         wanted = [leaves[key] for key in self.trained]
         results, given = [outputs[int(place)] for place in used], [tensors[place] for place in used]
         return list(torch.autograd.grad(results, wanted, given, allow_unused=True))
+
+    def _leaves(self, tensors: Tensors) -> Tensors:
+        return {key: tensor.detach().requires_grad_(key in self.trained) for key, tensor in tensors.items()}
 
     def _compare(
         self,
@@ -251,8 +302,7 @@ class _Call:
             own: the results of the operation.
             run: those of the reference, on inputs of any dtype.
         """
-        shapes = ", ".join(f"{key} {list(value.shape)} {str(value.dtype)[6:]}" for key, value in tensors.items())
-        inputs = tensors | incoming
+        shapes, inputs = shapes_of(tensors), tensors | incoming
         try:
             with torch.no_grad(), torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
                 errors = list(comparisons(own(), inputs, run))
@@ -262,34 +312,6 @@ class _Call:
         for name, error in zip(names, errors, strict=True):
             numbers = (error.measured, error.allowed, min(error.used, sys.float_info.max))
             self.watch.findings.append(Finding(self.operation, self.module, shapes, name, error.which, *numbers))
-
-
-def _take_tensors(arguments: dict[str, Any]) -> Tensors:
-    """Take the tensors out of a call's arguments, those of lists too: by name, such as "x" and "weight[0]"."""
-    taken: Tensors = {}
-    for key, value in list(arguments.items()):
-        if isinstance(value, Tensor):
-            taken[key] = arguments.pop(key)
-        elif isinstance(value, list | tuple) and not isinstance(value, NF4Weight):
-            taken |= {f"{key}[{place}]": one for place, one in enumerate(value) if isinstance(one, Tensor)}
-            arguments[key] = [None if isinstance(one, Tensor) else one for one in value]
-    return taken
-
-
-def _with_tensors(constants: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """The inverse: the arguments of a call with these tensors."""
-    arguments = {key: list(value) if isinstance(value, list) else value for key, value in constants.items()}
-    for name, tensor in tensors.items():
-        key, bracket, place = name.partition("[")
-        if bracket:
-            arguments[key][int(place[:-1])] = tensor
-        else:
-            arguments[key] = tensor
-    return arguments
-
-
-def _results(found: Any) -> list[Tensor]:
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 def _first_line(error: BaseException) -> str:

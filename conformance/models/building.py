@@ -108,7 +108,10 @@ class Subject:
 
     def _loaded(self, dtype: torch.dtype, device: str, experts: str | None) -> Any:
         config, options = self.config(), {} if experts is None else {"experts_implementation": experts}
-        model = model_class(config).from_pretrained(self.name, config=config, dtype=dtype, **options)
+        try:
+            model = model_class(config).from_pretrained(self.name, config=config, dtype=dtype, **options)
+        except _FAILURES as failure:
+            raise NotBuilt(f"{self.name} is not loaded: {_in_one_line(failure)}") from failure
         return model.to(device).train()
 
 
@@ -198,21 +201,28 @@ class Documents:
         return replace(self, tokens=tokens)
 
 
-def documents_of(subject: Subject, device: str, data: Path | None = None) -> Documents:
+def lengths_of(count: int | None) -> Sequence[int]:
+    """The lengths of so many documents: LENGTHS again and again; None for these alone."""
+    return LENGTHS if count is None else [LENGTHS[place % len(LENGTHS)] for place in range(count)]
+
+
+def documents_of(
+    subject: Subject, device: str, data: Path | None = None, *, lengths: Sequence[int] = LENGTHS
+) -> Documents:
     """The documents that a model is judged on.
 
     Args:
         subject: the model.
         device: of the tensors.
-        data: a text file, one document per line, or a .jsonl file with a field "text", cut to the longest of LENGTHS;
-            None for random tokens.
+        data: a text file, one document per line, or a .jsonl file with a field "text"; None for random tokens.
+        lengths: of the documents with random tokens; those of a file are cut to the longest of them.
     """
     if data is not None:
-        tokens = _read(subject, data, len(LENGTHS), max(LENGTHS))
+        tokens = _read(subject, data, len(lengths), max(lengths))
     else:
         vocabulary: Any = subject.config().get_text_config()
         generator = torch.Generator().manual_seed(0)
-        tokens = [torch.randint(_SPECIAL, vocabulary.vocab_size, (n,), generator=generator) for n in LENGTHS]
+        tokens = [torch.randint(_SPECIAL, vocabulary.vocab_size, (n,), generator=generator) for n in lengths]
     generator = torch.Generator().manual_seed(1)
     labels = [row.masked_fill(torch.rand(len(row), generator=generator) < IGNORED, -100) for row in tokens]
     return Documents(tuple(row.to(device) for row in tokens), tuple(row.to(device) for row in labels))

@@ -37,6 +37,7 @@ class ModelTask:
         backend: as `unsloth_fast.backends.resolve` takes it.
         device: "cpu" or "cuda".
         data: a file of documents.
+        documents: how many of them; None for the usual number.
     """
 
     op: str
@@ -46,6 +47,7 @@ class ModelTask:
     backend: str
     device: str
     data: Path | None = None
+    documents: int | None = None
 
     def __call__(self, notify: Callable[[str], None] = lambda case: None) -> Result:
         """Run in this process."""
@@ -63,23 +65,29 @@ class ModelTask:
 
     def again(self) -> str:
         """The line that reproduces the result."""
+        return f"reproduce: python -m conformance model {shlex.join(self.words())}"
+
+    def words(self) -> list[str]:
+        """The arguments of a command line for this model, law, dtype, backend, device and documents."""
         words = ["--config", self.op] if self.random else [self.op]
         words += ["--law", self.property, "--dtype", self.dtype, "--backend", self.backend, "--device", self.device]
         words += ["--data", str(self.data)] if self.data else []
-        return f"reproduce: python -m conformance model {shlex.join(words)}"
+        return words + (["--documents", str(self.documents)] if self.documents else [])
 
 
 def trial_of(task: ModelTask) -> ModelTrial:
     """The trial of a task; the last one is kept."""
-    return _trial(task.op, task.random, task.dtype, task.backend, task.device, task.data)
+    return _trial(task.op, task.random, task.dtype, task.backend, task.device, task.data, task.documents)
 
 
 @lru_cache(maxsize=1)
-def _trial(name: str, random: bool, dtype: str, backend: str, device: str, data: Path | None) -> ModelTrial:
+def _trial(
+    name: str, random: bool, dtype: str, backend: str, device: str, data: Path | None, documents: int | None
+) -> ModelTrial:
     """The trial that the laws of one model share, with its truth."""
     backends.load("fast" if "fast" in backend else "reference", device)  # before anything imports triton
     building, trials = import_module("conformance.models.building"), import_module("conformance.models.trial")
-    return trials.ModelTrial(building.Subject(name, random), backend, DTYPES[dtype], device, data)
+    return trials.ModelTrial(building.Subject(name, random), backend, DTYPES[dtype], device, data, count=documents)
 
 
 @contextmanager
@@ -106,10 +114,11 @@ def tasks_of(
     backend: str,
     device: str,
     data: Path | None,
+    documents: int | None = None,
 ) -> list[ModelTask]:
     """Every law on every model in every dtype; those that share a truth follow each other."""
     return [
-        ModelTask(model, random, law, dtype, backend, device, data)
+        ModelTask(model, random, law, dtype, backend, device, data, documents)
         for model in models
         for dtype in dtypes
         for law in laws

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conformance.interpreter import Interpreted
 from conformance.models.adapting import AdapterKind, with_adapter
-from conformance.models.building import Documents, NotBuilt, Subject, documents_of
+from conformance.models.building import Documents, NotBuilt, Subject, documents_of, lengths_of
 from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, copied, run, sums_of_bits, without_cache
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
@@ -67,6 +67,7 @@ class ModelTrial:
         device: "cpu" or "cuda".
         data: a file of documents; None for random ones.
         adapters: the kind of the adapter, as in `with_adapter`.
+        count: of documents; None for the usual one.
     """
 
     subject: Subject
@@ -75,12 +76,13 @@ class ModelTrial:
     device: str
     data: Path | None = None
     adapters: AdapterKind = "usual"
+    count: int | None = None
 
     @cached_property
     def documents(self) -> Documents:
         """What the model is judged on."""
         try:
-            return documents_of(self.subject, self.device, self.data)
+            return documents_of(self.subject, self.device, self.data, lengths=lengths_of(self.count))
         except NotBuilt as why:
             raise Unchecked(str(why)) from why
 

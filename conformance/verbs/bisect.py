@@ -4,27 +4,40 @@ import argparse
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.laws import LAWS
+from conformance.models.situations import SITUATIONS
 from conformance.models.task import ModelTask, quiet, trial_of
 from conformance.reporting import results_file
-from conformance.running.catalogue import UsageError
+from conformance.running.catalogue import UsageError, known
 from conformance.tolerances.gates import Unchecked
 from conformance.verbs import model
 from conformance.verbs._shared import Verbs, add_verb
 
 if TYPE_CHECKING:
     from conformance.models.bisecting import SmallestSet
+    from conformance.models.trial import ModelTrial
     from unsloth_fast.shadow import Finding
+
+    Result = tuple[ModelTask, Finding | SmallestSet]
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb to the command line."""
     parser = add_verb(verbs, "bisect", "find the operations or modules that make a model break its gates")
     model.add_subject(parser)
+    parser.add_argument(
+        "--law",
+        dest="laws",
+        nargs="+",
+        action="extend",
+        metavar="L",
+        help=f"as in a law: {', '.join(SITUATIONS)} (all)",
+    )
     parser.add_argument("--only", nargs="+", action="extend", metavar="X", help="try this set alone, as a result names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.set_defaults(verb=_bisect, law=[*LAWS][:1], jobs=1)  # one task for each model and dtype
@@ -35,62 +48,109 @@ def _bisect(arguments: argparse.Namespace) -> int:
     if len(tasks) != 1:
         raise UsageError(f"bisect: got {len(tasks)} of models and dtypes; allowed: one of each")
     (task,) = tasks
+    laws = known("law", arguments.laws, list(SITUATIONS))
     print(model.heading(task), flush=True)
     with quiet():
-        calls, found = _searched(task, arguments.only)
-    if arguments.only:
-        named = set(arguments.only)
-        calls = [one for one in calls if {one.operation, one.module, f"{one.operation}@{one.module}"} & named]
-    lines = [_of_call(one, task) for one in calls] + [_of_set(one, task) for one in found]
+        results = _searched(task, laws, arguments.only or [])
+    lines = [_of(one, of_law) for of_law, one in results]
     print("", *lines, sep="\n" if lines else "")
     print("" if lines else "nothing breaks: every call and the whole model stay within the budget")
     if arguments.json:
-        _write(arguments.json, calls, found, task)
+        _write(arguments.json, results, task)
     return 1 if lines else 0
 
 
-def _searched(task: ModelTask, only: Sequence[str] | None) -> "tuple[list[Finding], list[SmallestSet]]":
-    """The calls that break their own gates, and the smallest sets that break those of the model."""
-    from conformance.models.bisecting import Bisection
+def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> "list[Result]":
+    """Under each law the calls that break their own gates, and the smallest sets that break those of the model.
+
+    Calls are compared where the model breaks a gate, or calls an operation that it did not call under the laws before.
+    Operations that were found under a law are the reference's under the next ones. Modules end the search.
+    """
     from conformance.models.building import NotBuilt
 
-    try:
-        bisection = Bisection(trial_of(task), lambda line: print(f"tried  {line}", flush=True))
-        return list(bisection.calls()), list(_only(bisection, only) if only else bisection.search())
-    except (NotBuilt, Unchecked) as why:
-        raise UsageError(f"bisect: {' '.join(str(why).split())}") from why
+    trial = trial_of(task)
+    results: list[Result] = []
+    compared: frozenset[str] = frozenset()
+    skipped: list[str] = []
+    unknown: list[UsageError] = []
+    for law in laws:
+        wrong = dict.fromkeys(operation for _, one in results for operation in _operations_of(one))
+        backend = ",".join([task.backend, *(f"{operation}=reference" for operation in wrong)])
+        of_law = replace(task, property=law, backend=backend)
+        try:
+            found, compared = _under_law(trial, of_law, compared, only)
+        except UsageError as error:
+            unknown.append(error)
+            continue
+        except (NotBuilt, Unchecked) as why:
+            skipped.append(" ".join(str(why).split()))
+            _say(law, f"says nothing: {skipped[-1]}")
+            continue
+        results += [(of_law, one) for one in found]
+        if results and (only or not all(map(_operations_of, found))):
+            return results
+    if unknown and len(unknown) + len(skipped) == len(laws):
+        raise unknown[0]
+    if len(skipped) == len(laws):
+        raise UsageError(f"bisect: {skipped[0]}")
+    return results
 
 
-def _only(bisection: Any, members: Sequence[str]) -> "list[SmallestSet]":
+def _under_law(
+    trial: "ModelTrial", task: ModelTask, compared: frozenset[str], only: Sequence[str]
+) -> "tuple[list[Finding | SmallestSet], frozenset[str]]":
+    """What is found under the law of a task, and the operations whose calls were compared until now."""
+    from conformance.models.bisecting import Bisection
+
+    bisection = Bisection(trial, partial(_say, task.property), task.property, task.backend)
+    calls: list[Finding] = []
+    if bisection.breaks() or bisection.operations - compared:
+        compared |= bisection.operations
+        calls = bisection.calls()
+    if not only:
+        try:
+            return [*calls, *bisection.search()], compared
+        except Unchecked:  # the untouched model breaks a gate too
+            if calls:
+                return [*calls], compared
+            raise
     try:
-        found = bisection.only(members)
+        found = bisection.only(only)
     except KeyError as error:
-        raise UsageError(f"--only: got {' '.join(members)}; allowed: {error.args[0]}, all of one kind") from error
-    return [] if found is None else [found]
+        raise UsageError(f"--only: got {' '.join(only)}; allowed: {error.args[0]}, all of one kind") from error
+    named = [one for one in calls if {one.operation, one.module, f"{one.operation}@{one.module}"} & {*only}]
+    return [*named, *([] if found is None else [found])], compared
 
 
-def _again(members: Sequence[str], task: ModelTask) -> str:
-    words = [*(["--config"] if task.random else []), task.op, "--dtype", task.dtype, "--backend", task.backend]
-    words += ["--device", task.device, *(["--data", str(task.data)] if task.data else []), "--only", *members]
-    return f"python -m conformance bisect {shlex.join(words)}"
+def _operations_of(one: "Finding | SmallestSet") -> list[str]:
+    """The wrong operations; none for modules."""
+    members = _members(one)
+    return [] if getattr(one, "kind", "call") == "modules" else [member.partition("@")[0] for member in members]
 
 
-def _of_call(one: "Finding", task: ModelTask) -> str:
-    return f"call: {one}\nreproduce: {_again([f'{one.operation}@{one.module}'], task)}\n"
+def _members(one: "Finding | SmallestSet") -> Sequence[str]:
+    finding: Any = one
+    return finding.members if hasattr(one, "members") else [f"{finding.operation}@{finding.module}"]
 
 
-def _of_set(one: "SmallestSet", task: ModelTask) -> str:
-    return f"{one.kind}: {', '.join(one.members)}\n{one.message}\nreproduce: {_again(one.members, task)}\n"
+def _say(law: str, line: str) -> None:
+    print(f"tried  {law}: {line}", flush=True)
 
 
-def _write(path: Path, calls: "Sequence[Finding]", found: "Sequence[SmallestSet]", task: ModelTask) -> None:
-    results = [
-        {"kind": "call", **_finite(asdict(one)), "reproduce": _again([f"{one.operation}@{one.module}"], task)}
-        for one in calls
-    ]
-    results += [{**_finite(asdict(one)), "reproduce": _again(one.members, task)} for one in found]
+def _again(one: "Finding | SmallestSet", task: ModelTask) -> str:
+    return f"python -m conformance bisect {shlex.join([*task.words(), '--only', *_members(one)])}"
+
+
+def _of(one: "Finding | SmallestSet", task: ModelTask) -> str:
+    kind = getattr(one, "kind", "call")
+    text = f"call: {one}" if kind == "call" else f"{kind}: {', '.join(_members(one))}\n{getattr(one, 'message', '')}"
+    return f"{text}\nreproduce: {_again(one, task)}\n"
+
+
+def _write(path: Path, results: "Sequence[Result]", task: ModelTask) -> None:
+    found = [{"kind": "call"} | _finite(asdict(one)) | {"reproduce": _again(one, of_law)} for of_law, one in results]
     meta = model.meta_of(task) | {"model": task.op, "random": task.random, "dtype": task.dtype}
-    results_file.write(path, meta, results)
+    results_file.write(path, meta, found)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="documents, one per line, or .jsonl with texts (random)"
     )
+    parser.add_argument("--documents", type=int, metavar="N", help="how many documents (3)")
     add_device(parser)
     parser.add_argument(
         "--dtype", nargs="+", action="extend", metavar="D", help=f"{', '.join(DTYPES)} (float32; on cuda bfloat16)"
@@ -130,7 +131,7 @@ def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     laws = known("law", arguments.law, list(LAWS))
     if not arguments.law and arguments.backend == "reference":
         laws = [law for law in laws if law != "reference"]  # it compares with what that backend is
-    demand_at_least(arguments, jobs=1)
+    demand_at_least(arguments, jobs=1, documents=2)
     if not arguments.models and not arguments.config:
         raise UsageError("model: got none; allowed: PATH_OR_NAME, --config ARCH, or both")
     if arguments.data and not arguments.data.is_file():
@@ -142,7 +143,8 @@ def tasks_asked(arguments: argparse.Namespace) -> list[ModelTask]:
     for model in arguments.models:
         _check_model(model)
     demand_writable(arguments.json)
-    made = partial(tasks_of, laws=laws, dtypes=dtypes, backend=arguments.backend, device=device, data=arguments.data)
+    options = {"backend": arguments.backend, "device": device, "data": arguments.data}
+    made = partial(tasks_of, laws=laws, dtypes=dtypes, documents=arguments.documents, **options)
     return [*made(arguments.models, random=False), *made(_architectures(arguments.config or []), random=True)]
 
 
@@ -183,7 +185,9 @@ def _check_model(name: str) -> None:
             raise UsageError(f"model: got {name}, an adapter; allowed: a whole model")
         model_class(AutoConfig.from_pretrained(name))
     except (OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        message = " ".join(str(error).split())
+        named = message.startswith("model_name: got ")
+        raise UsageError(message if named else f"model: got {name}: {message}") from error
 
 
 def _architectures(asked: Sequence[str]) -> list[str]:

@@ -113,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         4,
         foreign="GlmMoeDsaAttention changes its mask",
         experts=1,
+        linear=16,
     ),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", ROUTED | LATENT, 9, 2, linear=10, experts=1),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", ROUTED, 11, 0, 4, foreign=STATE, experts=2),
@@ -124,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family("Qwen3NextForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
     "qwen3_5": Family("Qwen3_5ForCausalLM", DELTA, 5, 2, 1, **MIXED_DELTA),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", FOUR | DELTA | SHARED, 5, 2, 1, experts=2, **MIXED_DELTA),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, 3, vision=VISION),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", MROPE, 8, 3, 3, 21, vision=VISION),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         MROPE,
@@ -153,6 +154,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA4 | EXPERTS | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
         22,
         2,
+        linear=21,
         experts=2,
         **GEGLU,
     ),
@@ -170,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         **SCAN,
     ),
     "falcon_h1": Family("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 64}, 5, 2, **TWO_SCANS),
-    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, vision=zoo.VISION),
+    "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", {}, 13, 2, 3, 26, vision=zoo.VISION),
     "llama4": Family(
         "Llama4ForCausalLM",
         LOCAL | {"no_rope_layers": [1, 0], "floor_scale": 2, "attn_temperature_tuning": True},

@@ -272,6 +272,21 @@ class WithoutKeywords(OwnForCausalLM):
         return super().forward(input_ids, attention_mask, None, labels)
 
 
+class ByPosition(OwnForCausalLM):
+    """Its stack gets all arguments by position."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        found = self.model(input_ids, attention_mask, position_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=self.lm_head(found.last_hidden_state))
+
+
 class WithTuples(OwnForCausalLM):
     """Its forward returns logits in a tuple."""
 

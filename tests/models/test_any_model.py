@@ -55,8 +55,8 @@ def test_adapters_of_a_family_compute_what_they_did(name: str, tmp_path: Path) -
 
 
 def projections_with_adapters(module: Any) -> int:
-    """How many of its projections of the hidden states to queries, keys and values, or to what these are made of."""
-    names = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")
+    """How many of its projections of the hidden states to queries, keys, values and a gate, or to what makes these."""
+    names = ("q_proj", "k_proj", "v_proj", "gate_proj", "q_a_proj", "kv_a_proj_with_mqa")
     return sum(isinstance(child, LoraLayer) for name, child in module.named_children() if name in names)
 
 

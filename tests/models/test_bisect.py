@@ -16,6 +16,7 @@ from conformance.models.bisecting import Bisection, smallest
 from conformance.models.building import Subject
 from conformance.models.task import quiet
 from conformance.models.trial import ModelTrial
+from conformance.tolerances.gates import Unchecked
 from tests.planted import plant
 from unsloth_fast.models import head
 from unsloth_fast.models.methods import replace_method
@@ -91,6 +92,126 @@ def test_two_operations_that_break_only_together(trial: ModelTrial, monkeypatch:
     operations, calls = bisection(trial).search()
     assert set(operations.members) == set(errors)
     assert {call.partition("@")[0] for call in calls.members} == set(errors)
+
+
+def test_errors_that_have_nothing_to_do_with_each_other(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a set of its own, with the smallest set of its calls."""
+    plant(monkeypatch, swiglu=scaled("swiglu", 0.01), rms_norm=scaled("rms_norm", 0.01))
+    found = bisection(trial).search()
+    assert [(one.kind, {member.partition("@")[0] for member in one.members}) for one in found] == [
+        ("operations", {"rms_norm"}),
+        ("calls", {"rms_norm"}),
+        ("operations", {"swiglu"}),
+        ("calls", {"swiglu"}),
+    ]
+    assert all(len(one.members) == 1 for one in found)
+
+
+def test_weights_that_an_operation_changes(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next set is tried with the weights as they were."""
+
+    def rms_norm(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = reference.rms_norm(x, weight, *args, **kwargs)
+        weight.data.mul_(1.01)
+        return y
+
+    plant(monkeypatch, rms_norm=rms_norm)
+    wrong = bisection(trial)
+    assert {(one.operation, one.result) for one in wrong.calls()} == {("rms_norm", "weight")}
+    operations, calls = wrong.search()
+    assert (operations.members, len(calls.members)) == (("rms_norm",), 1)
+    assert "has other bits after a step" in calls.message
+
+
+def wrong_where(where: Callable[[Tensor], bool]) -> Callable[..., Any]:
+    return scaled("swiglu", 0.01, where)
+
+
+def adapted_mlp(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return 1.01 * reference.lora_mlp(x, *args, **kwargs)
+
+
+def runs_again(x: Tensor) -> bool:
+    """Whether a backward pass runs, and x has a graph: a layer is computed again, not the input of a product."""
+    return torch._C._current_graph_task_id() != -1 and x.requires_grad
+
+
+def runs_without_gradients(x: Tensor) -> bool:
+    """Whether no backward pass runs, and none follows."""
+    return torch._C._current_graph_task_id() == -1 and not torch.is_grad_enabled() and x.shape[:2] == (1, 16)
+
+
+SITUATED: dict[str, dict[str, Callable[..., Any]]] = {
+    "gradients": {"swiglu": wrong_where(lambda x: x.shape[0] > 1)},
+    "accumulated": {"swiglu": wrong_where(lambda x: x.shape[:2] == (1, 6))},
+    "evaluated": {"swiglu": wrong_where(runs_without_gradients)},
+    "checkpointed": {"swiglu": wrong_where(runs_again)},
+    "adapters": {"lora_mlp": adapted_mlp},
+}
+
+
+@pytest.mark.parametrize("law", SITUATED)
+def test_an_error_in_one_situation_alone(
+    law: str, trial: ModelTrial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its law is named, and the line that reproduces it has the law."""
+    monkeypatch.setattr("conformance.models.task._trial", lambda *args: trial)
+    plant(monkeypatch, **SITUATED[law])
+    (operation,) = SITUATED[law]
+    assert bisection(trial).search() == []
+    assert cli.main(["bisect", "--config", ARCHITECTURE, "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert f"\noperations: {operation}\n" in printed
+    lines = [line.removeprefix("reproduce: ") for line in printed.splitlines() if line.startswith("reproduce: ")]
+    assert all(f" --law {law} " in line and f" --only {operation}" in line for line in lines)
+    assert cli.main(shlex.split(lines[-1])[3:]) == 1
+
+
+def test_errors_in_two_situations(
+    trial: ModelTrial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The operation that is found first is the reference's where the second is sought."""
+    monkeypatch.setattr("conformance.models.task._trial", lambda *args: trial)
+    plant(monkeypatch, lora_mlp=adapted_mlp, rms_norm=scaled("rms_norm", 0.01))
+    file = tmp_path / "found.json"
+    assert cli.main(["bisect", "--config", ARCHITECTURE, "--device", "cpu", "--json", str(file)]) == 1
+    sets = [one for one in json.loads(file.read_text())["results"] if one["kind"] == "operations"]
+    assert [one["members"] for one in sets] == [["rms_norm"], ["lora_mlp"]]
+    assert "--law adapters --dtype float32 --backend fast,rms_norm=reference " in sets[1]["reproduce"]
+
+
+def test_more_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that is wrong for more than four documents in a row holds with three."""
+
+    def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *args: Any, **options: Any) -> Tensor:
+        y = reference.packed_attention(q, k, v, cu_seqlens, *args, **options)
+        return 1.01 * y if len(cu_seqlens) > 5 else y
+
+    plant(monkeypatch, packed_attention=packed_attention)
+    subject = Subject.named("llama", num_hidden_layers=1)
+    with quiet():
+        few, many = (
+            Bisection(ModelTrial(subject, "fast", torch.float32, "cpu", count=count), lambda line: None)
+            for count in (None, 5)
+        )
+        assert few.search() == []
+        assert many.search()[0].members == ("packed_attention",)
+
+
+def test_a_set_that_breaks_no_more_than_the_untouched_model(trial: ModelTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no finding, whether it is sought or tried alone."""
+    plant(monkeypatch, swiglu=scaled("swiglu", 0.01))
+    run = ModelTrial.run
+
+    def wrong(self: ModelTrial, *args: Any, **options: Any) -> Any:
+        judged = run(self, *args, **options)
+        judged.results["the loss"] = judged.results["the loss"] * 1.01
+        return judged
+
+    monkeypatch.setattr(ModelTrial, "run", wrong)
+    for search in (bisection(trial).search, lambda: bisection(trial).only(["swiglu"])):
+        with pytest.raises(Unchecked, match="the untouched model breaks a gate too: gate G"):
+            search()
 
 
 @pytest.fixture
@@ -171,10 +292,30 @@ def test_the_command_line(
         ((), "model: got none"),
         (("--config", "llama", "qwen3"), "bisect: got 2 of models and dtypes; allowed: one of each"),
         (("--config", "llama", "--backend", "soup"), "backend: got 'soup'"),
+        (
+            ("--config", "llama", "--law", "apart"),
+            "law: got 'apart'; allowed: padding_free, gradients, accumulated, eva",
+        ),
+        (("--config", "llama", "--documents", "1"), "--documents: got 1; allowed: 2 or more"),
+        (("--config", "bloom", "--law", "padding_free"), "bisect: packing is refused: "),
         (("nowhere/at/all",), "nowhere/at/all"),
+        ((__file__,), f"model: got {__file__}: "),
+        (
+            ("--config", "llama", "--law", "gradients", "--only", "packed"),
+            "--only: got packed; allowed: operations such",
+        ),
     ],
 )
-def test_usage_errors(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(
+    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A usage error prints one line and exits with status 2."""
+    plant(monkeypatch)
     assert cli.main(["bisect", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Subject.named("llama").config().save_pretrained(tmp_path)
+    assert cli.main(["bisect", "--device", "cpu", str(tmp_path)]) == 2
+    assert f"bisect: {tmp_path} is not loaded: OSError: Error no file named model" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Experts on the backend's operations, with and without adapters of their weights; experts of other kinds stay."""
 
 import logging
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import Module
 from torch.nn.functional import silu
@@ -16,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests import tiny
-from tests.models.families import EXPERT_WEIGHTS, assert_same, batch, build, error, step
+from tests.models.families import EXPERT_WEIGHTS, FAMILIES, assert_same, batch, build, error, step
 from tests.models.with_lora import twice
 from unsloth_fast import backends
 from unsloth_fast.models import place, remove
@@ -29,26 +30,30 @@ SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "hea
 
 def adapted(model: Any, *weights: str) -> Any:
     """The model with LoRA on weights of its experts, trained a little."""
-    parameters = [f"mlp.experts.{name}" for name in weights]
+    parameters = [f"experts.{name}" for name in weights]
     config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=parameters, init_lora_weights=False)
     return get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gemma4, experts", "glm5"])
 @pytest.mark.parametrize(
     "weights", [EXPERT_WEIGHTS, EXPERT_WEIGHTS[:1], EXPERT_WEIGHTS[1:]], ids=["both", "gate_up", "down"]
 )
 def test_adapters_of_experts_get_their_gradients(
-    weights: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch
+    weights: tuple[str, ...], family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The gradients are peft's in float64; peft's sum of weights and adapters is not made."""
+    """The gradients are peft's in float64, without peft's sum of weights and adapters; peft loads what is saved."""
     model, (tokens, labels) = adapted(build(family), *weights), batch()
     with tiny.KeepFloat64():
         expected = step(model, tokens, labels)
         placed = place(model, REFERENCE)
-        assert (placed["moe_mlp"], placed["grouped_gemm"]) == (2, 2 * len(weights))
+        blocks = FAMILIES[family].experts
+        assert (placed["moe_mlp"], placed["grouped_gemm"]) == (blocks, blocks * len(weights))
         monkeypatch.setattr(ParamWrapper, "_activate_lora", None)
         assert_same(step(model, tokens, labels), expected)
+    model.save_pretrained(str(tmp_path))
+    loaded = dict(PeftModel.from_pretrained(build(family), tmp_path, is_trainable=True).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_an_adapter_of_a_bias_is_left_to_peft() -> None:

@@ -140,6 +140,65 @@ def test_a_missing_gradient_breaks_the_budget() -> None:
     assert results["gradient of x"].used < 1
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_result_without_a_gradient_breaks_the_budget(reentrant: bool | None) -> None:
+    """One of two results is detached; no gradient ever comes back to it. A checkpoint's second call adds nothing."""
+
+    def rope(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        q, k = reference.rope(*args, **options)
+        return q.detach(), k
+
+    watch = Watch()
+    kernel = shadowed(backend(rope=rope), watch).kernels.rope
+    q, angles = randn(1, 4, T, 8), torch.ones(1, T, 8)
+
+    class Heads(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            turned, kept = kernel(q * 2, q[:, :2], angles, angles)
+            return turned.sum() + kept.sum()
+
+    heads: Any = Heads()
+    if reentrant is None:
+        found(watch, lambda: heads(q))
+    else:
+        found(watch, lambda: checkpoint(heads, q, use_reentrant=reentrant))
+    (lost,) = (one for one in watch.findings if one.used > 1)
+    assert (lost.module, lost.result, lost.which) == ("Heads", "output 0", "a result without a gradient,")
+    assert "gradient of k" in {one.result for one in watch.findings}
+
+
+def test_a_frozen_result_needs_no_gradient() -> None:
+    watch = Watch()
+    kernel = shadowed(backend(rope=right("rope")), watch).kernels.rope
+    q, angles = randn(1, 4, T, 8), torch.ones(1, T, 8)
+    found(watch, lambda: kernel(q.detach(), q[:, :2], angles, angles)[1].sum())
+    assert watch.findings and all(one.used < 1 for one in watch.findings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_that_a_call_writes_to_breaks_the_budget(dtype: torch.dtype) -> None:
+    """The result is that of the changed input, so no other comparison shows it."""
+
+    def rms_norm(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight.data[3] *= 2
+        return reference.rms_norm(x, weight, *args, **kwargs)
+
+    watch = Watch()
+    norm = shadowed(backend(rms_norm=rms_norm), watch).kernels.rms_norm
+    with torch.no_grad(), watch.watching(torch.nn.Identity()):
+        norm(randn(T, H, dtype=dtype), randn(H, dtype=dtype, seed=1))
+    assert [one.result for one in watch.findings if one.used > 1] == ["weight"]
+
+
+def test_a_result_that_is_no_tensor_is_named() -> None:
+    watch = Watch()
+    norm = shadowed(backend(rms_norm=lambda *args: None), watch).kernels.rms_norm
+    with watch.watching(torch.nn.Identity()):
+        assert norm(randn(T, H), randn(H, seed=1)) is None
+    (finding,) = watch.findings
+    assert (finding.module, finding.which) == ("outside", "NoneType instead of a tensor")
+
+
 def test_a_confident_loss_in_float32_stays_within_the_budget() -> None:
     """The loss is the difference of much larger numbers, and the error of plain PyTorch is chance."""
     watch = Watch()

@@ -1,6 +1,7 @@
 """Models of people's own are trained as they compute: packed where documents stay apart, else padded, with a reason."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.models import own_layers
+from tests.models import modeling_stranger, own_layers
+from tests.models.modeling_stranger import StrangerConfig, StrangerForCausalLM
 from tests.trainer.runs import arguments
 from unsloth_fast import FastLanguageModel, UnslothTrainer, backends
 from unsloth_fast.models import place
@@ -140,6 +142,57 @@ def test_a_forward_without_further_keywords(tmp_path: Path) -> None:
     batches, results = trained(model, tmp_path)
     for found, right in zip(results, alone(untouched, batches), strict=True):
         assert (found - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("deep_head", [False, True])
+@pytest.mark.parametrize("way", ["script", "folder"])
+def test_a_model_whose_code_comes_with_it(
+    way: str, deep_head: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Built from the class, or loaded from a folder with `trust_remote_code`: packed, with every gradient.
+
+    Its values are wider than its keys, so one warning says what a mask costs, of a row of the user's.
+    """
+    config = StrangerConfig(deep_head=deep_head)
+    torch.manual_seed(0)
+    model: Any = StrangerForCausalLM(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    if way == "folder":
+        names = {"AutoConfig": "StrangerConfig", "AutoModelForCausalLM": "StrangerForCausalLM"}
+        config.auto_map = {kind: f"modeling_stranger.{name}" for kind, name in names.items()}
+        model.config.auto_map, weights = config.auto_map, model.state_dict()
+        model.save_pretrained(tmp_path / "model")
+        tiny.tokenizer().save_pretrained(tmp_path / "model")
+        shutil.copy(modeling_stranger.__file__, tmp_path / "model" / "modeling_stranger.py")
+        options: dict[str, Any] = {"dtype": torch.float64, "load_in_4bit": False, "backend": "reference"}
+        model, _ = FastLanguageModel.from_pretrained(
+            str(tmp_path / "model"), trust_remote_code=True, device_map="cpu", **options
+        )
+        assert type(model) is not StrangerForCausalLM
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    assert "cu_seq_lens_q" in batches[0]
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+    (warning,) = (message for message in caplog.messages if "attends under a mask" in message)
+    tokens = batches[0]["input_ids"].shape[1]
+    assert f"a mask of {tokens} x {tokens} (StrangerAttention: heads of 8, 8 and 12 columns)" in warning
+
+
+def test_a_stack_that_gets_its_mask_by_position(tmp_path: Path) -> None:
+    """It is packed, and a mask beside the bounds of documents is refused by name."""
+    model = own_layers.model("parallel", of=own_layers.ByPosition)
+    untouched = copy.deepcopy(model)
+    batches, results = trained(model, tmp_path)
+    assert "cu_seq_lens_q" in batches[0]
+    for found, right in zip(results, alone(untouched, batches), strict=True):
+        assert (found - right).norm() <= 1e-9 * right.norm()
+    packed = tiny.packed([4, 3])
+    with pytest.raises(ValueError, match=r"^attention_mask: got one together with cu_seq_lens_q"):
+        model(**packed, attention_mask=torch.ones_like(packed["input_ids"]))
 
 
 def test_a_configuration_without_the_size_of_the_vocabulary(tmp_path: Path) -> None:

@@ -122,6 +122,17 @@ def test_a_wrong_operation_is_named(
     assert log["verify/rope_budget_use"] < 1
 
 
+def test_a_wrong_operation_is_named_before_the_error_that_it_causes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The product that fails is not the operation that is wrong."""
+    plant(monkeypatch, swiglu=lambda gate, up: reference.swiglu(gate, up)[..., :-1])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trained(tmp_path, max_steps=1, verify_every=1)
+    assert "verify_every: step 1: swiglu in model.layers.0.mlp, output of " in caplog.text
+    assert "instead of torch.float32 of shape [" in caplog.text
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3", True])
 def test_other_values_are_refused(value: Any, tmp_path: Path) -> None:
     """The error names the argument and the value."""

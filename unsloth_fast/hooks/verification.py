@@ -39,8 +39,14 @@ class Verification:
         if step % self._every:
             yield
             return
-        with self._watch.watching(model):
-            yield
+        try:
+            with self._watch.watching(model):
+                yield
+        finally:  # what an operation returned may be why the step raises an error
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        """Warn of what was found in a microbatch, and keep the budget uses for the log."""
         findings, unverified = self._watch.take()
         for name in dict.fromkeys(finding.operation for finding in findings):
             calls = [finding for finding in findings if finding.operation == name]

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from unsloth_fast.backends import resolve
 from unsloth_fast.failures import FAILURES
+from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.logits import of_a_library, undisturbed, vocabulary_of
 from unsloth_fast.models.methods import has_foreign_forward, has_replaced_method
+from unsloth_fast.models.packed import documents_of
 from unsloth_fast.models.placement import placed
 from unsloth_fast.models.positions import position_limit
 
@@ -68,6 +70,8 @@ def _are_joined(model: Any) -> bool:
     length = min(_TOKENS, position_limit(model.config) or _TOKENS)
     places, device = torch.arange(length, device=model.device), model.device
     neighbour, other, document = (((places + shift) % vocabulary)[None] for shift in range(3))
+    for documents in filter(None, map(documents_of, stacks_of(model))):
+        documents.warned = True  # these rows are not the user's
     bounds = torch.arange(3, device=device, dtype=torch.int32) * length
     packed = {"position_ids": places.repeat(2)[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     packed |= {"max_length_q": length, "max_length_k": length}

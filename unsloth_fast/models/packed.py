@@ -138,11 +138,14 @@ def remove_documents(model: Module) -> None:
 
 
 def _forward_of(own: Callable[..., Any]) -> Forward:
-    caches = "use_cache" in inspect.signature(own).parameters
+    _, *names = inspect.signature(own).parameters
+    caches = "use_cache" in names
 
     def with_documents(self: Any, *args: Any, **kwargs: Any) -> Any:
         bounds = kwargs.get("cu_seq_lens_q")
         documents = documents_of(self)
+        if isinstance(bounds, Tensor):  # a model may give its stack the mask by position
+            args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs
         if documents is not None and isinstance(bounds, Tensor) and documents.masked is not None:
             documents.warn(documents.masked, _inputs(args, kwargs).shape[1])
             if documents.function is None and caches:
