@@ -92,3 +92,21 @@ class Work(TorchDispatchMode):
         self.operators += 1
         self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
+
+
+class Overwriting(TorchDispatchMode):
+    """Sees whether `scatter` writes several numbers to one place: torch's gradient is then wrong, as its guide says.
+
+    Attributes:
+        found: whether it does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        if func._schema.name in ("aten::scatter", "aten::scatter_") and isinstance(args[3], Tensor):
+            self.found |= bool((args[2].sort(args[1]).values.diff(dim=args[1]) == 0).any())
+        return func(*args, **(kwargs or {}))

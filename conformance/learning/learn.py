@@ -19,7 +19,7 @@ import torch
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.learning.definition import PRESENT, Work, call, demand_function, fits, outputs_of, reached
+from conformance.learning.definition import PRESENT, Overwriting, Work, call, demand_function, fits, outputs_of, reached
 from conformance.learning.example import Example, Follows, TensorArgument, value_of
 from conformance.learning.options import others
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
@@ -31,12 +31,14 @@ FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not descri
 
 
 def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[str, int]) -> Inputs:
-    """The tensors of a case; without those that its options replace."""
+    """The tensors of a case, without those that its options replace; ValueError if integers are below 0 classes."""
     replaced = dict(draw.case.options)
     inputs: Inputs = {}
     for name, one in arguments.items():
         numbers = [value_of(size, sizes) for size in one.shape]
         low, high = value_of(one.low, sizes), value_of(one.high, sizes)
+        if one.kind == "randint" and high <= low and 0 not in numbers:
+            raise ValueError(f"{name}: got {low} to {high} as the range of integers; allowed: a range with an integer")
         tensor = draw.tensor(one.kind, *numbers, dtype=one.dtype, low=low, high=high, other=one.other)
         if replaced.get(name.partition("[")[0], PRESENT) is not None:
             inputs[name] = tensor
@@ -213,13 +215,14 @@ class Learner:
         if caught.error is not None:
             raise SpecError(f"--example: its tensors cannot be made: {describe(caught.error)}") from caught.error
         demand_function(spec, case, plain)
-        inputs = as_leaves(plain, [name for name, tensor in plain.items() if tensor.is_floating_point()])
-        outputs = outputs_of(spec, case, inputs)
+        inputs = as_leaves(plain, [name for name in plain if _takes_gradients(spec, case, plain, name)])
+        with Overwriting() as overwriting:
+            outputs = outputs_of(spec, case, inputs)
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]
-        grads = reached(outputs, inputs)
         wanted = self.grads if self.grads is not None else self.example.grads
+        grads = [] if overwriting.found and wanted is None else reached(outputs, inputs)
         for name in wanted or ():
             if name not in grads:
                 raise SpecError(
@@ -316,6 +319,14 @@ class Learner:
                 if not any(output.isnan().any() for output in outputs):
                     found.append(value)
         return tuple(found)
+
+
+def _takes_gradients(spec: Spec, case: Case, inputs: Inputs, name: str) -> bool:
+    """Whether the reference takes an input that requires a gradient: torch's cross entropy refuses such a `weight`."""
+    with Caught() as caught:
+        if inputs[name].is_floating_point():
+            call(spec, case, as_leaves(inputs, [name]))
+    return caught.error is None and inputs[name].is_floating_point()
 
 
 def _is_tensors(value: Any) -> bool:
