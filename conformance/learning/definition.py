@@ -59,13 +59,15 @@ def demand_function(spec: Spec, case: Case, inputs: Inputs) -> None:
 
 
 def reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
-    """The inputs that require a gradient and get one from these outputs."""
+    """The inputs that require a gradient and get one from these outputs; none if autograd refuses what is in place."""
     roots = [output for output in outputs if output.requires_grad]
     leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
     if not roots:
         return []
-    found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
-    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    with Caught():
+        found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
+        return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    return []
 
 
 def fits(spec: Spec, case: Case) -> bool:

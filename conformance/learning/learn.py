@@ -215,13 +215,14 @@ class Learner:
         if caught.error is not None:
             raise SpecError(f"--example: its tensors cannot be made: {describe(caught.error)}") from caught.error
         demand_function(spec, case, plain)
-        inputs = as_leaves(plain, [name for name in plain if _takes_gradients(spec, case, plain, name)])
+        wanted = self.grads if self.grads is not None else self.example.grads
+        names = [name for name in plain if wanted is None or name in wanted]
+        inputs = as_leaves(plain, [name for name in names if _takes_gradients(spec, case, plain, name)])
         with Overwriting() as overwriting:
             outputs = outputs_of(spec, case, inputs)
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]
-        wanted = self.grads if self.grads is not None else self.example.grads
         grads = [] if overwriting.found and wanted is None else reached(outputs, inputs)
         for name in wanted or ():
             if name not in grads:

@@ -201,49 +201,55 @@ def _demand_numbers(trial: Trial, case: Case) -> None:
 
 
 def _far_away(trial: Trial, case: Case) -> float:
-    """Judge outputs on numbers that are all very low, or all very high, where an offset means nothing to the formulas.
+    """Judge outputs on numbers that are all low, or all high; very low where an offset means nothing to the formulas.
 
     There, as in a softmax, a logarithm of a sum of exponentials or a maximum, a kernel may start or pad with a number
     that is not the lowest. Not where plain PyTorch itself overflows, or loses the differences in a mean. Of outputs of
     several floating-point inputs, whose roundings beside such numbers are large, only whether they are finite.
     """
-    case, reference = replace(trial.spec.case(3, 17), seed=case.seed), trial.spec.reference
+    case = replace(trial.spec.case(3, 17), seed=case.seed)
     inputs, used = trial.inputs(case), 0.0
-
-    def outputs(tensors: Inputs) -> tuple[Tensor, ...]:
-        with Widened():
-            return trial.run(case, {n: widen(t) for n, t in tensors.items()}, function=reference, grads=()).outputs
-
+    alone = sum(map(is_float, inputs.values())) == 1
     for name, tensor in inputs.items():
         if not is_float(tensor) or not tensor.numel():
             continue
-        try:
-            usual, moved = outputs(inputs), outputs({**inputs, name: widen(tensor) + OFFSET})
-        except Failure:
-            continue
-        if not all(_moved_by(OFFSET, one, other) for one, other in zip(usual, moved, strict=True)):
-            continue
-        for word, sign in (("low", -1), ("high", 1)):
-            far = {**inputs, name: (sign * _far(tensor)).to(tensor.dtype)}
+        places = 7 * torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device) % DISTINCT
+        distances = [2.0**14 * (1 + places / DISTINCT)]
+        if trial.dtype != torch.float16 and _is_offset(trial, case, inputs, name):
+            distances.append(2.0 ** (LOWEST_POWER + places))  # powers of 2, whose multiples are exact
+        for word, numbers in ((word, sign * one) for one in distances for word, sign in (("low", -1), ("high", 1))):
+            far = {**inputs, name: numbers.view(tensor.shape).to(tensor.dtype)}
             try:
-                peer, truth = trial.run(case, far, function=reference, grads=()), outputs(far)
+                peer, truth = trial.run(case, far, function=trial.spec.reference, grads=()), _exact(trial, case, far)
             except Failure:
                 continue
             if all(_close(p, r) for p, r in zip(peer.outputs, truth, strict=True)):
                 run = trial.run(case, far, grads=())
                 with naming(f"in {' '.join(f'{n}={size}' for n, size in case.sizes)}, {name} is {word} everywhere"):
-                    if sum(map(is_float, inputs.values())) == 1:
-                        used = max(used, trial.judge(case, run, far, peer=peer))
-                    for (_, output, y), p in zip(run.named(trial.spec), peer.outputs, strict=True):
-                        if y.shape == p.shape and is_float(p) and (y.isfinite() < p.isfinite()).any():
-                            raise Failure(f"{output} is not finite, as it should be")
+                    used = max(used, trial.judge(case, run, far, peer=peer)) if alone else used
+                    _demand_finite(trial, run, peer)
     return used
 
 
-def _far(like: Tensor) -> Tensor:
-    """Numbers far above 0, distinct along each dimension; powers of 2 where they can be, whose multiples are exact."""
-    places = 7 * torch.arange(like.numel(), dtype=torch.float64, device=like.device).view(like.shape) % DISTINCT
-    return 2.0**14 * (1 + places / DISTINCT) if like.dtype == torch.float16 else 2.0 ** (LOWEST_POWER + places)
+def _exact(trial: Trial, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    with Widened():
+        wide = {name: widen(tensor) for name, tensor in inputs.items()}
+        return trial.run(case, wide, function=trial.spec.reference, grads=()).outputs
+
+
+def _is_offset(trial: Trial, case: Case, inputs: Inputs, name: str) -> bool:
+    """Whether an offset of an input leaves each output of the definition as it is, or moves it by as much."""
+    try:
+        usual, moved = (_exact(trial, case, {**inputs, name: widen(inputs[name]) + by}) for by in (0.0, OFFSET))
+    except Failure:
+        return False
+    return all(_moved_by(OFFSET, one, other) for one, other in zip(usual, moved, strict=True))
+
+
+def _demand_finite(trial: Trial, run: Run, peer: Run) -> None:
+    for (_, output, y), p in zip(run.named(trial.spec), peer.outputs, strict=True):
+        if y.shape == p.shape and is_float(p) and (y.isfinite() < p.isfinite()).any():
+            raise Failure(f"{output} is not finite, as it should be")
 
 
 def _moved_by(offset: float, one: Tensor, other: Tensor) -> bool:

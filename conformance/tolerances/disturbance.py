@@ -313,13 +313,34 @@ class Reordered(Disturbed):
 
     def _with_another_mean(self, found: Tensor, gradient: Tensor, output: Tensor, dim: int) -> Tensor:
         """A softmax's gradient whose mean of the incoming gradient is another sum, as that of flash attention is."""
-        _, error = self._errors.get(gradient.untyped_storage().data_ptr(), (None, None))
-        if error is None or error.numel() != gradient.numel():
+        error = self._error_of(gradient)
+        if error is None:
             return found
         self.found = True
-        error = (output * error.view(gradient.shape)).sum(dim, keepdim=True)
+        error = (output * error).sum(dim, keepdim=True)
         return found - output * self._noise(error, self._unit, next(self._places))
 
+    def _with_another_sum(self, func: Any, found: Any, args: Any) -> Any:
+        """A softmax of sums whose numerator is computed again, as the scores of pairs in a contrastive loss are."""
+        error = self._error_of(args[0]) if name_of(func) in ("_softmax", "_log_softmax") else None
+        if error is None:
+            return found
+        self.found = True
+        noise = self._noise(error, self._unit, next(self._places))
+        return found + (noise * found if name_of(func) == "_softmax" else noise)
+
+    def _error_of(self, result: Tensor) -> Tensor | None:
+        """The size of the error of sums, which views of them have too, by the layout of the result."""
+        _, error = self._errors.get(result.untyped_storage().data_ptr(), (None, None))
+        if error is None or error.numel() != result.numel():
+            return None
+        return error.contiguous().as_strided(result.shape, result.stride(), result.storage_offset())
+
     def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """Disturb nothing else."""
+        """Disturb nothing else; the error of a sum stays what it is, relative to the sum, in a product with numbers."""
+        if name_of(func) in ("mul", "div") and is_float64(found) and is_float64(args[0]):
+            error = self._error_of(args[0]) if found.shape == args[0].shape and found.is_contiguous() else None
+            if error is not None:
+                error = error * (found / args[0]).nan_to_num(0.0).abs()
+                self._errors[found.untyped_storage().data_ptr()] = found, error
         return found

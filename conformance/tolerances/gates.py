@@ -12,7 +12,8 @@ rounding is allowed, so that an exact 0 must be 0.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has
-        any and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
+        any and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p;
+        nor does float32 those of a y in float64.
     G1  Each element:
             |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
@@ -203,24 +204,27 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor, other: Tensor) -> Non
             f"gate G0: {name} is {float(y[index])!r} at index {index}, should be {float(rounded[index])!r}\n"
             f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}"
         )
-    if dtype == torch.float32:
+    if dtype.itemsize > 2:
         _digits(name, y, r, p)
 
 
 def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
     """A float32 result that was rounded to 16 bits on its way has none of the digits that only float32 holds.
 
+    Likewise a float64 result that was rounded to float32.
+
     An element without a correct bit, such as the 0 of terms that cancel, says nothing: the digits of r and p are noise.
     Nor do a few values that repeat: 16 bits may hold them by chance.
     """
-    y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].float() for tensor in (y, r, p))
-    for dtype in (torch.bfloat16, torch.float16):
-        held, r_held, p_held = ((t == t.to(dtype).float()) | ~t.isfinite() for t in (y, r, p))
+    own = y.dtype
+    y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].to(own) for tensor in (y, r, p))
+    for dtype in (torch.bfloat16, torch.float16, *((torch.float32,) if own == torch.float64 else ())):
+        held, r_held, p_held = ((t == t.to(dtype).to(own)) | ~t.isfinite() for t in (y, r, p))
         wrong = ~(r_held | p_held) & ((y - r).abs() < r.abs() / 2)
         if held.all() and wrong.sum() >= G0_ELEMENTS and y[wrong].unique().numel() >= G0_ELEMENTS:
             index = int(wrong.nonzero()[0])
             raise Failure(
-                f"gate G0: {name} was rounded to {dtype}, should be {torch.float32}\n"
+                f"gate G0: {name} was rounded to {dtype}, should be {own}\n"
                 f"{float(y[index])!r} at index {index} of the flattened tensor; reference {float(r[index])!r}"
             )
 

@@ -166,3 +166,51 @@ def attention_without_a_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     powers = torch.exp(scores.masked_fill(later, -torch.inf))
     return (powers / powers.sum(-1, keepdim=True).detach() @ v.float()).to(q.dtype)
+
+
+def squared_sums(logits: Tensor) -> Tensor:
+    """The mean square of log_sum_exp, which keeps logits near 0."""
+    return torch.logsumexp(logits.float(), -1).square().mean()
+
+
+def squared_sums_in_powers_of_2(logits: Tensor) -> Tensor:
+    """Right."""
+    return log_sum_exp_in_powers_of_2(logits).square().mean()
+
+
+def squared_sums_from_1e4(logits: Tensor) -> Tensor:
+    """Wrong for lower rows."""
+    return _online(logits, -1e4).square().mean()
+
+
+def contrast(a: Tensor, b: Tensor, heat: float = 0.07) -> Tensor:
+    """The contrastive loss of pairs of rows of a and b [N, D]."""
+    scores = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).t() / heat
+    return F.cross_entropy(scores, torch.arange(len(a)))
+
+
+def contrast_of_pairs(a: Tensor, b: Tensor, heat: float = 0.07) -> Tensor:
+    """Right: adds up the scores of pairs again. Of one pair the loss is 0 but for the roundings of two sums."""
+    x, y = F.normalize(a.float(), dim=-1) / heat, F.normalize(b.float(), dim=-1)
+    return (torch.einsum("id,jd->ij", x, y).logsumexp(1) - (x * y).sum(-1)).mean()
+
+
+def contrast_in_bfloat16(a: Tensor, b: Tensor, heat: float = 0.07) -> Tensor:
+    """Wrong: rounds the scores of pairs alone."""
+    x, y = F.normalize(a.float(), dim=-1) / heat, F.normalize(b.float(), dim=-1)
+    return (torch.einsum("id,jd->ij", x, y).logsumexp(1) - (x * y).sum(-1).bfloat16()).mean()
+
+
+def sums_in_float64(x: Tensor, y: Tensor) -> Tensor:
+    """The products of rows of x with y, both in float64."""
+    return (x * y).sum(-1)
+
+
+def sums_in_float64_by_a_product(x: Tensor, y: Tensor) -> Tensor:
+    """Right."""
+    return x @ y
+
+
+def sums_in_float64_by_float32(x: Tensor, y: Tensor) -> Tensor:
+    """Wrong: loses half of the digits."""
+    return (x.float() @ y.float()).double()

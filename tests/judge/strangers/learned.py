@@ -91,3 +91,21 @@ def doubled_by_offsets(x: Tensor) -> Tensor:
 def doubled_by_offsets_of_32_bits(x: Tensor) -> Tensor:
     """Wrong beyond 2^31 elements."""
     return _doubled(x, torch.int32)
+
+
+def moved(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> None:
+    """A step of RMSprop, in place; autograd refuses it, as its root is changed in place too."""
+    v.mul_(0.9).addcmul_(g, g, value=0.1)
+    p.addcdiv_(g, v.sqrt().add_(1e-8), value=-rate)
+
+
+def moved_by_copies(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> None:
+    """Right."""
+    v.copy_(0.9 * v + 0.1 * g * g)
+    p.copy_(p - rate * g / (v.sqrt() + 1e-8))
+
+
+def moved_with_the_old_mean(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> None:
+    """Wrong."""
+    p.addcdiv_(g, v.sqrt().add_(1e-8), value=-rate)
+    v.mul_(0.9).addcmul_(g, g, value=0.1)

@@ -18,6 +18,9 @@ EXAMPLES = {
     "layer": "x=randn(64,128)",
     "policy_loss": "logp=randn(B=8,T=16) old=randn(B,T) advantage=randn(B)",
     "rows_of": "weight=randn(V=50,H=32) index=randint(V,T=20)",
+    "squared_sums": "logits=randn(64,128)",
+    "contrast": "a=randn(N=8,D=16) b=randn(N,D)",
+    "sums_in_float64": "x=randn(R=16,C=12,dtype=float64) y=randn(C,dtype=float64)",
     "attention": "q=randn(B=2,N=2,S=16,D=8) k=randn(B,N,S,D) v=randn(B,N,S,D)",
 }
 FAR = ("special_values", "", "float32 float16 bfloat16")
@@ -41,6 +44,9 @@ CASES = {  # by operation: property, case and dtypes; right kernels and wrong on
         (("gradients", "V=1 H=3 T=4097 fill=lowest", "float16 bfloat16"), ["in_reverse"], []),
         (("gradients", "V=5 H=3 T=130", "float32 float16 bfloat16"), ["in_reverse"], ["but_a_gradient"]),
     ],
+    "squared_sums": [((*FAR[:2], "float32 bfloat16"), ["in_powers_of_2"], ["from_1e4"])],
+    "contrast": [(("value", "N=1 D=160 fill=ones seed=3", "float32"), ["of_pairs"], ["in_bfloat16"])],
+    "sums_in_float64": [(("value", "R=40 C=9", "float32"), ["by_a_product"], ["by_float32"])],
     "attention": [
         (("layouts", "B=1 N=1 S=1 D=2048 fill=ones seed=1", "float32"), ["of_torch"], ["without_a_mean"]),
         (("extents", "B=1 N=3 S=3 D=8191", "float32"), ["of_torch"], ["without_a_mean"]),

@@ -17,15 +17,24 @@ EXAMPLES = {
     "histogram": "x=randint(N=10,T=50) bins=N",
     "halves": "x=randn(T=16,2*D=16) scale=rand(T,2)",
     "doubled": "x=randn(T=16,H=8)",
+    "moved": "p=randn(16,8) g=randn(16,8) v=positive(16,8)",
 }
 
 
 def source_of(op: str) -> Source:
-    return Source(f"{HERE}:{op}", EXAMPLES[op], grads=() if op == "doubled" else None)
+    in_place = ("p", "v") if op == "moved" else ()
+    return Source(f"{HERE}:{op}", EXAMPLES[op], in_place=in_place, grads=() if op == "doubled" else None)
 
 
 @pytest.mark.parametrize(
-    ("op", "grads"), [("weighted_losses", ["logits"]), ("penalised", []), ("histogram", []), ("halves", ["x", "scale"])]
+    ("op", "grads"),
+    [
+        ("weighted_losses", ["logits"]),
+        ("penalised", []),
+        ("histogram", []),
+        ("halves", ["x", "scale"]),
+        ("moved", []),
+    ],
 )
 def test_gradients_that_torch_has(op: str, grads: list[str]) -> None:
     (spec,) = specs(source_of(op)).values()
@@ -51,6 +60,8 @@ def test_integers_below_no_class_are_not_drawn() -> None:
         ("histogram_in_bytes", "fail", "extents", "T=4097 N=3 fill=lowest"),
         ("halves_of_two", "pass", "gradients", "T=3 D=5 scale_1=2"),
         ("halves_by_turns", "fail", "gradients", "T=3 D=5 scale_1=2"),
+        ("moved_by_copies", "pass", "value", "p_0=5 p_1=7"),
+        ("moved_with_the_old_mean", "fail", "value", "p_0=5 p_1=7"),
         ("doubled_by_offsets", "pass", "int64_offsets", "T=3 H=15"),
         ("doubled_by_offsets_of_32_bits", "fail", "int64_offsets", "T=3 H=15"),
     ],
