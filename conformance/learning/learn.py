@@ -218,8 +218,9 @@ class Learner:
         wanted = self.grads if self.grads is not None else self.example.grads
         names = [name for name in plain if wanted is None or name in wanted]
         inputs = as_leaves(plain, [name for name in names if _takes_gradients(spec, case, plain, name)])
-        with Overwriting() as overwriting:
-            outputs = outputs_of(spec, case, inputs)
+        outputs = outputs_of(spec, case, inputs)
+        with Caught(), Overwriting() as overwriting:
+            call(spec, case, plain)
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]

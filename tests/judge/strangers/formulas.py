@@ -201,6 +201,23 @@ def contrast_in_bfloat16(a: Tensor, b: Tensor, heat: float = 0.07) -> Tensor:
     return (torch.einsum("id,jd->ij", x, y).logsumexp(1) - (x * y).sum(-1).bfloat16()).mean()
 
 
+def decayed(x: Tensor, rate: Tensor) -> Tensor:
+    """The sums of the rows of x [T, H] so far, each decayed by exp(-|rate|) per row."""
+    state, rows = torch.zeros_like(x[:1].float()), []
+    for row in x.float().split(1):
+        state = torch.exp(-rate.float().abs()) * state + row
+        rows.append(state)
+    return torch.cat(rows).to(x.dtype)
+
+
+def decayed_in_one_product(x: Tensor, rate: Tensor) -> Tensor:
+    """Right: subtracts sums of rates, which no one sets to infinity."""
+    sums = torch.arange(len(x))[:, None] * rate.float().abs()
+    later = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)[..., None]
+    decay = torch.exp((sums[None] - sums[:, None]).masked_fill(later, -torch.inf))
+    return (decay * x.float()[None]).sum(1).to(x.dtype)
+
+
 def sums_in_float64(x: Tensor, y: Tensor) -> Tensor:
     """The products of rows of x with y, both in float64."""
     return (x * y).sum(-1)

@@ -105,6 +105,12 @@ def moved_by_copies(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> None:
     p.copy_(p - rate * g / (v.sqrt() + 1e-8))
 
 
+def moved_and_returned(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> Tensor:
+    """Right, of tensors without elements too."""
+    moved_by_copies(p, g, v, rate)
+    return p
+
+
 def moved_with_the_old_mean(p: Tensor, g: Tensor, v: Tensor, rate: float = 0.1) -> None:
     """Wrong."""
     p.addcdiv_(g, v.sqrt().add_(1e-8), value=-rate)

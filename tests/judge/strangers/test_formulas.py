@@ -20,6 +20,7 @@ EXAMPLES = {
     "rows_of": "weight=randn(V=50,H=32) index=randint(V,T=20)",
     "squared_sums": "logits=randn(64,128)",
     "contrast": "a=randn(N=8,D=16) b=randn(N,D)",
+    "decayed": "x=randn(T=9,H=6) rate=randn(H)",
     "sums_in_float64": "x=randn(R=16,C=12,dtype=float64) y=randn(C,dtype=float64)",
     "attention": "q=randn(B=2,N=2,S=16,D=8) k=randn(B,N,S,D) v=randn(B,N,S,D)",
 }
@@ -46,6 +47,7 @@ CASES = {  # by operation: property, case and dtypes; right kernels and wrong on
     ],
     "squared_sums": [((*FAR[:2], "float32 bfloat16"), ["in_powers_of_2"], ["from_1e4"])],
     "contrast": [(("value", "N=1 D=160 fill=ones seed=3", "float32"), ["of_pairs"], ["in_bfloat16"])],
+    "decayed": [(("special_values", "T=5 H=7", "float32"), ["in_one_product"], [])],
     "sums_in_float64": [(("value", "R=40 C=9", "float32"), ["by_a_product"], ["by_float32"])],
     "attention": [
         (("layouts", "B=1 N=1 S=1 D=2048 fill=ones seed=1", "float32"), ["of_torch"], ["without_a_mean"]),

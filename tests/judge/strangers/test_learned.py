@@ -61,6 +61,7 @@ def test_integers_below_no_class_are_not_drawn() -> None:
         ("halves_of_two", "pass", "gradients", "T=3 D=5 scale_1=2"),
         ("halves_by_turns", "fail", "gradients", "T=3 D=5 scale_1=2"),
         ("moved_by_copies", "pass", "value", "p_0=5 p_1=7"),
+        ("moved_and_returned", "pass", "extents", "p_0=0 p_1=7"),
         ("moved_with_the_old_mean", "fail", "value", "p_0=5 p_1=7"),
         ("doubled_by_offsets", "pass", "int64_offsets", "T=3 H=15"),
         ("doubled_by_offsets_of_32_bits", "fail", "int64_offsets", "T=3 H=15"),
