@@ -50,7 +50,8 @@ def results(found: Any, written: Sequence[Tensor]) -> list[Any]:
     """
     memory = {tensor.untyped_storage().data_ptr() for tensor in written if tensor.numel()}
     returned = [one for one in tree_leaves(found) if one is not None]
-    own = [t for t in returned if not isinstance(t, Tensor) or t.untyped_storage().data_ptr() not in memory]
+    others = [one for one in returned if all(one is not tensor for tensor in written)]  # those without elements too
+    own = [t for t in others if not isinstance(t, Tensor) or t.untyped_storage().data_ptr() not in memory]
     return [*own, *written]
 
 

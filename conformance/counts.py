@@ -106,7 +106,7 @@ def edges(counts: Mapping[str, Counts]) -> list[dict[str, int]]:
 def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts:
     """The rule that separates the accepted sizes from the others; a list of them if there is none."""
     above = [n for n in accepted if n > 0] or [example]
-    if above == [example]:
+    if above in ([example], [1, example]):  # 1 alone is accepted because operators broadcast it
         return Counts(example, only=(example,))
     high = None if above[-1] == max(probed) else above[-1]
     counts = Counts(example, of=gcd(*above), low=above[0], high=high)

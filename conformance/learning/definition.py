@@ -59,13 +59,23 @@ def demand_function(spec: Spec, case: Case, inputs: Inputs) -> None:
 
 
 def reached(outputs: Sequence[Tensor], inputs: Inputs) -> list[str]:
-    """The inputs that require a gradient and get one from these outputs."""
+    """The inputs that require a gradient and get one from these outputs; none if autograd refuses what is in place."""
     roots = [output for output in outputs if output.requires_grad]
     leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
     if not roots:
         return []
-    found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
-    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    with Caught():
+        found = torch.autograd.grad(roots, [*leaves.values()], [torch.ones_like(r) for r in roots], allow_unused=True)
+        return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+    return []
+
+
+def takes_gradients(spec: Spec, case: Case, inputs: Inputs, name: str) -> bool:
+    """Whether the reference takes an input that requires a gradient: torch's cross entropy refuses such a `weight`."""
+    with Caught() as caught:
+        if inputs[name].is_floating_point():
+            call(spec, case, as_leaves(inputs, [name]))
+    return caught.error is None and inputs[name].is_floating_point()
 
 
 def fits(spec: Spec, case: Case) -> bool:
@@ -92,3 +102,21 @@ class OperatorCount(TorchDispatchMode):
         self.operators += 1
         self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
+
+
+class Overwriting(TorchDispatchMode):
+    """Sees whether `scatter` writes several numbers to one place: torch's gradient is then wrong, as its guide says.
+
+    Attributes:
+        found: whether it does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        if func._schema.name in ("aten::scatter", "aten::scatter_") and isinstance(args[3], Tensor):
+            self.found |= bool((args[2].sort(args[1]).values.diff(dim=args[1]) == 0).any())
+        return func(*args, **(kwargs or {}))

@@ -19,7 +19,17 @@ import torch
 from conformance.case import Case, Draw
 from conformance.counts import Counts, rule, shape
 from conformance.declarations import SpecError
-from conformance.learning.definition import PRESENT, OperatorCount, call, demand_function, fits, outputs_of, reached
+from conformance.learning.definition import (
+    PRESENT,
+    OperatorCount,
+    Overwriting,
+    call,
+    demand_function,
+    fits,
+    outputs_of,
+    reached,
+    takes_gradients,
+)
 from conformance.learning.example import Example, Follows, TensorArgument, value_of
 from conformance.learning.options import others
 from conformance.spec import Budget, Drawing, Inputs, Options, Spec
@@ -31,12 +41,14 @@ FEWEST_ACCEPTED = 0.1  # of 20 random cases: with fewer, the sizes do not descri
 
 
 def build(arguments: Mapping[str, TensorArgument], draw: Draw, sizes: Mapping[str, int]) -> Inputs:
-    """The tensors of a case; without those that its options replace."""
+    """The tensors of a case, without those that its options replace; ValueError if integers are below 0 classes."""
     replaced = dict(draw.case.options)
     inputs: Inputs = {}
     for name, one in arguments.items():
         numbers = [value_of(size, sizes) for size in one.shape]
         low, high = value_of(one.low, sizes), value_of(one.high, sizes)
+        if one.kind == "randint" and high <= low and 0 not in numbers:
+            raise ValueError(f"{name}: got {low} to {high} as the range of integers; allowed: a range with an integer")
         tensor = draw.tensor(one.kind, *numbers, dtype=one.dtype, low=low, high=high, other=one.other)
         if replaced.get(name.partition("[")[0], PRESENT) is not None:
             inputs[name] = tensor
@@ -213,13 +225,16 @@ class Learner:
         if caught.error is not None:
             raise SpecError(f"--example: its tensors cannot be made: {describe(caught.error)}") from caught.error
         demand_function(spec, case, plain)
-        inputs = as_leaves(plain, [name for name, tensor in plain.items() if tensor.is_floating_point()])
+        wanted = self.grads if self.grads is not None else self.example.grads
+        names = [name for name in plain if wanted is None or name in wanted]
+        inputs = as_leaves(plain, [name for name in names if takes_gradients(spec, case, plain, name)])
         outputs = outputs_of(spec, case, inputs)
+        with Caught(), Overwriting() as overwriting:
+            call(spec, case, plain)
         returned = len(outputs) - len(self.in_place)
         names = ["result"] if returned == 1 else [str(place) for place in range(returned)]
         names += [f"{name} (in place)" for name in self.in_place]
-        grads = reached(outputs, inputs)
-        wanted = self.grads if self.grads is not None else self.example.grads
+        grads = [] if overwriting.found and wanted is None else reached(outputs, inputs)
         for name in wanted or ():
             if name not in grads:
                 raise SpecError(

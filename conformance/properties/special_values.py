@@ -4,8 +4,9 @@ Autograd multiplies a gradient of 0 by NaN. Where the outputs of a row are finit
 
 Of an operation of the command line, a single NaN among the elements of an input or of an incoming gradient must reach
 every result that depends on it: one that changes in the reference if the element becomes another number. Other
-results may be NaN too, as those of a product with zeros, and a kernel may refuse NaN. Where all elements of an input
-but the last of each row are -infinity, as under a mask, an output must be a number where the reference's is one.
+results may be NaN too, as those of a product with zeros, and a kernel may refuse NaN. A gradient may be 0 where the
+formulas limit numbers: no comparison with NaN is true. Where all elements of an input but the last of each row are
+-infinity, as under a mask, an output must be a number where the reference's is one. Numbers may all be far from 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conformance.case import Case
+from conformance.properties.layouts import naming
 from conformance.property import Property, of_file
 from conformance.spec import Inputs
 from conformance.tolerances.disturbance import Order, Widened
@@ -30,6 +32,8 @@ PLACES = (0.0, 0.5, 1.0)  # the start, the middle and the end of each dimension
 OTHERS = ((4.0, 3.0), (0.3, 0.2), (-2.0, -1.5))
 # Operators that take NaN for the largest number: the largest of OTHERS stand for it; a 0 may be what is not selected.
 SELECTING = {"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "median", "mode", "max", "min"}
+OFFSET = 4.0
+DISTINCT, LOWEST_POWER = 23, 103  # 2^103 is 10^31, and some numbers of 2^125 can be added up
 CHANGE, OF_LARGEST = 1e-3, 1e-6  # of a result that depends on an element: relative to itself, and to the largest
 
 
@@ -39,6 +43,7 @@ def check(trial: Trial, case: Case) -> float | None:
     if trial.spec.budget.measured:
         _demand_spread(trial, case)
         _demand_numbers(trial, case)
+        used = max(used, _far_away(trial, case))
     return used if trial.spec.rowwise else None
 
 
@@ -156,7 +161,8 @@ def _demand_spread(trial: Trial, case: Case) -> None:
                 continue
             changed = [None if other is None else other.named(trial.spec)[place][2] for other in others]
             depends = [_differ(one, two, r) for one, two in zip(changed[::2], changed[1::2], strict=True)]
-            number = y.isfinite() & ((y != 0) | (not selects))
+            cut = selects or (order.cuts and name.startswith("gradient"))
+            number = y.isfinite() & ((y != 0) | (not cut))
             swallowed = number & p.isnan() & r.isnan() & torch.stack(depends).any(0)
             if swallowed.any():
                 index = tuple(swallowed.nonzero()[0].tolist())
@@ -169,7 +175,8 @@ def _demand_spread(trial: Trial, case: Case) -> None:
 def _demand_numbers(trial: Trial, case: Case) -> None:
     """Raise Failure if an output is NaN where it should be a number: a kernel's first tiles hold -infinity alone.
 
-    Only where the output depends on the elements that are -infinity: a product of one and 0 may be NaN.
+    Only where an offset means nothing to the formulas, as to those in which a mask adds -infinity, and where the output
+    depends on the elements that are -infinity: a product of one and 0 may be NaN.
     """
     inputs, reference = trial.inputs(case), trial.spec.reference
 
@@ -179,6 +186,8 @@ def _demand_numbers(trial: Trial, case: Case) -> None:
         return trial.run(case, {**inputs, name: masked}, function=function, grads=()).outputs
 
     for name in (name for name, tensor in inputs.items() if is_float(tensor) and tensor.ndim and tensor.shape[-1] > 1):
+        if not _is_offset(trial, case, inputs, name):
+            continue
         try:
             found, *runs = run(name, -inf), *(run(name, value, reference) for value in (-inf, *OTHERS[0]))
         except Failure:
@@ -192,6 +201,72 @@ def _demand_numbers(trial: Trial, case: Case) -> None:
                         f"{name} is -infinity but for the last element of each row: {output} is NaN at index {index},"
                         f" should be {float(p[index])!r}"
                     )
+
+
+def _far_away(trial: Trial, case: Case) -> float:
+    """Judge outputs on numbers that are all low, or all high; very low where an offset means nothing to the formulas.
+
+    There, as in a softmax, a logarithm of a sum of exponentials or a maximum, a kernel may start or pad with a number
+    that is not the lowest. Not where plain PyTorch itself overflows, or loses the differences in a mean. Of outputs of
+    several floating-point inputs, whose roundings beside such numbers are large, only whether they are finite.
+    """
+    case = replace(trial.spec.case(3, 17), seed=case.seed)
+    inputs, used = trial.inputs(case), 0.0
+    alone = sum(map(is_float, inputs.values())) == 1
+    for name, tensor in inputs.items():
+        if not is_float(tensor) or not tensor.numel():
+            continue
+        places = 7 * torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device) % DISTINCT
+        distances = [2.0**14 * (1 + places / DISTINCT)]
+        if trial.dtype != torch.float16 and _is_offset(trial, case, inputs, name):
+            distances.append(2.0 ** (LOWEST_POWER + places))  # powers of 2, whose multiples are exact
+        for word, numbers in ((word, sign * one) for one in distances for word, sign in (("low", -1), ("high", 1))):
+            far = {**inputs, name: numbers.view(tensor.shape).to(tensor.dtype)}
+            try:
+                peer, truth = trial.run(case, far, function=trial.spec.reference, grads=()), _exact(trial, case, far)
+            except Failure:
+                continue
+            if all(_close(p, r) for p, r in zip(peer.outputs, truth, strict=True)):
+                run = trial.run(case, far, grads=())
+                with naming(f"in {' '.join(f'{n}={size}' for n, size in case.sizes)}, {name} is {word} everywhere"):
+                    used = max(used, trial.judge(case, run, far, peer=peer)) if alone else used
+                    _demand_finite(trial, run, peer)
+    return used
+
+
+def _exact(trial: Trial, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    with Widened():
+        wide = {name: widen(tensor) for name, tensor in inputs.items()}
+        return trial.run(case, wide, function=trial.spec.reference, grads=()).outputs
+
+
+def _is_offset(trial: Trial, case: Case, inputs: Inputs, name: str) -> bool:
+    """Whether an offset of an input leaves each output of the definition as it is, or moves it by as much."""
+    try:
+        usual, moved = (_exact(trial, case, {**inputs, name: widen(inputs[name]) + by}) for by in (0.0, OFFSET))
+    except Failure:
+        return False
+    return all(_moved_by(OFFSET, one, other) for one, other in zip(usual, moved, strict=True))
+
+
+def _demand_finite(trial: Trial, run: Run, peer: Run) -> None:
+    for (_, output, y), p in zip(run.named(trial.spec), peer.outputs, strict=True):
+        if y.shape == p.shape and is_float(p) and (y.isfinite() < p.isfinite()).any():
+            raise Failure(f"{output} is not finite, as it should be")
+
+
+def _moved_by(offset: float, one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are equal, or differ by this offset everywhere, but for roundings."""
+    if one.shape != other.shape or not is_float(one):
+        return one.shape == other.shape and one.equal(other)
+    change = other - one
+    return any(bool(((change - by).abs() <= 1e-9 * (offset + one.abs())).all()) for by in (0.0, offset))
+
+
+def _close(p: Tensor, r: Tensor) -> bool:
+    if p.shape != r.shape or not is_float(p):
+        return p.shape == r.shape
+    return bool(((p.double() - r).abs() <= 0.01 * r.abs()).all())
 
 
 def _differ(one: Tensor | None, other: Tensor | None, r: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ disturbs it as the roundings of a computation would, in the forward and in the b
 
 Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
 Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
-may cancel inside. Operators that move or select numbers round nothing and are not disturbed (EXACT). What the reference
-casts to a narrower dtype, such as `x.float()`, stays float64 in these runs.
+may cancel inside. Where they do, a kernel may compute both numbers again, in another way: a difference that vanishes is
+disturbed by a unit roundoff of its numbers, a softmax by one of the logarithm that exp(x - s) subtracts, and in C the
+gradient of a softmax by the error of the sums that it averages. Operators that move or select numbers round nothing and
+are not disturbed (EXACT). What the reference casts, as by `x.float()`, stays float64.
 
 From responses to a bound
     Rounding errors are d_i = u v_i e_i with |e_i| <= 1, one for each number v_i that was rounded. To first order an
@@ -41,9 +43,10 @@ From responses to a bound
     0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that.
     Where all terms are equal, their roundings may all have one sign, and C takes n in place of sqrt(n).
 
-    Some operators round inside where no probe reaches: a sum that is added up one term at a time in 16 bits, as the
-    gradient of `weight[index]` is, or the weights of an interpolation. The peer p shows by how much. No element needs
-    to be more than twice as accurate as plain PyTorch's own (the 2 of gate G2), so that 2 |p - r| is allowed at least.
+    A sum that the reference adds up one term at a time in 16 bits, as the gradient of `weight[index]` is, may have its
+    terms in any order: A has the error of C, in units of the dtype. Other operators round inside where no probe
+    reaches, as the weights of an interpolation. The peer p shows by how much. No element needs to be more than twice as
+    accurate as plain PyTorch's own (the 2 of gate G2), so that 2 |p - r| is allowed at least.
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
@@ -77,9 +80,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
 from conformance.tolerances.choices import CHOOSING, of_equals, without_ties
-from conformance.tolerances.disturbance import CHAINS, COMPOSITE, SUMS, Disturbed, Order, Reordered, Widened
+from conformance.tolerances.disturbance import COMPOSITE, Disturbed, Order, Reordered, Widened
 from conformance.tolerances.integers import all_distinct
 from conformance.tolerances.narrow import Narrow, narrow_of
+from conformance.tolerances.sums import CHAINS, SUMS
 from unsloth_ref.accuracy import G2_MAX, ROUNDING_RMS, UNIT_FLOAT32, float32_error, is_float, widen, widen_float8
 
 PROBES_A, PROBES_B, PROBES_C, PROBES_OF_TIES = 16, 8, 4, 20

@@ -12,6 +12,18 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conformance.tolerances.sums import (
+    CHAINS,
+    LONG,
+    OF_SUMS,
+    SUMS,
+    adds_one_by_one,
+    error_of_sums,
+    is_float64,
+    name_of,
+)
+from unsloth_ref.accuracy import UNIT_FLOAT32
+
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 # Operators that move or select numbers, or make them without rounding.
 EXACT = {
@@ -25,6 +37,10 @@ EXACT = {
     "select_scatter", "set_", "broadcast_in_dim", "floor", "ceil", "round", "trunc", "nan_to_num", "unbind", "split",
 }  # fmt: skip
 CASTS = ("_to_copy", "convert_element_type")
+DIFFERENCES = ("sub", "rsub")
+VANISHING = 2.0**-10  # three digits lost
+LEAST_DIGITS = 2.0**-6
+LIMITS = ("clamp", "clamp_min", "clamp_max", "minimum", "maximum", "hardtanh", "relu")
 UNDERFLOWS = ("exp", "exp2", "sigmoid", "_softmax")
 # Chains of simpler operators, in which numbers may cancel.
 COMPOSITE = {
@@ -39,15 +55,6 @@ COMPOSITE = {
     "hardswish", "glu", "glu_backward", "sigmoid_backward",
     "tanh_backward", "logaddexp", "rsub", "dist",
 }  # fmt: skip
-
-
-# Operators that add up numbers, and those whose relative error grows in the same way with the count of their numbers.
-SUMS = {
-    "sum", "mean", "mm", "bmm", "mv", "dot", "cumsum", "index_add", "index_add_", "scatter_add", "scatter_add_",
-    "convolution", "embedding_dense_backward", "index_put", "index_put_", "_unsafe_index_put",
-}  # fmt: skip
-CHAINS = {"linalg_vector_norm", "prod", "cumprod"}
-LONG = 64  # sums of no more terms have errors of the size that the other disturbances show, in any order
 
 
 class Widened(TorchDispatchMode):
@@ -71,14 +78,6 @@ def _wide(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
-def _is_float64(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.partition("::")[2]
-
-
 def _is_view(func: Any) -> bool:
     return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
 
@@ -94,12 +93,16 @@ class Order(Widened):
     Attributes:
         names: of the operators in order, without casts and views.
         read: places of those whose results others read.
+        sums: places of those that add up one by one.
+        cuts: whether one limits floating-point numbers by a comparison, which is false of NaN.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
         self.read: set[int] = set()
+        self.sums: set[int] = set()
+        self.cuts = False
         self._maker: dict[int, int] = {}  # of the memory at an address
         self._alive: list[Tensor] = []  # so that no address is used twice
 
@@ -107,14 +110,18 @@ class Order(Widened):
         """Append the name, except that of a cast."""
         if _is_view(func):
             return found
-        copies = _name(func) in (*CASTS, "clone", "copy_")
-        read = args[1:] if _name(func) == "copy_" else args
+        name = name_of(func)
+        self.cuts |= name in LIMITS and is_float64(found)
+        read = args[1:] if name == "copy_" else args
         makers = {
             self._maker.get(t.untyped_storage().data_ptr(), -1) for t in tree_leaves(read) if isinstance(t, Tensor)
         }
-        if _name(func) not in CASTS:
-            self.names.append(_name(func))
-        if not copies and not _name(func).startswith("new_") and not _name(func).endswith("_like"):  # read no elements
+        if name not in CASTS:
+            self.names.append(name)
+        if adds_one_by_one(func, args):
+            self.sums.add(len(self.names) - 1)
+        copies = name in (*CASTS, "clone", "copy_")
+        if not copies and not name.startswith("new_") and not name.endswith("_like"):  # these read no elements
             self.read |= makers
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
@@ -125,8 +132,11 @@ class Order(Widened):
         return found
 
     def last(self, result: Tensor) -> set[int]:
-        """The place of the operator whose result this is and nothing else; empty if another operator reads it."""
-        return {self._maker.get(result.untyped_storage().data_ptr(), -1)} - self.read
+        """The place of the operator whose result this is and nothing else; empty if another operator reads it.
+
+        Empty for a sum one by one too, whose last rounding is one of many.
+        """
+        return {self._maker.get(result.untyped_storage().data_ptr(), -1)} - self.read - self.sums
 
 
 class Rounded(TorchDispatchMode):
@@ -153,7 +163,7 @@ class Rounded(TorchDispatchMode):
             return found
         made = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
         narrow = any(t.element_size() == 2 for t in made)
-        if _name(func) in CASTS:
+        if name_of(func) in CASTS:
             source = args[0].untyped_storage().data_ptr()
             if source in self._maker:
                 place = self._maker[source]
@@ -162,8 +172,8 @@ class Rounded(TorchDispatchMode):
             elif narrow:
                 self.inputs.add(source)
             return found
-        self.names.append(_name(func))
-        self.narrow.append(narrow and _name(func) not in EXACT)
+        self.names.append(name_of(func))
+        self.narrow.append(narrow and name_of(func) not in EXACT)
         self._keep(made, len(self.names) - 1)
         return found
 
@@ -188,17 +198,22 @@ class Disturbed(Widened):
         super().__init__()
         self._units, self._smallest, self._seed, self._places = units, smallest, seed, count()
         self.inside = inside
+        self._sums: Tensor | None = None  # the size of the rounding errors of the sums of an operator that runs
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the operator, or the simpler ones that it consists of."""
-        if self.inside and _name(func) in COMPOSITE and func in decomposition_table and not _has_empty(args):
+        if self.inside and name_of(func) in COMPOSITE and func in decomposition_table and not _has_empty(args):
             with self:
-                return decomposition_table[func](*args, **kwargs)
+                found = decomposition_table[func](*args, **kwargs)
+            return self._with_another_sum(func, found, args)
+        if not self.inside and adds_one_by_one(func, args):  # before an operator in place changes its terms
+            self._sums = OF_SUMS * error_of_sums(func, args, kwargs)[0]
         return func(*args, **kwargs)
 
     def seen(self, func: Any, found: Any, args: Any) -> Any:
         """Disturb floating-point results of an operator that rounds."""
-        if _is_view(func) or (name := _name(func)) in CASTS:
+        sums, self._sums = self._sums, None
+        if _is_view(func) or (name := name_of(func)) in CASTS:
             return found
         place = next(self._places)
         unit = self._units(place)
@@ -206,13 +221,29 @@ class Disturbed(Widened):
             return found
         if name.endswith("_"):
             if isinstance(found, Tensor) and found.is_floating_point():
-                found.add_(self._noise(found, unit, place))
+                found.add_(self._noise(found if sums is None else sums, unit, place))
             return found
+        if sums is not None:
+            return found + self._noise(sums, unit, place)
+        if self.inside and name in DIFFERENCES and is_float64(found):
+            return found + self._noise(_of_equals(found, args[:2], unit), unit, place)
         if name in UNDERFLOWS:
             found = tree_map(self._underflown, found)
         if isinstance(found, Tensor):
             return self.disturbed(found, unit, place)
         return tree_map(lambda one: self.disturbed(one, unit, place), found)
+
+    def _with_another_sum(self, func: Any, found: Any, args: Any) -> Any:
+        """A softmax of x as exp(x - s), with the logarithm of the sum of exponentials s rounded, as kernels store it.
+
+        The error is at most LEAST_DIGITS, which tells 0 from 1 however large x is.
+        """
+        if name_of(func) not in ("_softmax", "_log_softmax"):
+            return found
+        place = next(self._places)
+        size = torch.logsumexp(args[0], args[1], keepdim=True).abs().clamp(max=LEAST_DIGITS / UNIT_FLOAT32)
+        noise = self._noise(size, UNIT_FLOAT32, place)
+        return found + (noise * found if name_of(func) == "_softmax" else noise)
 
     def _underflown(self, value: Any) -> Any:
         """Probabilities that underflow to 0 are no longer equal: ties between them are ties by rounding."""
@@ -239,8 +270,18 @@ class Disturbed(Widened):
         return torch.where(key >> 40 & 1 == 1, size, -size)
 
 
+def _of_equals(found: Tensor, numbers: Any, unit: float) -> Tensor:
+    """The size of a difference; of one that vanishes, as a kernel may compute both numbers again, that of the numbers.
+
+    At most 1 / unit, so that exponentials of the disturbed difference lose all digits, but not their magnitude.
+    """
+    one, other = (torch.as_tensor(number, dtype=found.dtype, device=found.device).abs() for number in numbers)
+    size = torch.hypot(one, other)
+    return torch.where(found.abs() < VANISHING * size, size.clamp(max=1 / unit), found)
+
+
 class Reordered(Disturbed):
-    """Disturbs the results of long sums as float32 additions in another order may; see conformance/condition.py.
+    """Disturbs the results of long sums as float32 additions in another order may; see condition.py.
 
     Attributes:
         found: whether a sum is long.
@@ -250,39 +291,55 @@ class Reordered(Disturbed):
         """Disturb a run in units of the unit roundoff; the smallest rounding error; the seed of the signs."""
         super().__init__(lambda place: unit, smallest, seed, inside=True)
         self._unit, self.found = unit, False
+        self._errors: dict[int, tuple[Tensor, Tensor]] = {}  # sums, kept so that no address is used twice, and errors
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run the operator; if it is a sum, disturb its result."""
-        if _name(func) not in SUMS | CHAINS:
+        """Run the operator; if it is a sum, disturb its result; if a softmax's gradient reads one, that of the mean."""
+        if name_of(func) == "_softmax_backward_data":
+            return self._with_another_mean(super().run(func, args, kwargs), *args[:3])
+        if name_of(func) not in SUMS | CHAINS:
             return super().run(func, args, kwargs)
-        error = self._error(func, args, kwargs)  # before an operator in place changes its terms
+        if not any(map(is_float64, tree_leaves(args))):
+            return func(*args, **kwargs)
+        error, terms = error_of_sums(func, args, kwargs)  # before an operator in place changes its terms
         found = func(*args, **kwargs)
-        if error is None or not error.any():
+        if bool((terms > LONG).any()):
+            self.found = True
+            noise = self._noise(torch.where(terms > LONG, error, 0.0), self._unit, next(self._places))
+            found = found.add_(noise) if name_of(func).endswith("_") else found + noise
+        self._errors[found.untyped_storage().data_ptr()] = found, error
+        return found
+
+    def _with_another_mean(self, found: Tensor, gradient: Tensor, output: Tensor, dim: int) -> Tensor:
+        """A softmax's gradient whose mean of the incoming gradient is another sum, as that of flash attention is."""
+        error = self._error_of(gradient)
+        if error is None:
+            return found
+        self.found = True
+        error = (output * error).sum(dim, keepdim=True)
+        return found - output * self._noise(error, self._unit, next(self._places))
+
+    def _with_another_sum(self, func: Any, found: Any, args: Any) -> Any:
+        """A softmax of sums whose numerator is computed again, as the scores of pairs in a contrastive loss are."""
+        error = self._error_of(args[0]) if name_of(func) in ("_softmax", "_log_softmax") else None
+        if error is None:
             return found
         self.found = True
         noise = self._noise(error, self._unit, next(self._places))
-        return found.add_(noise) if _name(func).endswith("_") else found + noise
+        return found + (noise * found if name_of(func) == "_softmax" else noise)
 
-    def _error(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """sqrt(n) P of each sum, n P where its terms are equal, 0 if it is short; None if numbers are no float64."""
-
-        def of(change: Callable[[Tensor], Tensor]) -> Tensor:
-            """The results on changed numbers."""
-            return func(*tree_map(lambda v: change(v) if _is_float64(v) else v, args), **kwargs)
-
-        if not any(map(_is_float64, tree_leaves(args))):
+    def _error_of(self, result: Tensor) -> Tensor | None:
+        """The size of the error of sums, which views of them have too, by the layout of the result."""
+        _, error = self._errors.get(result.untyped_storage().data_ptr(), (None, None))
+        if error is None or error.numel() != result.numel():
             return None
-        total = of(torch.clone)
-        terms = args[0].numel() / max(1, total.numel())  # of each result, if its operator has one tensor
-        if _name(func) in CHAINS:
-            count = torch.full_like(total, args[0].shape[args[1]] if _name(func) == "cumprod" else terms)
-            return torch.where(count > LONG, count.sqrt() * total.abs(), 0.0)
-        sizes, count, squares = of(torch.abs), of(lambda t: (t != 0).double()), of(torch.square)
-        equal = count * squares <= sizes.square() * (1 + 1e-9)  # Cauchy and Schwarz
-        count = count * (terms if _name(func) == "mean" else 1)
-        largest = (sizes + total.abs()) / 2  # no partial sum is larger, in any order
-        return torch.where(count > LONG, torch.where(equal, count, count.sqrt()) * largest, 0.0)
+        return error.contiguous().as_strided(result.shape, result.stride(), result.storage_offset())
 
     def seen(self, func: Any, found: Any, args: Any) -> Any:
-        """Disturb nothing else."""
+        """Disturb nothing else; the error of a sum stays what it is, relative to the sum, in a product with numbers."""
+        if name_of(func) in ("mul", "div") and is_float64(found) and is_float64(args[0]):
+            error = self._error_of(args[0]) if found.shape == args[0].shape and found.is_contiguous() else None
+            if error is not None:
+                error = error * (found / args[0]).nan_to_num(0.0).abs()
+                self._errors[found.untyped_storage().data_ptr()] = found, error
         return found

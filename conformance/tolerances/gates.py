@@ -12,7 +12,8 @@ rounding is allowed, so that an exact 0 must be 0.
 
 Gates
     G0  Structure. y has the shape and dtype of p. NaN and infinity are where r, rounded, has the same, or where p has
-        any and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p.
+        any and r none. If y is float32, 16 bits do not hold all its elements, unless they hold nearly all of r or of p;
+        nor does float32 those of a y in float64.
     G1  Each element:
             |y - r| <= u |r| + largest + tiny
     G2  All elements together, if at least 64 of them differ:
@@ -59,6 +60,7 @@ from conformance.tolerances.ties import other_rule
 from unsloth_ref.accuracy import ROUNDING_RMS, against_peer, is_statistic, unit_roundoff, widen_float8
 
 G0_ELEMENTS, G0_SAMPLE = 16, 2**16
+OVERFLOWING = 2.0**118  # of 2^128
 G3_ELEMENTS, G3_DISTINCT, G3_BIAS = 1000, 256, 0.25
 SLICE_ELEMENTS = 2**26  # G3 works on slices: memory may not hold several float64 copies of all elements
 
@@ -186,8 +188,10 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor, other: Tensor) -> Non
         raise Failure(f"gate G0: {name} has dtype {y.dtype}, should be {p.dtype}")
     rounded, dtype = widen_float8(r.to(y.dtype)), y.dtype
     y, p = widen_float8(y), widen_float8(p)
-    # Within 1 % of the largest number, one more rounding decides whether a value overflows.
+    # Within 1 % of the largest number, one more rounding decides whether a value overflows; near that of float32, which
+    # none but a number that overflows elsewhere comes to, also the order of factors.
     edge = ((r.abs() / torch.finfo(dtype).max - 1).abs() < 0.01) & ~y.isnan() & (y.sign() == r.sign())
+    edge |= (r.abs() > OVERFLOWING) & y.isinf() & (y.sign() == r.sign())
     wrong = (y.isnan() != rounded.isnan()) | ((y.isinf() | rounded.isinf()) & (y != rounded) & ~rounded.isnan() & ~edge)
     # Infinity times a value that is 0 in float32 but not in float64: infinite in r, NaN in any float32 result.
     overflows = rounded.isfinite() & ~p.isfinite() & ~y.isfinite()
@@ -200,24 +204,27 @@ def _structure(name: str, y: Tensor, r: Tensor, p: Tensor, other: Tensor) -> Non
             f"gate G0: {name} is {float(y[index])!r} at index {index}, should be {float(rounded[index])!r}\n"
             f"{int(wrong.sum())} of {wrong.numel()} elements; reference {float(r[index])!r}"
         )
-    if dtype == torch.float32:
+    if dtype.itemsize > 2:
         _digits(name, y, r, p)
 
 
 def _digits(name: str, y: Tensor, r: Tensor, p: Tensor) -> None:
     """A float32 result that was rounded to 16 bits on its way has none of the digits that only float32 holds.
 
+    Likewise a float64 result that was rounded to float32.
+
     An element without a correct bit, such as the 0 of terms that cancel, says nothing: the digits of r and p are noise.
     Nor do a few values that repeat: 16 bits may hold them by chance.
     """
-    y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].float() for tensor in (y, r, p))
-    for dtype in (torch.bfloat16, torch.float16):
-        held, r_held, p_held = ((t == t.to(dtype).float()) | ~t.isfinite() for t in (y, r, p))
+    own = y.dtype
+    y, r, p = (tensor.reshape(-1)[:G0_SAMPLE].to(own) for tensor in (y, r, p))
+    for dtype in (torch.bfloat16, torch.float16, *((torch.float32,) if own == torch.float64 else ())):
+        held, r_held, p_held = ((t == t.to(dtype).to(own)) | ~t.isfinite() for t in (y, r, p))
         wrong = ~(r_held | p_held) & ((y - r).abs() < r.abs() / 2)
         if held.all() and wrong.sum() >= G0_ELEMENTS and y[wrong].unique().numel() >= G0_ELEMENTS:
             index = int(wrong.nonzero()[0])
             raise Failure(
-                f"gate G0: {name} was rounded to {dtype}, should be {torch.float32}\n"
+                f"gate G0: {name} was rounded to {dtype}, should be {own}\n"
                 f"{float(y[index])!r} at index {index} of the flattened tensor; reference {float(r[index])!r}"
             )
 

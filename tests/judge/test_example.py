@@ -178,6 +178,7 @@ def test_a_real_call_tells_kinds_and_dtypes() -> None:
         ([3, 4, 5, 6, 7, 8], "from 3"),
         ([1, 2, 4, 8], "one of 1, 2, 4, 8"),
         ([4], "4"),
+        ([0, 1, 4], "4"),  # as a kernel may refuse what operators broadcast
         ([1, 2, 3, 4], "to 4"),
     ],
 )
