@@ -198,6 +198,11 @@ _HINTS: tuple[tuple[str, str, Callable[[str, Source], bool]], ...] = (
 )
 
 
+def hints_of(message: str, device: str, source: Source) -> list[str]:
+    """What helps with a failure that has this message."""
+    return [text for words, text, fits in _HINTS if fits(device, source) and re.search(words, message)]
+
+
 def failures(
     results: Sequence[Result],
     backend: str,
@@ -227,7 +232,7 @@ def failures(
         ]
         asks = [f"  {gate} asks: {text}" for gate, text in GATES.items() if gate in (result.message or "")]
         holds = statements.get(result.property)
-        hints = [text for words, text, fits in _HINTS if fits(device, source) and re.search(words, first)]
+        hints = hints_of(first, device, source)
         paragraphs.append(
             "\n".join(
                 [

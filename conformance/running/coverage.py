@@ -167,19 +167,23 @@ class Explored:
         return found
 
     def smaller(self, case: Case) -> Iterator[Case]:
-        """Simpler cases, the simplest first: without one option, with a smaller size, with the first fill or layout."""
-        for name, _ in case.options:
-            options = {other: value for other, value in case.options if other != name}
-            if self.consistent(options):
-                yield replace(case, options=tuple(options.items()))
-        every = [one.case for one in (*self.drawn, *self.beyond)]
-        for name, size in case.sizes:
-            others = sorted({one.size(name) for one in every if one.size(name) < size})
-            for place in sorted({0, len(others) // 2, 3 * len(others) // 4, len(others) - 1}) if others else ():
-                yield case.resized(**{name: others[place]})
-        for simpler in (replace(case, layout="contiguous"), replace(case, seed=0), replace(case, seed=case.seed % 2)):
-            if simpler != case:
-                yield simpler
+        """Simpler cases, with sizes of the explored ones."""
+        return smaller(case, [one.case for one in (*self.drawn, *self.beyond)], self.consistent)
+
+
+def smaller(case: Case, others: Sequence[Case], consistent: Callable[[Options], bool]) -> Iterator[Case]:
+    """Simpler cases: without one option, then with a smaller size, which another case has, a simpler layout or seed."""
+    for name, _ in case.options:
+        options = {other: value for other, value in case.options if other != name}
+        if consistent(options):
+            yield replace(case, options=tuple(options.items()))
+    for name, size in case.sizes:
+        sizes = sorted({one.size(name) for one in others if one.size(name) < size})
+        for place in sorted({0, len(sizes) // 2, 3 * len(sizes) // 4, len(sizes) - 1}) if sizes else ():
+            yield case.resized(**{name: sizes[place]})
+    for simpler in (replace(case, layout="contiguous"), replace(case, seed=0), replace(case, seed=case.seed % 2)):
+        if simpler != case:
+            yield simpler
 
 
 def _with_settings(pairs: Iterable[Pair]) -> dict[Pair, None]:

@@ -16,13 +16,15 @@ from conformance.instruments.variants import launches
 from conformance.piece import PieceCase, PieceTrial
 from conformance.profiles import Profile
 from conformance.property import Property
-from conformance.running.coverage import Explored, Reached, explore
+from conformance.running.coverage import Explored, Reached, drawn_cases, explore, smaller
+from conformance.spec import accepted_options
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Caught, Lacking, Refused, Trial, describe
 
 # On a GPU a backend may record the first call with a signature and replay later ones, so one case in three is checked
 # again, including the first one. The second check compiles nothing: a run takes at most a third longer.
 REPEATED = 3
+POOL = 100  # drawn cases whose sizes a smaller case may have; drawing them takes about 0.1 s
 
 AnyCase = Case | PieceCase
 AnyTrial = Trial | PieceTrial
@@ -81,11 +83,16 @@ class _Attempts:
         result = self.over(cases)
         if result.verdict != "fail":
             return None
-        case = next(reversed(self._failed)) if self._shrink_seconds else None
-        while case is not None:
-            case = next((one for one in smaller(case) if self.over([one]).verdict == "fail"), None)
-        case, failure = list(self._failed.items())[-1]
-        return self._result(case, failure)
+        return self._smallest(next(reversed(self._failed)), smaller)
+
+    def _smallest(self, case: AnyCase, smaller: Callable[[Any], Iterable[AnyCase]]) -> Result:
+        """The result of a case that failed, or of the smallest that is reached from it and fails too."""
+        following: AnyCase | None = case if self._shrink_seconds else None
+        while following is not None:
+            case = following
+            failing = (one for one in smaller(case) if self.over([one]).verdict == "fail" and one in self._failed)
+            following = next(failing, None)
+        return self._result(case, self._failed[case])
 
     def over(self, cases: Iterable[AnyCase]) -> Result:
         """Check these cases in turn; where the backend lacks a default, each with an option that it has."""
@@ -107,8 +114,8 @@ class _Attempts:
             drawn = trial.spec.drawing.options.items()
             yield from (case.with_options({name: value}) for name, values in drawn for value in values[1:])
 
-    def drawn(self, cases: SearchStrategy[Any], how: settings) -> Result:
-        """Check cases that Hypothesis draws; the last one that fails is the smallest."""
+    def drawn(self, cases: SearchStrategy[Any], how: settings, smaller: Callable[[Any], Iterable[AnyCase]]) -> Result:
+        """Check cases that Hypothesis draws and shrinks; it keeps to the kind of each draw, so `smaller` goes on."""
         last: list[AnyCase] = []
         # The same cases in every run, but different ones for every property, operation and dtype.
         name = f"{self._trial.spec.op} {self._property.name} {self._dtype}"
@@ -129,8 +136,8 @@ class _Attempts:
 
         try:
             attempt()
-        except Failure as failure:
-            return self._result(last[0], failure)
+        except Failure:
+            return self._smallest(last[0], smaller)
         except Unsatisfiable:
             if not self._lacking:
                 raise
@@ -273,7 +280,19 @@ def _checked(
     if covering and isinstance(trial, Trial):
         failed = attempts.first(covering, lambda case: _whole(trial, profile, attempts.notify).smaller(case))
     count = max(1, profile.count(prop.share) - len(covering))
-    return failed or attempts.drawn(trial.cases(profile), profile.settings(count))
+    return failed or attempts.drawn(trial.cases(profile), profile.settings(count), _simpler(trial, profile))
+
+
+def _simpler(trial: AnyTrial, profile: Profile) -> Callable[[Any], Iterator[AnyCase]]:
+    """What yields simpler cases of an operation, with sizes as a property draws them; none of a piece."""
+
+    def simpler(case: Any) -> Iterator[AnyCase]:
+        if isinstance(trial, Trial):
+            options = tuple(accepted_options(trial.function, trial.spec))
+            others = drawn_cases(trial.spec, profile.elements, options, POOL)
+            yield from smaller(case, others, trial.spec.drawing.consistent)
+
+    return simpler
 
 
 def reproduce(trial: AnyTrial, prop: Property, case: AnyCase, dtype: str | None) -> Result:

@@ -110,10 +110,16 @@ def _listing(
         which = names[0] if len(names) == 1 else f"{len(names)} of {len(missed)} properties"
         others = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
         lines.append(f"not run by {which}: {shown(pairs[0])}{others}")
-        line = f"{op} {arguments.dtype} {names[0]} {case}"
+        line = f"{op} {arguments.dtype} {_running(pairs[0][0], names, explored, missed)} {case}"
         lines.append(f"  run it: {report.repro(line, arguments.backend, device, source.words())}")
     left = len(ordered) - arguments.lines
     return "\n".join([*lines, *([f"and {left} more cases; --json FILE lists every pair"] if left > 0 else [])])
+
+
+def _running(kernel: str, names: Sequence[str], explored: Explored, missed: Mapping[str, Mapping[Pair, Case]]) -> str:
+    """The first of these properties that runs the kernel at all; `gradients`, which runs both passes, if none does."""
+    of_kernel = [pair for pair in explored.pairs if pair[0] == kernel]
+    return next((name for name in names if any(pair not in missed[name] for pair in of_kernel)), "gradients")
 
 
 def _write(

@@ -34,6 +34,7 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
     known("dtype", [arguments.dtype], list(DTYPES))
     from conformance import fingerprint
     from conformance.interpreter.tuning import describe_a_gpu
+    from conformance.reporting import report
 
     describe_a_gpu()
     targets = known("target", arguments.target, list(fingerprint.TARGETS))
@@ -47,9 +48,15 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
             print(fingerprint.text(prints), flush=True)
             found += prints
     except Failure as failure:
-        raise UsageError(f"backend {arguments.backend} {failure}, on a CPU: nothing to compile") from failure
+        why = f"{failure}, on a CPU: nothing to compile"
+        hints = "".join(f"; hint: {hint}" for hint in report.hints_of(str(failure), "cuda", source))
+        raise UsageError(f"backend {arguments.backend} {why}{hints}") from failure
     if not found:
         raise UsageError(f"backend {arguments.backend} launches no Triton kernel for {', '.join(ops)}")
+    if arguments.cases:
+        own = {(op, shape) for op in ops for shape in ("example", *specs[op].speed.shapes)}
+        failing = len({(one.op, one.shape) for one in found} - own)
+        print(f"drawn cases: {failing} fail, of {arguments.cases} for each operation")
     if arguments.json:
         fingerprint.write_json(arguments.json, found, judged)
     return 1 if any(one.problem for one in found) else 0

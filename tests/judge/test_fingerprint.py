@@ -201,8 +201,17 @@ def test_drawn_cases_are_shown_that_a_target_cannot_hold(fingerprint: Fingerprin
     ran, found = fingerprint.results(*arguments, "--target", "sm_80")
     drawn = [one for one in found if "fill=" in one["shape"]]
     assert ran.returncode == 1 and drawn and all(one["problem"] for one in drawn)
+    assert f"drawn cases: {len({one['shape'] for one in drawn})} fail, of 2 for each operation\n" in ran.stdout
     ran, found = fingerprint.results(*arguments, "--target", "sm_90")
     assert ran.returncode == 0 and found and not any("fill=" in one["shape"] for one in found)
+    assert ran.stdout.endswith("drawn cases: 0 fail, of 2 for each operation\n")
+
+
+def test_the_error_for_a_kernel_without_a_backward_pass_says_what_helps(fingerprint: Fingerprint) -> None:
+    own = ("--reference", "tests.judge.strangers.tuned:scaled_tanh", "--backend", "tests.judge.strangers.tuned:right")
+    ran = fingerprint(*own, "--example", "x=randn(4,70) factor=0.7", "--target", "sm_80")
+    assert ran.returncode == 2
+    assert "has no graph" in ran.stderr and "hint: --grads none judges" in ran.stderr
 
 
 def test_tiles_are_those_for_the_shared_memory_of_the_target(fingerprint: Fingerprint) -> None:

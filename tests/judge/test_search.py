@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from conformance import operations
 from conformance.case import Case
+from conformance.operations import Source
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
@@ -59,6 +61,29 @@ def test_a_fault_of_repeated_calls_is_reduced_to_its_smallest_case() -> None:
     result = search(trial, Property("repeated", "", check), PROFILES["ci"], "float32")
     assert result.message == "in a repeated call: wrong"
     assert (result.case or "").startswith("rows=1 hidden=2 ")
+
+
+@pytest.mark.parametrize("columns", [65, 100, 300])
+def test_a_drawn_failure_that_needs_an_option_and_a_wide_row_is_reduced_to_a_small_case(columns: int) -> None:
+    """Hypothesis keeps to a size near a tile's edge once it has drawn one, and to the rows drawn beside it."""
+
+    def check(trial: Trial, case: Case) -> None:
+        if case.size("x_1") >= columns and dict(case.options).get("mode") == "sum":
+            raise Failure("wrong")
+
+    (spec,) = operations.specs(Source(f"{__name__}:divided", "x=randn(4,32) mode=mean|sum power=0.5")).values()
+    trial = Trial(spec, divided, torch.float32, "cpu")
+    result = search(trial, Property("wide", "", check), PROFILES["ci"], "float32")
+    assert not result.cut_short
+    found = spec.parse(result.case or "")
+    assert (found.size("x_0"), dict(found.options)) == (1, {"mode": "sum"})
+    assert columns <= found.size("x_1") < 1.5 * columns
+
+
+def divided(x: torch.Tensor, power: float = 1.0, mode: str = "mean") -> torch.Tensor:
+    """Rows divided by a power of the mean, or of the sum, of their absolute values."""
+    size = x.abs().mean(-1, keepdim=True) if mode == "mean" else x.abs().sum(-1, keepdim=True)
+    return x / (size + 1.0) ** power
 
 
 @pytest.mark.parametrize(("seconds", "cut_short"), [(0.05, True), (60.0, False)])
