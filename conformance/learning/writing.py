@@ -13,8 +13,9 @@ from conformance.learning.example import INTEGERS, Follows, Size, TensorArgument
 from conformance.learning.learn import Learner
 from conformance.spec import Spec
 
-_HINTS = """    # Measured: conformance/tolerances/condition.py. To state it by hand, give roundings, and terms for
-    # what cancels:
+_HINTS = """    # Measured: conformance/tolerances/condition.py. To state it by hand, give `roundings`, how often a
+    # right kernel may round to the dtype before its last rounding, and `terms`: for each output and each gradient that
+    # cancels, the sum of the sizes of what is added up. docs/design.md has the gates that read both.
     #     budget=Budget(roundings=1, terms={"result": lambda call: call.inputs["x"].abs()}),
 """
 

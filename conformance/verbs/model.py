@@ -3,6 +3,7 @@
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -198,7 +199,8 @@ def _architectures(asked: Sequence[str]) -> list[str]:
     allowed = [*architectures(), *image_text_architectures()]
     for name in asked:
         if name not in allowed:
-            few = f"all, or one of transformers' {len(allowed)}, such as {', '.join(allowed[:3])}"
+            near = get_close_matches(name, allowed) or allowed[:3]
+            few = f"all, or one of transformers' {len(allowed)}, such as {', '.join(near)}"
             raise UsageError(f"--config: got {name!r}; allowed: {few}")
     return list(dict.fromkeys(asked))
 

@@ -304,6 +304,11 @@ def test_usage_errors_are_one_line(words: list[str], message: str, capsys: pytes
     assert capsys.readouterr().err.startswith(f"conformance: {message}")
 
 
+def test_an_unknown_architecture_gets_the_nearest_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["model", "--config", "lama", "--device", "cpu"]) == 2
+    assert "such as llama, " in capsys.readouterr().err
+
+
 def test_a_model_in_a_folder_with_texts(tmp_path: Path) -> None:
     """The model has its own weights and tokenizer; documents are cut."""
     folder = tiny.folder(tmp_path / "model")
