@@ -2,7 +2,9 @@
 
 # pyright: reportPrivateUsage=false
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from conformance.instruments.variants import launches
 from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
-from conformance.running.coverage import Explored, _with_many_rows, explore, shown
+from conformance.running.coverage import Explored, _with_many_rows, drawn_cases, explore, shown
 from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure
@@ -28,6 +30,18 @@ CI = replace(PROFILES["ci"], shrink_seconds=60)
 def trial_of(op: str, dtype: torch.dtype = torch.float32) -> Trial:
     judged = load("fast", "cpu")
     return Trial(specs()[op], judged.functions[op], dtype, "cpu")
+
+
+def test_drawn_cases_do_not_depend_on_the_modules_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hypothesis also draws the numbers of modules, of which the processes of a run have loaded different ones."""
+    spec, count = specs()["swiglu"], 200
+    before = drawn_cases.__wrapped__(spec, 2**20, (), count)
+    (tmp_path / "of_odd_numbers.py").write_text(f"NUMBERS = {[*range(101, 999, 2)]}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("of_odd_numbers")
+    assert drawn_cases.__wrapped__(spec, 2**20, (), count) == before
 
 
 def test_a_launch_is_seen_with_its_settings() -> None:

@@ -15,7 +15,8 @@ from conformance.profiles import PROFILES
 from conformance.properties import PROPERTIES
 from conformance.property import Property
 from conformance.reporting.report import failures
-from conformance.running.search import Result, reproduce, search
+from conformance.running.coverage import drawn_cases
+from conformance.running.search import POOL, Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial
@@ -65,7 +66,7 @@ def test_a_fault_of_repeated_calls_is_reduced_to_its_smallest_case() -> None:
 
 @pytest.mark.parametrize("columns", [65, 100, 300])
 def test_a_drawn_failure_that_needs_an_option_and_a_wide_row_is_reduced_to_a_small_case(columns: int) -> None:
-    """Hypothesis keeps to a size near a tile's edge once it has drawn one, and to the rows drawn beside it."""
+    """To the closest size of the drawn cases: Hypothesis keeps to one near a tile's edge once it has drawn it."""
 
     def check(trial: Trial, case: Case) -> None:
         if case.size("x_1") >= columns and dict(case.options).get("mode") == "sum":
@@ -77,7 +78,8 @@ def test_a_drawn_failure_that_needs_an_option_and_a_wide_row_is_reduced_to_a_sma
     assert not result.cut_short
     found = spec.parse(result.case or "")
     assert (found.size("x_0"), dict(found.options)) == (1, {"mode": "sum"})
-    assert columns <= found.size("x_1") < 1.5 * columns
+    drawn = drawn_cases(spec, PROFILES["ci"].elements, tuple(spec.drawing.options), POOL)
+    assert columns <= found.size("x_1") <= min(case.size("x_1") for case in drawn if case.size("x_1") >= columns)
 
 
 def divided(x: torch.Tensor, power: float = 1.0, mode: str = "mean") -> torch.Tensor:
