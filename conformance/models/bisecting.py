@@ -313,8 +313,8 @@ class Bisection:
             bits = self._bits
             try:
                 with self._without(modules):
-                    judged = self._run(model, packed and self.packed, own)
-                self._judge(judged)
+                    computed = self._run(model, packed and self.packed, own)
+                self._judge(computed)
             except Failure as failure:
                 self._results[key] = failure
                 if sums_of_bits(model, []) != bits:  # the next set gets the weights as they were
