@@ -63,8 +63,13 @@ def unwritten_reads(listing: str) -> list[str]:
 
     Args:
         listing: of one kernel, as nvdisasm --print-code prints it.
+
+    Raises:
+        ValueError: it has no instruction.
     """
     instructions, labels = _parsed(listing)
+    if not instructions:
+        raise ValueError(f"listing: got {listing[:60]!r}, without an instruction; allowed: what nvdisasm prints")
     # The registers written on all paths to an instruction, of all that were found so far.
     written = [ALL] * len(instructions)
     reached = {0}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from conformance.trial import bits
+from unsloth_fast.call_tensors import sum_of_bits
 from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.load_balancing import load_balancing_loss
 
@@ -118,10 +118,10 @@ def copied(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sums_of_bits(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Of each parameter and input the sum of its elements as integers, which changes with any one of them."""
+    """The `sum_of_bits` of each parameter and input."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
     named += [(name, each) for batch in batches for name, each in batch.items() if isinstance(each, Tensor)]
-    sums = [bits(parameter).sum(dtype=torch.int64) for _, parameter in named]
+    sums = [sum_of_bits(each.detach()) for _, each in named]
     return dict(zip((name for name, _ in named), torch.stack(sums).tolist(), strict=True))
 
 

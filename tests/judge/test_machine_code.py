@@ -65,3 +65,9 @@ def test_guards(guard: str) -> None:
         /*0010*/                   EXIT ;
     """
     assert len(unwritten_reads(code)) == (guard == "@P3")
+
+
+def test_a_listing_that_cannot_be_read_is_an_error() -> None:
+    """What is not read must not count as right."""
+    with pytest.raises(ValueError, match="listing: got 'ptxas', without an instruction"):
+        unwritten_reads("ptxas")
