@@ -17,7 +17,10 @@ from unsloth_fast.kernels import _launch, _replay
 
 STRIDES = ("_batch", "_head", "_token", "_row", "_column", "_stride")  # endings of their names
 # What does not differ between the batches of a model.
-OF_A_MODEL = {"linear_cross_entropy": {"hidden": 64}, "lora_mlp": {"inner": 64}, "moe_mlp": {"biased": 1}}
+OF_A_MODEL = {
+    "linear_cross_entropy": {"hidden": 64}, "lora_mlp": {"inner": 64}, "mamba2_scan": {"group": 16},
+    "moe_mlp": {"biased": 1},
+}  # fmt: skip
 Launch = tuple[Any, dict[str, Any]]  # a kernel and its arguments by name
 
 

@@ -191,17 +191,18 @@ def mamba2_scan_dx_kernel(
     tl.store(dd_ptr + place, skipped, row < length)
 
 
-@kernel(varying=("tokens", "documents", "heads", "group", "slices", "dt_token"), fixed=("width", "columns"))
+@kernel(varying=("tokens", "documents", "heads", "group", "slices", "splits", "dt_token"), fixed=("width", "columns"))
 def mamba2_scan_dbdc_kernel(
     dy_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, cu_seqlens_ptr, states_ptr, dstates_ptr, db_ptr, dc_ptr,
-    tokens, documents, heads, group, width, columns, slices,
+    tokens, documents, heads, group, width, columns, slices, splits,
     dy_token, dy_head, x_token, x_head, dt_token, dt_head, b_token, b_head, c_token, c_head,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """db and dc of one chunk, head of b and slice of its columns per program, summed over the heads in its group."""
+    """One chunk, slice of the columns of b and HEADS heads of a group per program: the part of db and dc of these."""
     kv_heads = heads // group
-    tile = tl.program_id(0) // (slices * kv_heads)
-    kv_head = (tl.program_id(0) // slices % kv_heads).to(tl.int64)
+    split = tl.program_id(0) // slices % splits
+    tile = tl.program_id(0) // (slices * splits * kv_heads)
+    kv_head = (tl.program_id(0) // (slices * splits) % kv_heads).to(tl.int64)
     begin, length, start = find_tile(cu_seqlens_ptr, tile, documents, tokens, ROWS)
     if start >= length:
         return
@@ -211,23 +212,42 @@ def mamba2_scan_dbdc_kernel(
     c = load_rows(c_ptr + begin * c_token + kv_head * c_head, row, length, depth, width, c_token)
     db = tl.zeros([ROWS, WIDTH], tl.float32)
     dc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for index in range(0, group):
-        head = kv_head * group + index
+    sides = (columns + COLUMNS - 1) // COLUMNS
+    mine = tl.minimum(HEADS, group - split * HEADS)
+    for step in tl.range(0, mine * sides, num_stages=STAGES):
+        head = kv_head * group + split * HEADS + step // sides
+        column = step % sides * COLUMNS + tl.arange(0, COLUMNS)
         a = tl.load(a_ptr + head).to(tl.float32)
         dt, total, last = load_decays(dt_ptr + begin * dt_token + head * dt_head, a, row, length, dt_token, ROWS)
         states = (tile * heads + head) * columns * width
-        until, after = tl.exp(total)[:, None], (tl.exp(last - total) * dt)[:, None]
-        by_x = tl.zeros([ROWS, ROWS], tl.float32)
-        for side in range(0, columns, COLUMNS):
-            column = side + tl.arange(0, COLUMNS)
-            x = load_rows(x_ptr + begin * x_token + head * x_head, row, length, column, columns, x_token)
-            dy = load_rows(dy_ptr + begin * dy_token + head * dy_head, row, length, column, columns, dy_token)
-            by_x += multiply(dy, tl.trans(x))
-            dc += until * multiply(dy, load_rows(states_ptr + states, column, columns, depth, width, width))
-            db += after * multiply(x, load_rows(dstates_ptr + states, column, columns, depth, width, width))
-        weights = as_factor(by_x * decays_between(total, ROWS) * dt[None, :], b_ptr.dtype.element_ty)
+        x = load_rows(x_ptr + begin * x_token + head * x_head, row, length, column, columns, x_token)
+        dy = load_rows(dy_ptr + begin * dy_token + head * dy_head, row, length, column, columns, dy_token)
+        by_x = multiply(dy, tl.trans(x)) * decays_between(total, ROWS) * dt[None, :]
+        weights = as_factor(by_x, b_ptr.dtype.element_ty)
         dc += multiply(weights, b)
         db += multiply(tl.trans(weights), c)
-    mine = (begin * kv_heads + kv_head) * width
-    store_rows(db_ptr + mine, db, row, length, depth, width, kv_heads * width)
-    store_rows(dc_ptr + mine, dc, row, length, depth, width, kv_heads * width)
+        until, after = tl.exp(total)[:, None], (tl.exp(last - total) * dt)[:, None]
+        # Last, so that no product whose left factor is in registers runs on into the next step, which overwrites them.
+        dc += until * multiply(dy, load_rows(states_ptr + states, column, columns, depth, width, width))
+        db += after * multiply(x, load_rows(dstates_ptr + states, column, columns, depth, width, width))
+    part = ((split * tokens + begin) * kv_heads + kv_head) * width
+    store_rows(db_ptr + part, db, row, length, depth, width, kv_heads * width)
+    store_rows(dc_ptr + part, dc, row, length, depth, width, kv_heads * width)
+
+
+@kernel(varying=("tokens", "splits"), fixed=("across",))
+def mamba2_scan_sum_kernel(
+    db_parts_ptr, dc_parts_ptr, db_ptr, dc_ptr, tokens, across, splits, SIZE: tl.constexpr
+):  # fmt: skip
+    """db and dc, the sums of their parts [splits, tokens * across] in order; SIZE elements of both per program."""
+    size = tl.cast(tokens, tl.int64) * across
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    db = tl.zeros([SIZE], tl.float32)
+    dc = tl.zeros([SIZE], tl.float32)
+    for _ in range(0, splits):
+        db += tl.load(db_parts_ptr + place, place < size, other=0.0)
+        dc += tl.load(dc_parts_ptr + place, place < size, other=0.0)
+        db_parts_ptr += size
+        dc_parts_ptr += size
+    tl.store(db_ptr + place, db.to(db_ptr.dtype.element_ty), place < size)
+    tl.store(dc_ptr + place, dc.to(dc_ptr.dtype.element_ty), place < size)

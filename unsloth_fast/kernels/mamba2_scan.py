@@ -21,16 +21,19 @@ and, with dS the gradient of the next state, its derivatives:
 A pass first goes through each document, chunk by chunk, for each head and part of its state at once, and keeps the
 state at the start of each chunk. The outputs of all chunks are then computed at once. The backward pass computes the
 states again, goes through the documents from the last chunk to the first for dS, and then computes all gradients for
-all chunks at once. All sums are in a fixed order.
+all chunks at once: dB and dC of up to 8 heads of a group per program, as parts, which are added up if there are more.
+All sums are in a fixed order.
 
 Saved: the inputs. Sums are float32. In bfloat16 the products run on tensor cores: a factor that is no input, as P, W,
-or a state and what is added to it, is rounded to bfloat16 before. In float16, whose range is too small for states,
-and in float32 such products are those of float32. Each result is rounded once at its store.
+or a state and what is added to it, is rounded to bfloat16 before, W by parts of 64 columns of x. In float16, whose
+range is too small for states, and in float32 such products are those of float32. Each result is rounded once.
 Scratch of the forward pass: a state per chunk and head, in bfloat16 for bfloat16 and else in float32; of the backward
-pass two of them, and two numbers per token and head, the parts of da and dd.
+pass two of them, two numbers per token and head, the parts of da and dd, and for groups of more than 8 heads the parts
+of dB and dC, 8DT bytes per 8 heads of x: without parts one program would go through all heads of a group, and few
+programs would run at once.
 Bytes moved at least, with b bytes per element: (2ME + 2ND)Tb forward, (3ME + 4ND)Tb backward.
-Multiplications per token and head of x: 2DE + LD + LE forward; 6DE + 3LD + 2LE + LL backward, and LE for each 32
-columns of b, whose programs compute W again.
+Multiplications per token and head of x: 2DE + LD + LE forward; 6DE + 3LD + 2LE + LL backward, and LE for each 64
+columns of b, or 32 but in bfloat16, whose programs compute W again, and 2LD for each further 64 or 32 of x.
 """
 
 import torch
@@ -51,15 +54,29 @@ from unsloth_fast.kernels._mamba2_scan import (
     mamba2_scan_dx_kernel,
     mamba2_scan_forward_kernel,
     mamba2_scan_states_kernel,
+    mamba2_scan_sum_kernel,
 )
 from unsloth_fast.kernels._replay import call
 from unsloth_ref import checks, document_checks
+
+HEADS = 8  # of a group, whose parts of db and dc one program adds up
 
 
 def tile_of(x: Tensor, b: Tensor, widest: int) -> dict[str, int]:
     """Tokens per chunk, columns of x and of b per step, from widths, not from lengths."""
     columns, width = (min(widest, max(16, next_power_of_2(tensor.shape[2]))) for tensor in (x, b))
     return {"ROWS": 64 if x.dtype == torch.bfloat16 else 32, "COLUMNS": columns, "WIDTH": width}
+
+
+def gradient_tile(x: Tensor, b: Tensor) -> tuple[dict[str, int], int, int]:
+    """The tile of the gradients' kernels, their warps, and the stages of the loop for db and dc.
+
+    In bfloat16 all widths have the same one: for a tile of 16 columns of b and 64 of x, ptxas 12.8, that of Triton 3.6,
+    loses the descriptor of a product. `conformance fingerprint --cases` looks for that.
+    """
+    if x.dtype == torch.bfloat16:
+        return {"ROWS": 64, "COLUMNS": 64, "WIDTH": 64}, 4, 2
+    return tile_of(x, b, 32), 8, 1
 
 
 class _Chunks:
@@ -69,7 +86,7 @@ class _Chunks:
         self.x, self.b, self.c = rows_in_one_piece(x, b, c)
         self.dt, self.a, self.d, self.bounds = dt, a.contiguous(), d.contiguous(), cu_seqlens.contiguous()
         (tokens, self.heads, columns), (self.kv_heads, width) = x.shape, b.shape[1:]
-        self.tile, self.small = tile_of(x, b, 64 if x.dtype == torch.bfloat16 else 32), tile_of(x, b, 32)
+        self.tile = tile_of(x, b, 64 if x.dtype == torch.bfloat16 else 32)
         self.documents = len(cu_seqlens) - 1
         self.chunks = tokens // self.tile["ROWS"] + self.documents
         self.sizes = tokens, self.documents, self.heads, self.heads // self.kv_heads, width, columns
@@ -121,17 +138,24 @@ def mamba2_scan_backward(
     states, dstates = s.states(s.x, s.b, backward=False), s.states(dy, s.c, backward=True)
     parts = x.new_empty((2, len(x), s.heads), dtype=torch.float32)  # of da and dd
     strides = strides_of(dy, s.x, dt, s.b, s.c)
+    tile, warps, stages = gradient_tile(x, b)
     launch(
         mamba2_scan_dx_kernel, s.chunks * s.heads, x,
         dy, s.x, dt, s.a, s.b, s.c, s.d, s.bounds, states, dstates, dx, ddt, parts[0], parts[1],
-        *s.sizes, *strides, **s.small, num_warps=8, num_stages=1,
+        *s.sizes, *strides, **tile, num_warps=warps, num_stages=1,
     )  # fmt: skip
-    slices = cdiv(b.shape[2], s.small["WIDTH"])
+    splits, slices = cdiv(s.heads // s.kv_heads, HEADS), cdiv(b.shape[2], tile["WIDTH"])
+    sums = (db, dc) if splits == 1 else b.new_empty((2, splits, b.numel()), dtype=torch.float32)
     launch(
-        mamba2_scan_dbdc_kernel, s.chunks * s.kv_heads * slices, x,
-        dy, s.x, dt, s.a, s.b, s.c, s.bounds, states, dstates, db, dc,
-        *s.sizes, slices, *strides, **s.small, num_warps=8, num_stages=1,
+        mamba2_scan_dbdc_kernel, s.chunks * s.kv_heads * splits * slices, x,
+        dy, s.x, dt, s.a, s.b, s.c, s.bounds, states, dstates, sums[0], sums[1],
+        *s.sizes, slices, splits, *strides, HEADS=HEADS, **tile, STAGES=stages, num_warps=warps,
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            mamba2_scan_sum_kernel, cdiv(b.numel(), 512), x,
+            sums[0], sums[1], db, dc, len(b), b.shape[1] * b.shape[2], splits, SIZE=512, num_warps=2,
+        )  # fmt: skip
     # In float64: in float32 PyTorch's order of a sum depends on the number of tokens.
     for total, part in zip((da, dd), parts.sum(1, dtype=torch.float64), strict=True):
         total.copy_(part)

@@ -42,11 +42,9 @@ TABLE = {
     "dg_without_the_whole_chunk": one(" + tl.exp(last) * through", "", "extents"),
     "ddt_of_the_decay_alone": one("ddt += by_new + a * dg", "ddt = a * dg", "gradients"),
     "da_without_steps": one("tl.store(da_ptr + place, dt * dg,", "tl.store(da_ptr + place, dg,", "gradients"),
-    "db_of_the_first_head": one(
-        "for index in range(0, group):\n        head = kv_head * group + index\n        a =",
-        "for index in range(0, 1):\n        head = kv_head * group + index\n        a =",
-        "extents",
-    ),
+    "db_of_the_first_head": one("mine = tl.minimum(HEADS, group - split * HEADS)", "mine = 1", "extents"),
+    "db_of_heads_of_another_group": one("mine = tl.minimum(HEADS, group - split * HEADS)", "mine = HEADS", "extents"),
+    "sums_of_the_first_part_twice": one("        db_parts_ptr += size\n", "", "extents"),
     "db_not_transposed": one("db += multiply(tl.trans(weights), c)", "db += multiply(weights, c)", "gradients"),
     "dc_without_the_old_state": one("dc += until * multiply(dy,", "dc += 0.0 * multiply(dy,", "extents"),
     "grad_output_read_as_x_lies": one(
