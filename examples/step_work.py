@@ -50,7 +50,8 @@ def _matrices(model: nn.Module, config: Any) -> Iterator[tuple[float, bool]]:
     """The elements that a token is multiplied by, and whether they are trained, for each weight."""
     head = model.get_output_embeddings().weight  # type: ignore[operator]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((found for name in names if (found := getattr(config, name, None))), None)
     for name, weight in model.named_parameters():
         if weight.ndim < 2 or "original_module" in name or (id(weight) in tables and weight is not head):
             continue
@@ -72,7 +73,7 @@ def _windows(config: Any) -> Iterator[int | None]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     for kind in kinds:
-        if kind != "linear_attention":
+        if kind not in ("linear_attention", "conv", "mamba"):
             yield window if kind == "sliding_attention" else None
 
 

@@ -46,8 +46,9 @@ def test_a_window_and_a_recurrent_layer_have_fewer_pairs() -> None:
 
     weights = step_work.operations(model, [1], 1) - 2 * per_pair
     assert attention([5, 2]) == pytest.approx(2 * per_pair * (15 + 3))
-    config.layer_types, config.sliding_window = ["sliding_attention", "linear_attention"], 2
-    assert attention([5, 2]) == pytest.approx(per_pair * (1 + 2 * 4 + 3))
+    for kind in ("linear_attention", "conv", "mamba"):
+        config.layer_types, config.sliding_window = ["sliding_attention", kind], 2
+        assert attention([5, 2]) == pytest.approx(per_pair * (1 + 2 * 4 + 3))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ LOADS = {
 SUMS = NUMBERS | {"column_sum_kernel", "layer_norm_sums_kernel", "moe_bias_kernel", "qk_norm_rope_sums_kernel"}
 NARROW = SUMS | {"causal_conv_forward_kernel"}
 # Bytes of stack per thread on an H200, with Triton 3.6 or 3.9: 64 accumulators of 128 columns each for dk and dv, and
-# two floats for each of 16 columns of 16384. Of gated_delta_rule four warps keep a state of 128 x 64 floats. These were
-# the fastest tiles nevertheless.
+# two floats for each of 16 columns of 16384. Of gated_delta_rule four warps keep a state of 128 x 64 floats, and of
+# mamba2_scan up to four products of 64 x 64. These were the fastest tiles nevertheless.
 DELTA = {"forward": 88, "backward": 296, "dg": 256, "dqdk": 24}
 SPILLS = {
     **{
@@ -43,6 +43,11 @@ SPILLS = {
     },
     ("causal_conv_backward_kernel", "lfm-2-1.2b"): 8,
     ("gated_rms_norm_backward_kernel", "mamba-2"): 136,
+    **{
+        (f"mamba2_scan_{part}_kernel", shape): stack
+        for part, stack in {"dx": 64, "dbdc": 40}.items()
+        for shape in ("granite-4 text-mix-2k", "nemotron-h long-2k", "falcon-h1 text-mix-2k")
+    },
     ("qk_norm_rope_forward_kernel", "gemma-3-4b"): 8,
     **{("packed_attention_dkdv_kernel", f"{documents}-16k-d64"): 72 for documents in ("text-mix", "long")},
     **{("packed_attention_dkdv_kernel", f"{documents}-16k-d128"): 272 for documents in ("text-mix", "long")},
