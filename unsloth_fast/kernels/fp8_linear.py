@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
-from unsloth_fast.kernels._fp8 import quantise
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
 from unsloth_fast.kernels.fp8_dequantize import fp8_dequantize_forward as dequantised
+from unsloth_fast.kernels.fp8_quantize import through_float8
 from unsloth_fast.kernels.lora_linear import matrix, summed_in_float32
 from unsloth_ref import float8_checks
 
@@ -29,9 +29,7 @@ def fp8_linear_forward(x: Tensor, numbers: Tensor, scale: Tensor, bias: Tensor |
     y = fp8_linear_forward_outputs(x, numbers, scale, bias)
     if y.numel():
         rows = x.reshape(y.shape[:-1].numel(), x.shape[-1])
-        quantised = rows.new_empty(rows.shape)
-        quantise(rows, 1, quantised)
-        weight, out = dequantised(numbers, scale, x.dtype).t(), y.view(len(rows), -1)
+        quantised, weight, out = through_float8(rows), dequantised(numbers, scale, x.dtype).t(), y.view(len(rows), -1)
         if bias is None:
             torch.mm(quantised, weight, out=out)
         else:
