@@ -135,16 +135,26 @@ def _bias_error(
     return ErrorCase(what, change, raises, "bias", undefined)
 
 
+def _or_whole(any_size: st.SearchStrategy[int], whole: list[int], budget: int) -> st.SearchStrategy[int]:
+    """Any size, or one that libraries allow in products of float8 numbers, which may then compute it in another way."""
+    return st.one_of(any_size, st.sampled_from([size for size in whole if size <= max(budget, whole[0])]))
+
+
 def _long(inputs: Inputs) -> Inputs:
     """Columns as many as models have, and rows enough for a statistic: no part of a sum may be rounded to 16 bits.
 
     x is powers of two and a 7 per block, whose scale is then 2^-6: it is exact in float8, however it is divided. The
-    columns repeat, and with them a rounding that may go either way.
+    columns repeat, and with them a rounding that may go either way. Sizes are those of the library's product of float8
+    numbers, which adds up the terms of a block in fewer bits than float32 has.
     """
-    x, weight = inputs["x"].repeat(8, 60), inputs["weight"].repeat(1, 60)
+    x, weight = inputs["x"].repeat(8, 64), inputs["weight"].repeat(16, 64)
     x = x.sign() * x.abs().log2().round().clamp(-4, 2).exp2()
     x[:, ::128] = 7
-    return {"x": x, "weight": weight, "scale": inputs["scale"][:, :1].repeat(1, -(-x.shape[1] // 128))}
+    return {
+        "x": x,
+        "weight": weight,
+        "scale": inputs["scale"][:1, :1].repeat(-(-len(weight) // 128), x.shape[1] // 128),
+    }
 
 
 def _working(inputs: Inputs) -> int:
@@ -160,9 +170,9 @@ spec = Spec(
     reference=fp8_linear,
     drawing=Drawing(
         sizes={
-            "rows": lambda budget: st.integers(1, max(1, min(budget, 140))),
-            "out": lambda budget: st.sampled_from([1, 2, 8, 16, 33, 64, 127, 129, 260]),
-            "columns": moderate_column_counts,
+            "rows": lambda budget: _or_whole(st.integers(1, max(1, min(budget, 140))), [4, 16, 128], budget),
+            "out": lambda budget: st.sampled_from([1, 2, 8, 16, 33, 64, 127, 128, 129, 256, 260]),
+            "columns": lambda budget: _or_whole(moderate_column_counts(budget), [16, 128, 512], budget),
         },
         build=_build,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "graded"],
