@@ -89,5 +89,6 @@ def test_weights_in_4_bits() -> None:
     check_weights_in_4_bits(lora_linears)
 
 
-def test_weights_in_float8() -> None:
-    check_weights_in_float8(lora_linears)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_float8(dtype: torch.dtype) -> None:
+    check_weights_in_float8(lora_linears, dtype)
