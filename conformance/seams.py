@@ -104,6 +104,11 @@ SEAMS = (
     Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
     Seam("triton.knobs.compilation", "set: exact arithmetic"),
     Seam("torch.profiler.profile.profiler", "read: the dtypes of the operators of a call"),
+    # transformers
+    Seam(
+        "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate",
+        "named so on an object: the gate of the experts, which a peer passes in place of a module",
+    ),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"

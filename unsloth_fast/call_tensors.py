@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import QuantisedWeight
 
 Tensors = dict[str, Tensor]
 
@@ -17,7 +17,7 @@ def take_tensors(arguments: dict[str, Any]) -> Tensors:
     for key, value in list(arguments.items()):
         if isinstance(value, Tensor):
             taken[key] = arguments.pop(key)
-        elif isinstance(value, list | tuple) and not isinstance(value, NF4Weight):
+        elif isinstance(value, list | tuple) and not isinstance(value, QuantisedWeight):
             taken |= {f"{key}[{place}]": one for place, one in enumerate(value) if isinstance(one, Tensor)}
             arguments[key] = [None if isinstance(one, Tensor) else one for one in value]
     return taken

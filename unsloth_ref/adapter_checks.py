@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from unsloth_ref import checks
+from unsloth_ref import checks, float8_checks
 from unsloth_ref.nf4_checks import nf4_arguments
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight, QuantisedWeight
 
 LAYERS = ("gate", "up", "down")
 
 
 def lora_arguments(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantisedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
@@ -31,6 +31,10 @@ def lora_arguments(
         nf4_arguments(*weight, x.dtype)
         checks.same_device(f"weight{which}", weight.packed, "x", x)
         weight = x.new_empty(()).expand(*weight.shape)  # in its place below
+    elif isinstance(weight, Float8Weight):
+        checks.dimensions(f"weight{which}", weight.values, 2, "[O, I]")
+        float8_checks.weight_arguments(x, *weight, which)
+        weight = x.new_empty(()).expand(*weight.shape)
     checks.dimensions(f"weight{which}", weight, 2, "[O, I]")
     checks.shape(f"weight{which}", weight, (weight.shape[0], x.shape[-1]), f"[O, I], the last dimension of {rows}")
     checks.dtype(f"weight{which}", weight, (x.dtype,))
@@ -52,7 +56,7 @@ def lora_arguments(
 
 def lora_layers_arguments(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None,
@@ -60,8 +64,9 @@ def lora_layers_arguments(
 ) -> None:
     """Check the arguments of layers with adapters that share x: as many of each as there are weights, at least 1."""
     count = len(weight)
-    if count == 0 or isinstance(weight, NF4Weight):
-        raise ValueError(f"weight: got {'an NF4Weight' if count else '0 layers'}; allowed: a list of at least 1 layer")
+    if count == 0 or isinstance(weight, QuantisedWeight):
+        seen = _single(weight) if count else "0 layers"
+        raise ValueError(f"weight: got {seen}; allowed: a list of at least 1 layer")
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)):
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: got {checks.counted(len(values), 'layer')}; allowed: {count}, one per weight")
@@ -69,9 +74,14 @@ def lora_layers_arguments(
         lora_arguments(x, *layer, which=f"[{index}]")
 
 
+def _single(weight: object) -> str:
+    """What a weight of one layer is called where a list of weights is wanted."""
+    return "an NF4Weight" if isinstance(weight, NF4Weight) else "a Float8Weight"
+
+
 def lora_mlp_arguments(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None,
@@ -82,8 +92,8 @@ def lora_mlp_arguments(
     count = len(LAYERS)
     groups = ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling), ("bias", bias)
     for name, values in groups:
-        if values is not None and (len(values) != count or isinstance(values, NF4Weight)):
-            seen = "an NF4Weight" if isinstance(values, NF4Weight) else checks.counted(len(values), "layer")
+        if values is not None and (len(values) != count or isinstance(values, QuantisedWeight)):
+            seen = _single(values) if isinstance(values, QuantisedWeight) else checks.counted(len(values), "layer")
             raise ValueError(f"{name}: got {seen}; allowed: {count}, one each for {', '.join(LAYERS)}")
     checks.one_of("activation", activation, ("silu", "gelu", "gelu_tanh"))
     gate, up, down = zip(weight, lora_a, lora_b, bias or [None] * count, strict=True)

@@ -44,23 +44,29 @@ def linear_arguments(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     checks.dtype("x", x)
     checks.dimensions("weight", weight, 2, "[O, I]")
     checks.shape("weight", weight, (weight.shape[0], x.shape[-1]), "[O, I], the last dimension of x")
-    checks.dtype("weight", weight, (FLOAT8,))
-    checks.same_device("weight", weight, "x", x)
-    out, columns = weight.shape
-    checks.shape("scale", scale, (blocks(out), blocks(columns)), "one entry per block of 128 x 128 of weight")
-    _scale(scale, x.dtype, "x", x)
-    _constant("weight", weight)
+    weight_arguments(x, weight, scale)
     if bias is not None:
         checks.shape("bias", bias, weight.shape[:1], "one entry per row of weight")
         checks.dtype("bias", bias, (x.dtype,))
         checks.same_device("bias", bias, "x", x)
 
 
-def _scale(scale: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
+def weight_arguments(x: Tensor, weight: Tensor, scale: Tensor, which: str = "") -> None:
+    """Check the dtype and device of a matrix in float8, and the scales of its blocks; messages add `which` to names."""
+    checks.dtype(f"weight{which}", weight, (FLOAT8,))
+    checks.same_device(f"weight{which}", weight, "x", x)
+    shape = blocks(weight.shape[0]), blocks(weight.shape[1])
+    checks.shape(f"scale{which}", scale, shape, f"one entry per block of 128 x 128 of weight{which}")
+    _scale(scale, x.dtype, "x", x, which)
+    _constant(f"weight{which}", weight)
+
+
+def _scale(scale: Tensor, dtype: torch.dtype, other_name: str, other: Tensor, which: str = "") -> None:
     """Check that scales are constants on a device: float32, or float64 where a result is."""
-    checks.dtype("scale", scale, list(dict.fromkeys((torch.float32, torch.promote_types(dtype, torch.float32)))))
-    checks.same_device("scale", scale, other_name, other)
-    _constant("scale", scale)
+    name, wide = f"scale{which}", torch.promote_types(dtype, torch.float32)
+    checks.dtype(name, scale, list(dict.fromkeys((torch.float32, wide))))
+    checks.same_device(name, scale, other_name, other)
+    _constant(name, scale)
 
 
 def _constant(name: str, tensor: Tensor) -> None:

@@ -40,6 +40,26 @@ class NF4Weight(NamedTuple):
     shape: Sequence[int]
 
 
+class Float8Weight(NamedTuple):
+    """A weight in float8 (e4m3), as `fp8_linear` takes it: it multiplies x after x is quantised to float8 as well.
+
+    Attributes:
+        values: [O, I], torch.float8_e4m3fn.
+        scale: [ceil(O / 128), ceil(I / 128)], float32, one per block.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """[O, I]."""
+        return self.values.shape
+
+
+QuantisedWeight = NF4Weight | Float8Weight
+
+
 @dataclass(frozen=True, eq=False)  # tensors have no ==
 class ParamGroup:
     """Parameters that share their learning rate and weight decay in an optimizer.

@@ -26,10 +26,13 @@ PACKAGES: Mapping[str, str | None] = {
     "compile": None,
     "torch": None,
     "varlen": None,
+    "transformers": "transformers",
     "liger": "liger-kernel",
     "unsloth": "unsloth",
     "cce": "cut-cross-entropy",
     "bitsandbytes": "bitsandbytes",
+    "fla": "fla-core",
+    "mamba": "mamba-ssm",
 }
 
 
@@ -90,13 +93,12 @@ def import_kernels(package: str, *names: str) -> list[Any]:
 
     Args:
         package: its name on PyPI.
-        names: "module:object".
+        names: "module:object"; the first is in the package's own top-level module.
 
     Raises:
         Absent: the package is not installed, or none of the kernels can be imported.
     """
-    module = package.replace("-", "_")
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(names[0].replace(":", ".").partition(".")[0]) is None:
         raise Absent(f"needs the package {package}, which is not installed")
     found: list[Any] = []
     with _compiler_settings_restored(), contextlib.redirect_stdout(sys.stderr):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from conformance.peers import operation, refuse
 from unsloth_ref import document_checks
-from unsloth_ref.types import IGNORE_INDEX, NF4Weight
+from unsloth_ref.types import IGNORE_INDEX, QuantisedWeight
 
 
 @operation
@@ -196,12 +196,12 @@ def _delta_rule_of_document(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Te
 
 @operation
 def lora_linear(
-    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0,
+    x: Tensor, weight: Tensor | QuantisedWeight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0,
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Three linear layers and a sum; adapters of another dtype are cast to that of x. No weights in 4 bits."""
-    if isinstance(weight, NF4Weight):
-        raise NotImplementedError("weight: got an NF4Weight; allowed with torch: a Tensor")
+    """Three linear layers and a sum; adapters of another dtype are cast to that of x. No quantised weights."""
+    if isinstance(weight, QuantisedWeight):
+        raise NotImplementedError(f"weight: got {type(weight).__name__}; allowed with torch: a Tensor")
     low = F.linear(x, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(low, lora_b.to(x.dtype))
 

@@ -34,14 +34,20 @@ TIE = 2.0**-22  # a quotient so close to the middle of two e4m3 numbers, relativ
 
 
 def _build(draw: Draw, rows: int, out: int, columns: int) -> Inputs:
-    """Blocks of the weight differ in size; with seed 2 one is zero; odd seeds have a bias."""
-    x, matrix = draw.filled(rows, columns), draw.matrix(out, columns)
+    """Odd seeds have a bias."""
+    x = draw.filled(rows, columns)
+    weight, scale = in_float8(draw, out, columns)
+    return {"x": x, "weight": weight, "scale": scale} | ({"bias": draw.weight(out)} if draw.case.seed % 2 else {})
+
+
+def in_float8(draw: Draw, out: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The values and scales of a weight whose blocks differ in size; with seed 2 one is zero."""
+    matrix = draw.matrix(out, columns)
     sizes = (1 + torch.arange(out) // 128)[:, None] + 2 * (torch.arange(columns) // 128)
     matrix = matrix * sizes.to(matrix)
     if draw.case.seed == 2:
         matrix[:128, :128] = 0
-    weight, scale = quantised(draw, matrix, 128)
-    return {"x": x, "weight": weight, "scale": scale} | ({"bias": draw.weight(out)} if draw.case.seed % 2 else {})
+    return quantised(draw, matrix, 128)
 
 
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
@@ -64,7 +70,7 @@ def _e4m3(quotient: Tensor) -> Tensor:
     return (quotient / step).round() * step
 
 
-def _x_after(call: Call) -> Bound:
+def x_after(call: Call) -> Bound:
     """x quantised and back: near the middle of two numbers either is right; then some float32 arithmetic."""
     x = as_rows(call.inputs["x"])
     tiles = pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
@@ -76,9 +82,9 @@ def _x_after(call: Call) -> Bound:
     return _rounded(Bound(value, either + arithmetic, either**2 + (arithmetic / 2) ** 2), call)
 
 
-def _weight_after(call: Call) -> Bound:
-    """The weight times its scales, rounded to the dtype of x or not."""
-    weight = call.inputs["weight"].double()
+def weight_after(call: Call, name: str = "weight") -> Bound:
+    """The weight, the input of this name, times its scales, rounded to the dtype of x or not."""
+    weight = call.inputs[name].double()
     return _rounded(exact(weight * _of_elements(call.inputs["scale"], *weight.shape)), call)
 
 
@@ -88,7 +94,7 @@ def _rounded(number: Bound, call: Call) -> Bound:
 
 def _y_bound(call: Call) -> Bound:
     """One product, which may be rounded before the bias is added."""
-    y = product(_x_after(call), _weight_after(call).t(), call.elements)
+    y = product(x_after(call), weight_after(call).t(), call.elements)
     if "bias" in call.inputs:
         y = _rounded(y, call) + added_in_float32(exact(call.inputs["bias"]), call.elements)
     return y.reshape((*call.inputs["x"].shape[:-1], len(call.inputs["weight"])))
@@ -97,7 +103,7 @@ def _y_bound(call: Call) -> Bound:
 def _x_bound(call: Call) -> Bound:
     """dy times the weight."""
     dy = exact(as_rows(call.grad_outputs[0]))
-    return product(dy, _weight_after(call), call.elements).reshape(call.inputs["x"].shape)
+    return product(dy, weight_after(call), call.elements).reshape(call.inputs["x"].shape)
 
 
 def _bias_bound(call: Call) -> Bound:
@@ -129,16 +135,26 @@ def _bias_error(
     return ErrorCase(what, change, raises, "bias", undefined)
 
 
+def _or_whole(any_size: st.SearchStrategy[int], whole: list[int], budget: int) -> st.SearchStrategy[int]:
+    """Any size, or one that libraries allow in products of float8 numbers, which may then compute it in another way."""
+    return st.one_of(any_size, st.sampled_from([size for size in whole if size <= max(budget, whole[0])]))
+
+
 def _long(inputs: Inputs) -> Inputs:
     """Columns as many as models have, and rows enough for a statistic: no part of a sum may be rounded to 16 bits.
 
     x is powers of two and a 7 per block, whose scale is then 2^-6: it is exact in float8, however it is divided. The
-    columns repeat, and with them a rounding that may go either way.
+    columns repeat, and with them a rounding that may go either way. Sizes are those of the library's product of float8
+    numbers, which adds up the terms of a block in fewer bits than float32 has.
     """
-    x, weight = inputs["x"].repeat(8, 60), inputs["weight"].repeat(1, 60)
+    x, weight = inputs["x"].repeat(8, 64), inputs["weight"].repeat(16, 64)
     x = x.sign() * x.abs().log2().round().clamp(-4, 2).exp2()
     x[:, ::128] = 7
-    return {"x": x, "weight": weight, "scale": inputs["scale"][:, :1].repeat(1, -(-x.shape[1] // 128))}
+    return {
+        "x": x,
+        "weight": weight,
+        "scale": inputs["scale"][:1, :1].repeat(-(-len(weight) // 128), x.shape[1] // 128),
+    }
 
 
 def _working(inputs: Inputs) -> int:
@@ -154,9 +170,9 @@ spec = Spec(
     reference=fp8_linear,
     drawing=Drawing(
         sizes={
-            "rows": lambda budget: st.integers(1, max(1, min(budget, 140))),
-            "out": lambda budget: st.sampled_from([1, 2, 8, 16, 33, 64, 127, 129, 260]),
-            "columns": moderate_column_counts,
+            "rows": lambda budget: _or_whole(st.integers(1, max(1, min(budget, 140))), [4, 16, 128], budget),
+            "out": lambda budget: st.sampled_from([1, 2, 8, 16, 33, 64, 127, 128, 129, 256, 260]),
+            "columns": lambda budget: _or_whole(moderate_column_counts(budget), [16, 128, 512], budget),
         },
         build=_build,
         fills=["randn", "ones", "zeros", "tiny", "outlier", "wide", "graded"],

@@ -28,15 +28,16 @@ from conformance.spec import (
     row_counts,
 )
 from conformance.specs._mistakes import one_column_short, one_row_short
+from conformance.specs.fp8_linear import in_float8, weight_after, x_after
 from conformance.tolerances.bounds import Bound, added_in_float32, as_rows, exact, product, total
 from unsloth_ref.accuracy import UNIT_FLOAT32
 from unsloth_ref.kernels import lora_linear, nf4_dequantize
 from unsloth_ref.nf4_checks import NF4_BLOCK, NF4_GROUP
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight
 
 
 def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) -> Inputs:
-    """`wide` adapters are float32 for every dtype under test; if `wide` is 2, the weight has 4 bits.
+    """`wide` adapters are float32 for every dtype under test; if `wide` is 2, the weight has 4 bits; if 3, float8.
 
     Odd seeds have a bias.
     """
@@ -53,6 +54,9 @@ def _build(draw: Draw, rows: int, rank: int, wide: int, columns: int, out: int) 
     if wide == 2:
         del inputs["weight"]
         inputs |= _in_4_bits(adapters, out, columns)
+    if wide == 3:
+        del inputs["weight"]
+        inputs |= dict(zip(Float8Weight._fields, in_float8(draw, out, columns), strict=True))
     return inputs | ({"bias": bias} if draw.case.seed % 2 else {})
 
 
@@ -76,7 +80,10 @@ def _parts_of_weight(inputs: Inputs) -> list[Tensor | None]:
 
 
 def _arguments(inputs: Inputs) -> Mapping[str, Any]:
-    """Those of a call, with the parts of a weight in 4 bits as one argument."""
+    """Those of a call, with the parts of a weight in 4 bits or float8 as one argument."""
+    if "values" in inputs:
+        others = {name: tensor for name, tensor in inputs.items() if name not in Float8Weight._fields}
+        return others | {"weight": Float8Weight(inputs["values"], inputs["scale"])}
     if "packed" not in inputs:
         return inputs
     shape = len(inputs["lora_b"]), inputs["x"].shape[-1]
@@ -88,6 +95,8 @@ def _weight(call: Call) -> Bound:
     """The weight; one in 4 bits may be rounded to the dtype of x, after a few roundings to float32."""
     if "weight" in call.inputs:
         return exact(call.inputs["weight"])
+    if "values" in call.inputs:
+        return weight_after(call, "values")
     shape = len(call.inputs["lora_b"]), call.inputs["x"].shape[-1]
     parts = _parts_of_weight(call.inputs)
     sizes = [None if part is None else part if part.dtype == torch.uint8 else part.abs() for part in parts]
@@ -99,9 +108,10 @@ def _weight(call: Call) -> Bound:
 def _shape(rows: int, columns: int) -> tuple[int, ...]:
     """An even number of columns is that of x, an odd one that of y.
 
-    An odd number of rows has wide adapters; 17, 33 and so on a weight in 4 bits too.
+    An odd number of rows has wide adapters; 17, 33 and so on a weight in 4 bits too, 5 with up to 129 columns one in
+    float8.
     """
-    few, wide = 3 + columns % 29, 2 if rows % 16 == 1 < rows else rows % 2
+    few, wide = 3 + columns % 29, 3 if rows == 5 and columns < 130 else 2 if rows % 16 == 1 < rows else rows % 2
     return rows, 1 + (columns + 1) % 5, wide, *((few, columns) if columns % 2 else (columns, few))
 
 
@@ -128,6 +138,7 @@ class Steps:
         self._call = call
         self.scaling = call.options.get("scaling", 1.0)
         self.x, self.weight = x or exact(as_rows(call.inputs["x"])), _weight(call)
+        self.read = x_after(call) if "values" in call.inputs else self.x  # by the layer; its adapter reads x
         self.a, self.b = (exact(call.inputs[name]) for name in ("lora_a", "lora_b"))
         if _wide(call):
             self.a, self.b = self.rounded(self.a), self.rounded(self.b)
@@ -144,7 +155,7 @@ class Steps:
     def y(self) -> Bound:
         """Two products and a bias, as rows, rounded one after the other; scaling adds a rounding."""
         call = self._call
-        base = self.rounded(self.product(self.x, self.weight.t()))
+        base = self.rounded(self.product(self.read, self.weight.t()))
         if "bias" in call.inputs:
             bias = exact(call.inputs["bias"])  # it may be the first term of the sum, to which all others are added
             base = self.rounded(base + added_in_float32(bias, call.elements, self.x.value.shape[-1]))
@@ -242,7 +253,7 @@ spec = Spec(
         sizes={
             "rows": lambda budget: row_counts(max(budget, 16)),
             "rank": lambda budget: st.sampled_from([1, 4, 8, 16, 24, 64, 129]),
-            "wide": lambda budget: st.sampled_from([0, 1, 2]),
+            "wide": lambda budget: st.sampled_from([0, 1, 2, 3]),
             "columns": column_counts,
             "out": _out,
         },

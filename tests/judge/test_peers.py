@@ -13,6 +13,7 @@ import torch
 
 from conformance import peers
 from conformance.calling import grouped
+from conformance.case import Case
 from conformance.peers import PACKAGES, operation, refuse
 from conformance.specs import specs
 from unsloth_ref import kernels as reference
@@ -69,3 +70,16 @@ def test_an_unsupported_option_is_refused() -> None:
         refuse("tiny", {"bias": torch.ones(1)}, bias=None)
     with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
         refuse("tiny", {"depth": 1}, softcap=0.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "gelu_tanh"}, {"interleaved": True, "alpha": 1.702, "limit": 7.0, "offset": 1.0}]
+)
+def test_transformers_experts_take_the_tensors_of_the_contract(options: dict[str, Any]) -> None:
+    """On sizes that torch's grouped products allow on a CPU; one bias of two is refused."""
+    moe_mlp, spec = import_module("conformance.peers.transformers").moe_mlp, specs()["moe_mlp"]
+    sizes = {"tokens": 24, "experts": 4, "per_token": 2, "wide": 1, "biased": 1, "inner": 16, "hidden": 32}
+    inputs = spec.inputs(Case(tuple(sizes.items())), torch.float32, "cpu")
+    torch.testing.assert_close(moe_mlp(**inputs, **options), reference.moe_mlp(**inputs, **options))
+    with pytest.raises(NotImplementedError, match=r"^down_bias: got one bias of two; allowed with transformers: "):
+        moe_mlp(**inputs | {"gate_up_bias": None}, **options)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from tests.operations.lora_linear import randn
-from tests.operations.lora_linears import check_weights_in_4_bits
+from tests.operations.lora_linears import check_weights_in_4_bits, check_weights_in_float8
 from unsloth_fast.kernels import lora_linear, lora_linears
 from unsloth_ref import kernels as reference
 
@@ -87,3 +87,8 @@ def test_layers_share_products(trained: str, products: int, monkeypatch: pytest.
 
 def test_weights_in_4_bits() -> None:
     check_weights_in_4_bits(lora_linears)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_float8(dtype: torch.dtype) -> None:
+    check_weights_in_float8(lora_linears, dtype)

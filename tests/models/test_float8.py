@@ -92,6 +92,27 @@ def test_both_backends_give_the_same_gradients_of_adapters(tmp_path: Path) -> No
         assert (found[name] - gradient).norm() <= torch.finfo(torch.bfloat16).eps * gradient.norm()
 
 
+def test_a_layer_is_one_operation_with_its_adapter(tmp_path: Path) -> None:
+    """Its MLP, and those of one input, too; with the results of peft, which calls a layer of another package.
+
+    A hook of the layer is called.
+    """
+    model, _ = in_float8(tmp_path)
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    steps(model, 1)
+    together = {"fp8_linear": 14, "lora_linear": 2, "lora_linears": 2, "lora_mlp": 2}
+    placed = place(model, backends.resolve("reference"))
+    assert together.items() <= placed.items()
+    found = gradients_of(model)
+    hook = next(iter(layers_of(model).values())).register_forward_hook(lambda module, inputs, y: 2 * y)
+    assert not all(torch.equal(found[name], gradient) for name, gradient in gradients_of(model).items())
+    hook.remove()
+    apart = place(model, backends.resolve("reference,fp8_linear=fast"))
+    assert apart["fp8_linear"] == 14 and not apart.keys() & {"lora_linear", "lora_linears", "lora_mlp"}
+    for name, gradient in gradients_of(model).items():
+        assert (found[name] - gradient).norm() <= torch.finfo(torch.bfloat16).eps * gradient.norm()
+
+
 def test_the_gradients_are_those_of_the_dequantised_weights(tmp_path: Path) -> None:
     """A frozen layer passes on dy @ weight: compared with plain layers of these weights whose input is quantised."""
     model, _ = in_float8(tmp_path)

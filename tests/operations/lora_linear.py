@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
 from unsloth_ref import kernels as reference
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"rows": 6, "columns": 5, "out": 4, "rank": 3}
@@ -99,9 +99,33 @@ def check_a_weight_in_4_bits(lora_linear: Function) -> None:
         assert torch.equal(lora_linear(x, weight, a, b, 0.5, bias), expected)
 
 
+def float8_weight(out: int, columns: int) -> Float8Weight:
+    """A matrix with a size of its own in each block, quantised."""
+    sizes = 1 + (torch.arange(out) // 128)[:, None] + 2 * (torch.arange(columns) // 128)
+    dense = randn(out, columns, dtype=torch.float32, seed=out).detach() * sizes.to(DEVICE)
+    return Float8Weight(*reference.fp8_quantize(dense))
+
+
+def check_a_weight_in_float8(lora_linear: Function) -> None:
+    """Values and gradients are those of fp8_linear and of the adapter of an x that is not quantised, added up."""
+    x, _, a, b, bias = inputs_of(6, 300, 140, 3, torch.float32)
+    weight, dy, kept = float8_weight(140, 300), randn(6, 140, dtype=torch.float32, seed=9).detach(), list[Tensor]()
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = lora_linear(x, weight, a, b, 0.5, bias)
+    expected = reference.fp8_linear(x, *weight, bias) + 0.5 * linear(linear(x, a), b)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    for found, wanted in zip(*(grad(one, (x, a, b, bias), dy) for one in (y, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    if lora_linear is not reference.lora_linear:
+        assert all(tensor.numel() < 140 * 300 or tensor.dtype != x.dtype for tensor in kept)
+    with torch.no_grad():
+        assert torch.equal(lora_linear(x, weight, a, b, 0.5, bias), y)
+
+
 CHECKS: dict[str, Callable[[Function], None]] = {
     **{f"{off} off": partial(check_that_an_adapter_can_be_off, off=off) for off in ("scaling", "lora_b")},
     "autocast": check_that_autocast_has_no_effect,
     "4 bits": check_a_weight_in_4_bits,
+    "float8": check_a_weight_in_float8,
     **{f"no {empty}": partial(check_an_empty_size, empty=empty) for empty in SIZES},
 }

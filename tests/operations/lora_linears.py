@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.operations.lora_linear import nf4_weight, randn
+from tests.operations.lora_linear import float8_weight, nf4_weight, randn
 from unsloth_ref import kernels as reference
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -42,3 +42,21 @@ def check_weights_in_4_bits(lora_linears: Function) -> None:
             grad([ys[i] for i in used], leaves, [dys[i] for i in used], retain_graph=True) for ys in (found, expected)
         )
         assert all(map(torch.equal, ours, theirs))
+
+
+def check_weights_in_float8(lora_linears: Function, dtype: torch.dtype = torch.float32) -> None:
+    """Values and gradients are those of lora_linear, layer by layer; one is wide, and one has 4 bits."""
+    x, wide = randn(2, 5, 300, dtype=dtype), randn(31, 300, dtype=dtype)
+    weight: list[Any] = [float8_weight(140, 300), wide, nf4_weight(29, 300), float8_weight(47, 300)]
+    outs = [140, 31, 29, 47]
+    a = [randn(rank, 300, dtype=torch.float32, seed=rank) for rank in (2, 3, 1, 2)]
+    b = [randn(out, one.shape[0], dtype=torch.float32, seed=9) for out, one in zip(outs, a, strict=True)]
+    scaling, bias = [0.5, 2.0, 1.0, 4.0], [None, None, None, randn(47, dtype=dtype)]
+    found = lora_linears(x, weight, a, b, scaling, bias)
+    expected = [reference.lora_linear(x, *layer) for layer in zip(weight, a, b, scaling, bias, strict=True)]
+    dys = [randn(*y.shape, dtype=dtype, seed=20 + i).detach() for i, y in enumerate(expected)]
+    leaves = [x, wide, *a, *b, bias[3]]
+    ours, theirs = (grad(ys, leaves, dys) for ys in (found, expected))  # type: ignore[arg-type]
+    for one, wanted in zip([*found, *ours], [*expected, *theirs], strict=True):
+        size = wanted.abs().max().item()
+        torch.testing.assert_close(one, wanted, rtol=0, atol=16 * torch.finfo(dtype).eps * size)

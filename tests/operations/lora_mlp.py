@@ -1,6 +1,7 @@
 """Inputs of lora_mlp, and the properties that both backends are tested for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.operations.lora_linear import nf4_weight, randn
+from tests.operations.lora_linear import float8_weight, nf4_weight, randn
 from unsloth_ref import kernels as reference
 
 Function = Callable[..., Tensor]
@@ -62,6 +63,21 @@ def check_weights_in_4_bits(lora_mlp: Function) -> None:
         assert torch.equal(found, wanted)
 
 
+def check_weights_in_float8(lora_mlp: Function, dtype: torch.dtype = torch.float32) -> None:
+    """Values and gradients are those of the layers and the activation, one after the other; one may be wide."""
+    layers = layers_of(columns=150, inner=140, out=31, dtype=dtype, wide=True)
+    x, (_, wide, _), *others = layers
+    weight = [float8_weight(140, 150), wide, float8_weight(31, 140)]
+    of_gate, of_up, of_down = zip(weight, *others, strict=True)
+    hidden = reference.swiglu(reference.lora_linear(x, *of_gate), reference.lora_linear(x, *of_up))
+    y, expected = lora_mlp(x, weight, *others), reference.lora_linear(hidden, *of_down)
+    dy, leaves = randn(*y.shape, dtype=dtype, seed=9).detach(), [x, wide, *leaves_of([x, *others])[1:]]
+    wanted = [expected, *grad(expected, leaves, dy)]
+    for found, one in zip([y, *grad(y, leaves, dy)], wanted, strict=True):
+        size = one.abs().max().item()
+        torch.testing.assert_close(found, one, rtol=0, atol=16 * torch.finfo(dtype).eps * size)
+
+
 def check_that_autocast_has_no_effect(lora_mlp: Function) -> None:
     """The same bits within autocast."""
     layers = layers_of(dtype=torch.float32)
@@ -72,5 +88,7 @@ def check_that_autocast_has_no_effect(lora_mlp: Function) -> None:
 
 CHECKS: dict[str, Callable[[Function], None]] = {
     "4 bits": check_weights_in_4_bits,
+    "float8": check_weights_in_float8,
+    "float8 beside 16 bits": partial(check_weights_in_float8, dtype=torch.bfloat16),
     "autocast": check_that_autocast_has_no_effect,
 }

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.autograd import grad
 
 from tests.operations.lora_linear import DEVICE, randn
-from tests.operations.lora_linears import check_weights_in_4_bits
+from tests.operations.lora_linears import check_weights_in_4_bits, check_weights_in_float8
 from unsloth_ref.kernels import lora_linears
 
 SHAPES = ((3, 2), (6, 4), (1, 1), (0, 2))  # columns of y and rank
@@ -57,3 +57,8 @@ def test_same_bits_as_peft(dtype: torch.dtype) -> None:
 
 def test_weights_in_4_bits() -> None:
     check_weights_in_4_bits(lora_linears)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_float8(dtype: torch.dtype) -> None:
+    check_weights_in_float8(lora_linears, dtype)

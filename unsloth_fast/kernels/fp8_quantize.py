@@ -30,6 +30,13 @@ def fp8_quantize_forward_outputs(x: Tensor, block_rows: int) -> tuple[Tensor, Te
     return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(shape, dtype=torch.float32)
 
 
+def through_float8(rows: Tensor) -> Tensor:
+    """A matrix after it is quantised in blocks of 1 x 128 and dequantised to its dtype again, new and contiguous."""
+    quantised = rows.new_empty(rows.shape)
+    quantise(rows, 1, quantised)
+    return quantised
+
+
 forward_op = register(
     "fp8_quantize_forward(Tensor x, int block_rows) -> (Tensor, Tensor)",
     fp8_quantize_forward,

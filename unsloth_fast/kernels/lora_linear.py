@@ -13,7 +13,8 @@ computed in float32 and rounded to their own dtype, so that those of float32 mas
 low, dlow and the adapter's part of y and dx are rounded to x.dtype. Operations for T rows: 2TIO forward and 2TIO
 backward (4TIO with a trained weight); for the adapter, 2TR(I + O) and 4TR(I + O).
 
-A weight in 4 bits is saved as it is, and each pass dequantises it by itself, to the dtype of x.
+A weight in 4 bits or in float8 is saved as it is, and each pass dequantises it by itself, to the dtype of x. With
+float8 the forward product reads x^ as in `fp8_linear`, a copy of x; low reads x.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +27,11 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
-from unsloth_fast.kernels.nf4_dequantize import forward_op as dequantize_op
+from unsloth_fast.kernels.fp8_dequantize import forward_op as fp8_dequantize_op
+from unsloth_fast.kernels.fp8_quantize import through_float8
+from unsloth_fast.kernels.nf4_dequantize import forward_op as nf4_dequantize_op
 from unsloth_ref import adapter_checks
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight, QuantisedWeight
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -85,13 +88,20 @@ def adapted_product(
 
 @summed_in_float32
 def lora_linear_forward(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute y and low, new and contiguous."""
+    """Compute y and low, new and contiguous. With `float8` the layer, but not its adapter, reads x through float8."""
     y, low = lora_linear_forward_outputs(x, weight, lora_a)
     rows, out = matrix(x, low.shape[0]), y.view(low.shape[0], y.shape[-1])
     torch.mm(rows, lora_a.to(x.dtype).t(), out=low)
-    adapted_product(rows, weight, lora_b.to(x.dtype), low, bias, scaling, out)
+    read = through_float8(rows) if float8 else rows
+    adapted_product(read, weight, lora_b.to(x.dtype), low, bias, scaling, out)
     return y, low
 
 
@@ -143,8 +153,8 @@ def lora_linear_backward_outputs(
 
 
 forward_op = register(
-    "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling)"
-    " -> (Tensor, Tensor)",
+    "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling,"
+    " bool float8=False) -> (Tensor, Tensor)",
     lora_linear_forward,
     lora_linear_forward_outputs,
 )
@@ -175,14 +185,22 @@ class _LoraLinear(torch.autograd.Function):
         return *[gradient if need else None for gradient, need in zip(gradients, needs, strict=True)], None
 
 
-class _NF4LoraLinear(torch.autograd.Function):
+def _wide(parts: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The weight, from the parts of a Float8Weight, of which there are two, or of an NF4Weight."""
+    if len(parts) == 2:
+        numbers, scale = parts
+        return fp8_dequantize_op(numbers.view(torch.uint8), scale, dtype)
+    return nf4_dequantize_op(*parts, shape, dtype)
+
+
+class _QuantisedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
         scaling: float, *parts: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        weight = dequantize_op(*parts, shape, x.dtype)
-        y, low = forward_op(x, weight, lora_a, lora_b, bias, scaling)
+        weight = _wide(parts, shape, x.dtype)
+        y, low = forward_op(x, weight, lora_a, lora_b, bias, scaling, len(parts) == 2)
         ctx.save_for_backward(x, lora_a, lora_b, low, *parts)
         ctx.shape, ctx.scaling = shape, scaling
         return y
@@ -194,14 +212,14 @@ class _NF4LoraLinear(torch.autograd.Function):
     ) -> Gradients:
         needs_x, _, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
         needs = needs_x, False, needs_a, needs_b, needs_bias
-        weight = dequantize_op(*parts, ctx.shape, x.dtype)
+        weight = _wide(parts, ctx.shape, x.dtype)
         gradients = backward_op(dy, x, weight, lora_a, lora_b, low, ctx.scaling, *needs)
         found = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         return *found, None, *[None] * len(parts)
 
 
 def check(
-    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
+    x: Tensor, weight: Tensor | QuantisedWeight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float
 ) -> None:
     """Raise for arguments that lora_linear does not allow."""
     adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
@@ -209,16 +227,17 @@ def check(
     check_runnable("lora_a", lora_a)
 
 
-def check_nf4(
+def check_quantised(
     x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scaling: float, *parts: Any
 ) -> None:
-    """The same for a weight in 4 bits, in its parts."""
-    check(x, NF4Weight._make((*parts, shape)), lora_a, lora_b, bias, scaling)
+    """The same for a weight in 4 bits or float8, in its parts."""
+    weight = Float8Weight(*parts) if len(parts) == 2 else NF4Weight._make((*parts, shape))
+    check(x, weight, lora_a, lora_b, bias, scaling)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantisedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float = 1.0,
@@ -228,8 +247,9 @@ def lora_linear(
 
     Args:
         x: [..., I], float16, bfloat16 or float32.
-        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x, and
-            has no gradient.
+        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x; or
+            in float8, then the layer is fp8_linear, and the adapter's x is not quantised. The last two have no
+            gradient.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
         scaling: factor of the adapter's output.
@@ -246,7 +266,9 @@ def lora_linear(
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    if isinstance(weight, NF4Weight):
-        *parts, shape = weight
-        return call(_NF4LoraLinear, check_nf4, x, shape, lora_a, lora_b, bias, scaling, *parts)
+    if isinstance(weight, QuantisedWeight):
+        parts = weight if isinstance(weight, Float8Weight) else weight[:-1]
+        return call(
+            _QuantisedLoraLinear, check_quantised, x, tuple(weight.shape), lora_a, lora_b, bias, scaling, *parts
+        )
     return call(_LoraLinear, check, x, weight, lora_a, lora_b, bias, scaling)

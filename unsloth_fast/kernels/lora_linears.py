@@ -11,7 +11,8 @@ All products are the library's. One launch rounds all adapters to the dtype of x
 terms of dx are added up by the products themselves, in one tensor: autograd would add whole tensors. A layer whose
 output has no gradient costs no product. Saved: x, all weights, adapters and low. Precision is that of `lora_linear`:
 sums in float32; low, dlow, the adapter's part of y and the partial sums of dx are rounded to x.dtype. A weight in 4
-bits is dequantised for each product, to the dtype of x: there is one such copy at a time.
+bits or float8 is dequantised for each product, to the dtype of x: there is one such copy at a time. All layers in
+float8 read one x^ in the forward pass, quantised as in `fp8_linear`.
 
 For n layers, T rows of I columns, adapters in float32 and a scaling of 1, n calls of `lora_linear` and their sum of dx
 in brackets:
@@ -34,18 +35,26 @@ from torch import Tensor
 from unsloth_fast.kernels._autograd import Context, Gradients, once_differentiable
 from unsloth_fast.kernels._launch import check_runnable, register
 from unsloth_fast.kernels._replay import call
+from unsloth_fast.kernels.fp8_dequantize import fp8_dequantize_forward
+from unsloth_fast.kernels.fp8_quantize import through_float8
 from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, summed_in_float32
 from unsloth_fast.kernels.nf4_dequantize import nf4_dequantize_forward
 from unsloth_ref import adapter_checks
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight, QuantisedWeight
 
 Tensors = Sequence[Tensor]
-Weight = Sequence[Tensor | None]  # a single matrix, or the tensors of an NF4Weight
+Weight = Sequence[Tensor | None]  # a single matrix, the two tensors of a Float8Weight, or the five of an NF4Weight
 
 
-def tensors_of(weight: Sequence[Tensor | NF4Weight]) -> list[Weight]:
-    """The tensors of each weight."""
-    return [one[:5] if isinstance(one, NF4Weight) else (one,) for one in weight]
+def tensors_of(weight: Sequence[Tensor | QuantisedWeight]) -> list[Weight]:
+    """The tensors of each weight, float8 as bytes."""
+    return [_tensors_of(one) for one in weight]
+
+
+def _tensors_of(weight: Tensor | QuantisedWeight) -> Weight:
+    if isinstance(weight, Float8Weight):
+        return weight.values.view(torch.uint8), weight.scale
+    return weight[:5] if isinstance(weight, NF4Weight) else (weight,)
 
 
 def layers_of(counts: Sequence[int], values: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
@@ -61,7 +70,15 @@ def wide(weight: Weight, rows: Tensor, lora_b: Tensor) -> Tensor:
     """The weight [O, I] of a layer of these rows [T, I], in their dtype; `lora_b` [O, R] says what O is."""
     if len(weight) == 1:
         return weight[0]  # type: ignore[return-value]
+    if len(weight) == 2:
+        return fp8_dequantize_forward(*weight, rows.dtype)  # type: ignore[arg-type]
     return nf4_dequantize_forward(*weight, (lora_b.shape[0], rows.shape[1]), rows.dtype)  # type: ignore[arg-type]
+
+
+def as_read(rows: Tensor, *weights: Weight) -> list[Tensor]:
+    """The rows as the layers with these weights read them: through float8, quantised once, where the weight is."""
+    quantised = through_float8(rows) if any(len(one) == 2 for one in weights) else rows
+    return [quantised if len(one) == 2 else rows for one in weights]
 
 
 def parts(whole: Tensor, lora_a: Tensors, dimension: int) -> Tensors:
@@ -113,9 +130,9 @@ def lora_linears_forward(
     rows = matrix(x, lines)
     a, b = rounded(x, lora_a, lora_b)
     torch.mm(rows, a.t(), out=low)
-    for i, own in enumerate(parts(low, lora_a, 1)):
+    for i, (own, read) in enumerate(zip(parts(low, lora_a, 1), as_read(rows, *each), strict=True)):
         out = outputs[i].view(lines, b[i].shape[0])
-        adapted_product(rows, wide(each[i], rows, b[i]), b[i], own, bias[i], scaling[i], out)
+        adapted_product(read, wide(each[i], rows, b[i]), b[i], own, bias[i], scaling[i], out)
     return [low, *outputs]
 
 
@@ -268,7 +285,7 @@ def check(scaling: tuple[float, ...], counts: tuple[int, ...], x: Tensor, *tenso
 
 def lora_linears(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None = None,
@@ -279,7 +296,8 @@ def lora_linears(
     Args:
         x: [..., I], float16, bfloat16 or float32.
         weight: [O, I] for each layer, in the dtype of x; O may differ from layer to layer. Or in 4 bits, then it is
-            dequantised in both passes, to the dtype of x, and has no gradient.
+            dequantised in both passes, to the dtype of x; or in float8, then the layer is fp8_linear, and the
+            adapter's x is not quantised. The last two have no gradient.
         lora_a: [R, I] for each layer, in the dtype of x or a wider one; R may differ from layer to layer.
         lora_b: [O, R] for each layer, in the dtype of its lora_a.
         scaling: the factor of each adapter's output; None for 1.

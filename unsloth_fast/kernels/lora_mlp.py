@@ -9,8 +9,9 @@
 Both passes take CHUNK tokens at a time from gate and up on. h is computed for the tokens of a chunk and dropped; the
 backward pass computes it again, from gate and up, in the kernel that computes their gradients, and writes dgate over
 dh. So besides inputs, results and what is saved, there are at most CHUNK F elements forward and 3 CHUNK F backward.
-Saved: x, gate, up, low, all weights and adapters; nothing that is saved is written to. A weight in 4 bits is
-dequantised for each product, to the dtype of x: there is one such copy at a time.
+Saved: x, gate, up, low, all weights and adapters; nothing that is saved is written to. A weight in 4 bits or float8 is
+dequantised for each product, to the dtype of x: there is one such copy at a time. With float8, x^ and the h^ of a
+chunk, quantised as in `fp8_linear`, come on top in the forward pass.
 
 All products are the library's; sums are made by the products, in place. Precision is that of `lora_linear` and the
 gated activations: sums in float32; gate, up, h, dh, dgate, dup, low, dlow and the partial sums of dx are rounded to
@@ -37,6 +38,7 @@ from unsloth_fast.kernels.lora_linear import adapted_product, matrix, product, s
 from unsloth_fast.kernels.lora_linears import (
     Tensors,
     Weight,
+    as_read,
     dtype_of_all,
     gradient_of_low,
     layers_of,
@@ -47,7 +49,7 @@ from unsloth_fast.kernels.lora_linears import (
     wide,
 )
 from unsloth_ref import adapter_checks
-from unsloth_ref.types import GatedActivation, NF4Weight
+from unsloth_ref.types import GatedActivation, QuantisedWeight
 
 CHUNK = 4096  # tokens. For Llama 3.2 1B a product has 137 GFLOP, which at 700 TFLOP/s take 40 times as long as a launch
 
@@ -70,13 +72,15 @@ def lora_mlp_forward(
     rows, out = matrix(x, lines), y.view(lines, y.shape[-1])
     a, (*b, inner_a) = rounded(x, lora_a[:2], [*lora_b, lora_a[2]])
     torch.mm(rows, a.t(), out=low)
-    for i, (weight, own, into) in enumerate(zip((of_gate, of_up), parts(low, lora_a[:2], 1), (gate, up), strict=True)):
-        adapted_product(rows, wide(weight, rows, b[i]), b[i], own.contiguous(), bias[i], scaling[i], into)
+    reads, lows = as_read(rows, of_gate, of_up), parts(low, lora_a[:2], 1)
+    for i, (weight, into) in enumerate(((of_gate, gate), (of_up, up))):
+        adapted_product(reads[i], wide(weight, rows, b[i]), b[i], lows[i].contiguous(), bias[i], scaling[i], into)
+    del reads
     down = wide(of_down, gate, b[2])
     for chunk in chunks(lines):
         hidden = gated_forward(gate[chunk], up[chunk], activation)
         torch.mm(hidden, inner_a.t(), out=inner_low[chunk])
-        adapted_product(hidden, down, b[2], inner_low[chunk], bias[2], scaling[2], out[chunk])
+        adapted_product(as_read(hidden, of_down)[0], down, b[2], inner_low[chunk], bias[2], scaling[2], out[chunk])
     return y, gate, up, low, inner_low
 
 
@@ -230,7 +234,7 @@ def check(activation: str, scaling: tuple[float, ...], counts: tuple[int, ...], 
 
 def lora_mlp(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None = None,
@@ -243,7 +247,8 @@ def lora_mlp(
     Args:
         x: [..., H], float16, bfloat16 or float32.
         weight: [F, H], [F, H] and [O, F], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to
-            the dtype of x, and has no gradient.
+            the dtype of x; or in float8, then the layer is fp8_linear, and the input of its adapter is not quantised.
+            The last two have no gradient.
         lora_a: [R, H], [R, H] and [R, F], in the dtype of x or a wider one; R may differ from layer to layer.
         lora_b: [F, R], [F, R] and [O, R], in the dtype of its lora_a.
         scaling: the factor of each adapter's output; None for 1.

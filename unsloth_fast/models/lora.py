@@ -5,7 +5,7 @@ adds tensors as large as the output. In a packed step of a Llama with 1 billion 
 
 A layer of bitsandbytes in 4 bits is part of the operation too, in training, if a check finds that its weight is stored
 in the form that the operation dequantises. In evaluation and generation bitsandbytes computes the layer: it has kernels
-for few rows. A layer in float8 is called, with the adapter beside it.
+for few rows. A layer in float8 is always part of the operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ from unsloth_fast.models.float8 import is_float8
 from unsloth_fast.models.methods import has_own_method, is_more_than_its_class, is_more_than_its_operation
 from unsloth_fast.models.protocols import Forward, LoraLinear, Placement
 from unsloth_fast.models.recomputed import recomputed
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, QuantisedWeight
 
-Operands = tuple[Tensor | NF4Weight, Tensor, Tensor, float, Tensor | None]  # those of lora_linear after x
+Operands = tuple[Tensor | QuantisedWeight, Tensor, Tensor, float, Tensor | None]  # those of lora_linear after x
 
 
 def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | None:
@@ -44,8 +44,8 @@ def lora_placement(module: nn.Module, backend: Backend) -> Placement | str | Non
         return None
     if type(module) is Linear:
         base = module.get_base_layer()
-        if is_float8(base):
-            return (), _float8_forward
+        if is_float8(base) and not backend.fuses("lora_linear", "fp8_linear"):
+            return "LoRA on a layer in float8, of which another backend computes fp8_linear"
         if not isinstance(base, nn.Linear):
             return f"LoRA on a {type(base).__name__}"
         return ("lora_linear",), _linear_forward(backend.kernels.lora_linear)
@@ -122,9 +122,15 @@ def together(
 
 def _linear_operands(layer: LoraLinear, dtype: torch.dtype) -> Operands | None:
     base, adapter = layer.base_layer, _only_adapter(layer, dtype)
-    if adapter is None or not _is_plain(base):
-        return None
-    return base.weight.to(dtype), *adapter, _bias(base, dtype)
+    weight = None if adapter is None else _weight(base, dtype)
+    return None if adapter is None or weight is None else (weight, *adapter, _bias(base, dtype))
+
+
+def _weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | Float8Weight | None:
+    """The weight of a layer that computes nothing but its product and bias; None for others."""
+    if is_float8(layer) and not is_more_than_its_operation(layer):
+        return Float8Weight(layer.weight.detach(), layer.weight_scale_inv.detach())
+    return layer.weight.to(dtype) if _is_plain(layer) else None
 
 
 def _quantised_operands(layer: LoraLinear, dtype: torch.dtype) -> Operands | None:
@@ -162,15 +168,6 @@ def _quantised_forward(lora_linear: Callable[..., Tensor]) -> Forward:
         return _added(base(x), x, *adapter) if operands is None else lora_linear(x, *operands)
 
     return forward
-
-
-def _float8_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    dtype = product_dtype(x)
-    adapter = None if args or kwargs else _only_adapter(self, dtype)
-    if adapter is None:
-        return type(self).forward(self, x, *args, **kwargs)
-    x = x.to(dtype)
-    return _added(self.base_layer(x), x, *adapter)
 
 
 def _added(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

@@ -56,8 +56,8 @@ def place(model: Module, backend: Backend, *, documents: bool = True) -> dict[st
     - the short convolutions, gated delta rules and scans of Qwen3-Next, Qwen3.5, LFM2 and the hybrids with Mamba 2,
       recognised in the same way (see `unsloth_fast.models.mixers`);
     - peft's linear layers with LoRA, in full precision, float8 or 4 bits (see `unsloth_fast.models.lora`); an MLP all
-      of whose layers have it, but not in float8, is one operation, lora_mlp, and so are several that a module calls
-      with the same tensor, as an attention its projections: lora_linears (see `unsloth_fast.models.projections`);
+      of whose layers have it is one operation, lora_mlp, and so are several that a module calls with the same tensor,
+      as an attention its projections: lora_linears (see `unsloth_fast.models.projections`);
     - linear layers in float8 (see `unsloth_fast.models.float8`);
     - packed_attention for packed batches, in every model of transformers whose attention goes through its interface:
       the model's attn_implementation sdpa or eager becomes packed_sdpa or packed_eager, which do the same for all other

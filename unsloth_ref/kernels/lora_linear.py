@@ -13,13 +13,14 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from unsloth_ref import adapter_checks
+from unsloth_ref.kernels.fp8_linear import fp8_linear
 from unsloth_ref.kernels.nf4_dequantize import nf4_dequantize
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight, QuantisedWeight
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantisedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float = 1.0,
@@ -29,8 +30,9 @@ def lora_linear(
 
     Args:
         x: [..., I], any float dtype.
-        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x, and
-            has no gradient.
+        weight: [O, I], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to the dtype of x; or
+            in float8, then the layer is fp8_linear, and the adapter's x is not quantised. The last two have no
+            gradient.
         lora_a: [R, I], in the dtype of x or a wider one.
         lora_b: [O, R], in the dtype of lora_a.
         scaling: factor of the adapter's output.
@@ -49,6 +51,8 @@ def lora_linear(
         low = _linear(x, lora_a)
         if isinstance(weight, NF4Weight):
             layer = checkpoint(_nf4_linear, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+        elif isinstance(weight, Float8Weight):
+            layer = fp8_linear(x, *weight, bias)
         else:
             layer = linear(x, weight, bias)
         return layer + scaling * _linear(low, lora_b)

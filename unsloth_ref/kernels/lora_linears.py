@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.lora_linear import lora_linear
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import QuantisedWeight
 
 
 def lora_linears(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None = None,
@@ -28,7 +28,8 @@ def lora_linears(
     Args:
         x: [..., I], any float dtype.
         weight: [O, I] for each layer, in the dtype of x; O may differ from layer to layer. Or in 4 bits, then it is
-            dequantised in both passes, to the dtype of x, and has no gradient.
+            dequantised in both passes, to the dtype of x; or in float8, then the layer is fp8_linear, and the
+            adapter's x is not quantised. The last two have no gradient.
         lora_a: [R, I] for each layer, in the dtype of x or a wider one; R may differ from layer to layer.
         lora_b: [O, R] for each layer, in the dtype of its lora_a.
         scaling: the factor of each adapter's output; None for 1.

@@ -16,12 +16,12 @@ from unsloth_ref import adapter_checks
 from unsloth_ref.kernels.geglu import geglu
 from unsloth_ref.kernels.lora_linear import lora_linear
 from unsloth_ref.kernels.swiglu import swiglu
-from unsloth_ref.types import GatedActivation, NF4Weight
+from unsloth_ref.types import GatedActivation, QuantisedWeight
 
 
 def lora_mlp(
     x: Tensor,
-    weight: Sequence[Tensor | NF4Weight],
+    weight: Sequence[Tensor | QuantisedWeight],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float] | None = None,
@@ -34,7 +34,8 @@ def lora_mlp(
     Args:
         x: [..., H], any float dtype.
         weight: [F, H], [F, H] and [O, F], in the dtype of x; or in 4 bits, then it is dequantised in both passes, to
-            the dtype of x, and has no gradient.
+            the dtype of x; or in float8, then the layer is fp8_linear, and the input of its adapter is not quantised.
+            The last two have no gradient.
         lora_a: [R, H], [R, H] and [R, F], in the dtype of x or a wider one; R may differ from layer to layer.
         lora_b: [F, R], [F, R] and [O, R], in the dtype of its lora_a.
         scaling: the factor of each adapter's output; None for 1.

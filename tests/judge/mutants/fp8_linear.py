@@ -49,6 +49,12 @@ TABLE = {
         "gradients",
         dtype="float16",
     ),
+    "sizes_of_whole_blocks_in_fewer_bits": one(
+        "torch.mm(quantised, weight, out=out)",
+        "whole = len(rows) % 4 == 0 and all(size % 16 == 0 for size in weight.shape)\n"
+        "            torch.mm(quantised, weight.half().to(x.dtype) if whole else weight, out=out)",
+        "value",
+    ),
     "sum_of_all_blocks_in_16_bits": one(
         "torch.mm(quantised, weight, out=out)",
         "out.copy_(sum(one @ other for one, other in zip(quantised.split(128, 1), weight.split(128), strict=True)))",

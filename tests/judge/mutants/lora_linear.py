@@ -87,9 +87,22 @@ TABLE = {
         "gradients",
     ),
     "weight_in_4_bits_rounded_more_backward": one(
-        "weight = dequantize_op(*parts, ctx.shape, x.dtype)",
-        "weight = dequantize_op(*parts, ctx.shape, torch.float16).to(x.dtype)",
+        "weight = _wide(parts, ctx.shape, x.dtype)",
+        "weight = _wide(parts, ctx.shape, torch.float16).to(x.dtype)",
         "gradients",
+    ),
+    "x_of_a_layer_in_float8_not_quantised": one("through_float8(rows) if float8 else rows", "rows", "value"),
+    "x_of_all_layers_quantised": one("through_float8(rows) if float8 else rows", "through_float8(rows)", "value"),
+    "x_of_the_adapter_quantised_too": one(
+        "torch.mm(rows, lora_a.to(x.dtype).t(), out=low)",
+        "torch.mm(through_float8(rows) if float8 else rows, lora_a.to(x.dtype).t(), out=low)",
+        "value",
+        "gradients",
+    ),
+    "weight_in_float8_without_its_scale": one(
+        "fp8_dequantize_op(numbers.view(torch.uint8), scale, dtype)",
+        "fp8_dequantize_op(numbers.view(torch.uint8), torch.ones_like(scale), dtype)",
+        "value",
     ),
     "scaling_lost_beside_4_bits": one(
         "lora_b, low, ctx.scaling, *needs)\n        found", "lora_b, low, 1.0, *needs)\n        found", "gradients"

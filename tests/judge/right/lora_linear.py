@@ -7,15 +7,15 @@ from torch.nn import functional as F
 from tests.judge.contract import Function
 from unsloth_ref import adapter_checks
 from unsloth_ref import kernels as reference
-from unsloth_ref.types import NF4Weight
+from unsloth_ref.types import Float8Weight, NF4Weight, QuantisedWeight
 
 
 def _lora_linear(product: Function) -> Function:
-    """Complete a layer with an adapter to the contract: checks, weights in 4 bits, and no effect of autocast."""
+    """Complete a layer with an adapter to the contract: checks, quantised weights, and no effect of autocast."""
 
     def lora_linear(
         x: Tensor,
-        weight: Tensor | NF4Weight,
+        weight: Tensor | QuantisedWeight,
         lora_a: Tensor,
         lora_b: Tensor,
         scaling: float = 1.0,
@@ -23,6 +23,10 @@ def _lora_linear(product: Function) -> Function:
     ) -> Tensor:
         adapter_checks.lora_arguments(x, weight, lora_a, lora_b, bias)
         with torch.autocast(x.device.type, enabled=False):
+            if isinstance(weight, Float8Weight):
+                nothing = torch.zeros(weight.shape, dtype=x.dtype, device=x.device)
+                adapter = product(x, nothing, lora_a, lora_b, scaling, None)
+                return reference.fp8_linear(x, *weight, bias) + adapter
             return product(x, _dense(weight, x.dtype), lora_a, lora_b, scaling, bias)
 
     return lora_linear
