@@ -116,9 +116,9 @@ class Tokens:
 @pytest.mark.parametrize(("by_transformers", "expected"), [("no", [107, 107, 112]), ("non_padding", [100, 100, 100])])
 def test_logged_tokens_continue_those_of_the_state(by_transformers: str, expected: list[int]) -> None:
     """A resumed run has 100 in its state. Where transformers counts, the state is only read; the counter is emptied."""
-    state, counter = SimpleNamespace(num_input_tokens_seen=100), Tokens(7, 0, 5)
-    any_counter: Any = counter
-    assert [logged_tokens(state, any_counter, by_transformers) for _ in range(3)] == expected
+    state: Any = SimpleNamespace(num_input_tokens_seen=100)
+    counter: Any = Tokens(7, 0, 5)
+    assert [logged_tokens(state, counter, by_transformers) for _ in range(3)] == expected
     assert state.num_input_tokens_seen == expected[-1] and counter.waiting == []
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from torch.nn import Module
 
 
 def own_forward(adapter: Any) -> str | None:
@@ -14,7 +13,7 @@ def own_forward(adapter: Any) -> str | None:
     Args:
         adapter: a `peft.PeftConfig`; None for no adapter.
     """
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(adapter, "peft_type", None))
+    tuner = None if adapter is None else PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
     return None if tuner is None or getattr(tuner, "forward", None) is BaseTuner.forward else tuner.__name__
 
 
@@ -33,7 +32,7 @@ def obstacle_to_packing(adapter: Any) -> str | None:
     return None
 
 
-def refuse_bypassed_forward(model: Module) -> None:
+def refuse_bypassed_forward(model: Any) -> None:
     """Raise ValueError for an adapter that keeps the forward that the language model had, in which there is no loss."""
     tuner = getattr(model, "base_model", None)
     if isinstance(model, PeftModel) and tuner is not model.get_base_model() and "forward" in vars(tuner):
