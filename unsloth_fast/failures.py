@@ -6,6 +6,11 @@ from subprocess import SubprocessError
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+def in_words(failure: BaseException) -> str:
+    """The type of a failure and the first line of its message."""
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+
+
 def failures_of_kernels() -> tuple[type[Exception], ...]:
     """What a kernel may raise that is compiled or launched: the same, what its tools raise, and Triton's own errors."""
     found = (*FAILURES, ImportError, MemoryError, OSError, SubprocessError, Warning)

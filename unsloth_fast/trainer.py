@@ -330,8 +330,7 @@ class UnslothTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def _tokens_so_far(self) -> int:
-        counted_by_transformers = self.args.include_num_input_tokens_seen != "no"
-        return logged_tokens(self.state, self._counter, counted_by_transformers)
+        return logged_tokens(self.state, self._counter, self.args.include_num_input_tokens_seen)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel processes; tensor-parallel ones share a batch and count once."""

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, wraps
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from conformance.models.culprits import Culprit
 from conformance.models.running import GRADIENT, sums_of_bits
 from conformance.models.situations import SITUATIONS
 from conformance.models.trial import Computed, ModelTrial
@@ -41,26 +42,10 @@ MOST = 4  # sets of a kind
 LOSS, PACKED = "loss", "packed"  # placed beside modules: the loss without whole logits, documents in one row
 Element = TypeVar("Element")
 Call = tuple[str, str]  # operation, module
+Kind = Literal["operations", "calls", "modules"]
 NOTHING: frozenset[Any] = frozenset()
 EVERYTHING = "the model with everything placed"
 SHOWN = 3  # of the members of a set, while it is tried
-
-
-@dataclass(frozen=True)
-class SmallestSet:
-    """A smallest set.
-
-    Attributes:
-        kind: "operations", "calls" or "modules".
-        members: names of operations, "operation@module", or names of modules, LOSS and PACKED among them.
-        message: the gate that the model breaks with this set.
-        used: the budget use; None where none was measured.
-    """
-
-    kind: str
-    members: tuple[str, ...]
-    message: str
-    used: float | None
 
 
 def smallest(elements: Sequence[Element], breaks: Callable[[Sequence[Element]], bool]) -> list[Element]:
@@ -220,7 +205,7 @@ class Bisection:
                 worst.setdefault((one.operation, one.module, one.inputs), one)
         return list(worst.values())
 
-    def search(self) -> list[SmallestSet]:
+    def search(self) -> list[Culprit]:
         """The smallest sets that break a gate; empty if the model breaks none.
 
         Raises:
@@ -231,7 +216,7 @@ class Bisection:
         self._demand_untouched()
         if self._fails("the model with everything placed, on the reference's operations", NOTHING) is not None:
             return [self._found("modules", members) for members in self._sets("modules", self._names)]
-        found: list[SmallestSet] = []
+        found: list[Culprit] = []
         for operations in self._sets(
             "operations", list(dict.fromkeys(operation for operation, _ in self._switch.calls))
         ):
@@ -249,7 +234,7 @@ class Bisection:
         """Whether the model with everything placed breaks a gate."""
         return self._fails(EVERYTHING, None) is not None
 
-    def _sets(self, kind: str, names: Sequence[str]) -> Iterator[list[str]]:
+    def _sets(self, kind: Kind, names: Sequence[str]) -> Iterator[list[str]]:
         """Smallest sets that break a gate, without a common member, until the rest breaks none; at most MOST."""
         rest = list(names)
         for _ in range(MOST):
@@ -260,20 +245,20 @@ class Bisection:
                 return
         self._say(f"{kind} beside these {MOST} sets break a gate too, which were not searched for")
 
-    def only(self, members: Sequence[str]) -> SmallestSet | None:
-        """The set of these members, which `SmallestSet` names; None if the model holds with it.
+    def only(self, members: Sequence[str]) -> Culprit | None:
+        """The set of these members, as `Culprit.members` names them; None if the model holds with it.
 
         Raises:
             KeyError: a member that the model has not.
             Unchecked: the untouched model breaks a gate itself.
         """
         self.breaks()  # shows the calls
-        kinds = {
+        kinds: dict[Kind, Sequence[str]] = {
             "operations": [operation for operation, _ in self._switch.calls],
             "calls": ["@".join(call) for call in self._switch.calls],
             "modules": self._names,
         }
-        kind = next((kind for kind, known in kinds.items() if set(members) <= set(known)), None)
+        kind: Kind | None = next((kind for kind, known in kinds.items() if set(members) <= set(known)), None)
         if kind is None:
             raise KeyError("; ".join(f"{kind} such as {' '.join(known[:1])}" for kind, known in kinds.items() if known))
         if not self._breaks(kind, members):
@@ -281,15 +266,15 @@ class Bisection:
         self._demand_untouched()
         return self._found(kind, members)
 
-    def _breaks(self, kind: str, members: Sequence[str]) -> bool:
+    def _breaks(self, kind: Kind, members: Sequence[str]) -> bool:
         return self._failure(kind, members) is not None
 
-    def _found(self, kind: str, members: Sequence[str]) -> SmallestSet:
+    def _found(self, kind: Kind, members: Sequence[str]) -> Culprit:
         failure = self._failure(kind, members)
         message = f"{failure or f'not in each run: {self._results[None, None]}'}"
-        return SmallestSet(kind, tuple(members), message, failure.used if failure else None)
+        return Culprit(kind, tuple(members), message, failure.used if failure else None)
 
-    def _failure(self, kind: str, members: Sequence[str]) -> Failure | None:
+    def _failure(self, kind: Kind, members: Sequence[str]) -> Failure | None:
         others = f" and {len(members) - SHOWN} more" if len(members) > SHOWN else ""
         what = f"{kind} {', '.join(members[:SHOWN])}{others}"
         if kind == "modules":

@@ -220,9 +220,11 @@ def documents_of(
     if data is not None:
         tokens = _read(subject, data, len(lengths), max(lengths))
     else:
-        vocabulary: Any = subject.config().get_text_config()
+        count = getattr(subject.config().get_text_config(), "vocab_size", None)
+        if count is None:
+            raise NotBuilt("its configuration has no vocab_size: it does not generate text from text")
         generator = torch.Generator().manual_seed(0)
-        tokens = [torch.randint(_SPECIAL, vocabulary.vocab_size, (n,), generator=generator) for n in lengths]
+        tokens = [torch.randint(_SPECIAL, count, (n,), generator=generator) for n in lengths]
     generator = torch.Generator().manual_seed(1)
     labels = [row.masked_fill(torch.rand(len(row), generator=generator) < IGNORED, -100) for row in tokens]
     return Documents(tuple(row.to(device) for row in tokens), tuple(row.to(device) for row in labels))

@@ -17,7 +17,7 @@ from torch import Tensor
 from conformance.interpreter import Interpreted
 from conformance.models.adapting import AdapterKind, with_adapter
 from conformance.models.building import Documents, NotBuilt, Subject, documents_of, lengths_of
-from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, copied, run, sums_of_bits, without_cache
+from conformance.models.running import GRADIENT, LOGITS, LOSS, Results, copied, excuse, run, sums_of_bits, without_cache
 from conformance.tolerances import condition
 from conformance.tolerances.bounds import Arithmetic
 from conformance.tolerances.condition import JUMP, Response
@@ -80,11 +80,14 @@ class ModelTrial:
 
     @cached_property
     def documents(self) -> Documents:
-        """What the model is judged on."""
+        """What the model is judged on; raises Unchecked if the untouched model does not run on it."""
         try:
-            return documents_of(self.subject, self.device, self.data, lengths=lengths_of(self.count))
+            documents = documents_of(self.subject, self.device, self.data, lengths=lengths_of(self.count))
         except NotBuilt as why:
             raise Unchecked(str(why)) from why
+        with excuse(), torch.no_grad():
+            self.logits(self.untouched(), documents.alone()[0])
+        return documents
 
     def untouched(self, *, wide: bool = False, adapted: bool = False, merged: bool = False) -> Any:
         """The model as transformers and peft compute it.
@@ -173,14 +176,12 @@ class ModelTrial:
         def again(inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> Results:
             return run(models[inputs["in the dtype"].dtype], batches, targets=targets, balanced=balanced)
 
-        with Caught() as caught:
+        with excuse():
             peer = run(models[self.dtype], batches, targets=targets, balanced=balanced)
             one = torch.ones(1, dtype=self.dtype, device=self.device)
             key = self, adapted, balanced, merged
             responses = condition.measured(again, {"in the dtype": one}, (), self.dtype, key, work=0)
             twice = run(models[self.dtype], batches, targets=targets, balanced=balanced)
-        if caught.error is not None:
-            raise Unchecked(f"the untouched model raises {describe(caught.error)}") from caught.error
         if (why := _cannot_judge(responses, peer, twice, torch.finfo(self.dtype).eps / 2)) is not None:
             raise Unchecked(f"the untouched model {why}")
         return Truth({name: _raised(response) for name, response in responses.items()}, peer)

@@ -4,12 +4,13 @@ import argparse
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.laws import LAWS
+from conformance.models.culprits import Culprit
 from conformance.models.situations import SITUATIONS
 from conformance.models.task import ModelTask, quiet, trial_of
 from conformance.reporting import results_file
@@ -19,11 +20,9 @@ from conformance.verbs import model
 from conformance.verbs._shared import Verbs, add_verb
 
 if TYPE_CHECKING:
-    from conformance.models.bisecting import SmallestSet
     from conformance.models.trial import ModelTrial
-    from unsloth_fast.shadow import Finding
 
-    Result = tuple[ModelTask, Finding | SmallestSet]
+Result = tuple[ModelTask, Culprit]  # with the law under which it was found
 
 
 def add(verbs: Verbs) -> None:
@@ -52,7 +51,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
     print(model.heading(task), flush=True)
     with quiet():
         results = _searched(task, laws, arguments.only or [])
-    lines = [_of(one, of_law) for of_law, one in results]
+    lines = [f"{one}\nreproduce: {_again(one, of_law)}\n" for of_law, one in results]
     print("", *lines, sep="\n" if lines else "")
     print("" if lines else "nothing breaks: every call and the whole model stay within the budget")
     if arguments.json:
@@ -60,7 +59,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
-def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> "list[Result]":
+def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> list[Result]:
     """Under each law the calls that break their own gates, and the smallest sets that break those of the model.
 
     Calls are compared where the model breaks a gate, or calls an operation that it did not call under the laws before.
@@ -74,7 +73,7 @@ def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> "lis
     skipped: list[str] = []
     unknown: list[UsageError] = []
     for law in laws:
-        wrong = dict.fromkeys(operation for _, one in results for operation in _operations_of(one))
+        wrong = dict.fromkeys(operation for _, one in results for operation in one.operations)
         backend = ",".join([task.backend, *(f"{operation}=reference" for operation in wrong)])
         of_law = replace(task, property=law, backend=backend)
         try:
@@ -87,7 +86,7 @@ def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> "lis
             _say(law, f"says nothing: {skipped[-1]}")
             continue
         results += [(of_law, one) for one in found]
-        if results and (only or not all(map(_operations_of, found))):
+        if results and (only or not all(one.operations for one in found)):
             return results
     if unknown and len(unknown) + len(skipped) == len(laws):
         raise unknown[0]
@@ -98,15 +97,15 @@ def _searched(task: ModelTask, laws: Sequence[str], only: Sequence[str]) -> "lis
 
 def _under_law(
     trial: "ModelTrial", task: ModelTask, compared: frozenset[str], only: Sequence[str]
-) -> "tuple[list[Finding | SmallestSet], frozenset[str]]":
+) -> tuple[list[Culprit], frozenset[str]]:
     """What is found under the law of a task, and the operations whose calls were compared until now."""
     from conformance.models.bisecting import Bisection
 
     bisection = Bisection(trial, partial(_say, task.property), task.property, task.backend)
-    calls: list[Finding] = []
+    calls: list[Culprit] = []
     if bisection.breaks() or bisection.operations - compared:
         compared |= bisection.operations
-        calls = bisection.calls()
+        calls = [Culprit.of_call(finding) for finding in bisection.calls()]
     if not only:
         try:
             return [*calls, *bisection.search()], compared
@@ -118,42 +117,24 @@ def _under_law(
         found = bisection.only(only)
     except KeyError as error:
         raise UsageError(f"--only: got {' '.join(only)}; allowed: {error.args[0]}, all of one kind") from error
-    named = [one for one in calls if {one.operation, one.module, f"{one.operation}@{one.module}"} & {*only}]
+    named = [one for one in calls for call in one.members if {call, *call.split("@", 1)} & {*only}]
     return [*named, *([] if found is None else [found])], compared
-
-
-def _operations_of(one: "Finding | SmallestSet") -> list[str]:
-    """The wrong operations; none for modules."""
-    members = _members(one)
-    return [] if getattr(one, "kind", "call") == "modules" else [member.partition("@")[0] for member in members]
-
-
-def _members(one: "Finding | SmallestSet") -> Sequence[str]:
-    finding: Any = one
-    return finding.members if hasattr(one, "members") else [f"{finding.operation}@{finding.module}"]
 
 
 def _say(law: str, line: str) -> None:
     print(f"tried  {law}: {line}", flush=True)
 
 
-def _again(one: "Finding | SmallestSet", task: ModelTask) -> str:
-    return f"python -m conformance bisect {shlex.join([*task.words(), '--only', *_members(one)])}"
+def _again(one: Culprit, task: ModelTask) -> str:
+    return f"python -m conformance bisect {shlex.join([*task.words(), '--only', *one.members])}"
 
 
-def _of(one: "Finding | SmallestSet", task: ModelTask) -> str:
-    kind = getattr(one, "kind", "call")
-    text = f"call: {one}" if kind == "call" else f"{kind}: {', '.join(_members(one))}\n{getattr(one, 'message', '')}"
-    return f"{text}\nreproduce: {_again(one, task)}\n"
-
-
-def _write(path: Path, results: "Sequence[Result]", task: ModelTask) -> None:
-    found = [{"kind": "call"} | _finite(asdict(one)) | {"reproduce": _again(one, of_law)} for of_law, one in results]
+def _write(path: Path, results: Sequence[Result], task: ModelTask) -> None:
+    found = [_finite(one.as_dict()) | {"reproduce": _again(one, of_law)} for of_law, one in results]
     meta = model.meta_of(task) | {"model": task.op, "random": task.random, "dtype": task.dtype}
     results_file.write(path, meta, found)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity; the share of the budget has the name that other verbs give it."""
-    values["budget_use"] = values.pop("used")
+    """JSON has no infinity."""
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}

@@ -80,7 +80,7 @@ ALWAYS: list[dict[str, Any]] = [
     {"unknown_masks": True},
     {"own_positions": True},
     {"joined": "seen to join"},
-    {"prompt_learning": True},
+    {"adapter": "seen to read rows"},
 ]
 
 
@@ -127,7 +127,7 @@ OBSTACLES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"unknown_masks": True}, {}, "may join them"),
     ({"own_positions": True}, {}, "counts the tokens of a row, not those of a document"),
     ({"joined": "seen to join"}, {}, "seen to join"),
-    ({}, {"prompt_learning": True}, "belong to no document"),
+    ({}, {"adapter": "seen to read rows"}, "seen to read rows"),
     ({}, {"packing": True, "padding_free": False}, "padding_free=False was requested"),
 ]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -28,6 +28,8 @@ from unsloth_fast.models import place
 
 GIVEN = {"processing_class": "a tokenizer"}
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+INVOKED = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
+ADALORA = AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=9)
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
@@ -65,9 +67,22 @@ def test_the_plan_follows_the_arguments(
         ({"padding_free": False}, "padding_free=False was requested"),
         ({"peft_config": PREFIX}, "prompt learning puts positions before each row"),
         ({"model": lambda: get_peft_model(tiny.model(), PREFIX)}, "prompt learning puts positions before each row"),
+        ({"peft_config": INVOKED}, "the adapter looks for its alora_invocation_tokens once in each row"),
+        ({"model": lambda: get_peft_model(tiny.model(), INVOKED)}, "the adapter looks for its alora_invocation_tokens"),
+        ({"peft_config": ADALORA}, "the adapter has a forward of its own (AdaLoraModel)"),
         ({"model": bloom}, "the model takes no position_ids"),
     ],
-    ids=["collator", "images", "padded", "prefix", "model with a prefix", "bloom"],
+    ids=[
+        "collator",
+        "images",
+        "padded",
+        "prefix",
+        "model with a prefix",
+        "aLoRA",
+        "model with aLoRA",
+        "AdaLoRA",
+        "bloom",
+    ],
 )
 def test_each_obstacle_gives_its_reason(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     options = {name: value() if name == "model" else value for name, value in options.items()}

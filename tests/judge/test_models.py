@@ -225,6 +225,13 @@ def test_what_the_untouched_model_does_not_do_either_is_no_failure(monkeypatch: 
         trial.compare([padded])
 
 
+def test_a_model_that_does_not_run_on_text_is_not_judged() -> None:
+    """Packing asks no other law first; IDEFICS wants an image."""
+    trial = ModelTrial(Subject.named("idefics"), "reference", torch.float32, "cpu")
+    with pytest.raises(Unchecked, match="the untouched model raises ValueError: Exactly 1 of pixel_values"):
+        LAWS["padding_free"].check(trial)
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run tasks in this process, on the models of this file."""

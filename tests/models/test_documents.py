@@ -298,3 +298,16 @@ def test_a_model_with_masks_of_its_own_keeps_them(caplog: pytest.LogCaptureFixtu
     assert "'packed Llama4TextAttention (its masks: create_chunked_causal_mask)': 2" in caplog.text
     model(**tiny.packed(LENGTHS))
     assert f"under a mask of {TOKENS} x {TOKENS} (its masks: create_chunked_causal_mask)" in caplog.text
+
+
+def test_a_cap_that_the_attention_passes_over_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' sdpa did until 5.22: packed documents get what padded ones get."""
+    sdpa: Any = t.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def older(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **others: Any) -> Any:
+        return sdpa(module, q, k, v, mask, scaling=scaling, is_causal=others.get("is_causal"))
+
+    monkeypatch.setitem(t.modeling_utils.ALL_ATTENTION_FUNCTIONS, "sdpa", older)
+    made = tiny.model("gemma2", torch.float64, attn_logit_softcapping=0.5, attn_implementation="eager")
+    made.config._attn_implementation = "sdpa"
+    assert_alone(made, 2)

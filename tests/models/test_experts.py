@@ -1,6 +1,7 @@
 """Experts on the backend's operations, with and without adapters of their weights; experts of other kinds stay."""
 
 import logging
+import math
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -182,6 +183,7 @@ def unweighted(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: A
         (experts(activation="relu"), "differs from every moe_mlp by "),
         (gpt_oss(), Experts("silu", True, 1.702, 7.0, 1.0, transposed=True, biased=True)),
         (gpt_oss(alpha=1.0, limit=3), Experts("silu", True, 1.0, 3.0, 1.0, transposed=True, biased=True)),
+        (gpt_oss(Unclamped, limit=math.inf), Experts("silu", True, transposed=True, biased=True)),
         (gpt_oss(Unclamped), Experts("silu", True, transposed=True, biased=True)),
         (gpt_oss(ClampedBelow), "differs from every moe_mlp by "),
         (deepseek_v4(), Experts("silu", limit=5.0)),

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from torch.overrides import TorchFunctionMode
 from trl import SFTConfig, SFTTrainer
 
-from conformance.models.building import Subject
+from conformance.models.building import Subject, documents_of
 from conformance.models.trial import ModelTrial
 from tests import tiny
 from tests.models import zoo
@@ -63,6 +64,47 @@ def test_documents_of_a_packed_row_are_apart(name: str) -> None:
         expected = torch.cat([model(document).logits for document in batch["input_ids"].split([5, 7], 1)], 1)
         place(model, backends.resolve("reference"))
         assert_near(model(**batch, use_cache=False).logits, expected)
+
+
+class PairsOfTokens(TorchFunctionMode):
+    """Keeps the names of the functions whose result has an entry for each pair of the tokens of a row."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.pairs, self.found = (tokens, tokens), set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-2:] == self.pairs:
+            self.found.add(func.__name__)
+        return result
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4_unified", "phi4_multimodal", "git", "paligemma"])
+def test_no_mask_of_all_pairs_is_made_without_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor by an outer model, as in Gemma 3 and 4, nor where the layers stand beside towers in one model (Phi 4, GIT).
+
+    The documents of a packed row have the logits that they have in padded rows of the untouched model.
+    """
+    subject = Subject.named(name)
+    documents, model = documents_of(subject, "cpu", lengths=(13, 9, 1)), subject.model(torch.float32, "cpu").eval()
+    padded, packed = documents.padded(), documents.packed()
+    with torch.no_grad():
+        expected = model(padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False).logits
+        place(model, backends.resolve("reference"))
+        with PairsOfTokens(23) as watched:
+            logits = model(**{key: value for key, value in packed.items() if key != "labels"}, use_cache=False).logits
+    assert_near(logits[0], expected[padded["attention_mask"].bool()])
+    warned = [message for message in caplog.messages if "attends under a mask of 23 x 23" in message]
+    assert bool(watched.found) == (len(warned) == 1) == (name in ("git", "paligemma"))
+
+
+def test_a_mask_beside_the_bounds_is_refused() -> None:
+    model, batch = zoo.model("gemma3"), tiny.packed([5, 7])
+    place(model, backends.resolve("reference"))
+    with pytest.raises(ValueError, match="attention_mask: got one together with cu_seq_lens_q"):
+        model(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=False)
 
 
 def losses(trainer: Any) -> list[float]:

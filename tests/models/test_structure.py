@@ -85,6 +85,10 @@ NORMS = {
     "rewritten": (changed(LlamaRMSNorm, plain)(16), Norm("variance_epsilon", 0.0, "llama")),
     "layer norm without a bias": (CohereLayerNorm(16), LayerNorm("variance_epsilon")),
     "without a weight": (Gemma4RMSNorm(16, with_scale=False), Norm("eps", 0.0, "gemma", weighted=False)),
+    "torch's without a weight": (
+        nn.RMSNorm(16, eps=1e-6, elementwise_affine=False),
+        Norm("eps", 0.0, "gemma", weighted=False),
+    ),
     "without a weight or sizes": (Llama4TextL2Norm(), Norm("eps", 0.0, "gemma", weighted=False)),
     "offset 1 in disguise": (changed(LlamaRMSNorm, offset_by_one)(16), Norm("variance_epsilon", 1.0, "gemma")),
 }

@@ -113,10 +113,24 @@ class Tokens:
         return self.waiting.pop(0)
 
 
-@pytest.mark.parametrize(("by_transformers", "expected"), [(False, [107, 107, 112]), (True, [100, 100, 100])])
-def test_logged_tokens_continue_those_of_the_state(by_transformers: bool, expected: list[int]) -> None:
+@pytest.mark.parametrize(("by_transformers", "expected"), [("no", [107, 107, 112]), ("non_padding", [100, 100, 100])])
+def test_logged_tokens_continue_those_of_the_state(by_transformers: str, expected: list[int]) -> None:
     """A resumed run has 100 in its state. Where transformers counts, the state is only read; the counter is emptied."""
-    state, counter = SimpleNamespace(num_input_tokens_seen=100), Tokens(7, 0, 5)
-    any_counter: Any = counter
-    assert [logged_tokens(state, any_counter, by_transformers) for _ in range(3)] == expected
+    state: Any = SimpleNamespace(num_input_tokens_seen=100)
+    counter: Any = Tokens(7, 0, 5)
+    assert [logged_tokens(state, counter, by_transformers) for _ in range(3)] == expected
     assert state.num_input_tokens_seen == expected[-1] and counter.waiting == []
+
+
+def test_padding_is_not_logged_where_transformers_counts_it() -> None:
+    """The tokens of a resumed run continue the last number in its log, those of a new training begin at 0."""
+    counter, padded = counter_of(), batch([[5, 6, 7], [5, 6, -100]], mask=[[1, 1, 1], [1, 1, 0]])
+
+    def logged(state: Any) -> int:
+        counter.step([padded], COUNT_TARGETS, sum_over(1))
+        return logged_tokens(state, counter, "all")
+
+    new = SimpleNamespace(num_input_tokens_seen=6, log_history=[])
+    assert [logged(new), logged(new)] == [5, 10]
+    resumed = SimpleNamespace(num_input_tokens_seen=60, log_history=[{"num_tokens": 50.0}, {"eval_loss": 1.0}])
+    assert [logged(resumed), logged(resumed)] == [55, 60] and resumed.num_input_tokens_seen == 60

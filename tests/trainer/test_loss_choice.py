@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests import tiny
@@ -17,6 +17,7 @@ from unsloth_fast import backends
 from unsloth_fast.hooks.loss_choice import choose_loss, reason_for_trl_loss
 
 BALANCED: dict[str, Any] = {"aux_loss_enabled": True, "router_aux_loss_coef": 0.1}
+ADALORA = AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=9)
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 
 
@@ -64,6 +65,10 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
         lambda: trainer_with(get_peft_model(tiny.model(), PREFIX)),
         "prompt learning adds positions that have no label",
     ),
+    "AdaLoRA": (
+        lambda: trainer_with(get_peft_model(tiny.model(), ADALORA)),
+        "the adapter has a forward of its own (AdaLoraModel), which may change the loss",
+    ),
     "context": (
         lambda: trainer_with(parallelism=parallelism(cp_enabled=True)),
         "the sequence is split across devices",
@@ -73,6 +78,14 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
         "the sequence is split across devices",
     ),
 }
+
+
+def test_an_adapter_that_passes_over_the_loss_is_refused() -> None:
+    """peft's adaption prompts keep the forward that the model had when they were added."""
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    trainer = trainer_with(get_peft_model(tiny.model(), config))
+    with pytest.raises(ValueError, match=r"got AdaptionPromptConfig, .* computes no loss; allowed: LoRA"):
+        choose_loss(trainer, backends.resolve("reference"))
 
 
 @pytest.mark.parametrize("name", REASONS)

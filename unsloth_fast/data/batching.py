@@ -56,7 +56,7 @@ class ConfigFacts:
         processor: whether the processing class is a processor, not a tokenizer.
         processing_class: whether the user passed a processing class.
         media_columns: whether the data set has columns of images, video or audio.
-        prompt_learning: whether the adapter is a learned prompt, such as prefix tuning.
+        adapter: why the documents of a row may not be kept apart under the adapter, in words; None if they are.
     """
 
     packing: bool = False
@@ -65,7 +65,7 @@ class ConfigFacts:
     processor: bool = False
     processing_class: bool = True
     media_columns: bool = False
-    prompt_learning: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def batching_plan(model: ModelFacts, config: ConfigFacts) -> BatchingPlan:
         (not model.takes_positions, "the model takes no position_ids, by which documents of a row are kept apart"),
         (model.positions_by_axis, "the model's positions have several axes, by which documents are not kept apart"),
         (model.joined is not None, str(model.joined)),
-        (config.prompt_learning, "prompt learning puts positions before each row that belong to no document"),
+        (config.adapter is not None, str(config.adapter)),
         (
             config.packing and config.padding_free is False,
             "padding_free=False was requested, and packed rows are padding-free",

@@ -24,6 +24,7 @@ from unsloth_fast.models.head import without_adapter
 from unsloth_fast.models.interface import ATTENTION_LAYERS, stacks_of
 from unsloth_fast.models.packed import implementation_of, is_foreign
 from unsloth_fast.models.positions import depends_on_batch
+from unsloth_fast.models.tuners import obstacle_to_packing
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _config_facts(model: Module | str, args: SFTConfig, given: Keywords, kind: t
         processor=isinstance(processor, ProcessorMixin),
         processing_class=processor is not None,
         media_columns=has_media_columns(given),
-        prompt_learning=getattr(adapter, "is_prompt_learning", False),
+        adapter=obstacle_to_packing(adapter),
     )
 
 

@@ -26,6 +26,8 @@ class Counter:
     def __init__(self, device: torch.device) -> None:
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._first_step = True
+        self._state: TrainerState | None = None
+        self._total = 0
 
     def step(
         self,
@@ -65,6 +67,14 @@ class Counter:
         self._tokens.zero_()
         return tokens
 
+    def continued(self, state: TrainerState, tokens: int) -> int:
+        """These tokens and all before them under the same state, from the last number in its log on."""
+        if self._state is not state:  # of another training, or loaded from a checkpoint
+            logged = (entry.get("num_tokens", entry.get("eval_num_tokens", 0)) for entry in state.log_history)
+            self._state, self._total = state, int(max(logged, default=0))
+        self._total += tokens
+        return self._total
+
 
 def _tokens(batch: Mapping[str, Tensor]) -> Tensor:
     labels, mask, ends = batch["labels"], batch.get("attention_mask"), batch.get(EXAMPLE_ENDS)
@@ -88,15 +98,20 @@ def scaled_by_devices(loss: Tensor, num_items: Tensor | int | None, trainer: Any
     return loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
-def logged_tokens(state: TrainerState, counter: Counter, counted_by_transformers: bool) -> int:
-    """The tokens since training began, resumed runs included: the trainer's state, which checkpoints hold, keeps them.
+def logged_tokens(state: TrainerState, counter: Counter, counted_by_transformers: str) -> int:
+    """The tokens without padding since training began, resumed runs included: the trainer's state keeps them.
+
+    A checkpoint holds the state. Where transformers counts the padding too, they continue the last number in its log.
 
     Args:
         state: `transformers.TrainerState`.
         counter: of the run.
-        counted_by_transformers: whether transformers adds to the state itself, with include_num_input_tokens_seen.
+        counted_by_transformers: include_num_input_tokens_seen, what transformers adds to the state: "no", "non_padding"
+            or "all".
     """
     tokens = counter.take_tokens()
-    if not counted_by_transformers:
+    if counted_by_transformers == "all":
+        return counter.continued(state, tokens)
+    if counted_by_transformers == "no":
         state.num_input_tokens_seen += tokens
     return state.num_input_tokens_seen

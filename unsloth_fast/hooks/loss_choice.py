@@ -12,6 +12,7 @@ from unsloth_fast.backends import Backend
 from unsloth_fast.hooks.load_balancing import weighs_load_balancing
 from unsloth_fast.models.head import add_loss, without_adapter
 from unsloth_fast.models.own_loss import warn_of_own_loss
+from unsloth_fast.models.tuners import own_forward, refuse_bypassed_forward
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,10 @@ def choose_loss(trainer: SFTTrainer, backend: Backend) -> bool:
     """Whether the loss is the backend's, which is then put into the model's forward; otherwise the reason is logged.
 
     Raises:
-        ValueError: TRL's loss is needed, and there is an adapter on the output head, which it does not train.
+        ValueError: TRL's loss is needed, and there is an adapter on the output head, which it does not train; or the
+            adapter passes over any loss that is put into the model's forward.
     """
+    refuse_bypassed_forward(trainer.model)
     reason = reason_for_trl_loss(trainer)
     model = without_adapter(trainer.model)
     if reason is None:
@@ -50,8 +53,11 @@ def reason_for_trl_loss(trainer: SFTTrainer) -> str | None:
         return "compute_loss_func is given"
     if trainer.aux_loss_enabled and not weighs_load_balancing(trainer):
         return "the load-balancing loss is the model's own"
-    if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
+    adapter = getattr(trainer.model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
         return "prompt learning adds positions that have no label"
+    if name := own_forward(adapter):
+        return f"the adapter has a forward of its own ({name}), which may change the loss"
     return "the sequence is split across devices" if sequence_is_split(trainer) else None
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from unsloth_fast.backends import resolve
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import FAILURES, in_words
 from unsloth_fast.models.interface import stacks_of
 from unsloth_fast.models.logits import of_a_library, undisturbed, vocabulary_of
 from unsloth_fast.models.methods import has_foreign_forward, has_replaced_method
@@ -48,8 +48,7 @@ def joined_documents(model: PreTrainedModel) -> str | None:
         with undisturbed(model, model, model.device), placed(model, resolve("reference")), _without_zeros(strange):
             joined = _are_joined(model)
     except FAILURES as failure:
-        why = str(failure).partition("\n")[0]
-        return f"a row of two short documents raises {type(failure).__name__}: {why}"
+        return f"a row of two short documents raises {in_words(failure)}"
     if not joined:
         return None
     names = sorted({type(module).__name__ for module in strange})

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -99,5 +100,6 @@ def _gates_of(module: Any, transposed: bool, biased: bool) -> Iterator[Experts]:
 
 
 def _numbers(module: nn.Module, names: Sequence[str]) -> list[float]:
-    """The attributes with these names that are numbers."""
-    return [float(number) for name in names if isinstance(number := getattr(module, name, None), int | float)]
+    """The attributes with these names that are finite numbers; an infinite limit is none."""
+    numbers = (getattr(module, name, None) for name in names)
+    return [float(number) for number in numbers if isinstance(number, int | float) and isfinite(number)]

@@ -77,11 +77,11 @@ class Stack:
 
 
 def stacks_of(model: Module) -> Iterator[PreTrainedModel]:
-    """The innermost models of transformers whose forward takes an attention_mask."""
+    """The innermost models of transformers whose forward takes an attention_mask; towers of images take none."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and takes_mask(module):
             below = (other for other in module.modules() if other is not module)
-            if not any(isinstance(other, PreTrainedModel) for other in below):
+            if not any(isinstance(other, PreTrainedModel) and takes_mask(other) for other in below):
                 yield module
 
 
@@ -136,6 +136,15 @@ def extras_of(function: Callable[..., object]) -> frozenset[str]:
     parameters = inspect.signature(function).parameters.values()
     named = [entry for entry in parameters if entry.kind is entry.POSITIONAL_OR_KEYWORD][5:]  # module, q, k, v, mask
     return frozenset(entry.name for entry in named) - _KEYWORDS
+
+
+def takes_cap(function: Callable[..., object] | None) -> bool:
+    """Whether an attention function applies a cap on the scores, or refuses one; transformers' sdpa until 5.22 did not.
+
+    One that is not known, or without source, is believed to.
+    """
+    tree = None if function is None else tree_of(function)
+    return tree is None or "softcap" in ast.unparse(tree)
 
 
 def _foreign_stack(stack: PreTrainedModel, mixers: int) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import FAILURES, in_words
 from unsloth_fast.models.dtypes import product_dtype
 from unsloth_fast.models.protocols import CausalLM
 
@@ -48,8 +48,7 @@ def logit_options(model: CausalLM, own: Callable[..., object], inputs: Mapping[s
     try:
         found = _agreeing(model, own, inputs)
     except FAILURES as failure:
-        why = str(failure).partition("\n")[0]
-        found = f"the check on a few tokens failed: {type(failure).__name__}: {why}"
+        found = f"the check on a few tokens failed: {in_words(failure)}"
     if isinstance(found, str):
         logger.warning("loss: all logits of a %s are computed: %s", type(model).__name__, found)
         return None

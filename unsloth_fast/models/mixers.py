@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import FAILURES, in_words
 from unsloth_fast.models.checking import (
     BY_GRADIENT,
     BY_MODE,
@@ -170,7 +170,7 @@ def recognise_mixer(module: nn.Module, known: dict[Hashable, Any]) -> Mixer | st
             with quietly_on_the_cpu():
                 known[key] = _checked(module, mixer)
         except FAILURES as failure:
-            known[key] = f"its check failed: {type(failure).__name__}"
+            known[key] = f"its check failed: {in_words(failure)}"
     return known[key]
 
 

@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from unsloth_fast.models.dtypes import product_dtype
-from unsloth_fast.models.interface import DELEGATES, WIDEST, Stack, examine, extras_of
+from unsloth_fast.models.interface import DELEGATES, WIDEST, Stack, examine, extras_of, takes_cap
 from unsloth_fast.models.protocols import Forward
 from unsloth_ref import document_checks
 
@@ -55,6 +55,8 @@ class Documents:
         sinks: whether it reads sinks of its module.
         mixed: whether layers carry a state, which needs the bounds too.
         wired: whether a run showed that the bounds reach the attentions, not the source.
+        capped: whether that function knows of a cap on the scores; the sdpa of older releases passes over it.
+        outer: whether a model around the stack makes its masks, which those of a packed batch replace.
         running: whether a packed batch is in the stack; known of one that is wired.
         warned: whether a mask was warned of.
         graphs: called with the stack's forward, the stack and the arguments, where the layers are recorded.
@@ -68,6 +70,8 @@ class Documents:
     sinks: bool
     mixed: bool = False
     wired: bool = False
+    capped: bool = True
+    outer: bool = False
     running: bool = False
     warned: bool = False
     graphs: Callable[..., Any] | None = None
@@ -106,7 +110,8 @@ def place_documents(stack: PreTrainedModel, kernel: Callable[..., Tensor]) -> tu
     extras = frozenset[str]() if found.function is None else extras_of(found.function)
     reason = found.foreign or found.masked
     mixed = bool(found.mixers)
-    documents = Documents(type(stack).__name__, reason, kernel, found.function, extras, found.sinks, mixed, found.wired)
+    known = (found.function, extras, found.sinks, mixed, found.wired, takes_cap(found.function))
+    documents = Documents(type(stack).__name__, reason, kernel, *known)
     for module in (stack, *(found.attentions if found.function else ())):
         setattr(module, _STATE, documents)
     if found.function is not None:
@@ -151,7 +156,7 @@ def _forward_of(own: Callable[..., Any]) -> Forward:
             if documents.function is None and caches:
                 kwargs["use_cache"] = False  # with a cache, transformers does not look for documents in a row
         if documents is not None and isinstance(bounds, Tensor) and self.config._attn_implementation in _NAMES:
-            _check_batch(args, kwargs)
+            check_batch(args, kwargs, outer=documents.outer)
             if documents.mixed:  # a cache would hold a state; some layers pass on no other keyword
                 kwargs["seq_idx"] = bounds
                 kwargs |= {"use_cache": False} if caches else {}
@@ -180,10 +185,10 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(tensor for tensor in given if tensor is not None)
 
 
-def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for a packed batch of several rows, or with a mask or a cache."""
-    mask, rows = kwargs.get("attention_mask"), _inputs(args, kwargs).shape[0]
-    if mask is not None and not isinstance(mask, dict):  # an image-text model made masks of its own
+def check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], *, outer: bool = False) -> None:
+    """Raise ValueError for a packed batch of several rows, or with a cache, or a mask that no outer model made."""
+    rows = _inputs(args, kwargs).shape[0]
+    if kwargs.get("attention_mask") is not None and not outer:
         raise ValueError(
             "attention_mask: got one together with cu_seq_lens_q; allowed: None, as a packed batch has no padding"
         )
@@ -285,7 +290,7 @@ def _attention(
     if width < query.shape[3]:  # as in multi-head latent attention; columns of zeros add nothing
         value = pad(value, (0, query.shape[3] - width))
     q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
-    limits = {"scale": options.get("scaling"), "softcap": options.get("softcap") or 0.0}
+    limits = {"scale": options.get("scaling"), "softcap": (documents.capped and options.get("softcap")) or 0.0}
     limits |= {"window": window if window < tokens else None, "sinks": module.sinks if documents.sinks else None}
     out = documents.kernel(q, k, v, bounds, tokens, **limits)
     return out[None, :, :, :width], None

@@ -24,6 +24,7 @@ from unsloth_fast.models.methods import has_foreign_forward, has_own_method, rep
 from unsloth_fast.models.mixers import Mixer, mixer_forward, recognise_mixer
 from unsloth_fast.models.mlp import Gated, mlp_placement
 from unsloth_fast.models.norm import GatedNorm, LayerNorm, Norm, gated_norm_forward, layer_norm_forward, norm_forward
+from unsloth_fast.models.outer_masks import place_outer_masks
 from unsloth_fast.models.packed import place_documents, remove_documents
 from unsloth_fast.models.projections import shared_layers
 from unsloth_fast.models.protocols import Placement
@@ -171,6 +172,9 @@ def _place_stacks(model: Module, backend: Backend) -> dict[int, str | None]:
         if forward is not None:
             replace_method(stack, "forward", forward, "operation")
         reasons |= {id(attention): found.foreign or found.masked for attention in found.attentions}
+    for outer, forward in list(place_outer_masks(model)):
+        if not has_own_method(outer, "forward"):
+            replace_method(outer, "forward", forward, "operation")
     return reasons
 
 

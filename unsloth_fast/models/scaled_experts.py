@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import FAILURES, in_words
 from unsloth_fast.models.checking import (
     BY_MODE,
     copy_with,
@@ -97,7 +97,7 @@ def recognise_scaled_experts(module: nn.Module, known: dict[Hashable, Any]) -> S
             with quietly_on_the_cpu():
                 known[key] = _checked(module, *names)
         except FAILURES as failure:
-            known[key] = f"its check failed: {type(failure).__name__}"
+            known[key] = f"its check failed: {in_words(failure)}"
     return known[key]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from unsloth_fast.failures import FAILURES
+from unsloth_fast.failures import FAILURES, in_words
 from unsloth_fast.models.checking import (
     BY_GRADIENT,
     BY_MODE,
@@ -37,7 +37,7 @@ from unsloth_ref import kernels as reference
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
 _GATES = (("swiglu", None), ("geglu", "none"), ("geglu", "tanh"))
-_WIDTH = 24  # of the rows of a norm without a weight
+_WIDTH = 24  # of the rows of a norm without a weight that takes any
 _OTHER_ROUNDING = 1 / 32  # of 16-bit results, a norm that rounds once more changes about a third
 _AnyNorm = TypeVar("_AnyNorm", Norm, LayerNorm, GatedNorm)
 
@@ -73,12 +73,12 @@ def recognise(module: nn.Module, known: dict[Hashable, Found]) -> Found:
         try:
             with quietly_on_the_cpu():
                 if is_norm:
-                    size = shapes[0][0] if shapes else _WIDTH
+                    size = shapes[0][0] if shapes else getattr(module, "normalized_shape", (_WIDTH,))[-1]
                     known[key] = (_norm if taken == 1 else _gated_norm)(module, size)
                 else:
                     known[key] = find_experts(module) if is_experts else _gated(module, sizes)
         except FAILURES as failure:
-            known[key] = f"its check failed: {type(failure).__name__}"
+            known[key] = f"its check failed: {in_words(failure)}"
     return known[key]
 
 
