@@ -1,6 +1,6 @@
 """Operators of PyTorch that are chains of simpler ones, and those chains: roundings happen inside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -33,7 +33,7 @@ def chain_of(func: Any) -> Callable[..., Any] | None:
     return decomposition_table.get(func) if name_of(func) in COMPOSITE else None
 
 
-def _variance(numbers: Tensor, dims: Sequence[int], correction: float = 1.0, **_: Any) -> Tensor:
+def _variance(numbers: Tensor, dims: list[int], correction: float = 1.0, **_: Any) -> Tensor:
     """The variance over some dimensions, as the mean square of differences from the mean."""
     differences = numbers - numbers.mean(dims, keepdim=True)
     freedom = prod(numbers.shape[dim] for dim in dims) - correction

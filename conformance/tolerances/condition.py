@@ -40,17 +40,16 @@ From responses to a bound
     The third term covers sums in pairs or blocks, and short ones. One after the other, in the worst order, the partial
     sums s_k of n terms are as large as P = (sum |x| + |sum x|) / 2, and each is rounded: the error is at most n u P, to
     first order (Higham 2002, section 4.2, with sum |x|). Roundings of different numbers average out: the errors of
-    0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that.
-    Terms that differ by less than the last place of the sum are rounded alike while that place stays the same. With c
-    of them, as where a sigmoid is saturated or rows are equal, C takes c in place of sqrt(n) (`sums`).
+    0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that. c
+    terms that differ by less than the last place of the sum, as those of a saturated sigmoid, are rounded alike: for
+    them C takes c in place of sqrt(n) (`sums`).
 
     A sum that the reference adds up one term at a time in 16 bits, as the gradient of `weight[index]` is, may have its
     terms in any order: A has the error of C, in units of the dtype. Other operators round inside where no probe
     reaches, as the weights of an interpolation: 2 |p - r| is allowed at least, as the 2 of gate G2 would have it.
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
-    for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
-    looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
+    for sums of many terms this gate is tighter: see docs/judge.md. It is looser for a chain that a kernel rounds once.
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes

@@ -11,7 +11,7 @@ from conformance.cli import main
 from conformance.mutate.campaign import Campaign, Key, Outcome
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
-from conformance.properties import PROPERTIES
+from conformance.properties import PROPERTIES, extents, one_at_a_time
 from conformance.reporting.report import learned
 from conformance.running.search import reproduce
 from conformance.spec import Spec
@@ -50,7 +50,7 @@ def test_an_option_that_the_example_leaves_out_has_another_value(
     for kernel, verdict in ((right, {"pass"}), (wrong, {"pass", "fail"})):
         spec, one = trial(op, kernel)
         assert dict(spec.drawing.added) == option
-        cases = PROPERTIES["one_at_a_time"].cases(spec, PROFILES["ci"])
+        cases = one_at_a_time.cases(spec, PROFILES["ci"])
         found = {case: reproduce(one, PROPERTIES["one_at_a_time"], case, "float32").verdict for case in cases}
         assert {*found.values()} == verdict, found
         assert all(case.options for case, one in found.items() if one == "fail")
@@ -67,7 +67,7 @@ def test_options_that_are_not_varied_are_named() -> None:
 )
 def test_an_option_at_a_long_size(kernel: str, verdict: str) -> None:
     spec, one = trial("sums_of_rows", kernel)
-    (case,) = (case for case in PROPERTIES["extents"].cases(spec, PROFILES["ci"]) if case.options)
+    (case,) = (case for case in extents.cases(spec, PROFILES["ci"]) if case.options)
     assert case.size("x_1") > 4096
     assert reproduce(one, PROPERTIES["extents"], case, "float32").verdict == verdict
 
@@ -76,7 +76,7 @@ def test_an_option_at_a_long_size(kernel: str, verdict: str) -> None:
 def test_a_size_that_is_held() -> None:
     spec, one = trial("scaled_any", "scaled_128")
     assert list(spec.drawing.sizes) == ["T"]
-    for case in PROPERTIES["extents"].cases(spec, PROFILES["ci"]):
+    for case in extents.cases(spec, PROFILES["ci"]):
         assert reproduce(one, PROPERTIES["extents"], case, "float32").verdict == "pass"
 
 
