@@ -9,8 +9,9 @@ In the text an argument is a tensor, a literal, or several of them with | betwee
 `KIND(SIZE, ...)` with a kind of KINDS; `randint([LOW,] HIGH, SIZE, ...)` takes its range first, and `offsets(LAST,
 SIZE, ...)`, sorted integers from 0, the last of them. A size is a number, a name with a number (`T=64`), a name that
 has its number elsewhere, or a product such as `2*H`, also with its number (`2*H=64`). Equal numbers are one size,
-unless one of them has a name. After the sizes, `dtype=float32` keeps a tensor in that dtype, and `or=-100` is one more
-number for integers. An option may be the name of a size, which it then follows.
+unless one of them has a name. A size after `==` never varies (`D==128`, or `==128`). After the sizes,
+`dtype=float32` keeps a tensor in that dtype, and `or=-100` is one more number for integers. An option may be the name
+of a size, which it then follows.
 
 In a file the tensors are real ones: equal sizes are one size, and values tell the kind (all positive, probabilities,
 the range of integers, the one negative number among others, offsets that end with a size). Sizes of 0 and 1 never
@@ -157,12 +158,16 @@ class _Text:
 
     def __init__(self, text: str) -> None:
         self._sizes: dict[str, int] = {}
+        self._always: dict[str, int] = {}  # the sizes that never vary, "128" for an unnamed one
+        for name, size in re.findall(r"[(,]\s*([A-Za-z_]\w*)?\s*==\s*(\d+)", text):
+            if self._always.setdefault(name or size, int(size)) != int(size):
+                raise SpecError(f"--example: got {name}=={self._always[name]} and {name}=={size}; allowed: one number")
         for factor, name, size in re.findall(r"[(,]\s*(?:(\d+)\s*\*\s*)?(?!or\b)([A-Za-z_]\w*)\s*=\s*(\d+)", text):
             number, rest = divmod(int(size), int(factor or 1) or 1)
             if rest:
                 raise SpecError(f"--example: got {factor}*{name}={size}; allowed: a multiple of {factor}")
-            if self._sizes.setdefault(name, number) != number:
-                raise SpecError(f"--example: got {name}={self._sizes[name]} and {name}={number}; allowed: one number")
+            if (other := self._always.get(name, self._sizes.setdefault(name, number))) != number:
+                raise SpecError(f"--example: got {name}={other} and {name}={number}; allowed: one number")
         self._unnamed: dict[int, str] = {}
         arguments: dict[str, tuple[Any, ...]] = {}
         for word in split(text, whitespace):
@@ -172,7 +177,7 @@ class _Text:
             if name in arguments:
                 raise SpecError(f"--example: got {name} twice; allowed: once, with | between several values")
             arguments[name] = tuple(self._value(name, part) for part in split(value, "|"))
-        for name in self._sizes:
+        for name in (*self._sizes, *self._always):
             if name in arguments:
                 raise SpecError(f"--example: {name} is an argument and a size; give the size another name")
             if name in OF_CASES:
@@ -187,7 +192,7 @@ class _Text:
             return self._tensor(argument, call[1], split(call[2], ","))
         if text.startswith("[") and "(" in text:
             return [self._value(argument, part) for part in split(text[1:-1], ",")]
-        if re.fullmatch(r"(\d+\*)?[A-Za-z_]\w*", text) and text.rpartition("*")[2] in self._sizes:
+        if re.fullmatch(r"(\d+\*)?[A-Za-z_]\w*", text) and text.rpartition("*")[2] in {**self._sizes, **self._always}:
             return Follows(self._size(argument, 0, text))
         if text.startswith("torch.") and text.removeprefix("torch.") in DTYPES:
             return DTYPES[text.removeprefix("torch.")]
@@ -231,18 +236,22 @@ class _Text:
             number = int(text)
             if number < 0 and not bound:
                 raise SpecError(f"--example: got {number} as a size of {argument}; allowed: 0 or more")
-            if bound or number < 2:
+            if bound or number < 2 or text in self._always:
                 return number
             if number not in self._unnamed:
                 name = f"{argument}_{place}"
                 self._unnamed[number] = name
                 self._sizes[name] = number
             return 1, self._unnamed[number]
+        if always := re.fullmatch(r"(\w*)\s*==\s*(\d+)", text):
+            return int(always[2])
         match = re.fullmatch(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)(?:\s*=\s*\d+)?", text)
+        if match and match[2] in self._always:
+            return int(match[1] or 1) * self._always[match[2]]
         if match is None or match[2] not in self._sizes:
             raise SpecError(
-                f"--example: got {text!r} as a size of {argument}; allowed: a number, NAME=NUMBER, or a NAME that has"
-                f" a number elsewhere ({', '.join(self._sizes) or 'none has'})"
+                f"--example: got {text!r} as a size of {argument}; allowed: a number, NAME=NUMBER, NAME==NUMBER, or a"
+                f" NAME that has a number elsewhere ({', '.join(self._sizes) or 'none has'})"
             )
         return int(match[1] or 1), match[2]
 

@@ -165,6 +165,9 @@ class Learner:
                 drawn[name] = list(dict.fromkeys([*default, *values]))
                 if not default:
                     always[name] = first
+        for name, parameter in self.parameters.items():
+            if name not in self.example.arguments and isinstance(parameter.default, (bool, int, float, tuple)):
+                drawn[name] = [parameter.default]
         return drawn, always
 
     def _with_others(self, spec: Spec) -> Spec:
@@ -178,7 +181,8 @@ class Learner:
                     break
         options = {name: [*values, added[name]] if name in added else values for name, values in known.items()}
         required = spec.drawing.required(cases[0])
-        options = {name: values for name, values in options.items() if len(values) > 1 or name not in required}
+        given = {*self.example.arguments} - {*required}  # the others have their one value in every call
+        options = {name: values for name, values in options.items() if len(values) > 1 or name in given}
         return replace(spec, drawing=replace(spec.drawing, options=options, added=added))
 
     def _of_example(self) -> Spec:

@@ -1,10 +1,12 @@
 """Every size gives correct results: 0, 1, primes, sizes around tile edges, over 65536 columns, over 65535 rows.
 
-Of an operation of the command line, every dimension is once 1 and once long, and every two are beyond a tile together.
-Its kernel may refuse empty tensors. Where the reference gives NaN for them, as PyTorch's group norm does for the
-gradient of its weight, the kernel may give any number.
+Of an operation of the command line, every dimension is once 1 and once long, and every two are beyond a tile together;
+every other value of every option has one of these sizes, in turn. Its kernel may refuse empty tensors. Where the
+reference gives NaN for them, as PyTorch's group norm does for the gradient of its weight, the kernel may give any
+number.
 """
 
+import itertools
 from dataclasses import replace
 from math import nan
 
@@ -23,6 +25,7 @@ SMALL = ((0, 8), (1, 1), (2, 1), (1, 2), (3, 7), (129, 3), (17, 31), (5, 127), (
 SUMMED = (1031, 257)  # for sums over rows in 16 bits; with so many columns that their errors are a statistic
 WIDE = (1021, 1024, 1025, 2560, 4096, 5120, 8191, 16384, 16385, 32768, 65536, 65537, 131073)
 OVER_4096 = (4099, 4)  # rows that a plain function takes at once; an interpreter would take seconds, a program for each
+TILE = 128
 MANY_ROWS = 70_001  # more than 65535, the limit of a grid's second and third axis
 
 
@@ -46,7 +49,13 @@ def _of_stranger(spec: Spec) -> list[Case]:
         return []
     found = [Case(tuple(sizes.items())) for sizes in edges(counts)]
     long = [case for case in found if LONG in dict(case.sizes).values()] if "lowest" in spec.drawing.fills else []
-    return [*found, *(replace(case, fill="lowest") for case in long)]  # all rows in one group
+    beyond = itertools.cycle([spec.case(3, LONG), *(case for case in found if max(dict(case.sizes).values()) > TILE)])
+    others = [{name: value} for name, values in spec.drawing.options.items() for value in values[1:]]
+    return [
+        *found,
+        *(replace(case, fill="lowest") for case in long),  # all rows in one group
+        *(next(beyond).with_options(option) for option in others),
+    ]
 
 
 def check(trial: Trial, case: Case) -> float:

@@ -79,7 +79,7 @@ def learned(spec: Spec) -> str:
                 ),
             ]
         ),
-        "fixed": ", ".join(
+        "not varied": ", ".join(
             f"{name}={parameter.default}"
             for name, parameter in inspect.signature(spec.reference).parameters.items()
             if parameter.default is not parameter.empty and name not in {*spec.drawing.options, *always, *inputs}

@@ -40,17 +40,16 @@ From responses to a bound
     The third term covers sums in pairs or blocks, and short ones. One after the other, in the worst order, the partial
     sums s_k of n terms are as large as P = (sum |x| + |sum x|) / 2, and each is rounded: the error is at most n u P, to
     first order (Higham 2002, section 4.2, with sum |x|). Roundings of different numbers average out: the errors of
-    0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that.
-    Where all terms are equal, their roundings may all have one sign, and C takes n in place of sqrt(n).
+    0.42 u |s_k| add up as squares, to 0.42 sqrt(n) u P at most (Higham and Mary 2019). 2.1 R_C are five times that. c
+    terms that differ by less than the last place of the sum, as those of a saturated sigmoid, are rounded alike: for
+    them C takes c in place of sqrt(n) (`sums`).
 
     A sum that the reference adds up one term at a time in 16 bits, as the gradient of `weight[index]` is, may have its
     terms in any order: A has the error of C, in units of the dtype. Other operators round inside where no probe
-    reaches, as the weights of an interpolation. The peer p shows by how much. No element needs to be more than twice as
-    accurate as plain PyTorch's own (the 2 of gate G2), so that 2 |p - r| is allowed at least.
+    reaches, as the weights of an interpolation: 2 |p - r| is allowed at least, as the 2 of gate G2 would have it.
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
-    for sums of many terms this gate is tighter: see docs/judge.md for figures on the operations of the project. It is
-    looser where a chain of operators is long, each with a rounding that a fused kernel does not make.
+    for sums of many terms this gate is tighter: see docs/judge.md. It is looser for a chain that a kernel rounds once.
 
 Discontinuities
     At a tie or a threshold a rounding decides between two results (top-k, argmax, comparisons). An integer that changes
@@ -79,8 +78,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
+from conformance.tolerances.chains import COMPOSITE
 from conformance.tolerances.choices import CHOOSING, of_equals, without_ties
-from conformance.tolerances.disturbance import COMPOSITE, Disturbed, Order, Reordered, Widened
+from conformance.tolerances.disturbance import Disturbed, Order, Reordered, Widened
 from conformance.tolerances.integers import all_distinct
 from conformance.tolerances.narrow import Narrow, narrow_of
 from conformance.tolerances.sums import CHAINS, SUMS
@@ -254,7 +254,7 @@ def _measured(
     for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
         changes.add(disturbed.results(again), square_a, probes_a)
     square_c = changes.zeros()
-    for seed in range(PROBES_C if (SUMS | CHAINS) & set(order.names) or COMPOSITE & set(order.names) else 0):
+    for seed in range(PROBES_C if (SUMS | CHAINS | COMPOSITE) & set(order.names) else 0):
         mode = Reordered(UNIT_FLOAT32, torch.finfo(torch.float32).tiny * UNIT_FLOAT32, seed)
         results = _Probe(mode, wide, gradients).results(again)
         if not mode.found:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conformance.tolerances.chains import chain_of
 from conformance.tolerances.sums import (
     CHAINS,
     LONG,
@@ -42,19 +42,6 @@ VANISHING = 2.0**-10  # three digits lost
 LEAST_DIGITS = 2.0**-6
 LIMITS = ("clamp", "clamp_min", "clamp_max", "minimum", "maximum", "hardtanh", "relu")
 UNDERFLOWS = ("exp", "exp2", "sigmoid", "_softmax")
-# Chains of simpler operators, in which numbers may cancel.
-COMPOSITE = {
-    "gelu", "gelu_backward", "silu", "silu_backward", "_softmax", "_log_softmax", "_softmax_backward_data",
-    "_log_softmax_backward_data", "native_layer_norm", "native_layer_norm_backward", "native_group_norm",
-    "native_group_norm_backward", "native_batch_norm", "native_batch_norm_backward", "_fused_rms_norm",
-    "_fused_rms_norm_backward", "softplus", "softplus_backward", "var", "var_mean", "std", "std_mean", "logsumexp",
-    "mish", "mish_backward", "elu", "elu_backward", "smooth_l1_loss", "huber_loss", "mse_loss", "mse_loss_backward",
-    "log_sigmoid_forward", "log_sigmoid_backward", "binary_cross_entropy", "binary_cross_entropy_with_logits",
-    "soft_margin_loss", "addmm", "addmv", "baddbmm", "addcmul", "addcdiv", "lerp",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
-    "hardswish", "glu", "glu_backward", "sigmoid_backward",
-    "tanh_backward", "logaddexp", "rsub", "dist",
-}  # fmt: skip
 
 
 class Widened(TorchDispatchMode):
@@ -202,9 +189,9 @@ class Disturbed(Widened):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the operator, or the simpler ones that it consists of."""
-        if self.inside and name_of(func) in COMPOSITE and func in decomposition_table and not _has_empty(args):
+        if self.inside and (chain := chain_of(func)) and not _has_empty(args):
             with self:
-                found = decomposition_table[func](*args, **kwargs)
+                found = chain(*args, **kwargs)
             return self._with_another_sum(func, found, args)
         if not self.inside and adds_one_by_one(func, args):  # before an operator in place changes its terms
             self._sums = OF_SUMS * error_of_sums(func, args, kwargs)[0]

@@ -130,4 +130,6 @@ def _chosen(arguments: argparse.Namespace, judged: Judged, ops: Sequence[str]) -
 def _again(arguments: argparse.Namespace, device: str, source: Source) -> str:
     """The command that examines a mutant again, without its operation and its name."""
     words = [*source.words(), "--backend", arguments.backend, "--device", device, "--profile", arguments.profile]
+    for flag, given in (("--dtype", arguments.dtype), ("--property", arguments.property), ("--file", arguments.file)):
+        words += [flag, *map(str, given)] if given else []
     return f"python -m conformance mutate {{op}} {shlex.join(words)}"

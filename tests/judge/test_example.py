@@ -104,6 +104,9 @@ def test_other_values_have_no_number_beside_them() -> None:
 @pytest.mark.parametrize(
     ("known", "values"),
     [
+        ([1e-6], [beside(0.03), beside(1e-6)]),
+        ([-30.0], [beside(-15.0), beside(-30.0)]),
+        ([(1.0, 2)], [(beside(0.5), 2), (beside(1.0), 2)]),
         ([0], [1, 0]),
         ([4], [5, 8, 2]),
         ([-1], []),
@@ -118,6 +121,14 @@ def test_other_values_have_no_number_beside_them() -> None:
 )
 def test_values_to_add_to_the_known_ones_of_an_option(known: list[Any], values: list[Any]) -> None:
     assert [*others(known)] == values
+
+
+def test_a_size_after_two_equals_signs_never_varies() -> None:
+    found = read("x=randn(T=64,D==128) weight=randn(D) y=randn(2*D,==9) z=randn(9,128) width=D labels=randint(V==5,T)")
+    assert found.sizes == {"T": 64, "z_1": 128}
+    shapes = [found.arguments[name][0].shape for name in ("x", "weight", "y", "z")]
+    assert shapes == [((1, "T"), 128), (128,), (256, 9), (9, (1, "z_1"))]
+    assert (found.arguments["width"], found.arguments["labels"][0].high) == ((Follows(128),), 5)
 
 
 def test_a_product_has_its_number() -> None:
@@ -139,6 +150,9 @@ def test_lists_of_tensors() -> None:
         ("x=randn(3,dtype=int3)", "got x with dtype=int3"),
         ("T=3 x=randn(T=4)", "T is an argument and a size"),
         ("x=randn(T=4) y=randn(T=5)", "got T=4 and T=5; allowed: one number"),
+        ("x=randn(T==4) y=randn(T=5)", "got T=4 and T=5; allowed: one number"),
+        ("x=randn(T==4) y=randn(T==5)", "got T==4 and T==5; allowed: one number"),
+        ("x=randn(2*T==4)", r"got '2\*T==4' as a size of x; allowed: a number, NAME=NUMBER, NAME==NUMBER"),
         ("x=randn(4*Q=18)", r"got 4\*Q=18; allowed: a multiple of 4"),
         ("x=offsets(3)", r"got x=offsets\(3\); allowed: offsets\(NUMBER, SIZE, ...\)"),
         ("x=randn(3,or=-1)", r"got x with or=-1; allowed: a number, in randint"),

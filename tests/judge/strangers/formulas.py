@@ -231,3 +231,19 @@ def sums_in_float64_by_a_product(x: Tensor, y: Tensor) -> Tensor:
 def sums_in_float64_by_float32(x: Tensor, y: Tensor) -> Tensor:
     """Wrong: loses half of the digits."""
     return (x.float() @ y.float()).double()
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    """The mean absolute difference, which has a kink where two numbers are equal."""
+    return (x - y).abs().mean()
+
+
+def distance_by_comparing(x: Tensor, y: Tensor) -> Tensor:
+    """Right: at a kink its gradient has the slope of one side."""
+    difference = x - y
+    return torch.where(difference > 0, difference, -difference).mean()
+
+
+def distance_by_a_root(x: Tensor, y: Tensor) -> Tensor:
+    """Wrong: its gradient is NaN there."""
+    return (x - y).square().sqrt().mean()

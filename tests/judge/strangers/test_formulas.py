@@ -23,6 +23,7 @@ EXAMPLES = {
     "decayed": "x=randn(T=9,H=6) rate=randn(H)",
     "sums_in_float64": "x=randn(R=16,C=12,dtype=float64) y=randn(C,dtype=float64)",
     "attention": "q=randn(B=2,N=2,S=16,D=8) k=randn(B,N,S,D) v=randn(B,N,S,D)",
+    "distance": "x=randn(R=16,C=32) y=randn(R,C)",
 }
 FAR = ("special_values", "", "float32 float16 bfloat16")
 NAN = ("special_values", "B=1 T=33 fill=tiny", "float32 bfloat16")
@@ -52,6 +53,10 @@ CASES = {  # by operation: property, case and dtypes; right kernels and wrong on
     "attention": [
         (("layouts", "B=1 N=1 S=1 D=2048 fill=ones seed=1", "float32"), ["of_torch"], ["without_a_mean"]),
         (("extents", "B=1 N=3 S=3 D=8191", "float32"), ["of_torch"], ["without_a_mean"]),
+    ],
+    "distance": [
+        (("one_at_a_time", f"R={rows} C={columns} fill=zeros", "float32 bfloat16"), ["by_comparing"], ["by_a_root"])
+        for rows, columns in ((5, 130), (1, 1))
     ],
 }  # fmt: skip
 ALL = [
