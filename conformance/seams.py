@@ -104,6 +104,10 @@ SEAMS = (
     Seam("triton.knobs.nvidia_knobs.cuobjdump", "called: the registers and the stack of a kernel"),
     Seam("triton.knobs.compilation", "set: exact arithmetic"),
     Seam("torch.profiler.profile.profiler", "read: the dtypes of the operators of a call"),
+    # hypothesis
+    Seam("hypothesis.internal.conjecture.providers._get_local_constants", "replaced: finds none"),
+    Seam("hypothesis.internal.conjecture.providers.CONSTANTS_CACHE", "replaced: those that were found before"),
+    Seam("hypothesis.internal.constants_ast.Constants", "called: none"),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"
