@@ -108,8 +108,9 @@ def rule(example: int, accepted: Sequence[int], probed: Sequence[int]) -> Counts
     above = [n for n in accepted if n > 0] or [example]
     if above in ([example], [1, example]):  # 1 alone is accepted because operators broadcast it
         return Counts(example, only=(example,))
-    high = None if above[-1] == max(probed) else above[-1]
-    counts = Counts(example, of=gcd(*above), low=above[0], high=high)
+    of = gcd(*above)
+    high = above[-1] if any(n > above[-1] and n % of == 0 for n in probed) else None
+    counts = Counts(example, of=of, low=above[0], high=high)
     if [n for n in probed if n > 0 and counts.accepts(n)] == above:
         return counts
     return Counts(example, only=tuple(above))

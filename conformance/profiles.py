@@ -1,8 +1,12 @@
 """How long a search takes: every Hypothesis setting is explicit, so that the environment cannot change one."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Profile:
             report_multiple_bugs=False,
             print_blob=False,
         )
+
+
+def same_everywhere() -> AbstractContextManager[object]:
+    """Within it all processes draw the same: none of the constants in modules, of which each may have loaded others."""
+    return patch.multiple(providers, _get_local_constants=Constants, CONSTANTS_CACHE={})
 
 
 PROFILES = {

@@ -109,6 +109,10 @@ SEAMS = (
         "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate",
         "named so on an object: the gate of the experts, which a peer passes in place of a module",
     ),
+    # hypothesis
+    Seam("hypothesis.internal.conjecture.providers._get_local_constants", "replaced: finds none"),
+    Seam("hypothesis.internal.conjecture.providers.CONSTANTS_CACHE", "replaced: those that were found before"),
+    Seam("hypothesis.internal.constants_ast.Constants", "called: none"),
     # pytest-benchmark
     Seam(
         "pytest_benchmark.plugin.pytest_benchmark_generate_machine_info", "called: its file", needs="pytest_benchmark"

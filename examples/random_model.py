@@ -1,5 +1,6 @@
-"""A model with random weights and its tokenizer in a folder: a model to try or to time things with, no download."""
+"""Save a tiny Llama with random weights, and a tokenizer, to try things with: python examples/random_model.py FOLDER"""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,9 @@ def save(
         model = AutoModelForCausalLM.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return str(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("folder", help="created if it does not exist")
+    save(parser.parse_args().folder)

@@ -93,18 +93,21 @@ def kept_by_graphs() -> int:
     return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
+def on_gpu(profiler: Any) -> list[Any]:
+    """The events of kernels and copies."""
+    return [event for event in profiler.events() if "cuda" in str(event.device_type).lower()]
+
+
 def intervals(profiler: Any) -> list[tuple[float, float]]:
     """When the GPU's kernels and copies ran, in seconds."""
-    ranges = [event.time_range for event in profiler.events() if "cuda" in str(event.device_type).lower()]
-    return [(one.start / 1e6, one.end / 1e6) for one in ranges]
+    return [(event.time_range.start / 1e6, event.time_range.end / 1e6) for event in on_gpu(profiler)]
 
 
 def by_kernel(profiler: Any) -> dict[str, float]:
     """Milliseconds of GPU time per step of each kernel, the longest first, and of all kernels together."""
     times: Counter[str] = Counter()
-    for event in profiler.events():
-        if "cuda" in str(event.device_type).lower():
-            times[event.name[:70]] += event.device_time / 1e3 / PROFILED
+    for event in on_gpu(profiler):
+        times[event.name[:70]] += event.device_time / 1e3 / PROFILED
     return dict(times.most_common(40)) | {"all": sum(times.values())}
 
 
@@ -210,7 +213,7 @@ def show(contender: str, model_path: str, chosen: argparse.Namespace, rate: floa
     figures = f"{result['tokens_per_second']:>10,.0f}{result['step_ms']:>8.0f}{result['peak_gib']:>7.1f}"
     figures += f"{result['teraflops'] / rate:>7.1%}{result['idle_share']:>7.1%}"
     print(f"{contender:<14}{figures}  {losses[0]:.4f} {losses[-1]:.4f}  {CONTENDERS[contender]}", flush=True)
-    for name, milliseconds in list((result["kernels"] or {}).items()):
+    for name, milliseconds in (result["kernels"] or {}).items():
         print(f"    {milliseconds:8.2f} ms  {name}")
     return result
 

@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from conformance import backends
@@ -53,7 +54,7 @@ class Job:
     def _ready(self, prepared: Prepared) -> None:
         card, contender = self._bench.card, prepared.timed[self._name]
         for kind in ("forward", "full"):
-            self._calls[kind] = _bound(card.time_alone, getattr(contender, kind))
+            self._calls[kind] = partial(card.time_alone, getattr(contender, kind))
         self._peak = card.peak_mebibytes(contender.full)
         for kind, body in (("device_forward", contender.every_forward), ("device_full", contender.every_full)):
             captured = card.capture(body)
@@ -61,7 +62,7 @@ class Job:
                 self._refused = f"no CUDA graph ({captured})"
             else:
                 self._graphs[kind] = captured
-                self._calls[kind] = _bound(card.time_queued, captured[0])
+                self._calls[kind] = partial(card.time_queued, captured[0])
 
     def ready(self) -> Answer:
         """The kinds of time that can be sampled, with milliseconds of a call or replay; why there are none.
@@ -98,12 +99,6 @@ class Job:
         samples = {kind: Times(tuple(found)) for kind, found in self._samples.items()}
         row = self._bench.row(self._prepared, self._name, samples, self._peak, self._refused)
         return {"row": row.as_dict()}
-
-
-def _bound(
-    sample: Callable[[Callable[[], Any]], tuple[float, Any]], call: Callable[[], Any]
-) -> Callable[[], tuple[float, Any]]:
-    return lambda: sample(call)
 
 
 class Server:

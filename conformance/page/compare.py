@@ -20,12 +20,12 @@ from conformance.case import DTYPES
 from conformance.gate.verdict import BUDGET_RISE
 from conformance.mutate.mutant import edit
 from conformance.page.model import Check, Meta, Results, in_order, percent
+from conformance.profiles import PROFILES
 
 T = TypeVar("T")
 Word = Literal["regressed", "improved", "new", "skipped", "unsure"]
 WORDS: tuple[Word, ...] = ("regressed", "skipped", "unsure", "new", "improved")  # what asks for attention first
 FACTOR = 1.05  # the smallest change of a time that is reported
-PROFILES_WITH_SAME_CASES = ("ci", "gpu")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _differences(meta: Meta, base: Meta) -> str:
     """The reason why a budget use may differ without a change of the code; empty if there is none."""
     if meta.profile != base.profile:
         return f"profile {meta.profile} against {base.profile}"
-    if meta.profile not in PROFILES_WITH_SAME_CASES:
+    profile = PROFILES.get(meta.profile or "")
+    if profile is None or not profile.derandomize:
         return f"profile {meta.profile} draws other cases every time"
     return _stacks(meta, base)
 

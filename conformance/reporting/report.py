@@ -60,34 +60,24 @@ def heading(judged: Judged, device: str, profile: str, source: Source = PROJECT)
 def learned(spec: Spec) -> str:
     """Describe in a few lines what the judge draws for an operation of the command line."""
     case = Case(tuple((name, getattr(size, "example", 1)) for name, size in spec.drawing.sizes.items()))
-    always = spec.drawing.required(case)
-    inputs = calling.grouped(spec.inputs(case, torch.float32, "cpu"))
-    lines = {
-        "sizes": ", ".join(
-            f"{name} {count}" for name, count in spec.drawing.sizes.items() if hasattr(count, "example")
-        ),
-        "options": ", ".join(
-            [
-                *(
-                    f"{name} {', '.join(map(str, values))}{' (added)' if name in spec.drawing.added else ''}"
-                    for name, values in spec.drawing.options.items()
-                ),
-                *(
-                    f"{name} {_followed(spec, case, name) or value}"
-                    for name, value in always.items()
-                    if name not in spec.drawing.options
-                ),
-            ]
-        ),
-        "not varied": ", ".join(
-            f"{name}={parameter.default}"
-            for name, parameter in inspect.signature(spec.reference).parameters.items()
-            if parameter.default is not parameter.empty and name not in {*spec.drawing.options, *always, *inputs}
-        ),
-        "outputs": ", ".join(spec.outputs),
-        "gradients": ", ".join(spec.grads) or "none",
+    drawn, always = spec.drawing.options, spec.drawing.required(case)
+    varied = {*drawn, *always, *calling.grouped(spec.inputs(case, torch.float32, "cpu"))}
+    parameters = inspect.signature(spec.reference).parameters.values()
+    options = [
+        f"{name} {', '.join(map(str, values))}{' (added)' * (name in spec.drawing.added)}"
+        for name, values in drawn.items()
+    ]
+    options += [f"{name} {_followed(spec, case, name) or always[name]}" for name in always if name not in drawn]
+    lines: dict[str, Iterable[str]] = {
+        "sizes": [f"{name} {size}" for name, size in spec.drawing.sizes.items() if hasattr(size, "example")],
+        "options": options,
+        "not varied": [
+            f"{p.name}={p.default}" for p in parameters if p.default is not p.empty and p.name not in varied
+        ],
+        "outputs": spec.outputs,
+        "gradients": spec.grads or ["none"],
     }
-    return "\n".join(f"  {what:<10} {text}" for what, text in lines.items() if text)
+    return "\n".join(f"  {what:<10} {', '.join(words)}" for what, words in lines.items() if words)
 
 
 def _followed(spec: Spec, case: Case, option: str) -> str:

@@ -27,13 +27,12 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from conformance.case import Case
 from conformance.instruments.variants import Seen, Setting, Variant, launches
-from conformance.profiles import Profile
+from conformance.profiles import Profile, same_everywhere
 from conformance.spec import Options, Spec, accepted_options
 from conformance.tolerances.gates import Failure
 from conformance.trial import Caught, Trial
@@ -246,23 +245,12 @@ def _pool(spec: Spec, elements: int, count: int) -> list[dict[str, int]]:
     return _examples(spec.op, st.fixed_dictionaries(sizes), count)
 
 
-class _SameEverywhere(HypothesisProvider):
-    """Draws no constants: Hypothesis takes those of all loaded modules too, and other processes have loaded others."""
-
-    def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-AVAILABLE_PROVIDERS["conformance"] = f"{__name__}.{_SameEverywhere.__name__}"
-
-
 def _examples(name: str, strategy: SearchStrategy[Any], count: int) -> list[Any]:
-    """The same ones in all processes, as those that judge send places of pairs to the one that shows them."""
+    """The same ones in all processes: those that judge send places of pairs to the one that shows them."""
     found: list[Any] = []
 
     @seed(zlib.crc32(name.encode()))
     @settings(
-        backend="conformance",
         max_examples=count,
         database=None,
         deadline=None,
@@ -273,7 +261,8 @@ def _examples(name: str, strategy: SearchStrategy[Any], count: int) -> list[Any]
     def draw(example: Any) -> None:
         found.append(example)
 
-    draw()
+    with same_everywhere():
+        draw()
     return found
 
 

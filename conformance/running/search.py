@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from conformance.case import DTYPES, Case
 from conformance.instruments.variants import launches
 from conformance.piece import PieceCase, PieceTrial
-from conformance.profiles import Profile
+from conformance.profiles import Profile, same_everywhere
 from conformance.property import Property
 from conformance.running.coverage import Explored, Reached, drawn_cases, explore, smaller
 from conformance.spec import accepted_options
@@ -135,7 +135,8 @@ class _Attempts:
                     reject()  # another one is drawn
 
         try:
-            attempt()
+            with same_everywhere():
+                attempt()
         except Failure:
             return self._smallest(last[0], smaller)
         except Unsatisfiable:

@@ -24,6 +24,7 @@ from conformance.peers import Absent, import_kernels
 from conformance.specs import specs
 from conformance.verbs import bench as bench_verb
 from tests.judge.fake_card import RATES, STATE, FakeCard
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +184,7 @@ def test_pytest_benchmark_stores_the_samples(tmp_path: Path) -> None:
     python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     done = subprocess.run(
         [*python, "-c", "/dev/null", "--benchmark-json=out.json", "test_stored.py"],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, textwrap.indent(done.stdout + done.stderr, "  ")
     stats = [benchmark["stats"] for benchmark in json.loads((tmp_path / "out.json").read_text())["benchmarks"]]

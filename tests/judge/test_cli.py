@@ -20,7 +20,7 @@ from conformance.properties import PROPERTIES
 from conformance.running.catalogue import UsageError
 from conformance.specs import specs
 from conformance.verbs._shared import demand_writable
-from tests.judge.processes import PATIENCE, group_exists, wait_for
+from tests.processes import PATIENCE, group_exists, wait_for
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "tests.judge.right.swiglu_by_sigmoid"
@@ -192,7 +192,7 @@ def test_a_closed_pipe_is_not_reported_as_an_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "conformance", "list"]
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=PATIENCE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
 

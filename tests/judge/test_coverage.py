@@ -23,8 +23,9 @@ from conformance.running.search import Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure
 from conformance.trial import Trial
+from tests.processes import PATIENCE
 
-CI = replace(PROFILES["ci"], shrink_seconds=60)
+CI = replace(PROFILES["ci"], shrink_seconds=PATIENCE)
 
 
 def trial_of(op: str, dtype: torch.dtype = torch.float32) -> Trial:

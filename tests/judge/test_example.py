@@ -189,6 +189,8 @@ def test_a_real_call_tells_kinds_and_dtypes() -> None:
     [
         ([1, 2, 3, 4, 5, 6, 7, 8], "any"),
         ([0, 2, 4, 6, 8], "multiples of 2"),
+        ([0, 3, 6], "multiples of 3"),  # 9 was not tried
+        ([0, 3], "multiples of 3 to 3"),
         ([3, 4, 5, 6, 7, 8], "from 3"),
         ([1, 2, 4, 8], "one of 1, 2, 4, 8"),
         ([4], "4"),

@@ -13,8 +13,8 @@ import torch
 from conformance.cli import main
 from conformance.gate.sides import Checkout, Side, Unavailable, checkouts, verb
 from conformance.gate.worktrees import RevisionError, commit_of
-from tests.judge.processes import PATIENCE, alive, heeded, wait_for
 from tests.judge.test_action import ACTION
+from tests.processes import PATIENCE, alive, heeded, wait_for
 
 ROOT = Path(__file__).parents[2]
 GPU, CPU = ROOT / "ledger" / "nvidia-h200.json", ROOT / "ledger" / "cpu.json"

@@ -23,6 +23,7 @@ from tests.judge.contract import WRONG
 from tests.judge.mutants import MUTANTS
 from tests.judge.right import OF_A_CPU, RIGHT
 from tests.judge.sources import edited
+from tests.processes import PATIENCE
 from unsloth_ref import kernels as reference
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,7 @@ def test_an_edit_without_its_line_is_refused() -> None:
 def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m conformance`, in the project's root."""
     return subprocess.run(
-        [sys.executable, "-m", "conformance", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "conformance", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

@@ -28,6 +28,7 @@ from tests.judge.shown import (
     shown,
 )
 from tests.judge.test_bench_shown import ROWS
+from tests.processes import PATIENCE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 FRAME = Path(__file__).with_name("frame.html")  # shows the page in a frame and measures it
@@ -249,7 +250,7 @@ def test_in_a_browser(tmp_path: Path, files: list[Path], dark: bool) -> None:
     options = ["--no-sandbox", "--disable-gpu", "--headless", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--virtual-time-budget=5000", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom"]
     command = [str(CHROMIUM), *options, host.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
     found = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

@@ -1,8 +1,10 @@
 """The search: repeated calls on a GPU, which a backend may have recorded, cases not checked, options that lack."""
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from conformance.running.search import POOL, Result, reproduce, search
 from conformance.specs import specs
 from conformance.tolerances.gates import Failure, Unchecked
 from conformance.trial import Trial
+from tests.processes import PATIENCE
 from unsloth_ref import kernels as reference
 from unsloth_ref.kernels import swiglu
 
@@ -64,6 +67,25 @@ def test_a_fault_of_repeated_calls_is_reduced_to_its_smallest_case() -> None:
     assert (result.case or "").startswith("rows=1 hidden=2 ")
 
 
+def test_a_property_draws_the_same_cases_whatever_modules_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the processes of pytest and of the command line, which have loaded different ones, for `repro` to fit both."""
+    profile = replace(PROFILES["ci"], examples=200, elements=2**20, explored=0)
+
+    def drawn() -> list[str]:
+        cases: list[str] = []
+        trial = Trial(specs()["swiglu"], swiglu, torch.float32, "cpu")
+        search(trial, Property("any", "", lambda trial, case: None), profile, "float32", cases.append)
+        return cases
+
+    before = drawn()
+    (tmp_path / "of_even_numbers.py").write_text(f"NUMBERS = {[*range(100, 999, 2)]}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("of_even_numbers")
+    assert drawn() == before
+
+
 @pytest.mark.parametrize("columns", [65, 100, 300])
 def test_a_drawn_failure_that_needs_an_option_and_a_wide_row_is_reduced_to_a_small_case(columns: int) -> None:
     """To the closest size of the drawn cases: Hypothesis keeps to one near a tile's edge once it has drawn it."""
@@ -88,7 +110,7 @@ def divided(x: torch.Tensor, power: float = 1.0, mode: str = "mean") -> torch.Te
     return x / (size + 1.0) ** power
 
 
-@pytest.mark.parametrize(("seconds", "cut_short"), [(0.05, True), (60.0, False)])
+@pytest.mark.parametrize(("seconds", "cut_short"), [(0.05, True), (PATIENCE, False)])
 def test_a_search_for_a_smaller_case_that_time_ends_says_so(seconds: float, cut_short: bool) -> None:
     def check(trial: Trial, case: Case) -> None:
         if dict(case.sizes)["hidden"] >= 2:

@@ -13,6 +13,7 @@ import torch
 import unsloth_fast.training
 import unsloth_ref.kernels
 import unsloth_ref.training
+from tests.processes import PATIENCE
 from unsloth_fast import backends
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def python(code: str, **environment: str) -> str:
     """What the code prints in a new interpreter, without UNSLOTH_BACKEND and TRITON_INTERPRET."""
     kept = {name: value for name, value in os.environ.items() if name not in ("UNSLOTH_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=kept | environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -10,17 +10,14 @@ from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
+from tests.operations import leaves
 from unsloth_ref import kernels as reference
 from unsloth_ref.types import Float8Weight, NF4Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"rows": 6, "columns": 5, "out": 4, "rank": 3}
 Function = Callable[..., Tensor]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype).requires_grad_()
+randn = partial(leaves.randn, device=DEVICE)
 
 
 def inputs_of(rows: int = 6, columns: int = 5, out: int = 4, rank: int = 3, dtype: torch.dtype = torch.float64) -> Any:

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from tests.operations import leaves
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS: list[dict[str, Any]] = [{}, {"window": 3}, {"softcap": 2.0, "scale": 0.7}, {"window": 2, "softcap": 1.5}]
 Function = Callable[..., Tensor]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype).requires_grad_()
+randn = partial(leaves.randn, device=DEVICE)
 
 
 def inputs_of(

@@ -11,6 +11,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import add_rms_norm, rms_norm
 from unsloth_ref.types import Casting
 
@@ -18,11 +19,6 @@ from unsloth_ref.types import Casting
 # single rounding in float32 (6e-8) is larger.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 OPTIONS: list[dict[str, Any]] = [{}, {"eps": 0.5, "offset": 1.0, "casting": "gemma"}, {"eps": 0.0, "offset": -0.5}]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_worked_by_hand() -> None:

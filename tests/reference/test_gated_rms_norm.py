@@ -13,17 +13,13 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import gated_rms_norm
 
 # Float64 on rows of up to 12: fewer than 50 roundings of 1.1e-16 of numbers below 50 sum to less than 4e-13.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 # transformers 5.17 has no groups there.
 GROUPS: dict[str, int] = {"group_size": 8} if "group_size" in signature(MambaRMSNormGated).parameters else {}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_worked_by_hand() -> None:

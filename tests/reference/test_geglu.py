@@ -12,6 +12,7 @@ from transformers import GemmaConfig
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import geglu
 from unsloth_ref.types import Approximate
 
@@ -19,11 +20,6 @@ from unsloth_ref.types import Approximate
 # float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 FORMS: list[Approximate] = ["none", "tanh"]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_of_the_normal_table() -> None:

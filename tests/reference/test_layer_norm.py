@@ -11,16 +11,12 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn.functional import layer_norm as torch_layer_norm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import layer_norm
 
 # Float64 on rows of up to 16: fewer than 30 roundings of 1.1e-16 of numbers below 100 sum to less than 4e-13; a
 # single rounding in float32 (6e-8) is larger.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_worked_by_hand() -> None:

@@ -9,14 +9,10 @@ from torch.autograd import grad, gradcheck
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import qk_norm_rope
 
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def inputs(dtype: torch.dtype, width: int = 8) -> list[Tensor]:

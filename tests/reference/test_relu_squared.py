@@ -5,12 +5,8 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 from transformers.activations import ACT2FN
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import relu_squared
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_worked_by_hand() -> None:

@@ -12,15 +12,11 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import rope
 
 # Float64: three roundings of 1.1e-16 of products below 50 sum to less than 2e-14; a step in float32 does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def table(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

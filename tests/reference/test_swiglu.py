@@ -12,16 +12,12 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from tests.operations.leaves import randn
 from unsloth_ref.kernels import swiglu
 
 # Float64, element by element: ten roundings of 1.1e-16 of terms below 500 sum to less than 6e-13; a single step in
 # float32 (6e-8) does not.
 FLOAT64: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone and require a gradient."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def test_values_worked_by_hand() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.processes import PATIENCE
 from tests.trainer import rank
 from tests.trainer.rank import Run
 from tests.trainer.runs import arguments, build, plain_trl
@@ -71,7 +72,7 @@ def launch(folder: Path, launcher: list[str], runs: Sequence[Run | None]) -> Fou
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return list(zip(*(torch.load(folder / f"{index}.pt", weights_only=False) for index in (0, 1)), strict=True))

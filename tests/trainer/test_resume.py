@@ -11,6 +11,7 @@ import torch
 from datasets import IterableDataset
 
 from tests import tiny
+from tests.processes import PATIENCE
 from tests.trainer.runs import arguments, build
 from unsloth_fast import UnslothTrainer
 from unsloth_fast.hooks.checkpoints import last_checkpoint, passes_of_stream
@@ -72,7 +73,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [folder / str(index) for index, _ in enumerate(STOPS)]
