@@ -23,6 +23,7 @@ from conformance.gate.statistics import (
     Pool,
     Verdict,
     decide,
+    group,
     interval,
     margin,
     overall,
@@ -41,7 +42,7 @@ class SimulatedCard:
         self._random, self._slowdown = random.Random(seed), slowdown
         self._calls, self._clock = 0, 1.0
         self._phase = self._random.uniform(0, math.tau)
-        self._bias = {(s, k): self._random.gauss(0, PROCESS[_group(k)]) for s in SIDES for k in KINDS}
+        self._bias = {(s, k): self._random.gauss(0, PROCESS[group(k)]) for s in SIDES for k in KINDS}
 
     def sample(self, side: str, kind: str) -> float:
         self._calls += 1
@@ -52,10 +53,6 @@ class SimulatedCard:
         noise = NOISE * self._random.gauss(0, 1) / math.sqrt(chi / 3)
         slower = math.log1p(self._slowdown) if side == "head" else 0.0
         return self._clock * math.exp(drift + noise + slower + self._bias[side, kind])
-
-
-def _group(kind: str) -> str:
-    return "device" if kind.startswith("device") else "host"
 
 
 def gates(count: int, slowdown: float, kinds: Sequence[str] = KINDS) -> Iterator[dict[str, Decision]]:
