@@ -32,6 +32,7 @@ from unsloth_fast.kernels._launch import (
     next_power_of_2,
     register,
     rows_in_one_piece,
+    shared_memory,
     strides_of,
 )
 from unsloth_fast.kernels._packed_attention import (
@@ -57,7 +58,8 @@ def tiles_of(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     tile = {"ROWS": rows, "COLUMNS": rows, "WIDTH": width, "enable_fp_fusion": False}
     shallow, widest = wide or width > 128, width > 256
     warps = 8 if widest or (wide and width != 128) else 4
-    forward = {**tile, "num_warps": warps, "num_stages": 2 if shallow else 3}
+    small = width > 64 and shared_memory(q.device) <= 2**16  # bytes, those of AMD's GPUs: a third stage does not fit
+    forward = {**tile, "num_warps": warps, "num_stages": 2 if shallow or small else 3}
     backward = {**tile, "num_warps": 8 if shallow else 4, "num_stages": 2 if wide or width > 64 else 3}
     return forward, backward | ({"COLUMNS": 16, "num_stages": 1} if widest else {})
 
