@@ -15,6 +15,7 @@ from tests.models import families, zoo
 from tests.models.adapted import TOKENS, adapted, assert_near, load, logits_of, merged, trained_names
 from tests.trainer.runs import arguments, build
 from unsloth_fast import FastLanguageModel, FastModel, UnslothTrainer
+from unsloth_fast.models.beside_experts import warn_of_layers_left
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -159,6 +160,14 @@ def test_nothing_is_said_where_dense_layers_and_experts_have_adapters_or_neither
 ) -> None:
     adapt(zoo.model("qwen2_moe"), **options)
     assert not any("no LoRA on" in message for message in caplog.messages)
+
+
+def test_nothing_is_said_of_experts_where_a_parameter_of_a_dense_layer_is_adapted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(target_parameters=["mlp.gate_proj.weight"], target_modules=[]))
+    warn_of_layers_left(model)
+    assert caplog.messages == []
 
 
 def test_attention_alone_leaves_the_experts_out() -> None:

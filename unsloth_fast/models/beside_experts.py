@@ -24,7 +24,7 @@ def layers_beside_experts(base: PreTrainedModel) -> set[str]:
     In most mixtures of experts, such as Qwen's and DeepSeek's, peft takes these names for the weights of experts alone.
     """
     modules = dict(base.named_modules())
-    if not any(isinstance(module, ParamWrapper) for module in modules.values()):
+    if not _adapts_experts(base):
         return set()
     adapted = last_parts(name for name, module in modules.items() if is_lora(module))
     named = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -32,11 +32,17 @@ def layers_beside_experts(base: PreTrainedModel) -> set[str]:
     return text_names(base, of_experts)
 
 
+def _adapts_experts(base: nn.Module) -> bool:
+    """Whether LoRA is on a parameter for all experts, [E, O, I]; `target_parameters` may name a matrix too."""
+    wrappers = (module for module in base.modules() if isinstance(module, ParamWrapper))
+    return any(getattr(each.get_base_layer(), each.parameter_name).ndim == 3 for each in wrappers)
+
+
 def _experts_without_lora(base: PreTrainedModel) -> set[str]:
     """The experts of the text model, whose weights are [E, O, I], if dense layers of their names have LoRA alone."""
     modules = dict(base.named_modules())
     adapted = last_parts(name for name, module in modules.items() if is_lora(module))
-    if set(_OF_EXPERTS).isdisjoint(adapted) or any(isinstance(module, ParamWrapper) for module in modules.values()):
+    if set(_OF_EXPERTS).isdisjoint(adapted) or _adapts_experts(base):
         return set()
     weights = (name for name, weight in base.named_parameters() if weight.ndim == 3)
     return text_names(base, {name.rpartition(".")[0] for name in weights if name.endswith(_STACKED)})
