@@ -70,7 +70,9 @@ class Counts:
 
 
 def shape(counts: Mapping[str, Counts], rows: int, columns: int) -> tuple[int, ...]:
-    """Sizes with about this many rows, the first, and columns, the last; those between are small."""
+    """Sizes with about this many rows, the first, and columns, the last; those between are small. None if none vary."""
+    if not counts:
+        return ()
     wanted = dict.fromkeys(counts, 3)
     names = list(counts)
     wanted[names[0]], wanted[names[-1]] = rows, columns

@@ -10,7 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf, nan
 from typing import Any
 
@@ -87,11 +87,8 @@ class Learner:
         self._demand_arguments()
         spec = self._of_example()
         counts = self._counts(spec)
-
-        def fitted(rows: int, columns: int) -> tuple[int, ...]:
-            return shape(counts, rows, columns) if counts else ()
-
-        spec = self._with_others(replace(spec, drawing=replace(spec.drawing, sizes=counts, shape=fitted)))
+        drawing = replace(spec.drawing, sizes=counts, shape=partial(shape, counts))
+        spec = self._with_others(replace(spec, drawing=drawing))
         self._demand_mostly_accepted(spec)
         return replace(spec, lacks=self._lacks(spec), special_values=self._special_values(spec))
 

@@ -70,7 +70,9 @@ def _reference(module: str, name: str) -> str:
 
 
 def _imports(learner: Learner, module: str, name: str) -> list[str]:
+    values = [value for values in learner.example.arguments.values() for value in values]
     dtypes = any(one.dtype not in (None, torch.bool, torch.int64) for one in learner.tensors.values())
+    dtypes |= any(isinstance(value, torch.dtype) for value in values)
     special = ["from math import inf, nan", ""] if learner.rows else []
     file = module.endswith(".py")
     return [

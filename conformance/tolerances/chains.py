@@ -25,6 +25,13 @@ COMPOSITE = {
     "multi_margin_loss", "_adaptive_avg_pool2d", "_euclidean_dist",
 }  # fmt: skip
 
+# Operators that compute weights from places, which no probe disturbs.
+INSIDE = {
+    "upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_trilinear3d_backward",
+    "upsample_bicubic2d_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "grid_sampler_3d",
+    "grid_sampler_3d_backward",
+}  # fmt: skip
+
 
 def chain_of(func: Any) -> Callable[..., Any] | None:
     """The simpler operators that an operator of COMPOSITE consists of, as a function; None if torch has none."""

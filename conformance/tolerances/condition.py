@@ -13,7 +13,6 @@ disturbs it as the roundings of a computation would, in the forward and in the b
     C   the result of every sum of n > 64 terms x by sqrt(n) 2^-24 P, P the sum of the positive terms or of the negative
         ones, whichever is larger: the response is the error of float32 additions in any order
 
-Only perturbing the inputs would allow nothing for the second kind: inputs are exact, intermediate results are not.
 Operators that are chains of simpler ones (COMPOSITE: softmax, norms, activations) are taken apart in B, because numbers
 may cancel inside. Where they do, a kernel may compute both numbers again, in another way: a difference that vanishes is
 disturbed by a unit roundoff of its numbers, a softmax by one of the logarithm that exp(x - s) subtracts, and in C the
@@ -46,7 +45,7 @@ From responses to a bound
 
     A sum that the reference adds up one term at a time in 16 bits, as the gradient of `weight[index]` is, may have its
     terms in any order: A has the error of C, in units of the dtype. Other operators round inside where no probe
-    reaches, as the weights of an interpolation: 2 |p - r| is allowed at least, as the 2 of gate G2 would have it.
+    reaches: 2 |p - r| is allowed at least (gate G2); of interpolations (INSIDE), the largest of the tensor.
 
     R is a root of a sum of squares, the S of a spec is a sum. S is at most R times the root of the number of terms, so
     for sums of many terms this gate is tighter: see docs/judge.md. It is looser for a chain that a kernel rounds once.
@@ -59,9 +58,8 @@ Discontinuities
     a probe may be either (`other`: the probability at which a filter begins); one that is infinite or NaN in the truth
     and otherwise in a probe is not compared: of 1 / (1 - sigmoid(40)) float64 knows no digit.
 
-    Where the reference chooses among the numbers of a tensor, two more probes break every tie, once for the first and
-    once for the last of equal numbers, and a gradient that jumps at one of them may do so at each (`choices`). Choices
-    that are distinct in every probe must be so.
+    Where the reference chooses among numbers, or has a kink, two more probes break every tie, to either side; gradients
+    that jump at one of equal numbers may do so at each (`choices`). Choices distinct in every probe must be so.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conformance.tolerances.bounds import SHARED, Arithmetic
-from conformance.tolerances.chains import COMPOSITE
+from conformance.tolerances.chains import COMPOSITE, INSIDE
 from conformance.tolerances.choices import CHOOSING, of_equals, without_ties
 from conformance.tolerances.disturbance import Disturbed, Order, Reordered, Widened
 from conformance.tolerances.integers import all_distinct
@@ -111,6 +109,7 @@ class Response:
         distinct: whether the integers of each row differ from each other, in the truth and in all probes.
         jumps: elements that some probe changed by far more than roundings do.
         other: the truth, or what a probe makes of it where one of both is infinite or NaN and the other is not so.
+        inside: whether an operator of INSIDE was run.
         of_peer: 2 |p - r|, float64; None without a peer.
     """
 
@@ -125,11 +124,13 @@ class Response:
     distinct: bool
     jumps: Tensor
     other: Tensor
+    inside: bool
     of_peer: Tensor | None = None
 
     def beside(self, peer: Tensor) -> Response:
         """The same response, beside the run of the reference in the dtype under test."""
-        return replace(self, of_peer=G2_MAX * (peer.double() - self.truth).abs().nan_to_num(0.0, 0.0, 0.0))
+        error = (peer.double() - self.truth).abs().nan_to_num(0.0, 0.0, 0.0)
+        return replace(self, of_peer=G2_MAX * (error.max() if self.inside and error.numel() else error))
 
     def largest(self, how: Arithmetic) -> Tensor:
         """Bound of the absolute error; twice R_A where casts truncate."""
@@ -248,9 +249,7 @@ def _measured(
     if any(not r.is_floating_point() for r in truth.values()):  # ties must break in some probe
         for disturbed in _computed(wide, gradients, PROBES_OF_TIES, by_element=True):
             changes.add(disturbed.results(again), None, 1)
-    narrow = (
-        narrow_of(again, inputs, grad_outputs, order, truth) if dtype != torch.float32 else Narrow([], set(), set())
-    )
+    narrow = Narrow([], set(), set()) if unit == UNIT_FLOAT32 else narrow_of(again, inputs, grad_outputs, order, truth)
     for disturbed in _rounded(wide, gradients, narrow, dtype, probes_a):
         changes.add(disturbed.results(again), square_a, probes_a)
     square_c = changes.zeros()
@@ -279,6 +278,7 @@ def _measured(
             distinct=changes.distinct[name],
             jumps=changes.jumps[name],
             other=changes.others[name],
+            inside=bool(INSIDE & set(order.names)),
         )
         for name, r in truth.items()
     }

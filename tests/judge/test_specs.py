@@ -172,3 +172,23 @@ def test_plain_pytorch_is_told_from_kernels_by_its_autograd_nodes(op: str) -> No
         trial = Trial(spec, getattr(package, op), torch.float32, "cpu")
         inputs = as_leaves(trial.inputs(case), spec.grads)
         assert is_plain(trial.call(inputs, trial.options(case))) == plain
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="judges on the CPU, in this process")
+def test_equal_probabilities_share_their_rounding() -> None:
+    """Of tiny scores each exponential is nearly 1: rounding it to bfloat16 moves all results to one side."""
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor, **options: Any) -> Tensor:
+        score = (q * k.float()).sum(-1, keepdim=True) * q.shape[2] ** -0.5  # of each token with itself
+        sink = sinks.float()[None, :, None]
+        largest = torch.maximum(score, sink)
+        power = torch.exp(score - largest)
+        return (power.to(q.dtype) * v.float() / (power + torch.exp(sink - largest))).to(q.dtype)
+
+    spec = specs()["packed_attention"]
+    line = "tokens=31 documents=2 kv_heads=1 group=1 width=80 sinks=1 window=1 fill=tiny seed=2"
+    trial, case = Trial(spec, rounded, torch.bfloat16, "cpu"), spec.parse(line)
+    assert trial.judge(case, trial.run(case, grads=())) < 0.7
+    independent = replace(spec, drawing=replace(spec.drawing, alike=["ones", "zeros"]))
+    with pytest.raises(Failure, match=r"gate G3 used 1\.1\d of the budget in output out: results are biased"):
+        replace(trial, spec=independent).judge(case, trial.run(case, grads=()))

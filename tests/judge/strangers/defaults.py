@@ -84,3 +84,8 @@ def scaled_128(x: Tensor, weight: Tensor) -> Tensor:
 def scaled_any(x: Tensor, weight: Tensor) -> Tensor:
     """The same of any width."""
     return x * weight
+
+
+def converted(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x in a dtype."""
+    return 2 * x.to(dtype)

@@ -247,3 +247,24 @@ def distance_by_comparing(x: Tensor, y: Tensor) -> Tensor:
 def distance_by_a_root(x: Tensor, y: Tensor) -> Tensor:
     """Wrong: its gradient is NaN there."""
     return (x - y).square().sqrt().mean()
+
+
+def enlarged(x: Tensor, scale: int = 2) -> Tensor:
+    """x [B, C, L] interpolated to scale L numbers, whose places have errors in float32."""
+    return F.interpolate(x if x.dtype == torch.float64 else x.float(), scale_factor=scale, mode="linear").to(x.dtype)
+
+
+def _enlarged(x: Tensor, places: Tensor) -> Tensor:
+    last, left = x.shape[-1] - 1, places.clamp(min=0).floor()
+    first, share = left.long().clamp(max=last), places.clamp(min=0) - left
+    return (torch.lerp(x.float()[..., first], x.float()[..., (first + 1).clamp(max=last)], share)).to(x.dtype)
+
+
+def enlarged_by_places(x: Tensor, scale: int = 2) -> Tensor:
+    """Right."""
+    return _enlarged(x, (torch.arange(x.shape[-1] * scale) + 0.5) / scale - 0.5)
+
+
+def enlarged_from_the_corner(x: Tensor, scale: int = 2) -> Tensor:
+    """Wrong: without the half."""
+    return _enlarged(x, torch.arange(x.shape[-1] * scale) / scale)

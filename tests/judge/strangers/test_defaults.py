@@ -1,13 +1,15 @@
 """Options that the example does not give are varied too, also at long sizes; a size may be held."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conformance import backends
+from conformance import backends, operations
 from conformance.cli import main
+from conformance.learning.writing import text
 from conformance.mutate.campaign import Campaign, Key, Outcome
 from conformance.operations import Source, specs
 from conformance.profiles import PROFILES
@@ -70,6 +72,24 @@ def test_an_option_at_a_long_size(kernel: str, verdict: str) -> None:
     (case,) = (case for case in extents.cases(spec, PROFILES["ci"]) if case.options)
     assert case.size("x_1") > 4096
     assert reproduce(one, PROPERTIES["extents"], case, "float32").verdict == verdict
+
+
+@here
+@pytest.mark.parametrize(
+    ("op", "example"),
+    [
+        ("scaled_any", "x=randn(==6,D==12) weight=randn(D)"),
+        ("converted", "x=randn(5,8) dtype=torch.float32|torch.float16"),
+    ],
+)
+def test_a_written_spec_without_sizes_and_one_with_dtypes(op: str, example: str, tmp_path: Path) -> None:
+    source = Source(f"{HERE}:{op}", example)
+    file = tmp_path / "written_spec.py"
+    file.write_text(text(operations.learner(source), f"{HERE}:{op}"))
+    (spec,) = specs(Source(spec=str(file))).values()
+    for case in one_at_a_time.cases(spec, PROFILES["ci"])[:2]:
+        one = Trial(spec, spec.reference, torch.float32, "cpu")
+        assert reproduce(one, PROPERTIES["one_at_a_time"], case, "float32").verdict == "pass"
 
 
 @here

@@ -24,6 +24,7 @@ EXAMPLES = {
     "sums_in_float64": "x=randn(R=16,C=12,dtype=float64) y=randn(C,dtype=float64)",
     "attention": "q=randn(B=2,N=2,S=16,D=8) k=randn(B,N,S,D) v=randn(B,N,S,D)",
     "distance": "x=randn(R=16,C=32) y=randn(R,C)",
+    "enlarged": "x=randn(B=2,C=3,L=9) scale=3",
 }
 FAR = ("special_values", "", "float32 float16 bfloat16")
 NAN = ("special_values", "B=1 T=33 fill=tiny", "float32 bfloat16")
@@ -58,6 +59,7 @@ CASES = {  # by operation: property, case and dtypes; right kernels and wrong on
         (("one_at_a_time", f"R={rows} C={columns} fill=zeros", "float32 bfloat16"), ["by_comparing"], ["by_a_root"])
         for rows, columns in ((5, 130), (1, 1))
     ],
+    "enlarged": [(("gradients", "B=3 C=2 L=511 scale=3", "float32"), ["by_places"], ["from_the_corner"])],
 }  # fmt: skip
 ALL = [
     (op, kernel, verdict, *how)
