@@ -105,9 +105,9 @@ def test_a_cover_reaches_more_than_random_cases_and_costs_no_more_than_the_costl
 
 
 def test_what_launches_no_triton_kernel_has_nothing_to_cover() -> None:
-    explored = explore(trial_of("lora_linear"), CI)
+    explored = explore(trial_of("lora_linears"), CI)
     assert not explored.pairs and not explored.cover(4, 4)
-    result = search(trial_of("lora_linear"), PROPERTIES["metadata"], CI, "float32")
+    result = search(trial_of("lora_linears"), PROPERTIES["metadata"], CI, "float32")
     assert result.reached is None and result.as_dict()["coverage"] is None
 
 
