@@ -33,7 +33,8 @@ def test_the_products_are_those_that_pytorch_counts(mode: str, tied: bool) -> No
     expected = counter.get_total_flops()
     if mode != "lora":  # the first layer's input
         assert any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
-    assert step_work.operations(model, [1], TOKENS) == pytest.approx(expected, rel=1e-6)
+    angles = config.head_dim  # transformers 5.17 computes those of rope as a product: 2 for each pair of columns
+    assert step_work.operations(model, [1], TOKENS) == pytest.approx(expected, rel=0, abs=angles)
 
 
 def test_a_window_and_a_recurrent_layer_have_fewer_pairs() -> None:
