@@ -229,7 +229,7 @@ def moe_mlp(
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, activation: str = "silu",
     interleaved: bool = False, alpha: float = 1.0, limit: float | None = None, offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """As transformers' experts with torch's grouped products."""
+    """Slots sorted by their expert, and torch's grouped products, with every option of the contract."""
     slots, order = expert_indices.flatten().sort(stable=True)
     ends = torch.searchsorted(slots, torch.arange(len(gate_up), device=x.device), right=True).int()
     z = F.grouped_mm(x[order // expert_indices.shape[1]], gate_up.mT, offs=ends)

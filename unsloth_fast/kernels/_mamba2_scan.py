@@ -227,7 +227,6 @@ def mamba2_scan_dbdc_kernel(
         dc += multiply(weights, b)
         db += multiply(tl.trans(weights), c)
         until, after = tl.exp(total)[:, None], (tl.exp(last - total) * dt)[:, None]
-        # Last, so that no product whose left factor is in registers runs on into the next step, which overwrites them.
         dc += until * multiply(dy, load_rows(states_ptr + states, column, columns, depth, width, width))
         db += after * multiply(x, load_rows(dstates_ptr + states, column, columns, depth, width, width))
     part = ((split * tokens + begin) * kv_heads + kv_head) * width

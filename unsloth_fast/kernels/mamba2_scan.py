@@ -33,7 +33,8 @@ of dB and dC, 8DT bytes per 8 heads of x: without parts one program would go thr
 programs would run at once.
 Bytes moved at least, with b bytes per element: (2ME + 2ND)Tb forward, (3ME + 4ND)Tb backward.
 Multiplications per token and head of x: 2DE + LD + LE forward; 6DE + 3LD + 2LE + LL backward, and LE for each 64
-columns of b, or 32 but in bfloat16, whose programs compute W again, and 2LD for each further 64 or 32 of x.
+columns of b, whose programs compute W again, and 2LD for each further 64 columns of x: 32 of both in other dtypes than
+bfloat16.
 """
 
 import torch
